@@ -1,0 +1,62 @@
+"""The interface behind which attention is computed. A backend owns the layout of its KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Where a step's tokens lie. Built once per step, shared by all layers. Rows are requests, decodes first.
+
+        tokens   | r0 | r1 | r2 r2 r2 | r3 r3 |      query_starts = [0, 1, 2, 5, 7], num_decodes = 2
+    """
+
+    query_starts: torch.Tensor  # int32 [rows + 1]
+    context_lens: torch.Tensor  # int32 [rows]: positions whose KV exists after this step's writes
+    block_tables: torch.Tensor  # int32 [rows, max_blocks]: padded with 0
+    slots: torch.Tensor  # int64 [tokens]: block * block_size + offset where each token's K and V go
+    num_decodes: int  # leading rows with exactly one token
+    query_starts_host: list[int]
+    context_lens_host: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What stays the same for a layer over its life."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class AttentionBackend(Protocol):
+    """Writes new K and V into blocks and attends over block tables, for any mix of prefill chunks and decodes."""
+
+    name: str
+
+    def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
+        """Take memory for the KV cache of all layers: exactly `bytes_per_block * num_blocks`."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        shape: AttentionShape,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write k, v [tokens, num_kv_heads, head_dim] to `batch.slots`, then attend causally.
+
+        q: [tokens, num_heads, head_dim] → [tokens, num_heads, head_dim]. sinks: [num_heads] extra logits.
+        """
+        ...
