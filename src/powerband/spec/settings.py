@@ -1,52 +1,150 @@
 """Everything that shapes one replica's engine, as one flat, frozen value.
 
 The same fields are flags (`--max-num-seqs`), environment variables (`POWERBAND_MAX_NUM_SEQS`), keys of a settings file and
-keyword arguments of `powerband.LLM`. The commonest carry vLLM's names. `metadata["help"]` documents each one.
+keyword arguments of `powerband.LLM`. The commonest carry vLLM's names. `setting` documents each one and says what it may
+hold; `check_values` enforces that wherever a value comes from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import re
+from dataclasses import dataclass, field, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from powerband.errors import UsageError
+
+MEMORY_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+MEMORY_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def setting(
+    default: Any, help: str, *, group: str = "Other", minimum: float | None = None, maximum: float | None = None
+) -> Any:
+    """A dataclass field that knows its help text, its group in `--help`, and the range of its numbers (inclusive)."""
+    return field(default=default, metadata={"help": help, "group": group, "minimum": minimum, "maximum": maximum})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    model: str = _setting("demo", "Folder, Hugging Face id, or 'demo' for the model in the package")
-    revision: str | None = _setting(None, "Branch, tag or commit on the Hugging Face hub")
-    tokenizer: str | None = _setting(None, "Folder or id of another tokenizer; default: the model's")
-    served_model_name: str | None = _setting(None, "Name in the API; default: MODEL as given")
-    chat_template: str | None = _setting(None, "File with a Jinja chat template that replaces the model's")
-    load_format: Literal["auto", "dummy"] = _setting("auto", "'dummy' fills the weights with random numbers")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = _setting(
-        "auto", "Precision of weights and activations; auto: as stored, where the device is fast at it"
-    )
-    max_model_len: int | None = _setting(None, "Longest prompt plus output, in tokens; default: the model's own")
-    seed: int = _setting(0, "Seed for requests that bring none, and for dummy weights")
+    """Settings of one engine. Raises UsageError naming the field when a value is of the wrong type or out of range."""
 
-    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where to compute")
-    threads: int | None = _setting(None, "CPU threads for computing; default: all physical cores")
-    attention_backend: Literal["auto", "reference", "triton"] = _setting("auto", "Implementation of attention")
-    enforce_eager: bool = _setting(False, "CUDA: do not capture graphs")
-    async_scheduling: bool | None = _setting(
-        None, "Schedule the next step while one runs; default: on for CUDA, off for CPU"
+    model: str = setting("demo", "Folder, Hugging Face id, or 'demo' for the model in the package", group="Model")
+    revision: str | None = setting(None, "Branch, tag or commit on the Hugging Face hub", group="Model")
+    tokenizer: str | None = setting(None, "Folder or id of another tokenizer; default: the model's", group="Model")
+    served_model_name: str | None = setting(None, "Name in the API; default: MODEL as given", group="Model")
+    chat_template: str | None = setting(None, "File with a Jinja chat template that replaces the model's", group="Model")
+    load_format: Literal["auto", "dummy"] = setting(
+        "auto", "'dummy' fills the weights with random numbers", group="Model"
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = setting(
+        "auto", "Precision of weights and activations; auto: as stored, where the device is fast at it", group="Model"
+    )
+    max_model_len: int | None = setting(
+        None, "Longest prompt plus output, in tokens; default: the model's own", group="Model", minimum=1
+    )
+    seed: int = setting(0, "Seed for requests that bring none, and for dummy weights", group="Model", minimum=0)
+
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute", group="Device")
+    threads: int | None = setting(
+        None, "CPU threads for computing; default: all physical cores", group="Device", minimum=1, maximum=1024
+    )
+    attention_backend: Literal["auto", "reference", "triton"] = setting(
+        "auto", "Implementation of attention", group="Device"
+    )
+    enforce_eager: bool = setting(False, "CUDA: do not capture graphs", group="Device")
+    async_scheduling: bool | None = setting(
+        None, "Schedule the next step while one runs; default: on for CUDA, off for CPU", group="Device"
     )
 
-    block_size: int = _setting(32, "Tokens per block of KV cache")
-    kv_cache_memory: str | None = _setting(None, "Memory for the KV cache, e.g. 4GiB; default: by the memory plan")
-    gpu_memory_utilization: float = _setting(0.9, "Share of the device's memory that may be used in all (CUDA)")
-    enable_prefix_caching: bool = _setting(True, "Reuse the KV of prompts that begin alike")
-
-    max_num_seqs: int = _setting(256, "Requests that may run at once")
-    max_num_batched_tokens: int = _setting(2048, "Token budget of a step")
-    long_prefill_token_threshold: int = _setting(0, "Longest prefill chunk of one request in a step; 0: the budget")
-    scheduling_policy: Literal["fcfs", "priority", "shortest", "longest-prefix", "deadline", "fair"] = _setting(
-        "fcfs", "Which request is served first"
+    block_size: int = setting(32, "Tokens per block of KV cache", group="Memory", minimum=1, maximum=4096)
+    kv_cache_memory: str | None = setting(
+        None, "Memory for the KV cache, e.g. 4GiB; default: by the memory plan", group="Memory"
     )
-    max_num_queued_reqs: int = _setting(2048, "Waiting requests beyond which new ones are refused (429)")
-    max_num_queued_tokens: int = _setting(4_000_000, "Waiting prompt tokens beyond which new requests are refused (429)")
-    step_log: str | None = _setting(None, "Append each step's shape and seconds to this file (JSON lines)")
+    gpu_memory_utilization: float = setting(
+        0.9, "Share of the device's memory that may be used in all (CUDA)", group="Memory", minimum=0.01, maximum=1
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse the KV of prompts that begin alike", group="Memory")
+
+    max_num_seqs: int = setting(256, "Requests that may run at once", group="Scheduling", minimum=1)
+    max_num_batched_tokens: int = setting(2048, "Token budget of a step", group="Scheduling", minimum=1)
+    long_prefill_token_threshold: int = setting(
+        0, "Longest prefill chunk of one request in a step; 0: the budget", group="Scheduling", minimum=0
+    )
+    scheduling_policy: Literal["fcfs", "priority", "shortest", "longest-prefix", "deadline", "fair"] = setting(
+        "fcfs", "Which request is served first", group="Scheduling"
+    )
+    max_num_queued_reqs: int = setting(
+        2048, "Waiting requests beyond which new ones are refused (429)", group="Scheduling", minimum=1
+    )
+    max_num_queued_tokens: int = setting(
+        4_000_000, "Waiting prompt tokens beyond which new requests are refused (429)", group="Scheduling", minimum=1
+    )
+    step_log: str | None = setting(
+        None, "Append each step's shape and seconds to this file (JSON lines)", group="Scheduling"
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.kv_cache_memory is not None:
+            memory_bytes(self.kv_cache_memory)
+
+
+def memory_bytes(text: str) -> int:
+    """'4GiB', '512 MB' or '1000000' as bytes. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    unit = MEMORY_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) == 0:
+        raise UsageError(
+            f"kv_cache_memory is {text!r}, which is not an amount of memory.",
+            hint="Write a number and a unit, such as 4GiB, 512MiB or 8GB.",
+            param="kv_cache_memory",
+        )
+    return int(float(match[1]) * unit)
+
+
+@cache
+def value_types(settings: type) -> dict[str, Any]:
+    """The declared type of each field of a settings class."""
+    return get_type_hints(settings)
+
+
+def choices(declared: Any) -> tuple[Any, ...]:
+    """The allowed values of a Literal type (also inside `… | None`); empty for any other type."""
+    if get_origin(declared) is Literal:
+        return get_args(declared)
+    return next((get_args(t) for t in get_args(declared) if get_origin(t) is Literal), ())
+
+
+def check_values(settings: Any) -> None:
+    """Raise UsageError for the first field of a settings value that has the wrong type, choice or range."""
+    declared = value_types(type(settings))
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        wanted = _complaint(value, declared[item.name], item.metadata)
+        if wanted:
+            raise UsageError(f"{item.name} is {value!r}; it must be {wanted}.", param=item.name)
+
+
+def _complaint(value: Any, declared: Any, metadata: Any) -> str:
+    allowed = choices(declared)
+    kinds = get_args(declared) if get_origin(declared) in (UnionType, Union) else (declared,)
+    if value is None and NoneType in kinds:
+        return ""
+    if allowed:
+        return "" if value in allowed else "one of " + ", ".join(allowed)
+    kind = next(k for k in kinds if k is not NoneType)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        kind = int
+    if not isinstance(value, get_origin(kind) or kind) or (isinstance(value, bool) and kind is not bool):
+        return KIND_NAMES.get(kind, str(kind))
+    minimum, maximum = metadata.get("minimum"), metadata.get("maximum")
+    if (minimum is not None and not value >= minimum) or (maximum is not None and not value <= maximum):
+        if maximum is None:
+            return f"at least {minimum}"
+        return f"between {minimum} and {maximum}" if minimum is not None else f"at most {maximum}"
+    return ""
+
+
+KIND_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
