@@ -1,8 +1,8 @@
 """Everything that shapes one replica's engine, as one flat, frozen value.
 
-The same fields are flags (`--max-num-seqs`), environment variables (`POWERBAND_MAX_NUM_SEQS`), keys of a settings file and
-keyword arguments of `powerband.LLM`. The commonest carry vLLM's names. `setting` documents each one and says what it may
-hold; `check_values` enforces that wherever a value comes from.
+The same fields are flags (`--max-num-seqs`), environment variables (`POWERBAND_MAX_NUM_SEQS`), keys of a settings file
+and keyword arguments of `powerband.LLM`. The commonest carry vLLM's names. `setting` documents each one and says what it
+may hold; `check_values` enforces that wherever a value comes from.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class EngineSettings:
     revision: str | None = setting(None, "Branch, tag or commit on the Hugging Face hub", group="Model")
     tokenizer: str | None = setting(None, "Folder or id of another tokenizer; default: the model's", group="Model")
     served_model_name: str | None = setting(None, "Name in the API; default: MODEL as given", group="Model")
-    chat_template: str | None = setting(None, "File with a Jinja chat template that replaces the model's", group="Model")
+    chat_template: str | None = setting(
+        None, "File with a Jinja chat template that replaces the model's", group="Model"
+    )
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "'dummy' fills the weights with random numbers", group="Model"
     )
