@@ -1,8 +1,8 @@
 """Everything that shapes one replica's engine, as one flat, frozen value.
 
 The same fields are flags (`--max-num-seqs`), environment variables (`POWERBAND_MAX_NUM_SEQS`), keys of a settings file
-and keyword arguments of `powerband.LLM`. The commonest carry vLLM's names. `setting` documents each one and says what it
-may hold; `check_values` enforces that wherever a value comes from.
+and keyword arguments of `powerband.LLM`. The commonest carry vLLM's names. `setting` documents each one and says what
+it may hold; `check_values` enforces that wherever a value comes from.
 """
 
 from __future__ import annotations
