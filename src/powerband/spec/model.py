@@ -1,6 +1,6 @@
-"""What a model is, read from its config.json: shapes, switches, and what follows from them (parameters, KV bytes, FLOPs).
+"""What a model is: its shapes and switches, in one normal form for every family.
 
-One normal form for every family: the engine builds a decoder from it, the planner and the memory plan count with it.
+The engine builds a decoder from it, the planner and the memory plan count with it (`spec/counts.py`).
 Translating a family's config.json into this form is `spec/families.py`.
 """
 
@@ -59,7 +59,9 @@ class ModelSpec:
     attention_scale: float = 0.0  # set by the reader (usually head_dim ** -0.5)
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm over each head (Qwen3, Gemma 3) or the whole projection (OLMo-2)
+    qk_norm: Literal["none", "head", "full"] = (
+        "none"  # RMSNorm over each head (Qwen3, Gemma 3) or the whole projection (OLMo-2)
+    )
     attention_softcap: float | None = None
     attention_sinks: bool = False
     # MLP
