@@ -1,0 +1,1 @@
+"""Tokens and text: the tokenizer, incremental detokenization, and the chat template in a bounded sandbox."""

@@ -1,0 +1,205 @@
+"""From a conversation to the prompt that the model was trained on, by the checkpoint's own Jinja template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.text.template_process import TemplateLimits, TemplateProcesses
+from powerband.text.tokenizer import Tokenizer
+
+_MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_TEXT_CHARS = 1 << 20  # beyond eight times the input
+_CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+# fmt: off
+_RESERVED_NAMES = frozenset((
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception",
+    "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner", "loop", "self", "super", "varargs",
+    "kwargs", "caller", "true", "false", "none", "True", "False", "None",
+))
+# fmt: on
+
+
+class ChatTemplate:
+    """The templates of one checkpoint, rendered in bounded worker processes. Threads may share it.
+
+    `templates` maps names to Jinja sources; "default" must be there, "tool_use" is taken when a request has tools.
+    `variables` are what every rendering sees besides the request: bos_token, eos_token, …
+    """
+
+    def __init__(
+        self,
+        templates: Mapping[str, str],
+        variables: Mapping[str, str] | None = None,
+        limits: TemplateLimits | None = None,
+    ) -> None:
+        for name, source in templates.items():
+            if len(source.encode()) > _MAX_TEMPLATE_BYTES:
+                raise EnvironmentFault(
+                    f"The chat template '{name}' is larger than {_MAX_TEMPLATE_BYTES} bytes.",
+                    hint="Give another with --chat-template FILE.",
+                    code="chat_template_invalid",
+                )
+        self._sources = dict(templates)
+        self._variables = dict(variables or {})
+        self._processes = TemplateProcesses(self._sources, limits or TemplateLimits())
+
+    @classmethod
+    def load(
+        cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: TemplateLimits | None = None
+    ) -> ChatTemplate | None:
+        """The template in `file`, else the checkpoint's own. None when it has none."""
+        sources = {"default": _read(Path(file))} if file else _checkpoint_templates(tokenizer)
+        return cls(sources, tokenizer.special_tokens, limits) if sources else None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt as text; encode it with add_special_tokens=False, because templates write BOS themselves.
+
+        Blocks for about 0.3 ms, at worst a little over the time limit: call it outside an event loop.
+        Raises InvalidRequest (param "messages", "chat_template_kwargs", …).
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other.",
+                hint="Set add_generation_prompt to false.",
+                param="continue_final_message",
+            )
+        name = "tool_use" if tools and "tool_use" in self._sources else "default"
+        chat = [_plain_message(m, i, self._processes.takes_parts[name]) for i, m in enumerate(messages)]
+        if continue_final_message:
+            _mark_end(chat)
+        context = {
+            **self._variables,
+            **_checked_kwargs(template_kwargs or {}, self._variables),
+            "messages": chat,
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * len(json.dumps(context)))
+        return _cut_at_mark(text) if continue_final_message else text
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._processes.close()
+
+
+def _checkpoint_templates(tokenizer: Tokenizer) -> dict[str, str]:
+    """chat_template.jinja and additional_chat_templates/, else "chat_template" of tokenizer_config.json."""
+    main = tokenizer.folder / "chat_template.jinja"
+    if main.is_file():
+        others = sorted((tokenizer.folder / "additional_chat_templates").glob("*.jinja"))
+        return {"default": _read(main)} | {file.stem: _read(file) for file in others}
+    found = tokenizer.config.get("chat_template")
+    if isinstance(found, str):
+        return {"default": found}
+    if not isinstance(found, list):
+        return {}
+    named = {item["name"]: item["template"] for item in found if {"name", "template"} <= item.keys()}
+    if named and "default" not in named:
+        raise EnvironmentFault(
+            f"The checkpoint has chat templates named {', '.join(sorted(named))}, but none named default.",
+            hint="Choose one: save it to a file and give --chat-template FILE.",
+            code="chat_template_invalid",
+        )
+    return named
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EnvironmentFault(
+            f"The chat template {file} cannot be read: {error}.",
+            hint="Give the path of a text file in UTF-8.",
+            code="chat_template_invalid",
+        ) from error
+
+
+def _plain_message(message: Mapping[str, Any], index: int, takes_parts: bool) -> dict[str, Any]:
+    """A message as templates expect it: content in the form that they read, tool arguments as objects."""
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, list):
+        texts = [_text_of_part(part, f"messages.{index}.content.{i}") for i, part in enumerate(content)]
+        plain["content"] = [{"type": "text", "text": text} for text in texts] if takes_parts else "\n".join(texts)
+    if isinstance(plain.get("tool_calls"), list):
+        plain["tool_calls"] = [_with_parsed_arguments(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def _text_of_part(part: Any, param: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise InvalidRequest(
+        f"A content part of type {kind!r} is not supported.",
+        hint='This model reads text only: send {"type": "text", "text": "…"}.',
+        param=param,
+    )
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """OpenAI's API carries the arguments of a call as a JSON string; templates write them as JSON themselves."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _checked_kwargs(kwargs: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    for name, value in kwargs.items():
+        if not name.isidentifier() or name.startswith("_") or name in _RESERVED_NAMES or name in variables:
+            raise InvalidRequest(
+                f"chat_template_kwargs may not set '{name}'.",
+                hint="Use the names that the template itself defines, e.g. enable_thinking.",
+                param=f"chat_template_kwargs.{name}",
+            )
+        simple = str | bool | int | float | None
+        if not isinstance(value, simple) and not (
+            isinstance(value, list) and all(isinstance(v, simple) for v in value)
+        ):
+            raise InvalidRequest(
+                f"chat_template_kwargs.{name} must be a string, number, boolean, null or a list of them.",
+                param=f"chat_template_kwargs.{name}",
+            )
+    return dict(kwargs)
+
+
+def _mark_end(chat: list[dict[str, Any]]) -> None:
+    """Append a mark to the text of the last message, where the prompt will be cut."""
+    content = chat[-1].get("content") if chat else None
+    if isinstance(content, str):
+        chat[-1]["content"] = content + _CONTINUE_MARK
+    elif isinstance(content, list) and content:
+        content[-1]["text"] += _CONTINUE_MARK
+    else:
+        raise InvalidRequest("continue_final_message needs a last message with text.", param="continue_final_message")
+
+
+def _cut_at_mark(text: str) -> str:
+    """The text before the mark. A template that trims content has taken the space after the mark: trim as it did."""
+    at = text.rfind(_CONTINUE_MARK.strip())
+    if at < 0:
+        raise InvalidRequest(
+            "The chat template leaves out the final message, so it cannot be continued.",
+            param="continue_final_message",
+        )
+    return text[:at] if text[at:].startswith(_CONTINUE_MARK) else text[:at].rstrip()
