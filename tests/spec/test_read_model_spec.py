@@ -165,7 +165,7 @@ def test_files_that_are_missing_or_broken_are_told_apart(tmp_path: Path) -> None
     path = tmp_path / "config.json"
     for content in ("{", "[" * 100_000, "[1]", "", '{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}"):
         path.write_text(content)
-        with pytest.raises(UsageError, match="config.json"):
+        with pytest.raises(UsageError, match=r"config\.json"):
             read_model_spec(path)
     path.write_bytes(b" " * (5 << 20))
     with pytest.raises(UsageError, match="5242880 bytes"):
