@@ -121,7 +121,7 @@ def choices(declared: Any) -> tuple[Any, ...]:
 
 def check_values(settings: Any) -> None:
     """Raise UsageError for the first field of a settings value that has the wrong type, choice or range."""
-    declared = value_types(type(settings))
+    declared = value_types(settings.__class__)
     for item in fields(settings):
         value = getattr(settings, item.name)
         wanted = _complaint(value, declared[item.name], item.metadata)

@@ -1,0 +1,51 @@
+# Two targets do everything on a fresh machine: `make demo` and `make test`. `make help` lists all.
+# They need Python 3.11 or newer and a C++ compiler; the rest goes into .venv, and a second run starts at once.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# The first interpreter that is new enough; `make PYTHON=…` chooses another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+            $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+ONCE   ?=
+PORT   ?=
+TESTS  ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo: $(READY)  ## serve the demo model, stream an answer from it, keep serving (ONCE=1: stop after that)
+	@$(BIN)/python examples/demo.py $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
+
+test: $(READY) lint  ## lint, types and all tests (TESTS=tests/core for a part)
+	@echo "· tests"
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: $(READY)  ## ruff and mypy --strict
+	@echo "· ruff"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@echo "· mypy --strict"
+	@$(BIN)/mypy --no-error-summary
+
+docs: $(READY)  ## build the documentation into site/
+	@$(BIN)/pip install -q "zensical>=0.1"
+	@$(BIN)/zensical build
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+
+# The set-up. It runs again when the dependencies change.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found."; \
+	  echo "hint:  install one (Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python"; exit 3; }
+	@echo "· set-up: $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "· set-up: torch (the largest part: this may take minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	@echo "· set-up: everything else"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,7 @@
+"""`python -m powerband` is the `powerband` command."""
+
+import sys
+
+from powerband.cli.main import main
+
+sys.exit(main())

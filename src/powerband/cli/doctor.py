@@ -1,0 +1,126 @@
+"""`powerband doctor`: what this machine has, what Powerband would use of it and why, and what is missing."""
+
+from __future__ import annotations
+
+import json as json_format
+import platform
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from powerband.cli import machine
+from powerband.cli.flags import Json
+from powerband.cli.tables import print_table, readable_bytes
+
+EXIT_ENVIRONMENT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is missing or slower than it need be. A fatal one keeps Powerband from serving."""
+
+    problem: str
+    remedy: str
+    fatal: bool = False
+
+
+def doctor(*, json: Json = False) -> int:
+    """Print what this machine has, what would be used and why, and what is missing.
+
+    Takes a few seconds: torch is loaded, and memory bandwidth measured. Exits with 3 when something needed is missing.
+    """
+    versions = package_versions()
+    findings = missing_packages(versions)
+    report: dict[str, Any] = {"machine": _machine_report()}
+    if versions.get("torch"):
+        report["compute"] = _compute_report(findings)
+    report["versions"] = {"powerband": version("powerband"), "python": platform.python_version(), **versions}
+    report["findings"] = [asdict(finding) for finding in findings]
+    if json:
+        print(json_format.dumps(report, indent=2))
+    else:
+        _print(report, findings)
+    return EXIT_ENVIRONMENT if any(finding.fatal for finding in findings) else 0
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed version of each package that Powerband needs at run time; None: not installed."""
+    found: dict[str, str | None] = {}
+    for requirement in requires("powerband") or ():
+        if "extra ==" not in requirement:
+            name = re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0]
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = None
+    return found
+
+
+def missing_packages(versions: dict[str, str | None]) -> list[Finding]:
+    """A fatal finding for each package that is not installed."""
+    return [
+        Finding(f"The package {name} is not installed.", f"pip install {name}", fatal=True)
+        for name, found in versions.items()
+        if found is None
+    ]
+
+
+def _machine_report() -> dict[str, Any]:
+    total, available = machine.memory_bytes()
+    return {
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+        "cpu": machine.cpu_name(),
+        "cpu_features": machine.cpu_features(),
+        "cpus": machine.usable_cpus(),
+        "memory_total_bytes": total,
+        "memory_available_bytes": available,
+        "read_bandwidth_bytes_per_s": machine.read_bandwidth_bytes_per_s(machine.usable_cpus()),
+        "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
+    }
+
+
+def _compute_report(findings: list[Finding]) -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    if not gpus and machine.has_gpu_nodes():
+        findings.append(
+            Finding(
+                f"This machine has a GPU, but torch {torch.__version__} cannot use it.",
+                "Install a torch build for this GPU: https://pytorch.org/get-started/locally/",
+            )
+        )
+    return {
+        "device": "cuda" if gpus else "cpu",
+        "gpus": [{"name": gpu.name, "memory_total_bytes": gpu.total_memory} for gpu in gpus],
+        "threads": torch.get_num_threads(),
+        "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _print(report: dict[str, Any], findings: list[Finding]) -> None:
+    for title in ("machine", "compute", "versions"):
+        if title in report:
+            print(title)
+            print_table([("  " + _words(key), _cell(key, value)) for key, value in report[title].items()])
+    print("findings" if findings else "findings: none, this machine is ready")
+    for finding in findings:
+        print(f"  {finding.problem}\n    {finding.remedy}")
+
+
+def _words(key: str) -> str:
+    return key.removesuffix("_bytes_per_s").removesuffix("_bytes").replace("_", " ")
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "not found"
+    if key.endswith("_bytes_per_s"):
+        return f"{value / 1e9:.1f} GB/s"
+    if key.endswith("_bytes"):
+        return readable_bytes(value)
+    if key == "gpus":
+        return ", ".join(f"{gpu['name']} ({readable_bytes(gpu['memory_total_bytes'])})" for gpu in value) or "none"
+    return " ".join(value) or "none known" if isinstance(value, list) else str(value)

@@ -1,0 +1,83 @@
+"""Turns settings classes into the flags of a command, so that each flag is written down once: in the settings class."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from powerband.cli.effects import check_effects
+from powerband.cli.machine import device_of
+from powerband.cli.settings import resolve
+from powerband.server.settings import ServerSettings
+from powerband.spec.settings import EngineSettings, value_types
+
+ALL_SETTINGS: tuple[type, ...] = (EngineSettings, ServerSettings)
+CONFIG_HELP = "Settings file in YAML, one 'name: value' per line; flags and POWERBAND_* variables win over it"
+Json = Annotated[bool, Parameter(help="Print the result as JSON", negative="")]
+MODEL_HELP = "Folder, Hugging Face id, or 'demo' for the model in the package"
+
+
+def takes_settings(*classes: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command MODEL, --config and a flag per setting; its first argument receives them merged, as `Resolved`.
+
+    without: settings that mean nothing to this command. They get no flag here, but may stand in a shared file.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        flags = _flags(classes, without={*without, "model"})
+
+        def run(model: str | None = None, /, *, config: Path | None = None, **options: Any) -> int:
+            given = {flag.name: options.pop(flag.name) for flag in flags if flag.name in options}
+            given = {name: value for name, value in given.items() if value is not None}
+            if model is not None:
+                given["model"] = model
+            settings = resolve(classes, ALL_SETTINGS, given, os.environ, config)
+            check_effects(settings, lambda: device_of(settings.engine))
+            return command(settings, **options)
+
+        parameters = [_model_parameter(), *own, _config_parameter(), *flags]
+        run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]  # cyclopts reads it
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return decorate
+
+
+def _flags(classes: tuple[type, ...], without: set[str]) -> list[inspect.Parameter]:
+    return [
+        _flag(item, value_types(settings)[item.name])
+        for settings in classes
+        for item in fields(settings)
+        if item.name not in without
+    ]
+
+
+def _flag(item: Field[Any], declared: Any) -> inspect.Parameter:
+    # The default is None, so that a flag that was given can be told from one that was not; help shows the real one.
+    help = item.metadata.get("help", "")
+    shown = Parameter(
+        help=help,
+        group=Group(item.metadata.get("group", "Other")),
+        show_default=(lambda _: item.default) if item.default is not None and item.default is not False else False,
+    )
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[declared | None, shown]
+    )
+
+
+def _model_parameter() -> inspect.Parameter:
+    annotation = Annotated[str | None, Parameter(help=MODEL_HELP)]
+    return inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY, default=None, annotation=annotation)
+
+
+def _config_parameter() -> inspect.Parameter:
+    annotation = Annotated[Path | None, Parameter(help=CONFIG_HELP)]
+    return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

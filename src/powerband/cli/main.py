@@ -1,0 +1,93 @@
+"""The `powerband` command: parses, calls one command, and turns every ending into a message and an exit code.
+
+0 ok · 1 promise not met · 2 usage · 3 environment · 4 run-time failure · 130 interrupted.
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from powerband.errors import PowerbandError
+
+USAGE, FAILURE, INTERRUPTED = 2, 4, 130
+COMMANDS = {
+    "doctor": "powerband.cli.doctor:doctor",
+}
+
+
+def build_app() -> App:
+    """The command tree. Each command's module is imported only when it is used or its help is shown."""
+    app = App(
+        name="powerband",
+        help="Serve open-weight LLMs in the sweet spot of the hardware you have.",
+        help_format="plaintext",
+        version=_version,
+        version_flags=["--version"],
+        result_action="return_value",
+    )
+    for name, target in COMMANDS.items():
+        app.command(target, name=name)
+    config = App(name="config", help="Settings: what is in effect, and why.")
+    config.command("powerband.cli.config:show", name="show")
+    app.command(config)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(tokens)
+        sys.stdout.flush()
+        return code
+    except PowerbandError as error:
+        return _complain(error.message, error.hint, error.exit_code)
+    except KeyboardInterrupt:
+        return _complain("interrupted", "", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has enough of it. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _run(tokens: list[str]) -> int:
+    app = build_app()
+    try:
+        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return _complain(str(error), "'powerband --help' shows what there is.", USAGE)
+    result = command(*bound.args, **bound.kwargs)
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, hint: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint:  {hint}", file=sys.stderr)
+    return code
+
+
+def _unexpected(error: Exception) -> int:
+    """A defect of ours: say so briefly, and keep the traceback where it can be found."""
+    if os.environ.get("POWERBAND_DEBUG"):
+        traceback.print_exc()
+        return FAILURE
+    with tempfile.NamedTemporaryFile("w", prefix="powerband-", suffix=".log", delete=False) as log:
+        traceback.print_exc(file=log)
+    message = f"Powerband failed unexpectedly: {type(error).__name__}: {error}"
+    return _complain(message, f"The traceback is in {log.name}; POWERBAND_DEBUG=1 prints it here.", FAILURE)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"powerband {version('powerband')}"

@@ -1,0 +1,147 @@
+"""One loader for every setting: command line, then environment, then file, then default. Each value keeps its origin.
+
+powerband serve demo --max-num-seqs 8            command line
+POWERBAND_MAX_NUM_SEQS=8 powerband serve demo    environment
+powerband serve demo --config powerband.yaml     file, with the line  max_num_seqs: 8
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.server.settings import ServerSettings
+from powerband.spec.settings import EngineSettings, value_types
+
+PREFIX = "POWERBAND_"
+OTHER_VARIABLES = ("POWERBAND_DEBUG",)  # read elsewhere, not settings
+FROM_COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Effective settings by class, and where each value came from (setting → origin)."""
+
+    values: Mapping[type, Any]
+    origins: Mapping[str, str]
+
+    @property
+    def engine(self) -> EngineSettings:
+        engine: EngineSettings = self.values[EngineSettings]
+        return engine
+
+    @property
+    def server(self) -> ServerSettings:
+        server: ServerSettings = self.values[ServerSettings]
+        return server
+
+    @property
+    def asked(self) -> set[str]:
+        """Settings that somebody set, in any way."""
+        return {name for name, origin in self.origins.items() if origin != DEFAULT}
+
+
+def resolve(
+    classes: Iterable[type],
+    known: Iterable[type],
+    given: Mapping[str, Any],
+    environment: Mapping[str, str],
+    file: Path | None,
+) -> Resolved:
+    """Merge the layers for `classes`.
+
+    known: every settings class, so that one file or environment can serve all commands; a name that none of them has
+    is a UsageError with the nearest that one has.
+    """
+    types = {name: declared for settings in known for name, declared in value_types(settings).items()}
+    layers = [
+        {name: (value, FROM_COMMAND_LINE) for name, value in given.items()},
+        _from_environment(environment, types),
+        _from_file(file, types) if file else {},
+    ]
+    values: dict[type, Any] = {}
+    origins: dict[str, str] = {}
+    for settings in classes:
+        chosen: dict[str, Any] = {}
+        for item in fields(settings):
+            layer = next((layer for layer in layers if item.name in layer), None)
+            origins[item.name] = DEFAULT
+            if layer is not None:
+                chosen[item.name], origins[item.name] = layer[item.name]
+        values[settings] = _build(settings, chosen, origins)
+    return Resolved(values, origins)
+
+
+def _build(settings: type, chosen: dict[str, Any], origins: dict[str, str]) -> Any:
+    try:
+        return settings(**chosen)
+    except UsageError as error:
+        origin = origins.get(error.param or "", DEFAULT)
+        if origin == DEFAULT:
+            raise
+        raise UsageError(
+            error.message, hint=f"{error.hint} It came from the {origin}.".strip(), param=error.param
+        ) from None
+
+
+def _from_environment(environment: Mapping[str, str], types: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
+    variables = {PREFIX + name.upper(): name for name in types}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        if variable not in variables:
+            raise UsageError(
+                f"The environment variable {variable} is not one that Powerband knows.",
+                hint=nearest(variable, [*variables, *OTHER_VARIABLES]),
+            )
+        name = variables[variable]
+        found[name] = (_convert(text, types[name]), f"environment ({variable})")
+    return found
+
+
+def _from_file(path: Path, types: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EnvironmentFault(f"Cannot read the settings file {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"The settings file {path} holds a {type(content).__name__}, not settings.",
+            hint="Write one 'name: value' per line.",
+        )
+    found: dict[str, tuple[Any, str]] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in types:
+            raise UsageError(f"{key!r} in {path} is not a setting.", hint=nearest(name, types))
+        if value is not None:
+            found[name] = (_convert(value, types[name]), f"file ({path})")
+    return found
+
+
+def _convert(value: Any, declared: Any) -> Any:
+    """A value as text or YAML gives it, in the declared type; as it is when that fails, for the check to name."""
+    try:
+        return msgspec.convert(value, declared, strict=not isinstance(value, str))
+    except msgspec.ValidationError:
+        return value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known name, if one is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else "'powerband config show' lists them all."
