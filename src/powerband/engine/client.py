@@ -6,25 +6,12 @@ Two implementations: in this process (`LLM`), and in a process of its own behind
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from powerband.core.params import SamplingParams
+from powerband.core.request import EngineRequest
 from powerband.core.step import TokenOutput
 
-
-@dataclass(slots=True, kw_only=True)
-class EngineRequest:
-    """One request as the engine takes it: token ids only, `params` complete (see SamplingParams), n = 1."""
-
-    id: str
-    token_ids: list[int]
-    params: SamplingParams
-    arrival_s: float  # time.monotonic()
-    priority: int = 0  # lower is served first
-    tenant: str = ""
-    deadline_s: float | None = None  # time.monotonic() by which the first token is wanted
-    cache_salt: str = ""
+__all__ = ["EngineClient", "EngineRequest"]
 
 
 class EngineClient(Protocol):

@@ -1,0 +1,129 @@
+"""A request: what a client asks for (EngineRequest), and what the scheduler knows about it while it lives (Request)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from powerband.core.params import SamplingParams
+from powerband.errors import InvalidRequest
+
+MAX_TOKEN_ID = 2**32 - 1
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineRequest:
+    """One request as the engine takes it: token ids only, `params` complete (see SamplingParams), n = 1."""
+
+    id: str
+    token_ids: list[int]
+    params: SamplingParams
+    arrival_s: float  # time.monotonic()
+    priority: int = 0  # lower is served first
+    tenant: str = ""
+    deadline_s: float | None = None  # time.monotonic() by which the first token is wanted
+    cache_salt: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A live request inside the scheduler. Equal only to itself.
+
+        position   0 ........ num_computed ........ len(tokens) ........ + num_pending
+                   |- KV exists* -|-- missing, known --|-- missing, known on the device only --|
+
+    (*) once every submitted step has run.
+    """
+
+    id: str
+    arrival_s: float
+    params: SamplingParams
+    priority: int
+    tenant: str
+    deadline_s: float | None
+    salt: bytes  # start of the key chain: requests with different salts share no block
+    tokens: list[int]  # prompt and every confirmed output token
+    num_prompt_tokens: int
+    max_length: int  # prompt and output together
+    stop_ids: frozenset[int]
+    epoch: int  # unique among all requests of a scheduler; renewed by preemption
+    order: tuple[Any, ...] = ()  # the policy's key, as of the last sorting
+    running: bool = False
+    num_computed: int = 0  # positions whose KV exists once every submitted step has run
+    num_pending: int = 0  # sampled positions submitted whose value is not known here yet, drafts included
+    inflight: int = 0  # submitted steps that sample for this request
+    drafting: bool = False  # one of them carries drafts
+    blocks: list[int] = field(default_factory=list)
+    capacity: int = 0  # positions that `blocks` can hold
+    block_keys: list[bytes] = field(default_factory=list)  # one per full block of confirmed tokens
+    num_published: int = 0  # leading blocks already offered to the prefix cache
+    max_published: int = sys.maxsize  # blocks from here on must not be offered: their content is in doubt
+    num_cached: int = 0  # prompt tokens found in the prefix cache when first scheduled
+    num_preemptions: int = 0
+    scheduled_s: float | None = None  # when first scheduled
+    num_prompt_rows: int = 0  # rows of prompt log-probabilities already reported
+
+    @property
+    def num_missing(self) -> int:
+        """Known or promised positions without KV. Bringing this to zero is the scheduler's whole job."""
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+
+def new_request(source: EngineRequest, *, max_length: int, epoch: int) -> Request:
+    """Make the live form of `source`. `max_length`: prompt and output may never exceed it.
+
+    Raises InvalidRequest for values that could not be scheduled.
+    """
+    params = source.params
+    _check(source)
+    asked = sys.maxsize if params.max_tokens is None else params.max_tokens
+    eos = () if params.ignore_eos else (params.eos_token_ids or ())
+    return Request(
+        id=source.id,
+        arrival_s=source.arrival_s,
+        params=params,
+        priority=source.priority,
+        tenant=source.tenant,
+        deadline_s=source.deadline_s,
+        salt=cache_root(source.tenant, source.cache_salt),
+        tokens=list(source.token_ids),
+        num_prompt_tokens=len(source.token_ids),
+        max_length=min(len(source.token_ids) + asked, max_length),
+        stop_ids=frozenset(eos) | frozenset(params.stop_token_ids or ()),
+        epoch=epoch,
+    )
+
+
+def cache_root(tenant: str, cache_salt: str) -> bytes:
+    """The key before a chain's first block. Lengths are hashed too, so that ("a", "bc") and ("ab", "c") differ."""
+    parts = [part.encode() for part in (tenant, cache_salt)]
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
+
+
+def _check(source: EngineRequest) -> None:
+    if not source.token_ids:
+        raise InvalidRequest(
+            f"Request {source.id!r} has an empty prompt.", hint="Send at least one token.", param="prompt"
+        )
+    worst = min(min(source.token_ids), MAX_TOKEN_ID - max(source.token_ids))
+    if worst < 0:
+        raise InvalidRequest(
+            f"The prompt has a token id outside 0..{MAX_TOKEN_ID}.", hint="Use the model's vocabulary.", param="prompt"
+        )
+    if source.params.n != 1:
+        raise InvalidRequest(
+            f"The engine takes n = 1, not n = {source.params.n}.", hint="Send one request per choice.", param="n"
+        )
+    max_tokens = source.params.max_tokens
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1.", param="max_tokens")
+    for name, value in (("arrival_s", source.arrival_s), ("deadline_s", source.deadline_s)):
+        if value is not None and not math.isfinite(value):
+            raise InvalidRequest(f"{name} is {value}; it must be a finite time in seconds.", param=name)

@@ -1,0 +1,470 @@
+"""Decides, step by step, which request computes how many tokens. Pure: no clock, no randomness, no I/O, no device.
+
+There are no phases. A request has positions whose KV exists and positions whose KV is missing; prompts in chunks,
+prefix hits, decoding, resuming after preemption and drafts are all the same subtraction.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from powerband.core.admission import Admission, SchedulerLimits
+from powerband.core.kv_cache import CacheUsage, KVCacheManager
+from powerband.core.policy import FirstComeFirstServed, SchedulingPolicy
+from powerband.core.request import EngineRequest, Request, new_request
+from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenLogprobs, TokenOutput, Work
+from powerband.errors import InvalidRequest, RequestTooLong
+
+_by_order = attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Where a scheduler stands, and what it has done since it was made. Prefix figures are in tokens."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    paused: bool
+    cache: CacheUsage
+    num_steps: int
+    num_requests: int
+    num_refused: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+class Scheduler:
+    """Holds all live requests. `running` and `waiting` are sorted by the policy; the last is preempted first.
+
+    `relay`: unconfirmed samples on top of which a request may be scheduled (Executor.relay). `num_stages`: pipeline
+    stages; each step then takes its share of the decoding requests, so that the other stages have work too.
+    `propose(request)` returns draft tokens to verify, or none.
+    """
+
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        limits: SchedulerLimits,
+        *,
+        policy: SchedulingPolicy | None = None,
+        relay: int = 0,
+        num_stages: int = 1,
+        propose: Callable[[Request], list[int]] | None = None,
+        estimate_s: Callable[[int, int], float] | None = None,
+    ) -> None:
+        self.kv = kv
+        self.limits = limits
+        self.policy = policy or FirstComeFirstServed()
+        self.relay = relay
+        self.num_stages = num_stages
+        self.propose = propose
+        self.admission = Admission(limits, estimate_s)
+        self.paused = False
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
+        self._dropped: list[str] = []
+        self._epoch = 0
+        self._num_waiting_tokens = 0
+        self._num_steps = self._num_requests = self._num_preemptions = 0
+        self._prompt_tokens = self._generation_tokens = self._prefix_queries = self._prefix_hits = 0
+
+    # Requests in and out
+
+    def add(self, source: EngineRequest, now: float) -> None:
+        """Accept a request. Raises InvalidRequest, RequestTooLong or QueueFull (see Admission)."""
+        if source.id in self.requests:
+            raise InvalidRequest(f"Request id {source.id!r} is in use.", hint="Choose a new one.", param="request_id")
+        r = new_request(source, max_length=min(self.limits.max_model_len, self.kv.max_tokens), epoch=self._next_epoch())
+        self._check_length(r)
+        slots = max(self.limits.max_num_seqs - len(self.running), 0)
+        self.admission.check_queue(len(r.tokens), len(self.waiting), self._num_waiting_tokens, slots, now)
+        if r.deadline_s is not None and self.admission.estimate_s is not None:
+            running = sum(q.num_missing for q in self.running)
+            self.admission.check_deadline(r, self._num_waiting_tokens + running, now)
+        self.requests[r.id] = r
+        self._num_requests += 1
+        self.policy.arrived(r)
+        self._enqueue(r, now)
+
+    def abort(self, id: str, reason: FinishReason, now: float) -> TokenOutput | None:
+        """End a request at any time, also with steps in flight; return its last output, or None if it is not live."""
+        r = self.requests.get(id)
+        if r is None:
+            return None
+        self._finish(r)
+        return self._output(r, [], now, reason)
+
+    def pause(self) -> None:
+        """Schedule nothing more until `resume`. Requests may still come and go; steps in flight finish."""
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all reusable content. Running requests keep what they have."""
+        self.kv.reset(self.running)
+
+    # A step
+
+    def schedule(self, now: float) -> Step | None:
+        """Return the next step, or None when nothing can be computed now."""
+        if self.paused:
+            return None
+        works: list[Work] = []
+        if self.policy.dynamic:
+            self._sort(self.running, now)
+        budget, preempted = self._continue_running(works)
+        if not preempted and budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
+            self._start_waiting(works, budget, now)
+        if not works:
+            return None
+        self._num_steps += 1
+        step = Step(self._num_steps, works, self._dropped)
+        self._dropped = []
+        return step
+
+    def _continue_running(self, works: list[Work]) -> tuple[int, bool]:
+        """Fill `works` from the running requests; return the budget left and whether any was preempted."""
+        budget = self.limits.max_num_batched_tokens
+        running, relay, dynamic = self.running, self.relay, self.policy.dynamic
+        quota = self._decode_quota()
+        reserved = -1  # tokens of the budget that belong to decodes still to come, once a longer piece asked
+        preempted = False
+        i = 0
+        while i < len(running) and budget > 0:
+            r = running[i]
+            i += 1
+            known = len(r.tokens) + r.num_pending
+            if r.inflight > relay or r.drafting or known >= r.max_length:
+                continue
+            n = known - r.num_computed
+            drafts: list[int] = []
+            if n == 1:
+                reserved -= 1
+                if quota <= 0:
+                    continue
+                quota -= 1
+            if n > 1 or self.propose is not None:
+                if reserved < 0:
+                    reserved = self._count_decodes(i)
+                if n > 1:
+                    n = min(n, self._chunk, budget - reserved)
+                else:
+                    drafts = self._drafts(r, min(r.max_length - known, budget - reserved) - 1)
+                    n += len(drafts)
+                if n <= 0:
+                    continue
+            blocks: list[int] = []
+            if r.num_computed + n > r.capacity:
+                grown, preempted_now = self._grow(r, n)
+                preempted |= preempted_now
+                if grown is None:
+                    break
+                blocks = grown
+            works.append(self._work(r, n, drafts, blocks))
+            budget -= n
+            if dynamic:
+                self.policy.charge(r, n)
+        return budget, preempted
+
+    def _decode_quota(self) -> int:
+        """How many decoding requests this step may take: with pipeline stages, an equal share of them."""
+        if self.num_stages == 1:
+            return len(self.running)
+        return -(-sum(r.num_missing == 1 for r in self.running) // self.num_stages)
+
+    def _count_decodes(self, start: int) -> int:
+        """Requests from running[start] on that need exactly one token now. They come before any longer piece."""
+        relay = self.relay
+        return sum(1 for r in self.running[start:] if r.num_missing == 1 and r.inflight <= relay)
+
+    def _drafts(self, r: Request, limit: int) -> list[int]:
+        if self.propose is None or r.num_pending or limit <= 0 or not r.num_output:
+            return []
+        return self.propose(r)[:limit]
+
+    def _grow(self, r: Request, n: int) -> tuple[list[int] | None, bool]:
+        """Allocate for `n` positions, preempting from the end of the order; None if `r` itself had to go."""
+        preempted = False
+        while (blocks := self.kv.allocate(r, n)) is None:
+            # The last in order: never in the step being built, because that is filled in the same order.
+            victim = self.running[-1]
+            self._preempt(victim)
+            preempted = True
+            if victim is r:
+                return None, True
+        return blocks, preempted
+
+    def _work(self, r: Request, n: int, drafts: list[int], blocks: list[int]) -> Work:
+        """Commit `r` to computing `n` positions, drafts included."""
+        start = r.num_computed
+        end = r.num_computed = start + n
+        samples = end == len(r.tokens) + r.num_pending + len(drafts)
+        if samples:
+            r.num_pending += 1 + len(drafts)
+            r.inflight += 1
+            r.drafting = bool(drafts)
+        if n > 1 or blocks:
+            self.kv.publish(r)
+        return Work(r.id, r.epoch, start, n, blocks, samples, drafts)
+
+    def _start_waiting(self, works: list[Work], budget: int, now: float) -> None:
+        """Move waiting requests to running, in order, while budget, seats and blocks last."""
+        if self.policy.dynamic:
+            self._sort(self.waiting, now)
+        while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            r = self.waiting[0]
+            match = self.kv.match(r)
+            # Running requests need room to grow; starting one more only to preempt it helps nobody.
+            if not self.kv.fits(r, match, reserve=self._headroom()):
+                return
+            del self.waiting[0]
+            self._num_waiting_tokens -= len(r.tokens)
+            self.kv.attach(r, match)
+            # The whole prompt gets its blocks now: what is promised to one cannot be given to the next.
+            self.kv.allocate(r, len(r.tokens) - r.num_computed)
+            n = min(len(r.tokens) - r.num_computed, budget, self._chunk)
+            if r.scheduled_s is None:
+                self._first_start(r, now)
+            r.running = True
+            insort(self.running, r, key=_by_order)
+            work = self._work(r, n, [], list(r.blocks))
+            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params)
+            works.append(work)
+            budget -= n
+            if self.policy.dynamic:
+                self.policy.charge(r, n)
+
+    def _headroom(self) -> int:
+        return len(self.running) // 2
+
+    def _first_start(self, r: Request, now: float) -> None:
+        r.scheduled_s = now
+        r.num_cached = r.num_computed
+        self._prompt_tokens += r.num_prompt_tokens
+        if self.kv.prefix_caching and r.params.prompt_logprobs is None:
+            self._prefix_queries += r.num_prompt_tokens
+            self._prefix_hits += r.num_cached
+        self.admission.started(now)
+
+    # Its result
+
+    def update(self, step: Step, result: StepResult, now: float) -> list[TokenOutput]:
+        """Take in what `step` yielded; return what to tell the outside.
+
+        A result whose request is gone, or has another epoch by now, is dropped. That alone makes abort, finish and
+        preemption with steps in flight correct.
+        """
+        outputs: list[TokenOutput] = []
+        requests, tokens_of, logprobs_of = self.requests, result.tokens, result.logprobs
+        special = bool(result.failed or result.prompt_logprobs)
+        for w in step.works:
+            r = requests.get(w.id)
+            if r is None or r.epoch != w.epoch:
+                continue
+            rows = None
+            if special:
+                if w.id in result.failed:
+                    outputs.append(self._fail(r, w.start, result.failed[w.id], now))
+                    continue
+                rows = self._new_prompt_rows(r, w, result)
+            if not w.samples:
+                if rows:
+                    outputs.append(self._output(r, [], now, prompt_logprobs=rows))
+                continue
+            got = tokens_of.get(w.id)
+            if not got or len(got) > 1 + len(w.drafts):
+                outputs.append(self._fail(r, w.start, _wrong_count(w, got), now))
+                continue
+            outputs.append(self._take_tokens(r, w, got, logprobs_of.get(w.id), rows, now))
+        return outputs
+
+    def _take_tokens(
+        self,
+        r: Request,
+        w: Work,
+        got: list[int],
+        logprobs: list[TokenLogprobs] | None,
+        rows: list[TokenLogprobs] | None,
+        now: float,
+    ) -> TokenOutput:
+        r.inflight -= 1
+        r.num_pending -= 1 + len(w.drafts)
+        r.num_computed -= 1 + len(w.drafts) - len(got)  # positions of rejected drafts
+        r.drafting = False
+        finish: FinishReason | None = None
+        stop_token: int | None = None
+        for kept, token in enumerate(got, 1):
+            r.tokens.append(token)
+            if token in r.stop_ids and r.num_output >= r.params.min_tokens:
+                finish, stop_token = FinishReason.STOP, token
+            elif len(r.tokens) >= r.max_length:
+                finish = FinishReason.LENGTH
+            if finish is not None:
+                got = got[:kept]
+                break
+        self._generation_tokens += len(got)
+        output = self._output(r, got, now, finish, stop_token, logprobs, rows)
+        if finish is not None:
+            self._finish(r)
+        return output
+
+    def _output(
+        self,
+        r: Request,
+        token_ids: list[int],
+        now: float,
+        finish: FinishReason | None = None,
+        stop_token: int | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
+        prompt_logprobs: list[TokenLogprobs] | None = None,
+        error: ErrorInfo | None = None,
+    ) -> TokenOutput:
+        if logprobs is not None and len(logprobs) > len(token_ids):
+            logprobs = logprobs[: len(token_ids)]
+        return TokenOutput(
+            r.id,
+            token_ids,
+            now,
+            finish,
+            stop_token,
+            logprobs,
+            prompt_logprobs,
+            error,
+            r.num_cached,
+            r.num_preemptions,
+            r.scheduled_s or 0.0,
+        )
+
+    def _new_prompt_rows(self, r: Request, w: Work, result: StepResult) -> list[TokenLogprobs] | None:
+        """Rows that were not reported before: a preempted prompt is computed again, but told once."""
+        rows = result.prompt_logprobs.get(w.id)
+        if not rows:
+            return None
+        new = rows[max(r.num_prompt_rows - w.start, 0) :]
+        r.num_prompt_rows = max(r.num_prompt_rows, w.start + len(rows))
+        return new or None
+
+    # Failure
+
+    def fail(self, step: Step, error: ErrorInfo, now: float) -> list[TokenOutput]:
+        """The whole step failed: end its requests with `error`, and compute again whatever may rest on it."""
+        works = [w for w in step.works if (r := self.requests.get(w.id)) is not None and r.epoch == w.epoch]
+        failed = [self.requests[w.id] for w in works]
+        self.kv.reset(self.running)
+        outputs = [self._output(r, [], now, FinishReason.ERROR, error=error) for r in failed]
+        for r in failed:
+            self._finish(r)
+        for r in list(self.running):
+            self._preempt(r)
+        # The executor may not have got this far; being told twice does no harm.
+        self._dropped = [id for id in step.dropped if id not in self.requests] + self._dropped
+        return outputs
+
+    def _fail(self, r: Request, start: int, error: ErrorInfo, now: float) -> TokenOutput:
+        """End one request; whoever reads what its failed work wrote computes it again."""
+        suspect = self.kv.distrust(r, start)
+        output = self._output(r, [], now, FinishReason.ERROR, error=error)
+        self._finish(r)
+        found = True
+        while found:
+            found = False
+            for q in self.running:
+                first = next((i for i, block in enumerate(q.blocks) if block in suspect), None)
+                if first is not None:
+                    suspect |= self.kv.distrust(q, first * self.kv.block_size)
+                    self._preempt(q)
+                    found = True
+                    break
+        return output
+
+    # Bookkeeping
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_waiting_tokens=self._num_waiting_tokens,
+            paused=self.paused,
+            cache=self.kv.usage(),
+            num_steps=self._num_steps,
+            num_requests=self._num_requests,
+            num_refused=self.admission.num_refused,
+            num_preemptions=self._num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+        )
+
+    def _check_length(self, r: Request) -> None:
+        if r.num_prompt_tokens < r.max_length:
+            return
+        limit = min(self.limits.max_model_len, self.kv.max_tokens) - 1
+        what = "context" if self.limits.max_model_len <= self.kv.max_tokens else "KV cache"
+        raise RequestTooLong(
+            f"The prompt has {r.num_prompt_tokens} tokens; the {what} takes {limit} and one output token.",
+            limit=limit,
+            hint="Shorten the prompt.",
+            param="prompt",
+        )
+
+    def _preempt(self, r: Request) -> None:
+        """Take everything back from a running request; it waits, and will be computed again."""
+        self._remove(self.running, r)
+        r.running = False
+        self.kv.release(r)
+        r.num_computed = r.num_pending = r.inflight = 0
+        r.drafting = False
+        r.epoch = self._next_epoch()
+        r.num_preemptions += 1
+        self._num_preemptions += 1
+        self._num_waiting_tokens += len(r.tokens)
+        insort(self.waiting, r, key=_by_order)
+
+    def _finish(self, r: Request) -> None:
+        if r.running:
+            self._remove(self.running, r)
+            self.kv.release(r)
+        else:
+            self._remove(self.waiting, r)
+            self._num_waiting_tokens -= len(r.tokens)
+        del self.requests[r.id]
+        self._dropped.append(r.id)
+        self.policy.finished(r)
+
+    def _enqueue(self, r: Request, now: float) -> None:
+        r.order = self.policy.key(r, now)
+        self._num_waiting_tokens += len(r.tokens)
+        insort(self.waiting, r, key=_by_order)
+
+    def _sort(self, requests: list[Request], now: float) -> None:
+        key = self.policy.key
+        for r in requests:
+            r.order = key(r, now)
+        requests.sort(key=_by_order)
+
+    def _remove(self, requests: list[Request], r: Request) -> None:
+        del requests[bisect_left(requests, r.order, key=_by_order)]
+
+    def _next_epoch(self) -> int:
+        self._epoch += 1
+        return self._epoch
+
+
+def _wrong_count(w: Work, got: list[int] | None) -> ErrorInfo:
+    return ErrorInfo(
+        "internal_error",
+        f"The executor returned {len(got or [])} tokens where 1 to {1 + len(w.drafts)} were due.",
+        "Please report this.",
+    )
