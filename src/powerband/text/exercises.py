@@ -1,0 +1,157 @@
+"""Small exercises with a right answer: what the demo model is trained on and what `powerband eval` asks.
+
+Everything is a function of the seed. Exercises for training and for evaluation never overlap (a hash of the
+question decides), except for products, whose table is too small to hold a part of it out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+HELD_OUT_SHARE = 16  # one exercise in so many is kept for evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    """One question and its only right answer.
+
+    `question` is what a user asks in a chat, `prompt` the same as the start of a text to complete.
+    """
+
+    kind: str
+    question: str
+    prompt: str
+    answer: str
+
+    @property
+    def completion(self) -> str:
+        """What completes `prompt`: the answer and a line end."""
+        return ("" if self.prompt.endswith("\n") else " ") + self.answer + "\n"
+
+    def is_right(self, reply: str) -> bool:
+        """Whether `reply` is the answer: the same value for JSON, the same text otherwise."""
+        if self.kind != "json":
+            return reply.strip() == self.answer
+        try:
+            value: object = json.loads(reply)
+        except (ValueError, RecursionError):
+            return False
+        return bool(value == json.loads(self.answer))
+
+
+def exercises(kind: str, seed: int, held_out: bool) -> Iterator[Exercise]:
+    """An endless stream of one kind of exercise; the same seed gives the same stream.
+
+    Raises KeyError when `kind` is not one of KINDS.
+    """
+    make = _MAKERS[kind]
+    rng = random.Random(f"{kind}/{seed}")  # noqa: S311 (exercises, not secrets)
+    while True:
+        exercise = make(rng)
+        if kind == "multiply" or _is_held_out(exercise) == held_out:
+            yield exercise
+
+
+def _is_held_out(exercise: Exercise) -> bool:
+    return hashlib.sha256(exercise.prompt.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def _operand(rng: random.Random) -> int:
+    digits = rng.choices((1, 2, 3), weights=(1, 3, 6))[0]
+    return rng.randrange(10**digits)
+
+
+def _sum_question(rng: random.Random, formula: str) -> str:
+    return rng.choice((f"What is {formula}?", f"Calculate {formula}."))
+
+
+def _add(rng: random.Random) -> Exercise:
+    a, b = _operand(rng), _operand(rng)
+    return Exercise("add", _sum_question(rng, f"{a} + {b}"), f"{a} + {b} =", str(a + b))
+
+
+def _subtract(rng: random.Random) -> Exercise:
+    b, a = sorted((_operand(rng), _operand(rng)))
+    return Exercise("subtract", _sum_question(rng, f"{a} - {b}"), f"{a} - {b} =", str(a - b))
+
+
+def _multiply(rng: random.Random) -> Exercise:
+    a, b = rng.randrange(13), rng.randrange(21)
+    return Exercise("multiply", _sum_question(rng, f"{a} * {b}"), f"{a} * {b} =", str(a * b))
+
+
+_SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choices(_SYLLABLES, k=rng.randint(1, 3)))
+
+
+def _name(rng: random.Random) -> str:
+    return "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3))).capitalize()
+
+
+def _copy(rng: random.Random) -> Exercise:
+    item = rng.choice((_word, lambda r: str(r.randrange(10)), lambda r: r.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ")))
+    text = " ".join(item(rng) for _ in range(rng.randint(3, 10)))
+    return Exercise("copy", f"Repeat this line:\n{text}", f"A line:\n{text}\nThe same line:\n", text)
+
+
+# fmt: off
+_THINGS = (
+    "apple", "blue", "bread", "cat", "chair", "dog", "fish", "green", "horse", "lamp", "milk", "moon",
+    "paper", "red", "river", "rose", "ship", "snow", "stone", "sun", "table", "tree", "white", "wood",
+)
+# fmt: on
+
+
+def _lookup(rng: random.Random) -> Exercise:
+    size = rng.randint(3, 8) if rng.random() < 0.85 else rng.randint(9, 16)
+    keys: list[str] = []
+    while len(keys) < size:
+        key = _name(rng)
+        if key not in keys:
+            keys.append(key)
+    numbers = rng.random() < 0.5
+    values = [str(rng.randrange(10, 1000)) if numbers else rng.choice(_THINGS) for _ in keys]
+    wanted = rng.randrange(size)
+    table = ", ".join(f"{key} = {value}" for key, value in zip(keys, values, strict=True))
+    question = f"Given {table}, what is {keys[wanted]}?"
+    return Exercise("lookup", question, f"{question}\nAnswer:", values[wanted])
+
+
+_FIELDS: dict[str, Callable[[random.Random], object]] = {
+    "name": _name,
+    "city": _name,
+    "color": lambda rng: rng.choice(_THINGS),
+    "item": lambda rng: rng.choice(_THINGS),
+    "age": lambda rng: rng.randrange(1, 100),
+    "count": lambda rng: rng.randrange(1, 1000),
+    "price": lambda rng: rng.randrange(1, 1000),
+    "id": lambda rng: rng.randrange(1000, 10000),
+    "active": lambda rng: rng.random() < 0.5,
+    "ready": lambda rng: rng.random() < 0.5,
+}
+
+
+def _json(rng: random.Random) -> Exercise:
+    fields = rng.sample(sorted(_FIELDS), rng.randint(2, 5))
+    record = {field: _FIELDS[field](rng) for field in fields}
+    wish = ", ".join(f"{field} = {json.dumps(value)}" for field, value in record.items())
+    question = f"Write JSON with {wish}."
+    return Exercise("json", question, f"{question}\nAnswer:", json.dumps(record))
+
+
+_MAKERS: dict[str, Callable[[random.Random], Exercise]] = {
+    "add": _add,
+    "subtract": _subtract,
+    "multiply": _multiply,
+    "copy": _copy,
+    "lookup": _lookup,
+    "json": _json,
+}
+KINDS = tuple(_MAKERS)
