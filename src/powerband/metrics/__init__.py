@@ -1,0 +1,1 @@
+"""One set of numbers: the record of a request, its latency figures, Prometheus metrics, and logging."""
