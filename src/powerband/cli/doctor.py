@@ -13,6 +13,7 @@ from typing import Any
 from powerband.cli import machine
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table, readable_bytes
+from powerband.spec.device import detect_cpu
 
 EXIT_ENVIRONMENT = 3
 
@@ -68,15 +69,15 @@ def missing_packages(versions: dict[str, str | None]) -> list[Finding]:
 
 
 def _machine_report() -> dict[str, Any]:
-    total, available = machine.memory_bytes()
+    cpu = detect_cpu()
     return {
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
-        "cpu": machine.cpu_name(),
-        "cpu_features": machine.cpu_features(),
-        "cpus": machine.usable_cpus(),
-        "memory_total_bytes": total,
-        "memory_available_bytes": available,
-        "read_bandwidth_bytes_per_s": machine.read_bandwidth_bytes_per_s(machine.usable_cpus()),
+        "cpu": cpu.name,
+        "cpu_features": list(cpu.features),
+        "cores": cpu.cores,
+        "memory_bytes": cpu.memory_bytes,
+        "available_memory_bytes": cpu.available_memory_bytes,
+        "read_bandwidth_bytes_per_s": machine.read_bandwidth_bytes_per_s(cpu.cores),
         "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
     }
 
@@ -94,7 +95,7 @@ def _compute_report(findings: list[Finding]) -> dict[str, Any]:
         )
     return {
         "device": "cuda" if gpus else "cpu",
-        "gpus": [{"name": gpu.name, "memory_total_bytes": gpu.total_memory} for gpu in gpus],
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "threads": torch.get_num_threads(),
         "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
     }
@@ -122,5 +123,5 @@ def _cell(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return readable_bytes(value)
     if key == "gpus":
-        return ", ".join(f"{gpu['name']} ({readable_bytes(gpu['memory_total_bytes'])})" for gpu in value) or "none"
+        return ", ".join(f"{gpu['name']} ({readable_bytes(gpu['memory_bytes'])})" for gpu in value) or "none"
     return " ".join(value) or "none known" if isinstance(value, list) else str(value)

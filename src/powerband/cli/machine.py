@@ -1,9 +1,7 @@
-"""What this machine is, found without torch where that is possible: processor, memory, bandwidth, GPU."""
+"""What only the command line asks of a machine: is there a GPU, and how fast is memory."""
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,15 +9,10 @@ from pathlib import Path
 from powerband.spec.settings import EngineSettings
 
 GPU_NODES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-# What CPU kernels care about, by the names that Linux prints in /proc/cpuinfo (x86 and Arm).
-CPU_FEATURES = (
-    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
-    *("amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "sve", "sve2", "bf16", "i8mm"),
-)
 
 
 def device_of(settings: EngineSettings) -> str:
-    """'cpu' or 'cuda': where an engine with these settings would run."""
+    """'cpu' or 'cuda': where an engine with these settings would run. Loads torch only where there is a GPU."""
     if settings.device != "auto":
         return settings.device
     if not has_gpu_nodes():
@@ -32,33 +25,6 @@ def device_of(settings: EngineSettings) -> str:
 def has_gpu_nodes() -> bool:
     """Whether the system shows a GPU's device file (NVIDIA, AMD, or either under WSL)."""
     return any(Path(node).exists() for node in GPU_NODES)
-
-
-def cpu_name() -> str:
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def cpu_features() -> list[str]:
-    """Instruction sets of this CPU that matter for speed; empty where the system does not tell."""
-    info = _cpuinfo()
-    present = set((info.get("flags") or info.get("Features") or "").split())
-    return [name for name in CPU_FEATURES if name in present]
-
-
-def usable_cpus() -> int:
-    """Logical CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_bytes() -> tuple[int, int | None]:
-    """(total, available now) of the host; available is None where the system does not tell."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return total, None
-    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return total, int(available) * 1024 if available else None
 
 
 def read_bandwidth_bytes_per_s(threads: int, seconds: float = 0.5) -> float:
@@ -78,12 +44,3 @@ def read_bandwidth_bytes_per_s(threads: int, seconds: float = 0.5) -> float:
             list(pool.map(numpy.sum, parts))
             best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - start))
     return best
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}

@@ -17,13 +17,12 @@ from cyclopts import App, CycloptsError
 from powerband.errors import PowerbandError
 
 USAGE, FAILURE, INTERRUPTED = 2, 4, 130
-COMMANDS = {
-    "doctor": "powerband.cli.doctor:doctor",
-}
 
 
 def build_app() -> App:
-    """The command tree. Each command's module is imported only when it is used or its help is shown."""
+    """The command tree. The modules behind it import nothing heavy before they run."""
+    from powerband.cli import config, doctor
+
     app = App(
         name="powerband",
         help="Serve open-weight LLMs in the sweet spot of the hardware you have.",
@@ -32,11 +31,10 @@ def build_app() -> App:
         version_flags=["--version"],
         result_action="return_value",
     )
-    for name, target in COMMANDS.items():
-        app.command(target, name=name)
-    config = App(name="config", help="Settings: what is in effect, and why.")
-    config.command("powerband.cli.config:show", name="show")
-    app.command(config)
+    app.command(doctor.doctor)
+    settings = App(name="config", help="Show the settings in effect and where they come from.")
+    settings.command(config.show)
+    app.command(settings)
     return app
 
 
@@ -64,7 +62,8 @@ def _run(tokens: list[str]) -> int:
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        return _complain(str(error), "'powerband --help' shows what there is.", USAGE)
+        command_line = " ".join(["powerband", *(error.command_chain or ())])
+        return _complain(str(error), f"'{command_line} --help' shows what there is.", USAGE)
     result = command(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0
 

@@ -1,0 +1,134 @@
+"""The `powerband` command as a user meets it: output, messages, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from powerband.cli import main as cli
+from powerband.cli.main import main
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("POWERBAND_")]:
+        monkeypatch.delenv(name)
+
+
+def test_config_show_prints_value_and_origin(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERBAND_BLOCK_SIZE", "16")
+    assert main(["config", "show", "some/model", "--max-num-seqs", "7", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["model"] == {"value": "some/model", "origin": "command line"}
+    assert shown["max_num_seqs"] == {"value": 7, "origin": "command line"}
+    assert shown["block_size"] == {"value": 16, "origin": "environment (POWERBAND_BLOCK_SIZE)"}
+    assert shown["port"] == {"value": 8000, "origin": "default"}
+
+
+def test_config_show_is_a_table_for_people(capsys: Output) -> None:
+    assert main(["config", "show", "--no-enable-prefix-caching"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"enable_prefix_caching +False +command line", next(x for x in lines if "prefix_caching" in x))
+
+
+def test_config_show_keeps_the_key_to_itself(capsys: Output) -> None:
+    assert main(["config", "show", "--api-key", "sk-very-secret"]) == 0
+    printed = capsys.readouterr()
+    assert "sk-very-secret" not in printed.out + printed.err
+    assert "(set, not shown)" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serv"], 'Did you mean "serve"'),
+        (["config", "show", "--max-num-seq", "3"], "Did you mean --max-num-seqs?"),
+        (["config", "show", "--max-num-seqs", "many"], '"many"'),
+        (["config", "show", "--max-num-seqs", "0"], "max_num_seqs is 0; it must be at least 1."),
+        (["config", "show", "--dtype", "int8"], '"float32"'),
+        (["config", "show", "--enforce-eager", "--device", "cpu"], "enforce_eager would have no effect"),
+        (["config", "show", "one", "two"], "two"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_plain_message(capsys: Output, arguments: list[str], message: str) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert len(printed.err.splitlines()) <= 3
+
+
+def test_missing_settings_file_ends_with_3(capsys: Output, tmp_path: Path) -> None:
+    assert main(["config", "show", "--config", str(tmp_path / "none.yaml")]) == 3
+    assert "Cannot read the settings file" in capsys.readouterr().err
+
+
+def test_doctor_reports_this_machine(capsys: Output) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["cores"] >= 1
+    assert 10**8 < report["machine"]["read_bandwidth_bytes_per_s"] < 10**13
+    assert report["versions"]["torch"]
+    assert not any(finding["fatal"] for finding in report["findings"])
+
+
+def test_serve_has_at_most_40_options(capsys: Output) -> None:
+    assert main(["config", "show", "--help"]) == 0
+    options = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", capsys.readouterr().out)) - {"json", "help"}
+    names = {option for option in options if not (option.startswith("no-") and option[3:] in options)}
+    assert 20 < len(names) <= 40
+
+
+def test_interrupt_ends_with_130(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert main(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_defect_of_ours_is_short_and_leaves_its_traceback_in_a_file(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: list[str]) -> int:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert main(["doctor"]) == 4
+    error = capsys.readouterr().err
+    assert "Powerband failed unexpectedly: ZeroDivisionError: a defect" in error
+    assert "Traceback" not in error
+    log = Path(re.search(r"is in (\S+);", error)[1])  # type: ignore[index]  # no match is a failure, too
+    assert "Traceback" in log.read_text()
+    log.unlink()
+    monkeypatch.setenv("POWERBAND_DEBUG", "1")
+    assert main(["doctor"]) == 4
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_reader_that_leaves_early_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "powerband", "config", "show"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=30) == 0
+    process.stderr.close()
+
+
+def test_version() -> None:
+    shown = subprocess.run([sys.executable, "-m", "powerband", "--version"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"powerband \d+\.\d+\.\d+\n", shown.stdout)

@@ -1,0 +1,60 @@
+"""An option that would have no effect is an error that says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from powerband.cli.effects import RULES, check_effects
+from powerband.cli.settings import resolve
+from powerband.errors import UsageError
+from powerband.server.settings import ServerSettings
+from powerband.spec.settings import EngineSettings
+
+# Per rule, in their order: settings that break it on a device, and a neighbour that is fine on a device.
+CASES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
+    ({"revision": "main"}, "cpu", {"revision": "main", "model": "org/name"}, "cpu"),
+    ({"threads": 2}, "cuda", {"threads": 2}, "cpu"),
+    ({"enforce_eager": True}, "cpu", {"enforce_eager": True}, "cuda"),
+    ({"gpu_memory_utilization": 0.5, "kv_cache_memory": "1GiB"}, "cuda", {"kv_cache_memory": "1GiB"}, "cuda"),
+    ({"gpu_memory_utilization": 0.5}, "cpu", {"gpu_memory_utilization": 0.5}, "cuda"),
+    ({"long_prefill_token_threshold": 2048}, "cpu", {"long_prefill_token_threshold": 2047}, "cpu"),
+    ({"api_key_file": "key", "api_key": "secret"}, "cpu", {"api_key_file": "key"}, "cpu"),
+    ({"insecure": True}, "cpu", {"insecure": True, "host": "0.0.0.0"}, "cpu"),  # noqa: S104  # never bound
+    ({"insecure": True, "host": "::", "api_key": "secret"}, "cpu", {"host": "::", "api_key": "secret"}, "cpu"),
+]
+
+
+def check(given: dict[str, Any], device: str) -> None:
+    classes = (EngineSettings, ServerSettings)
+    check_effects(resolve(classes, classes, given, {}, None), lambda: device)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert [rule.setting for rule in RULES] == [next(iter(broken)) for broken, *_ in CASES]
+
+
+@pytest.mark.parametrize(("broken", "device", "fine", "fine_device"), CASES)
+def test_idle_option_is_refused_with_its_reason(
+    broken: dict[str, Any], device: str, fine: dict[str, Any], fine_device: str
+) -> None:
+    rule = RULES[[case[0] for case in CASES].index(broken)]
+    with pytest.raises(UsageError) as caught:
+        check(broken, device)
+    assert caught.value.message == f"{rule.setting} would have no effect: {rule.reason}."
+    assert "command line" in caught.value.hint
+    check(fine, fine_device)
+
+
+def test_defaults_are_never_refused() -> None:
+    check({}, "cpu")
+    check({}, "cuda")
+
+
+def test_device_is_looked_for_only_when_it_matters() -> None:
+    def unexpected() -> str:
+        raise AssertionError("the device was looked for")
+
+    classes = (EngineSettings, ServerSettings)
+    check_effects(resolve(classes, classes, {"max_num_seqs": 4}, {}, None), unexpected)

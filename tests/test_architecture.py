@@ -1,0 +1,147 @@
+"""The rules that keep the house in order: who may import whom, how large things may be, what no file may do."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+PACKAGE = SOURCE / "powerband"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FLOOR_1 = ("core", "cost", "text", "spec", "metrics")
+# Room → rooms it may import, besides itself and powerband.errors.
+MAY_IMPORT = {
+    "spec": (),
+    "metrics": ("spec",),
+    "text": ("spec",),
+    "cost": ("spec",),
+    "core": ("spec", "metrics"),
+    "engine": FLOOR_1,
+    "server": ("engine", *FLOOR_1),
+    "cli": ("server", "engine", *FLOOR_1),
+}
+# The server talks to an engine through these and nothing else of it.
+ENGINE_DOOR = ("client", "messages", "supervisor", "channel", "stream", "health", "output")
+NO_TORCH = ["powerband", "powerband.cli.main", *(f"powerband.{room}" for room in ("server", "engine", *FLOOR_1))]
+FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load")
+FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "transformers", "fastapi")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_START_CPU_S = 0.5
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """'powerband.core.step' → 'core'; '' for the package itself and modules beside the rooms."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at any depth of its code."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def show(path: Path) -> str:
+    return str(path.relative_to(SOURCE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=show)
+def test_imports_point_to_rooms_below(path: Path) -> None:
+    here = room(module_name(path))
+    allowed = {here, "", *MAY_IMPORT.get(here, MAY_IMPORT)}
+    wrong = [name for name in imports(path) if name.startswith("powerband.") and room(name) not in allowed]
+    assert not wrong, f"{here} may import {sorted(allowed - {''})}, not {wrong}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=show)
+def test_core_imports_no_third_party(path: Path) -> None:
+    foreign = [name for name in imports(path) if name.split(".")[0] not in {*sys.stdlib_module_names, "powerband"}]
+    assert not foreign
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "server").rglob("*.py")), ids=show)
+def test_server_uses_only_the_door_of_the_engine(path: Path) -> None:
+    inside = [name for name in imports(path) if room(name) == "engine" and name.split(".")[2] not in ENGINE_DOOR]
+    assert not inside
+
+
+def test_no_cheap_room_loads_torch() -> None:
+    """Import every module that must stay light in one fresh interpreter, and look at what came with them."""
+    light = [m for m in map(module_name, FILES) if room(m) in (*FLOOR_1, "server", "cli")] + NO_TORCH
+    light += [f"powerband.engine.{name}" for name in ENGINE_DOOR if (PACKAGE / "engine" / f"{name}.py").exists()]
+    light.remove("powerband.__main__") if "powerband.__main__" in light else None
+    code = f"import importlib, sys\nfor m in {light!r}:\n    importlib.import_module(m)\n"
+    code += "    assert 'torch' not in sys.modules, m"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", FILES, ids=show)
+def test_files_and_functions_are_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=show)
+def test_nothing_runs_data_as_code_or_asserts(path: Path) -> None:
+    modules = [name for name in imports(path) if name.split(".")[0] in FORBIDDEN_MODULES]
+    assert not modules, "unsafe or too heavy at run time"
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert disappears under -O; raise a typed error"
+        if isinstance(node, ast.Call):
+            assert dotted(node.func) not in FORBIDDEN_CALLS, f"line {node.lineno}: {dotted(node.func)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=show)
+def test_first_line_says_what_the_module_is_for(path: Path) -> None:
+    assert ast.get_docstring(tree(path)), "a module begins with a sentence about its purpose"
+
+
+HELP = ["import powerband", "--help", "serve --help", "generate --help", "config show --help", "doctor --help"]
+HELP += ["memory --help", "eval --help"]
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_it_starts_in_half_a_second(command: str) -> None:
+    """Processor time, the best of three, so that a busy machine does not matter."""
+    arguments = ["-c", command] if command.startswith("import") else ["-m", "powerband", *command.split()]
+    assert min(cpu_seconds([sys.executable, *arguments]) for _ in range(3)) < MAX_START_CPU_S
+
+
+def cpu_seconds(command: list[str]) -> float:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
