@@ -1,0 +1,145 @@
+"""What the API process and the engine's process say to each other: typed values, as msgpack over private unix sockets.
+
+    API process                                      engine process
+      PUSH ───── Submit Abort Call ────────────────►  PULL   requests.sock
+      PULL  ◄─── Phase Ready Failed Outputs ────────  PUSH   outputs.sock
+                 Heartbeat CallResult
+
+Bytes that do not decode to one of these are counted and dropped; nothing that arrives is ever executed as code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from powerband.core.request import EngineRequest
+from powerband.core.scheduler import SchedulerStats
+from powerband.core.step import ErrorInfo, TokenOutput
+from powerband.errors import PowerbandError
+from powerband.spec.settings import EngineSettings
+
+REQUESTS_SOCKET = "requests.sock"
+OUTPUTS_SOCKET = "outputs.sock"
+
+
+class Handover(msgspec.Struct):
+    """What the engine's process reads from its standard input, as one line of JSON. That input's end ends the process."""
+
+    settings: EngineSettings
+    folder: str  # of the two sockets
+
+
+# ---- to the engine
+
+
+class Submit(msgspec.Struct, tag=True):
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, tag=True):
+    ids: list[str]
+
+
+class Call(msgspec.Struct, tag=True):
+    """Run an administrative method; answered by a CallResult with the same `call_id`."""
+
+    call_id: int
+    method: str
+    kwargs: dict[str, Any]
+
+
+ToEngine = Submit | Abort | Call
+
+
+# ---- from the engine
+
+
+class EngineInfo(msgspec.Struct, kw_only=True):
+    """What the API needs to know of a started engine."""
+
+    model_folder: str  # where config.json and the tokenizer lie
+    max_model_len: int
+    vocab_size: int  # width of the logits: larger token ids do not exist
+    eos_token_ids: list[int]
+    kv_capacity_tokens: int
+    device: str
+    dtype: str
+    summary: str  # the start-up block: model, memory plan predicted beside measured, seconds per phase
+    config: dict[str, Any]  # the effective settings
+
+
+class Phase(msgspec.Struct, tag=True):
+    """Start-up goes on: `fraction` of the named phase is done."""
+
+    name: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, tag=True):
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The engine cannot start, or cannot go on. The process ends with `exit_code` after it."""
+
+    error: ErrorInfo
+    exit_code: int
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """Everything that one step had to tell."""
+
+    outputs: list[TokenOutput]
+
+
+class Heartbeat(msgspec.Struct, tag=True):
+    """Sent several times a second by a thread of its own, also while a step runs for long."""
+
+    sent_s: float  # monotonic, the same clock in both processes
+    loop_s: float  # when the engine's loop last went round: between steps, or idle and awake
+    busy: bool  # in a step since `loop_s`
+    num_malformed: int  # messages dropped since the start
+    stats: SchedulerStats
+
+
+class CallResult(msgspec.Struct, tag=True):
+    call_id: int
+    value: Any = None
+    error: ErrorInfo | None = None
+
+
+class RemoteError(PowerbandError):
+    """An error of the engine's process, as it was there."""
+
+    def __init__(self, info: ErrorInfo, exit_code: int = PowerbandError.exit_code) -> None:
+        super().__init__(info.message, hint=info.hint, code=info.code, param=info.param)
+        self.exit_code = exit_code
+        self.http_status = info.http_status
+        self.retry_after_s = info.retry_after_s
+
+
+FromEngine = Phase | Ready | Failed | Outputs | Heartbeat | CallResult
+
+Message = TypeVar("Message")
+
+
+class Wire:
+    """Encodes messages, and decodes those of one side. Not shared between threads."""
+
+    def __init__(self, receives: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(receives)
+        self.num_malformed = 0
+
+    def encode(self, message: ToEngine | FromEngine) -> bytes:
+        return self._encoder.encode(message)
+
+    def decode(self, data: bytes) -> Any | None:
+        """The message, or None when the bytes are none (they are counted)."""
+        try:
+            return self._decoder.decode(data)
+        except (msgspec.MsgspecError, PowerbandError, ValueError, TypeError, RecursionError):
+            self.num_malformed += 1
+            return None

@@ -1,0 +1,259 @@
+"""The engine core's own process: `python -m powerband.engine.process`, started and watched by supervisor.py.
+
+main thread        EngineCore.step() for ever; commands come from the requests' socket, outputs leave once per step
+heartbeat thread   tells several times a second that the process lives, and when the loop last went round
+input's end        of standard input means that the API process is gone or wants this one to end
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from powerband.core.clock import Clock, MonotonicClock
+from powerband.core.loop import Abort, Add, Command, EngineCore, Inbox, error_info
+from powerband.core.loop import Call as CoreCall
+from powerband.core.scheduler import SchedulerStats
+from powerband.core.step import FinishReason
+from powerband.engine import messages
+from powerband.engine.messages import (
+    OUTPUTS_SOCKET,
+    REQUESTS_SOCKET,
+    EngineInfo,
+    Failed,
+    FromEngine,
+    Handover,
+    Heartbeat,
+    Outputs,
+    Phase,
+    Ready,
+    ToEngine,
+    Wire,
+)
+from powerband.errors import PowerbandError, UsageError
+from powerband.spec.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 0.25
+_EXIT_GRACE_S = 2.0
+
+Progress = Callable[[str, float], None]
+
+
+class Built(Protocol):
+    """What a builder of engines returns."""
+
+    core: EngineCore
+    info: EngineInfo
+
+
+class Build(Protocol):
+    def __call__(self, settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Progress) -> Built: ...
+
+
+class Sender:
+    """One thread's way out to the API process."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.LINGER, 1000)
+        self._socket.connect(f"ipc://{folder / OUTPUTS_SOCKET}")
+        self._wire = Wire(ToEngine)
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.send(self._wire.encode(message))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Pulse:
+    """When the loop last went round, and what it was about to do: written by the loop, read by the heartbeat."""
+
+    def __init__(self) -> None:
+        self.loop_s = time.monotonic()
+        self.busy = False
+        self.num_malformed = 0
+        self.stats: SchedulerStats | None = None
+        self.ending = threading.Event()
+
+    def touch(self, busy: bool) -> None:
+        self.loop_s = time.monotonic()
+        self.busy = busy
+
+    def heartbeat(self) -> Heartbeat | None:
+        if self.stats is None:
+            return None
+        return Heartbeat(time.monotonic(), self.loop_s, self.busy, self.num_malformed, self.stats)
+
+
+class SocketInbox:
+    """Commands from the API process. An idle engine sleeps on the socket itself, so a request wakes it at once."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, pulse: Pulse, sender: Sender) -> None:
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, 0)
+        path = folder / REQUESTS_SOCKET
+        self._socket.bind(f"ipc://{path}")
+        path.chmod(0o600)
+        self._wire = Wire(ToEngine)
+        self._pulse = pulse
+        self._sender = sender
+        self.methods: dict[str, Callable[..., Any]] = {}
+        self.idle: Callable[[], None] = lambda: None
+
+    def poll(self, now: float) -> list[Command]:  # noqa: ARG002 (a live inbox has no future)
+        self._pulse.touch(busy=True)
+        commands: list[Command] = []
+        while True:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return commands
+            commands += self._commands(data)
+
+    def next_time(self) -> float | None:
+        return None
+
+    def wait(self, until: float | None) -> None:  # noqa: ARG002 (it never waits longer than a heartbeat)
+        self._pulse.touch(busy=False)
+        self.idle()
+        self._socket.poll(int(1000 * BEAT_S))
+
+    def _commands(self, data: bytes) -> list[Command]:
+        message = self._wire.decode(data)
+        match message:
+            case messages.Submit(request):
+                return [Add(request)]
+            case messages.Abort(ids):
+                return [Abort(id, FinishReason.ABORT) for id in ids]
+            case messages.Call():
+                return [CoreCall(lambda: self._answer(message))]
+        self._pulse.num_malformed = self._wire.num_malformed
+        logger.warning("Dropped %d bytes on the requests' socket that are no message.", len(data))
+        return []
+
+    def _answer(self, call: messages.Call) -> None:
+        result = messages.CallResult(call.call_id)
+        try:
+            method = self.methods.get(call.method)
+            if method is None:
+                raise UsageError(
+                    f"The engine has no method '{call.method}'.", hint=f"It has {', '.join(self.methods)}."
+                )
+            result.value = method(**call.kwargs)
+        except Exception as error:  # whatever it is, it is the caller's answer
+            result.error = error_info(error)
+        self._sender.send(result)
+
+
+def _build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Progress) -> Built:
+    from powerband.engine.build import build_engine  # imports torch, which takes a while
+
+    return build_engine(settings, inbox=inbox, clock=clock, progress=progress)
+
+
+def main(build: Build = _build_engine) -> int:
+    """Serve until standard input ends. Returns the exit status: 0, or that of the error which was reported."""
+    handover = msgspec.json.decode(sys.stdin.buffer.readline(), type=Handover)
+    pulse = Pulse()
+    threading.Thread(target=_end_with_input, args=(pulse,), daemon=True, name="input").start()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    folder = Path(handover.folder)
+    sender = Sender(context, folder)
+    inbox = SocketInbox(context, folder, pulse, sender)
+    try:
+        engine = build(
+            handover.settings,
+            inbox=inbox,
+            clock=MonotonicClock(),
+            progress=lambda name, fraction: sender.send(Phase(name, fraction)),
+        )
+        scheduler = engine.core.scheduler
+        inbox.methods = {
+            "pause": scheduler.pause,
+            "resume": scheduler.resume,
+            "reset_prefix_cache": scheduler.reset_prefix_cache,
+            "stats": scheduler.stats,
+        }
+        _collect_no_more()
+        pulse.stats = scheduler.stats()
+        threading.Thread(target=_beat, args=(context, folder, pulse), daemon=True, name="heartbeat").start()
+        sender.send(Ready(engine.info))
+        _serve(engine.core, inbox, pulse, sender)
+    except Exception as error:
+        exit_code = error.exit_code if isinstance(error, PowerbandError) else PowerbandError.exit_code
+        if not isinstance(error, PowerbandError):
+            logger.exception("The engine met an error that it does not know.")
+        sender.send(Failed(error_info(error), exit_code))
+        return exit_code
+    finally:
+        sender.close()
+    return 0
+
+
+def _serve(core: EngineCore, inbox: SocketInbox, pulse: Pulse, sender: Sender) -> None:
+    """The loop. Figures are renewed several times a second while busy, and once when it becomes idle."""
+    told_s = 0.0
+    told_idle = False
+
+    def tell() -> None:
+        nonlocal told_s
+        told_s = time.monotonic()
+        pulse.stats = core.scheduler.stats()
+
+    def tell_idle() -> None:
+        nonlocal told_idle
+        if not told_idle:
+            told_idle = True
+            tell()
+            if (heartbeat := pulse.heartbeat()) is not None:
+                sender.send(heartbeat)
+
+    inbox.idle = tell_idle
+    while not pulse.ending.is_set():
+        outputs = core.step()
+        if outputs:
+            told_idle = False
+            sender.send(Outputs(outputs))
+        if time.monotonic() - told_s > BEAT_S:
+            tell()
+
+
+def _beat(context: zmq.Context[zmq.Socket[bytes]], folder: Path, pulse: Pulse) -> None:
+    sender = Sender(context, folder)
+    while not pulse.ending.wait(BEAT_S):
+        if (heartbeat := pulse.heartbeat()) is not None:
+            sender.send(heartbeat)
+    sender.close()
+
+
+def _end_with_input(pulse: Pulse) -> None:
+    """When the API process closes this process's input, or dies, end the loop; if it does not end, end everything."""
+    while os.read(0, 4096):  # not sys.stdin: its lock, held here, would break an orderly exit
+        pass
+    pulse.ending.set()
+    time.sleep(_EXIT_GRACE_S)
+    os._exit(1)
+
+
+def _collect_no_more() -> None:
+    """Keep the garbage collector from walking through the model's objects at every full collection."""
+    gc.collect()
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What goes wrong between HTTP and the engine, in the shape that OpenAI's clients understand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.core.loop import error_info
+from powerband.core.step import ErrorInfo
+from powerband.errors import PowerbandError
+
+_TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+class ErrorObject(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """The body of every response with a status of 400 and above."""
+
+    error: ErrorObject
+
+
+class HttpError(PowerbandError):
+    """An error that only exists in HTTP: no such route, no key, a body too large."""
+
+    exit_code = 2
+
+    def __init__(self, status: int, code: str, message: str, *, param: str | None = None, hint: str = "") -> None:
+        super().__init__(message, code=code, param=param, hint=hint)
+        self.http_status = status
+
+
+def error_body(error: ErrorInfo) -> ErrorBody:
+    default = "invalid_request_error" if error.http_status < 500 else "server_error"
+    return ErrorBody(
+        ErrorObject(
+            message=f"{error.message} {error.hint}".rstrip(),
+            type=_TYPES.get(error.http_status, default),
+            param=error.param,
+            code=error.code,
+        )
+    )
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
+
+
+def error_response(error: ErrorInfo | PowerbandError) -> Response:
+    info = error_info(error) if isinstance(error, PowerbandError) else error
+    headers = {}
+    if info.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if info.http_status in (429, 503):
+        headers["Retry-After"] = str(max(1, math.ceil(info.retry_after_s or 1.0)))
+    return json_response(error_body(info), info.http_status, headers)
+
+
+async def handle_powerband_error(_request: Request, error: Exception) -> Response:
+    return error_response(error if isinstance(error, PowerbandError) else PowerbandError(str(error)))

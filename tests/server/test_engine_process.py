@@ -1,0 +1,209 @@
+"""The engine's process and its supervisor, with an engine whose model is a rule."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from powerband.core.params import SamplingParams
+from powerband.core.request import EngineRequest
+from powerband.core.step import FinishReason
+from powerband.engine.health import EngineState, StallLimits
+from powerband.engine.supervisor import EngineProcess
+from powerband.errors import EngineDead, PowerbandError, UsageError
+from powerband.spec.settings import EngineSettings
+
+COMMAND = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
+
+
+def request(id: str, max_tokens: int = 5, prompt: list[int] | None = None) -> EngineRequest:
+    return EngineRequest(
+        id=id, token_ids=prompt or [1, 2, 3], params=SamplingParams(max_tokens=max_tokens), arrival_s=time.monotonic()
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(**settings: object) -> AsyncIterator[EngineProcess]:
+    engine = EngineProcess(EngineSettings(**settings), command=COMMAND)  # type: ignore[arg-type]
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def until(condition, timeout_s: float = 10.0) -> float:
+    """Seconds until the condition holds."""
+    start_s = time.monotonic()
+    while not condition():
+        if time.monotonic() - start_s > timeout_s:
+            raise AssertionError("the condition never held")
+        await asyncio.sleep(0.01)
+    return time.monotonic() - start_s
+
+
+def test_tokens_arrive_in_order() -> None:
+    async def scenario() -> list[int]:
+        async with running() as engine:
+            return [token async for output in engine.generate(request("a")) for token in output.token_ids]
+
+    assert asyncio.run(scenario()) == [3, 2, 1, 3, 2]
+
+
+def test_a_refusal_is_the_only_output() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            outputs = [output async for output in engine.generate(request("a", prompt=[1] * 600))]
+            assert [o.finish_reason for o in outputs] == [FinishReason.ERROR]
+            assert outputs[0].error is not None
+            assert outputs[0].error.code == "context_length_exceeded"
+
+    asyncio.run(scenario())
+
+
+def test_closing_early_returns_every_block() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            stream = engine.submit([request(str(i), 400) for i in range(4)])
+            await stream.take()
+            assert (await engine.call("stats"))["cache"]["num_used"] > 0
+            stream.close()
+            assert (await engine.call("stats"))["cache"]["num_used"] == 0
+
+    asyncio.run(scenario())
+
+
+def test_start_up_error_is_the_engines_own() -> None:
+    async def scenario() -> None:
+        async with running(model="broken"):
+            pass
+
+    with pytest.raises(PowerbandError, match="No folder 'broken'") as caught:
+        asyncio.run(scenario())
+    assert (caught.value.code, caught.value.hint, caught.value.exit_code) == ("model_not_found", "Give a folder.", 3)
+
+
+def test_death_during_start_up_says_when_and_how() -> None:
+    async def scenario() -> None:
+        async with running(model="crashing"):
+            pass
+
+    with pytest.raises(EngineDead, match=r"ended with status 7 while starting \(weights\)"):
+        asyncio.run(scenario())
+
+
+def test_killed_engine_ends_streams_and_comes_back() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            stream = engine.submit([request("a", 400)])
+            await stream.take()
+            os.kill(engine.pid, signal.SIGKILL)
+            start_s = time.monotonic()
+            while (last := (await stream.take())[-1]).finish_reason is None:
+                pass
+            assert time.monotonic() - start_s < 1
+            assert last.error is not None
+            assert "SIGKILL" in last.error.message
+            assert not engine.health().ready
+            with pytest.raises(EngineDead):
+                engine.submit([request("b")])
+            await until(lambda: engine.health().ready)
+            assert engine.num_restarts == 1
+            assert len([o async for o in engine.generate(request("c"))]) == 5
+
+    asyncio.run(scenario())
+
+
+def test_stopped_engine_is_not_ready_and_recovers() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            stream = engine.submit([request("a", 400)])
+            await stream.take()
+            os.kill(engine.pid, signal.SIGSTOP)
+            assert await until(lambda: engine.health().state is EngineState.STALLED) < 3
+            while (last := (await stream.take())[-1]).finish_reason is None:
+                pass
+            assert last.error is not None
+            assert last.error.code == "engine_stalled"
+            os.kill(engine.pid, signal.SIGCONT)
+            await until(lambda: engine.health().ready)
+            assert engine.num_restarts == 0
+            assert (await engine.call("stats"))["num_running"] == 0
+
+    asyncio.run(scenario())
+
+
+def test_silence_without_end_is_ended() -> None:
+    async def scenario() -> None:
+        limits = StallLimits(tick_s=0.05, heartbeat_s=0.5, hopeless_s=1.0)
+        engine = EngineProcess(EngineSettings(), command=COMMAND, limits=limits)
+        await engine.start()
+        first = engine.pid
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: engine.pid not in (first, None) and engine.health().ready)
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
+def test_sockets_are_private_and_bytes_that_are_no_message_are_dropped(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    async def scenario() -> None:
+        async with running() as engine:
+            folder = engine._channel.folder
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            context = zmq.Context()
+            for name in ("requests.sock", "outputs.sock"):
+                assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+                attacker = context.socket(zmq.PUSH)
+                attacker.connect(f"ipc://{folder / name}")
+                for data in (pickle.dumps(Malicious()), b"", b"\xff" * 1000, b"\x91" * 100_000):
+                    attacker.send(data)
+            await until(lambda: engine.num_malformed == 4 and engine._monitor._last.num_malformed == 4)
+            context.destroy(linger=0)
+            assert len([o async for o in engine.generate(request("c"))]) == 5
+        assert not (tmp_path / "owned").exists()
+        assert not folder.exists()
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_ends_when_its_parent_is_gone() -> None:
+    async def scenario() -> int:
+        engine = EngineProcess(EngineSettings(), command=COMMAND)
+        await engine.start()
+        process = engine._current.process
+        process.stdin.close()  # what the kernel does when the parent is killed
+        return await asyncio.to_thread(process.wait, 5)
+
+    assert asyncio.run(scenario()) == 0
+
+
+def test_administration(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            await engine.call("pause")
+            stream = engine.submit([request("a")])
+            assert (await engine.call("stats"))["num_waiting"] == 1
+            await engine.call("resume")
+            assert await stream.take()
+            stream.close()
+            with pytest.raises(PowerbandError, match="no method 'explode'"):
+                await engine.call("explode")
+
+    asyncio.run(scenario())
+    assert UsageError.exit_code == 2
