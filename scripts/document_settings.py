@@ -26,8 +26,8 @@ Every setting below can be given in four ways. The first that is present counts:
 
 `powerband config show` takes the same flags and prints each value with its origin. A setting that is unknown, out of
 range, or without effect beside the others is an error, never ignored. Settings that are on or off have two flags:
-`--enable-prefix-caching` and `--no-enable-prefix-caching`. The groups from Model to Scheduling are also keyword arguments
-of `powerband.LLM`. `POWERBAND_DEBUG=1` is no setting: it prints the traceback of an unexpected error.
+`--enable-prefix-caching` and `--no-enable-prefix-caching`. The groups from Model to Scheduling are also keyword
+arguments of `powerband.LLM`. `POWERBAND_DEBUG=1` is no setting: it prints the traceback of an unexpected error.
 """
 
 
