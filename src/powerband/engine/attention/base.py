@@ -12,7 +12,7 @@ import torch
 class AttentionBatch:
     """Where a step's tokens lie. Built once per step, shared by all layers. Rows are requests, decodes first.
 
-        tokens   | r0 | r1 | r2 r2 r2 | r3 r3 |      query_starts = [0, 1, 2, 5, 7], num_decodes = 2
+    tokens   | r0 | r1 | r2 r2 r2 | r3 r3 |      query_starts = [0, 1, 2, 5, 7], num_decodes = 2
     """
 
     query_starts: torch.Tensor  # int32 [rows + 1]
@@ -43,6 +43,10 @@ class AttentionBackend(Protocol):
 
     def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
         """Take memory for the KV cache of all layers: exactly `bytes_per_block * num_blocks`."""
+        ...
+
+    def begin(self, batch: AttentionBatch) -> None:
+        """Once per step, before the layers: work out what all of them share."""
         ...
 
     def attend(

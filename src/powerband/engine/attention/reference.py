@@ -1,0 +1,266 @@
+"""Attention in plain torch, for any device: what other backends are measured against, and the CPU's fallback.
+
+    cache of a layer: keys and values [num_kv_heads, num_blocks * block_size, head_dim], position p of a request in
+    slot block_table[p // block_size] * block_size + p % block_size
+
+Query heads that share a KV head are rows of one product, so K and V are never repeated. Positions beyond a request's
+end are never read: what an earlier owner left there cannot leak, not even a NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from powerband.engine.attention.base import AttentionBatch, AttentionShape
+
+# A decode with at least this many positions in one run of neighbouring slots reads them in place, by itself.
+_IN_PLACE = 128
+# Queries that are scored at once where the scores are held in memory (soft cap, sinks).
+_QUERY_TILE = 256
+
+
+@dataclass(slots=True)
+class _Decodes:
+    """Rows that are computed together: the same number of positions, the shorter ones padded and masked."""
+
+    rows: torch.Tensor | slice
+    slots: torch.Tensor | slice  # flat [rows * length], or a run of neighbouring slots (one row)
+    num_rows: int
+    length: int
+    bias: torch.Tensor | None  # [rows, 1, length]: 0, or -inf on padding
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """One row with several new positions: the last of the positions that it may see."""
+
+    tokens: slice
+    slots: torch.Tensor | slice | None  # None: nothing cached before it, the chunk is all there is
+    mask: torch.Tensor | None  # bool [queries, keys]; None: plainly causal from the first position on
+
+
+class ReferenceAttention:
+    """AttentionBackend in plain torch operators."""
+
+    name = "reference"
+
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.device = device
+        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._batch: AttentionBatch | None = None
+        self._plans: dict[int | None, tuple[list[_Decodes], list[_Chunk]]] = {}
+
+    def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
+        size = (2, shape.num_kv_heads, num_blocks * self.block_size, shape.head_dim)
+        self._cache = []
+        for _ in range(num_layers):
+            layer = torch.zeros(size, dtype=dtype, device=self.device)
+            self._cache.append((layer[0], layer[1]))
+
+    def begin(self, batch: AttentionBatch) -> None:
+        self._batch = batch
+        self._plans = {}
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        shape: AttentionShape,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if batch is not self._batch:
+            self.begin(batch)
+        keys, values = self._cache[layer]
+        keys.index_copy_(1, batch.slots, k.transpose(0, 1))
+        values.index_copy_(1, batch.slots, v.transpose(0, 1))
+        if shape.window not in self._plans:
+            self._plans[shape.window] = self._plan(batch, shape.window)
+        decodes, chunks = self._plans[shape.window]
+        out = q.new_empty(q.shape)
+        for group in decodes:
+            out[group.rows] = _decode(q[group.rows], keys, values, group, shape, sinks)
+        for chunk in chunks:
+            if chunk.slots is None:
+                chunk_keys, chunk_values = k[chunk.tokens].transpose(0, 1), v[chunk.tokens].transpose(0, 1)
+            else:
+                chunk_keys, chunk_values = _read(keys, chunk.slots), _read(values, chunk.slots)
+            out[chunk.tokens] = _prefill(q[chunk.tokens], chunk_keys, chunk_values, chunk.mask, shape, sinks)
+        return out
+
+    # ---- which positions each row reads
+
+    def _plan(self, batch: AttentionBatch, window: int | None) -> tuple[list[_Decodes], list[_Chunk]]:
+        starts, lens = batch.query_starts_host, batch.context_lens_host
+        decodes: list[_Decodes] = []
+        gathered: list[int] = []
+        for row in range(batch.num_decodes):
+            first = max(lens[row] - window, 0) if window else 0
+            run = self._run(batch, row, first) if lens[row] - first >= _IN_PLACE else None
+            if run is None:
+                gathered.append(row)
+            else:
+                decodes.append(_Decodes(slice(row, row + 1), run, 1, lens[row] - first, None))
+        decodes += [self._group(batch, rows, window) for rows in _similar(gathered, lens, window)]
+        chunk_rows = range(batch.num_decodes, len(lens))
+        chunks = [self._chunk(batch, row, starts[row], starts[row + 1], window) for row in chunk_rows]
+        return decodes, chunks
+
+    def _run(self, batch: AttentionBatch, row: int, first: int) -> slice | None:
+        """Positions [first, end) of a row as a slice of slots, if its blocks are neighbours (CPU: reads tables)."""
+        if self.device.type != "cpu":
+            return None
+        end, size = batch.context_lens_host[row], self.block_size
+        blocks = batch.block_tables[row, first // size : (end - 1) // size + 1].numpy()
+        if blocks[-1] - blocks[0] != len(blocks) - 1 or (blocks[1:] - blocks[:-1] != 1).any():
+            return None
+        start = int(blocks[0]) * size + first % size
+        return slice(start, start + end - first)
+
+    def _group(self, batch: AttentionBatch, rows: list[int], window: int | None) -> _Decodes:
+        ends = [batch.context_lens_host[row] for row in rows]
+        firsts = [max(end - window, 0) if window else 0 for end in ends]
+        length = max(end - first for end, first in zip(ends, firsts, strict=True))
+        row_index = torch.tensor(rows, device=self.device)
+        end = torch.tensor(ends, device=self.device).unsqueeze(1)
+        positions = torch.tensor(firsts, device=self.device).unsqueeze(1) + torch.arange(length, device=self.device)
+        bias = None
+        if min(end - first for end, first in zip(ends, firsts, strict=True)) < length:
+            bias = torch.zeros(len(rows), 1, length, device=self.device)
+            bias.masked_fill_((positions >= end).unsqueeze(1), float("-inf"))
+        slots = self._slots(batch.block_tables[row_index], torch.minimum(positions, end - 1)).flatten()
+        contiguous = rows[-1] - rows[0] == len(rows) - 1 and rows == sorted(rows)
+        where = slice(rows[0], rows[-1] + 1) if contiguous else row_index
+        return _Decodes(where, slots, len(rows), length, bias)
+
+    def _chunk(self, batch: AttentionBatch, row: int, start: int, end: int, window: int | None) -> _Chunk:
+        context, length = batch.context_lens_host[row], end - start
+        first_query = context - length
+        first_key = max(first_query - window + 1, 0) if window else 0
+        slots: torch.Tensor | slice | None = None
+        if first_query > 0:
+            slots = self._run(batch, row, first_key)
+            if slots is None:
+                positions = torch.arange(first_key, context, device=self.device)
+                slots = self._slots(batch.block_tables[row].unsqueeze(0), positions.unsqueeze(0)).squeeze(0)
+        mask = None
+        if first_query > 0 or (window and context > window):
+            queries = torch.arange(first_query, context, device=self.device).unsqueeze(1)
+            keys = torch.arange(first_key, context, device=self.device)
+            mask = keys <= queries
+            if window:
+                mask &= keys > queries - window
+        return _Chunk(slice(start, end), slots, mask)
+
+    def _slots(self, tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        blocks = tables.gather(1, positions // self.block_size)
+        return blocks.long() * self.block_size + positions % self.block_size
+
+
+def _similar(rows: list[int], lens: list[int], window: int | None) -> list[list[int]]:
+    """Rows in groups whose longest is at most a quarter (and 32 positions) longer than their shortest."""
+    length = {row: min(lens[row], window or lens[row]) for row in rows}
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: length[row]):
+        if groups and length[row] <= length[groups[-1][0]] * 1.25 + 32:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group) for group in groups]
+
+
+def _read(cache: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
+    return cache[:, slots] if isinstance(slots, slice) else cache.index_select(1, slots)
+
+
+def _decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    group: _Decodes,
+    shape: AttentionShape,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One query per row: q [rows, num_heads, head_dim]."""
+    rows, kv_heads = group.num_rows, shape.num_kv_heads
+    per_kv = shape.num_heads // kv_heads
+    # [kv_heads, rows, queries per kv head, head_dim] against [kv_heads, rows, length, head_dim]
+    folded = q.view(rows, kv_heads, per_kv, shape.head_dim).transpose(0, 1)
+    k = _read(keys, group.slots).view(kv_heads, rows, group.length, shape.head_dim)
+    v = _read(values, group.slots).view(kv_heads, rows, group.length, shape.head_dim)
+    scores = torch.matmul(folded, k.transpose(-1, -2)).float().mul_(shape.scale)
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, 1, per_kv, 1)
+    weights = _weights(scores, shape.softcap, group.bias, sinks).to(q.dtype)
+    return torch.matmul(weights, v).transpose(0, 1).reshape(q.shape)
+
+
+def _prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    shape: AttentionShape,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Queries [tokens, num_heads, head_dim] over keys [num_kv_heads, keys, head_dim] → like the queries."""
+    queries = q.transpose(0, 1)
+    if shape.softcap is not None or sinks is not None:
+        if mask is None:
+            mask = torch.ones(q.shape[0], k.shape[1], dtype=torch.bool, device=q.device).tril_()
+        return _scored(queries, k, v, mask, shape, sinks).transpose(0, 1)
+    out = F.scaled_dot_product_attention(
+        queries.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=shape.scale,
+        enable_gqa=shape.num_heads != shape.num_kv_heads,
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _scored(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    shape: AttentionShape,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention whose scores need more than a mask: q [num_heads, queries, head_dim], a tile of queries at a time."""
+    kv_heads = shape.num_kv_heads
+    per_kv = shape.num_heads // kv_heads
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, per_kv, 1, 1)
+    folded = q.reshape(kv_heads, per_kv, q.shape[1], shape.head_dim)
+    tiles = []
+    for start in range(0, q.shape[1], _QUERY_TILE):
+        tile = folded[:, :, start : start + _QUERY_TILE]
+        scores = torch.matmul(tile, k.unsqueeze(1).transpose(-1, -2)).float().mul_(shape.scale)
+        bias = torch.zeros(tile.shape[2], k.shape[1], device=q.device)
+        bias.masked_fill_(~mask[start : start + _QUERY_TILE], float("-inf"))
+        weights = _weights(scores, shape.softcap, bias, sinks).to(q.dtype)
+        tiles.append(torch.matmul(weights, v.unsqueeze(1)))
+    return torch.cat(tiles, dim=2).view(q.shape)
+
+
+def _weights(
+    scores: torch.Tensor, softcap: float | None, bias: torch.Tensor | None, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Softmax over the last dimension of scaled float32 scores. A sink takes its share and gives nothing."""
+    if softcap is not None:
+        scores = (scores / softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores = scores + bias
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    column = sinks.float().expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]

@@ -1,0 +1,44 @@
+"""The gated MLP: down(activation(gate(x)) * up(x)), gate and up in one product."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from powerband.engine.layers.linear import Linear
+from powerband.errors import UsageError
+
+
+def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(first half) * second half: [tokens, 2 * size] → [tokens, size]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    match activation:
+        case "silu":
+            return F.silu(gate).mul_(up)
+        case "gelu_tanh":
+            return F.gelu(gate, approximate="tanh").mul_(up)
+        case "gelu":
+            return F.gelu(gate).mul_(up)
+    raise UsageError(f"activation {activation!r} is unknown.", hint="Use silu, gelu_tanh or gelu.")
+
+
+class GatedMLP(nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=bias, dtype=dtype, device=device)
+        self.down = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(gated(self.gate_up(x), self.activation))
+        return out

@@ -1,0 +1,33 @@
+"""Root mean square normalisation (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from powerband.engine.layers.linear import parameter
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension.
+
+    `float32_weight`: multiply before rounding to x's type. Where `weight - 1` is stored, the loader adds the 1.
+    """
+
+    def __init__(
+        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device, float32_weight: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = parameter(size, dtype=torch.float32 if float32_weight else dtype, device=device)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype != x.dtype:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual += x in place; returns the norm of the sum."""
+        residual += x
+        return self.forward(residual)

@@ -1,0 +1,164 @@
+"""The decoder that every family is an instance of: what differs between them is in the ModelSpec."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from powerband.engine.attention.base import AttentionBackend, AttentionBatch, AttentionShape
+from powerband.engine.layers.embedding import Embedding
+from powerband.engine.layers.experts import Experts
+from powerband.engine.layers.linear import Linear, parameter
+from powerband.engine.layers.mlp import GatedMLP
+from powerband.engine.layers.norm import RMSNorm
+from powerband.engine.layers.rotary import RotaryTable, rotate
+from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, and a head that is run only for the rows that need it.
+
+    max_positions: the longest sequence that will be served; rotary tables are made for it.
+    """
+
+    def __init__(self, spec: ModelSpec, *, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = Embedding(
+            spec.vocab_size, spec.hidden_size, scale=spec.embedding_scale, dtype=dtype, device=device
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, layer, index, dtype, device) for index, layer in enumerate(spec.layers)
+        )
+        self.norm = _norm(spec, spec.hidden_size, dtype, device)
+        self.head = Linear(spec.hidden_size, spec.vocab_size, bias=False, dtype=dtype, device=device)
+        if spec.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
+        self.rotary = {rope: RotaryTable(rope, max_positions, dtype=dtype, device=device) for rope in ropes}
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, attention: AttentionBackend
+    ) -> torch.Tensor:
+        """token_ids, positions [tokens] → hidden states [tokens, hidden] before the last norm."""
+        attention.begin(batch)
+        rotations: dict[RopeSpec, Rotation] = {rope: table.at(positions) for rope, table in self.rotary.items()}
+        hidden: torch.Tensor = self.embedding(token_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, rotations, batch, attention)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Chosen rows of `forward`'s result [rows, hidden] → [rows, vocab]."""
+        logits: torch.Tensor = self.head(self.norm(hidden))
+        if self.spec.logit_softcap is not None:
+            logits = torch.tanh(logits / self.spec.logit_softcap) * self.spec.logit_softcap
+        return logits
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP or experts, each with the norms that the family puts before and after it.
+
+    pre:  x + f(norm(x))      post: x + norm(f(x))      both: x + norm(f(norm(x)))
+    """
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        before, after = spec.norm_placement != "post", spec.norm_placement != "pre"
+        size = spec.hidden_size
+        self.attention = Attention(spec, layer, index, dtype, device)
+        self.mlp: nn.Module = (
+            Experts(spec, layer.num_experts, dtype=dtype, device=device)
+            if layer.num_experts
+            else GatedMLP(size, spec.intermediate_size, spec.activation, bias=spec.mlp_bias, dtype=dtype, device=device)
+        )
+        self.attention_norm = _norm(spec, size, dtype, device) if before else None
+        self.mlp_norm = _norm(spec, size, dtype, device) if before else None
+        self.attention_post_norm = _norm(spec, size, dtype, device) if after else None
+        self.mlp_post_norm = _norm(spec, size, dtype, device) if after else None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotations: dict[RopeSpec, Rotation],
+        batch: AttentionBatch,
+        attention: AttentionBackend,
+    ) -> torch.Tensor:
+        x: torch.Tensor = self.attention_norm(hidden) if self.attention_norm is not None else hidden
+        x = self.attention(x, rotations, batch, attention)
+        if self.attention_post_norm is not None:
+            x = self.attention_post_norm(x)
+        x = self.mlp_norm.add(x, hidden) if self.mlp_norm is not None else hidden.add_(x)
+        x = self.mlp(x)
+        if self.mlp_post_norm is not None:
+            x = self.mlp_post_norm(x)
+        return hidden.add_(x)
+
+
+class Attention(nn.Module):
+    """Projections, norms of q and k, rotation; the rest is the backend's."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.index = index
+        self.rope = layer.rope
+        self.qk_norm = spec.qk_norm
+        self.eps = spec.norm_eps
+        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.shape = AttentionShape(
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.attention_scale or spec.head_dim**-0.5,
+            layer.window,
+            spec.attention_softcap,
+        )
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.qkv = Linear(spec.hidden_size, q_size + 2 * kv_size, bias=spec.qkv_bias, dtype=dtype, device=device)
+        self.output = Linear(q_size, spec.hidden_size, bias=spec.output_bias, dtype=dtype, device=device)
+        self.sinks = parameter(spec.num_heads, dtype=dtype, device=device) if spec.attention_sinks else None
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm == "full":
+            self.q_norm, self.k_norm = _norm(spec, q_size, dtype, device), _norm(spec, kv_size, dtype, device)
+        elif spec.qk_norm == "head":
+            # One row of weights per head: q and k are normalised in one go.
+            heads = spec.num_heads + spec.num_kv_heads
+            wide = torch.float32 if spec.norm_weight_offset else dtype
+            self.head_norm = parameter(heads, spec.head_dim, dtype=wide, device=device)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotations: dict[RopeSpec, Rotation],
+        batch: AttentionBatch,
+        attention: AttentionBackend,
+    ) -> torch.Tensor:
+        tokens, heads, kv_heads = x.shape[0], self.num_heads, self.num_kv_heads
+        qkv: torch.Tensor = self.qkv(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_size, kv_size = heads * self.head_dim, kv_heads * self.head_dim
+            q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
+            qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
+        qkv = qkv.view(tokens, heads + 2 * kv_heads, self.head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.qk_norm == "head":
+            qk = self._norm_heads(qk)
+        if self.rope is not None:
+            qk = rotate(qk, *rotations[self.rope])
+        q, k = qk[:, :heads], qk[:, heads:]
+        out = attention.attend(self.index, q, k, v, batch, self.shape, self.sinks)
+        projected: torch.Tensor = self.output(out.reshape(tokens, heads * self.head_dim))
+        return projected
+
+    def _norm_heads(self, qk: torch.Tensor) -> torch.Tensor:
+        if self.head_norm.dtype != qk.dtype:
+            return F.rms_norm(qk.float(), (self.head_dim,), None, self.eps).mul_(self.head_norm).to(qk.dtype)
+        return F.rms_norm(qk, (self.head_dim,), None, self.eps).mul_(self.head_norm)
+
+
+def _norm(spec: ModelSpec, size: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
+    wide = spec.norm_weight_offset != 0.0 or spec.family == "gpt_oss"
+    return RMSNorm(size, spec.norm_eps, dtype=dtype, device=device, float32_weight=wide)

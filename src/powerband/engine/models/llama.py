@@ -1,0 +1,14 @@
+"""Llama, Mistral, Qwen2 and Qwen3: the names that most other families vary."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from powerband.engine.models.decoder import Decoder
+from powerband.engine.models.slots import Names, Slot, plain_slots
+
+NAMES = Names(norms=(("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")))
+
+
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+    return plain_slots(model, NAMES)

@@ -1,0 +1,16 @@
+"""OLMo-2: norms only after attention and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from powerband.engine.models.decoder import Decoder
+from powerband.engine.models.slots import Names, Slot, plain_slots
+
+NAMES = Names(
+    norms=(("attention_post_norm", "post_attention_layernorm"), ("mlp_post_norm", "post_feedforward_layernorm"))
+)
+
+
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+    return plain_slots(model, NAMES)

@@ -1,0 +1,18 @@
+"""Phi-3: q, k and v in one tensor, gate and up in one, in our own order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from powerband.engine.models.decoder import Decoder
+from powerband.engine.models.slots import Names, Slot, plain_slots
+
+NAMES = Names(
+    norms=(("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")),
+    fused_qkv=True,
+    fused_gate_up=True,
+)
+
+
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+    return plain_slots(model, NAMES)
