@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from powerband.cli.main import main
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+# A command in a code block or between backticks, up to the end of it or the next pipe or comment.
+COMMAND = re.compile(r"(?:^|[`/$|>] ?)powerband ((?:config )?[a-z]+)([^`\n#|<]*)", re.MULTILINE)
 
 
 def test_the_page_of_settings_is_current() -> None:
@@ -18,3 +26,26 @@ def test_every_page_is_in_the_navigation() -> None:
     configuration = tomllib.loads((ROOT / "zensical.toml").read_text())
     listed = {page for entry in configuration["project"]["nav"] for page in entry.values()}
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_flags_exist(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # so that no flag is broken over two lines
+    for name, rest in COMMAND.findall(page.read_text()):
+        assert main([*name.split(), "--help"]) == 0, f"powerband {name}"
+        known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {"--help"}
+        assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) <= known, f"powerband {name}{rest}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), re.MULTILINE)) <= targets

@@ -10,7 +10,6 @@ from powerband.cli.settings import Resolved
 from powerband.errors import UsageError
 
 Device = Callable[[], str]
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +56,6 @@ RULES = (
         "api_key_file",
         lambda s, _: s.server.api_key is not None,
         "api_key already gives the key",
-    ),
-    Rule(
-        "insecure",
-        lambda s, _: s.server.insecure and s.server.host in LOOPBACK,
-        "it allows listening beyond loopback without a key, and this host is loopback",
     ),
     Rule(
         "insecure",
