@@ -170,3 +170,11 @@ def test_files_that_are_missing_or_broken_are_told_apart(tmp_path: Path) -> None
     path.write_bytes(b" " * (5 << 20))
     with pytest.raises(UsageError, match="5242880 bytes"):
         read_model_spec(path)
+
+
+def test_absent_keys_have_the_values_they_have_in_transformers() -> None:
+    sizes = {"hidden_size": 2048, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 32}
+    for model_type in sorted({config["model_type"] for config in PUBLISHED.values()} - {"gemma3"}):
+        bare = {"model_type": model_type, "vocab_size": 256, **sizes}
+        written = AutoConfig.for_model(**copy.deepcopy(bare)).to_dict()
+        assert read_model_spec(bare) == read_model_spec(written)

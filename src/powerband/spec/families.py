@@ -49,7 +49,7 @@ def _llama(fields: Fields) -> ModelSpec:
     bias = fields.boolean("attention_bias", False)
     return ModelSpec(
         **shared,
-        layers=_same_layers(fields, None, read_rope(fields, shared["head_dim"])),
+        layers=_same_layers(fields, None, _rope(fields, shared)),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=fields.boolean("mlp_bias", False),
@@ -59,18 +59,18 @@ def _llama(fields: Fields) -> ModelSpec:
 def _mistral(fields: Fields) -> ModelSpec:
     shared = _shared(fields, _Defaults(num_kv_heads=8, max_position=131_072, bos=1, eos=2))
     window = fields.nullable_integer("sliding_window", 4096)
-    return ModelSpec(**shared, layers=_same_layers(fields, window, read_rope(fields, shared["head_dim"])))
+    return ModelSpec(**shared, layers=_same_layers(fields, window, _rope(fields, shared)))
 
 
 def _qwen2(fields: Fields) -> ModelSpec:
     shared = _shared(fields, _Defaults(num_kv_heads=32, max_position=32_768))
-    rope = read_rope(fields, shared["head_dim"])
+    rope = _rope(fields, shared)
     return ModelSpec(**shared, layers=_qwen_layers(fields, rope), qkv_bias=True)
 
 
 def _qwen3(fields: Fields) -> ModelSpec:
     shared = _shared(fields, _Defaults(num_kv_heads=32, head_dim=128, max_position=32_768))
-    rope = read_rope(fields, shared["head_dim"])
+    rope = _rope(fields, shared)
     bias = fields.boolean("attention_bias", False)
     return ModelSpec(**shared, layers=_qwen_layers(fields, rope), qkv_bias=bias, output_bias=bias, qk_norm="head")
 
@@ -85,7 +85,7 @@ def _qwen_layers(fields: Fields, rope: RopeSpec) -> tuple[LayerSpec, ...]:
 
 def _gemma2(fields: Fields) -> ModelSpec:
     shared = _shared(fields, _GEMMA, query_scale=True)
-    rope = read_rope(fields, shared["head_dim"])
+    rope = _rope(fields, shared)
     local = [i % 2 == 0 for i in range(_num_layers(fields))]
     return ModelSpec(
         **shared,
@@ -103,7 +103,7 @@ def _gemma3(fields: Fields) -> ModelSpec:
     num_layers = fields.integer("num_hidden_layers", _GEMMA3.num_layers, high=MAX_LAYERS)
     period = fields.integer("sliding_window_pattern", 6)
     local = [(i + 1) % period != 0 for i in range(num_layers)]
-    local_rope, global_rope = _gemma3_ropes(fields, shared["head_dim"])
+    local_rope, global_rope = _gemma3_ropes(fields, shared)
     return ModelSpec(
         **shared,
         layers=_mixed_layers(fields, fields.nullable_integer("sliding_window", 4096), local, local_rope, global_rope),
@@ -153,7 +153,7 @@ def _gemma_ways(fields: Fields, hidden_size: int) -> dict[str, Any]:
     }
 
 
-def _gemma3_ropes(fields: Fields, head_dim: int) -> tuple[RopeSpec, RopeSpec]:
+def _gemma3_ropes(fields: Fields, shared: dict[str, Any]) -> tuple[RopeSpec, RopeSpec]:
     """(local, global). Scaling applies to global layers; local ones turn with a base frequency of their own."""
     both = fields.table("rope_parameters") or Fields({}, fields.source)
     local = both.table("sliding_attention") or Fields({}, fields.source)
@@ -162,17 +162,18 @@ def _gemma3_ropes(fields: Fields, head_dim: int) -> tuple[RopeSpec, RopeSpec]:
     if scaling is not None:
         everywhere = Fields({**everywhere.values, **scaling.values}, scaling.source)
     global_theta = everywhere.number("rope_theta", fields.number("rope_theta", 1_000_000.0, low=1.0), low=1.0)
+    size = shared["head_dim"], shared["max_position"]
     local_theta = local.number("rope_theta", fields.number("rope_local_base_freq", 10_000.0, low=1.0), low=1.0)
     return (
-        rope_from_table(fields, local, head_dim, theta=local_theta),
-        rope_from_table(fields, everywhere, head_dim, theta=global_theta),
+        rope_from_table(fields, local, *size, theta=local_theta),
+        rope_from_table(fields, everywhere, *size, theta=global_theta),
     )
 
 
 def _phi3(fields: Fields) -> ModelSpec:
     shared = _shared(fields, _Defaults(max_position=4096, norm_eps=1e-5, bos=1, eos=32_000))
     window = fields.optional_integer("sliding_window")
-    return ModelSpec(**shared, layers=_same_layers(fields, window, read_rope(fields, shared["head_dim"])))
+    return ModelSpec(**shared, layers=_same_layers(fields, window, _rope(fields, shared)))
 
 
 def _olmo2(fields: Fields) -> ModelSpec:
@@ -180,7 +181,7 @@ def _olmo2(fields: Fields) -> ModelSpec:
     bias = fields.boolean("attention_bias", False)
     return ModelSpec(
         **shared,
-        layers=_same_layers(fields, None, read_rope(fields, shared["head_dim"])),
+        layers=_same_layers(fields, None, _rope(fields, shared)),
         qkv_bias=bias,
         output_bias=bias,
         qk_norm="full",
@@ -196,7 +197,7 @@ def _gpt_oss(fields: Fields) -> ModelSpec:
     if "rope_scaling" not in fields and "rope_parameters" not in fields:
         yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
         fields = Fields({**fields.values, "rope_scaling": yarn}, fields.source)
-    rope = read_rope(fields, shared["head_dim"], default_theta=150_000.0)
+    rope = _rope(fields, shared, default_theta=150_000.0)
     local = [i % 2 == 0 for i in range(_num_layers(fields))]
     window = fields.nullable_integer("sliding_window", 128)
     bias = fields.boolean("attention_bias", True)
@@ -218,7 +219,7 @@ def _gpt_oss(fields: Fields) -> ModelSpec:
 def _mixtral(fields: Fields) -> ModelSpec:
     shared = _shared(fields, _Defaults(num_kv_heads=8, max_position=131_072, norm_eps=1e-5, bos=1, eos=2))
     num_experts = _num_experts(fields, 8)
-    rope = read_rope(fields, shared["head_dim"], default_theta=1_000_000.0)
+    rope = _rope(fields, shared, default_theta=1_000_000.0)
     return ModelSpec(
         **shared,
         layers=_same_layers(fields, fields.optional_integer("sliding_window"), rope, num_experts),
@@ -230,7 +231,7 @@ def _mixtral(fields: Fields) -> ModelSpec:
 def _qwen3_moe(fields: Fields) -> ModelSpec:
     shared = _shared(fields, _Defaults(num_kv_heads=4, max_position=32_768))
     window = fields.nullable_integer("sliding_window", 4096) if fields.boolean("use_sliding_window", False) else None
-    rope = read_rope(fields, shared["head_dim"])
+    rope = _rope(fields, shared)
     bias = fields.boolean("attention_bias", False)
     num_experts = _num_experts(fields, 128)
     every = fields.integer("decoder_sparse_step", 1)
@@ -309,6 +310,10 @@ def _shared(fields: Fields, defaults: _Defaults, *, query_scale: bool = False) -
         "eos_token_ids": _eos(fields, defaults.eos),
         "quantization": _quantization(fields),
     }
+
+
+def _rope(fields: Fields, shared: dict[str, Any], *, default_theta: float = 10_000.0) -> RopeSpec:
+    return read_rope(fields, shared["head_dim"], shared["max_position"], default_theta=default_theta)
 
 
 def _eos(fields: Fields, default: int | None) -> tuple[int, ...]:

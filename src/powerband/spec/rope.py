@@ -13,16 +13,18 @@ from powerband.spec.fields import MAX_POSITIONS, Fields, shown
 from powerband.spec.model import RopeSpec
 
 
-def read_rope(fields: Fields, head_dim: int, *, default_theta: float = 10_000.0) -> RopeSpec:
+def read_rope(fields: Fields, head_dim: int, max_position: int, *, default_theta: float = 10_000.0) -> RopeSpec:
     """The one RopeSpec of a model whose layers all rotate alike. Raises UsageError."""
     table = fields.table("rope_scaling") or fields.table("rope_parameters") or Fields({}, fields.source)
     theta = table.number("rope_theta", fields.number("rope_theta", default_theta, low=1.0), low=1.0)
     partial = table.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0, high=1.0), high=1.0)
-    return rope_from_table(fields, table, head_dim, theta=theta, partial=partial)
+    return rope_from_table(fields, table, head_dim, max_position, theta=theta, partial=partial)
 
 
-def rope_from_table(fields: Fields, table: Fields, head_dim: int, *, theta: float, partial: float = 1.0) -> RopeSpec:
-    """A RopeSpec from one table of rope parameters; `fields` gives the model's lengths. Raises UsageError."""
+def rope_from_table(
+    fields: Fields, table: Fields, head_dim: int, max_position: int, *, theta: float, partial: float = 1.0
+) -> RopeSpec:
+    """A RopeSpec from one table of rope parameters; `fields` may hold the original length. Raises UsageError."""
     nested = [key for key, value in table.values.items() if isinstance(value, dict)]
     if nested:
         raise table.error(f"parameters per kind of layer ({', '.join(nested)}) exist only for Gemma 3", nested[0])
@@ -33,6 +35,7 @@ def rope_from_table(fields: Fields, table: Fields, head_dim: int, *, theta: floa
     kind = table.text("rope_type", table.text("type", "default"))
     if fields.values.get("model_type") == "phi3" and kind in ("su", "yarn"):  # earlier names of longrope
         kind = "longrope"
+    original = _original_length(fields, table, max_position) if kind in ("llama3", "yarn", "longrope") else 0
     match kind:
         # "dynamic" departs from the plain frequencies only beyond max_position, which no request may pass.
         case "default" | "dynamic":
@@ -40,16 +43,16 @@ def rope_from_table(fields: Fields, table: Fields, head_dim: int, *, theta: floa
         case "linear":
             return RopeSpec(theta, rotary_dim, "linear", factor=table.number("factor"))
         case "llama3":
-            return _read_llama3(fields, table, plain)
+            return _read_llama3(table, plain, original)
         case "yarn":
-            return _read_yarn(fields, table, plain)
+            return _read_yarn(table, plain, original, max_position)
         case "longrope":
-            return _read_longrope(fields, table, plain)
+            return _read_longrope(table, plain, original, max_position)
     known = "default, dynamic, linear, llama3, yarn, longrope"
     raise table.error(f"rope type {shown(kind)} is not supported", "rope_type", f"Supported: {known}.")
 
 
-def _read_llama3(fields: Fields, table: Fields, plain: RopeSpec) -> RopeSpec:
+def _read_llama3(table: Fields, plain: RopeSpec, original: int) -> RopeSpec:
     low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
     if high <= low:
         raise table.error(f"'high_freq_factor' ({high}) must be above 'low_freq_factor' ({low})", "high_freq_factor")
@@ -58,15 +61,14 @@ def _read_llama3(fields: Fields, table: Fields, plain: RopeSpec) -> RopeSpec:
         plain.rotary_dim,
         "llama3",
         factor=table.number("factor"),
-        original_max_position=_original_length(fields, table),
+        original_max_position=original,
         low_freq_factor=low,
         high_freq_factor=high,
     )
 
 
-def _read_yarn(fields: Fields, table: Fields, plain: RopeSpec) -> RopeSpec:
-    original = _original_length(fields, table)
-    factor = table.number("factor", _length(fields) / original)
+def _read_yarn(table: Fields, plain: RopeSpec, original: int, max_position: int) -> RopeSpec:
+    factor = table.number("factor", max_position / original)
     mscale, mscale_all_dim = table.optional_number("mscale"), table.optional_number("mscale_all_dim")
     attention_factor = _yarn_mscale(factor)
     if mscale and mscale_all_dim:
@@ -84,9 +86,8 @@ def _read_yarn(fields: Fields, table: Fields, plain: RopeSpec) -> RopeSpec:
     )
 
 
-def _read_longrope(fields: Fields, table: Fields, plain: RopeSpec) -> RopeSpec:
-    original = _original_length(fields, table)
-    factor = table.number("factor", _length(fields) / original)
+def _read_longrope(table: Fields, plain: RopeSpec, original: int, max_position: int) -> RopeSpec:
+    factor = table.number("factor", max_position / original)
     attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
     return RopeSpec(
         plain.theta,
@@ -100,16 +101,12 @@ def _read_longrope(fields: Fields, table: Fields, plain: RopeSpec) -> RopeSpec:
     )
 
 
-def _length(fields: Fields) -> int:
-    return fields.integer("max_position_embeddings", high=MAX_POSITIONS)
-
-
-def _original_length(fields: Fields, table: Fields) -> int:
+def _original_length(fields: Fields, table: Fields, max_position: int) -> int:
     """The length trained before scaling: beside the table first (Phi-3), then in it, else the model's length."""
     name = "original_max_position_embeddings"
     if name in fields or fields.values.get("model_type") == "phi3":
         return fields.integer(name, 4096, low=2, high=MAX_POSITIONS)
-    return table.integer(name, _length(fields), low=2, high=MAX_POSITIONS)
+    return table.integer(name, max_position, low=2, high=MAX_POSITIONS)
 
 
 def _yarn_mscale(scale: float, mscale: float = 1.0) -> float:

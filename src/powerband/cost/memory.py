@@ -1,0 +1,133 @@
+"""The memory plan: what an engine will need, how many blocks of KV cache fit, and how long a request may be.
+
+One calculation, used before loading, shown beside what was measured, and quoted when something does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from powerband.cost.advice import misfit
+from powerband.cost.sizing import LABELS, Sizing, as_option, readable
+from powerband.errors import UsageError
+from powerband.spec.model import ModelSpec
+from powerband.spec.settings import EngineSettings
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where the memory of one engine goes. `parts` sum to `total_bytes`, which is at most `available_bytes`."""
+
+    kind: Literal["cpu", "cuda"]
+    dtype: str
+    device_memory_bytes: int
+    available_bytes: int  # that the engine may use
+    parts: Mapping[str, int]  # bytes by name: weights, kv_cache, activations, attention, sampling, runtime
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions that the KV cache holds."""
+        return self.num_blocks * self.block_size
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "device_memory_bytes": self.device_memory_bytes,
+            "available_bytes": self.available_bytes,
+            "total_bytes": self.total_bytes,
+            **{f"{name}_bytes": size for name, size in self.parts.items()},
+            "num_blocks": self.num_blocks,
+            "block_size": self.block_size,
+            "kv_tokens": self.kv_tokens,
+            "max_model_len": self.max_model_len,
+            "notes": list(self.notes),
+        }
+
+    def table(self, measured: Mapping[str, int] | None = None) -> str:
+        """Plain text, one line per part: predicted and, where known, measured bytes.
+
+        `measured`: bytes by the names in `parts`, and "total".
+        """
+        found = measured or {}
+        details = {
+            "kv_cache": f" ({self.num_blocks} blocks, {self.kv_tokens} tokens)",
+            "activations": f" ({self.max_num_batched_tokens} tokens)",
+            "sampling": f" ({min(self.max_num_seqs, self.max_num_batched_tokens)} rows)",
+        }
+        rows = [(LABELS[name] + details.get(name, ""), size, found.get(name)) for name, size in self.parts.items()]
+        rows.append(("total", self.total_bytes, found.get("total")))
+        rows.append((f"available of {readable(self.device_memory_bytes)}", self.available_bytes, None))
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{f'memory ({self.kind}, {self.dtype})':<{width}}  {'predicted':>10}" + "    measured" * bool(found)]
+        for label, predicted, actual in rows:
+            line = f"{label:<{width}}  {readable(predicted):>10}"
+            lines.append(f"{line}  {readable(actual) if actual is not None else '-':>10}" if found else line)
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def plan_memory(
+    spec: ModelSpec,
+    settings: EngineSettings,
+    device_memory_bytes: int,
+    *,
+    kind: Literal["cpu", "cuda"],
+    free_memory_bytes: int | None = None,
+    dtype: str | None = None,
+) -> MemoryPlan:
+    """Plan an engine of `settings` on a device.
+
+    `free_memory_bytes`: of the device, before anything is loaded; default: all of it.
+    `dtype`: of weights and KV cache; default: the setting's, and for "auto" the checkpoint's.
+    Raises UsageError when the settings contradict the model, and EnvironmentFault, with what would help, when the
+    engine cannot fit.
+    """
+    free = min(device_memory_bytes, device_memory_bytes if free_memory_bytes is None else free_memory_bytes)
+    if settings.max_model_len is not None and settings.max_model_len > spec.max_position:
+        raise UsageError(
+            f"max_model_len is {settings.max_model_len}, but the model knows only {spec.max_position} positions.",
+            hint=f"Use {spec.max_position} or less, or leave it out.",
+            param="max_model_len",
+        )
+    dtype = dtype or (spec.dtype if settings.dtype == "auto" else settings.dtype)
+    sizing = Sizing(spec, settings, kind, dtype, device_memory_bytes, free)
+    blocks = sizing.chosen_blocks()
+    max_len = min(sizing.wanted_len, blocks * settings.block_size)
+    too_short = settings.max_model_len is not None and max_len < settings.max_model_len
+    if blocks < 1 or blocks > sizing.most_blocks() or too_short:
+        raise misfit(sizing)
+    return MemoryPlan(
+        kind=kind,
+        dtype=dtype,
+        device_memory_bytes=device_memory_bytes,
+        available_bytes=sizing.available,
+        parts=sizing.parts(blocks),
+        num_blocks=blocks,
+        block_size=settings.block_size,
+        max_model_len=max_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        notes=_notes(sizing, max_len),
+    )
+
+
+def _notes(sizing: Sizing, max_len: int) -> tuple[str, ...]:
+    if max_len == sizing.wanted_len:
+        return ()
+    whole = sizing.blocks_for(sizing.wanted_len)
+    note = f"max_model_len is {max_len}, as much as the KV cache holds; the model's own {sizing.wanted_len} would need "
+    if whole <= sizing.most_blocks():
+        return (note + f"--kv-cache-memory {as_option(whole * sizing.block_bytes)}",)
+    return (note + f"{readable(whole * sizing.block_bytes)} of KV cache",)

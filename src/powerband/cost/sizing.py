@@ -1,0 +1,122 @@
+"""The arithmetic of a memory plan: how large each part is with so many blocks of KV cache, and how many blocks fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from powerband.cost.footprint import activation_bytes, attention_bytes, runtime_bytes, sampling_bytes
+from powerband.spec.counts import kv_bytes_per_token, parameter_bytes
+from powerband.spec.model import ModelSpec
+from powerband.spec.settings import EngineSettings, memory_bytes
+
+LABELS = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+    "attention": "attention workspace",
+    "sampling": "logits and sampling",
+    "runtime": "runtime",
+}
+
+# CPU: the default KV cache has room for `max_num_seqs` requests of this length, where memory allows.
+_USUAL_LENGTH = 2048
+# CPU: and takes at most this share of the memory that is free, for others use the machine, too.
+_CPU_KV_SHARE = 0.25
+# CPU: of the memory that is free, this share may be used in all; without the rest, the system starts to kill.
+_CPU_USABLE_SHARE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """One model under one choice of settings on one device. Sizes in bytes."""
+
+    spec: ModelSpec
+    settings: EngineSettings
+    kind: Literal["cpu", "cuda"]
+    dtype: str
+    device_memory: int
+    free_memory: int
+
+    @property
+    def wanted_len(self) -> int:
+        return self.settings.max_model_len or self.spec.max_position
+
+    @property
+    def available(self) -> int:
+        if self.kind == "cpu":
+            return int(self.free_memory * self.usable_share)
+        return min(self.free_memory, int(self.device_memory * self.usable_share))
+
+    @property
+    def usable_share(self) -> float:
+        """Of the device's memory (CUDA), or of what is free (CPU), the share that the engine may use."""
+        return self.settings.gpu_memory_utilization if self.kind == "cuda" else _CPU_USABLE_SHARE
+
+    @property
+    def block_bytes(self) -> int:
+        return self.settings.block_size * kv_bytes_per_token(self.spec, self.dtype)
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.settings.block_size)
+
+    def parts(self, num_blocks: int) -> dict[str, int]:
+        """Every part by name. None of them shrinks as `num_blocks` grows."""
+        spec, settings, kind, dtype = self.spec, self.settings, self.kind, self.dtype
+        kv_tokens = num_blocks * settings.block_size
+        max_len = min(self.wanted_len, kv_tokens)
+        tokens = settings.max_num_batched_tokens
+        rows = min(settings.max_num_seqs, tokens)
+        return {
+            "weights": parameter_bytes(spec, dtype),
+            "kv_cache": num_blocks * self.block_bytes,
+            "activations": activation_bytes(spec, tokens=tokens, dtype=dtype),
+            "attention": attention_bytes(
+                spec, kind=kind, tokens=tokens, rows=rows, max_len=max_len, kv_tokens=kv_tokens, dtype=dtype
+            ),
+            "sampling": sampling_bytes(spec, rows=rows, dtype=dtype),
+            "runtime": runtime_bytes(spec, kind=kind, graphs=not settings.enforce_eager, max_len=max_len, dtype=dtype),
+        }
+
+    def total(self, num_blocks: int) -> int:
+        return sum(self.parts(num_blocks).values())
+
+    def most_blocks(self) -> int:
+        """The most blocks with which everything fits into what is available; 0 when not even one does."""
+        low, high = 0, self.available // self.block_bytes + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.total(middle) <= self.available:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def chosen_blocks(self) -> int:
+        """Blocks by the user's word, else the device's default. The former may be more than fit."""
+        if self.settings.kv_cache_memory is not None:
+            return memory_bytes(self.settings.kv_cache_memory) // self.block_bytes
+        most = self.most_blocks()
+        if self.kind == "cuda":
+            return most
+        one = self.blocks_for(self.wanted_len)
+        usual = self.settings.max_num_seqs * self.blocks_for(min(self.wanted_len, _USUAL_LENGTH))
+        share = int(self.free_memory * _CPU_KV_SHARE) // self.block_bytes
+        # One request of a length that was asked for comes before the share.
+        floor = one if self.settings.max_model_len is not None else 1
+        return min(max(min(max(usual, one), share), floor), most)
+
+
+def readable(size: int) -> str:
+    """Bytes as people read them: '1.50 GiB', '512.0 MiB', '12 KiB'."""
+    if abs(size) >= 1 << 30:
+        return f"{size / (1 << 30):.2f} GiB"
+    if abs(size) >= 1 << 20:
+        return f"{size / (1 << 20):.1f} MiB"
+    return f"{size / (1 << 10):.0f} KiB"
+
+
+def as_option(size: int, *, round_up: bool = True) -> str:
+    """Bytes as a value for `--kv-cache-memory`, in whole MiB."""
+    mib = -(-size // (1 << 20)) if round_up else size // (1 << 20)
+    return f"{mib // 1024}GiB" if mib % 1024 == 0 else f"{mib}MiB"

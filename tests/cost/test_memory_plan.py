@@ -1,0 +1,208 @@
+"""The memory plan: its sums, its limits, its defaults, and what it says when something does not fit."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from powerband.cost import MemoryPlan, plan_memory
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec import EngineSettings, ModelSpec, read_model_spec
+
+GIB = 1 << 30
+KINDS: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
+
+LLAMA_2_7B = read_model_spec(
+    {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32000,
+        "torch_dtype": "float16",
+    }
+)
+QWEN_2_5_7B = read_model_spec(
+    {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "vocab_size": 152064,
+        "torch_dtype": "bfloat16",
+    }
+)
+GPT_OSS_LIKE = read_model_spec(
+    {
+        "model_type": "gpt_oss",
+        "hidden_size": 640,
+        "intermediate_size": 640,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_local_experts": 8,
+        "vocab_size": 20000,
+        "torch_dtype": "bfloat16",
+    }
+)
+MODELS = (LLAMA_2_7B, QWEN_2_5_7B, GPT_OSS_LIKE)
+
+
+def _plan(spec: ModelSpec, memory: int, kind: Literal["cpu", "cuda"] = "cpu", **asked: Any) -> MemoryPlan:
+    return plan_memory(spec, EngineSettings(**asked), memory, kind=kind)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    spec=st.sampled_from(MODELS),
+    kind=st.sampled_from(KINDS),
+    memory=st.integers(0, 200 * GIB),
+    more=st.integers(0, 64 * GIB),
+    max_num_seqs=st.integers(1, 2000),
+    max_num_batched_tokens=st.integers(1, 20_000),
+    block_size=st.sampled_from([1, 16, 32, 100]),
+    max_model_len=st.none() | st.integers(1, 4096),
+    dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
+    gpu_memory_utilization=st.floats(0.05, 1.0),
+)
+def test_parts_add_up_never_exceed_memory_and_grow_with_it(
+    spec: ModelSpec, kind: Literal["cpu", "cuda"], memory: int, more: int, **asked: Any
+) -> None:
+    def plan(memory_bytes: int) -> MemoryPlan | None:
+        try:
+            return _plan(spec, memory_bytes, kind, **asked)
+        except EnvironmentFault:
+            return None
+
+    small, large = plan(memory), plan(memory + more)
+    if small is None:
+        return
+    assert sum(small.parts.values()) == small.total_bytes <= small.available_bytes <= memory
+    assert all(size >= 0 for size in small.parts.values())
+    assert 1 <= small.max_model_len <= min(small.kv_tokens, asked["max_model_len"] or spec.max_position)
+    assert small.max_model_len == asked["max_model_len"] or asked["max_model_len"] is None
+    assert large is not None
+    assert large.num_blocks >= small.num_blocks
+    assert large.max_model_len >= small.max_model_len
+
+
+@settings(max_examples=100, deadline=None)
+@given(memory=st.integers(16 * GIB, 400 * GIB), max_num_seqs=st.integers(1, 300))
+def test_on_a_cpu_the_cache_takes_a_quarter_at_most_and_no_more_than_it_can_use(memory: int, max_num_seqs: int) -> None:
+    plan = _plan(LLAMA_2_7B, memory, max_num_seqs=max_num_seqs)
+    assert plan.parts["kv_cache"] <= memory / 4
+    assert plan.kv_tokens <= max_num_seqs * 4096
+
+
+def test_on_a_cpu_a_length_that_was_asked_for_comes_before_the_quarter() -> None:
+    plan = _plan(LLAMA_2_7B, 17 * GIB, max_model_len=4096, max_num_seqs=1, max_num_batched_tokens=256)
+    assert plan.max_model_len == plan.kv_tokens == 4096
+    shorter = plan_memory(
+        LLAMA_2_7B, EngineSettings(max_model_len=4096, max_num_seqs=1), 32 * GIB, kind="cpu", free_memory_bytes=17 * GIB
+    )
+    assert shorter.available_bytes < 17 * GIB
+    assert shorter.kv_tokens == 4096
+
+
+@pytest.mark.parametrize(
+    ("spec", "kv_tokens_of_vllm"), [(LLAMA_2_7B, 119_408), (QWEN_2_5_7B, 1_045_888)], ids=["Llama-2-7B", "Qwen2.5-7B"]
+)
+def test_a_gpu_holds_about_as_many_tokens_as_vllm_reports(spec: ModelSpec, kv_tokens_of_vllm: int) -> None:
+    # vLLM 0.15.1 on an H100 of 79.2 GiB at 0.9, 128 requests, 2048 tokens per step: figures of its start-up log, as
+    # published in the inference-sim project's test data.
+    plan = _plan(spec, int(79.2 * GIB), "cuda", max_num_seqs=128, max_num_batched_tokens=2048)
+    assert plan.kv_tokens == pytest.approx(kv_tokens_of_vllm, rel=0.03)
+
+
+def test_the_length_is_lowered_to_what_fits_and_the_plan_says_so() -> None:
+    plan = _plan(QWEN_2_5_7B, 18 * GIB, "cuda")
+    assert plan.max_model_len == plan.kv_tokens < 32768
+    assert plan.notes == (
+        f"max_model_len is {plan.kv_tokens}, as much as the KV cache holds; "
+        "the model's own 32768 would need 1.75 GiB of KV cache",
+    )
+    assert f"note: {plan.notes[0]}" in plan.table()
+
+
+def test_kv_cache_memory_overrides_the_default() -> None:
+    plan = _plan(QWEN_2_5_7B, 64 * GIB, kv_cache_memory="512MiB", block_size=16)
+    assert plan.num_blocks == 512 * 2**20 // (16 * 57344)
+    assert plan.max_model_len == plan.kv_tokens == 9360
+    assert "would need --kv-cache-memory 1792MiB" in plan.notes[0]
+
+
+def test_a_length_that_does_not_fit_is_refused_with_three_ways_out_in_numbers() -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        _plan(QWEN_2_5_7B, 18 * GIB, "cuda", max_model_len=32768)
+    fault = caught.value
+    assert (fault.exit_code, fault.code, fault.param) == (3, "memory_plan", "max_model_len")
+    assert "weights 14.19 GiB" in fault.message
+    assert "a request of 32768 tokens needs 1.75 GiB" in fault.message
+    assert all(f"({i}) " in fault.hint for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ways_out_lead_out(kind: Literal["cpu", "cuda"]) -> None:
+    asked: dict[str, Any] = {"max_model_len": 32768, "max_num_seqs": 64}
+    memory = int(18.4 * GIB) if kind == "cuda" else 18 * GIB
+    with pytest.raises(EnvironmentFault) as caught:
+        _plan(QWEN_2_5_7B, memory, kind, **asked)
+    words = caught.value.hint.split()
+    longest = int(words[words.index("--max-model-len") + 1])
+    assert _plan(QWEN_2_5_7B, memory, kind, **{**asked, "max_model_len": longest}).max_model_len == longest
+    with pytest.raises(EnvironmentFault):
+        _plan(QWEN_2_5_7B, memory, kind, **{**asked, "max_model_len": longest + 64})
+    if kind == "cuda":
+        share = float(words[words.index("--gpu-memory-utilization") + 1])
+        assert _plan(QWEN_2_5_7B, memory, kind, gpu_memory_utilization=share, **asked).max_model_len == 32768
+
+
+def test_kv_cache_memory_that_is_too_small_or_too_large_names_the_right_amount() -> None:
+    with pytest.raises(EnvironmentFault, match=r"--kv-cache-memory 1792MiB holds 32768 tokens"):
+        _plan(QWEN_2_5_7B, 64 * GIB, kv_cache_memory="1GiB", max_model_len=32768)
+    _plan(QWEN_2_5_7B, 64 * GIB, kv_cache_memory="1792MiB", max_model_len=32768)
+    with pytest.raises(EnvironmentFault, match="kv_cache_memory asks for 60") as caught:
+        _plan(QWEN_2_5_7B, 64 * GIB, kv_cache_memory="60GiB")
+    words = caught.value.hint.split()
+    most = words[words.index("--kv-cache-memory") + 1]
+    assert _plan(QWEN_2_5_7B, 64 * GIB, kv_cache_memory=most).total_bytes > 0.99 * 0.95 * 64 * GIB
+
+
+def test_a_model_that_is_too_large_is_told_how_large_a_device_or_model_would_do() -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        _plan(QWEN_2_5_7B, 8 * GIB)
+    assert "weights 14.19 GiB" in caught.value.message
+    assert "exceed the 7.60 GiB available" in caught.value.message
+    assert "of free memory (here 8.00 GiB) holds it all" in caught.value.hint
+    assert "a model of less than 3.3 billion parameters fits in bfloat16" in caught.value.hint
+
+
+def test_more_positions_than_the_model_knows_are_a_mistake() -> None:
+    with pytest.raises(UsageError, match="max_model_len is 5000, but the model knows only 4096 positions"):
+        _plan(LLAMA_2_7B, 64 * GIB, max_model_len=5000)
+
+
+def test_the_table_shows_predicted_beside_measured() -> None:
+    plan = _plan(LLAMA_2_7B, 80 * GIB, "cuda", kv_cache_memory="16GiB")
+    table = plan.table({"weights": 13 * GIB, "total": 30 * GIB})
+    lines = [line.split() for line in table.splitlines()]
+    assert lines[0] == ["memory", "(cuda,", "float16)", "predicted", "measured"]
+    assert lines[1] == ["weights", "12.55", "GiB", "13.00", "GiB"]
+    assert lines[2] == ["KV", "cache", "(1024", "blocks,", "32768", "tokens)", "16.00", "GiB", "-"]
+    assert lines[-1][:4] == ["available", "of", "80.00", "GiB"]
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert "measured" not in plan.table()
+
+
+def test_the_plan_as_json_names_every_part() -> None:
+    plan = _plan(GPT_OSS_LIKE, 8 * GIB)
+    report = plan.as_dict()
+    assert report["total_bytes"] == sum(report[f"{name}_bytes"] for name in plan.parts)
+    assert report["kv_tokens"] == report["num_blocks"] * report["block_size"]
