@@ -21,7 +21,7 @@ USAGE, FAILURE, INTERRUPTED = 2, 4, 130
 
 def build_app() -> App:
     """The command tree. The modules behind it import nothing heavy before they run."""
-    from powerband.cli import config, doctor, memory
+    from powerband.cli import config, doctor, eval, memory, serve
 
     app = App(
         name="powerband",
@@ -31,7 +31,9 @@ def build_app() -> App:
         version_flags=["--version"],
         result_action="return_value",
     )
+    app.command(serve.serve)
     app.command(memory.memory)
+    app.command(eval.evaluate, name="eval")
     app.command(doctor.doctor)
     settings = App(name="config", help="Show the settings in effect and where they come from.")
     settings.command(config.show)

@@ -1,0 +1,31 @@
+"""`powerband serve`: one model behind an OpenAI-compatible API, until a signal ends it."""
+
+from __future__ import annotations
+
+from powerband.cli.flags import takes_settings
+from powerband.cli.settings import Resolved
+from powerband.errors import UsageError
+from powerband.server.settings import ServerSettings
+from powerband.spec.settings import EngineSettings
+
+
+@takes_settings(EngineSettings, ServerSettings)
+def serve(settings: Resolved) -> int:
+    """Serve MODEL over an OpenAI-compatible API until Ctrl-C or SIGTERM.
+
+    Either one ends it in order: no new requests, those that run may finish. A second one does not wait.
+    """
+    require_model(settings)
+    from powerband.server.run import serve as run
+
+    return run(settings.engine, settings.server)
+
+
+def require_model(settings: Resolved) -> None:
+    """Raise UsageError when nobody said which model."""
+    if "model" not in settings.asked:
+        raise UsageError(
+            "No model was given.",
+            hint="Give a folder, a Hugging Face id, or 'demo' for the model in the package.",
+            param="model",
+        )
