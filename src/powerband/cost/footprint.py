@@ -18,6 +18,7 @@ _CPU_RUNTIME_BYTES = 512 * MIB
 _CUDA_RUNTIME_BYTES = 600 * MIB
 _CUDA_GRAPH_BYTES = 300 * MIB
 
+_INDEX_BYTES = 64  # token id, position, slot and the like, of one token
 _QUERY_TILE = 256  # queries scored at once where scores are held in memory (soft cap, sinks)
 _PADDING = 1.25  # decodes of similar length are padded to the longest of their group
 _DECODE_SPLITS = 16  # parts of a long context that a CUDA decode attends to in parallel
@@ -35,7 +36,7 @@ def activation_bytes(spec: ModelSpec, *, tokens: int, dtype: str) -> int:
     size = dtype_bytes(dtype)
     hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
-    alive = (2 * hidden + sum(2 * rope.rotary_dim for rope in ropes)) * size
+    alive = (2 * hidden + sum(2 * rope.rotary_dim for rope in ropes)) * size + _INDEX_BYTES
     attention = (queries + 2 * keys + 3 * (queries + keys)) * size
     if spec.qk_norm != "none":
         attention += (queries + 2 * keys) * size
@@ -44,8 +45,9 @@ def activation_bytes(spec: ModelSpec, *, tokens: int, dtype: str) -> int:
         parts.append(3 * spec.intermediate_size * size)
     if any(layer.num_experts for layer in spec.layers):
         chosen = spec.num_experts_per_token * hidden
-        inner = spec.expert_intermediate_size * (6 if spec.expert_activation == "gpt_oss" else 3)
-        parts.append(max(4 * chosen, 2 * chosen + hidden + inner) * size)
+        inner = spec.expert_intermediate_size * (7 if spec.expert_activation == "gpt_oss" else 3)
+        routing = max(layer.num_experts for layer in spec.layers) * (size + 4) + spec.num_experts_per_token * 40
+        parts.append(max(4 * chosen, 2 * chosen + hidden + inner) * size + routing)
     if spec.norm_weight_offset or spec.family == "gpt_oss":
         heads = queries + keys if spec.qk_norm == "head" else 0
         parts += [8 * hidden + hidden * size, (queries + 2 * keys) * size + heads * (8 + size)]
@@ -63,7 +65,7 @@ def attention_bytes(
     """Workspace of attention in one layer: the larger of one prefill chunk's and of all decodes together.
 
     CPU (plain torch): a chunk of `tokens` behind a context of up to `max_len` reads its keys and values into one place
-    and makes a mask, as bool and as bias; a soft cap or sinks hold the scores of a tile of queries in float32, three
+    and makes a mask, as bool and as bias; a soft cap or sinks hold the scores of a tile of queries in float32, four
     times. Decodes read the keys and values of their contexts, `kv_tokens` in all, and hold scores and weights.
     CUDA: kernels read the cache in place and keep a partial result of each split of each decode.
     """
@@ -72,7 +74,7 @@ def attention_bytes(
     size, per_token = dtype_bytes(dtype), kv_bytes_per_token_per_layer(spec, dtype)
     chunk = max_len * per_token + min(tokens, max_len) * max_len * (2 + size)
     if spec.attention_softcap is not None or spec.attention_sinks:
-        chunk += spec.num_heads * min(_QUERY_TILE, tokens) * max_len * 4 * 3
+        chunk += spec.num_heads * min(_QUERY_TILE, tokens) * max_len * (4 * 4 + size)
     decodes = kv_tokens * (per_token + spec.num_heads * (4 + 4 + size))
     return max(chunk, round(decodes * _PADDING))
 
