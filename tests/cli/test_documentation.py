@@ -17,9 +17,9 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 COMMAND = re.compile(r"(?:^|[`/$|>] ?)powerband ((?:config )?[a-z]+)([^`\n#|<]*)", re.MULTILINE)
 
 
-def test_the_page_of_settings_is_current() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "document_settings.py"))
-    assert script["PAGE"].read_text() == script["page"](), "run: python scripts/document_settings.py"
+def test_generated_pages_are_current() -> None:
+    for path, content in runpy.run_path(str(ROOT / "scripts" / "document.py"))["pages"]().items():
+        assert path.read_text() == content, "run: python scripts/document.py"
 
 
 def test_every_page_is_in_the_navigation() -> None:

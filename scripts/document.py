@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the settings classes: `python scripts/document_settings.py`. A test keeps it current."""
+"""Write docs/settings.md and docs/metrics.md from the code: `python scripts/document.py`. A test keeps them current."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, get_args
 
 from powerband.cli.flags import ALL_SETTINGS
 from powerband.cli.settings import PREFIX
+from powerband.metrics.prometheus import ALIASES, EngineMetrics
 from powerband.spec.settings import KIND_NAMES, choices, value_types
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
-INTRODUCTION = """\
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SETTINGS = """\
 # Settings
 
-<!-- Written by scripts/document_settings.py from the settings classes. Change those, then run the script. -->
+<!-- Written by scripts/document.py from the settings classes. Change those, then run the script. -->
 
 Every setting below can be given in four ways. The first that is present counts:
 
@@ -31,15 +32,47 @@ arguments of `powerband.LLM`. `POWERBAND_DEBUG=1` is no setting: it prints the t
 """
 
 
-def page() -> str:
-    """The whole page as Markdown."""
+METRICS = """\
+# Metrics
+
+<!-- Written by scripts/document.py from metrics/prometheus.py. Change that, then run the script. -->
+
+`GET /metrics` answers in Prometheus' text format. Each figure appears under Powerband's name and under the name that
+vLLM's dashboards, gateways and autoscalers read; the two are the same number. Labels are the served model's name, the
+engine, and reasons from a fixed list: nothing in a request can add a time series.
+Latencies are defined in [Design](design.md#figures). Their buckets are eight per decade from 0.1 ms to 75 s, and wider
+above.
+
+| metric | also known as | kind | what it is |
+|---|---|---|---|
+"""
+
+
+def pages() -> dict[Path, str]:
+    """The content of every page that this script writes."""
+    return {DOCS / "settings.md": settings_page(), DOCS / "metrics.md": metrics_page()}
+
+
+def metrics_page() -> str:
+    rows = []
+    for family in EngineMetrics("demo").collect():
+        ours = family.name.removeprefix("powerband_")
+        if ours == family.name:  # an alias, shown beside our name
+            continue
+        suffix = "_total" if family.type == "counter" else ""
+        alias = f"`vllm:{ALIASES[ours]}{suffix}`" if ours in ALIASES else "–"
+        rows.append(f"| `powerband_{ours}{suffix}` | {alias} | {family.type} | {family.documentation} |\n")
+    return METRICS + "".join(rows)
+
+
+def settings_page() -> str:
     groups: dict[str, list[str]] = {}
     for settings in ALL_SETTINGS:
         for item in fields(settings):
             row = _row(item.name, value_types(settings)[item.name], item.default, item.metadata)
             groups.setdefault(item.metadata["group"], []).append(row)
     tables = (f"## {group}\n\n{HEAD}" + "".join(rows) for group, rows in groups.items())
-    return INTRODUCTION + "\n" + "\n".join(tables)
+    return SETTINGS + "\n" + "\n".join(tables)
 
 
 HEAD = "| setting | value | default | what it does |\n|---|---|---|---|\n"
@@ -61,4 +94,5 @@ def _values(declared: Any, metadata: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, content in pages().items():
+        path.write_text(content, encoding="utf-8")
