@@ -1,0 +1,170 @@
+"""Choosing tokens from logits: exact and, on a CPU, without sorting a vocabulary.
+
+A row of the vocabulary is looked at in blocks of 64 tokens. A pass that reduces each block costs less than a tenth of a
+sort, and what remains is small. Every choice depends on its own row only, to the last bit: probabilities are rounded to
+multiples of 2^-40, so that their sums in float64 are exact and the order of additions, which differs with the number of
+rows, does not matter.
+
+"Kept" below means: not less than a threshold, so tokens that tie are kept together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64
+MAX_SMALL_K = 64
+_CANDIDATE_BLOCKS = 96  # the 64 most likely tokens lie in the 64 blocks with the largest maxima; the others hold ties
+_GRID = 2.0**-17  # adding it to a float32 in [0, 1] and taking it off again leaves a multiple of 2^-40
+
+Uniforms = Callable[[int], Tensor]  # the n-th draw: float64 [rows] in [0, 1)
+
+
+def padded_width(vocab_size: int) -> int:
+    """The vocabulary in whole blocks."""
+    return -(-vocab_size // BLOCK) * BLOCK
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """[rows, whole blocks] as [rows, blocks, 64]."""
+    return torch.unflatten(values, 1, (-1, BLOCK))
+
+
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit's token (the lowest of equal ones) and its value, per row of [rows, vocab], any float type."""
+    vocab_size = logits.shape[1]
+    whole = vocab_size - vocab_size % BLOCK
+    maxima = in_blocks(logits[:, :whole]).amax(2)
+    if whole < vocab_size:
+        maxima = torch.cat([maxima, logits[:, whole:].amax(1, keepdim=True)], 1)
+    first = maxima.argmax(1, keepdim=True) * BLOCK
+    ids = (first + torch.arange(BLOCK, device=logits.device)).clamp_(max=vocab_size - 1)
+    token_ids = ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))
+    return token_ids.squeeze(1), logits.gather(1, token_ids).squeeze(1).float()
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` (at most 64) largest values and their columns, descending, of [rows, whole blocks]."""
+    blocks = in_blocks(values)
+    chosen = blocks.amax(2).topk(min(count, blocks.shape[1]), sorted=False).indices
+    candidates = _take(blocks, chosen).flatten(1)
+    top, where = candidates.topk(count)
+    return top, chosen.gather(1, where // BLOCK) * BLOCK + where % BLOCK
+
+
+def draw(logits: Tensor, min_p: Tensor | None, uniforms: Uniforms) -> Tensor:
+    """A token from softmax(logits [rows, whole blocks]), of those with at least min_p times the largest probability."""
+    return _pick(in_blocks(_probabilities(logits, min_p)), uniforms(0))
+
+
+def draw_top_k(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Uniforms) -> Tensor:
+    """A token kept by min_p, then top_k (1 to 64), then top_p over what these two keep.
+
+    Tokens tied with the k-th are kept, as far as they lie in the 96 blocks with the largest maxima.
+    """
+    blocks = in_blocks(logits)
+    chosen = blocks.amax(2).topk(min(_CANDIDATE_BLOCKS, blocks.shape[1]), sorted=False).indices
+    candidates = _take(blocks, chosen)
+    flat = candidates.flatten(1)
+    top = flat.topk(min(MAX_SMALL_K, flat.shape[1])).values
+    last = (top_k - 1).clamp(max=top.shape[1] - 1).unsqueeze(1)
+    least = torch.maximum(top.gather(1, last), top[:, :1] + min_p.log().unsqueeze(1))
+    weights = _to_grid(torch.exp(flat - top[:, :1])) * (flat >= least)
+    top_weights = _to_grid(torch.exp(top - top[:, :1])) * (top >= least)
+    nucleus = _least_in_nucleus(top_weights, top_p * weights.double().sum(1))
+    weights = weights * (weights >= nucleus)
+    where = _pick(in_blocks(weights), uniforms(0))
+    return chosen.gather(1, (where // BLOCK).unsqueeze(1)).squeeze(1) * BLOCK + where % BLOCK
+
+
+def draw_nucleus(logits: Tensor, top_p: Tensor, min_p: Tensor | None, uniforms: Uniforms) -> Tensor:
+    """A token kept by min_p, then top_p over what that keeps, by rejection.
+
+    A token belongs to the nucleus when the mass of all likelier tokens is below top_p. So: draw from all, and draw
+    again among the likelier ones while that fails. What is accepted is distributed as in the nucleus, after about
+    1 / top_p rounds, each one pass over the rows that are left. Waits for the device in every round.
+    """
+    weights = _probabilities(logits, min_p)
+    wanted = top_p * _mass(weights)
+    token_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    rows = torch.arange(len(logits), device=logits.device)
+    number = 0
+    while True:
+        drawn = _pick(in_blocks(weights), uniforms(number)[rows])
+        likelier = torch.gt(weights, weights.gather(1, drawn.unsqueeze(1)), out=torch.empty_like(weights))
+        likelier.mul_(weights)
+        rejected = _mass(likelier) >= wanted[rows]  # false for rows that are not numbers
+        token_ids[rows] = drawn
+        if not rejected.any():
+            return token_ids
+        rows, weights = rows[rejected], likelier[rejected]
+        number += 1
+
+
+def draw_sorted(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None, uniforms: Uniforms) -> Tensor:
+    """A token kept by min_p, top_k (any; 0: off) and top_p, by sorting the rows. Never waits for the device."""
+    weights = _probabilities(logits, min_p)
+    descending = weights.sort(1, descending=True).values
+    last = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]) - 1
+    weights.mul_(weights >= descending.gather(1, last.unsqueeze(1)))
+    descending.mul_(descending >= descending.gather(1, last.unsqueeze(1)))
+    weights.mul_(weights >= _least_in_nucleus(descending, top_p * _mass(weights)))
+    return _pick(in_blocks(weights), uniforms(0))
+
+
+def _probabilities(logits: Tensor, min_p: Tensor | None) -> Tensor:
+    """softmax in float32 on the grid; 0 where it is below min_p times the row's largest."""
+    weights = torch.softmax(logits, 1)
+    if min_p is not None:
+        least = min_p.unsqueeze(1) * weights.amax(1, keepdim=True)
+        weights.mul_(weights.clone().ge_(least.float()))
+    return _to_grid(weights)
+
+
+def _to_grid(weights: Tensor) -> Tensor:
+    return weights.add_(_GRID).sub_(_GRID)
+
+
+def _least_in_nucleus(descending: Tensor, wanted: Tensor) -> Tensor:
+    """The least weight [rows, 1] such that all greater ones together stay below `wanted` [rows]."""
+    exact = descending.double()
+    greater = exact.cumsum(1) - exact
+    return descending.masked_fill(greater >= wanted.unsqueeze(1), math.inf).amin(1, keepdim=True)
+
+
+def _block_sums(blocks: Tensor) -> Tensor:
+    """Sums over the last dimension, as multiples of 2^-40 in float64.
+
+    A GPU adds up in an order that depends on the shape, so there it has to be exact. A CPU adds a block always in the
+    same order, and float32, rounded once more, is 20 times faster.
+    """
+    if blocks.device.type == "cpu":
+        return blocks.sum(-1).double()
+    return blocks.sum(-1, dtype=torch.float64)
+
+
+def _mass(weights: Tensor) -> Tensor:
+    return _block_sums(in_blocks(weights)).sum(1)
+
+
+def _pick(blocks: Tensor, uniforms: Tensor) -> Tensor:
+    """The column at which the cumulated weights [rows, blocks, 64] pass uniform x total (inverse CDF), [rows]."""
+    cumulated = _block_sums(blocks).cumsum(1)
+    target = uniforms.unsqueeze(1) * cumulated[:, -1:]
+    block = torch.searchsorted(cumulated, target, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = F.pad(cumulated, (1, 0)).gather(1, block)
+    inner = _take(blocks, block).squeeze(1).double().cumsum(1)
+    # Where the sum of a block was rounded up, the target can lie beyond it: then it is the last token with weight.
+    last = torch.searchsorted(inner, inner[:, -1:].contiguous())
+    column = torch.minimum(torch.searchsorted(inner, target - before, right=True), last).clamp_(max=BLOCK - 1)
+    return (block * BLOCK + column).squeeze(1)
+
+
+def _take(blocks: Tensor, indices: Tensor) -> Tensor:
+    """blocks [rows, blocks, 64] at `indices` [rows, n]: [rows, n, 64]."""
+    return blocks.gather(1, indices.unsqueeze(2).expand(-1, -1, BLOCK))

@@ -1,0 +1,82 @@
+"""Log-probabilities of tokens under the model's own distribution: before masks, penalties and temperature, as vLLM's.
+
+Whole rows of log-softmax exist for a few rows at a time only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from powerband.core.step import TokenLogprobs
+from powerband.engine.choice import in_blocks, largest, padded_width
+from powerband.engine.logits import to_device
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """Per row: the actual token, then the `k` likeliest. On the device, until `packed` has come to the host."""
+
+    token_ids: Tensor  # int64 [rows, 1 + k]
+    logprobs: Tensor  # float32 [rows, 1 + k]
+    ranks: Tensor  # int64 [rows]
+
+    def packed(self) -> Tensor:
+        """All of it as int64 [rows, 2 * (1 + k) + 1], to travel in one piece."""
+        return torch.cat([self.token_ids, self.logprobs.double().view(torch.int64), self.ranks.unsqueeze(1)], 1)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> LogprobTensors:
+    """Log-probabilities of `token_ids` [rows] and of the likeliest tokens; logits [rows, vocab] of any float type."""
+    pieces = zip(torch.split(logits, _ROWS_AT_ONCE), torch.split(token_ids, _ROWS_AT_ONCE), strict=True)
+    parts = [_some_logprobs(some, ids, num_alternatives) for some, ids in pieces]
+    return LogprobTensors(
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.ranks for part in parts]),
+    )
+
+
+def unpacked(packed: Tensor) -> list[TokenLogprobs]:
+    """The rows of `LogprobTensors.packed`, on the host."""
+    width = (packed.shape[1] - 1) // 2
+    ids = packed[:, :width].tolist()
+    logprobs = packed[:, width : 2 * width].contiguous().view(torch.float64).tolist()
+    return [
+        TokenLogprobs(row_ids, row_logprobs, rank)
+        for row_ids, row_logprobs, rank in zip(ids, logprobs, packed[:, -1].tolist(), strict=True)
+    ]
+
+
+def prompt_logprobs(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], token_ids: Sequence[int], num_alternatives: int
+) -> list[TokenLogprobs]:
+    """Rows for prompt tokens: hidden[i] (of [positions, hidden_size]) is the state that predicts token_ids[i].
+
+    `head` turns hidden states into logits. It is called for 64 positions at a time, so a long prompt does not need
+    [positions, vocab] of memory. Waits for the device.
+    """
+    rows: list[TokenLogprobs] = []
+    for start in range(0, len(token_ids), _ROWS_AT_ONCE):
+        logits = head(hidden[start : start + _ROWS_AT_ONCE])
+        actual = to_device(token_ids[start : start + _ROWS_AT_ONCE], torch.int64, logits.device)
+        rows += unpacked(token_logprobs(logits, actual, num_alternatives).packed().cpu())
+    return rows
+
+
+def _some_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> LogprobTensors:
+    vocab_size = logits.shape[1]
+    # -inf beyond the vocabulary, so that whole blocks can be looked at.
+    padded = F.pad(logits.float(), (0, padded_width(vocab_size) - vocab_size), value=float("-inf"))
+    logprobs = torch.log_softmax(padded, 1)
+    own_ids = token_ids.unsqueeze(1)
+    own = logprobs.gather(1, own_ids)
+    likelier = in_blocks(torch.gt(logprobs, own, out=torch.empty_like(logprobs))).sum(2).sum(1)
+    top, top_ids = largest(logprobs, min(num_alternatives, vocab_size))
+    return LogprobTensors(torch.cat([own_ids, top_ids], 1), torch.cat([own, top], 1), likelier.to(torch.int64) + 1)
