@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-from importlib.resources import files
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from powerband.cli.flags import Json, takes_settings
 from powerband.cli.machine import device_of
 from powerband.cli.settings import Resolved
 from powerband.cost.memory import MemoryPlan, plan_memory
+from powerband.engine.checkpoint import resolve_model
 from powerband.errors import EnvironmentFault
 from powerband.spec.counts import count_parameters
 from powerband.spec.device import detect_cpu
+from powerband.spec.model import ModelSpec
 from powerband.spec.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 
@@ -28,11 +30,12 @@ NOT_ABOUT_MEMORY = (
 def memory(settings: Resolved, *, json: Json = False) -> int:
     """Print the memory plan of MODEL on this machine, without loading it.
 
-    MODEL may also be the path of a config.json. Of a model on the Hugging Face hub, only config.json is fetched.
+    MODEL may also be the path of a config.json. Of a model on the Hugging Face hub, everything but
+    the weights is fetched.
     Exits with 3 and says what would help when the engine would not fit.
     """
     engine = settings.engine
-    spec = read_model_spec(config_path(engine.model, engine.revision))
+    spec = read_model_spec(config_source(engine))
     plan = plan_on_this_machine(spec, engine)
     if json:
         report: dict[str, Any] = {
@@ -46,7 +49,7 @@ def memory(settings: Resolved, *, json: Json = False) -> int:
     return 0
 
 
-def plan_on_this_machine(spec: Any, settings: EngineSettings) -> MemoryPlan:
+def plan_on_this_machine(spec: ModelSpec, settings: EngineSettings) -> MemoryPlan:
     """The plan for the device that the settings choose, with the memory that is free on it now."""
     if device_of(settings) == "cpu":
         cpu = detect_cpu()
@@ -59,20 +62,7 @@ def plan_on_this_machine(spec: Any, settings: EngineSettings) -> MemoryPlan:
     return plan_memory(spec, settings, total, kind="cuda", free_memory_bytes=free)
 
 
-def config_path(model: str, revision: str | None) -> Path:
-    """Where the model's config.json is: in the package, on this machine, or fetched from the Hugging Face hub."""
-    if model == "demo":
-        return Path(str(files("powerband") / "demo" / "config.json"))
-    if Path(model).exists() or model.count("/") != 1:
-        return Path(model)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(model, "config.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise EnvironmentFault(
-            f"{model!r} is neither here nor to be had from the Hugging Face hub: {str(error).splitlines()[0]}",
-            hint="Give a folder, the path of a config.json, a Hugging Face id, or 'demo'.",
-            param="model",
-        ) from error
+def config_source(settings: EngineSettings) -> Path:
+    """What to read the model from: the path of a config.json, or the model's folder without its weights."""
+    path = Path(settings.model)
+    return path if path.is_file() else resolve_model(replace(settings, load_format="dummy"))
