@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from powerband.cost.footprint import activation_bytes, attention_bytes
+from powerband.core.params import SamplingParams
+from powerband.cost.footprint import activation_bytes, attention_bytes, sampling_bytes
 from powerband.engine.attention.base import AttentionBatch, AttentionShape
 from powerband.engine.attention.reference import ReferenceAttention
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.sampler import Sampler
 from powerband.spec import ModelSpec, read_model_spec
 
 TOKENS = 256
@@ -139,3 +141,27 @@ def test_attention_stays_within_the_bound(name: str, rows: str) -> None:
     )
     # The result counts with the activations.
     assert 0.2 * bound <= memory.peak - q.nbytes <= bound
+
+
+METHODS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "greedy with a penalty": SamplingParams(temperature=0.0, frequency_penalty=0.5),
+    "any token": SamplingParams(),
+    "min_p": SamplingParams(min_p=0.1),
+    "small top_k": SamplingParams(top_k=20, top_p=0.9),
+    "top_p": SamplingParams(top_p=0.9, repetition_penalty=1.1),
+    "large top_k": SamplingParams(top_k=500, top_p=0.9, min_p=0.01, presence_penalty=0.5),
+    "logprobs": SamplingParams(temperature=0.0, logprobs=5),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sampling_stays_within_the_bound(name: str) -> None:
+    rows = 100
+    spec = read_model_spec({**MODELS["llama"], "vocab_size": 4000, "dtype": "bfloat16"})
+    sampler = Sampler(spec.vocab_size, "cpu", seed=0)
+    states = [sampler.new_state(f"r{i}", METHODS[name], [1, 2, 3], 2) for i in range(rows)]
+    logits = torch.randn(rows, spec.vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with AllocatedBytes() as memory:
+        sampler.sample(logits, states, [3] * rows)
+    assert memory.peak + logits.nbytes <= sampling_bytes(spec, rows=rows, dtype="bfloat16")

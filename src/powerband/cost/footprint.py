@@ -20,6 +20,8 @@ _CUDA_GRAPH_BYTES = 300 * MIB
 
 _INDEX_BYTES = 64  # token id, position, slot and the like, of one token
 _QUERY_TILE = 256  # queries scored at once where scores are held in memory (soft cap, sinks)
+_SAMPLING_TILE = 64  # rows that are sampled at once
+_SAMPLING_BYTES = 4 + 4 + 4 + 8 + 3 * 8 + 4 + 4
 _PADDING = 1.25  # decodes of similar length are padded to the longest of their group
 _DECODE_SPLITS = 16  # parts of a long context that a CUDA decode attends to in parallel
 
@@ -55,8 +57,14 @@ def activation_bytes(spec: ModelSpec, *, tokens: int, dtype: str) -> int:
 
 
 def sampling_bytes(spec: ModelSpec, *, rows: int, dtype: str) -> int:
-    """Logits of `rows` positions as computed, in float32, as probabilities, and sorted beside their indices."""
-    return rows * spec.vocab_size * (dtype_bytes(dtype) + 4 + 4 + 4 + 8)
+    """Logits of `rows` positions, twice (four times with a soft cap), and the working memory of sampling.
+
+    Sampling works on a tile of rows at a time. The most that a method holds of each logit: its value, probability,
+    sorted value, index and sums in float64 (the methods that sort), and a count for penalties.
+    """
+    copies = 4 if spec.logit_softcap is not None else 2
+    logits = rows * spec.vocab_size * dtype_bytes(dtype) * copies
+    return logits + min(rows, _SAMPLING_TILE) * (spec.vocab_size + 64) * _SAMPLING_BYTES
 
 
 def attention_bytes(
