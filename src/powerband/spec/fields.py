@@ -44,11 +44,11 @@ class Fields:
     def optional_integer(self, name: str, *, low: int = 1, high: int = MAX_WIDTH) -> int | None:
         return self.integer(name, low=low, high=high) if name in self else None
 
-    def nullable_integer(self, name: str, default: int, *, low: int = 1, high: int = MAX_WIDTH) -> int | None:
+    def nullable_integer(self, name: str, default: int | None, *, low: int = 1, high: int = MAX_WIDTH) -> int | None:
         """Absent: the default. Written as null: None."""
-        if name in self.values and self.values[name] is None:
-            return None
-        return self.integer(name, default, low=low, high=high)
+        if name in self:
+            return self.integer(name, low=low, high=high)
+        return None if name in self.values else default
 
     def number(self, name: str, default: float | None = None, *, low: float = 0.0, high: float = 1e12) -> float:
         """A finite number with low < number ≤ high; without a default the key must be there."""

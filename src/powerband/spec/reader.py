@@ -40,7 +40,7 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
         raise fields.error("it has no 'model_type', so its architecture is unknown", "model_type")
     if model_type not in FAMILIES:
         raise _unknown(fields, model_type)
-    return FAMILIES[model_type][1](fields)
+    return FAMILIES[model_type](fields)
 
 
 def _text_part(fields: Fields) -> Fields:
