@@ -93,11 +93,16 @@ def _compute_report(findings: list[Finding]) -> dict[str, Any]:
                 "Install a torch build for this GPU: https://pytorch.org/get-started/locally/",
             )
         )
+    from powerband.engine.attention import choose_backend
+
+    device = "cuda" if gpus else "cpu"
+    attention = choose_backend("auto", device)
     return {
-        "device": "cuda" if gpus else "cpu",
+        "device": device,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
-        "threads": torch.get_num_threads(),
+        "attention": f"{attention.name}: {attention.reason}",
         "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+        "onednn": torch.backends.mkldnn.is_available(),
     }
 
 
@@ -124,4 +129,6 @@ def _cell(key: str, value: Any) -> str:
         return readable_bytes(value)
     if key == "gpus":
         return ", ".join(f"{gpu['name']} ({readable_bytes(gpu['memory_bytes'])})" for gpu in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return " ".join(value) or "none known" if isinstance(value, list) else str(value)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from powerband.cli.flags import Json, takes_settings
 from powerband.cli.machine import device_of
 from powerband.cli.settings import Resolved
 from powerband.cost.memory import MemoryPlan, plan_memory
+from powerband.cost.precision import auto_dtype
 from powerband.engine.checkpoint import resolve_model
 from powerband.errors import EnvironmentFault
 from powerband.spec.counts import count_parameters
@@ -51,15 +52,21 @@ def memory(settings: Resolved, *, json: Json = False) -> int:
 
 def plan_on_this_machine(spec: ModelSpec, settings: EngineSettings) -> MemoryPlan:
     """The plan for the device that the settings choose, with the memory that is free on it now."""
-    if device_of(settings) == "cpu":
-        cpu = detect_cpu()
-        return plan_memory(spec, settings, cpu.memory_bytes, kind="cpu", free_memory_bytes=cpu.available_memory_bytes)
+    cpu = detect_cpu()
+    kind: Literal["cpu", "cuda"] = "cpu" if device_of(settings) == "cpu" else "cuda"
+    total, free = (cpu.memory_bytes, cpu.available_memory_bytes) if kind == "cpu" else _gpu_memory()
+    dtype = settings.dtype if settings.dtype != "auto" else auto_dtype(spec, kind, cpu.features)
+    return plan_memory(spec, settings, total, kind=kind, free_memory_bytes=free, dtype=dtype)
+
+
+def _gpu_memory() -> tuple[int, int]:
+    """(total, free) bytes of the GPU. Raises EnvironmentFault when there is none that torch can use."""
     import torch
 
     if not torch.cuda.is_available():
         raise EnvironmentFault("There is no GPU that torch can use.", hint="'powerband doctor' says what is missing.")
     free, total = torch.cuda.mem_get_info()
-    return plan_memory(spec, settings, total, kind="cuda", free_memory_bytes=free)
+    return total, free
 
 
 def config_source(settings: EngineSettings) -> Path:
