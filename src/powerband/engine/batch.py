@@ -13,6 +13,7 @@ import torch
 from powerband.core.params import SamplingParams
 from powerband.core.step import Work
 from powerband.engine.attention.base import AttentionBatch
+from powerband.engine.logits import SamplingState
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -23,11 +24,10 @@ class RequestState:
     """What the runner keeps of a request between steps."""
 
     id: str
-    epoch: int
     params: SamplingParams
     tokens: list[int]  # prompt and every sampled token whose value is known here
     num_prompt_tokens: int
-    sampling: Any  # the sampler's own state
+    sampling: SamplingState
     blocks: Int32s = field(default_factory=lambda: np.zeros(8, np.int32))  # grows by doubling
     num_blocks: int = 0
     # The token after `tokens`, sampled by a step in flight: (its sampled ids on the device, row).

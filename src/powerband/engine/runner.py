@@ -4,83 +4,46 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 
 from powerband.core.loop import error_info
-from powerband.core.params import SamplingParams
 from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.batch import InputBuffers, RequestState, Row
+from powerband.engine.logprobs import prompt_logprobs
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.sampler import Sampled, Sampler
 from powerband.errors import InvalidRequest, PowerbandError
 
 logger = logging.getLogger(__name__)
-
-
-class Sampled(Protocol):
-    """What a sampler returns for the rows of one step."""
-
-    token_ids: torch.Tensor  # int64 [rows], on the device
-    logprobs: list[TokenLogprobs | None]
-
-
-class TokenSampler(Protocol):
-    def new_state(
-        self, request_id: str, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int
-    ) -> Any: ...
-
-    def sample(self, logits: torch.Tensor, states: list[Any], positions: list[int]) -> Sampled: ...
-
-
-@dataclass(slots=True)
-class _Part:
-    """Rows that went through one forward pass, and what came out of it for those that sample."""
-
-    rows: list[Row]
-    sampled: Sampled
-    host_ids: torch.Tensor  # `sampled.token_ids`, on its way to the host
-    finite: torch.Tensor  # bool [rows], likewise
-    copied: torch.cuda.Event | None
 
 
 @dataclass(slots=True)
 class PendingStep:
     """A step whose work has been given to the device. `result` waits for it."""
 
-    parts: list[_Part] = field(default_factory=list)
-    failed: dict[str, ErrorInfo] = field(default_factory=dict)
+    sampled: list[tuple[list[Row], Sampled]] = field(default_factory=list)  # one entry per forward pass
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    outcome: StepResult | None = None
+    failed: dict[str, ErrorInfo] = field(default_factory=dict)
 
     def result(self) -> StepResult:
-        if self.outcome is None:
-            outcome = StepResult({}, {}, self.prompt_logprobs, self.failed)
-            for part in self.parts:
-                _collect(part, outcome)
-            self.outcome = outcome
-            self.parts = []
-        return self.outcome
-
-
-def _collect(part: _Part, outcome: StepResult) -> None:
-    if part.copied is not None:
-        part.copied.synchronize()
-    logprobs = part.sampled.logprobs
-    finite: list[bool] = part.finite.tolist()
-    for index, (row, token) in enumerate(zip(part.rows, part.host_ids.tolist(), strict=True)):
-        state = row.state
-        if not finite[index]:
-            outcome.failed[state.id] = error_info(_not_finite(row.work))
-            continue
-        outcome.tokens[state.id] = [token]
-        if (entry := logprobs[index] if logprobs else None) is not None:
-            outcome.logprobs[state.id] = [entry]
-        state.tokens.append(token)
-        state.sampling.append(token)
-        if state.pending is not None and state.pending[0] is part.sampled.token_ids:
-            state.pending = None
+        """Called once, in the order of the steps: the requests' states learn their new tokens here."""
+        outcome = StepResult({}, {}, self.prompt_logprobs, self.failed)
+        for rows, sampled in self.sampled:
+            values = sampled.values()
+            for index, row in enumerate(rows):
+                state, token = row.state, values.token_ids[index]
+                if index in values.failed:
+                    outcome.failed[state.id] = values.failed[index]
+                    continue
+                outcome.tokens[state.id] = [token]
+                if (entry := values.logprobs[index]) is not None:
+                    outcome.logprobs[state.id] = [entry]
+                state.tokens.append(token)
+                if state.pending is not None and state.pending[0] is sampled.token_ids:
+                    state.pending = None
+        return outcome
 
 
 class ModelRunner:
@@ -90,7 +53,7 @@ class ModelRunner:
         self,
         model: Decoder,
         attention: AttentionBackend,
-        sampler: TokenSampler,
+        sampler: Sampler,
         *,
         block_size: int,
         device: torch.device,
@@ -101,7 +64,6 @@ class ModelRunner:
         self.device = device
         self._inputs = InputBuffers(block_size, device)
         self._states: dict[str, RequestState] = {}
-        self._last: PendingStep | None = None
 
     @torch.inference_mode()
     def launch(self, step: Step) -> PendingStep:
@@ -116,25 +78,22 @@ class ModelRunner:
                 self._states.pop(work.id, None)
                 pending.failed[work.id] = error_info(error)
         rows.sort(key=lambda row: row.work.num_tokens != 1)  # decodes first
-        if any(row.state.pending is not None and row.state.sampling.needs_history for row in rows) and self._last:
-            self._last.result()
         if rows:
             self._run_isolated(rows, pending)
-        self._last = pending
         return pending
 
     def _state(self, work: Work) -> RequestState:
         """The state of the work's request, brought up to date. Raises InvalidRequest for what cannot be computed."""
-        if work.new is not None:
+        new = work.new
+        if new is not None:
             vocab_size = self.model.spec.vocab_size
-            if max(work.new.token_ids) >= vocab_size or min(work.new.token_ids) < 0:
+            if max(new.token_ids) >= vocab_size or min(new.token_ids) < 0:
                 raise InvalidRequest(
                     f"The prompt has a token id outside the vocabulary (0 to {vocab_size - 1}).", param="prompt"
                 )
-            tokens = list(work.new.token_ids)
-            sampling = self.sampler.new_state(work.id, work.new.params, tokens, work.new.num_prompt_tokens)
-            state = RequestState(work.id, work.epoch, work.new.params, tokens, work.new.num_prompt_tokens, sampling)
-            self._states[work.id] = state
+            tokens = list(new.token_ids)
+            sampling = self.sampler.new_state(work.id, new.params, tokens, new.num_prompt_tokens)
+            self._states[work.id] = RequestState(work.id, new.params, tokens, new.num_prompt_tokens, sampling)
         state = self._states[work.id]
         state.append_blocks(work.new_blocks)
         return state
@@ -156,15 +115,18 @@ class ModelRunner:
 
     def _run(self, rows: list[Row], pending: PendingStep) -> None:
         inputs = self._inputs.build(rows)
-        self._fill_pending(rows, inputs.token_ids, inputs.batch.query_starts_host)
-        hidden = self.model(inputs.token_ids, inputs.positions, inputs.batch, self.attention)
         starts = inputs.batch.query_starts_host
+        self._fill_pending(rows, inputs.token_ids, starts)
+        hidden = self.model(inputs.token_ids, inputs.positions, inputs.batch, self.attention)
+        for row, start, end in zip(rows, starts, starts[1:], strict=False):
+            count = row.state.params.prompt_logprobs
+            if count is not None and row.work.start < row.state.num_prompt_tokens - 1:
+                pending.prompt_logprobs[row.state.id] = self._prompt_logprobs(row, hidden[start:end], count)
         sampling = [index for index, row in enumerate(rows) if row.work.samples]
         if sampling:
             last = [starts[index + 1] - 1 for index in sampling]
-            if len(last) < hidden.shape[0]:
-                hidden = hidden[torch.tensor(last, device=self.device)]
-            pending.parts.append(self._sample([rows[index] for index in sampling], self.model.logits(hidden)))
+            chosen = hidden if len(last) == len(hidden) else hidden[self._indices(last)]
+            self._sample([rows[index] for index in sampling], self.model.logits(chosen), pending)
 
     def _fill_pending(self, rows: list[Row], token_ids: torch.Tensor, starts: list[int]) -> None:
         """Input tokens that a step in flight samples: copied on the device, one gather per such step."""
@@ -177,31 +139,20 @@ class ModelRunner:
                 targets.append(starts[index + 1] - 1)
                 source_rows.append(source_row)
         for ids, targets, source_rows in sources.values():
-            where = torch.tensor(targets, device=self.device)
-            token_ids[where] = ids[torch.tensor(source_rows, device=self.device)]
+            token_ids[self._indices(targets)] = ids[self._indices(source_rows)]
 
-    def _sample(self, rows: list[Row], logits: torch.Tensor) -> _Part:
-        finite = logits.sum(dim=-1, dtype=torch.float32).isfinite()
-        on_gpu = self.device.type == "cuda"
-        if on_gpu or not finite.all():
-            logits = logits.masked_fill(~finite.unsqueeze(-1), 0.0)
+    def _prompt_logprobs(self, row: Row, hidden: torch.Tensor, count: int) -> list[TokenLogprobs]:
+        """Rows of the prompt's positions start + 1 and on; `hidden` are the states at start and on."""
+        state, start = row.state, row.work.start
+        wanted = state.tokens[start + 1 : min(start + row.work.num_tokens + 1, state.num_prompt_tokens)]
+        return prompt_logprobs(hidden, self.model.logits, wanted, count)
+
+    def _sample(self, rows: list[Row], logits: torch.Tensor, pending: PendingStep) -> None:
         positions = [row.work.start + row.work.num_tokens for row in rows]
         sampled = self.sampler.sample(logits, [row.state.sampling for row in rows], positions)
-        copied = None
-        host_ids = sampled.token_ids
-        if on_gpu:
-            host_ids = torch.empty(host_ids.shape, dtype=host_ids.dtype, pin_memory=True)
-            host_ids.copy_(sampled.token_ids, non_blocking=True)
-            finite = finite.to("cpu", non_blocking=True)
-            copied = torch.cuda.current_stream(self.device).record_event()
+        pending.sampled.append((rows, sampled))
         for index, row in enumerate(rows):
             row.state.pending = (sampled.token_ids, index)
-        return _Part(rows, sampled, host_ids, finite, copied)
 
-
-def _not_finite(work: Work) -> PowerbandError:
-    return PowerbandError(
-        f"The model's output for position {work.start + work.num_tokens} is not a number.",
-        hint="The checkpoint may be damaged, or its values overflow this dtype: try dtype=bfloat16 or float32.",
-        code="not_finite",
-    )
+    def _indices(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from powerband.engine.checkpoint import resolve_model, unreadable, weight_files
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.registry import slots_for
 from powerband.engine.models.slots import Slot
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.errors import UsageError
 
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+__all__ = ["fill_random", "load_weights", "parameter_bytes", "resolve_model"]
+
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Parts of checkpoints that text generation does not need.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -59,39 +60,6 @@ def parameter_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, as its index lists them. Raises EnvironmentFault."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return _indexed_files(folder, index)
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) > 1 and (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if files:
-        return files
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        raise EnvironmentFault(
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run code and are never loaded.",
-            hint="Use the model's safetensors version, or convert it once with transformers' save_pretrained.",
-            code="pickled_weights",
-        )
-    raise EnvironmentFault(
-        f"{folder} holds no safetensors file.", hint="Give a folder with model.safetensors.", code="weights_not_found"
-    )
-
-
-def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise _unreadable(index, problem) from problem
-    if not plain:
-        raise UsageError(f"{index} names files outside its folder.", code="bad_weights")
-    return [folder / name for name in names]
-
-
 # Name of a tensor → the open file that holds it. safetensors' own type is untyped.
 _Where = dict[str, Any]
 
@@ -102,7 +70,7 @@ def _open_all(files: Iterable[Path], stack: ExitStack) -> _Where:
         try:
             opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as problem:
-            raise _unreadable(path, problem) from problem
+            raise unreadable(path, problem) from problem
         where.update(dict.fromkeys(opened.keys(), opened))
     return where
 
@@ -156,14 +124,6 @@ def _read(name: str, where: _Where) -> torch.Tensor:
     except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
         raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
     return tensor
-
-
-def _unreadable(path: Path, problem: Exception) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"{path} cannot be read: {str(problem)[:300] or type(problem).__name__}.",
-        hint="The file is damaged or incomplete; fetch it again.",
-        code="bad_weights",
-    )
 
 
 def _some(names: list[str]) -> str:

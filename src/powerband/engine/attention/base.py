@@ -36,6 +36,14 @@ class AttentionShape:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMSNorm over each head of q and k: weights [num_heads + num_kv_heads, head_dim]."""
+
+    weights: torch.Tensor
+    eps: float
+
+
 class AttentionBackend(Protocol):
     """Writes new K and V into blocks and attends over block tables, for any mix of prefill chunks and decodes."""
 
@@ -62,5 +70,21 @@ class AttentionBackend(Protocol):
         """Write k, v [tokens, num_kv_heads, head_dim] to `batch.slots`, then attend causally.
 
         q: [tokens, num_heads, head_dim] → [tokens, num_heads, head_dim]. sinks: [num_heads] extra logits.
+        """
+        ...
+
+    def attend_unrotated(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        norm: HeadNorm | None,
+        batch: AttentionBatch,
+        shape: AttentionShape,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`attend` straight from the projection: norm of each head of q and k, then rotation, then `attend`.
+
+        qkv: [tokens, num_heads + 2 * num_kv_heads, head_dim]. rotation: cos and (signed) sin [tokens, 1, rotary_dim].
         """
         ...

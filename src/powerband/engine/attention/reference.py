@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.attention.base import AttentionBatch, AttentionShape
+from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
+from powerband.engine.layers.norm import norm_heads
+from powerband.engine.layers.rotary import rotate
 
 # A decode with at least this many positions in one run of neighbouring slots reads them in place, by itself.
 _IN_PLACE = 128
@@ -93,6 +95,24 @@ class ReferenceAttention:
                 chunk_keys, chunk_values = _read(keys, chunk.slots), _read(values, chunk.slots)
             out[chunk.tokens] = _prefill(q[chunk.tokens], chunk_keys, chunk_values, chunk.mask, shape, sinks)
         return out
+
+    def attend_unrotated(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        norm: HeadNorm | None,
+        batch: AttentionBatch,
+        shape: AttentionShape,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        heads, both = shape.num_heads, shape.num_heads + shape.num_kv_heads
+        qk, v = qkv[:, :both], qkv[:, both:]
+        if norm is not None:
+            qk = norm_heads(qk, norm.weights, norm.eps)
+        if rotation is not None:
+            qk = rotate(qk, *rotation)
+        return self.attend(layer, qk[:, :heads], qk[:, heads:], v, batch, shape, sinks)
 
     # ---- which positions each row reads
 

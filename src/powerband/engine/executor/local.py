@@ -2,70 +2,143 @@
 
 from __future__ import annotations
 
+import platform
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 from powerband.core.step import DeviceReport, Step, StepResult
+from powerband.engine.attention import AttentionShape, Choice, make_backend
+from powerband.engine.layers.linear import use_providers
+from powerband.engine.layers.onednn import PackedLinear
+from powerband.engine.models.decoder import Decoder
 from powerband.engine.runner import ModelRunner
+from powerband.engine.sampler import Sampler
+from powerband.engine.weights import fill_random, load_weights
 from powerband.errors import UsageError
+from powerband.spec.model import ModelSpec
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorConfig:
+    """What one device is to run. `overlap`: two steps in flight."""
+
+    spec: ModelSpec
+    folder: Path
+    load_format: Literal["auto", "dummy"]
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    block_size: int
+    seed: int
+    attention: Choice
+    overlap: bool
 
 
 class TorchExecutor:
-    """core.step.Executor over a ModelRunner whose weights are loaded.
+    """core.step.Executor on one device. Call `start`, then `init_kv_cache`, then `submit`.
 
-    overlap: two steps in flight. A GPU runs beside the caller by itself; on a CPU the steps run in a worker thread, so
-    that the caller schedules and updates meanwhile.
+    A GPU runs beside the caller by itself; on a CPU overlapping steps run in a worker thread, so that the caller
+    schedules and updates meanwhile.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        report: DeviceReport,
-        *,
-        init_kv_cache: Callable[[int], None],
-        overlap: bool,
-    ) -> None:
-        self.runner = runner
-        self.depth = 2 if overlap else 1
-        self.relay = 1 if overlap else 0
-        self._report = report
-        self._init_kv_cache = init_kv_cache
-        threaded = overlap and runner.device.type == "cpu"
+    def __init__(self, config: ExecutorConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.depth = 2 if config.overlap else 1
+        self.relay = 1 if config.overlap else 0
+        self.providers: dict[str, int] = {}  # projections by who computes them
+        self.attention = make_backend(config.attention, config.block_size, config.device)
+        self._progress = progress or (lambda _name, _fraction: None)
+        self._runner: ModelRunner | None = None
+        threaded = config.overlap and config.device.type == "cpu"
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="powerband-steps") if threaded else None
 
+    @property
+    def runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise UsageError("The executor has not been started.")
+        return self._runner
+
+    @torch.inference_mode()
     def start(self) -> DeviceReport:
-        return self._report
+        """Take memory for the weights and load them. Raises as `load_weights` does."""
+        config = self.config
+        began_s = time.perf_counter()
+        self._progress("load", 0.0)
+        model = Decoder(config.spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
+        if config.load_format == "dummy":
+            weights_bytes = fill_random(model, config.seed)
+        else:
+            weights_bytes = load_weights(model, config.folder, lambda fraction: self._progress("load", fraction))
+        loaded_s = time.perf_counter()
+        self._progress("prepare", 0.0)
+        if config.device.type == "cpu" and PackedLinear.is_available():
+            embedding = model.embedding.weight if config.spec.tie_embeddings else None
+            self.providers = use_providers(model, [PackedLinear(keep=embedding)])
+        sampler = Sampler(config.spec.vocab_size, config.device, config.seed)
+        self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)
+        prepared_s = time.perf_counter()
+        return DeviceReport(
+            device=str(config.device),
+            device_name=_device_name(config.device),
+            weights_bytes=weights_bytes,
+            available_kv_bytes=_free_bytes(config.device),
+            seconds={"load": loaded_s - began_s, "prepare": prepared_s - loaded_s},
+        )
 
+    @torch.inference_mode()
     def init_kv_cache(self, num_blocks: int) -> None:
-        self._init_kv_cache(num_blocks)
+        spec = self.config.spec
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale)
+        self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.dtype)
 
-    def submit(self, step: Step) -> _Handle:
+    def submit(self, step: Step) -> Handle:
         if self._worker is not None:
-            return _Handle(self._worker.submit(lambda: self.runner.launch(step).result()).result)
-        if self.runner.device.type == "cpu":
-            return _Handle(lambda: self.runner.launch(step).result())
-        return _Handle(self.runner.launch(step).result)
+            return Handle(self._worker.submit(self._run, step).result)
+        if self.config.device.type == "cpu":
+            return Handle(lambda: self._run(step))
+        return Handle(self.runner.launch(step).result)
 
     def call(self, method: str, **kwargs: Any) -> Any:
         raise UsageError(f"This executor has no method {method!r} (called with {', '.join(kwargs) or 'nothing'}).")
 
     def check(self) -> None:
         """A CPU does not fail; a GPU that has failed says so when it is asked to synchronise."""
-        if self.runner.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.runner.device)
+        if self.config.device.type == "cuda":
+            torch.cuda.synchronize(self.config.device)
 
     def close(self) -> None:
         """Wait for the steps in flight and end the worker thread."""
         if self._worker is not None:
             self._worker.shutdown(wait=True)
 
+    def _run(self, step: Step) -> StepResult:
+        return self.runner.launch(step).result()
 
-class _Handle:
-    def __init__(self, result: Callable[[], StepResult]) -> None:
-        self._result = result
+
+class Handle:
+    """core.step.StepHandle around whatever waits for a step."""
+
+    def __init__(self, wait: Callable[[], StepResult]) -> None:
+        self._wait = wait
 
     def result(self) -> StepResult:
-        return self._result()
+        return self._wait()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that is left after loading; 0 on a CPU, where the memory plan has the say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

@@ -31,3 +31,10 @@ class RMSNorm(nn.Module):
         """residual += x in place; returns the norm of the sum."""
         residual += x
         return self.forward(residual)
+
+
+def norm_heads(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension of x [tokens, heads, head_dim], with weights [heads, head_dim] of each head."""
+    if weights.dtype != x.dtype:
+        return F.rms_norm(x.float(), weights.shape[1:], None, eps).mul_(weights).to(x.dtype)
+    return F.rms_norm(x, weights.shape[1:], None, eps).mul_(weights)

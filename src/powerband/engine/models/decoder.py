@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.attention.base import AttentionBackend, AttentionBatch, AttentionShape
+from powerband.engine.attention.base import AttentionBackend, AttentionBatch, AttentionShape, HeadNorm
 from powerband.engine.layers.embedding import Embedding
 from powerband.engine.layers.experts import Experts
 from powerband.engine.layers.linear import Linear, parameter
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
-from powerband.engine.layers.rotary import RotaryTable, rotate
+from powerband.engine.layers.rotary import RotaryTable
 from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -99,13 +98,12 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, norms of q and k, rotation; the rest is the backend's."""
+    """Projections, and norms over all heads together; per-head norms, rotation and the rest are the backend's."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.index = index
         self.rope = layer.rope
-        self.qk_norm = spec.qk_norm
         self.eps = spec.norm_eps
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.shape = AttentionShape(
@@ -120,7 +118,7 @@ class Attention(nn.Module):
         self.qkv = Linear(spec.hidden_size, q_size + 2 * kv_size, bias=spec.qkv_bias, dtype=dtype, device=device)
         self.output = Linear(q_size, spec.hidden_size, bias=spec.output_bias, dtype=dtype, device=device)
         self.sinks = parameter(spec.num_heads, dtype=dtype, device=device) if spec.attention_sinks else None
-        self.q_norm = self.k_norm = None
+        self.q_norm = self.k_norm = self.head_norm = None
         if spec.qk_norm == "full":
             self.q_norm, self.k_norm = _norm(spec, q_size, dtype, device), _norm(spec, kv_size, dtype, device)
         elif spec.qk_norm == "head":
@@ -143,20 +141,11 @@ class Attention(nn.Module):
             q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
             qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=-1)
         qkv = qkv.view(tokens, heads + 2 * kv_heads, self.head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.qk_norm == "head":
-            qk = self._norm_heads(qk)
-        if self.rope is not None:
-            qk = rotate(qk, *rotations[self.rope])
-        q, k = qk[:, :heads], qk[:, heads:]
-        out = attention.attend(self.index, q, k, v, batch, self.shape, self.sinks)
+        norm = HeadNorm(self.head_norm, self.eps) if self.head_norm is not None else None
+        rotation = rotations[self.rope] if self.rope is not None else None
+        out = attention.attend_unrotated(self.index, qkv, rotation, norm, batch, self.shape, self.sinks)
         projected: torch.Tensor = self.output(out.reshape(tokens, heads * self.head_dim))
         return projected
-
-    def _norm_heads(self, qk: torch.Tensor) -> torch.Tensor:
-        if self.head_norm.dtype != qk.dtype:
-            return F.rms_norm(qk.float(), (self.head_dim,), None, self.eps).mul_(self.head_norm).to(qk.dtype)
-        return F.rms_norm(qk, (self.head_dim,), None, self.eps).mul_(self.head_norm)
 
 
 def _norm(spec: ModelSpec, size: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:

@@ -74,7 +74,7 @@ def _attention_slots(attention: Attention, base: str, fused: bool, offset: float
     if attention.q_norm is not None and attention.k_norm is not None:
         yield _norm_slot(f"{base}q_norm.weight", attention.q_norm.weight, offset)
         yield _norm_slot(f"{base}k_norm.weight", attention.k_norm.weight, offset)
-    if attention.qk_norm == "head":
+    if attention.head_norm is not None:
         heads = attention.num_heads
         yield _head_norm_slot(f"{base}q_norm.weight", attention.head_norm[:heads], offset)
         yield _head_norm_slot(f"{base}k_norm.weight", attention.head_norm[heads:], offset)

@@ -1,0 +1,277 @@
+"""From settings to an engine that is ready for its first step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from powerband.core.admission import SchedulerLimits
+from powerband.core.clock import Clock
+from powerband.core.kv_cache import KVCacheManager
+from powerband.core.loop import EngineCore, Inbox
+from powerband.core.policy import make_policy
+from powerband.core.scheduler import Scheduler
+from powerband.core.step import DeviceReport
+from powerband.cost.memory import MemoryPlan, plan_memory
+from powerband.cost.sizing import readable
+from powerband.engine.attention import Choice, choose_backend
+from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor
+from powerband.engine.messages import EngineInfo
+from powerband.engine.step_log import StepLog
+from powerband.engine.weights import resolve_model
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.device import Device, detect_cpu
+from powerband.spec.model import ModelSpec
+from powerband.spec.reader import read_model_spec
+from powerband.spec.settings import EngineSettings
+
+# How quantized checkpoints are expanded while loading, by family.
+_EXPANDED = {("gpt_oss", "mxfp4")}
+# CPU features with which 16-bit products are faster than 32-bit ones.
+_FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+@dataclass(slots=True)
+class Engine:
+    """A started engine. `core.step()` drives it; `close` ends its threads and files."""
+
+    core: EngineCore
+    info: EngineInfo
+    spec: ModelSpec
+    settings: EngineSettings  # with every "auto" and default that depends on model or machine filled in
+    executor: TorchExecutor
+    scheduler: Scheduler
+    memory: MemoryPlan
+    report: DeviceReport  # its seconds: every phase of the start
+    step_log: StepLog | None
+
+    def close(self) -> None:
+        self.executor.close()
+        if self.step_log is not None:
+            self.step_log.close()
+
+
+def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Progress | None = None) -> Engine:
+    """Load the model that `settings` name and make everything around it.
+
+    `progress` is called with the name of a phase and the fraction of it that is done. Raises UsageError for settings or
+    checkpoints that are wrong, and EnvironmentFault for what this machine lacks, each saying what to do.
+    """
+    told = progress or (lambda _name, _fraction: None)
+    stopwatch = _Stopwatch()
+    told("resolve", 0.0)
+    folder = resolve_model(settings)
+    spec = read_model_spec(folder)
+    _check_quantization(spec, folder)
+    stopwatch.lap("resolve")
+    cpu = detect_cpu()
+    device = choose_device(settings.device)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads or cpu.cores)
+    dtype = settings.dtype if settings.dtype != "auto" else _auto_dtype(spec, device, cpu)
+    memory = _plan(spec, settings, device, cpu, dtype)
+    stopwatch.lap("plan")
+    settings = _resolved(settings, device, dtype, memory)
+    choice = choose_backend(settings.attention_backend, device.type)
+    step_log = StepLog(Path(settings.step_log)) if settings.step_log else None
+    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice), told)
+    with _memory_errors(memory):
+        report = executor.start()
+        stopwatch.take(report.seconds)
+        told("kv_cache", 0.0)
+        executor.init_kv_cache(memory.num_blocks)
+    stopwatch.lap("kv_cache")
+    report = replace(report, seconds=stopwatch.seconds)
+    scheduler = _scheduler(settings, memory, executor)
+    core = EngineCore(scheduler, executor, clock, inbox, step_log)
+    info = _info(settings, spec, folder, memory, report, choice, executor)
+    return Engine(core, info, spec, settings, executor, scheduler, memory, report, step_log)
+
+
+def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Raises EnvironmentFault when a GPU is asked for that torch cannot use."""
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise EnvironmentFault(
+            f"device is 'cuda', but torch {torch.__version__} can use no GPU here.",
+            hint="'powerband doctor' says what is missing; without a GPU leave --device out.",
+            param="device",
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _auto_dtype(spec: ModelSpec, device: torch.device, cpu: Device) -> str:
+    """As stored, where the device is fast at it; else float32."""
+    if device.type == "cuda":
+        return spec.dtype
+    fast = any(feature in cpu.features for feature in _FAST_BFLOAT16)
+    return "bfloat16" if spec.dtype != "float32" and fast else "float32"
+
+
+def _plan(spec: ModelSpec, settings: EngineSettings, device: torch.device, cpu: Device, dtype: str) -> MemoryPlan:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return plan_memory(spec, settings, total, kind="cuda", free_memory_bytes=free, dtype=dtype)
+    free = cpu.available_memory_bytes
+    return plan_memory(spec, settings, cpu.memory_bytes, kind="cpu", free_memory_bytes=free, dtype=dtype)
+
+
+def _check_quantization(spec: ModelSpec, folder: Path) -> None:
+    if spec.quantization is not None and (spec.family, spec.quantization) not in _EXPANDED:
+        raise UsageError(
+            f"{folder} is quantized with '{spec.quantization}', which cannot be loaded.",
+            hint="Use the model's version in 16 bits.",
+            code="unsupported_quantization",
+            param="model",
+        )
+
+
+def _resolved(settings: EngineSettings, device: torch.device, dtype: str, memory: MemoryPlan) -> EngineSettings:
+    overlap = settings.async_scheduling
+    names: dict[str, Literal["float32", "float16", "bfloat16"]] = {
+        "float32": "float32",
+        "float16": "float16",
+        "bfloat16": "bfloat16",
+    }
+    return replace(
+        settings,
+        dtype=names[dtype],
+        device="cuda" if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads() if device.type == "cpu" else settings.threads,
+        max_model_len=memory.max_model_len,
+        async_scheduling=device.type == "cuda" if overlap is None else overlap,
+    )
+
+
+def _executor_config(
+    settings: EngineSettings, spec: ModelSpec, folder: Path, device: torch.device, choice: Choice
+) -> ExecutorConfig:
+    return ExecutorConfig(
+        spec=spec,
+        folder=folder,
+        load_format=settings.load_format,
+        device=device,
+        dtype=getattr(torch, settings.dtype),
+        max_model_len=settings.max_model_len or spec.max_position,
+        block_size=settings.block_size,
+        seed=settings.seed,
+        attention=choice,
+        overlap=bool(settings.async_scheduling),
+    )
+
+
+def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExecutor) -> Scheduler:
+    kv = KVCacheManager(memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching)
+    limits = SchedulerLimits(
+        max_model_len=memory.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        max_num_queued_reqs=settings.max_num_queued_reqs,
+        max_num_queued_tokens=settings.max_num_queued_tokens,
+    )
+    return Scheduler(kv, limits, policy=make_policy(settings.scheduling_policy, kv), relay=executor.relay)
+
+
+def _info(
+    settings: EngineSettings,
+    spec: ModelSpec,
+    folder: Path,
+    memory: MemoryPlan,
+    report: DeviceReport,
+    choice: Choice,
+    executor: TorchExecutor,
+) -> EngineInfo:
+    measured = {"weights": report.weights_bytes}
+    if (resident := _resident_bytes(executor.config.device)) is not None:
+        measured["total"] = resident
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
+    products = ", ".join(f"{name} ({count})" for name, count in executor.providers.items()) or "torch"
+    summary = "\n".join(
+        [
+            f"model      {settings.model} ({spec.family}, {spec.num_layers} layers, {settings.dtype})",
+            f"device     {report.device} ({report.device_name})",
+            f"attention  {choice.name}: {choice.reason}",
+            f"products   {products}",
+            memory.table(measured),
+            f"KV cache   {memory.kv_tokens} tokens, requests of up to {memory.max_model_len}",
+            f"start      {phases}",
+        ]
+    )
+    return EngineInfo(
+        model_folder=str(folder),
+        max_model_len=memory.max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=list(spec.eos_token_ids),
+        kv_capacity_tokens=memory.kv_tokens,
+        device=report.device,
+        dtype=settings.dtype,
+        summary=summary,
+        config=asdict(settings),
+    )
+
+
+class _Stopwatch:
+    """Seconds per phase, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last_s = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last_s
+        self._last_s = now
+
+    def take(self, measured: dict[str, float]) -> None:
+        """Phases that someone else has timed, up to now."""
+        self.seconds |= measured
+        self._last_s = time.perf_counter()
+
+
+@contextmanager
+def _memory_errors(memory: MemoryPlan) -> Iterator[None]:
+    """The plan held on paper, but the device said no: say what was planned and what would take less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+        told_so = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
+        if not told_so:
+            raise
+        raise _out_of_memory(memory, problem) from problem
+
+
+def _out_of_memory(memory: MemoryPlan, problem: BaseException) -> EnvironmentFault:
+    half_kv = memory.parts["kv_cache"] // 2
+    fewer_tokens = max(memory.max_num_batched_tokens // 4, 1)
+    ways = [
+        f"--kv-cache-memory {max(half_kv >> 20, 1)}MiB frees {readable(half_kv)}",
+        f"--max-num-batched-tokens {fewer_tokens} frees up to {readable(memory.parts['activations'] * 3 // 4)}",
+        f"--dtype bfloat16 frees {readable((memory.parts['weights'] + memory.parts['kv_cache']) // 2)}"
+        if memory.dtype == "float32"
+        else "end other programs that use this device's memory",
+    ]
+    return EnvironmentFault(
+        f"Out of memory while loading: {str(problem).splitlines()[0][:200]}\n{memory.table()}",
+        hint="Do one of: " + "; ".join(f"({i}) {way}" for i, way in enumerate(ways, 1)) + ".",
+        code="out_of_memory",
+    )
+
+
+def _resident_bytes(device: torch.device) -> int | None:
+    """Memory in use now: of the GPU by torch, or of this process. None: this system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

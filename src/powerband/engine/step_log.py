@@ -1,0 +1,74 @@
+"""The step log: each step's shape and seconds as a line of JSON, to calibrate a latency model. No prompt's content.
+
+    {"step": 17, "s": 0.0123, "in_flight_s": 0.0125, "new": [1, 1, 256], "context": [812, 40, 256], "sampled": 2,
+     "kv_used": 41, "kv_total": 512}
+
+`new`: tokens computed, by work. `context`: positions seen by the last of them. `s`: from submission, or from the end of
+the step before if that came later.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from powerband.core.loop import StepRecord
+from powerband.errors import EnvironmentFault
+
+DEFAULT_LIMIT_BYTES = 64 << 20
+
+
+class StepLog:
+    """An observer for EngineCore. When the file reaches `limit_bytes` it becomes FILE.1, replacing an older one."""
+
+    def __init__(self, path: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self.path = path
+        self.limit_bytes = limit_bytes
+        try:
+            self._file = path.open("a", encoding="ascii", buffering=1 << 16)
+        except OSError as problem:
+            raise EnvironmentFault(
+                f"The step log {path} cannot be written: {problem.strerror}.",
+                hint="Name a file in a folder that exists and that you may write to.",
+                param="step_log",
+            ) from problem
+        self._size = self._file.tell()
+
+    def __call__(self, record: StepRecord) -> None:
+        works = record.step.works
+        line = json.dumps(
+            {
+                "step": record.step.index,
+                "s": round(record.exclusive_s, 7),
+                "in_flight_s": round(record.seconds, 7),
+                "new": [work.num_tokens for work in works],
+                "context": [work.start + work.num_tokens for work in works],
+                "sampled": sum(work.samples for work in works),
+                "kv_used": record.usage.num_used,
+                "kv_total": record.usage.num_blocks,
+                **({"failed": True} if record.result is None else {}),
+            },
+            separators=(",", ":"),
+        )
+        if self._size + len(line) >= self.limit_bytes:
+            self._rotate()
+        self._file.write(line + "\n")
+        self._size += len(line) + 1
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rotate(self) -> None:
+        self._file.close()
+        self.path.replace(self.path.with_name(self.path.name + ".1"))
+        self._file = self.path.open("w", encoding="ascii", buffering=1 << 16)
+        self._size = 0

@@ -1,0 +1,85 @@
+"""Whole engines for tests: settings in, token ids out, through EngineCore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from powerband.core.clock import MonotonicClock
+from powerband.core.loop import Add, Command
+from powerband.core.params import SamplingParams
+from powerband.core.request import EngineRequest
+from powerband.core.step import TokenOutput
+from powerband.engine.build import Engine, build_engine
+from powerband.spec.settings import EngineSettings
+
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 1,
+    "block_size": 8,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 512,
+    "max_model_len": 512,
+    "kv_cache_memory": "2MiB",
+}
+
+
+class ListInbox:
+    """Commands that a test puts there, all due at once."""
+
+    def __init__(self) -> None:
+        self.commands: list[Command] = []
+
+    def poll(self, now: float) -> list[Command]:
+        taken, self.commands = self.commands, []
+        return taken
+
+    def next_time(self) -> float | None:
+        return None
+
+    def wait(self, until: float | None) -> None:
+        raise AssertionError("the engine waits although the test expects it to be busy")
+
+
+class TestEngine:
+    """A built engine with a list for an inbox."""
+
+    __test__ = False
+
+    def __init__(self, folder: Path | str, **settings: Any) -> None:
+        self.inbox = ListInbox()
+        self.engine: Engine = build_engine(
+            EngineSettings(model=str(folder), **{**SMALL, **settings}), inbox=self.inbox, clock=MonotonicClock()
+        )
+        self._count = 0
+
+    def __enter__(self) -> TestEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def add(self, prompt: Sequence[int], **params: Any) -> str:
+        self._count += 1
+        id = f"r{self._count}"
+        asked = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **params})
+        self.inbox.commands.append(Add(EngineRequest(id=id, token_ids=list(prompt), params=asked, arrival_s=0.0)))
+        return id
+
+    def run(self) -> dict[str, list[TokenOutput]]:
+        """Step until nothing is left to do; the outputs of each request."""
+        outputs: dict[str, list[TokenOutput]] = {}
+        while self.inbox.commands or self.engine.core.busy:
+            for output in self.engine.core.step():
+                outputs.setdefault(output.id, []).append(output)
+        return outputs
+
+    def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[list[int]]:
+        """All prompts at once → the output tokens of each. Fails when a request fails."""
+        ids = [self.add(prompt, **params) for prompt in prompts]
+        outputs = self.run()
+        for id in ids:
+            assert outputs[id][-1].error is None, outputs[id][-1].error
+        return [[token for output in outputs[id] for token in output.token_ids] for id in ids]
