@@ -1,51 +1,71 @@
-"""An engine whose model is a rule, in a process of its own like the real one: it writes its prompt backwards."""
+"""An engine whose model is a rule, in a process of its own like the real one: it repeats its prompt for ever."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import powerband
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import Clock
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import EngineCore, Inbox
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor
-from powerband.core.step import Step, StepResult
+from powerband.core.step import NewRequest, Step, StepResult, TokenLogprobs
 from powerband.engine.messages import EngineInfo
 from powerband.engine.process import main
 from powerband.errors import EnvironmentFault
 from powerband.spec.settings import EngineSettings
 
-STEP_S = 0.005
+STEP_S = 0.003
+CONTEXT = 512
+VOCABULARY = 4096
+DEMO = Path(powerband.__file__).parent / "demo"
 
 
-class BackwardsExecutor(SimExecutor):
-    """Answers with the prompt's tokens from the last to the first, again and again."""
+class ParrotExecutor(SimExecutor):
+    """Samples the prompt's tokens in order, again and again. A token's alternatives are the ids after it."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock, lambda step: STEP_S)
-        self.prompts: dict[str, list[int]] = {}
+        self.known: dict[str, NewRequest] = {}
 
     def run(self, step: Step) -> StepResult:
         for id in step.dropped:
-            self.prompts.pop(id, None)
-        tokens = {}
+            self.known.pop(id, None)
+        result = StepResult({})
         for work in step.works:
             if work.new:
-                self.prompts[work.id] = work.new.token_ids[: work.new.num_prompt_tokens]
+                self.known[work.id] = work.new
+            request = self.known[work.id]
+            prompt = request.token_ids[: request.num_prompt_tokens]
+            end = work.start + work.num_tokens
+            if request.params.prompt_logprobs is not None:
+                rows = prompt[work.start + 1 : end + 1]
+                result.prompt_logprobs[work.id] = [logprobs(id, request.params.prompt_logprobs) for id in rows]
             if work.samples:
-                prompt = self.prompts[work.id]
-                tokens[work.id] = [prompt[-1 - (work.start + work.num_tokens - len(prompt)) % len(prompt)]]
-        return StepResult(tokens)
+                token = prompt[(end - len(prompt)) % len(prompt)]
+                result.tokens[work.id] = [token]
+                if request.params.logprobs is not None:
+                    result.logprobs[work.id] = [logprobs(token, request.params.logprobs)]
+        return result
+
+
+def logprobs(token: int, num_alternatives: int) -> TokenLogprobs:
+    ids = [token, *((token + i) % VOCABULARY for i in range(num_alternatives))]
+    return TokenLogprobs(ids, [-0.5, *(-0.5 - i for i in range(num_alternatives))], rank=1)
 
 
 @dataclass
 class Built:
     core: EngineCore
     info: EngineInfo
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def build(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Callable[[str, float], None]) -> Built:
@@ -54,25 +74,24 @@ def build(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Cal
         raise EnvironmentFault("No folder 'broken'.", hint="Give a folder.", code="model_not_found")
     if settings.model == "crashing":
         sys.exit(7)
-    kv = KVCacheManager(num_blocks=64, block_size=16)
+    kv = KVCacheManager(num_blocks=256, block_size=16)
     limits = SchedulerLimits(
-        max_model_len=512, max_num_seqs=settings.max_num_seqs, max_num_queued_reqs=settings.max_num_queued_reqs
+        max_model_len=CONTEXT, max_num_seqs=settings.max_num_seqs, max_num_queued_reqs=settings.max_num_queued_reqs
     )
-    core = EngineCore(Scheduler(kv, limits), BackwardsExecutor(clock), clock, inbox)
+    core = EngineCore(Scheduler(kv, limits), ParrotExecutor(clock), clock, inbox)
     info = EngineInfo(
-        model_folder=settings.model,
-        max_model_len=512,
-        vocab_size=1000,
-        eos_token_ids=[],
-        kv_capacity_tokens=1024,
+        model_folder=str(DEMO),
+        max_model_len=CONTEXT,
+        vocab_size=VOCABULARY,
+        eos_token_ids=[2, 0],  # as the demo model has
+        kv_capacity_tokens=256 * 16,
         device="cpu",
         dtype="float32",
-        summary="a fake",
-        config={},
+        summary="A parrot",
+        config={"model": settings.model},
     )
     return Built(core, info)
 
 
 if __name__ == "__main__":
-    start_s = time.monotonic()
     sys.exit(main(build))

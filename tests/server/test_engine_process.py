@@ -29,7 +29,7 @@ COMMAND = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
 
 def request(id: str, max_tokens: int = 5, prompt: list[int] | None = None) -> EngineRequest:
     return EngineRequest(
-        id=id, token_ids=prompt or [1, 2, 3], params=SamplingParams(max_tokens=max_tokens), arrival_s=time.monotonic()
+        id=id, token_ids=prompt or [3, 4, 5], params=SamplingParams(max_tokens=max_tokens), arrival_s=time.monotonic()
     )
 
 
@@ -58,7 +58,7 @@ def test_tokens_arrive_in_order() -> None:
         async with running() as engine:
             return [token async for output in engine.generate(request("a")) for token in output.token_ids]
 
-    assert asyncio.run(scenario()) == [3, 2, 1, 3, 2]
+    assert asyncio.run(scenario()) == [3, 4, 5, 3, 4]
 
 
 def test_a_refusal_is_the_only_output() -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from powerband.core.request import EngineRequest
-from powerband.core.scheduler import SchedulerStats
+from powerband.core.stats import SchedulerStats
 from powerband.core.step import ErrorInfo, TokenOutput
 from powerband.errors import PowerbandError
 from powerband.spec.settings import EngineSettings
@@ -25,7 +25,7 @@ OUTPUTS_SOCKET = "outputs.sock"
 
 
 class Handover(msgspec.Struct):
-    """What the engine's process reads from its standard input, as one line of JSON. That input's end ends the process."""
+    """What the engine's process reads from its standard input, as one line of JSON. Its end ends the process."""
 
     settings: EngineSettings
     folder: str  # of the two sockets
@@ -92,6 +92,7 @@ class Outputs(msgspec.Struct, tag=True):
     """Everything that one step had to tell."""
 
     outputs: list[TokenOutput]
+    step_tokens: list[int]  # tokens computed by each step since the last message
 
 
 class Heartbeat(msgspec.Struct, tag=True):

@@ -21,9 +21,9 @@ import msgspec
 import zmq
 
 from powerband.core.clock import Clock, MonotonicClock
-from powerband.core.loop import Abort, Add, Command, EngineCore, Inbox, error_info
+from powerband.core.loop import Abort, Add, Command, EngineCore, Inbox, StepRecord, error_info
 from powerband.core.loop import Call as CoreCall
-from powerband.core.scheduler import SchedulerStats
+from powerband.core.stats import SchedulerStats
 from powerband.core.step import FinishReason
 from powerband.engine import messages
 from powerband.engine.messages import (
@@ -57,6 +57,8 @@ class Built(Protocol):
     core: EngineCore
     info: EngineInfo
 
+    def close(self) -> None: ...
+
 
 class Build(Protocol):
     def __call__(self, settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Progress) -> Built: ...
@@ -87,6 +89,7 @@ class Pulse:
         self.busy = False
         self.num_malformed = 0
         self.stats: SchedulerStats | None = None
+        self.step_tokens: list[int] = []
         self.ending = threading.Event()
 
     def touch(self, busy: bool) -> None:
@@ -192,7 +195,10 @@ def main(build: Build = _build_engine) -> int:
         pulse.stats = scheduler.stats()
         threading.Thread(target=_beat, args=(context, folder, pulse), daemon=True, name="heartbeat").start()
         sender.send(Ready(engine.info))
-        _serve(engine.core, inbox, pulse, sender)
+        try:
+            _serve(engine.core, inbox, pulse, sender)
+        finally:
+            engine.close()
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, PowerbandError) else PowerbandError.exit_code
         if not isinstance(error, PowerbandError):
@@ -222,12 +228,19 @@ def _serve(core: EngineCore, inbox: SocketInbox, pulse: Pulse, sender: Sender) -
             if (heartbeat := pulse.heartbeat()) is not None:
                 sender.send(heartbeat)
 
+    def observe(record: StepRecord) -> None:
+        pulse.step_tokens.append(record.step.num_tokens)
+        if log_step is not None:
+            log_step(record)
+
+    log_step, core.observer = core.observer, observe
     inbox.idle = tell_idle
     while not pulse.ending.is_set():
         outputs = core.step()
         if outputs:
             told_idle = False
-            sender.send(Outputs(outputs))
+            sender.send(Outputs(outputs, pulse.step_tokens))
+            pulse.step_tokens = []
         if time.monotonic() - told_s > BEAT_S:
             tell()
 

@@ -42,3 +42,4 @@ class TokenStream:
         self._open.difference_update(unfinished)
         if unfinished:
             self._abort(unfinished)
+            self._arrived.set()  # a reader that waits learns that nothing more comes

@@ -69,7 +69,8 @@ class _Incarnation:
 class EngineProcess:
     """An EngineClient whose engine lives in a child process. All methods belong to one event loop.
 
-    `on_phase(name, fraction)` and `on_heartbeat` are called in that loop; `command` is what to run as the engine.
+    `on_phase(name, fraction)`, `on_heartbeat` and `on_step(tokens computed)` are called in that loop. `command` is what
+    to run as the engine.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class EngineProcess:
         limits: StallLimits | None = None,
         on_phase: Callable[[str, float], None] | None = None,
         on_heartbeat: Callable[[Heartbeat], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         self._settings = settings
         self._command = tuple(command)
         self._limits = limits or StallLimits()
         self._on_phase = on_phase
         self._on_heartbeat = on_heartbeat
+        self._on_step = on_step
         self._monitor = HealthMonitor(self._limits)
         self._streams: dict[str, TokenStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -279,6 +282,9 @@ class EngineProcess:
         if isinstance(message, Outputs):
             for output in message.outputs:
                 self._deliver(output)
+            if self._on_step is not None:
+                for num_tokens in message.step_tokens:
+                    self._on_step(num_tokens)
         elif isinstance(message, Heartbeat):
             self._monitor.heard(message)
             if self._on_heartbeat is not None:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.core.loop import error_info
@@ -34,9 +33,12 @@ class HttpError(PowerbandError):
 
     exit_code = 2
 
-    def __init__(self, status: int, code: str, message: str, *, param: str | None = None, hint: str = "") -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, param: str | None = None, hint: str = "", allow: str = ""
+    ) -> None:
         super().__init__(message, code=code, param=param, hint=hint)
         self.http_status = status
+        self.allow = allow  # methods, for 405
 
 
 def error_body(error: ErrorInfo) -> ErrorBody:
@@ -58,12 +60,10 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 def error_response(error: ErrorInfo | PowerbandError) -> Response:
     info = error_info(error) if isinstance(error, PowerbandError) else error
     headers = {}
+    if isinstance(error, HttpError) and error.allow:
+        headers["Allow"] = error.allow
     if info.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if info.http_status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(info.retry_after_s or 1.0)))
     return json_response(error_body(info), info.http_status, headers)
-
-
-async def handle_powerband_error(_request: Request, error: Exception) -> Response:
-    return error_response(error if isinstance(error, PowerbandError) else PowerbandError(str(error)))

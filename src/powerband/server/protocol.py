@@ -10,28 +10,35 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from powerband.core.params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
+from powerband.core.params import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_BYTES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 
 MAX_PROMPTS = 64
 MAX_MESSAGES = 4096
-MAX_LIST = 1024
-MAX_BIASES = 300
-MAX_STOP_CHARS = 256
+MAX_PARTS = 1024
 MAX_LABEL_CHARS = 512
+INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
-_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": INT32}
 
 
 def _array(items: dict[str, Any], longest: int | None = None) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": 1} | ({"maxItems": longest} if longest else {})
 
 
-Count = Annotated[int, Meta(ge=0, le=INT64)]
-Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=INT32)]
+Token = Annotated[int, Meta(ge=0, le=INT32)]
 Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARS)]
-StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
-Tokens = Annotated[list[Token], Meta(max_length=MAX_LIST)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_BYTES)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 
@@ -53,7 +60,7 @@ Prompt = Annotated[
 ]
 Biases = Annotated[
     dict[int, Annotated[float, Meta(ge=-100, le=100)]],
-    Meta(max_length=MAX_BIASES, extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}}),
+    Meta(max_length=MAX_LOGIT_BIAS, extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}}),
 ]
 
 # Fields of OpenAI's API that ask for something this server cannot do yet.
@@ -82,7 +89,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
-    max_tokens: Annotated[int, Meta(ge=0, le=INT64)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
@@ -99,18 +106,18 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
     safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
 
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     min_tokens: Count | None = None
-    stop_token_ids: Tokens | None = None
+    stop_token_ids: Annotated[list[Token], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: Tokens | None = None
-    bad_words: Annotated[list[StopString], Meta(max_length=MAX_LIST)] | None = None
+    allowed_token_ids: Annotated[list[Token], Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
+    bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT64, description="Keep only the last tokens")] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT32, description="Keep only the last tokens")] | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1, description="Lower is served first")] | None = None
@@ -144,7 +151,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=MAX_LIST)] | None = None
+    content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=MAX_PARTS)] | None = None
     name: Label | None = None
     reasoning_content: str | None = None
     tool_call_id: Label | None = None
@@ -159,7 +166,7 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=INT64)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: TextFormat | None = None

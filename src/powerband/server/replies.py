@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-Finish = Literal["stop", "length", "abort", "error"]
+Finish = Literal["stop", "length"]
+FINGERPRINT = f"powerband-{version('powerband')}"
 
 
 class PromptTokensDetails(msgspec.Struct):

@@ -1,0 +1,101 @@
+"""All routes of a replica, in one table from which the application and its OpenAPI description are both made."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from powerband.server.admin import AdminRoutes
+from powerband.server.auth import Gatekeeper, server_key
+from powerband.server.chat import ChatRoutes
+from powerband.server.completions import CompletionRoutes
+from powerband.server.edge import Edge
+from powerband.server.errors import json_response
+from powerband.server.health import HealthRoutes
+from powerband.server.models import ModelRoutes
+from powerband.server.openapi import Operation, describe
+from powerband.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from powerband.server.replica import Replica
+from powerband.server.replies import (
+    AdminState,
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    EffectiveConfig,
+    Health,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Version,
+)
+from powerband.server.tokens import TokenRoutes
+
+
+def operations(replica: Replica) -> list[Operation]:
+    chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
+    health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
+    taken = (400, 404, 413, 415, 503)
+    work = (*taken, 429)
+    return [
+        Operation(
+            "POST",
+            "/v1/chat/completions",
+            chat.create,
+            "Answer a conversation",
+            ChatCompletion,
+            ChatRequest,
+            ChatChunk,
+            work,
+        ),
+        Operation(
+            "POST",
+            "/v1/completions",
+            completions.create,
+            "Continue texts",
+            Completion,
+            CompletionRequest,
+            Completion,
+            work,
+        ),
+        Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, taken),
+        Operation(
+            "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, taken
+        ),
+        Operation("GET", "/v1/models", models.models, "The served model", ModelList, errors=(503,)),
+        Operation("GET", "/v1/models/{name:path}", models.model, "One served model", ModelCard, errors=(404, 503)),
+        Operation("GET", "/version", models.version, "The server's version", Version),
+        Operation("GET", "/livez", health.live, "Is the process there?", Health),
+        Operation("GET", "/startupz", health.started, "Has the engine started?", Health, errors=(503,)),
+        Operation("GET", "/readyz", health.ready, "Do steps advance?", Health, errors=(503,)),
+        Operation("GET", "/health", health.ready, "The same as /readyz", Health, errors=(503,)),
+        Operation("GET", "/metrics", health.metrics, "Figures for Prometheus"),
+        Operation("GET", "/admin/config", admin.config, "Settings in effect", EffectiveConfig, errors=(503,)),
+        *(
+            Operation("POST", f"/admin/{name}", handler, summary, AdminState, errors=(503,))
+            for name, handler, summary in (
+                ("drain", admin.drain, "Take no new requests"),
+                ("pause", admin.pause, "Schedule nothing more"),
+                ("resume", admin.resume, "End pause and drain"),
+                ("reset_prefix_cache", admin.reset_prefix_cache, "Forget cached prefixes"),
+            )
+        ),
+    ]
+
+
+def make_app(replica: Replica) -> ASGIApp:
+    """The whole application. Raises UsageError when it would be open to the network unasked."""
+    key = server_key(replica.settings)
+    table = operations(replica)
+    description = describe(table, needs_key=key is not None)
+
+    async def openapi(_request: Request) -> Response:
+        return json_response(description)
+
+    routes = [Route(operation.path, operation.handler, methods=[operation.method]) for operation in table]
+    routes.append(Route("/openapi.json", openapi, methods=["GET"]))
+    router = Router(routes, redirect_slashes=False)
+    settings = replica.settings
+    return Edge(Gatekeeper(router, key, settings.host, any_host=settings.insecure))

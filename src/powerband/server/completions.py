@@ -1,0 +1,146 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.server.body import read_json
+from powerband.server.generation import Choice, Generation, Piece
+from powerband.server.logprobs import LogprobWriter
+from powerband.server.prompts import completion_prompts
+from powerband.server.protocol import CompletionRequest
+from powerband.server.replica import Replica
+from powerband.server.replies import FINGERPRINT, Completion, CompletionChoice, CompletionLogprobs, Usage
+from powerband.server.respond import respond
+from powerband.server.sampling import completion_params
+from powerband.server.streaming import DONE, event
+
+
+class CompletionRoutes:
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    async def create(self, request: Request) -> Response:
+        """Continue one or several texts, whole or as a stream of chunks."""
+        replica = self._replica
+        body = await read_json(request, CompletionRequest, replica.settings.max_body_bytes)
+        replica.check_name(body.model)
+        model = replica.accept()
+        prompts = await completion_prompts(replica, model, body)
+        params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
+        generation = Generation(replica, model, body, prompts, params)
+        answer = _Answer(generation, body, replica.name)
+        return await respond(request, generation, answer, stream=bool(body.stream))
+
+
+class _Answer:
+    """Turns the pieces of one generation into OpenAI's objects."""
+
+    def __init__(self, generation: Generation, body: CompletionRequest, model_name: str) -> None:
+        self._generation = generation
+        self._body = body
+        self._model_name = model_name
+        self._id = f"cmpl-{generation.id}"
+        self._only_prompt = body.max_tokens == 0
+        self._begun: set[int] = set()
+        self._writers = [self._writer(choice) for choice in generation.choices]
+
+    async def whole(self) -> Completion:
+        generation = self._generation
+        choices = [
+            CompletionChoice(index=choice.index, text="", logprobs=None, finish_reason=None)
+            for choice in generation.choices
+        ]
+        texts: list[list[str]] = [[] for _ in choices]
+        while pieces := await generation.pieces():
+            for piece in pieces:
+                choice, gain = choices[piece.choice.index], self._gain(piece)
+                texts[choice.index].append(gain.text)
+                choice.finish_reason = gain.finish_reason
+                choice.logprobs = _joined(choice.logprobs, gain.logprobs)
+                if gain.token_ids is not UNSET:
+                    choice.token_ids = (
+                        gain.token_ids if choice.token_ids is UNSET else choice.token_ids + gain.token_ids
+                    )
+                if gain.prompt_token_ids is not UNSET:
+                    choice.prompt_token_ids = gain.prompt_token_ids
+        for choice, source in zip(choices, generation.choices, strict=True):
+            choice.text = "".join(texts[choice.index])
+            if self._body.prompt_logprobs is not None:
+                choice.prompt_logprobs = self._writers[choice.index].prompt(source.prompt_logprobs)
+        return self._completion(choices, generation.usage())
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """What each choice gains, its finish_reason once, usage if asked for."""
+        options = self._body.stream_options
+        include, always = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
+        while pieces := await self._generation.pieces():
+            data = b""
+            for piece in pieces:
+                gain = self._gain(piece)
+                if gain.text or gain.finish_reason or gain.logprobs or gain.token_ids:
+                    usage = self._generation.usage() if always else None if include else UNSET
+                    data += event(msgspec.json.encode(self._completion([gain], usage)))
+            if data:
+                yield data
+        last = self._completion([], self._generation.usage())
+        yield (event(msgspec.json.encode(last)) if include else b"") + DONE
+
+    def _gain(self, piece: Piece) -> CompletionChoice:
+        """What a piece adds to its choice; before the first, what is echoed of the prompt."""
+        body, index = self._body, piece.choice.index
+        is_first = index not in self._begun
+        self._begun.add(index)
+        text = self._echoed(piece.choice) if is_first and body.echo else ""
+        logprobs = None
+        if body.logprobs is not None:
+            logprobs = CompletionLogprobs()
+            if is_first and body.echo:
+                logprobs = self._writers[index].echoed(piece.choice.prompt.token_ids, piece.choice.prompt_logprobs)
+            if not self._only_prompt:
+                logprobs = self._writers[index].completion(piece.logprobs, logprobs)
+        gain = CompletionChoice(
+            index=index,
+            text=text if self._only_prompt else text + piece.text,
+            logprobs=logprobs,
+            finish_reason=piece.choice.reason if piece.finish_reason is not None else None,
+        )
+        if body.return_token_ids:
+            gain.token_ids = [] if self._only_prompt else piece.token_ids
+            if is_first:
+                gain.prompt_token_ids = piece.choice.prompt.token_ids
+        return gain
+
+    def _echoed(self, choice: Choice) -> str:
+        if choice.prompt.text is not None or self._generation.tokenizer is None:
+            return choice.prompt.text or ""
+        return self._generation.tokenizer.decode(choice.prompt.token_ids)
+
+    def _writer(self, choice: Choice) -> LogprobWriter:
+        context = () if self._body.echo else choice.prompt.token_ids
+        return LogprobWriter(self._generation.tokenizer, context, choice.request.params.skip_special_tokens)
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> Completion:
+        return Completion(
+            id=self._id,
+            created=self._generation.created_s,
+            model=self._model_name,
+            choices=choices,
+            system_fingerprint=FINGERPRINT,
+            usage=usage,
+        )
+
+
+def _joined(whole: CompletionLogprobs | None, gain: CompletionLogprobs | None) -> CompletionLogprobs | None:
+    if whole is None or gain is None:
+        return whole or gain
+    whole.tokens += gain.tokens
+    whole.token_logprobs += gain.token_logprobs
+    whole.top_logprobs += gain.top_logprobs
+    whole.text_offset += gain.text_offset
+    return whole

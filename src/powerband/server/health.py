@@ -1,0 +1,42 @@
+"""Probes: /livez asks for this process, /startupz for the start, /readyz and /health whether steps advance."""
+
+from __future__ import annotations
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.server.errors import HttpError, json_response
+from powerband.server.replica import Replica
+from powerband.server.replies import Health
+
+
+class HealthRoutes:
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    async def live(self, _request: Request) -> Response:
+        return json_response(Health(status="ok"))
+
+    async def started(self, _request: Request) -> Response:
+        if not self._replica.started:
+            raise HttpError(503, "starting", f"The engine is starting ({self._replica.phase}).")
+        return json_response(self._health())
+
+    async def ready(self, _request: Request) -> Response:
+        reason = self._replica.unready()
+        if reason:
+            raise HttpError(503, "not_ready", reason)
+        return json_response(self._health())
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(self._replica.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _health(self) -> Health:
+        engine = self._replica.engine.health()
+        return Health(
+            status="ok",
+            steps=engine.steps,
+            heartbeat_age_s=engine.heartbeat_age_s,
+            engine_restarts=self._replica.engine.num_restarts,
+        )

@@ -1,0 +1,82 @@
+"""The OpenAPI description, made from the very types that requests are checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.server.auth import OPEN_PATHS
+from powerband.server.errors import ErrorBody
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path. `reply` None: plain text. `errors`: statuses beside those that every route may answer."""
+
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    summary: str
+    reply: Any = None
+    body: Any = None
+    chunk: Any = None
+    errors: tuple[int, ...] = ()
+
+
+def describe(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, Any]:
+    """An OpenAPI 3.1 document. Every error status that a route may answer is declared, and so are streams."""
+    types = [t for o in operations for t in (o.body, o.reply, o.chunk) if t is not None]
+    unique = list(dict.fromkeys([*types, ErrorBody]))
+    schemas, components = msgspec.json.schema_components(unique, ref_template="#/components/schemas/{name}")
+    schema_of = dict(zip(unique, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        path = operation.path.replace(":path", "")
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, path, schema_of, needs_key)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "Powerband", "version": version("powerband"), "description": "One replica's API."},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return document
+
+
+def _operation(operation: Operation, path: str, schema_of: dict[Any, Any], needs_key: bool) -> dict[str, Any]:
+    content: dict[str, Any]
+    if operation.reply is None:
+        content = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        content = {"application/json": {"schema": schema_of[operation.reply]}}
+    if operation.chunk is not None:
+        content["text/event-stream"] = {
+            "schema": {"type": "string", "description": "Events whose data is a chunk, then [DONE]"},
+            "itemSchema": schema_of[operation.chunk],
+        }
+    closed = path not in OPEN_PATHS
+    statuses = [*operation.errors, *([401 if needs_key else 403] if closed else [])]
+    error = {"application/json": {"schema": schema_of[ErrorBody]}}
+    responses = {"200": {"description": "OK", "content": content}}
+    responses |= {str(s): {"description": HTTPStatus(s).phrase, "content": error} for s in sorted(statuses)}
+    described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema_of[operation.body]}},
+        }
+    if "{name}" in path:
+        described["parameters"] = [
+            {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        ]
+    if closed and needs_key:
+        described["security"] = [{"key": []}]
+    return described

@@ -1,0 +1,128 @@
+"""What the model reads: token ids from text, from a conversation, or as they were sent; checked against the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
+
+from powerband.errors import InvalidRequest, RequestTooLong
+from powerband.server.protocol import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, TokenizeRequest
+from powerband.server.replica import Model, Replica
+from powerband.text.tokenizer import Tokenizer
+
+_LONG_TEXT_CHARS = 4096  # longer texts are encoded in a thread, so that others' tokens go on
+
+
+@dataclass(slots=True)
+class Prompt:
+    token_ids: list[int]
+    text: str | None = None  # as sent; None when token ids were
+
+
+async def completion_prompts(replica: Replica, model: Model, body: CompletionRequest) -> list[Prompt]:
+    """The prompts of a completion. Raises InvalidRequest."""
+    sources = _separate(body.prompt)
+    prompts = []
+    for source in sources:
+        if isinstance(source, str):
+            if not source:
+                raise InvalidRequest("'prompt' is empty.", param="prompt")
+            ids = await encode(
+                replica, model, source, body.add_special_tokens is not False, body.truncate_prompt_tokens
+            )
+            prompts.append(Prompt(ids, source))
+        else:
+            prompts.append(Prompt(_truncated(source, body.truncate_prompt_tokens)))
+    for prompt in prompts:
+        check_prompt(prompt.token_ids, model, "prompt")
+    return prompts
+
+
+async def chat_prompt(replica: Replica, model: Model, body: ChatRequest) -> Prompt:
+    """The conversation as the model was trained to read it. Raises InvalidRequest."""
+    text = await render(replica, model, body, body.messages)
+    # Templates write special tokens themselves.
+    ids = await encode(replica, model, text, body.add_special_tokens is True, body.truncate_prompt_tokens)
+    check_prompt(ids, model, "messages")
+    return Prompt(ids, text)
+
+
+async def render(replica: Replica, model: Model, body: ChatRequest | TokenizeRequest, messages: list[Message]) -> str:
+    continues = body.continue_final_message is True
+    return await replica.in_thread(
+        model.need_template().render,
+        [{"content": None, **msgspec.to_builtins(message)} for message in messages],
+        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=body.chat_template_kwargs,
+    )
+
+
+async def encode(
+    replica: Replica, model: Model, text: str, add_special_tokens: bool, truncate: int | None = None
+) -> list[int]:
+    """Token ids of `text`. What is far too long is refused before the work is done."""
+    tokenizer = model.need_tokenizer()
+    least = len(text) // _longest_piece(tokenizer)
+    if truncate is None and least > model.info.max_model_len:
+        raise RequestTooLong(
+            f"The prompt has {len(text)} characters, so at least {least} tokens; "
+            f"the context holds {model.info.max_model_len}.",
+            limit=model.info.max_model_len,
+            hint="Shorten the prompt.",
+            param="prompt",
+        )
+    if len(text) < _LONG_TEXT_CHARS:
+        ids = tokenizer.encode(text, add_special_tokens)
+    else:
+        ids = await replica.in_thread(tokenizer.encode, text, add_special_tokens)
+    return _truncated(ids, truncate)
+
+
+def check_prompt(ids: list[int], model: Model, param: str) -> None:
+    limit = model.info.max_model_len - 1
+    if not ids:
+        raise InvalidRequest("The prompt has no tokens.", param=param)
+    if len(ids) > limit:
+        raise RequestTooLong(
+            f"The prompt has {len(ids)} tokens; the context of {limit + 1} tokens takes {limit} and one output token.",
+            limit=limit,
+            hint="Shorten the prompt, or send truncate_prompt_tokens.",
+            param=param,
+        )
+    worst = max(ids)
+    if worst >= model.info.vocab_size or min(ids) < 0:
+        wrong = worst if worst >= model.info.vocab_size else min(ids)
+        raise InvalidRequest(
+            f"The prompt has token {wrong}; the model's vocabulary has tokens 0 to {model.info.vocab_size - 1}.",
+            param=param,
+        )
+
+
+def _separate(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """One prompt or several. A list of numbers is one prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequest("'prompt' is an empty list.", param="prompt")
+    numbers = [item for item in prompt if isinstance(item, int)]
+    if len(numbers) == len(prompt):
+        return [numbers]
+    texts: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
+    if len({type(item) for item in prompt}) > 1:
+        raise InvalidRequest("'prompt' mixes texts, tokens and lists of tokens.", hint="Send one kind.", param="prompt")
+    if len(texts) > MAX_PROMPTS:
+        raise InvalidRequest(f"'prompt' has {len(texts)} prompts; the limit is {MAX_PROMPTS}.", param="prompt")
+    return texts
+
+
+def _truncated(ids: list[int], limit: int | None) -> list[int]:
+    return ids if limit is None else ids[-limit:]
+
+
+@lru_cache(maxsize=4)
+def _longest_piece(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token: no text has fewer tokens than its length over this."""
+    return max(max((len(tokenizer.token(id)) for id in range(tokenizer.vocab_size)), default=1), 1)

@@ -1,0 +1,161 @@
+"""What all routes of one replica share: the engine, the texts' two directions, and whether work is taken at all."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+import msgspec
+
+from powerband.engine.messages import EngineInfo, Heartbeat
+from powerband.engine.supervisor import EngineProcess
+from powerband.errors import InvalidRequest
+from powerband.metrics.prometheus import EngineMetrics
+from powerband.server.errors import HttpError
+from powerband.server.settings import ServerSettings
+from powerband.spec.settings import EngineSettings
+from powerband.text.chat_template import ChatTemplate
+from powerband.text.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_TEXT_THREADS = 4
+
+
+@dataclass(slots=True)
+class Model:
+    """What is known once the engine has started."""
+
+    info: EngineInfo
+    tokenizer: Tokenizer | None  # None: the checkpoint has none, and only token ids are taken
+    template: ChatTemplate | None
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    def need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                "This model has no tokenizer.", hint="Send token ids to /v1/completions.", code="no_tokenizer"
+            )
+        return self.tokenizer
+
+    def need_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise InvalidRequest(
+                "This model has no chat template.", hint="Use /v1/completions.", code="no_chat_template"
+            )
+        return self.template
+
+
+class Replica:
+    """One engine and its API. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        engine_settings: EngineSettings,
+        settings: ServerSettings,
+        make_engine: Callable[..., EngineProcess] = EngineProcess,
+    ) -> None:
+        self.engine_settings = engine_settings
+        self.settings = settings
+        self.name = engine_settings.served_model_name or engine_settings.model
+        self.metrics = EngineMetrics(self.name)
+        self.phase = "start"
+        self.engine = make_engine(
+            engine_settings, on_phase=self._on_phase, on_heartbeat=self._on_heartbeat, on_step=self.metrics.observe_step
+        )
+        self.draining = False
+        self.paused = False
+        self.num_active = 0  # HTTP requests that generate
+        self._model: Model | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
+
+    async def start(self) -> EngineInfo:
+        """Start the engine and load the tokenizer. Raises what went wrong there."""
+        info = await self.engine.start()
+        source = self.engine_settings.tokenizer or info.model_folder
+        revision = self.engine_settings.revision if self.engine_settings.tokenizer is None else None
+        tokenizer = await self.in_thread(Tokenizer.load, source, revision=revision)
+        template = None
+        if tokenizer is not None:
+            template = await self.in_thread(ChatTemplate.load, tokenizer, self.engine_settings.chat_template)
+        self._model = Model(info, tokenizer, template)
+        return info
+
+    async def stop(self) -> None:
+        await self.engine.stop()
+        if self._model is not None and self._model.template is not None:
+            self._model.template.close()
+        self._threads.shutdown(wait=False)
+
+    @property
+    def started(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> Model:
+        """Raises HttpError 503 while the engine starts."""
+        if self._model is None:
+            raise HttpError(503, "starting", f"The engine is starting ({self.phase}).", hint="Wait for /readyz.")
+        return self._model
+
+    def check_name(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise HttpError(
+                404,
+                "model_not_found",
+                f"The model {name[:100]!r} does not exist.",
+                hint=f"This server has {self.name!r}.",
+                param="model",
+            )
+
+    def accept(self) -> Model:
+        """The model, if new work is taken. Raises HttpError 503 while starting or draining."""
+        if self.draining:
+            raise HttpError(503, "draining", "This replica is shutting down.", hint="Send it to another.")
+        return self.model
+
+    def unready(self) -> str:
+        """Why no work should be sent here; empty when it should."""
+        if self.draining:
+            return "This replica is draining."
+        if self._model is None:
+            return f"The engine is starting ({self.phase})."
+        if self.paused:
+            return "The engine is paused."
+        return self.engine.health().reason
+
+    def begin(self) -> None:
+        self.num_active += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        self.num_active -= 1
+        if self.num_active == 0:
+            self._idle.set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more work and wait for what runs. False: some still ran when the time was over."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what takes long, and needs no event loop, beside it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    def _on_phase(self, name: str, fraction: float) -> None:
+        self.phase = f"{name} {fraction:.0%}"
+
+    def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        self.paused = heartbeat.stats.paused
+        self.metrics.update(msgspec.to_builtins(heartbeat.stats))

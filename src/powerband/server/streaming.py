@@ -1,0 +1,81 @@
+"""Server-sent events, and noticing that a client has left, also while nothing is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from powerband.core.loop import error_info
+from powerband.errors import PowerbandError
+from powerband.server.errors import error_body
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends `events` as they come, and calls `finish` at the end, whatever that was.
+
+    `send` waits while the client reads slowly, so that no more than uvicorn's own small buffer piles up here.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], finish: Callable[[], None]) -> None:
+        self._events = events
+        self._finish = finish
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._finish()
+
+
+async def with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same events; an error after the first byte becomes the last event, in place of [DONE]."""
+    try:
+        async for data in events:
+            yield data
+    except PowerbandError as error:
+        yield event(msgspec.json.encode(error_body(error_info(error))))
+
+
+class Departure:
+    """Watches for the client's leaving. `then` is called once when it has left; `left` stays true."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.left = False
+        self._then: Callable[[], None] | None = None
+        self._task = asyncio.create_task(self._watch(receive))
+
+    def then(self, call: Callable[[], None]) -> None:
+        self._then = call
+        if self.left:
+            call()
+
+    def close(self) -> None:
+        self._task.cancel()
+
+    async def _watch(self, receive: Receive) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.left = True
+            if self._then is not None:
+                self._then()

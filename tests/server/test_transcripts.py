@@ -1,0 +1,196 @@
+"""What exactly goes over the wire, from an engine that repeats its prompt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from conftest import RunningServer
+
+USER = {"role": "user", "content": "hi there"}
+
+
+def events(server: RunningServer, path: str, **body: Any) -> list[Any]:
+    """The data of every event, the last as text."""
+    response = server.post(path, stream=True, **body)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    blocks = response.content.decode().split("\n\n")
+    assert blocks.pop() == ""
+    data = [block.removeprefix("data: ") for block in blocks]
+    return [json.loads(item) for item in data[:-1]] + [data[-1]]
+
+
+def choices(chunks: list[Any]) -> list[dict[str, Any]]:
+    return [choice for chunk in chunks if isinstance(chunk, dict) for choice in chunk["choices"]]
+
+
+def test_chat_stream(server: RunningServer) -> None:
+    chunks = events(
+        server, "/v1/chat/completions", messages=[USER], max_tokens=4, stream_options={"include_usage": True}
+    )
+    heads = {(c["id"], c["object"], c["created"], c["model"], c["system_fingerprint"]) for c in chunks[:-1]}
+    assert len(heads) == 1
+    assert heads.pop()[1] == "chat.completion.chunk"
+
+    def choice(delta: dict[str, str], finish: str | None = None) -> list[dict[str, Any]]:
+        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+
+    # Four tokens: <|im_start|>, which is not text, "user", "\n", "h".
+    assert [c["choices"] for c in chunks[:-1]] == [
+        choice({"role": "assistant", "content": ""}),
+        choice({"content": "user"}),
+        choice({"content": "\n"}),
+        choice({"content": "h"}),
+        choice({}, "length"),
+        [],
+    ]
+    assert [c["usage"] for c in chunks[:-1]] == [None] * 5 + [
+        {
+            "prompt_tokens": 11,
+            "completion_tokens": 4,
+            "total_tokens": 15,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+    ]
+    assert chunks[-1] == "[DONE]"
+
+
+def test_no_usage_unless_asked_for(server: RunningServer) -> None:
+    chunks = events(server, "/v1/chat/completions", messages=[USER], max_tokens=4)
+    assert all("usage" not in chunk for chunk in chunks[:-1])
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+
+
+def test_usage_with_every_chunk(server: RunningServer) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(server, "/v1/completions", prompt="one two three", max_tokens=3, stream_options=options)
+    assert [c["usage"]["completion_tokens"] for c in chunks[:-1]] == [1, 2, 3, 3]
+
+
+def test_completion_stream(server: RunningServer) -> None:
+    chunks = events(server, "/v1/completions", prompt="one two three", max_tokens=3)
+    found = choices(chunks)
+    assert {c["object"] for c in chunks[:-1]} == {"text_completion"}
+    assert [c["text"] for c in found] == ["one", " two", " three"]
+    assert [c["finish_reason"] for c in found] == [None, None, "length"]
+    assert chunks[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("text", ["héllo 🙂 wörld", "日本語のテキスト", "👩‍👩‍👧‍👦 family"])
+def test_characters_are_never_split(server: RunningServer, text: str) -> None:
+    tokens = server.post("/tokenize", prompt=text).json()["count"]
+    found = choices(events(server, "/v1/completions", prompt=text, max_tokens=tokens))
+    assert len(found) < tokens  # some characters took several tokens
+    assert "".join(c["text"] for c in found) == text
+    assert all("\ufffd" not in c["text"] for c in found)
+
+
+def test_choices_of_one_stream_are_interleaved_and_each_finishes_once(server: RunningServer) -> None:
+    found = choices(events(server, "/v1/completions", prompt=["a b c d", "e f g h"], n=2, max_tokens=5))
+    for index, expected in enumerate(["a b c", "a b c", "e f g", "e f g"]):
+        own = [c for c in found if c["index"] == index]
+        assert "".join(c["text"] for c in own).startswith(expected)
+        assert [c["finish_reason"] for c in own][-1] == "length"
+        assert sum(c["finish_reason"] is not None for c in own) == 1
+    order = [c["index"] for c in found]
+    assert order != sorted(order)
+
+
+def test_a_stop_string_never_leaks(server: RunningServer) -> None:
+    body = {"prompt": "one two three four ", "max_tokens": 40, "stop": ["three f", "zzz"]}
+    found = choices(events(server, "/v1/completions", **body))
+    text = "".join(c["text"] for c in found)
+    assert text == "one two "
+    assert [c["finish_reason"] for c in found if c["finish_reason"]] == ["stop"]
+    assert server.post("/v1/completions", **body).json()["choices"][0]["text"] == text
+    kept = server.post("/v1/completions", **body, include_stop_str_in_output=True).json()
+    assert kept["choices"][0]["text"] == "one two three f"
+
+
+def test_the_models_end_token_ends_a_chat(server: RunningServer) -> None:
+    choice = server.post("/v1/chat/completions", messages=[USER]).json()["choices"][0]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "user\nhi there", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert (
+        server.post("/v1/chat/completions", messages=[USER], max_tokens=20, ignore_eos=True).json()["choices"][0][
+            "finish_reason"
+        ]
+        == "length"
+    )
+
+
+def test_chat_logprobs(server: RunningServer) -> None:
+    body = {"messages": [USER], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    whole = server.post("/v1/chat/completions", **body).json()["choices"][0]["logprobs"]
+    assert [t["token"] for t in whole["content"]] == ["<|im_start|>", "user", "\n"]
+    second = whole["content"][1]
+    assert second["bytes"] == list(b"user")
+    assert second["logprob"] == -0.5
+    assert [t["logprob"] for t in second["top_logprobs"]] == [-0.5, -1.5]
+    streamed = [c["logprobs"] for c in choices(events(server, "/v1/chat/completions", **body)) if c["logprobs"]]
+    assert [token for part in streamed for token in part["content"]] == whole["content"]
+
+
+def test_completion_logprobs_with_offsets(server: RunningServer) -> None:
+    body = {"prompt": "one two three", "max_tokens": 4, "logprobs": 1}
+    choice = server.post("/v1/completions", **body).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == len(logprobs["top_logprobs"]) == 4
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert choice["text"][offset:].startswith(token)
+    assert logprobs["token_logprobs"] == [-0.5] * 4
+    assert logprobs["top_logprobs"][0] == {logprobs["tokens"][0]: -0.5}
+
+
+def test_echo_scores_the_prompt(server: RunningServer) -> None:
+    body = {"prompt": "one two three", "max_tokens": 0, "echo": True, "logprobs": 0}
+    reply = server.post("/v1/completions", **body).json()
+    choice = reply["choices"][0]
+    assert choice["text"] == "one two three"
+    assert "".join(choice["logprobs"]["tokens"]) == "one two three"
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert set(choice["logprobs"]["token_logprobs"][1:]) == {-0.5}
+    streamed = choices(events(server, "/v1/completions", **body | {"max_tokens": 2}))
+    assert "".join(c["text"] for c in streamed).startswith("one two three")
+
+
+def test_token_ids_in_and_out(server: RunningServer) -> None:
+    ids = server.post("/tokenize", prompt="one two three").json()["tokens"]
+    reply = server.post("/v1/completions", prompt=ids, max_tokens=len(ids), return_token_ids=True).json()
+    choice = reply["choices"][0]
+    assert choice["text"] == "one two three"
+    assert choice["token_ids"] == choice["prompt_token_ids"] == ids
+    many = server.post("/v1/completions", prompt=[ids, ids[:2]], max_tokens=2).json()
+    assert [c["index"] for c in many["choices"]] == [0, 1]
+    assert server.post("/detokenize", tokens=ids).json() == {"prompt": "one two three"}
+
+
+def test_prompt_logprobs(server: RunningServer) -> None:
+    reply = server.post("/v1/completions", prompt="one two three", max_tokens=1, prompt_logprobs=1).json()
+    rows = reply["choices"][0]["prompt_logprobs"]
+    assert rows[0] is None
+    assert all(list(row.values())[0]["rank"] == 1 for row in rows[1:])
+
+
+def test_truncate_keeps_the_end_of_a_prompt(server: RunningServer) -> None:
+    reply = server.post("/v1/completions", prompt="one two three", truncate_prompt_tokens=2, return_token_ids=True)
+    ids = server.post("/tokenize", prompt="one two three").json()["tokens"]
+    assert reply.json()["choices"][0]["prompt_token_ids"] == ids[-2:]
+
+
+def test_cached_tokens_are_reported(server: RunningServer) -> None:
+    prompt = "a prompt that is long enough for two blocks of sixteen tokens each, " * 4
+    cached = [
+        server.post("/v1/completions", prompt=prompt, max_tokens=1, cache_salt=salt).json()["usage"][
+            "prompt_tokens_details"
+        ]["cached_tokens"]
+        for salt in ("a", "a", "b")
+    ]
+    assert cached[0] == cached[2] == 0
+    assert cached[1] >= 32
