@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from powerband.errors import InvalidRequest
@@ -97,6 +97,21 @@ class SamplingParams:
                 raise InvalidRequest(
                     f"{name} names token {wrong}; the model's vocabulary ends at {vocab_size - 1}.", param=name
                 )
+
+    def with_bad_word_ids(self, encode: Callable[[str], list[int]]) -> SamplingParams:
+        """The same, with `bad_words` as token ids: each word as a text begins with it, and after a space.
+
+        `encode` gives token ids without special ones. As in vLLM, the form after a space counts where it is one of as
+        many tokens that begins differently.
+        """
+        if not self.bad_words:
+            return self
+        ids: list[list[int]] = []
+        for word in self.bad_words:
+            bare, spaced = encode(word.lstrip()), encode(" " + word.lstrip())
+            forms = [bare, spaced] if spaced and spaced[:1] != bare[:1] and len(spaced) == len(bare) else [bare]
+            ids += [form for form in forms if form]
+        return replace(self, bad_words_token_ids=ids)
 
     def _check_numbers(self) -> None:
         _real("temperature", self.temperature, 0, 100)
