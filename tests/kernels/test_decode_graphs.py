@@ -1,0 +1,133 @@
+"""Decodes through captured graphs equal decodes run directly. Without a GPU a "graph" is the same function again."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+
+from powerband.engine.attention.base import AttentionBatch, AttentionShape
+from powerband.engine.attention.triton import TritonAttention
+from powerband.engine.batch import Inputs
+from powerband.engine.cuda_graphs import DecodeGraphs, can_capture
+from powerband.engine.models.decoder import Decoder
+from powerband.engine.weights import fill_random
+from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
+
+ROPE = RopeSpec(theta=10_000.0, rotary_dim=16)
+SPEC = ModelSpec(
+    family="qwen3",
+    dtype="float32",
+    vocab_size=50,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    max_position=64,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    layers=(LayerSpec(window=None, rope=ROPE), LayerSpec(window=8, rope=ROPE)),
+    attention_scale=0.25,
+    qk_norm="head",
+)
+BLOCK_SIZE = 16
+
+
+def run_again(function):
+    """What stands in for capturing: results go to the same memory each time."""
+    result = function()
+
+    def replay():
+        result.copy_(function())
+
+    return replay, result
+
+
+@pytest.fixture(scope="module")
+def model(device):
+    model = Decoder(SPEC, max_positions=64, dtype=torch.float32, device=device)
+    fill_random(model, seed=0)
+    return model
+
+
+def new_attention(device):
+    attention = TritonAttention(BLOCK_SIZE, device)
+    shape = AttentionShape(SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim, SPEC.attention_scale)
+    attention.allocate(SPEC.num_layers, 16, shape, torch.float32)
+    return attention
+
+
+def decodes(contexts, device):
+    """One new token per row; row r owns blocks 4r to 4r + 3."""
+    rows = len(contexts)
+    tables = torch.arange(4 * rows, dtype=torch.int32).view(rows, 4)
+    slots = [
+        int(tables[row, (c - 1) // BLOCK_SIZE]) * BLOCK_SIZE + (c - 1) % BLOCK_SIZE for row, c in enumerate(contexts)
+    ]
+    batch = AttentionBatch(
+        query_starts=torch.arange(rows + 1, dtype=torch.int32, device=device),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        block_tables=tables.to(device),
+        slots=torch.tensor(slots, device=device),
+        num_decodes=rows,
+        query_starts_host=list(range(rows + 1)),
+        context_lens_host=list(contexts),
+    )
+    token_ids = torch.tensor([(7 * c) % 50 for c in contexts], device=device)
+    return Inputs(token_ids, torch.tensor([c - 1 for c in contexts], device=device), batch)
+
+
+@torch.inference_mode()
+def test_graphs_of_padded_batches_equal_running_directly(model, device):
+    """Batches of 3, then 1, then 4 rows through graphs for 1, 2 and 4: what an earlier batch left does not show."""
+    direct, graphed = new_attention(device), new_attention(device)
+    graphs = DecodeGraphs(
+        model,
+        graphed,
+        max_rows=4,
+        max_model_len=64,
+        block_size=BLOCK_SIZE,
+        device=device,
+        capture=None if device.type == "cuda" else run_again,
+    )
+    graphs.capture()
+    for contexts in ([1, 1, 1], [2, 2, 2], [3], [4, 3, 3, 1], [5, 4]):
+        inputs = decodes(contexts, device)
+        expected = model(inputs.token_ids, inputs.positions, inputs.batch, direct)
+        torch.testing.assert_close(graphs(inputs), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(graphed._cache, direct._cache, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_steps_with_chunks_or_too_many_rows_run_directly(model, device):
+    captured = []
+
+    def refuse(function):
+        captured.append(function)
+        return run_again(function)
+
+    graphs = DecodeGraphs(
+        model, new_attention(device), max_rows=2, max_model_len=64, block_size=BLOCK_SIZE, device=device, capture=refuse
+    )
+    graphs(decodes([1, 1, 1], device))
+    chunk = decodes([1, 1], device)
+    chunk.batch.num_decodes = 1
+    graphs(chunk)
+    assert not captured
+
+
+def test_sizes_end_with_the_largest_batch(model, device):
+    graphs = DecodeGraphs(
+        model, new_attention(device), max_rows=20, max_model_len=64, block_size=16, device=device, capture=run_again
+    )
+    assert graphs.sizes == [1, 2, 4, 8, 16, 20]
+
+
+def test_only_decoders_with_fixed_kernels_are_captured():
+    from dataclasses import replace
+
+    experts = replace(SPEC, layers=(LayerSpec(window=None, rope=ROPE, num_experts=4),))
+    assert can_capture(SPEC, "triton")
+    assert not can_capture(SPEC, "reference")
+    assert not can_capture(experts, "triton")
