@@ -137,7 +137,7 @@ def test_attention_stays_within_the_bound(name: str, rows: str) -> None:
         attention.begin(batch)
         attention.attend(0, q, k, k, batch, shape, sinks)
     bound = attention_bytes(
-        spec, kind="cpu", tokens=sum(new), rows=len(new), max_len=1000, kv_tokens=sum(contexts), dtype="float32"
+        spec, in_place=False, tokens=sum(new), rows=len(new), max_len=1000, kv_tokens=sum(contexts), dtype="float32"
     )
     # The result counts with the activations.
     assert 0.2 * bound <= memory.peak - q.nbytes <= bound

@@ -206,3 +206,21 @@ def test_the_plan_as_json_names_every_part() -> None:
     report = plan.as_dict()
     assert report["total_bytes"] == sum(report[f"{name}_bytes"] for name in plan.parts)
     assert report["kv_tokens"] == report["num_blocks"] * report["block_size"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_num_seqs": 16},
+        {"max_num_batched_tokens": 256},
+        {"block_size": 16},
+        {"enforce_eager": True},
+        {"gpu_memory_utilization": 0.8},
+        {"kv_cache_memory": "1GiB"},
+        {"dtype": "float32"},
+        {"attention_backend": "reference"},
+    ],
+    ids=str,
+)
+def test_every_setting_that_concerns_memory_changes_the_plan(asked: dict[str, Any]) -> None:
+    assert _plan(QWEN_2_5_7B, 80 * GIB, "cuda", **asked) != _plan(QWEN_2_5_7B, 80 * GIB, "cuda")

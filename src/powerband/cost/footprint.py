@@ -11,8 +11,8 @@ from powerband.spec.model import ModelSpec
 
 MIB = 1 << 20
 
-# Measured on Linux with torch 2.13: a process that has loaded torch and our libraries and multiplied matrices holds
-# 240 MiB. The rest is room for the API's process, tokenizers and request state.
+# Measured on Linux with torch 2.13: an engine's process holds 240 MiB beside weights and KV cache. The rest is room for
+# the API's process, tokenizers and request state.
 _CPU_RUNTIME_BYTES = 512 * MIB
 # Context, cuBLAS and Triton workspaces, fragments of the allocator; graphs keep buffers of their own.
 _CUDA_RUNTIME_BYTES = 600 * MIB
@@ -68,16 +68,16 @@ def sampling_bytes(spec: ModelSpec, *, rows: int, dtype: str) -> int:
 
 
 def attention_bytes(
-    spec: ModelSpec, *, kind: str, tokens: int, rows: int, max_len: int, kv_tokens: int, dtype: str
+    spec: ModelSpec, *, in_place: bool, tokens: int, rows: int, max_len: int, kv_tokens: int, dtype: str
 ) -> int:
     """Workspace of attention in one layer: the larger of one prefill chunk's and of all decodes together.
 
-    CPU (plain torch): a chunk of `tokens` behind a context of up to `max_len` reads its keys and values into one place
+    In plain torch, a chunk of `tokens` behind a context of up to `max_len` reads its keys and values into one place
     and makes a mask, as bool and as bias; a soft cap or sinks hold the scores of a tile of queries in float32, four
     times. Decodes read the keys and values of their contexts, `kv_tokens` in all, and hold scores and weights.
-    CUDA: kernels read the cache in place and keep a partial result of each split of each decode.
+    `in_place`: kernels read the cache where it is and keep a partial result of each split of each decode.
     """
-    if kind == "cuda":
+    if in_place:
         return rows * spec.num_heads * _DECODE_SPLITS * (spec.head_dim + 2) * 4
     size, per_token = dtype_bytes(dtype), kv_bytes_per_token_per_layer(spec, dtype)
     chunk = max_len * per_token + min(tokens, max_len) * max_len * (2 + size)

@@ -20,7 +20,7 @@ LABELS = {
 }
 
 # CPU: the default KV cache has room for `max_num_seqs` requests of this length, where memory allows.
-_USUAL_LENGTH = 2048
+_USUAL_LENGTH = 1024
 # CPU: and takes at most this share of the memory that is free, for others use the machine, too.
 _CPU_KV_SHARE = 0.25
 # CPU: of the memory that is free, this share may be used in all; without the rest, the system starts to kill.
@@ -67,12 +67,13 @@ class Sizing:
         max_len = min(self.wanted_len, kv_tokens)
         tokens = settings.max_num_batched_tokens
         rows = min(settings.max_num_seqs, tokens)
+        in_place = kind == "cuda" and settings.attention_backend != "reference"
         return {
             "weights": parameter_bytes(spec, dtype),
             "kv_cache": num_blocks * self.block_bytes,
             "activations": activation_bytes(spec, tokens=tokens, dtype=dtype),
             "attention": attention_bytes(
-                spec, kind=kind, tokens=tokens, rows=rows, max_len=max_len, kv_tokens=kv_tokens, dtype=dtype
+                spec, in_place=in_place, tokens=tokens, rows=rows, max_len=max_len, kv_tokens=kv_tokens, dtype=dtype
             ),
             "sampling": sampling_bytes(spec, rows=rows, dtype=dtype),
             "runtime": runtime_bytes(spec, kind=kind, graphs=not settings.enforce_eager, max_len=max_len, dtype=dtype),
