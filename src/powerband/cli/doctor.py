@@ -102,7 +102,7 @@ def _compute_report(findings: list[Finding]) -> dict[str, Any]:
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "attention": f"{attention.name}: {attention.reason}",
         "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
-        "onednn": torch.backends.mkldnn.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]  # torch's own is untyped
     }
 
 

@@ -18,6 +18,7 @@ from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings, value_types
 
 ALL_SETTINGS: tuple[type, ...] = (EngineSettings, ServerSettings)
+GROUPS = ("Model", "Device", "Memory", "Scheduling", "Server")
 CONFIG_HELP = "Settings file in YAML, one 'name: value' per line; flags and POWERBAND_* variables win over it"
 Json = Annotated[bool, Parameter(help="Print the result as JSON", negative="")]
 MODEL_HELP = "Folder, Hugging Face id, or 'demo' for the model in the package"
@@ -62,10 +63,9 @@ def _flags(classes: tuple[type, ...], without: set[str]) -> list[inspect.Paramet
 
 def _flag(item: Field[Any], declared: Any) -> inspect.Parameter:
     # The default is None, so that a flag that was given can be told from one that was not; help shows the real one.
-    help = item.metadata.get("help", "")
     shown = Parameter(
-        help=help,
-        group=Group(item.metadata.get("group", "Other")),
+        help=item.metadata["help"],
+        group=Group(item.metadata["group"], sort_key=GROUPS.index(item.metadata["group"])),
         show_default=(lambda _: item.default) if item.default is not None and item.default is not False else False,
     )
     return inspect.Parameter(

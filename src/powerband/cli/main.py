@@ -21,7 +21,7 @@ USAGE, FAILURE, INTERRUPTED = 2, 4, 130
 
 def build_app() -> App:
     """The command tree. The modules behind it import nothing heavy before they run."""
-    from powerband.cli import config, doctor, eval, memory, serve
+    from powerband.cli import config, doctor, eval, generate, memory, serve
 
     app = App(
         name="powerband",
@@ -32,6 +32,7 @@ def build_app() -> App:
         result_action="return_value",
     )
     app.command(serve.serve)
+    app.command(generate.generate)
     app.command(memory.memory)
     app.command(eval.evaluate, name="eval")
     app.command(doctor.doctor)

@@ -1,0 +1,126 @@
+"""`powerband generate` and `powerband serve` as processes: results, signals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("POWERBAND_")}, "OMP_NUM_THREADS": "1"}
+SMALL = ["--threads", "1", "--max-model-len", "256", "--kv-cache-memory", "16MiB"]
+
+
+def powerband(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "powerband", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
+
+
+def test_generate_streams_text_to_stdout_and_reads_stdin() -> None:
+    shown = powerband("generate", "demo", "--prompt", "-", "--max-tokens", "8", *SMALL, input="What is 2 plus 2?")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.strip()
+
+
+def test_generate_as_json_is_repeatable_and_counts_tokens() -> None:
+    arguments = ("generate", "demo", "--prompt", "def add(", "--raw", "--max-tokens", "5", "--json", *SMALL)
+    reports = [json.loads(powerband(*arguments).stdout) for _ in range(2)]
+    assert reports[0]["text"] == reports[1]["text"] != ""
+    assert reports[0]["output_tokens"] == 5
+    assert reports[0]["finish_reason"] == "length"
+    assert 0 < reports[0]["ttft_s"] < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "demo", "--prompt", ""], 2, "The prompt is empty."),
+        (["generate", "demo", "--prompt", "x", "--temperature", "-1"], 2, "temperature is -1.0"),
+        (["generate", "--prompt", "x"], 2, "No model was given."),
+        (["generate", "demo", "--prompt", "x", "--max-tokens", "999", *SMALL], 2, "The context holds 256 tokens"),
+        (["serve"], 2, "No model was given."),
+        (["serve", "./no-such-model"], 3, "no-such-model"),
+        (["serve", "demo", "--host", "0.0.0.0"], 2, "without an API key would let anyone in"),
+        (["serve", "demo", "--api-key-file", "no-such-file"], 3, "no-such-file"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_an_exit_code(arguments: list[str], code: int, message: str) -> None:
+    port = ["--port", "0"] if arguments[0] == "serve" else []
+    shown = powerband(*arguments, *port)
+    assert shown.returncode == code, shown.stderr
+    assert message in shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert shown.stdout == ""
+
+
+def test_port_in_use_is_said_before_anything_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        start = time.monotonic()
+        shown = powerband("serve", "demo", "--port", str(taken.getsockname()[1]))
+    assert shown.returncode == 3
+    assert "Cannot listen on 127.0.0.1 port" in shown.stderr
+    assert "--port" in shown.stderr
+    assert time.monotonic() - start < 10
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "powerband", "serve", "demo", "--port", str(port), *SMALL]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
+    try:
+        wait_until_ready(process, f"http://127.0.0.1:{port}/readyz")
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.05)
+    pytest.fail("the server did not become ready")
+
+
+def test_served_model_answers_and_sigterm_ends_in_order(server: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, url = server
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        assert json.load(answer)["data"][0]["id"] == "demo"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+
+
+def test_ctrl_c_ends_a_server_with_130(server: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, _ = server
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+
+
+def test_ctrl_c_ends_generate_with_130() -> None:
+    command = [sys.executable, "-m", "powerband", "generate", "demo", "--prompt", "x", "--raw", "--max-tokens", "250"]
+    process = subprocess.Popen([*command, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # the text has begun
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert b"Traceback" not in error
