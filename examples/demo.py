@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -28,10 +27,11 @@ def main() -> int:
     port = arguments.port or free_port()
     url = f"http://{HOST}:{port}"
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that the server is stopped then, too
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(130))  # so that the server is stopped then, too
     command = [sys.executable, "-m", "powerband", "serve", "demo", "--port", str(port)]
     print(f"$ powerband serve demo --port {port}", flush=True)
-    server = subprocess.Popen(command)
+    server = subprocess.Popen(command, process_group=0)  # Ctrl-C is for this script, which then asks the server to end
     try:
         if not wait_until_ready(server, url):
             return server.returncode or 4
@@ -64,7 +64,7 @@ def free_port() -> int:
     return DEFAULT_PORT
 
 
-def wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> bool:
+def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
     """True once /readyz answers 200; False when the server ended or never became ready."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while server.poll() is None and time.monotonic() < deadline:
@@ -78,13 +78,13 @@ def wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> bool:
     return False
 
 
-def stop(server: "subprocess.Popen[bytes]") -> None:
-    """Ask the server to drain and end; insist when it does not."""
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """Ask the server to drain and end; insist when it does not, or when Ctrl-C comes again."""
     if server.poll() is None:
         server.terminate()
         try:
             server.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             server.kill()
             server.wait()
 
