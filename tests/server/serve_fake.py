@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from powerband.engine.supervisor import EngineProcess
+from powerband.errors import PowerbandError
 from powerband.server.run import serve
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
@@ -21,4 +22,8 @@ if __name__ == "__main__":
         name, _, value = argument.partition("=")
         target = engine if name in EngineSettings.__dataclass_fields__ else server
         target[name] = int(value) if value.isdigit() else value
-    sys.exit(serve(EngineSettings(**engine), ServerSettings(**server), partial(EngineProcess, command=COMMAND)))
+    try:
+        sys.exit(serve(EngineSettings(**engine), ServerSettings(**server), partial(EngineProcess, command=COMMAND)))
+    except PowerbandError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)

@@ -175,7 +175,7 @@ def test_prompt_logprobs(server: RunningServer) -> None:
     reply = server.post("/v1/completions", prompt="one two three", max_tokens=1, prompt_logprobs=1).json()
     rows = reply["choices"][0]["prompt_logprobs"]
     assert rows[0] is None
-    assert all(list(row.values())[0]["rank"] == 1 for row in rows[1:])
+    assert all(next(iter(row.values()))["rank"] == 1 for row in rows[1:])
 
 
 def test_truncate_keeps_the_end_of_a_prompt(server: RunningServer) -> None:

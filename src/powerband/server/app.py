@@ -37,7 +37,7 @@ from powerband.server.tokens import TokenRoutes
 def operations(replica: Replica) -> list[Operation]:
     chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
-    taken = (400, 404, 413, 415, 503)
+    taken = (400, 404, 408, 413, 415, 503)
     work = (*taken, 429)
     return [
         Operation(

@@ -20,6 +20,7 @@ from powerband.engine.supervisor import EngineProcess
 from powerband.errors import EnvironmentFault
 from powerband.metrics.logging import set_up_logging
 from powerband.server.app import make_app
+from powerband.server.connection import GuardedProtocol
 from powerband.server.replica import Replica
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
@@ -121,7 +122,7 @@ def _make_server(app: ASGIApp) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=GuardedProtocol,
             loop="none",
             ws="none",
             lifespan="off",
@@ -130,7 +131,6 @@ def _make_server(app: ASGIApp) -> _Server:
             server_header=False,
             timeout_keep_alive=75,  # longer than most proxies keep an idle connection
             timeout_graceful_shutdown=1,
-            h11_max_incomplete_event_size=None,
         )
     )
 

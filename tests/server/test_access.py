@@ -1,0 +1,152 @@
+"""Who gets in: every route but one asks for the key, whatever a request looks like; and the network only by name."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.server.app import make_app, operations
+from powerband.server.auth import server_key
+from powerband.server.replica import Replica
+from powerband.server.settings import ServerSettings
+from powerband.spec.settings import EngineSettings
+
+KEY = "sk-correct-horse"
+
+
+def ask(settings: ServerSettings, *requests: tuple[str, str, dict[str, str]]) -> list[httpx.Response]:
+    """Answers of an application whose engine has not started, without a network."""
+
+    async def scenario() -> list[httpx.Response]:
+        app = make_app(Replica(EngineSettings(), settings))
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.request(method, path, headers=headers) for method, path, headers in requests]
+
+    return asyncio.run(scenario())
+
+
+def all_operations() -> list[tuple[str, str]]:
+    async def table() -> list[tuple[str, str]]:
+        found = operations(Replica(EngineSettings(), ServerSettings()))
+        return [(o.method, o.path.replace("{name:path}", "demo")) for o in found]
+
+    return [*asyncio.run(table()), ("GET", "/openapi.json"), ("GET", "/no/such/path"), ("PUT", "/v1/models")]
+
+
+def test_every_route_but_livez_asks_for_the_key() -> None:
+    table = all_operations()
+    assert len(table) > 18
+    wrong_keys: list[dict[str, str]] = [
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": f"Bearer {KEY[:-1]}"},
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": KEY},
+        {"X-Api-Key": KEY},
+    ]
+    for headers in wrong_keys:
+        requests = [(method, path, headers) for method, path in table]
+        for (_, path, _), response in zip(requests, ask(ServerSettings(api_key=KEY), *requests), strict=True):
+            assert response.status_code == (200 if path == "/livez" else 401), path
+            if path != "/livez":
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
+                assert KEY not in response.text
+
+
+def test_the_key_opens_every_route() -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    requests = [(method, path, headers) for method, path in all_operations()]
+    for (_, path, _), response in zip(requests, ask(ServerSettings(api_key=KEY), *requests), strict=True):
+        assert response.status_code not in (401, 403), path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//livez",
+        "/livez/",
+        "/livez/../v1/models",
+        "/v1/models?/livez",
+        "/v1/models#/livez",
+        "/%6civez/../metrics",
+        "/LIVEZ",
+    ],
+)
+def test_no_spelling_of_a_path_gets_around_the_key(path: str) -> None:
+    [response] = ask(ServerSettings(api_key=KEY), ("GET", path, {"Host": "livez"}))
+    assert response.status_code == 401
+
+
+def test_a_second_authorization_header_does_not_help() -> None:
+    async def scenario() -> int:
+        app = make_app(Replica(EngineSettings(), ServerSettings(api_key=KEY)))
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", b"Bearer wrong"), (b"authorization", f"Bearer {KEY}".encode())]
+        scope = {"type": "http", "method": "GET", "path": "/version", "headers": headers, "query_string": b""}
+        await app(scope, None, send)  # type: ignore[arg-type]  # nothing is received
+        return int(sent[0]["status"])
+
+    assert asyncio.run(scenario()) == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("[::1]", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+    ],
+)
+def test_without_a_key_only_names_of_this_machine_are_served(host: str, status: int) -> None:
+    [response] = ask(ServerSettings(), ("GET", "/version", {"Host": host}))
+    assert response.status_code == status
+
+
+def test_web_pages_do_not_administrate() -> None:
+    [response] = ask(ServerSettings(), ("POST", "/admin/drain", {"Origin": "http://localhost:3000"}))
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
+def test_the_key_is_not_shown() -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for response in ask(
+        ServerSettings(api_key=KEY), ("GET", "/admin/config", headers), ("GET", "/openapi.json", headers)
+    ):
+        assert KEY not in response.text
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_listening_beyond_loopback_needs_a_key_or_a_word(host: str) -> None:
+    with pytest.raises(UsageError, match=rf"Listening on {host} without an API key .* --insecure"):
+        server_key(ServerSettings(host=host))
+    assert server_key(ServerSettings(host=host, insecure=True)) is None
+    assert server_key(ServerSettings(host=host, api_key=KEY)) == KEY
+
+
+def test_a_key_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}\nsecond line\n")
+    assert server_key(ServerSettings(api_key_file=str(file))) == KEY
+    file.write_text("")
+    with pytest.raises(UsageError, match="not empty"):
+        server_key(ServerSettings(api_key_file=str(file)))
+    with pytest.raises(EnvironmentFault, match="cannot be read"):
+        server_key(ServerSettings(api_key_file=str(tmp_path / "missing")))
+    with pytest.raises(UsageError, match="Give one"):
+        server_key(ServerSettings(api_key=KEY, api_key_file=str(file)))

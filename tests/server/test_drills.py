@@ -1,0 +1,209 @@
+"""What happens when things break: each failure has a bounded time to be noticed, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from conftest import SERVE_FAKE, RunningServer, free_port, running_server
+
+LONG = {"prompt": "a b c", "max_tokens": 450, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """One server for the drills that it survives."""
+    with running_server() as running:
+        yield running
+
+
+def blocks_in_use(server: RunningServer) -> float:
+    return server.figure("powerband_kv_cache_usage_ratio")
+
+
+def test_engine_killed_in_a_stream(server: RunningServer) -> None:
+    with server.http.stream("POST", "/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()
+        assert "choices" in next(lines)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        start_s = time.monotonic()
+        last = [line for line in lines if line][-1]
+        assert time.monotonic() - start_s < 1
+    assert '"error":{' in last
+    assert "SIGKILL" in last
+    assert server.http.get("/readyz").status_code == 503
+    refused = server.post("/v1/completions", prompt="a")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["type"] == "service_unavailable_error"
+    server.until(lambda: server.http.get("/readyz").status_code == 200)
+    assert server.http.get("/readyz").json()["engine_restarts"] == 1
+    assert server.post("/v1/completions", prompt="a b c").status_code == 200
+    assert blocks_in_use(server) == 0
+
+
+def test_engine_stopped_and_continued(server: RunningServer) -> None:
+    pid = server.engine_pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert server.until(lambda: server.http.get("/readyz").status_code == 503) < 3
+        assert server.http.get("/livez").status_code == 200
+        assert "silent" in server.http.get("/health").json()["error"]["message"]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    server.until(lambda: server.http.get("/readyz").status_code == 200)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, stream: bool) -> None:
+    body = b'{"prompt": "a b c", "max_tokens": 450, "n": 4, "stream": %s}' % (b"true" if stream else b"false")
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        server.until(lambda: server.figure("powerband_requests_running") == 4)
+    assert server.until(lambda: server.figure("powerband_requests_running") == 0) < 1
+    assert blocks_in_use(server) == 0
+
+
+def test_a_client_that_leaves_the_queue(server: RunningServer) -> None:
+    server.post("/admin/pause")
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post("/v1/completions", json={"prompt": "a b c"}, timeout=0.5)
+        server.until(lambda: server.figure("powerband_requests_waiting") == 0)
+        assert server.http.get("/readyz").status_code == 503
+    finally:
+        assert server.post("/admin/resume").json() == {"draining": False, "paused": False, "running_http_requests": 0}
+
+
+def test_a_slow_reader_holds_up_nobody(server: RunningServer) -> None:
+    ids = [300] * 50
+    body = b'{"prompt": %s, "max_tokens": 450, "n": 16, "stream": true, "logprobs": 20}' % str(ids).encode()
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        server.until(lambda: server.figure("powerband_requests_running") == 16)
+        start_s = time.monotonic()
+        assert server.post("/v1/completions", prompt="a b c", max_tokens=5).status_code == 200
+        assert time.monotonic() - start_s < 2
+        # The engine runs ahead of the reader and is done; the answer waits here, in token ids.
+        server.until(lambda: server.figure("powerband_requests_running") == 0, timeout_s=30)
+        assert server.post("/admin/resume").json()["running_http_requests"] == 1
+    server.until(lambda: server.post("/admin/resume").json()["running_http_requests"] == 0)
+    assert blocks_in_use(server) == 0
+
+
+def test_many_aborts_return_every_block(server: RunningServer) -> None:
+    def leave_early(tokens: int) -> None:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG) as response:
+            for _, _ in zip(response.iter_lines(), range(tokens), strict=False):
+                pass
+
+    threads = [threading.Thread(target=leave_early, args=(1 + i % 13,)) for i in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    server.until(lambda: server.figure("powerband_requests_running") == 0)
+    assert blocks_in_use(server) == 0
+    # Everything that was cached can be forgotten, so no block has a stray reference.
+    assert server.post("/admin/reset_prefix_cache").status_code == 200
+
+
+def test_sigterm_lets_running_requests_end() -> None:
+    with running_server() as server:
+        with server.http.stream("POST", "/v1/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            server.until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+            refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert server.process.wait(10) == 0
+
+
+def test_sigterm_does_not_wait_for_ever() -> None:
+    with running_server("drain_timeout_s=0") as server:
+        with server.http.stream("POST", "/v1/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            last = [line for line in lines if line][-1]
+        assert "The engine was stopped" in last
+        assert server.process.wait(10) == 0
+
+
+def test_ctrl_c_twice_ends_at_once() -> None:
+    with running_server() as server, server.http.stream("POST", "/v1/completions", json=LONG) as response:
+        next(response.iter_lines())
+        server.process.send_signal(signal.SIGINT)
+        server.until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        start_s = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 130
+        assert time.monotonic() - start_s < 3
+
+
+def test_a_killed_server_takes_its_engine_along() -> None:
+    with running_server() as server:
+        engine = server.engine_pid()
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+        server.until(lambda: not os.path.exists(f"/proc/{engine}"))
+
+
+def test_a_full_queue_refuses_before_the_first_byte() -> None:
+    with running_server("max_num_seqs=1", "max_num_queued_reqs=2") as server:
+        server.post("/admin/pause")
+        clients = [socket.create_connection(server.url.removeprefix("http://").split(":")) for _ in range(3)]
+        for client in clients:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 14\r\n\r\n{"prompt":"a"}'
+            )
+        server.until(lambda: server.figure("powerband_requests_waiting") == 3)
+        for stream in (True, False):
+            start_s = time.monotonic()
+            refused = server.post("/v1/completions", prompt="a", stream=stream)
+            assert time.monotonic() - start_s < 0.5
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "queue_full"
+        server.post("/admin/resume")
+        for client in clients:
+            assert client.recv(16).startswith(b"HTTP/1.1 200")
+            client.close()
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        result = _serve(str(other.getsockname()[1]))
+    assert result.returncode == 3
+    assert "Cannot listen on 127.0.0.1 port" in result.stderr
+
+
+def test_an_engine_that_cannot_start_ends_the_server_with_its_own_error() -> None:
+    result = _serve(str(free_port()), "model=broken")
+    assert result.returncode == 3
+    assert "No folder 'broken'. Give a folder." in result.stderr
+
+
+def _serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SERVE_FAKE), *arguments], capture_output=True, text=True, timeout=20)

@@ -1,0 +1,234 @@
+"""Bad input: always a 4xx in OpenAI's shape within 100 ms, naming field, value and limit; and nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+from conftest import RunningServer
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = [{"role": "user", "content": "hi"}]
+
+
+def refuse(server: RunningServer, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    """The error object of a refusal."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    start_s = time.monotonic()
+    response = server.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    seconds = time.monotonic() - start_s
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert len(response.content) < 2000  # what was sent is not sent back
+    assert seconds < 0.5  # a bound that also holds on a crowded machine; alone it is a few milliseconds
+    return error
+
+
+FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
+    (COMPLETIONS, {"prompt": "a", "temprature": 1}, "temprature", "Did you mean 'temperature'?"),
+    (COMPLETIONS, {"prompt": "a", "stream_options": {"use": True}}, "stream_options.use", "listed in /openapi.json"),
+    (COMPLETIONS, {"prompt": "a", "n": 0}, "n", "'n' is 0: expected `int` >= 1."),
+    (COMPLETIONS, {"prompt": "a", "n": 17}, "n", "'n' is 17: expected `int` <= 16."),
+    (COMPLETIONS, {"prompt": "a", "n": 10**30}, "n", "<= 16"),
+    (COMPLETIONS, {"prompt": "a", "n": "2"}, "n", "got `str`"),
+    (COMPLETIONS, {"prompt": "a", "n": True}, "n", "got `bool`"),
+    (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature", ">= 0"),
+    (COMPLETIONS, {"prompt": "a", "temperature": 1e6}, "temperature", "<= 100"),
+    (COMPLETIONS, {"prompt": "a", "top_p": 0}, "top_p", "> 0"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens", ">= 0"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens", "echo"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 4, "min_tokens": 5}, "min_tokens", "must not exceed max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs", "<= 20"),
+    (COMPLETIONS, {"prompt": "a", "stop": ["x"] * 17}, "stop", "length <= 16"),
+    (COMPLETIONS, {"prompt": "a", "stop": "x" * 257}, "stop", "length <= 256"),
+    (COMPLETIONS, {"prompt": "a", "stop": "é" * 200}, "stop.0", "400 bytes; the limit is 256"),
+    (COMPLETIONS, {"prompt": "a", "stop": [""]}, "stop.0", "length >= 1"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "length <= 300"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias", "ends at 4095"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "A key"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "<= 100"),
+    (COMPLETIONS, {"prompt": "a", "stop_token_ids": [5000]}, "stop_token_ids", "ends at 4095"),
+    (COMPLETIONS, {"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids", "length >= 1"),
+    (COMPLETIONS, {"prompt": "a", "bad_words": ["x"] * 257}, "bad_words", "length <= 256"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 4}, "best_of", "best_of is 4 and n is 1"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "length <= 0"),
+    (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options", "needs stream"),
+    (COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "cannot be streamed"),
+    (COMPLETIONS, {"prompt": ""}, "prompt", "empty"),
+    (COMPLETIONS, {"prompt": []}, "prompt", "empty"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt", "no tokens"),
+    (COMPLETIONS, {"prompt": ["a", 1]}, "prompt", "mixes"),
+    (COMPLETIONS, {"prompt": ["a"] * 65}, "prompt", "65 prompts; the limit is 64"),
+    (COMPLETIONS, {"prompt": [4096]}, "prompt", "token 4096"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt", "token -1"),
+    (COMPLETIONS, {"prompt": [2**40]}, "prompt", "tokens 0 to 4095"),
+    (COMPLETIONS, {"prompt": None}, "prompt", "got `null`"),
+    (COMPLETIONS, {"prompt": "\ud800"}, "", ""),
+    (COMPLETIONS, {}, "prompt", "'prompt' is missing."),
+    (COMPLETIONS, {"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds", "not supported yet"),
+    (COMPLETIONS, {"prompt": "a", "structured_outputs": {}}, "structured_outputs", "not supported yet"),
+    (CHAT, {"messages": []}, "messages", "length >= 1"),
+    (CHAT, {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "'messages.0.role' is \"king\""),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages.0.nam", "Did you mean 'name'?"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+        "messages.0.content.0.type",
+        "",
+    ),
+    (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format.type", ""),
+    (CHAT, {"messages": USER, "tools": [{}]}, "tools", "length <= 0"),
+    (CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    (CHAT, {"messages": USER, "max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "send one"),
+    (CHAT, {"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template", "Did you mean 'chat_template_kwargs'?"),
+    (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"messages": []}},
+        "chat_template_kwargs.messages",
+        "may not set",
+    ),
+    (CHAT, {"messages": USER, "chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs.__class__", "may not"),
+    (CHAT, {"messages": USER, "user": "x" * 513}, "user", "length <= 512"),
+    ("/tokenize", {}, "prompt", "Exactly one"),
+    ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt", "no effect"),
+    ("/detokenize", {"tokens": [4096]}, "tokens", "ends at 4095"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param", "words"), FIELDS)
+def test_a_wrong_field_is_named(server: RunningServer, path: str, body: dict[str, Any], param: str, words: str) -> None:
+    error = refuse(server, path, body)
+    assert words in error["message"]
+    assert (error["param"] or "") == param
+
+
+BODIES = [
+    (b"", "not valid JSON"),
+    (b"{", "not valid JSON"),
+    (b"null", "'body' is null"),
+    (b"[]", "'body' is []"),
+    (b'{"prompt": "a"} x', "not valid JSON"),
+    (b'{"prompt": "a", "temperature": NaN}', "not valid JSON"),
+    (b'{"prompt": "a", "temperature": Infinity}', "not valid JSON"),
+    (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+    (b'{"prompt": "\xff\xfe"}', "not valid JSON"),
+    (b"\x80\x04\x95pickle", "not valid JSON"),
+    (b"[" * 2_000_000 + b"]" * 2_000_000, "nested deeper than 64"),
+    (b'{"prompt": "a", "metadata": ' + b'{"a":' * 70 + b"1" + b"}" * 71, "nested deeper than 64"),
+    (b'{"messages": ' + b"[" * 100_000, "nested deeper than 64"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), BODIES, ids=range(len(BODIES)))
+def test_a_body_that_is_no_request(server: RunningServer, body: bytes, words: str) -> None:
+    assert words in refuse(server, COMPLETIONS, body)["message"]
+
+
+def test_brackets_inside_of_text_are_text(server: RunningServer) -> None:
+    assert server.post(COMPLETIONS, prompt='[{"\\' * 70, max_tokens=1).status_code == 200
+
+
+def test_longer_than_the_context(server: RunningServer) -> None:
+    error = refuse(server, COMPLETIONS, {"prompt": [5] * 600})
+    assert error["code"] == "context_length_exceeded"
+    assert "600 tokens; the context of 512 tokens" in error["message"]
+    error = refuse(server, COMPLETIONS, {"prompt": [5] * 500, "max_tokens": 100})
+    assert error["code"] == "context_length_exceeded"
+    assert "500 of the prompt leave room for 12, but max_tokens is 100" in error["message"]
+    error = refuse(server, COMPLETIONS, {"prompt": "a b " * 500_000})
+    assert "has 2000000 characters" in error["message"]
+
+
+def test_an_unknown_model(server: RunningServer) -> None:
+    error = refuse(server, CHAT, {"messages": USER, "model": "gpt-9"}, status=404)
+    assert error["code"] == "model_not_found"
+    assert error["message"] == "The model 'gpt-9' does not exist. This server has 'parrot'."
+    assert server.http.get("/v1/models/gpt-9").status_code == 404
+    assert server.http.get("/v1/models/../../etc/passwd").status_code == 404
+    assert server.http.get("/v1/models/parrot").json()["id"] == "parrot"
+
+
+def test_a_body_that_is_too_large(server: RunningServer) -> None:
+    big = b'{"prompt": "' + b"a" * (5 << 20) + b'"}'
+    assert refuse(server, COMPLETIONS, big, status=413)["code"] == "request_too_large"
+
+    def chunks() -> Any:  # no Content-Length: found out while reading
+        for _ in range(100):
+            yield b" " * 65536
+
+    response = server.http.post(COMPLETIONS, content=chunks(), headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+
+
+def test_unknown_paths_methods_and_content_types(server: RunningServer) -> None:
+    missing = server.http.get("/v1/nothing")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    wrong = server.http.get(CHAT)
+    assert (wrong.status_code, wrong.json()["error"]["code"], wrong.headers["allow"]) == (
+        405,
+        "method_not_allowed",
+        "POST",
+    )
+    form = server.http.post(CHAT, data={"a": "b"})
+    assert (form.status_code, form.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_request_ids_are_ours(server: RunningServer) -> None:
+    response = server.http.get("/livez", headers={"X-Request-Id": "mine"})
+    assert response.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET http://evil/livez HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET //livez HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"X" * 200_000,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+    ids=range(9),
+)
+def test_bytes_that_are_no_http(server: RunningServer, raw: bytes) -> None:
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=5) as client:
+        with contextlib.suppress(OSError):  # it may have closed the connection already
+            client.sendall(raw)
+            client.shutdown(socket.SHUT_WR)
+        answer = client.recv(65536)
+    assert not answer.startswith(b"HTTP/1.1 5")
+
+
+def test_a_head_without_end(server: RunningServer) -> None:
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=5) as client:
+        with contextlib.suppress(OSError):
+            client.sendall(b"GET /livez HTTP/1.1\r\nX-Long: " + b"a" * (1 << 20))
+        assert client.recv(64).startswith(b"HTTP/1.1 431")
+
+
+def test_a_client_that_stops_in_the_middle_of_its_body(server: RunningServer) -> None:
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+
+
+def test_odd_requests_add_no_time_series(server: RunningServer) -> None:
+    before = server.http.get("/metrics").text.count("\n")
+    for i in range(50):
+        server.http.request(f"METHOD{i}", f"/path/{i}")
+        server.post(COMPLETIONS, prompt="a", model=f"model{i}")
+    assert server.http.get("/metrics").text.count("\n") == before
+
+
+def test_the_server_is_as_well_as_before(server: RunningServer) -> None:
+    assert server.http.get("/readyz").json()["engine_restarts"] == 0
+    assert server.post(COMPLETIONS, prompt="a b c", max_tokens=3).status_code == 200
+    assert server.figure("powerband_kv_cache_usage_ratio") == 0
