@@ -1,0 +1,33 @@
+"""Powerband: serve open-weight LLMs in the range where the hardware does its best work.
+
+from powerband import LLM, SamplingParams
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from powerband.core.params import SamplingParams
+    from powerband.engine.llm import LLM
+
+    __version__: str
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use, so that importing the package costs nothing."""
+    if name == "LLM":
+        from powerband.engine.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from powerband.core.params import SamplingParams
+
+        return SamplingParams
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("powerband")
+    raise AttributeError(f"module 'powerband' has no attribute '{name}'")

@@ -57,15 +57,16 @@ def unpacked(packed: Tensor) -> list[TokenLogprobs]:
 def prompt_logprobs(
     hidden: Tensor, head: Callable[[Tensor], Tensor], token_ids: Sequence[int], num_alternatives: int
 ) -> list[TokenLogprobs]:
-    """Rows for prompt tokens: hidden[i] (of [positions, hidden_size]) is the state that predicts token_ids[i].
+    """Rows for prompt tokens: hidden[i] (of [positions, hidden_size]) predicts token_ids[i]; there may be more states.
 
     `head` turns hidden states into logits. It is called for 64 positions at a time, so a long prompt does not need
     [positions, vocab] of memory. Waits for the device.
     """
     rows: list[TokenLogprobs] = []
     for start in range(0, len(token_ids), _ROWS_AT_ONCE):
-        logits = head(hidden[start : start + _ROWS_AT_ONCE])
-        actual = to_device(token_ids[start : start + _ROWS_AT_ONCE], torch.int64, logits.device)
+        some = token_ids[start : start + _ROWS_AT_ONCE]
+        logits = head(hidden[start : start + len(some)])
+        actual = to_device(some, torch.int64, logits.device)
         rows += unpacked(token_logprobs(logits, actual, num_alternatives).packed().cpu())
     return rows
 
