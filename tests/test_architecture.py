@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ ENGINE_DOOR = ("client", "messages", "supervisor", "channel", "stream", "health"
 NO_TORCH = ["powerband", "powerband.cli.main", *(f"powerband.{room}" for room in ("server", "engine", *FLOOR_1))]
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load")
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "transformers", "fastapi")
+# Work left undone, and checks that are switched off without saying why.
+LOOSE_END = re.compile(r"\b(TODO|FIXME|XXX)\b|# type: ignore(\[[\w, -]+\])?\s*$|# noqa(: [A-Z0-9, ]+)?\s*$")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_START_CPU_S = 0.5
@@ -121,6 +124,23 @@ def test_nothing_runs_data_as_code_or_asserts(path: Path) -> None:
         assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert disappears under -O; raise a typed error"
         if isinstance(node, ast.Call):
             assert dotted(node.func) not in FORBIDDEN_CALLS, f"line {node.lineno}: {dotted(node.func)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=show)
+def test_no_loose_ends(path: Path) -> None:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert not LOOSE_END.search(line), f"line {number}: {line.strip()}"
+    if room(module_name(path)) != "cli":
+        prints = [
+            node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and dotted(node.func) == "print"
+        ]
+        assert not prints, "only commands print; everything else logs or returns"
+
+
+def test_the_core_takes_time_and_chance_from_outside() -> None:
+    for path in (PACKAGE / "core").glob("*.py"):
+        own = {"time", "random", "secrets", "uuid", "datetime"} & {name.split(".")[0] for name in imports(path)}
+        assert not own or path.name == "clock.py", f"{path.name} imports {own}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=show)
