@@ -93,14 +93,20 @@ class KVCacheManager:
 
     def allocate(self, r: Request, n: int, reserve: int = 0) -> list[int] | None:
         """Make room for `n` positions after `num_computed`; return the new blocks, or None when they do not fit."""
-        need = -(-(r.num_computed + n) // self.block_size) - len(r.blocks)
-        if need + reserve > self.pool.num_free:
+        if not self.has_room(r, n, reserve):
             return None
-        blocks = self.pool.take(max(need, 0))
+        blocks = self.pool.take(max(self._num_needed(r, n), 0))
         if blocks:
             r.blocks += blocks
             r.capacity = len(r.blocks) * self.block_size
         return blocks
+
+    def has_room(self, r: Request, n: int, reserve: int = 0) -> bool:
+        """Whether `allocate` would succeed."""
+        return self._num_needed(r, n) + reserve <= self.pool.num_free
+
+    def _num_needed(self, r: Request, n: int) -> int:
+        return -(-(r.num_computed + n) // self.block_size) - len(r.blocks)
 
     def publish(self, r: Request) -> None:
         """Offer the full, confirmed and submitted blocks of `r` to others."""

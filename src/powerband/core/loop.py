@@ -114,8 +114,9 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """Whether there is, or will be, something to do without a further command."""
-        return bool(self._inflight or self.scheduler.requests) or self.inbox.next_time() is not None
+        """Whether there is, or will be, something to do without a further live command."""
+        waiting = self.scheduler.requests and not self.scheduler.paused
+        return bool(self._inflight or waiting) or self.inbox.next_time() is not None
 
     def step(self) -> list[TokenOutput]:
         """Do one round; wait only if there is nothing to do. Raises EngineDead when the device cannot go on."""
@@ -137,7 +138,7 @@ class EngineCore:
             case Add(request):
                 try:
                     self.scheduler.add(request, now)
-                except PowerbandError as error:
+                except Exception as error:  # whatever is wrong with a request is that request's trouble alone
                     return [TokenOutput(request.id, [], now, FinishReason.ERROR, error=error_info(error))]
             case Abort(id, reason):
                 output = self.scheduler.abort(id, reason, now)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
 from powerband.core.params import SamplingParams
 from powerband.errors import InvalidRequest
-
-MAX_TOKEN_ID = 2**32 - 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,11 +111,14 @@ def _check(source: EngineRequest) -> None:
         raise InvalidRequest(
             f"Request {source.id!r} has an empty prompt.", hint="Send at least one token.", param="prompt"
         )
-    worst = min(min(source.token_ids), MAX_TOKEN_ID - max(source.token_ids))
-    if worst < 0:
+    try:
+        array("I", source.token_ids)
+    except (TypeError, OverflowError) as error:
         raise InvalidRequest(
-            f"The prompt has a token id outside 0..{MAX_TOKEN_ID}.", hint="Use the model's vocabulary.", param="prompt"
-        )
+            f"The prompt has something other than token ids from 0 to 2**32 - 1: {error}.",
+            hint="Send a list of token ids of the model's vocabulary.",
+            param="prompt",
+        ) from None
     if source.params.n != 1:
         raise InvalidRequest(
             f"The engine takes n = 1, not n = {source.params.n}.", hint="Send one request per choice.", param="n"

@@ -8,36 +8,19 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from operator import attrgetter
 
 from powerband.core.admission import Admission, SchedulerLimits
-from powerband.core.kv_cache import CacheUsage, KVCacheManager
+from powerband.core.kv_cache import KVCacheManager
 from powerband.core.policy import FirstComeFirstServed, SchedulingPolicy
 from powerband.core.request import EngineRequest, Request, new_request
-from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenLogprobs, TokenOutput, Work
+from powerband.core.results import new_prompt_rows, take_tokens, token_output, wrong_count
+from powerband.core.stats import Counters, SchedulerStats
+from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenOutput, Work
 from powerband.errors import InvalidRequest, RequestTooLong
 
 _by_order = attrgetter("order")
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Where a scheduler stands, and what it has done since it was made. Prefix figures are in tokens."""
-
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    paused: bool
-    cache: CacheUsage
-    num_steps: int
-    num_requests: int
-    num_refused: int
-    num_preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_queries: int
-    prefix_hits: int
 
 
 class Scheduler:
@@ -74,8 +57,7 @@ class Scheduler:
         self._dropped: list[str] = []
         self._epoch = 0
         self._num_waiting_tokens = 0
-        self._num_steps = self._num_requests = self._num_preemptions = 0
-        self._prompt_tokens = self._generation_tokens = self._prefix_queries = self._prefix_hits = 0
+        self.counters = Counters()
 
     # Requests in and out
 
@@ -91,7 +73,7 @@ class Scheduler:
             running = sum(q.num_missing for q in self.running)
             self.admission.check_deadline(r, self._num_waiting_tokens + running, now)
         self.requests[r.id] = r
-        self._num_requests += 1
+        self.counters.num_requests += 1
         self.policy.arrived(r)
         self._enqueue(r, now)
 
@@ -101,7 +83,7 @@ class Scheduler:
         if r is None:
             return None
         self._finish(r)
-        return self._output(r, [], now, reason)
+        return token_output(r, [], now, reason)
 
     def pause(self) -> None:
         """Schedule nothing more until `resume`. Requests may still come and go; steps in flight finish."""
@@ -113,6 +95,11 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Forget all reusable content. Running requests keep what they have."""
         self.kv.reset(self.running)
+
+    @property
+    def pending_drops(self) -> list[str]:
+        """Ids that ended since the last step; the next one tells the executor."""
+        return list(self._dropped)
 
     # A step
 
@@ -128,8 +115,8 @@ class Scheduler:
             self._start_waiting(works, budget, now)
         if not works:
             return None
-        self._num_steps += 1
-        step = Step(self._num_steps, works, self._dropped)
+        self.counters.num_steps += 1
+        step = Step(self.counters.num_steps, works, self._dropped)
         self._dropped = []
         return step
 
@@ -164,6 +151,8 @@ class Scheduler:
                     n += len(drafts)
                 if n <= 0:
                     continue
+            if drafts and not self.kv.has_room(r, n):  # a guess is not worth a preemption
+                n, drafts = 1, []
             blocks: list[int] = []
             if r.num_computed + n > r.capacity:
                 grown, preempted_now = self._grow(r, n)
@@ -225,8 +214,8 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
             r = self.waiting[0]
             match = self.kv.match(r)
-            # Running requests need room to grow; starting one more only to preempt it helps nobody.
-            if not self.kv.fits(r, match, reserve=self._headroom()):
+            # One block each for the running to grow into: starting one more only to preempt it helps nobody.
+            if not self.kv.fits(r, match, reserve=len(self.running)):
                 return
             del self.waiting[0]
             self._num_waiting_tokens -= len(r.tokens)
@@ -245,16 +234,13 @@ class Scheduler:
             if self.policy.dynamic:
                 self.policy.charge(r, n)
 
-    def _headroom(self) -> int:
-        return len(self.running) // 2
-
     def _first_start(self, r: Request, now: float) -> None:
         r.scheduled_s = now
         r.num_cached = r.num_computed
-        self._prompt_tokens += r.num_prompt_tokens
+        self.counters.prompt_tokens += r.num_prompt_tokens
         if self.kv.prefix_caching and r.params.prompt_logprobs is None:
-            self._prefix_queries += r.num_prompt_tokens
-            self._prefix_hits += r.num_cached
+            self.counters.prefix_queries += r.num_prompt_tokens
+            self.counters.prefix_hits += r.num_cached
         self.admission.started(now)
 
     # Its result
@@ -267,6 +253,7 @@ class Scheduler:
         """
         outputs: list[TokenOutput] = []
         requests, tokens_of, logprobs_of = self.requests, result.tokens, result.logprobs
+        counters = self.counters
         special = bool(result.failed or result.prompt_logprobs)
         for w in step.works:
             r = requests.get(w.id)
@@ -277,83 +264,21 @@ class Scheduler:
                 if w.id in result.failed:
                     outputs.append(self._fail(r, w.start, result.failed[w.id], now))
                     continue
-                rows = self._new_prompt_rows(r, w, result)
+                rows = new_prompt_rows(r, w, result.prompt_logprobs.get(w.id))
             if not w.samples:
                 if rows:
-                    outputs.append(self._output(r, [], now, prompt_logprobs=rows))
+                    outputs.append(token_output(r, [], now, prompt_logprobs=rows))
                 continue
             got = tokens_of.get(w.id)
             if not got or len(got) > 1 + len(w.drafts):
-                outputs.append(self._fail(r, w.start, _wrong_count(w, got), now))
+                outputs.append(self._fail(r, w.start, wrong_count(w, got), now))
                 continue
-            outputs.append(self._take_tokens(r, w, got, logprobs_of.get(w.id), rows, now))
-        return outputs
-
-    def _take_tokens(
-        self,
-        r: Request,
-        w: Work,
-        got: list[int],
-        logprobs: list[TokenLogprobs] | None,
-        rows: list[TokenLogprobs] | None,
-        now: float,
-    ) -> TokenOutput:
-        r.inflight -= 1
-        r.num_pending -= 1 + len(w.drafts)
-        r.num_computed -= 1 + len(w.drafts) - len(got)  # positions of rejected drafts
-        r.drafting = False
-        finish: FinishReason | None = None
-        stop_token: int | None = None
-        for kept, token in enumerate(got, 1):
-            r.tokens.append(token)
-            if token in r.stop_ids and r.num_output >= r.params.min_tokens:
-                finish, stop_token = FinishReason.STOP, token
-            elif len(r.tokens) >= r.max_length:
-                finish = FinishReason.LENGTH
+            got, finish, stop_token = take_tokens(r, w, got)
+            counters.generation_tokens += len(got)
+            outputs.append(token_output(r, got, now, finish, stop_token, logprobs_of.get(w.id), rows))
             if finish is not None:
-                got = got[:kept]
-                break
-        self._generation_tokens += len(got)
-        output = self._output(r, got, now, finish, stop_token, logprobs, rows)
-        if finish is not None:
-            self._finish(r)
-        return output
-
-    def _output(
-        self,
-        r: Request,
-        token_ids: list[int],
-        now: float,
-        finish: FinishReason | None = None,
-        stop_token: int | None = None,
-        logprobs: list[TokenLogprobs] | None = None,
-        prompt_logprobs: list[TokenLogprobs] | None = None,
-        error: ErrorInfo | None = None,
-    ) -> TokenOutput:
-        if logprobs is not None and len(logprobs) > len(token_ids):
-            logprobs = logprobs[: len(token_ids)]
-        return TokenOutput(
-            r.id,
-            token_ids,
-            now,
-            finish,
-            stop_token,
-            logprobs,
-            prompt_logprobs,
-            error,
-            r.num_cached,
-            r.num_preemptions,
-            r.scheduled_s or 0.0,
-        )
-
-    def _new_prompt_rows(self, r: Request, w: Work, result: StepResult) -> list[TokenLogprobs] | None:
-        """Rows that were not reported before: a preempted prompt is computed again, but told once."""
-        rows = result.prompt_logprobs.get(w.id)
-        if not rows:
-            return None
-        new = rows[max(r.num_prompt_rows - w.start, 0) :]
-        r.num_prompt_rows = max(r.num_prompt_rows, w.start + len(rows))
-        return new or None
+                self._finish(r)
+        return outputs
 
     # Failure
 
@@ -362,7 +287,7 @@ class Scheduler:
         works = [w for w in step.works if (r := self.requests.get(w.id)) is not None and r.epoch == w.epoch]
         failed = [self.requests[w.id] for w in works]
         self.kv.reset(self.running)
-        outputs = [self._output(r, [], now, FinishReason.ERROR, error=error) for r in failed]
+        outputs = [token_output(r, [], now, FinishReason.ERROR, error=error) for r in failed]
         for r in failed:
             self._finish(r)
         for r in list(self.running):
@@ -374,7 +299,7 @@ class Scheduler:
     def _fail(self, r: Request, start: int, error: ErrorInfo, now: float) -> TokenOutput:
         """End one request; whoever reads what its failed work wrote computes it again."""
         suspect = self.kv.distrust(r, start)
-        output = self._output(r, [], now, FinishReason.ERROR, error=error)
+        output = token_output(r, [], now, FinishReason.ERROR, error=error)
         self._finish(r)
         found = True
         while found:
@@ -397,14 +322,8 @@ class Scheduler:
             num_waiting_tokens=self._num_waiting_tokens,
             paused=self.paused,
             cache=self.kv.usage(),
-            num_steps=self._num_steps,
-            num_requests=self._num_requests,
             num_refused=self.admission.num_refused,
-            num_preemptions=self._num_preemptions,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
+            **asdict(self.counters),
         )
 
     def _check_length(self, r: Request) -> None:
@@ -415,7 +334,7 @@ class Scheduler:
         raise RequestTooLong(
             f"The prompt has {r.num_prompt_tokens} tokens; the {what} takes {limit} and one output token.",
             limit=limit,
-            hint="Shorten the prompt.",
+            hint=f"Shorten the prompt to {limit} tokens.",
             param="prompt",
         )
 
@@ -428,7 +347,7 @@ class Scheduler:
         r.drafting = False
         r.epoch = self._next_epoch()
         r.num_preemptions += 1
-        self._num_preemptions += 1
+        self.counters.num_preemptions += 1
         self._num_waiting_tokens += len(r.tokens)
         insort(self.waiting, r, key=_by_order)
 
@@ -460,11 +379,3 @@ class Scheduler:
     def _next_epoch(self) -> int:
         self._epoch += 1
         return self._epoch
-
-
-def _wrong_count(w: Work, got: list[int] | None) -> ErrorInfo:
-    return ErrorInfo(
-        "internal_error",
-        f"The executor returned {len(got or [])} tokens where 1 to {1 + len(w.drafts)} were due.",
-        "Please report this.",
-    )

@@ -1,0 +1,71 @@
+"""From what a step yielded to what the outside is told, for one request. Nothing here decides what runs."""
+
+from __future__ import annotations
+
+from powerband.core.request import Request
+from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput, Work
+
+
+def take_tokens(r: Request, w: Work, got: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
+    """Confirm the tokens that `w` yielded; return those that count, why `r` ends if it does, and its stop token.
+
+    Of accepted drafts, whatever follows a stop is dropped. Stops before `min_tokens` are ordinary tokens.
+    """
+    r.inflight -= 1
+    r.num_pending -= 1 + len(w.drafts)
+    r.num_computed -= 1 + len(w.drafts) - len(got)  # positions of rejected drafts
+    r.drafting = False
+    tokens = r.tokens
+    for kept, token in enumerate(got, 1):
+        tokens.append(token)
+        if token in r.stop_ids and r.num_output >= r.params.min_tokens:
+            return got[:kept], FinishReason.STOP, token
+        if len(tokens) >= r.max_length:
+            return got[:kept], FinishReason.LENGTH, None
+    return got, None, None
+
+
+def token_output(
+    r: Request,
+    token_ids: list[int],
+    now: float,
+    finish: FinishReason | None = None,
+    stop_token: int | None = None,
+    logprobs: list[TokenLogprobs] | None = None,
+    prompt_logprobs: list[TokenLogprobs] | None = None,
+    error: ErrorInfo | None = None,
+) -> TokenOutput:
+    """Tell `token_ids` of `r`. Log-probabilities of tokens that do not count are left out."""
+    if logprobs is not None and len(logprobs) > len(token_ids):
+        logprobs = logprobs[: len(token_ids)]
+    return TokenOutput(
+        r.id,
+        token_ids,
+        now,
+        finish,
+        stop_token,
+        logprobs,
+        prompt_logprobs,
+        error,
+        r.num_cached,
+        r.num_preemptions,
+        r.scheduled_s or 0.0,
+    )
+
+
+def new_prompt_rows(r: Request, w: Work, rows: list[TokenLogprobs] | None) -> list[TokenLogprobs] | None:
+    """Rows that were not reported before: a preempted prompt is computed again, but told once."""
+    if not rows:
+        return None
+    new = rows[max(r.num_prompt_rows - w.start, 0) :]
+    r.num_prompt_rows = max(r.num_prompt_rows, w.start + len(rows))
+    return new or None
+
+
+def wrong_count(w: Work, got: list[int] | None) -> ErrorInfo:
+    """The executor broke its contract; only this request suffers."""
+    return ErrorInfo(
+        "internal_error",
+        f"The executor returned {len(got or [])} tokens where 1 to {1 + len(w.drafts)} were due.",
+        "Please report this.",
+    )

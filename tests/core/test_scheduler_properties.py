@@ -1,0 +1,90 @@
+"""Whatever happens, every request yields exactly what it would yield alone, and everything is given back.
+
+`core_world` says what is checked; here are the conditions under which it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from core_world import Config, play
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from powerband.core.policy import POLICY_NAMES
+from powerband.core.step import FinishReason
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_all_conditions(num_stages: int, policy: str) -> None:
+    """Overlap, tight and roomy cache, chunks, drafts, failures: 16 combinations for each policy and pipeline depth."""
+    seeds = itertools.count(1000 * num_stages + POLICY_NAMES.index(policy))
+    preemptions = aborts = 0
+    combinations = itertools.product((False, True), (24, 64), (0, 8), ((False, 0.02), (True, 0.0)))
+    for overlap, num_blocks, chunk, (drafts, failures) in combinations:
+        seed = next(seeds)
+        config = Config(
+            seed=seed,
+            num_stages=num_stages,
+            overlap=overlap,
+            num_blocks=num_blocks,
+            chunk=chunk,
+            policy=policy,
+            drafts=drafts,
+            failures=failures,
+            burst=seed % 2 == 0,
+            interruptions=seed % 3 == 0,
+        )
+        report = play(config)
+        preemptions += report.num_preemptions
+        aborts += report.finished.get(FinishReason.ABORT, 0)
+    assert preemptions > 50, "too easy a test"
+    assert aborts > 10, "too easy a test"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.builds(
+        Config,
+        seed=st.integers(0, 10**6),
+        num_requests=st.integers(1, 40),
+        num_stages=st.sampled_from([1, 1, 2, 3, 4]),
+        overlap=st.booleans(),
+        num_blocks=st.integers(2, 120),
+        block_size=st.sampled_from([1, 2, 4, 16]),
+        budget=st.integers(8, 64),
+        chunk=st.sampled_from([0, 0, 5, 16]),
+        max_num_seqs=st.integers(1, 8),
+        policy=st.sampled_from(POLICY_NAMES),
+        drafts=st.booleans(),
+        prefix_caching=st.sampled_from([True, True, False]),
+        failures=st.sampled_from([0.0, 0.0, 0.02]),
+        burst=st.booleans(),
+        interruptions=st.booleans(),
+        max_num_queued_reqs=st.sampled_from([1, 5, 1000]),
+    )
+)
+def test_any_condition(config: Config) -> None:
+    play(config)
+
+
+def test_same_trace_same_steps_under_any_hash_seed() -> None:
+    code = (
+        "from core_world import Config, play\n"
+        "print([play(Config(seed=5, policy=policy, overlap=True, num_blocks=40, failures=0.02, interruptions=True)).steps"
+        " for policy in ('fcfs', 'longest-prefix', 'fair')])"
+    )
+    said = set()
+    for hash_seed in ("0", "1", "4242"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(HERE)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        said.add(done.stdout)
+    assert len(said) == 1
