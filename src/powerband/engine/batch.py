@@ -59,7 +59,7 @@ class Inputs:
 
 
 class InputBuffers:
-    """Builds inputs. `num_sets` steps may be in flight before a buffer is written again.
+    """Builds inputs. `num_sets` steps may be in flight before a buffer is written again, without waiting for it.
 
     On a GPU the buffers are pinned and copied without waiting.
     """
@@ -74,6 +74,7 @@ class InputBuffers:
         """rows: those with one token first."""
         buffers = self._sets[self._next]
         self._next = (self._next + 1) % len(self._sets)
+        buffers.wait_for_copies()
         counts = [row.work.num_tokens for row in rows]
         ends = [row.work.start + row.work.num_tokens for row in rows]
         num_tokens, width = sum(counts), max(row.state.num_blocks for row in rows)
@@ -102,6 +103,7 @@ class InputBuffers:
             query_starts_host=starts.tolist(),
             context_lens_host=ends,
         )
+        buffers.note_copies(self.device)
         return Inputs(on_device[0], on_device[1], batch)
 
 
@@ -138,6 +140,16 @@ class _Buffers:
         self._pinned = pinned
         self._memory = {torch.int64: self._new(0, torch.int64), torch.int32: self._new(0, torch.int32)}
         self._tables = self._new(0, torch.int32)
+        self._copied: torch.cuda.Event | None = None
+
+    def note_copies(self, device: torch.device) -> None:
+        """What has been copied from here so far must have arrived before the memory is written again."""
+        if device.type == "cuda":
+            self._copied = torch.cuda.current_stream(device).record_event()
+
+    def wait_for_copies(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def tokens(self, count: int) -> _Staged:
         """[ids, positions, slots] x tokens."""

@@ -22,6 +22,7 @@ from powerband.core.step import DeviceReport
 from powerband.cost.memory import MemoryPlan, plan_memory
 from powerband.cost.sizing import readable
 from powerband.engine.attention import Choice, choose_backend
+from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor
 from powerband.engine.messages import EngineInfo
 from powerband.engine.step_log import StepLog
@@ -154,6 +155,7 @@ def _resolved(settings: EngineSettings, device: torch.device, dtype: str, memory
 def _executor_config(
     settings: EngineSettings, spec: ModelSpec, folder: Path, device: torch.device, choice: Choice
 ) -> ExecutorConfig:
+    captures = device.type == "cuda" and not settings.enforce_eager and can_capture(spec, choice.name)
     return ExecutorConfig(
         spec=spec,
         folder=folder,
@@ -165,6 +167,7 @@ def _executor_config(
         seed=settings.seed,
         attention=choice,
         overlap=bool(settings.async_scheduling),
+        graph_rows=min(settings.max_num_seqs, MAX_ROWS) if captures else 0,
     )
 
 

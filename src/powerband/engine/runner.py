@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from powerband.core.loop import error_info
 from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
-from powerband.engine.batch import InputBuffers, RequestState, Row
+from powerband.engine.batch import InputBuffers, Inputs, RequestState, Row
+from powerband.engine.logits import to_device
 from powerband.engine.logprobs import prompt_logprobs
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.sampler import Sampled, Sampler
@@ -62,6 +64,7 @@ class ModelRunner:
         self.attention = attention
         self.sampler = sampler
         self.device = device
+        self.forward: Callable[[Inputs], torch.Tensor] = self._forward  # CUDA graphs take its place
         self._inputs = InputBuffers(block_size, device)
         self._states: dict[str, RequestState] = {}
 
@@ -117,7 +120,7 @@ class ModelRunner:
         inputs = self._inputs.build(rows)
         starts = inputs.batch.query_starts_host
         self._fill_pending(rows, inputs.token_ids, starts)
-        hidden = self.model(inputs.token_ids, inputs.positions, inputs.batch, self.attention)
+        hidden = self.forward(inputs)
         for row, start, end in zip(rows, starts, starts[1:], strict=False):
             count = row.state.params.prompt_logprobs
             if count is not None and row.work.start < row.state.num_prompt_tokens - 1:
@@ -127,6 +130,10 @@ class ModelRunner:
             last = [starts[index + 1] - 1 for index in sampling]
             chosen = hidden if len(last) == len(hidden) else hidden[self._indices(last)]
             self._sample([rows[index] for index in sampling], self.model.logits(chosen), pending)
+
+    def _forward(self, inputs: Inputs) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(inputs.token_ids, inputs.positions, inputs.batch, self.attention)
+        return hidden
 
     def _fill_pending(self, rows: list[Row], token_ids: torch.Tensor, starts: list[int]) -> None:
         """Input tokens that a step in flight samples: copied on the device, one gather per such step."""
@@ -155,4 +162,4 @@ class ModelRunner:
             row.state.pending = (sampled.token_ids, index)
 
     def _indices(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device)
+        return to_device(values, torch.int64, self.device)

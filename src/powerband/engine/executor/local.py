@@ -14,6 +14,7 @@ import torch
 
 from powerband.core.step import DeviceReport, Step, StepResult
 from powerband.engine.attention import AttentionShape, Choice, make_backend
+from powerband.engine.cuda_graphs import DecodeGraphs
 from powerband.engine.layers.linear import use_providers
 from powerband.engine.layers.onednn import PackedLinear
 from powerband.engine.models.decoder import Decoder
@@ -40,6 +41,7 @@ class ExecutorConfig:
     seed: int
     attention: Choice
     overlap: bool
+    graph_rows: int = 0  # largest batch of decodes to capture CUDA graphs for; 0: none
 
 
 class TorchExecutor:
@@ -98,6 +100,21 @@ class TorchExecutor:
         spec = self.config.spec
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale)
         self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.dtype)
+        if self.config.graph_rows:
+            self._capture_graphs()
+
+    def _capture_graphs(self) -> None:
+        config = self.config
+        graphs = DecodeGraphs(
+            self.runner.model,
+            self.attention,
+            max_rows=config.graph_rows,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            device=config.device,
+        )
+        graphs.capture(lambda fraction: self._progress("graphs", fraction))
+        self.runner.forward = graphs
 
     def submit(self, step: Step) -> Handle:
         if self._worker is not None:
