@@ -14,7 +14,8 @@ from powerband.cli.main import main
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 # A command in a code block or between backticks, up to the end of it or the next pipe or comment.
-COMMAND = re.compile(r"(?:^|[`/$|>] ?)powerband ((?:config )?[a-z]+)([^`\n#|<]*)", re.MULTILINE)
+# After a "$ " stands an example of a mistake.
+COMMAND = re.compile(r"(?:^|[`/|>] ?)powerband ((?:config )?[a-z]+)([^`\n#|<]*)", re.MULTILINE)
 
 
 def test_generated_pages_are_current() -> None:

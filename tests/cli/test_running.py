@@ -124,3 +124,12 @@ def test_ctrl_c_ends_generate_with_130() -> None:
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130, error
     assert b"Traceback" not in error
+
+
+def test_the_offline_example_runs() -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "offline.py"
+    command = [sys.executable, str(example)]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("→") == 2
+    assert "answer 1" in shown.stdout
