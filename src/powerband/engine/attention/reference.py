@@ -9,6 +9,7 @@ end are never read: what an earlier owner left there cannot leak, not even a NaN
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ from powerband.engine.attention.base import AttentionBatch, AttentionShape, Head
 from powerband.engine.layers.norm import norm_heads
 from powerband.engine.layers.rotary import rotate
 
-# A decode with at least this many positions in one run of neighbouring slots reads them in place, by itself.
-_IN_PLACE = 128
+# Positions of decodes that are gathered at once: bounds the workspace, unless one context alone is longer.
+_GATHERED = 16384
 # Queries that are scored at once where the scores are held in memory (soft cap, sinks).
 _QUERY_TILE = 256
 
@@ -29,7 +30,7 @@ class _Decodes:
     """Rows that are computed together: the same number of positions, the shorter ones padded and masked."""
 
     rows: torch.Tensor | slice
-    slots: torch.Tensor | slice  # flat [rows * length], or a run of neighbouring slots (one row)
+    slots: torch.Tensor  # [rows * length]
     num_rows: int
     length: int
     bias: torch.Tensor | None  # [rows, 1, length]: 0, or -inf on padding
@@ -53,6 +54,8 @@ class ReferenceAttention:
         self.block_size = block_size
         self.device = device
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Reused, because memory fresh from the system costs more than copying into it.
+        self._workspace = torch.empty(0, device=device)
         self._batch: AttentionBatch | None = None
         self._plans: dict[int | None, tuple[list[_Decodes], list[_Chunk]]] = {}
 
@@ -60,7 +63,7 @@ class ReferenceAttention:
         size = (2, shape.num_kv_heads, num_blocks * self.block_size, shape.head_dim)
         self._cache = []
         for _ in range(num_layers):
-            layer = torch.zeros(size, dtype=dtype, device=self.device)
+            layer = torch.empty(size, dtype=dtype, device=self.device)
             self._cache.append((layer[0], layer[1]))
 
     def begin(self, batch: AttentionBatch) -> None:
@@ -87,7 +90,8 @@ class ReferenceAttention:
         decodes, chunks = self._plans[shape.window]
         out = q.new_empty(q.shape)
         for group in decodes:
-            out[group.rows] = _decode(q[group.rows], keys, values, group, shape, sinks)
+            group_keys, group_values = self._gather(keys, values, group.slots)
+            out[group.rows] = _decode(q[group.rows], group_keys, group_values, group, shape, sinks)
         for chunk in chunks:
             if chunk.slots is None:
                 chunk_keys, chunk_values = k[chunk.tokens].transpose(0, 1), v[chunk.tokens].transpose(0, 1)
@@ -118,19 +122,23 @@ class ReferenceAttention:
 
     def _plan(self, batch: AttentionBatch, window: int | None) -> tuple[list[_Decodes], list[_Chunk]]:
         starts, lens = batch.query_starts_host, batch.context_lens_host
-        decodes: list[_Decodes] = []
-        gathered: list[int] = []
-        for row in range(batch.num_decodes):
-            first = max(lens[row] - window, 0) if window else 0
-            run = self._run(batch, row, first) if lens[row] - first >= _IN_PLACE else None
-            if run is None:
-                gathered.append(row)
-            else:
-                decodes.append(_Decodes(slice(row, row + 1), run, 1, lens[row] - first, None))
-        decodes += [self._group(batch, rows, window) for rows in _similar(gathered, lens, window)]
+        decodes = [self._group(batch, rows, window) for rows in _similar(lens[: batch.num_decodes], window)]
         chunk_rows = range(batch.num_decodes, len(lens))
         chunks = [self._chunk(batch, row, starts[row], starts[row + 1], window) for row in chunk_rows]
         return decodes, chunks
+
+    def _gather(
+        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of these slots, [num_kv_heads, slots, head_dim] each, valid until the next call."""
+        size = (2, keys.shape[0], len(slots), keys.shape[2])
+        needed = math.prod(size)
+        if self._workspace.numel() < needed or self._workspace.dtype != keys.dtype:
+            self._workspace = torch.empty(needed + needed // 4, dtype=keys.dtype, device=self.device)
+        gathered = self._workspace[:needed].view(size)
+        torch.index_select(keys, 1, slots, out=gathered[0])
+        torch.index_select(values, 1, slots, out=gathered[1])
+        return gathered[0], gathered[1]
 
     def _run(self, batch: AttentionBatch, row: int, first: int) -> slice | None:
         """Positions [first, end) of a row as a slice of slots, if its blocks are neighbours (CPU: reads tables)."""
@@ -155,7 +163,7 @@ class ReferenceAttention:
             bias = torch.zeros(len(rows), 1, length, device=self.device)
             bias.masked_fill_((positions >= end).unsqueeze(1), float("-inf"))
         slots = self._slots(batch.block_tables[row_index], torch.minimum(positions, end - 1)).flatten()
-        contiguous = rows[-1] - rows[0] == len(rows) - 1 and rows == sorted(rows)
+        contiguous = rows[-1] - rows[0] == len(rows) - 1
         where = slice(rows[0], rows[-1] + 1) if contiguous else row_index
         return _Decodes(where, slots, len(rows), length, bias)
 
@@ -183,13 +191,14 @@ class ReferenceAttention:
         return blocks.long() * self.block_size + positions % self.block_size
 
 
-def _similar(rows: list[int], lens: list[int], window: int | None) -> list[list[int]]:
-    """Rows in groups whose longest is at most a quarter (and 32 positions) longer than their shortest."""
-    length = {row: min(lens[row], window or lens[row]) for row in rows}
+def _similar(lens: list[int], window: int | None) -> list[list[int]]:
+    """Rows in groups whose longest sees at most a quarter (and 32 positions) more than their shortest."""
+    seen = [min(length, window or length) for length in lens]
     groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: length[row]):
-        if groups and length[row] <= length[groups[-1][0]] * 1.25 + 32:
-            groups[-1].append(row)
+    for row in sorted(range(len(lens)), key=seen.__getitem__):
+        group = groups[-1] if groups else []
+        if group and seen[row] <= seen[group[0]] * 1.25 + 32 and seen[row] * (len(group) + 1) <= _GATHERED:
+            group.append(row)
         else:
             groups.append([row])
     return [sorted(group) for group in groups]
@@ -207,13 +216,13 @@ def _decode(
     shape: AttentionShape,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One query per row: q [rows, num_heads, head_dim]."""
+    """One query per row: q [rows, num_heads, head_dim]; K and V [num_kv_heads, rows * length, head_dim]."""
     rows, kv_heads = group.num_rows, shape.num_kv_heads
     per_kv = shape.num_heads // kv_heads
     # [kv_heads, rows, queries per kv head, head_dim] against [kv_heads, rows, length, head_dim]
     folded = q.view(rows, kv_heads, per_kv, shape.head_dim).transpose(0, 1)
-    k = _read(keys, group.slots).view(kv_heads, rows, group.length, shape.head_dim)
-    v = _read(values, group.slots).view(kv_heads, rows, group.length, shape.head_dim)
+    k = keys.view(kv_heads, rows, group.length, shape.head_dim)
+    v = values.view(kv_heads, rows, group.length, shape.head_dim)
     scores = torch.matmul(folded, k.transpose(-1, -2)).float().mul_(shape.scale)
     if sinks is not None:
         sinks = sinks.view(kv_heads, 1, per_kv, 1)
