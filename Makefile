@@ -31,9 +31,10 @@ lint: $(READY)  ## ruff and mypy --strict
 	@echo "· mypy --strict"
 	@$(BIN)/mypy --no-error-summary
 
-docs: $(READY)  ## build the documentation into site/
-	@$(BIN)/pip install -q "zensical>=0.1"
-	@$(BIN)/zensical build
+docs: $(READY)  ## build the documentation into site/ (zensical goes into a .venv of its own)
+	@test -x build/docs/bin/zensical || { $(PYTHON) -m venv build/docs && build/docs/bin/pip install -q zensical; }
+	@$(BIN)/python scripts/document.py
+	@build/docs/bin/zensical build
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
