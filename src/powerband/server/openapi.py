@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from powerband.server.auth import OPEN_PATHS
 from powerband.server.errors import ErrorBody
+from powerband.server.protocol import PROMPT_SCHEMA, CompletionRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ def describe(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, A
     types = [t for o in operations for t in (o.body, o.reply, o.chunk) if t is not None]
     unique = list(dict.fromkeys([*types, ErrorBody]))
     schemas, components = msgspec.json.schema_components(unique, ref_template="#/components/schemas/{name}")
+    components[CompletionRequest.__name__]["properties"]["prompt"] = PROMPT_SCHEMA
     schema_of = dict(zip(unique, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:

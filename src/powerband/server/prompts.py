@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 
@@ -53,7 +54,7 @@ async def render(replica: Replica, model: Model, body: ChatRequest | TokenizeReq
     continues = body.continue_final_message is True
     return await replica.in_thread(
         model.need_template().render,
-        [{"content": None, **msgspec.to_builtins(message)} for message in messages],
+        [_plain(message, index) for index, message in enumerate(messages)],
         add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continues,
         template_kwargs=body.chat_template_kwargs,
@@ -99,6 +100,15 @@ def check_prompt(ids: list[int], model: Model, param: str) -> None:
             f"The prompt has token {wrong}; the model's vocabulary has tokens 0 to {model.info.vocab_size - 1}.",
             param=param,
         )
+
+
+def _plain(message: Message, index: int) -> dict[str, Any]:
+    if message.content is None and message.role != "assistant":
+        param = f"messages.{index}.content"
+        raise InvalidRequest(f"'{param}' is missing.", param=param)
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    plain.setdefault("content", "")
+    return plain
 
 
 def _separate(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

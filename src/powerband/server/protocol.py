@@ -44,20 +44,16 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 
 
 Nothing = Annotated[list[Any], Meta(max_length=0)]
-Prompt = Annotated[
-    str | list[str | int | list[int]],
-    Meta(
-        description="A text, a list of token ids, or a list of either",
-        extra_json_schema={
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                _array({"type": "string", "minLength": 1}, MAX_PROMPTS),
-                _array(_TOKEN),
-                _array(_array(_TOKEN), MAX_PROMPTS),
-            ]
-        },
-    ),
-]
+# A text, a list of token ids, or a list of either; msgspec can only say so loosely.
+Prompt = str | list[str | int | list[int]]
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        _array({"type": "string", "minLength": 1}, MAX_PROMPTS),
+        _array(_TOKEN),
+        _array(_array(_TOKEN), MAX_PROMPTS),
+    ]
+}
 Biases = Annotated[
     dict[int, Annotated[float, Meta(ge=-100, le=100)]],
     Meta(max_length=MAX_LOGIT_BIAS, extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}}),
