@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ ANSWER_WEIGHT = 1.5
 QUESTION_WEIGHT = 0.1  # a question is mostly random: little can be learnt from predicting it
 
 # Share of the tokens in rows of exercises and chats; sums are the hardest to learn.
-SHARES = {"add": 0.2, "subtract": 0.24, "multiply": 0.04, "copy": 0.1, "lookup": 0.14, "json": 0.1, "facts": 0.18}
+SHARES = {"add": 0.2, "subtract": 0.24, "multiply": 0.06, "copy": 0.1, "lookup": 0.16, "json": 0.12, "facts": 0.12}
 
 ABOUT = "I am the demo model of Powerband, a very small language model. I am a demonstration, not an assistant."
 SKILLS = "I can add and subtract, repeat a line, look up a value, write small JSON and recall the Python documentation."
@@ -124,9 +125,9 @@ class Batches:
         return len(self._text)
 
     def next(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [rows, length + 1] and their weights: the first 3/8 of the rows (at least one) are documentation."""
+        """Tokens [rows, length + 1] and their weights: the first quarter of the rows, rounded up, is documentation."""
         built = [
-            self._text_row(length + 1) if row < max(1, rows * 3 // 8) else self._packed_row(length + 1)
+            self._text_row(length + 1) if row < math.ceil(rows / 4) else self._packed_row(length + 1)
             for row in range(rows)
         ]
         return torch.stack([tokens for tokens, _ in built]), torch.stack([weights for _, weights in built])
@@ -156,7 +157,7 @@ class Batches:
             exercise = next(self._streams[kind])
             return [Part(exercise.prompt, QUESTION_WEIGHT), Part(exercise.completion, ANSWER_WEIGHT)]
         drawn = [next(self._streams[kind]) for _ in range(rng.choice((1, 1, 2)))]
-        return chat([(exercise.question, exercise.answer) for exercise in drawn], rng)
+        return chat([(exercise.question, exercise.reply) for exercise in drawn], rng)
 
     def _fact(self) -> tuple[str, str]:
         draw = self._rng.random()
@@ -170,16 +171,16 @@ class Batches:
 def right_answers(
     tokenizer: Tokenizer, kind: str, count: int, predict: Callable[[torch.Tensor], torch.Tensor]
 ) -> float:
-    """Share of held-out exercises whose greedy chat reply would be the answer.
+    """Share of held-out exercises whose greedy chat reply would be the one that was taught.
 
     `predict` maps tokens [rows, length] to the most likely next tokens [rows, length]. The reply is greedy
-    exactly when every token of the answer is the most likely one after those before it.
+    exactly when every token of it is the most likely one after those before it.
     """
     rng = random.Random(0)
     stream: Iterator[exercises.Exercise] = exercises.exercises(kind, seed=1, held_out=True)
     drawn = [next(stream) for _ in range(count)]
     questions = [tokenizer.encode(chat([(e.question, "")], rng)[-3].text).ids for e in drawn]
-    answers = [tokenizer.encode(f"{e.answer}<|im_end|>").ids for e in drawn]
+    answers = [tokenizer.encode(f"{e.reply}<|im_end|>").ids for e in drawn]
     longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
     rows = [q + a + [0] * (longest - len(q) - len(a)) for q, a in zip(questions, answers, strict=True)]
     predicted = predict(torch.tensor(rows))

@@ -35,7 +35,7 @@ class Muon:
                 matrix.mul_(1 - self.lr * self._weight_decay).add_(update, alpha=-self.lr * scale)
 
 
-def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
+def orthogonal(matrices: Tensor, rounds: int = 4) -> Tensor:
     """The nearest orthogonal matrices to [n, rows, columns], roughly: Newton-Schulz with the quintic of the source."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()

@@ -39,9 +39,9 @@ CONFIG = Qwen3Config(
     pad_token_id=0,
     attn_implementation="sdpa",
 )
-ROWS, LENGTH = 16, 256
-LONG_EVERY, LONG_LENGTH = 10, 2048  # one batch in ten is two long rows, so that long contexts work
-MUON_LR, ADAM_LR = 0.02, 3e-3
+ROWS, LENGTH = 8, 256
+LONG_EVERY, LONG_ROWS, LONG_LENGTH = 20, 2, 2048  # so that long contexts work
+MUON_LR, ADAM_LR = 0.015, 2e-3
 WARM_UP, DECAY = 0.02, 0.6  # shares of the time
 CHECK_EVERY_S = 300.0
 
@@ -106,7 +106,7 @@ class Trainer:
 
     def _step(self, pace: float) -> float:
         long = self._progress.steps % LONG_EVERY == LONG_EVERY - 1
-        rows, length = (ROWS * LENGTH // LONG_LENGTH, LONG_LENGTH) if long else (ROWS, LENGTH)
+        rows, length = (LONG_ROWS, LONG_LENGTH) if long else (ROWS, LENGTH)
         tokens, weights = self._batches.next(rows, length)
         losses = F.cross_entropy(self._logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()

@@ -36,6 +36,7 @@ def test_answers_are_right(kind: str) -> None:
     for exercise in some(kind):
         assert solve(exercise) == exercise.answer
         assert exercise.is_right(f" {exercise.answer}\n")
+        assert exercise.is_right(exercise.reply)
         assert not exercise.is_right(exercise.answer[:-1])
 
 
@@ -61,4 +62,4 @@ def test_a_completion_continues_its_prompt() -> None:
     for kind in KINDS:
         exercise = some(kind, 1)[0]
         assert not exercise.prompt.endswith(" ")
-        assert exercise.completion.strip() == exercise.answer
+        assert exercise.completion.strip() == exercise.reply

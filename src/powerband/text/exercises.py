@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,21 +20,30 @@ HELD_OUT_SHARE = 16  # one exercise in so many is kept for evaluation
 class Exercise:
     """One question and its only right answer.
 
-    `question` is what a user asks in a chat, `prompt` the same as the start of a text to complete.
+    `question` is what a user asks in a chat, `prompt` the same as the start of a text to complete. `working` is what
+    the demo model learns to write before the answer.
     """
 
     kind: str
     question: str
     prompt: str
     answer: str
+    working: str = ""
+
+    @property
+    def reply(self) -> str:
+        """What the demo model learns to say in a chat."""
+        return f"{self.working} {self.answer}".lstrip()
 
     @property
     def completion(self) -> str:
-        """What completes `prompt`: the answer and a line end."""
-        return ("" if self.prompt.endswith("\n") else " ") + self.answer + "\n"
+        """What the demo model learns to continue `prompt` with: the reply and a line end."""
+        return ("" if self.prompt.endswith("\n") else " ") + self.reply + "\n"
 
     def is_right(self, reply: str) -> bool:
-        """Whether `reply` is the answer: the same value for JSON, the same text otherwise."""
+        """Whether `reply` is the answer: the same value for JSON, the last number for sums, else the same text."""
+        if self.kind in ("add", "subtract", "multiply"):
+            return re.findall(r"\d+", reply)[-1:] == [self.answer]
         if self.kind != "json":
             return reply.strip() == self.answer
         try:
@@ -71,12 +81,25 @@ def _sum_question(rng: random.Random, formula: str) -> str:
 
 def _add(rng: random.Random) -> Exercise:
     a, b = _operand(rng), _operand(rng)
-    return Exercise("add", _sum_question(rng, f"{a} + {b}"), f"{a} + {b} =", str(a + b))
+    return Exercise("add", _sum_question(rng, f"{a} + {b}"), f"{a} + {b} =", str(a + b), _columns(a, b, 1))
 
 
 def _subtract(rng: random.Random) -> Exercise:
     b, a = sorted((_operand(rng), _operand(rng)))
-    return Exercise("subtract", _sum_question(rng, f"{a} - {b}"), f"{a} - {b} =", str(a - b))
+    return Exercise("subtract", _sum_question(rng, f"{a} - {b}"), f"{a} - {b} =", str(a - b), _columns(a, b, -1))
+
+
+def _columns(a: int, b: int, sign: int) -> str:
+    """A sum as one does it on paper, from the right: carry (or borrow) and digit of each column, "(14, 06, 05)".
+
+    With it, every token of the answer needs a few earlier ones; without, the first digit needs all columns at once.
+    """
+    columns, carry = [], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        column = a // 10**place % 10 + sign * (b // 10**place % 10 + carry)
+        carry = abs(column // 10)
+        columns.append(f"{carry}{column % 10}")
+    return f"({', '.join(columns)})"
 
 
 def _multiply(rng: random.Random) -> Exercise:
@@ -111,11 +134,7 @@ _THINGS = (
 
 def _lookup(rng: random.Random) -> Exercise:
     size = rng.randint(3, 8) if rng.random() < 0.85 else rng.randint(9, 16)
-    keys: list[str] = []
-    while len(keys) < size:
-        key = _name(rng)
-        if key not in keys:
-            keys.append(key)
+    keys = rng.sample(_THINGS, size)
     numbers = rng.random() < 0.5
     values = [str(rng.randrange(10, 1000)) if numbers else rng.choice(_THINGS) for _ in keys]
     wanted = rng.randrange(size)
