@@ -55,7 +55,10 @@ def test_config_show_keeps_the_key_to_itself(capsys: Output) -> None:
         (["config", "show", "--max-num-seqs", "0"], "max_num_seqs is 0; it must be at least 1."),
         (["config", "show", "--dtype", "int8"], '"float32"'),
         (["config", "show", "--enforce-eager", "--device", "cpu"], "enforce_eager would have no effect"),
-        (["config", "show", "one", "two"], "two"),
+        (["config", "show", "one", "two"], "Unexpected: two."),
+        (["config", "show", "--max-num-seq=3"], "Did you mean --max-num-seqs?"),
+        (["serve", "--model", "demo"], "Write: powerband serve MODEL"),
+        (["serve", "demo", "--port", "99999"], "port is 99999; it must be between 0 and 65535."),
     ],
 )
 def test_mistakes_end_with_2_and_one_plain_message(capsys: Output, arguments: list[str], message: str) -> None:

@@ -6,13 +6,14 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from powerband.errors import PowerbandError
 
@@ -66,10 +67,25 @@ def _run(tokens: list[str]) -> int:
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command_line = " ".join(["powerband", *(error.command_chain or ())])
-        return _complain(str(error), f"'{command_line} --help' shows what there is.", USAGE)
+        return _complain(*_usage_message(error), USAGE)
     result = command(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0
+
+
+def _usage_message(error: CycloptsError) -> tuple[str, str]:
+    """(message, hint), in words of ours where the library's would not help."""
+    command = " ".join(["powerband", *(error.command_chain or ())])
+    hint = f"'{command} --help' shows what there is."
+    if isinstance(error, UnusedCliTokensError):
+        return f"Unexpected: {' '.join(error.unused_tokens or ())}.", hint
+    if isinstance(error, UnknownOptionError):
+        option = (error.token.keyword or error.token.value).partition("=")[0]
+        if option == "--model":
+            return "The model is given without a flag.", f"Write: {command} MODEL"
+        known = [name for argument in error.argument_collection for name in argument.names]
+        near = difflib.get_close_matches(option, known, n=1)
+        return f"Unknown option: {option}.", f"Did you mean {near[0]}?" if near else hint
+    return str(error), hint
 
 
 def _complain(message: str, hint: str, code: int) -> int:
