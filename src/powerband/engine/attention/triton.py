@@ -101,24 +101,11 @@ class TritonAttention:
         q_tiles = triton.cdiv(shape.num_heads, tile_q) if q_out is not None else 0
         q_out = q if q_out is None else q_out
         cos, sin = rotation if rotation is not None else (q, q)
+        weights, eps = (norm.weights, norm.eps) if norm is not None else (q, 0.0)
+        strides = (q.stride(0), k.stride(0), v.stride(0), q_out.stride(0), keys.stride(0), keys.stride(1))
         rotary_store_kernel[(q.shape[0], q_tiles + 1)](
-            q,
-            k,
-            v,
-            q_out,
-            keys,
-            values,
-            batch.slots,
-            cos,
-            sin,
-            norm.weights if norm else q,
-            norm.eps if norm else 0.0,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            q_out.stride(0),
-            keys.stride(0),
-            keys.stride(1),
+            *(q, k, v, q_out, keys, values, batch.slots, cos, sin, weights, eps),
+            *strides,
             NUM_HEADS=shape.num_heads,
             NUM_KV_HEADS=shape.num_kv_heads,
             TILE_Q=tile_q,
@@ -160,55 +147,26 @@ class TritonAttention:
         if splits > 1:
             partial = torch.empty((rows, heads, splits, shape.head_dim), dtype=torch.float32, device=q.device)
             partial_lse = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
-        scale, softcap = _scales(shape)
-        pad_dim = max(triton.next_power_of_2(shape.head_dim), 16)
+        constants = self._constants(shape, q.dtype, sinks)
         decode_kernel[(rows, shape.num_kv_heads, splits)](
-            q,
-            out,
-            partial,
-            partial_lse,
-            keys,
-            values,
-            batch.block_tables,
-            batch.context_lens,
-            q if sinks is None else sinks,
-            scale,
-            softcap,
-            q.stride(0),
-            q.stride(1),
-            out.stride(0),
-            out.stride(1),
-            batch.block_tables.stride(0),
-            keys.stride(0),
-            keys.stride(1),
-            heads,
-            splits,
+            *(q, out, partial, partial_lse, keys, values, batch.block_tables, batch.context_lens),
+            *(q if sinks is None else sinks, *_scales(shape)),
+            *_strides(q, out, batch, keys),
+            *(heads, splits),
             GROUP=group,
             TILE_M=max(triton.next_power_of_2(group), 16),
-            TILE_N=_decode_tile(pad_dim, q.dtype),
+            TILE_N=_decode_tile(_pad(shape.head_dim), q.dtype),
             SINGLE=splits == 1,
-            BLOCK_SIZE=self.block_size,
-            HEAD_DIM=shape.head_dim,
-            PAD_DIM=pad_dim,
-            WINDOW=shape.window or 0,
-            HAS_SOFTCAP=shape.softcap is not None,
-            HAS_SINKS=sinks is not None,
-            UPCAST=self._upcast(q.dtype),
+            **constants,
             num_warps=4,
             num_stages=2 if q.dtype == torch.float32 else 3,
         )
         if splits > 1:
             combine_kernel[(rows, heads)](
-                partial,
-                partial_lse,
-                out,
-                q if sinks is None else sinks,
-                out.stride(0),
-                out.stride(1),
-                splits,
+                *(partial, partial_lse, out, q if sinks is None else sinks, out.stride(0), out.stride(1), splits),
                 MAX_SPLITS=_MAX_SPLITS,
                 HEAD_DIM=shape.head_dim,
-                PAD_DIM=pad_dim,
+                PAD_DIM=_pad(shape.head_dim),
                 HAS_SINKS=sinks is not None,
                 num_warps=4,
             )
@@ -225,58 +183,53 @@ class TritonAttention:
         keys, values = self._cache[layer]
         first = batch.num_decodes
         num_rows = len(batch.context_lens_host) - first
-        group = shape.num_heads // shape.num_kv_heads
-        pad_dim = max(triton.next_power_of_2(shape.head_dim), 16)
         num_tokens = batch.query_starts_host[-1] - batch.query_starts_host[first]
-        wide = q.dtype == torch.float32 or pad_dim > 128
+        group = shape.num_heads // shape.num_kv_heads
+        wide = q.dtype == torch.float32 or _pad(shape.head_dim) > 128
         tile_m = max(64 if wide or num_tokens < 64 * num_rows else 128, triton.next_power_of_2(group))
         queries = tile_m // group
-        scale, softcap = _scales(shape)
         chunk_kernel[(num_tokens // queries + num_rows, shape.num_kv_heads)](
-            q,
-            out,
-            keys,
-            values,
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lens,
-            q if sinks is None else sinks,
-            first,
-            num_rows,
-            scale,
-            softcap,
-            q.stride(0),
-            q.stride(1),
-            out.stride(0),
-            out.stride(1),
-            batch.block_tables.stride(0),
-            keys.stride(0),
-            keys.stride(1),
+            *(q, out, keys, values, batch.block_tables, batch.query_starts, batch.context_lens),
+            *(q if sinks is None else sinks, first, num_rows, *_scales(shape)),
+            *_strides(q, out, batch, keys),
             GROUP=group,
             QUERIES=queries,
             TILE_M=tile_m,
             TILE_N=32 if wide else 64,
-            BLOCK_SIZE=self.block_size,
-            HEAD_DIM=shape.head_dim,
-            PAD_DIM=pad_dim,
-            WINDOW=shape.window or 0,
-            HAS_SOFTCAP=shape.softcap is not None,
-            HAS_SINKS=sinks is not None,
-            UPCAST=self._upcast(q.dtype),
+            **self._constants(shape, q.dtype, sinks),
             num_warps=8 if tile_m >= 128 else 4,
             num_stages=1 if q.dtype == torch.float32 else 2,
         )
 
-    def _upcast(self, dtype: torch.dtype) -> bool:
-        return self._interpreted or dtype == torch.float32
+    def _constants(self, shape: AttentionShape, dtype: torch.dtype, sinks: torch.Tensor | None) -> dict[str, int]:
+        """What both attention kernels are compiled for."""
+        return {
+            "BLOCK_SIZE": self.block_size,
+            "HEAD_DIM": shape.head_dim,
+            "PAD_DIM": _pad(shape.head_dim),
+            "WINDOW": shape.window or 0,
+            "HAS_SOFTCAP": shape.softcap is not None,
+            "HAS_SINKS": sinks is not None,
+            "UPCAST": self._interpreted or dtype == torch.float32,
+        }
 
     def _num_splits(self, batch: AttentionBatch, shape: AttentionShape, dtype: torch.dtype) -> int:
         """Runs per context, a power of two: enough programs for the device, none of them without a tile."""
         longest = max(batch.context_lens_host[: batch.num_decodes])
-        tile = _decode_tile(max(triton.next_power_of_2(shape.head_dim), 16), dtype)
+        tile = _decode_tile(_pad(shape.head_dim), dtype)
         wanted = self._num_processors * _PROGRAMS_PER_PROCESSOR / (batch.num_decodes * shape.num_kv_heads)
         useful = triton.cdiv(min(longest, shape.window or longest), tile)
         return 1 << max(0, int(math.log2(max(1.0, min(wanted, useful, _MAX_SPLITS)))))
+
+
+def _pad(head_dim: int) -> int:
+    """The width of a tile: a power of two, and at least what a matrix product takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _strides(q: torch.Tensor, out: torch.Tensor, batch: AttentionBatch, keys: torch.Tensor) -> tuple[int, ...]:
+    table = batch.block_tables.stride(0)
+    return q.stride(0), q.stride(1), out.stride(0), out.stride(1), table, keys.stride(0), keys.stride(1)
 
 
 def _decode_tile(pad_dim: int, dtype: torch.dtype) -> int:

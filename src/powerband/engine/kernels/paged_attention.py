@@ -61,6 +61,31 @@ def _accumulate(scores, v, highest, total, acc):
     return new_highest, total, acc
 
 
+@triton.jit
+def _start(sinks, head, exists, TILE_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """Maximum and sum before the first key. A sink is a key with a logit and no value."""
+    if HAS_SINKS:
+        highest = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
+        total = tl.full([TILE_M], 1.0, dtype=tl.float32)
+    else:
+        highest = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([TILE_M], dtype=tl.float32)
+    return highest, total
+
+
+@triton.jit
+def _row_of(program, query_starts, first_token, num_rows, QUERIES: tl.constexpr):
+    """The last row whose tiles begin at or before `program`, by bisection."""
+    low, high = 0, num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if (tl.load(query_starts + middle) - first_token) // QUERIES + middle <= program:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
 @triton.jit(
     do_not_specialize=["first_row", "num_rows", "stride_table"],
     do_not_specialize_on_alignment=["query_starts", "context_lens"],
@@ -78,14 +103,7 @@ def chunk_kernel(q, out, k_cache, v_cache, tables, query_starts, context_lens, s
     program, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_starts += first_row
     first_token = tl.load(query_starts)
-    low, high = 0, num_rows
-    while low < high:
-        middle = (low + high) // 2
-        if (tl.load(query_starts + middle) - first_token) // QUERIES + middle <= program:
-            low = middle + 1
-        else:
-            high = middle
-    row = low - 1
+    row = _row_of(program, query_starts, first_token, num_rows, QUERIES)
     row_start = tl.load(query_starts + row)
     num_queries = tl.load(query_starts + row + 1) - row_start
     first_query = (program - (row_start - first_token) // QUERIES - row) * QUERIES
@@ -106,12 +124,7 @@ def chunk_kernel(q, out, k_cache, v_cache, tables, query_starts, context_lens, s
     if UPCAST:
         queries = queries.to(tl.float32)
 
-    if HAS_SINKS:
-        highest = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
-        total = tl.full([TILE_M], 1.0, dtype=tl.float32)
-    else:
-        highest = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
-        total = tl.zeros([TILE_M], dtype=tl.float32)
+    highest, total = _start(sinks, head, exists, TILE_M, HAS_SINKS)
     acc = tl.zeros([TILE_M, PAD_DIM], dtype=tl.float32)
     position = before + query
     end = before + tl.minimum(first_query + QUERIES, num_queries)
@@ -158,11 +171,7 @@ def decode_kernel(q, out, partial, partial_lse, k_cache, v_cache, tables, contex
     if UPCAST:
         queries = queries.to(tl.float32)
 
-    highest = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([TILE_M], dtype=tl.float32)
-    if HAS_SINKS and SINGLE:
-        highest = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
-        total = tl.full([TILE_M], 1.0, dtype=tl.float32)
+    highest, total = _start(sinks, head, exists, TILE_M, HAS_SINKS and SINGLE)
     acc = tl.zeros([TILE_M, PAD_DIM], dtype=tl.float32)
     first = 0
     if WINDOW > 0:
