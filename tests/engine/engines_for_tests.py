@@ -12,6 +12,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import TokenOutput
 from powerband.engine.build import Engine, build_engine
+from powerband.engine.executor.local import Progress
 from powerband.spec.settings import EngineSettings
 
 SMALL: dict[str, Any] = {
@@ -48,11 +49,10 @@ class TestEngine:
 
     __test__ = False
 
-    def __init__(self, folder: Path | str, **settings: Any) -> None:
+    def __init__(self, folder: Path | str, *, progress: Progress | None = None, **settings: Any) -> None:
         self.inbox = ListInbox()
-        self.engine: Engine = build_engine(
-            EngineSettings(model=str(folder), **{**SMALL, **settings}), inbox=self.inbox, clock=MonotonicClock()
-        )
+        asked = EngineSettings(model=str(folder), **{**SMALL, **settings})
+        self.engine: Engine = build_engine(asked, inbox=self.inbox, clock=MonotonicClock(), progress=progress)
         self._count = 0
 
     def __enter__(self) -> TestEngine:

@@ -97,7 +97,9 @@ class ModelRunner:
             tokens = list(new.token_ids)
             sampling = self.sampler.new_state(work.id, new.params, tokens, new.num_prompt_tokens)
             self._states[work.id] = RequestState(work.id, new.params, tokens, new.num_prompt_tokens, sampling)
-        state = self._states[work.id]
+        state = self._states.get(work.id)
+        if state is None:  # it failed in the step before, whose result was not known when this one was made
+            raise PowerbandError(f"Request {work.id} has failed before.")
         state.append_blocks(work.new_blocks)
         return state
 
