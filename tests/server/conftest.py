@@ -57,15 +57,16 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_server(*arguments: str, headers: dict[str, str] | None = None) -> Iterator[RunningServer]:
+def running_server(*arguments: str, command: tuple[str, ...] = (), timeout_s: float = 20) -> Iterator[RunningServer]:
+    """`command`: to run instead of the fake; the port is added to it."""
     port = free_port()
-    command = [sys.executable, str(SERVE_FAKE), str(port), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0)
+    full = [sys.executable, *(command or (str(SERVE_FAKE),)), str(port), *arguments]
+    process = subprocess.Popen(full, stderr=subprocess.PIPE, text=True, process_group=0)
     url = f"http://127.0.0.1:{port}"
     try:
-        with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
+        with httpx.Client(base_url=url, timeout=30) as http:
             server = RunningServer(url, process, http)
-            server.until(lambda: process.poll() is not None or _ready(http))
+            server.until(lambda: process.poll() is not None or _ready(http), timeout_s)
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             yield server
     finally:

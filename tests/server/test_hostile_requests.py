@@ -206,6 +206,8 @@ def test_bytes_that_are_no_http(server: RunningServer, raw: bytes) -> None:
             client.shutdown(socket.SHUT_WR)
         answer = client.recv(65536)
     assert not answer.startswith(b"HTTP/1.1 5")
+    if answer.startswith(b"HTTP/1.1 400"):
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
 def test_a_head_without_end(server: RunningServer) -> None:

@@ -10,7 +10,7 @@ Bytes that do not decode to one of these are counted and dropped; nothing that a
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,6 +29,8 @@ class Handover(msgspec.Struct):
 
     settings: EngineSettings
     folder: str  # of the two sockets
+    log_level: str
+    log_format: Literal["text", "json"]
 
 
 # ---- to the engine
@@ -122,8 +124,6 @@ class RemoteError(PowerbandError):
 
 
 FromEngine = Phase | Ready | Failed | Outputs | Heartbeat | CallResult
-
-Message = TypeVar("Message")
 
 
 class Wire:

@@ -41,6 +41,7 @@ from powerband.engine.messages import (
     Wire,
 )
 from powerband.errors import PowerbandError, UsageError
+from powerband.metrics.logging import set_up_logging
 from powerband.spec.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ def _build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progr
 def main(build: Build = _build_engine) -> int:
     """Serve until standard input ends. Returns the exit status: 0, or that of the error which was reported."""
     handover = msgspec.json.decode(sys.stdin.buffer.readline(), type=Handover)
+    set_up_logging(handover.log_level, handover.log_format)
     pulse = Pulse()
     threading.Thread(target=_end_with_input, args=(pulse,), daemon=True, name="input").start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -70,7 +70,7 @@ class EngineProcess:
     """An EngineClient whose engine lives in a child process. All methods belong to one event loop.
 
     `on_phase(name, fraction)`, `on_heartbeat` and `on_step(tokens computed)` are called in that loop. `command` is what
-    to run as the engine.
+    to run as the engine; `log` is level and format of what it logs to stderr.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class EngineProcess:
         *,
         command: Sequence[str] = COMMAND,
         limits: StallLimits | None = None,
+        log: tuple[str, Literal["text", "json"]] = ("info", "text"),
         on_phase: Callable[[str, float], None] | None = None,
         on_heartbeat: Callable[[Heartbeat], None] | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -86,6 +87,7 @@ class EngineProcess:
         self._settings = settings
         self._command = tuple(command)
         self._limits = limits or StallLimits()
+        self._log = log
         self._on_phase = on_phase
         self._on_heartbeat = on_heartbeat
         self._on_step = on_step
@@ -188,7 +190,7 @@ class EngineProcess:
         exited = loop.create_task(asyncio.to_thread(process.wait), name="engine-exit")
         current = self._current = _Incarnation(process, exited, loop.create_future())
         # Standard input stays open: its end tells the engine that this process is gone.
-        handover = msgspec.json.encode(Handover(self._settings, str(channel.folder)))
+        handover = msgspec.json.encode(Handover(self._settings, str(channel.folder), *self._log))
         with contextlib.suppress(BrokenPipeError):
             if process.stdin is not None:
                 process.stdin.write(handover + b"\n")

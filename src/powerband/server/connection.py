@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from powerband.core.loop import error_info
+from powerband.server.errors import HttpError, error_body
 
 MAX_HEAD_BYTES = 64 << 10
 SECONDS_FOR_HEAD = 30.0
-_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -34,8 +38,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_TOO_LARGE)
-            self.transport.close()
+            self._refuse(431, "head_too_large", f"The head of the request is larger than {MAX_HEAD_BYTES} bytes.")
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "invalid_http", msg)
 
     def on_message_begin(self) -> None:
         self._in_head = True
@@ -51,6 +57,13 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_head = True
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """What cannot be handed on as a request is answered here, in the same shape as everything else."""
+        body = msgspec.json.encode(error_body(error_info(HttpError(status, code, message))))
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def _start_timer(self) -> None:
         if self._timer is None:

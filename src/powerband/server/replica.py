@@ -65,7 +65,11 @@ class Replica:
         self.metrics = EngineMetrics(self.name)
         self.phase = "start"
         self.engine = make_engine(
-            engine_settings, on_phase=self._on_phase, on_heartbeat=self._on_heartbeat, on_step=self.metrics.observe_step
+            engine_settings,
+            log=(settings.log_level, settings.log_format),
+            on_phase=self._on_phase,
+            on_heartbeat=self._on_heartbeat,
+            on_step=self.metrics.observe_step,
         )
         self.draining = False
         self.paused = False

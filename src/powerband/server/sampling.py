@@ -83,5 +83,8 @@ def _params(
         logprobs=logprobs,
         eos_token_ids=model.info.eos_token_ids,
     )
+    if model.tokenizer is not None:
+        encode = model.tokenizer.encode
+        params = params.with_bad_word_ids(lambda word: encode(word, add_special_tokens=False))
     params.check_vocabulary(model.info.vocab_size)
     return params

@@ -1,0 +1,69 @@
+"""The default command with a real model: what is streamed is what the engine says when it is asked directly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from conftest import RunningServer, running_server
+
+from powerband import LLM, SamplingParams
+
+SETTINGS: dict[str, Any] = {
+    "max_model_len": 256,
+    "kv_cache_memory": "16MiB",
+    "dtype": "float32",
+    "threads": 1,
+    "max_num_seqs": 4,  # so that some requests wait
+}
+PROMPTS = ["The function returns", "import os", "A list is", "To open a file", "An error", "For each"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    flags = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    with running_server(*flags, command=("-m", "powerband", "serve", "demo", "--port"), timeout_s=90) as running:
+        yield running
+
+
+def test_concurrent_streams_say_what_the_engine_says(server: RunningServer) -> None:
+    async def stream(client: openai.AsyncOpenAI, prompt: str) -> str:
+        chunks = await client.completions.create(
+            model="demo", prompt=prompt, max_tokens=24, temperature=0, stream=True, stop=["\n\n\n"]
+        )
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    async def all_streams() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            return await asyncio.gather(*(stream(client, prompt) for prompt in PROMPTS))
+
+    with LLM("demo", **SETTINGS) as llm:
+        params = SamplingParams(temperature=0, max_tokens=24, stop=["\n\n\n"])
+        expected = [result.outputs[0].text for result in llm.generate(PROMPTS, params, use_tqdm=False)]
+    assert asyncio.run(all_streams()) == expected
+
+
+def test_a_seed_repeats_itself_and_copies_differ(server: RunningServer) -> None:
+    body = {"prompt": "The", "max_tokens": 12, "temperature": 1.0, "seed": 7, "n": 3}
+    first, second = ([c["text"] for c in server.post("/v1/completions", **body).json()["choices"]] for _ in range(2))
+    assert first == second
+    assert len(set(first)) > 1
+
+
+def test_the_prompt_is_scored_as_it_would_be_generated(server: RunningServer) -> None:
+    body = {"prompt": "The function returns", "temperature": 0, "logprobs": 2}
+    made = server.post("/v1/completions", **body, max_tokens=6, return_token_ids=True).json()["choices"][0]
+    whole = made["prompt_token_ids"] + made["token_ids"]
+    scored = server.post("/v1/completions", **body | {"prompt": whole}, max_tokens=0, echo=True).json()["choices"][0]
+    assert scored["logprobs"]["token_logprobs"][-6:] == pytest.approx(made["logprobs"]["token_logprobs"], abs=1e-4)
+    assert scored["text"] == body["prompt"] + made["text"]
+
+
+def test_everything_is_given_back(server: RunningServer) -> None:
+    server.until(lambda: server.figure("powerband_requests_running") == 0)
+    assert server.figure("powerband_kv_cache_usage_ratio") == 0
+    assert server.figure("vllm:generation_tokens_total") > 100
+    assert server.figure("vllm:iteration_tokens_total_count") > 24
