@@ -1,0 +1,1 @@
+"""Executors carry out steps: in this process, and later in several."""
