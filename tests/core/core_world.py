@@ -1,8 +1,4 @@
-"""A world that checks: an executor that knows what every slot of the KV cache must hold, and traces that provoke.
-
-Every slot stores a digest of the whole prefix up to its position (tenant included), not the token: equal blocks behind
-different prefixes, stale blocks and leaks between tenants all show. Nothing here knows how the scheduler decides.
-"""
+"""A world for the core: traces that provoke, and a listener that holds every output against what it must be."""
 
 from __future__ import annotations
 
@@ -10,6 +6,8 @@ import hashlib
 import random
 from collections import defaultdict, deque
 from dataclasses import dataclass, replace
+
+from core_device import MAX_MODEL_LEN, VOCABULARY, CheckingExecutor, Config, follow, next_token
 
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import VirtualClock
@@ -19,35 +17,10 @@ from powerband.core.params import SamplingParams
 from powerband.core.policy import make_policy
 from powerband.core.request import EngineRequest, Request, cache_root
 from powerband.core.scheduler import Scheduler
-from powerband.core.simulation import SimExecutor, TraceInbox
-from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenLogprobs, TokenOutput, Work
+from powerband.core.simulation import TraceInbox
+from powerband.core.step import FinishReason, TokenOutput
 
-VOCABULARY = 50
 STOP_TOKEN = 3
-GARBAGE = -1  # digest of a slot that a failed step may or may not have written
-BAD_TOKEN = 10**6  # sampled from garbage: must never reach an output
-MAX_MODEL_LEN = 100
-
-
-@dataclass(frozen=True)
-class Config:
-    seed: int = 0
-    num_requests: int = 40
-    num_stages: int = 1
-    overlap: bool = False
-    num_blocks: int = 64
-    block_size: int = 4
-    budget: int = 32
-    chunk: int = 0
-    max_num_seqs: int = 12
-    policy: str = "fcfs"
-    drafts: bool = False
-    prefix_caching: bool = True
-    aborts: bool = True
-    failures: float = 0.0  # share of steps that fail, and four times the share of works that do
-    burst: bool = False  # requests arrive in bursts, so that many share what is being computed
-    interruptions: bool = False  # pause, resume, reset of the prefix cache
-    max_num_queued_reqs: int = 1000
 
 
 @dataclass
@@ -58,14 +31,6 @@ class Report:
     num_cached: int
     finished: dict[FinishReason, int]
     seconds: float
-
-
-def follow(digest: int, token: int) -> int:
-    return hash((digest, token))
-
-
-def next_token(digest: int) -> int:
-    return (digest >> 7) % VOCABULARY
 
 
 def root(request: EngineRequest) -> int:
@@ -85,204 +50,8 @@ def reference(request: EngineRequest, longest: int) -> tuple[list[int], FinishRe
         stops = (params.stop_token_ids or []) + ([] if params.ignore_eos else params.eos_token_ids or [])
         if token in stops and len(output) >= params.min_tokens:
             return output, FinishReason.STOP
-        if len(output) == params.max_tokens or len(request.token_ids) + len(output) == longest:
+        if len(output) == params.max_tokens or len(request.token_ids) + len(output) >= longest:
             return output, FinishReason.LENGTH
-
-
-class Planted(Exception):
-    """A failure that the world itself causes."""
-
-
-class DeviceRequest:
-    """What a device remembers of one (id, epoch)."""
-
-    def __init__(self, start: int, new: NewRequest, blocks: list[int]) -> None:
-        self.digests: list[int] = []  # of tokens[: i + 1]
-        self.blocks = blocks
-        self.root = start
-        self.params = new.params
-        self.prompt = new.token_ids[: new.num_prompt_tokens]
-        self.num_confirmed = len(new.token_ids)  # tokens whose value the host knows
-        self.extend(new.token_ids)
-
-    def extend(self, tokens: list[int]) -> None:
-        digest = self.digests[-1] if self.digests else self.root
-        for token in tokens:
-            digest = GARBAGE if BAD_TOKEN in (token, digest) or digest == GARBAGE else follow(digest, token)
-            self.digests.append(digest)
-
-
-class CheckingExecutor(SimExecutor):
-    """Raises AssertionError at the first thing in a step that a device could not do, or would do wrongly."""
-
-    def __init__(self, config: Config, clock: VirtualClock, roots: dict[str, int]) -> None:
-        super().__init__(
-            clock,
-            lambda step: 0.01 + 1e-4 * step.num_tokens,
-            num_stages=config.num_stages,
-            overlap=config.overlap,
-            submit_s=0.002,
-            update_s=0.001,
-        )
-        self.config = config
-        self.scheduler: Scheduler  # set by `build`
-        self.roots = roots
-        self.salts: set[bytes] = set()
-        self.random = random.Random(config.seed)
-        self.slots = [0] * (config.num_blocks * config.block_size)
-        self.requests: dict[str, DeviceRequest] = {}
-        self.epochs: dict[str, int] = {}
-        self.stale: set[tuple[str, int]] = set()  # (id, epoch) that ran when the cache was reset
-        self.failed: set[str] = set()  # ids that were in a failing step or failed by themselves
-        self.steps = hashlib.sha256()
-        self.violation: Exception | None = None
-        self.num_steps = 0
-
-    def submit(self, step: Step) -> CheckingHandle:  # type: ignore[override]  # a handle that also confirms tokens
-        try:
-            return self.checked(step)
-        except Planted:
-            raise
-        except Exception as error:
-            self.violation = error  # the loop would take it for a broken step
-            raise
-
-    def check(self) -> None:
-        if self.violation is not None:
-            raise self.violation
-
-    def checked(self, step: Step) -> CheckingHandle:
-        self.num_steps += 1
-        self.steps.update(
-            repr([(w.id, w.start, w.num_tokens, w.new_blocks, w.samples, w.drafts) for w in step.works]).encode()
-        )
-        self.check_step(step)
-        fails = self.random.random() < self.config.failures
-        if fails:
-            self.failed.update(w.id for w in step.works)
-            if self.random.random() < 0.5:
-                raise Planted("submit failed")
-        for id in step.dropped:
-            self.requests.pop(id, None)
-            self.epochs.pop(id, None)
-        handle = super().submit(step)
-        if fails:  # nobody knows what such a step wrote
-            for w in step.works:
-                self.spoil(w)
-        return CheckingHandle(self, step, handle._end_s, handle._result, fails)
-
-    def check_step(self, step: Step) -> None:
-        config = self.config
-        assert step.works, "a step must have work"
-        assert not self.scheduler.paused, "scheduled while paused"
-        assert sum(w.num_tokens for w in step.works) <= config.budget, "token budget exceeded"
-        running = self.scheduler.running
-        assert len({w.id for w in step.works}) == len(step.works) <= config.max_num_seqs, "works repeat or are too many"
-        for w in step.works:
-            assert w.num_tokens > 0, "a work must compute something"
-            assert w.num_tokens <= (config.chunk or config.budget), "chunk too long"
-        if config.num_stages == 1:
-            chosen = {w.id for w in step.works}
-            for r in running:
-                stalled = r.id not in chosen and r.num_missing == 1 and r.inflight <= self.relay and not r.drafting
-                assert not stalled or len(r.tokens) + r.num_pending == r.max_length, "a decode had to wait"
-
-    def run(self, step: Step) -> StepResult:
-        result = StepResult({})
-        written: set[int] = set()
-        for w in step.works:  # every layer writes the keys and values of the whole batch first ...
-            slots = self.write(w)
-            assert not slots & written, "two requests write one slot"
-            written |= slots
-        for w in step.works:  # ... and then attends
-            self.attend(w, result)
-        return result
-
-    def write(self, w: Work) -> set[int]:
-        size = self.config.block_size
-        if w.new is not None:
-            self.requests[w.id] = DeviceRequest(self.roots[w.id], w.new, list(w.new_blocks))
-            self.epochs[w.id] = w.epoch
-            assert w.start % size == 0, "a cached prefix ends at a block's end"
-        else:
-            assert self.epochs.get(w.id) == w.epoch, "the device does not know this request"
-            self.requests[w.id].blocks += w.new_blocks
-        r, end = self.requests[w.id], w.start + w.num_tokens
-        assert end - len(w.drafts) <= r.num_confirmed + self.relay, "an input token is not known yet"
-        assert w.samples == (end - len(w.drafts) == len(r.digests)), "samples exactly when the last token is reached"
-        assert end <= len(r.blocks) * size, "the block table is too short"
-        longest = len(r.prompt) + (r.params.max_tokens or MAX_MODEL_LEN)
-        assert len(r.digests) + 1 + len(w.drafts) <= longest or not w.samples, "a token that cannot count"
-        digests = r.digests[w.start : end - len(w.drafts)]
-        digest = digests[-1]
-        for token in w.drafts:
-            digest = follow(digest, token)
-            digests.append(digest)
-        slots = [self.slot(r, position) for position in range(w.start, end)]
-        for slot, digest in zip(slots, digests, strict=True):
-            self.slots[slot] = digest
-        return set(slots)
-
-    def slot(self, r: DeviceRequest, position: int) -> int:
-        return r.blocks[position // self.config.block_size] * self.config.block_size + position % self.config.block_size
-
-    def attend(self, w: Work, result: StepResult) -> None:
-        r, end, size = self.requests[w.id], w.start + w.num_tokens - len(w.drafts), self.config.block_size
-        assert len(set(r.blocks)) == len(r.blocks), "a block occurs twice in a table"
-        poisoned = False
-        for i in range(-(-end // size)):
-            want = r.digests[i * size : min((i + 1) * size, end)]
-            have = self.slots[r.blocks[i] * size : r.blocks[i] * size + len(want)]
-            if have != want:
-                assert GARBAGE in have or GARBAGE in want, f"{w.id}: block {i} holds another context"
-                poisoned = True
-        if self.random.random() < self.config.failures / 4:
-            self.failed.add(w.id)
-            self.spoil(w)
-            result.failed[w.id] = ErrorInfo("planted", "planted failure")
-            poisoned = True
-        if poisoned:
-            self.spoil(w)
-        if r.params.prompt_logprobs is not None:
-            rows = range(w.start + 1, min(w.start + w.num_tokens + 1, len(r.prompt)))
-            result.prompt_logprobs[w.id] = [TokenLogprobs([r.prompt[i]], [float(i)], 1) for i in rows]
-        if w.samples:
-            tokens = self.sampled(r, w, poisoned)
-            r.extend(tokens)
-            result.tokens[w.id] = tokens
-            result.logprobs[w.id] = [TokenLogprobs([token], [-1.0], 1) for token in tokens]
-
-    def sampled(self, r: DeviceRequest, w: Work, poisoned: bool) -> list[int]:
-        if poisoned:
-            return [BAD_TOKEN]
-        tokens, digest = [], r.digests[-1]
-        for draft in [*w.drafts, None]:
-            tokens.append(next_token(digest))
-            if draft != tokens[-1]:
-                break
-            digest = follow(digest, draft)
-        return tokens
-
-    def spoil(self, w: Work) -> None:
-        r = self.requests.get(w.id)
-        if r is not None and self.epochs.get(w.id) == w.epoch:
-            for position in range(w.start, w.start + w.num_tokens):
-                self.slots[self.slot(r, position)] = GARBAGE
-
-
-class CheckingHandle:
-    def __init__(self, executor: CheckingExecutor, step: Step, end_s: float, result: StepResult, fails: bool) -> None:
-        self.executor, self.step, self.end_s, self._result, self.fails = executor, step, end_s, result, fails
-
-    def result(self) -> StepResult:
-        ex = self.executor
-        ex.clock.wait_until(self.end_s + ex.update_s)
-        for w in self.step.works:
-            if w.samples and ex.epochs.get(w.id) == w.epoch:
-                ex.requests[w.id].num_confirmed += len(self._result.tokens[w.id])
-        if self.fails:
-            raise Planted("the step failed")
-        return self._result
 
 
 def trace(config: Config) -> tuple[list[EngineRequest], list[tuple[float, Command]]]:

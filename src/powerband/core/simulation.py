@@ -8,7 +8,7 @@ outputs = run_to_end(core)
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,16 +19,24 @@ from powerband.errors import UsageError
 
 
 class TraceInbox:
-    """Commands that are due at given times."""
+    """Commands that are due at given times; of those due at once, the one given first is first."""
 
     def __init__(self, clock: Clock, events: Iterable[tuple[float, Command]]) -> None:
         self.clock = clock
-        self._events = deque(sorted(events, key=lambda event: event[0]))
+        self._events: list[tuple[float, int, Command]] = []
+        self._num_sent = 0
+        for at_s, command in events:
+            self.send(at_s, command)
+
+    def send(self, at_s: float, command: Command) -> None:
+        """Add a command, also while the simulation runs: clients that react to what they hear."""
+        heapq.heappush(self._events, (at_s, self._num_sent, command))
+        self._num_sent += 1
 
     def poll(self, now: float) -> list[Command]:
         due: list[Command] = []
         while self._events and self._events[0][0] <= now:
-            due.append(self._events.popleft()[1])
+            due.append(heapq.heappop(self._events)[2])
         return due
 
     def next_time(self) -> float | None:
