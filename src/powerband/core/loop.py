@@ -8,6 +8,7 @@ pipeline of S stages    S + 1   0       different requests fill different stages
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from powerband.core.request import EngineRequest
 from powerband.core.scheduler import Scheduler
 from powerband.core.step import ErrorInfo, Executor, FinishReason, Step, StepHandle, StepResult, TokenOutput
 from powerband.errors import EngineDead, PowerbandError, QueueFull
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,7 @@ class EngineCore:
         except Exception as cause:
             raise EngineDead(f"The engine's device failed: {cause}", hint="Restart the engine.") from error
         now = self.clock.now()
+        logger.error("Step %d failed; its %d requests end with an error.", step.index, len(step.works), exc_info=error)
         outputs = self.scheduler.fail(step, error_info(error), now)
         self._observe(step, None, submitted_s, now)
         return outputs
