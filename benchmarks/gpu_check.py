@@ -95,8 +95,11 @@ def check_parity(device: torch.device, attention: str, quick: bool) -> list[dict
     from models_for_tests import FAMILIES, NEW_TOKENS, healthy_model, save
 
     rows = []
+    # Triton's interpreter takes a second for what a GPU does in a microsecond.
+    num_prompts, num_tokens = (3, 4) if device.type == "cpu" and attention == "triton" else (None, NEW_TOKENS)
     for family in list(FAMILIES)[:: 4 if quick else 1]:
         model, oracle = healthy_model(family)
+        prompts, expected = oracle.prompts[:num_prompts], [c[:num_tokens] for c in oracle.continuations[:num_prompts]]
         with tempfile.TemporaryDirectory() as name:
             folder = save(model, Path(name))
             for graphs in (False, True):
@@ -113,9 +116,9 @@ def check_parity(device: torch.device, attention: str, quick: bool) -> list[dict
                         num_blocks=64,
                         max_num_batched_tokens=256,
                     )
-                    tokens = rig.generate(oracle.prompts, NEW_TOKENS)
+                    tokens = rig.generate(prompts, num_tokens)
                     rig.executor.close()
-                    wrong = sum(ours != theirs for ours, theirs in zip(tokens, oracle.continuations, strict=True))
+                    wrong = sum(ours != theirs for ours, theirs in zip(tokens, expected, strict=True))
                     rows.append({"family": family, "graphs": graphs, "overlap": overlap, "wrong": wrong})
                     del rig
         shown = ", ".join(f"graphs={r['graphs']:d} overlap={r['overlap']:d}: {r['wrong']} wrong" for r in rows[-4:])

@@ -185,8 +185,8 @@ class TritonAttention:
         num_rows = len(batch.context_lens_host) - first
         num_tokens = batch.query_starts_host[-1] - batch.query_starts_host[first]
         group = shape.num_heads // shape.num_kv_heads
-        wide = q.dtype == torch.float32 or _pad(shape.head_dim) > 128
-        tile_m = max(64 if wide or num_tokens < 64 * num_rows else 128, triton.next_power_of_2(group))
+        tile_m, tile_n = _chunk_tiles(_pad(shape.head_dim), q.dtype, num_tokens // num_rows)
+        tile_m = max(tile_m, triton.next_power_of_2(group))
         queries = tile_m // group
         chunk_kernel[(num_tokens // queries + num_rows, shape.num_kv_heads)](
             *(q, out, keys, values, batch.block_tables, batch.query_starts, batch.context_lens),
@@ -195,7 +195,7 @@ class TritonAttention:
             GROUP=group,
             QUERIES=queries,
             TILE_M=tile_m,
-            TILE_N=32 if wide else 64,
+            TILE_N=tile_n,
             **self._constants(shape, q.dtype, sinks),
             num_warps=8 if tile_m >= 128 else 4,
             num_stages=1 if q.dtype == torch.float32 else 2,
@@ -235,6 +235,15 @@ def _strides(q: torch.Tensor, out: torch.Tensor, batch: AttentionBatch, keys: to
 def _decode_tile(pad_dim: int, dtype: torch.dtype) -> int:
     """Positions per tile: 16 KiB of keys."""
     return max(16, min(128, 16384 // (pad_dim * dtype.itemsize)))
+
+
+def _chunk_tiles(pad_dim: int, dtype: torch.dtype, tokens_per_row: int) -> tuple[int, int]:
+    """Rows (queries times heads) and positions per tile, so that tiles fit into 96 KiB and a thread's registers."""
+    if dtype == torch.float32:
+        return 32, 16 if pad_dim > 128 else 32
+    if pad_dim > 128:
+        return 64, 32
+    return (64 if tokens_per_row < 64 else 128), 64
 
 
 def _scales(shape: AttentionShape) -> tuple[float, float]:
