@@ -12,7 +12,8 @@ from typing import Any
 
 from powerband.cli import machine
 from powerband.cli.flags import Json
-from powerband.cli.tables import print_table, readable_bytes
+from powerband.cli.tables import print_table
+from powerband.cost.sizing import readable
 from powerband.spec.device import detect_cpu
 
 EXIT_ENVIRONMENT = 3
@@ -126,9 +127,9 @@ def _cell(key: str, value: Any) -> str:
     if key.endswith("_bytes_per_s"):
         return f"{value / 1e9:.1f} GB/s"
     if key.endswith("_bytes"):
-        return readable_bytes(value)
+        return readable(value)
     if key == "gpus":
-        return ", ".join(f"{gpu['name']} ({readable_bytes(gpu['memory_bytes'])})" for gpu in value) or "none"
+        return ", ".join(f"{gpu['name']} ({readable(gpu['memory_bytes'])})" for gpu in value) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(value) or "none known" if isinstance(value, list) else str(value)

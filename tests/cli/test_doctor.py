@@ -1,0 +1,47 @@
+"""`powerband doctor`: what this machine has, and what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from powerband.cli import doctor
+from powerband.cli.machine import device_of
+from powerband.cli.main import main
+from powerband.spec.settings import EngineSettings
+
+Output = pytest.CaptureFixture[str]
+
+
+def test_report_is_complete_and_finds_nothing_wrong_here(capsys: Output) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["cores"] >= 1
+    assert 10**8 < report["machine"]["read_bandwidth_bytes_per_s"] < 10**13
+    assert report["compute"]["device"] in ("cpu", "cuda")
+    assert report["compute"]["attention"]
+    assert report["versions"]["torch"]
+    assert not any(finding["fatal"] for finding in report["findings"])
+
+
+def test_missing_package_is_named_and_ends_with_3(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "package_versions", lambda: {"torch": None, "uvicorn": "0.35"})
+    assert main(["doctor"]) == 3
+    shown = capsys.readouterr().out
+    assert "The package torch is not installed.\n    pip install torch" in shown
+    assert "compute" not in shown, "what needs torch is left out"
+
+
+def test_gpu_that_torch_cannot_use_is_a_finding(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("powerband.cli.machine.has_gpu_nodes", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["doctor"]) == 0
+    assert "This machine has a GPU, but torch" in capsys.readouterr().out
+
+
+def test_asked_device_is_not_looked_for() -> None:
+    assert device_of(EngineSettings(device="cuda")) == "cuda"
+    assert device_of(EngineSettings(device="cpu")) == "cpu"
