@@ -70,8 +70,8 @@ FAULTS = [
     Fault(
         "a whole prompt is matched",
         "kv_cache",
-        "(len(r.tokens) - 1) // self.block_size]",
-        "len(r.tokens) // self.block_size]",
+        "range((len(r.tokens) - 1) // self.block_size)",
+        "range(len(r.tokens) // self.block_size)",
     ),
     Fault("idle hits count as free", "kv_cache", "need + match.num_idle + reserve", "need + reserve"),
     Fault("prompt log-probabilities read the cache", "kv_cache", " or r.params.prompt_logprobs is not None", ""),

@@ -61,22 +61,27 @@ class KVCacheManager:
         return self.pool.num_blocks * self.block_size
 
     def match(self, r: Request) -> PrefixMatch:
-        """Find the longest cached prefix that leaves at least one token to compute.
+        """Find the longest cached prefix that leaves at least one token to compute."""
+        blocks, refs = self.matching_blocks(r), self.pool.refs
+        return PrefixMatch(blocks, sum(refs[block] == 0 for block in blocks))
+
+    def matching_blocks(self, r: Request) -> list[int]:
+        """The blocks of `match`.
 
         Prompt log-probabilities need every position of the prompt computed, so such a request matches nothing.
         """
         blocks: list[int] = []
         if not self.prefix_caching or r.params.prompt_logprobs is not None:
-            return PrefixMatch(blocks, 0)
-        self._extend_keys(r)
-        find = self.pool.block_of.get
-        for key in r.block_keys[: (len(r.tokens) - 1) // self.block_size]:
-            block = find(key)
+            return blocks
+        keys, find = r.block_keys, self.pool.block_of.get
+        if len(keys) < len(r.tokens) // self.block_size:
+            self._extend_keys(r)
+        for i in range((len(r.tokens) - 1) // self.block_size):
+            block = find(keys[i])
             if block is None:
                 break
             blocks.append(block)
-        refs = self.pool.refs
-        return PrefixMatch(blocks, sum(refs[block] == 0 for block in blocks))
+        return blocks
 
     def fits(self, r: Request, match: PrefixMatch, reserve: int = 0) -> bool:
         """Whether every known token of `r` could be held besides `match`, with `reserve` blocks left over."""

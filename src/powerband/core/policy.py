@@ -75,7 +75,10 @@ class FirstComeFirstServed:
 
 
 class Priority(FirstComeFirstServed):
-    """Strict levels, lower first: what a client asks for by number it gets, even at the expense of others."""
+    """Strict levels, lower first: what a client asks for by number it gets, even at the expense of others.
+
+    A running request gives way only when blocks are short; a free seat or block goes to the highest level waiting.
+    """
 
     def key(self, r: Request, _now: float, /) -> tuple[Any, ...]:
         return (r.priority, r.arrival_s, r.id)
@@ -103,7 +106,7 @@ class LongestPrefix(FirstComeFirstServed):
     def key(self, r: Request, now: float, /) -> tuple[Any, ...]:
         if r.running or now - r.arrival_s >= self.patience_s:
             return (0, 0, r.arrival_s, r.id)
-        return (1, -len(self.kv.match(r).blocks), r.arrival_s, r.id)
+        return (1, -len(self.kv.matching_blocks(r)), r.arrival_s, r.id)
 
 
 class Deadline(FirstComeFirstServed):

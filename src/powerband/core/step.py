@@ -46,7 +46,9 @@ class Work:
     epoch: int
     start: int
     num_tokens: int
-    new_blocks: list[int]  # appended to the request's block table; with `new`, the whole table
+    # Appended to the request's block table; with `new`, the whole table. It may reach further than this step computes,
+    # and its first blocks may be another request's: of an earlier step, or of this one (see Executor).
+    new_blocks: list[int]
     samples: bool
     drafts: list[int] = field(default_factory=list)
     new: NewRequest | None = None
@@ -135,6 +137,10 @@ class StepHandle(Protocol):
 
 class Executor(Protocol):
     """Carries out steps on some device. `submit` never blocks on the device.
+
+    Steps run in order. Within a step, all works write their keys and values of a layer before any work attends: a work
+    may read what another work of the same step computes. `submit` and `result` may raise; the step's requests then end
+    with that error, `check` decides whether the engine goes on, and nothing that the step wrote is used again.
 
     `depth`: steps that may be in flight; `relay`: unconfirmed samples on top of which a request may be scheduled
     (the executor then reads the input token from where it sampled it).
