@@ -22,7 +22,7 @@ demo: $(READY)  ## serve the demo model, stream an answer from it, keep serving 
 
 test: $(READY) lint  ## lint, types and all tests (TESTS=tests/core for a part)
 	@echo "· tests"
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 lint: $(READY)  ## ruff and mypy --strict
 	@echo "· ruff"
