@@ -86,12 +86,15 @@ def test_a_client_that_leaves_the_queue(server: RunningServer) -> None:
 
 
 def test_a_slow_reader_holds_up_nobody(server: RunningServer) -> None:
-    ids = [300] * 50
-    body = b'{"prompt": %s, "max_tokens": 450, "n": 16, "stream": true, "logprobs": 20}' % str(ids).encode()
+    # About 10 MB of answer, far more than all the buffers between here and there.
+    body = (
+        b'{"messages": [{"role": "user", "content": "a b c"}], "max_tokens": 450, "ignore_eos": true, "n": 16,'
+        b' "stream": true, "logprobs": true, "top_logprobs": 20}'
+    )
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         server.until(lambda: server.figure("powerband_requests_running") == 16)

@@ -52,11 +52,8 @@ class EngineChannel:
 
     def drain(self) -> None:
         """Deliver everything that has arrived."""
-        while True:
-            try:
-                data = self._outputs.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while self._outputs.get(zmq.EVENTS) & zmq.POLLIN:
+            data = self._outputs.recv(zmq.NOBLOCK)
             message = self._wire.decode(data)
             if message is None:
                 logger.warning("Dropped %d bytes on the engine's socket that are no message.", len(data))

@@ -121,12 +121,9 @@ class SocketInbox:
     def poll(self, now: float) -> list[Command]:  # noqa: ARG002 (a live inbox has no future)
         self._pulse.touch(busy=True)
         commands: list[Command] = []
-        while True:
-            try:
-                data = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return commands
-            commands += self._commands(data)
+        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            commands += self._commands(self._socket.recv(zmq.NOBLOCK))
+        return commands
 
     def next_time(self) -> float | None:
         return None
