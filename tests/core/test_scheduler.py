@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from powerband.core.admission import SchedulerLimits
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.params import SamplingParams
@@ -15,8 +17,8 @@ def scheduler(*, num_blocks: int = 64, relay: int = 0, **limits: int) -> Schedul
     return Scheduler(KVCacheManager(num_blocks, 4), SchedulerLimits(**sizes), relay=relay)
 
 
-def add(s: Scheduler, id: str, prompt: int, first: int = 1, arrival_s: float = 0.0, **params: object) -> None:
-    chosen = SamplingParams(**{"max_tokens": 20, **params})  # type: ignore[arg-type]
+def add(s: Scheduler, id: str, prompt: int, first: int = 1, arrival_s: float = 0.0, **params: Any) -> None:
+    chosen = SamplingParams(**{"max_tokens": 20, **params})
     tokens = [first, *range(100, 99 + prompt)]
     s.add(EngineRequest(id=id, token_ids=tokens, params=chosen, arrival_s=arrival_s), 0.0)
 
@@ -100,7 +102,7 @@ def test_an_ended_request_is_dropped_in_the_next_step() -> None:
 
 
 def test_stop_rules() -> None:
-    def ends(token: int, **params: object) -> tuple[FinishReason | None, int | None]:
+    def ends(token: int, **params: Any) -> tuple[FinishReason | None, int | None]:
         s = scheduler()
         add(s, "a", 4, eos_token_ids=[50], **params)
         output = run(s, a=[token])[1][0]

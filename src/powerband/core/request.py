@@ -17,7 +17,7 @@ from powerband.errors import InvalidRequest
 class EngineRequest:
     """One request as the engine takes it: token ids only, `params` complete (see SamplingParams), n = 1."""
 
-    id: str
+    id: str  # unique among live requests, which the sender sees to: outputs are addressed by it
     token_ids: list[int]
     params: SamplingParams
     arrival_s: float  # time.monotonic()
