@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from powerband.core.step import TokenLogprobs
-from powerband.engine.choice import in_blocks, largest, padded_width
+from powerband.engine.choice import in_blocks, largest, portions, whole_blocks
 from powerband.engine.logits import to_device
 
-_ROWS_AT_ONCE = 64
+_POSITIONS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,10 @@ class LogprobTensors:
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> LogprobTensors:
     """Log-probabilities of `token_ids` [rows] and of the likeliest tokens; logits [rows, vocab] of any float type."""
-    pieces = zip(torch.split(logits, _ROWS_AT_ONCE), torch.split(token_ids, _ROWS_AT_ONCE), strict=True)
-    parts = [_some_logprobs(some, ids, num_alternatives) for some, ids in pieces]
+    parts = [
+        _some_logprobs(logits[rows[0] : rows[-1] + 1], token_ids[rows[0] : rows[-1] + 1], num_alternatives)
+        for rows in portions(range(len(logits)), logits)
+    ]
     return LogprobTensors(
         torch.cat([part.token_ids for part in parts]),
         torch.cat([part.logprobs for part in parts]),
@@ -63,8 +64,8 @@ def prompt_logprobs(
     [positions, vocab] of memory. Waits for the device.
     """
     rows: list[TokenLogprobs] = []
-    for start in range(0, len(token_ids), _ROWS_AT_ONCE):
-        some = token_ids[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(token_ids), _POSITIONS_AT_ONCE):
+        some = token_ids[start : start + _POSITIONS_AT_ONCE]
         logits = head(hidden[start : start + len(some)])
         actual = to_device(some, torch.int64, logits.device)
         rows += unpacked(token_logprobs(logits, actual, num_alternatives).packed().cpu())
@@ -72,12 +73,9 @@ def prompt_logprobs(
 
 
 def _some_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> LogprobTensors:
-    vocab_size = logits.shape[1]
-    # -inf beyond the vocabulary, so that whole blocks can be looked at.
-    padded = F.pad(logits.float(), (0, padded_width(vocab_size) - vocab_size), value=float("-inf"))
-    logprobs = torch.log_softmax(padded, 1)
+    logprobs = torch.log_softmax(whole_blocks(logits), 1)
     own_ids = token_ids.unsqueeze(1)
     own = logprobs.gather(1, own_ids)
     likelier = in_blocks(torch.gt(logprobs, own, out=torch.empty_like(logprobs))).sum(2).sum(1)
-    top, top_ids = largest(logprobs, min(num_alternatives, vocab_size))
+    top, top_ids = largest(logprobs, min(num_alternatives, logits.shape[1]))
     return LogprobTensors(torch.cat([own_ids, top_ids], 1), torch.cat([own, top], 1), likelier.to(torch.int64) + 1)

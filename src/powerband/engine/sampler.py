@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from powerband.core.params import SamplingParams
@@ -23,8 +22,6 @@ from powerband.core.step import ErrorInfo, TokenLogprobs
 from powerband.engine import choice
 from powerband.engine.logits import LogitsEditor, SamplingState, to_device, uniform
 from powerband.engine.logprobs import token_logprobs, unpacked
-
-_ROWS_AT_ONCE = 64  # bounds the working memory
 
 
 class Method(Enum):
@@ -105,6 +102,7 @@ class Sampler:
         self.device = torch.device(device)
         self.seed = seed
         self._editor = LogitsEditor(self.device)
+        self._memory = [torch.empty(0, device=self.device) for _ in range(2)]
 
     def new_state(
         self, request_id: str, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int
@@ -132,8 +130,7 @@ class Sampler:
             if len(edited) < len(rows):
                 plain = [row for row in rows if not states[row].edits_logits]
                 self._put(token_ids, peaks, plain, choice.most_likely(self._rows(logits, plain)))
-            for start in range(0, len(edited), _ROWS_AT_ONCE):
-                some = edited[start : start + _ROWS_AT_ONCE]
+            for some in choice.portions(edited, logits):
                 chosen = self._choose(
                     method, self._rows(logits, some), [states[row] for row in some], [positions[row] for row in some]
                 )
@@ -155,20 +152,34 @@ class Sampler:
     def _choose(
         self, method: Method, logits: Tensor, states: list[SamplingState], positions: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and largest logits of rows that all use `method`."""
-        padding = choice.padded_width(self.vocab_size) - self.vocab_size
-        values = F.pad(logits.to(torch.float32, copy=True), (0, padding), value=-math.inf)
+        """Token ids and largest logits of rows that all use `method`. Greedy rows come here to be edited."""
+        rows, vocab_size = logits.shape
+        values, spare = self._working_memory(rows)
+        values[:, vocab_size:] = -math.inf
+        temperatures = self._numbers([state.params.temperature for state in states]).float().unsqueeze(1)
         edited = [row for row, state in enumerate(states) if state.edits_logits]
         if edited:
+            values[:, :vocab_size] = logits
             self._editor.edit(values, edited, [states[row] for row in edited], [positions[row] for row in edited])
-        if method is Method.GREEDY:
-            return choice.most_likely(values)
+            if method is Method.GREEDY:
+                return choice.most_likely(values)
+            values.div_(temperatures)
+        else:
+            torch.div(logits, temperatures, out=values[:, :vocab_size])
         peaks = values.amax(1)
-        values.div_(self._numbers([state.params.temperature for state in states]).float().unsqueeze(1))
-        token_ids = self._draw(method, values, states, positions)
-        return token_ids.clamp_(max=self.vocab_size - 1), peaks
+        token_ids = self._draw(method, values, spare, states, positions)
+        return token_ids.clamp_(max=vocab_size - 1), peaks
 
-    def _draw(self, method: Method, values: Tensor, states: list[SamplingState], positions: list[int]) -> Tensor:
+    def _working_memory(self, rows: int) -> list[Tensor]:
+        """Two tensors [rows, whole blocks], the same ones in every call."""
+        width = choice.padded_width(self.vocab_size)
+        if len(self._memory[0]) < rows * width:
+            self._memory = [torch.empty(rows * width, device=self.device) for _ in self._memory]
+        return [memory[: rows * width].view(rows, width) for memory in self._memory]
+
+    def _draw(
+        self, method: Method, values: Tensor, spare: Tensor, states: list[SamplingState], positions: list[int]
+    ) -> Tensor:
         def uniforms(number: int) -> Tensor:
             pairs = zip(states, positions, strict=True)
             return self._numbers([uniform(state.seed, position, number) for state, position in pairs])
@@ -177,14 +188,15 @@ class Sampler:
         uses_min_p = any(p.min_p > 0 for p in params)
         min_p = self._numbers([p.min_p for p in params]) if uses_min_p or method is Method.TOP_K else None
         if method is Method.ALL:
-            return choice.draw(values, min_p, uniforms)
+            return choice.draw(values, spare, min_p, uniforms)
         top_p = self._numbers([p.top_p for p in params])
         if method is Method.NUCLEUS:
-            return choice.draw_nucleus(values, top_p, min_p, uniforms)
-        top_k = to_device([max(p.top_k, 0) for p in params], torch.int64, self.device)
+            return choice.draw_nucleus(values, spare, top_p, min_p, uniforms)
+        limits = [p.top_k if 0 < p.top_k < self.vocab_size else values.shape[1] for p in params]
+        top_k = to_device(limits, torch.int64, self.device)
         if min_p is not None and method is Method.TOP_K:
             return choice.draw_top_k(values, top_k, top_p, min_p, uniforms)
-        return choice.draw_sorted(values, top_k, top_p, min_p, uniforms)
+        return choice.draw_sorted(values, spare, max(limits), top_k, top_p, min_p, uniforms)
 
     def _with_logprobs(
         self, logits: Tensor, states: Sequence[SamplingState], token_ids: Tensor, peaks: Tensor
@@ -196,10 +208,12 @@ class Sampler:
         found = token_logprobs(self._rows(logits, rows), self._rows(token_ids, rows), max(counts))
         return Sampled(token_ids, peaks, rows, counts, found.packed())
 
-    def _rows(self, values: Tensor, rows: list[int]) -> Tensor:
-        return values if len(rows) == len(values) else values[to_device(rows, torch.int64, self.device)]
+    def _rows(self, values: Tensor, rows: Sequence[int]) -> Tensor:
+        if rows[-1] - rows[0] == len(rows) - 1:  # they are in ascending order
+            return values[rows[0] : rows[-1] + 1]
+        return values[to_device(rows, torch.int64, self.device)]
 
-    def _put(self, token_ids: Tensor, peaks: Tensor, rows: list[int], chosen: tuple[Tensor, Tensor]) -> None:
+    def _put(self, token_ids: Tensor, peaks: Tensor, rows: Sequence[int], chosen: tuple[Tensor, Tensor]) -> None:
         if len(rows) == len(token_ids):
             token_ids.copy_(chosen[0])
             peaks.copy_(chosen[1])
