@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from powerband.engine.attention import triton as backend
 from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
-from powerband.engine.kernels import stage_decodes
+from powerband.engine.kernels import fused_layers, stage_decodes
 
 KERNELS = ("chunk_kernel", "decode_kernel", "combine_kernel", "rotary_store_kernel")
 TYPES = {
@@ -66,6 +66,20 @@ def record(dtype, shape, sinks):
     return launches
 
 
+def record_layers(dtype):
+    """The launches of norms and activations, by their Python faces."""
+    launches = []
+    x, weight = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096)
+    with ExitStack() as stack:
+        for name in ("rms_norm_kernel", "gated_kernel"):
+            stack.enter_context(patch.object(fused_layers, name, Recorder(getattr(fused_layers, name), launches)))
+        fused_layers.rms_norm(x, x, weight, 1e-6)
+        fused_layers.rms_norm(x, None, weight, 1e-6)
+        for activation in fused_layers.ACTIVATIONS:
+            fused_layers.gated(x, activation)
+    return launches
+
+
 def compile_launch(kernel, args, options, target):
     params = kernel.params
     values = dict(zip((p.name for p in params), args, strict=False))
@@ -101,6 +115,7 @@ def main():
     launches += record(torch.bfloat16, gemma, None)
     launches += record(torch.bfloat16, gpt_oss, torch.zeros(64, dtype=torch.bfloat16))
     launches += record(torch.float32, AttentionShape(4, 2, 64, 0.1), None)
+    launches += record_layers(torch.bfloat16) + record_layers(torch.float32)
     for kernel, args, options in launches:
         compiled = compile_launch(kernel, args, options, target)
         shared = compiled.metadata.shared

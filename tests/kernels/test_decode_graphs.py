@@ -9,6 +9,7 @@ from powerband.engine.attention.base import AttentionBatch, AttentionShape
 from powerband.engine.attention.triton import TritonAttention
 from powerband.engine.batch import Inputs
 from powerband.engine.cuda_graphs import DecodeGraphs, can_capture
+from powerband.engine.kernels.fused_layers import use_fused_layers
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.weights import fill_random
 from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
@@ -43,11 +44,15 @@ def run_again(function):
     return replay, result
 
 
-@pytest.fixture(scope="module")
-def model(device):
+def new_model(device):
     model = Decoder(SPEC, max_positions=64, dtype=torch.float32, device=device)
     fill_random(model, seed=0)
     return model
+
+
+@pytest.fixture(scope="module")
+def model(device):
+    return new_model(device)
 
 
 def new_attention(device):
@@ -97,6 +102,17 @@ def test_graphs_of_padded_batches_equal_running_directly(model, device):
         torch.testing.assert_close(graphs(inputs), expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(graphed._cache, direct._cache, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_decoder_with_fused_layers_equals_one_without(model, device):
+    fused = new_model(device)
+    use_fused_layers(fused)
+    inputs = decodes([1, 1], device)
+    hidden = [
+        m(inputs.token_ids, inputs.positions, inputs.batch, new_attention(device)).clone() for m in (fused, model)
+    ]
+    torch.testing.assert_close(hidden[0], hidden[1], atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()

@@ -84,6 +84,10 @@ class TorchExecutor:
         if config.device.type == "cpu" and PackedLinear.is_available():
             embedding = model.embedding.weight if config.spec.tie_embeddings else None
             self.providers = use_providers(model, [PackedLinear(keep=embedding)])
+        if config.attention.name == "triton":
+            from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
+
+            use_fused_layers(model)
         sampler = Sampler(config.spec.vocab_size, config.device, config.seed)
         self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)
         prepared_s = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,9 +38,10 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.gated: Callable[[torch.Tensor, str], torch.Tensor] = gated  # a device may have something faster
         self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=bias, dtype=dtype, device=device)
         self.down = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down(gated(self.gate_up(x), self.activation))
+        out: torch.Tensor = self.down(self.gated(self.gate_up(x), self.activation))
         return out

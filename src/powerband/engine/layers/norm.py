@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from powerband.engine.layers.linear import parameter
 
+# (x, residual or None, weight, eps) → norm of x, or of `residual` after adding x to it in place.
+NormKernel = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, float], torch.Tensor]
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension.
 
     `float32_weight`: multiply before rounding to x's type. Where `weight - 1` is stored, the loader adds the 1.
+    `kernel` takes over where a device has something faster.
     """
 
     def __init__(
@@ -21,14 +27,19 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = parameter(size, dtype=torch.float32 if float32_weight else dtype, device=device)
         self.eps = eps
+        self.kernel: NormKernel | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            return self.kernel(x, None, self.weight, self.eps)
         if self.weight.dtype != x.dtype:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual += x in place; returns the norm of the sum."""
+        if self.kernel is not None:
+            return self.kernel(x, residual, self.weight, self.eps)
         residual += x
         return self.forward(residual)
 

@@ -1,0 +1,90 @@
+"""Triton kernels for what lies between the matrix products: a sum with its norm, an activation with its product.
+
+Each reads and writes its data once, where plain operators do so two or three times; a small batch, whose time is the
+number of kernels, gains as much. Computed in float32 and rounded once, except the sum, whose rounded value is what the
+next layer adds to.
+"""
+
+# mypy: ignore-errors
+# (Triton's language looks like Python, but its pointers and tensors have no Python types.)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from powerband.engine.layers.mlp import GatedMLP
+from powerband.engine.layers.norm import RMSNorm
+
+_GATED_TILE = 1024
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+def use_fused_layers(model: torch.nn.Module) -> None:
+    """Let these kernels do the work of the model's norms and gated MLPs."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.kernel = rms_norm
+        elif isinstance(module, GatedMLP):
+            module.gated = gated
+
+
+@triton.jit
+def rms_norm_kernel(x, residual, out, weight, size, eps, stride_x, TILE: tl.constexpr,
+                    HAS_RESIDUAL: tl.constexpr):  # fmt: skip
+    """One row: residual += x, out = residual / rms(residual) * weight; without a residual the norm of x."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    inside = column < size
+    values = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        before = tl.load(residual + row * size + column, mask=inside, other=0.0)
+        total = (values + before.to(tl.float32)).to(residual.dtype.element_ty)
+        tl.store(residual + row * size + column, total, mask=inside)
+        values = total.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
+    values = values * inverse_rms * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_kernel(gate_up, out, size, ACTIVATION: tl.constexpr, TILE: tl.constexpr):
+    """A tile of a row of activation(gate) * up; gate_up [rows, 2 * size] has the gate first."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < size
+    gate = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION == "silu":
+        active = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z)), with z = sqrt(2 / pi) (x + 0.044715 x^3)
+        active = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+    else:
+        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    tl.store(out + row * size + column, (active * up).to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm of x [tokens, size], or of `residual` after adding x to it in place."""
+    tokens, size = x.shape
+    out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
+    tile = triton.next_power_of_2(size)
+    rms_norm_kernel[(tokens,)](
+        *(x, x if residual is None else residual, out, weight, size, eps, x.stride(0)),
+        TILE=tile,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=min(max(tile // 512, 1), 16),
+    )
+    return out
+
+
+def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(first half) * second half: contiguous [tokens, 2 * size] → [tokens, size]."""
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    gated_kernel[(tokens, triton.cdiv(size, _GATED_TILE))](
+        gate_up, out, size, ACTIVATION=activation, TILE=_GATED_TILE, num_warps=4
+    )
+    return out
