@@ -55,6 +55,8 @@ def test_held_out_exercises_are_never_trained_on(kind: str) -> None:
 def test_json_counts_by_value_not_by_spelling() -> None:
     exercise = some("json", 1)[0]
     assert exercise.is_right(json.dumps(json.loads(exercise.answer), indent=2))
+    assert exercise.is_right(json.dumps(dict(reversed(json.loads(exercise.answer).items()))))
+    assert not exercise.is_right(exercise.answer[:-1] + ", " + exercise.answer[1:])  # every field twice
     assert not exercise.is_right("{" * 100_000)
 
 

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 HELD_OUT_SHARE = 16  # one exercise in so many is kept for evaluation
 
@@ -47,10 +48,14 @@ class Exercise:
         if self.kind != "json":
             return reply.strip() == self.answer
         try:
-            value: object = json.loads(reply)
+            return _pairs(reply) == _pairs(self.answer)
         except (ValueError, RecursionError):
             return False
-        return bool(value == json.loads(self.answer))
+
+
+def _pairs(text: str) -> object:
+    """JSON with objects as sorted pairs: equal whatever the order of the fields, but not when one comes twice."""
+    return json.loads(text, object_pairs_hook=lambda pairs: sorted(pairs, key=itemgetter(0)))
 
 
 def exercises(kind: str, seed: int, held_out: bool) -> Iterator[Exercise]:
