@@ -88,10 +88,6 @@ class Answer:
             self.counts.append(len(delta.token_ids))
         return delta
 
-    def abort(self) -> None:
-        """End it here; nobody listens any more."""
-        self.add(TokenOutput(self.request.id, [], 0.0, FinishReason.ABORT))
-
     def completion(self, tokenizer: Tokenizer | None) -> CompletionOutput:
         asked = self.request.params.logprobs is not None
         reason = self.last.finish_reason
