@@ -2,10 +2,10 @@
 
     python benchmarks/server_overhead.py
 
-The engine runs in a process of its own as always, with the real scheduler, but its steps only wait for 10 ms. So all that
-is measured is ours: HTTP, JSON, tokenizing, the way to the engine and back, detokenizing, the stream. Every request is a
-chat that streams 128 tokens to a raw socket. "added" is the time from sending a request to its first text, less the one
-step that it takes. The limit this project sets itself is 100 µs of the API process per streamed token.
+The engine runs in a process of its own as always, with the real scheduler, but its steps only wait for 10 ms. So
+all that is measured is ours: HTTP, JSON, tokenizing, the way to the engine and back, detokenizing, the stream. Every
+request is a chat that streams 128 tokens to a raw socket. "added" is the time from sending a request to its first text,
+less the one step that it takes. The limit this project sets itself is 100 µs of the API process per streamed token.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build(_: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Callable[[
     """An engine that knows nothing but the time: ids 300, 301, … are text of the demo model's tokenizer."""
     progress("nothing", 1.0)
     limits = SchedulerLimits(max_model_len=1024, max_num_seqs=256, max_num_batched_tokens=8192)
-    executor = SimExecutor(clock, lambda step: STEP_S, sample=_next_token)
+    executor = SimExecutor(clock, lambda _: STEP_S, sample=_next_token)
     core = EngineCore(Scheduler(KVCacheManager(4096, 32), limits), executor, clock, inbox)
     info = EngineInfo(
         model_folder=str(DEMO),

@@ -18,7 +18,7 @@ import zmq
 
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
-from powerband.core.step import FinishReason
+from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.health import EngineState, StallLimits
 from powerband.engine.supervisor import EngineProcess
 from powerband.errors import EngineDead, PowerbandError, UsageError
@@ -43,6 +43,14 @@ async def running(**settings: object) -> AsyncIterator[EngineProcess]:
         await engine.stop()
 
 
+async def outputs_of(engine: EngineProcess, source: EngineRequest) -> list[TokenOutput]:
+    stream = engine.submit([source])
+    outputs = []
+    while more := await stream.take():
+        outputs += more
+    return outputs
+
+
 async def until(condition, timeout_s: float = 10.0) -> float:
     """Seconds until the condition holds."""
     start_s = time.monotonic()
@@ -56,7 +64,7 @@ async def until(condition, timeout_s: float = 10.0) -> float:
 def test_tokens_arrive_in_order() -> None:
     async def scenario() -> list[int]:
         async with running() as engine:
-            return [token async for output in engine.generate(request("a")) for token in output.token_ids]
+            return [token for output in await outputs_of(engine, request("a")) for token in output.token_ids]
 
     assert asyncio.run(scenario()) == [3, 4, 5, 3, 4]
 
@@ -64,7 +72,7 @@ def test_tokens_arrive_in_order() -> None:
 def test_a_refusal_is_the_only_output() -> None:
     async def scenario() -> None:
         async with running() as engine:
-            outputs = [output async for output in engine.generate(request("a", prompt=[1] * 600))]
+            outputs = await outputs_of(engine, request("a", prompt=[1] * 600))
             assert [o.finish_reason for o in outputs] == [FinishReason.ERROR]
             assert outputs[0].error is not None
             assert outputs[0].error.code == "context_length_exceeded"
@@ -120,7 +128,7 @@ def test_killed_engine_ends_streams_and_comes_back() -> None:
                 engine.submit([request("b")])
             await until(lambda: engine.health().ready)
             assert engine.num_restarts == 1
-            assert len([o async for o in engine.generate(request("c"))]) == 5
+            assert len(await outputs_of(engine, request("c"))) == 5
 
     asyncio.run(scenario())
 
@@ -175,7 +183,7 @@ def test_sockets_are_private_and_bytes_that_are_no_message_are_dropped(tmp_path:
                     attacker.send(data)
             await until(lambda: engine.num_malformed == 4 and engine._monitor._last.num_malformed == 4)
             context.destroy(linger=0)
-            assert len([o async for o in engine.generate(request("c"))]) == 5
+            assert len(await outputs_of(engine, request("c"))) == 5
         assert not (tmp_path / "owned").exists()
         assert not folder.exists()
 

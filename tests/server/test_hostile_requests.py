@@ -12,21 +12,26 @@ import pytest
 from conftest import RunningServer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+LIMIT_S = 0.1
 USER = [{"role": "user", "content": "hi"}]
 
 
 def refuse(server: RunningServer, path: str, body: Any, status: int = 400) -> dict[str, Any]:
     """The error object of a refusal."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    start_s = time.monotonic()
-    response = server.http.post(path, content=content, headers={"Content-Type": "application/json"})
-    seconds = time.monotonic() - start_s
+    best_s = 1.0
+    for _ in range(20):  # on a crowded machine a try may wait for the processor
+        start_s = time.monotonic()
+        response = server.http.post(path, content=content, headers={"Content-Type": "application/json"})
+        best_s = min(best_s, time.monotonic() - start_s)
+        if best_s < LIMIT_S:
+            break
     assert response.status_code == status, response.text
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert len(response.content) < 2000  # what was sent is not sent back
-    assert seconds < 0.5  # a bound that also holds on a crowded machine; alone it is a few milliseconds
+    assert best_s < LIMIT_S
     return error
 
 
@@ -60,6 +65,8 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "length <= 0"),
     (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options", "needs stream"),
     (COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "cannot be streamed"),
+    (COMPLETIONS, {"prompt": "a", "priority": 1}, "priority", "no effect with the scheduling policy 'fcfs'"),
+    (COMPLETIONS, {"prompt": "a", "deadline_s": 1}, "deadline_s", "--scheduling-policy deadline"),
     (COMPLETIONS, {"prompt": ""}, "prompt", "empty"),
     (COMPLETIONS, {"prompt": []}, "prompt", "empty"),
     (COMPLETIONS, {"prompt": [[]]}, "prompt", "no tokens"),
@@ -233,4 +240,4 @@ def test_odd_requests_add_no_time_series(server: RunningServer) -> None:
 def test_the_server_is_as_well_as_before(server: RunningServer) -> None:
     assert server.http.get("/readyz").json()["engine_restarts"] == 0
     assert server.post(COMPLETIONS, prompt="a b c", max_tokens=3).status_code == 200
-    assert server.figure("powerband_kv_cache_usage_ratio") == 0
+    server.until(lambda: server.figure("powerband_kv_cache_usage_ratio") == 0)

@@ -63,7 +63,6 @@ def test_the_prompt_is_scored_as_it_would_be_generated(server: RunningServer) ->
 
 
 def test_everything_is_given_back(server: RunningServer) -> None:
-    server.until(lambda: server.figure("powerband_requests_running") == 0)
-    assert server.figure("powerband_kv_cache_usage_ratio") == 0
+    server.until(lambda: server.figure("powerband_kv_cache_usage_ratio") == 0)
     assert server.figure("vllm:generation_tokens_total") > 100
     assert server.figure("vllm:iteration_tokens_total_count") > 24

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ class _Incarnation:
 
 
 class EngineProcess:
-    """An EngineClient whose engine lives in a child process. All methods belong to one event loop.
+    """An engine in a child process. All methods belong to one event loop.
 
     `on_phase(name, fraction)`, `on_heartbeat` and `on_step(tokens computed)` are called in that loop. `command` is what
     to run as the engine; `log` is level and format of what it logs to stderr.
@@ -136,23 +136,17 @@ class EngineProcess:
     # ---- work
 
     def submit(self, requests: Sequence[EngineRequest]) -> TokenStream:
-        """Hand over requests that one reader waits for. Raises EngineDead when no engine can take them now."""
+        """Hand over requests that one reader waits for; closing the stream aborts them.
+
+        What the engine refuses (queue full, too long) arrives as a request's only output, with `error` set.
+        Raises EngineDead when no engine can take them now.
+        """
         channel = self._ready_channel()
         stream = TokenStream([request.id for request in requests], self._abort)
         for request in requests:
             self._streams[request.id] = stream
             channel.send(Submit(request))
         return stream
-
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Outputs of one request, as EngineClient has it."""
-        stream = self.submit([request])
-        try:
-            while outputs := await stream.take():
-                for output in outputs:
-                    yield output
-        finally:
-            stream.close()
 
     async def call(self, method: str, **kwargs: Any) -> Any:
         """Run an administrative method in the engine's loop. Raises what it raised, or EngineDead."""

@@ -14,6 +14,7 @@ from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOut
 from powerband.engine.messages import RemoteError
 from powerband.engine.output import OutputProcessor
 from powerband.engine.stream import TokenStream
+from powerband.errors import InvalidRequest
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.server.edge import ClientLeft
 from powerband.server.prompts import Prompt
@@ -56,12 +57,24 @@ class Piece:
     finish_reason: FinishReason | None
 
 
+def check_scheduling(body: GenerationRequest, policy: str) -> None:
+    """Raise InvalidRequest for what would have no effect under this policy."""
+    for name, needed in (("priority", "priority"), ("deadline_s", "deadline")):
+        if getattr(body, name) and policy != needed:
+            raise InvalidRequest(
+                f"'{name}' has no effect with the scheduling policy '{policy}'.",
+                hint=f"Leave it out, or start the server with --scheduling-policy {needed}.",
+                param=name,
+            )
+
+
 class Generation:
     """Started, read until it is exhausted, and closed under all circumstances: `close` aborts what has not ended."""
 
     def __init__(
         self, replica: Replica, model: Model, body: GenerationRequest, prompts: list[Prompt], params: SamplingParams
     ) -> None:
+        check_scheduling(body, replica.engine_settings.scheduling_policy)
         self.id = uuid.uuid4().hex
         self.created_s = int(time.time())
         self.prompts = prompts
