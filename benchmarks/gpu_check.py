@@ -33,8 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "engine")]
 
 import torch  # noqa: E402 (the path comes first)
-from gpu_rig import BLOCK_SIZE, SEED, Rig, Stepper, timed  # noqa: E402
+from gpu_rig import BLOCK_SIZE, SEED, Rig, Stepper, even_batch, repeated_s, timed  # noqa: E402
 
+from powerband.engine.attention import AttentionShape, Choice, make_backend  # noqa: E402
 from powerband.spec.counts import count_parameters, kv_bytes_per_token, step_flops  # noqa: E402
 from powerband.spec.model import ModelSpec  # noqa: E402
 from powerband.spec.reader import read_model_spec  # noqa: E402
@@ -72,7 +73,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
     },
 }
-QUICK_SHAPE = SHAPES["Qwen3-0.6B"] | {"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2}
+SHAPES["tiny"] = SHAPES["Qwen3-0.6B"] | {"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 2}
 
 
 # ---- 1. kernels
@@ -117,10 +118,10 @@ def check_parity(device: torch.device, attention: str, quick: bool) -> list[dict
                         max_num_batched_tokens=256,
                     )
                     tokens = rig.generate(prompts, num_tokens)
-                    rig.executor.close()
+                    captured = rig.captures
+                    rig.close()
                     wrong = sum(ours != theirs for ours, theirs in zip(tokens, expected, strict=True))
-                    rows.append({"family": family, "graphs": graphs, "overlap": overlap, "wrong": wrong})
-                    del rig
+                    rows.append({"family": family, "graphs": captured, "overlap": overlap, "wrong": wrong})
         shown = ", ".join(f"graphs={r['graphs']:d} overlap={r['overlap']:d}: {r['wrong']} wrong" for r in rows[-4:])
         print(f"{family:14s} {shown}", flush=True)
     return rows
@@ -159,9 +160,29 @@ def roofline_s(spec: ModelSpec, works: list[tuple[int, int]], limits: dict[str, 
     return max((weights + cache) / limits["bandwidth_bytes_per_s"], flops / limits["matrix_flops_per_s"])
 
 
+def measure_attention(device: torch.device, attention: str, limits: dict[str, float], quick: bool) -> list[Any]:
+    """One layer's attention alone, on Llama-3.1-8B's heads: reading KV for decodes, arithmetic for chunks."""
+    backend = make_backend(Choice(attention, "measured"), BLOCK_SIZE, device)
+    shape = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128, scale=128**-0.5)
+    cases = [(1, 64, 4), (64, 64, 1)] if quick else [(1, 1024, 1), (1, 8192, 1), (1, 8192, 32), (1, 1024, 256)]
+    cases += [] if quick else [(2048, 2048, 1), (8192, 8192, 1), (512, 8192, 4)]
+    backend.allocate(1, max(rows * (context // BLOCK_SIZE) for _, context, rows in cases), shape, torch.bfloat16)
+    results = []
+    print()
+    for new, context, rows in cases:
+        batch = even_batch(new, context, rows, device)
+        q, k, v = (torch.randn(new * rows, heads, 128, device=device, dtype=torch.bfloat16) for heads in (32, 8, 8))
+        seconds = repeated_s(lambda q=q, k=k, v=v, b=batch: backend.attend(0, q, k, v, b, shape), device, quick)
+        kv_bytes = rows * context * 2 * 8 * 128 * 2
+        flops = rows * 4 * 32 * 128 * (new * context - new * (new - 1) // 2)
+        best = max(kv_bytes / limits["bandwidth_bytes_per_s"], flops / limits["matrix_flops_per_s"])
+        results.append(_row("decode" if new == 1 else "chunk", rows, context, seconds, new * rows / seconds, best))
+        results[-1]["new_tokens"] = new
+    return results
+
+
 def measure_shape(name: str, device: torch.device, attention: str, limits: dict[str, float], quick: bool) -> list[Any]:
-    config = QUICK_SHAPE if quick else SHAPES[name]
-    spec = read_model_spec(config)
+    spec = read_model_spec(SHAPES[name])
     batches, contexts = ((1, 4), (64,)) if quick else ((1, 8, 32, 128, 256), (128, 2048, 8192))
     num_steps = 4 if quick else 64
     longest = max(contexts) + num_steps + 64
@@ -177,9 +198,9 @@ def measure_shape(name: str, device: torch.device, attention: str, limits: dict[
         options |= {"dtype": torch.bfloat16, "max_model_len": longest, "max_num_batched_tokens": 8192}
         with timed(device) as start_s:
             rig = Rig(spec, Path("."), device, overlap=overlap, graphs=graphs, **options)
-        mode = {"shape": name, "graphs": graphs, "overlap": overlap, "start_s": start_s()}
+        mode = {"shape": name, "graphs": rig.captures, "overlap": overlap, "start_s": start_s()}
         stepper = Stepper(rig)
-        print(f"\n{name}, graphs {graphs}, overlap {overlap}, start {start_s():.1f} s")
+        print(f"\n{name}, graphs {rig.captures}, overlap {overlap}, start {start_s():.1f} s")
         for context in contexts if graphs and overlap else contexts[:2]:
             for batch in batches:
                 if batch * ((context + num_steps + 8) // BLOCK_SIZE + 1) > num_blocks:
@@ -194,11 +215,11 @@ def measure_shape(name: str, device: torch.device, attention: str, limits: dict[
                 rows.append(mode | _row("prefill", 1, num_tokens, seconds, num_tokens / seconds, best))
         batch, prompt, output = (4, 32, 8) if quick else (64, 512, 128)
         prompts = [[(i * 31 + p * 7) % spec.vocab_size for p in range(prompt)] for i in range(batch)]
+        rig.generate(prompts[:3], 2)  # compiles what is not compiled yet
         with timed(device) as seconds_of:
             rig.generate(prompts, output)
         rows.append(mode | _row("generate", batch, prompt, seconds_of(), batch * output / seconds_of(), None))
-        rig.executor.close()
-        del rig, stepper
+        rig.close()
     return rows
 
 
@@ -247,7 +268,9 @@ def main() -> int:
         report["limits"] = limits = measure_limits(device, arguments.quick)
         gigabytes, teraflops = limits["bandwidth_bytes_per_s"] / 1e9, limits["matrix_flops_per_s"] / 1e12
         print(f"\nmeasured: {gigabytes:.0f} GB/s, {teraflops:.1f} TFLOP/s")
-        names = list(SHAPES)[:1] if arguments.quick else list(SHAPES)
+        if device.type == "cpu" or attention == "triton":  # the reference cannot be captured in a graph
+            report["attention_speed"] = measure_attention(device, attention, limits, arguments.quick)
+        names = ["tiny"] if arguments.quick else ["Qwen3-0.6B", "Llama-3.1-8B"]
         report["speed"] = [row for n in names for row in measure_shape(n, device, attention, limits, arguments.quick)]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.scheduler import Scheduler
 from powerband.core.step import NewRequest, Step, Work
-from powerband.engine.attention import Choice
+from powerband.engine.attention import AttentionBatch, Choice
 from powerband.engine.cuda_graphs import DecodeGraphs, can_capture
 from powerband.engine.executor.local import ExecutorConfig, TorchExecutor
 from powerband.spec.model import ModelSpec
@@ -36,7 +37,7 @@ class Rig:
     ) -> None:
         self.commands: list[Command] = []
         self.max_rows = options.get("max_rows", 16)
-        captures = graphs and can_capture(spec, options["attention"])
+        self.captures = captures = graphs and can_capture(spec, options["attention"])
         self.config = ExecutorConfig(
             spec=spec,
             folder=folder,
@@ -84,6 +85,14 @@ class Rig:
                     raise RuntimeError(f"request {output.id}: {output.error.message}")
                 outputs[output.id] += output.token_ids
         return list(outputs.values())
+
+    def close(self) -> None:
+        """End it, and give its memory back now: the next rig needs it."""
+        self.executor.close()
+        del self.executor, self.core
+        gc.collect()
+        if self.config.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _use_imitated_graphs(self) -> None:
         runner = self.executor.runner
@@ -183,3 +192,43 @@ def timed(device: torch.device) -> Iterator[Callable[[], float]]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def even_batch(new: int, context: int, rows: int, device: torch.device) -> AttentionBatch:
+    """Rows of the same shape, each over neighbouring blocks of its own. `context` in whole blocks."""
+    per_row = context // BLOCK_SIZE
+    tables = torch.arange(rows * per_row, dtype=torch.int32, device=device).view(rows, per_row)
+    positions = torch.arange(context - new, context, device=device)
+    slots = tables[:, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+    return AttentionBatch(
+        query_starts=torch.arange(0, rows * new + 1, new, dtype=torch.int32, device=device),
+        context_lens=torch.full((rows,), context, dtype=torch.int32, device=device),
+        block_tables=tables,
+        slots=slots.flatten(),
+        num_decodes=rows if new == 1 else 0,
+        query_starts_host=list(range(0, rows * new + 1, new)),
+        context_lens_host=[context] * rows,
+    )
+
+
+def repeated_s(function: Callable[[], Any], device: torch.device, quick: bool) -> float:
+    """Seconds of one run: on a GPU from a graph of several, so that launching them costs nothing."""
+    function()
+    count = 2 if quick else 10
+    if device.type == "cpu":
+        with timed(device) as seconds:
+            for _ in range(count):
+                function()
+        return seconds() / count
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            function()
+    graph.replay()
+    times = []
+    for _ in range(5):
+        with timed(device) as seconds:
+            graph.replay()
+        times.append(seconds() / count)
+    return statistics.median(times)

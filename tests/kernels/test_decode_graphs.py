@@ -11,6 +11,7 @@ from powerband.engine.batch import Inputs
 from powerband.engine.cuda_graphs import DecodeGraphs, can_capture
 from powerband.engine.kernels.fused_layers import use_fused_layers
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.warm_up import warm_up
 from powerband.engine.weights import fill_random
 from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
 
@@ -147,3 +148,16 @@ def test_only_decoders_with_fixed_kernels_are_captured():
     assert can_capture(SPEC, "triton")
     assert not can_capture(SPEC, "reference")
     assert not can_capture(experts, "triton")
+
+
+def test_warming_up_leaves_the_cache_alone(model, device):
+    attention = new_attention(device)
+    kinds = []
+
+    def forward(inputs):
+        kinds.append((inputs.batch.num_decodes, inputs.batch.context_lens_host[0]))
+        return model(inputs.token_ids, inputs.positions, inputs.batch, attention)
+
+    warm_up(forward, max_model_len=64, block_size=BLOCK_SIZE, device=device)
+    assert kinds == [(0, 8), (1, 1), (1, 64)]
+    assert not any(cache.any() for layer in attention._cache for cache in layer)

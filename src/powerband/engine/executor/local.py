@@ -20,6 +20,7 @@ from powerband.engine.layers.onednn import PackedLinear
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.runner import ModelRunner
 from powerband.engine.sampler import Sampler
+from powerband.engine.warm_up import warm_up
 from powerband.engine.weights import fill_random, load_weights
 from powerband.errors import UsageError
 from powerband.spec.model import ModelSpec
@@ -104,6 +105,15 @@ class TorchExecutor:
         spec = self.config.spec
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale)
         self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.dtype)
+        if self.attention.name == "triton":
+            self._progress("compile", 0.0)
+            config = self.config
+            warm_up(
+                self.runner.forward,
+                max_model_len=config.max_model_len,
+                block_size=config.block_size,
+                device=config.device,
+            )
         if self.config.graph_rows:
             self._capture_graphs()
 

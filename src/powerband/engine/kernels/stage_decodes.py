@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit(
     do_not_specialize=["num_rows", "width", "stride_from"],
-    do_not_specialize_on_alignment=["context_lens"],
+    do_not_specialize_on_alignment=["positions", "context_lens"],
 )
 def stage_decodes_kernel(token_ids, positions, slots, context_lens, tables, token_ids_to, positions_to, slots_to,
                          context_lens_to, tables_to, num_rows, width, stride_from, stride_to,
