@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from powerband.core.params import SamplingParams
+from powerband.engine import choice
 from powerband.engine.logits import uniform
 from powerband.engine.sampler import Sampler
 
@@ -97,6 +98,22 @@ def test_exactly_the_kept_tokens_can_be_drawn(filters: dict) -> None:
         drawn = set(draw(logits, params, 10_000).tolist())
         assert drawn <= kept
         assert len(kept) > 40 or drawn == kept
+
+
+@pytest.mark.parametrize("top_k", [None, 3, 30, 300])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("min_p", [0.0, 0.01])
+def test_sorting_draws_in_exact_proportion(top_k: int | None, top_p: float, min_p: float) -> None:
+    """The method for GPUs and for large top_k, given evenly spaced uniform numbers: no count is off by more than 1."""
+    params = SamplingParams(top_k=top_k or 0, top_p=top_p, min_p=min_p)
+    logits, count = row(4, 2.0, 640), 5000
+    like = [torch.full((count,), value, dtype=torch.float64) for value in (top_p, min_p)]
+    limits = torch.full((count,), top_k or 640)
+    even = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    rows = logits.repeat(count, 1)
+    drawn = choice.draw_sorted(rows, torch.empty_like(rows), top_k or 640, limits, *like, lambda _: even)
+    expected = reference_kept(logits.numpy(), params) * count
+    assert abs(np.bincount(drawn, minlength=640) - expected).max() <= 1.01
 
 
 def mixed_params(count: int) -> list[SamplingParams]:

@@ -25,7 +25,8 @@ MAX_SMALL_K = 64
 _CANDIDATE_BLOCKS = 96  # the 64 most likely tokens lie in the 64 blocks with the largest maxima; the others hold ties
 _GRID = 2.0**-17  # adding it to a float32 in [0, 1] and taking it off again leaves a multiple of 2^-40
 
-_ELEMENTS_AT_ONCE = {True: 2**20, False: 2**24}  # of logits: on a CPU, elsewhere
+_ROWS_AT_ONCE = 64
+_ELEMENTS_AT_ONCE = {True: 2**20, False: 2**22}  # logits: on a CPU, elsewhere
 
 Uniforms = Callable[[int], Tensor]  # the n-th draw: float64 [rows] in [0, 1)
 T = TypeVar("T")
@@ -33,9 +34,10 @@ T = TypeVar("T")
 
 def portions(rows: Sequence[T], logits: Tensor) -> Iterator[Sequence[T]]:
     """`rows` in portions whose working memory is bounded, and on a CPU stays in its caches."""
-    most = _ELEMENTS_AT_ONCE[logits.device.type == "cpu"] // logits.shape[1]
-    for start in range(0, len(rows), max(most, 1)):
-        yield rows[start : start + max(most, 1)]
+    fitting = _ELEMENTS_AT_ONCE[logits.device.type == "cpu"] // logits.shape[1]
+    count = max(1, min(fitting, _ROWS_AT_ONCE))
+    for start in range(0, len(rows), count):
+        yield rows[start : start + count]
 
 
 def padded_width(vocab_size: int) -> int:
