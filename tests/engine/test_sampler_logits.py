@@ -38,7 +38,7 @@ def logits(seed: int = 0, rows: int = 1) -> torch.Tensor:
 def edited(params: SamplingParams, prompt: list[int] = PROMPT, output: list[int] = OUTPUT) -> torch.Tensor:
     state = SamplingState("r", params, prompt + output, len(prompt), engine_seed=0, device=CPU)
     values = logits()
-    LogitsEditor(CPU).edit(values, [0], [state], [len(prompt) + len(output)])
+    LogitsEditor(CPU).edit(values, [state], [len(prompt) + len(output)])
     return values[0]
 
 
@@ -112,7 +112,7 @@ def test_rows_do_not_touch_each_other() -> None:
     editor = LogitsEditor(CPU)
     for _ in range(2):  # the scratch buffer is clean again
         values = logits().repeat(len(every), 1)
-        editor.edit(values, list(range(len(every))), states, [len(PROMPT) + len(OUTPUT)] * len(every))
+        editor.edit(values, states, [len(PROMPT) + len(OUTPUT)] * len(every))
     for row, params in zip(values, every, strict=True):
         assert torch.equal(row, edited(params))
 

@@ -58,7 +58,7 @@ def in_blocks(values: Tensor) -> Tensor:
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit's token (the lowest of equal ones) and its value, per row of [rows, vocab], any float type."""
+    """The largest logit's token (the lowest of equal ones) and its value, per row of float32 [rows, vocab]."""
     vocab_size = logits.shape[1]
     whole = vocab_size - vocab_size % BLOCK
     maxima = in_blocks(logits[:, :whole]).amax(2)
@@ -67,7 +67,7 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     first = maxima.argmax(1, keepdim=True) * BLOCK
     ids = (first + torch.arange(BLOCK, device=logits.device)).clamp_(max=vocab_size - 1)
     token_ids = ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))
-    return token_ids.squeeze(1), logits.gather(1, token_ids).squeeze(1).float()
+    return token_ids.squeeze(1), logits.gather(1, token_ids).squeeze(1)
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,6 @@ class SamplingState:
         "keeps_history",
         "num_prompt_tokens",
         "params",
-        "request_id",
         "seed",
     )
 
@@ -60,7 +59,6 @@ class SamplingState:
         engine_seed: int,
         device: torch.device,
     ) -> None:
-        self.request_id = request_id
         self.params = params
         self.num_prompt_tokens = num_prompt_tokens
         self.seed = _derived_seed(engine_seed, request_id) if params.seed is None else params.seed % 2**64
@@ -144,27 +142,24 @@ class LogitsEditor:
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(0, dtype=torch.float32, device=device)
 
-    def edit(self, logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], positions: list[int]) -> None:
-        """Edit rows of float32 logits [rows, width] in place; states and positions are those of `rows`."""
+    def edit(self, logits: Tensor, states: Sequence[SamplingState], positions: Sequence[int]) -> None:
+        """Edit float32 logits [rows, width] in place, each row as its state asks for a token at its position."""
         width = logits.shape[1]
         flat = logits.view(-1)
+        rows = [(row, *pair) for row, pair in enumerate(zip(states, positions, strict=True))]
         ids: list[Tensor] = []
         values: list[Tensor] = []
-        for row, state, position in zip(rows, states, positions, strict=True):
+        for row, state, position in rows:
             state.keep_allowed(logits[row])
             for bias_ids, bias_values in state.added_biases(position):
                 ids.append(bias_ids + row * width)
                 values.append(bias_values)
         if ids:
             flat.index_add_(0, torch.cat(ids), torch.cat(values))
-        penalized = [
-            (row, state, position)
-            for row, state, position in zip(rows, states, positions, strict=True)
-            if state.is_penalized
-        ]
+        penalized = [item for item in rows if item[1].is_penalized]
         if penalized:
             self._penalize_repetition(flat, width, penalized)
-            self._penalize_frequency(flat, logits.shape[0], width, penalized)
+            self._penalize_frequency(flat, width, penalized)
 
     def _penalize_repetition(self, flat: Tensor, width: int, rows: list[tuple[int, SamplingState, int]]) -> None:
         """Tokens of prompt and output: divide a positive logit, multiply a negative one (Keskar et al. 2019)."""
@@ -179,9 +174,7 @@ class LogitsEditor:
         # A token that occurs twice is written twice, with the same value.
         flat[where] = torch.where(values > 0, values / penalty, values * penalty)
 
-    def _penalize_frequency(
-        self, flat: Tensor, num_rows: int, width: int, rows: list[tuple[int, SamplingState, int]]
-    ) -> None:
+    def _penalize_frequency(self, flat: Tensor, width: int, rows: list[tuple[int, SamplingState, int]]) -> None:
         """Tokens of the output: subtract the presence penalty, and the frequency penalty per occurrence."""
         rows = [
             (row, state, position)
@@ -191,8 +184,8 @@ class LogitsEditor:
         ]
         if not rows:
             return
-        if len(self._counts) < num_rows * width:
-            self._counts = torch.zeros(num_rows * width, dtype=torch.float32, device=flat.device)
+        if len(self._counts) < len(flat):
+            self._counts = torch.zeros_like(flat)
         where = torch.cat(
             [state.tokens(state.num_prompt_tokens, position) + row * width for row, state, position in rows]
         )
@@ -200,8 +193,10 @@ class LogitsEditor:
         presence = _spread([state.params.presence_penalty for _, state, _ in rows], lengths, flat)
         frequency = _spread([state.params.frequency_penalty for _, state, _ in rows], lengths, flat)
         self._counts.index_add_(0, where, torch.ones_like(presence))
-        flat[where] = flat[where] - frequency * self._counts[where] - presence
-        self._counts[where] = 0.0
+        try:
+            flat[where] = flat[where] - frequency * self._counts[where] - presence
+        finally:  # when memory runs out, the next step must still find zeros
+            self._counts[where] = 0.0
 
 
 def uniform(seed: int, position: int, draw: int = 0) -> float:

@@ -74,14 +74,6 @@ class Sampled:
             self._values = self._unpack()
         return self._values
 
-    @property
-    def logprobs(self) -> list[TokenLogprobs | None]:
-        return self.values().logprobs
-
-    @property
-    def failed(self) -> dict[int, ErrorInfo]:
-        return self.values().failed
-
     def _unpack(self) -> SampledValues:
         num_rows = len(self.token_ids)
         peaks = self._packed[num_rows : 2 * num_rows].view(torch.float64).tolist()
@@ -120,21 +112,15 @@ class Sampler:
         `positions[i]` is where the new token of row i will stand: the number of tokens before it. Steps must be sampled
         in order, but the values of earlier ones need not be known on the host. Does not wait for a GPU.
         """
-        groups: dict[Method, list[int]] = {}
+        groups: dict[tuple[Method, bool], list[int]] = {}
         for row, state in enumerate(states):
-            groups.setdefault(self._method(state.params), []).append(row)
+            groups.setdefault((self._method(state.params), state.edits_logits), []).append(row)
         token_ids = torch.empty(len(states), dtype=torch.int64, device=self.device)
         peaks = torch.empty(len(states), dtype=torch.float32, device=self.device)
-        for method, rows in groups.items():
-            edited = [row for row in rows if states[row].edits_logits or method is not Method.GREEDY]
-            if len(edited) < len(rows):
-                plain = [row for row in rows if not states[row].edits_logits]
-                self._put(token_ids, peaks, plain, choice.most_likely(self._rows(logits, plain)))
-            for some in choice.portions(edited, logits):
-                chosen = self._choose(
-                    method, self._rows(logits, some), [states[row] for row in some], [positions[row] for row in some]
-                )
-                self._put(token_ids, peaks, some, chosen)
+        for (method, edits), rows in groups.items():
+            for some in choice.portions(rows, logits):
+                own = [states[row] for row in some], [positions[row] for row in some]
+                self._put(token_ids, peaks, some, self._choose(method, edits, self._rows(logits, some), *own))
         for row, state in enumerate(states):
             state.record(positions[row], token_ids[row : row + 1])
         return self._with_logprobs(logits, states, token_ids, peaks)
@@ -150,17 +136,18 @@ class Sampler:
         return Method.SORTED if has_top_k or params.top_p < 1 else Method.ALL
 
     def _choose(
-        self, method: Method, logits: Tensor, states: list[SamplingState], positions: list[int]
+        self, method: Method, edits: bool, logits: Tensor, states: list[SamplingState], positions: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and largest logits of rows that all use `method`. Greedy rows come here to be edited."""
-        rows, vocab_size = logits.shape
-        values, spare = self._working_memory(rows)
+        """Token ids and largest logits of rows that all use `method`, and all or none edit their logits."""
+        if method is Method.GREEDY and not edits:
+            return choice.most_likely(logits.float())
+        vocab_size = logits.shape[1]
+        values, spare = self._working_memory(len(logits))
         values[:, vocab_size:] = -math.inf
         temperatures = self._numbers([state.params.temperature for state in states]).float().unsqueeze(1)
-        edited = [row for row, state in enumerate(states) if state.edits_logits]
-        if edited:
+        if edits:
             values[:, :vocab_size] = logits
-            self._editor.edit(values, edited, [states[row] for row in edited], [positions[row] for row in edited])
+            self._editor.edit(values, states, positions)
             if method is Method.GREEDY:
                 return choice.most_likely(values)
             values.div_(temperatures)
