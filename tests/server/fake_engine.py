@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def build(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Cal
         raise EnvironmentFault("No folder 'broken'.", hint="Give a folder.", code="model_not_found")
     if settings.model == "crashing":
         sys.exit(7)
+    if settings.model == "slow":
+        time.sleep(60)
     kv = KVCacheManager(num_blocks=256, block_size=16)
     limits = SchedulerLimits(
         max_model_len=CONTEXT, max_num_seqs=settings.max_num_seqs, max_num_queued_reqs=settings.max_num_queued_reqs

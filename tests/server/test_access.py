@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from conftest import RunningServer
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.server.app import make_app, operations
@@ -129,6 +131,23 @@ def test_the_key_is_not_shown() -> None:
         ServerSettings(api_key=KEY), ("GET", "/admin/config", headers), ("GET", "/openapi.json", headers)
     ):
         assert KEY not in response.text
+
+
+def test_one_port_of_loopback_is_all_that_listens(server: RunningServer) -> None:
+    sockets = {
+        os.readlink(fd)
+        for pid in (server.process.pid, server.engine_pid())
+        for fd in Path(f"/proc/{pid}/fd").iterdir()
+        if fd.exists() or fd.is_symlink()
+    }
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{server.process.pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                listening.append(fields[1])
+    port = int(server.url.rpartition(":")[2])
+    assert listening == [f"0100007F:{port:04X}"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])

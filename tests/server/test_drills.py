@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -115,11 +116,14 @@ def test_many_aborts_return_every_block(server: RunningServer) -> None:
                 pass
 
     threads = [threading.Thread(target=leave_early, args=(1 + i % 13,)) for i in range(60)]
+    files = Path(f"/proc/{server.process.pid}/fd")
+    num_open = len(list(files.iterdir()))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     until_empty(server)
+    server.until(lambda: len(list(files.iterdir())) <= num_open)
 
 
 def test_sigterm_lets_running_requests_end() -> None:
@@ -127,11 +131,14 @@ def test_sigterm_lets_running_requests_end() -> None:
         with server.http.stream("POST", "/v1/completions", json=LONG) as response:
             lines = response.iter_lines()
             next(lines)
+            httpx.post(f"{server.url}/admin/pause")  # so that it cannot end too early
             server.process.send_signal(signal.SIGTERM)
-            server.until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+            server.until(lambda: "draining" in error_of(server.http, "/readyz"))
             refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "draining"
+            httpx.post(f"{server.url}/admin/resume")
+            assert "draining" in error_of(server.http, "/readyz")
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert server.process.wait(10) == 0
@@ -151,8 +158,9 @@ def test_sigterm_does_not_wait_for_ever() -> None:
 def test_ctrl_c_twice_ends_at_once() -> None:
     with running_server() as server, server.http.stream("POST", "/v1/completions", json=LONG) as response:
         next(response.iter_lines())
+        httpx.post(f"{server.url}/admin/pause")
         server.process.send_signal(signal.SIGINT)
-        server.until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        server.until(lambda: "draining" in error_of(server.http, "/readyz"))
         start_s = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(10) == 130
@@ -188,6 +196,27 @@ def test_a_full_queue_refuses_before_the_first_byte() -> None:
         for client in clients:
             assert client.recv(16).startswith(b"HTTP/1.1 200")
             client.close()
+
+
+def test_sigterm_while_the_engine_starts() -> None:
+    port = free_port()
+    process = subprocess.Popen([sys.executable, str(SERVE_FAKE), str(port), "model=slow"], process_group=0)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+        server = RunningServer(f"http://127.0.0.1:{port}", process, http)
+        server.until(lambda: "weights 100%" in error_of(http, "/startupz"))
+        assert http.get("/livez").status_code == 200
+        assert "starting" in error_of(http, "/readyz")
+        refused = http.post("/v1/completions", json={"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "starting")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+
+
+def error_of(http: httpx.Client, path: str) -> str:
+    try:
+        return str(http.get(path).json()["error"]["message"])
+    except httpx.TransportError:
+        return ""
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:

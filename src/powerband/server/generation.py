@@ -22,6 +22,7 @@ from powerband.server.protocol import GenerationRequest
 from powerband.server.replica import Model, Replica
 from powerband.server.replies import Finish, PromptTokensDetails, Usage
 from powerband.server.streaming import Departure
+from powerband.spec.settings import EngineSettings
 
 
 @dataclass(slots=True)
@@ -57,12 +58,19 @@ class Piece:
     finish_reason: FinishReason | None
 
 
-def check_scheduling(body: GenerationRequest, policy: str) -> None:
-    """Raise InvalidRequest for what would have no effect under this policy."""
+def check_scheduling(body: GenerationRequest, prompts: list[Prompt], settings: EngineSettings) -> None:
+    """Raise InvalidRequest for what would have no effect under this policy, or could never be in the queue at once."""
+    num_tokens = (body.n or 1) * sum(len(prompt.token_ids) for prompt in prompts)
+    if len(prompts) * (body.n or 1) > 1 and num_tokens > settings.max_num_queued_tokens:
+        raise InvalidRequest(
+            f"All prompts, n times, have {num_tokens} tokens; the queue holds {settings.max_num_queued_tokens}.",
+            hint="Send fewer prompts at a time.",
+            param="prompt",
+        )
     for name, needed in (("priority", "priority"), ("deadline_s", "deadline")):
-        if getattr(body, name) and policy != needed:
+        if getattr(body, name) and settings.scheduling_policy != needed:
             raise InvalidRequest(
-                f"'{name}' has no effect with the scheduling policy '{policy}'.",
+                f"'{name}' has no effect with the scheduling policy '{settings.scheduling_policy}'.",
                 hint=f"Leave it out, or start the server with --scheduling-policy {needed}.",
                 param=name,
             )
@@ -74,7 +82,7 @@ class Generation:
     def __init__(
         self, replica: Replica, model: Model, body: GenerationRequest, prompts: list[Prompt], params: SamplingParams
     ) -> None:
-        check_scheduling(body, replica.engine_settings.scheduling_policy)
+        check_scheduling(body, prompts, replica.engine_settings)
         self.id = uuid.uuid4().hex
         self.created_s = int(time.time())
         self.prompts = prompts

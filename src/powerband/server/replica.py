@@ -71,7 +71,8 @@ class Replica:
             on_heartbeat=self._on_heartbeat,
             on_step=self.metrics.observe_step,
         )
-        self.draining = False
+        self.draining = False  # asked for by an operator, who may take it back
+        self.ending = False  # asked for by a signal
         self.paused = False
         self.num_active = 0  # HTTP requests that generate
         self._model: Model | None = None
@@ -120,13 +121,13 @@ class Replica:
 
     def accept(self) -> Model:
         """The model, if new work is taken. Raises HttpError 503 while starting or draining."""
-        if self.draining:
-            raise HttpError(503, "draining", "This replica is shutting down.", hint="Send it to another.")
+        if self.draining or self.ending:
+            raise HttpError(503, "draining", "This replica takes no new requests.", hint="Send it to another.")
         return self.model
 
     def unready(self) -> str:
         """Why no work should be sent here; empty when it should."""
-        if self.draining:
+        if self.draining or self.ending:
             return "This replica is draining."
         if self._model is None:
             return f"The engine is starting ({self.phase})."
@@ -145,7 +146,7 @@ class Replica:
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more work and wait for what runs. False: some still ran when the time was over."""
-        self.draining = True
+        self.ending = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
