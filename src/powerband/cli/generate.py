@@ -22,6 +22,7 @@ from powerband.spec.settings import EngineSettings
 
 if TYPE_CHECKING:
     from powerband.engine.messages import EngineInfo
+    from powerband.engine.output import OutputDelta
     from powerband.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -43,11 +44,13 @@ class Output:
     times_s: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
-    def add(self, text: str, num_tokens: int, time_s: float) -> None:
-        self.text += text
-        if num_tokens:
+    def add(self, delta: OutputDelta, time_s: float) -> None:
+        self.text += delta.text
+        if delta.token_ids:
             self.times_s.append(time_s)
-            self.counts.append(num_tokens)
+            self.counts.append(len(delta.token_ids))
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason.value
 
     def report(self) -> dict[str, Any]:
         record = RequestRecord(
@@ -116,17 +119,17 @@ async def _generate(settings: EngineSettings, text: str, raw: bool, params: Samp
         token_ids = _token_ids(tokenizer, text, raw, settings.chat_template)
         params = _complete(params, len(token_ids), info)
         request = EngineRequest(id="generate", token_ids=token_ids, params=params, arrival_s=time.monotonic())
-        processor = OutputProcessor(tokenizer, params, token_ids)
         output = Output(len(token_ids), request.arrival_s)
-        async for step in engine.generate(request):
-            if step.error is not None:
-                raise RemoteError(step.error)
-            delta = processor.process(step)
-            output.add(delta.text, len(delta.token_ids), step.time_s)
-            if show:
-                print(delta.text, end="", flush=True)
-            if delta.finish_reason is not None:
-                output.finish_reason = delta.finish_reason.value
+        processor = OutputProcessor(tokenizer, params, token_ids)
+        stream = engine.submit([request])
+        while steps := await stream.take():
+            for step in steps:
+                if step.error is not None:
+                    raise RemoteError(step.error)
+                delta = processor.process(step)
+                output.add(delta, step.time_s)
+                if show:
+                    print(delta.text, end="", flush=True)
         return output
     finally:
         await engine.stop()
