@@ -14,6 +14,8 @@ from engines_for_tests import TestEngine
 from models_for_tests import greedy, random_model, save
 from safetensors.torch import load_file, save_file
 
+from powerband.engine.layers.linear import Linear, use_providers
+from powerband.engine.layers.onednn import PackedLinear
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.gpt_oss import expand_mxfp4
 from powerband.engine.weights import fill_random, load_weights, resolve_model
@@ -255,3 +257,28 @@ def test_fetches_one_revision_and_never_pickles(monkeypatch: pytest.MonkeyPatch,
     assert resolve_model(EngineSettings(model="owner/name", revision="v2")) == tmp_path
     assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+
+
+# ---- other providers of the matrix product
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_product_equals_the_plain_one(dtype: torch.dtype, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(1024, 1088, bias=bias, dtype=dtype, device=torch.device("cpu"))
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    inputs = [torch.randn(rows, 1024, generator=generator).to(dtype) for rows in (1, 7, 40)]
+    with torch.inference_mode():
+        expected = [linear(x) for x in inputs]
+        assert use_providers(linear, [PackedLinear()]) == {"onednn": 1}
+        assert linear.weight.numel() == 0  # one copy only
+        for x, plain in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(linear(x), plain, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-2)
+
+
+def test_a_weight_that_others_read_stays_as_it_is() -> None:
+    linear = Linear(64, 64, bias=False, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert use_providers(linear, [PackedLinear(keep=linear.weight)]) == {"torch": 1}
+    assert linear.weight.shape == (64, 64)

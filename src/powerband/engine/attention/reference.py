@@ -88,6 +88,8 @@ class ReferenceAttention:
         if shape.window not in self._plans:
             self._plans[shape.window] = self._plan(batch, shape.window)
         decodes, chunks = self._plans[shape.window]
+        if len(decodes) == 1 and not chunks:
+            return _decode(q, *self._gather(keys, values, decodes[0].slots), decodes[0], shape, sinks)
         out = q.new_empty(q.shape)
         for group in decodes:
             group_keys, group_values = self._gather(keys, values, group.slots)
