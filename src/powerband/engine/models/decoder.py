@@ -46,10 +46,9 @@ class Decoder(nn.Module):
         attention.begin(batch)
         rotations: dict[RopeSpec, Rotation] = {rope: table.at(positions) for rope, table in self.rotary.items()}
         hidden: torch.Tensor = self.embedding(token_ids)
-        pending: torch.Tensor | None = None
         for layer in self.layers:
-            pending = layer(hidden, pending, rotations, batch, attention)
-        return hidden if pending is None else hidden.add_(pending)
+            hidden = layer(hidden, rotations, batch, attention)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Chosen rows of `forward`'s result [rows, hidden] → [rows, vocab]."""
@@ -83,24 +82,19 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        pending: torch.Tensor | None,
         rotations: dict[RopeSpec, Rotation],
         batch: AttentionBatch,
         attention: AttentionBackend,
     ) -> torch.Tensor:
-        """Add to `hidden` in place what the layer before left `pending`, and the own attention. Returns the MLP's part.
-
-        That part is added where the next norm reads it, so that sum and norm can be one pass.
-        """
-        if pending is None:
-            x: torch.Tensor = self.attention_norm(hidden) if self.attention_norm is not None else hidden
-        else:
-            x = _add(pending, hidden, self.attention_norm)
+        x: torch.Tensor = self.attention_norm(hidden) if self.attention_norm is not None else hidden
         x = self.attention(x, rotations, batch, attention)
         if self.attention_post_norm is not None:
             x = self.attention_post_norm(x)
-        x = self.mlp(_add(x, hidden, self.mlp_norm))
-        return self.mlp_post_norm(x) if self.mlp_post_norm is not None else x
+        x = self.mlp_norm.add(x, hidden) if self.mlp_norm is not None else hidden.add_(x)
+        x = self.mlp(x)
+        if self.mlp_post_norm is not None:
+            x = self.mlp_post_norm(x)
+        return hidden.add_(x)
 
 
 class Attention(nn.Module):
@@ -152,11 +146,6 @@ class Attention(nn.Module):
         out = attention.attend_unrotated(self.index, qkv, rotation, norm, batch, self.shape, self.sinks)
         projected: torch.Tensor = self.output(out.reshape(tokens, heads * self.head_dim))
         return projected
-
-
-def _add(x: torch.Tensor, hidden: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
-    """hidden += x in place; returns the sum, normed where there is a norm."""
-    return norm.add(x, hidden) if norm is not None else hidden.add_(x)
 
 
 def _norm(spec: ModelSpec, size: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
