@@ -192,6 +192,10 @@ def test_a_full_queue_refuses_before_the_first_byte() -> None:
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
+        assert (
+            server.figure('powerband_requests_refused_total{engine="0",model_name="parrot",reason="queue_full"}') == 2
+        )
+        assert server.figure('vllm:request_success_total{engine="0",finished_reason="abort",model_name="parrot"}') == 0
         server.post("/admin/resume")
         for client in clients:
             assert client.recv(16).startswith(b"HTTP/1.1 200")

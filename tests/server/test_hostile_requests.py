@@ -237,6 +237,16 @@ def test_odd_requests_add_no_time_series(server: RunningServer) -> None:
     assert server.http.get("/metrics").text.count("\n") == before
 
 
+def test_refusals_are_counted_by_reason(server: RunningServer) -> None:
+    def refused(reason: str) -> float:
+        return server.figure(f'powerband_requests_refused_total{{engine="0",model_name="parrot",reason="{reason}"}}')
+
+    before = refused("invalid_request"), refused("context_length_exceeded")
+    refuse(server, COMPLETIONS, {"prompt": ""})
+    refuse(server, COMPLETIONS, {"prompt": [5] * 600})
+    assert (refused("invalid_request"), refused("context_length_exceeded")) == (before[0] + 1, before[1] + 1)
+
+
 def test_the_server_is_as_well_as_before(server: RunningServer) -> None:
     assert server.http.get("/readyz").json()["engine_restarts"] == 0
     assert server.post(COMPLETIONS, prompt="a b c", max_tokens=3).status_code == 200

@@ -38,14 +38,15 @@ class ChatRoutes:
     async def create(self, request: Request) -> Response:
         """Answer a conversation, whole or as a stream of chunks."""
         replica = self._replica
-        body = await read_json(request, ChatRequest, replica.settings.max_body_bytes)
-        replica.check_name(body.model)
-        model = replica.accept()
-        prompt = await chat_prompt(replica, model, body)
-        params = chat_params(body, model, len(prompt.token_ids))
-        generation = Generation(replica, model, body, [prompt], params)
-        answer = _Answer(generation, body, replica.name)
-        return await respond(request, generation, answer, stream=bool(body.stream))
+        with replica.counting_refusals():
+            body = await read_json(request, ChatRequest, replica.settings.max_body_bytes)
+            replica.check_name(body.model)
+            model = replica.accept()
+            prompt = await chat_prompt(replica, model, body)
+            params = chat_params(body, model, len(prompt.token_ids))
+            generation = Generation(replica, model, body, [prompt], params)
+            answer = _Answer(generation, body, replica.name)
+            return await respond(request, generation, answer, stream=bool(body.stream))
 
 
 class _Answer:

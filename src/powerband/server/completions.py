@@ -28,14 +28,15 @@ class CompletionRoutes:
     async def create(self, request: Request) -> Response:
         """Continue one or several texts, whole or as a stream of chunks."""
         replica = self._replica
-        body = await read_json(request, CompletionRequest, replica.settings.max_body_bytes)
-        replica.check_name(body.model)
-        model = replica.accept()
-        prompts = await completion_prompts(replica, model, body)
-        params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
-        generation = Generation(replica, model, body, prompts, params)
-        answer = _Answer(generation, body, replica.name)
-        return await respond(request, generation, answer, stream=bool(body.stream))
+        with replica.counting_refusals():
+            body = await read_json(request, CompletionRequest, replica.settings.max_body_bytes)
+            replica.check_name(body.model)
+            model = replica.accept()
+            prompts = await completion_prompts(replica, model, body)
+            params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
+            generation = Generation(replica, model, body, prompts, params)
+            answer = _Answer(generation, body, replica.name)
+            return await respond(request, generation, answer, stream=bool(body.stream))
 
 
 class _Answer:

@@ -14,7 +14,7 @@ from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOut
 from powerband.engine.messages import RemoteError
 from powerband.engine.output import OutputProcessor
 from powerband.engine.stream import TokenStream
-from powerband.errors import InvalidRequest
+from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.server.edge import ClientLeft
 from powerband.server.prompts import Prompt
@@ -119,11 +119,16 @@ class Generation:
         """
         self._replica.begin()
         self._departure = Departure(receive)
-        self._stream = self._replica.engine.submit([choice.request for choice in self.choices])
-        self._departure.then(self._stream.close)
-        self._ahead = await self._take()
-        for output in self._ahead:
-            _raise_error(output.error)
+        try:
+            self._stream = self._replica.engine.submit([choice.request for choice in self.choices])
+            self._departure.then(self._stream.close)
+            self._ahead = await self._take()
+            for output in self._ahead:
+                _raise_error(output.error)
+        except PowerbandError:
+            for choice in self.choices:  # refused, so none of them counts as a request that ended
+                choice.finish_reason = FinishReason.ERROR
+            raise
 
     async def pieces(self) -> list[Piece]:
         """What came since the last call; empty at the end. Raises ClientLeft, and the error that a request met."""
@@ -169,7 +174,6 @@ class Generation:
             return None
         self._record(choice, output)
         if output.error is not None:
-            self._replica.metrics.observe_refusal(output.error.code)
             self._finish(choice, FinishReason.ERROR)
             _raise_error(output.error)
         result = choice.processor.process(output)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
@@ -13,7 +14,7 @@ import msgspec
 
 from powerband.engine.messages import EngineInfo, Heartbeat
 from powerband.engine.supervisor import EngineProcess
-from powerband.errors import InvalidRequest
+from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.prometheus import EngineMetrics
 from powerband.server.errors import HttpError
 from powerband.server.settings import ServerSettings
@@ -75,6 +76,8 @@ class Replica:
         self.ending = False  # asked for by a signal
         self.paused = False
         self.num_active = 0  # HTTP requests that generate
+        self.seconds: dict[str, float] = {}  # of the start, by phase
+        self._loading_s = 0.0  # when the engine's process had its imports done
         self._model: Model | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -82,7 +85,9 @@ class Replica:
 
     async def start(self) -> EngineInfo:
         """Start the engine and load the tokenizer. Raises what went wrong there."""
+        start_s = time.monotonic()
         info = await self.engine.start()
+        engine_s = time.monotonic()
         source = self.engine_settings.tokenizer or info.model_folder
         revision = self.engine_settings.revision if self.engine_settings.tokenizer is None else None
         tokenizer = await self.in_thread(Tokenizer.load, source, revision=revision)
@@ -90,6 +95,12 @@ class Replica:
         if tokenizer is not None:
             template = await self.in_thread(ChatTemplate.load, tokenizer, self.engine_settings.chat_template)
         self._model = Model(info, tokenizer, template)
+        loading_s = self._loading_s or engine_s
+        self.seconds = {
+            "process and imports": loading_s - start_s,
+            "engine": engine_s - loading_s,
+            "tokenizer": time.monotonic() - engine_s,
+        }
         return info
 
     async def stop(self) -> None:
@@ -135,6 +146,16 @@ class Replica:
             return "The engine is paused."
         return self.engine.health().reason
 
+    @contextlib.contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Around everything that comes before an answer: what a client did wrong, or came too early for, is counted."""
+        try:
+            yield
+        except PowerbandError as error:
+            if error.http_status < 500:
+                self.metrics.observe_refusal(error.code)
+            raise
+
     def begin(self) -> None:
         self.num_active += 1
         self._idle.clear()
@@ -159,6 +180,7 @@ class Replica:
         return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
     def _on_phase(self, name: str, fraction: float) -> None:
+        self._loading_s = self._loading_s or time.monotonic()
         self.phase = f"{name} {fraction:.0%}"
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:

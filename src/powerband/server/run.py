@@ -70,7 +70,7 @@ async def _serve(
     try:
         await asyncio.wait({starting, ending, listening}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
-            _show(starting.result(), _url(server_settings, listener), time.monotonic() - start_s)
+            _show(starting.result(), replica.seconds, time.monotonic() - start_s, _url(server_settings, listener))
             await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
             await _drain(replica, signals, server_settings.drain_timeout_s)
     finally:
@@ -164,7 +164,8 @@ def _url(settings: ServerSettings, listener: socket.socket) -> str:
     return f"http://{host}:{listener.getsockname()[1]}/v1"
 
 
-def _show(info: EngineInfo, url: str, seconds: float) -> None:
+def _show(info: EngineInfo, phases: dict[str, float], seconds: float, url: str) -> None:
     """The start-up block, on stderr: stdout belongs to results."""
-    sys.stderr.write(f"{info.summary.rstrip()}\n{'ready':<11}in {seconds:.1f} s\n{'URL':<11}{url}\n")
+    parts = ", ".join(f"{name} {phase_s:.2f} s" for name, phase_s in phases.items())
+    sys.stderr.write(f"{info.summary.rstrip()}\nready      in {seconds:.2f} s: {parts}\nURL        {url}\n")
     sys.stderr.flush()
