@@ -50,3 +50,13 @@ def test_commands_and_flags_exist(
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(), re.MULTILINE)) <= targets
+
+
+def test_every_code_of_the_api_is_explained() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "src/powerband/server").glob("*.py"))
+    codes = set(re.findall(r"(?:HttpError|_refuse)\(\s*\d+,\s*\"([a-z_]+)\"", source)) - {"client_disconnected"}
+    errors = (ROOT / "src/powerband/errors.py").read_text() + (ROOT / "src/powerband/core/admission.py").read_text()
+    codes |= set(re.findall(r"default_code = \"([a-z_]+)\"", errors)) - {"usage_error", "environment_error"}
+    assert len(codes) > 15
+    explained = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs" / "errors.md").read_text()))
+    assert codes <= explained, codes - explained
