@@ -32,7 +32,7 @@ class EngineChannel:
         path.chmod(0o600)
         self._requests: zmq.Socket[bytes] | None = None
         # The descriptor only tells that something changed, so every call reads until nothing is left.
-        self._loop.add_reader(self._outputs.get(zmq.FD), self.drain)
+        self._loop.add_reader(self._outputs.fileno(), self.drain)
 
     @property
     def num_malformed(self) -> int:
@@ -52,7 +52,7 @@ class EngineChannel:
 
     def drain(self) -> None:
         """Deliver everything that has arrived."""
-        while self._outputs.get(zmq.EVENTS) & zmq.POLLIN:
+        while int(self._outputs.get(zmq.EVENTS)) & zmq.POLLIN:
             data = self._outputs.recv(zmq.NOBLOCK)
             message = self._wire.decode(data)
             if message is None:
@@ -63,6 +63,6 @@ class EngineChannel:
     def close(self) -> None:
         """Deliver what has arrived, then remove the sockets and their folder."""
         self.drain()
-        self._loop.remove_reader(self._outputs.get(zmq.FD))
+        self._loop.remove_reader(self._outputs.fileno())
         self._context.destroy(linger=0)
         shutil.rmtree(self.folder, ignore_errors=True)
