@@ -12,11 +12,10 @@ from engines_for_tests import SMALL, TestEngine
 from models_for_tests import random_model, save
 
 from powerband.core.step import FinishReason
+from powerband.cost.precision import auto_dtype
 from powerband.engine.attention import choose_backend
-from powerband.engine.build import _auto_dtype
 from powerband.engine.executor.local import TorchExecutor
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.device import Device
 from powerband.spec.reader import read_model_spec
 
 
@@ -69,8 +68,7 @@ def test_auto_dtype_on_a_cpu(
     folder: Path, tmp_path: Path, stored: str, features: tuple[str, ...], expected: str
 ) -> None:
     spec = read_model_spec(configured(folder, tmp_path, dtype=stored))
-    cpu = Device("cpu", "cpu", 1 << 30, 1 << 30, 2, features)
-    assert _auto_dtype(spec, torch.device("cpu"), cpu) == expected
+    assert auto_dtype(spec, "cpu", features) == expected
 
 
 def test_settings_in_effect_are_filled_in(folder: Path) -> None:

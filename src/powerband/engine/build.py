@@ -20,6 +20,7 @@ from powerband.core.policy import make_policy
 from powerband.core.scheduler import Scheduler
 from powerband.core.step import DeviceReport
 from powerband.cost.memory import MemoryPlan, plan_memory
+from powerband.cost.precision import auto_dtype
 from powerband.cost.sizing import readable
 from powerband.engine.attention import Choice, choose_backend
 from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
@@ -35,8 +36,6 @@ from powerband.spec.settings import EngineSettings
 
 # How quantized checkpoints are expanded while loading, by family.
 _EXPANDED = {("gpt_oss", "mxfp4")}
-# CPU features with which 16-bit products are faster than 32-bit ones.
-_FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 @dataclass(slots=True)
@@ -76,7 +75,11 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     device = choose_device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or cpu.cores)
-    dtype = settings.dtype if settings.dtype != "auto" else _auto_dtype(spec, device, cpu)
+    dtype = (
+        settings.dtype
+        if settings.dtype != "auto"
+        else auto_dtype(spec, "cuda" if device.type == "cuda" else "cpu", cpu.features)
+    )
     memory = _plan(spec, settings, device, cpu, dtype)
     stopwatch.lap("plan")
     settings = _resolved(settings, device, dtype, memory)
@@ -107,14 +110,6 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
             param="device",
         )
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _auto_dtype(spec: ModelSpec, device: torch.device, cpu: Device) -> str:
-    """As stored, where the device is fast at it; else float32."""
-    if device.type == "cuda":
-        return spec.dtype
-    fast = any(feature in cpu.features for feature in _FAST_BFLOAT16)
-    return "bfloat16" if spec.dtype != "float32" and fast else "float32"
 
 
 def _plan(spec: ModelSpec, settings: EngineSettings, device: torch.device, cpu: Device, dtype: str) -> MemoryPlan:
