@@ -75,11 +75,8 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     device = choose_device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or cpu.cores)
-    dtype = (
-        settings.dtype
-        if settings.dtype != "auto"
-        else auto_dtype(spec, "cuda" if device.type == "cuda" else "cpu", cpu.features)
-    )
+    kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
+    dtype = settings.dtype if settings.dtype != "auto" else auto_dtype(spec, kind, cpu.features)
     memory = _plan(spec, settings, device, cpu, dtype)
     stopwatch.lap("plan")
     settings = _resolved(settings, device, dtype, memory)
