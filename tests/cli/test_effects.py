@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,16 @@ from powerband.errors import UsageError
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 
+KNOWN = (EngineSettings, ServerSettings)
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "powerband"
+# Attributes that code outside the settings and the command line reads.
+READ = {
+    node.attr
+    for path in SOURCE.rglob("*.py")
+    if path.name != "settings.py" and path.parent.name != "cli"
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Attribute)
+}
 # Per rule, in their order: settings that break it on a device, and a neighbour that is fine on a device.
 CASES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     ({"revision": "main"}, "cpu", {"revision": "main", "model": "org/name"}, "cpu"),
@@ -26,8 +39,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
 
 
 def check(given: dict[str, Any], device: str) -> None:
-    classes = (EngineSettings, ServerSettings)
-    check_effects(resolve(classes, classes, given, {}, None), lambda: device)
+    check_effects(resolve(KNOWN, KNOWN, given, {}, None), lambda: device)
 
 
 def test_every_rule_has_a_case() -> None:
@@ -55,5 +67,10 @@ def test_device_is_looked_for_only_when_it_matters() -> None:
     def unexpected() -> str:
         raise AssertionError("the device was looked for")
 
-    classes = (EngineSettings, ServerSettings)
-    check_effects(resolve(classes, classes, {"max_num_seqs": 4}, {}, None), unexpected)
+    check_effects(resolve(KNOWN, KNOWN, {"max_num_seqs": 4}, {}, None), unexpected)
+
+
+@pytest.mark.parametrize("setting", [item.name for settings in KNOWN for item in fields(settings)])
+def test_every_setting_is_read_by_what_it_is_for(setting: str) -> None:
+    """None is accepted and then ignored: the engine or the server reads each one."""
+    assert setting in READ
