@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines_for_tests import SMALL, TestEngine
-from models_for_tests import FAMILIES, NEW_TOKENS, Oracle, healthy_model, save
+from models_for_tests import FAMILIES, NEW_TOKENS, ORIGINAL_POSITIONS, VARIANTS, Oracle, healthy_model, save
 
 from powerband.spec.counts import kv_bytes_per_token
 from powerband.spec.reader import read_model_spec
@@ -68,3 +68,17 @@ def test_from_the_prefix_cache(checkpoint: tuple[Path, Oracle]) -> None:
         hits = engine.engine.scheduler.stats().prefix_hits
         assert engine.generate(oracle.prompts, max_tokens=NEW_TOKENS) == oracle.continuations
         assert engine.engine.scheduler.stats().prefix_hits > hits + 400
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rarer_switches(variant: str, tmp_path: Path) -> None:
+    family, changes = VARIANTS[variant]
+    model, oracle = healthy_model(family, **changes)
+    with TestEngine(save(model, tmp_path), max_num_batched_tokens=96) as engine:
+        assert engine.generate(oracle.prompts, max_tokens=NEW_TOKENS) == oracle.continuations
+
+
+def test_an_engine_for_short_sequences_uses_short_rope_factors(tmp_path: Path) -> None:
+    model, oracle = healthy_model("phi3_longrope", [[5], list(range(40)), list(range(20, 40))])
+    with TestEngine(save(model, tmp_path), max_model_len=ORIGINAL_POSITIONS) as engine:
+        assert engine.generate(oracle.prompts, max_tokens=NEW_TOKENS) == oracle.continuations

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -129,14 +129,9 @@ def _check_quantization(spec: ModelSpec, folder: Path) -> None:
 
 def _resolved(settings: EngineSettings, device: torch.device, dtype: str, memory: MemoryPlan) -> EngineSettings:
     overlap = settings.async_scheduling
-    names: dict[str, Literal["float32", "float16", "bfloat16"]] = {
-        "float32": "float32",
-        "float16": "float16",
-        "bfloat16": "bfloat16",
-    }
     return replace(
         settings,
-        dtype=names[dtype],
+        dtype=cast("Literal['float32', 'float16', 'bfloat16']", dtype),
         device="cuda" if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads() if device.type == "cpu" else settings.threads,
         max_model_len=memory.max_model_len,
@@ -147,7 +142,7 @@ def _resolved(settings: EngineSettings, device: torch.device, dtype: str, memory
 def _executor_config(
     settings: EngineSettings, spec: ModelSpec, folder: Path, device: torch.device, choice: Choice
 ) -> ExecutorConfig:
-    captures = device.type == "cuda" and not settings.enforce_eager and can_capture(spec, choice.name)
+    captures = device.type == "cuda" and not settings.enforce_eager and can_capture(choice.name)
     return ExecutorConfig(
         spec=spec,
         folder=folder,
