@@ -37,7 +37,7 @@ class Rig:
     ) -> None:
         self.commands: list[Command] = []
         self.max_rows = options.get("max_rows", 16)
-        self.captures = captures = graphs and can_capture(spec, options["attention"])
+        self.captures = captures = graphs and can_capture(options["attention"])
         self.config = ExecutorConfig(
             spec=spec,
             folder=folder,

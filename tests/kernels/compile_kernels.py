@@ -16,9 +16,10 @@ from triton.compiler import ASTSource
 
 from powerband.engine.attention import triton as backend
 from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
-from powerband.engine.kernels import fused_layers, stage_decodes
+from powerband.engine.kernels import fused_layers, grouped_matmul, stage_decodes
 
 KERNELS = ("chunk_kernel", "decode_kernel", "combine_kernel", "rotary_store_kernel")
+KERNEL = "grouped_matmul_kernel"
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -77,6 +78,11 @@ def record_layers(dtype):
         fused_layers.rms_norm(x, None, weight, 1e-6)
         for activation in fused_layers.ACTIVATIONS:
             fused_layers.gated(x, activation)
+        stack.enter_context(patch.object(grouped_matmul, KERNEL, Recorder(getattr(grouped_matmul, KERNEL), launches)))
+        offsets, order = torch.zeros(9, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
+        weight, bias = torch.zeros(8, 128, 4096, dtype=dtype), torch.zeros(8, 128, dtype=dtype)
+        grouped_matmul.grouped_matmul(x, weight, bias, offsets, order, 2)
+        grouped_matmul.grouped_matmul(x.repeat(100, 1), weight, None, offsets)
     return launches
 
 

@@ -28,4 +28,5 @@ def test_every_launch_compiles_and_fits(target, tmp_path):
         "combine_kernel",
         "rms_norm_kernel",
         "gated_kernel",
+        "grouped_matmul_kernel",
     }

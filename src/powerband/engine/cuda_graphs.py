@@ -18,7 +18,6 @@ import torch
 from powerband.engine.attention.base import AttentionBackend, AttentionBatch
 from powerband.engine.batch import Inputs
 from powerband.engine.models.decoder import Decoder
-from powerband.spec.model import ModelSpec
 
 # Captures a function and returns what runs it again.
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
@@ -27,13 +26,9 @@ MAX_ROWS = 512
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MAX_ROWS)
 
 
-def can_capture(spec: ModelSpec, attention: str) -> bool:
-    """Whether a decoder's decodes are the same kernels for every step.
-
-    `attention`: a backend's name. The reference plans on the host, so it is not. Nor are experts: which run depends on
-    the tokens.
-    """
-    return attention == "triton" and not any(layer.num_experts for layer in spec.layers)
+def can_capture(attention: str) -> bool:
+    """Whether decodes are the same kernels in every step. The reference backend's are not: it plans on the host."""
+    return attention == "triton"
 
 
 @dataclass(frozen=True, slots=True)

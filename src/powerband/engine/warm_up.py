@@ -12,8 +12,8 @@ import torch
 from powerband.engine.attention.base import AttentionBatch
 from powerband.engine.batch import Inputs
 
-# Kernels come in a variant for short and one for long chunks.
-_CHUNKS = (8, 128)
+# Attention has a variant for short and one for long chunks, experts have one for few and one for many tokens.
+_CHUNKS = (8, 128, 1024)
 
 
 @torch.inference_mode()

@@ -74,7 +74,7 @@ def _start(sinks, head, exists, TILE_M: tl.constexpr, HAS_SINKS: tl.constexpr):
 
 
 @triton.jit
-def _row_of(program, query_starts, first_token, num_rows, QUERIES: tl.constexpr):
+def row_of(program, query_starts, first_token, num_rows, QUERIES: tl.constexpr):
     """The last row whose tiles begin at or before `program`, by bisection."""
     low, high = 0, num_rows
     while low < high:
@@ -103,7 +103,7 @@ def chunk_kernel(q, out, k_cache, v_cache, tables, query_starts, context_lens, s
     program, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_starts += first_row
     first_token = tl.load(query_starts)
-    row = _row_of(program, query_starts, first_token, num_rows, QUERIES)
+    row = row_of(program, query_starts, first_token, num_rows, QUERIES)
     row_start = tl.load(query_starts + row)
     num_queries = tl.load(query_starts + row + 1) - row_start
     first_query = (program - (row_start - first_token) // QUERIES - row) * QUERIES

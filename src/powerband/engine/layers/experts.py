@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +17,14 @@ CLAMP_LIMIT = 7.0
 SIGMOID_ALPHA = 1.702
 
 
+class ExpertsKernel(Protocol):
+    """For x [tokens, hidden] the sum of the experts `chosen`, times `weights` (both [tokens, experts per token])."""
+
+    def __call__(
+        self, experts: Experts, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
 class Experts(nn.Module):
     """Router and experts of one layer. Only experts that have tokens run, each once, over all of its tokens.
 
@@ -25,6 +35,7 @@ class Experts(nn.Module):
         super().__init__()
         hidden, inner = spec.hidden_size, spec.expert_intermediate_size
         self.spec = spec
+        self.kernel: ExpertsKernel | None = None  # a device may have something faster
         self.router = Linear(hidden, num_experts, bias=spec.router_bias, dtype=dtype, device=device)
         self.gate_up = parameter(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
         self.down = parameter(num_experts, hidden, inner, dtype=dtype, device=device)
@@ -33,6 +44,8 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.route(x)
+        if self.kernel is not None:
+            return self.kernel(self, x, weights, chosen)
         per_token = chosen.shape[1]
         # Assignments sorted by expert, so that the tokens of each expert lie together.
         experts = chosen.flatten()
@@ -63,11 +76,13 @@ class Experts(nn.Module):
         gate_up_bias = self.gate_up_bias[expert] if self.gate_up_bias is not None else None
         down_bias = self.down_bias[expert] if self.down_bias is not None else None
         gate_up = F.linear(x, self.gate_up[expert], gate_up_bias)
+        return F.linear(self.activated(gate_up), self.down[expert], down_bias)
+
+    def activated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[rows, 2 * intermediate] → [rows, intermediate]."""
         if self.spec.expert_activation == "gpt_oss":
-            inner = _clamped_gate(gate_up)
-        else:
-            inner = gated(gate_up, self.spec.activation)
-        return F.linear(inner, self.down[expert], down_bias)
+            return _clamped_gate(gate_up)
+        return gated(gate_up, self.spec.activation)
 
 
 def _clamped_gate(gate_up: torch.Tensor) -> torch.Tensor:
