@@ -42,11 +42,11 @@ class Exercise:
         return ("" if self.prompt.endswith("\n") else " ") + self.reply + "\n"
 
     def is_right(self, reply: str) -> bool:
-        """Whether `reply` is the answer: the same value for JSON, the last number for sums, else the same text."""
-        if self.kind in ("add", "subtract", "multiply"):
-            return re.findall(r"\d+", reply)[-1:] == [self.answer]
-        if self.kind != "json":
+        """Whether `reply` is the answer: the line for copies, the value for JSON, else the last word or number."""
+        if self.kind == "copy":
             return reply.strip() == self.answer
+        if self.kind != "json":
+            return re.findall(r"\w+", reply)[-1:] == [self.answer]
         try:
             return _pairs(reply) == _pairs(self.answer)
         except (ValueError, RecursionError):
