@@ -125,6 +125,14 @@ def test_prompt_logprobs_are_those_of_transformers(folder: Path, model: Any, bud
     assert [row.token_ids[1:] for row in rows] == expected[:-1].topk(2).indices.tolist()
 
 
+def test_prompt_logprobs_are_complete_although_the_prefix_is_cached(engine: TestEngine) -> None:
+    prompt = list(range(60))
+    engine.generate([prompt])
+    id = engine.add(prompt, prompt_logprobs=0)
+    rows = [row for output in engine.run()[id] for row in output.prompt_logprobs or []]
+    assert [row.token_ids[0] for row in rows] == prompt[1:]
+
+
 def test_logprobs_are_those_of_transformers(engine: TestEngine, model: Any) -> None:
     id = engine.add(GOOD[2], logprobs=3, max_tokens=6)
     outputs = engine.run()[id]
