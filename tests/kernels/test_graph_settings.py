@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("msgspec", reason="a machine that only checks kernels may lack it")
+
 from powerband.engine.attention import Choice
 from powerband.engine.build import _executor_config
 from powerband.spec.reader import read_model_spec
