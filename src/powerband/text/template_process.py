@@ -113,14 +113,7 @@ class TemplateProcesses:
         self._idle: list[_Worker] = []
         self._num_workers = 1
         self._condition = threading.Condition()
-        worker = _Worker(sources, limits)
-        if "error" in worker.answer:
-            worker.kill()
-            raise EnvironmentFault(
-                f"The chat template cannot be used: {worker.answer['error']}.",
-                hint="Give another with --chat-template FILE.",
-                code="chat_template_invalid",
-            )
+        worker = self._started()
         self.takes_parts: dict[str, bool] = worker.answer["takes_parts"]
         self._idle.append(worker)
         self._finalizer = weakref.finalize(self, _kill_all, self._idle)
@@ -152,6 +145,17 @@ class TemplateProcesses:
         """End the workers. Renderings in progress finish first."""
         self._finalizer()
 
+    def _started(self) -> _Worker:
+        worker = _Worker(self._sources, self._limits)
+        if "error" in worker.answer:
+            worker.kill()
+            raise EnvironmentFault(
+                f"The chat template cannot be used: {worker.answer['error']}.",
+                hint="Give another with --chat-template FILE.",
+                code="chat_template_invalid",
+            )
+        return worker
+
     def _take(self) -> _Worker:
         deadline_s = time.monotonic() + self._limits.seconds + 1
         with self._condition:
@@ -162,8 +166,8 @@ class TemplateProcesses:
                 return self._idle.pop()
             self._num_workers += 1
         try:
-            return _Worker(self._sources, self._limits)
-        except OSError:
+            return self._started()
+        except (OSError, EnvironmentFault):
             self._forget_one()
             raise
 
