@@ -21,6 +21,8 @@ from powerband.engine.layers.rotary import rotate
 
 # Positions of decodes that are gathered at once: bounds the workspace, unless one context alone is longer.
 _GATHERED = 16384
+# Lengths of decodes are rounded up to a multiple: oneDNN compiles a product for every shape that it has not yet seen.
+_ROUNDING = 32
 # Queries that are scored at once where the scores are held in memory (soft cap, sinks).
 _QUERY_TILE = 256
 
@@ -156,12 +158,13 @@ class ReferenceAttention:
     def _group(self, batch: AttentionBatch, rows: list[int], window: int | None) -> _Decodes:
         ends = [batch.context_lens_host[row] for row in rows]
         firsts = [max(end - window, 0) if window else 0 for end in ends]
-        length = max(end - first for end, first in zip(ends, firsts, strict=True))
+        seen = [end - first for end, first in zip(ends, firsts, strict=True)]
+        length = -(-max(seen) // _ROUNDING) * _ROUNDING
         row_index = torch.tensor(rows, device=self.device)
         end = torch.tensor(ends, device=self.device).unsqueeze(1)
         positions = torch.tensor(firsts, device=self.device).unsqueeze(1) + torch.arange(length, device=self.device)
         bias = None
-        if min(end - first for end, first in zip(ends, firsts, strict=True)) < length:
+        if min(seen) < length:
             bias = torch.zeros(len(rows), 1, length, device=self.device)
             bias.masked_fill_((positions >= end).unsqueeze(1), float("-inf"))
         slots = self._slots(batch.block_tables[row_index], torch.minimum(positions, end - 1)).flatten()
