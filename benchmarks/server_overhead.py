@@ -38,7 +38,7 @@ from powerband.spec.settings import EngineSettings
 LIMIT_US = 100.0
 STEP_S = 0.010
 TOKENS = 128
-ROUNDS = 4
+ROUNDS = 4  # of all streams at once; more for few streams
 DEMO = Path(powerband.__file__).parent / "demo"
 
 
@@ -103,7 +103,7 @@ def measure(port: int, api: int, engine: int, concurrency: int) -> dict[str, flo
 
     asyncio.run(load())  # warm
     before = cpu_s(api), cpu_s(engine)
-    results = [result for _ in range(ROUNDS * max(1, 16 // concurrency)) for result in asyncio.run(load())]
+    results = [result for _ in range(ROUNDS * max(1, 4 // concurrency)) for result in asyncio.run(load())]
     tokens = TOKENS * len(results)
     added = sorted(1000 * (first_s - STEP_S) for first_s, _ in results)
     return {
