@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from powerband.engine.sampler import Sampler
 from powerband.engine.warm_up import warm_up
 from powerband.engine.weights import fill_random, load_weights
 from powerband.errors import UsageError
+from powerband.spec.device import detect_cpu
 from powerband.spec.model import ModelSpec
 
 Progress = Callable[[str, float], None]
@@ -167,7 +167,7 @@ class Handle:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return detect_cpu().name
 
 
 def _free_bytes(device: torch.device) -> int:
