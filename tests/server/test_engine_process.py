@@ -111,6 +111,24 @@ def test_death_during_start_up_says_when_and_how() -> None:
         asyncio.run(scenario())
 
 
+def test_an_engine_that_cannot_be_run_at_all() -> None:
+    engine = EngineProcess(EngineSettings(), command=("/no/such/program",))
+    with pytest.raises(EngineDead, match=r"could not be started: .*No such file"):
+        asyncio.run(engine.start())
+
+
+def test_a_long_temporary_folder_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+
+    async def scenario() -> None:
+        async with running() as engine:
+            assert len(await outputs_of(engine, request("a"))) == 5
+
+    asyncio.run(scenario())
+
+
 def test_killed_engine_ends_streams_and_comes_back() -> None:
     async def scenario() -> None:
         async with running() as engine:
@@ -148,6 +166,20 @@ def test_stopped_engine_is_not_ready_and_recovers() -> None:
             await until(lambda: engine.health().ready)
             assert engine.num_restarts == 0
             assert (await engine.call("stats"))["num_running"] == 0
+
+    asyncio.run(scenario())
+
+
+def test_without_supervision_nothing_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            stream = engine.submit([request("a", 400)])
+            await stream.take()
+            monkeypatch.setattr(engine._monitor, "tick", lambda: 1 / 0)
+            await until(lambda: not engine.health().ready)
+            while (last := (await stream.take())[-1]).finish_reason is None:
+                pass
+            assert "supervision of the engine failed" in last.error.message
 
     asyncio.run(scenario())
 

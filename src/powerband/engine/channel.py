@@ -12,15 +12,19 @@ from pathlib import Path
 import zmq
 
 from powerband.engine.messages import OUTPUTS_SOCKET, REQUESTS_SOCKET, FromEngine, ToEngine, Wire
+from powerband.errors import EnvironmentFault
 
 logger = logging.getLogger(__name__)
+
+
+_LONGEST_PATH = 107 - len("/powerband-xxxxxxxx/requests.sock")  # what the address of a unix socket holds
 
 
 class EngineChannel:
     """Sockets in a folder that only this user can enter. `receive` is called for each message, in the event loop."""
 
     def __init__(self, receive: Callable[[FromEngine], None]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="powerband-"))  # mode 0700
+        self.folder = _private_folder()
         self._wire = Wire(FromEngine)
         self._receive = receive
         self._loop = asyncio.get_running_loop()
@@ -66,3 +70,16 @@ class EngineChannel:
         self._loop.remove_reader(self._outputs.fileno())
         self._context.destroy(linger=0)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """A new folder of mode 0700 whose path is short enough for a socket. Raises EnvironmentFault."""
+    base = tempfile.gettempdir()
+    try:
+        return Path(tempfile.mkdtemp(prefix="powerband-", dir=base if len(base) <= _LONGEST_PATH else "/tmp"))  # noqa: S108 (the new folder is private)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"No folder for the engine's sockets can be made: {error}.",
+            hint="Free some space, or name another place in TMPDIR.",
+            code="no_socket_folder",
+        ) from error

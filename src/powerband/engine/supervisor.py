@@ -109,7 +109,7 @@ class EngineProcess:
         except PowerbandError as error:
             self._monitor.ended(EngineState.DEAD, str(error))
             raise
-        self._keeper = asyncio.create_task(self._keep_alive(), name="engine-keeper")
+        self._keeper = asyncio.create_task(self._supervise(), name="engine-keeper")
         return info
 
     async def stop(self) -> None:
@@ -180,7 +180,11 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         channel = self._channel = EngineChannel(self._receive)
         # In a process group of its own: Ctrl-C at the terminal is for the API process, which then drains.
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
+        try:
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
+        except OSError as error:
+            await self._end()
+            raise EngineDead(f"The engine's process could not be started: {error}.") from error
         exited = loop.create_task(asyncio.to_thread(process.wait), name="engine-exit")
         current = self._current = _Incarnation(process, exited, loop.create_future())
         # Standard input stays open: its end tells the engine that this process is gone.
@@ -206,15 +210,25 @@ class EngineProcess:
         """Make sure that the engine's process is gone, and its sockets with it."""
         current, channel = self._current, self._channel
         self._current = self._channel = None
-        if current is not None and channel is not None:
-            if not current.exited.done():
-                if current.process.stdin is not None:
-                    current.process.stdin.close()
-                done, _ = await asyncio.wait({current.exited}, timeout=_STOP_GRACE_S)
-                if not done:
-                    current.process.send_signal(signal.SIGKILL)
-                    await current.exited
+        if current is not None:
+            if current.process.stdin is not None:
+                current.process.stdin.close()
+            done, _ = await asyncio.wait({current.exited}, timeout=_STOP_GRACE_S)
+            if not done:
+                current.process.send_signal(signal.SIGKILL)
+                await current.exited
+        if channel is not None:
             channel.close()
+
+    async def _supervise(self) -> None:
+        """Nobody is ready whom nobody watches: a defect in here ends the service, not only the watching."""
+        try:
+            await self._keep_alive()
+        except Exception as defect:
+            logger.exception("The supervision of the engine failed.")
+            error = EngineDead(f"The supervision of the engine failed: {defect!r}.", hint="Restart the server.")
+            self._monitor.ended(EngineState.DEAD, str(error))
+            self._fail_everything(error)
 
     async def _keep_alive(self) -> None:
         """Watch the engine; when it ends, tell everyone who waits, and start it again."""
