@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -40,11 +41,12 @@ class ChatRoutes:
         replica = self._replica
         with replica.counting_refusals():
             body = await read_json(request, ChatRequest, replica.settings.max_body_bytes)
+            arrival_s = time.monotonic()
             replica.check_name(body.model)
             model = replica.accept()
             prompt = await chat_prompt(replica, model, body)
             params = chat_params(body, model, len(prompt.token_ids))
-            generation = Generation(replica, model, body, [prompt], params)
+            generation = Generation(replica, model, body, [prompt], params, arrival_s)
             answer = _Answer(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 

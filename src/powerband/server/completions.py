@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -30,11 +31,12 @@ class CompletionRoutes:
         replica = self._replica
         with replica.counting_refusals():
             body = await read_json(request, CompletionRequest, replica.settings.max_body_bytes)
+            arrival_s = time.monotonic()
             replica.check_name(body.model)
             model = replica.accept()
             prompts = await completion_prompts(replica, model, body)
             params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
-            generation = Generation(replica, model, body, prompts, params)
+            generation = Generation(replica, model, body, prompts, params, arrival_s)
             answer = _Answer(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 

@@ -80,7 +80,13 @@ class Generation:
     """Started, read until it is exhausted, and closed under all circumstances: `close` aborts what has not ended."""
 
     def __init__(
-        self, replica: Replica, model: Model, body: GenerationRequest, prompts: list[Prompt], params: SamplingParams
+        self,
+        replica: Replica,
+        model: Model,
+        body: GenerationRequest,
+        prompts: list[Prompt],
+        params: SamplingParams,
+        arrival_s: float,
     ) -> None:
         check_scheduling(body, prompts, replica.engine_settings)
         self.id = uuid.uuid4().hex
@@ -89,7 +95,6 @@ class Generation:
         self.params = params
         self.tokenizer = model.tokenizer
         self._replica = replica
-        now_s = time.monotonic()
         self.choices: list[Choice] = []
         for prompt in prompts:
             for copy in range(params.n):
@@ -99,10 +104,10 @@ class Generation:
                     id=f"{self.id}-{index}",
                     token_ids=prompt.token_ids,
                     params=own,
-                    arrival_s=now_s,
+                    arrival_s=arrival_s,
                     priority=body.priority or 0,
                     tenant=body.user or "",
-                    deadline_s=None if body.deadline_s is None else now_s + body.deadline_s,
+                    deadline_s=None if body.deadline_s is None else arrival_s + body.deadline_s,
                     cache_salt=body.cache_salt or "",
                 )
                 processor = OutputProcessor(model.tokenizer, own, prompt.token_ids)
