@@ -226,9 +226,11 @@ def test_the_engine_ends_when_its_parent_is_gone() -> None:
     async def scenario() -> int:
         engine = EngineProcess(EngineSettings(), command=COMMAND)
         await engine.start()
-        process = engine._current.process
+        process, folder = engine._current.process, engine._channel.folder
         process.stdin.close()  # what the kernel does when the parent is killed
-        return await asyncio.to_thread(process.wait, 5)
+        status = await asyncio.to_thread(process.wait, 5)
+        assert not folder.exists()
+        return status
 
     assert asyncio.run(scenario()) == 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -171,9 +172,9 @@ def main(build: Build = _build_engine) -> int:
     handover = msgspec.json.decode(sys.stdin.buffer.readline(), type=Handover)
     set_up_logging(handover.log_level, handover.log_format)
     pulse = Pulse()
-    threading.Thread(target=_end_with_input, args=(pulse,), daemon=True, name="input").start()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     folder = Path(handover.folder)
+    threading.Thread(target=_end_with_input, args=(pulse, folder), daemon=True, name="input").start()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     sender = Sender(context, folder)
     inbox = SocketInbox(context, folder, pulse, sender)
     try:
@@ -206,6 +207,8 @@ def main(build: Build = _build_engine) -> int:
         return exit_code
     finally:
         sender.close()
+        if pulse.ending.is_set():  # who made the folder may have been killed; otherwise last words are on their way
+            shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
@@ -252,12 +255,13 @@ def _beat(context: zmq.Context[zmq.Socket[bytes]], folder: Path, pulse: Pulse) -
     sender.close()
 
 
-def _end_with_input(pulse: Pulse) -> None:
+def _end_with_input(pulse: Pulse, folder: Path) -> None:
     """When the API process closes this process's input, or dies, end the loop; if it does not end, end everything."""
     while os.read(0, 4096):  # not sys.stdin: its lock, held here, would break an orderly exit
         pass
     pulse.ending.set()
     time.sleep(_EXIT_GRACE_S)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
