@@ -13,7 +13,7 @@ def main() -> None:
         for result in llm.generate(["A list is", "The module provides"], greedy, use_tqdm=False):
             print(f"{result.prompt!r} → {result.outputs[0].text!r}")
         # Conversations go through the model's chat template. Same seed, same tokens, whatever else is in the batch.
-        question = [{"role": "user", "content": "What is 17 plus 25?"}]
+        question = [{"role": "user", "content": "What is 17 + 25?"}]
         seeded = SamplingParams(temperature=0.7, seed=1, n=2, max_tokens=24)
         for answer in llm.chat(question, seeded, use_tqdm=False)[0].outputs:
             print(f"answer {answer.index}: {answer.text!r} ({answer.finish_reason})")
