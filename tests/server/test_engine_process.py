@@ -230,6 +230,7 @@ def test_the_engine_ends_when_its_parent_is_gone() -> None:
         process.stdin.close()  # what the kernel does when the parent is killed
         status = await asyncio.to_thread(process.wait, 5)
         assert not folder.exists()
+        await engine.stop()  # sockets that are left to the garbage collector may hang it
         return status
 
     assert asyncio.run(scenario()) == 0
