@@ -97,7 +97,7 @@ def _complain(message: str, hint: str, code: int) -> int:
 
 def _unexpected(error: Exception) -> int:
     """A defect of ours: say so briefly, and keep the traceback where it can be found."""
-    if os.environ.get("POWERBAND_DEBUG"):
+    if os.environ.get("POWERBAND_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
         return FAILURE
     with tempfile.NamedTemporaryFile("w", prefix="powerband-", suffix=".log", delete=False) as log:
