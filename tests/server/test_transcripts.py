@@ -109,6 +109,18 @@ def test_a_stop_string_never_leaks(server: RunningServer) -> None:
     assert kept["choices"][0]["text"] == "one two three f"
 
 
+def test_a_stop_string_ends_its_own_choice_only(server: RunningServer) -> None:
+    body = {"prompt": ["one two three four ", "a b c d e f "], "max_tokens": 20, "stop": ["three f"]}
+    whole = server.post("/v1/completions", **body).json()["choices"]
+    found = choices(events(server, "/v1/completions", **body))
+    streamed = ["".join(c["text"] for c in found if c["index"] == index) for index in range(2)]
+    assert [c["text"] for c in whole] == streamed
+    assert streamed[0] == "one two "
+    assert streamed[1].startswith("a b c d e f a b c")
+    assert [c["finish_reason"] for c in whole] == ["stop", "length"]
+    assert [c["finish_reason"] for c in found if c["finish_reason"]] == ["stop", "length"]
+
+
 def test_the_models_end_token_ends_a_chat(server: RunningServer) -> None:
     choice = server.post("/v1/chat/completions", messages=[USER]).json()["choices"][0]
     assert choice == {

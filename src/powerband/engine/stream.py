@@ -30,9 +30,9 @@ class TokenStream:
 
     async def take(self) -> list[TokenOutput]:
         """What came since the last call; waits for at least one output. Empty when every request has ended."""
-        if not self._outputs and self._open:
+        while not self._outputs and self._open:  # what wakes this may be the closing of some requests, not of all
             await self._arrived.wait()
-        self._arrived.clear()
+            self._arrived.clear()
         outputs, self._outputs = self._outputs, []
         return outputs
 
