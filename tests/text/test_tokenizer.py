@@ -1,6 +1,7 @@
 """Tokenizer: loading, BOS rules as transformers has them, bytes of tokens, errors."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,3 +89,17 @@ def test_threads_may_share_a_tokenizer(tmp_path):
     texts = [f"{TEXT} {i}" for i in range(200)]
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda text: tokenizer.decode(tokenizer.encode(text)), texts)) == texts
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tmp_path):
+    tokenizer = Tokenizer.load(save(byte_level(), tmp_path))
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(tokenizer.encode, "warm").result()
+        start_s = last_s = time.perf_counter()
+        longest_pause_s = 0.0
+        encoding = thread.submit(tokenizer.encode, "a" * 1_000_000)
+        while not encoding.done():
+            longest_pause_s = max(longest_pause_s, time.perf_counter() - last_s)
+            last_s = time.perf_counter()
+        longest_pause_s = max(longest_pause_s, time.perf_counter() - last_s)
+    assert longest_pause_s < (time.perf_counter() - start_s) / 2
