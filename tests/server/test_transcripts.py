@@ -35,7 +35,8 @@ def test_chat_stream(server: RunningServer) -> None:
     assert heads.pop()[1] == "chat.completion.chunk"
 
     def choice(delta: dict[str, str], finish: str | None = None) -> list[dict[str, Any]]:
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+        end = {"stop_reason": None} if finish else {}
+        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish, **end}]
 
     # Four tokens: <|im_start|>, which is not text, "user", "\n", "h".
     assert [c["choices"] for c in chunks[:-1]] == [
@@ -119,6 +120,8 @@ def test_a_stop_string_ends_its_own_choice_only(server: RunningServer) -> None:
     assert streamed[1].startswith("a b c d e f a b c")
     assert [c["finish_reason"] for c in whole] == ["stop", "length"]
     assert [c["finish_reason"] for c in found if c["finish_reason"]] == ["stop", "length"]
+    assert [c["stop_reason"] for c in whole] == ["three f", None]
+    assert [c["stop_reason"] for c in found if c["finish_reason"]] == ["three f", None]
 
 
 def test_the_models_end_token_ends_a_chat(server: RunningServer) -> None:
@@ -128,6 +131,7 @@ def test_the_models_end_token_ends_a_chat(server: RunningServer) -> None:
         "message": {"role": "assistant", "content": "user\nhi there", "refusal": None},
         "logprobs": None,
         "finish_reason": "stop",
+        "stop_reason": None,
     }
     assert (
         server.post("/v1/chat/completions", messages=[USER], max_tokens=20, ignore_eos=True).json()["choices"][0][
@@ -135,6 +139,15 @@ def test_the_models_end_token_ends_a_chat(server: RunningServer) -> None:
         ]
         == "length"
     )
+
+
+def test_a_stop_token_is_named(server: RunningServer) -> None:
+    [_, second] = server.post("/tokenize", prompt="one two").json()["tokens"][:2]
+    choice = server.post("/v1/completions", prompt="one two", stop_token_ids=[second]).json()["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", second)
+    body = {"messages": [USER], "stop": "hi"}
+    assert server.post("/v1/chat/completions", **body).json()["choices"][0]["stop_reason"] == "hi"
+    assert choices(events(server, "/v1/chat/completions", **body))[-1]["stop_reason"] == "hi"
 
 
 def test_chat_logprobs(server: RunningServer) -> None:

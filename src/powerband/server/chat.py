@@ -84,6 +84,7 @@ class _Answer:
                     message=ChatMessage(content="".join(texts[choice.index])),
                     logprobs=logprobs[choice.index] if self._body.logprobs else None,
                     finish_reason=choice.reason,
+                    stop_reason=choice.stop_reason,
                     token_ids=token_ids[choice.index] if asked_ids else UNSET,
                 )
                 for choice in generation.choices
@@ -121,7 +122,10 @@ class _Answer:
             )
             data = self._chunk([gain])
         if piece.finish_reason is not None:
-            end = ChatChunkChoice(index=piece.choice.index, delta=Delta(), finish_reason=piece.choice.reason)
+            choice = piece.choice
+            end = ChatChunkChoice(
+                index=choice.index, delta=Delta(), finish_reason=choice.reason, stop_reason=choice.stop_reason
+            )
             data += self._chunk([end])
         return data
 

@@ -64,7 +64,7 @@ class _Answer:
             for piece in pieces:
                 choice, gain = choices[piece.choice.index], self._gain(piece)
                 texts[choice.index].append(gain.text)
-                choice.finish_reason = gain.finish_reason
+                choice.finish_reason, choice.stop_reason = gain.finish_reason, gain.stop_reason
                 choice.logprobs = _joined(choice.logprobs, gain.logprobs)
                 if gain.token_ids is not UNSET:
                     choice.token_ids = (
@@ -112,6 +112,7 @@ class _Answer:
             text=text if self._only_prompt else text + piece.text,
             logprobs=logprobs,
             finish_reason=piece.choice.reason if piece.finish_reason is not None else None,
+            stop_reason=piece.choice.stop_reason if piece.finish_reason is not None else UNSET,
         )
         if body.return_token_ids:
             gain.token_ids = [] if self._only_prompt else piece.token_ids

@@ -36,6 +36,7 @@ class Choice:
     num_tokens: int = 0
     num_cached: int = 0
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     scheduled_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
@@ -188,6 +189,7 @@ class Generation:
         if result.finish_reason is not None:
             if result.must_abort and self._stream is not None:
                 self._stream.close([output.id])
+            choice.stop_reason = result.stop_reason
             self._finish(choice, result.finish_reason)
         elif not result.text and not result.token_ids:
             return None

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 Finish = Literal["stop", "length"]
+StopReason = int | str | None  # as in vLLM: the stop token or string that ended a choice; null for other ends
 FINGERPRINT = f"powerband-{version('powerband')}"
 
 
@@ -71,6 +72,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Finish
+    stop_reason: StopReason = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -96,6 +98,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: Finish | None = None
+    stop_reason: StopReason | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -115,6 +118,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
+    stop_reason: StopReason | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
