@@ -219,3 +219,10 @@ def test_cached_tokens_are_reported(server: RunningServer) -> None:
     ]
     assert cached[0] == cached[2] == 0
     assert cached[1] >= 32
+
+
+def test_echo_gives_what_was_read_of_a_prompt_that_was_cut(server: RunningServer) -> None:
+    body = {"prompt": "one two three", "echo": True, "logprobs": 0, "truncate_prompt_tokens": 1, "max_tokens": 1}
+    choice = server.post("/v1/completions", **body).json()["choices"][0]
+    assert choice["text"] == "".join(choice["logprobs"]["tokens"])
+    assert "two" not in choice["text"]

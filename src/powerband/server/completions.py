@@ -60,6 +60,7 @@ class _Answer:
             for choice in generation.choices
         ]
         texts: list[list[str]] = [[] for _ in choices]
+        token_ids: list[list[int]] = [[] for _ in choices]
         while pieces := await generation.pieces():
             for piece in pieces:
                 choice, gain = choices[piece.choice.index], self._gain(piece)
@@ -67,9 +68,8 @@ class _Answer:
                 choice.finish_reason, choice.stop_reason = gain.finish_reason, gain.stop_reason
                 choice.logprobs = _joined(choice.logprobs, gain.logprobs)
                 if gain.token_ids is not UNSET:
-                    choice.token_ids = (
-                        gain.token_ids if choice.token_ids is UNSET else choice.token_ids + gain.token_ids
-                    )
+                    token_ids[choice.index] += gain.token_ids
+                    choice.token_ids = token_ids[choice.index]
                 if gain.prompt_token_ids is not UNSET:
                     choice.prompt_token_ids = gain.prompt_token_ids
         for choice, source in zip(choices, generation.choices, strict=True):

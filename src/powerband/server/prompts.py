@@ -19,7 +19,7 @@ _LONG_TEXT_CHARS = 4096  # longer texts are encoded in a thread, so that others'
 @dataclass(slots=True)
 class Prompt:
     token_ids: list[int]
-    text: str | None = None  # as sent; None when token ids were
+    text: str | None = None  # as sent; None when token ids were, or when it may have been cut
 
 
 async def completion_prompts(replica: Replica, model: Model, body: CompletionRequest) -> list[Prompt]:
@@ -33,7 +33,8 @@ async def completion_prompts(replica: Replica, model: Model, body: CompletionReq
             ids = await encode(
                 replica, model, source, body.add_special_tokens is not False, body.truncate_prompt_tokens
             )
-            prompts.append(Prompt(ids, source))
+            cut = body.truncate_prompt_tokens is not None and len(ids) == body.truncate_prompt_tokens
+            prompts.append(Prompt(ids, None if cut else source))
         else:
             prompts.append(Prompt(_truncated(source, body.truncate_prompt_tokens)))
     for prompt in prompts:
