@@ -48,6 +48,7 @@ def test_engine_killed_in_a_stream(server: RunningServer) -> None:
     assert refused.json()["error"]["type"] == "service_unavailable_error"
     server.until(lambda: server.http.get("/readyz").status_code == 200)
     assert server.http.get("/readyz").json()["engine_restarts"] == 1
+    assert server.figure("powerband_engine_restarts_total") == 1
     assert server.post("/v1/completions", prompt="a b c").status_code == 200
     until_empty(server)
 

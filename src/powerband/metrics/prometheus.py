@@ -95,6 +95,7 @@ class EngineMetrics(Collector):
         self._counters = dict.fromkeys(_COUNTERS, 0.0)
         self._finished = dict.fromkeys(FINISHED_REASONS, 0)
         self._refused = dict.fromkeys(REFUSED_REASONS, 0)
+        self.num_engine_restarts = 0  # set before each scrape
         self.registry = registry or CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -177,6 +178,11 @@ class EngineMetrics(Collector):
             for reason, count in counts.items():
                 family.add_metric([*values, reason], count)
             yield family
+        family = CounterMetricFamily(
+            "engine_restarts", "Starts of the engine's process after the first", labels=list(self._labels)
+        )
+        family.add_metric(values, self.num_engine_restarts)
+        yield family
 
     def _histogram_families(self) -> Iterable[Metric]:
         for name, (_, what, _) in _HISTOGRAMS.items():

@@ -30,6 +30,7 @@ class HealthRoutes:
         return json_response(self._health())
 
     async def metrics(self, _request: Request) -> Response:
+        self._replica.metrics.num_engine_restarts = self._replica.engine.num_restarts
         return Response(self._replica.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _health(self) -> Health:
