@@ -250,3 +250,22 @@ def test_administration(caplog: pytest.LogCaptureFixture) -> None:
 
     asyncio.run(scenario())
     assert UsageError.exit_code == 2
+
+
+def test_after_an_administrative_call_no_heartbeat_tells_of_the_time_before() -> None:
+    async def scenario() -> None:
+        heard: list[bool] = []
+        engine = EngineProcess(
+            EngineSettings(), command=COMMAND, on_heartbeat=lambda heartbeat: heard.append(heartbeat.stats.paused)
+        )
+        await engine.start()
+        try:
+            for method, paused in (("pause", True), ("resume", False), ("pause", True)):
+                await engine.call(method)
+                heard.clear()
+                await until(lambda: len(heard) >= 2)
+                assert heard == [paused] * len(heard)
+        finally:
+            await engine.stop()
+
+    asyncio.run(scenario())

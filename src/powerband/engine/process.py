@@ -118,6 +118,7 @@ class SocketInbox:
         self._sender = sender
         self.methods: dict[str, Callable[..., Any]] = {}
         self.idle: Callable[[], None] = lambda: None
+        self.administered: Callable[[], None] = lambda: None
 
     def poll(self, now: float) -> list[Command]:  # noqa: ARG002 (a live inbox has no future)
         self._pulse.touch(busy=True)
@@ -156,6 +157,7 @@ class SocketInbox:
                     f"The engine has no method '{call.method}'.", hint=f"It has {', '.join(self.methods)}."
                 )
             result.value = method(**call.kwargs)
+            self.administered()  # no heartbeat after the answer tells of the time before
         except Exception as error:  # whatever it is, it is the caller's answer
             result.error = error_info(error)
         self._sender.send(result)
@@ -236,7 +238,7 @@ def _serve(core: EngineCore, inbox: SocketInbox, pulse: Pulse, sender: Sender) -
             log_step(record)
 
     log_step, core.observer = core.observer, observe
-    inbox.idle = tell_idle
+    inbox.idle, inbox.administered = tell_idle, tell
     while not pulse.ending.is_set():
         outputs = core.step()
         if outputs:
