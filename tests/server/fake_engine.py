@@ -30,8 +30,8 @@ DEMO = Path(powerband.__file__).parent / "demo"
 class ParrotExecutor(SimExecutor):
     """Samples the prompt's tokens in order, again and again. A token's alternatives are the ids after it."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(clock, lambda step: STEP_S)
+    def __init__(self, clock: Clock, step_s: float = STEP_S) -> None:
+        super().__init__(clock, lambda step: step_s)
         self.known: dict[str, NewRequest] = {}
 
     def run(self, step: Step) -> StepResult:
@@ -81,7 +81,8 @@ def build(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Cal
     limits = SchedulerLimits(
         max_model_len=CONTEXT, max_num_seqs=settings.max_num_seqs, max_num_queued_reqs=settings.max_num_queued_reqs
     )
-    core = EngineCore(Scheduler(kv, limits), ParrotExecutor(clock), clock, inbox)
+    executor = ParrotExecutor(clock, step_s=60.0 if settings.model == "hanging" else STEP_S)
+    core = EngineCore(Scheduler(kv, limits), executor, clock, inbox)
     info = EngineInfo(
         model_folder=str(DEMO),
         max_model_len=CONTEXT,

@@ -197,6 +197,22 @@ def test_silence_without_end_is_ended() -> None:
     asyncio.run(scenario())
 
 
+def test_a_step_without_end_is_ended_though_its_process_gives_heartbeats() -> None:
+    async def scenario() -> None:
+        limits = StallLimits(tick_s=0.05, step_s=0.2, hopeless_s=0.6)
+        engine = EngineProcess(EngineSettings(model="hanging"), command=COMMAND, limits=limits)
+        await engine.start()
+        try:
+            [output] = await outputs_of(engine, request("a"))
+            assert output.error is not None
+            assert output.error.code == "engine_stalled"
+            await until(lambda: engine.num_restarts == 1 and engine.health().ready)
+        finally:
+            await engine.stop()
+
+    asyncio.run(scenario())
+
+
 def test_sockets_are_private_and_bytes_that_are_no_message_are_dropped(tmp_path: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[object, ...]:

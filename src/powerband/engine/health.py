@@ -24,7 +24,7 @@ class StallLimits:
     heartbeat_s: float = 2.0  # no heartbeat: not ready, streams end
     idle_s: float = 2.0  # the loop does not go round though it has nothing to do: not ready
     step_s: float = 60.0  # one step takes this long: not ready
-    hopeless_s: float = 60.0  # not a heartbeat for this long: kill and restart
+    hopeless_s: float = 60.0  # not a heartbeat for this long, or a step this much over `step_s`: kill and restart
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,13 @@ class HealthMonitor:
 
     @property
     def hopeless(self) -> bool:
-        return self.silence_s > self._limits.hopeless_s
+        limits = self._limits
+        return self.silence_s > limits.hopeless_s or self._loop_age_s > limits.step_s + limits.hopeless_s
+
+    @property
+    def _loop_age_s(self) -> float:
+        """How long ago the loop last went round, when the last heartbeat was sent."""
+        return self._last.sent_s - self._last.loop_s if self._last else 0.0
 
     def health(self) -> EngineHealth:
         steps = self._last.stats.num_steps if self._last else 0
@@ -86,7 +92,7 @@ class HealthMonitor:
             return f"The engine's process has been silent for {self.silence_s:.1f} s."
         if self._last is None:
             return ""
-        loop_age_s = self._last.sent_s - self._last.loop_s
+        loop_age_s = self._loop_age_s
         limit_s = self._limits.step_s if self._last.busy else self._limits.idle_s
         if loop_age_s > limit_s:
             where = "in a step" if self._last.busy else "while idle"
