@@ -178,6 +178,9 @@ def test_a_killed_server_takes_its_engine_along() -> None:
 
 def test_a_full_queue_refuses_before_the_first_byte() -> None:
     with running_server("max_num_seqs=1", "max_num_queued_reqs=2") as server:
+        never = server.post("/v1/completions", prompt=["a", "b"], n=2)  # coming back later would not help
+        assert never.status_code == 400
+        assert never.json()["error"]["message"].startswith("All prompts, n times, are 4 choices; 3 can run")
         server.post("/admin/pause")
         clients = [socket.create_connection(server.url.removeprefix("http://").split(":")) for _ in range(3)]
         for client in clients:

@@ -61,8 +61,16 @@ class Piece:
 
 def check_scheduling(body: GenerationRequest, prompts: list[Prompt], settings: EngineSettings) -> None:
     """Raise InvalidRequest for what would have no effect under this policy, or could never be in the queue at once."""
+    num_choices = (body.n or 1) * len(prompts)
+    num_places = settings.max_num_seqs + settings.max_num_queued_reqs
+    if num_choices > num_places:
+        raise InvalidRequest(
+            f"All prompts, n times, are {num_choices} choices; {num_places} can run and wait at once.",
+            hint="Send fewer at a time.",
+            param="n" if len(prompts) == 1 else "prompt",
+        )
     num_tokens = (body.n or 1) * sum(len(prompt.token_ids) for prompt in prompts)
-    if len(prompts) * (body.n or 1) > 1 and num_tokens > settings.max_num_queued_tokens:
+    if num_choices > 1 and num_tokens > settings.max_num_queued_tokens:
         raise InvalidRequest(
             f"All prompts, n times, have {num_tokens} tokens; the queue holds {settings.max_num_queued_tokens}.",
             hint="Send fewer prompts at a time.",
