@@ -1,8 +1,9 @@
-"""Train the demo model: python examples/demo_model/train.py --minutes 85 --out /tmp/demo_model
+"""Train the demo model: python examples/demo_model/train.py --minutes 105 --out /tmp/demo_model
 
 Needs `pip install powerband[dev]` and two CPU cores. The schedule follows the clock, not a number of steps:
 the learning rate reaches zero when the minutes are over, however busy the machine was. Started again with
-the same --out, it goes on from the last checkpoint. `export.py` then makes the folder that the package ships.
+the same --out, it goes on from the last checkpoint. `export.py` then makes the folder that the package ships,
+whose README.md says what came out.
 """
 
 from __future__ import annotations
