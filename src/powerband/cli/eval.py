@@ -57,7 +57,7 @@ def evaluate(
     dtype: Annotated[
         str | None, Parameter(help="Precisions, e.g. float32,bfloat16; default: auto, and that of the checkpoint")
     ] = None,
-    samples: Annotated[int, Parameter(help="Exercises of each kind")] = 50,
+    samples: Annotated[int, Parameter(help="Exercises of each kind")] = 200,
     seed: Annotated[int, Parameter(help="Which exercises; the same seed asks the same ones")] = 0,
     json: Json = False,
 ) -> int:
