@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.engine.build import Engine, build_engine
 from powerband.engine.checkpoint import resolve_model
+from powerband.spec.device import detect_cpu
 from powerband.spec.settings import EngineSettings
 
 GOAL = 1.2  # times as fast as transformers, in every row
@@ -247,7 +249,11 @@ def main() -> int:
     print(f"batches {args.batch}, per token, times as fast as transformers (goal {GOAL}): {shown(ratios)}")
     print(f"in CPU time: {shown(cpu_ratios)}")
     if args.out:
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()} | vars(args)
+        about = {
+            "machine": {"processor": detect_cpu().name, "system": platform.platform()},
+            "versions": {name: version(name) for name in ("powerband", "torch", "transformers")},
+            "seed": 0,  # of the prompts and of the random weights
+        } | vars(args)
         args.out.write_text(
             json.dumps({"about": about, "results": [asdict(row) for row in results]}, indent=2, default=str) + "\n"
         )

@@ -11,7 +11,7 @@ from openai import OpenAI
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", default="What is 17 + 25?")
+    parser.add_argument("prompt", nargs="?", default="What does os.path.join do?")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()

@@ -56,10 +56,6 @@ class LogprobWriter:
             positions.append(ranked)
         return positions
 
-    def skip(self, text: str) -> None:
-        """`text` stands before the next token."""
-        self._offset += len(text)
-
     def _add(
         self, written: CompletionLogprobs, id: int, logprob: float | None, alternatives: dict[int, float] | None
     ) -> None:
