@@ -221,7 +221,7 @@ def test_bad_words_do_not_appear(demo: LLM) -> None:
     [free] = run(demo, "The list is", SamplingParams(temperature=0.0, max_tokens=12))
     word = free.outputs[0].text.split()[1]
     [clean] = run(demo, "The list is", SamplingParams(temperature=0.0, max_tokens=12, bad_words=[word]))
-    assert f" {word}" not in clean.outputs[0].text
+    assert word not in clean.outputs[0].text.split()  # a longer word may begin with it: that is another token
 
 
 def test_chat_uses_the_template(demo: LLM) -> None:
