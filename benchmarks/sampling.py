@@ -23,6 +23,7 @@ import torch
 
 from powerband.core.params import SamplingParams
 from powerband.engine.sampler import Sampler
+from powerband.spec.device import detect_cpu
 
 GOAL_MS = 10.0
 PROMPT, OUTPUT = 512, 128
@@ -104,9 +105,9 @@ def main() -> int:
     report = {
         "benchmark": "sampling",
         "seed": 0,
-        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
+        "machine": {"processor": detect_cpu().name, "system": platform.platform()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output"},
         "goal_ms": GOAL_MS,
         "median_ms": figures,
     }
