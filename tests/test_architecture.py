@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "cli": ("server", "engine", *FLOOR_1),
 }
 # The server talks to an engine through these and nothing else of it.
-ENGINE_DOOR = ("client", "messages", "supervisor", "channel", "stream", "health", "output")
+ENGINE_DOOR = ("messages", "supervisor", "channel", "stream", "health", "output")
 NO_TORCH = ["powerband", "powerband.cli.main", *(f"powerband.{room}" for room in ("server", "engine", *FLOOR_1))]
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load")
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "transformers", "fastapi")

@@ -61,11 +61,12 @@ def test_a_wrong_value_is_refused_by_name(param: str, value: Any, message: str) 
 
 
 def test_the_limits_themselves_are_accepted() -> None:
-    SamplingParams(
+    params = SamplingParams(
         n=16, max_tokens=None, min_tokens=99, temperature=100, top_k=-1, top_p=1, min_p=1, repetition_penalty=100,
         presence_penalty=-2, frequency_penalty=2, logit_bias=dict.fromkeys(range(300), 100), seed=-(2**63),
         stop=["x" * 256] * 16, logprobs=20, prompt_logprobs=20, stop_token_ids=[0] * 1024,
     )  # fmt: skip
+    assert (params.n, params.seed, len(params.stop or [])) == (16, -(2**63), 16)
 
 
 def test_a_single_stop_string_is_a_list_of_one() -> None:

@@ -227,6 +227,8 @@ def test_a_head_without_end(server: RunningServer) -> None:
 def test_a_client_that_stops_in_the_middle_of_its_body(server: RunningServer) -> None:
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    assert server.http.get("/readyz").status_code == 200
+    server.until(lambda: server.post("/admin/resume").json()["running_http_requests"] == 0)
 
 
 def test_odd_requests_add_no_time_series(server: RunningServer) -> None:

@@ -87,11 +87,10 @@ class SimExecutor:
         self.submit_s = submit_s
         self.update_s = update_s
         self.sample = sample or _zero
-        self.busy_s = 0.0  # summed over stages
         self._stage_free_s = [0.0] * num_stages
 
     def start(self) -> DeviceReport:
-        return DeviceReport("simulated", "latency model", 0, 0)
+        return DeviceReport("simulated", "latency model", 0)
 
     def init_kv_cache(self, num_blocks: int) -> None:
         """Nothing to allocate."""
@@ -103,7 +102,6 @@ class SimExecutor:
         for i, free_s in enumerate(self._stage_free_s):
             end_s = max(end_s, free_s) + stage_s
             self._stage_free_s[i] = end_s
-            self.busy_s += stage_s
         return SimHandle(self, end_s, self.run(step))
 
     def run(self, step: Step) -> StepResult:

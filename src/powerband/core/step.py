@@ -123,7 +123,6 @@ class DeviceReport:
     device: str  # "cpu" | "cuda:0" | "simulated"
     device_name: str
     weights_bytes: int
-    available_kv_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)  # phase → duration
 
 

@@ -16,7 +16,6 @@ from powerband.engine.attention.base import AttentionBatch
 from powerband.engine.logits import SamplingState
 
 Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)

@@ -96,7 +96,6 @@ class TorchExecutor:
             device=str(config.device),
             device_name=_device_name(config.device),
             weights_bytes=weights_bytes,
-            available_kv_bytes=_free_bytes(config.device),
             seconds={"load": loaded_s - began_s, "prepare": prepared_s - loaded_s},
         )
 
@@ -168,8 +167,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return detect_cpu().name
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that is left after loading; 0 on a CPU, where the memory plan has the say."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
