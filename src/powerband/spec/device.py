@@ -12,7 +12,8 @@ from typing import Literal
 
 # What CPU kernels choose by, under the names that Linux prints in /proc/cpuinfo (x86 and Arm).
 CPU_FEATURES = (
-    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    *("avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "sve", "sve2", "bf16", "i8mm"),
 )
 

@@ -1,0 +1,207 @@
+"""Builds the C++ kernels for this machine's CPU, once, and loads them as operators `torch.ops.powerband.*`.
+
+The sources (csrc/) use torch's stable ABI. They are compiled for the processor's *tier* by the compiler that the system
+has, into a cache directory named after everything that the result depends on. Without a compiler nothing breaks: plain
+torch computes instead, and `powerband doctor` says so.
+
+    tier      needs
+    amx       avx512 + bf16 and VNNI + AMX tiles for bf16 and int8
+    avx512    AVX-512 F, BW, VL, DQ (bf16 and VNNI dot products where present)
+    avx2      AVX2, FMA, F16C
+    plain     any processor
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.device import detect_cpu
+
+TIERS = ("amx", "avx512", "avx2", "plain")
+TIER_VARIABLE = "POWERBAND_KERNEL_TIER"  # a tier, or "off"; for tests and comparisons
+SANITIZE_VARIABLE = "POWERBAND_KERNEL_SANITIZE"  # "1": with address and undefined-behaviour sanitizers
+CACHE_VARIABLE = "POWERBAND_CACHE"
+SOURCES = Path(__file__).parent / "csrc"
+OLDEST_TORCH = 0x020B000000000000  # 2.11: the stable ABI that the sources are written against
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AMX = ("avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+# CPU feature (as in /proc/cpuinfo) → compiler flag.
+_FLAGS = {
+    "avx2": "-mavx2",
+    "fma": "-mfma",
+    "f16c": "-mf16c",
+    "avx_vnni": "-mavxvnni",
+    "avx512f": "-mavx512f",
+    "avx512bw": "-mavx512bw",
+    "avx512vl": "-mavx512vl",
+    "avx512dq": "-mavx512dq",
+    "avx512_vnni": "-mavx512vnni",
+    "avx512_bf16": "-mavx512bf16",
+    "amx_tile": "-mamx-tile",
+    "amx_bf16": "-mamx-bf16",
+    "amx_int8": "-mamx-int8",
+}
+_COMMON_FLAGS = ("-std=c++20", "-fPIC", "-w", "-fno-math-errno", "-fvisibility=hidden")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What became of the kernels. `tier` is None when plain torch computes; `reason` says why, or what they are."""
+
+    tier: str | None
+    reason: str
+
+
+@functools.cache
+def load() -> Status:
+    """Build the library where that has not been done, and load it into this process. Never raises: see `Status`.
+
+    The first build takes about ten seconds of two cores; after that loading takes milliseconds.
+    """
+    asked = os.environ.get(TIER_VARIABLE, "")
+    if asked == "off":
+        return Status(None, f"{TIER_VARIABLE} is 'off'")
+    try:
+        tier = choose_tier(asked, detect_cpu().features)
+        torch.ops.load_library(str(build(tier)))
+    except (EnvironmentFault, UsageError, OSError, subprocess.SubprocessError) as problem:
+        return Status(None, str(problem))
+    return Status(tier, f"compiled for this processor ({tier})")
+
+
+def choose_tier(asked: str, features: Collection[str]) -> str:
+    """The best tier for a processor with these features, or the one `asked` for. Raises UsageError if it cannot run."""
+    runs = [tier for tier in TIERS if _required(tier) <= set(features)]
+    if not asked:
+        return runs[0]
+    if asked not in runs:
+        raise UsageError(
+            f"{TIER_VARIABLE} is {asked!r}; this processor can run {', '.join(runs)}.", hint="Leave it out."
+        )
+    return asked
+
+
+def build(tier: str) -> Path:
+    """The library of this tier, compiled if need be. Raises EnvironmentFault where that is impossible."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise EnvironmentFault(
+            "No C++ compiler was found, so the CPU kernels cannot be built.",
+            hint="Install one (Debian: apt install g++).",
+        )
+    flags = _flags(tier, detect_cpu().features)
+    folder = cache_directory() / "kernels" / _key(compiler, flags)
+    library = folder / "powerband_kernels.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
+        if not library.exists():
+            _compile(compiler, flags, folder, library)
+    return library
+
+
+def find_compiler() -> str | None:
+    """$CXX, or the first C++ compiler on the path."""
+    named = [os.environ["CXX"]] if os.environ.get("CXX") else []
+    return next((path for name in (*named, "g++", "clang++", "c++") if (path := shutil.which(name))), None)
+
+
+def cache_directory() -> Path:
+    """Where what can be made again is kept: $POWERBAND_CACHE, else powerband/ in the user's cache directory."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "powerband"
+
+
+def _required(tier: str) -> set[str]:
+    needs = {"plain": (), "avx2": ("avx2", "fma", "f16c")}
+    needs["avx512"] = (*needs["avx2"], *_AVX512)
+    needs["amx"] = (*needs["avx512"], *_AMX)
+    return set(needs[tier])
+
+
+def _flags(tier: str, features: Collection[str]) -> tuple[str, ...]:
+    wanted = {
+        "plain": (),
+        "avx2": ("avx2", "fma", "f16c", "avx_vnni"),
+        "avx512": ("avx2", "fma", "f16c", *_AVX512, "avx512_vnni", "avx512_bf16"),
+        "amx": ("avx2", "fma", "f16c", *_AVX512, *_AMX),
+    }[tier]
+    chosen = [_FLAGS[feature] for feature in wanted if feature in features]
+    if tier in ("avx512", "amx"):
+        chosen.append("-mprefer-vector-width=512")
+    if os.environ.get(SANITIZE_VARIABLE) == "1":
+        checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+        return (*_COMMON_FLAGS, "-O1", "-g1", *checks, *chosen)
+    return (*_COMMON_FLAGS, "-O3", *chosen)
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    """A name for everything that the library depends on."""
+    return _digest(compiler, flags, *sorted(SOURCES.iterdir()))
+
+
+def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
+    digest = hashlib.sha256(repr((flags, torch.__version__, _identity(compiler))).encode())
+    for path in sources:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+@functools.cache
+def _identity(compiler: str) -> str:
+    told = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False)
+    return f"{os.path.realpath(compiler)} {told.stdout}"
+
+
+def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path) -> None:
+    """Every source by itself, as many at a time as there are cores, then all together.
+
+    Object files are kept too: a change to one source costs the compilation of that source.
+    """
+    root = Path(torch.__file__).parent
+    include = ["-I", str(root / "include"), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
+    kept = folder.parent / "objects"
+    kept.mkdir(exist_ok=True, mode=0o700)
+    headers = sorted(SOURCES.glob("*.h"))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+        def compiled(source: Path) -> str:
+            target = kept / f"{source.stem}-{_digest(compiler, flags, source, *headers)}.o"
+            if not target.exists():
+                made = Path(scratch) / target.name
+                _run([compiler, *flags, *include, "-c", str(source), "-o", str(made)])
+                made.replace(target)
+            return str(target)
+
+        with ThreadPoolExecutor(detect_cpu().cores) as pool:
+            objects = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
+        made = Path(scratch) / library.name
+        _run([compiler, *flags, "-shared", *objects, "-o", str(made), "-L", str(root / "lib"), "-ltorch_cpu", "-lc10"])
+        made.replace(library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EnvironmentFault(
+            f"{command[0]} could not build the CPU kernels: {done.stderr.strip()[-800:]}",
+            hint="Use a compiler that knows C++20 (g++ 11 or newer), named in CXX.",
+        )
