@@ -77,7 +77,7 @@ def load() -> Status:
         return Status(None, f"{TIER_VARIABLE} is 'off'")
     try:
         tier = choose_tier(asked, detect_cpu().features)
-        torch.ops.load_library(str(build(tier)))
+        torch.ops.load_library(str(build(tier)))  # type: ignore[no-untyped-call]  # torch's own is untyped
     except (EnvironmentFault, UsageError, OSError, subprocess.SubprocessError) as problem:
         return Status(None, str(problem))
     return Status(tier, f"compiled for this processor ({tier})")
