@@ -19,6 +19,10 @@ inline bool amx_permitted() {
     return permitted;
 }
 
+// What has been written is in memory before the tile loads that follow. GCC's tile intrinsics do not say what they read,
+// so without this the compiler may move a store past them, or drop it. Use it between writing an operand and loading it.
+inline void tiles_see_memory() { asm volatile("" ::: "memory"); }
+
 // For the life of this object this thread has eight tiles of 16 rows of 64 bytes. Those whose bit is set in `short_tiles`
 // (A and C of the last rows of a product) have only `rows` rows.
 class Tiles {
@@ -30,6 +34,7 @@ class Tiles {
             config.bytes[tile] = 64;
             config.rows[tile] = static_cast<uint8_t>(short_tiles >> tile & 1 ? rows : 16);
         }
+        asm volatile("" ::"r"(&config) : "memory");  // all 64 bytes: the intrinsic declares only the first eight
         _tile_loadconfig(&config);
     }
     ~Tiles() { _tile_release(); }
