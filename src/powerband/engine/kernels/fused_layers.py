@@ -1,8 +1,7 @@
-"""Triton kernels for what lies between the matrix products: a sum with its norm, an activation with its product.
+"""Triton kernels for what lies between the matrix products: the norm, and the activation with its product.
 
 Each reads and writes its data once, where plain operators do so two or three times; a small batch, whose time is the
-number of kernels, gains as much. Computed in float32 and rounded once, except the sum, whose rounded value is what the
-next layer adds to.
+number of kernels, gains as much. Computed in float32 and rounded once.
 """
 
 # mypy: ignore-errors
@@ -35,18 +34,12 @@ def use_fused_layers(model: torch.nn.Module) -> None:
 
 
 @triton.jit
-def rms_norm_kernel(x, residual, out, weight, size, eps, stride_x, TILE: tl.constexpr,
-                    HAS_RESIDUAL: tl.constexpr):  # fmt: skip
-    """One row: residual += x, out = residual / rms(residual) * weight; without a residual the norm of x."""
+def rms_norm_kernel(x, out, weight, size, eps, stride_x, TILE: tl.constexpr):
+    """One row: out = x / rms(x) * weight."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < size
     values = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        before = tl.load(residual + row * size + column, mask=inside, other=0.0)
-        total = (values + before.to(tl.float32)).to(residual.dtype.element_ty)
-        tl.store(residual + row * size + column, total, mask=inside)
-        values = total.to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
     values = values * inverse_rms * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * size + column, values.to(out.dtype.element_ty), mask=inside)
@@ -70,17 +63,13 @@ def gated_kernel(gate_up, out, size, ACTIVATION: tl.constexpr, TILE: tl.constexp
     tl.store(out + row * size + column, (active * up).to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Norm of x [tokens, size], or of `residual` after adding x to it in place."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm of x [tokens, size]."""
     tokens, size = x.shape
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     tile = triton.next_power_of_2(size)
-    rms_norm_kernel[(tokens,)](
-        *(x, x if residual is None else residual, out, weight, size, eps, x.stride(0)),
-        TILE=tile,
-        HAS_RESIDUAL=residual is not None,
-        num_warps=min(max(tile // 512, 1), 16),
-    )
+    warps = min(max(tile // 512, 1), 16)
+    rms_norm_kernel[(tokens,)](x, out, weight, size, eps, x.stride(0), TILE=tile, num_warps=warps)
     return out
 
 

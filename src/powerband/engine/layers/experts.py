@@ -61,6 +61,10 @@ class Experts(nn.Module):
         unsorted[order] = outputs
         return (unsorted.view(-1, per_token, x.shape[-1]) * weights.unsqueeze(-1)).sum(dim=1)
 
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual += forward(x), in place."""
+        residual.add_(self.forward(x))
+
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(weights, experts), both [tokens, experts per token]."""
         logits: torch.Tensor = self.router(x)

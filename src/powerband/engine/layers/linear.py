@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+
+class Product(Protocol):
+    """x @ weight.T + bias, with the weight in whatever form the provider keeps it."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual += product of x, in place, rounded once where the provider can."""
+        ...
 
 
 class LinearProvider(Protocol):
@@ -38,6 +46,15 @@ class Linear(nn.Module):
         if self._product is not None:
             return self._product(x)
         return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual [tokens, out_features] += product of x, in place."""
+        if self._product is not None:
+            self._product.add_to(residual, x)
+        elif self.bias is not None:
+            residual.add_(F.linear(x, self.weight, self.bias))
+        else:
+            residual.addmm_(x, self.weight.t())
 
     def use(self, provider: LinearProvider) -> bool:
         """Hand the weight over to `provider`, which keeps its own form of it. False: it declines."""

@@ -43,5 +43,13 @@ class GatedMLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down(self.gated(self.gate_up(x), self.activation))
+        out: torch.Tensor = self.down(self.inner(x))
         return out
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual += forward(x), in place."""
+        self.down.add_to(residual, self.inner(x))
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] → [tokens, intermediate]."""
+        return self.gated(self.gate_up(x), self.activation)

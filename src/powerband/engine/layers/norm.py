@@ -10,8 +10,7 @@ from torch import nn
 
 from powerband.engine.layers.linear import parameter
 
-# (x, residual or None, weight, eps) → norm of x, or of `residual` after adding x to it in place.
-NormKernel = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, float], torch.Tensor]
+NormKernel = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # (x, weight, eps) → norm of x
 
 
 class RMSNorm(nn.Module):
@@ -31,17 +30,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kernel is not None:
-            return self.kernel(x, None, self.weight, self.eps)
+            return self.kernel(x, self.weight, self.eps)
         if self.weight.dtype != x.dtype:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual += x in place; returns the norm of the sum."""
-        if self.kernel is not None:
-            return self.kernel(x, residual, self.weight, self.eps)
-        residual += x
-        return self.forward(residual)
 
 
 def norm_heads(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:

@@ -28,13 +28,20 @@ class PackedLinear:
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
         if weight.device.type != "cpu" or weight is self._keep or not _pays(weight):
             return None
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        return _Product(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1), bias)
 
-        def product(x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-            return out
 
-        return product
+class _Product:
+    def __init__(self, packed: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._packed = packed
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        residual.add_(self(x))
 
 
 def _pays(weight: torch.Tensor) -> bool:

@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
         before, after = spec.norm_placement != "post", spec.norm_placement != "pre"
         size = spec.hidden_size
         self.attention = Attention(spec, layer, index, dtype, device)
-        self.mlp: nn.Module = (
+        self.mlp: Experts | GatedMLP = (
             Experts(spec, layer.num_experts, dtype=dtype, device=device)
             if layer.num_experts
             else GatedMLP(size, spec.intermediate_size, spec.activation, bias=spec.mlp_bias, dtype=dtype, device=device)
@@ -87,18 +87,24 @@ class DecoderLayer(nn.Module):
         attention: AttentionBackend,
     ) -> torch.Tensor:
         x: torch.Tensor = self.attention_norm(hidden) if self.attention_norm is not None else hidden
-        x = self.attention(x, rotations, batch, attention)
+        x = self.attention.heads(x, rotations, batch, attention)
         if self.attention_post_norm is not None:
-            x = self.attention_post_norm(x)
-        x = self.mlp_norm.add(x, hidden) if self.mlp_norm is not None else hidden.add_(x)
-        x = self.mlp(x)
+            hidden.add_(self.attention_post_norm(self.attention.output(x)))
+        else:
+            self.attention.output.add_to(hidden, x)
+        x = self.mlp_norm(hidden) if self.mlp_norm is not None else hidden
         if self.mlp_post_norm is not None:
-            x = self.mlp_post_norm(x)
-        return hidden.add_(x)
+            hidden.add_(self.mlp_post_norm(self.mlp(x)))
+        else:
+            self.mlp.add_to(hidden, x)
+        return hidden
 
 
 class Attention(nn.Module):
-    """Projections, and norms over all heads together; per-head norms, rotation and the rest are the backend's."""
+    """Projections, and norms over all heads together; per-head norms, rotation and the rest are the backend's.
+
+    The layer applies the `output` projection to what `heads` returns.
+    """
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -127,13 +133,14 @@ class Attention(nn.Module):
             wide = torch.float32 if spec.norm_weight_offset else dtype
             self.head_norm = parameter(heads, spec.head_dim, dtype=wide, device=device)
 
-    def forward(
+    def heads(
         self,
         x: torch.Tensor,
         rotations: dict[RopeSpec, Rotation],
         batch: AttentionBatch,
         attention: AttentionBackend,
     ) -> torch.Tensor:
+        """[tokens, hidden] → [tokens, num_heads * head_dim]."""
         tokens, heads, kv_heads = x.shape[0], self.num_heads, self.num_kv_heads
         qkv: torch.Tensor = self.qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
@@ -144,8 +151,7 @@ class Attention(nn.Module):
         norm = HeadNorm(self.head_norm, self.eps) if self.head_norm is not None else None
         rotation = rotations[self.rope] if self.rope is not None else None
         out = attention.attend_unrotated(self.index, qkv, rotation, norm, batch, self.shape, self.sinks)
-        projected: torch.Tensor = self.output(out.reshape(tokens, heads * self.head_dim))
-        return projected
+        return out.reshape(tokens, heads * self.head_dim)
 
 
 def _norm(spec: ModelSpec, size: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
