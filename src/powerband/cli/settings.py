@@ -20,7 +20,8 @@ from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings, value_types
 
 PREFIX = "POWERBAND_"
-OTHER_VARIABLES = ("POWERBAND_DEBUG",)  # read elsewhere, not settings
+# Read elsewhere, not settings.
+OTHER_VARIABLES = ("POWERBAND_DEBUG", "POWERBAND_CACHE", "POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE")
 FROM_COMMAND_LINE = "command line"
 DEFAULT = "default"
 
