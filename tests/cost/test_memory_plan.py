@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from powerband.cost import MemoryPlan, plan_memory
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec import EngineSettings, ModelSpec, read_model_spec
+from powerband.spec.quantization import WeightFormat
 
 GIB = 1 << 30
 KINDS: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
@@ -206,6 +208,59 @@ def test_the_plan_as_json_names_every_part() -> None:
     report = plan.as_dict()
     assert report["total_bytes"] == sum(report[f"{name}_bytes"] for name in plan.parts)
     assert report["kv_tokens"] == report["num_blocks"] * report["block_size"]
+
+
+def test_quantized_weights_and_cache_take_what_they_hold() -> None:
+    """Qwen2.5-7B: 6.53e9 elements in projections, 0.545e9 in the head, as many in the embedding."""
+    plain, eight, four = (_plan(QWEN_2_5_7B, 80 * GIB, quantization=name) for name in ("none", "int8", "int4"))
+    projections = 28 * (3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944)
+    head, outputs = 152064 * 3584, 28 * (3584 + 2 * 512 + 3584 + 2 * 18944 + 3584)
+    rest = plain.parts["weights"] - 2 * projections - 2 * head
+    assert eight.parts["weights"] == projections + 4 * outputs + head + 4 * 152064 + rest
+    assert four.parts["weights"] == projections // 2 + projections // 128 * 4 + head + 4 * 152064 + rest
+    kept = _plan(QWEN_2_5_7B, 80 * GIB, quantization="int4", quantize_head=False)
+    assert kept.parts["weights"] - four.parts["weights"] == head - 4 * 152064
+    assert four.table().splitlines()[0].split()[:4] == ["memory", "(cpu,", "bfloat16,", "weights"]
+    assert kept.precisions() == ["bfloat16", "weights int4"]
+    tokens = _plan(QWEN_2_5_7B, 80 * GIB, kv_cache_memory="1GiB", kv_cache_dtype="int8").kv_tokens
+    assert tokens == GIB // (28 * 2 * 4 * (128 + 4)) // 32 * 32
+
+
+def test_a_tied_head_that_is_quantized_takes_memory_of_its_own() -> None:
+    tied = replace(QWEN_2_5_7B, tie_embeddings=True)
+    extra = _plan(tied, 80 * GIB, quantization="int8").parts["weights"]
+    without = _plan(tied, 80 * GIB, quantization="int8", quantize_head=False).parts["weights"]
+    assert extra - without == 152064 * (3584 + 4)
+
+
+def test_a_model_that_is_too_large_may_fit_when_quantized() -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        _plan(QWEN_2_5_7B, 12 * GIB, max_model_len=64, max_num_seqs=8)
+    assert "--quantization int8 frees" in caught.value.hint
+    _plan(QWEN_2_5_7B, 12 * GIB, quantization="int8", max_model_len=64, max_num_seqs=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "sentence"),
+    [
+        ("cuda", {"quantization": "int8"}, "CPU only so far"),
+        ("cpu", {"quantization": "int4", "dtype": "float16"}, "activations in bfloat16"),
+        ("cpu", {"quantize_head": False}, "nothing is quantized"),
+    ],
+)
+def test_precisions_that_cannot_be(kind: Literal["cpu", "cuda"], asked: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        _plan(QWEN_2_5_7B, 80 * GIB, kind, **asked)
+
+
+def test_a_quantized_checkpoint_is_planned_as_it_is_stored() -> None:
+    stored = WeightFormat("awq", 4, 128, symmetric=False)
+    spec = replace(QWEN_2_5_7B, weight_format=stored)
+    asymmetric = _plan(spec, 80 * GIB)
+    assert asymmetric.precisions() == ["bfloat16", "weights int4", "head int8"]
+    assert asymmetric.parts["weights"] > _plan(QWEN_2_5_7B, 80 * GIB, quantization="int4").parts["weights"]
+    with pytest.raises(UsageError, match="quantized already: awq, 4 bits"):
+        _plan(spec, 80 * GIB, quantization="int8")
 
 
 @pytest.mark.parametrize(

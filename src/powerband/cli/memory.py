@@ -23,7 +23,7 @@ from powerband.spec.settings import EngineSettings
 NOT_ABOUT_MEMORY = (
     *("tokenizer", "served_model_name", "chat_template", "load_format", "seed", "threads", "attention_backend"),
     *("async_scheduling", "enable_prefix_caching", "long_prefill_token_threshold", "scheduling_policy"),
-    *("max_num_queued_reqs", "max_num_queued_tokens", "step_log"),
+    *("max_num_queued_reqs", "max_num_queued_tokens", "step_log", "weight_cache"),
 )
 
 
@@ -55,7 +55,9 @@ def plan_on_this_machine(spec: ModelSpec, settings: EngineSettings) -> MemoryPla
     cpu = detect_cpu()
     kind: Literal["cpu", "cuda"] = "cpu" if device_of(settings) == "cpu" else "cuda"
     total, free = (cpu.memory_bytes, cpu.available_memory_bytes) if kind == "cpu" else _gpu_memory()
-    dtype = settings.dtype if settings.dtype != "auto" else auto_dtype(spec, kind, cpu.features)
+    dtype: str = settings.dtype
+    if dtype == "auto":
+        dtype = auto_dtype(spec, kind, cpu.features, quantization=settings.quantization)
     return plan_memory(spec, settings, total, kind=kind, free_memory_bytes=free, dtype=dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from powerband.cost.sizing import LABELS, Sizing, as_option, readable
 from powerband.errors import EnvironmentFault
-from powerband.spec.counts import dtype_bytes
+from powerband.spec.counts import count_parameters
 from powerband.spec.settings import memory_bytes
 
 _SMALL_BUDGET = 512
@@ -92,8 +92,9 @@ def _smaller_model(sizing: Sizing) -> list[str]:
     room = sizing.available - sum(parts.values()) + parts["weights"]
     if not 0 < room < parts["weights"]:
         return []
-    most = room / dtype_bytes(sizing.dtype) / 1e9
-    return [f"a model of less than {most:.1f} billion parameters fits in {sizing.dtype}"]
+    bytes_per_parameter = parts["weights"] / count_parameters(sizing.spec).total
+    precision = sizing.dtype if sizing.held.layers == "none" else sizing.held.layers
+    return [f"a model of less than {room / bytes_per_parameter / 1e9:.1f} billion parameters fits in {precision}"]
 
 
 def _most_with(sizing: Sizing, **changes: Any) -> int:
@@ -118,6 +119,10 @@ def _smaller(sizing: Sizing) -> list[tuple[str, Sizing]]:
     changes: list[tuple[str, Sizing]] = []
     if sizing.dtype == "float32":
         changes.append(("--dtype bfloat16", replace(sizing, dtype="bfloat16")))
+    if sizing.kind == "cpu" and settings.dtype in ("auto", "bfloat16") and sizing.held.layers == "none":
+        for precision in ("int8", "int4"):
+            quantized = replace(sizing, settings=replace(settings, quantization=precision), dtype="bfloat16")
+            changes.append((f"--quantization {precision}", quantized))
     if settings.max_num_batched_tokens > _SMALL_BUDGET:
         fewer = replace(settings, max_num_batched_tokens=_SMALL_BUDGET)
         changes.append((f"--max-num-batched-tokens {_SMALL_BUDGET}", replace(sizing, settings=fewer)))

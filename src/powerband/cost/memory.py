@@ -13,6 +13,7 @@ from powerband.cost.advice import misfit
 from powerband.cost.sizing import LABELS, Sizing, as_option, readable
 from powerband.errors import UsageError
 from powerband.spec.model import ModelSpec
+from powerband.spec.quantization import HeldWeights
 from powerband.spec.settings import EngineSettings
 
 
@@ -21,7 +22,9 @@ class MemoryPlan:
     """Where the memory of one engine goes. `parts` sum to `total_bytes`, which is at most `available_bytes`."""
 
     kind: Literal["cpu", "cuda"]
-    dtype: str
+    dtype: str  # of activations, and of weights that are not quantized
+    held: HeldWeights
+    kv_dtype: str
     device_memory_bytes: int
     available_bytes: int  # that the engine may use
     parts: Mapping[str, int]  # bytes by name: weights, kv_cache, activations, attention, sampling, runtime
@@ -45,6 +48,9 @@ class MemoryPlan:
         return {
             "kind": self.kind,
             "dtype": self.dtype,
+            "weights_dtype": self.dtype if self.held.layers == "none" else self.held.layers,
+            "head_dtype": self.dtype if self.held.head == "none" else self.held.head,
+            "kv_cache_dtype": self.kv_dtype,
             "device_memory_bytes": self.device_memory_bytes,
             "available_bytes": self.available_bytes,
             "total_bytes": self.total_bytes,
@@ -55,6 +61,11 @@ class MemoryPlan:
             "max_model_len": self.max_model_len,
             "notes": list(self.notes),
         }
+
+    def precisions(self) -> list[str]:
+        """What is held in which precision: the dtype, and whatever differs from it."""
+        held = {"weights": self.held.layers, "head": self.held.head, "KV": self.kv_dtype}
+        return [self.dtype, *(f"{part} {kind}" for part, kind in held.items() if kind not in ("none", self.dtype))]
 
     def table(self, measured: Mapping[str, int] | None = None) -> str:
         """Plain text, one line per part: predicted and, where known, measured bytes.
@@ -70,8 +81,9 @@ class MemoryPlan:
         rows = [(LABELS[name] + details.get(name, ""), size, found.get(name)) for name, size in self.parts.items()]
         rows.append(("total", self.total_bytes, found.get("total")))
         rows.append((f"available of {readable(self.device_memory_bytes)}", self.available_bytes, None))
-        width = max(len(row[0]) for row in rows)
-        lines = [f"{f'memory ({self.kind}, {self.dtype})':<{width}}  {'predicted':>10}" + "    measured" * bool(found)]
+        title = f"memory ({', '.join([self.kind, *self.precisions()])})"
+        width = max(len(row[0]) for row in [*rows, (title, 0, 0)])
+        lines = [f"{title:<{width}}  {'predicted':>10}" + "    measured" * bool(found)]
         for label, predicted, actual in rows:
             line = f"{label:<{width}}  {readable(predicted):>10}"
             lines.append(f"{line}  {readable(actual) if actual is not None else '-':>10}" if found else line)
@@ -90,7 +102,8 @@ def plan_memory(
     """Plan an engine of `settings` on a device.
 
     `free_memory_bytes`: of the device, before anything is loaded; default: all of it.
-    `dtype`: of weights and KV cache; default: the setting's, and for "auto" the checkpoint's.
+    `dtype`: of activations, and of weights and KV cache that are not quantized; default: the setting's, and for "auto"
+    the checkpoint's, or bfloat16 beside quantized weights.
     Raises UsageError when the settings contradict the model, and EnvironmentFault, with what would help, when the
     engine cannot fit.
     """
@@ -101,7 +114,7 @@ def plan_memory(
             hint=f"Use {spec.max_position} or less, or leave it out.",
             param="max_model_len",
         )
-    dtype = dtype or (spec.dtype if settings.dtype == "auto" else settings.dtype)
+    dtype = dtype or (settings.dtype if settings.dtype != "auto" else _as_stored(spec, settings))
     sizing = Sizing(spec, settings, kind, dtype, device_memory_bytes, free)
     blocks = sizing.chosen_blocks()
     max_len = min(sizing.wanted_len, blocks * settings.block_size)
@@ -111,6 +124,8 @@ def plan_memory(
     return MemoryPlan(
         kind=kind,
         dtype=dtype,
+        held=sizing.held,
+        kv_dtype=sizing.kv_dtype,
         device_memory_bytes=device_memory_bytes,
         available_bytes=sizing.available,
         parts=sizing.parts(blocks),
@@ -121,6 +136,10 @@ def plan_memory(
         max_num_batched_tokens=settings.max_num_batched_tokens,
         notes=_notes(sizing, max_len),
     )
+
+
+def _as_stored(spec: ModelSpec, settings: EngineSettings) -> str:
+    return "bfloat16" if settings.quantization != "none" or spec.weight_format is not None else spec.dtype
 
 
 def _notes(sizing: Sizing, max_len: int) -> tuple[str, ...]:

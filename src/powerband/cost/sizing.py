@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerband.cost.footprint import activation_bytes, attention_bytes, runtime_bytes, sampling_bytes
-from powerband.spec.counts import kv_bytes_per_token, parameter_bytes
+from powerband.cost.precision import held_weights, kv_dtype
+from powerband.spec.counts import held_parameter_bytes, kv_bytes_per_token
 from powerband.spec.model import ModelSpec
+from powerband.spec.quantization import HeldWeights
 from powerband.spec.settings import EngineSettings, memory_bytes
 
 LABELS = {
@@ -54,8 +56,16 @@ class Sizing:
         return self.settings.gpu_memory_utilization if self.kind == "cuda" else _CPU_USABLE_SHARE
 
     @property
+    def held(self) -> HeldWeights:
+        return held_weights(self.spec, self.settings, self.kind, self.dtype)
+
+    @property
+    def kv_dtype(self) -> str:
+        return kv_dtype(self.settings, self.dtype)
+
+    @property
     def block_bytes(self) -> int:
-        return self.settings.block_size * kv_bytes_per_token(self.spec, self.dtype)
+        return self.settings.block_size * kv_bytes_per_token(self.spec, self.kv_dtype)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.settings.block_size)
@@ -69,7 +79,7 @@ class Sizing:
         rows = min(settings.max_num_seqs, tokens)
         in_place = kind == "cuda" and settings.attention_backend != "reference"
         return {
-            "weights": parameter_bytes(spec, dtype),
+            "weights": held_parameter_bytes(spec, dtype, self.held),
             "kv_cache": num_blocks * self.block_bytes,
             "activations": activation_bytes(spec, tokens=tokens, dtype=dtype),
             "attention": attention_bytes(

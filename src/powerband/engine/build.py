@@ -69,20 +69,22 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     told("resolve", 0.0)
     folder = resolve_model(settings)
     spec = read_model_spec(folder)
-    _check_quantization(spec, folder)
+    _check_quantization(spec, settings, folder)
     stopwatch.lap("resolve")
     cpu = detect_cpu()
     device = choose_device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or cpu.cores)
     kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
-    dtype = settings.dtype if settings.dtype != "auto" else auto_dtype(spec, kind, cpu.features)
+    dtype: str = settings.dtype
+    if dtype == "auto":
+        dtype = auto_dtype(spec, kind, cpu.features, quantization=settings.quantization)
     memory = _plan(spec, settings, device, cpu, dtype)
     stopwatch.lap("plan")
     settings = _resolved(settings, device, dtype, memory)
     choice = choose_backend(settings.attention_backend, device.type)
     step_log = StepLog(Path(settings.step_log)) if settings.step_log else None
-    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice), told)
+    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory), told)
     with _memory_errors(memory):
         report = executor.start()
         stopwatch.take(report.seconds)
@@ -117,7 +119,9 @@ def _plan(spec: ModelSpec, settings: EngineSettings, device: torch.device, cpu: 
     return plan_memory(spec, settings, cpu.memory_bytes, kind="cpu", free_memory_bytes=free, dtype=dtype)
 
 
-def _check_quantization(spec: ModelSpec, folder: Path) -> None:
+def _check_quantization(spec: ModelSpec, settings: EngineSettings, folder: Path) -> None:
+    if settings.quantization != "none" or settings.kv_cache_dtype != "auto":
+        raise UsageError("The engine cannot compute with quantized weights or KV cache yet.", param="quantization")
     if spec.quantization is not None and (spec.family, spec.quantization) not in _EXPANDED:
         raise UsageError(
             f"{folder} is quantized with '{spec.quantization}', which cannot be loaded.",
@@ -140,7 +144,12 @@ def _resolved(settings: EngineSettings, device: torch.device, dtype: str, memory
 
 
 def _executor_config(
-    settings: EngineSettings, spec: ModelSpec, folder: Path, device: torch.device, choice: Choice
+    settings: EngineSettings,
+    spec: ModelSpec,
+    folder: Path,
+    device: torch.device,
+    choice: Choice,
+    memory: MemoryPlan,
 ) -> ExecutorConfig:
     captures = device.type == "cuda" and not settings.enforce_eager and can_capture(choice.name)
     return ExecutorConfig(
@@ -154,6 +163,9 @@ def _executor_config(
         seed=settings.seed,
         attention=choice,
         overlap=bool(settings.async_scheduling),
+        held=memory.held,
+        weight_cache=settings.weight_cache == "auto",
+        kv_cache_dtype=settings.kv_cache_dtype,
         graph_rows=min(settings.max_num_seqs, MAX_ROWS) if captures else 0,
     )
 
@@ -187,7 +199,7 @@ def _info(
     products = ", ".join(f"{name} ({count})" for name, count in executor.providers.items()) or "torch"
     summary = "\n".join(
         [
-            f"model      {settings.model} ({spec.family}, {spec.num_layers} layers, {settings.dtype})",
+            f"model      {settings.model} ({spec.family}, {spec.num_layers} layers, {', '.join(memory.precisions())})",
             f"device     {report.device} ({report.device_name})",
             f"attention  {choice.name}: {choice.reason}",
             f"products   {products}",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from powerband.errors import UsageError
 from powerband.spec.fields import shown
 from powerband.spec.model import ModelSpec
+from powerband.spec.quantization import Held, HeldWeights
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -79,6 +80,47 @@ def parameter_bytes(spec: ModelSpec, dtype: str) -> int:
     return count_parameters(spec).total * dtype_bytes(dtype)
 
 
+def held_parameter_bytes(spec: ModelSpec, dtype: str, held: HeldWeights) -> int:
+    """Bytes of all weights in an engine that holds projections and head as `held` says, and the rest in `dtype`.
+
+    8 bits: one float32 scale per output. 4 bits: one per group of inputs of an output, and perhaps a zero point.
+    """
+    counts = count_parameters(spec)
+    matrices = _projections(spec)
+    head = (spec.vocab_size, spec.hidden_size)
+    plain = counts.total - sum(number * rows * columns for number, rows, columns in matrices)
+    if not spec.tie_embeddings or held.head != "none":  # a tied head has a form of its own only when it is quantized
+        matrices.append((1, *head))
+        plain -= counts.head
+    size = plain * dtype_bytes(dtype)
+    for number, rows, columns in matrices:
+        precision = held.head if (rows, columns) == head else held.layers
+        size += number * _matrix_bytes(rows, columns, precision, dtype, held)
+    return size
+
+
+def _matrix_bytes(rows: int, columns: int, precision: Held, dtype: str, held: HeldWeights) -> int:
+    if precision == "int8":
+        return rows * columns + rows * 4
+    if precision == "int4":
+        return rows * columns // 2 + rows * -(-columns // held.group_size) * (5 if held.zeros else 4)
+    return rows * columns * dtype_bytes(dtype)
+
+
+def _projections(spec: ModelSpec) -> list[tuple[int, int, int]]:
+    """(how many, outputs, inputs) of the matrices of attention, MLPs and experts."""
+    hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    experts, width = sum(layer.num_experts for layer in spec.layers), spec.expert_intermediate_size
+    return [
+        (spec.num_layers, queries + 2 * keys, hidden),
+        (spec.num_layers, hidden, queries),
+        (_num_dense_layers(spec), 2 * spec.intermediate_size, hidden),
+        (_num_dense_layers(spec), hidden, spec.intermediate_size),
+        (experts, 2 * width, hidden),
+        (experts, hidden, width),
+    ]
+
+
 def stored_parameter_bytes(spec: ModelSpec) -> int:
     """Bytes of the weights in the checkpoint's files: in its dtype, experts of an mxfp4 checkpoint at 4.25 bits."""
     counts, size = count_parameters(spec), dtype_bytes(spec.dtype)
@@ -88,7 +130,9 @@ def stored_parameter_bytes(spec: ModelSpec) -> int:
 
 
 def kv_bytes_per_token_per_layer(spec: ModelSpec, kv_dtype: str) -> int:
-    """Bytes that one position's key and value take in one layer's cache."""
+    """Bytes that one position's key and value take in one layer's cache. int8: with a float32 scale for each head."""
+    if kv_dtype == "int8":
+        return 2 * spec.num_kv_heads * (spec.head_dim + 4)
     return 2 * spec.num_kv_heads * spec.head_dim * dtype_bytes(kv_dtype)
 
 

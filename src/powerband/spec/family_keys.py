@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from powerband.spec.fields import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, Fields, shown
 from powerband.spec.model import LayerSpec, RopeSpec
+from powerband.spec.quantization import read_weight_format
 from powerband.spec.rope import read_rope
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
@@ -61,6 +62,7 @@ def shared_arguments(fields: Fields, defaults: Defaults, *, query_scale: bool = 
         raise fields.error(
             f"activation {shown(activation)} is not supported", defaults.activation_key, f"Known: {known}."
         )
+    quantization, weight_format = read_weight_format(fields)
     return {
         "family": fields.values["model_type"].removesuffix("_text"),
         "dtype": _dtype(fields),
@@ -77,7 +79,8 @@ def shared_arguments(fields: Fields, defaults: Defaults, *, query_scale: bool = 
         "attention_scale": (fields.number("query_pre_attn_scalar", 256.0) if query_scale else head_dim) ** -0.5,
         "bos_token_id": fields.nullable_integer("bos_token_id", defaults.bos, low=0, high=MAX_VOCABULARY),
         "eos_token_ids": _eos(fields, defaults.eos),
-        "quantization": _quantization(fields),
+        "quantization": quantization,
+        "weight_format": weight_format,
     }
 
 
@@ -98,11 +101,6 @@ def _dtype(fields: Fields) -> str:
     if name not in _DTYPES:
         raise fields.error(f"weights of type {shown(name)} are not supported", key, f"Known: {', '.join(_DTYPES)}.")
     return name
-
-
-def _quantization(fields: Fields) -> str | None:
-    table = fields.table("quantization_config")
-    return table.text("quant_method", "unknown") if table is not None else None
 
 
 def soft_cap(fields: Fields, name: str, default: float | None) -> float | None:

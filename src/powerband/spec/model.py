@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from powerband.spec.quantization import WeightFormat
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
@@ -81,6 +83,7 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     quantization: str | None = None  # how the checkpoint's weights are stored, e.g. "mxfp4"; None: plain
+    weight_format: WeightFormat | None = None  # the details, where the engine computes with the stored values
 
     @property
     def num_layers(self) -> int:

@@ -13,6 +13,7 @@ from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.families import FAMILIES
 from powerband.spec.fields import MAX_VOCABULARY, Fields, shown
 from powerband.spec.model import ModelSpec
+from powerband.spec.quantization import QUANTIZATION_KEYS
 
 _MAX_CONFIG_BYTES = 4 << 20
 
@@ -48,7 +49,7 @@ def _text_part(fields: Fields) -> Fields:
     inner = fields.table("text_config") if fields.values.get("model_type") == "gemma3" else None
     if inner is None:
         return fields
-    outside = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "quantization_config", "dtype", "torch_dtype")
+    outside = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", *QUANTIZATION_KEYS)
     lifted = {key: fields.values[key] for key in outside if fields.values.get(key) is not None}
     if "dtype" in inner or "torch_dtype" in inner:
         lifted = {key: value for key, value in lifted.items() if key not in ("dtype", "torch_dtype")}

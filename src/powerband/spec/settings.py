@@ -41,6 +41,15 @@ class EngineSettings:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = setting(
         "auto", "Precision of weights and activations; auto: as stored, where the device is fast at it", group="Model"
     )
+    quantization: Literal["none", "int8", "int4"] = setting(
+        "none", "Hold the weights of projections in 8 or 4 bits (CPU); quantized while loading", group="Model"
+    )
+    quantize_head: bool = setting(
+        True, "With quantized weights: hold the output head in 8 bits; off: in bfloat16", group="Model"
+    )
+    weight_cache: Literal["auto", "off"] = setting(
+        "auto", "Keep quantized weights in the cache directory, so that the next start is fast", group="Model"
+    )
     max_model_len: int | None = setting(
         None, "Longest prompt plus output, in tokens; default: the model's own", group="Model", minimum=1
     )
@@ -61,6 +70,9 @@ class EngineSettings:
     block_size: int = setting(32, "Tokens per block of KV cache", group="Memory", minimum=1, maximum=4096)
     kv_cache_memory: str | None = setting(
         None, "Memory for the KV cache, e.g. 4GiB; default: by the memory plan", group="Memory"
+    )
+    kv_cache_dtype: Literal["auto", "int8"] = setting(
+        "auto", "Precision of the KV cache; auto: that of the activations", group="Memory"
     )
     gpu_memory_utilization: float = setting(
         0.9, "Share of the device's memory that may be used in all (CUDA)", group="Memory", minimum=0.01, maximum=1

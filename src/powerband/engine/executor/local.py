@@ -24,6 +24,7 @@ from powerband.engine.weights import fill_random, load_weights
 from powerband.errors import UsageError
 from powerband.spec.device import detect_cpu
 from powerband.spec.model import ModelSpec
+from powerband.spec.quantization import PLAIN, HeldWeights
 
 Progress = Callable[[str, float], None]
 
@@ -42,6 +43,9 @@ class ExecutorConfig:
     seed: int
     attention: Choice
     overlap: bool
+    held: HeldWeights = PLAIN  # what projections and head are held in
+    weight_cache: bool = False  # keep quantized weights for the next start
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     graph_rows: int = 0  # largest batch of decodes to capture CUDA graphs for; 0: none
 
 
