@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -188,21 +189,27 @@ def inside_model(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         shown = name if path.count(".") else f"model.{name}"
         if name == "attention":  # the module: what is around its projections and the backend
             shown = "attention module"
-        for method in ("forward", "add", "gated"):
-            if callable(getattr(module, method, None)):
-                watch.watch(module, method, shown if method != "gated" else "activation")
+        for method in public_methods(module):
+            watch.watch(module, method, shown)
+        if callable(getattr(module, "gated", None)):
+            watch.watch(module, "gated", "activation")
     for table in model.rotary.values():
         watch.watch(table, "at", "rotary table")
     backend = engine.executor.attention
-    for method in ("begin", "attend_unrotated", "attend"):
-        if hasattr(backend, method):
-            watch.watch(
-                backend, method, {"begin": "attention plan", "attend": "attention"}.get(method, "norm + rotary")
-            )
+    names = {"begin": "attention plan", "attend_unrotated": "norm + rotary"}
+    for method in public_methods(backend):
+        watch.watch(backend, method, names.get(method, "attention"))
     try:
         yield
     finally:
         watch.remove()
+
+
+def public_methods(owner: Any) -> list[str]:
+    """What of `owner` the engine may call in a step, as far as it is defined in this project."""
+    classes = [kind for kind in type(owner).__mro__ if kind.__module__.startswith("powerband.")]
+    names = {name for kind in classes for name, value in vars(kind).items() if isinstance(value, FunctionType)}
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def medians(parts: list[dict[str, float]]) -> dict[str, float]:
