@@ -1,0 +1,314 @@
+// Attention of a prefill chunk: new queries of one request over its paged KV cache, softmax and products in one pass.
+//
+// A task is a tile of queries with all query heads of one KV head, folded into rows: row = query * group + head. It takes
+// its keys a stretch of blocks at a time; for each stretch, and each group of rows:
+//
+//     scores  = queries * K           [32 rows][stretch]
+//     weights = exp2(scores - maximum)  … the output so far shrinks where the maximum of a row has grown
+//     output += weights * V           [32 rows][head size]
+//
+// The K part of a block and its V part are read as they lie in the cache. Only what a stretch ends in the middle of is
+// copied: what lies beyond the last (or before the first) visible token is somebody else's, and 0 * NaN is NaN.
+#include "attention_prefill.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "attention_product.h"
+
+namespace powerband {
+namespace {
+
+#if defined(POWERBAND_AVX512_BF16)
+using VectorProduct = DotProduct;
+#else
+using VectorProduct = WideProduct;
+#endif
+
+constexpr int64_t kTileRows = 128;
+constexpr int64_t kGroupRows = 32;
+constexpr int64_t kStretchBlocks = 8;
+constexpr int64_t kStretch = kStretchBlocks * kBlockTokens;
+constexpr int64_t kPad = 64;  // bytes at the end of a row of scratch: rows of a tile do not fall into the same cache sets
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int64_t queries_per_tile(const AttentionParams& params) {
+    return std::max<int64_t>(1, kTileRows / params.group());
+}
+
+// Memory of a thread that stays for its life, and grows.
+class Scratch {
+   public:
+    // Hands out memory from the start again: what was taken before is gone.
+    void begin(size_t bytes) {
+        if (bytes > size_) {
+            memory_.reset(new (std::align_val_t(64)) char[bytes]);
+            size_ = bytes;
+        }
+        used_ = 0;
+    }
+    template <class T>
+    T* take(int64_t count) {
+        T* taken = reinterpret_cast<T*>(memory_.get() + used_);
+        used_ += bytes_of<T>(count);
+        return taken;
+    }
+    template <class T>
+    static size_t bytes_of(int64_t count) {
+        return static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    }
+
+   private:
+    struct Release {
+        void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<char[], Release> memory_;
+    size_t size_ = 0, used_ = 0;
+};
+
+// 2^x to 3e-6 relative (minimax polynomial of degree 4 on [0, 1)): far below the rounding of the weights to bf16.
+// -inf gives 0, NaN stays NaN. x <= 0 here, up to rounding.
+inline f32x16 exp2(f32x16 x) {
+#ifdef __AVX512DQ__
+    constexpr int kFloor = 1;
+    const __m512 value = as<__m512>(x);
+    const f32x16 f = as<f32x16>(_mm512_reduce_ps(value, kFloor));
+    f32x16 p = broadcast(0.01353416787f);
+    p = p * f + 0.05201146277f;
+    p = p * f + 0.2414427539f;
+    p = p * f + 0.6930038356f;
+    p = p * f + 1.000002593f;
+    return as<f32x16>(_mm512_scalef_ps(as<__m512>(p), value));
+#else
+    return exp(max(broadcast(-150.0f), x) * 0.69314718055994531f);
+#endif
+}
+
+// tanh to about 1e-7 absolute. NaN stays NaN.
+inline f32x16 tanh(f32x16 x) {
+    const f32x16 limit = broadcast(10.0f);  // beyond it tanh is 1 in float32
+    x = max(-limit, x);
+    x = -max(-limit, -x);
+    return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
+}
+
+// What a row has seen so far: the largest score (times log2 e) and the sum of the weights relative to it.
+struct Row {
+    float maximum, sum;
+};
+
+template <class Products>
+class Task {
+    using Operand = typename Products::Operand;
+
+   public:
+    Task(const PrefillChunk& chunk, const AttentionParams& params, int64_t kv_head, int64_t tile)
+        : chunk_(chunk),
+          params_(params),
+          kv_head_(kv_head),
+          heads_(params.group()),
+          first_query_(tile * queries_per_tile(params)),
+          num_queries_(std::min(queries_per_tile(params), chunk.num_queries - first_query_)),
+          num_rows_(num_queries_ * heads_),
+          dim_(params.cache.head_dim),
+          factor_((params.softcap > 0 ? params.softcap : params.scale) * kLog2E) {
+        const int64_t rows = round_up(num_rows_, kGroupRows);
+        thread_local Scratch scratch;
+        scratch.begin(Scratch::bytes_of<Operand>(rows * q_stride()) + Scratch::bytes_of<float>(rows * o_stride()) +
+                      Scratch::bytes_of<Row>(rows) + Scratch::bytes_of<float>(kGroupRows * kScoreStride) +
+                      Scratch::bytes_of<Operand>(kGroupRows * kWeightStride) +
+                      2 * Scratch::bytes_of<bf16>(kBlockTokens * dim_));
+        queries_ = scratch.take<Operand>(rows * q_stride());
+        output_ = scratch.take<float>(rows * o_stride());
+        rows_ = scratch.take<Row>(rows);
+        scores_ = scratch.take<float>(kGroupRows * kScoreStride);
+        weights_ = scratch.take<Operand>(kGroupRows * kWeightStride);
+        for (bf16*& part : cleaned_) part = scratch.take<bf16>(kBlockTokens * dim_);
+    }
+
+    void run() {
+        take_queries();
+        const int64_t begin = first_visible(first_query_), end = end_visible(first_query_ + num_queries_ - 1);
+        const int64_t last_block = (end - 1) / kBlockTokens;
+        for (int64_t block = begin / kBlockTokens; block <= last_block; block += kStretchBlocks) {
+            const int64_t count = std::min(kStretchBlocks, last_block + 1 - block);
+            find_blocks(block, count, begin, end);
+            for (int64_t row = 0; row < num_rows_; row += kGroupRows)
+                attend(block, count, row, std::min(kGroupRows, num_rows_ - row));
+        }
+        give_output();
+    }
+
+   private:
+    static constexpr int64_t kScoreStride = kStretch + kPad / 4;
+    static constexpr int64_t kWeightStride = kStretch + kPad / static_cast<int64_t>(sizeof(Operand));
+
+    int64_t q_stride() const { return dim_ + kPad / static_cast<int64_t>(sizeof(Operand)); }
+    int64_t o_stride() const { return dim_ + kPad / 4; }
+
+    // The positions that a query sees: [first_visible, end_visible).
+    int64_t end_visible(int64_t query) const { return chunk_.first_position + query + 1; }
+    int64_t first_visible(int64_t query) const {
+        return params_.first_visible(chunk_.first_position + query);
+    }
+    int64_t query_of(int64_t row) const { return first_query_ + row / heads_; }
+    int64_t head_of(int64_t row) const { return kv_head_ * heads_ + row % heads_; }
+
+    void take_queries() {
+        for (int64_t row = 0; row < num_rows_; ++row) {
+            const bf16* from = chunk_.q + query_of(row) * chunk_.q_stride + head_of(row) * dim_;
+            for (int64_t d = 0; d < dim_; d += kLanes) copy(from + d, queries_ + row * q_stride() + d);
+            const float sink = params_.sinks != nullptr ? params_.sinks[head_of(row)] * kLog2E : kNothing;
+            rows_[row] = Row{sink, sink == kNothing ? 0.0f : 1.0f};
+        }
+    }
+
+    static void copy(const bf16* from, bf16* to) { std::memcpy(to, from, kLanes * sizeof *to); }
+    static void copy(const bf16* from, float* to) { store(to, load(from)); }
+
+    // Where K and V of the blocks from `block` on lie.
+    void find_blocks(int64_t block, int64_t count, int64_t begin, int64_t end) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t first = (block + i) * kBlockTokens;
+            keys_[i] = params_.cache.keys(chunk_.blocks[block + i], kv_head_);
+            values_[i] = params_.cache.values(chunk_.blocks[block + i], kv_head_);
+            const int64_t from = std::max<int64_t>(0, begin - first);
+            const int64_t to = std::min<int64_t>(kBlockTokens, end - first);
+            if (from > 0 || to < kBlockTokens) values_[i] = clean(values_[i], cleaned_[from > 0], from, to);
+        }
+    }
+
+    // A copy of a V part, [16][head size][2], that is zero where its tokens are not in [from, to).
+    const bf16* clean(const bf16* values, bf16* copy, int64_t from, int64_t to) const {
+        for (int64_t pair = 0; pair < kBlockTokens / 2; ++pair) {
+            const uint32_t even = 2 * pair >= from && 2 * pair < to ? 0xffffu : 0;
+            const uint32_t odd = 2 * pair + 1 >= from && 2 * pair + 1 < to ? 0xffff0000u : 0;
+            for (int64_t d = 0; d < dim_; d += kLanes) {
+                u32x16 both;
+                std::memcpy(&both, values + (pair * dim_ + d) * 2, sizeof both);
+                both &= even | odd;
+                std::memcpy(copy + (pair * dim_ + d) * 2, &both, sizeof both);
+            }
+        }
+        return copy;
+    }
+
+    // Rows [row, row + num_rows) over those of the blocks [block, block + count) that they see.
+    void attend(int64_t block, int64_t count, int64_t row, int64_t num_rows) {
+        const int64_t first_seen = first_visible(query_of(row)) / kBlockTokens;
+        const int64_t last_seen = (end_visible(query_of(row + num_rows - 1)) - 1) / kBlockTokens;
+        const int64_t from = std::max<int64_t>(first_seen - block, 0), to = std::min(last_seen - block + 1, count);
+        if (from >= to) return;
+        const bool first = first_seen >= block;
+        const int64_t whole_rows = round_up(num_rows, 16);
+        for (int64_t i = from; i < to; ++i)
+            Products::run({scores_ + (i - from) * kBlockTokens, kScoreStride, queries_ + row * q_stride(), q_stride(),
+                           keys_ + i, 1, 0, 2 * kBlockTokens, dim_, false},
+                          whole_rows);
+        for (int64_t r = 0; r < num_rows; ++r) {
+            const int64_t start = (block + from) * kBlockTokens, query = query_of(row + r);
+            const float shrink = weigh(rows_[row + r], scores_ + r * kScoreStride, weights_ + r * kWeightStride,
+                                       (to - from) * kBlockTokens, first_visible(query) - start,
+                                       end_visible(query) - start);
+            if (!first && shrink != 1.0f) scale(output_ + (row + r) * o_stride(), shrink);
+        }
+        for (int64_t d = 0; d < dim_; d += 32)
+            Products::run({output_ + row * o_stride() + d, o_stride(), weights_, kWeightStride, values_ + from,
+                           to - from, 2 * d, 2 * dim_, kBlockTokens, !first},
+                          whole_rows);
+    }
+
+    // Turns `count` scores, of which [from, to) are visible, into weights. Returns what the output so far is to be
+    // multiplied by.
+    float weigh(Row& row, float* scores, Operand* weights, int64_t count, int64_t from, int64_t to) const {
+        if (params_.softcap > 0) cap(scores, count);
+        if (from > 0 || to < count) mask(scores, count, from, to);
+        f32x16 tops = load(scores);
+        f32x16 tops2 = load(scores + kLanes);
+        for (int64_t i = 2 * kLanes; i < count; i += 2 * kLanes) {
+            tops = max(tops, load(scores + i));
+            tops2 = max(tops2, load(scores + i + kLanes));
+        }
+        const float maximum = std::max(row.maximum, largest(max(tops, tops2)) * factor_);
+        const float base = maximum == kNothing ? 0.0f : maximum;
+        f32x16 total{}, total2{};
+        for (int64_t i = 0; i < count; i += 2 * kLanes) {
+            const f32x16 weight = exp2(load(scores + i) * factor_ - base);
+            const f32x16 weight2 = exp2(load(scores + i + kLanes) * factor_ - base);
+            total += weight;
+            total2 += weight2;
+            store(weights + i, weight);
+            store(weights + i + kLanes, weight2);
+        }
+        float shrink = 1.0f;
+        if (maximum > row.maximum) {
+            shrink = std::exp2(row.maximum - maximum);
+            row.maximum = maximum;
+        }
+        row.sum = row.sum * shrink + sum(total + total2);
+        return shrink;
+    }
+
+    void cap(float* scores, int64_t count) const {
+        const float inner = params_.scale / params_.softcap;
+        for (int64_t i = 0; i < count; i += kLanes) store(scores + i, tanh(load(scores + i) * inner));
+    }
+
+    static void mask(float* scores, int64_t count, int64_t from, int64_t to) {
+        const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const int32_t low = static_cast<int32_t>(std::max<int64_t>(from, 0));
+        const int32_t high = static_cast<int32_t>(std::min(to, count));
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const i32x16 index = lanes + static_cast<int32_t>(i);
+            store(scores + i, (index >= low & index < high) ? load(scores + i) : broadcast(kNothing));
+        }
+    }
+
+    void scale(float* values, float factor) const {
+        for (int64_t d = 0; d < dim_; d += kLanes) store(values + d, load(values + d) * factor);
+    }
+
+    void give_output() const {
+        for (int64_t row = 0; row < num_rows_; ++row) {
+            const float share = 1.0f / rows_[row].sum;
+            bf16* to = chunk_.out + query_of(row) * chunk_.out_stride + head_of(row) * dim_;
+            for (int64_t d = 0; d < dim_; d += kLanes) store(to + d, load(output_ + row * o_stride() + d) * share);
+        }
+    }
+
+    const PrefillChunk& chunk_;
+    const AttentionParams& params_;
+    const int64_t kv_head_, heads_, first_query_, num_queries_, num_rows_, dim_;
+    const float factor_;  // from what `weigh` exponentiates to powers of two
+    Operand *queries_, *weights_;
+    float *output_, *scores_;
+    Row* rows_;
+    bf16* cleaned_[2];  // V parts of the last and of the first block
+    const bf16 *keys_[kStretchBlocks], *values_[kStretchBlocks];
+};
+
+}  // namespace
+
+int64_t prefill_tasks(const PrefillChunk& chunk, const AttentionParams& params) {
+    const int64_t per_tile = queries_per_tile(params);
+    return (chunk.num_queries + per_tile - 1) / per_tile * params.cache.num_kv_heads;
+}
+
+// The last queries see most: their tasks come first, so that the threads finish together.
+void prefill_task(const PrefillChunk& chunk, const AttentionParams& params, int64_t task) {
+    const int64_t tiles = prefill_tasks(chunk, params) / params.cache.num_kv_heads;
+    const int64_t kv_head = task % params.cache.num_kv_heads, tile = tiles - 1 - task / params.cache.num_kv_heads;
+#ifdef POWERBAND_AMX
+    if (amx_permitted()) {
+        const Tiles tiles_of_this_thread;
+        return Task<TileProduct>(chunk, params, kv_head, tile).run();
+    }
+#endif
+    Task<VectorProduct>(chunk, params, kv_head, tile).run();
+}
+
+}  // namespace powerband
