@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from powerband.cli import doctor
 from powerband.cli.machine import device_of
 from powerband.cli.main import main
+from powerband.engine.kernels.cpu import library
 from powerband.spec.settings import EngineSettings
 
 Output = pytest.CaptureFixture[str]
@@ -40,6 +42,17 @@ def test_gpu_that_torch_cannot_use_is_a_finding(capsys: Output, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["doctor"]) == 0
     assert "This machine has a GPU, but torch" in capsys.readouterr().out
+
+
+def test_no_compiler_is_a_finding(capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "No C++ compiler was found" in shown
+    assert "apt install g++" in shown
 
 
 def test_asked_device_is_not_looked_for() -> None:

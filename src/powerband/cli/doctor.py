@@ -95,13 +95,23 @@ def _compute_report(findings: list[Finding]) -> dict[str, Any]:
             )
         )
     from powerband.engine.attention import choose_backend
+    from powerband.engine.kernels.cpu import library
 
     device = "cuda" if gpus else "cpu"
+    kernels = library.load()
+    if kernels.tier is None and not gpus:
+        findings.append(
+            Finding(
+                f"Without C++ kernels plain torch computes, several times slower: {kernels.reason}",
+                "Install g++ 11 or newer (Debian: apt install g++); the kernels are compiled at the next start.",
+            )
+        )
     attention = choose_backend("auto", device)
     return {
         "device": device,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "attention": f"{attention.name}: {attention.reason}",
+        "cpu_kernels": f"{kernels.tier or 'none'}: {kernels.reason}",
         "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]  # torch's own is untyped
     }

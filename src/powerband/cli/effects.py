@@ -33,6 +33,11 @@ RULES = (
         "it sets the CPU threads that compute, and this engine computes on a GPU",
     ),
     Rule(
+        "kernels",
+        lambda _, device: device() != "cpu",
+        "it concerns computing on a CPU, and this engine computes on a GPU",
+    ),
+    Rule(
         "enforce_eager",
         lambda s, device: s.engine.enforce_eager and device() == "cpu",
         "it turns CUDA graphs off, and this engine runs on the CPU, where there are none",

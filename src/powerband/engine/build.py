@@ -25,6 +25,8 @@ from powerband.cost.sizing import readable
 from powerband.engine.attention import Choice, choose_backend
 from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor
+from powerband.engine.kernels.cpu.library import Status as KernelStatus
+from powerband.engine.kernels.cpu.library import load as load_kernels
 from powerband.engine.messages import EngineInfo
 from powerband.engine.step_log import StepLog
 from powerband.engine.weights import resolve_model
@@ -34,6 +36,8 @@ from powerband.spec.model import ModelSpec
 from powerband.spec.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 
+# On a GPU, and where the settings say so, nothing of C++ is loaded.
+NO_KERNELS = KernelStatus(None, "not asked for")
 # How quantized checkpoints are expanded while loading, by family.
 _EXPANDED = {("gpt_oss", "mxfp4")}
 
@@ -73,8 +77,13 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     stopwatch.lap("resolve")
     cpu = detect_cpu()
     device = choose_device(settings.device)
+    kernels = NO_KERNELS
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or cpu.cores)
+        if settings.kernels == "auto":
+            told("kernels", 0.0)
+            kernels = load_kernels()
+    stopwatch.lap("kernels")
     kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
     dtype: str = settings.dtype
     if dtype == "auto":
@@ -84,7 +93,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     settings = _resolved(settings, device, dtype, memory)
     choice = choose_backend(settings.attention_backend, device.type)
     step_log = StepLog(Path(settings.step_log)) if settings.step_log else None
-    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory), told)
+    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory, kernels), told)
     with _memory_errors(memory):
         report = executor.start()
         stopwatch.take(report.seconds)
@@ -94,7 +103,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     report = replace(report, seconds=stopwatch.seconds)
     scheduler = _scheduler(settings, memory, executor)
     core = EngineCore(scheduler, executor, clock, inbox, step_log)
-    info = _info(settings, spec, folder, memory, report, choice, executor)
+    info = _info(settings, spec, folder, memory, report, choice, kernels, executor)
     return Engine(core, info, spec, settings, executor, scheduler, memory, report, step_log)
 
 
@@ -150,6 +159,7 @@ def _executor_config(
     device: torch.device,
     choice: Choice,
     memory: MemoryPlan,
+    kernels: KernelStatus,
 ) -> ExecutorConfig:
     captures = device.type == "cuda" and not settings.enforce_eager and can_capture(choice.name)
     return ExecutorConfig(
@@ -162,6 +172,7 @@ def _executor_config(
         block_size=settings.block_size,
         seed=settings.seed,
         attention=choice,
+        kernels=kernels.tier is not None,
         overlap=bool(settings.async_scheduling),
         held=memory.held,
         weight_cache=settings.weight_cache == "auto",
@@ -190,6 +201,7 @@ def _info(
     memory: MemoryPlan,
     report: DeviceReport,
     choice: Choice,
+    kernels: KernelStatus,
     executor: TorchExecutor,
 ) -> EngineInfo:
     measured = {"weights": report.weights_bytes}
@@ -202,6 +214,7 @@ def _info(
             f"model      {settings.model} ({spec.family}, {spec.num_layers} layers, {', '.join(memory.precisions())})",
             f"device     {report.device} ({report.device_name})",
             f"attention  {choice.name}: {choice.reason}",
+            f"kernels    {kernels.tier or 'none'}: {kernels.reason}",
             f"products   {products}",
             memory.table(measured),
             f"KV cache   {memory.kv_tokens} tokens, requests of up to {memory.max_model_len}",

@@ -62,6 +62,9 @@ class EngineSettings:
     attention_backend: Literal["auto", "reference", "triton"] = setting(
         "auto", "Implementation of attention", group="Device"
     )
+    kernels: Literal["auto", "off"] = setting(
+        "auto", "CPU: compute with kernels in C++, compiled at the first start; off: in plain torch", group="Device"
+    )
     enforce_eager: bool = setting(False, "CUDA: do not capture graphs", group="Device")
     async_scheduling: bool | None = setting(
         None, "Schedule the next step while one runs; default: on for CUDA, off for CPU", group="Device"

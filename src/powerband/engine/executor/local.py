@@ -42,6 +42,7 @@ class ExecutorConfig:
     block_size: int
     seed: int
     attention: Choice
+    kernels: bool  # the C++ kernels for CPUs are loaded
     overlap: bool
     held: HeldWeights = PLAIN  # what projections and head are held in
     weight_cache: bool = False  # keep quantized weights for the next start
