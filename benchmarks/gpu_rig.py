@@ -48,6 +48,7 @@ class Rig:
             block_size=BLOCK_SIZE,
             seed=SEED,
             attention=Choice(options["attention"], "asked for"),
+            kernels=False,
             overlap=overlap,
             graph_rows=self.max_rows if captures and device.type == "cuda" else 0,
         )

@@ -29,6 +29,7 @@ READ = {
 CASES: list[tuple[dict[str, Any], str, dict[str, Any], str]] = [
     ({"revision": "main"}, "cpu", {"revision": "main", "model": "org/name"}, "cpu"),
     ({"threads": 2}, "cuda", {"threads": 2}, "cpu"),
+    ({"kernels": "off"}, "cuda", {"kernels": "off"}, "cpu"),
     ({"enforce_eager": True}, "cpu", {"enforce_eager": True}, "cuda"),
     ({"gpu_memory_utilization": 0.5, "kv_cache_memory": "1GiB"}, "cuda", {"kv_cache_memory": "1GiB"}, "cuda"),
     ({"gpu_memory_utilization": 0.5}, "cpu", {"gpu_memory_utilization": 0.5}, "cuda"),

@@ -35,8 +35,8 @@ def test_reports_memory_and_seconds_of_each_phase(folder: Path) -> None:
     phases: list[str] = []
     with TestEngine(folder, progress=lambda name, _fraction: phases.append(name)) as engine:
         built = engine.engine
-    assert list(dict.fromkeys(phases)) == ["resolve", "load", "prepare", "kv_cache"]
-    assert list(built.report.seconds) == ["resolve", "plan", "load", "prepare", "kv_cache"]
+    assert list(dict.fromkeys(phases)) == ["resolve", "kernels", "load", "prepare", "kv_cache"]
+    assert list(built.report.seconds) == ["resolve", "kernels", "plan", "load", "prepare", "kv_cache"]
     assert built.report.weights_bytes == built.memory.parts["weights"]
     assert built.info.kv_capacity_tokens == built.memory.num_blocks * SMALL["block_size"]
     for part in ("llama", "weights", "KV cache", "reference", "load "):

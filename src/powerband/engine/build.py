@@ -161,7 +161,6 @@ def _executor_config(
     memory: MemoryPlan,
     kernels: KernelStatus,
 ) -> ExecutorConfig:
-    captures = device.type == "cuda" and not settings.enforce_eager and can_capture(choice.name)
     return ExecutorConfig(
         spec=spec,
         folder=folder,
@@ -177,8 +176,14 @@ def _executor_config(
         held=memory.held,
         weight_cache=settings.weight_cache == "auto",
         kv_cache_dtype=settings.kv_cache_dtype,
-        graph_rows=min(settings.max_num_seqs, MAX_ROWS) if captures else 0,
+        graph_rows=graph_rows(settings, device, choice),
     )
+
+
+def graph_rows(settings: EngineSettings, device: torch.device, choice: Choice) -> int:
+    """The largest batch of decodes that CUDA graphs are captured for; 0: none are."""
+    captures = device.type == "cuda" and not settings.enforce_eager and can_capture(choice.name)
+    return min(settings.max_num_seqs, MAX_ROWS) if captures else 0
 
 
 def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExecutor) -> Scheduler:
