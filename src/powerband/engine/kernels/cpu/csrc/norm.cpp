@@ -4,15 +4,28 @@
 namespace powerband {
 namespace {
 
-constexpr int64_t kElementsPerTask = 1 << 15;
+// About 20 microseconds of work: less is not worth waking a thread.
+constexpr int64_t kElementsPerTask = 1 << 16;
+
+// Stores v and returns what was stored.
+POWERBAND_INLINE f32x16 store_rounded(float* p, f32x16 v, auto... count) {
+    store(p, v, count...);
+    return v;
+}
+
+POWERBAND_INLINE f32x16 store_rounded(bf16* p, f32x16 v, auto... count) {
+    const f32x16 rounded = widen(narrow(v));
+    store(p, rounded, count...);
+    return rounded;
+}
 
 template <class T, class W>
 void norm_row(const T* x, T* residual, const W* weight, T* out, int64_t size, float eps) {
     const T* values = residual != nullptr ? residual : x;
     f32x16 squares{};
     const auto gather = [&](int64_t i, auto... count) {
-        if (residual != nullptr) store(residual + i, load(residual + i, count...) + load(x + i, count...), count...);
-        const f32x16 v = load(values + i, count...);
+        f32x16 v = load(x + i, count...);
+        if (residual != nullptr) v = store_rounded(residual + i, v + load(residual + i, count...), count...);
         squares += v * v;
     };
     const int64_t whole = size - size % kLanes;

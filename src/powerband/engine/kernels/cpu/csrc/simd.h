@@ -1,5 +1,5 @@
-// Sixteen floats at a time, on any processor: the compiler lowers these vectors to whatever the target has.
-// Where it would lower them badly (rounding to bf16, dot products), intrinsics are used behind #ifdef.
+// Sixteen floats at a time, on any processor: the compiler lowers these vectors to whatever the target has. Where it
+// would lower them badly (rounding to bf16, dot products, sums across), intrinsics are used behind #ifdef.
 #pragma once
 
 #include <cmath>
@@ -22,39 +22,65 @@
 #define POWERBAND_AMX 1
 #endif
 
+// Vectors of 64 bytes go through memory in a call.
+#define POWERBAND_INLINE inline __attribute__((always_inline))
+
+#include "pair.h"
+
 namespace powerband {
 
 struct bf16 {
     uint16_t bits;
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define POWERBAND_PAIRS 1
+typedef Pair<float> f32x16;
+typedef Pair<int32_t> i32x16;
+typedef Pair<uint32_t> u32x16;
+typedef Pair<uint16_t> u16x32;
+#else
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
+#endif
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
 
 constexpr int kLanes = 16;
 
 // The same bits as another vector type.
 template <class To, class From>
-inline To as(From v) {
+POWERBAND_INLINE To as(From v) {
     return __builtin_bit_cast(To, v);
 }
 
+#ifdef POWERBAND_PAIRS
+template <class To, class T>
+    requires requires { typename To::Half; }
+POWERBAND_INLINE To as(Pair<T> v) {
+    return {__builtin_bit_cast(typename To::Half, v.low), __builtin_bit_cast(typename To::Half, v.high)};
+}
+#endif
+
+#ifdef __AVX512F__
+// The mask of the first `count` lanes.
+POWERBAND_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+#endif
+
 // ---- one number
 
-inline float to_float(bf16 x) {
+POWERBAND_INLINE float to_float(bf16 x) {
     uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-inline float to_float(float x) { return x; }
+POWERBAND_INLINE float to_float(float x) { return x; }
 
 // To the nearest, ties to even, as torch rounds.
-inline bf16 to_bf16(float x) {
+POWERBAND_INLINE bf16 to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     if (x != x) return bf16{static_cast<uint16_t>((bits >> 16) | 0x40)};
@@ -63,79 +89,171 @@ inline bf16 to_bf16(float x) {
 
 // ---- loads and stores: unaligned, whole, or the first `count` lanes (the others are zero, or not written)
 
-inline f32x16 broadcast(float x) { return f32x16{} + x; }
+POWERBAND_INLINE f32x16 broadcast(float x) { return f32x16{} + x; }
 
-inline f32x16 load(const float* p) {
+POWERBAND_INLINE f32x16 load(const float* p) {
+#ifdef POWERBAND_PAIRS
+    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+#else
     f32x16 v;
     std::memcpy(&v, p, sizeof v);
     return v;
+#endif
 }
 
-inline f32x16 widen(u16x16 v) {
+POWERBAND_INLINE f32x16 widen(u16x16 v) {
+#ifdef POWERBAND_PAIRS
+    const __m256i x = as<__m256i>(v);
+    const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(x));
+    const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+#else
     u32x16 bits = __builtin_convertvector(v, u32x16) << 16;
     return as<f32x16>(bits);
+#endif
 }
 
-inline f32x16 load(const bf16* p) {
+POWERBAND_INLINE f32x16 load(const bf16* p) {
     u16x16 v;
     std::memcpy(&v, p, sizeof v);
     return widen(v);
 }
 
-inline f32x16 load(const float* p, int64_t count) {
-    f32x16 v{};
-    std::memcpy(&v, p, count * sizeof *p);
-    return v;
-}
-
-inline f32x16 load(const bf16* p, int64_t count) {
-    u16x16 v{};
-    std::memcpy(&v, p, count * sizeof *p);
-    return widen(v);
-}
-
-inline u16x16 narrow(f32x16 v) {
-#ifdef POWERBAND_AVX512_BF16
-    __m256bh rounded = _mm512_cvtneps_pbh(as<__m512>(v));
-    return as<u16x16>(rounded);
+POWERBAND_INLINE f32x16 load(const float* p, int64_t count) {
+#ifdef __AVX512F__
+    return as<f32x16>(_mm512_maskz_loadu_ps(first_lanes(count), p));
 #else
-    u32x16 bits = as<u32x16>(v);
-    u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    u32x16 is_nan = as<u32x16>(v != v);
-    rounded = (rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan);
-    return __builtin_convertvector(rounded, u16x16);
+    f32x16 v{};
+    for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+    return v;
 #endif
 }
 
-inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+POWERBAND_INLINE f32x16 load(const bf16* p, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    return widen(as<u16x16>(_mm256_maskz_loadu_epi16(first_lanes(count), p)));
+#else
+    u16x16 v{};
+    for (int64_t i = 0; i < count; ++i) v[i] = p[i].bits;
+    return widen(v);
+#endif
+}
 
-inline void store(bf16* p, f32x16 v) {
+POWERBAND_INLINE u16x16 narrow(f32x16 v) {
+#if defined(POWERBAND_AVX512_BF16)
+    __m256bh rounded = _mm512_cvtneps_pbh(as<__m512>(v));
+    return as<u16x16>(rounded);
+#elif defined(__AVX512F__)
+    __m512i bits = as<__m512i>(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(as<__m512>(v), as<__m512>(v), _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return as<u16x16>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#elif defined(__AVX2__)
+    const auto rounded = [](__m256 half) {
+        __m256i bits = _mm256_castps_si256(half);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+        __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(half, half, _CMP_UNORD_Q));
+        return _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, is_nan), 16);
+    };
+    // Packing works within 128-bit lanes: [lo0 hi0 | lo1 hi1], so the middle quarters change places.
+    __m256i packed = _mm256_packus_epi32(rounded(v.low), rounded(v.high));
+    return as<u16x16>(_mm256_permute4x64_epi64(packed, 0xd8));
+#else
+    u16x16 result;
+    for (int i = 0; i < kLanes; ++i) result[i] = to_bf16(v[i]).bits;
+    return result;
+#endif
+}
+
+POWERBAND_INLINE void store(float* p, f32x16 v) {
+#ifdef POWERBAND_PAIRS
+    _mm256_storeu_ps(p, v.low);
+    _mm256_storeu_ps(p + 8, v.high);
+#else
+    std::memcpy(p, &v, sizeof v);
+#endif
+}
+
+POWERBAND_INLINE void store(bf16* p, f32x16 v) {
     u16x16 rounded = narrow(v);
     std::memcpy(p, &rounded, sizeof rounded);
 }
 
-inline void store(float* p, f32x16 v, int64_t count) { std::memcpy(p, &v, count * sizeof *p); }
+POWERBAND_INLINE void store(float* p, f32x16 v, int64_t count) {
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(p, first_lanes(count), as<__m512>(v));
+#else
+    for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
 
-inline void store(bf16* p, f32x16 v, int64_t count) {
+POWERBAND_INLINE void store(bf16* p, f32x16 v, int64_t count) {
     u16x16 rounded = narrow(v);
-    std::memcpy(p, &rounded, count * sizeof *p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    _mm256_mask_storeu_epi16(p, first_lanes(count), as<__m256i>(rounded));
+#else
+    for (int64_t i = 0; i < count; ++i) p[i].bits = rounded[i];
+#endif
 }
 
 // ---- across and between lanes
 
-inline f32x16 max(f32x16 a, f32x16 b) {
-#ifdef __AVX512F__
-    __m512 m = _mm512_max_ps(as<__m512>(a), as<__m512>(b));
-    return as<f32x16>(m);
+// The larger of each pair; where one of them is NaN, that of b.
+POWERBAND_INLINE f32x16 max(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return as<f32x16>(_mm512_max_ps(as<__m512>(a), as<__m512>(b)));
+#elif defined(__AVX2__)
+    return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
 #else
     for (int i = 0; i < kLanes; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
 #endif
 }
 
-inline float sum(f32x16 v) {
-#ifdef __AVX512F__
+// The smaller of each pair; where one of them is NaN, that of b.
+POWERBAND_INLINE f32x16 min(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return as<f32x16>(_mm512_min_ps(as<__m512>(a), as<__m512>(b)));
+#elif defined(__AVX2__)
+    return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+#else
+    for (int i = 0; i < kLanes; ++i) a[i] = a[i] < b[i] ? a[i] : b[i];
+    return a;
+#endif
+}
+
+POWERBAND_INLINE f32x16 abs(f32x16 v) {
+    u32x16 bits = as<u32x16>(v) & 0x7fffffffu;
+    return as<f32x16>(bits);
+}
+
+// Whole numbers to floats.
+POWERBAND_INLINE f32x16 to_floats(i32x16 v) {
+#ifdef POWERBAND_PAIRS
+    return {_mm256_cvtepi32_ps(as<__m256i>(v.low)), _mm256_cvtepi32_ps(as<__m256i>(v.high))};
+#else
+    return __builtin_convertvector(v, f32x16);
+#endif
+}
+
+// a where the mask (of a comparison) is set, else b.
+POWERBAND_INLINE f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {
+    i32x16 bits = (as<i32x16>(a) & mask) | (as<i32x16>(b) & ~mask);
+    return as<f32x16>(bits);
+}
+
+POWERBAND_INLINE float sum(f32x16 v) {
+#if defined(__AVX512F__)
     return _mm512_reduce_add_ps(as<__m512>(v));
+#elif defined(__AVX2__)
+    const __m256 eight = _mm256_add_ps(v.low, v.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     float total = 0;
     for (int i = 0; i < kLanes; ++i) total += v[i];
@@ -143,9 +261,15 @@ inline float sum(f32x16 v) {
 #endif
 }
 
-inline float largest(f32x16 v) {
-#ifdef __AVX512F__
+// The largest lane; of no meaning where a lane is NaN.
+POWERBAND_INLINE float largest(f32x16 v) {
+#if defined(__AVX512F__)
     return _mm512_reduce_max_ps(as<__m512>(v));
+#elif defined(__AVX2__)
+    const __m256 eight = _mm256_max_ps(v.low, v.high);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
     float best = v[0];
     for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
@@ -153,31 +277,34 @@ inline float largest(f32x16 v) {
 #endif
 }
 
-// e^x to about 2 units in the last place: 2^n * p(f) with n = round(x * log2 e), f in [-1/2, 1/2] and p a polynomial of
-// degree 6 (Taylor of 2^f; its remainder there is below 1.2e-8 relative). Below -87.3 the result is 0; NaN stays NaN.
-inline f32x16 exp(f32x16 x) {
+// e^x to about one unit in the last place: 2^n * e^r with n = round(x / ln 2), |r| <= ln 2 / 2, and e^r = 1 + r + r^2 p(r),
+// p fitted to a relative error below 4e-9. Below -87.3 the result is 0, above 88.72283 infinity; NaN stays NaN.
+POWERBAND_INLINE f32x16 exp(f32x16 x) {
     const float log2e = 1.44269504088896341f;
+    const float ln2_high = 0.693359375f, ln2_low = -2.1219444005471377e-4f;  // high has few bits: n * high is exact
     const float bias = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
-    i32x16 too_small = x < -87.3f;
-    f32x16 clamped = max(x, broadcast(-87.3f));
-    f32x16 t = clamped * log2e;
-    f32x16 shifted = t + bias;
-    f32x16 f = t - (shifted - bias);
-    f32x16 p = broadcast(1.5403530393381609954e-4f);
-    p = p * f + 1.3333558146428443423e-3f;
-    p = p * f + 9.6181291076284771619e-3f;
-    p = p * f + 5.5504108664821579953e-2f;
-    p = p * f + 2.4022650695910071233e-1f;
-    p = p * f + 6.9314718055994530942e-1f;
-    p = p * f + 1.0f;
-    i32x16 n = as<i32x16>(shifted) << 23;
-    i32x16 bits = (as<i32x16>(p) + n) & ~too_small;
-    f32x16 result = as<f32x16>(bits);
-    return result + (x - x) * 0.0f;  // NaN stays NaN
+    const f32x16 lowest = broadcast(-87.3f), highest = broadcast(88.72283f);
+    f32x16 clamped = min(highest, max(lowest, x));
+    f32x16 shifted = clamped * log2e + bias;
+    f32x16 n = shifted - bias;
+    f32x16 r = clamped - n * ln2_high - n * ln2_low;
+    f32x16 p = broadcast(1.3814611203e-3f);
+    p = p * r + 8.3687102561e-3f;
+    p = p * r + 4.1668387421e-2f;
+    p = p * r + 1.6666520686e-1f;
+    p = p * r + 4.9999993451e-1f;
+    p = p * r * r + r + 1.0f;
+    // Within these bounds p has room for n in its exponent: it is above 1 where n is -126, and below 1 where n is 128.
+    i32x16 bits = as<i32x16>(p) + (as<i32x16>(shifted) << 23);
+    bits = bits & ~as<i32x16>(x < lowest);
+    return select(as<i32x16>(x > highest), broadcast(std::numeric_limits<float>::infinity()), as<f32x16>(bits));
 }
 
+// To about 2e-7, absolute.
+POWERBAND_INLINE f32x16 tanh(f32x16 x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+
 // acc[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1] for 32 bf16 each.
-inline f32x16 dot(f32x16 acc, u16x32 a, u16x32 b) {
+POWERBAND_INLINE f32x16 dot(f32x16 acc, u16x32 a, u16x32 b) {
 #ifdef POWERBAND_AVX512_BF16
     __m512 r = _mm512_dpbf16_ps(as<__m512>(acc), as<__m512bh>(a),
                                 as<__m512bh>(b));
@@ -190,6 +317,6 @@ inline f32x16 dot(f32x16 acc, u16x32 a, u16x32 b) {
 #endif
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+POWERBAND_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace powerband
