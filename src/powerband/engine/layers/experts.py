@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -36,6 +37,7 @@ class Experts(nn.Module):
         hidden, inner = spec.hidden_size, spec.expert_intermediate_size
         self.spec = spec
         self.kernel: ExpertsKernel | None = None  # a device may have something faster
+        self.gated: Callable[[torch.Tensor, str], torch.Tensor] = gated  # likewise
         self.router = Linear(hidden, num_experts, bias=spec.router_bias, dtype=dtype, device=device)
         self.gate_up = parameter(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
         self.down = parameter(num_experts, hidden, inner, dtype=dtype, device=device)
@@ -86,7 +88,7 @@ class Experts(nn.Module):
         """[rows, 2 * intermediate] → [rows, intermediate]."""
         if self.spec.expert_activation == "gpt_oss":
             return _clamped_gate(gate_up)
-        return gated(gate_up, self.spec.activation)
+        return self.gated(gate_up, self.spec.activation)
 
 
 def _clamped_gate(gate_up: torch.Tensor) -> torch.Tensor:
