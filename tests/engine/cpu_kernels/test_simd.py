@@ -43,7 +43,12 @@ void copy_bf16(const uint16_t* x, uint16_t* y, int64_t count) {
 }
 void numbers(float* y) {
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    store(y, to_floats(lanes - 8));
+    store(y, convert<f32x16>(lanes - 8));
+}
+void bytes(int8_t* y) {
+    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i8x16 narrow = convert<i8x16>(lanes * 16 - 120);
+    std::memcpy(y, &narrow, 16);
 }
 }
 """
@@ -121,6 +126,9 @@ def test_across_lanes(simd: ctypes.CDLL) -> None:
     y = np.empty(16, np.float32)
     simd.numbers(address(y))
     np.testing.assert_array_equal(y, np.arange(16) - 8)
+    z = np.empty(16, np.int8)
+    simd.bytes(address(z))
+    np.testing.assert_array_equal(z, np.arange(16) * 16 - 120)
 
 
 def test_dot(simd: ctypes.CDLL) -> None:

@@ -1,7 +1,6 @@
-"""The C++ kernels for what lies between the matrix products: a sum with its norm, an activation with its product.
+"""The C++ kernels for what lies between the matrix products: the norm, and the activation with its product.
 
-Each reads and writes its data once. Computed in float32 and rounded once, except the sum, whose rounded value is what
-the next layer adds to.
+Each reads and writes its data once. Computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ def use_cpu_layers(model: torch.nn.Module) -> None:
             module.gated = gated
 
 
-def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Norm of x [tokens, size], or of `residual` after adding x to it in place. bf16 or float32."""
-    out: torch.Tensor = torch.ops.powerband.rms_norm(x.contiguous(), residual, weight, eps)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm of x [..., size] over its last dimension. bf16 or float32."""
+    out: torch.Tensor = torch.ops.powerband.rms_norm(x.contiguous(), weight, eps)
     return out
 
 

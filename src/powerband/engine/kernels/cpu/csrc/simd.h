@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -68,6 +69,43 @@ POWERBAND_INLINE To as(Pair<T> v) {
 POWERBAND_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 #endif
 
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+// The numbers of v as those of another type, as __builtin_convertvector does.
+#ifdef POWERBAND_PAIRS
+template <class To, class T>
+    requires requires { typename To::Half; }
+POWERBAND_INLINE To convert(Pair<T> v) {
+    typedef typename To::Half Half;
+    return {__builtin_convertvector(v.low, Half), __builtin_convertvector(v.high, Half)};
+}
+
+template <class To>
+    requires std::same_as<To, u32x16> || std::same_as<To, i32x16>
+POWERBAND_INLINE To convert(u16x16 v) {
+    const __m256i x = as<__m256i>(v);
+    const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1));
+    return as<To>(u32x16{as<u32x16::Half>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x))), as<u32x16::Half>(high)});
+}
+
+template <class To>
+    requires std::same_as<To, i8x16>
+POWERBAND_INLINE To convert(i32x16 v) {
+    const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                           0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i low = _mm256_shuffle_epi8(as<__m256i>(v.low), bytes);  // four bytes at the start of each 128-bit lane
+    const __m256i high = _mm256_shuffle_epi8(as<__m256i>(v.high), bytes);
+    const __m128i first = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    const __m128i second = _mm_unpacklo_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    return as<To>(_mm_unpacklo_epi64(first, second));
+}
+#else
+template <class To, class From>
+POWERBAND_INLINE To convert(From v) {
+    return __builtin_convertvector(v, To);
+}
+#endif
+
 // ---- one number
 
 POWERBAND_INLINE float to_float(bf16 x) {
@@ -102,15 +140,8 @@ POWERBAND_INLINE f32x16 load(const float* p) {
 }
 
 POWERBAND_INLINE f32x16 widen(u16x16 v) {
-#ifdef POWERBAND_PAIRS
-    const __m256i x = as<__m256i>(v);
-    const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(x));
-    const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
-#else
-    u32x16 bits = __builtin_convertvector(v, u32x16) << 16;
+    u32x16 bits = convert<u32x16>(v) << 16;
     return as<f32x16>(bits);
-#endif
 }
 
 POWERBAND_INLINE f32x16 load(const bf16* p) {
@@ -229,15 +260,6 @@ POWERBAND_INLINE f32x16 min(f32x16 a, f32x16 b) {
 POWERBAND_INLINE f32x16 abs(f32x16 v) {
     u32x16 bits = as<u32x16>(v) & 0x7fffffffu;
     return as<f32x16>(bits);
-}
-
-// Whole numbers to floats.
-POWERBAND_INLINE f32x16 to_floats(i32x16 v) {
-#ifdef POWERBAND_PAIRS
-    return {_mm256_cvtepi32_ps(as<__m256i>(v.low)), _mm256_cvtepi32_ps(as<__m256i>(v.high))};
-#else
-    return __builtin_convertvector(v, f32x16);
-#endif
 }
 
 // a where the mask (of a comparison) is set, else b.
