@@ -1,0 +1,177 @@
+// Products with bf16 weights that were packed once: x @ weight.T + bias, in float32 until the result is rounded.
+// Few rows read the weights at the memory's speed; many rows run in AMX tiles where there are any.
+#include <algorithm>
+
+#include "common.h"
+#include "gemm_bf16.h"
+#include "linear_epilogue.h"
+
+namespace powerband {
+namespace {
+
+constexpr int64_t kPanel = 16;
+constexpr int64_t kRowBlockBytes = 768 << 10;   // of x: stays in the second-level cache beside two pairs of panels
+constexpr int64_t kTaskBytes = 256 << 10;       // of weights: some 10 us of the memory's time for a thread
+constexpr int64_t kTasksPerThread = 8;          // where tasks are large: a late thread costs one eighth of its part
+constexpr int64_t kMaxPairs = 16;               // of panels per task
+
+// [columns, k] in panels: packed[column / 16][k / 2][column % 16][k % 2]
+struct Panels {
+    const bf16* data;
+    int64_t columns, k;  // k as packed
+
+    int64_t pairs() const { return ceil_div(columns, 2 * kPanel); }
+    int64_t pair_size() const { return 2 * kPanel * k; }
+    PanelPair pair(int64_t i) const {
+        const bf16* left = data + i * pair_size();
+        return {left, (2 * i + 1) * kPanel < columns ? left + kPanel * k : left};
+    }
+};
+
+// ---- packing
+
+void pack_panel(const bf16* weight, int64_t columns, int64_t k, int64_t panel, bf16* out) {
+    const int64_t present = std::min(kPanel, columns - panel * kPanel), pairs = padded_k(k) / 2;
+    const bf16* from = weight + panel * kPanel * k;
+    constexpr int64_t kBlock = 16;  // a cache line of each column at a time
+    std::memset(out, 0, present < kPanel || k != pairs * 2 ? pairs * 2 * kPanel * sizeof(bf16) : 0);
+    for (int64_t block = 0; block < pairs; block += kBlock)
+        for (int64_t column = 0; column < present; ++column)
+            for (int64_t pair = block; pair < std::min(block + kBlock, pairs); ++pair)
+                if (pair * 2 < k)
+                    std::memcpy(out + (pair * kPanel + column) * 2, from + column * k + pair * 2,
+                                pair * 2 + 1 < k ? 2 * sizeof(bf16) : sizeof(bf16));
+}
+
+void check_packed(const Tensor& packed, int64_t columns, int64_t k) {
+    check(packed.dim() == 4 && packed.size(2) == kPanel && packed.size(3) == 2, "packed must be [panels, k / 2, 16, 2]");
+    check(columns >= 0 && packed.size(0) == ceil_div(columns, kPanel), "packed must have one panel per 16 columns");
+    check(k >= 0 && packed.size(1) * 2 == padded_k(k), "packed must be as deep as x is wide");
+}
+
+void pack_bf16_out(Tensor weight, Tensor packed) {
+    check(weight.dim() == 2, "weight must be [out_features, in_features]");
+    const int64_t columns = weight.size(0), k = weight.size(1);
+    check_packed(packed, columns, k);
+    const bf16* from = pointer<bf16>(weight, "weight");
+    bf16* to = mutable_pointer<bf16>(packed, "packed");
+    run_tasks(ceil_div(columns, kPanel), [=](int64_t panel) {
+        pack_panel(from, columns, k, panel, to + panel * kPanel * padded_k(k));
+    });
+}
+
+Tensor pack_bf16(Tensor weight) {
+    check(weight.dim() == 2, "weight must be [out_features, in_features]");
+    Tensor packed = torch::stable::new_empty(
+        weight, {ceil_div(weight.size(0), kPanel), padded_k(weight.size(1)) / 2, kPanel, 2});
+    pack_bf16_out(weight, packed);
+    return packed;
+}
+
+Tensor unpack_bf16(Tensor packed, int64_t columns, int64_t k) {
+    check_packed(packed, columns, k);
+    Tensor weight = torch::stable::new_empty(packed, {columns, k});
+    const bf16* from = pointer<bf16>(packed, "packed");
+    bf16* to = mutable_pointer<bf16>(weight, "weight");
+    run_tasks(columns, [=](int64_t column) {
+        const bf16* panel = from + (column / kPanel) * kPanel * padded_k(k) + column % kPanel * 2;
+        for (int64_t i = 0; i < k; ++i) to[column * k + i] = panel[i / 2 * kPanel * 2 + i % 2];
+    });
+    return weight;
+}
+
+// ---- the product
+
+// x as the panels want it: as it is, or with zeros up to a multiple of kStep.
+struct Input {
+    const bf16* data;
+    int64_t rows, stride;
+};
+
+Input input(const Tensor& x, int64_t k) {
+    thread_local Scratch<bf16> scratch;
+    const bf16* data = pointer<bf16>(x, "x");
+    const int64_t rows = x.size(0), width = x.size(1);
+    if (width == k) return {data, rows, k};
+    bf16* padded = scratch.get(rows * k);
+    for (int64_t row = 0; row < rows; ++row) {
+        std::copy(data + row * width, data + (row + 1) * width, padded + row * k);
+        std::fill(padded + row * k + width, padded + (row + 1) * k, bf16{0});
+    }
+    return {padded, rows, k};
+}
+
+// How the result is shared out. A task is some rows by some pairs of panels; those that read the same weights follow
+// each other.
+struct Shares {
+    int64_t rows, row_blocks, pairs, tasks;
+
+    Shares(int64_t all_rows, const Panels& panels) {
+        const int64_t most = std::max<int64_t>(32, kRowBlockBytes / (2 * panels.k + 1) / 32 * 32);
+        row_blocks = ceil_div(all_rows, most);
+        rows = ceil_div(ceil_div(all_rows, std::max<int64_t>(row_blocks, 1)), 32) * 32;
+        const int64_t pair_bytes = panels.pair_size() * static_cast<int64_t>(sizeof(bf16)), all = panels.pairs();
+        const int64_t share = all * row_blocks / (kTasksPerThread * torch::stable::get_num_threads());
+        pairs = row_blocks > 1 ? std::clamp<int64_t>(share, 1, kMaxPairs)
+                               : std::clamp<int64_t>(kTaskBytes / std::max<int64_t>(pair_bytes, 1), 1, kMaxPairs);
+        tasks = row_blocks * ceil_div(all, pairs);
+    }
+};
+
+template <class Epilogue>
+void multiply(const Input& x, const Panels& panels, const Epilogue& epilogue) {
+    const Shares shares(x.rows, panels);
+    run_tasks(shares.tasks, [&](int64_t task) {
+        const int64_t first_row = task % shares.row_blocks * shares.rows;
+        const int64_t rows = std::min(shares.rows, x.rows - first_row);
+        const int64_t first = task / shares.row_blocks * shares.pairs, end = std::min(first + shares.pairs, panels.pairs());
+        const PanelProduct product(x.data, x.stride, first_row, rows, panels.k);
+        for (int64_t i = first; i < end; ++i) {
+            const bf16* next = i + 1 < end ? panels.data + (i + 1) * panels.pair_size() : nullptr;
+            product.multiply(panels.pair(i), next, i * 2 * kPanel, epilogue);
+        }
+    });
+}
+
+Panels checked(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t columns) {
+    check(x.dim() == 2, "x must be [rows, in_features]");
+    check_packed(packed, columns, x.size(1));
+    check(!bias || (bias->dim() == 1 && bias->size(0) == columns), "bias must be [out_features]");
+    return {pointer<bf16>(packed, "packed"), columns, packed.size(1) * 2};
+}
+
+Tensor linear_bf16(Tensor x, Tensor packed, std::optional<Tensor> bias, int64_t columns) {
+    const Panels panels = checked(x, packed, bias, columns);
+    const Input rows = input(x, panels.k);
+    Tensor out = torch::stable::new_empty(x, {x.size(0), columns});
+    const StoreRows store{pointer<bf16>(bias, "bias"), mutable_pointer<bf16>(out, "out"), columns};
+    multiply(rows, panels, store);
+    return out;
+}
+
+void linear_bf16_add(Tensor x, Tensor packed, std::optional<Tensor> bias, Tensor residual) {
+    check(residual.dim() == 2 && x.dim() == 2 && residual.size(0) == x.size(0), "residual must have as many rows as x");
+    const int64_t columns = residual.size(1);
+    const Panels panels = checked(x, packed, bias, columns);
+    const StoreRows to{pointer<bf16>(bias, "bias"), mutable_pointer<bf16>(residual, "residual"), columns};
+    multiply(input(x, panels.k), panels, AddRows{to});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
+    m.def("pack_bf16(Tensor weight) -> Tensor");
+    m.def("pack_bf16_out(Tensor weight, Tensor(a!) packed) -> ()");
+    m.def("unpack_bf16(Tensor packed, int out_features, int in_features) -> Tensor");
+    m.def("linear_bf16(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
+    m.def("linear_bf16_add(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) residual) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {
+    m.impl("pack_bf16", TORCH_BOX(&pack_bf16));
+    m.impl("pack_bf16_out", TORCH_BOX(&pack_bf16_out));
+    m.impl("unpack_bf16", TORCH_BOX(&unpack_bf16));
+    m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
+    m.impl("linear_bf16_add", TORCH_BOX(&linear_bf16_add));
+}
+
+}  // namespace powerband
