@@ -12,7 +12,7 @@ PORT   ?=
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test kernels lint docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -20,9 +20,19 @@ help:  ## show this list
 demo: $(READY)  ## serve the demo model, stream an answer from it, keep serving (ONCE=1: stop after that)
 	@$(BIN)/python examples/demo.py $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
-test: $(READY) lint  ## lint, types and all tests (TESTS=tests/core for a part)
+test: $(READY) lint $(if $(filter tests,$(TESTS)),kernels)  ## lint, types and all tests (TESTS=tests/core for a part)
 	@echo "· tests"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
+
+# What this processor cannot run is skipped. Under the sanitizers the same tests look for bad memory accesses.
+KERNEL_TESTS := -m pytest -q -n 2 --no-header -p no:cacheprovider tests/engine/cpu_kernels
+SANITIZERS    = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
+kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers
+	@for tier in avx512 avx2 plain; do echo "· kernels: $$tier"; \
+	  POWERBAND_KERNEL_TIER=$$tier $(BIN)/python $(KERNEL_TESTS) || exit 1; done
+	@if command -v g++ >/dev/null; then echo "· kernels: sanitizers"; \
+	  CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python $(KERNEL_TESTS); fi
 
 lint: $(READY)  ## ruff and mypy --strict
 	@echo "· ruff"
@@ -49,4 +59,6 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	@echo "· set-up: everything else"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@echo "· set-up: kernels for this processor"
+	@$(BIN)/python -m powerband.engine.kernels.cpu
 	@touch $@
