@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -48,6 +49,9 @@ from powerband.errors import EngineDead, PowerbandError
 from powerband.spec.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
+
+# What malloc hands out in the engine's process lies in huge pages (glibc 2.35 and newer; others ignore it).
+_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 COMMAND = (sys.executable, "-m", "powerband.engine.process")
 _STOP_GRACE_S = 5.0
@@ -181,7 +185,9 @@ class EngineProcess:
         channel = self._channel = EngineChannel(self._receive)
         # In a process group of its own: Ctrl-C at the terminal is for the API process, which then drains.
         try:
-            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
+            process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, process_group=0, env={**_MALLOC, **os.environ}
+            )
         except OSError as error:
             await self._end()
             raise EngineDead(f"The engine's process could not be started: {error}.") from error
