@@ -88,14 +88,6 @@ inline f32x16 exp2(f32x16 x) {
 #endif
 }
 
-// tanh to about 1e-7 absolute. NaN stays NaN.
-inline f32x16 tanh(f32x16 x) {
-    const f32x16 limit = broadcast(10.0f);  // beyond it tanh is 1 in float32
-    x = max(-limit, x);
-    x = -max(-limit, -x);
-    return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
-}
-
 // What a row has seen so far: the largest score (times log2 e) and the sum of the weights relative to it.
 struct Row {
     float maximum, sum;
@@ -264,7 +256,7 @@ class Task {
         const int32_t high = static_cast<int32_t>(std::min(to, count));
         for (int64_t i = 0; i < count; i += kLanes) {
             const i32x16 index = lanes + static_cast<int32_t>(i);
-            store(scores + i, (index >= low & index < high) ? load(scores + i) : broadcast(kNothing));
+            store(scores + i, select(as<i32x16>(index >= low & index < high), load(scores + i), broadcast(kNothing)));
         }
     }
 
