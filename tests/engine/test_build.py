@@ -69,6 +69,8 @@ def test_auto_dtype_on_a_cpu(
 ) -> None:
     spec = read_model_spec(configured(folder, tmp_path, dtype=stored))
     assert auto_dtype(spec, "cpu", features) == expected
+    assert auto_dtype(spec, "cpu", features, kernels=True) == ("float32" if stored == "float32" else "bfloat16")
+    assert auto_dtype(spec, "cpu", features, quantization="int8") == "bfloat16"
 
 
 def test_settings_in_effect_are_filled_in(folder: Path) -> None:

@@ -14,20 +14,23 @@ from engines_for_tests import TestEngine
 from models_for_tests import greedy, random_model, save
 from safetensors.torch import load_file, save_file
 
-from powerband.engine.layers.linear import Linear, use_providers
+from powerband.engine.layers.linear import Linear
 from powerband.engine.layers.onednn import PackedLinear
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.gpt_oss import expand_mxfp4
+from powerband.engine.products import Products
 from powerband.engine.weights import fill_random, load_weights, resolve_model
 from powerband.errors import EnvironmentFault, PowerbandError, UsageError
+from powerband.spec.quantization import PLAIN
 from powerband.spec.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 
 PROMPT = [5, 17, 99, 42, 7, 7, 130, 1]
 
 
-def decoder_for(folder: Path) -> Decoder:
-    return Decoder(read_model_spec(folder), max_positions=64, dtype=torch.float32, device=torch.device("cpu"))
+def products_for(folder: Path) -> Products:
+    model = Decoder(read_model_spec(folder), max_positions=64, dtype=torch.float32, device=torch.device("cpu"))
+    return Products(model, PLAIN)
 
 
 def output_of(folder: Path) -> list[int]:
@@ -130,9 +133,9 @@ def test_mxfp4_checkpoint(tmp_path: Path) -> None:
 
 def test_dummy_weights_depend_on_the_seed_only(qwen3: tuple[Path, list[int]]) -> None:
     def first(seed: int) -> torch.Tensor:
-        model = decoder_for(qwen3[0])
-        fill_random(model, seed)
-        return torch.cat([parameter.flatten() for parameter in model.parameters()])
+        products = products_for(qwen3[0])
+        fill_random(products, seed)
+        return torch.cat([parameter.flatten() for parameter in products.model.parameters()])
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
@@ -152,34 +155,34 @@ def test_missing_tensor_is_named(tmp_path: Path, qwen3: tuple[Path, list[int]]) 
     name = "model.layers.1.mlp.up_proj.weight"
     folder = change(qwen3[0], tmp_path / "m", lambda tensors: tensors.pop(name))
     with pytest.raises(UsageError, match=f"lacks {name}"):
-        load_weights(decoder_for(folder), folder)
+        load_weights(products_for(folder), folder)
 
 
 def test_unexpected_tensor_is_named(tmp_path: Path, qwen3: tuple[Path, list[int]]) -> None:
     folder = change(qwen3[0], tmp_path / "m", lambda t: t.update({"model.layers.0.adapter": torch.zeros(1)}))
     with pytest.raises(UsageError, match=r"model\.layers\.0\.adapter"):
-        load_weights(decoder_for(folder), folder)
+        load_weights(products_for(folder), folder)
 
 
 def test_tensor_of_another_shape_is_named(tmp_path: Path, qwen3: tuple[Path, list[int]]) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     folder = change(qwen3[0], tmp_path / "m", lambda tensors: tensors.update({name: torch.zeros(4, 64)}))
     with pytest.raises(UsageError, match=rf"{name} has shape \[4, 64\]; config\.json asks for \[32, 64\]"):
-        load_weights(decoder_for(folder), folder)
+        load_weights(products_for(folder), folder)
 
 
 def test_tensor_of_integers_is_named(tmp_path: Path, qwen3: tuple[Path, list[int]]) -> None:
     name = "model.norm.weight"
     folder = change(qwen3[0], tmp_path / "m", lambda tensors: tensors.update({name: torch.zeros(64).int()}))
     with pytest.raises(UsageError, match=f"{name} is stored as"):
-        load_weights(decoder_for(folder), folder)
+        load_weights(products_for(folder), folder)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, qwen3: tuple[Path, list[int]]) -> None:
     (tmp_path / "config.json").write_bytes((qwen3[0] / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04 a pickle")
     with pytest.raises(EnvironmentFault, match="pickled weights") as caught:
-        load_weights(decoder_for(tmp_path), tmp_path)
+        load_weights(products_for(tmp_path), tmp_path)
     assert "safetensors" in caught.value.hint
 
 
@@ -206,10 +209,10 @@ def hostile_files() -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", hostile_files())
 def test_hostile_safetensors_are_refused_at_once(tmp_path: Path, kind: str, qwen3: tuple[Path, list[int]]) -> None:
     (tmp_path / "model.safetensors").write_bytes(hostile_files()[kind])
-    model = decoder_for(qwen3[0])
+    products = products_for(qwen3[0])
     started = time.perf_counter()
     with pytest.raises(PowerbandError) as caught:
-        load_weights(model, tmp_path)
+        load_weights(products, tmp_path)
     assert caught.value.code == "bad_weights"
     assert time.perf_counter() - started < 2
 
@@ -218,14 +221,14 @@ def test_index_may_not_leave_its_folder(tmp_path: Path, qwen3: tuple[Path, list[
     index = {"weight_map": {"model.norm.weight": "../../etc/model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match="outside its folder"):
-        load_weights(decoder_for(qwen3[0]), tmp_path)
+        load_weights(products_for(qwen3[0]), tmp_path)
 
 
 def test_incomplete_download_names_the_file(tmp_path: Path, qwen3: tuple[Path, list[int]]) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00003.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(EnvironmentFault, match="model-00002-of-00003"):
-        load_weights(decoder_for(qwen3[0]), tmp_path)
+        load_weights(products_for(qwen3[0]), tmp_path)
 
 
 # ---- names
@@ -272,7 +275,9 @@ def test_packed_product_equals_the_plain_one(dtype: torch.dtype, bias: bool) -> 
     inputs = [torch.randn(rows, 1024, generator=generator).to(dtype) for rows in (1, 7, 40)]
     with torch.inference_mode():
         expected = [linear(x) for x in inputs]
-        assert use_providers(linear, [PackedLinear()]) == {"onednn": 1}
+        product = PackedLinear().prepare(linear.weight, linear.bias)
+        assert product is not None
+        linear.install([product], "onednn")
         assert linear.weight.numel() == 0  # one copy only
         for x, plain in zip(inputs, expected, strict=True):
             torch.testing.assert_close(linear(x), plain, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-2)
@@ -280,5 +285,4 @@ def test_packed_product_equals_the_plain_one(dtype: torch.dtype, bias: bool) -> 
 
 def test_a_weight_that_others_read_stays_as_it_is() -> None:
     linear = Linear(64, 64, bias=False, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert use_providers(linear, [PackedLinear(keep=linear.weight)]) == {"torch": 1}
-    assert linear.weight.shape == (64, 64)
+    assert PackedLinear(keep=linear.weight).prepare(linear.weight, None) is None

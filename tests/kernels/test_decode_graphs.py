@@ -13,9 +13,11 @@ from powerband.engine.batch import Inputs
 from powerband.engine.cuda_graphs import DecodeGraphs
 from powerband.engine.kernels.fused_layers import use_fused_layers
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.products import Products
 from powerband.engine.warm_up import warm_up
 from powerband.engine.weights import fill_random
 from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
+from powerband.spec.quantization import PLAIN
 
 ROPE = RopeSpec(theta=10_000.0, rotary_dim=16)
 SPEC = ModelSpec(
@@ -55,7 +57,7 @@ def run_again(function):
 
 def new_model(device, spec=SPEC):
     model = Decoder(spec, max_positions=64, dtype=torch.float32, device=device)
-    fill_random(model, seed=0)
+    fill_random(Products(model, PLAIN), seed=0)
     return model
 
 

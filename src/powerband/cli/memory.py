@@ -57,8 +57,16 @@ def plan_on_this_machine(spec: ModelSpec, settings: EngineSettings) -> MemoryPla
     total, free = (cpu.memory_bytes, cpu.available_memory_bytes) if kind == "cpu" else _gpu_memory()
     dtype: str = settings.dtype
     if dtype == "auto":
-        dtype = auto_dtype(spec, kind, cpu.features, quantization=settings.quantization)
+        kernels = settings.kernels == "auto" and kind == "cpu" and _has_fast_kernels()
+        dtype = auto_dtype(spec, kind, cpu.features, kernels=kernels, quantization=settings.quantization)
     return plan_memory(spec, settings, total, kind=kind, free_memory_bytes=free, dtype=dtype)
+
+
+def _has_fast_kernels() -> bool:
+    """Whether an engine would find or build kernels that are faster than plain torch."""
+    from powerband.engine.kernels.cpu import library  # it loads torch
+
+    return library.find_compiler() is not None and library.choose_tier("", detect_cpu().features) in library.FAST_TIERS
 
 
 def _gpu_memory() -> tuple[int, int]:

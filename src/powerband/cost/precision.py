@@ -7,7 +7,7 @@ from typing import Literal
 
 from powerband.errors import UsageError
 from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import DEFAULT_GROUP, GROUP_SIZES, PLAIN, HeldWeights
+from powerband.spec.quantization import DEFAULT_GROUP, PLAIN, HeldWeights
 from powerband.spec.settings import EngineSettings
 
 # CPU features with which products of bfloat16 are faster than products of float32.
@@ -66,8 +66,7 @@ def held_weights(spec: ModelSpec, settings: EngineSettings, kind: Literal["cpu",
         )
     head: Literal["none", "int8"] = "int8" if settings.quantize_head else "none"
     if stored is None:
-        group = next((size for size in GROUP_SIZES if spec.hidden_size % size == 0), DEFAULT_GROUP)
-        return HeldWeights("int4" if asked == "int4" else "int8", head, group)
+        return HeldWeights("int4" if asked == "int4" else "int8", head)
     layers: Literal["int8", "int4"] = "int8" if stored.bits == 8 else "int4"
     return HeldWeights(layers, head, min(stored.group_size or DEFAULT_GROUP, DEFAULT_GROUP), not stored.symmetric)
 

@@ -25,6 +25,7 @@ from powerband.cost.sizing import readable
 from powerband.engine.attention import Choice, choose_backend
 from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor
+from powerband.engine.kernels.cpu.library import FAST_TIERS
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.engine.kernels.cpu.library import load as load_kernels
 from powerband.engine.messages import EngineInfo
@@ -40,6 +41,9 @@ from powerband.spec.settings import EngineSettings
 NO_KERNELS = KernelStatus(None, "not asked for")
 # How quantized checkpoints are expanded while loading, by family.
 _EXPANDED = {("gpt_oss", "mxfp4")}
+
+# Attention backends that can hold keys and values in 8 bits.
+_INT8_CACHES = ("cpu",)
 
 
 @dataclass(slots=True)
@@ -73,7 +77,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     told("resolve", 0.0)
     folder = resolve_model(settings)
     spec = read_model_spec(folder)
-    _check_quantization(spec, settings, folder)
+    _check_quantization(spec, folder)
     stopwatch.lap("resolve")
     cpu = detect_cpu()
     device = choose_device(settings.device)
@@ -87,11 +91,14 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
     dtype: str = settings.dtype
     if dtype == "auto":
-        dtype = auto_dtype(spec, kind, cpu.features, quantization=settings.quantization)
+        dtype = auto_dtype(
+            spec, kind, cpu.features, kernels=kernels.tier in FAST_TIERS, quantization=settings.quantization
+        )
     memory = _plan(spec, settings, device, cpu, dtype)
     stopwatch.lap("plan")
     settings = _resolved(settings, device, dtype, memory)
     choice = choose_backend(settings.attention_backend, device.type)
+    _check_kv_cache(settings, choice)
     step_log = StepLog(Path(settings.step_log)) if settings.step_log else None
     executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory, kernels), told)
     with _memory_errors(memory):
@@ -128,15 +135,22 @@ def _plan(spec: ModelSpec, settings: EngineSettings, device: torch.device, cpu: 
     return plan_memory(spec, settings, cpu.memory_bytes, kind="cpu", free_memory_bytes=free, dtype=dtype)
 
 
-def _check_quantization(spec: ModelSpec, settings: EngineSettings, folder: Path) -> None:
-    if settings.quantization != "none" or settings.kv_cache_dtype != "auto":
-        raise UsageError("The engine cannot compute with quantized weights or KV cache yet.", param="quantization")
+def _check_quantization(spec: ModelSpec, folder: Path) -> None:
     if spec.quantization is not None and (spec.family, spec.quantization) not in _EXPANDED:
         raise UsageError(
             f"{folder} is quantized with '{spec.quantization}', which cannot be loaded.",
             hint="Use the model's version in 16 bits.",
             code="unsupported_quantization",
             param="model",
+        )
+
+
+def _check_kv_cache(settings: EngineSettings, choice: Choice) -> None:
+    if settings.kv_cache_dtype == "int8" and choice.name not in _INT8_CACHES:
+        raise UsageError(
+            f"kv_cache_dtype is 'int8', which attention by '{choice.name}' ({choice.reason}) cannot hold.",
+            hint="Leave it out.",
+            param="kv_cache_dtype",
         )
 
 

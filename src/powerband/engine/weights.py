@@ -1,22 +1,30 @@
-"""From a folder of safetensors to a decoder's parameters, tensor by tensor. Nothing from a checkpoint is executed."""
+"""From a folder of safetensors to a decoder's parameters, tensor by tensor. Nothing from a checkpoint is executed.
+
+    files ──read──► slot ──copy, convert──► parameter ──when all its slots are filled──► product (packed, quantized)
+
+A parameter that a product has taken over is let go at once, and memory is only taken when it is written to: while a
+model loads, it needs its final size and the parameters of one part of a layer.
+"""
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from powerband.engine.checkpoint import resolve_model, unreadable, weight_files
+from powerband.engine.checkpoint import resolve_model, weight_files
+from powerband.engine.layers.linear import Projections
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.registry import slots_for
 from powerband.engine.models.slots import Slot
+from powerband.engine.products import Products, parts_of
+from powerband.engine.safetensors_file import SafetensorsFile
 from powerband.errors import UsageError
 
-__all__ = ["fill_random", "load_weights", "parameter_bytes", "resolve_model"]
+__all__ = ["fill_random", "load_weights", "resolve_model"]
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Parts of checkpoints that text generation does not need.
@@ -26,56 +34,94 @@ _IGNORED_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_to
 Progress = Callable[[float], None]
 
 
-def load_weights(model: Decoder, folder: Path, progress: Progress | None = None) -> int:
-    """Fill every parameter from the folder's safetensors files. Returns the bytes of the parameters.
+def load_weights(products: Products, folder: Path, progress: Progress | None = None) -> int:
+    """Fill every parameter of the model from the folder's safetensors files, and give its parts their products.
 
-    Raises EnvironmentFault for files that cannot be read and UsageError for tensors that are missing, unexpected or of
-    another shape or type, naming them.
+    Returns the bytes of all weights. Raises EnvironmentFault for files that cannot be read and UsageError for tensors
+    that are missing, unexpected or of another shape or type, naming them.
     """
+    model = products.model
     with ExitStack() as stack:
         where = _open_all(weight_files(folder), stack)
-        slots = slots_for(model, where.keys())
+        slots = deque(slots_for(model, where.keys()))
         _check_names(slots, where, folder, tied=model.spec.tie_embeddings)
-        for number, slot in enumerate(slots):
+        parts = _Parts(model, slots)
+        total = len(slots)
+        while slots:  # taken off one by one: a slot that is kept would keep its parameter
+            slot = slots.popleft()
             _fill(slot, where)
+            part = parts.completed_by(slot)
+            if part is not None:
+                products.take(part)
             if progress is not None:
-                progress((number + 1) / len(slots))
-    return parameter_bytes(model)
+                progress(1 - len(slots) / total)
+    return weight_bytes(products)
 
 
-def fill_random(model: Decoder, seed: int) -> int:
-    """Random weights of a sensible size, the same for the same seed. Returns the bytes of the parameters."""
+def fill_random(products: Products, seed: int) -> int:
+    """Random weights of a sensible size, the same for the same seed, and their products. Returns the bytes of all."""
+    model = products.model
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0)
-        elif parameter.dim() < 2:
-            parameter.zero_()
-        else:
-            _fill_normal(parameter, parameter.shape[-1] ** -0.5, generator)
-    return parameter_bytes(model)
+    parts = {id(part): part for _, part in parts_of(model)}
+    filled: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in filled:  # tied ones once
+                _fill_parameter(f"{prefix}.{name}", parameter, generator)
+                filled.add(id(parameter))
+        if id(module) in parts:
+            products.take(parts[id(module)])
+    return weight_bytes(products)
 
 
-def parameter_bytes(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def weight_bytes(products: Products) -> int:
+    """Bytes of the model's parameters and of what products hold in their place."""
+    parameters = products.model.parameters()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters) + products.memory_bytes
 
 
-# Name of a tensor → the open file that holds it. safetensors' own type is untyped.
-_Where = dict[str, Any]
+class _Parts:
+    """Tells when the last slot of a part of the model has been filled.
+
+    A slot's target is a view of a parameter, so the memory behind it tells the part. The head of tied embeddings is
+    complete when the embedding is.
+    """
+
+    def __init__(self, model: Decoder, slots: Iterable[Slot]) -> None:
+        self._owners: dict[int, Projections] = {}
+        for _, part in parts_of(model):
+            for matrix in part.matrices():
+                self._owners[_memory(matrix.weight)] = part
+                if matrix.bias is not None:
+                    self._owners[_memory(matrix.bias)] = part
+        owners = (self._owners.get(_memory(slot.target)) for slot in slots)
+        self._missing = Counter(id(part) for part in owners if part is not None)
+
+    def completed_by(self, slot: Slot) -> Projections | None:
+        part = self._owners.get(_memory(slot.target))
+        if part is None:
+            return None
+        self._missing[id(part)] -= 1
+        return None if self._missing[id(part)] else part
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+# Name of a tensor → the open file that holds it.
+_Where = dict[str, SafetensorsFile]
 
 
 def _open_all(files: Iterable[Path], stack: ExitStack) -> _Where:
     where: _Where = {}
     for path in files:
-        try:
-            opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as problem:
-            raise unreadable(path, problem) from problem
-        where.update(dict.fromkeys(opened.keys(), opened))
+        opened = stack.enter_context(SafetensorsFile(path))
+        where.update(dict.fromkeys(opened.names(), opened))
     return where
 
 
-def _check_names(slots: list[Slot], where: _Where, folder: Path, *, tied: bool) -> None:
+def _check_names(slots: Iterable[Slot], where: _Where, folder: Path, *, tied: bool) -> None:
     expected = {name for slot in slots for name in slot.sources}
     missing = sorted(expected - where.keys())
     if missing:
@@ -100,7 +146,8 @@ def _is_ignored(name: str, tied: bool) -> bool:
 
 
 def _fill(slot: Slot, where: _Where) -> None:
-    tensors = [_read(name, where) for name in slot.sources]
+    into = slot.target if slot.convert is None else None
+    tensors = [where[name].read(name, into) for name in slot.sources]
     name = slot.sources[0]
     try:
         value = tensors[0] if slot.convert is None else slot.convert(*tensors)
@@ -115,20 +162,22 @@ def _fill(slot: Slot, where: _Where) -> None:
         )
     if not value.dtype.is_floating_point or value.dtype not in _FLOAT_TYPES:
         raise UsageError(f"{name} is stored as {value.dtype}, which is not supported.", code="bad_weights")
-    slot.target.copy_(value)
-
-
-def _read(name: str, where: _Where) -> torch.Tensor:
-    try:
-        tensor: torch.Tensor = where[name].get_tensor(name)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
-        raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
-    return tensor
+    if value is not slot.target:
+        slot.target.copy_(value)
 
 
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more tensors" if len(names) > 3 else shown
+
+
+def _fill_parameter(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    if "norm" in name:
+        parameter.fill_(1.0)
+    elif parameter.dim() < 2:
+        parameter.zero_()
+    else:
+        _fill_normal(parameter, parameter.shape[-1] ** -0.5, generator)
 
 
 def _fill_normal(parameter: torch.Tensor, std: float, generator: torch.Generator) -> None:

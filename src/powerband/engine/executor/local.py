@@ -14,9 +14,8 @@ import torch
 from powerband.core.step import DeviceReport, Step, StepResult
 from powerband.engine.attention import AttentionShape, Choice, make_backend
 from powerband.engine.cuda_graphs import DecodeGraphs
-from powerband.engine.layers.linear import use_providers
-from powerband.engine.layers.onednn import PackedLinear
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.products import Products
 from powerband.engine.runner import ModelRunner
 from powerband.engine.sampler import Sampler
 from powerband.engine.warm_up import warm_up
@@ -81,15 +80,14 @@ class TorchExecutor:
         began_s = time.perf_counter()
         self._progress("load", 0.0)
         model = Decoder(config.spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
+        products = Products(model, config.held, kernels=config.kernels)
         if config.load_format == "dummy":
-            weights_bytes = fill_random(model, config.seed)
+            weights_bytes = fill_random(products, config.seed)
         else:
-            weights_bytes = load_weights(model, config.folder, lambda fraction: self._progress("load", fraction))
+            weights_bytes = load_weights(products, config.folder, lambda fraction: self._progress("load", fraction))
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
-        if config.device.type == "cpu" and PackedLinear.is_available():
-            embedding = model.embedding.weight if config.spec.tie_embeddings else None
-            self.providers = use_providers(model, [PackedLinear(keep=embedding)])
+        self.providers = dict(products.counts)
         if config.attention.name == "triton":
             from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,6 +28,26 @@ class LinearProvider(Protocol):
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
         """Take the loaded weight [out, in] in whatever form suits; None: not for this weight."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight [out, in] as it is loaded, before a product takes its place."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Projections(Protocol):
+    """A part of the model that multiplies with one or more matrices: a `Linear`, or the `Experts` of a layer."""
+
+    def matrices(self) -> list[Matrix]:
+        """Views of the parameters, in a fixed order."""
+        ...
+
+    def install(self, products: Sequence[Product], provider: str) -> None:
+        """Compute with these from now on, one for each matrix, and let the weights go."""
         ...
 
 
@@ -56,28 +77,15 @@ class Linear(nn.Module):
         else:
             residual.addmm_(x, self.weight.t())
 
-    def use(self, provider: LinearProvider) -> bool:
-        """Hand the weight over to `provider`, which keeps its own form of it. False: it declines."""
-        product = provider.prepare(self.weight, self.bias)
-        if product is None:
-            return False
-        self._product = product
-        self.provider = provider.name
+    def matrices(self) -> list[Matrix]:
+        return [Matrix(self.weight, self.bias)]
+
+    def install(self, products: Sequence[Product], provider: str) -> None:
+        [self._product] = products
+        self.provider = provider
         self.weight = parameter(0, dtype=self.weight.dtype, device=self.weight.device)
-        return True
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """Uninitialised memory that weights are loaded into."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
-
-
-def use_providers(model: nn.Module, providers: Iterable[LinearProvider]) -> dict[str, int]:
-    """After loading: give each projection to the first provider that takes it. Returns how many each one has."""
-    counts: dict[str, int] = {}
-    candidates = list(providers)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            any(module.use(provider) for provider in candidates)
-            counts[module.provider] = counts.get(module.provider, 0) + 1
-    return counts

@@ -31,6 +31,7 @@ from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.device import detect_cpu
 
 TIERS = ("amx", "avx512", "avx2", "plain")
+FAST_TIERS = TIERS[:-1]  # faster than plain torch
 TIER_VARIABLE = "POWERBAND_KERNEL_TIER"  # a tier, or "off"; for tests and comparisons
 SANITIZE_VARIABLE = "POWERBAND_KERNEL_SANITIZE"  # "1": with address and undefined-behaviour sanitizers
 CACHE_VARIABLE = "POWERBAND_CACHE"

@@ -1,0 +1,88 @@
+"""Who multiplies with which matrix: chosen once, and carried out matrix by matrix while the weights arrive.
+
+part               held in 16 or 32 bits       int8           int4
+layers' matrices   kernels, oneDNN or torch    int8 kernel    int4 kernel
+head               the same                    int8 kernel    int8 kernel
+routers            the same                    the same       the same
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from powerband.engine.layers.experts import Experts
+from powerband.engine.layers.linear import Linear, LinearProvider, Matrix, Product, Projections
+from powerband.engine.layers.onednn import PackedLinear
+from powerband.engine.layers.quantized_linear import Int4Linear, Int8Linear
+from powerband.engine.models.decoder import Decoder
+from powerband.errors import UsageError
+from powerband.spec.quantization import PLAIN, Held, HeldWeights
+
+
+class Products:
+    """Gives every part of a model that multiplies with matrices its products, as soon as those are loaded."""
+
+    def __init__(self, model: Decoder, held: HeldWeights = PLAIN, *, kernels: bool = False) -> None:
+        self.model = model
+        self.held = held
+        self.kernels = kernels  # the C++ kernels may be used
+        self.counts: Counter[str] = Counter()  # parts by who computes them
+        self.memory_bytes = 0  # of matrices that are not parameters any more
+        self._routers = {id(module.router) for module in model.modules() if isinstance(module, Experts)}
+
+    def take(self, part: Projections) -> None:
+        """The part's weights are complete: hand them over to whoever multiplies with them from now on."""
+        matrices = part.matrices()
+        for provider in self._providers(part):
+            products = self._prepare(part, provider, matrices)
+            if products is not None:
+                self._install(part, products, provider.name)
+                return
+        self.counts["torch"] += 1
+
+    def _prepare(self, part: Projections, provider: LinearProvider, matrices: Sequence[Matrix]) -> list[Product] | None:
+        """One product for each matrix; None if the provider declines any."""
+        products = []
+        try:
+            for matrix in matrices:
+                product = provider.prepare(matrix.weight, matrix.bias)
+                if product is None:
+                    return None
+                products.append(product)
+        except UsageError as problem:
+            name = next(name for name, candidate in parts_of(self.model) if candidate is part)
+            raise UsageError(f"{name}: {problem.message}", hint=problem.hint, code="bad_weights") from problem
+        return products
+
+    def _install(self, part: Projections, products: Sequence[Product], name: str) -> None:
+        self.memory_bytes += sum(map(_bytes_of, part.matrices(), products))
+        part.install(products, name)
+        self.counts[name] += 1
+
+    def _providers(self, part: Projections) -> list[LinearProvider]:
+        model = self.model
+        if model.embedding.weight.device.type != "cpu":
+            return []
+        held: Held = self.held.layers
+        if part is model.head:
+            held = self.held.head
+        elif id(part) in self._routers:
+            held = "none"
+        if held == "int8":
+            return [Int8Linear()]
+        if held == "int4":
+            return [Int4Linear(self.held.group_size)]
+        tied = model.embedding.weight if model.spec.tie_embeddings else None
+        return [PackedLinear(keep=tied)] if PackedLinear.is_available() else []
+
+
+def _bytes_of(matrix: Matrix, product: Product) -> int:
+    """Of what a product holds; of those that do not tell, as many as the weight had."""
+    size = getattr(product, "memory_bytes", matrix.weight.numel() * matrix.weight.element_size())
+    return int(size)
+
+
+def parts_of(model: Decoder) -> list[tuple[str, Projections]]:
+    """Every part with its name, the head of tied embeddings included."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear | Experts)]
