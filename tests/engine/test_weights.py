@@ -14,8 +14,10 @@ from engines_for_tests import TestEngine
 from models_for_tests import greedy, random_model, save
 from safetensors.torch import load_file, save_file
 
+from powerband.engine.layers.embedding import Embedding
 from powerband.engine.layers.linear import Linear
 from powerband.engine.layers.onednn import PackedLinear
+from powerband.engine.layers.packed import pack
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.gpt_oss import expand_mxfp4
 from powerband.engine.products import Products
@@ -286,3 +288,14 @@ def test_packed_product_equals_the_plain_one(dtype: torch.dtype, bias: bool) -> 
 def test_a_weight_that_others_read_stays_as_it_is() -> None:
     linear = Linear(64, 64, bias=False, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert PackedLinear(keep=linear.weight).prepare(linear.weight, None) is None
+
+
+def test_an_embedding_reads_the_packed_weight_of_its_head() -> None:
+    embedding = Embedding(37, 50, scale=2.0, dtype=torch.bfloat16, device=torch.device("cpu"))
+    embedding.weight.copy_(torch.randn(37, 50, generator=torch.Generator().manual_seed(0)))
+    ids = torch.tensor([0, 36, 15, 16, 16, 1])
+    expected = embedding(ids)
+    embedding.share(pack(embedding.weight))
+    assert embedding.weight.numel() == 0
+    assert torch.equal(embedding(ids), expected)
+    assert embedding(ids[:0]).shape == (0, 50)

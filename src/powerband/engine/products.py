@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from powerband.engine.layers.experts import Experts
 from powerband.engine.layers.linear import Linear, LinearProvider, Matrix, Product, Projections
 from powerband.engine.layers.onednn import PackedLinear
+from powerband.engine.layers.packed import PackedBf16, PackedProduct
 from powerband.engine.layers.quantized_linear import Int4Linear, Int8Linear
 from powerband.engine.models.decoder import Decoder
 from powerband.errors import UsageError
@@ -58,6 +59,8 @@ class Products:
     def _install(self, part: Projections, products: Sequence[Product], name: str) -> None:
         self.memory_bytes += sum(map(_bytes_of, part.matrices(), products))
         part.install(products, name)
+        if part is self.model.head and self.model.spec.tie_embeddings and isinstance(products[0], PackedProduct):
+            self.model.embedding.share(products[0].packed)  # one copy serves both
         self.counts[name] += 1
 
     def _providers(self, part: Projections) -> list[LinearProvider]:
@@ -74,7 +77,8 @@ class Products:
         if held == "int4":
             return [Int4Linear(self.held.group_size)]
         tied = model.embedding.weight if model.spec.tie_embeddings else None
-        return [PackedLinear(keep=tied)] if PackedLinear.is_available() else []
+        found: list[LinearProvider] = [PackedBf16()] if self.kernels and PackedBf16.is_available() else []
+        return found + ([PackedLinear(keep=tied)] if PackedLinear.is_available() else [])
 
 
 def _bytes_of(matrix: Matrix, product: Product) -> int:
