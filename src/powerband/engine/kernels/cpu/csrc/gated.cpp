@@ -1,5 +1,6 @@
 // The gated MLP's middle: activation(gate) * up in float32, rounded once. A row of gate_up is [gate | up].
 #include "common.h"
+#include "output.h"
 
 namespace powerband {
 namespace {
@@ -79,7 +80,7 @@ Tensor gated(Tensor gate_up, int64_t activation) {
     check(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gated: gate_up must be [rows, 2 * size]");
     check(0 <= activation && activation <= 2, "gated: the activation is 0 (silu), 1 (gelu_tanh) or 2 (gelu)");
     const int64_t rows = gate_up.size(0), size = gate_up.size(1) / 2;
-    Tensor out = torch::stable::new_empty(gate_up, {rows, size});
+    Tensor out = new_output(gate_up, {rows, size});
     if (type_of(gate_up) == ScalarType::Float) {
         gated_as<float>(gate_up, out, rows, size, Activation{activation});
     } else {

@@ -5,6 +5,7 @@
 #include "common.h"
 #include "gemm_bf16.h"
 #include "linear_epilogue.h"
+#include "output.h"
 
 namespace powerband {
 namespace {
@@ -143,7 +144,7 @@ Panels checked(const Tensor& x, const Tensor& packed, const std::optional<Tensor
 Tensor linear_bf16(Tensor x, Tensor packed, std::optional<Tensor> bias, int64_t columns) {
     const Panels panels = checked(x, packed, bias, columns);
     const Input rows = input(x, panels.k);
-    Tensor out = torch::stable::new_empty(x, {x.size(0), columns});
+    Tensor out = new_output(x, {x.size(0), columns});
     const StoreRows store{pointer<bf16>(bias, "bias"), mutable_pointer<bf16>(out, "out"), columns};
     multiply(rows, panels, store);
     return out;

@@ -1,5 +1,6 @@
 // RMSNorm of rows. A row is read from memory and written once: for the second pass it is in the cache.
 #include "common.h"
+#include "output.h"
 
 namespace powerband {
 namespace {
@@ -40,7 +41,7 @@ void norm_rows(const Tensor& x, const Tensor& weight, Tensor& out, float eps) {
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
     check(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(-1), "rms_norm: weight must be as long as a row");
-    Tensor out = torch::stable::empty_like(x);
+    Tensor out = new_output(x, x.sizes());
     const bool wide = type_of(weight) == ScalarType::Float;
     if (type_of(x) == ScalarType::Float) {
         norm_rows<float, float>(x, weight, out, eps);
