@@ -15,8 +15,11 @@ from powerband.core.step import FinishReason
 from powerband.cost.precision import auto_dtype
 from powerband.engine.attention import choose_backend
 from powerband.engine.executor.local import TorchExecutor
+from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.reader import read_model_spec
+
+KERNELS = KernelStatus("plain", "compiled for this processor")
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +123,39 @@ def test_memory_that_runs_out_while_loading(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "name", "reason"),
+    ("changes", "reason"),
     [
-        ("auto", "cpu", "reference", "CPU"),
-        ("reference", "cpu", "reference", "asked for"),
+        ({"dtype": torch.float32}, "bfloat16, not float32"),
+        ({"block_size": 16}, "blocks of 32 tokens, not 16"),
+        ({"head_dim": 80}, "multiple of 32, at most 256, not 80"),
+        ({"head_dim": 288}, "multiple of 32, at most 256, not 288"),
     ],
+    ids=str,
 )
-def test_choice_of_attention_says_why(asked: str, device: str, name: str, reason: str) -> None:
-    choice = choose_backend(asked, device)
-    assert choice.name == name
+def test_choice_of_attention_says_why(changes: dict[str, Any], reason: str) -> None:
+    assert choose_backend("auto", "cpu", KERNELS).name == "cpu"
+    choice = choose_backend("auto", "cpu", KERNELS, **changes)
+    assert choice.name == "reference"
     assert reason in choice.reason
+    with pytest.raises(EnvironmentFault, match=reason):
+        choose_backend("cpu", "cpu", KERNELS, **changes)
+
+
+def test_without_kernels_plain_torch_attends() -> None:
+    choice = choose_backend("auto", "cpu", KernelStatus(None, "no compiler"))
+    assert choice.name == "reference"
+    assert "no compiler" in choice.reason
+    assert choose_backend("reference", "cpu", KERNELS).reason == "asked for"
+
+
+def test_kernels_for_cpus_do_not_run_on_gpus() -> None:
+    with pytest.raises(EnvironmentFault, match="the device is a GPU"):
+        choose_backend("cpu", "cuda", KERNELS)
 
 
 def test_triton_needs_a_gpu() -> None:
     with pytest.raises(EnvironmentFault, match="it needs a GPU"):
-        choose_backend("triton", "cpu")
+        choose_backend("triton", "cpu", KERNELS)
 
 
 def test_step_log_holds_the_shape_of_every_step(folder: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _compute_report(findings: list[Finding]) -> dict[str, Any]:
                 "Install g++ 11 or newer (Debian: apt install g++); the kernels are compiled at the next start.",
             )
         )
-    attention = choose_backend("auto", device)
+    attention = choose_backend("auto", device, kernels)
     return {
         "device": device,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],

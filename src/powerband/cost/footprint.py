@@ -23,7 +23,7 @@ _QUERY_TILE = 256  # queries scored at once where scores are held in memory (sof
 _SAMPLING_TILE = 64  # rows that are sampled at once
 _SAMPLING_BYTES = 4 + 4 + 4 + 8 + 3 * 8 + 4 + 4
 _PADDING = 1.25  # decodes of similar length are padded to the longest of their group
-_DECODE_SPLITS = 16  # parts of a long context that a CUDA decode attends to in parallel
+_DECODE_SPLITS = 16  # parts of a long context that a decode attends to in parallel
 
 
 def activation_bytes(spec: ModelSpec, *, tokens: int, dtype: str) -> int:

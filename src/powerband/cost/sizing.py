@@ -67,6 +67,14 @@ class Sizing:
     def block_bytes(self) -> int:
         return self.settings.block_size * kv_bytes_per_token(self.spec, self.kv_dtype)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether attention reads the cache where it lies. Asked for 'auto', a CPU is taken to have our kernels."""
+        asked = self.settings.attention_backend
+        if asked != "auto" or self.kind == "cuda":
+            return asked != "reference"
+        return self.dtype == "bfloat16" and self.settings.block_size == 32 and self.spec.head_dim % 32 == 0
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.settings.block_size)
 
@@ -77,13 +85,18 @@ class Sizing:
         max_len = min(self.wanted_len, kv_tokens)
         tokens = settings.max_num_batched_tokens
         rows = min(settings.max_num_seqs, tokens)
-        in_place = kind == "cuda" and settings.attention_backend != "reference"
         return {
             "weights": held_parameter_bytes(spec, dtype, self.held),
             "kv_cache": num_blocks * self.block_bytes,
             "activations": activation_bytes(spec, tokens=tokens, dtype=dtype),
             "attention": attention_bytes(
-                spec, in_place=in_place, tokens=tokens, rows=rows, max_len=max_len, kv_tokens=kv_tokens, dtype=dtype
+                spec,
+                in_place=self.in_place,
+                tokens=tokens,
+                rows=rows,
+                max_len=max_len,
+                kv_tokens=kv_tokens,
+                dtype=dtype,
             ),
             "sampling": sampling_bytes(spec, rows=rows, dtype=dtype),
             "runtime": runtime_bytes(spec, kind=kind, graphs=not settings.enforce_eager, max_len=max_len, dtype=dtype),

@@ -94,11 +94,18 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
         dtype = auto_dtype(
             spec, kind, cpu.features, kernels=kernels.tier in FAST_TIERS, quantization=settings.quantization
         )
-    memory = _plan(spec, settings, device, cpu, dtype)
+    choice = choose_backend(
+        settings.attention_backend,
+        device.type,
+        kernels,
+        dtype=getattr(torch, dtype),
+        block_size=settings.block_size,
+        head_dim=spec.head_dim,
+    )
+    _check_kv_cache(settings, choice)
+    memory = _plan(spec, replace(settings, attention_backend=choice.name), device, cpu, dtype)
     stopwatch.lap("plan")
     settings = _resolved(settings, device, dtype, memory)
-    choice = choose_backend(settings.attention_backend, device.type)
-    _check_kv_cache(settings, choice)
     step_log = StepLog(Path(settings.step_log)) if settings.step_log else None
     executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory, kernels), told)
     with _memory_errors(memory):

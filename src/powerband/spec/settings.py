@@ -59,7 +59,7 @@ class EngineSettings:
     threads: int | None = setting(
         None, "CPU threads for computing; default: all physical cores", group="Device", minimum=1, maximum=1024
     )
-    attention_backend: Literal["auto", "reference", "triton"] = setting(
+    attention_backend: Literal["auto", "reference", "cpu", "triton"] = setting(
         "auto", "Implementation of attention", group="Device"
     )
     kernels: Literal["auto", "off"] = setting(
