@@ -1,0 +1,244 @@
+// Products with int4 weights, 16 columns at a time in the layout of int4_dot.h.
+#include "int4_dot.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+namespace powerband {
+namespace {
+
+constexpr int64_t kBytesPerTask = 1 << 16;  // of weights, for one row
+
+#if defined(POWERBAND_AVX512_VNNI)
+constexpr int kMaxRows = 8, kMaxPanels = 2;  // 16 sums, 4 operands of weights and 2 of activations in 32 registers
+#elif defined(__AVX2__)
+constexpr int kMaxRows = 4, kMaxPanels = 1;
+#else
+constexpr int kMaxRows = 1, kMaxPanels = 1;
+#endif
+
+// out (or residual +=) = x * weights + bias, rounded once.
+struct Product {
+    Int4Panels weights;
+    GroupedRows x;
+    int64_t rows, columns;
+    const bf16* bias;
+    bf16* out;
+    bool add;
+};
+
+// Memory of a thread that is kept between calls.
+class Scratch {
+   public:
+    void* take(size_t bytes) {
+        if (bytes > size_) {
+            size_ = (bytes + 4095) / 4096 * 4096;
+            memory_.reset(std::aligned_alloc(64, size_));
+            if (memory_ == nullptr) size_ = 0;
+        }
+        return memory_.get();
+    }
+
+   private:
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    std::unique_ptr<void, Free> memory_;
+    size_t size_ = 0;
+};
+
+// ---- the product
+
+void finish(const Product& product, int64_t row, int64_t panel, f32x16 v) {
+    const int64_t column = panel * kLanes, count = std::min<int64_t>(kLanes, product.columns - column);
+    bf16* out = product.out + row * product.columns + column;
+    const auto write = [&](auto... lanes) {
+        if (product.bias != nullptr) v += load(product.bias + column, lanes...);
+        if (product.add) v += load(out, lanes...);
+        store(out, v, lanes...);
+    };
+    if (count == kLanes) {
+        write();
+    } else {
+        write(count);
+    }
+}
+
+template <int ROWS, int PANELS>
+void multiply(const Product& product, int64_t panel, int64_t row, int64_t count) {
+    if constexpr (ROWS > 1) {
+        if (count < ROWS) return multiply<ROWS - 1, PANELS>(product, panel, row, count);
+    }
+    f32x16 acc[ROWS][PANELS];
+    int4::dot<ROWS, PANELS>(product.weights, panel, product.x, row, acc);
+    for (int r = 0; r < ROWS; ++r)
+        for (int p = 0; p < PANELS; ++p) finish(product, row + r, panel + p, acc[r][p]);
+}
+
+// All rows of some panels, in blocks of nearly equal numbers of rows.
+void multiply_panels(const Product& product, int64_t begin, int64_t end) {
+    const int64_t rows_at_once = ceil_div(product.rows, ceil_div(product.rows, kMaxRows));
+    const auto all_rows = [&](const auto& multiply_rows) {
+        for (int64_t row = 0; row < product.rows; row += rows_at_once)
+            multiply_rows(row, std::min(rows_at_once, product.rows - row));
+    };
+    int64_t panel = begin;
+    if (product.rows > 1)  // a single row streams one panel at a time
+        for (; panel + kMaxPanels <= end; panel += kMaxPanels)
+            all_rows([&](int64_t row, int64_t count) { multiply<kMaxRows, kMaxPanels>(product, panel, row, count); });
+    for (; panel < end; ++panel)
+        all_rows([&](int64_t row, int64_t count) { multiply<kMaxRows, 1>(product, panel, row, count); });
+}
+
+void quantize_rows(const bf16* x, int64_t rows, int64_t depth, int64_t group_size, int8_t* values, int64_t stride,
+                   float* scales, int32_t* sums) {
+    const int64_t groups = ceil_div(depth, group_size);
+    const int64_t rows_per_task = std::max<int64_t>(1, (1 << 14) / depth);
+    run_tasks(ceil_div(rows, rows_per_task), [=](int64_t task) {
+        for (int64_t row = task * rows_per_task; row < std::min(rows, (task + 1) * rows_per_task); ++row) {
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t k = g * group_size, at = row * groups + g;
+                quantize_group(x + row * depth + k, std::min(group_size, depth - k), values + row * stride + k,
+                               scales + at, sums + at);
+            }
+            std::memset(values + row * stride + depth, 0, stride - depth);
+        }
+    });
+}
+
+void compute(Product& product, const bf16* x, int64_t depth, int64_t group_size) {
+    static thread_local Scratch scratch;
+    const int64_t rows = product.rows, groups = product.weights.groups;
+    const int64_t stride = ceil_div(depth, 64) * 64;
+    auto* values = static_cast<int8_t*>(scratch.take(rows * (stride + groups * 8)));
+    check(values != nullptr, "linear_int4: out of memory");
+    auto* scales = reinterpret_cast<float*>(values + rows * stride);
+    auto* sums = reinterpret_cast<int32_t*>(scales + rows * groups);
+    quantize_rows(x, rows, depth, group_size, values, stride, scales, sums);
+    product.x = GroupedRows{values, scales, sums, stride, groups};
+    const int64_t panels = ceil_div(product.columns, kLanes);
+    const int64_t bytes = product.weights.blocks * kBlockBytes * std::max<int64_t>(1, rows / 4);
+    const int64_t panels_per_task = std::max<int64_t>(2, kBytesPerTask / bytes / 2 * 2);
+    run_tasks(ceil_div(panels, panels_per_task), [&](int64_t task) {
+        const int64_t begin = task * panels_per_task;
+        multiply_panels(product, begin, std::min(panels, begin + panels_per_task));
+    });
+}
+
+// ---- operators
+
+Product checked(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                const std::optional<Tensor>& bias, int64_t columns, int64_t group_size) {
+    check(x.dim() == 2 && packed.dim() == 4 && scales.dim() == 3, "linear_int4: x, packed and scales have 2, 4, 3 axes");
+    const int64_t depth = x.size(1), panels = packed.size(0), blocks = packed.size(1);
+    check(depth > 0 && columns > 0 && panels == ceil_div(columns, kLanes), "linear_int4: packed must have out_features");
+    check(blocks == ceil_div(depth, kBlockDepth) && packed.size(2) == kLanes && packed.size(3) == 4,
+          "linear_int4: packed must be as deep as x is wide");
+    check(group_size > 0 && (group_size % kBlockDepth == 0 || group_size >= depth),
+          "linear_int4: group_size must be a multiple of 8, or all of a row");
+    const int64_t groups = ceil_div(depth, group_size);
+    check(scales.size(0) == panels && scales.size(1) == groups && scales.size(2) == kLanes,
+          "linear_int4: scales must be [panels, groups, 16]");
+    check(!zeros || (zeros->dim() == 3 && zeros->size(0) == panels && zeros->size(1) == groups &&
+                     zeros->size(2) == kLanes),
+          "linear_int4: zeros must have the shape of scales");
+    check(!bias || (bias->dim() == 1 && bias->size(0) == columns), "linear_int4: bias must have out_features");
+    const Int4Panels weights{pointer<uint8_t>(packed, "packed"), pointer<float>(scales, "scales"),
+                             pointer<uint8_t>(zeros, "zeros"), blocks, groups, ceil_div(group_size, kBlockDepth)};
+    return Product{weights, {}, x.size(0), columns, pointer<bf16>(bias, "bias"), nullptr, false};
+}
+
+Tensor linear_int4(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
+                   int64_t out_features, int64_t group_size) {
+    Product product = checked(x, packed, scales, zeros, bias, out_features, group_size);
+    const bf16* from = pointer<bf16>(x, "x");
+    Tensor out = torch::stable::new_empty(x, {product.rows, out_features});
+    product.out = mutable_pointer<bf16>(out, "out");
+    if (product.rows > 0) compute(product, from, x.size(1), std::min(group_size, x.size(1)));
+    return out;
+}
+
+void linear_int4_add(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
+                     int64_t out_features, int64_t group_size, Tensor residual) {
+    Product product = checked(x, packed, scales, zeros, bias, out_features, group_size);
+    check(residual.dim() == 2 && residual.size(0) == product.rows && residual.size(1) == out_features,
+          "linear_int4_add: residual must be [rows, out_features]");
+    const bf16* from = pointer<bf16>(x, "x");
+    product.out = mutable_pointer<bf16>(residual, "residual");
+    product.add = true;
+    if (product.rows > 0) compute(product, from, x.size(1), std::min(group_size, x.size(1)));
+}
+
+// values [columns][depth], 0 … 15. Columns and steps of K that fill the last panel and block are zero.
+void pack(const uint8_t* values, int64_t columns, int64_t depth, uint8_t* packed) {
+    const int64_t panels = ceil_div(columns, kLanes), blocks = ceil_div(depth, kBlockDepth);
+    run_tasks(panels, [=](int64_t panel) {
+        uint8_t* to = packed + panel * blocks * kBlockBytes;
+        for (int64_t b = 0; b < blocks; ++b, to += kBlockBytes)
+            for (int64_t i = 0; i < kBlockBytes; ++i) {
+                const int64_t column = panel * kLanes + i / 4, k = b * kBlockDepth + i % 4;
+                const uint8_t* from = values + column * depth + k;
+                const bool inside = column < columns;
+                const int low = inside && k < depth ? from[0] & 15 : 0;
+                const int high = inside && k + 4 < depth ? from[4] & 15 : 0;
+                to[i] = static_cast<uint8_t>(high << 4 | low);
+            }
+    });
+}
+
+void pack_int4_out(Tensor values, Tensor packed) {
+    check(values.dim() == 2 && values.size(0) > 0 && values.size(1) > 0, "pack_int4: values must be [N, K]");
+    const int64_t columns = values.size(0), depth = values.size(1);
+    check(packed.dim() == 4 && packed.size(0) == ceil_div(columns, kLanes) &&
+              packed.size(1) == ceil_div(depth, kBlockDepth) && packed.size(2) == kLanes && packed.size(3) == 4,
+          "pack_int4: packed must be [panels, blocks, 16, 4]");
+    pack(pointer<uint8_t>(values, "values"), columns, depth, mutable_pointer<uint8_t>(packed, "packed"));
+}
+
+Tensor pack_int4(Tensor values) {
+    check(values.dim() == 2, "pack_int4: values must be [N, K]");
+    Tensor packed = torch::stable::new_empty(
+        values, {ceil_div(values.size(0), kLanes), ceil_div(values.size(1), kBlockDepth), kLanes, 4});
+    pack_int4_out(values, packed);
+    return packed;
+}
+
+Tensor unpack_int4(Tensor packed, int64_t columns, int64_t depth) {
+    check(packed.dim() == 4 && columns > 0 && depth > 0 && packed.size(0) == ceil_div(columns, kLanes) &&
+              packed.size(1) == ceil_div(depth, kBlockDepth) && packed.size(2) == kLanes && packed.size(3) == 4,
+          "unpack_int4: packed must be [panels, blocks, 16, 4] of out_features and in_features");
+    const uint8_t* from = pointer<uint8_t>(packed, "packed");
+    Tensor values = torch::stable::new_empty(packed, {columns, depth});
+    uint8_t* to = mutable_pointer<uint8_t>(values, "values");
+    const int64_t blocks = packed.size(1);
+    run_tasks(columns, [=](int64_t column) {
+        const uint8_t* panel = from + column / kLanes * blocks * kBlockBytes + column % kLanes * 4;
+        for (int64_t k = 0; k < depth; ++k) {
+            const int byte = panel[k / kBlockDepth * kBlockBytes + k % 4];
+            to[column * depth + k] = static_cast<uint8_t>(k % kBlockDepth < 4 ? byte & 15 : byte >> 4);
+        }
+    });
+    return values;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
+    m.def("pack_int4(Tensor values) -> Tensor");
+    m.def("pack_int4_out(Tensor values, Tensor(a!) packed) -> ()");
+    m.def("unpack_int4(Tensor packed, int out_features, int in_features) -> Tensor");
+    m.def("linear_int4(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
+          "int group_size) -> Tensor");
+    m.def("linear_int4_add(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
+          "int group_size, Tensor(a!) residual) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {
+    m.impl("pack_int4", TORCH_BOX(&pack_int4));
+    m.impl("pack_int4_out", TORCH_BOX(&pack_int4_out));
+    m.impl("unpack_int4", TORCH_BOX(&unpack_int4));
+    m.impl("linear_int4", TORCH_BOX(&linear_int4));
+    m.impl("linear_int4_add", TORCH_BOX(&linear_int4_add));
+}
+
+}  // namespace powerband
