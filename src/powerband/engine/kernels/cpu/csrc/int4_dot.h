@@ -25,13 +25,22 @@ struct Int4Panels {
 
 namespace int4 {
 
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
 using Ints = i32x16;
 
 inline int32_t four_bytes(const int8_t* p) {
     int32_t v;
     std::memcpy(&v, p, sizeof v);
     return v;
+}
+
+inline Ints load_zeros(const uint8_t* p) {
+#ifdef __AVX512F__
+    return as<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    Ints zeros;
+    for (int i = 0; i < kLanes; ++i) zeros[i] = p[i];
+    return zeros;
+#endif
 }
 
 // c[r][p] += nibbles of panel p times row r, over `blocks` blocks.
@@ -112,7 +121,11 @@ inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, i
                        Ints (&c)[ROWS][PANELS]) {
     const __m256i low = _mm256_set1_epi8(15);
     __m256i sum[ROWS][PANELS][2];
-    std::memcpy(sum, c, sizeof sum);
+    for (int r = 0; r < ROWS; ++r)
+        for (int p = 0; p < PANELS; ++p) {
+            sum[r][p][0] = as<__m256i>(c[r][p].low);
+            sum[r][p][1] = as<__m256i>(c[r][p].high);
+        }
     for (int64_t b = 0; b < blocks; ++b) {
         for (int p = 0; p < PANELS; ++p) {
             const uint8_t* block = w + p * panel_bytes + b * kBlockBytes;
@@ -128,7 +141,9 @@ inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, i
             }
         }
     }
-    std::memcpy(c, sum, sizeof sum);
+    for (int r = 0; r < ROWS; ++r)
+        for (int p = 0; p < PANELS; ++p)
+            c[r][p] = Ints(as<Ints::Half>(sum[r][p][0]), as<Ints::Half>(sum[r][p][1]));
 }
 
 #else
@@ -167,17 +182,15 @@ inline void dot(const Int4Panels& w, int64_t first_panel, const GroupedRows& x, 
                 for (int r = 0; r < ROWS; ++r) c[r][p] = Ints{} - kDefaultZero * sums[r * x.groups + g];
                 continue;
             }
-            u8x16 zeros;
-            std::memcpy(&zeros, w.zeros + ((first_panel + p) * w.groups + g) * kLanes, sizeof zeros);
-            for (int r = 0; r < ROWS; ++r)
-                c[r][p] = __builtin_convertvector(zeros, Ints) * -sums[r * x.groups + g];
+            const Ints zeros = load_zeros(w.zeros + ((first_panel + p) * w.groups + g) * kLanes);
+            for (int r = 0; r < ROWS; ++r) c[r][p] = zeros * -sums[r * x.groups + g];
         }
         add_blocks<ROWS, PANELS>(nibbles + begin * kBlockBytes, panel_bytes, values + begin * kBlockDepth, x.stride,
                                  blocks, c);
         for (int p = 0; p < PANELS; ++p) {
             const f32x16 scale = load(w.scales + ((first_panel + p) * w.groups + g) * kLanes);
             for (int r = 0; r < ROWS; ++r)
-                acc[r][p] += __builtin_convertvector(c[r][p], f32x16) * (scale * row_scales[r * x.groups + g]);
+                acc[r][p] += convert<f32x16>(c[r][p]) * (scale * row_scales[r * x.groups + g]);
         }
     }
 }

@@ -2,6 +2,8 @@
 // takes the weights' zero points out of the product afterwards.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace powerband {
@@ -13,31 +15,54 @@ struct GroupedRows {
     int64_t stride, groups;
 };
 
-// One group of one row: x ~ scale * values, values in -127 … 127. A NaN or an infinity makes the scale one, too.
-inline void quantize_group(const bf16* x, int64_t count, int8_t* values, float* scale, int32_t* sum) {
-    typedef int8_t i8x16 __attribute__((vector_size(16)));
-    constexpr float kSmallest = 1e-30f;  // below it 127 / amplitude could overflow: taken for zero
-    const float round = 12582912.0f;     // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+// The largest |x|; infinity or NaN if there is one. Without its sign a bf16 sorts like an integer.
+inline float largest_of_group(const bf16* x, int64_t count) {
+    typedef int16_t i16x16 __attribute__((vector_size(32)));
+    i16x16 most{};
     const int64_t whole = count - count % kLanes;
-    // As integers, the bits of magnitudes have the order of the magnitudes, with NaN above all.
-    i32x16 peak{};
-    const auto look = [&](f32x16 v) {
-        i32x16 magnitude = as<i32x16>(v) & 0x7fffffff;
-        peak = magnitude > peak ? magnitude : peak;
-    };
-    for (int64_t i = 0; i < whole; i += kLanes) look(load(x + i));
-    if (whole < count) look(load(x + whole, count - whole));
-    int32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits = peak[i] > bits ? peak[i] : bits;
-    float amplitude;
-    std::memcpy(&amplitude, &bits, sizeof amplitude);
-    const float inverse = amplitude < kSmallest ? 0.0f : 127.0f / amplitude;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        i16x16 bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fff;
+        most = bits > most ? bits : most;
+    }
+    int16_t largest = 0;
+    for (int i = 0; i < kLanes; ++i) largest = std::max<int16_t>(largest, most[i]);
+    for (int64_t i = whole; i < count; ++i) largest = std::max<int16_t>(largest, x[i].bits & 0x7fff);
+    return to_float(bf16{static_cast<uint16_t>(largest)});
+}
+
+POWERBAND_INLINE int32_t sum_of_lanes(i32x16 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_epi32(as<__m512i>(v));
+#else
+    int32_t total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+#endif
+}
+
+// One group of one row: x ~ scale * values, values in -127 … 127. NaN or infinity: zeros with the scale NaN.
+inline void quantize_group(const bf16* x, int64_t count, int8_t* values, float* scale, int32_t* sum) {
+    constexpr float kSmallest = 1e-30f;  // below it 127 / magnitude could overflow: taken for zero
+    const float round = 12582912.0f;     // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    const float magnitude = largest_of_group(x, count);
+    const bool finite = magnitude <= std::numeric_limits<float>::max();
+    *sum = 0;
+    if (!finite || magnitude < kSmallest) {
+        std::memset(values, 0, count);
+        *scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    const float inverse = 127.0f / magnitude;
+    *scale = magnitude * (1.0f / 127.0f);
     i32x16 total{};
     const auto quantize = [&](f32x16 v) {
-        i32x16 whole_numbers = as<i32x16>(v * inverse + round) - 0x4b400000;
-        total += whole_numbers;
-        return __builtin_convertvector(whole_numbers, i8x16);
+        const i32x16 numbers = as<i32x16>(v * inverse + round) - 0x4b400000;
+        total += numbers;
+        return convert<i8x16>(numbers);
     };
+    const int64_t whole = count - count % kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
         const i8x16 q = quantize(load(x + i));
         std::memcpy(values + i, &q, sizeof q);
@@ -46,9 +71,7 @@ inline void quantize_group(const bf16* x, int64_t count, int8_t* values, float* 
         const i8x16 q = quantize(load(x + whole, count - whole));
         std::memcpy(values + whole, &q, count - whole);
     }
-    *scale = amplitude / 127.0f;
-    *sum = 0;
-    for (int i = 0; i < kLanes; ++i) *sum += total[i];
+    *sum = sum_of_lanes(total);
 }
 
 }  // namespace powerband
