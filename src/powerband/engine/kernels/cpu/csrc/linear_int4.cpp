@@ -1,14 +1,18 @@
 // Products with int4 weights, 16 columns at a time in the layout of int4_dot.h.
-#include "int4_dot.h"
-
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
+
+#include "int4_dot.h"
+#include "int4_expand.h"
+#include "linear_epilogue.h"
+#include "scratch.h"
 
 namespace powerband {
 namespace {
 
-constexpr int64_t kBytesPerTask = 1 << 16;  // of weights, for one row
+constexpr int64_t kBytesPerTask = 1 << 16;       // of weights, for one row
+constexpr int64_t kRowsForExpansion = 24;        // from so many rows on tiles win against vectors (measured)
+constexpr int64_t kRowBytesPerTask = 768 << 10;  // of x: stays in the second-level cache beside the panels
+constexpr int64_t kPanelsPerTileTask = 4;
 
 #if defined(POWERBAND_AVX512_VNNI)
 constexpr int kMaxRows = 8, kMaxPanels = 2;  // 16 sums, 4 operands of weights and 2 of activations in 32 registers
@@ -26,26 +30,6 @@ struct Product {
     const bf16* bias;
     bf16* out;
     bool add;
-};
-
-// Memory of a thread that is kept between calls.
-class Scratch {
-   public:
-    void* take(size_t bytes) {
-        if (bytes > size_) {
-            size_ = (bytes + 4095) / 4096 * 4096;
-            memory_.reset(std::aligned_alloc(64, size_));
-            if (memory_ == nullptr) size_ = 0;
-        }
-        return memory_.get();
-    }
-
-   private:
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    std::unique_ptr<void, Free> memory_;
-    size_t size_ = 0;
 };
 
 // ---- the product
@@ -107,12 +91,12 @@ void quantize_rows(const bf16* x, int64_t rows, int64_t depth, int64_t group_siz
     });
 }
 
-void compute(Product& product, const bf16* x, int64_t depth, int64_t group_size) {
-    static thread_local Scratch scratch;
+// Few rows, or no tiles: activations as int8.
+void compute_in_integers(Product& product, const bf16* x, int64_t depth, int64_t group_size) {
+    static thread_local Scratch<int8_t> scratch;
     const int64_t rows = product.rows, groups = product.weights.groups;
     const int64_t stride = ceil_div(depth, 64) * 64;
-    auto* values = static_cast<int8_t*>(scratch.take(rows * (stride + groups * 8)));
-    check(values != nullptr, "linear_int4: out of memory");
+    int8_t* values = scratch.get(rows * (stride + groups * 8));
     auto* scales = reinterpret_cast<float*>(values + rows * stride);
     auto* sums = reinterpret_cast<int32_t*>(scales + rows * groups);
     quantize_rows(x, rows, depth, group_size, values, stride, scales, sums);
@@ -124,6 +108,44 @@ void compute(Product& product, const bf16* x, int64_t depth, int64_t group_size)
         const int64_t begin = task * panels_per_task;
         multiply_panels(product, begin, std::min(panels, begin + panels_per_task));
     });
+}
+
+#ifdef POWERBAND_AMX
+// Many rows: a pair of panels at a time is expanded to bf16 and multiplied in tiles.
+void compute_in_tiles(const Product& product, const bf16* x, int64_t depth) {
+    const int64_t panels = ceil_div(product.columns, kLanes), panel_size = depth * kLanes;
+    const int64_t rows_per_task = std::max<int64_t>(32, kRowBytesPerTask / (2 * depth) / 32 * 32);
+    const int64_t row_blocks = ceil_div(product.rows, rows_per_task);
+    const StoreRows store{product.bias, product.out, product.columns};
+    run_tasks(ceil_div(panels, kPanelsPerTileTask), [=](int64_t task) {
+        static thread_local Scratch<bf16> scratch;
+        bf16* expanded = scratch.get(2 * panel_size);
+        const int64_t begin = task * kPanelsPerTileTask, end = std::min(panels, begin + kPanelsPerTileTask);
+        for (int64_t panel = begin; panel < end; panel += 2) {
+            const bool two = panel + 1 < panels;
+            int4::expand_panel(product.weights, panel, expanded);
+            if (two) int4::expand_panel(product.weights, panel + 1, expanded + panel_size);
+            const PanelPair pair{expanded, two ? expanded + panel_size : expanded};
+            for (int64_t block = 0; block < row_blocks; ++block) {
+                const int64_t row = block * rows_per_task;
+                const PanelProduct tiles(x, depth, row, std::min(rows_per_task, product.rows - row), depth);
+                if (product.add) {
+                    tiles.multiply(pair, nullptr, panel * kLanes, AddRows{store});
+                } else {
+                    tiles.multiply(pair, nullptr, panel * kLanes, store);
+                }
+            }
+        }
+    });
+}
+#endif
+
+void compute(Product& product, const bf16* x, int64_t depth, int64_t group_size) {
+#ifdef POWERBAND_AMX
+    if (product.rows >= kRowsForExpansion && depth % kStep == 0 && amx_permitted())
+        return compute_in_tiles(product, x, depth);
+#endif
+    compute_in_integers(product, x, depth, group_size);
 }
 
 // ---- operators
