@@ -143,7 +143,11 @@ def _plan(spec: ModelSpec, settings: EngineSettings, device: torch.device, cpu: 
 
 
 def _check_quantization(spec: ModelSpec, folder: Path) -> None:
-    if spec.quantization is not None and (spec.family, spec.quantization) not in _EXPANDED:
+    if (
+        spec.weight_format is None
+        and spec.quantization is not None
+        and (spec.family, spec.quantization) not in _EXPANDED
+    ):
         raise UsageError(
             f"{folder} is quantized with '{spec.quantization}', which cannot be loaded.",
             hint="Use the model's version in 16 bits.",

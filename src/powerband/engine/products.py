@@ -9,13 +9,13 @@ routers            the same                    the same       the same
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from powerband.engine.layers.experts import Experts
 from powerband.engine.layers.linear import Linear, LinearProvider, Matrix, Product, Projections
 from powerband.engine.layers.onednn import PackedLinear
 from powerband.engine.layers.packed import PackedBf16, PackedProduct
-from powerband.engine.layers.quantized_linear import Int4Linear, Int8Linear
+from powerband.engine.layers.quantized_linear import Int4Linear, Int8Linear, StoredMatrix, stored_product
 from powerband.engine.models.decoder import Decoder
 from powerband.errors import UsageError
 from powerband.spec.quantization import PLAIN, Held, HeldWeights
@@ -42,6 +42,23 @@ class Products:
                 return
         self.counts["torch"] += 1
 
+    def take_stored(self, part: Projections, pieces: Mapping[int, Mapping[int, StoredMatrix]]) -> None:
+        """The same for a part that the checkpoint stores quantized. pieces: by matrix, by first output."""
+        products = []
+        for index, matrix in enumerate(part.matrices()):
+            stored = [piece for _, piece in sorted(pieces.get(index, {}).items())]
+            if sum(piece.weight.shape[0] for piece in stored) != matrix.weight.shape[0]:
+                raise UsageError(
+                    f"{self._name(part)} is quantized in part only, which cannot be loaded.",
+                    hint="Use the model's version in 16 bits with --quantization int8 or int4.",
+                    code="unsupported_quantization",
+                )
+            products.append(stored_product(stored, matrix.bias))
+        self._install(part, products, "int8" if self.held.layers == "int8" else "int4")
+
+    def _name(self, part: Projections) -> str:
+        return next(name for name, candidate in parts_of(self.model) if candidate is part)
+
     def _prepare(self, part: Projections, provider: LinearProvider, matrices: Sequence[Matrix]) -> list[Product] | None:
         """One product for each matrix; None if the provider declines any."""
         products = []
@@ -52,8 +69,9 @@ class Products:
                     return None
                 products.append(product)
         except UsageError as problem:
-            name = next(name for name, candidate in parts_of(self.model) if candidate is part)
-            raise UsageError(f"{name}: {problem.message}", hint=problem.hint, code="bad_weights") from problem
+            raise UsageError(
+                f"{self._name(part)}: {problem.message}", hint=problem.hint, code="bad_weights"
+            ) from problem
         return products
 
     def _install(self, part: Projections, products: Sequence[Product], name: str) -> None:
@@ -67,7 +85,8 @@ class Products:
         model = self.model
         if model.embedding.weight.device.type != "cpu":
             return []
-        held: Held = self.held.layers
+        # What a quantized checkpoint leaves in 16 bits stays so.
+        held: Held = self.held.layers if model.spec.weight_format is None else "none"
         if part is model.head:
             held = self.held.head
         elif id(part) in self._routers:

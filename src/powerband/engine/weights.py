@@ -8,6 +8,7 @@ model loads, it needs its final size and the parameters of one part of a layer.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -17,10 +18,12 @@ import torch
 
 from powerband.engine.checkpoint import resolve_model, weight_files
 from powerband.engine.layers.linear import Projections
+from powerband.engine.layers.quantized_linear import StoredMatrix
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.registry import slots_for
 from powerband.engine.models.slots import Slot
 from powerband.engine.products import Products, parts_of
+from powerband.engine.quantized_checkpoint import QuantizedCheckpoint
 from powerband.engine.safetensors_file import SafetensorsFile
 from powerband.errors import UsageError
 
@@ -44,14 +47,22 @@ def load_weights(products: Products, folder: Path, progress: Progress | None = N
     with ExitStack() as stack:
         where = _open_all(weight_files(folder), stack)
         slots = deque(slots_for(model, where.keys()))
-        _check_names(slots, where, folder, tied=model.spec.tie_embeddings)
+        format = model.spec.weight_format
+        stored = QuantizedCheckpoint(format, where) if format is not None else None
+        _check_names(slots, where, folder, stored, tied=model.spec.tie_embeddings)
         parts = _Parts(model, slots)
         total = len(slots)
         while slots:  # taken off one by one: a slot that is kept would keep its parameter
             slot = slots.popleft()
-            _fill(slot, where)
+            name = slot.sources[0]
+            if stored is not None and stored.holds(name):
+                parts.keep(slot, stored.read(name, slot.target.shape))
+            else:
+                _fill(slot, where)
             part = parts.completed_by(slot)
-            if part is not None:
+            if part is not None and (pieces := parts.kept(part)):
+                products.take_stored(part, pieces)
+            elif part is not None:
                 products.take(part)
             if progress is not None:
                 progress(1 - len(slots) / total)
@@ -81,21 +92,26 @@ def weight_bytes(products: Products) -> int:
 
 
 class _Parts:
-    """Tells when the last slot of a part of the model has been filled.
+    """Tells when the last slot of a part of the model has been filled, and keeps what is to be joined until then.
 
-    A slot's target is a view of a parameter, so the memory behind it tells the part. The head of tied embeddings is
-    complete when the embedding is.
+    A slot's target is a view of a parameter, so the memory behind it tells the part, and the address the matrix and the
+    row. The head of tied embeddings is complete when the embedding is.
     """
 
     def __init__(self, model: Decoder, slots: Iterable[Slot]) -> None:
         self._owners: dict[int, Projections] = {}
+        self._addresses: list[tuple[int, int, int]] = []  # of each matrix: where it begins, its index, bytes of a row
         for _, part in parts_of(model):
-            for matrix in part.matrices():
+            for index, matrix in enumerate(part.matrices()):
                 self._owners[_memory(matrix.weight)] = part
+                row_bytes = matrix.weight.stride(0) * matrix.weight.element_size()
+                self._addresses.append((matrix.weight.data_ptr(), index, row_bytes))
                 if matrix.bias is not None:
                     self._owners[_memory(matrix.bias)] = part
+        self._addresses.sort()
         owners = (self._owners.get(_memory(slot.target)) for slot in slots)
         self._missing = Counter(id(part) for part in owners if part is not None)
+        self._kept: dict[int, dict[int, dict[int, StoredMatrix]]] = {}
 
     def completed_by(self, slot: Slot) -> Projections | None:
         part = self._owners.get(_memory(slot.target))
@@ -103,6 +119,20 @@ class _Parts:
             return None
         self._missing[id(part)] -= 1
         return None if self._missing[id(part)] else part
+
+    def keep(self, slot: Slot, stored: StoredMatrix) -> None:
+        """This belongs in place of the slot's target."""
+        part = self._owners.get(_memory(slot.target))
+        if part is None:
+            raise UsageError(f"{slot.sources[0]} is quantized, which is supported for projections only.")
+        address = slot.target.data_ptr()
+        start, index, row_bytes = self._addresses[bisect_right(self._addresses, address, key=lambda a: a[0]) - 1]
+        pieces = self._kept.setdefault(id(part), {}).setdefault(index, {})
+        pieces[(address - start) // row_bytes] = stored
+
+    def kept(self, part: Projections) -> dict[int, dict[int, StoredMatrix]]:
+        """By matrix, by first row. It is let go here."""
+        return self._kept.pop(id(part), {})
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -121,8 +151,16 @@ def _open_all(files: Iterable[Path], stack: ExitStack) -> _Where:
     return where
 
 
-def _check_names(slots: Iterable[Slot], where: _Where, folder: Path, *, tied: bool) -> None:
-    expected = {name for slot in slots for name in slot.sources}
+def _check_names(
+    slots: Iterable[Slot], where: _Where, folder: Path, stored: QuantizedCheckpoint | None, *, tied: bool
+) -> None:
+    expected, allowed = set(), set()
+    for name in (name for slot in slots for name in slot.sources):
+        if stored is not None and stored.holds(name):
+            expected |= set(stored.required(name))
+            allowed |= set(stored.optional(name))
+        else:
+            expected.add(name)
     missing = sorted(expected - where.keys())
     if missing:
         raise UsageError(
@@ -130,13 +168,21 @@ def _check_names(slots: Iterable[Slot], where: _Where, folder: Path, *, tied: bo
             hint="The checkpoint is incomplete, or its config.json belongs to another model.",
             code="missing_weights",
         )
-    extra = {name for name in where.keys() - expected if not _is_ignored(name, tied)}
+    unknown = where.keys() - expected - allowed
+    extra = {name for name in unknown if not _is_ignored(name, tied) and not _is_zero_bias(name, where, stored)}
     if extra:
         raise UsageError(
             f"{folder} holds {_some(sorted(extra))}, which this architecture has no place for.",
             hint="Its config.json belongs to another model, or it is an adapter or a quantized checkpoint.",
             code="unexpected_weights",
         )
+
+
+def _is_zero_bias(name: str, where: _Where, stored: QuantizedCheckpoint | None) -> bool:
+    """Tools for quantization add biases to projections that have none."""
+    if stored is None or not name.endswith(".bias") or not stored.holds(name.removesuffix("bias") + "weight"):
+        return False
+    return not bool(where[name].read(name).any())
 
 
 def _is_ignored(name: str, tied: bool) -> bool:

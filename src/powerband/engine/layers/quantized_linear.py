@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from powerband.engine.layers.linear import Product
 from powerband.engine.layers.quantized import (
+    INT4_ZERO,
     Int4Weight,
     Int8Weight,
     dequantize,
@@ -74,6 +78,86 @@ class ReferenceProduct:
         if isinstance(self._weight, Int8Weight):
             return int8_product(x, self._weight, self._bias)
         return F.linear(x, dequantize(self._weight, x.dtype), self._bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        residual.add_(self(x))
+
+
+# ---- weights that a checkpoint stores quantized
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A matrix [out, in] that is quantized. `order`: the input that each of its columns belongs to; None: in order."""
+
+    weight: Int8Weight | Int4Weight
+    order: torch.Tensor | None
+
+
+def stored_product(pieces: Sequence[StoredMatrix], bias: torch.Tensor | None) -> Product:
+    """The product with all pieces, one below the other: q, k and v, or gate and up."""
+    if len(pieces) > 1 and all(_joins(pieces[0], piece) for piece in pieces):
+        pieces = [StoredMatrix(_joined([piece.weight for piece in pieces]), pieces[0].order)]
+    if len(pieces) == 1:
+        product = quantized_product(pieces[0].weight, bias)
+        return product if pieces[0].order is None else OrderedProduct(product, pieces[0].order)
+    sizes = [piece.weight.shape[0] for piece in pieces]
+    biases = [None] * len(pieces) if bias is None else torch.split(bias, sizes)
+    return SideBySide([stored_product([piece], own) for piece, own in zip(pieces, biases, strict=True)])
+
+
+def _joins(first: StoredMatrix, other: StoredMatrix) -> bool:
+    a, b = first.weight, other.weight
+    if isinstance(a, Int4Weight) and (not isinstance(b, Int4Weight) or a.group_size != b.group_size):
+        return False
+    if first.order is None or other.order is None:
+        return first.order is other.order and type(a) is type(b)
+    return type(a) is type(b) and torch.equal(first.order, other.order)
+
+
+def _joined(weights: Sequence[Int8Weight | Int4Weight]) -> Int8Weight | Int4Weight:
+    values = torch.cat([weight.values for weight in weights])
+    scales = torch.cat([weight.scales for weight in weights])
+    fours = [weight for weight in weights if isinstance(weight, Int4Weight)]
+    if not fours:
+        return Int8Weight(values, scales)
+    zeros = None
+    if any(weight.zeros is not None for weight in fours):
+        usual = (torch.full_like(w.scales, INT4_ZERO, dtype=torch.uint8) if w.zeros is None else w.zeros for w in fours)
+        zeros = torch.cat(list(usual))
+    return Int4Weight(values, scales, zeros, fours[0].group_size)
+
+
+class OrderedProduct:
+    """A product whose weight has its inputs in another order."""
+
+    def __init__(self, product: Product, order: torch.Tensor) -> None:
+        self._product = product
+        self._order = order
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(getattr(self._product, "memory_bytes", 0)) + self._order.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x.index_select(-1, self._order))
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        self._product.add_to(residual, x.index_select(-1, self._order))
+
+
+class SideBySide:
+    """Products with the same input, their outputs one after the other."""
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self._products = products
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(int(getattr(product, "memory_bytes", 0)) for product in self._products)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([product(x) for product in self._products], dim=-1)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         residual.add_(self(x))
