@@ -59,7 +59,8 @@ class PanelProduct {
    private:
     // sums [.., 32] from `row` on; those before `from` have been given already.
     template <class Epilogue>
-    void give(const float* sums, int64_t row, int64_t from, int64_t count, int64_t column, const Epilogue& epilogue) const {
+    void give(
+        const float* sums, int64_t row, int64_t from, int64_t count, int64_t column, const Epilogue& epilogue) const {
         for (int64_t i = from - row; i < count; ++i)
             epilogue(first_row_ + row + i, column, load(sums + i * 32), load(sums + i * 32 + 16));
     }
@@ -69,7 +70,8 @@ class PanelProduct {
     template <class Epilogue>
     void with_tiles(PanelPair pair, const bf16* next, int64_t column, const Epilogue& epilogue) const {
         thread_local Scratch<float> scratch;
-        const int64_t steps = k_ / kStep, row_tiles = ceil_div(rows_, 16), last_start = std::max<int64_t>(rows_ - 16, 0);
+        const int64_t steps = k_ / kStep, row_tiles = ceil_div(rows_, 16);
+        const int64_t last_start = std::max<int64_t>(rows_ - 16, 0);
         float* sums = scratch.get(row_tiles * 512);
         PanelTiles block{.stride = stride_ * 2, .next = reinterpret_cast<const char*>(next)};
         block.next_lines = next ? ceil_div(32, ceil_div(row_tiles, 2)) : 0;
@@ -83,8 +85,8 @@ class PanelProduct {
             for (int64_t tile = 0; tile < row_tiles; tile += 2) {
                 const int64_t count = std::min<int64_t>(2, row_tiles - tile);
                 const int64_t row = std::min(tile * 16, last_start), second = std::min(tile * 16 + 16, last_start);
-                if (last)
-                    for (int64_t i = tile * 16; i < std::min(rows_, tile * 16 + 32); ++i) epilogue.prepare(first_row_ + i, column);
+                const int64_t rows_end = last ? std::min(rows_, tile * 16 + 32) : 0;
+                for (int64_t i = tile * 16; i < rows_end; ++i) epilogue.prepare(first_row_ + i, column);
                 block.sums = sums + tile * 512;
                 block.multiply(x_ + row * stride_ + step * kStep, x_ + second * stride_ + step * kStep, count);
                 if (!last) continue;

@@ -25,7 +25,8 @@ constexpr int64_t kMaxVectorRows = 12;  // 12 rows by 2 panels of sums, 2 operan
 // Panel rows (64 bytes each) from now that are fetched into the first-level cache.
 constexpr int64_t kFetchAhead = 64;
 
-// sums[R][32] = x [R, k] times both panels. One row alone has too few sums to keep the multiplier busy: twice as many then.
+// sums[R][32] = x [R, k] times both panels. One row alone has too few sums to keep the multiplier busy: it has twice as
+// many.
 template <int R>
 void multiply_rows(const bf16* x, int64_t stride, int64_t k, PanelPair pair, const bf16* next, float* sums) {
     constexpr int kChains = R == 1 ? 2 : 1;

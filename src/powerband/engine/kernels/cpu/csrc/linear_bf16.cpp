@@ -35,7 +35,7 @@ void pack_panel(const bf16* weight, int64_t columns, int64_t k, int64_t panel, b
     const int64_t present = std::min(kPanel, columns - panel * kPanel), pairs = padded_k(k) / 2;
     const bf16* from = weight + panel * kPanel * k;
     constexpr int64_t kBlock = 16;  // a cache line of each column at a time
-    std::memset(out, 0, present < kPanel || k != pairs * 2 ? pairs * 2 * kPanel * sizeof(bf16) : 0);
+    if (present < kPanel || k != pairs * 2) std::fill(out, out + pairs * 2 * kPanel, bf16{0});
     for (int64_t block = 0; block < pairs; block += kBlock)
         for (int64_t column = 0; column < present; ++column)
             for (int64_t pair = block; pair < std::min(block + kBlock, pairs); ++pair)
@@ -45,7 +45,8 @@ void pack_panel(const bf16* weight, int64_t columns, int64_t k, int64_t panel, b
 }
 
 void check_packed(const Tensor& packed, int64_t columns, int64_t k) {
-    check(packed.dim() == 4 && packed.size(2) == kPanel && packed.size(3) == 2, "packed must be [panels, k / 2, 16, 2]");
+    check(packed.dim() == 4 && packed.size(2) == kPanel && packed.size(3) == 2,
+          "packed must be [panels, k / 2, 16, 2]");
     check(columns >= 0 && packed.size(0) == ceil_div(columns, kPanel), "packed must have one panel per 16 columns");
     check(k >= 0 && packed.size(1) * 2 == padded_k(k), "packed must be as deep as x is wide");
 }
@@ -125,7 +126,8 @@ void multiply(const Input& x, const Panels& panels, const Epilogue& epilogue) {
     run_tasks(shares.tasks, [&](int64_t task) {
         const int64_t first_row = task % shares.row_blocks * shares.rows;
         const int64_t rows = std::min(shares.rows, x.rows - first_row);
-        const int64_t first = task / shares.row_blocks * shares.pairs, end = std::min(first + shares.pairs, panels.pairs());
+        const int64_t first = task / shares.row_blocks * shares.pairs;
+        const int64_t end = std::min(first + shares.pairs, panels.pairs());
         const PanelProduct product(x.data, x.stride, first_row, rows, panels.k);
         for (int64_t i = first; i < end; ++i) {
             const bf16* next = i + 1 < end ? panels.data + (i + 1) * panels.pair_size() : nullptr;

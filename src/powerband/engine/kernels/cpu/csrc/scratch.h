@@ -1,4 +1,4 @@
-// Memory that a thread keeps between calls: it grows to the largest need and is never given back before the thread ends.
+// Memory that a thread keeps between calls: it grows to the largest need and is kept until the thread ends.
 #pragma once
 
 #include <cstdlib>
