@@ -98,6 +98,44 @@ def test_no_inputs_give_the_bias() -> None:
     assert torch.equal(linear(torch.empty(17, 0).bfloat16(), torch.empty(20, 0).bfloat16(), bias), bias.expand(17, 20))
 
 
+def argmax(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, values = torch.ops.powerband.argmax_bf16(x, torch.ops.powerband.pack_bf16(weight), len(weight))
+    return ids, values
+
+
+@pytest.mark.parametrize("out_features", [1, 15, 17, 50, 3000])
+@pytest.mark.parametrize("rows", [*ROWS, 900])
+def test_argmax_is_that_of_the_product(rows: int, out_features: int) -> None:
+    x, weight = random(rows, 96), random(out_features, 96, seed=1)
+    logits = linear(x, weight).float()
+    ids, values = argmax(x, weight)
+    expected = [row.index(max(row)) for row in logits.tolist()]  # torch does not promise the lowest of equals
+    assert ids.tolist() == expected
+    assert torch.equal(values, logits.max(1).values if rows else values)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_argmax_of_equals_is_the_lowest(rows: int) -> None:
+    weight = random(1000, 64)
+    weight[[333, 334, 700]] = weight.sum(0) * 10
+    x = weight[333].repeat(rows, 1)
+    ids, _ = argmax(x, weight)
+    assert ids.tolist() == [333] * rows
+    assert argmax(torch.zeros(rows, 64).bfloat16(), weight)[0].tolist() == [0] * rows
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_argmax_of_negative_infinities_and_not_a_number(rows: int) -> None:
+    weight = torch.ones(40, 32).bfloat16()
+    x = torch.ones(rows, 32).bfloat16()
+    x[0, 3], x[1, 4] = float("-inf"), float("nan")
+    ids, values = argmax(x, weight)
+    assert ids.tolist() == [0] * rows
+    assert values[0] == float("-inf")
+    assert values[1].isnan()
+    assert values[2:].tolist() == [32.0] * (rows - 2)
+
+
 @pytest.mark.parametrize(
     ("x", "bias", "out_features", "complaint"),
     [
@@ -132,8 +170,9 @@ def test_provider_computes_what_the_layer_did_and_leaves_the_weight_to_others() 
     weight, x = layer.weight, random(5, 64, seed=1)
     before, total = layer(x), random(5, 40, seed=2)
     expected = exact(x, weight, layer.bias, total)
-    assert layer.use(PackedBf16())
-    assert layer.provider == "kernel bf16"
+    product = PackedBf16().prepare(layer.weight, layer.bias)
+    assert product is not None
+    layer.install([product], PackedBf16.name)
     assert_close(layer(x), before)
     layer.add_to(total, x)
     assert_close(total, expected)

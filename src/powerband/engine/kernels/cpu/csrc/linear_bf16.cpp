@@ -1,9 +1,11 @@
 // Products with bf16 weights that were packed once: x @ weight.T + bias, in float32 until the result is rounded.
 // Few rows read the weights at the memory's speed; many rows run in AMX tiles where there are any.
 #include <algorithm>
+#include <tuple>
 
 #include "common.h"
 #include "gemm_bf16.h"
+#include "largest.h"
 #include "linear_epilogue.h"
 #include "output.h"
 
@@ -118,22 +120,27 @@ struct Shares {
                                : std::clamp<int64_t>(kTaskBytes / std::max<int64_t>(pair_bytes, 1), 1, kMaxPairs);
         tasks = row_blocks * ceil_div(all, pairs);
     }
+
+    int64_t first_row(int64_t task) const { return task % row_blocks * rows; }
+    int64_t rows_of(int64_t task, int64_t all_rows) const { return std::min(rows, all_rows - first_row(task)); }
 };
+
+template <class Epilogue>
+void multiply_share(
+    const Input& x, const Panels& panels, const Shares& shares, int64_t task, const Epilogue& epilogue) {
+    const int64_t first = task / shares.row_blocks * shares.pairs;
+    const int64_t end = std::min(first + shares.pairs, panels.pairs());
+    const PanelProduct product(x.data, x.stride, shares.first_row(task), shares.rows_of(task, x.rows), panels.k);
+    for (int64_t i = first; i < end; ++i) {
+        const bf16* next = i + 1 < end ? panels.data + (i + 1) * panels.pair_size() : nullptr;
+        product.multiply(panels.pair(i), next, i * 2 * kPanel, epilogue);
+    }
+}
 
 template <class Epilogue>
 void multiply(const Input& x, const Panels& panels, const Epilogue& epilogue) {
     const Shares shares(x.rows, panels);
-    run_tasks(shares.tasks, [&](int64_t task) {
-        const int64_t first_row = task % shares.row_blocks * shares.rows;
-        const int64_t rows = std::min(shares.rows, x.rows - first_row);
-        const int64_t first = task / shares.row_blocks * shares.pairs;
-        const int64_t end = std::min(first + shares.pairs, panels.pairs());
-        const PanelProduct product(x.data, x.stride, first_row, rows, panels.k);
-        for (int64_t i = first; i < end; ++i) {
-            const bf16* next = i + 1 < end ? panels.data + (i + 1) * panels.pair_size() : nullptr;
-            product.multiply(panels.pair(i), next, i * 2 * kPanel, epilogue);
-        }
-    });
+    run_tasks(shares.tasks, [&](int64_t task) { multiply_share(x, panels, shares, task, epilogue); });
 }
 
 Panels checked(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t columns) {
@@ -160,6 +167,34 @@ void linear_bf16_add(Tensor x, Tensor packed, std::optional<Tensor> bias, Tensor
     multiply(input(x, panels.k), panels, AddRows{to});
 }
 
+std::tuple<Tensor, Tensor> argmax_bf16(Tensor x, Tensor packed, int64_t columns) {
+    check(columns > 0 && columns < 1 << 30, "out_features must be 1 to 2^30");
+    const Panels panels = checked(x, packed, std::nullopt, columns);
+    const Input rows = input(x, panels.k);
+    Tensor ids = torch::stable::new_empty(x, {rows.rows}, ScalarType::Long);
+    Tensor values = torch::stable::new_empty(x, {rows.rows}, ScalarType::Float);
+    int64_t* to_ids = mutable_pointer<int64_t>(ids, "ids");
+    float* to_values = mutable_pointer<float>(values, "values");
+    const Shares shares(rows.rows, panels);
+    thread_local Scratch<Largest> scratch;
+    Largest* found = scratch.get(shares.tasks * shares.rows);  // [tasks][rows]
+    run_tasks(shares.tasks, [&](int64_t task) {
+        const int64_t first = shares.first_row(task), count = shares.rows_of(task, rows.rows);
+        const LargestOfRows largest(nullptr, first, count, columns);
+        multiply_share(rows, panels, shares, task, largest);
+        for (int64_t row = 0; row < count; ++row) found[task * shares.rows + row] = largest.of(first + row);
+    });
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        const int64_t block = row / shares.rows;
+        Largest best = found[block * shares.rows + row % shares.rows];
+        for (int64_t task = block; task < shares.tasks; task += shares.row_blocks)
+            best.take(found[task * shares.rows + row % shares.rows]);
+        to_ids[row] = best.column;
+        to_values[row] = best.value;
+    }
+    return {ids, values};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
@@ -168,6 +203,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def("unpack_bf16(Tensor packed, int out_features, int in_features) -> Tensor");
     m.def("linear_bf16(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
     m.def("linear_bf16_add(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) residual) -> ()");
+    m.def("argmax_bf16(Tensor x, Tensor packed, int out_features) -> (Tensor ids, Tensor values)");
 }
 STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {
     m.impl("pack_bf16", TORCH_BOX(&pack_bf16));
@@ -175,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {
     m.impl("unpack_bf16", TORCH_BOX(&unpack_bf16));
     m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
     m.impl("linear_bf16_add", TORCH_BOX(&linear_bf16_add));
+    m.impl("argmax_bf16", TORCH_BOX(&argmax_bf16));
 }
 
 }  // namespace powerband
