@@ -14,6 +14,7 @@ import torch
 from powerband.core.step import DeviceReport, Step, StepResult
 from powerband.engine.attention import AttentionShape, Choice, make_backend
 from powerband.engine.cuda_graphs import DecodeGraphs
+from powerband.engine.kernels.cpu.layers import use_cpu_layers
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.products import Products
 from powerband.engine.runner import ModelRunner
@@ -88,6 +89,8 @@ class TorchExecutor:
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
         self.providers = dict(products.counts)
+        if config.kernels:
+            use_cpu_layers(model)
         if config.attention.name == "triton":
             from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
 
