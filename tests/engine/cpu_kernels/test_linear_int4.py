@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.layers.int4 import Int4Linear, Int4Product, pack, unpack
+from powerband.engine.layers.int4 import Int4Product, pack, unpack
 from powerband.engine.layers.quantized import Int4Weight, dequantize, quantize_int4
+from powerband.engine.layers.quantized_linear import Int4Linear
 from powerband.errors import UsageError
 
 SHAPES = [(16, 64, 32), (50, 200, 128), (33, 100, 100), (48, 104, 40), (40, 1024, 128), (1, 8, 8), (17, 77, 128)]
@@ -97,10 +98,10 @@ def test_extreme_activations(scale: float) -> None:
     torch.testing.assert_close(Int4Product.from_weight(weight)(x), expected, rtol=0.05, atol=0.02 * scale + 1e-30)
 
 
-def test_the_provider_quantizes_and_its_tensors_make_the_product_again() -> None:
+def test_its_tensors_make_the_product_again() -> None:
     weight, bias = torch.randn(40, 256).bfloat16(), torch.randn(40).bfloat16()
     product = Int4Linear(group_size=64).prepare(weight, bias)
-    assert product is not None
+    assert isinstance(product, Int4Product)
     x = torch.randn(4, 256).bfloat16()
     expected = F.linear(x.float(), dequantize(quantize_int4(weight, 64)), bias.float())
     assert relative_error(product(x), expected) < 0.01
@@ -115,7 +116,7 @@ def test_wide_activations_are_not_quantized() -> None:
 
 @pytest.mark.parametrize("group", [16, 36])
 def test_refuses_groups_that_no_kernel_takes(group: int) -> None:
-    with pytest.raises(UsageError, match=f"groups of {group} are not supported"):
+    with pytest.raises(UsageError, match=f"groups of {group}"):
         Int4Product.from_weight(random_weight(16, 256, group, zeros=False))
 
 

@@ -1,11 +1,12 @@
-"""Projections with weights in int4: the kernels of kernels/cpu/csrc/linear_int4.cpp, or plain torch without them.
+"""Products with weights in int4, by the kernels of kernels/cpu/csrc/linear_int4.cpp.
 
     panel = 16 outputs over all inputs; block = eight inputs k … k + 7 of it, 64 bytes:
 
         packed[panel, k / 8, output, j] = values[k + j] | values[k + 4 + j] << 4           j < 4
         scales[panel, group, output], zeros likewise: what belongs to a panel's group is one vector
 
-Few rows of activations are quantized, too (int8, one scale per row and group); many rows are multiplied in bf16.
+Few rows of activations are quantized, too (int8, one scale per row and group); many rows are multiplied in bf16 where
+the processor has tiles for it. Other types than bf16 are computed in plain torch.
 """
 
 from __future__ import annotations
@@ -14,35 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from powerband.engine.kernels.cpu import library
-from powerband.engine.layers.quantized import (
-    DEFAULT_GROUP_SIZE,
-    Int4Weight,
-    check_finite,
-    dequantize,
-    quantize_int4,
-)
+from powerband.engine.layers.quantized import Int4Weight, dequantize
 from powerband.engine.memory import huge_empty
 from powerband.errors import UsageError
 
 PANEL = 16
 BLOCK = 8
 SMALLEST_GROUP = 32
-
-
-class Int4Linear:
-    """LinearProvider for weights on a CPU: quantizes them in groups of `group_size` inputs."""
-
-    name = "kernel int4"
-
-    def __init__(self, group_size: int = DEFAULT_GROUP_SIZE) -> None:
-        self.group_size = group_size
-
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Int4Product | None:
-        """Declines (None) other devices. Raises UsageError for a weight that is not finite."""
-        if weight.device.type != "cpu" or weight.dim() != 2:
-            return None
-        check_finite(weight, f"of shape {tuple(weight.shape)}")
-        return Int4Product.from_weight(quantize_int4(weight.detach(), self.group_size), bias)
 
 
 class Int4Product:
@@ -63,20 +42,24 @@ class Int4Product:
         self.bias = bias
         self.out_features, self.in_features, self.group_size = sizes
 
+    @staticmethod
+    def takes(weight: Int4Weight) -> bool:
+        """Whether the kernels are there, and take groups of this size."""
+        whole = weight.group_size >= weight.shape[1]
+        fits = whole or (weight.group_size >= SMALLEST_GROUP and weight.group_size % BLOCK == 0)
+        return fits and weight.values.device.type == "cpu" and library.load().tier is not None
+
     @classmethod
     def from_weight(cls, weight: Int4Weight, bias: torch.Tensor | None = None) -> Int4Product:
         """Packs. Raises UsageError for groups that the kernels cannot take."""
         out_features, in_features = weight.shape
-        if weight.group_size < in_features and (weight.group_size < SMALLEST_GROUP or weight.group_size % BLOCK):
+        if not cls.takes(weight):
             raise UsageError(
-                f"int4 weights in groups of {weight.group_size} are not supported.",
+                f"The CPU kernels do not take int4 weights in groups of {weight.group_size}, or are not there.",
                 hint=f"Use a group size that is a multiple of {BLOCK} and at least {SMALLEST_GROUP} (128 is usual).",
             )
         packed = huge_empty(packed_shape(out_features, in_features), torch.uint8)
-        if library.load().tier is None:
-            packed.copy_(pack(weight.values))
-        else:
-            torch.ops.powerband.pack_int4_out(weight.values.contiguous(), packed)
+        torch.ops.powerband.pack_int4_out(weight.values.contiguous(), packed)
         return cls(
             packed,
             by_panel(weight.scales),
@@ -109,6 +92,10 @@ class Int4Product:
         scales = from_panels(self.scales, self.out_features)
         zeros = None if self.zeros is None else from_panels(self.zeros, self.out_features)
         return Int4Weight(values, scales, zeros, self.group_size)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not _kernel_takes(x):

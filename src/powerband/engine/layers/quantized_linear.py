@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from powerband.engine.layers.int4 import Int4Product
 from powerband.engine.layers.linear import Product
 from powerband.engine.layers.quantized import (
     INT4_ZERO,
@@ -58,6 +59,8 @@ def _check_finite(weight: Int8Weight | Int4Weight) -> None:
 
 def quantized_product(weight: Int8Weight | Int4Weight, bias: torch.Tensor | None) -> Product:
     """The fastest product with a weight that is quantized already."""
+    if isinstance(weight, Int4Weight) and Int4Product.takes(weight):
+        return Int4Product.from_weight(weight, bias)
     return ReferenceProduct(weight, bias)
 
 

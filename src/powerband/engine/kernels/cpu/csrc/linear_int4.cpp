@@ -4,6 +4,7 @@
 #include "int4_dot.h"
 #include "int4_expand.h"
 #include "linear_epilogue.h"
+#include "output.h"
 #include "scratch.h"
 
 namespace powerband {
@@ -175,7 +176,7 @@ Tensor linear_int4(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor>
                    int64_t out_features, int64_t group_size) {
     Product product = checked(x, packed, scales, zeros, bias, out_features, group_size);
     const bf16* from = pointer<bf16>(x, "x");
-    Tensor out = torch::stable::new_empty(x, {product.rows, out_features});
+    Tensor out = new_output(x, {product.rows, out_features});
     product.out = mutable_pointer<bf16>(out, "out");
     if (product.rows > 0) compute(product, from, x.size(1), std::min(group_size, x.size(1)));
     return out;
