@@ -12,15 +12,14 @@
 #include "attention_prefill.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "attention_product.h"
+#include "scratch.h"
 
 namespace powerband {
 namespace {
 
-#if defined(POWERBAND_AVX512_BF16)
+#ifdef POWERBAND_AVX512_BF16
 using VectorProduct = DotProduct;
 #else
 using VectorProduct = WideProduct;
@@ -31,6 +30,8 @@ constexpr int64_t kGroupRows = 32;
 constexpr int64_t kStretchBlocks = 8;
 constexpr int64_t kStretch = kStretchBlocks * kBlockTokens;
 constexpr int64_t kPad = 64;  // bytes at the end of a row of scratch: rows of a tile do not fall into the same cache sets
+// A row's weights may grow to 2^8 before they are made relative to a larger score: that is seldom then, and no less exact.
+constexpr float kSlack = 8.0f;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
@@ -40,34 +41,13 @@ int64_t queries_per_tile(const AttentionParams& params) {
     return std::max<int64_t>(1, kTileRows / params.group());
 }
 
-// Memory of a thread that stays for its life, and grows.
-class Scratch {
-   public:
-    // Hands out memory from the start again: what was taken before is gone.
-    void begin(size_t bytes) {
-        if (bytes > size_) {
-            memory_.reset(new (std::align_val_t(64)) char[bytes]);
-            size_ = bytes;
-        }
-        used_ = 0;
-    }
-    template <class T>
-    T* take(int64_t count) {
-        T* taken = reinterpret_cast<T*>(memory_.get() + used_);
-        used_ += bytes_of<T>(count);
-        return taken;
-    }
-    template <class T>
-    static size_t bytes_of(int64_t count) {
-        return static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    }
-
-   private:
-    struct Release {
-        void operator()(char* p) const { ::operator delete[](p, std::align_val_t(64)); }
-    };
-    std::unique_ptr<char[], Release> memory_;
-    size_t size_ = 0, used_ = 0;
+// A thread's, grown to the largest task that it has had.
+template <class Operand>
+struct Workspace {
+    Scratch<Operand> queries, weights;
+    Scratch<float> output, scores, maxima, tops;
+    Scratch<f32x16> sums;
+    Scratch<bf16> cleaned;
 };
 
 // 2^x to 3e-6 relative (minimax polynomial of degree 4 on [0, 1)): far below the rounding of the weights to bf16.
@@ -84,14 +64,9 @@ inline f32x16 exp2(f32x16 x) {
     p = p * f + 1.000002593f;
     return as<f32x16>(_mm512_scalef_ps(as<__m512>(p), value));
 #else
-    return exp(max(broadcast(-150.0f), x) * 0.69314718055994531f);
+    return exp(x * 0.69314718055994531f);
 #endif
 }
-
-// What a row has seen so far: the largest score (times log2 e) and the sum of the weights relative to it.
-struct Row {
-    float maximum, sum;
-};
 
 template <class Products>
 class Task {
@@ -109,17 +84,15 @@ class Task {
           dim_(params.cache.head_dim),
           factor_((params.softcap > 0 ? params.softcap : params.scale) * kLog2E) {
         const int64_t rows = round_up(num_rows_, kGroupRows);
-        thread_local Scratch scratch;
-        scratch.begin(Scratch::bytes_of<Operand>(rows * q_stride()) + Scratch::bytes_of<float>(rows * o_stride()) +
-                      Scratch::bytes_of<Row>(rows) + Scratch::bytes_of<float>(kGroupRows * kScoreStride) +
-                      Scratch::bytes_of<Operand>(kGroupRows * kWeightStride) +
-                      2 * Scratch::bytes_of<bf16>(kBlockTokens * dim_));
-        queries_ = scratch.take<Operand>(rows * q_stride());
-        output_ = scratch.take<float>(rows * o_stride());
-        rows_ = scratch.take<Row>(rows);
-        scores_ = scratch.take<float>(kGroupRows * kScoreStride);
-        weights_ = scratch.take<Operand>(kGroupRows * kWeightStride);
-        for (bf16*& part : cleaned_) part = scratch.take<bf16>(kBlockTokens * dim_);
+        thread_local Workspace<Operand> workspace;
+        queries_ = workspace.queries.get(rows * q_stride());
+        weights_ = workspace.weights.get(kGroupRows * kWeightStride);
+        output_ = workspace.output.get(rows * o_stride());
+        scores_ = workspace.scores.get(kGroupRows * kScoreStride);
+        maxima_ = workspace.maxima.get(rows);
+        tops_ = workspace.tops.get(kGroupRows);
+        sums_ = workspace.sums.get(rows);
+        cleaned_ = workspace.cleaned.get(2 * kBlockTokens * dim_);
     }
 
     void run() {
@@ -155,7 +128,8 @@ class Task {
             const bf16* from = chunk_.q + query_of(row) * chunk_.q_stride + head_of(row) * dim_;
             for (int64_t d = 0; d < dim_; d += kLanes) copy(from + d, queries_ + row * q_stride() + d);
             const float sink = params_.sinks != nullptr ? params_.sinks[head_of(row)] * kLog2E : kNothing;
-            rows_[row] = Row{sink, sink == kNothing ? 0.0f : 1.0f};
+            maxima_[row] = sink;
+            sums_[row] = broadcast(sink == kNothing ? 0.0f : 1.0f / kLanes);
         }
     }
 
@@ -170,7 +144,7 @@ class Task {
             values_[i] = params_.cache.values(chunk_.blocks[block + i], kv_head_);
             const int64_t from = std::max<int64_t>(0, begin - first);
             const int64_t to = std::min<int64_t>(kBlockTokens, end - first);
-            if (from > 0 || to < kBlockTokens) values_[i] = clean(values_[i], cleaned_[from > 0], from, to);
+            if (from > 0 || to < kBlockTokens) values_[i] = clean(values_[i], cleaned_ + (from > 0) * kBlockTokens * dim_, from, to);
         }
     }
 
@@ -201,12 +175,10 @@ class Task {
             Products::run({scores_ + (i - from) * kBlockTokens, kScoreStride, queries_ + row * q_stride(), q_stride(),
                            keys_ + i, 1, 0, 2 * kBlockTokens, dim_, false},
                           whole_rows);
+        find_tops(row, num_rows, (block + from) * kBlockTokens, (to - from) * kBlockTokens);
         for (int64_t r = 0; r < num_rows; ++r) {
-            const int64_t start = (block + from) * kBlockTokens, query = query_of(row + r);
-            const float shrink = weigh(rows_[row + r], scores_ + r * kScoreStride, weights_ + r * kWeightStride,
-                                       (to - from) * kBlockTokens, first_visible(query) - start,
-                                       end_visible(query) - start);
-            if (!first && shrink != 1.0f) scale(output_ + (row + r) * o_stride(), shrink);
+            if (tops_[r] > maxima_[row + r] + (first ? 0.0f : kSlack)) raise(row + r, tops_[r], !first);
+            weigh(row + r, scores_ + r * kScoreStride, weights_ + r * kWeightStride, (to - from) * kBlockTokens);
         }
         for (int64_t d = 0; d < dim_; d += 32)
             Products::run({output_ + row * o_stride() + d, o_stride(), weights_, kWeightStride, values_ + from,
@@ -214,35 +186,58 @@ class Task {
                           whole_rows);
     }
 
-    // Turns `count` scores, of which [from, to) are visible, into weights. Returns what the output so far is to be
-    // multiplied by.
-    float weigh(Row& row, float* scores, Operand* weights, int64_t count, int64_t from, int64_t to) const {
-        if (params_.softcap > 0) cap(scores, count);
-        if (from > 0 || to < count) mask(scores, count, from, to);
-        f32x16 tops = load(scores);
-        f32x16 tops2 = load(scores + kLanes);
-        for (int64_t i = 2 * kLanes; i < count; i += 2 * kLanes) {
-            tops = max(tops, load(scores + i));
-            tops2 = max(tops2, load(scores + i + kLanes));
+    // The largest visible score of each row; scores that are not visible become -inf. A row after the other would wait
+    // for each maximum before its weights: so they are all found first.
+    void find_tops(int64_t row, int64_t num_rows, int64_t start, int64_t count) {
+        for (int64_t r = 0; r < num_rows; ++r) {
+            float* scores = scores_ + r * kScoreStride;
+            const int64_t from = first_visible(query_of(row + r)) - start, to = end_visible(query_of(row + r)) - start;
+            if (params_.softcap > 0) cap(scores, count);
+            if (from > 0 || to < count) mask(scores, count, from, to);
+            f32x16 even = load(scores), odd = load(scores + kLanes);
+            for (int64_t i = 2 * kLanes; i < count; i += 2 * kLanes) {
+                even = max(even, load(scores + i));
+                odd = max(odd, load(scores + i + kLanes));
+            }
+            tops_[r] = largest(max(even, odd)) * factor_;
         }
-        const float maximum = std::max(row.maximum, largest(max(tops, tops2)) * factor_);
-        const float base = maximum == kNothing ? 0.0f : maximum;
-        f32x16 total{}, total2{};
+    }
+
+    // Makes the weights of a row relative to a larger score.
+    void raise(int64_t row, float top, bool has_output) {
+        const float shrink = std::exp2(maxima_[row] - top);
+        maxima_[row] = top;
+        sums_[row] *= shrink;
+        float* output = output_ + row * o_stride();
+        if (has_output)
+            for (int64_t d = 0; d < dim_; d += kLanes) store(output + d, load(output + d) * shrink);
+    }
+
+    void weigh(int64_t row, const float* scores, Operand* weights, int64_t count) {
+        const float base = maxima_[row] == kNothing ? 0.0f : maxima_[row];
+        f32x16 even = sums_[row], odd{};
         for (int64_t i = 0; i < count; i += 2 * kLanes) {
-            const f32x16 weight = exp2(load(scores + i) * factor_ - base);
-            const f32x16 weight2 = exp2(load(scores + i + kLanes) * factor_ - base);
-            total += weight;
-            total2 += weight2;
-            store(weights + i, weight);
-            store(weights + i + kLanes, weight2);
+            const f32x16 first = exp2(load(scores + i) * factor_ - base);
+            const f32x16 second = exp2(load(scores + i + kLanes) * factor_ - base);
+            even += first;
+            odd += second;
+            store_pair(weights + i, first, second);
         }
-        float shrink = 1.0f;
-        if (maximum > row.maximum) {
-            shrink = std::exp2(row.maximum - maximum);
-            row.maximum = maximum;
-        }
-        row.sum = row.sum * shrink + sum(total + total2);
-        return shrink;
+        sums_[row] = even + odd;
+    }
+
+    static void store_pair(float* to, f32x16 first, f32x16 second) {
+        store(to, first);
+        store(to + kLanes, second);
+    }
+    static void store_pair(bf16* to, f32x16 first, f32x16 second) {
+#ifdef POWERBAND_AVX512_BF16
+        const __m512bh both = _mm512_cvtne2ps_pbh(as<__m512>(second), as<__m512>(first));
+        std::memcpy(to, &both, sizeof both);
+#else
+        store(to, first);
+        store(to + kLanes, second);
+#endif
     }
 
     void cap(float* scores, int64_t count) const {
@@ -260,13 +255,9 @@ class Task {
         }
     }
 
-    void scale(float* values, float factor) const {
-        for (int64_t d = 0; d < dim_; d += kLanes) store(values + d, load(values + d) * factor);
-    }
-
     void give_output() const {
         for (int64_t row = 0; row < num_rows_; ++row) {
-            const float share = 1.0f / rows_[row].sum;
+            const float share = 1.0f / sum(sums_[row]);
             bf16* to = chunk_.out + query_of(row) * chunk_.out_stride + head_of(row) * dim_;
             for (int64_t d = 0; d < dim_; d += kLanes) store(to + d, load(output_ + row * o_stride() + d) * share);
         }
@@ -278,8 +269,9 @@ class Task {
     const float factor_;  // from what `weigh` exponentiates to powers of two
     Operand *queries_, *weights_;
     float *output_, *scores_;
-    Row* rows_;
-    bf16* cleaned_[2];  // V parts of the last and of the first block
+    float *maxima_, *tops_;  // of each row: what its weights are relative to, in powers of two; the stretch's largest score
+    f32x16* sums_;           // of each row's weights, by lane
+    bf16* cleaned_;          // V parts of the last and of the first block
     const bf16 *keys_[kStretchBlocks], *values_[kStretchBlocks];
 };
 
@@ -293,7 +285,7 @@ int64_t prefill_tasks(const PrefillChunk& chunk, const AttentionParams& params) 
 // The last queries see most: their tasks come first, so that the threads finish together.
 void prefill_task(const PrefillChunk& chunk, const AttentionParams& params, int64_t task) {
     const int64_t tiles = prefill_tasks(chunk, params) / params.cache.num_kv_heads;
-    const int64_t kv_head = task % params.cache.num_kv_heads, tile = tiles - 1 - task / params.cache.num_kv_heads;
+    const int64_t kv_head = task / tiles, tile = tiles - 1 - task % tiles;
 #ifdef POWERBAND_AMX
     if (amx_permitted()) {
         const Tiles tiles_of_this_thread;
