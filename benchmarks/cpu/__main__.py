@@ -5,11 +5,11 @@
     make bench-cpu ARGS="--rows ac --engines powerband,openvino --precisions int8"
     make bench-cpu ARGS="--model llama-3.2-3b --rows ac"
 
-Peers go into environments of their own in $POWERBAND_BENCH (default: ~/.cache/powerband/bench), the models beside them:
-the same random weights for all. Every run is a process with one engine: load, warm up, measure, exit; the engines take
-turns. A figure is a median over the runs; its spread is (largest - smallest) / median. Rows wait for a quiet machine and
-are repeated when other processes took more than 5 % of its CPU time. A peer that is more than 1.5 times as slow as the
-best one in a row is not measured again in that row (--repeat-slow measures it).
+Peers go into environments of their own in $POWERBAND_BENCH (default: ~/.cache/powerband/bench), the models beside
+them: the same random weights for all. Every run is a process with one engine: load, warm up, measure, exit; the engines
+take turns. A figure is a median over the runs; its spread is (largest - smallest) / median. Rows wait for a quiet
+machine and are repeated when other processes took more than 5 % of its CPU time. A peer that is more than 1.5 times as
+slow as the best one in a row is not measured again in that row (--repeat-slow measures it).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 
 import torch
 from benchmarks.cpu.shapes import Shape
@@ -67,12 +68,15 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_tokenizer(vocab_size: int, folder: Path) -> None:
-    """A byte-level BPE without a merge; what the bytes leave of the vocabulary is filled with words that nothing says."""
+    """A byte-level BPE with pairs of letters; the rest of the vocabulary is filled with words that nothing says."""
     vocab = {"<|end|>": 0}
     for character in _byte_characters():
         vocab[character] = len(vocab)
+    pairs = [(first, second) for first in ascii_lowercase for second in ascii_lowercase]
+    for first, second in pairs:
+        vocab[first + second] = len(vocab)
     while len(vocab) < vocab_size:
-        vocab[f"w{len(vocab)}"] = len(vocab)
+        vocab[f"word{len(vocab)}"] = len(vocab)
     end = {"id": 0, "content": "<|end|>", "single_word": False, "lstrip": False, "rstrip": False}
     tokenizer = {
         "version": "1.0",
@@ -83,7 +87,7 @@ def write_tokenizer(vocab_size: int, folder: Path) -> None:
         "pre_tokenizer": _PRE_TOKENIZER,
         "post_processor": None,
         "decoder": _PRE_TOKENIZER,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [f"{a} {b}" for a, b in pairs]},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     config = {

@@ -1,7 +1,9 @@
-"""llama.cpp's own converter, for a checkpoint whose tokenizer it cannot know: python gguf_script.py LLAMA_CPP CHECKPOINT OUT
+"""llama.cpp's own converter, for a checkpoint whose tokenizer it cannot know.
 
-The converter recognises a tokenizer by the hash of what it makes of a text, and refuses the rest. Here prompts are token
-ids, so any byte-level BPE does.
+    python gguf_script.py LLAMA_CPP_SOURCES CHECKPOINT OUT
+
+The converter recognises a tokenizer by the hash of what it makes of a text, and refuses all others. Here prompts are
+token ids, so any byte-level BPE does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The peers, each in an environment of its own.
 
-torch comes in its CPU build (`+cpu`): from the package sources that pip is set up with when they have it, otherwise from
-PyTorch's own index, since PyPI's wheel for Linux brings CUDA with it.
+torch comes in its CPU build (`+cpu`): from the package sources that pip is set up with when they have it, otherwise
+from PyTorch's own index, since PyPI's wheel for Linux brings CUDA with it.
 """
 
 from __future__ import annotations
