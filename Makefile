@@ -15,7 +15,7 @@ TESTS  ?= tests
 .PHONY: help demo test kernels lint docs clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
 
 demo: $(READY)  ## serve the demo model, stream an answer from it, keep serving (ONCE=1: stop after that)
 	@$(BIN)/python examples/demo.py $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
@@ -45,6 +45,9 @@ docs: $(READY)  ## build the documentation into site/ (zensical goes into a .ven
 	@test -x build/docs/bin/zensical || { $(PYTHON) -m venv build/docs && build/docs/bin/pip install -q zensical; }
 	@$(BIN)/python scripts/document.py
 	@build/docs/bin/zensical build
+
+bench-cpu: $(READY)  ## beside OpenVINO, vLLM and llama.cpp, which it installs outside the repository (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
