@@ -101,8 +101,8 @@ def test_a_gpu_that_is_not_there(folder: Path) -> None:
 
 
 def test_quantization_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="quantized with 'awq'"):
-        TestEngine(configured(folder, tmp_path, quantization_config={"quant_method": "awq"}))
+    with pytest.raises(UsageError, match="quantized with 'hqq'"):
+        TestEngine(configured(folder, tmp_path, quantization_config={"quant_method": "hqq"}))
 
 
 def test_too_little_memory_for_the_cache_names_three_ways_out(folder: Path) -> None:

@@ -84,7 +84,7 @@ def test_summary_says_what_is_held_in_what(tmp_path: Path) -> None:
         summary = engine.engine.info.summary
         assert engine.engine.settings.dtype == "bfloat16"
     assert "bfloat16, weights int4, head int8" in summary
-    assert engine.engine.executor.providers["int4"] == 3 * 3  # in each layer: two of attention, and the experts
+    assert engine.engine.executor.providers["kernel int4"] == 3 * 3  # in each layer: two of attention, and the experts
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,13 @@ from powerband.engine.layers.experts import Experts
 from powerband.engine.layers.linear import Linear, LinearProvider, Matrix, Product, Projections
 from powerband.engine.layers.onednn import PackedLinear
 from powerband.engine.layers.packed import PackedBf16, PackedProduct
-from powerband.engine.layers.quantized_linear import Int4Linear, Int8Linear, StoredMatrix, stored_product
+from powerband.engine.layers.quantized_linear import (
+    QuantizedLinear,
+    StoredMatrix,
+    kernel_name,
+    stored_product,
+    tensors_of,
+)
 from powerband.engine.models.decoder import Decoder
 from powerband.errors import UsageError
 from powerband.spec.quantization import PLAIN, Held, HeldWeights
@@ -53,8 +59,8 @@ class Products:
                     hint="Use the model's version in 16 bits with --quantization int8 or int4.",
                     code="unsupported_quantization",
                 )
-            products.append(stored_product(stored, matrix.bias))
-        self._install(part, products, "int8" if self.held.layers == "int8" else "int4")
+            products.append(stored_product(stored, matrix.bias, kernels=self.kernels))
+        self._install(part, products, kernel_name(self.held.layers, kernels=self.kernels))
 
     def _name(self, part: Projections) -> str:
         return next(name for name, candidate in parts_of(self.model) if candidate is part)
@@ -91,19 +97,17 @@ class Products:
             held = self.held.head
         elif id(part) in self._routers:
             held = "none"
-        if held == "int8":
-            return [Int8Linear()]
-        if held == "int4":
-            return [Int4Linear(self.held.group_size)]
+        if held != "none":
+            return [QuantizedLinear(held, group_size=self.held.group_size, kernels=self.kernels)]
         tied = model.embedding.weight if model.spec.tie_embeddings else None
         found: list[LinearProvider] = [PackedBf16()] if self.kernels and PackedBf16.is_available() else []
         return found + ([PackedLinear(keep=tied)] if PackedLinear.is_available() else [])
 
 
 def _bytes_of(matrix: Matrix, product: Product) -> int:
-    """Of what a product holds; of those that do not tell, as many as the weight had."""
-    size = getattr(product, "memory_bytes", matrix.weight.numel() * matrix.weight.element_size())
-    return int(size)
+    """Of what a product holds; of one that does not tell, as many as the weight had."""
+    tensors = tensors_of(product)
+    return sum(tensor.nbytes for tensor in tensors.values()) if tensors else matrix.weight.nbytes
 
 
 def parts_of(model: Decoder) -> list[tuple[str, Projections]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +24,28 @@ from powerband.errors import UsageError
 from powerband.spec.quantization import DEFAULT_GROUP
 
 
-class Int8Linear:
-    """LinearProvider that holds weights in 8 bits, one scale per output; activations are rounded per token."""
+class QuantizedLinear:
+    """LinearProvider that holds weights in 8 bits, one scale per output, or in 4, one per `group_size` inputs of it.
 
-    name = "int8"
+    kernels: compute with the C++ kernels; without them plain torch does, slowly.
+    """
 
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        quantized = quantize_int8(weight)
-        _check_finite(quantized)
-        return quantized_product(quantized, bias)
-
-
-class Int4Linear:
-    """LinearProvider that holds weights in 4 bits, one scale per `group_size` inputs of an output."""
-
-    name = "int4"
-
-    def __init__(self, group_size: int = DEFAULT_GROUP) -> None:
+    def __init__(self, held: Literal["int8", "int4"], *, group_size: int = DEFAULT_GROUP, kernels: bool) -> None:
+        self.name = kernel_name(held, kernels=kernels)
+        self._held = held
         self._group_size = group_size
+        self._kernels = kernels
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        quantized = quantize_int4(weight, self._group_size)
+        """Raises UsageError for a weight that is not finite."""
+        quantized = quantize_int8(weight) if self._held == "int8" else quantize_int4(weight, self._group_size)
         _check_finite(quantized)
-        return quantized_product(quantized, bias)
+        return quantized_product(quantized, bias, kernels=self._kernels)
+
+
+def kernel_name(held: str, *, kernels: bool) -> str:
+    """What computes, as summaries call it."""
+    return f"kernel {held}" if kernels else held
 
 
 def _check_finite(weight: Int8Weight | Int4Weight) -> None:
@@ -57,11 +57,17 @@ def _check_finite(weight: Int8Weight | Int4Weight) -> None:
         )
 
 
-def quantized_product(weight: Int8Weight | Int4Weight, bias: torch.Tensor | None) -> Product:
-    """The fastest product with a weight that is quantized already."""
-    if isinstance(weight, Int4Weight) and Int4Product.takes(weight):
+def quantized_product(weight: Int8Weight | Int4Weight, bias: torch.Tensor | None, *, kernels: bool) -> Product:
+    """The product with a weight that is quantized already."""
+    if kernels and isinstance(weight, Int4Weight) and Int4Product.takes(weight):
         return Int4Product.from_weight(weight, bias)
     return ReferenceProduct(weight, bias)
+
+
+def tensors_of(product: Product) -> dict[str, torch.Tensor]:
+    """All that a product is made of, by name; empty where it does not tell."""
+    told = getattr(product, "tensors", None)
+    return told() if told is not None else {}
 
 
 class ReferenceProduct:
@@ -71,11 +77,10 @@ class ReferenceProduct:
         self._weight = weight
         self._bias = bias
 
-    @property
-    def memory_bytes(self) -> int:
-        weight = self._weight
-        zeros = weight.zeros if isinstance(weight, Int4Weight) else None
-        return sum(t.numel() * t.element_size() for t in (weight.values, weight.scales, zeros) if t is not None)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        zeros = self._weight.zeros if isinstance(self._weight, Int4Weight) else None
+        held = {"values": self._weight.values, "scales": self._weight.scales}
+        return held if zeros is None else {**held, "zeros": zeros}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self._weight, Int8Weight):
@@ -97,16 +102,17 @@ class StoredMatrix:
     order: torch.Tensor | None
 
 
-def stored_product(pieces: Sequence[StoredMatrix], bias: torch.Tensor | None) -> Product:
+def stored_product(pieces: Sequence[StoredMatrix], bias: torch.Tensor | None, *, kernels: bool) -> Product:
     """The product with all pieces, one below the other: q, k and v, or gate and up."""
     if len(pieces) > 1 and all(_joins(pieces[0], piece) for piece in pieces):
         pieces = [StoredMatrix(_joined([piece.weight for piece in pieces]), pieces[0].order)]
     if len(pieces) == 1:
-        product = quantized_product(pieces[0].weight, bias)
+        product = quantized_product(pieces[0].weight, bias, kernels=kernels)
         return product if pieces[0].order is None else OrderedProduct(product, pieces[0].order)
     sizes = [piece.weight.shape[0] for piece in pieces]
     biases = [None] * len(pieces) if bias is None else torch.split(bias, sizes)
-    return SideBySide([stored_product([piece], own) for piece, own in zip(pieces, biases, strict=True)])
+    apart = zip(pieces, biases, strict=True)
+    return SideBySide([stored_product([piece], own, kernels=kernels) for piece, own in apart])
 
 
 def _joins(first: StoredMatrix, other: StoredMatrix) -> bool:
@@ -138,9 +144,8 @@ class OrderedProduct:
         self._product = product
         self._order = order
 
-    @property
-    def memory_bytes(self) -> int:
-        return int(getattr(self._product, "memory_bytes", 0)) + self._order.nbytes
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**tensors_of(self._product), "order": self._order}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._product(x.index_select(-1, self._order))
@@ -155,9 +160,9 @@ class SideBySide:
     def __init__(self, products: Sequence[Product]) -> None:
         self._products = products
 
-    @property
-    def memory_bytes(self) -> int:
-        return sum(int(getattr(product, "memory_bytes", 0)) for product in self._products)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        every = [tensors_of(product) for product in self._products]
+        return {f"{index}.{name}": tensor for index, named in enumerate(every) for name, tensor in named.items()}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([product(x) for product in self._products], dim=-1)
