@@ -1,4 +1,4 @@
-"""The CPU's attention backend as a whole: norm, rotation and KV write, mixed steps, refusals, and whole tiny models."""
+"""The CPU's attention backend as a whole: norm, rotation and KV write, mixed steps, and what is refused."""
 
 from __future__ import annotations
 
