@@ -92,6 +92,7 @@ def draw_top_k(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, unif
     """
     blocks = in_blocks(logits)
     chosen = blocks.amax(2).topk(min(_CANDIDATE_BLOCKS, blocks.shape[1]), sorted=False).indices
+    chosen = chosen.sort(1).values  # so that the draw is by token, as everywhere
     candidates = _take(blocks, chosen)
     flat = candidates.flatten(1)
     top = flat.topk(min(MAX_SMALL_K, flat.shape[1])).values

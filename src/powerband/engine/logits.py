@@ -34,13 +34,13 @@ class SamplingState:
     """
 
     __slots__ = (
-        "_allowed",
         "_bad_last",
         "_bad_prefixes",
         "_bias",
         "_device",
         "_end_bias",
         "_history",
+        "allowed",
         "edits_logits",
         "is_penalized",
         "keeps_history",
@@ -66,7 +66,7 @@ class SamplingState:
         words = params.bad_words_token_ids or []
         self._bias = self._bias_tensors(words)
         self._end_bias = self._forbid(params.end_token_ids) if params.min_tokens and params.end_token_ids else None
-        self._allowed = self._ids(params.allowed_token_ids) if params.allowed_token_ids is not None else None
+        self.allowed = self._ids(params.allowed_token_ids) if params.allowed_token_ids is not None else None
         self._bad_prefixes, self._bad_last = self._prefix_tensors([word for word in words if len(word) > 1])
         self.is_penalized = (
             params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
@@ -74,7 +74,7 @@ class SamplingState:
         self.keeps_history = self.is_penalized or self._bad_prefixes is not None
         room = 256 if params.max_tokens is None else min(params.max_tokens, 4096)
         self._history = F.pad(self._ids(token_ids), (0, room)) if self.keeps_history else self._ids([])
-        parts = (self._bias, self._end_bias, self._allowed)
+        parts = (self._bias, self._end_bias, self.allowed)
         self.edits_logits = self.keeps_history or any(part is not None for part in parts)
 
     def record(self, position: int, token_id: Tensor) -> None:
@@ -100,10 +100,10 @@ class SamplingState:
 
     def keep_allowed(self, row: Tensor) -> None:
         """Set the logits [vocab] of all tokens but the allowed ones to -inf."""
-        if self._allowed is not None:
-            values = row[self._allowed]
+        if self.allowed is not None:
+            values = row[self.allowed]
             row.fill_(-math.inf)
-            row[self._allowed] = values
+            row[self.allowed] = values
 
     def _bad_word_biases(self, prefixes: Tensor, position: int) -> Tensor:
         """-inf for each word of several tokens whose beginning [words, length] ends the output."""

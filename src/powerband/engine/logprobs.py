@@ -73,9 +73,10 @@ def prompt_logprobs(
 
 
 def _some_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> LogprobTensors:
-    logprobs = torch.log_softmax(whole_blocks(logits), 1)
+    values = whole_blocks(logits)
+    logprobs = torch.log_softmax(values, 1)
     own_ids = token_ids.unsqueeze(1)
     own = logprobs.gather(1, own_ids)
-    likelier = in_blocks(torch.gt(logprobs, own, out=torch.empty_like(logprobs))).sum(2).sum(1)
+    likelier = in_blocks(torch.gt(values, values.gather(1, own_ids), out=torch.empty_like(logprobs))).sum(2).sum(1)
     top, top_ids = largest(logprobs, min(num_alternatives, logits.shape[1]))
     return LogprobTensors(torch.cat([own_ids, top_ids], 1), torch.cat([own, top], 1), likelier.to(torch.int64) + 1)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.step import ErrorInfo, TokenLogprobs
 from powerband.engine import choice
 from powerband.engine.logits import LogitsEditor, SamplingState, to_device, uniform
-from powerband.engine.logprobs import token_logprobs, unpacked
+from powerband.engine.logprobs import LogprobTensors, token_logprobs, unpacked
 
 
 class Method(Enum):
@@ -86,6 +87,16 @@ class Sampled:
         return SampledValues(self._packed[:num_rows].tolist(), logprobs, failed)
 
 
+class SamplingKernels(Protocol):
+    """What a device may have faster: the same choices and figures, of whole batches. See kernels/cpu/sampling.py."""
+
+    def sample(
+        self, logits: Tensor, states: Sequence[SamplingState], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def logprobs(self, logits: Tensor, token_ids: Tensor, num_alternatives: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class Sampler:
     """Samples the rows of a step. `seed` stands in for requests that bring none."""
 
@@ -93,6 +104,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.seed = seed
+        self.kernels: SamplingKernels | None = None
         self._editor = LogitsEditor(self.device)
         self._memory = [torch.empty(0, device=self.device) for _ in range(2)]
 
@@ -112,6 +124,27 @@ class Sampler:
         `positions[i]` is where the new token of row i will stand: the number of tokens before it. Steps must be sampled
         in order, but the values of earlier ones need not be known on the host. Does not wait for a GPU.
         """
+        if self.kernels is not None:
+            token_ids, peaks = self.kernels.sample(logits, states, positions)
+        else:
+            token_ids, peaks = self._by_method(logits, states, positions)
+        for row, state in enumerate(states):
+            state.record(positions[row], token_ids[row : row + 1])
+        return self._with_logprobs(logits, states, token_ids, peaks)
+
+    def wants_only_argmax(self, states: Sequence[SamplingState]) -> bool:
+        """Whether the largest logit of each row is all that these need: then `accept` may stand for `sample`."""
+        return all(
+            state.params.is_greedy and not state.edits_logits and state.params.logprobs is None for state in states
+        )
+
+    def accept(self, token_ids: Tensor, peaks: Tensor) -> Sampled:
+        """The tokens [rows] of a step that wanted only them, and their logits [rows], from the model's head."""
+        return Sampled(token_ids.to(torch.int64), peaks.float(), [], [], token_ids[:0].to(torch.int64))
+
+    def _by_method(
+        self, logits: Tensor, states: Sequence[SamplingState], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         groups: dict[tuple[Method, bool], list[int]] = {}
         for row, state in enumerate(states):
             groups.setdefault((self._method(state.params), state.edits_logits), []).append(row)
@@ -121,9 +154,7 @@ class Sampler:
             for some in choice.portions(rows, logits):
                 own = [states[row] for row in some], [positions[row] for row in some]
                 self._put(token_ids, peaks, some, self._choose(method, edits, self._rows(logits, some), *own))
-        for row, state in enumerate(states):
-            state.record(positions[row], token_ids[row : row + 1])
-        return self._with_logprobs(logits, states, token_ids, peaks)
+        return token_ids, peaks
 
     def _method(self, params: SamplingParams) -> Method:
         if params.is_greedy:
@@ -192,8 +223,14 @@ class Sampler:
         counts = [count for state in states if (count := state.params.logprobs) is not None]
         if not rows:
             return Sampled(token_ids, peaks, [], [], token_ids[:0])
-        found = token_logprobs(self._rows(logits, rows), self._rows(token_ids, rows), max(counts))
+        found = self.token_logprobs(self._rows(logits, rows), self._rows(token_ids, rows), max(counts))
         return Sampled(token_ids, peaks, rows, counts, found.packed())
+
+    def token_logprobs(self, logits: Tensor, token_ids: Tensor, num_alternatives: int) -> LogprobTensors:
+        """As logprobs.token_logprobs, by a kernel where there is one."""
+        if self.kernels is None:
+            return token_logprobs(logits, token_ids, num_alternatives)
+        return LogprobTensors(*self.kernels.logprobs(logits, token_ids, num_alternatives))
 
     def _rows(self, values: Tensor, rows: Sequence[int]) -> Tensor:
         if rows[-1] - rows[0] == len(rows) - 1:  # they are in ascending order

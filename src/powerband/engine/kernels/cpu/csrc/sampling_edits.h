@@ -1,0 +1,105 @@
+// What requests ask for to be done to their logits (engine/logits.py, the reference), on a float32 copy of the row that is
+// in its thread's cache. A row's tokens, in `tokens` and by four ends in `offsets`:
+//
+//     | allowed | biased (values in `biases`) | prompt | output |
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "common.h"
+
+namespace powerband {
+template <> constexpr ScalarType scalar_type<double>() { return ScalarType::Double; }
+
+struct EditScratch {
+    std::vector<float> row;
+    std::vector<int32_t> counts;  // by token; zero between rows
+};
+
+class Edits {
+   public:
+    // penalties float32 [rows, 3]: repetition, presence, frequency. offsets int64 [rows, 5]: the four parts' begins and the
+    // last one's end. tokens int64, biases float32 as long. All of them, or none.
+    Edits(int64_t rows, int64_t vocab, const std::optional<Tensor>& penalties, const std::optional<Tensor>& offsets,
+          const std::optional<Tensor>& tokens, const std::optional<Tensor>& biases) {
+        const bool all = penalties && offsets && tokens && biases, any = penalties || offsets || tokens || biases;
+        check(all == any, "sample: penalties, offsets, tokens and biases come together");
+        if (!all) return;
+        check(penalties->dim() == 2 && penalties->size(0) == rows && penalties->size(1) == 3,
+              "sample: penalties must be [rows, 3]");
+        check(offsets->dim() == 2 && offsets->size(0) == rows && offsets->size(1) == 5,
+              "sample: offsets must be [rows, 5]");
+        check(tokens->dim() == 1 && biases->dim() == 1 && tokens->size(0) == biases->size(0),
+              "sample: tokens and biases must be equally long");
+        penalties_ = pointer<float>(*penalties, "penalties");
+        offsets_ = pointer<int64_t>(*offsets, "offsets");
+        tokens_ = pointer<int64_t>(*tokens, "tokens");
+        biases_ = pointer<float>(*biases, "biases");
+        const int64_t count = tokens->size(0);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t* at = offsets_ + row * 5;
+            check(0 <= at[0] && std::is_sorted(at, at + 5) && at[4] <= count, "sample: offsets must ascend");
+        }
+        for (int64_t i = 0; i < count; ++i) check(0 <= tokens_[i] && tokens_[i] < vocab, "sample: no such token");
+    }
+
+    bool touches(int64_t row) const { return offsets_ != nullptr && offsets_[row * 5] < offsets_[row * 5 + 4]; }
+
+    // The edited row, in scratch.
+    template <class T>
+    const float* edited(const T* logits, int64_t vocab, int64_t row, EditScratch& s) const {
+        if (static_cast<int64_t>(s.row.size()) < vocab) {
+            s.row.resize(vocab);
+            s.counts.resize(vocab);
+        }
+        float* x = s.row.data();
+        const int64_t* at = offsets_ + row * 5;
+        if (at[0] < at[1]) {
+            std::fill(x, x + vocab, -INFINITY);
+            for (int64_t i = at[0]; i < at[1]; ++i) x[tokens_[i]] = to_float(logits[tokens_[i]]);
+        } else {
+            copy(logits, x, vocab);
+        }
+        for (int64_t i = at[1]; i < at[2]; ++i) x[tokens_[i]] += biases_[i];
+        const float *p = penalties_ + row * 3, repetition = p[0];
+        if (repetition != 1.0f) {
+            each_once(s, at[2], at[4], [&](int64_t token, int32_t) {
+                x[token] = x[token] > 0 ? x[token] / repetition : x[token] * repetition;
+            });
+        }
+        if (p[1] != 0.0f || p[2] != 0.0f) {
+            each_once(s, at[3], at[4], [&](int64_t token, int32_t times) {
+                const float lowered = x[token] - p[2] * static_cast<float>(times);
+                x[token] = lowered - p[1];
+            });
+        }
+        return x;
+    }
+
+   private:
+    template <class T>
+    static void copy(const T* from, float* to, int64_t count) {
+        const int64_t whole = count - count % kLanes;
+        for (int64_t i = 0; i < whole; i += kLanes) store(to + i, load(from + i));
+        for (int64_t i = whole; i < count; ++i) to[i] = to_float(from[i]);
+    }
+
+    // f(token, how often it occurs) for each of tokens [begin, end), once.
+    template <class F>
+    void each_once(EditScratch& s, int64_t begin, int64_t end, const F& f) const {
+        for (int64_t i = begin; i < end; ++i) ++s.counts[tokens_[i]];
+        for (int64_t i = begin; i < end; ++i) {
+            int32_t& times = s.counts[tokens_[i]];
+            if (times) f(tokens_[i], times);
+            times = 0;
+        }
+    }
+
+    const float *penalties_ = nullptr, *biases_ = nullptr;
+    const int64_t *offsets_ = nullptr, *tokens_ = nullptr;
+};
+
+}  // namespace powerband
