@@ -2,8 +2,8 @@
 
 They choose what choice.py and logits.py define, with the same uniform numbers. But weights are not divided by their
 sum, and e^x is not rounded as torch's: cumulated weights differ from the reference's by some 1e-8 of the total, and so
-does a token where the uniform number falls between the two (none did in 4,000 draws from 20,000 tokens). All tokens that
-tie with the k-th are kept; the reference looks for them in 96 blocks.
+does a token where the uniform number falls between the two (none did in 4,000 draws from 20,000 tokens). All tokens
+that tie with the k-th are kept; the reference looks for them in 96 blocks.
 """
 
 from __future__ import annotations
