@@ -118,7 +118,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = x.float()
     magnitude = wide.abs().amax(-1, keepdim=True) if x.shape[-1] else wide.new_zeros(*x.shape[:-1], 1)
     magnitude = magnitude.where(magnitude >= SMALLEST_MAGNITUDE, magnitude * 0)  # keeps NaN
-    inverse = torch.where(magnitude > 0, INT8_MAX / magnitude, 0)
+    inverse = torch.where(magnitude > 0, torch.tensor(float(INT8_MAX)) / magnitude, 0)
     values = (wide * inverse).nan_to_num(0, 0, 0).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
     scales = magnitude * torch.tensor(1 / INT8_MAX)
     return values, scales.where(magnitude.isfinite(), torch.nan).squeeze(-1)
