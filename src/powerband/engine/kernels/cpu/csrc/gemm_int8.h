@@ -56,7 +56,7 @@ struct PanelScales {
 
 inline void finish(const Int8Product& product, const PanelScales& panel, int64_t row, i32x16 whole) {
     bf16* to = product.out + row * product.stride + panel.first;
-    f32x16 y = __builtin_convertvector(whole - panel.shift, f32x16) * (panel.scales * product.x_scales[row]) + panel.bias;
+    f32x16 y = convert<f32x16>(whole - panel.shift) * (panel.scales * product.x_scales[row]) + panel.bias;
     if (panel.count == kPanel) {
         store(to, product.add ? load(to) + y : y);
     } else {

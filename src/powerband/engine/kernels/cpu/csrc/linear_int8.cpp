@@ -1,6 +1,7 @@
 // Linear layers with int8 weights: rows of x are quantized per token, multiplied exactly, scaled and rounded to bf16.
 #include "gemm_int8.h"
 #include "gemm_int8_amx.h"
+#include "output.h"
 
 namespace powerband {
 namespace {
@@ -84,11 +85,12 @@ struct Operands {
 
 // The product without its result. x is quantized into this thread's scratch, in the form that `tiles` or VNNI takes.
 Int8Product quantized(const Operands& operands, bool tiles) {
-    static thread_local Scratch values_scratch, scales_scratch;
+    thread_local Scratch<int8_t> values_scratch;
+    thread_local Scratch<float> scales_scratch;
     const int64_t rows = operands.x.size(0), in_features = operands.x.size(1), k = padded_features(in_features);
     const int64_t rows_with_memory = ceil_div(rows, 32) * 32;  // tiles read whole blocks of rows
-    int8_t* values = values_scratch.get<int8_t>(rows_with_memory * k);
-    float* scales = scales_scratch.get<float>(rows);
+    int8_t* values = values_scratch.get(rows_with_memory * k);
+    float* scales = scales_scratch.get(rows);
     quantize_rows(pointer<bf16>(operands.x, "x"), rows, in_features, values, k, scales, tiles ? 0 : kFlip);
     return Int8Product{
         .x = values,
@@ -145,7 +147,7 @@ Tensor linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, std::opt
                    int64_t out_features) {
     const Operands operands{x, packed, scales, sums, bias, out_features};
     check_operands(operands);
-    Tensor out = torch::stable::new_empty(x, {x.size(0), out_features});
+    Tensor out = new_output(x, {x.size(0), out_features});
     multiply_into(operands, out, false);
     return out;
 }

@@ -3,43 +3,17 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "common.h"
+#include "scratch.h"
 
 namespace powerband {
 
-typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef int16_t i16x16 __attribute__((vector_size(32)));
 
 constexpr float kInt8Max = 127.0f;
 constexpr float kSmallestMagnitude = 1e-30f;  // a row below it counts as zero: 127 / magnitude must stay finite
 constexpr int64_t kQuantizePadding = 64;      // rows are padded with zeros to a multiple of it: a row of an AMX tile
-
-// Memory that a thread keeps between calls; it grows, and never shrinks. What was in it is lost when it grows.
-class Scratch {
-   public:
-    template <class T>
-    T* get(int64_t count) {
-        const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-        if (bytes > size_) {
-            memory_.reset();
-            size_ = 0;
-            memory_.reset(static_cast<std::byte*>(::operator new(bytes, kAlignment)));
-            size_ = bytes;
-        }
-        return reinterpret_cast<T*>(memory_.get());
-    }
-
-   private:
-    static constexpr std::align_val_t kAlignment{64};
-    struct Free {
-        void operator()(std::byte* p) const { ::operator delete(p, kAlignment); }
-    };
-    std::unique_ptr<std::byte, Free> memory_;
-    int64_t size_ = 0;
-};
 
 // To the nearest whole number, ties to even; |v| stays below 2^22.
 inline i32x16 round_to_int(f32x16 v) {
@@ -47,12 +21,7 @@ inline i32x16 round_to_int(f32x16 v) {
     __m512i r = _mm512_cvtps_epi32(as<__m512>(v));
     return as<i32x16>(r);
 #elif defined(__AVX2__)
-    __m256 half[2];
-    std::memcpy(half, &v, sizeof v);
-    __m256i r[2] = {_mm256_cvtps_epi32(half[0]), _mm256_cvtps_epi32(half[1])};
-    i32x16 rounded;
-    std::memcpy(&rounded, r, sizeof rounded);
-    return rounded;
+    return {as<i32x16::Half>(_mm256_cvtps_epi32(v.low)), as<i32x16::Half>(_mm256_cvtps_epi32(v.high))};
 #else
     i32x16 rounded;
     for (int i = 0; i < kLanes; ++i) rounded[i] = static_cast<int32_t>(std::nearbyint(v[i]));
@@ -64,7 +33,7 @@ inline void store(int8_t* p, i32x16 v) {
 #ifdef __AVX512F__
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(as<__m512i>(v)));
 #else
-    i8x16 narrow = __builtin_convertvector(v, i8x16);
+    i8x16 narrow = convert<i8x16>(v);
     std::memcpy(p, &narrow, sizeof narrow);
 #endif
 }
