@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from powerband.engine.layers.int8 import Int8Product, pack
 from powerband.engine.layers.quantized import Int8Weight, int8_product
 
 ops = torch.ops.powerband
@@ -38,10 +39,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 def test_packing_pads_with_zeros_and_can_be_undone(shape: tuple[int, int]) -> None:
     values = random_weight(*shape).values
     form = ops.pack_int8(values)
-    panels, k = -(-shape[0] // 16), -(-shape[1] // 64) * 64
-    padded = torch.zeros(panels * 16, k, dtype=torch.int8)
-    padded[: shape[0], : shape[1]] = values
-    assert torch.equal(form, padded.view(panels, 16, k // 4, 4).transpose(1, 2))
+    assert torch.equal(form, pack(values))
     assert torch.equal(ops.unpack_int8(form, *shape), values)
     into = torch.full_like(form, 99)
     ops.pack_int8_out(values, into)
@@ -133,3 +131,28 @@ def test_refuses_what_does_not_fit() -> None:
             ops.linear_int8_add(x, form, scales, sums, None, residual.bfloat16())
     with pytest.raises(RuntimeError, match="no features"):
         ops.pack_int8(torch.zeros(0, 4, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_can_be_saved_and_restored(dtype: torch.dtype, with_bias: bool) -> None:
+    weight, x = random_weight(50, 100), seeded(5, 100).to(dtype)
+    product = Int8Product.from_weight(weight, seeded(50).bfloat16() if with_bias else None)
+    restored = Int8Product.from_tensors(product.tensors())
+    assert torch.equal(restored.weight().values, weight.values)
+    expected = int8_product(x, weight, product.bias)
+    torch.testing.assert_close(restored(x), expected)
+    residual = seeded(5, 50).to(dtype)
+    total = residual + expected
+    restored.add_to(residual, x)
+    torch.testing.assert_close(residual, total, rtol=0.016, atol=0.02)  # rounded once, and twice
+    assert restored.memory_bytes > 64 * 128
+
+
+def test_the_kernels_decline_more_inputs_than_their_sums_can_hold() -> None:
+    def weight(out_features: int, in_features: int) -> Int8Weight:
+        return Int8Weight(torch.zeros(out_features, in_features, dtype=torch.int8), torch.ones(out_features))
+
+    assert Int8Product.takes(weight(1, 65_536))
+    assert not Int8Product.takes(weight(1, 65_537))
+    assert not Int8Product.takes(weight(0, 8))

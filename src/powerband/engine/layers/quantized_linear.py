@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from powerband.engine.layers.int4 import Int4Product
+from powerband.engine.layers.int8 import Int8Product
 from powerband.engine.layers.linear import Product
 from powerband.engine.layers.quantized import (
     INT4_ZERO,
@@ -61,6 +62,8 @@ def quantized_product(weight: Int8Weight | Int4Weight, bias: torch.Tensor | None
     """The product with a weight that is quantized already."""
     if kernels and isinstance(weight, Int4Weight) and Int4Product.takes(weight):
         return Int4Product.from_weight(weight, bias)
+    if kernels and isinstance(weight, Int8Weight) and Int8Product.takes(weight):
+        return Int8Product.from_weight(weight, bias)
     return ReferenceProduct(weight, bias)
 
 
