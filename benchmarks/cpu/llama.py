@@ -7,9 +7,9 @@ copied to every request (-pps with a cache for each), so that decoding reads wha
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import rows
@@ -34,17 +34,19 @@ class Tool:
         command += ["-npp", str(prompt), "-ntg", str(output), "-npl", ",".join(map(str, sorted(batches)))]
         command += ["--output-format", "jsonl"] + (["-pps"] if copied else [])
         start = time.monotonic()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            self.guard.children.append(process.pid)
-            found = []
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    found.append(json.loads(line))
-                    self.start_s = time.monotonic() - start
-                    self.peak_gib = _peak_gib(process.pid)
-            process.wait()
-            self.guard.children.remove(process.pid)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.guard.children.append(process.pid)
+        found = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                found.append(json.loads(line))
+                self.start_s = time.monotonic() - start
+        _, status, used = os.wait4(process.pid, 0)
+        process.stdout.close()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.guard.children.remove(process.pid)
+        self.peak_gib = used.ru_maxrss / 2**20
         if process.returncode or len(found) != len(batches):
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode} after {len(found)} lines")
         return found
@@ -88,8 +90,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 lambda context=context, batches=batches: tool.decode(context, batches),  # type: ignore[misc]  # bound now
             )
     return {"metrics": found, "others": tool.guard.others, "versions": {"llama.cpp": job["llama"]}}
-
-
-def _peak_gib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
