@@ -131,7 +131,7 @@ class ModelRunner:
         if sampling:
             last = [starts[index + 1] - 1 for index in sampling]
             chosen = hidden if len(last) == len(hidden) else hidden[self._indices(last)]
-            self._sample([rows[index] for index in sampling], self.model.logits(chosen), pending)
+            self._sample([rows[index] for index in sampling], chosen, pending)
 
     def _forward(self, inputs: Inputs) -> torch.Tensor:
         hidden: torch.Tensor = self.model(inputs.token_ids, inputs.positions, inputs.batch, self.attention)
@@ -156,9 +156,14 @@ class ModelRunner:
         wanted = state.tokens[start + 1 : min(start + row.work.num_tokens + 1, state.num_prompt_tokens)]
         return prompt_logprobs(hidden, self.model.logits, wanted, count)
 
-    def _sample(self, rows: list[Row], logits: torch.Tensor, pending: PendingStep) -> None:
-        positions = [row.work.start + row.work.num_tokens for row in rows]
-        sampled = self.sampler.sample(logits, [row.state.sampling for row in rows], positions)
+    def _sample(self, rows: list[Row], hidden: torch.Tensor, pending: PendingStep) -> None:
+        states = [row.state.sampling for row in rows]
+        found = self.model.most_likely(hidden) if self.sampler.wants_only_argmax(states) else None
+        if found is not None:
+            sampled = self.sampler.accept(*found)
+        else:
+            positions = [row.work.start + row.work.num_tokens for row in rows]
+            sampled = self.sampler.sample(self.model.logits(hidden), states, positions)
         pending.sampled.append((rows, sampled))
         for index, row in enumerate(rows):
             row.state.pending = (sampled.token_ids, index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,15 @@ class Product(Protocol):
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """residual += product of x, in place, rounded once where the provider can."""
+        ...
+
+
+@runtime_checkable
+class FindsLargest(Protocol):
+    """A product that can do without most of its results."""
+
+    def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per row of x the lowest index of the largest result (int64) and its value (float32; NaN where any is)."""
         ...
 
 
@@ -76,6 +85,10 @@ class Linear(nn.Module):
             residual.add_(F.linear(x, self.weight, self.bias))
         else:
             residual.addmm_(x, self.weight.t())
+
+    def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As `FindsLargest.argmax`; None where the product can only compute everything."""
+        return self._product.argmax(x) if isinstance(self._product, FindsLargest) else None
 
     def matrices(self) -> list[Matrix]:
         return [Matrix(self.weight, self.bias)]

@@ -58,6 +58,13 @@ class Decoder(nn.Module):
         return logits
 
 
+    def most_likely(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Like `logits`, but only the largest of each row: token ids [rows] and values [rows]; None: the head cannot."""
+        if self.spec.logit_softcap is not None:
+            return None  # it makes equal what was nearly equal, and then the lowest token id counts
+        return self.head.argmax(self.norm(hidden))
+
+
 class DecoderLayer(nn.Module):
     """Attention, then MLP or experts, each with the norms that the family puts before and after it.
 
