@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from powerband.engine.layers.int4 import Int4Product, pack, unpack
 from powerband.engine.layers.quantized import Int4Weight, dequantize, quantize_int4
-from powerband.engine.layers.quantized_linear import Int4Linear
+from powerband.engine.layers.quantized_linear import QuantizedLinear
 from powerband.errors import UsageError
 
 SHAPES = [(16, 64, 32), (50, 200, 128), (33, 100, 100), (48, 104, 40), (40, 1024, 128), (1, 8, 8), (17, 77, 128)]
@@ -100,7 +100,7 @@ def test_extreme_activations(scale: float) -> None:
 
 def test_its_tensors_make_the_product_again() -> None:
     weight, bias = torch.randn(40, 256).bfloat16(), torch.randn(40).bfloat16()
-    product = Int4Linear(group_size=64).prepare(weight, bias)
+    product = QuantizedLinear("int4", group_size=64, kernels=True).prepare(weight, bias)
     assert isinstance(product, Int4Product)
     x = torch.randn(4, 256).bfloat16()
     expected = F.linear(x.float(), dequantize(quantize_int4(weight, 64)), bias.float())

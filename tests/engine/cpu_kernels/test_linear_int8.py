@@ -107,6 +107,20 @@ def test_rows_give_the_same_alone_and_together() -> None:
     assert torch.equal(together, torch.cat([linear(row[None], weight) for row in x]))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, 16, 33, 70])
+@pytest.mark.parametrize("shape", [(1, 64), (50, 100), (1000, 640)])
+def test_the_largest_of_each_row_is_that_of_the_product(shape: tuple[int, int], rows: int) -> None:
+    weight, x = random_weight(*shape), seeded(rows, shape[1]).bfloat16()
+    if rows > 3:
+        x[2, 0] = float("nan")
+        x[3] = 0  # all results are equal
+    product = Int8Product.from_weight(weight)
+    expected = product(x).float().max(-1)
+    ids, values = product.argmax(x)
+    assert torch.equal(ids, expected.indices)
+    assert torch.equal(values.nan_to_num(nan=9e9), expected.values.nan_to_num(nan=9e9))
+
+
 def test_refuses_what_does_not_fit() -> None:
     weight, x = random_weight(40, 100), seeded(2, 100).bfloat16()
     form, scales, sums = packed(weight)
@@ -126,6 +140,9 @@ def test_refuses_what_does_not_fit() -> None:
     for arguments, complaint in wrong:
         with pytest.raises(RuntimeError, match=complaint):
             ops.linear_int8(*arguments)
+    for arguments, complaint in (wrong[0], wrong[1], wrong[2], wrong[5], wrong[7], wrong[8]):
+        with pytest.raises(RuntimeError, match=complaint):
+            ops.argmax_int8(*arguments[:4])
     for residual in (torch.zeros(3, 40), torch.zeros(2, 41), torch.zeros(80)):
         with pytest.raises(RuntimeError, match="must be"):
             ops.linear_int8_add(x, form, scales, sums, None, residual.bfloat16())

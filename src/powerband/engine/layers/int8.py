@@ -95,6 +95,14 @@ class Int8Product:
         else:
             torch.ops.powerband.linear_int8_add(x.contiguous(), *self._operands(), residual)
 
+    def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `FindsLargest.argmax`."""
+        if x.dtype is not torch.bfloat16:
+            values, ids = int8_product(x, self.weight(), None).float().max(-1)
+            return ids, values
+        ids, values = torch.ops.powerband.argmax_int8(x.contiguous(), self.packed, self.scales, self.sums)
+        return ids, values
+
     def _operands(self) -> tuple[torch.Tensor | None, ...]:
         return self.packed, self.scales, self.sums, self.bias
 

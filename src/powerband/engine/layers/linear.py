@@ -26,7 +26,10 @@ class FindsLargest(Protocol):
     """A product that can do without most of its results."""
 
     def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per row of x the lowest index of the largest result (int64) and its value (float32; NaN where any is)."""
+        """Per row of x, without bias, the lowest index of the largest result (int64) and its value (float32).
+
+        The largest of a row that holds NaN is its first NaN.
+        """
         ...
 
 
@@ -88,7 +91,9 @@ class Linear(nn.Module):
 
     def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """As `FindsLargest.argmax`; None where the product can only compute everything."""
-        return self._product.argmax(x) if isinstance(self._product, FindsLargest) else None
+        if self.bias is not None or not isinstance(self._product, FindsLargest):
+            return None
+        return self._product.argmax(x)
 
     def matrices(self) -> list[Matrix]:
         return [Matrix(self.weight, self.bias)]

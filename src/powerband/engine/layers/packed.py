@@ -54,6 +54,11 @@ class PackedProduct:
         """residual [tokens, out_features] (contiguous) += product of x, rounded once."""
         torch.ops.powerband.linear_bf16_add(x.contiguous(), self.packed, self.bias, residual)
 
+    def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `FindsLargest.argmax`, of the product without bias."""
+        ids, values = torch.ops.powerband.argmax_bf16(x.contiguous(), self.packed, self.out_features)
+        return ids, values
+
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int, int]:
     return (-(-out_features // PANEL), -(-in_features // STEP) * STEP // 2, PANEL, 2)

@@ -57,9 +57,8 @@ class Decoder(nn.Module):
             logits = torch.tanh(logits / self.spec.logit_softcap) * self.spec.logit_softcap
         return logits
 
-
     def most_likely(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Like `logits`, but only the largest of each row: token ids [rows] and values [rows]; None: the head cannot."""
+        """Only the largest of each row's logits: token ids [rows] and values [rows]. None: the head cannot."""
         if self.spec.logit_softcap is not None:
             return None  # it makes equal what was nearly equal, and then the lowest token id counts
         return self.head.argmax(self.norm(hidden))

@@ -7,6 +7,7 @@
 // sum of each column is taken off at the end.
 #pragma once
 
+#include "largest.h"
 #include "quantize_rows.h"
 
 namespace powerband {
@@ -24,6 +25,7 @@ struct Int8Product {
     bf16* out;              // [rows][stride]
     int64_t rows, columns, k, stride;
     bool add;  // to what is in out
+    const LargestOfRows* largest = nullptr;  // takes the results instead of out
 
     const int8_t* panel(int64_t index) const { return weight + index * k * kPanel; }
     int64_t panels() const { return ceil_div(columns, kPanel); }
@@ -55,8 +57,9 @@ struct PanelScales {
 };
 
 inline void finish(const Int8Product& product, const PanelScales& panel, int64_t row, i32x16 whole) {
+    const f32x16 y = convert<f32x16>(whole - panel.shift) * (panel.scales * product.x_scales[row]) + panel.bias;
+    if (product.largest != nullptr) return (*product.largest)(row, panel.first, y);
     bf16* to = product.out + row * product.stride + panel.first;
-    f32x16 y = convert<f32x16>(whole - panel.shift) * (panel.scales * product.x_scales[row]) + panel.bias;
     if (panel.count == kPanel) {
         store(to, product.add ? load(to) + y : y);
     } else {

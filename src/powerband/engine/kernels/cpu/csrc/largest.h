@@ -49,6 +49,8 @@ class LargestOfRows {
         return best;
     }
 
+    void operator()(int64_t row, int64_t column, f32x16 sums) const { take(lanes_[row - first_row_], column, sums); }
+
    private:
     static constexpr int32_t kNone = std::numeric_limits<int32_t>::max();  // in lanes that no column has reached yet
 

@@ -1,4 +1,6 @@
 // Linear layers with int8 weights: rows of x are quantized per token, multiplied exactly, scaled and rounded to bf16.
+#include <tuple>
+
 #include "gemm_int8.h"
 #include "gemm_int8_amx.h"
 #include "output.h"
@@ -125,22 +127,32 @@ void multiply_part(const Int8Product& product, const Part& part, bool tiles) {
     multiply(product, part);
 }
 
+// How the result is shared out: tasks of some rows by some panels.
+struct Shares {
+    int64_t all_rows, all_panels, rows, panels, across, tasks;
+
+    explicit Shares(const Int8Product& product)
+        : all_rows(product.rows),
+          all_panels(product.panels()),
+          rows(std::max<int64_t>(32, kRowBytesPerTask / product.k / 32 * 32)),
+          panels(std::max<int64_t>(4, kWeightBytesPerTask / (product.k * kPanel) / 4 * 4)),
+          across(ceil_div(all_panels, panels)),
+          tasks(ceil_div(all_rows, rows) * across) {}
+
+    Part part(int64_t task) const {
+        const int64_t row = task / across * rows, panel = task % across * panels;
+        return {row, std::min(all_rows, row + rows), panel, std::min(all_panels, panel + panels)};
+    }
+};
+
 void multiply_into(const Operands& operands, Tensor& out, bool add) {
-    const int64_t rows = operands.x.size(0);
-    if (rows == 0) return;
-    const bool tiles = use_tiles(rows);
+    if (operands.x.size(0) == 0) return;
+    const bool tiles = use_tiles(operands.x.size(0));
     Int8Product product = quantized(operands, tiles);
     product.out = mutable_pointer<bf16>(out, "out");
     product.add = add;
-    const int64_t rows_per_task = std::max<int64_t>(32, kRowBytesPerTask / product.k / 32 * 32);
-    const int64_t panels_per_task = std::max<int64_t>(4, kWeightBytesPerTask / (product.k * kPanel) / 4 * 4);
-    const int64_t across = ceil_div(product.panels(), panels_per_task);
-    run_tasks(ceil_div(rows, rows_per_task) * across, [&](int64_t task) {
-        const int64_t row = task / across * rows_per_task, panel = task % across * panels_per_task;
-        const Part part{row, std::min(rows, row + rows_per_task), panel,
-                        std::min(product.panels(), panel + panels_per_task)};
-        multiply_part(product, part, tiles);
-    });
+    const Shares shares(product);
+    run_tasks(shares.tasks, [&](int64_t task) { multiply_part(product, shares.part(task), tiles); });
 }
 
 Tensor linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, std::optional<Tensor> bias,
@@ -159,6 +171,40 @@ void linear_int8_add(Tensor x, Tensor packed, Tensor scales, Tensor sums, std::o
     multiply_into(operands, residual, true);
 }
 
+// ids int64 [rows] and values float32 [rows] of the largest results.
+std::tuple<Tensor, Tensor> argmax_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums) {
+    const std::optional<Tensor> no_bias;
+    check(scales.dim() == 1 && scales.size(0) < 1 << 30, "argmax_int8: scales must be [out], of fewer than 2^30");
+    const Operands operands{x, packed, scales, sums, no_bias, scales.size(0)};
+    check_operands(operands);
+    const int64_t rows = x.size(0);
+    Tensor ids = torch::stable::new_empty(x, {rows}, ScalarType::Long);
+    Tensor values = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+    if (rows == 0) return {ids, values};
+    const bool tiles = use_tiles(rows);
+    const Int8Product product = quantized(operands, tiles);
+    const Shares shares(product);
+    thread_local Scratch<Largest> scratch;
+    Largest* found = scratch.get(shares.across * rows);  // [across][rows]
+    run_tasks(shares.tasks, [&](int64_t task) {
+        const Part part = shares.part(task);
+        const LargestOfRows largest(nullptr, part.row, part.row_end - part.row, product.columns);
+        Int8Product mine = product;
+        mine.largest = &largest;
+        multiply_part(mine, part, tiles);
+        for (int64_t row = part.row; row < part.row_end; ++row) found[task % shares.across * rows + row] = largest.of(row);
+    });
+    int64_t* to_ids = mutable_pointer<int64_t>(ids, "ids");
+    float* to_values = mutable_pointer<float>(values, "values");
+    for (int64_t row = 0; row < rows; ++row) {
+        Largest best = found[row];
+        for (int64_t i = 1; i < shares.across; ++i) best.take(found[i * rows + row]);
+        to_ids[row] = best.column;
+        to_values[row] = best.value;
+    }
+    return {ids, values};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
@@ -168,6 +214,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def("linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias, int out_features) -> Tensor");
     m.def(
         "linear_int8_add(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias, Tensor(a!) residual) -> ()");
+    m.def("argmax_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums) -> (Tensor ids, Tensor values)");
 }
 STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {
     m.impl("pack_int8", TORCH_BOX(&pack_int8));
@@ -175,6 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {
     m.impl("unpack_int8", TORCH_BOX(&unpack_int8));
     m.impl("linear_int8", TORCH_BOX(&linear_int8));
     m.impl("linear_int8_add", TORCH_BOX(&linear_int8_add));
+    m.impl("argmax_int8", TORCH_BOX(&argmax_int8));
 }
 
 }  // namespace powerband
