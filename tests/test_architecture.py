@@ -130,7 +130,7 @@ def test_nothing_runs_data_as_code_or_asserts(path: Path) -> None:
 def test_no_loose_ends(path: Path) -> None:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         assert not LOOSE_END.search(line), f"line {number}: {line.strip()}"
-    if room(module_name(path)) != "cli":
+    if room(module_name(path)) != "cli" and path.name != "__main__.py":
         prints = [
             node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and dotted(node.func) == "print"
         ]

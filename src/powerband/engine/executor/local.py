@@ -15,6 +15,7 @@ from powerband.core.step import DeviceReport, Step, StepResult
 from powerband.engine.attention import AttentionShape, Choice, make_backend
 from powerband.engine.cuda_graphs import DecodeGraphs
 from powerband.engine.kernels.cpu.layers import use_cpu_layers
+from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.products import Products
 from powerband.engine.runner import ModelRunner
@@ -89,13 +90,14 @@ class TorchExecutor:
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
         self.providers = dict(products.counts)
+        sampler = Sampler(config.spec.vocab_size, config.device, config.seed)
         if config.kernels:
             use_cpu_layers(model)
+            use_cpu_sampling(sampler)
         if config.attention.name == "triton":
             from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
 
             use_fused_layers(model)
-        sampler = Sampler(config.spec.vocab_size, config.device, config.seed)
         self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)
         prepared_s = time.perf_counter()
         return DeviceReport(
