@@ -24,7 +24,10 @@ import torch
 
 from powerband.engine.kernels.cpu import library
 from powerband.engine.layers.packed import PackedBf16
+from powerband.engine.layers.quantized import quantize_int4, quantize_int8
+from powerband.engine.layers.quantized_linear import QuantizedLinear
 from powerband.spec.device import detect_cpu
+from powerband.spec.quantization import DEFAULT_GROUP
 
 SHAPES = "1024x4096,2048x1024,1024x6144,3072x1024,1024x151936"  # inputs x outputs: Qwen3-0.6B's projections and head
 ROWS = "1,4,8,16,32,64,128,512"
@@ -52,7 +55,32 @@ def onednn_bf16(weight: torch.Tensor) -> Product:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-PRECISIONS = {"bf16": Precision(2, kernel_bf16, onednn_bf16)}
+def kernel_int8(weight: torch.Tensor) -> Product:
+    return QuantizedLinear("int8", kernels=True).prepare(weight, None)
+
+
+def torch_int8(weight: torch.Tensor) -> Product:
+    held = quantize_int8(weight)
+    scales = held.scales.bfloat16()
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, held.values, scales)
+
+
+def kernel_int4(weight: torch.Tensor) -> Product:
+    return QuantizedLinear("int4", kernels=True).prepare(weight, None)
+
+
+def torch_int4(weight: torch.Tensor) -> Product:
+    held = quantize_int4(weight)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(held.values.int(), 1)
+    scales = torch.stack([held.scales.t(), torch.zeros_like(held.scales.t())], dim=2).bfloat16().contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, held.group_size, scales)
+
+
+PRECISIONS = {
+    "bf16": Precision(2, kernel_bf16, onednn_bf16),
+    "int8": Precision(1, kernel_int8, torch_int8),
+    "int4": Precision(0.5 + 4 / DEFAULT_GROUP, kernel_int4, torch_int4),
+}
 
 
 @dataclass(frozen=True, slots=True)

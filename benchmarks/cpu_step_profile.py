@@ -169,6 +169,7 @@ def stages(engine: Engine) -> Iterator[Stopwatch]:
     watch.watch(runner, "_fill_pending", "inputs")
     watch.watch(runner, "forward", "model")
     watch.watch(runner.model, "logits", "head")
+    watch.watch(runner.model, "most_likely", "head")
     watch.watch(runner, "_sample", "sample")
     pending_step = sys.modules[type(runner).__module__].PendingStep
     watch.watch(pending_step, "result", "wait for tokens")
@@ -193,6 +194,9 @@ def inside_model(engine: Engine, watch: Stopwatch) -> Iterator[None]:
             watch.watch(module, method, shown)
         if callable(getattr(module, "gated", None)):
             watch.watch(module, "gated", "activation")
+        for half in ("attention_block", "mlp_block"):
+            if getattr(module, half, None) is not None:
+                watch.watch(module, half, half.replace("_", " "))
     for table in model.rotary.values():
         watch.watch(table, "at", "rotary table")
     backend = engine.executor.attention
@@ -249,6 +253,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             Path(folder, "config.json").write_text(json.dumps(QWEN3_06B))
         decoding = Decoding(_settings(args, model), args.batch, args.context, json.loads(args.sampling))
     engine = decoding.engine
+    if args.apart:
+        for layer in engine.executor.runner.model.layers:
+            layer.attention_block = layer.mlp_block = None
     print(engine.info.summary)
     print(f"batch {args.batch}, context {args.context}, {args.threads} threads, medians of {args.steps} steps")
     bare, _ = decoding.steps(args.steps, Stopwatch())
@@ -302,6 +309,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sampling", default='{"temperature": 0}', help="fields of SamplingParams, as JSON")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other engine setting")
+    parser.add_argument("--apart", action="store_true", help="take each layer's two operators apart, to see inside")
     parser.add_argument("--operators", action="store_true", help="also: torch's profiler, by operator")
     parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
     args = parser.parse_args()

@@ -69,12 +69,17 @@ class CpuAttention:
     ) -> torch.Tensor:
         """As in AttentionBackend. q and k are turned where they lie: `qkv` is used up."""
         cos, sin = rotation if rotation is not None else (None, None)
+        weights, eps = (norm.weights, norm.eps) if norm is not None else (None, 0.0)
         out: torch.Tensor = torch.ops.powerband.attend(
-            qkv.flatten(1),
-            cos,
-            sin,
-            norm.weights if norm is not None else None,
-            norm.eps if norm is not None else 0.0,
+            qkv.flatten(1), cos, sin, weights, eps, *self.operands(layer, batch, shape, sinks)
+        )
+        return out.view(-1, shape.num_heads, shape.head_dim)
+
+    def operands(
+        self, layer: int, batch: AttentionBatch, shape: AttentionShape, sinks: torch.Tensor | None
+    ) -> tuple[object, ...]:
+        """The end of the operator's arguments, from the cache on."""
+        return (
             self._cache[layer],
             batch.slots,
             batch.query_starts,
@@ -88,4 +93,3 @@ class CpuAttention:
             shape.softcap or 0.0,
             sinks,
         )
-        return out.view(-1, shape.num_heads, shape.head_dim)

@@ -14,6 +14,7 @@ import torch
 from powerband.core.step import DeviceReport, Step, StepResult
 from powerband.engine.attention import AttentionShape, Choice, make_backend
 from powerband.engine.cuda_graphs import DecodeGraphs
+from powerband.engine.kernels.cpu.blocks import use_cpu_blocks
 from powerband.engine.kernels.cpu.layers import use_cpu_layers
 from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
 from powerband.engine.models.decoder import Decoder
@@ -94,6 +95,8 @@ class TorchExecutor:
         if config.kernels:
             use_cpu_layers(model)
             use_cpu_sampling(sampler)
+            if config.attention.name == "cpu":
+                use_cpu_blocks(model)
         if config.attention.name == "triton":
             from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
 

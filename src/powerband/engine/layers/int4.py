@@ -110,6 +110,10 @@ class Int4Product:
             return
         torch.ops.powerband.linear_int4_add(x.contiguous(), *self._operands(), residual)
 
+    def packed_operands(self) -> tuple[list[torch.Tensor], int]:
+        held = (self.packed, self.scales, self.zeros, self.bias)
+        return [tensor for tensor in held if tensor is not None], self.group_size
+
     def _operands(self) -> tuple[object, ...]:
         return (self.packed, self.scales, self.zeros, self.bias, self.out_features, self.group_size)
 

@@ -95,6 +95,9 @@ class Int8Product:
         else:
             torch.ops.powerband.linear_int8_add(x.contiguous(), *self._operands(), residual)
 
+    def packed_operands(self) -> tuple[list[torch.Tensor], int]:
+        return [tensor for tensor in self._operands() if tensor is not None], 0
+
     def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `FindsLargest.argmax`."""
         if x.dtype is not torch.bfloat16:

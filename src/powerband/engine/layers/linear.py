@@ -33,6 +33,15 @@ class FindsLargest(Protocol):
         ...
 
 
+@runtime_checkable
+class Packed(Protocol):
+    """A product of the CPU kernels, which operators that compute several things in a row may take over."""
+
+    def packed_operands(self) -> tuple[list[torch.Tensor], int]:
+        """The tensors of its weight, as csrc/blocks.cpp orders them, and the group size of int4 (else 0)."""
+        ...
+
+
 class LinearProvider(Protocol):
     """One way to compute x @ weight.T + bias. The reference is `torch.nn.functional.linear`."""
 
@@ -94,6 +103,10 @@ class Linear(nn.Module):
         if self.bias is not None or not isinstance(self._product, FindsLargest):
             return None
         return self._product.argmax(x)
+
+    def packed_operands(self) -> tuple[list[torch.Tensor], int] | None:
+        """As `Packed.packed_operands`; None where something else computes."""
+        return self._product.packed_operands() if isinstance(self._product, Packed) else None
 
     def matrices(self) -> list[Matrix]:
         return [Matrix(self.weight, self.bias)]

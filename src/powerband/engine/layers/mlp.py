@@ -38,6 +38,7 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.intermediate_size = intermediate_size
         self.gated: Callable[[torch.Tensor, str], torch.Tensor] = gated  # a device may have something faster
         self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=bias, dtype=dtype, device=device)
         self.down = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)

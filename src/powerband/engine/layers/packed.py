@@ -54,6 +54,9 @@ class PackedProduct:
         """residual [tokens, out_features] (contiguous) += product of x, rounded once."""
         torch.ops.powerband.linear_bf16_add(x.contiguous(), self.packed, self.bias, residual)
 
+    def packed_operands(self) -> tuple[list[torch.Tensor], int]:
+        return [tensor for tensor in (self.packed, self.bias) if tensor is not None], 0
+
     def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `FindsLargest.argmax`, of the product without bias."""
         ids, values = torch.ops.powerband.argmax_bf16(x.contiguous(), self.packed, self.out_features)

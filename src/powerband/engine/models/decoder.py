@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -64,6 +67,18 @@ class Decoder(nn.Module):
         return self.head.argmax(self.norm(hidden))
 
 
+class AttentionBlock(Protocol):
+    """A layer's first half: adds to hidden [tokens, hidden] what its attention makes of it."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        rotations: dict[RopeSpec, Rotation],
+        batch: AttentionBatch,
+        attention: AttentionBackend,
+    ) -> None: ...
+
+
 class DecoderLayer(nn.Module):
     """Attention, then MLP or experts, each with the norms that the family puts before and after it.
 
@@ -84,6 +99,9 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = _norm(spec, size, dtype, device) if before else None
         self.attention_post_norm = _norm(spec, size, dtype, device) if after else None
         self.mlp_post_norm = _norm(spec, size, dtype, device) if after else None
+        # A device may have each half in one operator.
+        self.attention_block: AttentionBlock | None = None
+        self.mlp_block: Callable[[torch.Tensor], None] | None = None
 
     def forward(
         self,
@@ -92,18 +110,36 @@ class DecoderLayer(nn.Module):
         batch: AttentionBatch,
         attention: AttentionBackend,
     ) -> torch.Tensor:
+        if self.attention_block is not None:
+            self.attention_block(hidden, rotations, batch, attention)
+        else:
+            self._attend(hidden, rotations, batch, attention)
+        if self.mlp_block is not None:
+            self.mlp_block(hidden)
+        else:
+            self._transform(hidden)
+        return hidden
+
+    def _attend(
+        self,
+        hidden: torch.Tensor,
+        rotations: dict[RopeSpec, Rotation],
+        batch: AttentionBatch,
+        attention: AttentionBackend,
+    ) -> None:
         x: torch.Tensor = self.attention_norm(hidden) if self.attention_norm is not None else hidden
         x = self.attention.heads(x, rotations, batch, attention)
         if self.attention_post_norm is not None:
             hidden.add_(self.attention_post_norm(self.attention.output(x)))
         else:
             self.attention.output.add_to(hidden, x)
-        x = self.mlp_norm(hidden) if self.mlp_norm is not None else hidden
+
+    def _transform(self, hidden: torch.Tensor) -> None:
+        x: torch.Tensor = self.mlp_norm(hidden) if self.mlp_norm is not None else hidden
         if self.mlp_post_norm is not None:
             hidden.add_(self.mlp_post_norm(self.mlp(x)))
         else:
             self.mlp.add_to(hidden, x)
-        return hidden
 
 
 class Attention(nn.Module):

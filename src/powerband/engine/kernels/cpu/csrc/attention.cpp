@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 #include "common.h"
+#include "output.h"
 #include "rotate_store.h"
 
 namespace powerband {
@@ -71,7 +73,7 @@ const void* float_or_bf16(const std::optional<Tensor>& t, bool wide, const char*
 
 bool is_wide(const std::optional<Tensor>& t) { return t.has_value() && type_of(*t) == ScalarType::Float; }
 
-ProjectedTokens checked_projection(Tensor& qkv, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+ProjectedTokens checked_projection(bf16* qkv, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                                    const std::optional<Tensor>& norm_weights, double eps, const KVCache& cache,
                                    int64_t num_heads, const Rows& rows) {
     const int64_t turned = num_heads + cache.num_kv_heads;
@@ -85,7 +87,7 @@ ProjectedTokens checked_projection(Tensor& qkv, const std::optional<Tensor>& cos
                    sin->size(-1) == rotary_dim && type_of(*cos) == type_of(*sin)),
           "attend: cos and sin must be [tokens, rotary_dim] and of one type");
     const bool wide_weights = is_wide(norm_weights), wide_rotation = is_wide(cos);
-    return {mutable_pointer<bf16>(qkv, "qkv"),
+    return {qkv,
             num_heads,
             cache,
             rows.slots,
@@ -204,25 +206,33 @@ Tensor attend(Tensor qkv, std::optional<Tensor> cos, std::optional<Tensor> sin, 
               double eps, Tensor cache, Tensor slots, Tensor query_starts, Tensor context_lens, Tensor block_tables,
               int64_t num_decodes, int64_t num_heads, int64_t num_kv_heads, double scale, int64_t window,
               double softcap, std::optional<Tensor> sinks) {
-    const KVCache blocks = checked_cache(cache, num_kv_heads);
-    check(num_heads > 0 && num_heads % num_kv_heads == 0, "attend: num_heads must be a multiple of num_kv_heads");
-    check(qkv.dim() == 2 && qkv.size(1) == (num_heads + 2 * num_kv_heads) * blocks.head_dim,
+    const AttentionArguments arguments{cos, sin, norm_weights, eps, cache, slots, query_starts, context_lens,
+                                       block_tables, num_decodes, num_heads, num_kv_heads, scale, window, softcap,
+                                       sinks};
+    const int64_t head_dim = arguments.head_dim();
+    check(num_heads > 0 && num_kv_heads > 0 && qkv.dim() == 2 &&
+              qkv.size(1) == (num_heads + 2 * num_kv_heads) * head_dim,
           "attend: qkv must be [tokens, (heads + 2 * KV heads) * head_dim]");
-    check(window >= 0 && softcap >= 0, "attend: window and softcap must not be negative");
-    const int64_t tokens = qkv.size(0);
-    const Rows rows =
-        checked_rows(slots, query_starts, context_lens, block_tables, num_decodes, tokens, blocks.num_blocks);
-    const ProjectedTokens projected =
-        checked_projection(qkv, cos, sin, norm_weights, eps, blocks, num_heads, rows);
-    const AttentionParams params{blocks, num_heads, static_cast<float>(scale), window, static_cast<float>(softcap),
-                                 checked_sinks(sinks, num_heads)};
-    Tensor out = torch::stable::new_empty(qkv, {tokens, num_heads * blocks.head_dim});
-    rotate_and_store(projected, rows);
-    Attending(rows, params, projected.qkv, projected.row_size(), mutable_pointer<bf16>(out, "out")).run();
+    Tensor out = new_output(qkv, {qkv.size(0), num_heads * head_dim});
+    attend_into(mutable_pointer<bf16>(qkv, "qkv"), qkv.size(0), arguments, mutable_pointer<bf16>(out, "out"));
     return out;
 }
 
 }  // namespace
+
+void attend_into(bf16* qkv, int64_t tokens, const AttentionArguments& a, bf16* out) {
+    const KVCache blocks = checked_cache(a.cache, a.num_kv_heads);
+    check(a.num_heads > 0 && a.num_heads % a.num_kv_heads == 0, "attend: num_heads must be a multiple of num_kv_heads");
+    check(a.window >= 0 && a.softcap >= 0, "attend: window and softcap must not be negative");
+    const Rows rows = checked_rows(a.slots, a.query_starts, a.context_lens, a.block_tables, a.num_decodes, tokens,
+                                   blocks.num_blocks);
+    const ProjectedTokens projected =
+        checked_projection(qkv, a.cos, a.sin, a.norm_weights, a.eps, blocks, a.num_heads, rows);
+    const AttentionParams params{blocks, a.num_heads, static_cast<float>(a.scale), a.window,
+                                 static_cast<float>(a.softcap), checked_sinks(a.sinks, a.num_heads)};
+    rotate_and_store(projected, rows);
+    Attending(rows, params, qkv, projected.row_size(), out).run();
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def(

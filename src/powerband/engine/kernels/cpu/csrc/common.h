@@ -11,6 +11,7 @@
 #include <string>
 
 #include "simd.h"
+#include "team.h"
 
 namespace powerband {
 
@@ -53,9 +54,8 @@ const T* pointer(const std::optional<Tensor>& t, const char* name) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs task(0) … task(count - 1), each once, on torch's threads. A thread takes the next task when it has finished one:
-// a core that somebody else uses gets fewer of them, and nobody waits for more than one task of it.
-// Tasks must not throw.
+// Runs task(0) … task(count - 1), each once, on as many threads as torch is set to. A thread takes the next task when it
+// has finished one: a core that somebody else uses gets fewer of them. Tasks must not throw.
 template <class F>
 void run_tasks(int64_t count, const F& task) {
     const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
@@ -63,13 +63,7 @@ void run_tasks(int64_t count, const F& task) {
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
     }
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t thread = begin; thread < end; ++thread)
-            for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
-                 i = next.fetch_add(1, std::memory_order_relaxed))
-                task(i);
-    });
+    run_on_team(count, threads, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &task);
 }
 
 }  // namespace powerband

@@ -1,5 +1,5 @@
 // The gated MLP's middle: activation(gate) * up in float32, rounded once. A row of gate_up is [gate | up].
-#include "common.h"
+#include "between.h"
 #include "output.h"
 
 namespace powerband {
@@ -51,9 +51,7 @@ void gated_part(const T* gate, const T* up, T* out, int64_t count) {
 
 // A task is some whole rows, or a part of a long one.
 template <class T, Activation kActivation>
-void gated_rows(const Tensor& gate_up, Tensor& out, int64_t rows, int64_t size) {
-    const T* from = pointer<T>(gate_up, "gate_up");
-    T* to = mutable_pointer<T>(out, "out");
+void gated_tasks(const T* from, T* to, int64_t rows, int64_t size) {
     const int64_t parts = std::max<int64_t>(1, ceil_div(size, kElementsPerTask));
     const int64_t part = ceil_div(size, parts * kLanes) * kLanes;
     const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(size, 1));
@@ -68,28 +66,32 @@ void gated_rows(const Tensor& gate_up, Tensor& out, int64_t rows, int64_t size) 
 }
 
 template <class T>
-void gated_as(const Tensor& gate_up, Tensor& out, int64_t rows, int64_t size, Activation activation) {
-    switch (activation) {
-        case Activation::kSilu: return gated_rows<T, Activation::kSilu>(gate_up, out, rows, size);
-        case Activation::kGeluTanh: return gated_rows<T, Activation::kGeluTanh>(gate_up, out, rows, size);
-        case Activation::kGelu: return gated_rows<T, Activation::kGelu>(gate_up, out, rows, size);
+void gated_as(const T* gate_up, T* out, int64_t rows, int64_t size, int64_t activation) {
+    check(0 <= activation && activation <= 2, "gated: the activation is 0 (silu), 1 (gelu_tanh) or 2 (gelu)");
+    switch (Activation{activation}) {
+        case Activation::kSilu: return gated_tasks<T, Activation::kSilu>(gate_up, out, rows, size);
+        case Activation::kGeluTanh: return gated_tasks<T, Activation::kGeluTanh>(gate_up, out, rows, size);
+        case Activation::kGelu: return gated_tasks<T, Activation::kGelu>(gate_up, out, rows, size);
     }
 }
 
 Tensor gated(Tensor gate_up, int64_t activation) {
     check(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gated: gate_up must be [rows, 2 * size]");
-    check(0 <= activation && activation <= 2, "gated: the activation is 0 (silu), 1 (gelu_tanh) or 2 (gelu)");
     const int64_t rows = gate_up.size(0), size = gate_up.size(1) / 2;
     Tensor out = new_output(gate_up, {rows, size});
     if (type_of(gate_up) == ScalarType::Float) {
-        gated_as<float>(gate_up, out, rows, size, Activation{activation});
+        gated_as(pointer<float>(gate_up, "gate_up"), mutable_pointer<float>(out, "out"), rows, size, activation);
     } else {
-        gated_as<bf16>(gate_up, out, rows, size, Activation{activation});
+        gated_as(pointer<bf16>(gate_up, "gate_up"), mutable_pointer<bf16>(out, "out"), rows, size, activation);
     }
     return out;
 }
 
 }  // namespace
+
+void gated_rows(const Activations& gate_up, int64_t activation, bf16* out) {
+    gated_as(gate_up.data, out, gate_up.rows, gate_up.features / 2, activation);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) { m.def("gated(Tensor gate_up, int activation) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) { m.impl("gated", TORCH_BOX(&gated)); }

@@ -6,6 +6,7 @@
 #include "common.h"
 #include "gemm_bf16.h"
 #include "largest.h"
+#include "linear.h"
 #include "linear_epilogue.h"
 #include "output.h"
 
@@ -92,17 +93,15 @@ struct Input {
     int64_t rows, stride;
 };
 
-Input input(const Tensor& x, int64_t k) {
+Input input(const Activations& x, int64_t k) {
     thread_local Scratch<bf16> scratch;
-    const bf16* data = pointer<bf16>(x, "x");
-    const int64_t rows = x.size(0), width = x.size(1);
-    if (width == k) return {data, rows, k};
-    bf16* padded = scratch.get(rows * k);
-    for (int64_t row = 0; row < rows; ++row) {
-        std::copy(data + row * width, data + (row + 1) * width, padded + row * k);
-        std::fill(padded + row * k + width, padded + (row + 1) * k, bf16{0});
+    if (x.features == k) return {x.data, x.rows, k};
+    bf16* padded = scratch.get(x.rows * k);
+    for (int64_t row = 0; row < x.rows; ++row) {
+        std::copy(x.data + row * x.features, x.data + (row + 1) * x.features, padded + row * k);
+        std::fill(padded + row * k + x.features, padded + (row + 1) * k, bf16{0});
     }
-    return {padded, rows, k};
+    return {padded, x.rows, k};
 }
 
 // How the result is shared out. A task is some rows by some pairs of panels; those that read the same weights follow
@@ -143,34 +142,29 @@ void multiply(const Input& x, const Panels& panels, const Epilogue& epilogue) {
     run_tasks(shares.tasks, [&](int64_t task) { multiply_share(x, panels, shares, task, epilogue); });
 }
 
-Panels checked(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t columns) {
-    check(x.dim() == 2, "x must be [rows, in_features]");
-    check_packed(packed, columns, x.size(1));
+Panels checked(const Activations& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t columns) {
+    check_packed(packed, columns, x.features);
     check(!bias || (bias->dim() == 1 && bias->size(0) == columns), "bias must be [out_features]");
     return {pointer<bf16>(packed, "packed"), columns, packed.size(1) * 2};
 }
 
 Tensor linear_bf16(Tensor x, Tensor packed, std::optional<Tensor> bias, int64_t columns) {
-    const Panels panels = checked(x, packed, bias, columns);
-    const Input rows = input(x, panels.k);
-    Tensor out = new_output(x, {x.size(0), columns});
-    const StoreRows store{pointer<bf16>(bias, "bias"), mutable_pointer<bf16>(out, "out"), columns};
-    multiply(rows, panels, store);
+    const Activations rows = activations(x);
+    check_packed(packed, columns, rows.features);  // before memory is taken for so many
+    Tensor out = new_output(x, {rows.rows, columns});
+    multiply_bf16(rows, packed, bias, {mutable_pointer<bf16>(out, "out"), columns, false});
     return out;
 }
 
 void linear_bf16_add(Tensor x, Tensor packed, std::optional<Tensor> bias, Tensor residual) {
-    check(residual.dim() == 2 && x.dim() == 2 && residual.size(0) == x.size(0), "residual must have as many rows as x");
-    const int64_t columns = residual.size(1);
-    const Panels panels = checked(x, packed, bias, columns);
-    const StoreRows to{pointer<bf16>(bias, "bias"), mutable_pointer<bf16>(residual, "residual"), columns};
-    multiply(input(x, panels.k), panels, AddRows{to});
+    const Activations rows = activations(x);
+    multiply_bf16(rows, packed, bias, residual_of(residual, rows));
 }
 
 std::tuple<Tensor, Tensor> argmax_bf16(Tensor x, Tensor packed, int64_t columns) {
     check(columns > 0 && columns < 1 << 30, "out_features must be 1 to 2^30");
-    const Panels panels = checked(x, packed, std::nullopt, columns);
-    const Input rows = input(x, panels.k);
+    const Panels panels = checked(activations(x), packed, std::nullopt, columns);
+    const Input rows = input(activations(x), panels.k);
     Tensor ids = torch::stable::new_empty(x, {rows.rows}, ScalarType::Long);
     Tensor values = torch::stable::new_empty(x, {rows.rows}, ScalarType::Float);
     int64_t* to_ids = mutable_pointer<int64_t>(ids, "ids");
@@ -196,6 +190,16 @@ std::tuple<Tensor, Tensor> argmax_bf16(Tensor x, Tensor packed, int64_t columns)
 }
 
 }  // namespace
+
+void multiply_bf16(const Activations& x, const Tensor& packed, const std::optional<Tensor>& bias, const Result& result) {
+    const Panels panels = checked(x, packed, bias, result.features);
+    const StoreRows store{pointer<bf16>(bias, "bias"), result.data, result.features};
+    if (result.add) {
+        multiply(input(x, panels.k), panels, AddRows{store});
+    } else {
+        multiply(input(x, panels.k), panels, store);
+    }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def("pack_bf16(Tensor weight) -> Tensor");

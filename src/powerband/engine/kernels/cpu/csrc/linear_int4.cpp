@@ -3,6 +3,7 @@
 
 #include "int4_dot.h"
 #include "int4_expand.h"
+#include "linear.h"
 #include "linear_epilogue.h"
 #include "output.h"
 #include "scratch.h"
@@ -151,10 +152,10 @@ void compute(Product& product, const bf16* x, int64_t depth, int64_t group_size)
 
 // ---- operators
 
-Product checked(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+Product checked(const Activations& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                 const std::optional<Tensor>& bias, int64_t columns, int64_t group_size) {
-    check(x.dim() == 2 && packed.dim() == 4 && scales.dim() == 3, "linear_int4: x, packed and scales have 2, 4, 3 axes");
-    const int64_t depth = x.size(1), panels = packed.size(0), blocks = packed.size(1);
+    check(packed.dim() == 4 && scales.dim() == 3, "linear_int4: packed and scales have 4 and 3 axes");
+    const int64_t depth = x.features, panels = packed.size(0), blocks = packed.size(1);
     check(depth > 0 && columns > 0 && panels == ceil_div(columns, kLanes), "linear_int4: packed must have out_features");
     check(blocks == ceil_div(depth, kBlockDepth) && packed.size(2) == kLanes && packed.size(3) == 4,
           "linear_int4: packed must be as deep as x is wide");
@@ -169,28 +170,26 @@ Product checked(const Tensor& x, const Tensor& packed, const Tensor& scales, con
     check(!bias || (bias->dim() == 1 && bias->size(0) == columns), "linear_int4: bias must have out_features");
     const Int4Panels weights{pointer<uint8_t>(packed, "packed"), pointer<float>(scales, "scales"),
                              pointer<uint8_t>(zeros, "zeros"), blocks, groups, ceil_div(group_size, kBlockDepth)};
-    return Product{weights, {}, x.size(0), columns, pointer<bf16>(bias, "bias"), nullptr, false};
+    return Product{weights, {}, x.rows, columns, pointer<bf16>(bias, "bias"), nullptr, false};
 }
 
 Tensor linear_int4(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
                    int64_t out_features, int64_t group_size) {
-    Product product = checked(x, packed, scales, zeros, bias, out_features, group_size);
-    const bf16* from = pointer<bf16>(x, "x");
-    Tensor out = new_output(x, {product.rows, out_features});
-    product.out = mutable_pointer<bf16>(out, "out");
-    if (product.rows > 0) compute(product, from, x.size(1), std::min(group_size, x.size(1)));
+    const Activations rows = activations(x);
+    checked(rows, packed, scales, zeros, bias, out_features, group_size);  // before memory is taken for so many
+    Tensor out = new_output(x, {rows.rows, out_features});
+    const Result result{mutable_pointer<bf16>(out, "out"), out_features, false};
+    multiply_int4(rows, packed, scales, zeros, bias, group_size, result);
     return out;
 }
 
 void linear_int4_add(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
                      int64_t out_features, int64_t group_size, Tensor residual) {
-    Product product = checked(x, packed, scales, zeros, bias, out_features, group_size);
-    check(residual.dim() == 2 && residual.size(0) == product.rows && residual.size(1) == out_features,
-          "linear_int4_add: residual must be [rows, out_features]");
-    const bf16* from = pointer<bf16>(x, "x");
-    product.out = mutable_pointer<bf16>(residual, "residual");
-    product.add = true;
-    if (product.rows > 0) compute(product, from, x.size(1), std::min(group_size, x.size(1)));
+    const Activations rows = activations(x);
+    const Result result = residual_of(residual, rows);
+    checked(rows, packed, scales, zeros, bias, out_features, group_size);
+    check(result.features == out_features, "residual must be [rows of x, out_features]");
+    multiply_int4(rows, packed, scales, zeros, bias, group_size, result);
 }
 
 // values [columns][depth], 0 … 15. Columns and steps of K that fill the last panel and block are zero.
@@ -246,6 +245,14 @@ Tensor unpack_int4(Tensor packed, int64_t columns, int64_t depth) {
 }
 
 }  // namespace
+
+void multiply_int4(const Activations& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                   const std::optional<Tensor>& bias, int64_t group_size, const Result& result) {
+    Product product = checked(x, packed, scales, zeros, bias, result.features, group_size);
+    product.out = result.data;
+    product.add = result.add;
+    if (x.rows > 0) compute(product, x.data, x.features, std::min(group_size, x.features));
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def("pack_int4(Tensor values) -> Tensor");

@@ -3,6 +3,7 @@
 
 #include "gemm_int8.h"
 #include "gemm_int8_amx.h"
+#include "linear.h"
 #include "output.h"
 
 namespace powerband {
@@ -80,7 +81,8 @@ Tensor unpack_int8(Tensor packed, int64_t out_features, int64_t in_features) {
 // ---- the product
 
 struct Operands {
-    const Tensor &x, &packed, &scales, &sums;
+    const Activations& x;
+    const Tensor &packed, &scales, &sums;
     const std::optional<Tensor>& bias;
     int64_t out_features;
 };
@@ -89,11 +91,11 @@ struct Operands {
 Int8Product quantized(const Operands& operands, bool tiles) {
     thread_local Scratch<int8_t> values_scratch;
     thread_local Scratch<float> scales_scratch;
-    const int64_t rows = operands.x.size(0), in_features = operands.x.size(1), k = padded_features(in_features);
+    const int64_t rows = operands.x.rows, in_features = operands.x.features, k = padded_features(in_features);
     const int64_t rows_with_memory = ceil_div(rows, 32) * 32;  // tiles read whole blocks of rows
     int8_t* values = values_scratch.get(rows_with_memory * k);
     float* scales = scales_scratch.get(rows);
-    quantize_rows(pointer<bf16>(operands.x, "x"), rows, in_features, values, k, scales, tiles ? 0 : kFlip);
+    quantize_rows(operands.x.data, rows, in_features, values, k, scales, tiles ? 0 : kFlip);
     return Int8Product{
         .x = values,
         .x_scales = scales,
@@ -111,8 +113,7 @@ Int8Product quantized(const Operands& operands, bool tiles) {
 }
 
 void check_operands(const Operands& o) {
-    check(o.x.dim() == 2, "linear_int8: x must be [rows, in]");
-    check_packed(o.packed, o.out_features, o.x.size(1));
+    check_packed(o.packed, o.out_features, o.x.features);
     check(o.scales.dim() == 1 && o.scales.size(0) == o.out_features, "linear_int8: scales must be [out]");
     check(o.sums.dim() == 1 && o.sums.size(0) == o.out_features, "linear_int8: sums must be [out]");
     check(!o.bias || (o.bias->dim() == 1 && o.bias->size(0) == o.out_features), "linear_int8: bias must be [out]");
@@ -145,39 +146,28 @@ struct Shares {
     }
 };
 
-void multiply_into(const Operands& operands, Tensor& out, bool add) {
-    if (operands.x.size(0) == 0) return;
-    const bool tiles = use_tiles(operands.x.size(0));
-    Int8Product product = quantized(operands, tiles);
-    product.out = mutable_pointer<bf16>(out, "out");
-    product.add = add;
-    const Shares shares(product);
-    run_tasks(shares.tasks, [&](int64_t task) { multiply_part(product, shares.part(task), tiles); });
-}
-
 Tensor linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums, std::optional<Tensor> bias,
                    int64_t out_features) {
-    const Operands operands{x, packed, scales, sums, bias, out_features};
-    check_operands(operands);
-    Tensor out = new_output(x, {x.size(0), out_features});
-    multiply_into(operands, out, false);
+    const Activations rows = activations(x);
+    check_packed(packed, out_features, rows.features);  // before memory is taken for so many
+    Tensor out = new_output(x, {rows.rows, out_features});
+    multiply_int8(rows, packed, scales, sums, bias, {mutable_pointer<bf16>(out, "out"), out_features, false});
     return out;
 }
 
 void linear_int8_add(Tensor x, Tensor packed, Tensor scales, Tensor sums, std::optional<Tensor> bias, Tensor residual) {
-    check(residual.dim() == 2 && residual.size(0) == x.size(0), "linear_int8_add: residual must be [rows, out]");
-    const Operands operands{x, packed, scales, sums, bias, residual.size(1)};
-    check_operands(operands);
-    multiply_into(operands, residual, true);
+    const Activations rows = activations(x);
+    multiply_int8(rows, packed, scales, sums, bias, residual_of(residual, rows));
 }
 
 // ids int64 [rows] and values float32 [rows] of the largest results.
 std::tuple<Tensor, Tensor> argmax_int8(Tensor x, Tensor packed, Tensor scales, Tensor sums) {
     const std::optional<Tensor> no_bias;
     check(scales.dim() == 1 && scales.size(0) < 1 << 30, "argmax_int8: scales must be [out], of fewer than 2^30");
-    const Operands operands{x, packed, scales, sums, no_bias, scales.size(0)};
+    const Activations from = activations(x);
+    const Operands operands{from, packed, scales, sums, no_bias, scales.size(0)};
     check_operands(operands);
-    const int64_t rows = x.size(0);
+    const int64_t rows = from.rows;
     Tensor ids = torch::stable::new_empty(x, {rows}, ScalarType::Long);
     Tensor values = torch::stable::new_empty(x, {rows}, ScalarType::Float);
     if (rows == 0) return {ids, values};
@@ -206,6 +196,19 @@ std::tuple<Tensor, Tensor> argmax_int8(Tensor x, Tensor packed, Tensor scales, T
 }
 
 }  // namespace
+
+void multiply_int8(const Activations& x, const Tensor& packed, const Tensor& scales, const Tensor& sums,
+                   const std::optional<Tensor>& bias, const Result& result) {
+    const Operands operands{x, packed, scales, sums, bias, result.features};
+    check_operands(operands);
+    if (x.rows == 0) return;
+    const bool tiles = use_tiles(x.rows);
+    Int8Product product = quantized(operands, tiles);
+    product.out = result.data;
+    product.add = result.add;
+    const Shares shares(product);
+    run_tasks(shares.tasks, [&](int64_t task) { multiply_part(product, shares.part(task), tiles); });
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def("pack_int8(Tensor values) -> Tensor");

@@ -1,0 +1,26 @@
+// A layer's attention as other operators call it: attention.cpp.
+#pragma once
+
+#include "common.h"
+
+namespace powerband {
+
+// What the operator `attend` is given beside qkv.
+struct AttentionArguments {
+    const std::optional<Tensor>&cos, &sin, &norm_weights;
+    double eps;
+    Tensor& cache;
+    const Tensor &slots, &query_starts, &context_lens, &block_tables;
+    int64_t num_decodes, num_heads, num_kv_heads;
+    double scale;
+    int64_t window;
+    double softcap;
+    const std::optional<Tensor>& sinks;
+
+    int64_t head_dim() const { return cache.dim() == 3 ? cache.size(2) / 64 : 0; }
+};
+
+// qkv [tokens][(num_heads + 2 * num_kv_heads) * head_dim], which is used up → out [tokens][num_heads * head_dim].
+void attend_into(bf16* qkv, int64_t tokens, const AttentionArguments& arguments, bf16* out);
+
+}  // namespace powerband

@@ -1,0 +1,72 @@
+"""A layer's halves as one operator each: what they give is what their parts give one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines_for_tests import TestEngine
+from models_for_tests import random_model, save
+
+from powerband.engine.kernels.cpu import library
+from powerband.engine.models.decoder import Decoder
+
+PROMPTS = [[5, 6], list(range(40)), list(range(20, 150)), [7, 9] * 35]
+SETTINGS = {
+    "block_size": 32,
+    "kv_cache_memory": "8MiB",
+    "max_num_batched_tokens": 48,
+    "dtype": "bfloat16",
+    "attention_backend": "cpu",
+    "enable_prefix_caching": False,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels() -> None:
+    status = library.load()
+    if status.tier is None:
+        pytest.skip(f"no CPU kernels: {status.reason}")
+
+
+def logprobs(engine: TestEngine) -> torch.Tensor:
+    """Of every token of every prompt and of what follows, the requests running side by side in chunks."""
+    ids = [engine.add(prompt, max_tokens=4, prompt_logprobs=0, logprobs=0, ignore_eos=True) for prompt in PROMPTS]
+    outputs = [output for each in engine.run().values() for output in each]
+    assert len(ids) == len(PROMPTS)
+    entries = [entry for output in outputs for entry in (*(output.prompt_logprobs or ()), *(output.logprobs or ()))]
+    return torch.tensor([entry.logprobs[0] for entry in entries if entry])
+
+
+def take_apart(model: Decoder) -> tuple[int, int]:
+    """The model computes part by part from now on. Returns how many halves were one operator, by kind."""
+    counts = [0, 0]
+    for layer in model.layers:
+        counts[0] += layer.attention_block is not None
+        counts[1] += layer.mlp_block is not None
+        layer.attention_block = layer.mlp_block = None
+    return counts[0], counts[1]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gpt_oss"])
+def test_blocks_give_what_their_parts_give(family: str, quantization: str, tmp_path: Path) -> None:
+    model = random_model(family, initializer_range=0.1, head_dim=32)
+    with TestEngine(save(model, tmp_path), quantization=quantization, **SETTINGS) as engine:
+        together = logprobs(engine)
+        decoder = engine.engine.executor.runner.model
+        num_layers = len(decoder.layers)
+        assert take_apart(decoder) == (num_layers, 0 if family == "gpt_oss" else num_layers)
+        apart = logprobs(engine)
+    # Norms after the sublayer are added before they are rounded; everything else is the same to the bit.
+    if family == "gemma2":
+        assert (together - apart).abs().mean() < 0.02
+    else:
+        assert torch.equal(together, apart)
+
+
+def test_norms_over_all_heads_stay_apart(tmp_path: Path) -> None:
+    with TestEngine(save(random_model("olmo2", head_dim=32), tmp_path), quantization="none", **SETTINGS) as engine:
+        decoder = engine.engine.executor.runner.model
+        assert take_apart(decoder) == (0, len(decoder.layers))
