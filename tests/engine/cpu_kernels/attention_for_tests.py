@@ -1,4 +1,7 @@
-"""Requests with known queries, keys and values, and what attention over them is, written out in float64."""
+"""Requests with known queries, keys and values, and what attention over them is, written out in float64.
+
+With an int8 cache the expected result is that of the keys and values as they are after quantization.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ class World:
     works: (context length after the step, new tokens), decodes first. What nobody owns is not a number.
     """
 
-    def __init__(self, works: list[tuple[int, int]], shape: AttentionShape, *, seed: int = 1) -> None:
+    def __init__(
+        self, works: list[tuple[int, int]], shape: AttentionShape, *, seed: int = 1, int8: bool = False
+    ) -> None:
+        self.int8 = int8
         generator = torch.Generator().manual_seed(seed)
         self.works, self.shape = works, shape
         sizes = [-(-context // BLOCK) for context, _ in works]
@@ -77,14 +83,14 @@ class World:
 
     def backend(self) -> CpuAttention:
         """With everything in its cache that was there before the step."""
-        backend = CpuAttention()
+        backend = CpuAttention("int8" if self.int8 else "auto")
         backend.allocate(1, self.num_blocks, self.shape, torch.bfloat16)
         cache = backend._cache[0]
-        cache.fill_(float("nan"))
+        cache.view(torch.int8).fill_(-1)  # a NaN, as bfloat16 and as float32
         for row, (context, new) in enumerate(self.works):
             before = context - new
             keys, values = self.keys[row][:before], self.values[row][:before]
-            store(cache, self.slots(row, 0, before), keys, values)
+            (store_int8 if self.int8 else store)(cache, self.slots(row, 0, before), keys, values)
         return backend
 
     def qkv(self) -> torch.Tensor:
@@ -100,7 +106,8 @@ class World:
         return self.backend().attend_unrotated(0, self.qkv(), None, None, self.batch(), self.shape, sinks)
 
     def expected(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
-        rows = zip(self.queries, self.keys, self.values, strict=True)
+        held = [[dequantized(t) if self.int8 else t for t in tensors] for tensors in (self.keys, self.values)]
+        rows = zip(self.queries, *held, strict=True)
         return torch.cat([oracle(q, k, v, self.shape, sinks) for q, k, v in rows])
 
 
@@ -113,6 +120,27 @@ def store(cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: 
         block, offset = divmod(slot, BLOCK)
         k[block, :, :, offset] = key.unflatten(-1, (size // 2, 2))
         v[block, :, offset // 2, :, offset % 2] = value
+
+
+def quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [..., size] → int8 numbers, and what they are multiples of [..., 1] float32."""
+    scales = rows.float().abs().amax(-1, keepdim=True) / 127
+    return (rows.float() / scales.where(scales > 0, 1)).round().to(torch.int8), scales
+
+
+def dequantized(rows: torch.Tensor) -> torch.Tensor:
+    numbers, scales = quantized(rows)
+    return numbers * scales
+
+
+def store_int8(cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """As `store`, to a cache in int8."""
+    size = keys.shape[-1]
+    (key_numbers, key_scales), (value_numbers, value_scales) = quantized(keys), quantized(values)
+    store(cache[:, :, : 2 * BLOCK * size], slots, key_numbers, value_numbers)
+    scales = cache[:, :, 2 * BLOCK * size :].view(torch.float32)
+    scales[slots // BLOCK, :, slots % BLOCK] = key_scales[..., 0]
+    scales[slots // BLOCK, :, BLOCK + slots % BLOCK] = value_scales[..., 0]
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,11 +1,14 @@
 """Attention by our C++ kernels, for CPUs and bfloat16: each layer's is one operator (kernels/cpu/csrc/attention.cpp).
 
     cache of a layer: [num_blocks, num_kv_heads, 64 * head_dim], a KV head's part of a block as in csrc/kv_layout.h
+    in int8:          [num_blocks, num_kv_heads, 64 * (head_dim + 4)], each key and value with a scale in float32
 
 That part is what dot products of bfloat16 and matrix tiles take as it lies, so nothing is rearranged to read it.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
@@ -15,6 +18,7 @@ from powerband.engine.memory import huge_empty
 
 BLOCK_SIZE = 32
 _MAX_HEAD_DIM = 256
+_SCALE_BYTES = torch.float32.itemsize
 
 
 def obstacle(kernels: KernelStatus, dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
@@ -31,16 +35,21 @@ def obstacle(kernels: KernelStatus, dtype: torch.dtype, block_size: int, head_di
 
 
 class CpuAttention:
-    """AttentionBackend by C++ kernels. Whatever comes from a request is checked by the operator: RuntimeError."""
+    """AttentionBackend by C++ kernels. Whatever comes from a request is checked by the operator: RuntimeError.
+
+    kv_cache_dtype: what keys and values are held in; "auto": bfloat16.
+    """
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, kv_cache_dtype: Literal["auto", "int8"] = "auto") -> None:
+        self._is_int8 = kv_cache_dtype == "int8"
         self._cache: list[torch.Tensor] = []
 
     def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
-        size = (num_layers, num_blocks, shape.num_kv_heads, 2 * BLOCK_SIZE * shape.head_dim)
-        self._cache = list(huge_empty(size, dtype).unbind(0))
+        per_position = shape.head_dim + _SCALE_BYTES if self._is_int8 else shape.head_dim
+        size = (num_layers, num_blocks, shape.num_kv_heads, 2 * BLOCK_SIZE * per_position)
+        self._cache = list(huge_empty(size, torch.int8 if self._is_int8 else dtype).unbind(0))
 
     def begin(self, batch: AttentionBatch) -> None:
         """Nothing to prepare: the operator reads the batch."""

@@ -64,7 +64,7 @@ class TorchExecutor:
         self.depth = 2 if config.overlap else 1
         self.relay = 1 if config.overlap else 0
         self.providers: dict[str, int] = {}  # projections by who computes them
-        self.attention = make_backend(config.attention, config.block_size, config.device)
+        self.attention = make_backend(config.attention, config.block_size, config.device, config.kv_cache_dtype)
         self._progress = progress or (lambda _name, _fraction: None)
         self._runner: ModelRunner | None = None
         threaded = config.overlap and config.device.type == "cpu"

@@ -58,13 +58,18 @@ Rows checked_rows(const Tensor& slots, const Tensor& query_starts, const Tensor&
 }
 
 KVCache checked_cache(Tensor& cache, int64_t num_kv_heads) {
+    const bool is_int8 = type_of(cache) == ScalarType::Char;
     check(cache.dim() == 3 && cache.size(1) == num_kv_heads && num_kv_heads > 0,
-          "attend: cache must be [blocks, KV heads, 64 * head_dim]");
-    const int64_t head_dim = cache.size(2) / (2 * kBlockTokens);
-    check(cache.size(2) == head_dim * 2 * kBlockTokens && head_dim % 32 == 0 && 0 < head_dim && head_dim <= kMaxHeadDim,
+          "attend: cache must be [blocks, KV heads, 64 * head_dim] in bfloat16, [.., .., 64 * (head_dim + 4)] in int8");
+    const int64_t per_position = cache.size(2) / (2 * kBlockTokens);
+    const int64_t head_dim = is_int8 ? per_position - kScaleBytes : per_position;
+    check(cache.size(2) == per_position * 2 * kBlockTokens && head_dim % 32 == 0 && 0 < head_dim &&
+              head_dim <= kMaxHeadDim,
           "attend: head_dim must be a multiple of 32, at most 256");
-    auto* base = reinterpret_cast<uint8_t*>(mutable_pointer<bf16>(cache, "cache"));
-    return {base, cache.size(0), num_kv_heads, head_dim};
+    auto* base = is_int8 ? reinterpret_cast<uint8_t*>(mutable_pointer<int8_t>(cache, "cache"))
+                         : reinterpret_cast<uint8_t*>(mutable_pointer<bf16>(cache, "cache"));
+    check(reinterpret_cast<uintptr_t>(base) % alignof(float) == 0, "attend: cache must be aligned");
+    return {base, cache.size(0), num_kv_heads, head_dim, is_int8};
 }
 
 const void* float_or_bf16(const std::optional<Tensor>& t, bool wide, const char* name) {

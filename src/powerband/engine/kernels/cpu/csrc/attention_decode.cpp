@@ -1,8 +1,12 @@
 // Decode attention at the speed of memory: query heads that share a KV head are computed together, so that each block
 // is read once; softmax runs along block by block (online), and the next block is fetched while one is computed.
+//
+// Over an int8 cache queries and weights are int16: products are of pairs of numbers as with bf16, but exact.
 #include "attention_decode.h"
 
 #include <algorithm>
+
+#include "kv_int8.h"
 
 namespace powerband {
 namespace {
@@ -15,48 +19,82 @@ constexpr int kAccumulators = 16;    // of 32 registers
 constexpr int kAccumulators = 4;     // of 16 registers half as wide
 #endif
 
+// What a cache of Element is multiplied with, and what the sums are.
+template <class Element>
+struct Operands;
+template <>
+struct Operands<bf16> {
+    using Number = bf16;
+    using Sum = f32x16;
+};
+template <>
+struct Operands<int8_t> {
+    using Number = int16_t;
+    using Sum = i32x16;
+};
+template <class Element>
+using NumberOf = typename Operands<Element>::Number;
+template <class Element>
+using SumOf = typename Operands<Element>::Sum;
+
 // One block, as the query sees it: positions [first, end) of 32.
+template <class Element>
 struct Block {
-    const bf16 *keys, *values;
-    const bf16 *next_keys, *next_values;  // fetched meanwhile
+    const Element *keys, *values;
+    const Element *next_keys, *next_values;  // fetched meanwhile
+    const float *scales, *next_scales;       // int8 only
     int first, end;
 };
 
 // The state of the online softmax of one query head: weights are relative to the largest score so far.
+template <class Element>
 struct Head {
-    const bf16* q;
+    const NumberOf<Element>* q;
+    float scale;  // of products with q
     float* sums;  // [head_dim] sum of weight * value
     f32x16 total;
     float largest;
 };
 
-POWERBAND_INLINE u16x32 load_pairs(const bf16* p) {
-    u16x32 v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
+// What a block's values are multiplied with: weights are step * numbers.
+template <class Element>
+struct Weights {
+    alignas(64) NumberOf<Element> numbers[kBlockTokens];
+    float step;    // int8 only
+    float factor;  // of the sums so far
+};
 
-// Elements 2i and 2i + 1 in every pair of lanes.
-POWERBAND_INLINE u16x32 broadcast_pair(const bf16* p) {
+// Elements 0 and 1 in every pair of lanes.
+template <class Number>
+POWERBAND_INLINE auto broadcast_pair(const Number* p) {
+    using Vector = std::conditional_t<std::is_same_v<Number, bf16>, u16x32, i16x32>;
     uint32_t pair;
     std::memcpy(&pair, p, sizeof pair);
-    return as<u16x32>(u32x16{} + pair);
+    return as<Vector>(u32x16{} + pair);
 }
 
-// scores[g] = keys . q of head g, for 32 positions. Rows of keys are 32 positions of two dimensions.
-template <int G, bool kFetch>
-POWERBAND_INLINE void score(const Block& block, const Head* heads, int64_t head_dim, f32x16 (&scores)[G][2]) {
+// 32 elements, of which a fetch brings 64 bytes.
+template <class Element>
+POWERBAND_INLINE void prefetch_row(const Element* p) {
+    prefetch(p);
+    if constexpr (sizeof(Element) == 2) prefetch(p + 32);
+}
+
+// scores[g] = scale * keys . q of head g, for 32 positions. Rows of keys are 32 positions of two dimensions.
+template <int G, bool kFetch, class Element>
+POWERBAND_INLINE void score(const Block<Element>& block, const Head<Element>* heads, int64_t head_dim,
+                            f32x16 (&scores)[G][2]) {
     constexpr int kChains = G == 1 ? 4 : G <= 3 ? 2 : 1;  // a sum is begun that often: dot products take several cycles
-    f32x16 sums[kChains][G][2] = {};
+    SumOf<Element> sums[kChains][G][2] = {};
     for (int64_t d = 0; d < head_dim; d += 2 * kChains) {
 #pragma GCC unroll 4
         for (int c = 0; c < kChains; ++c) {
             const int64_t at = (d / 2 + c) * 2 * kBlockTokens;
-            if (kFetch) prefetch(block.next_keys + at), prefetch(block.next_keys + at + 32);
-            const u16x32 low = load_pairs(block.keys + at), high = load_pairs(block.keys + at + 32);
+            if (kFetch) prefetch_row(block.next_keys + at);
+            const auto low = load_pairs(block.keys + at), high = load_pairs(block.keys + at + 32);
 #pragma GCC unroll 8
             for (int g = 0; g < G; ++g) {
-                const u16x32 pair = broadcast_pair(heads[g].q + d + 2 * c);
+                const auto pair = broadcast_pair(heads[g].q + d + 2 * c);
                 sums[c][g][0] = dot(sums[c][g][0], pair, low);
                 sums[c][g][1] = dot(sums[c][g][1], pair, high);
             }
@@ -66,32 +104,38 @@ POWERBAND_INLINE void score(const Block& block, const Head* heads, int64_t head_
     for (int g = 0; g < G; ++g)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-            scores[g][half] = sums[0][g][half];
+            SumOf<Element> all = sums[0][g][half];
 #pragma GCC unroll 4
-            for (int c = 1; c < kChains; ++c) scores[g][half] += sums[c][g][half];
+            for (int c = 1; c < kChains; ++c) all += sums[c][g][half];
+            if constexpr (std::is_same_v<Element, int8_t>)
+                scores[g][half] = convert<f32x16>(all) * heads[g].scale * load(block.scales + half * kLanes);
+            else
+                scores[g][half] = all * heads[g].scale;
         }
 }
 
 // sums = sums * factor + weights . values, for columns [begin, begin + 16 * C) of all heads.
-template <int G, int C, bool kFetch>
-POWERBAND_INLINE void weigh(const Block& block, Head* heads, const bf16 (*weights)[kBlockTokens], const float* factors,
-                  int64_t head_dim, int64_t begin) {
-    f32x16 sums[G][C];
+template <int G, int C, bool kFetch, class Element>
+POWERBAND_INLINE void weigh(const Block<Element>& block, Head<Element>* heads, const Weights<Element>* weights,
+                            int64_t head_dim, int64_t begin) {
+    constexpr bool kInt8 = std::is_same_v<Element, int8_t>;
+    SumOf<Element> sums[G][C] = {};
+    if constexpr (!kInt8)
 #pragma GCC unroll 8
-    for (int g = 0; g < G; ++g)
+        for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sums[g][c] = load(heads[g].sums + begin + c * kLanes) * factors[g];
+            for (int c = 0; c < C; ++c) sums[g][c] = load(heads[g].sums + begin + c * kLanes) * weights[g].factor;
     for (int pair = 0; pair < kBlockTokens / 2; ++pair) {
         const int64_t at = (pair * head_dim + begin) * 2;
-        u16x32 values[C];
+        decltype(load_pairs(block.values)) values[C];
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
-            if (kFetch) prefetch(block.next_values + at + c * 32);
+            if (kFetch && (!kInt8 || c % 2 == 0)) prefetch(block.next_values + at + c * 32);
             values[c] = load_pairs(block.values + at + c * 32);
         }
 #pragma GCC unroll 8
         for (int g = 0; g < G; ++g) {
-            const u16x32 weight = broadcast_pair(weights[g] + 2 * pair);
+            const auto weight = broadcast_pair(weights[g].numbers + 2 * pair);
 #pragma GCC unroll 8
             for (int c = 0; c < C; ++c) sums[g][c] = dot(sums[g][c], weight, values[c]);
         }
@@ -99,55 +143,72 @@ POWERBAND_INLINE void weigh(const Block& block, Head* heads, const bf16 (*weight
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) store(heads[g].sums + begin + c * kLanes, sums[g][c]);
+        for (int c = 0; c < C; ++c) {
+            float* to = heads[g].sums + begin + c * kLanes;
+            if constexpr (kInt8)
+                store(to, load(to) * weights[g].factor + convert<f32x16>(sums[g][c]) * weights[g].step);
+            else
+                store(to, sums[g][c]);
+        }
 }
 
 // All columns from `begin` on, C vectors at a time, then with half as many.
-template <int G, int C, bool kFetch>
-POWERBAND_INLINE void weigh_from(const Block& block, Head* heads, const bf16 (*weights)[kBlockTokens], const float* factors,
-                       int64_t head_dim, int64_t begin) {
+template <int G, int C, bool kFetch, class Element>
+POWERBAND_INLINE void weigh_from(const Block<Element>& block, Head<Element>* heads, const Weights<Element>* weights,
+                                 int64_t head_dim, int64_t begin) {
     if constexpr (G * C <= kAccumulators || C == 1)
         for (; begin + C * kLanes <= head_dim; begin += C * kLanes)
-            weigh<G, C, kFetch>(block, heads, weights, factors, head_dim, begin);
+            weigh<G, C, kFetch>(block, heads, weights, head_dim, begin);
     if constexpr (C > 1)
-        if (begin < head_dim) weigh_from<G, C / 2, kFetch>(block, heads, weights, factors, head_dim, begin);
+        if (begin < head_dim) weigh_from<G, C / 2, kFetch>(block, heads, weights, head_dim, begin);
 }
 
 // One block for G query heads.
-template <int G, bool kFetch>
-void attend_block(const Block& block, Head* heads, const AttentionParams& params) {
+template <int G, bool kFetch, class Element>
+void attend_block(const Block<Element>& block, Head<Element>* heads, const AttentionParams& params) {
     const int64_t head_dim = params.cache.head_dim;
     f32x16 scores[G][2];
     score<G, kFetch>(block, heads, head_dim, scores);
-    alignas(64) bf16 weights[G][kBlockTokens];
-    float factors[G];
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Weights<Element> weights[G];
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, upper = lane + kLanes;
+    const bool whole = block.first == 0 && block.end == kBlockTokens;
+    const auto visible = [&](f32x16 v, i32x16 position, float otherwise) {
+        if (whole) return v;
+        return select((position >= block.first) & (position < block.end), v, broadcast(otherwise));
+    };
     for (int g = 0; g < G; ++g) {
-        f32x16 low = scores[g][0] * params.scale, high = scores[g][1] * params.scale;
+        f32x16 low = scores[g][0], high = scores[g][1];
         if (params.softcap > 0) {
             low = tanh(low / params.softcap) * params.softcap;
             high = tanh(high / params.softcap) * params.softcap;
         }
-        if (block.first > 0 || block.end < kBlockTokens) {
-            const i32x16 upper = lane + kLanes;
-            low = select((lane >= block.first) & (lane < block.end), low, broadcast(kHidden));
-            high = select((upper >= block.first) & (upper < block.end), high, broadcast(kHidden));
-        }
-        Head& head = heads[g];
+        low = visible(low, lane, kHidden);
+        high = visible(high, upper, kHidden);
+        Head<Element>& head = heads[g];
         const float now = std::max(head.largest, largest(max(low, high)));
-        factors[g] = now == head.largest ? 1.0f : std::exp(head.largest - now);
+        weights[g].factor = now == head.largest ? 1.0f : std::exp(head.largest - now);
         head.largest = now;
         low = exp(low - now);
         high = exp(high - now);
-        head.total = head.total * factors[g] + (low + high);
-        store(weights[g], low);
-        store(weights[g] + kLanes, high);
+        head.total = head.total * weights[g].factor + (low + high);
+        if constexpr (std::is_same_v<Element, int8_t>) {
+            const float* scales = block.scales + kBlockTokens;
+            low = visible(low * load(scales), lane, 0.0f);
+            high = visible(high * load(scales + kLanes), upper, 0.0f);
+            weights[g].step = quantize_weights(low, high, weights[g].numbers);
+        } else {
+            store(weights[g].numbers, low);
+            store(weights[g].numbers + kLanes, high);
+        }
     }
-    weigh_from<G, 8, kFetch>(block, heads, weights, factors, head_dim, 0);
+    weigh_from<G, 8, kFetch>(block, heads, weights, head_dim, 0);
 }
 
 // Up to eight heads in tiles for which there is code. Only the first tile fetches.
-void attend_heads(const Block& block, Head* heads, int64_t count, const AttentionParams& params) {
+template <class Element>
+void attend_heads(const Block<Element>& block, Head<Element>* heads, int64_t count, const AttentionParams& params) {
+    if constexpr (std::is_same_v<Element, int8_t>)
+        for (int64_t i = 0; i < 2 * kBlockTokens; i += kLanes) prefetch(block.next_scales + i);
     switch (count) {
         case 1: return attend_block<1, true>(block, heads, params);
         case 2: return attend_block<2, true>(block, heads, params);
@@ -166,7 +227,7 @@ void attend_heads(const Block& block, Head* heads, int64_t count, const Attentio
 
 // The values of positions [first, end), zeros elsewhere: what an earlier owner left there may not be a number, and
 // zero times that would not be zero.
-void clean_values(const Block& block, int64_t head_dim, bf16* clean) {
+void clean_values(const Block<bf16>& block, int64_t head_dim, bf16* clean) {
     const int64_t row = 2 * head_dim;
     for (int position = 0; position < kBlockTokens; position += 2) {
         const bool first = position >= block.first && position < block.end;
@@ -180,41 +241,75 @@ void clean_values(const Block& block, int64_t head_dim, bf16* clean) {
     }
 }
 
-}  // namespace
+// The positions of a request that a part has to look at: [start, end).
+struct Stretch {
+    int64_t start, end;
+};
 
-void decode_part(const DecodeRow& row, const AttentionParams& params, int64_t kv_head, int64_t part, float* partial) {
-    const KVCache& cache = params.cache;
-    const int64_t head_dim = cache.head_dim, group = params.group(), size = head_dim + kLanes;
+Stretch stretch_of(const DecodeRow& row, const AttentionParams& params, int64_t part) {
     const int64_t part_start = (row.first_part(params) + part) * kPartTokens;
-    const int64_t start = std::max(part_start, params.first_visible(row.context - 1));
-    const int64_t end = std::min(part_start + kPartTokens, row.context);
-    const int64_t first_block = start / kBlockTokens, last_block = (end - 1) / kBlockTokens;
-    alignas(64) bf16 clean[kBlockTokens * kMaxHeadDim];
-    for (int64_t tile = 0; tile < group; tile += kMaxTile) {
-        const int64_t count = std::min<int64_t>(kMaxTile, group - tile);
-        Head heads[kMaxTile];
-        for (int64_t g = 0; g < count; ++g) {
-            float* sums = partial + (tile + g) * size;
-            std::fill_n(sums, head_dim, 0.0f);
-            heads[g] = {row.q + (kv_head * group + tile + g) * head_dim, sums, f32x16{},
-                        -std::numeric_limits<float>::infinity()};
+    return {std::max(part_start, params.first_visible(row.context - 1)),
+            std::min(part_start + kPartTokens, row.context)};
+}
+
+template <class Element>
+Block<Element> block_at(const DecodeRow& row, const KVCache& cache, int64_t kv_head, int64_t index, Stretch seen) {
+    const int64_t id = row.blocks[index], next = row.blocks[std::min(index + 1, (seen.end - 1) / kBlockTokens)];
+    const int64_t base = index * kBlockTokens;
+    return {cache.keys<Element>(id, kv_head),
+            cache.values<Element>(id, kv_head),
+            cache.keys<Element>(next, kv_head),
+            cache.values<Element>(next, kv_head),
+            cache.scales(id, kv_head),
+            cache.scales(next, kv_head),
+            static_cast<int>(std::max<int64_t>(seen.start - base, 0)),
+            static_cast<int>(std::min(seen.end - base, kBlockTokens))};
+}
+
+// Up to eight query heads of a KV head, from `head` on, over the part.
+template <class Element>
+void decode_tile(const DecodeRow& row, const AttentionParams& params, int64_t kv_head, int64_t head, int64_t count,
+                 Stretch seen, float* partial) {
+    const int64_t head_dim = params.cache.head_dim, size = head_dim + kLanes;
+    alignas(64) NumberOf<Element> queries[std::is_same_v<Element, int8_t> ? kMaxTile * kMaxHeadDim : 1];
+    alignas(64) bf16 clean[std::is_same_v<Element, bf16> ? kBlockTokens * kMaxHeadDim : 1];
+    Head<Element> heads[kMaxTile];
+    for (int64_t g = 0; g < count; ++g) {
+        const bf16* q = row.q + (head + g) * head_dim;
+        float* sums = partial + g * size;
+        std::fill_n(sums, head_dim, 0.0f);
+        if constexpr (std::is_same_v<Element, int8_t>) {
+            int16_t* numbers = queries + g * head_dim;
+            const float step = quantize_query(q, head_dim, numbers);
+            heads[g] = {numbers, params.scale * step, sums, f32x16{}, -std::numeric_limits<float>::infinity()};
+        } else {
+            heads[g] = {q, params.scale, sums, f32x16{}, -std::numeric_limits<float>::infinity()};
         }
-        for (int64_t index = first_block; index <= last_block; ++index) {
-            const int64_t id = row.blocks[index], next = row.blocks[std::min(index + 1, last_block)];
-            const int64_t base = index * kBlockTokens;
-            Block block{cache.keys(id, kv_head), cache.values(id, kv_head), cache.keys(next, kv_head),
-                        cache.values(next, kv_head), static_cast<int>(std::max<int64_t>(start - base, 0)),
-                        static_cast<int>(std::min(end - base, kBlockTokens))};
+    }
+    for (int64_t index = seen.start / kBlockTokens; index <= (seen.end - 1) / kBlockTokens; ++index) {
+        Block<Element> block = block_at<Element>(row, params.cache, kv_head, index, seen);
+        if constexpr (std::is_same_v<Element, bf16>)
             if (block.first > 0 || block.end < kBlockTokens) {
                 clean_values(block, head_dim, clean);
                 block.values = clean;
             }
-            attend_heads(block, heads, count, params);
-        }
-        for (int64_t g = 0; g < count; ++g) {
-            heads[g].sums[head_dim] = sum(heads[g].total);
-            heads[g].sums[head_dim + 1] = heads[g].largest;
-        }
+        attend_heads(block, heads, count, params);
+    }
+    for (int64_t g = 0; g < count; ++g) {
+        heads[g].sums[head_dim] = sum(heads[g].total);
+        heads[g].sums[head_dim + 1] = heads[g].largest;
+    }
+}
+
+}  // namespace
+
+void decode_part(const DecodeRow& row, const AttentionParams& params, int64_t kv_head, int64_t part, float* partial) {
+    const int64_t group = params.group(), size = params.cache.head_dim + kLanes;
+    const Stretch seen = stretch_of(row, params, part);
+    for (int64_t tile = 0; tile < group; tile += kMaxTile) {
+        const auto decode = params.cache.is_int8 ? decode_tile<int8_t> : decode_tile<bf16>;
+        decode(row, params, kv_head, kv_head * group + tile, std::min<int64_t>(kMaxTile, group - tile), seen,
+               partial + tile * size);
     }
 }
 

@@ -9,11 +9,13 @@
 //
 // The K part of a block and its V part are read as they lie in the cache. Only what a stretch ends in the middle of is
 // copied: what lies beyond the last (or before the first) visible token is somebody else's, and 0 * NaN is NaN.
+// Blocks of an int8 cache are copied as bf16, each once per task.
 #include "attention_prefill.h"
 
 #include <algorithm>
 
 #include "attention_product.h"
+#include "kv_int8.h"
 #include "scratch.h"
 
 namespace powerband {
@@ -47,7 +49,7 @@ struct Workspace {
     Scratch<Operand> queries, weights;
     Scratch<float> output, scores, maxima, tops;
     Scratch<f32x16> sums;
-    Scratch<bf16> cleaned;
+    Scratch<bf16> copies;
 };
 
 // 2^x to 3e-6 relative (minimax polynomial of degree 4 on [0, 1)): far below the rounding of the weights to bf16.
@@ -92,7 +94,7 @@ class Task {
         maxima_ = workspace.maxima.get(rows);
         tops_ = workspace.tops.get(kGroupRows);
         sums_ = workspace.sums.get(rows);
-        cleaned_ = workspace.cleaned.get(2 * kBlockTokens * dim_);
+        copies_ = workspace.copies.get((params.cache.is_int8 ? 2 * kStretchBlocks : 2) * kBlockTokens * dim_);
     }
 
     void run() {
@@ -140,11 +142,20 @@ class Task {
     void find_blocks(int64_t block, int64_t count, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t first = (block + i) * kBlockTokens;
-            keys_[i] = params_.cache.keys(chunk_.blocks[block + i], kv_head_);
-            values_[i] = params_.cache.values(chunk_.blocks[block + i], kv_head_);
             const int64_t from = std::max<int64_t>(0, begin - first);
             const int64_t to = std::min<int64_t>(kBlockTokens, end - first);
-            if (from > 0 || to < kBlockTokens) values_[i] = clean(values_[i], cleaned_ + (from > 0) * kBlockTokens * dim_, from, to);
+            const int64_t id = chunk_.blocks[block + i];
+            if (params_.cache.is_int8) {
+                bf16* copy = copies_ + i * 2 * kBlockTokens * dim_;
+                widen_part(params_.cache, id, kv_head_, from, to, copy);
+                keys_[i] = copy;
+                values_[i] = copy + kBlockTokens * dim_;
+                continue;
+            }
+            keys_[i] = params_.cache.keys<bf16>(id, kv_head_);
+            values_[i] = params_.cache.values<bf16>(id, kv_head_);
+            bf16* copy = copies_ + (from > 0) * kBlockTokens * dim_;
+            if (from > 0 || to < kBlockTokens) values_[i] = clean(values_[i], copy, from, to);
         }
     }
 
@@ -271,7 +282,7 @@ class Task {
     float *output_, *scores_;
     float *maxima_, *tops_;  // of each row: what its weights are relative to, in powers of two; the stretch's largest score
     f32x16* sums_;           // of each row's weights, by lane
-    bf16* cleaned_;          // V parts of the last and of the first block
+    bf16* copies_;           // V parts of the last and of the first block; all of a stretch's blocks if they are int8
     const bf16 *keys_[kStretchBlocks], *values_[kStretchBlocks];
 };
 

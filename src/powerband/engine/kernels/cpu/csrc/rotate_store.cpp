@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "quantize_rows.h"
+
 namespace powerband {
 namespace {
 
@@ -57,7 +59,8 @@ void turn(const ProjectedTokens& tokens, int64_t token) {
 
 // ---- keys: [head_dim / 2][32 positions][2]
 
-void store_key(const bf16* key, int64_t size, bf16* block, int64_t offset) {
+template <class Element>
+void store_key(const Element* key, int64_t size, Element* block, int64_t offset) {
     for (int64_t d = 0; d < size; d += 2) std::memcpy(block + d * kBlockTokens + 2 * offset, key + d, 2 * sizeof *key);
 }
 
@@ -92,8 +95,27 @@ void store_sixteen_keys(const bf16* keys, int64_t stride, int64_t size, bf16* bl
             std::memcpy(block + (d + 2 * i) * kBlockTokens + 2 * offset, &rows[i], sizeof rows[i]);
     }
 }
+
+// Rows of four dimensions, which are then taken apart into pairs.
+void store_sixteen_keys(const int8_t* keys, int64_t stride, int64_t size, int8_t* block, int64_t offset) {
+    for (int64_t d = 0; d < size; d += 64) {
+        u32x16 rows[16]{};
+        for (int i = 0; i < 16; ++i) {
+            const int8_t* from = keys + i * stride + d;
+            size - d >= 64 ? std::memcpy(&rows[i], from, 64) : std::memcpy(&rows[i], from, 32);
+        }
+        transpose(rows);
+        for (int i = 0; i < std::min<int64_t>(16, (size - d) / 4); ++i) {
+            int8_t* to = block + (d + 4 * i) * kBlockTokens + 2 * offset;
+            const u16x16 first = convert<u16x16>(rows[i] & 0xffffu), second = convert<u16x16>(rows[i] >> 16);
+            std::memcpy(to, &first, sizeof first);
+            std::memcpy(to + 2 * kBlockTokens, &second, sizeof second);
+        }
+    }
+}
 #else
-void store_sixteen_keys(const bf16* keys, int64_t stride, int64_t size, bf16* block, int64_t offset) {
+template <class Element>
+void store_sixteen_keys(const Element* keys, int64_t stride, int64_t size, Element* block, int64_t offset) {
     for (int64_t d = 0; d < size; d += 2)
         for (int i = 0; i < 16; ++i)
             std::memcpy(block + d * kBlockTokens + 2 * (offset + i), keys + i * stride + d, 2 * sizeof *keys);
@@ -127,6 +149,55 @@ void store_two_values(const bf16* first, const bf16* second, int64_t size, bf16*
     }
 }
 
+void store_value(const int8_t* value, int64_t size, int8_t* block, int64_t offset) {
+    int8_t* row = block + offset / 2 * 2 * size;
+    for (int64_t d = 0; d < size; ++d) row[2 * d + offset % 2] = value[d];
+}
+
+void store_two_values(const int8_t* first, const int8_t* second, int64_t size, int8_t* block, int64_t offset) {
+    int8_t* row = block + offset / 2 * 2 * size;
+    for (int64_t d = 0; d < size; ++d) {
+        row[2 * d] = first[d];
+        row[2 * d + 1] = second[d];
+    }
+}
+
+// ---- both
+
+// `count` consecutive positions of a block, from `offset` on. Strides are in elements.
+template <class Element>
+void store_rows(const Element* key, const Element* value, int64_t stride, int64_t size, int64_t count, Element* keys,
+                Element* values, int64_t offset) {
+    int64_t i = 0;
+    for (; i + kTransposed <= count; i += kTransposed)
+        store_sixteen_keys(key + i * stride, stride, size, keys, offset + i);
+    for (; i < count; ++i) store_key(key + i * stride, size, keys, offset + i);
+    for (i = 0; i < count;) {
+        const Element* first = value + i * stride;
+        if ((offset + i) % 2 == 0 && i + 1 < count) {
+            store_two_values(first, first + stride, size, values, offset + i);
+            i += 2;
+        } else {
+            store_value(first, size, values, offset + i);
+            i += 1;
+        }
+    }
+}
+
+// The same in int8, each key and each value with a scale of its own.
+void store_quantized(const bf16* key, const bf16* value, int64_t stride, int64_t count, const KVCache& cache,
+                     int64_t block, int64_t head, int64_t offset) {
+    int8_t keys[kBlockTokens * kMaxHeadDim], values[kBlockTokens * kMaxHeadDim];
+    const int64_t size = cache.head_dim;
+    float* scales = cache.scales(block, head) + offset;
+    for (int64_t i = 0; i < count; ++i) {
+        scales[i] = quantize_row(key + i * stride, size, keys + i * size, size, 0);
+        scales[kBlockTokens + i] = quantize_row(value + i * stride, size, values + i * size, size, 0);
+    }
+    store_rows(keys, values, size, size, count, cache.keys<int8_t>(block, head), cache.values<int8_t>(block, head),
+               offset);
+}
+
 // `count` consecutive positions of one block, for all KV heads.
 void store_run(const ProjectedTokens& tokens, int64_t token, int64_t count) {
     const KVCache& cache = tokens.cache;
@@ -135,21 +206,11 @@ void store_run(const ProjectedTokens& tokens, int64_t token, int64_t count) {
     for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
         const bf16* key = tokens.qkv + token * stride + (tokens.num_heads + head) * size;
         const bf16* value = key + cache.num_kv_heads * size;
-        bf16 *keys = cache.keys(block, head), *values = cache.values(block, head);
-        int64_t i = 0;
-        for (; i + kTransposed <= count; i += kTransposed)
-            store_sixteen_keys(key + i * stride, stride, size, keys, offset + i);
-        for (; i < count; ++i) store_key(key + i * stride, size, keys, offset + i);
-        for (i = 0; i < count;) {
-            const bf16* first = value + i * stride;
-            if ((offset + i) % 2 == 0 && i + 1 < count) {
-                store_two_values(first, first + stride, size, values, offset + i);
-                i += 2;
-            } else {
-                store_value(first, size, values, offset + i);
-                i += 1;
-            }
-        }
+        if (cache.is_int8)
+            store_quantized(key, value, stride, count, cache, block, head, offset);
+        else
+            store_rows(key, value, stride, size, count, cache.keys<bf16>(block, head), cache.values<bf16>(block, head),
+                       offset);
     }
 }
 

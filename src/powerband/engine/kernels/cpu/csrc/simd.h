@@ -325,6 +325,13 @@ POWERBAND_INLINE f32x16 exp(f32x16 x) {
 // To about 2e-7, absolute.
 POWERBAND_INLINE f32x16 tanh(f32x16 x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
 
+// 16 pairs.
+POWERBAND_INLINE u16x32 load_pairs(const bf16* p) {
+    u16x32 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
 // acc[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1] for 32 bf16 each.
 POWERBAND_INLINE f32x16 dot(f32x16 acc, u16x32 a, u16x32 b) {
 #ifdef POWERBAND_AVX512_BF16
