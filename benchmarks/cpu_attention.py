@@ -1,13 +1,16 @@
 """Attention on this CPU, decodes and prefill chunks: our kernels beside the reference backend and torch's own operator.
 
+Ours twice: over a KV cache in bfloat16, and over one in int8.
+
     python benchmarks/cpu_attention.py                               # 2 threads, under a minute
     python benchmarks/cpu_attention.py --works 32x1@2048 --threads 1
 
 A work is requests x new tokens @ context: 32x1@2048 are 32 decodes, 1x2048@2048 a prompt. All are called in turn, each
 time for another layer, so that keys and values come from memory as they do in a model. Ours and the reference write the
 new keys and values and read paged ones; `F.scaled_dot_product_attention` (enable_gqa) gets all of them side by side as
-it likes them best. GB/s counts keys and values, each once; "of read" compares with a plain sum over as many bytes;
-GFLOP/s counts only what causality leaves. Ratios are the other's time over ours by the medians: above 1 we are faster.
+it likes them best. GB/s counts keys and values (those in int8 with their scales), each once; "of read" compares with a
+plain sum over as many bytes; GFLOP/s counts only what causality leaves. Ratios are the other's time over ours by the
+medians, above 1 we are faster; that of int8 is what it gains over bfloat16.
 """
 
 from __future__ import annotations
@@ -60,6 +63,9 @@ class Work:
     def kv_bytes(self, shape: AttentionShape) -> float:
         return 4.0 * self.requests * self.context * shape.num_kv_heads * shape.head_dim
 
+    def int8_bytes(self, shape: AttentionShape) -> float:
+        return self.kv_bytes(shape) * (shape.head_dim + 4) / (2 * shape.head_dim)
+
     def flops(self, shape: AttentionShape) -> float:
         seen = self.new * (self.context - self.new) + self.new * (self.new + 1) / 2
         return 4.0 * self.requests * seen * shape.num_heads * shape.head_dim
@@ -71,34 +77,40 @@ class Cell:
 
     work: str
     kv_bytes: float
+    int8_bytes: float
     flops: float
     ours: list[float]
+    int8: list[float]
     reference: list[float]
     sdpa: list[float]
     read: list[float]
 
     def line(self) -> str:
-        ours, reference, sdpa, read = map(statistics.median, (self.ours, self.reference, self.sdpa, self.read))
+        columns = (self.ours, self.int8, self.reference, self.sdpa, self.read)
+        ours, int8, reference, sdpa, read = map(statistics.median, columns)
         return (
             f"{self.work:>14}{ours:11.0f}{min(self.ours):10.0f}{self.kv_bytes / ours / 1e3:8.1f}{read / ours:8.0%}"
-            f"{self.flops / ours / 1e3:9.0f}{reference:12.0f}{reference / ours:7.1f}{sdpa:11.0f}{sdpa / ours:7.1f}"
+            f"{self.flops / ours / 1e3:9.0f}{int8:11.0f}{self.int8_bytes / int8 / 1e3:8.1f}{ours / int8:7.2f}"
+            f"{reference:13.0f}{reference / ours:7.1f}{sdpa:11.0f}{sdpa / ours:7.1f}"
         )
 
 
 HEADER = (
     f"{'work':>14}{'us median':>11}{'min':>10}{'GB/s':>8}{'of read':>8}{'GFLOP/s':>9}"
-    f"{'reference us':>13}{'ratio':>6}{'SDPA us':>11}{'ratio':>7}"
+    f"{'int8 us':>11}{'GB/s':>8}{'ratio':>7}{'reference us':>13}{'ratio':>7}{'SDPA us':>11}{'ratio':>7}"
 )
 
 
 def measure(text: str, shape: AttentionShape, rotate_bytes: float, seconds: float) -> Cell:
     work = Work.parse(text)
     batch, layers = work.batch(), max(1, round(rotate_bytes / work.kv_bytes(shape)))
-    ours, reference = CpuAttention(), ReferenceAttention(BLOCK_SIZE, torch.device("cpu"))
-    for backend in (ours, reference):
+    ours, int8 = CpuAttention(), CpuAttention("int8")
+    reference = ReferenceAttention(BLOCK_SIZE, torch.device("cpu"))
+    for backend in (ours, int8, reference):
         backend.allocate(layers, batch.block_tables.numel(), shape, torch.bfloat16)
     for layer in range(layers):
         fill(ours._cache[layer])
+        fill_int8(int8._cache[layer], shape.head_dim)
         for part in reference._cache[layer]:
             fill(part)
     size = (layers, 2, work.requests, shape.num_kv_heads, work.context, shape.head_dim)
@@ -117,13 +129,14 @@ def measure(text: str, shape: AttentionShape, rotate_bytes: float, seconds: floa
         layer = len(rounds) % layers
         calls = (
             paged(ours, layer),
+            paged(int8, layer),
             paged(reference, layer),
             lambda layer=layer: sdpa(qkv, together[layer], work, shape),
             plain[layer].sum,
         )
         rounds.append([microseconds(call) for call in calls])
     columns = [list(column) for column in zip(*rounds[1:], strict=True)]  # the first turn warms up
-    return Cell(text, work.kv_bytes(shape), work.flops(shape), *columns)
+    return Cell(text, work.kv_bytes(shape), work.int8_bytes(shape), work.flops(shape), *columns)
 
 
 def fill(memory: torch.Tensor) -> None:
@@ -133,6 +146,12 @@ def fill(memory: torch.Tensor) -> None:
     for start in range(0, len(flat), len(numbers)):
         part = flat[start : start + len(numbers)]
         part.copy_(numbers[: len(part)])
+
+
+def fill_int8(memory: torch.Tensor, head_dim: int) -> None:
+    """Any numbers, all times the same scale."""
+    memory.copy_(torch.randint(-127, 128, memory.shape[1:], dtype=torch.int8))
+    memory[..., 2 * BLOCK_SIZE * head_dim :].view(torch.float32).fill_(0.02)
 
 
 def sdpa(qkv: torch.Tensor, kv: torch.Tensor, work: Work, shape: AttentionShape) -> torch.Tensor:

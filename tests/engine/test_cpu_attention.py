@@ -45,8 +45,29 @@ def test_as_close_to_float32_as_plain_torch(folder: Path) -> None:
     assert kernels < 1.25 * plain + 1e-3
 
 
-def test_the_same_request_again_from_the_prefix_cache(folder: Path) -> None:
-    settings = {**ROOMY, "dtype": "bfloat16", "attention_backend": "cpu"}
+def test_an_int8_cache_changes_little(folder: Path) -> None:
+    exact = logprobs(folder)
+    plain = logprobs(folder, dtype="bfloat16", attention_backend="cpu")
+    held = logprobs(folder, dtype="bfloat16", attention_backend="cpu", kv_cache_dtype="int8")
+    assert not torch.equal(held, plain)
+    assert (held - exact).abs().mean() < 2 * (plain - exact).abs().mean() + 1e-3
+
+
+def test_an_int8_cache_holds_nearly_twice_as_much(folder: Path) -> None:
+    tokens = []
+    for kv_cache_dtype in ("auto", "int8"):
+        settings = {**ROOMY, "dtype": "bfloat16", "attention_backend": "cpu", "kv_cache_dtype": kv_cache_dtype}
+        with TestEngine(folder, **settings) as engine:
+            engine.generate(PROMPTS, max_tokens=8)
+            held = sum(layer.nbytes for layer in engine.engine.executor.attention._cache)  # type: ignore[attr-defined]
+            assert held == engine.engine.memory.parts["kv_cache"]
+            tokens.append(engine.engine.memory.kv_tokens)
+    assert tokens[1] > 1.7 * tokens[0]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_the_same_request_again_from_the_prefix_cache(folder: Path, kv_cache_dtype: str) -> None:
+    settings = {**ROOMY, "dtype": "bfloat16", "attention_backend": "cpu", "kv_cache_dtype": kv_cache_dtype}
     with TestEngine(folder, **settings) as engine:
         first = engine.generate(PROMPTS[2:3], max_tokens=8)
         assert engine.generate(PROMPTS[2:3], max_tokens=8) == first

@@ -7,8 +7,8 @@
 // Both are what bf16 dot products take, and what AMX tiles take as B. In int8 the elements lie in the same order, in
 // half as many bytes, and what they are multiples of lies behind them (in all 32 * (2D + 8) bytes):
 //
-//             scales of K  [32 positions] float32    a position's key is scale * numbers from -127 to 127
-//             scales of V  [32 positions] float32    NaN where the key (or value) was not finite; the numbers are then 0
+//             scales of K  [32 positions] float32    a key is its scale * numbers from -127 to 127
+//             scales of V  [32 positions] float32    NaN where it was not finite; the numbers are then 0
 #pragma once
 
 #include "simd.h"
