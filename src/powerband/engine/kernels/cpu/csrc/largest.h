@@ -60,16 +60,16 @@ class LargestOfRows {
     };
 
     void take(Lanes& lanes, int64_t column, f32x16 sums) const {
-        static constexpr i32x16 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const int64_t count = columns_ - column;
         if (bias_ != nullptr) sums += count >= kLanes ? load(bias_ + column) : load(bias_ + column, count);
         const f32x16 value = widen(narrow(sums));
-        const i32x16 columns = kLane + static_cast<int32_t>(column);
+        const i32x16 columns = lane + static_cast<int32_t>(column);
         const i32x16 unseen = lanes.column == kNone;
         const i32x16 above = (value > lanes.value) | ((value != value) & (lanes.value == lanes.value)) | unseen;
         const i32x16 takes = above & (columns < static_cast<int32_t>(columns_));
-        lanes.value = takes ? value : lanes.value;
-        lanes.column = takes ? columns : lanes.column;
+        lanes.value = select(takes, value, lanes.value);
+        lanes.column = (columns & takes) | (lanes.column & ~takes);
     }
 
     const bf16* bias_;
