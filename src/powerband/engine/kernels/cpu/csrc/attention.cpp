@@ -61,10 +61,8 @@ KVCache checked_cache(Tensor& cache, int64_t num_kv_heads) {
     const bool is_int8 = type_of(cache) == ScalarType::Char;
     check(cache.dim() == 3 && cache.size(1) == num_kv_heads && num_kv_heads > 0,
           "attend: cache must be [blocks, KV heads, 64 * head_dim] in bfloat16, [.., .., 64 * (head_dim + 4)] in int8");
-    const int64_t per_position = cache.size(2) / (2 * kBlockTokens);
-    const int64_t head_dim = is_int8 ? per_position - kScaleBytes : per_position;
-    check(cache.size(2) == per_position * 2 * kBlockTokens && head_dim % 32 == 0 && 0 < head_dim &&
-              head_dim <= kMaxHeadDim,
+    const int64_t head_dim = head_dim_of(cache);
+    check(cache.size(2) % (2 * kBlockTokens) == 0 && head_dim % 32 == 0 && 0 < head_dim && head_dim <= kMaxHeadDim,
           "attend: head_dim must be a multiple of 32, at most 256");
     auto* base = is_int8 ? reinterpret_cast<uint8_t*>(mutable_pointer<int8_t>(cache, "cache"))
                          : reinterpret_cast<uint8_t*>(mutable_pointer<bf16>(cache, "cache"));

@@ -2,8 +2,16 @@
 #pragma once
 
 #include "common.h"
+#include "kv_layout.h"
 
 namespace powerband {
+
+// Of a cache as in kv_layout.h. Whether it is one, `attend_into` checks.
+inline int64_t head_dim_of(const Tensor& cache) {
+    if (cache.dim() != 3) return 0;
+    const int64_t per_position = cache.size(2) / (2 * kBlockTokens);
+    return type_of(cache) == ScalarType::Char ? per_position - kScaleBytes : per_position;
+}
 
 // What the operator `attend` is given beside qkv.
 struct AttentionArguments {
@@ -17,7 +25,7 @@ struct AttentionArguments {
     double softcap;
     const std::optional<Tensor>& sinks;
 
-    int64_t head_dim() const { return cache.dim() == 3 ? cache.size(2) / 64 : 0; }
+    int64_t head_dim() const { return head_dim_of(cache); }
 };
 
 // qkv [tokens][(num_heads + 2 * num_kv_heads) * head_dim], which is used up → out [tokens][num_heads * head_dim].
