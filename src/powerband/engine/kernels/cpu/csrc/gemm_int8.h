@@ -155,30 +155,37 @@ struct Sums {
 
 // ---- blocks of Rows x Panels sums in registers
 
-constexpr int64_t kPrefetchAhead = 4096;  // bytes of each panel
+constexpr int64_t kPrefetchAhead = 4096;  // bytes of each panel; at its end, of the panel that comes next in its place
 
 template <int Rows, int Panels>
 void multiply_block(const Int8Product& product, int64_t row, int64_t panel) {
     // Each sum is a chain of dependent instructions: with few sums, two chains for even and odd k.
-    constexpr int kChains = Rows * Panels <= 8 ? 2 : 1;
+    constexpr int kChains = Rows * Panels <= 2 ? 4 : Rows * Panels <= 8 ? 2 : 1;
     const int64_t k = product.k, panel_bytes = k * kPanel;
     const int8_t* x = product.x + row * k;
     const int8_t* w = product.panel(panel);
     Sums sums[kChains][Rows][Panels];
-    for (int64_t i = 0; i < k; i += 4 * kChains, w += kPanelRow * kChains) {
-        for (int chain = 0; chain < kChains; ++chain) {
-            for (int p = 0; p < Panels; ++p) prefetch(w + p * panel_bytes + chain * kPanelRow + kPrefetchAhead);
-            for (int p = 0; p < Panels; ++p) {
-                const Weights weights(w + p * panel_bytes + chain * kPanelRow);
-                for (int r = 0; r < Rows; ++r) sums[chain][r][p].add(weights, four_bytes(x + r * k + i + chain * 4));
+    const auto run = [&](int64_t from, int64_t to, int64_t ahead) {
+        for (int64_t i = from; i < to; i += 4 * kChains) {
+            for (int chain = 0; chain < kChains; ++chain) {
+                const int8_t* at = w + (i / 4 + chain) * kPanelRow;
+                for (int p = 0; p < Panels; ++p) prefetch(at + p * panel_bytes + ahead);
+                for (int p = 0; p < Panels; ++p) {
+                    const Weights weights(at + p * panel_bytes);
+                    for (int r = 0; r < Rows; ++r)
+                        sums[chain][r][p].add(weights, four_bytes(x + r * k + i + chain * 4));
+                }
             }
         }
-    }
+    };
+    const int64_t ahead = std::min(kPrefetchAhead, panel_bytes), turn = k - ahead / kPanel;
+    run(0, turn, ahead);
+    run(turn, k, ahead + (Panels - 1) * panel_bytes);
     for (int p = 0; p < Panels; ++p) {
         const PanelScales scales(product, panel + p, kShift);
         for (int r = 0; r < Rows; ++r) {
             i32x16 whole = sums[0][r][p].get();
-            if constexpr (kChains == 2) whole += sums[1][r][p].get();
+            for (int chain = 1; chain < kChains; ++chain) whole += sums[chain][r][p].get();
             finish(product, scales, row + r, whole);
         }
     }
@@ -187,7 +194,8 @@ void multiply_block(const Int8Product& product, int64_t row, int64_t panel) {
 // Panels [panel, panel_end) for `Rows` rows, as many panels at a time as there are registers for.
 template <int Rows>
 void multiply_rows(const Int8Product& product, int64_t row, int64_t panel, int64_t panel_end) {
-    constexpr int kPanels = Rows <= kManyPanelsRows ? kManyPanels : std::max(1, kManyPanels / 2);
+    // One row reads panel after panel, as they lie.
+    constexpr int kPanels = Rows == 1 ? 1 : Rows <= kManyPanelsRows ? kManyPanels : std::max(1, kManyPanels / 2);
     for (; panel + kPanels <= panel_end; panel += kPanels) multiply_block<Rows, kPanels>(product, row, panel);
     if constexpr (kPanels > 1)
         for (; panel < panel_end; ++panel) multiply_block<Rows, 1>(product, row, panel);

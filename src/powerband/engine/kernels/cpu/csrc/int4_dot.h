@@ -43,13 +43,12 @@ inline Ints load_zeros(const uint8_t* p) {
 #endif
 }
 
-// c[r][p] += nibbles of panel p times row r, over `blocks` blocks.
+// c[r][p] += nibbles of panel p times row r, over `blocks` blocks. `ahead`: bytes from now that are fetched.
 #if defined(POWERBAND_AVX512_VNNI)
 
 template <int ROWS, int PANELS>
 inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, int64_t stride, int64_t blocks,
-                       Ints (&c)[ROWS][PANELS]) {
-    constexpr int64_t kAhead = PANELS == 1 ? 2048 : 1024;
+                       Ints (&c)[ROWS][PANELS], int64_t ahead) {
     const __m512i low = _mm512_set1_epi8(15);
     __m512i sum[ROWS][PANELS];
     for (int r = 0; r < ROWS; ++r)
@@ -59,7 +58,7 @@ inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, i
         __m512i lo[PANELS], hi[PANELS];
         for (int p = 0; p < PANELS; ++p) {
             const uint8_t* block = w + p * panel_bytes + b * kBlockBytes;
-            prefetch(block + kAhead);
+            prefetch(block + ahead);
             const __m512i v = _mm512_loadu_si512(block);
             lo[p] = _mm512_and_si512(v, low);
             hi[p] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
@@ -79,13 +78,13 @@ inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, i
 
 // One row is bound by instructions: high nibbles stay where they are, sixteen times too large, in sums of their own.
 template <>
-inline void add_blocks<1, 1>(const uint8_t* w, int64_t, const int8_t* x, int64_t, int64_t blocks, Ints (&c)[1][1]) {
-    constexpr int64_t kAhead = 4096;
+inline void add_blocks<1, 1>(const uint8_t* w, int64_t, const int8_t* x, int64_t, int64_t blocks, Ints (&c)[1][1],
+                             int64_t ahead) {
     const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
     __m512i lo[2] = {as<__m512i>(c[0][0]), _mm512_setzero_si512()};
     __m512i hi[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     const auto step = [&](int64_t b, int which) {
-        prefetch(w + b * kBlockBytes + kAhead);
+        prefetch(w + b * kBlockBytes + ahead);
         const __m512i v = _mm512_loadu_si512(w + b * kBlockBytes);
         const __m512i x0 = _mm512_set1_epi32(four_bytes(x + b * kBlockDepth));
         const __m512i x1 = _mm512_set1_epi32(four_bytes(x + b * kBlockDepth + 4));
@@ -118,7 +117,7 @@ inline __m256i dot_pairs(__m256i acc, __m256i lo, __m256i hi, __m256i x0, __m256
 
 template <int ROWS, int PANELS>
 inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, int64_t stride, int64_t blocks,
-                       Ints (&c)[ROWS][PANELS]) {
+                       Ints (&c)[ROWS][PANELS], int64_t ahead) {
     const __m256i low = _mm256_set1_epi8(15);
     __m256i sum[ROWS][PANELS][2];
     for (int r = 0; r < ROWS; ++r)
@@ -129,7 +128,7 @@ inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, i
     for (int64_t b = 0; b < blocks; ++b) {
         for (int p = 0; p < PANELS; ++p) {
             const uint8_t* block = w + p * panel_bytes + b * kBlockBytes;
-            prefetch(block + 1024);
+            prefetch(block + ahead);
             for (int half = 0; half < 2; ++half) {
                 const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block) + half);
                 const __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
@@ -150,7 +149,7 @@ inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, i
 
 template <int ROWS, int PANELS>
 inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, int64_t stride, int64_t blocks,
-                       Ints (&c)[ROWS][PANELS]) {
+                       Ints (&c)[ROWS][PANELS], int64_t) {
     for (int r = 0; r < ROWS; ++r)
         for (int p = 0; p < PANELS; ++p)
             for (int64_t b = 0; b < blocks; ++b) {
@@ -167,6 +166,7 @@ inline void add_blocks(const uint8_t* w, int64_t panel_bytes, const int8_t* x, i
 template <int ROWS, int PANELS>
 inline void dot(const Int4Panels& w, int64_t first_panel, const GroupedRows& x, int64_t first_row,
                 f32x16 (&acc)[ROWS][PANELS]) {
+    constexpr int64_t kAhead = ROWS * PANELS == 1 ? 4096 : PANELS == 1 ? 2048 : 1024;  // bytes to fetch ahead
     const int64_t panel_bytes = w.blocks * kBlockBytes;
     const uint8_t* nibbles = w.nibbles + first_panel * panel_bytes;
     const int8_t* values = x.values + first_row * x.stride;
@@ -185,8 +185,11 @@ inline void dot(const Int4Panels& w, int64_t first_panel, const GroupedRows& x, 
             const Ints zeros = load_zeros(w.zeros + ((first_panel + p) * w.groups + g) * kLanes);
             for (int r = 0; r < ROWS; ++r) c[r][p] = zeros * -sums[r * x.groups + g];
         }
+        // At the end of these panels begin those that come in their places next.
+        const bool turns = begin * kBlockBytes + kAhead >= panel_bytes;
+        const int64_t ahead = turns ? kAhead + (PANELS - 1) * panel_bytes : kAhead;
         add_blocks<ROWS, PANELS>(nibbles + begin * kBlockBytes, panel_bytes, values + begin * kBlockDepth, x.stride,
-                                 blocks, c);
+                                 blocks, c, ahead);
         for (int p = 0; p < PANELS; ++p) {
             const f32x16 scale = load(w.scales + ((first_panel + p) * w.groups + g) * kLanes);
             for (int r = 0; r < ROWS; ++r)

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kPanel = 16;
 constexpr int64_t kRowBlockBytes = 768 << 10;   // of x: stays in the second-level cache beside two pairs of panels
-constexpr int64_t kTaskBytes = 256 << 10;       // of weights: some 10 us of the memory's time for a thread
+constexpr int64_t kTaskBytes = 64 << 10;        // of weights: some 5 us of the memory's time for a thread
 constexpr int64_t kTasksPerThread = 8;          // where tasks are large: a late thread costs one eighth of its part
 constexpr int64_t kMaxPairs = 16;               // of panels per task
 
@@ -131,7 +131,8 @@ void multiply_share(
     const int64_t end = std::min(first + shares.pairs, panels.pairs());
     const PanelProduct product(x.data, x.stride, shares.first_row(task), shares.rows_of(task, x.rows), panels.k);
     for (int64_t i = first; i < end; ++i) {
-        const bf16* next = i + 1 < end ? panels.data + (i + 1) * panels.pair_size() : nullptr;
+        // After this task's last pair comes, for this thread, most likely the next task's first.
+        const bf16* next = i + 1 < panels.pairs() ? panels.data + (i + 1) * panels.pair_size() : nullptr;
         product.multiply(panels.pair(i), next, i * 2 * kPanel, epilogue);
     }
 }

@@ -11,7 +11,7 @@
 namespace powerband {
 namespace {
 
-constexpr int64_t kBytesPerTask = 1 << 16;       // of weights, for one row
+constexpr int64_t kBytesPerTask = 1 << 15;       // of weights, for one row
 constexpr int64_t kRowsForExpansion = 24;        // from so many rows on tiles win against vectors (measured)
 constexpr int64_t kRowBytesPerTask = 768 << 10;  // of x: stays in the second-level cache beside the panels
 constexpr int64_t kPanelsPerTileTask = 4;
@@ -105,7 +105,7 @@ void compute_in_integers(Product& product, const bf16* x, int64_t depth, int64_t
     product.x = GroupedRows{values, scales, sums, stride, groups};
     const int64_t panels = ceil_div(product.columns, kLanes);
     const int64_t bytes = product.weights.blocks * kBlockBytes * std::max<int64_t>(1, rows / 4);
-    const int64_t panels_per_task = std::max<int64_t>(2, kBytesPerTask / bytes / 2 * 2);
+    const int64_t panels_per_task = std::max<int64_t>(rows == 1 ? 1 : 2, kBytesPerTask / bytes / 2 * 2);
     run_tasks(ceil_div(panels, panels_per_task), [&](int64_t task) {
         const int64_t begin = task * panels_per_task;
         multiply_panels(product, begin, std::min(panels, begin + panels_per_task));

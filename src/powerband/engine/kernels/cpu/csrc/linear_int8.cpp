@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMaxFeatures = 1 << 16;        // sums of 255 * 128 * k stay in int32
 constexpr int64_t kTileThreshold = 5;            // from so many rows on tiles are faster than VNNI
-constexpr int64_t kWeightBytesPerTask = 1 << 17;  // a few microseconds for few rows, and half of it stays in the L1
+constexpr int64_t kWeightBytesPerTask = 1 << 16;  // a few microseconds for few rows
 constexpr int64_t kRowBytesPerTask = 3 << 18;    // rows that stay in the L2 while the weights pass by
 
 int64_t padded_features(int64_t features) { return ceil_div(features, kQuantizePadding) * kQuantizePadding; }
@@ -136,9 +136,15 @@ struct Shares {
         : all_rows(product.rows),
           all_panels(product.panels()),
           rows(std::max<int64_t>(32, kRowBytesPerTask / product.k / 32 * 32)),
-          panels(std::max<int64_t>(4, kWeightBytesPerTask / (product.k * kPanel) / 4 * 4)),
+          panels(panels_per_task(product)),
           across(ceil_div(all_panels, panels)),
           tasks(ceil_div(all_rows, rows) * across) {}
+
+    // One row takes panel after panel, more rows four at a time.
+    static int64_t panels_per_task(const Int8Product& product) {
+        const int64_t fit = kWeightBytesPerTask / (product.k * kPanel);
+        return product.rows == 1 ? std::max<int64_t>(1, fit) : std::max<int64_t>(4, fit / 4 * 4);
+    }
 
     Part part(int64_t task) const {
         const int64_t row = task / across * rows, panel = task % across * panels;

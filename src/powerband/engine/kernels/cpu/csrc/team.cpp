@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -13,6 +14,7 @@ namespace powerband {
 namespace {
 
 constexpr auto kSpinTime = std::chrono::microseconds(300);  // a thread that found nothing to do so long falls asleep
+constexpr int64_t kMaxThreads = 256;
 constexpr int kSpinsPerLook = 64;                           // between two looks at the clock, some microseconds
 
 inline void pause() {
@@ -42,12 +44,16 @@ class Team {
             for (int64_t i = 0; i < count; ++i) task(context, i);
             return;
         }
-        while (helpers_ < threads - 1) start_helper();
-        task_ = task, context_ = context, count_ = count, seats_ = threads - 1;
-        next_.store(0, std::memory_order_relaxed);
+        seats_ = std::min(threads, kMaxThreads);
+        while (helpers_ < seats_ - 1) start_helper();
+        task_ = task, context_ = context;
+        for (int64_t seat = 0; seat < seats_; ++seat) {
+            shares_[seat].next.store(count * seat / seats_, std::memory_order_relaxed);
+            shares_[seat].end = count * (seat + 1) / seats_;
+        }
         state_.store(++generation_ << 32 | kOpen, std::memory_order_release);
         state_.notify_all();
-        take_tasks();
+        take_tasks(0);
         uint64_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kInside;
         for (int spins = 1; state != 0; ++spins) {
             // Long waiting means that a thread has lost its core in a task: this one may be what it needs.
@@ -60,10 +66,20 @@ class Team {
    private:
     static constexpr uint64_t kOpen = 1ull << 31, kInside = kOpen - 1;
 
-    void take_tasks() {
-        for (int64_t i = next_.fetch_add(1, std::memory_order_relaxed); i < count_;
-             i = next_.fetch_add(1, std::memory_order_relaxed))
-            task_(context_, i);
+    // A thread's part of the tasks, each taken by whoever counts it.
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
+    void take_tasks(int64_t seat) {
+        const int64_t seats = seats_;
+        for (int64_t k = 0; k < seats; ++k) {
+            Share& share = shares_[(seat + k) % seats];
+            for (int64_t i = share.next.fetch_add(1, std::memory_order_relaxed); i < share.end;
+                 i = share.next.fetch_add(1, std::memory_order_relaxed))
+                task_(context_, i);
+        }
     }
 
     void start_helper() {
@@ -76,15 +92,14 @@ class Team {
         for (;;) {
             uint64_t state = wait_for_change(seen);
             seen = state;
-            const bool seat = (state & kOpen) != 0 && static_cast<int64_t>(state & kInside) < seats_of(state);
-            if (!seat || !state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel)) continue;
-            take_tasks();
+            // Seats change only between loops: were these another loop's, the exchange would fail.
+            const auto seat = static_cast<int64_t>(state & kInside) + 1;
+            if ((state & kOpen) == 0 || seat >= seats_.load(std::memory_order_relaxed)) continue;
+            if (!state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel)) continue;
+            take_tasks(seat);
             seen = state_.fetch_sub(1, std::memory_order_release) - 1;
         }
     }
-
-    // Seats change only between loops; a value of another loop leads to an exchange that fails.
-    int64_t seats_of(uint64_t) const { return seats_.load(std::memory_order_relaxed); }
 
     uint64_t wait_for_change(uint64_t seen) {
         const auto start = std::chrono::steady_clock::now();
@@ -107,14 +122,13 @@ class Team {
     }
 
     alignas(64) std::atomic<uint64_t> state_{0};
-    alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) void (*task_)(const void*, int64_t) = nullptr;
     const void* context_ = nullptr;
-    int64_t count_ = 0;
     std::atomic<int64_t> seats_{0};
     std::atomic<bool> busy_{false};
     uint64_t generation_ = 0;
     int64_t helpers_ = 0;
+    Share shares_[kMaxThreads];
 };
 
 }  // namespace
