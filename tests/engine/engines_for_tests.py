@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "max_num_batched_tokens": 512,
     "max_model_len": 512,
     "kv_cache_memory": "2MiB",
+    "weight_cache": "off",
 }
 
 

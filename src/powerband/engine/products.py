@@ -36,6 +36,7 @@ class Products:
         self.kernels = kernels  # the C++ kernels may be used
         self.counts: Counter[str] = Counter()  # parts by who computes them
         self.memory_bytes = 0  # of matrices that are not parameters any more
+        self.installed: list[tuple[Projections, Sequence[Product]]] = []
         self._routers = {id(module.router) for module in model.modules() if isinstance(module, Experts)}
 
     def take(self, part: Projections) -> None:
@@ -62,6 +63,10 @@ class Products:
             products.append(stored_product(stored, matrix.bias, kernels=self.kernels))
         self._install(part, products, kernel_name(self.held.layers, kernels=self.kernels))
 
+    def take_kept(self, part: Projections, products: Sequence[Product]) -> None:
+        """These products were made of the part's weights before."""
+        self._install(part, products, kernel_name(self._held(part), kernels=True))
+
     def _name(self, part: Projections) -> str:
         return next(name for name, candidate in parts_of(self.model) if candidate is part)
 
@@ -82,6 +87,7 @@ class Products:
 
     def _install(self, part: Projections, products: Sequence[Product], name: str) -> None:
         self.memory_bytes += sum(map(_bytes_of, part.matrices(), products))
+        self.installed.append((part, products))
         part.install(products, name)
         if part is self.model.head and self.model.spec.tie_embeddings and isinstance(products[0], PackedProduct):
             self.model.embedding.share(products[0].packed)  # one copy serves both
@@ -91,17 +97,21 @@ class Products:
         model = self.model
         if model.embedding.weight.device.type != "cpu":
             return []
-        # What a quantized checkpoint leaves in 16 bits stays so.
-        held: Held = self.held.layers if model.spec.weight_format is None else "none"
-        if part is model.head:
-            held = self.held.head
-        elif id(part) in self._routers:
+        held = self._held(part)
+        # What a quantized checkpoint leaves in 16 bits stays so, but for the head.
+        if part is not model.head and model.spec.weight_format is not None:
             held = "none"
         if held != "none":
             return [QuantizedLinear(held, group_size=self.held.group_size, kernels=self.kernels)]
         tied = model.embedding.weight if model.spec.tie_embeddings else None
         found: list[LinearProvider] = [PackedBf16()] if self.kernels and PackedBf16.is_available() else []
         return found + ([PackedLinear(keep=tied)] if PackedLinear.is_available() else [])
+
+    def _held(self, part: Projections) -> Held:
+        """What this part's matrices are held in."""
+        if part is self.model.head:
+            return self.held.head
+        return "none" if id(part) in self._routers else self.held.layers
 
 
 def _bytes_of(matrix: Matrix, product: Product) -> int:

@@ -6,8 +6,10 @@ model. Here the library checks the header, and the bytes are read from the file 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from powerband.engine.checkpoint import unreadable
 from powerband.errors import UsageError
+from powerband.spec.device import detect_cpu
 
 _DTYPES = {
     "F64": torch.float64,
@@ -29,7 +32,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LENGTH_BYTES = 8  # of the header's length, which stands before it
+LENGTH_BYTES = 8  # of the header's length, which stands before it
+_PIECE_BYTES = 4 << 20  # large tensors are read in such pieces by several threads: one copies more slowly than memory
+_AHEAD_BYTES = 64 << 20  # the system is asked to fetch so much from the disk while what was read is used
+_MOST_READERS = 4
 
 
 class SafetensorsFile:
@@ -41,12 +47,12 @@ class SafetensorsFile:
             with safe_open(path, framework="pt", device="cpu"):
                 pass  # opening checks the header: sizes, offsets, overlaps
             self._file = path.open("rb", buffering=0)
-            length = int.from_bytes(self._file.read(_LENGTH_BYTES), "little")
+            length = int.from_bytes(self._file.read(LENGTH_BYTES), "little")
             self._entries = json.loads(self._file.read(length))
         except (SafetensorError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as problem:
             raise unreadable(path, problem) from problem
         self.metadata: dict[str, str] = self._entries.pop("__metadata__", None) or {}
-        self._data_start = _LENGTH_BYTES + length
+        self._data_start = LENGTH_BYTES + length
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -60,6 +66,11 @@ class SafetensorsFile:
     def shape(self, name: str) -> list[int]:
         shape: list[int] = self._entries[name]["shape"]
         return shape
+
+    def offsets(self, name: str) -> tuple[int, int]:
+        """Where its bytes begin and end, from the start of the data."""
+        start, end = self._entries[name]["data_offsets"]
+        return start, end
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises UsageError for a type that torch or this engine lacks."""
@@ -77,15 +88,33 @@ class SafetensorsFile:
         dtype, shape = self.dtype(name), self.shape(name)
         fits = out is not None and out.is_contiguous() and out.dtype is dtype and list(out.shape) == shape
         tensor = out if out is not None and fits and out.device.type == "cpu" else torch.empty(shape, dtype=dtype)
-        start, end = self._entries[name]["data_offsets"]
+        start, end = self.offsets(name)
         view = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data) if end > start else memoryview(b"")
-        done = 0
+        first = self._data_start + start
+        pieces = range(0, len(view), _PIECE_BYTES)
+        each = _readers().map if len(pieces) > 1 else map
         try:
-            while done < len(view):
-                count = os.preadv(self._file.fileno(), [view[done:]], self._data_start + start + done)
-                if not count:
-                    raise OSError("the file ends before it")
-                done += count
+            os.posix_fadvise(self._file.fileno(), self._data_start + end, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            for _ in each(lambda at: self._read_into(view[at : at + _PIECE_BYTES], first + at), pieces):
+                pass
         except OSError as problem:
             raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
         return tensor
+
+    def _read_into(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if not count:
+                raise OSError("the file ends before it")
+            done += count
+
+
+def stored_name(dtype: torch.dtype) -> str:
+    """What files call a type."""
+    return next(name for name, known in _DTYPES.items() if known is dtype)
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_MOST_READERS, detect_cpu().cores), thread_name_prefix="powerband-read")

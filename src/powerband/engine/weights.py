@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from powerband.engine.checkpoint import resolve_model, weight_files
-from powerband.engine.layers.linear import Projections
+from powerband.engine.layers.linear import Product, Projections
 from powerband.engine.layers.quantized_linear import StoredMatrix
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.registry import slots_for
@@ -37,9 +37,12 @@ _IGNORED_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_to
 Progress = Callable[[float], None]
 
 
-def load_weights(products: Products, folder: Path, progress: Progress | None = None) -> int:
+def load_weights(
+    products: Products, folder: Path, progress: Progress | None = None, kept: Mapping[str, list[Product]] | None = None
+) -> int:
     """Fill every parameter of the model from the folder's safetensors files, and give its parts their products.
 
+    kept: products of parts, by name, that were made at an earlier start.
     Returns the bytes of all weights. Raises EnvironmentFault for files that cannot be read and UsageError for tensors
     that are missing, unexpected or of another shape or type, naming them.
     """
@@ -52,9 +55,15 @@ def load_weights(products: Products, folder: Path, progress: Progress | None = N
         _check_names(slots, where, folder, stored, tied=model.spec.tie_embeddings)
         parts = _Parts(model, slots)
         total = len(slots)
+        done = parts.take_kept(products, kept or {})
         while slots:  # taken off one by one: a slot that is kept would keep its parameter
             slot = slots.popleft()
             name = slot.sources[0]
+            part = parts.owner(slot)
+            if id(part) in done:
+                if model.spec.tie_embeddings and part is model.head:
+                    _fill(slot, where)  # the embedding's rows
+                continue
             if stored is not None and stored.holds(name):
                 parts.keep(slot, stored.read(name, slot.target.shape))
             else:
@@ -113,8 +122,18 @@ class _Parts:
         self._missing = Counter(id(part) for part in owners if part is not None)
         self._kept: dict[int, dict[int, dict[int, StoredMatrix]]] = {}
 
+    def take_kept(self, products: Products, kept: Mapping[str, list[Product]]) -> set[int]:
+        """Install what was kept, and tell of which parts."""
+        found = [(part, kept[name]) for name, part in parts_of(products.model) if name in kept]
+        for part, made in found:
+            products.take_kept(part, made)
+        return {id(part) for part, _ in found}
+
+    def owner(self, slot: Slot) -> Projections | None:
+        return self._owners.get(_memory(slot.target))
+
     def completed_by(self, slot: Slot) -> Projections | None:
-        part = self._owners.get(_memory(slot.target))
+        part = self.owner(slot)
         if part is None:
             return None
         self._missing[id(part)] -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from powerband.engine.products import Products
 from powerband.engine.runner import ModelRunner
 from powerband.engine.sampler import Sampler
 from powerband.engine.warm_up import warm_up
+from powerband.engine.weight_cache import WeightCache
 from powerband.engine.weights import fill_random, load_weights
 from powerband.errors import UsageError
 from powerband.spec.device import detect_cpu
@@ -67,6 +69,7 @@ class TorchExecutor:
         self.attention = make_backend(config.attention, config.block_size, config.device, config.kv_cache_dtype)
         self._progress = progress or (lambda _name, _fraction: None)
         self._runner: ModelRunner | None = None
+        self._weight_cache: WeightCache | None = None
         threaded = config.overlap and config.device.type == "cpu"
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="powerband-steps") if threaded else None
 
@@ -87,7 +90,7 @@ class TorchExecutor:
         if config.load_format == "dummy":
             weights_bytes = fill_random(products, config.seed)
         else:
-            weights_bytes = load_weights(products, config.folder, lambda fraction: self._progress("load", fraction))
+            weights_bytes = self._load(products)
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
         self.providers = dict(products.counts)
@@ -109,6 +112,18 @@ class TorchExecutor:
             weights_bytes=weights_bytes,
             seconds={"load": loaded_s - began_s, "prepare": prepared_s - loaded_s},
         )
+
+    def _load(self, products: Products) -> int:
+        """From what an earlier start kept, where there is that, and from the checkpoint."""
+        config = self.config
+        told = functools.partial(self._progress, "load")
+        if not (config.weight_cache and config.kernels and config.held != PLAIN):
+            return load_weights(products, config.folder, told)
+        cache = WeightCache(products, config.folder)
+        weights_bytes = load_weights(products, config.folder, told, cache.read(products))
+        cache.write(products)
+        self._weight_cache = cache
+        return weights_bytes
 
     @torch.inference_mode()
     def init_kv_cache(self, num_blocks: int) -> None:
@@ -156,7 +171,9 @@ class TorchExecutor:
             torch.cuda.synchronize(self.config.device)
 
     def close(self) -> None:
-        """Wait for the steps in flight and end the worker thread."""
+        """Wait for the steps in flight and end the threads."""
+        if self._weight_cache is not None:
+            self._weight_cache.close()
         if self._worker is not None:
             self._worker.shutdown(wait=True)
 

@@ -45,8 +45,7 @@ class Int4Product:
     @staticmethod
     def takes(weight: Int4Weight) -> bool:
         """Whether the kernels are there, and take groups of this size."""
-        whole = weight.group_size >= weight.shape[1]
-        fits = whole or (weight.group_size >= SMALLEST_GROUP and weight.group_size % BLOCK == 0)
+        fits = takes_group(weight.shape[1], weight.group_size)
         return fits and weight.values.device.type == "cpu" and library.load().tier is not None
 
     @classmethod
@@ -67,6 +66,23 @@ class Int4Product:
             None if bias is None else bias.detach().to(torch.bfloat16),
             (out_features, in_features, weight.group_size),
         )
+
+    @classmethod
+    def quantizing(cls, weight: torch.Tensor, group_size: int, bias: torch.Tensor | None = None) -> Int4Product:
+        """With `quantize_int4(weight, group_size)` (but for ties), for a bfloat16 weight [out, in], never unpacked."""
+        out_features, in_features = weight.shape
+        packed = huge_empty(packed_shape(out_features, in_features), torch.uint8)
+        scales = huge_empty((packed.shape[0], -(-in_features // group_size), PANEL), torch.float32)
+        torch.ops.powerband.quantize_int4_out(weight.detach().contiguous(), group_size, packed, scales)
+        own_bias = None if bias is None else bias.detach().to(torch.bfloat16)
+        return cls(packed, scales, None, own_bias, (out_features, in_features, group_size))
+
+    @staticmethod
+    def quantizes(weight: torch.Tensor, group_size: int) -> bool:
+        """Whether `quantizing` takes this weight here."""
+        on_cpu = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
+        fits = weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] > 0
+        return on_cpu and fits and takes_group(weight.shape[1], group_size) and library.load().tier is not None
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int4Product:
@@ -120,6 +136,11 @@ class Int4Product:
     def _reference(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, dequantize(self.weight(), x.dtype), bias)
+
+
+def takes_group(in_features: int, group_size: int) -> bool:
+    """Whether the kernels take groups of this size."""
+    return group_size >= in_features or (group_size >= SMALLEST_GROUP and group_size % BLOCK == 0)
 
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int, int]:

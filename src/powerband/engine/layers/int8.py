@@ -62,6 +62,22 @@ class Int8Product:
         )
 
     @classmethod
+    def quantizing(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Product:
+        """With `quantize_int8(weight)`, for a bfloat16 weight [out, in], without ever holding it unpacked."""
+        out_features, in_features = weight.shape
+        packed = huge_empty(packed_shape(out_features, in_features), torch.int8)
+        scales, sums = torch.empty(out_features), torch.empty(out_features, dtype=torch.int32)
+        torch.ops.powerband.quantize_int8_out(weight.detach().contiguous(), packed, scales, sums)
+        return cls(packed, scales, sums, None if bias is None else bias.detach().to(torch.bfloat16), in_features)
+
+    @staticmethod
+    def quantizes(weight: torch.Tensor) -> bool:
+        """Whether `quantizing` takes this weight here."""
+        on_cpu = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
+        fits = weight.dim() == 2 and weight.shape[0] > 0 and 0 < weight.shape[1] <= MAX_FEATURES
+        return on_cpu and fits and library.load().tier is not None
+
+    @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int8Product:
         """The product whose `tensors()` these are."""
         in_features = int(tensors["in_features"].item())

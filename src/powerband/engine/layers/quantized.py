@@ -20,9 +20,11 @@ from powerband.errors import UsageError
 INT8_MAX = 127  # -128 is left out, so that the range is symmetric
 INT4_ZERO = 8  # where a symmetric Int4Weight has its zero: values 0..15 stand for -8..7
 DEFAULT_GROUP_SIZE = 128
-# Fractions of the group's extreme that are tried as the end of the range: clipping it makes all other steps finer. With
-# the scale refitted, three of them reach 31 % less squared error than max / 7 on Gaussian weights; nine reach 32 %.
-_CLIP_RATIOS = (1.0, 0.9, 0.8)
+# Fractions of the group's extreme that are tried as the end of the range: clipping it makes all other steps finer. The
+# best is then refined: its best scale becomes the step, values are rounded anew, and so on. On Gaussian weights this
+# leaves 33 % less squared error than max / 7; four times as many ratios leave another 0.2 % less.
+_CLIP_RATIOS = tuple(1 - 0.05 * index for index in range(9))
+_REFINEMENTS = 2
 # A row of activations whose largest magnitude is below this counts as zero: 127 / magnitude must stay finite.
 SMALLEST_MAGNITUDE = 1e-30
 _SLAB_ELEMENTS = 1 << 18  # of a weight at a time: small enough for the cache
@@ -69,19 +71,17 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
 
 
 def quantize_int8(weight: torch.Tensor) -> Int8Weight:
-    """The nearest Int8Weight (ties to even) to a finite weight [out, in], with scale = max |row| / 127."""
+    """The nearest Int8Weight to a weight [out, in], with scale = max |row| / 127: rows are rounded as activations are."""
     out_features, in_features = weight.shape
     values = torch.empty(out_features, in_features, dtype=torch.int8)
     scales = torch.empty(out_features)
     for rows in _slabs(out_features, in_features):
-        slab = weight[rows].float()
-        scales[rows] = slab.abs().amax(1) / INT8_MAX if in_features else 0.0
-        values[rows] = (slab / _nonzero(scales[rows, None])).round_().clamp_(-INT8_MAX, INT8_MAX)
+        values[rows], scales[rows] = quantize_rows(weight[rows])
     return Int8Weight(values, scales)
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int = DEFAULT_GROUP_SIZE) -> Int4Weight:
-    """An Int4Weight with zero 8 near a finite weight [out, in].
+    """An Int4Weight with zero 8 near a weight [out, in]. A group that holds NaN or infinity has a scale like that.
 
     Per group: the extreme value (or a fraction of it, see _CLIP_RATIOS) gets the longer end, -8, as llama.cpp's Q4_0
     does; of the resulting integers q, those with the least squared error are kept, each q with its best scale
@@ -138,12 +138,13 @@ def int8_product(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None 
 def _fit_int4(slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole numbers -8..7 [rows, groups, group_size] (float32), and scales [rows, groups]."""
     extreme = torch.where(slab.amax(-1) > -slab.amin(-1), slab.amax(-1), slab.amin(-1))
-    best = torch.empty_like(slab)
+    extreme = extreme.where(extreme.abs() >= SMALLEST_MAGNITUDE, extreme * 0)  # keeps NaN
+    best = torch.zeros_like(slab)
     best_merit = torch.full_like(extreme, -1.0)
-    best_scale = torch.empty_like(extreme)
-    for ratio in _CLIP_RATIOS:
-        step = _nonzero(extreme * (ratio / -INT4_ZERO))
-        quantized = (slab / step[..., None]).round_().clamp_(-INT4_ZERO, INT4_ZERO - 1)
+    best_scale = extreme
+    for ratio in (*_CLIP_RATIOS, *[None] * _REFINEMENTS):
+        step = best_scale if ratio is None else extreme * (ratio / -INT4_ZERO)
+        quantized = (slab * (1 / _nonzero(step))[..., None]).round_().clamp_(-INT4_ZERO, INT4_ZERO - 1)
         overlap = torch.linalg.vecdot(slab, quantized)
         scale = overlap / _nonzero(torch.linalg.vecdot(quantized, quantized))
         merit = overlap * scale

@@ -39,9 +39,18 @@ class QuantizedLinear:
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """Raises UsageError for a weight that is not finite."""
-        quantized = quantize_int8(weight) if self._held == "int8" else quantize_int4(weight, self._group_size)
-        _check_finite(quantized)
-        return quantized_product(quantized, bias, kernels=self._kernels)
+        product: Product
+        if self._held == "int8":
+            if self._kernels and Int8Product.quantizes(weight):
+                product = Int8Product.quantizing(weight, bias)
+            else:
+                product = quantized_product(quantize_int8(weight), bias, kernels=self._kernels)
+        elif self._kernels and Int4Product.quantizes(weight, self._group_size):
+            product = Int4Product.quantizing(weight, self._group_size, bias)
+        else:
+            product = quantized_product(quantize_int4(weight, self._group_size), bias, kernels=self._kernels)
+        _check_finite(product)
+        return product
 
 
 def kernel_name(held: str, *, kernels: bool) -> str:
@@ -49,9 +58,9 @@ def kernel_name(held: str, *, kernels: bool) -> str:
     return f"kernel {held}" if kernels else held
 
 
-def _check_finite(weight: Int8Weight | Int4Weight) -> None:
+def _check_finite(product: Product) -> None:
     """NaN and infinity have no integer; a weight that holds one has such a scale, too."""
-    if not bool(weight.scales.isfinite().all()):
+    if not bool(tensors_of(product)["scales"].isfinite().all()):
         raise UsageError(
             "This weight holds values that are not finite, and cannot be quantized.",
             hint="Serve the checkpoint without --quantization, or repair it.",

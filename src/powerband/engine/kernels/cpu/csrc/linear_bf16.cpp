@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "linear_epilogue.h"
 #include "output.h"
+#include "transpose.h"
 
 namespace powerband {
 namespace {
@@ -39,7 +40,9 @@ void pack_panel(const bf16* weight, int64_t columns, int64_t k, int64_t panel, b
     const bf16* from = weight + panel * kPanel * k;
     constexpr int64_t kBlock = 16;  // a cache line of each column at a time
     if (present < kPanel || k != pairs * 2) std::fill(out, out + pairs * 2 * kPanel, bf16{0});
-    for (int64_t block = 0; block < pairs; block += kBlock)
+    const int64_t whole = present == kPanel ? k / (2 * kBlock) * kBlock : 0;
+    transpose_words(from, k * sizeof(bf16), whole, out);
+    for (int64_t block = whole; block < pairs; block += kBlock)
         for (int64_t column = 0; column < present; ++column)
             for (int64_t pair = block; pair < std::min(block + kBlock, pairs); ++pair)
                 if (pair * 2 < k)
