@@ -84,9 +84,7 @@ def test_quantized_checkpoints_are_kept_too(tmp_path: Path, monkeypatch: pytest.
     assert not any(name.endswith("qweight") for name in second.read)
 
 
-def test_what_the_content_depends_on_is_in_the_name(
-    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_content_depends_on_is_in_the_name(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(folder, monkeypatch)
     start(folder, monkeypatch, quantization="int8")
     start(folder, monkeypatch, quantize_head=False)

@@ -111,10 +111,19 @@ def _compute_report(findings: list[Finding]) -> dict[str, Any]:
         "device": device,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "attention": f"{attention.name}: {attention.reason}",
+        "weight_cache": _weight_cache(),
         "cpu_kernels": f"{kernels.tier or 'none'}: {kernels.reason}",
         "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]  # torch's own is untyped
     }
+
+
+def _weight_cache() -> str:
+    from powerband.engine import weight_cache
+
+    files = weight_cache.kept_files()
+    size = sum(path.stat().st_size for path in files)
+    return f"{weight_cache.folder()}: {len(files)} files, {readable(size)}"
 
 
 def _print(report: dict[str, Any], findings: list[Finding]) -> None:

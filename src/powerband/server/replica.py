@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import msgspec
@@ -84,13 +85,18 @@ class Replica:
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
 
     async def start(self) -> EngineInfo:
-        """Start the engine and load the tokenizer. Raises what went wrong there."""
+        """Start the engine and load the tokenizer: meanwhile, if the folder is known. Raises what went wrong there."""
         start_s = time.monotonic()
-        info = await self.engine.start()
+        folder = Path(self.engine_settings.model).expanduser()
+        early = asyncio.create_task(self._load_tokenizer(str(folder))) if folder.is_dir() else None
+        try:
+            info = await self.engine.start()
+        except BaseException:
+            if early is not None:
+                early.cancel()
+            raise
         engine_s = time.monotonic()
-        source = self.engine_settings.tokenizer or info.model_folder
-        revision = self.engine_settings.revision if self.engine_settings.tokenizer is None else None
-        tokenizer = await self.in_thread(Tokenizer.load, source, revision=revision)
+        tokenizer = await (early if early is not None else self._load_tokenizer(info.model_folder))
         template = None
         if tokenizer is not None:
             template = await self.in_thread(ChatTemplate.load, tokenizer, self.engine_settings.chat_template)
@@ -102,6 +108,10 @@ class Replica:
             "tokenizer": time.monotonic() - engine_s,
         }
         return info
+
+    async def _load_tokenizer(self, model_folder: str) -> Tokenizer | None:
+        asked, revision = self.engine_settings.tokenizer, self.engine_settings.revision
+        return await self.in_thread(Tokenizer.load, asked or model_folder, revision=None if asked else revision)
 
     async def stop(self) -> None:
         await self.engine.stop()

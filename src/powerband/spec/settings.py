@@ -48,7 +48,10 @@ class EngineSettings:
         True, "With quantized weights: hold the output head in 8 bits; off: in bfloat16", group="Model"
     )
     weight_cache: Literal["auto", "off"] = setting(
-        "auto", "Keep quantized weights in the cache directory, so that the next start is fast", group="Model"
+        "auto",
+        "CPU: keep quantized weights in the cache directory, so that the next start is fast; weights in 16 bits are "
+        "packed while they are read, and not kept",
+        group="Model",
     )
     max_model_len: int | None = setting(
         None, "Longest prompt plus output, in tokens; default: the model's own", group="Model", minimum=1

@@ -87,10 +87,7 @@ class TorchExecutor:
         self._progress("load", 0.0)
         model = Decoder(config.spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
         products = Products(model, config.held, kernels=config.kernels)
-        if config.load_format == "dummy":
-            weights_bytes = fill_random(products, config.seed)
-        else:
-            weights_bytes = self._load(products)
+        weights_bytes = self._load(products)
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
         self.providers = dict(products.counts)
@@ -114,8 +111,10 @@ class TorchExecutor:
         )
 
     def _load(self, products: Products) -> int:
-        """From what an earlier start kept, where there is that, and from the checkpoint."""
+        """From what an earlier start kept, where there is that, and from the checkpoint. Returns the weights' bytes."""
         config = self.config
+        if config.load_format == "dummy":
+            return fill_random(products, config.seed)
         told = functools.partial(self._progress, "load")
         if not (config.weight_cache and config.kernels and config.held != PLAIN):
             return load_weights(products, config.folder, told)

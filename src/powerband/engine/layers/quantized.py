@@ -71,7 +71,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
 
 
 def quantize_int8(weight: torch.Tensor) -> Int8Weight:
-    """The nearest Int8Weight to a weight [out, in], with scale = max |row| / 127: rows are rounded as activations are."""
+    """The nearest Int8Weight to a weight [out, in], with scale = max |row| / 127; rounded as activations are."""
     out_features, in_features = weight.shape
     values = torch.empty(out_features, in_features, dtype=torch.int8)
     scales = torch.empty(out_features)
