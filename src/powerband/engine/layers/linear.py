@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.memory import huge_empty
-
 
 class Product(Protocol):
     """x @ weight.T + bias, with the weight in whatever form the provider keeps it."""
@@ -120,6 +118,5 @@ class Linear(nn.Module):
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """Memory that weights are loaded into, taken when it is first written to."""
-    empty = huge_empty(shape, dtype) if device.type == "cpu" else torch.empty(*shape, dtype=dtype, device=device)
-    return nn.Parameter(empty, requires_grad=False)
+    """Uninitialised memory that weights are loaded into."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
