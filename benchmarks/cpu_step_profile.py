@@ -194,9 +194,8 @@ def inside_model(engine: Engine, watch: Stopwatch) -> Iterator[None]:
             watch.watch(module, method, shown)
         if callable(getattr(module, "gated", None)):
             watch.watch(module, "gated", "activation")
-        for half in ("attention_block", "mlp_block"):
-            if getattr(module, half, None) is not None:
-                watch.watch(module, half, half.replace("_", " "))
+    if model.run_layers is not None:
+        watch.watch(model, "run_layers", "all layers")
     for table in model.rotary.values():
         watch.watch(table, "at", "rotary table")
     backend = engine.executor.attention
@@ -254,8 +253,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         decoding = Decoding(_settings(args, model), args.batch, args.context, json.loads(args.sampling))
     engine = decoding.engine
     if args.apart:
-        for layer in engine.executor.runner.model.layers:
-            layer.attention_block = layer.mlp_block = None
+        engine.executor.runner.model.run_layers = None
     print(engine.info.summary)
     print(f"batch {args.batch}, context {args.context}, {args.threads} threads, medians of {args.steps} steps")
     bare, _ = decoding.steps(args.steps, Stopwatch())
@@ -309,7 +307,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sampling", default='{"temperature": 0}', help="fields of SamplingParams, as JSON")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other engine setting")
-    parser.add_argument("--apart", action="store_true", help="take each layer's two operators apart, to see inside")
+    parser.add_argument("--apart", action="store_true", help="run the layers part by part, to see inside them")
     parser.add_argument("--operators", action="store_true", help="also: torch's profiler, by operator")
     parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
     args = parser.parse_args()

@@ -59,7 +59,7 @@ def test_an_int8_cache_holds_nearly_twice_as_much(folder: Path) -> None:
         settings = {**ROOMY, "dtype": "bfloat16", "attention_backend": "cpu", "kv_cache_dtype": kv_cache_dtype}
         with TestEngine(folder, **settings) as engine:
             engine.generate(PROMPTS, max_tokens=8)
-            held = sum(layer.nbytes for layer in engine.engine.executor.attention._cache)  # type: ignore[attr-defined]
+            held = sum(layer.nbytes for layer in engine.engine.executor.attention.cache)  # type: ignore[attr-defined]
             assert held == engine.engine.memory.parts["kv_cache"]
             tokens.append(engine.engine.memory.kv_tokens)
     assert tokens[1] > 1.7 * tokens[0]

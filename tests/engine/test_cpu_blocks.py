@@ -1,4 +1,4 @@
-"""A layer's halves as one operator each: what they give is what their parts give one by one."""
+"""Layers as blocks: what they give is what their parts give one by one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from engines_for_tests import TestEngine
 from models_for_tests import random_model, save
 
 from powerband.engine.kernels.cpu import library
+from powerband.engine.kernels.cpu.blocks import CpuLayers
 from powerband.engine.models.decoder import Decoder
 
 PROMPTS = [[5, 6], list(range(40)), list(range(20, 150)), [7, 9] * 35]
@@ -39,14 +40,11 @@ def logprobs(engine: TestEngine) -> torch.Tensor:
     return torch.tensor([entry.logprobs[0] for entry in entries if entry])
 
 
-def take_apart(model: Decoder) -> tuple[int, int]:
-    """The model computes part by part from now on. Returns how many halves were one operator, by kind."""
-    counts = [0, 0]
-    for layer in model.layers:
-        counts[0] += layer.attention_block is not None
-        counts[1] += layer.mlp_block is not None
-        layer.attention_block = layer.mlp_block = None
-    return counts[0], counts[1]
+def take_apart(model: Decoder) -> int:
+    """The model computes part by part from now on. Returns how many halves of layers were blocks."""
+    layers, model.run_layers = model.run_layers, None
+    assert isinstance(layers, CpuLayers)
+    return layers.num_blocks
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
@@ -57,7 +55,7 @@ def test_blocks_give_what_their_parts_give(family: str, quantization: str, tmp_p
         together = logprobs(engine)
         decoder = engine.engine.executor.runner.model
         num_layers = len(decoder.layers)
-        assert take_apart(decoder) == (num_layers, 0 if family == "gpt_oss" else num_layers)
+        assert take_apart(decoder) == (num_layers if family == "gpt_oss" else 2 * num_layers)
         apart = logprobs(engine)
     # Norms after the sublayer are added before they are rounded; everything else is the same to the bit.
     if family == "gemma2":
@@ -69,4 +67,4 @@ def test_blocks_give_what_their_parts_give(family: str, quantization: str, tmp_p
 def test_norms_over_all_heads_stay_apart(tmp_path: Path) -> None:
     with TestEngine(save(random_model("olmo2", head_dim=32), tmp_path), quantization="none", **SETTINGS) as engine:
         decoder = engine.engine.executor.runner.model
-        assert take_apart(decoder) == (0, len(decoder.layers))
+        assert take_apart(decoder) == len(decoder.layers)

@@ -44,12 +44,12 @@ class CpuAttention:
 
     def __init__(self, kv_cache_dtype: Literal["auto", "int8"] = "auto") -> None:
         self._is_int8 = kv_cache_dtype == "int8"
-        self._cache: list[torch.Tensor] = []
+        self.cache: list[torch.Tensor] = []  # of each layer, see the module's drawing
 
     def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
         per_position = shape.head_dim + _SCALE_BYTES if self._is_int8 else shape.head_dim
         size = (num_layers, num_blocks, shape.num_kv_heads, 2 * BLOCK_SIZE * per_position)
-        self._cache = list(huge_empty(size, torch.int8 if self._is_int8 else dtype).unbind(0))
+        self.cache = list(huge_empty(size, torch.int8 if self._is_int8 else dtype).unbind(0))
 
     def begin(self, batch: AttentionBatch) -> None:
         """Nothing to prepare: the operator reads the batch."""
@@ -78,27 +78,24 @@ class CpuAttention:
     ) -> torch.Tensor:
         """As in AttentionBackend. q and k are turned where they lie: `qkv` is used up."""
         cos, sin = rotation if rotation is not None else (None, None)
-        weights, eps = (norm.weights, norm.eps) if norm is not None else (None, 0.0)
         out: torch.Tensor = torch.ops.powerband.attend(
-            qkv.flatten(1), cos, sin, weights, eps, *self.operands(layer, batch, shape, sinks)
-        )
-        return out.view(-1, shape.num_heads, shape.head_dim)
-
-    def operands(
-        self, layer: int, batch: AttentionBatch, shape: AttentionShape, sinks: torch.Tensor | None
-    ) -> tuple[object, ...]:
-        """The end of the operator's arguments, from the cache on."""
-        return (
-            self._cache[layer],
+            qkv.flatten(1),
+            cos,
+            sin,
+            norm.weights if norm is not None else None,
+            norm.eps if norm is not None else 0.0,
+            self.cache[layer],
             batch.slots,
             batch.query_starts,
             batch.context_lens,
             batch.block_tables,
             batch.num_decodes,
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.scale,
-            shape.window or 0,
-            shape.softcap or 0.0,
+            *shape_operands(shape),
             sinks,
         )
+        return out.view(-1, shape.num_heads, shape.head_dim)
+
+
+def shape_operands(shape: AttentionShape) -> tuple[int, int, float, int, float]:
+    """What the operators take of it: heads, KV heads, scale, window and soft cap (0: none)."""
+    return shape.num_heads, shape.num_kv_heads, shape.scale, shape.window or 0, shape.softcap or 0.0

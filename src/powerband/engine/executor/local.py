@@ -14,6 +14,7 @@ import torch
 
 from powerband.core.step import DeviceReport, Step, StepResult
 from powerband.engine.attention import AttentionShape, Choice, make_backend
+from powerband.engine.attention.cpu import CpuAttention
 from powerband.engine.cuda_graphs import DecodeGraphs
 from powerband.engine.kernels.cpu.blocks import use_cpu_blocks
 from powerband.engine.kernels.cpu.layers import use_cpu_layers
@@ -95,8 +96,6 @@ class TorchExecutor:
         if config.kernels:
             use_cpu_layers(model)
             use_cpu_sampling(sampler)
-            if config.attention.name == "cpu":
-                use_cpu_blocks(model)
         if config.attention.name == "triton":
             from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
 
@@ -129,6 +128,8 @@ class TorchExecutor:
         spec = self.config.spec
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale)
         self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.dtype)
+        if isinstance(self.attention, CpuAttention):
+            use_cpu_blocks(self.runner.model, self.attention)
         if self.attention.name == "triton":
             self._progress("compile", 0.0)
             config = self.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -18,6 +17,18 @@ from powerband.engine.layers.rotary import RotaryTable
 from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+class RunLayers(Protocol):
+    """All layers of a model, in place."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        rotations: dict[RopeSpec, Rotation],
+        batch: AttentionBatch,
+        attention: AttentionBackend,
+    ) -> None: ...
 
 
 class Decoder(nn.Module):
@@ -41,6 +52,7 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
         self.rotary = {rope: RotaryTable(rope, max_positions, dtype=dtype, device=device) for rope in ropes}
+        self.run_layers: RunLayers | None = None  # a device may have all layers in one
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, attention: AttentionBackend
@@ -49,6 +61,9 @@ class Decoder(nn.Module):
         attention.begin(batch)
         rotations: dict[RopeSpec, Rotation] = {rope: table.at(positions) for rope, table in self.rotary.items()}
         hidden: torch.Tensor = self.embedding(token_ids)
+        if self.run_layers is not None:
+            self.run_layers(hidden, rotations, batch, attention)
+            return hidden
         for layer in self.layers:
             hidden = layer(hidden, rotations, batch, attention)
         return hidden
@@ -65,18 +80,6 @@ class Decoder(nn.Module):
         if self.spec.logit_softcap is not None:
             return None  # it makes equal what was nearly equal, and then the lowest token id counts
         return self.head.argmax(self.norm(hidden))
-
-
-class AttentionBlock(Protocol):
-    """A layer's first half: adds to hidden [tokens, hidden] what its attention makes of it."""
-
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        rotations: dict[RopeSpec, Rotation],
-        batch: AttentionBatch,
-        attention: AttentionBackend,
-    ) -> None: ...
 
 
 class DecoderLayer(nn.Module):
@@ -99,9 +102,6 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = _norm(spec, size, dtype, device) if before else None
         self.attention_post_norm = _norm(spec, size, dtype, device) if after else None
         self.mlp_post_norm = _norm(spec, size, dtype, device) if after else None
-        # A device may have each half in one operator.
-        self.attention_block: AttentionBlock | None = None
-        self.mlp_block: Callable[[torch.Tensor], None] | None = None
 
     def forward(
         self,
@@ -110,23 +110,18 @@ class DecoderLayer(nn.Module):
         batch: AttentionBatch,
         attention: AttentionBackend,
     ) -> torch.Tensor:
-        if self.attention_block is not None:
-            self.attention_block(hidden, rotations, batch, attention)
-        else:
-            self._attend(hidden, rotations, batch, attention)
-        if self.mlp_block is not None:
-            self.mlp_block(hidden)
-        else:
-            self._transform(hidden)
+        self.attend(hidden, rotations, batch, attention)
+        self.transform(hidden)
         return hidden
 
-    def _attend(
+    def attend(
         self,
         hidden: torch.Tensor,
         rotations: dict[RopeSpec, Rotation],
         batch: AttentionBatch,
         attention: AttentionBackend,
     ) -> None:
+        """The first half: adds to hidden [tokens, hidden] what attention makes of it."""
         x: torch.Tensor = self.attention_norm(hidden) if self.attention_norm is not None else hidden
         x = self.attention.heads(x, rotations, batch, attention)
         if self.attention_post_norm is not None:
@@ -134,7 +129,8 @@ class DecoderLayer(nn.Module):
         else:
             self.attention.output.add_to(hidden, x)
 
-    def _transform(self, hidden: torch.Tensor) -> None:
+    def transform(self, hidden: torch.Tensor) -> None:
+        """The second half: adds what the MLP or the experts make of it."""
         x: torch.Tensor = self.mlp_norm(hidden) if self.mlp_norm is not None else hidden
         if self.mlp_post_norm is not None:
             hidden.add_(self.mlp_post_norm(self.mlp(x)))

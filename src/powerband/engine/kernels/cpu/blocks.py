@@ -1,58 +1,56 @@
-"""The halves of decoder layers as one operator each (csrc/blocks.cpp), where they are made of the kernels' parts."""
+"""The halves of decoder layers in the C++ kernels' hands (csrc/blocks.cpp): a whole model is one operator."""
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
 
 import torch
 
 from powerband.engine.attention.base import AttentionBackend, AttentionBatch
-from powerband.engine.attention.cpu import CpuAttention
+from powerband.engine.attention.cpu import CpuAttention, shape_operands
 from powerband.engine.kernels.cpu.layers import ACTIVATIONS
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
-from powerband.engine.models.decoder import Attention, Decoder, DecoderLayer, Rotation
-from powerband.errors import UsageError
+from powerband.engine.models.decoder import Decoder, DecoderLayer, Rotation
 from powerband.spec.model import RopeSpec
 
+Half = Callable[[torch.Tensor, dict[RopeSpec, Rotation], AttentionBatch, AttentionBackend], None]
 
-def use_cpu_blocks(model: Decoder) -> None:
-    """Let each half of a layer be one operator where that can be. Needs `CpuAttention`, and weights that are packed.
 
-    What stays: experts, norms over all heads of q or k together, and projections that something else computes.
+def use_cpu_blocks(model: Decoder, attention: CpuAttention) -> None:
+    """Run the model's layers as blocks. Needs weights that are packed, and attention that has its cache.
+
+    What stays in Python: experts, norms over all heads together, and projections that something else computes.
     """
-    if model.embedding.weight.dtype is not torch.bfloat16:
-        return
-    for layer in model.layers:
-        if not isinstance(layer, DecoderLayer):
-            continue
-        attention, mlp = layer.attention, layer.mlp
-        qkv, output = attention.qkv.packed_operands(), attention.output.packed_operands()
-        if qkv is not None and output is not None and attention.q_norm is None:
-            norms = _norms(attention.eps, layer.attention_norm, layer.attention_post_norm)
-            layer.attention_block = CpuAttentionBlock(attention, (*norms, *qkv, *output))
-        if not isinstance(mlp, GatedMLP):
-            continue
-        gate_up, down = mlp.gate_up.packed_operands(), mlp.down.packed_operands()
-        if gate_up is not None and down is not None:
-            norms = _norms(attention.eps, layer.mlp_norm, layer.mlp_post_norm)
-            size = mlp.intermediate_size
-            layer.mlp_block = CpuMLPBlock((*norms, *gate_up, *down, size, ACTIVATIONS.index(mlp.activation)))
+    if model.embedding.weight.dtype is torch.bfloat16:
+        model.run_layers = CpuLayers(model, attention)
 
 
-def _norms(
-    eps: float, norm: RMSNorm | None, post_norm: RMSNorm | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    return (norm.weight if norm is not None else None, post_norm.weight if post_norm is not None else None, eps)
+class CpuLayers:
+    """RunLayers. Halves that the kernels can compute are blocks, and those in a row one call."""
 
+    def __init__(self, model: Decoder, attention: CpuAttention) -> None:
+        self.num_blocks = 0
+        self._parts: list[list[int] | Half] = []
+        self._made: list[int] = []
+        weakref.finalize(self, torch.ops.powerband.free_blocks, self._made)
+        ropes = list(model.rotary)
+        for layer in model.layers:
+            if isinstance(layer, DecoderLayer):
+                self._append(_attention_block(layer, attention, ropes), layer.attend)
+                self._append(_mlp_block(layer), lambda hidden, *_, own=layer: own.transform(hidden))
 
-class CpuAttentionBlock:
-    def __init__(self, module: Attention, operands: tuple[object, ...]) -> None:
-        """operands: norms, eps, projections, in the operator's order."""
-        self._index = module.index
-        self._rope = module.rope
-        self._shape = module.shape
-        self._sinks = module.sinks
-        self._head_norm = module.head_norm
-        self._operands = operands
+    def _append(self, block: int | None, otherwise: Half) -> None:
+        if block is None:
+            self._parts.append(otherwise)
+            return
+        self.num_blocks += 1
+        self._made.append(block)
+        if self._parts and isinstance(self._parts[-1], list):
+            self._parts[-1].append(block)
+        else:
+            self._parts.append([block])
 
     def __call__(
         self,
@@ -61,18 +59,47 @@ class CpuAttentionBlock:
         batch: AttentionBatch,
         attention: AttentionBackend,
     ) -> None:
-        """hidden += attention of it. Raises UsageError for another backend than CpuAttention."""
-        if not isinstance(attention, CpuAttention):
-            raise UsageError(f"A layer's attention in one operator needs the 'cpu' backend, not '{attention.name}'.")
-        cos, sin = rotations[self._rope] if self._rope is not None else (None, None)
-        cached = attention.operands(self._index, batch, self._shape, self._sinks)
-        torch.ops.powerband.attention_block(hidden, *self._operands, cos, sin, self._head_norm, *cached)
+        cos, sin = [cos for cos, _ in rotations.values()], [sin for _, sin in rotations.values()]
+        step = (batch.slots, batch.query_starts, batch.context_lens, batch.block_tables, batch.num_decodes)
+        for part in self._parts:
+            if isinstance(part, list):
+                torch.ops.powerband.run_blocks(part, hidden, cos, sin, *step)
+            else:
+                part(hidden, rotations, batch, attention)
 
 
-class CpuMLPBlock:
-    def __init__(self, operands: tuple[object, ...]) -> None:
-        self._operands = operands
+def _attention_block(layer: DecoderLayer, attention: CpuAttention, ropes: list[RopeSpec]) -> int | None:
+    module = layer.attention
+    qkv, output = module.qkv.packed_operands(), module.output.packed_operands()
+    if qkv is None or output is None or module.q_norm is not None:
+        return None
+    block: int = torch.ops.powerband.attention_block(
+        *_norms(module.eps, layer.attention_norm, layer.attention_post_norm),
+        *qkv,
+        *output,
+        -1 if module.rope is None else ropes.index(module.rope),
+        module.head_norm,
+        attention.cache[module.index],
+        *shape_operands(module.shape),
+        module.sinks,
+    )
+    return block
 
-    def __call__(self, hidden: torch.Tensor) -> None:
-        """hidden += MLP of it."""
-        torch.ops.powerband.mlp_block(hidden, *self._operands)
+
+def _mlp_block(layer: DecoderLayer) -> int | None:
+    mlp = layer.mlp
+    if not isinstance(mlp, GatedMLP):
+        return None
+    gate_up, down = mlp.gate_up.packed_operands(), mlp.down.packed_operands()
+    if gate_up is None or down is None:
+        return None
+    norms = _norms(layer.attention.eps, layer.mlp_norm, layer.mlp_post_norm)
+    activation = ACTIVATIONS.index(mlp.activation)
+    block: int = torch.ops.powerband.mlp_block(*norms, *gate_up, *down, mlp.intermediate_size, activation)
+    return block
+
+
+def _norms(
+    eps: float, norm: RMSNorm | None, post_norm: RMSNorm | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    return (norm.weight if norm is not None else None, post_norm.weight if post_norm is not None else None, eps)
