@@ -19,9 +19,9 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A CPU tensor of zeros that asks for huge pages; small ones (below 4 KiB) come from torch, uninitialised.
 
     A kernel that streams weights crosses a page of 4 KiB every 100 ns; with pages of 2 MiB the processor looks up 512
-    times fewer addresses. Memory is taken when it is first written to. Tensors up to 32 MiB lie side by side: no huge
-    page is left half empty, and a kernel that fetches ahead finds the next weight behind this one. Such memory goes back
-    when the last of them does: for a short life torch's own is better.
+    times fewer addresses. Memory is taken when it is first written to. Tensors up to 32 MiB lie side by side, so that
+    no huge page is left half empty, and a kernel that fetches ahead finds the next weight behind this one. Such memory
+    goes back when the last of them does: for a short life torch's own is better.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):

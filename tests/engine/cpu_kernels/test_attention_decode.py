@@ -93,7 +93,7 @@ def test_tokens_without_a_slot_are_not_stored() -> None:
     world = World([(40, 1), (BLOCK + 1, 1)], shape())
     backend, batch = world.backend(), world.batch()
     batch.slots[1] = -1
-    backend._cache[0][int(batch.block_tables[1, 1])] = 1.0  # position 32 of the second request, as if known before
-    before = backend._cache[0][int(batch.block_tables[1, 1])].clone()
+    backend.cache[0][int(batch.block_tables[1, 1])] = 1.0  # position 32 of the second request, as if known before
+    before = backend.cache[0][int(batch.block_tables[1, 1])].clone()
     backend.attend_unrotated(0, world.qkv(), None, None, batch, world.shape)
-    assert torch.equal(backend._cache[0][int(batch.block_tables[1, 1])], before)
+    assert torch.equal(backend.cache[0][int(batch.block_tables[1, 1])], before)

@@ -132,7 +132,7 @@ def test_the_tail_of_the_last_block_is_not_read() -> None:
     world = World([(50, 20)], shape())
     backend = world.backend()
     garbage = torch.full((BLOCK * 2 - 50, 2, 64), math.inf, dtype=torch.bfloat16)
-    store(backend._cache[0], world.slots(0, 50, 2 * BLOCK), garbage, garbage)
+    store(backend.cache[0], world.slots(0, 50, 2 * BLOCK), garbage, garbage)
     out = backend.attend_unrotated(0, world.qkv(), None, None, world.batch(), world.shape)
     assert_close(out, expected(world))
 

@@ -67,11 +67,11 @@ def test_chunks_are_stored_where_decodes_look() -> None:
     context = 150
     world = World([(context, context)], SHAPE)
     qkv, whole = world.qkv(), world.backend()
-    whole._cache[0].zero_()
+    whole.cache[0].zero_()
     whole.attend_unrotated(0, qkv.clone(), None, None, world.batch(), SHAPE)
     for cuts in ((0, 5, 21, 22, 64, 150), tuple(range(151))):
         pieces = world.backend()
-        pieces._cache[0].zero_()
+        pieces.cache[0].zero_()
         for start, end in pairwise(cuts):
             batch = replace(
                 world.batch(),
@@ -81,7 +81,7 @@ def test_chunks_are_stored_where_decodes_look() -> None:
                 num_decodes=int(end - start == 1),
             )
             pieces.attend_unrotated(0, qkv[start:end].clone(), None, None, batch, SHAPE)
-        assert torch.equal(pieces._cache[0], whole._cache[0])
+        assert torch.equal(pieces.cache[0], whole.cache[0])
 
 
 # ---- what is refused: name of an argument, what is put in its place, the complaint
@@ -101,7 +101,7 @@ def _arguments() -> dict[str, Any]:
         "sin": torch.zeros(35, 64).bfloat16(),
         "norm_weights": torch.ones(6, 64),
         "eps": 1e-6,
-        "cache": world.backend()._cache[0],
+        "cache": world.backend().cache[0],
         "slots": batch.slots,
         "query_starts": batch.query_starts,
         "context_lens": batch.context_lens,

@@ -65,10 +65,10 @@ def test_what_is_stored(dim: int, cuts: tuple[int, ...]) -> None:
     """Chunks of any alignment store the same numbers and scales, those of the layout."""
     context = 150
     world = World([(context, context)], replace(SHAPE, head_dim=dim), int8=True)
-    expected = world.backend()._cache[0].zero_()
+    expected = world.backend().cache[0].zero_()
     store_int8(expected, world.slots(0, 0, context), world.keys[0], world.values[0])
     backend = world.backend()
-    backend._cache[0].zero_()
+    backend.cache[0].zero_()
     for start, end in pairwise(cuts):
         batch = replace(
             world.batch(),
@@ -78,7 +78,7 @@ def test_what_is_stored(dim: int, cuts: tuple[int, ...]) -> None:
             num_decodes=int(end - start == 1),
         )
         backend.attend_unrotated(0, world.qkv()[start:end].clone(), None, None, batch, world.shape)
-    numbers, scales = _parts(backend._cache[0], dim)
+    numbers, scales = _parts(backend.cache[0], dim)
     expected_numbers, expected_scales = _parts(expected, dim)
     torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
     assert (numbers.int() - expected_numbers.int()).abs().max() <= 1  # where rounding is a tie
@@ -158,8 +158,8 @@ def test_what_has_left_the_window_is_not_read(window: int) -> None:
 def test_malformed_caches_are_refused(change: str) -> None:
     world = World([(70, 1), (40, 20)], SHAPE, int8=True)
     backend = world.backend()
-    cache = backend._cache[0]
-    backend._cache[0] = {
+    cache = backend.cache[0]
+    backend.cache[0] = {
         "float": cache.view(torch.uint8),
         "short": cache[..., : 64 * 64].contiguous(),
         "heads": cache[:, :1].contiguous(),
@@ -172,4 +172,4 @@ def test_malformed_caches_are_refused(change: str) -> None:
 def test_memory_is_as_planned() -> None:
     backend = CpuAttention("int8")
     backend.allocate(3, 7, SHAPE, torch.bfloat16)
-    assert sum(layer.nbytes for layer in backend._cache) == 3 * 7 * BLOCK * 2 * SHAPE.num_kv_heads * (64 + 4)
+    assert sum(layer.nbytes for layer in backend.cache) == 3 * 7 * BLOCK * 2 * SHAPE.num_kv_heads * (64 + 4)
