@@ -22,9 +22,19 @@ ZEN = "zentorch==2.13.0.1"
 LLAMA = "llama-cpp-python==0.3.36"  # its source distribution has llama.cpp inside
 LLAMA_TOOLS = ["llama-batched-bench", "llama-server", "llama-quantize"]
 LLAMA_FLAGS = [
-    *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
+    *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
     *("-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_UI=OFF"),
 ]
+# All that this processor has but AMX: built with that (GGML_NATIVE), Q8_0 died of an illegal instruction and Q4_K_M of a
+# bad address as soon as they computed.
+LLAMA_FEATURES = {
+    "avx512f": "GGML_AVX512",
+    "avx512_vbmi": "GGML_AVX512_VBMI",
+    "avx512vbmi": "GGML_AVX512_VBMI",
+    "avx512_vnni": "GGML_AVX512_VNNI",
+    "avx512_bf16": "GGML_AVX512_BF16",
+    "avx_vnni": "GGML_AVX_VNNI",
+}
 # What vLLM asks for and a text model does not need, and torch, which is there already.
 _LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "opencv-python-headless")
 _REQUIREMENTS = """
@@ -99,7 +109,9 @@ def _llama(places: Places, steps: Steps) -> None:
         steps.once("llama.cpp sources", download, unpack)
     if places.llama_build is None:
         build = str(folder / "build")
-        configure = ["cmake", "-S", str(places.llama_cpp), "-B", build, *LLAMA_FLAGS]
+        has = set(Path("/proc/cpuinfo").read_text().split())
+        features = [f"-D{option}=ON" for flag, option in LLAMA_FEATURES.items() if flag in has]
+        configure = ["cmake", "-S", str(places.llama_cpp), "-B", build, "-DGGML_NATIVE=OFF", *LLAMA_FLAGS, *features]
         steps.once("llama.cpp build (minutes)", configure, ["cmake", "--build", build, "-j", "--target", *LLAMA_TOOLS])
 
 

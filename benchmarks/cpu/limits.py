@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,14 @@ _SOURCE = Path(__file__).with_name("limits.c")
 
 @dataclass
 class Limits:
-    """Rates are the best that was seen in any round, since others on the machine can only slow them down."""
+    """Rates as they were beside the figures that they are compared with: medians over repetitions, then over rounds.
+
+    On a machine that others use too they may be half of what the hardware can do.
+    """
 
     program: Path
     threads: int
+    rounds: dict[tuple[str, ...], list[float]] = field(default_factory=dict)  # the program's arguments → its rates
     read: dict[int, float] = field(default_factory=dict)  # bytes → bytes a second
     peak: dict[str, float] = field(default_factory=dict)  # bf16, int8 → operations a second
 
@@ -31,9 +36,14 @@ class Limits:
 
     def measure(self, sizes: list[int]) -> None:
         for size in sorted({min(size, LARGEST) for size in sizes}):
-            self.read[size] = max(self.read.get(size, 0.0), self._run("read", str(size)))
+            self.read[size] = self._median("read", str(size))
         for kind in ("bf16", "int8"):
-            self.peak[kind] = max(self.peak.get(kind, 0.0), self._run(kind))
+            self.peak[kind] = self._median(kind)
+
+    def _median(self, *arguments: str) -> float:
+        """Of all rounds, with one more."""
+        self.rounds.setdefault(arguments, []).append(self._run(*arguments))
+        return statistics.median(self.rounds[arguments])
 
     def _run(self, *arguments: str) -> float:
         done = subprocess.run([self.program, *arguments, str(self.threads)], capture_output=True, text=True, check=True)

@@ -46,10 +46,14 @@ def make(variant: Variant, shape: Shape, places: Places, steps: Steps) -> None:
 def _gguf(variant: Variant, shape: Shape, places: Places, steps: Steps, checkpoint: Path) -> None:
     original = places.model(shape.name, "bf16.gguf")
     script = str(REPOSITORY / "benchmarks" / "cpu" / "gguf_script.py")
-    convert = [sys.executable, script, str(places.llama_cpp), str(checkpoint), str(original)]
     if not original.is_file():
-        steps.once(f"{shape.name} GGUF", convert)
+        partial = original.with_suffix(".partial")  # what is interrupted must not look finished
+        steps.once(f"{shape.name} GGUF", [sys.executable, script, str(places.llama_cpp), str(checkpoint), str(partial)])
+        partial.rename(original)
     target = places.model(shape.name, variant.form)
     if not target.is_file():
         kind = variant.form.removesuffix(".gguf").upper()
-        steps.once(f"{shape.name} {kind}", [str(places.llama_bin / "llama-quantize"), str(original), str(target), kind])
+        partial = target.with_suffix(".partial")
+        quantize = [str(places.llama_bin / "llama-quantize"), str(original), str(partial), kind]
+        steps.once(f"{shape.name} {kind}", quantize)
+        partial.rename(target)
