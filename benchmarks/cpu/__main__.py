@@ -33,6 +33,7 @@ from benchmarks.cpu.places import REPOSITORY, Places
 from benchmarks.cpu.report import Figures, lines, machine, peers_table, table
 from benchmarks.cpu.shapes import SHAPES, Shape
 from benchmarks.cpu.steps import StepFailed, Steps
+from powerband.engine.supervisor import ENVIRONMENT
 
 SEED = 0
 SLOW = 1.5
@@ -127,7 +128,7 @@ def run(
         job.write_text(json.dumps(message))
         command = [python, "-m", "benchmarks.cpu.worker", str(job), str(out)]
         env = os.environ | ({} if python == sys.executable else {"PYTHONPATH": ""})
-        env |= {"OMP_NUM_THREADS": str(args.threads)}
+        env |= {"OMP_NUM_THREADS": str(args.threads)} | (ENVIRONMENT if variant.is_ours else {})
         done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
         if done.returncode or not out.is_file():
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-12:])

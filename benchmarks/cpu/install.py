@@ -25,8 +25,8 @@ LLAMA_FLAGS = [
     *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
     *("-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_UI=OFF"),
 ]
-# All that this processor has but AMX: built with that (GGML_NATIVE), Q8_0 died of an illegal instruction and Q4_K_M of a
-# bad address as soon as they computed.
+# All that this processor has but AMX: built with that (GGML_NATIVE), Q8_0 died of an illegal instruction and Q4_K_M of
+# a bad address as soon as they computed.
 LLAMA_FEATURES = {
     "avx512f": "GGML_AVX512",
     "avx512_vbmi": "GGML_AVX512_VBMI",

@@ -51,7 +51,7 @@ from powerband.spec.settings import EngineSettings
 logger = logging.getLogger(__name__)
 
 # For libraries that read these when the engine's process loads them; who sets them knows better.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # what malloc hands out lies in huge pages (2.35 and newer)
     "GOMP_SPINCOUNT": "2000",  # torch's threads soon stop waiting on cores that the kernels' threads want
 }
@@ -189,7 +189,7 @@ class EngineProcess:
         # In a process group of its own: Ctrl-C at the terminal is for the API process, which then drains.
         try:
             process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, process_group=0, env={**_ENVIRONMENT, **os.environ}
+                self._command, stdin=subprocess.PIPE, process_group=0, env={**ENVIRONMENT, **os.environ}
             )
         except OSError as error:
             await self._end()
