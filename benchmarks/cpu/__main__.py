@@ -33,6 +33,7 @@ from benchmarks.cpu.places import REPOSITORY, Places
 from benchmarks.cpu.report import Figures, lines, machine, peers_table, table
 from benchmarks.cpu.shapes import SHAPES, Shape
 from benchmarks.cpu.steps import StepFailed, Steps
+
 from powerband.engine.supervisor import ENVIRONMENT
 
 SEED = 0
