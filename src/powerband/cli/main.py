@@ -7,23 +7,33 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from powerband.errors import PowerbandError
 
 USAGE, FAILURE, INTERRUPTED = 2, 4, 130
+COMMANDS = {
+    "serve": "powerband.cli.serve:serve",
+    "generate": "powerband.cli.generate:generate",
+    "memory": "powerband.cli.memory:memory",
+    "eval": "powerband.cli.eval:evaluate",
+    "doctor": "powerband.cli.doctor:doctor",
+}
 
 
-def build_app() -> App:
-    """The command tree. The modules behind it import nothing heavy before they run."""
-    from powerband.cli import config, doctor, eval, generate, memory, serve
+def build_app(called: str = "") -> App:
+    """The command tree. `called`: the only command whose module has to be imported; none of them: all, for their help.
 
+    No module behind it imports anything heavy before it runs.
+    """
+    one = called in ("config", *COMMANDS)
     app = App(
         name="powerband",
         help="Serve open-weight LLMs in the sweet spot of the hardware you have.",
@@ -32,15 +42,18 @@ def build_app() -> App:
         version_flags=["--version"],
         result_action="return_value",
     )
-    app.command(serve.serve)
-    app.command(generate.generate)
-    app.command(memory.memory)
-    app.command(eval.evaluate, name="eval")
-    app.command(doctor.doctor)
+    for name, path in COMMANDS.items():
+        app.command(path if one else _function(path), name=name)
     settings = App(name="config", help="Show the settings in effect and where they come from.")
-    settings.command(config.show)
+    settings.command("powerband.cli.config:show", name="show")
     app.command(settings)
     return app
+
+
+def _function(path: str) -> Callable[..., object]:
+    module, _, name = path.partition(":")
+    function: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(tokens: list[str]) -> int:
-    app = build_app()
+    app = build_app(tokens[0] if tokens else "")
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
