@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <system_error>
 #include <thread>
 
 #include "simd.h"
@@ -44,8 +45,8 @@ class Team {
             for (int64_t i = 0; i < count; ++i) task(context, i);
             return;
         }
-        seats_ = std::min(threads, kMaxThreads);
-        while (helpers_ < seats_ - 1) start_helper();
+        while (helpers_ < std::min(threads, kMaxThreads) - 1 && start_helper()) continue;
+        seats_ = std::min(threads, helpers_ + 1);
         task_ = task, context_ = context;
         for (int64_t seat = 0; seat < seats_; ++seat) {
             shares_[seat].next.store(count * seat / seats_, std::memory_order_relaxed);
@@ -82,9 +83,15 @@ class Team {
         }
     }
 
-    void start_helper() {
+    // False: the system has no thread to give, so that fewer compute.
+    bool start_helper() {
+        try {
+            std::thread([this] { help(); }).detach();
+        } catch (const std::system_error&) {
+            return false;
+        }
         ++helpers_;
-        std::thread([this] { help(); }).detach();
+        return true;
     }
 
     void help() {
