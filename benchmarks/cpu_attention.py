@@ -104,14 +104,14 @@ HEADER = (
 def measure(text: str, shape: AttentionShape, rotate_bytes: float, seconds: float) -> Cell:
     work = Work.parse(text)
     batch, layers = work.batch(), max(1, round(rotate_bytes / work.kv_bytes(shape)))
-    ours, int8 = CpuAttention(), CpuAttention("int8")
+    ours, int8 = CpuAttention(), CpuAttention()
     reference = ReferenceAttention(BLOCK_SIZE, torch.device("cpu"))
-    for backend in (ours, int8, reference):
-        backend.allocate(layers, batch.block_tables.numel(), shape, torch.bfloat16)
+    for backend, held in ((ours, torch.bfloat16), (int8, torch.int8), (reference, torch.bfloat16)):
+        backend.allocate(layers, batch.block_tables.numel(), shape, held)
     for layer in range(layers):
-        fill(ours._cache[layer])
-        fill_int8(int8._cache[layer], shape.head_dim)
-        for part in reference._cache[layer]:
+        fill(ours.cache[layer])
+        fill_int8(int8.cache[layer], shape.head_dim)
+        for part in reference.cache[layer]:
             fill(part)
     size = (layers, 2, work.requests, shape.num_kv_heads, work.context, shape.head_dim)
     together = torch.empty(size, dtype=torch.bfloat16)

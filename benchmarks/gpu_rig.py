@@ -44,6 +44,7 @@ class Rig:
             load_format=options.get("load_format", "auto"),
             device=device,
             dtype=options["dtype"],
+            kv_dtype=options["dtype"],
             max_model_len=options["max_model_len"],
             block_size=BLOCK_SIZE,
             seed=SEED,

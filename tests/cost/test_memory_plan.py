@@ -221,7 +221,9 @@ def test_quantized_weights_and_cache_take_what_they_hold() -> None:
     kept = _plan(QWEN_2_5_7B, 80 * GIB, quantization="int4", quantize_head=False)
     assert kept.parts["weights"] - four.parts["weights"] == head - 4 * 152064
     assert four.table().splitlines()[0].split()[:4] == ["memory", "(cpu,", "bfloat16,", "weights"]
-    assert kept.precisions() == ["bfloat16", "weights int4"]
+    assert kept.precisions() == ["bfloat16", "weights int4", "KV int8"]
+    assert _plan(QWEN_2_5_7B, 80 * GIB, quantization="int4", kv_cache_dtype="bfloat16").kv_dtype == "bfloat16"
+    assert _plan(QWEN_2_5_7B, 80 * GIB, quantization="int4", attention_backend="reference").kv_dtype == "bfloat16"
     tokens = _plan(QWEN_2_5_7B, 80 * GIB, kv_cache_memory="1GiB", kv_cache_dtype="int8").kv_tokens
     assert tokens == GIB // (28 * 2 * 4 * (128 + 4)) // 32 * 32
 
@@ -257,7 +259,7 @@ def test_a_quantized_checkpoint_is_planned_as_it_is_stored() -> None:
     stored = WeightFormat("awq", 4, 128, symmetric=False)
     spec = replace(QWEN_2_5_7B, weight_format=stored)
     asymmetric = _plan(spec, 80 * GIB)
-    assert asymmetric.precisions() == ["bfloat16", "weights int4", "head int8"]
+    assert asymmetric.precisions() == ["bfloat16", "weights int4", "head int8", "KV int8"]
     assert asymmetric.parts["weights"] > _plan(QWEN_2_5_7B, 80 * GIB, quantization="int4").parts["weights"]
     with pytest.raises(UsageError, match="quantized already: awq, 4 bits"):
         _plan(spec, 80 * GIB, quantization="int8")

@@ -92,6 +92,7 @@ def test_summary_says_what_is_held_in_what(tmp_path: Path) -> None:
     [
         ({"quantization": "int8", "dtype": "float32"}, "activations in bfloat16"),
         ({"dtype": "float32", "kv_cache_dtype": "int8", "attention_backend": "reference"}, "cannot hold"),
+        ({"dtype": "float32", "kv_cache_dtype": "bfloat16"}, "dtype is 'float32'"),
     ],
 )
 def test_precisions_that_do_not_go_together(asked: dict[str, Any], sentence: str) -> None:

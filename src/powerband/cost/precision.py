@@ -71,6 +71,19 @@ def held_weights(spec: ModelSpec, settings: EngineSettings, kind: Literal["cpu",
     return HeldWeights(layers, head, min(stored.group_size or DEFAULT_GROUP, DEFAULT_GROUP), not stored.symmetric)
 
 
-def kv_dtype(settings: EngineSettings, dtype: str) -> str:
-    """Of the KV cache."""
-    return "int8" if settings.kv_cache_dtype == "int8" else dtype
+def kv_dtype(settings: EngineSettings, dtype: str, held: HeldWeights, *, can_be_int8: bool) -> str:
+    """What the KV cache is held in, beside weights in `held`.
+
+    can_be_int8: whether attention can read such a cache. Raises UsageError for one in bfloat16 beside activations that
+    are not.
+    """
+    asked = settings.kv_cache_dtype
+    if asked == "auto":
+        return "int8" if held.layers != "none" and can_be_int8 else dtype
+    if asked == "bfloat16" and dtype != "bfloat16":
+        raise UsageError(
+            f"kv_cache_dtype is 'bfloat16', but dtype is '{dtype}'.",
+            hint="Leave one of them out.",
+            param="kv_cache_dtype",
+        )
+    return asked

@@ -61,7 +61,7 @@ class Sizing:
 
     @property
     def kv_dtype(self) -> str:
-        return kv_dtype(self.settings, self.dtype)
+        return kv_dtype(self.settings, self.dtype, self.held, can_be_int8=self.kind == "cpu" and self.in_place)
 
     @property
     def block_bytes(self) -> int:

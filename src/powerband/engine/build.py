@@ -192,6 +192,7 @@ def _executor_config(
         load_format=settings.load_format,
         device=device,
         dtype=getattr(torch, settings.dtype),
+        kv_dtype=getattr(torch, memory.kv_dtype),
         max_model_len=settings.max_model_len or spec.max_position,
         block_size=settings.block_size,
         seed=settings.seed,
@@ -200,7 +201,6 @@ def _executor_config(
         overlap=bool(settings.async_scheduling),
         held=memory.held,
         weight_cache=settings.weight_cache == "auto",
-        kv_cache_dtype=settings.kv_cache_dtype,
         graph_rows=graph_rows(settings, device, choice),
     )
 

@@ -77,8 +77,10 @@ class EngineSettings:
     kv_cache_memory: str | None = setting(
         None, "Memory for the KV cache, e.g. 4GiB; default: by the memory plan", group="Memory"
     )
-    kv_cache_dtype: Literal["auto", "int8"] = setting(
-        "auto", "Precision of the KV cache; auto: that of the activations", group="Memory"
+    kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = setting(
+        "auto",
+        "Precision of the KV cache; auto: int8 beside quantized weights, else that of the activations",
+        group="Memory",
     )
     gpu_memory_utilization: float = setting(
         0.9, "Share of the device's memory that may be used in all (CUDA)", group="Memory", minimum=0.01, maximum=1

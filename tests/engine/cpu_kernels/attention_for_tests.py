@@ -83,8 +83,8 @@ class World:
 
     def backend(self) -> CpuAttention:
         """With everything in its cache that was there before the step."""
-        backend = CpuAttention("int8" if self.int8 else "auto")
-        backend.allocate(1, self.num_blocks, self.shape, torch.bfloat16)
+        backend = CpuAttention()
+        backend.allocate(1, self.num_blocks, self.shape, torch.int8 if self.int8 else torch.bfloat16)
         cache = backend.cache[0]
         cache.view(torch.int8).fill_(-1)  # a NaN, as bfloat16 and as float32
         for row, (context, new) in enumerate(self.works):

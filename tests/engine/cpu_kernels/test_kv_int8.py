@@ -170,6 +170,6 @@ def test_malformed_caches_are_refused(change: str) -> None:
 
 
 def test_memory_is_as_planned() -> None:
-    backend = CpuAttention("int8")
-    backend.allocate(3, 7, SHAPE, torch.bfloat16)
+    backend = CpuAttention()
+    backend.allocate(3, 7, SHAPE, torch.int8)
     assert sum(layer.nbytes for layer in backend.cache) == 3 * 7 * BLOCK * 2 * SHAPE.num_kv_heads * (64 + 4)

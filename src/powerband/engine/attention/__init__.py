@@ -69,16 +69,14 @@ def choose_backend(
     return Choice("reference", "Triton is not installed")
 
 
-def make_backend(
-    choice: Choice, block_size: int, device: torch.device, kv_cache_dtype: Literal["auto", "int8"] = "auto"
-) -> AttentionBackend:
+def make_backend(choice: Choice, block_size: int, device: torch.device) -> AttentionBackend:
     """The chosen backend, without a cache yet (see `allocate`). Only that of the CPU can hold one in int8."""
     if choice.name == "triton":
         from powerband.engine.attention.triton import TritonAttention
 
         return TritonAttention(block_size, device)
     if choice.name == "cpu":
-        return CpuAttention(kv_cache_dtype)
+        return CpuAttention()
     from powerband.engine.attention.reference import ReferenceAttention
 
     return ReferenceAttention(block_size, device)

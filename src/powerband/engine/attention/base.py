@@ -50,7 +50,7 @@ class AttentionBackend(Protocol):
     name: str
 
     def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
-        """Take memory for the KV cache of all layers: exactly `bytes_per_block * num_blocks`."""
+        """Take memory for the KV cache of all layers, held in `dtype`."""
         ...
 
     def begin(self, batch: AttentionBatch) -> None:

@@ -8,8 +8,6 @@ That part is what dot products of bfloat16 and matrix tiles take as it lies, so 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
@@ -35,21 +33,17 @@ def obstacle(kernels: KernelStatus, dtype: torch.dtype, block_size: int, head_di
 
 
 class CpuAttention:
-    """AttentionBackend by C++ kernels. Whatever comes from a request is checked by the operator: RuntimeError.
-
-    kv_cache_dtype: what keys and values are held in; "auto": bfloat16.
-    """
+    """AttentionBackend by C++ kernels. Whatever comes from a request is checked by the operator: RuntimeError."""
 
     name = "cpu"
 
-    def __init__(self, kv_cache_dtype: Literal["auto", "int8"] = "auto") -> None:
-        self._is_int8 = kv_cache_dtype == "int8"
+    def __init__(self) -> None:
         self.cache: list[torch.Tensor] = []  # of each layer, see the module's drawing
 
     def allocate(self, num_layers: int, num_blocks: int, shape: AttentionShape, dtype: torch.dtype) -> None:
-        per_position = shape.head_dim + _SCALE_BYTES if self._is_int8 else shape.head_dim
+        per_position = shape.head_dim + _SCALE_BYTES if dtype == torch.int8 else shape.head_dim
         size = (num_layers, num_blocks, shape.num_kv_heads, 2 * BLOCK_SIZE * per_position)
-        self.cache = list(huge_empty(size, torch.int8 if self._is_int8 else dtype).unbind(0))
+        self.cache = list(huge_empty(size, dtype).unbind(0))
 
     def begin(self, batch: AttentionBatch) -> None:
         """Nothing to prepare: the operator reads the batch."""

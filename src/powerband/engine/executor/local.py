@@ -43,6 +43,7 @@ class ExecutorConfig:
     load_format: Literal["auto", "dummy"]
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     max_model_len: int
     block_size: int
     seed: int
@@ -51,7 +52,6 @@ class ExecutorConfig:
     overlap: bool
     held: HeldWeights = PLAIN  # what projections and head are held in
     weight_cache: bool = False  # keep quantized weights for the next start
-    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     graph_rows: int = 0  # largest batch of decodes to capture CUDA graphs for; 0: none
 
 
@@ -67,7 +67,7 @@ class TorchExecutor:
         self.depth = 2 if config.overlap else 1
         self.relay = 1 if config.overlap else 0
         self.providers: dict[str, int] = {}  # projections by who computes them
-        self.attention = make_backend(config.attention, config.block_size, config.device, config.kv_cache_dtype)
+        self.attention = make_backend(config.attention, config.block_size, config.device)
         self._progress = progress or (lambda _name, _fraction: None)
         self._runner: ModelRunner | None = None
         self._weight_cache: WeightCache | None = None
@@ -127,7 +127,7 @@ class TorchExecutor:
     def init_kv_cache(self, num_blocks: int) -> None:
         spec = self.config.spec
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale)
-        self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.dtype)
+        self.attention.allocate(spec.num_layers, num_blocks, shape, self.config.kv_dtype)
         if isinstance(self.attention, CpuAttention):
             use_cpu_blocks(self.runner.model, self.attention)
         if self.attention.name == "triton":
