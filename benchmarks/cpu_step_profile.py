@@ -1,8 +1,8 @@
 """Where the time of a decode step goes on a CPU: scheduling, inputs, each part of the model, head, sampling, update.
 
-    python benchmarks/cpu_step_profile.py                                # Qwen3-0.6B's shape, bfloat16, batch 32
-    python benchmarks/cpu_step_profile.py --quantization int8 --operators
-    python benchmarks/cpu_step_profile.py --set attention_backend=reference --batch 8 --context 2048
+    python -m benchmarks.cpu_step_profile                                # Qwen3-0.6B's shape, bfloat16, batch 32
+    python -m benchmarks.cpu_step_profile --quantization int8 --operators
+    python -m benchmarks.cpu_step_profile --set attention_backend=reference --batch 8 --context 2048
 
 Three measurements in one process, on requests that all decode: (1) nothing but a clock around each step; (2) with
 stopwatches around the step's ten or so stages, which says what the engine costs outside the model; (3) with a stopwatch
@@ -28,6 +28,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from benchmarks.cpu.shapes import QWEN3_06B
 
 from powerband.core.clock import MonotonicClock
 from powerband.core.loop import Add, Command
@@ -37,23 +38,6 @@ from powerband.engine.build import Engine, build_engine
 from powerband.spec.settings import EngineSettings
 
 LIMIT_MS = 2.0
-QWEN3_06B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
 # What happens outside `model` and `head` is the engine's overhead; sampling is told apart.
 MODEL_STAGES = ("model", "head")
 SAMPLING_STAGES = ("sample", "wait for tokens")
@@ -249,7 +233,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model = args.model
         if model is None:
             model = folder
-            Path(folder, "config.json").write_text(json.dumps(QWEN3_06B))
+            Path(folder, "config.json").write_text(json.dumps(QWEN3_06B.config))
         decoding = Decoding(_settings(args, model), args.batch, args.context, json.loads(args.sampling))
     engine = decoding.engine
     if args.apart:

@@ -118,7 +118,7 @@ def run(
             "guard": not args.no_guard,
             "threads": args.threads,
             "vocab": shape.config["vocab_size"],
-            "kv_bytes": tokens * shape.kv_bytes_per_token,
+            "kv_bytes": tokens * shape.kv_bytes_per_token("bf16"),
             "max_len": longest,
             "seed": SEED + turn,
             "python": python,

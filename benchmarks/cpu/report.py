@@ -88,7 +88,6 @@ class Line:
     peer_spread: float | None
     times_peer: float | None
     times_bf16_peer: float | None  # against the best peer in bf16
-    goal: float | None
     limit: float | None
     of_limit: float | None
 
@@ -119,7 +118,6 @@ def lines(figures: Figures, variants: list[Variant], selected: str, limit: Limit
                     figures.spread(peer[0], metric.key) if peer else None,
                     ratio(metric, value, peer[1]) if peer else None,
                     ratio(metric, value, plain[1]) if plain else None,
-                    rows.GOALS.get((metric.key, precision)),
                     most,
                     ratio(metric, value, most) if most else None,
                 )

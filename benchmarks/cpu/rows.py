@@ -1,4 +1,4 @@
-"""What is measured: the rows, their metrics, and the goals that the project sets itself. Standard library only."""
+"""What is measured: the rows and their metrics. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,15 +22,6 @@ KINDS = {  # of sampling, as fields of vLLM's SamplingParams
     "top-p": {"temperature": 1.0, "top_p": 0.95},
     "penalties": {"temperature": 0.0, "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
     "logprobs": {"temperature": 0.0, "logprobs": 5},
-}
-# ours / best peer of the same precision
-GOALS = {
-    ("a tpot", "bf16"): 1.2,
-    ("a tpot", "int8"): 1.5,
-    ("a tpot", "int4"): 1.6,
-    ("a ttft", "bf16"): 1.1,
-    ("b throughput", "bf16"): 1.3,
-    ("c prefill", "bf16"): 1.15,
 }
 
 

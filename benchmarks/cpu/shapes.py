@@ -27,11 +27,11 @@ class Shape:
     def head_parameters(self) -> int:
         return int(self.config["vocab_size"] * self.config["hidden_size"])
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """In bfloat16."""
+    def kv_bytes_per_token(self, precision: str) -> int:
+        """Beside quantized weights: a byte for each element, and a scale of 4 bytes for each head's key and value."""
         c = self.config
-        return int(2 * 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"])
+        per_head = 2 * c["head_dim"] if precision == "bf16" else c["head_dim"] + 4
+        return int(2 * c["num_hidden_layers"] * c["num_key_value_heads"] * per_head)
 
     def weight_bytes(self, precision: str) -> int:
         """What a step reads of the weights. Scales are counted; in int4 the head is in int8, as everywhere."""
@@ -44,7 +44,7 @@ class Shape:
 
     def step_bytes(self, precision: str, batch: int, context: int) -> int:
         """Least bytes that a decode step reads."""
-        return self.weight_bytes(precision) + batch * context * self.kv_bytes_per_token
+        return self.weight_bytes(precision) + batch * context * self.kv_bytes_per_token(precision)
 
     def prefill_flops(self, tokens: int) -> float:
         """Floating point operations of one prompt: products, causal attention, and the head for its last row."""

@@ -20,7 +20,7 @@ from powerband.spec.reader import read_model_spec
 
 def test_shapes_have_the_sizes_that_their_names_say():
     assert shapes.QWEN3_06B.weight_bytes("bf16") == pytest.approx(1.19e9, rel=0.01)
-    assert shapes.QWEN3_06B.kv_bytes_per_token == 114_688
+    assert shapes.QWEN3_06B.kv_bytes_per_token("bf16") == 114_688
     assert shapes.LLAMA_32_3B.weight_bytes("bf16") == pytest.approx(6.4e9, rel=0.01)
     assert shapes.QWEN3_06B.weight_bytes("int4") < shapes.QWEN3_06B.weight_bytes("int8") / 1.5
     assert shapes.QWEN3_06B.prefill_flops(1024) / 1024 > 0.88e9
