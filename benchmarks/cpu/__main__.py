@@ -5,7 +5,7 @@
     make bench-cpu ARGS="--rows ac --engines powerband,openvino --precisions int8"
     make bench-cpu ARGS="--model llama-3.2-3b --rows ac"
 
-Peers go into environments of their own in $POWERBAND_BENCH (default: ~/.cache/powerband/bench), the models beside
+Peers go into environments of their own in $BENCH_CPU_HOME (default: ~/.cache/powerband/bench), the models beside
 them: the same random weights for all. Every run is a process with one engine: load, warm up, measure, exit; the engines
 take turns. A figure is a median over the runs; its spread is (largest - smallest) / median. Rows wait for a quiet
 machine and are repeated when other processes took more than 5 % of its CPU time. A peer that is more than 1.5 times as
@@ -83,13 +83,16 @@ def prepare(variant: Variant, shape: Shape, places: Places, steps: Steps, figure
 def measure(
     variant: Variant, asked: str, turn: int, shape: Shape, places: Places, args: argparse.Namespace, figures: Figures
 ) -> None:
-    """One run of one variant, and one more for row h, each in a process of its own."""
-    for part in (asked.replace("h", ""), "h" if "h" in asked else ""):
-        if not part:
-            continue
+    """One run of one variant; rows f and h in processes of their own. A start is timed after another, which has read
+    all files into the file cache.
+    """
+    parts = ["".join(row for row in asked if row not in "fh"), *(row for row in asked if row in "fh")]
+    for part in filter(None, parts):
         print(f"· round {turn + 1}: {variant.name}, rows {part} …", end="", flush=True)
         start = time.monotonic()
         try:
+            if part == "f":
+                run(variant, part, turn, shape, places, args)
             figures.add(variant.name, run(variant, part, turn, shape, places, args))
         except (RuntimeError, subprocess.TimeoutExpired) as problem:
             figures.failures[f"{variant.name} ({part})"] = str(problem)
@@ -177,8 +180,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat-slow", action="store_true", help="measure slow peers in every round, too")
     parser.add_argument("--no-guard", action="store_true", help="do not wait for a quiet machine (for development)")
     parser.add_argument("--prepare", action="store_true", help="install peers and make models, and stop there")
-    parser.add_argument("--llama-build", help="a build of llama.cpp that exists (also $POWERBAND_LLAMA_BUILD)")
-    parser.add_argument("--llama-sources", help="its sources (also $POWERBAND_LLAMA_SOURCES)")
+    parser.add_argument("--llama-build", help="a build of llama.cpp that exists (also $LLAMA_CPP_BUILD)")
+    parser.add_argument("--llama-sources", help="its sources (also $LLAMA_CPP_SOURCES)")
     parser.add_argument("--out", type=Path, help="where to write the JSON; default: benchmarks/results/cpu-MODEL.json")
     args = parser.parse_args()
     if set(args.rows) - set(rows.ROWS):

@@ -1,4 +1,4 @@
-"""Where peers and models lie: outside the repository, in $POWERBAND_BENCH or ~/.cache/powerband/bench."""
+"""Where peers and models lie: outside the repository, in $BENCH_CPU_HOME or ~/.cache/powerband/bench."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Places:
 
     @classmethod
     def default(cls, llama_build: str | None = None, llama_sources: str | None = None) -> Places:
-        home = Path(os.environ.get("POWERBAND_BENCH") or Path.home() / ".cache" / "powerband" / "bench")
-        build = llama_build or os.environ.get("POWERBAND_LLAMA_BUILD")
-        sources = llama_sources or os.environ.get("POWERBAND_LLAMA_SOURCES")
+        home = Path(os.environ.get("BENCH_CPU_HOME") or Path.home() / ".cache" / "powerband" / "bench")
+        build = llama_build or os.environ.get("LLAMA_CPP_BUILD")
+        sources = llama_sources or os.environ.get("LLAMA_CPP_SOURCES")
         return cls(home, Path(build) if build else None, Path(sources) if sources else None)
 
     def venv(self, peer: str) -> Path:

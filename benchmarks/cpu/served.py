@@ -10,9 +10,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.cpu import rows
 from benchmarks.cpu.quiet import Guard
@@ -27,12 +28,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         port = probe.getsockname()[1]
     guard = Guard(job["guard"])
     command, environment = _server(job, port)
-    server = subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+    server = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=log)
     guard.children.append(server.pid)
     try:
-        _wait_for(port, server)
+        _wait_for(port, server, log)
         load = Load(port, job)
         load.measure(1, 8)  # warm
         load.measure(32, 2)
@@ -83,11 +83,13 @@ def _server(job: dict[str, Any], port: int) -> tuple[list[str], dict[str, str]]:
     raise ValueError(f"no server is known for {job['kind']}")
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+def _wait_for(port: int, server: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError(f"the server ended with {server.returncode}")
+            log.seek(0)
+            tail = "\n".join(log.read().decode(errors="replace").splitlines()[-8:])
+            raise RuntimeError(f"the server ended with {server.returncode}\n{tail}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
                 if answer.status == 200:

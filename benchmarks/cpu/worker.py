@@ -156,7 +156,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             found |= guard(f"d {context}", lambda context=context, batches=batches: bench.decode(context, batches))  # type: ignore[misc]  # bound now
     if "e" in job["rows"]:
         found |= guard("e", bench.sampling)
-    return {"metrics": found, "others": guard.others, "versions": engine.versions}
+    asked = {key: value for key, value in found.items() if key[0] in job["rows"]}
+    return {"metrics": asked, "others": guard.others, "versions": engine.versions}
 
 
 def main() -> None:
