@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kBytesPerTask = 1 << 15;       // of weights, for one row
 constexpr int64_t kRowsForExpansion = 24;        // from so many rows on tiles win against vectors (measured)
 constexpr int64_t kRowBytesPerTask = 768 << 10;  // of x: stays in the second-level cache beside the panels
-constexpr int64_t kPanelsPerTileTask = 4;
+constexpr int64_t kPanelBytesPerTask = 512 << 10;  // of expanded weights
 
 #if defined(POWERBAND_AVX512_VNNI)
 constexpr int kMaxRows = 8, kMaxPanels = 2;  // 16 sums, 4 operands of weights and 2 of activations in 32 registers
@@ -113,24 +113,24 @@ void compute_in_integers(Product& product, const bf16* x, int64_t depth, int64_t
 }
 
 #ifdef POWERBAND_AMX
-// Many rows: a pair of panels at a time is expanded to bf16 and multiplied in tiles.
+// Many rows: some panels at a time are expanded to bf16 and multiplied in tiles. Both they and the rows that meet them
+// stay in the second-level cache: were the panels fewer, all of x would be read again for each few columns.
 void compute_in_tiles(const Product& product, const bf16* x, int64_t depth) {
     const int64_t panels = ceil_div(product.columns, kLanes), panel_size = depth * kLanes;
     const int64_t rows_per_task = std::max<int64_t>(32, kRowBytesPerTask / (2 * depth) / 32 * 32);
-    const int64_t row_blocks = ceil_div(product.rows, rows_per_task);
+    const int64_t panels_per_task = std::max<int64_t>(4, kPanelBytesPerTask / (2 * panel_size) / 2 * 2);
     const StoreRows store{product.bias, product.out, product.columns};
-    run_tasks(ceil_div(panels, kPanelsPerTileTask), [=](int64_t task) {
+    run_tasks(ceil_div(panels, panels_per_task), [=](int64_t task) {
         static thread_local Scratch<bf16> scratch;
-        bf16* expanded = scratch.get(2 * panel_size);
-        const int64_t begin = task * kPanelsPerTileTask, end = std::min(panels, begin + kPanelsPerTileTask);
-        for (int64_t panel = begin; panel < end; panel += 2) {
-            const bool two = panel + 1 < panels;
-            int4::expand_panel(product.weights, panel, expanded);
-            if (two) int4::expand_panel(product.weights, panel + 1, expanded + panel_size);
-            const PanelPair pair{expanded, two ? expanded + panel_size : expanded};
-            for (int64_t block = 0; block < row_blocks; ++block) {
-                const int64_t row = block * rows_per_task;
-                const PanelProduct tiles(x, depth, row, std::min(rows_per_task, product.rows - row), depth);
+        const int64_t begin = task * panels_per_task, end = std::min(panels, begin + panels_per_task);
+        bf16* expanded = scratch.get((end - begin) * panel_size);
+        for (int64_t panel = begin; panel < end; ++panel)
+            int4::expand_panel(product.weights, panel, expanded + (panel - begin) * panel_size);
+        for (int64_t row = 0; row < product.rows; row += rows_per_task) {
+            const PanelProduct tiles(x, depth, row, std::min(rows_per_task, product.rows - row), depth);
+            for (int64_t panel = begin; panel < end; panel += 2) {
+                const bf16* first = expanded + (panel - begin) * panel_size;
+                const PanelPair pair{first, panel + 1 < end ? first + panel_size : first};
                 if (product.add) {
                     tiles.multiply(pair, nullptr, panel * kLanes, AddRows{store});
                 } else {
