@@ -12,13 +12,16 @@ PORT   ?=
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test kernels lint docs clean
+.PHONY: help demo bench test kernels lint docs bench-cpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
 
 demo: $(READY)  ## serve the demo model, stream an answer from it, keep serving (ONCE=1: stop after that)
 	@$(BIN)/python examples/demo.py $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
+
+bench: $(READY)  ## load the demo model for two minutes and report how it did (DURATION=30s)
+	@$(BIN)/python examples/bench.py $(if $(DURATION),--duration $(DURATION))
 
 test: $(READY) lint $(if $(filter tests,$(TESTS)),kernels)  ## lint, types and all tests (TESTS=tests/core for a part)
 	@echo "· tests"

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "powerband.cli.generate:generate",
     "memory": "powerband.cli.memory:memory",
     "eval": "powerband.cli.eval:evaluate",
+    "bench": "powerband.cli.bench:bench",
     "doctor": "powerband.cli.doctor:doctor",
 }
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
+from powerband.cache import cache_directory
 from powerband.engine.checkpoint import weight_files
-from powerband.engine.kernels.cpu.library import cache_directory
 from powerband.engine.layers.int4 import Int4Product
 from powerband.engine.layers.int8 import Int8Product
 from powerband.engine.layers.linear import Product, Projections

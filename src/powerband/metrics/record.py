@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
+from operator import sub
 
 
 class Outcome(str, Enum):
@@ -65,7 +66,7 @@ class RequestRecord:
     @property
     def stall_s(self) -> float | None:
         """The largest gap between two chunks."""
-        return max((gap_s for gap_s, _ in self.gaps()), default=None)
+        return max(map(sub, self.chunk_times_s[1:], self.chunk_times_s), default=None)
 
     @property
     def e2e_s(self) -> float | None:
@@ -91,7 +92,7 @@ def percentile(values: Sequence[float], q: float) -> float:
     """The q-th percentile (0 … 100) of raw samples, linear between neighbours as numpy's default; NaN for none."""
     if not 0 <= q <= 100:
         raise ValueError(f"a percentile lies between 0 and 100, not at {q}")
-    if not values:
+    if len(values) == 0:
         return math.nan
     ordered = sorted(values)
     position = (len(ordered) - 1) * (q / 100)

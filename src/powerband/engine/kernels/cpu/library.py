@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from powerband.cache import cache_directory
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.device import detect_cpu
 
@@ -34,7 +35,6 @@ TIERS = ("amx", "avx512", "avx2", "plain")
 FAST_TIERS = TIERS[:-1]  # faster than plain torch
 TIER_VARIABLE = "POWERBAND_KERNEL_TIER"  # a tier, or "off"; for tests and comparisons
 SANITIZE_VARIABLE = "POWERBAND_KERNEL_SANITIZE"  # "1": with address and undefined-behaviour sanitizers
-CACHE_VARIABLE = "POWERBAND_CACHE"
 SOURCES = Path(__file__).parent / "csrc"
 OLDEST_TORCH = 0x020B000000000000  # 2.11: the stable ABI that the sources are written against
 
@@ -121,14 +121,6 @@ def find_compiler() -> str | None:
     """$CXX, or the first C++ compiler on the path."""
     named = [os.environ["CXX"]] if os.environ.get("CXX") else []
     return next((path for name in (*named, "g++", "clang++", "c++") if (path := shutil.which(name))), None)
-
-
-def cache_directory() -> Path:
-    """Where what can be made again is kept: $POWERBAND_CACHE, else powerband/ in the user's cache directory."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "powerband"
 
 
 def _required(tier: str) -> set[str]:

@@ -1,0 +1,61 @@
+"""Single requests to the server under test, beside the load: what it is, what it says about itself."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import msgspec
+
+from powerband.bench.connection import Connections
+from powerband.bench.messages import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    status: int
+    body: bytes
+
+    def json(self) -> object:
+        """None where it is none."""
+        try:
+            return msgspec.json.decode(self.body)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            return None
+
+
+async def get(target: Target, path: str, *, timeout_s: float = 10.0) -> Page:
+    """path: from the server's root, or a whole URL. Raises OSError and TimeoutError."""
+    return await _ask(target, "GET", path, b"", timeout_s)
+
+
+async def post(target: Target, path: str, body: object, *, timeout_s: float = 120.0) -> Page:
+    """body: becomes JSON. Raises OSError and TimeoutError."""
+    return await _ask(target, "POST", path, msgspec.json.encode(body), timeout_s)
+
+
+async def delete(target: Target, path: str, *, timeout_s: float = 10.0) -> Page:
+    """Raises OSError and TimeoutError."""
+    return await _ask(target, "DELETE", path, b"", timeout_s)
+
+
+async def _ask(target: Target, method: str, path: str, body: bytes, timeout_s: float) -> Page:
+    if "://" in path:
+        scheme, _, rest = path.partition("://")
+        authority, _, below = rest.partition("/")
+        target, path = msgspec.structs.replace(target, base=f"{scheme}://{authority}"), f"/{below}"
+    authority, _, prefix = target.base.partition("://")[2].partition("/")
+    headers = {"Host": authority, "Content-Type": "application/json", "Content-Length": str(len(body))} | target.headers
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    whole = f"/{prefix.rstrip('/')}{path}" if prefix else path
+    connections = Connections(target)
+    async with asyncio.timeout(timeout_s):
+        connection, _ = await connections.take()
+        try:
+            answer, done = connection.exchange(f"{method} {whole} HTTP/1.1\r\n{lines}\r\n".encode() + body)
+            await done
+        finally:
+            connection.close()
+    if answer.problem:
+        raise ConnectionError(answer.problem)
+    return Page(answer.status, answer.body())

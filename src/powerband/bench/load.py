@@ -1,0 +1,278 @@
+"""One run of a schedule: workers are started, each gets its chains, and what they report is gathered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from powerband.bench.messages import (
+    Done,
+    Failure,
+    FromWorker,
+    Go,
+    Job,
+    Planned,
+    PlannedChain,
+    PlannedSegment,
+    Progress,
+    Ready,
+    Sample,
+    Target,
+)
+from powerband.bench.server_metrics import ServerMetrics, scrape
+from powerband.bench.worker import read_message
+from powerband.errors import EnvironmentFault
+from powerband.metrics.figures import Window
+from powerband.spec.workload import Schedule
+
+COMMAND = (sys.executable, "-m", "powerband.bench.worker")
+_START_S = 0.1  # from the word to go to the run's start, so that every worker has read it
+_NO_END_S = 1e9
+_DECODER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """timeout_s: of a request, from its scheduled time. drain_s: after the last arrival. metrics_url: of the server's
+    metrics; None: not asked for; '': beside the API.
+    """
+
+    workers: int = 1
+    timeout_s: float = 600.0
+    drain_s: float = 120.0
+    metrics_url: str | None = ""
+    keep_text: bool = False
+
+
+@dataclass(slots=True)
+class Live:
+    """Where a run is. Kept up to date while it runs; `samples` in the order in which requests ended."""
+
+    schedule: Schedule
+    start_at: float = 0.0
+    samples: list[Sample] = field(default_factory=list)
+    workers: dict[int, Progress] = field(default_factory=dict)
+    server: ServerMetrics = field(default_factory=ServerMetrics)
+    unsent: int = 0
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.start_at
+
+    @property
+    def sent(self) -> int:
+        return sum(progress.sent for progress in self.workers.values())
+
+    @property
+    def running(self) -> int:
+        return sum(progress.running for progress in self.workers.values())
+
+    @property
+    def chunks(self) -> int:
+        return sum(progress.chunks for progress in self.workers.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadResult:
+    """samples: by index. client_share: of one core, used by the busiest worker. stopped: by `stop`, before its end."""
+
+    schedule: Schedule
+    samples: tuple[Sample, ...]
+    server: ServerMetrics
+    wall_s: float
+    client_share: float
+    chunks_per_s: float  # received by the busiest worker
+    unsent: int
+    stopped: bool
+
+
+async def run_load(
+    target: Target,
+    schedule: Schedule,
+    options: LoadOptions,
+    *,
+    watch: Callable[[Live], object] | None = None,
+    stop: Callable[[Live], bool] | None = None,
+) -> LoadResult:
+    """Send the schedule. watch: called several times a second. stop: asked as often; True ends the run early.
+
+    Raises EnvironmentFault when a worker cannot be started or breaks.
+    """
+    shares = shards(schedule, options.workers)
+    live = Live(schedule)
+    end_s = schedule.duration_s if math.isfinite(schedule.duration_s) else _NO_END_S
+    processes: list[asyncio.subprocess.Process] = []
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for chains in shares:
+            processes.append(await _start())
+            job = Job(
+                target=target,
+                chains=chains,
+                end_s=end_s,
+                timeout_s=options.timeout_s,
+                drain_s=options.drain_s,
+                keep_text=options.keep_text,
+            )
+            await _send(processes[-1], job)
+        for process in processes:
+            await _ready(process)
+        live.start_at = time.monotonic() + _START_S
+        for process in processes:
+            await _send(process, Go(live.start_at))
+        gathering = [asyncio.create_task(_gather(number, process, live)) for number, process in enumerate(processes)]
+        tasks += gathering
+        if options.metrics_url is not None:
+            tasks.append(asyncio.create_task(scrape(target, live.start_at, live.server, options.metrics_url)))
+        stopped = await _follow(gathering, live, watch, stop)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    return _result(live, stopped)
+
+
+def shards(schedule: Schedule, workers: int) -> list[tuple[PlannedChain, ...]]:
+    """Whole chains, dealt out one after the other; no worker gets none."""
+    chains = [
+        PlannedChain(
+            number,
+            chain.start_s,
+            tuple(
+                Planned(
+                    request.index,
+                    tuple(PlannedSegment(s.key, s.tokens, s.text) for s in request.segments),
+                    request.output_tokens,
+                    request.turn,
+                    request.think_s,
+                )
+                for request in chain.requests
+            ),
+        )
+        for number, chain in enumerate(schedule.chains)
+    ]
+    return [tuple(chains[worker::workers]) for worker in range(min(workers, len(chains)))]
+
+
+def window_of(samples: Sequence[Sample], warm_up: float, cool_down: float) -> Window:
+    """The part of a run that counts: without its first `warm_up` and its last `cool_down`, both shares of the time from
+    the start to the last arrival. Where all arrive nearly at once, in less than a tenth of the time that they take, it
+    is the whole run, to the last token.
+    """
+    last_s = max((sample.scheduled_s for sample in samples), default=0.0)
+    end_s = max((sample.chunk_times_s[-1] for sample in samples if sample.chunk_times_s), default=0.0)
+    if last_s < end_s / 10:
+        return Window(0.0, end_s)
+    return Window(last_s * warm_up, last_s * (1 - cool_down))
+
+
+async def _start() -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            *COMMAND,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C is the coordinator's to handle
+        )
+    except OSError as problem:
+        raise EnvironmentFault(f"A worker of the load generator cannot be started: {problem}.") from None
+
+
+async def _send(process: asyncio.subprocess.Process, message: Job | Go) -> None:
+    data = msgspec.msgpack.encode(message)
+    if process.stdin is None:
+        raise EnvironmentFault("A worker of the load generator has no stdin.")
+    with contextlib.suppress(ConnectionError):  # a worker that is gone says so by its end
+        process.stdin.write(len(data).to_bytes(4, "big") + data)
+        await process.stdin.drain()
+
+
+async def _receive(process: asyncio.subprocess.Process) -> FromWorker:
+    """Raises EnvironmentFault when the worker has failed or is gone."""
+    try:
+        if process.stdout is None:
+            raise EOFError
+        message = _DECODER.decode(await read_message(process.stdout))
+    except EOFError:  # asyncio.IncompleteReadError is one
+        how = await _end_of(process)
+        raise EnvironmentFault(f"A worker of the load generator ended before its work{how}.") from None
+    if isinstance(message, Failure):
+        raise EnvironmentFault(f"A worker of the load generator failed: {message.message}")
+    return message
+
+
+async def _end_of(process: asyncio.subprocess.Process) -> str:
+    """How it ended, for a message."""
+    with contextlib.suppress(TimeoutError):
+        code = await asyncio.wait_for(process.wait(), 1.0)
+        return f" (signal {-code})" if code < 0 else f" (exit {code})"
+    return ""
+
+
+async def _ready(process: asyncio.subprocess.Process) -> None:
+    while not isinstance(await _receive(process), Ready):
+        continue
+
+
+async def _gather(number: int, process: asyncio.subprocess.Process, live: Live) -> None:
+    """Until the worker is done."""
+    while True:
+        message = await _receive(process)
+        if isinstance(message, Progress):
+            _take(number, message, live)
+        elif isinstance(message, Done):
+            _take(number, message.progress, live)
+            live.unsent += message.unsent
+            return
+
+
+def _take(number: int, progress: Progress, live: Live) -> None:
+    live.samples += progress.samples
+    live.workers[number] = msgspec.structs.replace(progress, samples=())
+
+
+async def _follow(
+    gathering: Sequence[asyncio.Task[None]],
+    live: Live,
+    watch: Callable[[Live], object] | None,
+    stop: Callable[[Live], bool] | None,
+) -> bool:
+    """Until all workers are done, or `stop` says so (True)."""
+    left = set(gathering)
+    while left:
+        done, left = await asyncio.wait(left, timeout=0.25, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        if watch is not None:
+            watch(live)
+        if left and stop is not None and stop(live):
+            return True
+    return False
+
+
+def _result(live: Live, stopped: bool) -> LoadResult:
+    wall_s = max(live.elapsed_s, 1e-9)
+    busiest = max(live.workers.values(), key=lambda progress: progress.cpu_s, default=Progress(sent=0, running=0))
+    return LoadResult(
+        schedule=live.schedule,
+        samples=tuple(sorted(live.samples, key=lambda sample: sample.index)),
+        server=live.server,
+        wall_s=wall_s,
+        client_share=busiest.cpu_s / wall_s,
+        chunks_per_s=busiest.chunks / wall_s,
+        unsent=live.unsent,
+        stopped=stopped,
+    )

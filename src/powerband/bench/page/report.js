@@ -1,0 +1,158 @@
+// The page of one run: fills in its texts, draws its charts, and draws them anew for another load, theme or for paper.
+"use strict";
+
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const place = (id) => document.getElementById(id);
+  const HEADINGS = ["", "mean", "p50", "p90", "p95", "p99", "p99, 95 % interval"];
+  const CURVES = ["ttft", "tpot", "itl", "stall", "e2e"];
+  let shownCharts = [];
+
+  // Text from anywhere becomes text, never markup.
+  function node(tag, children = [], className = "") {
+    const made = document.createElement(tag);
+    if (className) made.className = className;
+    for (const child of Array.isArray(children) ? children : [children]) {
+      made.append(child instanceof Node ? child : document.createTextNode(String(child)));
+    }
+    return made;
+  }
+
+  function row(cells, tag = "td") {
+    return node("tr", cells.map((cell) => node(tag, cell)));
+  }
+
+  function fillFacts(where, facts) {
+    where.replaceChildren(...facts.flatMap(([name, text]) => [node("dt", name), node("dd", text)]));
+  }
+
+  // charts: [caption, description, options]. All have their places before the first is drawn, so that none changes size.
+  function drawAll(where, charts) {
+    const inner = charts.map(() => node("div", [], "chart"));
+    where.replaceChildren(...charts.map(([caption], i) => node("figure", [node("figcaption", caption), inner[i]])));
+    return charts.map(([, description, options], i) => Charts.draw(inner[i], description, options));
+  }
+
+  function showPoint(point) {
+    Charts.forget(shownCharts);
+    shownCharts = [];
+    const badge = place("verdict");
+    badge.textContent = point.verdict;
+    badge.className = `badge ${point.verdict}`;
+    place("sentence").textContent = point.sentence;
+    place("tiles").replaceChildren(...point.tiles.map(([name, value, note]) => node("div", [node("dt", name), node("dd", value), node("dd", note)])));
+    place("latencies").replaceChildren(node("thead", row(HEADINGS, "th")), node("tbody", point.rows.map((cells) => row(cells))));
+    showQuantiles(point);
+    const options = Charts.timeline(point, data.slo);
+    place("timeline").style.height = `${options.height}px`;
+    shownCharts.push(Charts.draw(place("timeline"), "Arrivals, requests in flight, output tokens and first tokens over time.", options));
+    showSlowest(point);
+    showMisses(point);
+    fillFacts(place("basis"), point.facts);
+  }
+
+  function showQuantiles(point) {
+    const charts = CURVES.filter((curve) => point.quantiles[curve]).map((name) => {
+      const limit = data.slo ? data.slo.limits[name] : undefined;
+      const unit = name === "itl" ? "tokens" : "requests";
+      const options = Charts.quantiles(data.grid, point.quantiles[name], limit, data.slo ? data.slo.attainment : undefined, unit);
+      return [data.names[name], `${data.names[name]}: share of ${unit} by how long they took; the table above has the percentiles.`, options];
+    });
+    shownCharts.push(...drawAll(place("quantiles"), charts));
+  }
+
+  function showSlowest(point) {
+    const where = place("slowest");
+    where.style.height = `${60 + 23 * point.slowest.length}px`;
+    where.parentElement.hidden = !point.slowest.length;
+    if (point.slowest.length) shownCharts.push(Charts.draw(where, "The slowest requests, chunk by chunk.", Charts.slowest(point.slowest)));
+  }
+
+  function showMisses(point) {
+    const most = Math.max(...point.misses.map(([, count]) => count), 1);
+    const bars = point.misses.map(([name, count]) => {
+      const fill = node("div", [], "fill");
+      fill.style.width = `${(count / most) * 100}%`;
+      return node("div", [node("span", name), node("div", fill, "track"), node("span", count.toLocaleString("en"), "count")], "bar");
+    });
+    const without = data.slo ? "Not one request that counts missed the SLO." : "There is no SLO to miss.";
+    place("misses").replaceChildren(...(bars.length ? bars : [node("p", without, "note")]));
+    const errors = point.errors.map(([count, outcome, status, message]) =>
+      node("li", `${count.toLocaleString("en")} × ${outcome}: ${status ? `HTTP ${status}, ` : ""}${message}`));
+    place("errors").replaceChildren(errors.length ? node("ul", errors) : node("p", "None.", "note"));
+  }
+
+  function showLoads() {
+    const points = data.points.slice().sort((a, b) => a.offered.value - b.offered.value);
+    const headings = ["load", "verdict", "SLO kept", "goodput", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "tokens/s"];
+    const rows = data.points.map(({ verdict, load_row: [label, , ...cells] }) => row([label, node("strong", verdict, verdict), ...cells]));
+    place("loads-table").replaceChildren(node("thead", row(headings, "th")), node("tbody", rows));
+    place("loads").hidden = false;
+    drawLoads(points);
+    const choice = place("choice");
+    choice.replaceChildren(...data.points.map((point, i) => Object.assign(node("option", `${point.label} (${point.verdict})`), { value: String(i) })));
+    const choose = (i) => {
+      rows.forEach((made, j) => { made.className = i === j ? "chosen" : ""; });
+      showPoint(data.points[i]);
+    };
+    choice.addEventListener("change", () => choose(Number(choice.value)));
+    // The last load that passed says most; else the first.
+    const passed = points.filter((point) => point.verdict === "PASS").pop();
+    choice.value = String(Math.max(data.points.indexOf(passed), 0));
+    choose(Number(choice.value));
+  }
+
+  function drawLoads(points) {
+    const charts = [];
+    const axisName = points[0].offered.kind === "rate" ? "requests/s offered" : "users";
+    const series = (value) => points.map((point) => [point.offered.value, value(point)]);
+    const percentile = (name, i) => series((point) => (point.percentiles[name] || [])[i] ?? null);
+    const times = { isLog: true, tick: Charts.tick, shown: Charts.time };
+    const limit = (name) => (data.slo && data.slo.limits[name] ? { limit: data.slo.limits[name], limitText: `SLO ${Charts.tick(data.slo.limits[name])}` } : {});
+    if (data.slo) {
+      const lines = [["goodput", "blue", series((point) => point.goodput)]];
+      if (points[0].offered.kind === "rate") lines.push(["all that was offered", "grey", series((point) => point.offered.value), true]);
+      charts.push(["Goodput, requests/s", "Goodput against offered load.", Charts.overLoads(axisName, lines, { shown: Charts.digits })]);
+      const kept = [["SLO kept", "blue", series((point) => (point.attainment === null ? null : point.attainment * 100))]];
+      const band = points.filter((point) => point.attainment_interval).map((point) => [point.offered.value, ...point.attainment_interval.map((share) => share * 100)]);
+      const must = { limit: data.slo.attainment * 100, limitText: `${+(data.slo.attainment * 100).toFixed(2)} % must`, most: 100, band, limitPlace: "insideEndBottom", shown: (value) => `${Charts.digits(value)} %`, tick: "{value} %" };
+      charts.push(["Requests that kept the SLO, with 95 % interval", "SLO attainment against offered load.", Charts.overLoads(axisName, kept, must)]);
+    }
+    for (const name of ["ttft", "tpot"]) {
+      const lines = [["p50", "blue", percentile(name, 0)], ["p90", "purple", percentile(name, 1)], ["p99", "orange", percentile(name, 3)]].filter(([, , values]) => values.some(([, value]) => value !== null));
+      charts.push([data.names[name], `${data.names[name]} against offered load.`, Charts.overLoads(axisName, lines, { ...times, ...limit(name) })]);
+    }
+    if (!data.slo) {
+      const lines = [["output tokens/s", "green", series((point) => point.output_tokens_per_s)]];
+      charts.push(["Output tokens/s", "Throughput against offered load.", Charts.overLoads(axisName, lines, { shown: Charts.digits })]);
+    }
+    drawAll(place("loads-charts"), charts);
+  }
+
+  function showDefinitions() {
+    place("before").textContent = data.definitions.before;
+    place("after").textContent = data.definitions.after;
+    place("definitions").replaceChildren(...data.definitions.rows.flatMap(([name, formula, note, elsewhere]) => [
+      node("dt", name), node("dd", [node("code", formula), note ? `. ${note}` : "", elsewhere ? ` Elsewhere: ${elsewhere}.` : ""]),
+    ]));
+  }
+
+  place("subject").textContent = data.subject;
+  place("headline").textContent = data.headline;
+  place("headline").hidden = !data.headline;
+  fillFacts(place("facts"), data.facts);
+  place("workload").textContent = JSON.stringify(data.workload, null, 2);
+  showDefinitions();
+  if (data.points.length > 1) showLoads();
+  else showPoint(data.points[0]);
+
+  let waiting = 0;
+  window.addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(Charts.redraw, 100);
+  });
+  window.addEventListener("beforeprint", Charts.redraw);
+  window.addEventListener("afterprint", Charts.redraw);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", Charts.redraw);
+  window.matchMedia("print").addEventListener("change", Charts.redraw);
+})();

@@ -1,0 +1,184 @@
+"""The load at which a server still keeps its SLO: several loads one after the other, each an honest run of its own.
+
+    sweep       rates from light to beyond saturation: the curve
+    find_rate   bracket by doubling, then halve the bracket: the highest rate whose SLO attainment reaches the target
+
+A trial that is lost is stopped early by a sequential test; one that is won always runs to its end, because a queue that
+grows slowly looks well for a while.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from powerband.bench.load import Live, LoadResult, window_of
+from powerband.bench.messages import Sample
+from powerband.bench.saturation import is_saturated
+from powerband.errors import UsageError
+from powerband.metrics.figures import Summary, missed, summarize
+from powerband.metrics.statistics import wilson
+from powerband.spec.slo import SLO
+
+RESOLUTION = 1.05  # the bracket's width at which the search ends
+FEWEST = 40  # requests of a load, for its verdict to mean something
+_MOST_DOUBLINGS = 12
+_CONFIRMATIONS = 2
+_TRIES = 3  # of a load that turns out invalid: the client may have been disturbed just then
+# A lost trial is given up when this likelihood ratio speaks for twice the misses that the target allows. Under the
+# target the ratio is a martingale, so that it is ever this large with a probability of at most 1 % (Ville 1939).
+_GIVE_UP = math.log(100)
+_LEAST_TO_GIVE_UP = 20  # requests
+SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # of the throughput under a full closed loop
+
+Verdict = Literal["met", "missed", "saturated", "invalid"]
+Run = Callable[[float, int, Callable[[Live], bool] | None], Awaitable[LoadResult]]  # rate, seed, stop
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One load at one rate."""
+
+    rate: float
+    seed: int
+    result: LoadResult
+    summary: Summary
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """rate: the highest at which the SLO was kept, 0 if at none. interval: from the highest rate at which it certainly
+    is to the lowest at which it certainly is not (95 % each), as far as trials tell. attainment: of all at `rate`.
+    """
+
+    rate: float
+    interval: tuple[float, float]
+    attainment: float
+    attainment_interval: tuple[float, float]
+    trials: tuple[Trial, ...]
+
+
+class Searcher:
+    """Runs trials and judges them. shown: is told each trial as it ends. Shares as in load.window_of."""
+
+    def __init__(
+        self, run: Run, slo: SLO, *, seed: int, warm_up: float, cool_down: float, shown: Callable[[Trial], object]
+    ) -> None:
+        if not slo.limits:
+            raise UsageError("A rate can only be found for an SLO.", hint="Give one: --slo ttft=500ms,tpot=50ms.")
+        self._run, self._slo, self._seed, self._shown = run, slo, seed, shown
+        self._warm_up, self._cool_down = warm_up, cool_down
+        self.trials: list[Trial] = []
+
+    async def sweep(self, rates: Sequence[float]) -> list[Trial]:
+        """Every rate, each to its end."""
+        return [await self._trial(rate, self._seed, None) for rate in sorted(rates)]
+
+    async def find_rate(self, first: float) -> Found:
+        """first: the rate to begin with. Raises UsageError when the client cannot drive the load that it would take."""
+        low, high = await self._bracket(first)
+        while low > 0 and high / low > RESOLUTION:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if await self._is_met(middle) else (low, middle)
+        for _ in range(3):
+            if low == 0 or await self._is_confirmed(low):
+                break
+            high, low = low, low / RESOLUTION
+            await self._is_met(low)
+        return self._found(low)
+
+    async def _bracket(self, first: float) -> tuple[float, float]:
+        """A rate that is met (0: none was) and one that is not, a factor of 2 apart."""
+        rate = first
+        if await self._is_met(rate):
+            for _ in range(_MOST_DOUBLINGS):
+                if not await self._is_met(rate * 2):
+                    return rate, rate * 2
+                rate *= 2
+            raise UsageError(f"The SLO is kept even at {rate:g} requests a second.", hint="Begin with a higher --rate.")
+        while not self._is_too_short(self.trials[-1].result, 2):
+            if await self._is_met(rate / 2):
+                return rate / 2, rate
+            rate /= 2
+        return 0.0, rate
+
+    async def _is_met(self, rate: float) -> bool:
+        for _ in range(_TRIES):
+            trial = await self._trial(rate, self._seed, self._is_lost)
+            if self._is_too_short(trial.result, 1):
+                number = trial.result.schedule.num_requests
+                raise UsageError(
+                    f"At {rate:.3g} requests a second a load has {number} requests: too few to judge.",
+                    hint=f"Make loads longer: --duration {math.ceil(FEWEST / rate)}s.",
+                    param="duration",
+                )
+            if trial.verdict != "invalid":
+                return trial.verdict == "met"
+        raise UsageError(
+            f"This client cannot drive {rate:.4g} requests a second: {trial.summary.client_fault}.",
+            hint="Give it more processes (--workers), or run it on a machine of its own.",
+        )
+
+    @staticmethod
+    def _is_too_short(result: LoadResult, factor: int) -> bool:
+        """Whether a load of so many times fewer requests would be."""
+        return result.schedule.num_requests < FEWEST * factor
+
+    async def _is_confirmed(self, rate: float) -> bool:
+        """By more trials with other seeds, all taken together."""
+        for number in range(1, _CONFIRMATIONS + 1):
+            await self._trial(rate, self._seed + number, None)
+        good, scheduled = self._counts(rate)
+        return good >= self._slo.attainment * scheduled
+
+    async def _trial(self, rate: float, seed: int, stop: Callable[[Live], bool] | None) -> Trial:
+        result = await self._run(rate, seed, stop)
+        records = [sample.record() for sample in result.samples]
+        window = window_of(result.samples, self._warm_up, self._cool_down)
+        summary = summarize(records, window, self._slo)
+        verdict: Verdict = "met"
+        if summary.client_fault:
+            verdict = "invalid"
+        elif result.stopped or not summary.attainment or summary.attainment < self._slo.attainment:
+            verdict = "missed"
+        elif is_saturated(records, window):
+            verdict = "saturated"
+        trial = Trial(rate, seed, result, summary, verdict)
+        self.trials.append(trial)
+        self._shown(trial)
+        return trial
+
+    def _is_lost(self, live: Live) -> bool:
+        """Wald's likelihood ratio of twice the allowed misses against the allowed ones."""
+        return lost_by(live.samples, self._slo) >= _GIVE_UP
+
+    def _counts(self, rate: float) -> tuple[int, int]:
+        at_rate = [trial.summary for trial in self.trials if trial.rate == rate and trial.verdict != "invalid"]
+        return sum(summary.good for summary in at_rate), sum(summary.scheduled for summary in at_rate)
+
+    def _found(self, rate: float) -> Found:
+        surely_met, surely_missed = 0.0, math.inf
+        for tried in {trial.rate for trial in self.trials}:
+            low, high = wilson(*self._counts(tried))
+            if low >= self._slo.attainment:
+                surely_met = max(surely_met, tried)
+            elif high < self._slo.attainment or any(t.result.stopped for t in self.trials if t.rate == tried):
+                surely_missed = min(surely_missed, tried)
+        good, scheduled = self._counts(rate)
+        attainment = good / scheduled if scheduled else 0.0
+        interval = min(surely_met, rate), max(surely_missed, rate)
+        return Found(rate, interval, attainment, wilson(good, scheduled), tuple(self.trials))
+
+
+def lost_by(samples: Sequence[Sample], slo: SLO) -> float:
+    """The logarithm of the likelihood ratio: how much likelier the outcomes are if twice as many miss as may."""
+    total = len(samples)
+    if total < _LEAST_TO_GIVE_UP:
+        return 0.0
+    bad = sum(bool(missed(sample.record(), slo)) for sample in samples)
+    allowed = max(1 - slo.attainment, 1e-6)
+    twice = min(2 * allowed, (1 + allowed) / 2)
+    return bad * math.log(twice / allowed) + (total - bad) * math.log((1 - twice) / (1 - allowed))

@@ -1,0 +1,120 @@
+"""The server's own truth: what its /metrics says about itself, once a second, under one set of names.
+
+Powerband, vLLM, SGLang and llama.cpp are understood; what a server does not tell is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from powerband.bench.http import get
+from powerband.bench.messages import Target
+
+INTERVAL_S = 1.0
+# Our name → the server's names for the same (sum over label sets). The first that is there counts.
+GAUGES = {
+    "running": (
+        "powerband_requests_running",
+        "vllm:num_requests_running",
+        "sglang:num_running_reqs",
+        "llamacpp:requests_processing",
+    ),
+    "waiting": (
+        "powerband_requests_waiting",
+        "vllm:num_requests_waiting",
+        "sglang:num_queue_reqs",
+        "llamacpp:requests_deferred",
+    ),
+    "kv_usage": (
+        "powerband_kv_cache_usage_ratio",
+        "vllm:kv_cache_usage_perc",
+        "vllm:gpu_cache_usage_perc",
+        "sglang:token_usage",
+        "llamacpp:kv_cache_usage_ratio",
+    ),
+}
+COUNTERS = {
+    "preemptions": ("powerband_preemptions_total", "vllm:num_preemptions_total", "sglang:num_retracted_reqs"),
+    "prefix_queries": ("powerband_prefix_cache_queries_total", "vllm:prefix_cache_queries_total"),
+    "prefix_hits": ("powerband_prefix_cache_hits_total", "vllm:prefix_cache_hits_total"),
+    "prompt_tokens": (
+        "powerband_prompt_tokens_total",
+        "vllm:prompt_tokens_total",
+        "sglang:prompt_tokens_total",
+        "llamacpp:prompt_tokens_total",
+    ),
+    "output_tokens": (
+        "powerband_generation_tokens_total",
+        "vllm:generation_tokens_total",
+        "sglang:generation_tokens_total",
+        "llamacpp:tokens_predicted_total",
+    ),
+}
+HISTOGRAMS = {
+    "ttft": ("powerband_ttft_seconds", "vllm:time_to_first_token_seconds", "sglang:time_to_first_token_seconds"),
+    "queue": ("powerband_queue_seconds", "vllm:request_queue_time_seconds", "sglang:queue_time_seconds"),
+}
+
+
+@dataclass(slots=True)
+class ServerMetrics:
+    """times_s: from the run's start. values: for each figure a list as long as times_s; None where it was not told."""
+
+    times_s: list[float] = field(default_factory=list)
+    values: dict[str, list[float | None]] = field(default_factory=dict)
+    problem: str = ""
+
+    def add(self, time_s: float, seen: Mapping[str, float]) -> None:
+        for name in {*self.values, *seen}:
+            self.values.setdefault(name, [None] * len(self.times_s)).append(seen.get(name))
+        self.times_s.append(time_s)
+
+    def growth(self, name: str) -> float | None:
+        """Of a counter, from the first scrape to the last."""
+        told = [value for value in self.values.get(name, ()) if value is not None]
+        return told[-1] - told[0] if len(told) > 1 else None
+
+    def mean(self, histogram: str) -> float | None:
+        """Of what a histogram counted between the first scrape and the last."""
+        count, total = self.growth(f"{histogram}_count"), self.growth(f"{histogram}_sum")
+        return total / count if count and total is not None else None
+
+
+def understand(text: str) -> dict[str, float]:
+    """The figures that a page of metrics tells. Raises ValueError for what is no such page."""
+    samples: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples[sample.name] = samples.get(sample.name, 0.0) + sample.value
+    found = {
+        ours: next(samples[name] for name in names if name in samples)
+        for ours, names in (GAUGES | COUNTERS).items()
+        if any(name in samples for name in names)
+    }
+    for ours, names in HISTOGRAMS.items():
+        for name in names:
+            if f"{name}_count" in samples:
+                found |= {f"{ours}_count": samples[f"{name}_count"], f"{ours}_sum": samples[f"{name}_sum"]}
+                break
+    return found
+
+
+async def scrape(target: Target, start_at: float, into: ServerMetrics, url: str = "") -> None:
+    """Until cancelled. url: of the metrics, where it is not /metrics beside the API. Failures are told in `problem`."""
+    due_s = start_at
+    while True:
+        await asyncio.sleep(max(due_s - time.monotonic(), 0.0))
+        due_s = max(due_s + INTERVAL_S, time.monotonic())
+        try:
+            page = await get(target, url or "/metrics", timeout_s=5.0)
+            if page.status != 200:
+                into.problem = f"/metrics answers {page.status}"
+                return
+            into.add(time.monotonic() - start_at, understand(page.body.decode(errors="replace")))
+        except (OSError, ValueError, TimeoutError) as problem:
+            into.problem = f"/metrics: {problem}"

@@ -1,0 +1,216 @@
+"""One call of `powerband bench`: look at the server, load it once or several times, and make a report of it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from powerband.bench.http import get
+from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
+from powerband.bench.messages import Target
+from powerband.bench.probe import Server, find_server, measure_words
+from powerband.bench.results import (
+    Address,
+    FoundRate,
+    Machine,
+    Offered,
+    Point,
+    RunReport,
+    point_of,
+    powerband_version,
+    utc_now,
+)
+from powerband.bench.search import SWEEP, Found, Searcher, Trial
+from powerband.bench.server_metrics import understand
+from powerband.errors import EnvironmentFault
+from powerband.metrics.record import Outcome
+from powerband.spec.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.slo import SLO
+from powerband.spec.workload import Workload
+
+_FULL_LOAD = 64  # users, to see what a server can do at most
+_IDLE_WAIT_S = 10.0
+_BEGINNING = 3  # requests, to see how long one takes alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """What to send where, and how it is judged. warm_up, cool_down: shares, see load.window_of.
+
+    ceiling_chunks_per_s: of this machine's client, where it was calibrated.
+    """
+
+    target: Target
+    workload: Workload
+    duration_s: float = math.inf
+    num_requests: int | None = None
+    seed: int = 0
+    slo: SLO | None = None
+    warm_up: float = 0.1
+    cool_down: float = 0.05
+    options: LoadOptions = field(default_factory=LoadOptions)
+    ceiling_chunks_per_s: float | None = None
+
+    def at_rate(self, rate: float) -> Experiment:
+        """The same requests, open loop, at this rate."""
+        arrivals = self.workload.arrivals
+        burstiness = arrivals.burstiness if isinstance(arrivals, OpenLoop) else 1.0
+        return replace(self, workload=replace(self.workload, arrivals=OpenLoop.at(rate, burstiness)))
+
+    def at_concurrency(self, users: int) -> Experiment:
+        return replace(self, workload=replace(self.workload, arrivals=ClosedLoop(users)))
+
+
+class Session:
+    """Call `open` first, then one of `single`, `sweep` and `find_rate`. `loads` are those of the report's points.
+
+    watch: called several times a second with the load that runs. told: called with each point as it ends.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        command: Sequence[str] = (),
+        watch: Callable[[Live], object] | None = None,
+        told: Callable[[Point], object] | None = None,
+    ) -> None:
+        self._experiment, self._command = experiment, tuple(command)
+        self._watch, self._told = watch, told or (lambda _point: None)
+        self._server: Server | None = None
+        self._started_at = utc_now()
+        self._points: list[Point] = []
+        self.loads: list[LoadResult] = []
+
+    async def open(self, wait_s: float = 0.0) -> Server:
+        """Find the server and its model. Raises as probe.find_server and probe.measure_words."""
+        target, self._server = await find_server(self._experiment.target, wait_s)
+        self._experiment = replace(self._experiment, target=await measure_words(target))
+        return self._server
+
+    async def single(self) -> RunReport:
+        """One load, as it was asked for."""
+        result = await self._load(self._experiment)
+        self._keep(result, "run", Offered.of(self._experiment.workload.arrivals, result.schedule))
+        return self._report()
+
+    async def sweep(self, rates: Sequence[float] = ()) -> RunReport:
+        """Without `rates`: from a tenth of what the server can do to a little beyond it."""
+        if not rates:
+            most = await self._most_rate()
+            rates = [most * share for share in SWEEP]
+        for rate in sorted(rates):
+            experiment = self._experiment.at_rate(rate)
+            self._keep(await self._load(experiment), f"{rate:.3g}/s", Offered("rate", rate))
+        return self._report()
+
+    async def find_rate(self, first: float | None = None) -> RunReport:
+        """The highest rate that keeps the SLO. first: where to begin; default: what one user alone would reach.
+
+        Raises UsageError as Searcher does.
+        """
+        experiment = self._experiment
+        searcher = Searcher(
+            self._run_trial,
+            experiment.slo or SLO(),
+            seed=experiment.seed,
+            warm_up=experiment.warm_up,
+            cool_down=experiment.cool_down,
+            shown=self._keep_trial,
+        )
+        found = await searcher.find_rate(first or await self._single_user_rate())
+        return self._report(_found_rate(found))
+
+    async def _run_trial(self, rate: float, seed: int, stop: Callable[[Live], bool] | None) -> LoadResult:
+        return await self._load(replace(self._experiment.at_rate(rate), seed=seed), stop)
+
+    def _keep_trial(self, trial: Trial) -> None:
+        label = f"{trial.rate:.3g}/s" + (f", seed {trial.seed}" if trial.seed != self._experiment.seed else "")
+        self._keep(trial.result, label, Offered("rate", trial.rate), saturated=trial.verdict == "saturated")
+
+    async def _single_user_rate(self) -> float:
+        """Requests a second of one user who does not wait. Raises EnvironmentFault when none is answered."""
+        result = await self._load(replace(self._experiment.at_concurrency(1), num_requests=_BEGINNING))
+        return self._rate_of(result)
+
+    async def _most_rate(self) -> float:
+        """Requests a second of many users who do not wait."""
+        experiment = self._experiment.at_concurrency(_FULL_LOAD)
+        result = await self._load(replace(experiment, duration_s=min(experiment.duration_s, 30.0)))
+        return self._rate_of(result)
+
+    def _rate_of(self, result: LoadResult) -> float:
+        answered = [sample for sample in result.samples if sample.outcome is Outcome.OK and sample.chunk_times_s]
+        if not answered:
+            why = next((sample.error for sample in result.samples if sample.error), "no request was answered")
+            raise EnvironmentFault(f"{self._experiment.target.base} answers no request: {why}.", code="no_answer")
+        return len(answered) / max(sample.chunk_times_s[-1] for sample in answered)
+
+    async def _load(self, experiment: Experiment, stop: Callable[[Live], bool] | None = None) -> LoadResult:
+        schedule = experiment.workload.draw(
+            experiment.seed, duration_s=experiment.duration_s, num_requests=experiment.num_requests
+        )
+        if self._points:
+            await self._idle()
+        # New texts for each load: a prefix cache that knew them from the one before would make the server look faster.
+        target = msgspec.structs.replace(experiment.target, salt=f"{time.time_ns()} ")
+        return await run_load(target, schedule, experiment.options, watch=self._watch, stop=stop)
+
+    async def _idle(self) -> None:
+        """Until the server says that nothing runs any more, or says nothing, or a while has gone by: what an aborted
+        load left behind must not burden the next.
+        """
+        until_s = time.monotonic() + _IDLE_WAIT_S
+        while time.monotonic() < until_s:
+            try:
+                page = await get(self._experiment.target, self._experiment.options.metrics_url or "/metrics")
+                seen = understand(page.body.decode(errors="replace")) if page.status == 200 else {}
+            except (OSError, ValueError, TimeoutError):
+                return
+            if not seen.get("running", 0.0) + seen.get("waiting", 0.0):
+                return
+            await asyncio.sleep(0.2)
+
+    def _keep(self, result: LoadResult, label: str, offered: Offered, *, saturated: bool = False) -> None:
+        experiment = self._experiment
+        point = point_of(
+            result,
+            label=label,
+            offered=offered,
+            warm_up=experiment.warm_up,
+            cool_down=experiment.cool_down,
+            slo=experiment.slo,
+            ceiling_chunks_per_s=experiment.ceiling_chunks_per_s,
+            saturated=saturated,
+        )
+        self._points.append(point)
+        self.loads.append(result)
+        self._told(point)
+
+    def _report(self, found: FoundRate | None = None) -> RunReport:
+        experiment = self._experiment
+        return RunReport(
+            started_at=self._started_at,
+            command=self._command,
+            powerband=powerband_version(),
+            machine=Machine.here(),
+            target=Address.of(experiment.target),
+            server=self._server or Server("unknown", "", None),
+            workload=experiment.workload.as_dict(),
+            slo=experiment.slo,
+            seed=experiment.seed,
+            warm_up=experiment.warm_up,
+            cool_down=experiment.cool_down,
+            points=tuple(self._points),
+            found=found,
+        )
+
+
+def _found_rate(found: Found) -> FoundRate:
+    low, high = found.interval
+    return FoundRate(found.rate, (low, None if math.isinf(high) else high), found.attainment, found.attainment_interval)

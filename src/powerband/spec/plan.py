@@ -1,0 +1,113 @@
+"""A Plan: all that reproduces a deployment and what it promises, in one YAML file.
+
+model       what is served
+workload    what it was made for (spec.workload.Workload.as_dict)
+slo         what its users may expect (spec.slo.SLO.as_dict)
+promise     rate: requests a second at which the SLO is kept; output_tokens_per_s: at least, at that rate
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.arrivals import OpenLoop
+from powerband.spec.slo import SLO
+from powerband.spec.workload import Trace, Workload
+
+VERSION = 1
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """rate: requests a second. output_tokens_per_s: None: nothing is promised about it."""
+
+    rate: float
+    output_tokens_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "output_tokens_per_s"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < math.inf):
+                raise UsageError(f"promise has {name}: {value!r}.", hint="It must be a number above 0.", param="plan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The slo's attainment is part of the promise."""
+
+    model: str
+    workload: Workload
+    slo: SLO
+    promise: Promise
+
+    @property
+    def arrivals(self) -> OpenLoop:
+        """At the promised rate, as bursty as the workload."""
+        known = self.workload.arrivals
+        return OpenLoop.at(self.promise.rate, known.burstiness if isinstance(known, OpenLoop) else 1.0)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], trace: Trace | None = None) -> Plan:
+        """Raises UsageError for what is missing, unknown or wrong."""
+        unknown = set(values) - {"version", "model", "workload", "slo", "promise"}
+        if unknown or values.get("version") != VERSION:
+            what = (
+                f"unknown: {', '.join(sorted(map(str, unknown)))}" if unknown else f"version {values.get('version')!r}"
+            )
+            raise UsageError(
+                f"This is no plan: {what}.", hint=f"This is version {VERSION} of the format.", param="plan"
+            )
+        try:
+            return cls(
+                model=str(values["model"]),
+                workload=Workload.from_dict(values["workload"], trace),
+                slo=SLO.from_dict(values["slo"]),
+                promise=Promise(**values["promise"]),
+            )
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise UsageError(f"This is no plan: {problem} is missing or wrong.", param="plan") from None
+
+    def as_dict(self) -> dict[str, Any]:
+        promise = {"rate": self.promise.rate, "output_tokens_per_s": self.promise.output_tokens_per_s}
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "workload": self.workload.as_dict(),
+            "slo": self.slo.as_dict(),
+            "promise": {name: value for name, value in promise.items() if value is not None},
+        }
+
+
+def read_plan(path: Path, trace: Trace | None = None) -> Plan:
+    """Raises EnvironmentFault when it cannot be read, UsageError when it is no plan."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot read {path}: {problem.strerror}.", param="plan") from None
+    if len(content) > _MAX_BYTES:
+        raise UsageError(f"{path} is no plan: it is larger than 1 MiB.", param="plan")
+    try:
+        values = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
+        raise UsageError(f"{path} is no YAML: {str(problem).splitlines()[0]}.", param="plan") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is no plan: it holds no names and values.", param="plan")
+    return Plan.from_dict(values, trace)
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Raises EnvironmentFault."""
+    try:
+        path.write_text(yaml.safe_dump(plan.as_dict(), sort_keys=False, allow_unicode=True))
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="plan") from None

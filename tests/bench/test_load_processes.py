@@ -1,0 +1,131 @@
+"""The load generator's processes: one that is lost is told, and none is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from loads_for_tests import is_alive, load, schedule_of, worker_pids
+
+from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
+from powerband.bench.messages import Done, FromWorker, Go, Job, Planned, PlannedChain, PlannedSegment, Progress, Target
+from powerband.bench.script import Script
+from powerband.bench.scripted_process import scripted_process
+from powerband.errors import EnvironmentFault
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds workers by /proc")
+PACED = Script(ttft_s=0.02, tpot_s=0.01)
+COORDINATOR = """
+import asyncio, sys
+sys.path.insert(0, {folder!r})
+from loads_for_tests import *
+async def main():
+    async with scripted_process(Script(ttft_s=0.02)) as server:
+        print(server.pid, flush=True)
+        await run_load(server.target, schedule_of(20, 60), LoadOptions(workers=2, metrics_url=None))
+asyncio.run(main())
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never happened"
+        time.sleep(0.02)
+
+
+def test_a_worker_that_dies_is_an_error_that_says_so() -> None:
+    killed: list[int] = []
+
+    def kill_once(live: Live) -> None:
+        if not killed and live.elapsed_s > 0.3:
+            killed.extend(worker_pids())
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(EnvironmentFault, match=r"A worker of the load generator ended before its work \(signal 9\)"):
+        load(PACED, schedule_of(20, 20), workers=2, watch=kill_once)
+    assert len(killed) == 2
+    assert not any(is_alive(pid) for pid in killed)
+
+
+def test_a_cancelled_run_leaves_no_worker() -> None:
+    async def run() -> list[int]:
+        async with scripted_process(PACED) as server:
+            options = LoadOptions(workers=2, metrics_url=None)
+            task = asyncio.create_task(run_load(server.target, schedule_of(20, 20), options))
+            while len(pids := worker_pids()) < 2:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return [*pids, server.pid]
+
+    assert not any(is_alive(pid) for pid in asyncio.run(run()))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_its_coordinator(how: signal.Signals) -> None:
+    code = COORDINATOR.format(folder=str(Path(__file__).parent))
+    coordinator = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert coordinator.stdout is not None
+        server = int(coordinator.stdout.readline())
+        wait_for(lambda: len(worker_pids(coordinator.pid)) == 2)
+        pids = [server, *worker_pids(coordinator.pid)]
+        time.sleep(0.3)
+        coordinator.send_signal(how)
+        coordinator.wait(10)
+        wait_for(lambda: not any(is_alive(pid) for pid in pids))
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+
+
+def test_what_a_worker_says_last_arrives_whole() -> None:
+    """However slowly it is read: the worker ends when the last byte has left it."""
+    requests = tuple(Planned(index, (PlannedSegment("a", 1),), 1, 0, 0.0) for index in range(2000))
+    nowhere = Target(base="http://127.0.0.1:1", endpoint="completions", model="m")
+    chains = tuple(PlannedChain(request.index, 0.0, (request,)) for request in requests)
+    job = Job(target=nowhere, chains=chains, end_s=1.0, timeout_s=5.0, drain_s=5.0, progress_s=60.0)
+    with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for message in (job, Go(time.monotonic())):
+            data = msgspec.msgpack.encode(message)
+            process.stdin.write(len(data).to_bytes(4, "big") + data)
+            process.stdin.flush()
+        said = b""
+        while piece := os.read(process.stdout.fileno(), 4096):
+            said += piece
+            time.sleep(0.005)
+    messages = []
+    while said:
+        length = int.from_bytes(said[:4], "big")
+        assert len(said) >= 4 + length, "the last message is cut off"
+        messages.append(msgspec.msgpack.decode(said[4 : 4 + length], type=FromWorker))
+        said = said[4 + length :]
+    done = messages[-1]
+    assert isinstance(done, Done)
+    told = [m.samples for m in messages if isinstance(m, Progress)]
+    assert sum(map(len, told)) + len(done.progress.samples) == 2000
+
+
+def test_a_stop_ends_the_run_early() -> None:
+    async def run() -> tuple[bool, float]:
+        async with scripted_process(PACED) as server:
+            options = LoadOptions(metrics_url=None)
+            result = await run_load(server.target, schedule_of(20, 60), options, stop=lambda live: live.elapsed_s > 0.5)
+            return result.stopped, result.wall_s
+
+    stopped, wall_s = asyncio.run(run())
+    assert stopped
+    assert wall_s < 5

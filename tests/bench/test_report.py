@@ -1,0 +1,206 @@
+"""report.html: whole, offline, and no text of a server's becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from samples_for_tests import load, point, report
+
+from powerband.bench.page_data import MOST_SCATTER, page_data, thinned
+from powerband.bench.report import report_html, write_report
+from powerband.bench.results import RunReport
+from powerband.errors import EnvironmentFault
+from powerband.metrics.definitions import DEFINITIONS
+from powerband.metrics.record import Outcome
+
+PAGE = files("powerband.bench").joinpath("page")
+HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>[[data]]'\"&"
+OURS = ("report.html", "report.css", "charts.js", "report.js")
+
+
+class Page(html.parser.HTMLParser):
+    """Elements with their attributes, and the text of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.content: list[tuple[str, dict[str, str | None], str]] = []
+        self.is_inside = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.is_inside = tag in ("script", "style", "title")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.is_inside:
+            self.content.append((*self.elements[-1], data))
+
+    def texts(self, tag: str, **attributes: str) -> list[str]:
+        whole: dict[int, str] = {}
+        for name, found, data in self.content:
+            if name == tag and all(found.get(key) == value for key, value in attributes.items()):
+                whole[id(found)] = whole.get(id(found), "") + data
+        return list(whole.values())
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    result = load(requests=300, failures=0.05)
+    return Page(report_html(report(point(result)), [result.samples]))
+
+
+def data_of(page: Page) -> dict[str, Any]:
+    (text,) = page.texts("script", type="application/json")
+    return json.loads(text)
+
+
+def test_nothing_is_fetched(page: Page):
+    for tag, attributes in page.elements:
+        assert not {"src", "href", "srcset", "action", "poster", "data"} & attributes.keys(), tag
+        assert not [name for name in attributes if name.startswith("on")]
+    for name in OURS:
+        text = PAGE.joinpath(name).read_text()
+        assert not re.search(r"https?:|//[a-z]+\.|url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(", text), name
+
+
+def test_the_policy_allows_what_is_inlined_and_nothing_else(page: Page):
+    (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in (policy or "").split(";"))
+    assert rules.pop("default-src") == rules.pop("base-uri") == rules.pop("form-action") == "'none'"
+
+    def hashed(texts: list[str]) -> str:
+        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    (data,) = page.texts("script", type="application/json")
+    assert rules.pop("script-src") == hashed([text for text in page.texts("script") if text != data])
+    assert rules.pop("style-src") == hashed(page.texts("style"))
+    assert not rules
+    assert not [tag for tag, attributes in page.elements if "style" in attributes], "styles in attributes are refused"
+
+
+def test_our_scripts_put_text_in_as_text():
+    for name in ("charts.js", "report.js"):
+        script = PAGE.joinpath(name).read_text()
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", script)
+    assert 'renderMode: "richText"' in PAGE.joinpath("charts.js").read_text(), "tooltips on the canvas, not in HTML"
+
+
+def test_hostile_text_stays_text(page: Page):
+    result = load(requests=60)
+    bad = tuple(msgspec.structs.replace(s, outcome=Outcome.ERROR, error=HOSTILE) for s in result.samples[:9])
+    result = replace(result, samples=(*bad, *result.samples[9:]))
+    run = report(replace(point(result), label=HOSTILE))
+    run = replace(
+        run,
+        target=replace(run.target, model=HOSTILE),
+        server=replace(run.server, version=HOSTILE),
+        workload={"name": HOSTILE},
+        command=("bench", HOSTILE),
+    )
+    attacked = Page(report_html(run, [result.samples]))
+    assert [tag for tag, _ in attacked.elements] == [tag for tag, _ in page.elements]
+    data = data_of(attacked)
+    assert data["points"][0]["errors"][0][3] == HOSTILE
+    assert data["workload"]["name"] == HOSTILE
+    assert attacked.texts("title")[0].startswith(HOSTILE)
+
+
+def test_the_numbers_are_the_tables(page: Page):
+    result = load(requests=300, failures=0.05)
+    one = point(result)
+    (shown,) = data_of(page)["points"]
+    assert shown["verdict"] == one.verdict
+    assert shown["attainment"] == one.summary.attainment
+    assert sum(count for _, count in shown["misses"]) == one.summary.scheduled - one.summary.good
+    median = shown["quantiles"]["ttft"][100]
+    assert median == pytest.approx(one.summary.figures["ttft"].percentiles[50.0], rel=1e-3)
+    timeline = shown["timeline"]
+    assert sum(timeline["arrivals"]) * timeline["width_s"] == pytest.approx(300)
+    tokens = sum(sample.output_tokens for sample in result.samples)
+    assert sum(timeline["tokens"]) * timeline["width_s"] == pytest.approx(tokens, rel=1e-3)
+    moment = timeline["width_s"] * 40
+    spans = [(sample.sent_s, sample.chunk_times_s[-1]) for sample in result.samples if sample.chunk_times_s]
+    assert timeline["in_flight"][40] == sum(start <= moment < end for start, end in spans) > 0
+
+
+def test_it_explains_itself(page: Page):
+    assert [row[0] for row in data_of(page)["definitions"]["rows"]] == [one.name for one in DEFINITIONS]
+
+
+def test_the_slowest_requests_are_there_chunk_by_chunk(page: Page):
+    slowest = data_of(page)["points"][0]["slowest"]
+    assert len(slowest) == 20
+    ends = [request["chunks_s"][-1] for request in slowest]
+    assert ends == sorted(ends, reverse=True)
+
+
+def test_a_run_of_which_nothing_was_answered_has_a_page():
+    result = load(requests=30, failures=1.0)
+    (shown,) = data_of(Page(report_html(report(point(result)), [result.samples])))["points"]
+    assert (shown["quantiles"], shown["slowest"], len(shown["scatter"]["failed"])) == ({}, [], 30)
+
+
+def test_several_loads_are_in_one_page():
+    rates = (4.0, 8.0, 16.0)
+    loads = [load(rate, 60) for rate in rates]
+    run = report(*(point(one, rate) for one, rate in zip(loads, rates, strict=True)))
+    data = data_of(Page(report_html(run, [one.samples for one in loads])))
+    assert [shown["offered"]["value"] for shown in data["points"]] == list(rates)
+
+
+def test_a_large_run_is_thinned_but_keeps_its_extremes():
+    points = [(float(i), float(i * 7919 % 100_003)) for i in range(100_000)]
+    kept = thinned(points, 2_000)
+    assert len(kept) <= 2_000
+    assert kept == sorted(kept)
+    values = [value for _, value in points]
+    assert {min(values), max(values)} <= {value for _, value in kept}
+    assert thinned(points[:50], 2_000) == points[:50]
+
+
+def test_a_page_stays_small():
+    few, many = (load(rate=40.0, requests=n) for n in (1_000, 6_000))
+
+    def size(result: Any) -> int:
+        run: RunReport = report(point(result))
+        return len(msgspec.json.encode(page_data(run, [result.samples])))
+
+    # What grows is dots, of which there are at most so many.
+    assert size(many) - size(few) < 5_000 * 25
+    assert MOST_SCATTER * 25 < 1_000_000
+
+
+def test_what_others_wrote_is_as_they_wrote_it():
+    vendored = json.loads(PAGE.joinpath("vendored.json").read_text())["files"]
+    for name, about in vendored.items():
+        assert hashlib.sha256(PAGE.joinpath(name).read_bytes()).hexdigest() == about["sha256"], name
+    others = {path.name for path in PAGE.iterdir()} - {*OURS, "vendored.json"}
+    assert others == set(vendored)
+    assert "</script" not in PAGE.joinpath("echarts.common.min.js").read_text().lower()
+
+
+def test_the_page_is_part_of_the_package():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"bench/page/*"' in project
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path):
+    result = load(requests=20)
+    with pytest.raises(EnvironmentFault, match="Cannot write"):
+        write_report(report(point(result)), [result.samples], tmp_path)

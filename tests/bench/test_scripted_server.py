@@ -1,0 +1,188 @@
+"""The scripted server does what its script says, and what it tells about itself is so."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import pytest
+
+from powerband.bench.answers import Reading, read_answer
+from powerband.bench.connection import Connections
+from powerband.bench.http import Page, get, post
+from powerband.bench.messages import Endpoint, Planned, PlannedSegment, Target
+from powerband.bench.probe import find_server, measure_words
+from powerband.bench.prompts import PromptMaker, Talk, request_bytes
+from powerband.bench.script import Script, words
+from powerband.bench.scripted_process import scripted_process
+from powerband.bench.scripted_server import ScriptedServer
+from powerband.bench.server_metrics import understand
+from powerband.errors import UsageError
+
+T = TypeVar("T")
+
+
+def with_server(script: Script, act: Callable[[ScriptedServer, Target], Awaitable[T]]) -> T:
+    """In one event loop: for scripts without a stall."""
+
+    async def run() -> T:
+        server = ScriptedServer(script)
+        try:
+            base = await server.start()
+            return await act(server, Target(base=base, endpoint="completions", model="scripted"))
+        finally:
+            server.close()
+
+    return asyncio.run(run())
+
+
+async def ask(target: Target, tokens: int, key: str = "a") -> Reading:
+    """One streamed request on a connection of its own."""
+    body = Talk(target, PromptMaker()).body(Planned(0, (PlannedSegment(key, 5),), tokens, 0, 0.0))
+    connections = Connections(target)
+    connection, _ = await connections.take()
+    answer, done = connection.exchange(request_bytes(target, body))
+    await done
+    connection.close()
+    return read_answer(answer)
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@pytest.mark.parametrize("script", [Script(), Script(ttft_s=0.01, tpot_s=0.002), Script(tokens_per_chunk=3)])
+def test_an_answer_has_the_tokens_that_were_asked_for(endpoint: Endpoint, script: Script) -> None:
+    async def act(_: ScriptedServer, target: Target) -> Reading:
+        return await ask(Target(base=target.base, endpoint=endpoint, model="scripted"), 7)
+
+    reading = with_server(script, act)
+    assert (reading.problem, reading.text, reading.finish_reason) == ("", words(0, 7), "length")
+    assert (reading.output_tokens, sum(reading.tokens), reading.prompt_tokens) == (7, 7, 5)
+    assert reading.tokens == ([3, 3, 1] if script.tokens_per_chunk == 3 else [1] * 7)
+
+
+def test_the_probe_finds_it_and_knows_its_words() -> None:
+    async def act(_: ScriptedServer, target: Target) -> tuple[Target, int | None]:
+        found, server = await find_server(Target(base=target.base, endpoint="completions", model=""))
+        return await measure_words(found), server.max_model_len
+
+    target, length = with_server(Script(max_model_len=4096), act)
+    assert (target.model, length) == ("scripted", 4096)
+    assert target.words_per_token == pytest.approx(1.0)
+
+
+def test_it_keeps_the_truth_of_each_request() -> None:
+    async def act(server: ScriptedServer, target: Target) -> None:
+        await asyncio.gather(*(ask(target, 4, key=str(i)) for i in range(3)))
+        assert [truth.number for truth in server.truths] == [0, 1, 2]
+        for truth in server.truths:
+            assert truth.ended_s is not None
+            assert truth.status == 200
+            assert truth.tokens == len(truth.written_s) == 4
+            assert 0.0 <= truth.written_s[0] - truth.arrived_s - 0.02 < 0.05
+            assert truth.ended_s >= truth.written_s[-1]
+        assert len({truth.digest for truth in server.truths}) == 3
+
+    with_server(Script(ttft_s=0.02, tpot_s=0.005), act)
+
+
+def test_deadlines_do_not_drift() -> None:
+    """Of 200 tokens each may be late, but the last one not by the sum."""
+
+    async def act(server: ScriptedServer, target: Target) -> None:
+        await ask(target, 200)
+        truth = server.truths[0]
+        late_s = [written - truth.arrived_s - server.script.due_s(i) for i, written in enumerate(truth.written_s)]
+        assert min(late_s) > -1e-4
+        assert sorted(late_s)[100] < 0.002
+
+    with_server(Script(ttft_s=0.002, tpot_s=0.002), act)
+
+
+def test_slots_are_given_in_the_order_of_arrival() -> None:
+    async def act(server: ScriptedServer, target: Target) -> None:
+        await asyncio.gather(*(ask(target, 3, key=str(i)) for i in range(6)))
+        begun = [truth.begun_s or 0.0 for truth in server.truths]
+        assert begun == sorted(begun)
+        for first, third in zip(server.truths, server.truths[2:], strict=False):
+            assert first.ended_s is not None
+            assert third.begun_s is not None
+            assert third.begun_s >= first.ended_s
+
+    with_server(Script(ttft_s=0.01, tpot_s=0.002, slots=2), act)
+
+
+def test_errors_and_refusals_come_as_scripted() -> None:
+    async def act(server: ScriptedServer, target: Target) -> list[int]:
+        held = asyncio.gather(*(ask(target, 3, key=str(i)) for i in range(2)))
+        await asyncio.sleep(0.05)
+        refused = await post(target, "/v1/completions", {"prompt": "x"})
+        assert b"Scripted to refuse" in refused.body
+        await held
+        failed = await post(target, "/v1/completions", {"prompt": "x", "max_tokens": 1})
+        return [refused.status, failed.status]
+
+    assert with_server(Script(ttft_s=0.2, most_in_flight=2, fail_every=4), act) == [429, 500]
+
+
+def test_a_client_that_leaves_frees_its_slot_unless_a_fault_is_planted() -> None:
+    async def leave_and_ask(_: ScriptedServer, target: Target) -> str:
+        connections = Connections(target)
+        connection, _is_kept = await connections.take()
+        body = Talk(target, PromptMaker()).body(Planned(0, (PlannedSegment("gone", 5),), 1000, 0, 0.0))
+        connection.exchange(request_bytes(target, body))
+        await asyncio.sleep(0.05)
+        connection.close()
+        try:
+            async with asyncio.timeout(0.5):
+                return (await ask(target, 2)).problem
+        except TimeoutError:
+            return "hangs"
+
+    assert with_server(Script(tpot_s=0.01, slots=1), leave_and_ask) == ""
+    assert with_server(Script(tpot_s=0.01, slots=1, leaks_slots=True), leave_and_ask) == "hangs"
+
+
+def test_its_metrics_are_understood() -> None:
+    async def act(_: ScriptedServer, target: Target) -> dict[str, float]:
+        await ask(target, 4)
+        return understand((await get(target, "/metrics")).body.decode())
+
+    figures = with_server(Script(ttft_s=0.02), act)
+    assert (figures["running"], figures["waiting"], figures["output_tokens"]) == (0, 0, 4)
+    assert 0.02 <= figures["ttft_sum"] < 0.1
+    assert figures["ttft_count"] == 1
+
+
+@pytest.mark.parametrize(
+    "body", [[], {}, {"prompt": 1}, {"prompt": "x", "max_tokens": 0}, {"prompt": "x", "model": "other"}]
+)
+def test_a_wrong_body_is_refused(body: object) -> None:
+    async def act(_: ScriptedServer, target: Target) -> Page:
+        return await post(target, "/v1/completions", body)
+
+    assert with_server(Script(), act).status == 400
+
+
+def test_a_process_of_its_own_says_its_address_and_forgets_when_told() -> None:
+    async def run() -> list[int]:
+        async with scripted_process(Script(ttft_s=0.01)) as server:
+            await ask(server.target, 2)
+            counts = [len(await server.truths())]
+            await server.forget()
+            return [*counts, len(await server.truths())]
+
+    assert asyncio.run(run()) == [1, 0]
+
+
+def test_a_wrong_script_is_named() -> None:
+    with pytest.raises(UsageError, match="A script has no speed"):
+        Script.from_json('{"speed": 1}')
+    with pytest.raises(UsageError, match="ttft_s is -1"):
+        Script.from_json('{"ttft_s": -1}')
+    with pytest.raises(UsageError, match="This is no script"):
+        Script.from_json("[]")
+    command = [sys.executable, "-m", "powerband.bench.scripted_server", "--script", '{"speed": 1}']
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)

@@ -1,0 +1,164 @@
+"""Sweeps and the search for the highest rate, on queues whose capacity is known."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from powerband.bench.load import Live, LoadResult, window_of
+from powerband.bench.messages import Sample
+from powerband.bench.saturation import is_saturated
+from powerband.bench.search import RESOLUTION, Found, Searcher, Trial, lost_by
+from powerband.bench.server_metrics import ServerMetrics
+from powerband.errors import UsageError
+from powerband.metrics.record import Outcome
+from powerband.spec.arrivals import OpenLoop
+from powerband.spec.lengths import Fixed
+from powerband.spec.slo import SLO
+from powerband.spec.workload import Mix, Schedule, Workload
+
+SERVICE_S, SLOTS = 0.5, 4  # so that it serves 8 requests a second and no more
+CAPACITY = SLOTS / SERVICE_S
+LIMITS = SLO(ttft_s=1.0, attainment=0.95)
+LOAD = Workload(name="queue", arrivals=OpenLoop.at(1.0), requests=Mix(Fixed(16), Fixed(2)))
+
+
+def queue(schedule: Schedule, *, lag_s: float = 0.0, refused: float = 0.0, noise: random.Random) -> list[Sample]:
+    """Each request waits for a slot, has its first token a tenth of its service later, and its second at the end."""
+    free = [0.0] * SLOTS
+    samples = []
+    for number, chain in enumerate(schedule.chains):
+        sent_s = chain.start_s + lag_s
+        common = {"index": number, "chain": number, "scheduled_s": chain.start_s, "sent_s": sent_s, "asked_tokens": 2}
+        if noise.random() < refused:
+            samples.append(Sample(**common, outcome=Outcome.REFUSED, status=429))  # type: ignore[arg-type]
+            continue
+        start_s = max(heapq.heappop(free), sent_s)
+        heapq.heappush(free, start_s + SERVICE_S)
+        times = (start_s + SERVICE_S / 10, start_s + SERVICE_S)
+        samples.append(Sample(**common, chunk_times_s=times, chunk_tokens=(1, 1), output_tokens=2))  # type: ignore[arg-type]
+    return samples
+
+
+class Server:
+    """Plays loads of a minute. As a real one, it asks `stop` as requests end, and ends the load when it says so."""
+
+    def __init__(self, *, seconds: float = 120.0, lag_s: float = 0.0, refused: float = 0.0) -> None:
+        self.seconds, self.lag_s, self.refused = seconds, lag_s, refused
+        self.seconds_played = 0.0
+        self.noise = random.Random(0)
+
+    async def __call__(self, rate: float, seed: int, stop: Callable[[Live], bool] | None) -> LoadResult:
+        workload = Workload(name="queue", arrivals=OpenLoop.at(rate), requests=LOAD.requests)
+        schedule = workload.draw(seed, duration_s=self.seconds)
+        samples = queue(schedule, lag_s=self.lag_s, refused=self.refused, noise=self.noise)
+        stopped, seen = False, samples
+        if stop is not None:
+            ordered = sorted(samples, key=lambda s: s.chunk_times_s[-1] if s.chunk_times_s else s.sent_s)
+            for count in range(10, len(ordered), 10):
+                if stop(Live(schedule, samples=ordered[:count])):
+                    stopped, seen = True, ordered[:count]
+                    break
+        wall_s = max(s.chunk_times_s[-1] if s.chunk_times_s else s.sent_s for s in seen)
+        self.seconds_played += wall_s
+        return LoadResult(
+            schedule=schedule,
+            samples=tuple(sorted(seen, key=lambda s: s.index)),
+            server=ServerMetrics(),
+            wall_s=wall_s,
+            client_share=0.1,
+            chunks_per_s=1.0,
+            unsent=0,
+            stopped=stopped,
+        )
+
+
+def searcher(server: Server, slo: SLO = LIMITS, shown: Callable[[Trial], object] = lambda _: None) -> Searcher:
+    return Searcher(server, slo, seed=0, warm_up=0.1, cool_down=0.05, shown=shown)
+
+
+def find(server: Server, first: float, slo: SLO = LIMITS) -> Found:
+    return asyncio.run(searcher(server, slo).find_rate(first))
+
+
+@pytest.mark.parametrize("first", [0.5, 6.0, 100.0])
+def test_the_highest_rate_is_found_from_wherever_it_begins(first: float) -> None:
+    server = Server(seconds=300.0)
+    found = find(server, first)
+    assert 0.7 * CAPACITY < found.rate < CAPACITY  # a queue of exponential gaps keeps the SLO to nearly its capacity
+    assert found.interval[0] <= found.rate <= found.interval[1]
+    assert found.attainment >= LIMITS.attainment
+    beyond = [trial for trial in found.trials if trial.rate > found.rate * RESOLUTION * 1.001]
+    assert beyond
+    assert all(trial.verdict != "met" for trial in beyond)
+
+
+def test_a_load_that_is_lost_is_given_up_early() -> None:
+    found = find(Server(seconds=300.0), 100.0)
+    stopped = [trial for trial in found.trials if trial.result.stopped]
+    assert stopped
+    assert all(
+        len(trial.result.samples) < trial.result.schedule.num_requests / 2 for trial in stopped if trial.rate > 30
+    )
+
+
+def test_a_server_that_refuses_a_tenth_keeps_the_slo_at_no_rate() -> None:
+    found = find(Server(refused=0.1), 4.0)
+    assert found.rate == 0
+    assert all(trial.verdict == "missed" for trial in found.trials)
+
+
+def test_a_load_of_too_few_requests_is_not_judged() -> None:
+    with pytest.raises(UsageError, match="too few to judge") as caught:
+        find(Server(seconds=10.0), 2.0)
+    assert caught.value.hint == "Make loads longer: --duration 20s."
+
+
+def test_a_client_that_cannot_follow_ends_the_search() -> None:
+    with pytest.raises(UsageError, match="cannot drive 4 requests"):
+        find(Server(lag_s=0.5), 4.0)
+
+
+def test_a_search_needs_a_limit() -> None:
+    with pytest.raises(UsageError, match="only be found for an SLO"):
+        searcher(Server(), SLO())
+
+
+def test_a_sweep_runs_every_rate_to_its_end() -> None:
+    shown: list[Trial] = []
+    trials = asyncio.run(searcher(Server(), shown=shown.append).sweep([12.0, 2.0]))
+    assert [trial.rate for trial in trials] == [2.0, 12.0] == [trial.rate for trial in shown]
+    assert [trial.verdict for trial in trials] == ["met", "missed"]
+    assert not any(trial.result.stopped for trial in trials)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(2.0, False), (6.0, False), (10.0, True)])
+def test_saturation_is_a_queue_that_grows(rate: float, expected: bool) -> None:
+    workload = Workload(name="queue", arrivals=OpenLoop.at(rate), requests=LOAD.requests)
+    for seed in range(10):
+        samples = queue(workload.draw(seed, duration_s=60.0), noise=random.Random(0))
+        assert is_saturated([s.record() for s in samples], window_of(samples, 0.1, 0.05)) is expected
+
+
+def test_giving_up_wrongly_is_rare() -> None:
+    """Just as many miss as may: it may give up in at most one of a hundred loads (Ville), however long they run."""
+    generator = random.Random(5)
+    given_up = 0
+    for _ in range(400):
+        samples = [_sample(generator.random() < 0.05) for _ in range(400)]
+        given_up += any(lost_by(samples[:count], LIMITS) >= math.log(100) for count in range(20, 401, 20))
+    assert given_up <= 10  # 4 expected at most; more than 10 has a probability below 1 in 100
+    late = [_sample(generator.random() < 0.3) for _ in range(100)]
+    assert lost_by(late, LIMITS) >= math.log(100)
+
+
+def _sample(misses: bool) -> Sample:
+    outcome = Outcome.ERROR if misses else Outcome.OK
+    return Sample(
+        index=0, chain=0, scheduled_s=0.0, sent_s=0.0, chunk_times_s=(0.1,), chunk_tokens=(1,), outcome=outcome
+    )

@@ -1,0 +1,208 @@
+"""`powerband bench` as a process, against a scripted server: what it writes, and what its exit codes say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from powerband.bench.calibrate import Ceiling
+from powerband.bench.result_files import read_requests, read_run
+
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("POWERBAND_")}, "COLUMNS": "100"}
+SHORT = ["--prompt-tokens", "8", "--prefix-tokens", "0", "--output-tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With a cache of its own, so that no calibration of this machine is read or written."""
+    return ENVIRONMENT | {"POWERBAND_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+@contextmanager
+def scripted(**script: float) -> Iterator[str]:
+    command = [sys.executable, "-m", "powerband.bench.scripted_server", "--script", json.dumps(script)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with scripted(ttft_s=0.02, tpot_s=0.005) as url:
+        yield url
+
+
+def bench(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "powerband", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    load = ["--rate", "30", "--duration", "2s", "--slo", "ttft=300ms,tpot=100ms", "--api-key", "hush", *SHORT]
+    shown = bench(environment, server, *load, "--out", str(out))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("PASS")
+    assert f"report: {out}/report.html" in shown.stdout
+    report = read_run(out)
+    assert report.points[0].summary.attainment == 1
+    assert len(read_requests(out)[0]) == report.points[0].whole.answered > 20
+    assert all("hush" not in file.read_text() for file in out.iterdir())
+    again = bench(
+        environment, server, "--trace", str(out / "requests.jsonl"), "--json", "--out", str(tmp_path / "again")
+    )
+    assert json.loads(again.stdout)["points"][0]["whole"]["answered"] == report.points[0].whole.answered
+    compared = bench(environment, "--compare", str(out), str(tmp_path / "again"))
+    assert compared.returncode == 0
+    assert "TTFT" in compared.stdout
+
+
+def test_other_tools_spellings_are_understood(server: str, environment: dict[str, str], tmp_path: Path) -> None:
+    vllm = ["--base-url", server, "--request-rate", "inf", "--num-prompts", "12", "--max-concurrency", "3"]
+    shown = bench(environment, *vllm, "--goodput", "ttft:900", "--out", str(tmp_path))
+    assert shown.returncode == 2
+    assert "--rate and --concurrency contradict each other" in shown.stderr
+    sizes = ["--random-input-len", "8", "--random-output-len", "4", "--random-prefix-len", "0"]
+    shown = bench(environment, *vllm[:6], *sizes, "--goodput", "ttft:900", "--json", "--out", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["points"][0]["whole"]["answered"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["http://127.0.0.1:9", "--duration", "1s"], 3, "No server answers at http://127.0.0.1:9"),
+        (["ftp://x"], 2, "is no address of a server"),
+        (["--sweep", "--find-rate"], 2, "two different things"),
+        (["--find-rate"], 2, "needs an --slo"),
+        (["--slo", "ttft=fast"], 2, "which is no time"),
+        (["--attainment", "99%"], 2, "means nothing without --slo"),
+        (["--workload", "nonsense"], 2, "There is no workload 'nonsense'"),
+        (["--trace", "no-such-file"], 3, "no-such-file"),
+        (["--speedup", "2"], 2, "for a trace"),
+        (["--ramp", "1-10"], 0, ""),
+        (["--burstiness", "2", "--concurrency", "2"], 2, "open loop"),
+        (["--turns", "1", "--think", "2s"], 2, "--think needs --turns"),
+        (["--fault", "nonsense"], 2, "There is no fault 'nonsense'"),
+        (["--header", "no colon"], 2, "is no header"),
+        (["--extra-body", "[1]"], 2, "no JSON object"),
+        (["--workers", "0"], 2, "workers is 0"),
+        (["--plan", "no-such-plan.yaml"], 3, "no-such-plan.yaml"),
+        (["--compare", "a", "b"], 2, "Nothing is loaded here"),
+        (["--warm-up", "60%", "--cool-down", "50%"], 2, "leave nothing to measure"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_an_exit_code(
+    server: str, environment: dict[str, str], tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    named = [] if any("://" in argument for argument in arguments) else [server]
+    shown = bench(environment, *named, *arguments, "--requests", "3", "--out", str(tmp_path), *_length(arguments))
+    assert shown.returncode == code, shown.stderr
+    assert message in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+def _length(arguments: list[str]) -> list[str]:
+    return ["--duration", "2s"] if "--ramp" in arguments else []
+
+
+def test_a_missed_slo_exits_with_1_and_a_broken_server_with_4(environment: dict[str, str], tmp_path: Path) -> None:
+    with scripted(ttft_s=0.05) as url:
+        load = [url, "--rate", "20", "--duration", "2s", "--slo", "ttft=10ms", *SHORT, "--out", str(tmp_path)]
+        shown = bench(environment, *load)
+    assert (shown.returncode, shown.stdout[:6]) == (1, "MISSED")
+    with scripted(drop_every=1, drop_after_chunks=1) as url:
+        shown = bench(environment, url, "--rate", "20", "--duration", "2s", *SHORT, "--out", str(tmp_path))
+    assert shown.returncode == 4, shown.stderr
+
+
+def test_a_client_near_its_ceiling_is_invalid(server: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """As if calibration had found that this machine can take five chunks a second."""
+    script = (
+        "import powerband.bench.calibrate as c, dataclasses, sys; from powerband.cli.main import main; "
+        f"c.ceiling = lambda: c.{Ceiling(chunks_per_s=5, requests_per_s=5, cpu_us_per_chunk=1, limited_by='client')}; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    load = ["bench", server, "--rate", "20", "--duration", "2s", *SHORT, "--out", str(tmp_path)]
+    shown = subprocess.run([sys.executable, "-c", script, *load], capture_output=True, text=True, env=environment)
+    assert (shown.returncode, shown.stdout[:7]) == (3, "INVALID"), shown.stderr
+
+
+def test_a_rate_is_found_on_a_server_of_known_capacity(environment: dict[str, str], tmp_path: Path) -> None:
+    """4 slots of 50 ms: 80 requests a second."""
+    with scripted(ttft_s=0.05, slots=4) as url:
+        search = ["--find-rate", "--rate", "40", "--duration", "4s", "--slo", "ttft=150ms"]
+        shown = bench(environment, url, *search, *SHORT[:4], "--output-tokens", "1", "--json", "--out", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)["found"]
+    assert 40 <= found["requests_per_s"] <= 84
+    assert "MISSED, SLO kept by" in shown.stderr
+
+
+def test_a_plan_is_checked(server: str, environment: dict[str, str], tmp_path: Path) -> None:
+    lengths = {"kind": "fixed", "tokens": 4}
+    plan = {
+        "version": 1,
+        "model": "scripted",
+        "workload": {
+            "name": "short",
+            "arrivals": {"kind": "open", "phases": [{"start": 1, "end": 1, "seconds": None}], "burstiness": 1.0},
+            "requests": {"prompt": lengths, "output": lengths},
+        },
+        "slo": {"ttft_s": 0.3, "attainment": 0.9},
+        "promise": {"rate": 30.0},
+    }
+    path = tmp_path / "plan.yaml"
+    for promised, code in ((1.0, 0), (1e6, 1)):
+        plan["promise"] = {"rate": 30.0, "output_tokens_per_s": promised}
+        path.write_text(yaml.safe_dump(plan))
+        shown = bench(environment, server, "--plan", str(path), "--duration", "2s", "--out", str(tmp_path / "run"))
+        assert shown.returncode == code, shown.stderr
+    assert "promises 1e+06 output tokens" in shown.stderr
+    shown = bench(environment, server, "--plan", str(path), "--rate", "3")
+    assert (shown.returncode, "the plan's to say" in shown.stderr) == (2, True)
+
+
+def test_ctrl_c_ends_it_with_nothing_left_behind(server: str, environment: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "powerband", "bench", server, "--rate", "20", "--duration", "60s"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    while "sent" not in process.stderr.readline():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    children = subprocess.run(["pgrep", "-f", "powerband.bench.worker"], capture_output=True, text=True).stdout.split()
+    assert all(Path(f"/proc/{pid}/stat").read_text().split()[3] != str(process.pid) for pid in children)
+
+
+def test_runs_that_are_not_there_cannot_be_compared(environment: dict[str, str]) -> None:
+    shown = bench(environment, "--compare", "a", "b")
+    assert (shown.returncode, "Cannot read a/run.json" in shown.stderr) == (2, True)
+
+
+def test_definitions_and_faults_are_listed(environment: dict[str, str]) -> None:
+    assert "TPOT = (c_m − c_1) / (n − 1)" in bench(environment, "--explain-metrics").stdout
+    assert "cancel-storm" in bench(environment, "--fault", "list").stdout
+
+
+def test_a_fault_says_how_the_server_took_it(server: str, environment: dict[str, str]) -> None:
+    shown = bench(environment, server, "--fault", "cancel-storm", "--duration", "1s", "--concurrency", "4")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "others after" in shown.stdout
