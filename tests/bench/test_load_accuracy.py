@@ -11,7 +11,7 @@ from collections import Counter
 from statistics import median
 
 import pytest
-from loads_for_tests import Run, load, schedule_of, worker_pids
+from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
 
 from powerband.bench.load import Live
 from powerband.bench.messages import Endpoint
@@ -31,6 +31,7 @@ def is_close(measured_s: float, true_s: float) -> bool:
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@best_of_three
 def test_latencies_are_those_of_the_script(endpoint: Endpoint) -> None:
     run = load(PACED, schedule_of(30, 2.0, output=12), endpoint=endpoint)
 
@@ -44,6 +45,7 @@ def test_latencies_are_those_of_the_script(endpoint: Endpoint) -> None:
     assert {sample.prompt_tokens for sample in run.samples} == {12}
 
 
+@best_of_three
 def test_every_chunk_is_noted_when_the_server_sent_it() -> None:
     run = load(PACED, schedule_of(30, 2.0, output=12))
 
@@ -57,6 +59,7 @@ def test_every_chunk_is_noted_when_the_server_sent_it() -> None:
     assert percentile(late_s, 90) < 5 * CLOSE_S  # of a machine that others use, too
 
 
+@best_of_three
 def test_requests_are_sent_at_their_times() -> None:
     run = load(PACED, schedule_of(50, 2.0, burstiness=1.0))
 
@@ -70,6 +73,7 @@ def test_requests_are_sent_at_their_times() -> None:
 
 
 @pytest.mark.parametrize("usage", ["continuous", "end", "none"])
+@best_of_three
 def test_chunks_of_several_tokens_count_as_several(usage: str) -> None:
     run = load(Script(ttft_s=0.03, tpot_s=0.005, tokens_per_chunk=4, usage=usage), schedule_of(20, 1.0, output=16))  # type: ignore[arg-type]  # parametrized
 
@@ -87,6 +91,7 @@ def test_chunks_of_several_tokens_count_as_several(usage: str) -> None:
         assert is_close(itl_s, 0.005)
 
 
+@best_of_three
 def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it() -> None:
     """Coordinated omission: who waits for an answer before sending the next request sees one bad one, not eighty."""
     script = Script(ttft_s=0.020, tpot_s=0.002, stall_at_s=1.0, stall_s=2.0)
@@ -102,7 +107,7 @@ def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it
     ttfts = [sample.record().ttft_s or 0.0 for sample in run.samples]
     assert percentile(ttfts, 90) > 1.2
     assert percentile(ttfts, 50) < 0.1
-    assert run.summary().client_fault == "", "the client kept sending: the stall is the server's"
+    assert run.summary().client_fault == "", "the client went on sending: the stall is the server's"
 
     slo = SLO(ttft_s=0.5, attainment=0.9)
     summary = run.summary(slo)
@@ -117,6 +122,7 @@ def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it
     assert max(service) > 1.5
 
 
+@best_of_three
 def test_a_stall_is_the_longest_gap_of_the_streams_that_it_met() -> None:
     run = load(Script(ttft_s=0.02, tpot_s=0.01, stall_at_s=0.5, stall_s=0.4), schedule_of(20, 1.0, output=30))
 
@@ -129,7 +135,7 @@ def test_a_stall_is_the_longest_gap_of_the_streams_that_it_met() -> None:
     for stall_s, truth in met:
         true_s = max(later - earlier for earlier, later in zip(truth.written_s, truth.written_s[1:], strict=False))
         assert true_s > 0.39
-        assert abs(stall_s - true_s) < 10 * CLOSE_S
+        assert abs(stall_s - true_s) < 5 * CLOSE_S
     assert is_close(median(stall for stall, _ in met), 0.410)
 
 
@@ -171,6 +177,7 @@ def test_what_is_not_answered_when_the_run_ends_is_a_miss() -> None:
     assert len(run.samples) == 20
 
 
+@best_of_three
 def test_a_saturated_server_serves_its_capacity() -> None:
     script = Script(ttft_s=0.02, tpot_s=0.01, slots=3)
     run = load(script, schedule_of(seconds=2.5, output=9, arrivals=ClosedLoop(6)))
@@ -182,6 +189,7 @@ def test_a_saturated_server_serves_its_capacity() -> None:
     assert run.median("ttft") > 0.1, "who waits for a slot waits"
 
 
+@best_of_three
 def test_one_and_four_workers_send_the_same_and_see_the_same() -> None:
     schedule = schedule_of(40, 2.0, output=8, burstiness=1.0)
     one, four = load(PACED, schedule), load(PACED, schedule, workers=4)
@@ -218,14 +226,9 @@ def test_a_client_that_stood_still_makes_the_run_invalid() -> None:
     assert len(run.samples) == run.result.schedule.num_requests
 
 
+@best_of_three
 def test_an_honest_client_does_not() -> None:
-    """In the best of three runs: another process may well take the machine for 5 ms."""
-    faults = []
-    for _ in range(3):
-        faults.append(load(PACED, schedule_of(40, 1.5)).summary().client_fault)
-        if not faults[-1]:
-            return
-    pytest.fail(f"invalid three times: {faults}")
+    assert load(PACED, schedule_of(40, 1.5)).summary().client_fault == ""
 
 
 def test_a_body_that_takes_long_to_make_is_the_clients_fault() -> None:
