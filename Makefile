@@ -28,16 +28,17 @@ test: $(READY) lint $(if $(filter tests,$(TESTS)),kernels)  ## lint, types and a
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
+# One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more.
 KERNEL_TESTS := -m pytest -q -n 2 --no-header -p no:cacheprovider tests/engine/cpu_kernels
 SANITIZERS    = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any
 	@echo "· kernels: none"
-	@POWERBAND_KERNEL_TIER=off $(BIN)/python -m pytest -q -n 2 --no-header -p no:cacheprovider tests/engine/test_parity.py
+	@OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=off $(BIN)/python -m pytest -q -n 2 --no-header -p no:cacheprovider tests/engine/test_parity.py
 	@own=$$($(BIN)/python -c "from powerband.engine.kernels.cpu.library import load; print(load().tier)"); \
 	for tier in avx512 avx2 plain; do [ $$tier = $$own ] && continue; echo "· kernels: $$tier"; \
-	  POWERBAND_KERNEL_TIER=$$tier $(BIN)/python $(KERNEL_TESTS) || exit 1; done
+	  OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=$$tier $(BIN)/python $(KERNEL_TESTS) || exit 1; done
 	@if command -v g++ >/dev/null; then echo "· kernels: sanitizers"; \
-	  CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	  OMP_NUM_THREADS=1 CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python $(KERNEL_TESTS); fi
 
 lint: $(READY)  ## ruff and mypy --strict

@@ -74,10 +74,10 @@ def test_lines_of_several_loads_are_no_one_trace(tmp_path: Path):
 
 def test_text_with_any_line_separator_stays_in_its_line(tmp_path: Path):
     result = load(requests=3)
-    odd = tuple(msgspec.structs.replace(sample, text="a\u2028b\x85c\nd") for sample in result.samples)
+    odd = tuple(msgspec.structs.replace(sample, error="a\u2028b\x85c\nd") for sample in result.samples)
     result = replace(result, samples=odd)
     write_run(report(point(result)), [result], tmp_path)
-    assert [line.text for line in read_requests(tmp_path)[0]] == ["a\u2028b\x85c\nd"] * 3
+    assert [line.error for line in read_requests(tmp_path)[0]] == ["a\u2028b\x85c\nd"] * 3
     assert len(read_trace(tmp_path / "requests.jsonl").requests) == 3
 
 

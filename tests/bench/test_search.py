@@ -1,4 +1,4 @@
-"""Sweeps and the search for the highest rate, on queues whose capacity is known."""
+"""The search for the highest rate, on queues whose capacity is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from powerband.bench.load import Live, LoadResult, window_of
 from powerband.bench.messages import Sample
 from powerband.bench.saturation import is_saturated
-from powerband.bench.search import RESOLUTION, Found, Searcher, Trial, lost_by
+from powerband.bench.search import RESOLUTION, Found, Searcher, lost_by
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.errors import UsageError
 from powerband.metrics.record import Outcome
@@ -78,8 +78,8 @@ class Server:
         )
 
 
-def searcher(server: Server, slo: SLO = LIMITS, shown: Callable[[Trial], object] = lambda _: None) -> Searcher:
-    return Searcher(server, slo, seed=0, warm_up=0.1, cool_down=0.05, shown=shown)
+def searcher(server: Server, slo: SLO = LIMITS) -> Searcher:
+    return Searcher(server, slo, seed=0, warm_up=0.1, cool_down=0.05, shown=lambda _: None)
 
 
 def find(server: Server, first: float, slo: SLO = LIMITS) -> Found:
@@ -127,14 +127,6 @@ def test_a_client_that_cannot_follow_ends_the_search() -> None:
 def test_a_search_needs_a_limit() -> None:
     with pytest.raises(UsageError, match="only be found for an SLO"):
         searcher(Server(), SLO())
-
-
-def test_a_sweep_runs_every_rate_to_its_end() -> None:
-    shown: list[Trial] = []
-    trials = asyncio.run(searcher(Server(), shown=shown.append).sweep([12.0, 2.0]))
-    assert [trial.rate for trial in trials] == [2.0, 12.0] == [trial.rate for trial in shown]
-    assert [trial.verdict for trial in trials] == ["met", "missed"]
-    assert not any(trial.result.stopped for trial in trials)
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(2.0, False), (6.0, False), (10.0, True)])

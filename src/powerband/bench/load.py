@@ -49,7 +49,6 @@ class LoadOptions:
     timeout_s: float = 600.0
     drain_s: float = 120.0
     metrics_url: str | None = ""
-    keep_text: bool = False
 
 
 @dataclass(slots=True)
@@ -120,7 +119,6 @@ async def run_load(
                 end_s=end_s,
                 timeout_s=options.timeout_s,
                 drain_s=options.drain_s,
-                keep_text=options.keep_text,
             )
             await _send(processes[-1], job)
         for process in processes:

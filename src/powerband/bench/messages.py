@@ -60,7 +60,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float  # of one request, from its scheduled time
     drain_s: float  # after the last arrival, for what is still being answered
     progress_s: float = 0.25
-    keep_text: bool = False
 
 
 class Go(msgspec.Struct, frozen=True):
@@ -88,7 +87,6 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_tokens: int = 0
     cached_tokens: int = 0
     counted_by: Literal["usage", "chunks"] = "usage"  # who said how many output tokens there were
-    text: str | None = None
 
     def record(self) -> RequestRecord:
         return RequestRecord(

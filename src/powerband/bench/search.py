@@ -1,7 +1,5 @@
-"""The load at which a server still keeps its SLO: several loads one after the other, each an honest run of its own.
-
-    sweep       rates from light to beyond saturation: the curve
-    find_rate   bracket by doubling, then halve the bracket: the highest rate whose SLO attainment reaches the target
+"""The highest load at which a server still keeps its SLO: several loads one after the other, each an honest run of its
+own. The rate is doubled until the SLO is missed, and the bracket is then halved.
 
 A trial that is lost is stopped early by a sequential test; one that is won always runs to its end, because a queue that
 grows slowly looks well for a while.
@@ -31,7 +29,6 @@ _TRIES = 3  # of a load that turns out invalid: the client may have been disturb
 # target the ratio is a martingale, so that it is ever this large with a probability of at most 1 % (Ville 1939).
 _GIVE_UP = math.log(100)
 _LEAST_TO_GIVE_UP = 20  # requests
-SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # of the throughput under a full closed loop
 
 Verdict = Literal["met", "missed", "saturated", "invalid"]
 Run = Callable[[float, int, Callable[[Live], bool] | None], Awaitable[LoadResult]]  # rate, seed, stop
@@ -72,10 +69,6 @@ class Searcher:
         self._run, self._slo, self._seed, self._shown = run, slo, seed, shown
         self._warm_up, self._cool_down = warm_up, cool_down
         self.trials: list[Trial] = []
-
-    async def sweep(self, rates: Sequence[float]) -> list[Trial]:
-        """Every rate, each to its end."""
-        return [await self._trial(rate, self._seed, None) for rate in sorted(rates)]
 
     async def find_rate(self, first: float) -> Found:
         """first: the rate to begin with. Raises UsageError when the client cannot drive the load that it would take."""

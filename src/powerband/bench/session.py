@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from powerband.bench.http import get
-from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
+from powerband.bench.load import Live, LoadOptions, LoadResult, run_load, window_of
 from powerband.bench.messages import Target
 from powerband.bench.probe import Server, find_server, measure_words
 from powerband.bench.results import (
@@ -25,7 +25,8 @@ from powerband.bench.results import (
     powerband_version,
     utc_now,
 )
-from powerband.bench.search import SWEEP, Found, Searcher, Trial
+from powerband.bench.saturation import is_saturated
+from powerband.bench.search import Found, Searcher, Trial
 from powerband.bench.server_metrics import understand
 from powerband.errors import EnvironmentFault
 from powerband.metrics.record import Outcome
@@ -33,6 +34,7 @@ from powerband.spec.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.slo import SLO
 from powerband.spec.workload import Workload
 
+SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # of the throughput under a full closed loop
 _FULL_LOAD = 64  # users, to see what a server can do at most
 _IDLE_WAIT_S = 10.0
 _BEGINNING = 3  # requests, to see how long one takes alone
@@ -95,8 +97,9 @@ class Session:
 
     async def single(self) -> RunReport:
         """One load, as it was asked for."""
-        result = await self._load(self._experiment)
-        self._keep(result, "run", Offered.of(self._experiment.workload.arrivals, result.schedule))
+        result, arrivals = await self._load(self._experiment), self._experiment.workload.arrivals
+        rates = {r for p in arrivals.phases for r in (p.start, p.end)} if isinstance(arrivals, OpenLoop) else set()
+        self._keep(result, "run", Offered.of(arrivals, result.schedule), is_steady=len(rates) == 1)
         return self._report()
 
     async def sweep(self, rates: Sequence[float] = ()) -> RunReport:
@@ -131,7 +134,7 @@ class Session:
 
     def _keep_trial(self, trial: Trial) -> None:
         label = f"{trial.rate:.3g}/s" + (f", seed {trial.seed}" if trial.seed != self._experiment.seed else "")
-        self._keep(trial.result, label, Offered("rate", trial.rate), saturated=trial.verdict == "saturated")
+        self._keep(trial.result, label, Offered("rate", trial.rate))
 
     async def _single_user_rate(self) -> float:
         """Requests a second of one user who does not wait. Raises EnvironmentFault when none is answered."""
@@ -176,8 +179,10 @@ class Session:
                 return
             await asyncio.sleep(0.2)
 
-    def _keep(self, result: LoadResult, label: str, offered: Offered, *, saturated: bool = False) -> None:
+    def _keep(self, result: LoadResult, label: str, offered: Offered, *, is_steady: bool = True) -> None:
+        """is_steady: at one rate, so that a queue that grows is no growth of the load."""
         experiment = self._experiment
+        window = window_of(result.samples, experiment.warm_up, experiment.cool_down)
         point = point_of(
             result,
             label=label,
@@ -186,7 +191,7 @@ class Session:
             cool_down=experiment.cool_down,
             slo=experiment.slo,
             ceiling_chunks_per_s=experiment.ceiling_chunks_per_s,
-            saturated=saturated,
+            saturated=is_steady and is_saturated([sample.record() for sample in result.samples], window),
         )
         self._points.append(point)
         self.loads.append(result)

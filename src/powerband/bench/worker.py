@@ -193,7 +193,6 @@ class Worker:
                 output_tokens=reading.output_tokens,
                 cached_tokens=reading.cached_tokens,
                 counted_by="usage" if reading.counted_by_usage else "chunks",
-                text=reading.text if self._job.keep_text else None,
             )
         )
 
