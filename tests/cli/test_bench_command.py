@@ -48,8 +48,13 @@ def server() -> Iterator[str]:
 
 
 def bench(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A busy machine makes a load INVALID, as it should: then it is tried again, up to twice."""
     command = [sys.executable, "-m", "powerband", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    for _ in range(3):
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        if "INVALID" not in shown.stdout:
+            break
+    return shown
 
 
 def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[str, str], tmp_path: Path) -> None:
