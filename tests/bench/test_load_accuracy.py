@@ -117,9 +117,11 @@ def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it
     assert summary.misses["ttft"] == len(run.samples) - summary.good
 
     naive = load(script, schedule_of(seconds=5.0, output=4, arrivals=ClosedLoop(1)))
-    service = [sample.record().service_ttft_s or 0.0 for sample in naive.samples]
-    assert percentile(service, 95) < 0.1, "it hardly notices that for 2 s of 5 nothing moved"
-    assert max(service) > 1.5
+    taken = [
+        sample.record().e2e_s or 0.0 for sample in naive.samples
+    ]  # the stall may come before or after the first token
+    assert percentile(taken, 95) < 0.1, "it hardly notices that for 2 s of 5 nothing moved"
+    assert max(taken) > 1.5
 
 
 @best_of_three
