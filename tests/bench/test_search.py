@@ -113,6 +113,19 @@ def test_a_server_that_refuses_a_tenth_keeps_the_slo_at_no_rate() -> None:
     assert all(trial.verdict == "missed" for trial in found.trials)
 
 
+def test_a_rate_that_was_met_by_luck_is_not_named() -> None:
+    """With the first seed nothing is refused, with every other a fifth is."""
+
+    class Lucky(Server):
+        async def __call__(self, rate: float, seed: int, stop: Callable[[Live], bool] | None) -> LoadResult:
+            self.refused = 0.2 if seed else 0.0
+            return await super().__call__(rate, seed, stop)
+
+    found = find(Lucky(), 4.0)
+    assert any(trial.verdict == "met" for trial in found.trials)
+    assert found.rate == 0
+
+
 def test_a_load_of_too_few_requests_is_not_judged() -> None:
     with pytest.raises(UsageError, match="too few to judge") as caught:
         find(Server(seconds=10.0), 2.0)

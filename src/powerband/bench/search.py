@@ -24,6 +24,7 @@ RESOLUTION = 1.05  # the bracket's width at which the search ends
 FEWEST = 40  # requests of a load, for its verdict to mean something
 _MOST_DOUBLINGS = 12
 _CONFIRMATIONS = 2
+_STEPS_BACK = 15  # by RESOLUTION each, to half the rate: one that was met by luck is given up
 _TRIES = 3  # of a load that turns out invalid: the client may have been disturbed just then
 # A lost trial is given up when this likelihood ratio speaks for twice the misses that the target allows. Under the
 # target the ratio is a martingale, so that it is ever this large with a probability of at most 1 % (Ville 1939).
@@ -76,12 +77,11 @@ class Searcher:
         while low > 0 and high / low > RESOLUTION:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if await self._is_met(middle) else (low, middle)
-        for _ in range(3):
+        for _ in range(_STEPS_BACK):
             if low == 0 or await self._is_confirmed(low):
-                break
-            high, low = low, low / RESOLUTION
-            await self._is_met(low)
-        return self._found(low)
+                return self._found(low)
+            low /= RESOLUTION
+        return self._found(0.0)
 
     async def _bracket(self, first: float) -> tuple[float, float]:
         """A rate that is met (0: none was) and one that is not, a factor of 2 apart."""
@@ -125,7 +125,7 @@ class Searcher:
         for number in range(1, _CONFIRMATIONS + 1):
             await self._trial(rate, self._seed + number, None)
         good, scheduled = self._counts(rate)
-        return good >= self._slo.attainment * scheduled
+        return scheduled > 0 and good >= self._slo.attainment * scheduled
 
     async def _trial(self, rate: float, seed: int, stop: Callable[[Live], bool] | None) -> Trial:
         result = await self._run(rate, seed, stop)
