@@ -1,0 +1,105 @@
+"""How a model is laid out on devices: one replica, and pools of equal ones.
+
+    pool ── count ──► replica ── tensor × pipeline ──► ranks, one device each
+
+Names are those of EngineSettings where there are such; `quantization` and `kv_cache_dtype` are said for any engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from powerband.errors import UsageError
+
+# How a replica holds the matrices of its layers, and in what it multiplies:
+# none: 16 bits. fp8: weights and activations in 8-bit floats, scales of activations found at run time; fp8_static: in
+# the checkpoint. int8: weights only. w8a8: weights and activations in 8-bit integers. int4: weights only.
+# nvfp4: weights and activations in 4-bit floats. mxfp4: the experts' weights only.
+Quantization = Literal["none", "fp8", "fp8_static", "int8", "w8a8", "int4", "nvfp4", "mxfp4"]
+KVPrecision = Literal["float32", "16bit", "fp8", "int8"]
+EngineName = Literal["powerband", "vllm", "sglang", "trtllm"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One engine that can answer alone, on tensor_parallel × pipeline_parallel devices of one kind and one node."""
+
+    device: str  # a name in the catalog
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: int = 1  # ranks over which whole experts are divided: 1 or tensor_parallel
+    quantization: Quantization = "none"
+    kv_precision: KVPrecision = "16bit"
+    offload_share: float = 0.0  # of the layers' weights that stay in host memory and are streamed in each step
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    draft_tokens: int = 0  # guessed in each step of a decode
+    draft_acceptance: float = 0.0  # chance that one of them is accepted, given that those before it were
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "pipeline_parallel", "max_model_len", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.", param=name)
+        if self.expert_parallel not in (1, self.tensor_parallel):
+            raise UsageError(
+                f"expert_parallel is {self.expert_parallel}; it must be 1 or tensor_parallel ({self.tensor_parallel}).",
+                param="expert_parallel",
+            )
+        if not 0 <= self.offload_share <= 1 or not 0 <= self.draft_acceptance < 1:
+            raise UsageError("offload_share lies between 0 and 1, draft_acceptance from 0 to below 1.", param="replica")
+
+    @property
+    def num_devices(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Equal replicas. longest_prompt: they take requests with prompts up to so many tokens; None: any."""
+
+    replica: Replica
+    count: int = 1
+    longest_prompt: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"A pool of {self.count} replicas.", hint="At least 1.", param="count")
+
+    @property
+    def num_devices(self) -> int:
+        return self.count * self.replica.num_devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """An engine on pools of replicas. Pools are ordered by longest_prompt; the last takes any prompt."""
+
+    engine: EngineName
+    pools: tuple[Pool, ...]
+
+    def __post_init__(self) -> None:
+        limits = [pool.longest_prompt for pool in self.pools]
+        bounds = [limit for limit in limits[:-1] if limit is not None]
+        if not limits or limits[-1] is not None or len(bounds) != len(limits) - 1 or bounds != sorted(set(bounds)):
+            raise UsageError(
+                f"Pools take prompts up to {limits}.",
+                hint="Each a longer one than the pool before, and the last any (no limit).",
+                param="pools",
+            )
+
+    @property
+    def num_devices(self) -> int:
+        return sum(pool.num_devices for pool in self.pools)
+
+    def pool_for(self, prompt_tokens: int) -> int:
+        """Index of the pool that takes a prompt."""
+        for index, pool in enumerate(self.pools):
+            if pool.longest_prompt is None or prompt_tokens <= pool.longest_prompt:
+                return index
+        raise AssertionError("the last pool takes any prompt")

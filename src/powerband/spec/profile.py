@@ -1,0 +1,129 @@
+"""What a device is, and how much of it software reaches: facts from datasheets, prices, and coefficients of laws.
+
+    facts         memory, bandwidth, peaks, links: what the maker prints
+    coefficients  of the laws in cost/laws.py, by engine and precision; each says where it comes from and how far
+                  measurements lie from it
+
+A profile is one YAML file: of the catalog (spec/devices/), written by `powerband calibrate`, or by hand. Whatever a
+hand-written one leaves out is filled in by its architecture's prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+DeviceKind = Literal["cpu", "cuda", "rocm"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """usd_per_hour: of one device, by the hour, without commitment."""
+
+    usd_per_hour: float
+    where: str  # cloud and instance
+    source: str
+    date: str = ""
+    confidence: Literal["high", "medium", "low", "user"] = "medium"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Between devices of a node, or between a device and its host. bytes_per_s: in one direction, as printed."""
+
+    name: str  # nvlink, pcie3 … pcie5, xgmi
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Where coefficients come from. error: that nine measurements in ten lie within, as a share (0.2: ±20 %)."""
+
+    source: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmLaw:
+    """t = overhead + quantize + (Tc^p + Tm^p)^(1/p); notes in cost/laws.py. Times in seconds, shares of the peak."""
+
+    compute_share: float  # of the peak of the precision's own dtype
+    memory_share: float  # of the memory's bandwidth
+    overhead_s: float
+    sharpness: float = 2.0  # p: how sharply compute and memory time meet; large: the larger of them
+    fill: float = 0.0  # how many tiles, per multiprocessor, it takes to fill the device; 0: any number does
+    extra_bytes: float = 0.0
+    quantize_s: float = 0.0  # finding scales of activations at run time
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLaw:
+    """Of one layer. compute_share: of the 16-bit peak, for prefills. memory_share: of the bandwidth, for decodes."""
+
+    compute_share: float
+    memory_share: float
+    prefill_overhead_s: float
+    decode_overhead_s: float
+    fill: float = 0.0
+    extra_bytes: float = 0.0
+    prefill_evidence: Evidence
+    decode_evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLaw:
+    """t = latency + factor · bytes / bytes_per_s, for collectives of `ranks` devices (2, 4, 8 …) or one transfer."""
+
+    latency_s: float
+    bytes_per_s: float
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLaw:
+    """What the host adds. step = device + step_s + per_request_s · requests in it, or their maximum if overlapped."""
+
+    step_s: float
+    per_request_s: float
+    arrival_s: float  # from a request's arrival until the engine knows it: HTTP, chat template, tokens
+    answer_s: float  # from a step's result until its tokens are at the client
+    layer_s: float = 0.0  # of each layer in each step: launches
+    overlapped: bool = True
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """One kind of device. Sizes in bytes, rates per second."""
+
+    name: str
+    kind: DeviceKind
+    architecture: str  # turing, ampere, ada, hopper, blackwell, cdna3, cpu
+    memory_bytes: int  # that software sees
+    bandwidth_bytes_per_s: float
+    peak_flops_per_s: Mapping[str, float]  # dense, by dtype: float32, 16bit, fp8, int8, fp4
+    multiprocessors: int  # cores of a CPU
+    l2_bytes: int = 0
+    link: Link | None = None  # between devices; None: through the host
+    host_link: Link | None = None  # None: the device is the host
+    devices_per_node: int = 8
+    watts: float | None = None
+    prices: tuple[Price, ...] = ()
+    aliases: tuple[str, ...] = ()
+    source: str = ""
+    # Laws. Keys: '*' or an engine's name, then the precision (spec.deployment.Quantization, KVPrecision) or the number
+    # of ranks. What an engine has no entry for is looked up under '*'.
+    gemm: Mapping[str, Mapping[str, GemmLaw]] = field(default_factory=dict)
+    attention: Mapping[str, Mapping[str, AttentionLaw]] = field(default_factory=dict)
+    all_reduce: Mapping[int, LinkLaw] = field(default_factory=dict)
+    transfer: LinkLaw | None = None  # between two devices, for pipeline stages
+    host_transfer: LinkLaw | None = None  # from the host's memory, for offloaded weights
+    host: Mapping[str, HostLaw] = field(default_factory=dict)  # by engine
+
+    @property
+    def price(self) -> Price | None:
+        """The cheapest that is known; one from the user goes before all others."""
+        own = [price for price in self.prices if price.confidence == "user"]
+        return min(own or self.prices, key=lambda price: price.usd_per_hour, default=None)
