@@ -19,10 +19,11 @@ DeviceKind = Literal["cpu", "cuda", "rocm"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Price:
-    """usd_per_hour: of one device, by the hour, without commitment."""
+    """usd_per_hour: of a whole machine with `devices` devices, without commitment."""
 
     usd_per_hour: float
-    where: str  # cloud and instance
+    devices: int = 1
+    where: str  # cloud and type of machine: 'aws g6.xlarge'
     source: str
     date: str = ""
     confidence: Literal["high", "medium", "low", "user"] = "medium"
@@ -121,9 +122,3 @@ class DeviceProfile:
     transfer: LinkLaw | None = None  # between two devices, for pipeline stages
     host_transfer: LinkLaw | None = None  # from the host's memory, for offloaded weights
     host: Mapping[str, HostLaw] = field(default_factory=dict)  # by engine
-
-    @property
-    def price(self) -> Price | None:
-        """The cheapest that is known; one from the user goes before all others."""
-        own = [price for price in self.prices if price.confidence == "user"]
-        return min(own or self.prices, key=lambda price: price.usd_per_hour, default=None)
