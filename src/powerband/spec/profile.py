@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from powerband.errors import UsageError
+from powerband.spec.records import as_record, read_record
 
 DeviceKind = Literal["cpu", "cuda", "rocm"]
 
@@ -74,6 +77,15 @@ class AttentionLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ElementwiseLaw:
+    """Norms, rotary, activations, residuals: t = kernel_s for each kernel + bytes / (memory_share · bandwidth)."""
+
+    kernel_s: float
+    memory_share: float
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkLaw:
     """t = latency + factor · bytes / bytes_per_s, for collectives of `ranks` devices (2, 4, 8 …) or one transfer."""
 
@@ -117,8 +129,31 @@ class DeviceProfile:
     # Laws. Keys: '*' or an engine's name, then the precision (spec.deployment.Quantization, KVPrecision) or the number
     # of ranks. What an engine has no entry for is looked up under '*'.
     gemm: Mapping[str, Mapping[str, GemmLaw]] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[str, GemmLaw]] = field(default_factory=dict)  # a layer's experts in one product
     attention: Mapping[str, Mapping[str, AttentionLaw]] = field(default_factory=dict)
+    elementwise: Mapping[str, ElementwiseLaw] = field(default_factory=dict)  # by engine
     all_reduce: Mapping[int, LinkLaw] = field(default_factory=dict)
     transfer: LinkLaw | None = None  # between two devices, for pipeline stages
     host_transfer: LinkLaw | None = None  # from the host's memory, for offloaded weights
     host: Mapping[str, HostLaw] = field(default_factory=dict)  # by engine
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "bandwidth_bytes_per_s", "multiprocessors", "devices_per_node"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{self.name}: {name} must be above 0.", param=name)
+        if not self.peak_flops_per_s or min(self.peak_flops_per_s.values()) <= 0:
+            raise UsageError(
+                f"{self.name}: peak_flops_per_s must name a rate above 0 for each dtype.",
+                hint="Like: peak_flops_per_s: {16bit: 121.0e+12, fp8: 242.0e+12}.",
+                param="peak_flops_per_s",
+            )
+
+    @classmethod
+    def from_dict(cls, values: object, where: str = "device") -> DeviceProfile:
+        """Facts and laws as a file holds them. Raises UsageError for what is unknown, missing or wrong."""
+        return read_record(cls, values, where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads; what has its default is left out."""
+        values: dict[str, Any] = as_record(self)
+        return values
