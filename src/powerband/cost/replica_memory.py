@@ -1,0 +1,189 @@
+"""Memory of a replica's fullest rank, for every engine: what fits, and how many tokens the KV cache then holds.
+
+Our own engine on one device: the very plan that it prints and obeys (cost.memory). Other engines, and ranks of a model
+that is divided: the same parts, with what those engines are known to take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from powerband.cost.footprint import activation_bytes
+from powerband.cost.memory import plan_memory
+from powerband.errors import PowerbandError
+from powerband.spec.counts import ParameterCounts, count_parameters
+from powerband.spec.deployment import EngineName, Replica
+from powerband.spec.model import ModelSpec
+from powerband.spec.profile import DeviceProfile
+from powerband.spec.settings import EngineSettings
+
+# Bytes of a weight with its scales. int4: groups of 128 with a 16-bit scale and a 4-bit zero point; nvfp4: 16 values
+# share an 8-bit scale (NVIDIA), mxfp4: 32 (OCP Microscaling Formats 1.0). 8 bits: a scale per output is left out.
+WEIGHT_BYTES = {
+    "none": 2.0,
+    "fp8": 1.0,
+    "fp8_static": 1.0,
+    "int8": 1.0,
+    "w8a8": 1.0,
+    "int4": 0.5 + 2.5 / 128,
+    "nvfp4": 0.5625,
+    "mxfp4": 0.53125,
+}
+KV_BYTES = {"float32": 4.0, "16bit": 2.0, "fp8": 1.0, "int8": 1.0}
+_INT8_SCALE_BYTES = 4  # of each head of each key and value: our own engine's
+
+# Block sizes and what engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a
+# small vocabulary, 1.3 GiB with large ones, on an H100 (num_gpu_blocks reported by inference-sim's runs).
+_BLOCK_SIZE: dict[EngineName, int] = {"powerband": 32, "vllm": 16, "sglang": 16, "trtllm": 32}
+_RUNTIME_BYTES = 300 << 20  # context, libraries, fragments
+_COLLECTIVES_BYTES = 400 << 20  # NCCL's and custom all-reduce's buffers (AIConfigurator reserves 342 to 392 MB)
+# Of each logit that a profiling step samples: in 16 and 32 bits, probabilities, sorted with indices, sums, noise.
+_SAMPLER_BYTES = 36
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMemory:
+    """Of the fullest rank, in bytes. problem: '' when it fits; then num_blocks and parts hold."""
+
+    parts: Mapping[str, int]  # weights, kv_cache, activations, sampling, runtime …
+    available_bytes: int
+    num_blocks: int
+    block_size: int
+    problem: str = ""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions that the replica's KV cache holds."""
+        return self.num_blocks * self.block_size
+
+
+def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> ReplicaMemory:
+    """Never raises: what cannot be says so in `problem`."""
+    reason = _indivisible(spec, replica)
+    if reason:
+        return ReplicaMemory({}, 0, 0, 1, reason)
+    if engine == "powerband" and replica.num_devices == 1 and not replica.offload_share:
+        return _own(spec, profile, replica)
+    rank = shard(spec, replica)
+    parts = {
+        "weights": weight_bytes(spec, replica),
+        "activations": activation_bytes(rank, tokens=replica.max_num_batched_tokens, dtype="bfloat16"),
+        "sampling": _sampling(spec, replica),
+        "runtime": _RUNTIME_BYTES + (_COLLECTIVES_BYTES if replica.num_devices > 1 else 0),
+    }
+    available = int(profile.memory_bytes * replica.gpu_memory_utilization)
+    left = available - sum(parts.values())
+    if left < 0:
+        needs = f"needs {_gb(sum(parts.values()))} without a KV cache, has {_gb(available)}"
+        return ReplicaMemory(parts, available, 0, _BLOCK_SIZE[engine], needs)
+    block_size = _BLOCK_SIZE[engine]
+    block = block_size * kv_bytes_per_token(spec, replica)
+    blocks = left // block
+    problem = ""
+    if blocks * block_size < replica.max_model_len:
+        whole = -(-replica.max_model_len // block_size) * block
+        problem = f"one request of {replica.max_model_len} tokens needs {_gb(whole)} of KV cache, {_gb(left)} are left"
+    return ReplicaMemory({**parts, "kv_cache": blocks * block}, available, blocks, block_size, problem)
+
+
+def weight_bytes(spec: ModelSpec, replica: Replica) -> int:
+    """Weights on the fullest rank's device: its share of the layers that are not offloaded, embedding and head.
+
+    Of a model in stages, the first holds the embedding and the last the head; the larger counts.
+    """
+    layers = layer_weight_bytes(spec, replica)
+    embedding = spec.vocab_size * spec.hidden_size * 2 // replica.tensor_parallel
+    ends = embedding if spec.tie_embeddings or replica.pipeline_parallel > 1 else 2 * embedding
+    kept = round(layers * (1 - replica.offload_share))
+    # While one layer computes, the next one's weights arrive.
+    arriving = 2 * layers // shard(spec, replica).num_layers if replica.offload_share else 0
+    return kept + min(arriving, layers - kept) + ends
+
+
+def layer_weight_bytes(spec: ModelSpec, replica: Replica) -> int:
+    """Weights of the layers of the fullest rank, offloaded ones included."""
+    counts = count_parameters(shard(spec, replica))
+    small = counts.experts
+    if replica.quantization != "mxfp4":
+        small += counts.attention + counts.mlp
+    plain = _layer_parameters(counts) - small
+    return round(small * WEIGHT_BYTES[replica.quantization] + plain * 2)
+
+
+def kv_bytes_per_token(spec: ModelSpec, replica: Replica) -> int:
+    """Of one rank: its layers, its heads. Fewer heads than ranks are copied."""
+    rank = shard(spec, replica)
+    head = rank.head_dim * KV_BYTES[replica.kv_precision]
+    if replica.kv_precision == "int8":
+        head += _INT8_SCALE_BYTES
+    return round(2 * rank.num_layers * rank.num_kv_heads * head)
+
+
+def shard(spec: ModelSpec, replica: Replica) -> ModelSpec:
+    """What one rank of the largest stage computes, as a model of its own. Embedding and head stay whole."""
+    tp = replica.tensor_parallel
+    return replace(
+        spec,
+        num_heads=spec.num_heads // tp,
+        num_kv_heads=max(spec.num_kv_heads // tp, 1),
+        intermediate_size=-(-spec.intermediate_size // tp),
+        expert_intermediate_size=-(-spec.expert_intermediate_size // tp),
+        layers=spec.layers[: -(-spec.num_layers // replica.pipeline_parallel)],
+    )
+
+
+def _layer_parameters(counts: ParameterCounts) -> int:
+    return counts.total - counts.embedding - counts.head
+
+
+def _sampling(spec: ModelSpec, replica: Replica) -> int:
+    rows = min(replica.max_num_seqs, replica.max_num_batched_tokens)
+    return rows * spec.vocab_size * _SAMPLER_BYTES
+
+
+def _indivisible(spec: ModelSpec, replica: Replica) -> str:
+    tp, pp = replica.tensor_parallel, replica.pipeline_parallel
+    if spec.num_heads % tp:
+        return f"{spec.num_heads} heads cannot be divided over {tp} devices"
+    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+        return f"{spec.num_kv_heads} heads of keys and values cannot be divided over {tp} devices"
+    if pp > spec.num_layers:
+        return f"{spec.num_layers} layers cannot be divided over {pp} stages"
+    return ""
+
+
+def _own(spec: ModelSpec, profile: DeviceProfile, replica: Replica) -> ReplicaMemory:
+    """As our own engine plans it."""
+    kind: Literal["cpu", "cuda"] = "cpu" if profile.kind == "cpu" else "cuda"
+    settings = engine_settings(spec, replica)
+    try:
+        plan = plan_memory(spec, settings, profile.memory_bytes, kind=kind)
+    except PowerbandError as problem:
+        return ReplicaMemory({}, 0, 0, settings.block_size, problem.message.rstrip("."))
+    return ReplicaMemory(plan.parts, plan.available_bytes, plan.num_blocks, plan.block_size)
+
+
+def engine_settings(spec: ModelSpec, replica: Replica, **more: Any) -> EngineSettings:
+    """Our own engine's settings for a replica. more: fields to add, such as the model's name."""
+    dtypes = {"float32": "float32", "16bit": "auto", "fp8": "auto", "int8": "auto"}
+    asked = replica.quantization if spec.weight_format is None and replica.quantization in ("int8", "int4") else "none"
+    quantized = asked != "none" or spec.weight_format is not None
+    kv: Any = "int8" if replica.kv_precision == "int8" else ("bfloat16" if quantized else "auto")
+    values: dict[str, Any] = {
+        "dtype": dtypes[replica.kv_precision],
+        "quantization": asked,
+        "kv_cache_dtype": kv,
+        "max_model_len": min(replica.max_model_len, spec.max_position),
+        "max_num_seqs": replica.max_num_seqs,
+        "max_num_batched_tokens": max(replica.max_num_batched_tokens, replica.max_num_seqs),
+        "long_prefill_token_threshold": replica.long_prefill_token_threshold,
+        "gpu_memory_utilization": replica.gpu_memory_utilization,
+        "enable_prefix_caching": replica.enable_prefix_caching,
+    }
+    return EngineSettings(**{**values, **more})
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,162 @@
+"""The devices that are known: those of the project's catalog, this machine's, and those that a user describes.
+
+catalog/l4.yaml … ─┐
+here.yaml ─────────┼─► Catalog ── find('L4', 'here', './mine.yaml') ──► DeviceProfile
+prices of a user ──┘
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from powerband.cache import cache_directory
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.fields import shown
+from powerband.spec.profile import DeviceProfile, Price
+from powerband.spec.records import read_record
+
+HERE = "here"
+_MAX_BYTES = 4 << 20
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """profiles: by name."""
+
+    profiles: Mapping[str, DeviceProfile]
+
+    def find(self, name: str) -> DeviceProfile:
+        """By name or alias, whatever its case; 'here': this machine's; a path: what the file describes.
+
+        Raises UsageError for a name that nobody knows, EnvironmentFault where a file or calibration is missing.
+        """
+        if name == HERE:
+            return read_here()
+        if name.endswith((".yaml", ".yml")):
+            return read_profile(Path(name))
+        wanted = name.casefold()
+        for profile in self.profiles.values():
+            if wanted in (known.casefold() for known in (profile.name, *profile.aliases)):
+                return profile
+        near = difflib.get_close_matches(name, self.profiles, n=2, cutoff=0.4)
+        raise UsageError(
+            f"There is no device {shown(name)} in the catalog.",
+            hint=(f"Near: {', '.join(near)}. " if near else "")
+            + "'powerband devices' lists all; a file NAME.yaml describes another one.",
+            param="devices",
+        )
+
+    def with_prices(self, prices: Mapping[str, tuple[Price, ...]]) -> Catalog:
+        """With these instead of the known prices. Raises UsageError for a device that is not in the catalog."""
+        changed = dict(self.profiles)
+        for name, own in prices.items():
+            profile = self.find(name)
+            changed[profile.name] = replace(profile, prices=own)
+        return Catalog(changed)
+
+
+@cache
+def load_catalog() -> Catalog:
+    """The project's own."""
+    folder = files("powerband.spec") / "devices"
+    entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda e: e.name)
+    profiles = [DeviceProfile.from_dict(_parse(entry.read_bytes(), entry.name), entry.name) for entry in entries]
+    return Catalog({profile.name: profile for profile in profiles})
+
+
+def here_path() -> Path:
+    """Where calibration keeps this machine's profile."""
+    return cache_directory() / "profiles" / "here.yaml"
+
+
+def read_here() -> DeviceProfile:
+    """This machine's. Raises EnvironmentFault when nobody has calibrated it."""
+    path = here_path()
+    if not path.exists():
+        raise EnvironmentFault(
+            "This machine has not been measured yet.",
+            hint="'powerband calibrate' does it, in two minutes on a CPU.",
+            param="devices",
+        )
+    return read_profile(path)
+
+
+def read_profile(path: Path) -> DeviceProfile:
+    """Raises EnvironmentFault when it cannot be read, UsageError when it is no profile."""
+    return DeviceProfile.from_dict(_parse(_content(path), str(path)), str(path))
+
+
+def read_prices(path: Path) -> dict[str, tuple[Price, ...]]:
+    """A file of `DEVICE: dollars per hour`, or `DEVICE: [{usd_per_hour: 4.6, devices: 4, where: our contract}]`.
+
+    Raises EnvironmentFault when it cannot be read, UsageError for what is no price.
+    """
+    return {
+        str(name): tuple(_price(item, str(name), path) for item in (told if isinstance(told, list) else [told]))
+        for name, told in _parse(_content(path), str(path)).items()
+    }
+
+
+def _price(told: Any, name: str, path: Path) -> Price:
+    values = told if isinstance(told, dict) else {"usd_per_hour": told}
+    common = {"where": path.name, "source": str(path), "confidence": "user"}
+    price = read_record(Price, {**common, **values}, f"{path}: {name}")
+    if not price.usd_per_hour or not price.devices:
+        raise UsageError(f"{path}: {shown(told)} is no price of {name}.", hint="Dollars and devices are above 0.")
+    return price
+
+
+def usd_per_hour(prices: Iterable[Price], replicas: int, devices_each: int) -> tuple[float, dict[str, int]] | None:
+    """The cheapest machines for `replicas` of `devices_each` devices: (dollars per hour, machines by name).
+
+    A replica lies on one machine; a machine holds as many as fit. None: no machine with a known price is large enough.
+    Prices of low confidence count only where there are no others; a user's go before all.
+    """
+    fitting = [price for price in prices if price.devices >= devices_each]
+    for trusted in ({"user"}, {"high", "medium"}, {"low"}):
+        known = [price for price in fitting if price.confidence in trusted]
+        if known:
+            return _cheapest(known, replicas, devices_each)
+    return None
+
+
+def _cheapest(prices: list[Price], replicas: int, devices_each: int) -> tuple[float, dict[str, int]]:
+    """Machines that hold at least `replicas`: the unbounded knapsack by dynamic programming."""
+    best: list[tuple[float, dict[str, int]]] = [(0.0, {})]
+    for wanted in range(1, replicas + 1):
+        choices = []
+        for price in prices:
+            rest, machines = best[max(wanted - price.devices // devices_each, 0)]
+            choices.append((rest + price.usd_per_hour, {**machines, price.where: machines.get(price.where, 0) + 1}))
+        best.append(min(choices, key=lambda choice: choice[0]))
+    return best[replicas]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot read {path}: {problem.strerror}.", param="devices") from None
+    if len(content) > _MAX_BYTES:
+        raise UsageError(f"{path} is larger than 4 MiB.", param="devices")
+    return content
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        values = _Loader(content).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
+        raise UsageError(f"{name} is no YAML: {str(problem).splitlines()[0]}.", param="devices") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{name} holds no names and values.", param="devices")
+    return values
