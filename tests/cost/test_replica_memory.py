@@ -82,7 +82,7 @@ def test_ranks_share_layers_heads_and_vocabulary() -> None:
     quarter = weight_bytes(LLAMA_70B, Replica(device="H100", tensor_parallel=4, max_model_len=8192))
     assert quarter == pytest.approx(whole / 4, rel=0.001)
     stages = weight_bytes(LLAMA_70B, Replica(device="H100", pipeline_parallel=4, max_model_len=8192))
-    assert stages == pytest.approx(whole / 4, rel=0.02)
+    assert stages == pytest.approx(whole / 4, rel=0.04)
 
 
 def test_heads_of_keys_are_copied_when_there_are_fewer_than_ranks() -> None:
