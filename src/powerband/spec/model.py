@@ -6,7 +6,8 @@ Translating a family's config.json into this form is `spec/families.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from powerband.spec.quantization import WeightFormat
@@ -88,3 +89,9 @@ class ModelSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def shape_digest(self) -> str:
+        """Names everything that the time of a step depends on: sizes and switches, not tokens, scales and weights."""
+        shape = replace(self, norm_eps=0.0, attention_scale=0.0, bos_token_id=None, eos_token_ids=())
+        return hashlib.sha256(repr(shape).encode()).hexdigest()[:16]

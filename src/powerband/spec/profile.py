@@ -10,11 +10,14 @@ hand-written one leaves out is filled in by its architecture's prior.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from powerband.errors import UsageError
+from powerband.spec.deployment import EngineName, KVPrecision, Quantization
 from powerband.spec.records import as_record, read_record
 
 DeviceKind = Literal["cpu", "cuda", "rocm"]
@@ -108,6 +111,49 @@ class HostLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The machine that a profile was measured on: of another one it says nothing."""
+
+    name: str  # of the processor or GPU
+    features: tuple[str, ...] = ()
+    cores: int
+    threads: int
+    date: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refinement:
+    """What the laws of a device are for one model on one engine: fitted to steps of that model.
+
+    A step of n tokens takes what its laws say, times factors[i] at tokens[i] = n; between two, linear in log n.
+    """
+
+    model: str  # ModelSpec.shape_digest
+    name: str  # as the model was called
+    engine: EngineName = "powerband"
+    quantization: Quantization = "none"
+    kv_precision: KVPrecision = "16bit"
+    gemm: GemmLaw | None = None  # None: the device's
+    attention: AttentionLaw | None = None
+    tokens: tuple[int, ...] = ()
+    factors: tuple[float, ...] = ()
+    host: HostLaw | None = None
+    evidence: Evidence
+
+    def factor(self, tokens: int) -> float:
+        """Of a step that computes so many tokens."""
+        if not self.tokens:
+            return 1.0
+        place = bisect_left(self.tokens, tokens)
+        if place in (0, len(self.tokens)):
+            return self.factors[min(place, len(self.tokens) - 1)]
+        low, high = self.tokens[place - 1], self.tokens[place]
+        share = math.log(tokens / low) / math.log(high / low)
+        return self.factors[place - 1] * (1 - share) + self.factors[place] * share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
     """One kind of device. Sizes in bytes, rates per second."""
 
@@ -136,6 +182,16 @@ class DeviceProfile:
     transfer: LinkLaw | None = None  # between two devices, for pipeline stages
     host_transfer: LinkLaw | None = None  # from the host's memory, for offloaded weights
     host: Mapping[str, HostLaw] = field(default_factory=dict)  # by engine
+    machine: Machine | None = None  # None: not measured on one
+    refinements: tuple[Refinement, ...] = ()
+
+    def refinement(
+        self, model: str, engine: EngineName, quantization: Quantization, kv_precision: KVPrecision
+    ) -> Refinement | None:
+        """Of a model, by its shape_digest, in this form; None: it was not measured."""
+        wanted = (model, engine, quantization, kv_precision)
+        found = (r for r in self.refinements if (r.model, r.engine, r.quantization, r.kv_precision) == wanted)
+        return next(found, None)
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "bandwidth_bytes_per_s", "multiprocessors", "devices_per_node"):

@@ -1,0 +1,104 @@
+"""Runs made-up steps on an engine's executor and times them: what a latency model is fitted to.
+
+    steps = Steps(engine)
+    steps.seconds(decode(rows=8, context=512))         the median of several runs of one shape
+
+All requests are greedy, as the load generator's are. Every work has blocks of its own as far as the cache has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powerband.core.params import SamplingParams
+from powerband.core.step import NewRequest, Step, Work
+from powerband.engine.build import Engine
+
+MAX_RUNS = 9
+_GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """works: (new tokens, context after them) of each. sampled: of the first so many works a token is sampled."""
+
+    works: tuple[tuple[int, int], ...]
+    sampled: int
+
+
+def decode(rows: int, context: int) -> StepShape:
+    """One token of each of `rows` requests that have seen `context`."""
+    return StepShape(((1, context),) * rows, rows)
+
+
+def prefill(tokens: int, cached: int = 0, *, rows: int = 0, context: int = 1) -> StepShape:
+    """A chunk behind `cached` tokens, perhaps beside decodes; its prompt ends with it."""
+    return StepShape(((tokens, cached + tokens), *((1, context),) * rows), rows + 1)
+
+
+class Steps:
+    """Made-up steps on an executor that nothing else uses meanwhile."""
+
+    def __init__(self, engine: Engine, *, seed: int = 0) -> None:
+        self._executor = engine.executor
+        self._block_size = engine.settings.block_size
+        self._num_blocks = engine.memory.num_blocks
+        self._vocab_size = engine.spec.vocab_size
+        self.max_model_len = engine.memory.max_model_len
+        self._random = random.Random(seed)  # noqa: S311 (no secret)
+        self._index = itertools.count(1)
+        self._past: list[str] = []  # ids that the executor may forget
+
+    def fits(self, shape: StepShape) -> bool:
+        """Whether every work's context can be, and all of them together have blocks of their own."""
+        blocks = sum(-(-context // self._block_size) for _, context in shape.works)
+        return blocks <= self._num_blocks and all(context <= self.max_model_len for _, context in shape.works)
+
+    def seconds(self, shape: StepShape, budget_s: float = 0.3) -> float:
+        """The median of up to MAX_RUNS runs within about `budget_s` (at least two), the first left out."""
+        works = self._works(shape)
+        taken = [self._run(works)]
+        works = [
+            Work(work.id, 0, work.start, work.num_tokens, [], work.samples) for work in works
+        ]  # known from here on: the same positions once more
+        began_s = time.perf_counter()
+        taken = [self._run(works)]
+        while len(taken) < 2 or (len(taken) < MAX_RUNS and time.perf_counter() - began_s < budget_s):
+            taken.append(self._run(works))
+        self._past = [work.id for work in works]
+        return statistics.median(taken)
+
+    def _run(self, works: Sequence[Work]) -> float:
+        step = Step(next(self._index), list(works), self._past)
+        self._past = []
+        start_s = time.perf_counter()
+        result = self._executor.submit(step).result()
+        seconds = time.perf_counter() - start_s
+        for error in result.failed.values():
+            raise RuntimeError(error.message)
+        return seconds
+
+    def _works(self, shape: StepShape) -> list[Work]:
+        made, block = [], 0
+        for place, (new, context) in enumerate(shape.works):
+            count = -(-context // self._block_size)
+            blocks = [(block + offset) % self._num_blocks for offset in range(count)]
+            block += count
+            tokens = self._random.choices(range(self._vocab_size), k=context)
+            made.append(
+                Work(
+                    f"{next(self._index)}",
+                    0,
+                    context - new,
+                    new,
+                    blocks,
+                    place < shape.sampled,
+                    new=NewRequest(tokens, context, _GREEDY),
+                )
+            )
+        return made

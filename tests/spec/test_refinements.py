@@ -1,0 +1,50 @@
+"""What a device's profile knows of one model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from powerband.spec.profile import DeviceProfile, Evidence, Machine, Refinement
+from powerband.spec.reader import read_model_spec
+
+REFINEMENT = Refinement(
+    model="abc",
+    name="demo",
+    tokens=(1, 4, 64),
+    factors=(1.0, 2.0, 3.0),
+    evidence=Evidence(source="measured", error=0.1),
+)
+PROFILE = DeviceProfile(
+    name="here",
+    kind="cpu",
+    architecture="cpu",
+    memory_bytes=2**34,
+    bandwidth_bytes_per_s=40e9,
+    peak_flops_per_s={"16bit": 1e12},
+    multiprocessors=2,
+    machine=Machine(name="Xeon", features=("amx_bf16",), cores=2, threads=2, date="2026-11-21"),
+    refinements=(REFINEMENT,),
+)
+
+
+@pytest.mark.parametrize(("tokens", "factor"), [(1, 1.0), (2, 1.5), (4, 2.0), (16, 2.5), (64, 3.0), (4096, 3.0)])
+def test_factors_are_joined_by_straight_lines_over_the_logarithm(tokens: int, factor: float) -> None:
+    assert REFINEMENT.factor(tokens) == pytest.approx(factor)
+
+
+def test_only_the_same_model_in_the_same_form_is_refined() -> None:
+    assert PROFILE.refinement("abc", "powerband", "none", "16bit") == REFINEMENT
+    assert PROFILE.refinement("abc", "powerband", "int8", "int8") is None
+    assert PROFILE.refinement("abd", "powerband", "none", "16bit") is None
+
+
+def test_a_refined_profile_survives_its_file() -> None:
+    assert DeviceProfile.from_dict(PROFILE.as_dict()) == PROFILE
+
+
+def test_the_digest_names_the_shape_and_nothing_else() -> None:
+    spec = read_model_spec("src/powerband/demo")
+    assert replace(spec, eos_token_ids=(7,)).shape_digest == spec.shape_digest
+    assert replace(spec, vocab_size=4160).shape_digest != spec.shape_digest
