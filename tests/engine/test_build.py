@@ -13,6 +13,7 @@ from models_for_tests import random_model, save
 
 from powerband.core.step import FinishReason
 from powerband.cost.precision import auto_dtype
+from powerband.cost.steps import read_step_log
 from powerband.engine.attention import choose_backend
 from powerband.engine.executor.local import TorchExecutor
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
@@ -162,7 +163,8 @@ def test_step_log_holds_the_shape_of_every_step(folder: Path, tmp_path: Path) ->
     path = tmp_path / "steps.jsonl"
     with TestEngine(folder, step_log=str(path), max_num_batched_tokens=32) as engine:
         engine.generate([list(range(40)), [7, 8]], max_tokens=4)
-    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    header, *steps = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (header["step_log"], header["form"]["model"]) == (1, engine.engine.spec.shape_digest)
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert (steps[0]["new"], steps[0]["context"], steps[0]["sampled"]) == ([32], [32], 0)
     assert 4 <= steps[0]["kv_used"] <= 6 < steps[0]["kv_total"] == engine.engine.memory.num_blocks
@@ -179,6 +181,7 @@ def test_step_log_is_bounded(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     old = tmp_path / "steps.jsonl.1"
     assert sorted(tmp_path.iterdir()) == [path, old]
     assert max(path.stat().st_size, old.stat().st_size) <= 2000
+    assert read_step_log(path)[0].form == read_step_log(old)[0].form == engine.engine.form
     last = json.loads(path.read_text().splitlines()[-1])
     assert last["step"] == 100
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
@@ -22,9 +23,10 @@ from powerband.core.step import DeviceReport
 from powerband.cost.memory import MemoryPlan, plan_memory
 from powerband.cost.precision import auto_dtype
 from powerband.cost.sizing import readable
+from powerband.cost.steps import Form
 from powerband.engine.attention import Choice, choose_backend
 from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
-from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor
+from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
 from powerband.engine.kernels.cpu.library import FAST_TIERS
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.engine.kernels.cpu.library import load as load_kernels
@@ -57,6 +59,7 @@ class Engine:
     executor: TorchExecutor
     scheduler: Scheduler
     memory: MemoryPlan
+    form: Form
     report: DeviceReport  # its seconds: every phase of the start
     step_log: StepLog | None
 
@@ -106,7 +109,8 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     memory = _plan(spec, replace(settings, attention_backend=choice.name), device, cpu, dtype)
     stopwatch.lap("plan")
     settings = _resolved(settings, device, dtype, memory)
-    step_log = StepLog(Path(settings.step_log)) if settings.step_log else None
+    form = _form(settings, spec, device, memory)
+    step_log = StepLog(Path(settings.step_log), form) if settings.step_log else None
     executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory, kernels), told)
     with _memory_errors(memory):
         report = executor.start()
@@ -118,7 +122,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     scheduler = _scheduler(settings, memory, executor)
     core = EngineCore(scheduler, executor, clock, inbox, step_log)
     info = _info(settings, spec, folder, memory, report, choice, kernels, executor)
-    return Engine(core, info, spec, settings, executor, scheduler, memory, report, step_log)
+    return Engine(core, info, spec, settings, executor, scheduler, memory, form, report, step_log)
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -209,6 +213,21 @@ def graph_rows(settings: EngineSettings, device: torch.device, choice: Choice) -
     """The largest batch of decodes that CUDA graphs are captured for; 0: none are."""
     captures = device.type == "cuda" and not settings.enforce_eager and can_capture(choice.name)
     return min(settings.max_num_seqs, MAX_ROWS) if captures else 0
+
+
+def _form(settings: EngineSettings, spec: ModelSpec, device: torch.device, memory: MemoryPlan) -> Form:
+    """What runs, for the step log and for whoever looks for a profile of it."""
+    return Form(
+        model=spec.shape_digest,
+        name=settings.served_model_name or settings.model,
+        dtype=settings.dtype,
+        quantization=memory.held.layers,
+        kv_dtype=memory.kv_dtype,
+        device=str(device),
+        device_name=device_name(device),
+        threads=settings.threads,
+        powerband=version("powerband"),
+    )
 
 
 def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExecutor) -> Scheduler:

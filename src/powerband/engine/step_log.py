@@ -1,10 +1,12 @@
 """The step log: each step's shape and seconds as a line of JSON, to calibrate a latency model. No prompt's content.
 
-    {"step": 17, "s": 0.0123, "in_flight_s": 0.0125, "new": [1, 1, 256], "context": [812, 40, 256], "sampled": 2,
-     "kv_used": 41, "kv_total": 512}
+    {"step_log": 1, "form": {"model": "1f0c…", "name": "demo", "dtype": "bfloat16", …}}
+    {"step": 17, "at": 81.2, "s": 0.0123, "in_flight_s": 0.0125, "new": [1, 1, 256], "context": [812, 40, 256],
+     "sampled": 2, "kv_used": 41, "kv_total": 512}
 
-`new`: tokens computed, by work. `context`: positions seen by the last of them. `s`: from submission, or from the end of
-the step before if that came later.
+The first line says what runs (cost.steps.Form); it is written at each start, and at the top of each new file.
+`new`: tokens computed, by work. `context`: positions seen by the last of them. `at`: submission, by the
+monotonic clock. `s`: from submission, or from the end of the step before if that came later.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from powerband.core.loop import StepRecord
+from powerband.cost.steps import Form, header_line
 from powerband.errors import EnvironmentFault
 
 DEFAULT_LIMIT_BYTES = 64 << 20
@@ -22,8 +25,9 @@ DEFAULT_LIMIT_BYTES = 64 << 20
 class StepLog:
     """An observer for EngineCore. When the file reaches `limit_bytes` it becomes FILE.1, replacing an older one."""
 
-    def __init__(self, path: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, path: Path, form: Form, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self.path = path
+        self._header = header_line(form)
         self.limit_bytes = limit_bytes
         try:
             self._file = path.open("a", encoding="ascii", buffering=1 << 16)
@@ -34,12 +38,14 @@ class StepLog:
                 param="step_log",
             ) from problem
         self._size = self._file.tell()
+        self._write(self._header)
 
     def __call__(self, record: StepRecord) -> None:
         works = record.step.works
         line = json.dumps(
             {
                 "step": record.step.index,
+                "at": round(record.submitted_s, 7),
                 "s": round(record.exclusive_s, 7),
                 "in_flight_s": round(record.seconds, 7),
                 "new": [work.num_tokens for work in works],
@@ -53,8 +59,7 @@ class StepLog:
         )
         if self._size + len(line) >= self.limit_bytes:
             self._rotate()
-        self._file.write(line + "\n")
-        self._size += len(line) + 1
+        self._write(line)
 
     def close(self) -> None:
         self._file.close()
@@ -67,8 +72,13 @@ class StepLog:
     ) -> None:
         self.close()
 
+    def _write(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._size += len(line) + 1
+
     def _rotate(self) -> None:
         self._file.close()
         self.path.replace(self.path.with_name(self.path.name + ".1"))
         self._file = self.path.open("w", encoding="ascii", buffering=1 << 16)
         self._size = 0
+        self._write(self._header)

@@ -104,7 +104,7 @@ class TorchExecutor:
         prepared_s = time.perf_counter()
         return DeviceReport(
             device=str(config.device),
-            device_name=_device_name(config.device),
+            device_name=device_name(config.device),
             weights_bytes=weights_bytes,
             seconds={"load": loaded_s - began_s, "prepare": prepared_s - loaded_s},
         )
@@ -191,7 +191,8 @@ class Handle:
         return self._wait()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return detect_cpu().name
