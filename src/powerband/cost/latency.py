@@ -1,0 +1,295 @@
+"""LatencyModel: the seconds of any step of a replica, by operator and by what binds, from a device's profile.
+
+step_s = projections + experts + norms and activations + attention + head + sampling
+       + collectives (TP) + transfers (PP) + what streaming of offloaded weights and launches are not hidden by
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from math import sqrt
+from typing import NamedTuple, TypeVar
+
+from powerband.cost import laws
+from powerband.cost.laws import Speed
+from powerband.cost.shapes import FORMATS, PLAIN, Format, Matrix, RankShapes
+from powerband.errors import UsageError
+from powerband.spec import priors
+from powerband.spec.deployment import EngineName, Quantization, Replica
+from powerband.spec.model import ModelSpec
+from powerband.spec.profile import DeviceProfile, GemmLaw, HostLaw
+
+OPERATORS = (
+    "projections",
+    "head",
+    "attention prefill",
+    "attention decode",
+    "norms and activations",
+    "experts",
+    "collectives",
+    "transfers",
+    "streaming",
+    "sampling",
+    "launches",
+)
+BOUNDS = ("bandwidth", "compute", "link", "host")
+
+# Kernels of a layer beside products and attention: norms, rotary and cache write, activation; engines fuse differently.
+_KERNELS = {"powerband": 5.0, "vllm": 5.0, "sglang": 5.0, "trtllm": 4.0}
+# Sizes of a step of decodes for which engines capture CUDA graphs; a step is padded to the next.
+_GRAPHS: dict[str, tuple[int, ...]] = {
+    "powerband": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    "vllm": (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
+    "sglang": (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
+    "trtllm": (1, 2, 4, *range(8, 129, 8), 256, 512, 1024, 2048),
+}
+_SAMPLING_S = 20e-6
+_SAMPLING_BYTES = 8.0  # moved for each logit: read in 16 bits, held in 32
+_IMBALANCE = 1.2  # tokens of the fullest of several ranks with experts, beside the mean
+
+Law = TypeVar("Law")
+
+
+class Item(NamedTuple):
+    operator: str
+    bound: str
+    seconds: float
+
+
+class LatencyModel:
+    """Seconds of a step. Keeps what it has computed for a number of tokens, so that the next such step is quick.
+
+    Raises UsageError for a precision that the device cannot compute in and for heads that ranks cannot share.
+    """
+
+    def __init__(self, spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> None:
+        self._profile, self._replica, self._engine = profile, replica, engine
+        self._shapes = RankShapes.of(spec, replica)
+        self._hidden, self._vocab, self._chosen = spec.hidden_size, spec.vocab_size, spec.num_experts_per_token
+        self.num_stages = replica.pipeline_parallel
+        self.host: HostLaw = profile.host.get(engine) or priors.host_law(engine)
+        expert_format: Quantization = replica.quantization
+        plain: Quantization = "none" if replica.quantization == "mxfp4" else replica.quantization
+        self._matrix, self._plain = self._product(plain), self._product("none")
+        self._expert_law = _law(profile.experts, engine, expert_format) or priors.experts_law(profile, expert_format)
+        self._expert_format = FORMATS[expert_format]
+        self._expert_speed = self._speed(self._expert_format)
+        attention = _law(profile.attention, engine, replica.kv_precision)
+        self._attention = attention or priors.attention_law(profile, replica.kv_precision)
+        self._attention_speed = self._speed(PLAIN)
+        self._elementwise = (
+            profile.elementwise.get(engine) or profile.elementwise.get("*") or priors.elementwise_law(profile)
+        )
+        ranks = replica.tensor_parallel
+        self._all_reduce = profile.all_reduce.get(ranks) or priors.all_reduce_law(profile, ranks)
+        self._transfer = profile.transfer or priors.transfer_law(profile)
+        self._stream_s = self._streaming()
+        self._graphs = _GRAPHS[engine] if profile.kind != "cpu" else ()
+        self._longest_decode = 1 + replica.draft_tokens
+        self._by_tokens: dict[int, float] = {}
+        self._by_rows: dict[int, float] = {}
+
+    def step_s(self, works: Sequence[tuple[int, int]], sampled: int) -> float:
+        """Device seconds of one step, all stages together. works: (new tokens, context after them) of each request."""
+        tokens, decodes = self._tokens(works)
+        seconds = self._by_tokens.get(tokens)
+        if seconds is None:
+            seconds = self._by_tokens[tokens] = sum(item.seconds for item in self._token_items(tokens))
+        for item in self._attention_items(works):
+            seconds += item.seconds
+        seconds += self._uncovered(seconds, tokens, decodes)
+        rows = self._by_rows.get(sampled)
+        if rows is None:
+            rows = self._by_rows[sampled] = sum(item.seconds for item in self._head_items(sampled))
+        return seconds + rows
+
+    def parts(self, works: Sequence[tuple[int, int]], sampled: int) -> dict[str, float]:
+        """The same seconds by operator."""
+        found = dict.fromkeys(OPERATORS, 0.0)
+        for item in self._items(works, sampled):
+            found[item.operator] += item.seconds
+        return found
+
+    def bounds(self, works: Sequence[tuple[int, int]], sampled: int) -> dict[str, float]:
+        """The same seconds by what binds."""
+        found = dict.fromkeys(BOUNDS, 0.0)
+        for item in self._items(works, sampled):
+            found[item.bound] += item.seconds
+        return found
+
+    @property
+    def band(self) -> float:
+        """Nine steps in ten lie within ± this share: errors of the laws by their part of usual steps."""
+        context = max(min(2048, self._replica.max_model_len) // 2, 1)
+        steps: list[tuple[list[tuple[int, int]], int]] = [([(1, context)] * 16, 16), ([(context, context)], 1)]
+        return max(self._band(works, rows) for works, rows in steps)
+
+    def _band(self, works: Sequence[tuple[int, int]], sampled: int) -> float:
+        parts = self.parts(works, sampled)
+        errors = {
+            "projections": self._matrix[0].evidence.error,
+            "head": self._plain[0].evidence.error,
+            "attention prefill": self._attention.prefill_evidence.error,
+            "attention decode": self._attention.decode_evidence.error,
+            "norms and activations": self._elementwise.evidence.error,
+            "experts": self._expert_law.evidence.error,
+            "collectives": self._all_reduce.evidence.error,
+            "transfers": self._transfer.evidence.error,
+            "streaming": 0.2,
+            "sampling": 0.5,
+            "launches": self.host.evidence.error,
+        }
+        total = sum(parts.values())
+        return sqrt(sum((errors[name] * seconds / total) ** 2 for name, seconds in parts.items()))
+
+    def _items(self, works: Sequence[tuple[int, int]], sampled: int) -> Iterator[Item]:
+        tokens, decodes = self._tokens(works)
+        seconds = 0.0
+        for item in (*self._token_items(tokens), *self._attention_items(works)):
+            seconds += item.seconds
+            yield item
+        rest = self._uncovered(seconds, tokens, decodes)
+        streamed = max(0.0, self._stream_s - seconds) if tokens and self._stream_s else 0.0
+        yield Item("streaming", "link", min(rest, streamed))
+        yield Item("launches", "host", rest - min(rest, streamed))
+        yield from self._head_items(sampled)
+
+    def _tokens(self, works: Sequence[tuple[int, int]]) -> tuple[int, bool]:
+        """Tokens that the step computes, padding of its graph among them, and whether it is one of decodes only."""
+        tokens = 0
+        longest = 0
+        for new, _ in works:
+            tokens += new
+            if new > longest:
+                longest = new
+        decodes = longest <= self._longest_decode
+        if decodes and tokens and self._graphs and tokens <= self._graphs[-1]:
+            tokens = self._graphs[bisect_left(self._graphs, tokens)]
+        return tokens, decodes
+
+    def _token_items(self, tokens: int) -> Iterator[Item]:
+        """What depends on the number of tokens only."""
+        shapes, profile, replica = self._shapes, self._profile, self._replica
+        if not tokens:
+            return
+        for matrix in shapes.projections:
+            yield self._gemm("projections", self._matrix, matrix, tokens)
+        for matrix in shapes.router:
+            yield self._gemm("experts", self._plain, matrix, tokens)
+        for kind in shapes.experts:
+            found = laws.experts(
+                self._expert_law,
+                self._expert_speed,
+                tokens,
+                hidden=self._hidden,
+                width=kind.width,
+                chosen=self._chosen,
+                num_experts=kind.num_experts,
+                ranks=kind.ranks,
+                weight_bytes=self._expert_format.weight_bytes,
+                imbalance=_IMBALANCE if kind.ranks > 1 else 1.0,
+            )
+            yield Item("experts", "compute" if found.computing else "bandwidth", kind.layers * found.total)
+        speed = self._attention_speed
+        moved = tokens * shapes.elementwise_bytes
+        seconds = laws.elementwise(self._elementwise, speed, shapes.layers * _KERNELS[self._engine], moved)
+        yield Item("norms and activations", "bandwidth", seconds)
+        vector = 2.0 * tokens * self._hidden
+        if replica.tensor_parallel > 1:
+            one = laws.all_reduce(self._all_reduce, replica.tensor_parallel, vector)
+            yield Item("collectives", "link", (2 * shapes.layers + 1) * one)
+        if replica.pipeline_parallel > 1:
+            seconds = (replica.pipeline_parallel - 1) * laws.link(self._transfer, vector / replica.tensor_parallel)
+            yield Item("transfers", "link", seconds)
+        if profile.kind == "cpu":
+            yield Item("launches", "host", shapes.layers * self.host.layer_s)
+
+    def _attention_items(self, works: Sequence[tuple[int, int]]) -> Iterator[Item]:
+        law, speed, longest = self._attention, self._attention_speed, self._longest_decode
+        for layers, heads in self._shapes.attention:
+            chunks = None
+            positions = 0
+            window = heads.window
+            for new, context in works:
+                if new <= longest:
+                    positions += context if window is None or context < window else window
+                else:
+                    if chunks is None:
+                        chunks = laws.Chunks()
+                    chunks.add(law, speed.multiprocessors, new, context, heads)
+            if chunks is not None:
+                found = chunks.seconds(law, speed)
+                yield Item("attention prefill", "compute" if found.computing else "bandwidth", layers * found.total)
+            if positions:
+                yield Item("attention decode", "bandwidth", layers * laws.decode(law, speed, positions, heads.kv_bytes))
+
+    def _head_items(self, rows: int) -> Iterator[Item]:
+        if not rows:
+            return
+        yield self._gemm("head", self._plain, self._shapes.head, rows)
+        logits = rows * self._vocab * _SAMPLING_BYTES
+        yield Item("sampling", "bandwidth", _SAMPLING_S + logits / self._profile.bandwidth_bytes_per_s)
+        ranks = self._replica.tensor_parallel
+        if ranks > 1:
+            share = (ranks - 1) / ranks
+            yield Item("collectives", "link", laws.link(self._all_reduce, 2.0 * rows * self._vocab, share))
+
+    def _uncovered(self, seconds: float, tokens: int, decodes: bool) -> float:
+        """Of streaming and of launches, what the layers' own `seconds` do not hide."""
+        if not tokens:
+            return 0.0
+        needed = self._stream_s
+        in_graph = decodes and bool(self._graphs) and tokens <= self._graphs[-1]
+        if not in_graph and self._profile.kind != "cpu":
+            needed = max(needed, self._shapes.layers * self.host.layer_s)
+        return max(0.0, needed - seconds)
+
+    def _gemm(self, operator: str, product: tuple[GemmLaw, Speed, Format], matrix: Matrix, rows: int) -> Item:
+        law, speed, kind = product
+        found = laws.gemm(
+            law,
+            speed,
+            rows,
+            matrix.n,
+            matrix.k,
+            weight_bytes=kind.weight_bytes,
+            input_bytes=kind.input_bytes,
+            dynamic=kind.dynamic,
+        )
+        return Item(operator, "compute" if found.computing else "bandwidth", matrix.layers * found.total)
+
+    def _product(self, quantization: Quantization) -> tuple[GemmLaw, Speed, Format]:
+        law = _law(self._profile.gemm, self._engine, quantization)
+        kind = FORMATS[quantization]
+        return law or priors.gemm_law(self._profile, quantization), self._speed(kind), kind
+
+    def _speed(self, kind: Format) -> Speed:
+        profile, peaks = self._profile, self._profile.peak_flops_per_s
+        dtype = kind.dtype
+        if dtype == "16bit" and dtype not in peaks and profile.kind == "cpu":
+            dtype = "float32"
+        if dtype not in peaks:
+            raise UsageError(
+                f"{profile.name} does not compute in {dtype}.",
+                hint=f"It has {', '.join(peaks)}.",
+                param="quantization",
+            )
+        return Speed(peaks[dtype], profile.bandwidth_bytes_per_s, profile.multiprocessors)
+
+    def _streaming(self) -> float:
+        """Seconds in which each step's offloaded weights come from the host."""
+        share = self._replica.offload_share
+        if not share:
+            return 0.0
+        law = self._profile.host_transfer or priors.host_transfer_law(self._profile)
+        if law is None:
+            raise UsageError(
+                f"{self._profile.name} is the host: there is nowhere to offload to.", param="offload_share"
+            )
+        return laws.link(law, share * self._shapes.layer_weight_bytes)
+
+
+def _law(table: Mapping[str, Mapping[str, Law]], engine: str, precision: str) -> Law | None:
+    """An engine's own, else that of any."""
+    return table.get(engine, {}).get(precision) or table.get("*", {}).get(precision)

@@ -1,0 +1,178 @@
+"""What operators cost on a device: laws with a few coefficients each (spec.profile), as functions of shapes. Seconds.
+
+    product     t = overhead + quantize + (Tc^p + Tm^p)^(1/p)         Tc: multiplying, Tm: moving the matrices
+    prefill     t = overhead + max(F / (peak · share) + the longest chunk's wait, bytes / bandwidth)
+    decode      t = overhead + bytes of keys and values / (bandwidth · share)
+    link        t = latency + factor · bytes / bytes_per_s
+
+More tokens, longer contexts, slower devices never make one shorter. Source: the roofline model (Williams et al. 2009)
+with a smooth knee; how well it holds on measured tables is printed by `make accuracy`.
+"""
+
+from __future__ import annotations
+
+from math import ceil, exp, inf
+from typing import NamedTuple
+
+from powerband.spec.profile import AttentionLaw, ElementwiseLaw, GemmLaw, LinkLaw
+
+TILE = 128  # rows and columns of a result that one multiprocessor computes at a time
+
+
+class Seconds(NamedTuple):
+    total: float
+    computing: bool  # whether compute binds, not bandwidth
+
+
+class Speed(NamedTuple):
+    """Of a device, at one precision."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    multiprocessors: int
+
+
+def gemm(
+    law: GemmLaw,
+    speed: Speed,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    weight_bytes: float,
+    input_bytes: float,
+    dynamic: bool = False,
+) -> Seconds:
+    """y[m, n] = x[m, k] · W[k, n]; bytes of an element. dynamic: x comes in 16 bits and is quantized first."""
+    if m <= 0:
+        return Seconds(0.0, False)
+    rows = _rows(m)
+    compute = 2.0 * rows * n * k / (speed.flops_per_s * law.compute_share)
+    compute /= _filled(law.fill, max(1.0, rows / TILE) * ceil(n / TILE), speed.multiprocessors)
+    rate = speed.bytes_per_s * law.memory_share
+    memory = (weight_bytes * n * k + input_bytes * m * k + 2.0 * m * n + law.extra_bytes) / rate
+    extra = law.overhead_s
+    if dynamic:
+        extra += law.quantize_s + m * k * (2.0 + input_bytes) / rate
+    return Seconds(extra + _knee(compute, memory, law.sharpness), compute > memory)
+
+
+def experts(
+    law: GemmLaw,
+    speed: Speed,
+    tokens: int,
+    *,
+    hidden: int,
+    width: int,
+    chosen: int,
+    num_experts: int,
+    ranks: int = 1,
+    weight_bytes: float,
+    imbalance: float = 1.0,
+) -> Seconds:
+    """The routed experts of one layer on the fullest of `ranks`, each with whole experts of `width` columns.
+
+    A token goes to `chosen` of num_experts. Weights of experts that no token chose are not read.
+    """
+    if tokens <= 0:
+        return Seconds(0.0, False)
+    touched = touched_experts(tokens, chosen, num_experts) / ranks
+    routed = min(tokens * chosen / ranks * imbalance, float(tokens * min(chosen, max(1.0, num_experts / ranks))))
+    rows = max(routed, 16.0 * touched)  # tensor cores take 16 rows at least, of each expert
+    compute = 6.0 * rows * hidden * width / (speed.flops_per_s * law.compute_share)
+    tiles = max(touched, rows / TILE) * (ceil(2 * width / TILE) + ceil(hidden / TILE)) / 2
+    compute /= _filled(law.fill, tiles, speed.multiprocessors)
+    moved = 3.0 * hidden * width * touched * weight_bytes + routed * (2.0 * hidden + 3.0 * width) * 2.0
+    memory = (moved + law.extra_bytes) / (speed.bytes_per_s * law.memory_share)
+    return Seconds(law.overhead_s + law.quantize_s + _knee(compute, memory, law.sharpness), compute > memory)
+
+
+def touched_experts(tokens: float, chosen: int, num_experts: int) -> float:
+    """Experts that at least one of `tokens` chooses, when all are equally likely."""
+    idle: float = (1.0 - chosen / num_experts) ** tokens
+    return num_experts * (1.0 - idle)
+
+
+class Chunks:
+    """The attention of a step's prefill chunks in one layer, added up one by one."""
+
+    __slots__ = ("flops", "moved", "wait")
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+        self.moved = 0.0  # bytes
+        self.wait = 0.0  # FLOPs that the device could have done while the chunk with the fewest tiles held it up
+
+    def add(self, law: AttentionLaw, multiprocessors: int, new: int, context: int, shape: Heads) -> None:
+        """`new` tokens whose last one sees `context` tokens, fewer where a window ends."""
+        flops = 4.0 * shape.heads * shape.head_dim * (visible_pairs(new, context, shape.window) + 0.5 * TILE * new)
+        filled = _filled(law.fill, shape.heads * max(1.0, new / TILE), multiprocessors)
+        self.flops += flops
+        self.wait = max(self.wait, flops * (1.0 / filled - 1.0))
+        self.moved += shape.kv_bytes * context + 4.0 * shape.heads * shape.head_dim * new
+
+    def seconds(self, law: AttentionLaw, speed: Speed) -> Seconds:
+        """Of the call that computes them all."""
+        if not self.flops:
+            return Seconds(0.0, False)
+        compute = (self.flops + self.wait) / (speed.flops_per_s * law.compute_share)
+        memory = self.moved / (speed.bytes_per_s * law.memory_share)
+        return Seconds(law.prefill_overhead_s + max(compute, memory), compute > memory)
+
+
+class Heads(NamedTuple):
+    """Of one rank in one layer."""
+
+    heads: int
+    head_dim: int
+    kv_bytes: float  # of one position, keys and values
+    window: int | None = None
+
+
+def visible_pairs(new: int, context: int, window: int | None) -> float:
+    """Sum over the last `new` of `context` positions of the keys that each sees: itself and what lies before."""
+    start = context - new
+    if window is None or context <= window:
+        return new * (start + context + 1) / 2
+    ramp = max(window - start, 0)  # positions that still see everything
+    return ramp * (2 * start + ramp + 1) / 2 + (new - ramp) * window
+
+
+def decode(law: AttentionLaw, speed: Speed, positions: float, kv_bytes: float) -> float:
+    """Decodes that read `positions` in all, in one layer."""
+    if positions <= 0:
+        return 0.0
+    return law.decode_overhead_s + (positions * kv_bytes + law.extra_bytes) / (speed.bytes_per_s * law.memory_share)
+
+
+def elementwise(law: ElementwiseLaw, speed: Speed, kernels: float, moved_bytes: float) -> float:
+    return kernels * law.kernel_s + moved_bytes / (speed.bytes_per_s * law.memory_share)
+
+
+def link(law: LinkLaw, moved_bytes: float, factor: float = 1.0) -> float:
+    return law.latency_s + factor * moved_bytes / law.bytes_per_s
+
+
+def all_reduce(law: LinkLaw, ranks: int, moved_bytes: float) -> float:
+    """A sum over `ranks` of vectors of moved_bytes; each rank sends and receives 2 (n - 1) / n of it."""
+    return link(law, moved_bytes, 2.0 * (ranks - 1) / ranks)
+
+
+def _rows(m: int) -> int:
+    """Rows as tensor cores take them."""
+    if m <= 64:
+        return -(-m // 16) * 16
+    return -(-m // 64) * 64
+
+
+def _filled(fill: float, tiles: float, multiprocessors: int) -> float:
+    """Share of the device that so many tiles keep busy."""
+    return 1.0 - exp(-tiles / (fill * multiprocessors)) if fill else 1.0
+
+
+def _knee(compute: float, memory: float, sharpness: float) -> float:
+    large, small = max(compute, memory), min(compute, memory)
+    if sharpness == inf or not large:
+        return large
+    knee: float = large * (1.0 + (small / large) ** sharpness) ** (1.0 / sharpness)
+    return knee
