@@ -20,6 +20,8 @@ from powerband.spec.slo import SLO
         ("e2el:9000", SLO(e2e_s=9.0)),
         ("TTFT=1.5s, stall=2s, e2e=1m, attainment=99%", SLO(ttft_s=1.5, stall_s=2.0, e2e_s=60.0, attainment=0.99)),
         ("tpot=50ms,attainment=0.9", SLO(tpot_s=0.05, attainment=0.9)),
+        ("ttft=1s@p99,tpot=60ms@p99", SLO(ttft_s=1.0, tpot_s=0.06, attainment=0.99)),
+        ("ttft=1s@p90,tpot=60ms", SLO(ttft_s=1.0, tpot_s=0.06, attainment=0.9)),
     ],
 )
 def test_an_slo_is_read_as_people_write_it(text, expected):
@@ -41,6 +43,9 @@ def test_an_slo_is_read_as_people_write_it(text, expected):
         ("ttft=1s,ttft=2s", "The SLO 'ttft=1s,ttft=2s' says ttft twice."),
         ("e2e=1s,e2el=2s", "The SLO 'e2e=1s,e2el=2s' says e2e twice."),
         ("ttft=1s,attainment=101%", "attainment is '101%', which is no share of a whole."),
+        ("ttft=1s@p99,tpot=1s@p95", "The SLO 'ttft=1s@p99,tpot=1s@p95' names several shares of requests."),
+        ("ttft=1s@p99,attainment=95%", "The SLO 'ttft=1s@p99,attainment=95%' names several shares of requests."),
+        ("ttft=1s@px", "slo is 'x%', which is no share of a whole."),
         ("ttft=1s,attainment=0", "attainment is '0', which is no share of a whole."),
     ],
 )

@@ -7,19 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from powerband.spec.deployment import Deployment
+from powerband.spec.plan import Banded as Banded
 from powerband.spec.slo import SLO
 
 Bound = Literal["memory", "bandwidth", "compute", "link", "host", "queueing"]
 Objective = Literal["cost", "latency", "throughput"]
-
-
-@dataclass(frozen=True, slots=True)
-class Banded:
-    """A prediction with the range that holds nine measurements in ten."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,28 +1,35 @@
 """A Plan: all that reproduces a deployment and what it promises, in one YAML file.
 
 model       what is served
+deployment  engine and pools of replicas: device, layout, precision, limits (spec.deployment); absent in a plan that was
+            written by hand only to check a promise
 workload    what it was made for (spec.workload.Workload.as_dict)
 slo         what its users may expect (spec.slo.SLO.as_dict)
 promise     rate: requests a second at which the SLO is kept; output_tokens_per_s: at least, at that rate
+predicted   figures at that rate, each with the range that holds nine measurements in ten
+cost        dollars per hour, the machines that they pay for, and where predictions and prices come from
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.arrivals import OpenLoop
+from powerband.spec.deployment import Deployment
+from powerband.spec.records import as_record, read_record
 from powerband.spec.slo import SLO
 from powerband.spec.workload import Trace, Workload
 
 VERSION = 1
 _MAX_BYTES = 1 << 20
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +47,35 @@ class Promise:
                 raise UsageError(f"promise has {name}: {value!r}.", hint="It must be a number above 0.", param="plan")
 
 
+@dataclass(frozen=True, slots=True)
+class Banded:
+    """A prediction with the range that holds nine measurements in ten."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """usd_per_hour: of all machines. machines: how many of each, by name. usd_per_million_tokens: of output."""
+
+    usd_per_hour: float
+    usd_per_million_tokens: float
+    machines: Mapping[str, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The slo's attainment is part of the promise."""
+    """The slo's attainment is part of the promise. predicted: by name, see planner.outcome.Evaluation."""
 
     model: str
     workload: Workload
     slo: SLO
     promise: Promise
+    deployment: Deployment | None = None
+    predicted: Mapping[str, Banded] = field(default_factory=dict)
+    cost: Cost | None = None
 
     @property
     def arrivals(self) -> OpenLoop:
@@ -58,7 +86,7 @@ class Plan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], trace: Trace | None = None) -> Plan:
         """Raises UsageError for what is missing, unknown or wrong."""
-        unknown = set(values) - {"version", "model", "workload", "slo", "promise"}
+        unknown = set(values) - {"version", *(item.name for item in fields(cls))}
         if unknown or values.get("version") != VERSION:
             what = (
                 f"unknown: {', '.join(sorted(map(str, unknown)))}" if unknown else f"version {values.get('version')!r}"
@@ -72,19 +100,32 @@ class Plan:
                 workload=Workload.from_dict(values["workload"], trace),
                 slo=SLO.from_dict(values["slo"]),
                 promise=Promise(**values["promise"]),
+                deployment=_optional(Deployment, values, "deployment"),
+                predicted={
+                    str(name): read_record(Banded, told, f"plan: predicted: {name}")
+                    for name, told in values.get("predicted", {}).items()
+                },
+                cost=_optional(Cost, values, "cost"),
             )
         except (KeyError, TypeError, AttributeError) as problem:
             raise UsageError(f"This is no plan: {problem} is missing or wrong.", param="plan") from None
 
     def as_dict(self) -> dict[str, Any]:
-        promise = {"rate": self.promise.rate, "output_tokens_per_s": self.promise.output_tokens_per_s}
-        return {
+        values = {
             "version": VERSION,
             "model": self.model,
+            "deployment": as_record(self.deployment, complete=True),
             "workload": self.workload.as_dict(),
             "slo": self.slo.as_dict(),
-            "promise": {name: value for name, value in promise.items() if value is not None},
+            "promise": as_record(self.promise),
+            "predicted": as_record(self.predicted),
+            "cost": as_record(self.cost),
         }
+        return {name: value for name, value in values.items() if value}
+
+
+def _optional(kind: type[Record], values: Mapping[str, Any], name: str) -> Record | None:
+    return None if values.get(name) is None else read_record(kind, values[name], f"plan: {name}")
 
 
 def read_plan(path: Path, trace: Trace | None = None) -> Plan:

@@ -35,14 +35,15 @@ def read_record(kind: type[Record], values: object, where: str) -> Record:
     return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
 
 
-def as_record(value: Any) -> Any:
-    """What `read_record` reads: plain tables, lists and values; what has its default is left out."""
+def as_record(value: Any, *, complete: bool = False) -> Any:
+    """What `read_record` reads: plain tables, lists and values. What has its default is left out, unless `complete`."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: as_record(getattr(value, item.name)) for item in fields(value) if not _default(value, item)}
+        told = [item.name for item in fields(value) if complete or not _default(value, item)]
+        return {name: as_record(getattr(value, name), complete=complete) for name in told}
     if isinstance(value, Mapping):
-        return {key: as_record(item) for key, item in value.items()}
+        return {key: as_record(item, complete=complete) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [as_record(item) for item in value]
+        return [as_record(item, complete=complete) for item in value]
     return value
 
 

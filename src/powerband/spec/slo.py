@@ -44,9 +44,11 @@ class SLO:
     @classmethod
     def parse(cls, text: str) -> SLO:
         """'ttft=500ms,tpot=50ms,attainment=99%', or in vLLM's spelling 'ttft:500 tpot:50 e2el:9000': bare numbers are
-        ms. Raises UsageError for what is not a figure, what is no time, and what is said twice.
+        ms. 'ttft=500ms@p99,tpot=50ms@p99' says the attainment, too: the share of requests that must meet all limits.
+        Raises UsageError for what is not a figure, what is no time, and what is said twice.
         """
         values: dict[str, float] = {}
+        percentiles: set[float] = set()
         for part in re.split(r"[,\s]+", text.strip()):
             name, sign, value = re.fullmatch(r"([^=:]*)([=:]?)(.*)", part).groups()  # type: ignore[union-attr] # matches anything
             name = _SPELLINGS.get(name.lower(), name.lower())
@@ -60,8 +62,18 @@ class SLO:
             if key in values:
                 raise UsageError(f"The SLO '{text}' says {name} twice.", param="slo")
             is_share = name == "attainment"
+            value, at, percentile = value.partition("@p")
+            if at:
+                percentiles.add(share(f"{percentile}%", param="slo"))
             values[key] = share(value, param=name) if is_share else seconds(value, param=f"slo {name}", unit="ms")
-        return cls(**values)
+        shares = percentiles | ({values["attainment"]} if "attainment" in values else set())
+        if len(shares) > 1:
+            raise UsageError(
+                f"The SLO '{text}' names several shares of requests.",
+                hint="One share of requests must meet all limits: the same percentile at each.",
+                param="slo",
+            )
+        return cls(**values, **({"attainment": shares.pop()} if percentiles and "attainment" not in values else {}))
 
     @classmethod
     def from_dict(cls, values: Any) -> SLO:

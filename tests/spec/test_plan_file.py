@@ -1,0 +1,71 @@
+"""A plan in its file: everything that reproduces a deployment, and nothing that nobody understands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from powerband.errors import UsageError
+from powerband.spec.arrivals import OpenLoop
+from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.spec.plan import Banded, Cost, Plan, Promise, read_plan, write_plan
+from powerband.spec.presets import preset
+from powerband.spec.slo import SLO
+from powerband.spec.workload import Workload
+
+SMALL = Replica(device="L4", quantization="int8", max_model_len=4096, max_num_seqs=64)
+LARGE = Replica(device="H100", tensor_parallel=2, max_model_len=8192)
+PLAN = Plan(
+    model="meta-llama/Llama-3.1-8B",
+    workload=Workload(name="rag", arrivals=OpenLoop.at(8.0), requests=preset("rag").mix),
+    slo=SLO.parse("ttft=1s@p95,tpot=60ms@p95"),
+    promise=Promise(8.0, 1200.0),
+    deployment=Deployment(
+        engine="vllm", pools=(Pool(replica=SMALL, count=3, longest_prompt=2000), Pool(replica=LARGE))
+    ),
+    predicted={"ttft_s": Banded(0.6, 0.5, 0.8)},
+    cost=Cost(usd_per_hour=9.4, usd_per_million_tokens=1.9, machines={"aws g6.xlarge": 3}),
+)
+
+
+def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
+    write_plan(PLAN, tmp_path / "plan.yaml")
+    assert read_plan(tmp_path / "plan.yaml") == PLAN
+
+
+def test_the_file_says_every_limit_even_where_it_is_the_default(tmp_path: Path) -> None:
+    write_plan(PLAN, tmp_path / "plan.yaml")
+    replica = yaml.safe_load((tmp_path / "plan.yaml").read_text())["deployment"]["pools"][1]["replica"]
+    assert replica["max_num_seqs"] == 256
+    assert replica["pipeline_parallel"] == 1
+
+
+def test_a_promise_alone_is_a_plan_too() -> None:
+    bare = replace(PLAN, deployment=None, predicted={}, cost=None)
+    assert Plan.from_dict(bare.as_dict()) == bare
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"engine": "fast"}, "plan: deployment: engine: 'fast'"),
+        ({"pools": []}, "Pools take prompts up to"),
+        ({"pools": [{"replica": {"device": "L4", "max_model_len": 4096, "speed": 1}}]}, "'speed' is unknown"),
+        ({"pools": [{"replica": {"device": "L4", "max_model_len": 4096}, "longest_prompt": 5}]}, "Pools take prompts"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, object], sentence: str) -> None:
+    values = PLAN.as_dict()
+    values["deployment"] = {**values["deployment"], **change}
+    with pytest.raises(UsageError, match=sentence.replace("(", r"\(")):
+        Plan.from_dict(values)
+
+
+def test_prompts_go_to_the_first_pool_that_takes_them() -> None:
+    deployment = PLAN.deployment
+    assert deployment is not None
+    assert [deployment.pool_for(tokens) for tokens in (1, 2000, 2001)] == [0, 0, 1]
+    assert deployment.num_devices == 5
