@@ -116,10 +116,14 @@ class EngineCore:
         self._last_finished_s = clock.now()
 
     @property
+    def is_working(self) -> bool:
+        """Whether there is something to do now, without a further command."""
+        return bool(self._inflight) or bool(self.scheduler.requests and not self.scheduler.paused)
+
+    @property
     def busy(self) -> bool:
         """Whether there is, or will be, something to do without a further live command."""
-        waiting = self.scheduler.requests and not self.scheduler.paused
-        return bool(self._inflight or waiting) or self.inbox.next_time() is not None
+        return self.is_working or self.inbox.next_time() is not None
 
     def step(self) -> list[TokenOutput]:
         """Do one round; wait only if there is nothing to do. Raises EngineDead when the device cannot go on."""

@@ -1,0 +1,216 @@
+"""A deployment under a schedule, in virtual time: the engine's own core for every replica, the gateway's routing.
+
+    schedule ──► talks ──► routing ──► replica: EngineCore + model of its steps ──► tokens ──► records
+                   ▲                                                                   │
+                   └────────────────────── the next turn, after thinking ◄─────────────┘
+
+Every replica has a clock of its own, and the one whose next act is earliest always goes first, so that none hears of
+anything late. Equal inputs give equal results.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powerband.core.loop import Add
+from powerband.core.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
+from powerband.core.step import TokenOutput
+from powerband.metrics.record import RequestRecord
+from powerband.planner.clients import Open, Talk
+from powerband.planner.replica import SimulatedReplica, StepModel
+from powerband.spec.deployment import Deployment
+from powerband.spec.workload import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFigures:
+    """What one replica did. Prefix figures in prompt tokens. short_of_memory: steps in which a request waited for
+    blocks of KV cache alone.
+    """
+
+    pool: int
+    busy_s: float
+    num_steps: int
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    short_of_memory: int
+    operators: dict[str, float]  # seconds by operator, estimated from some of the steps
+    bounds: dict[str, float]  # the same seconds by what bound them
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """records: of every request that was sent, by index. seconds: until the last answer. unsent: later than the
+    schedule lasts, or turns of a conversation that lost an answer.
+    """
+
+    records: list[RequestRecord]
+    replicas: tuple[ReplicaFigures, ...]
+    seconds: float
+    unsent: int
+
+    def total(self, name: str) -> float:
+        """Of a figure over all replicas."""
+        return float(sum(getattr(replica, name) for replica in self.replicas))
+
+
+def simulate(
+    schedule: Schedule,
+    deployment: Deployment,
+    models: Sequence[StepModel],
+    num_blocks: Sequence[int],
+    block_size: int,
+    *,
+    slowdown: float = 1.0,
+    routing: RoutingPolicy | None = None,
+) -> Simulation:
+    """Play `schedule` to its end. models, num_blocks: of the replicas of each pool. slowdown: factor on every time.
+
+    routing: default: pools by prompt length, within a pool the least outstanding work; conversations stay.
+    """
+    world = _World(schedule, deployment, models, num_blocks, block_size, slowdown, routing or routing_for(deployment))
+    world.play()
+    return world.result()
+
+
+def routing_for(deployment: Deployment) -> RoutingPolicy:
+    """As the gateway does it."""
+    pools = [LeastOutstanding(pool.count) for pool in deployment.pools]
+    longest = [pool.longest_prompt for pool in deployment.pools if pool.longest_prompt is not None]
+    return Sticky(ByPromptLength(longest, pools) if longest else pools[0])
+
+
+class _World:
+    def __init__(
+        self,
+        schedule: Schedule,
+        deployment: Deployment,
+        models: Sequence[StepModel],
+        num_blocks: Sequence[int],
+        block_size: int,
+        slowdown: float,
+        routing: RoutingPolicy,
+    ) -> None:
+        self._duration_s = schedule.duration_s
+        self._slowdown = slowdown
+        self._routing = routing
+        self._pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
+        self._replicas = [
+            SimulatedReplica(
+                deployment.pools[pool].replica,
+                deployment.engine,
+                models[pool],
+                num_blocks=num_blocks[pool],
+                block_size=block_size,
+                slowdown=slowdown,
+                seed=schedule.seed,
+            )
+            for pool in self._pools
+        ]
+        self._talks = [Talk(chain) for chain in schedule.chains]
+        self._open: dict[str, Open] = {}
+        self._records: dict[int, RequestRecord] = {}
+        # (time, order, chain, answered): a request that is due, or one whose answer is complete.
+        self._events: list[tuple[float, int, int, Open | None]] = []
+        self._num_events = 0
+        self._end_s = 0.0
+        for number, talk in enumerate(self._talks):
+            self._plan(talk.chain.start_s, number)
+
+    def play(self) -> None:
+        while True:
+            event_s = self._events[0][0] if self._events else math.inf
+            replica = min(self._replicas, key=_next_s)
+            if event_s <= replica.next_s:
+                if not self._events:
+                    return
+                self._happen(*heapq.heappop(self._events))
+            else:
+                for output in replica.advance():
+                    self._hear(output)
+
+    def result(self) -> Simulation:
+        return Simulation(
+            [self._records[index] for index in sorted(self._records)],
+            tuple(_figures(replica, pool) for replica, pool in zip(self._replicas, self._pools, strict=True)),
+            self._end_s,
+            sum(len(talk.chain.requests) for talk in self._talks) - len(self._records),
+        )
+
+    def _push(self, time_s: float, chain: int, answered: Open | None) -> None:
+        heapq.heappush(self._events, (time_s, self._num_events, chain, answered))
+        self._num_events += 1
+
+    def _plan(self, time_s: float, number: int) -> None:
+        """The next request of a chain, if there is time for it."""
+        if time_s <= self._duration_s:
+            self._push(time_s, number, None)
+
+    def _happen(self, now: float, _order: int, number: int, answered: Open | None) -> None:
+        if answered is not None:
+            self._routing.answered(answered.replica, answered.tokens)
+            planned = self._talks[number].next
+            if planned is not None:
+                self._plan(now + planned.think_s, number)
+            return
+        talk = self._talks[number]
+        planned = talk.next
+        if planned is None:
+            return
+        tokens = talk.prompt_tokens
+        index = self._routing.choose(tokens, talk.session)
+        replica = self._replicas[index]
+        host = replica.model.host
+        request = talk.ask(now + host.arrival_s * self._slowdown)
+        opened = Open(planned, number, now, tokens, index, host.answer_s * self._slowdown)
+        self._open[request.id] = opened
+        self._routing.sent(index, opened.tokens)
+        replica.inbox.send(request.arrival_s, Add(request))
+
+    def _hear(self, output: TokenOutput) -> None:
+        opened = self._open[output.id]
+        opened.hear(output)
+        if output.finish_reason is None:
+            return
+        del self._open[output.id]
+        record = self._records[opened.planned.index] = opened.record(output.finish_reason)
+        end_s = output.time_s + opened.answer_s
+        self._end_s = max(self._end_s, end_s)
+        self._talks[opened.chain].heard(record)
+        self._push(end_s, opened.chain, opened)
+
+
+def _next_s(replica: SimulatedReplica) -> float:
+    return replica.next_s
+
+
+def _figures(replica: SimulatedReplica, pool: int) -> ReplicaFigures:
+    executor, counters = replica.executor, replica.scheduler.counters
+    operators: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    for works, sampled in executor.shapes:
+        for found, into in (
+            (executor.model.parts(works, sampled), operators),
+            (executor.model.bounds(works, sampled), bounds),
+        ):
+            for name, seconds in found.items():
+                into[name] = into.get(name, 0.0) + seconds
+    for into in (operators, bounds):
+        whole = sum(into.values())
+        for name in into:
+            into[name] *= executor.busy_s / whole if whole else 0.0
+    return ReplicaFigures(
+        pool=pool,
+        busy_s=executor.busy_s,
+        num_steps=counters.num_steps,
+        num_preemptions=counters.num_preemptions,
+        prefix_queries=counters.prefix_queries,
+        prefix_hits=counters.prefix_hits,
+        short_of_memory=replica.short_of_memory,
+        operators=operators,
+        bounds=bounds,
+    )
