@@ -25,6 +25,7 @@ COMMANDS = {
     "memory": "powerband.cli.memory:memory",
     "eval": "powerband.cli.eval:evaluate",
     "bench": "powerband.cli.bench:bench",
+    "devices": "powerband.cli.devices:devices",
     "doctor": "powerband.cli.doctor:doctor",
 }
 

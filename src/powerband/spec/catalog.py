@@ -47,7 +47,8 @@ class Catalog:
         for profile in self.profiles.values():
             if wanted in (known.casefold() for known in (profile.name, *profile.aliases)):
                 return profile
-        near = difflib.get_close_matches(name, self.profiles, n=2, cutoff=0.4)
+        names = {known.casefold(): known for known in self.profiles}
+        near = [names[found] for found in difflib.get_close_matches(wanted, names, n=2, cutoff=0.4)]
         raise UsageError(
             f"There is no device {shown(name)} in the catalog.",
             hint=(f"Near: {', '.join(near)}. " if near else "")

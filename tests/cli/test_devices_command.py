@@ -1,0 +1,49 @@
+"""`powerband devices`: the catalog as a table, a profile as a file, prices of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from powerband.cli.main import main
+from powerband.spec.catalog import load_catalog
+from powerband.spec.profile import DeviceProfile
+
+
+def test_the_table_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in load_catalog().profiles)
+
+
+def test_a_profile_can_be_saved_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "l4"]) == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert DeviceProfile.from_dict(yaml.safe_load(file.read_text())) == load_catalog().find("L4")
+
+
+def test_prices_of_ones_own_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("L4: 0.12\n")
+    assert main(["devices", "--prices", str(prices), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert next(p for p in shown if p["name"] == "L4")["prices"][0]["usd_per_hour"] == 0.12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["devices", "l5"], 2, "There is no device 'l5' in the catalog."),
+        (["devices", "--prices", "/nowhere.yaml"], 3, "Cannot read /nowhere.yaml"),
+        (["devices", "/nowhere.yaml"], 3, "Cannot read /nowhere.yaml"),
+    ],
+)
+def test_what_is_wrong_is_told(
+    arguments: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    assert sentence in capsys.readouterr().err
