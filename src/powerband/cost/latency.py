@@ -209,10 +209,11 @@ class LatencyModel:
         law, speed, longest = self._attention, self._attention_speed, self._longest_decode
         for layers, heads in self._shapes.attention:
             chunks = None
-            positions = 0
+            positions = rows = 0
             window = heads.window
             for new, context in works:
                 if new <= longest:
+                    rows += new
                     positions += context if window is None or context < window else window
                 else:
                     if chunks is None:
@@ -222,7 +223,7 @@ class LatencyModel:
                 found = chunks.seconds(law, speed)
                 yield Item("attention prefill", "compute" if found.computing else "bandwidth", layers * found.total)
             if positions:
-                yield Item("attention decode", "bandwidth", layers * laws.decode(law, speed, positions, heads.kv_bytes))
+                yield Item("attention decode", "bandwidth", layers * laws.decode(law, speed, positions, rows, heads))
 
     def _head_items(self, rows: int) -> Iterator[Item]:
         if not rows:

@@ -138,11 +138,12 @@ def visible_pairs(new: int, context: int, window: int | None) -> float:
     return ramp * (2 * start + ramp + 1) / 2 + (new - ramp) * window
 
 
-def decode(law: AttentionLaw, speed: Speed, positions: float, kv_bytes: float) -> float:
-    """Decodes that read `positions` in all, in one layer."""
+def decode(law: AttentionLaw, speed: Speed, positions: float, tokens: float, shape: Heads) -> float:
+    """Decodes of `tokens` in all that read `positions` in all, in one layer."""
     if positions <= 0:
         return 0.0
-    return law.decode_overhead_s + (positions * kv_bytes + law.extra_bytes) / (speed.bytes_per_s * law.memory_share)
+    moved = positions * shape.kv_bytes + tokens * 4.0 * shape.heads * shape.head_dim + law.extra_bytes
+    return law.decode_overhead_s + moved / (speed.bytes_per_s * law.memory_share)
 
 
 def elementwise(law: ElementwiseLaw, speed: Speed, kernels: float, moved_bytes: float) -> float:
