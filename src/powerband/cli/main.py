@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "powerband.cli.eval:evaluate",
     "bench": "powerband.cli.bench:bench",
     "devices": "powerband.cli.devices:devices",
+    "simulate": "powerband.cli.simulate:simulate",
     "doctor": "powerband.cli.doctor:doctor",
 }
 

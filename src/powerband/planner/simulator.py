@@ -44,11 +44,12 @@ class ReplicaFigures:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """records: of every request that was sent, by index. seconds: until the last answer. unsent: later than the
+    """records: of every request that was sent; indices: theirs. seconds: until the last answer. unsent: later than the
     schedule lasts, or turns of a conversation that lost an answer.
     """
 
     records: list[RequestRecord]
+    indices: list[int]
     replicas: tuple[ReplicaFigures, ...]
     seconds: float
     unsent: int
@@ -136,6 +137,7 @@ class _World:
     def result(self) -> Simulation:
         return Simulation(
             [self._records[index] for index in sorted(self._records)],
+            sorted(self._records),
             tuple(_figures(replica, pool) for replica, pool in zip(self._replicas, self._pools, strict=True)),
             self._end_s,
             sum(len(talk.chain.requests) for talk in self._talks) - len(self._records),

@@ -1,0 +1,112 @@
+"""`powerband simulate`: a plan under a load that nobody sends, reported as the load generator reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from powerband.cli.main import main
+from powerband.spec.arrivals import OpenLoop
+from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.spec.plan import Plan, Promise, write_plan
+from powerband.spec.presets import preset
+from powerband.spec.slo import SLO
+from powerband.spec.workload import Workload
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return Plan(
+        model=str(tmp_path / "config.json"),
+        workload=Workload(name="chat", arrivals=OpenLoop.at(1.0), requests=preset("chat").mix),
+        slo=SLO.parse("ttft=1s,tpot=50ms"),
+        promise=Promise(1.0),
+        deployment=Deployment(engine="vllm", pools=(Pool(replica=Replica(device="H100", max_model_len=8192)),)),
+    )
+
+
+def run(plan: Plan, folder: Path, *options: str) -> int:
+    write_plan(plan, folder / "plan.yaml")
+    return main(["simulate", str(folder / "plan.yaml"), "--out", str(folder / "run"), *options])
+
+
+def test_the_plans_own_load_is_played_and_judged(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(plan, tmp_path, "--json") == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    point = report["points"][0]
+    assert point["verdict"] == "PASS"
+    assert point["offered"] == {"kind": "rate", "value": 1.0}
+    assert report["workload"]["name"] == "chat"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "requests.jsonl", "report.html"}
+
+
+def test_a_trace_is_played_and_equal_seeds_give_equal_results(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:17:{second:02d}.0,{200 + 7 * second},{10 + second}" for second in range(40)]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
+    found = []
+    for _ in range(2):
+        assert run(plan, tmp_path, "--trace", str(trace), "--json") == 0
+        found.append(json.loads(capsys.readouterr().out)["points"])
+    assert found[0] == found[1]
+    lines = (tmp_path / "run" / "requests.jsonl").read_text().splitlines()
+    assert len(lines) == 40
+    assert json.loads(lines[-1])["output_tokens"] == 49
+
+
+def test_a_missed_slo_is_exit_1(plan: Plan, tmp_path: Path) -> None:
+    strict = replace(plan, slo=SLO.parse("tpot=1ms"))
+    assert run(strict, tmp_path, "--requests", "20") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "sentence"),
+    [
+        ({"deployment": None}, 2, "not by which deployment"),
+        ({"model": "/nowhere/config.json"}, 3, "/nowhere/config.json"),
+        (
+            {"deployment": Deployment(engine="vllm", pools=(Pool(replica=Replica(device="T4", max_model_len=8192)),))},
+            3,
+            "does not fit: needs",
+        ),
+        (
+            {"deployment": Deployment(engine="vllm", pools=(Pool(replica=Replica(device="X", max_model_len=64)),))},
+            2,
+            "There is no device 'X'",
+        ),
+    ],
+)
+def test_what_cannot_be_simulated_is_told(
+    change: dict[str, Any],
+    code: int,
+    sentence: str,
+    plan: Plan,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(replace(plan, **change), tmp_path) == code
+    assert sentence in capsys.readouterr().err
