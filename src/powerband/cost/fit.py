@@ -77,7 +77,8 @@ def fit(
 
     def residuals(z: Vector) -> Vector:
         candidate = built(z)
-        return np.log(np.array([predict(candidate, point) for point in points])) - measured
+        found: Vector = np.log(np.array([predict(candidate, point) for point in points])) - measured
+        return found
 
     z = np.array([_outside(*bounds[name], getattr(law, name)) for name in names])
     best = built(_solve(residuals, z))
