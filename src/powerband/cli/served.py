@@ -1,0 +1,125 @@
+"""A model in its real serving form for a while: the server's process, loads over HTTP, and the engine's step log.
+
+async with serving("demo", settings, folder) as served:
+    load = await served.load(workload, duration_s=20)
+served.steps()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from powerband.bench.http import get
+from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
+from powerband.bench.messages import Target
+from powerband.bench.probe import find_server, measure_words
+from powerband.cost.steps import Run, read_step_log
+from powerband.errors import EnvironmentFault
+from powerband.spec.workload import Schedule
+
+START_S = 300.0
+_STOP_S = 20.0
+_LOG_NAME, _STEPS_NAME = "server.log", "steps.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """start_s: of the schedule, on the machine's monotonic clock, which the step log's times are on, too."""
+
+    result: LoadResult
+    start_s: float
+
+
+class Served:
+    """A server that has started, and everything it noted."""
+
+    def __init__(self, target: Target, folder: Path) -> None:
+        self.target = target
+        self._folder = folder
+
+    async def load(self, schedule: Schedule, *, timeout_s: float = 600.0, drain_s: float = 600.0) -> Load:
+        """Send it, with texts that the server has not seen. Raises as run_load does."""
+        started = 0.0
+
+        def watch(live: Live) -> None:
+            nonlocal started
+            started = live.start_at
+
+        target = msgspec.structs.replace(self.target, salt=f"{time.time_ns()} ")
+        options = LoadOptions(timeout_s=timeout_s, drain_s=drain_s)
+        result = await run_load(target, schedule, options, watch=watch)
+        return Load(result, started)
+
+    def steps(self) -> list[Run]:
+        """What the engine noted. Complete only once the server has ended."""
+        return read_step_log(self._folder / _STEPS_NAME)
+
+
+@contextlib.asynccontextmanager
+async def serving(model: str, settings: Mapping[str, object], folder: Path) -> AsyncIterator[Served]:
+    """Start `powerband serve` on a free port of the loopback, and end it afterwards.
+
+    settings: of EngineSettings by name, beside the model. Raises EnvironmentFault with the end of the server's log when
+    it does not start.
+    """
+    port = _free_port()
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "powerband", "serve", model, f"--port={port}", "--log-level=warning"]
+    command += [f"--step-log={folder / _STEPS_NAME}", *options]
+    log = folder / _LOG_NAME
+    with log.open("wb") as output:
+        # A group of its own: Ctrl-C is for this process, which then ends the server.
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
+        )
+    try:
+        yield Served(await _ready(process, port, log), folder)
+    finally:
+        await _stop(process)
+
+
+async def _ready(process: asyncio.subprocess.Process, port: int, log: Path) -> Target:
+    """The target, once it answers and its words are measured."""
+    asked = Target(base=f"http://127.0.0.1:{port}", endpoint="completions", model="")
+    deadline_s = time.monotonic() + START_S
+    while time.monotonic() < deadline_s:
+        if process.returncode is not None:
+            break
+        with contextlib.suppress(OSError, TimeoutError):
+            if (await get(asked, "/readyz")).status == 200:
+                return await measure_words((await find_server(asked))[0])
+        await asyncio.sleep(0.2)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+    raise EnvironmentFault(
+        f"The server did not start.\n{tail}", hint="Try 'powerband serve' with the same model and settings."
+    )
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_S)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
