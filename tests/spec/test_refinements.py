@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
-from powerband.spec.profile import DeviceProfile, Evidence, Machine, Refinement
+from powerband.spec.profile import DeviceProfile, Evidence, Machine, Refinement, StepLaw
 from powerband.spec.reader import read_model_spec
 
-REFINEMENT = Refinement(
-    model="abc",
-    name="demo",
-    tokens=(1, 4, 64),
-    factors=(1.0, 2.0, 3.0),
-    evidence=Evidence(source="measured", error=0.1),
+STEPS = StepLaw(
+    tokens=(1, 64),
+    token_s=(0.001, 0.002),
+    rows=(1,),
+    row_s=(0.001,),
+    decodes_s=1e-4,
+    decode_s=1e-5,
+    position_s=1e-7,
+    chunk_s=1e-4,
+    pair_s=1e-8,
+    read_s=1e-7,
 )
+REFINEMENT = Refinement(model="abc", name="demo", steps=STEPS, evidence=Evidence(source="measured", error=0.1))
 PROFILE = DeviceProfile(
     name="here",
     kind="cpu",
@@ -27,11 +31,6 @@ PROFILE = DeviceProfile(
     machine=Machine(name="Xeon", features=("amx_bf16",), cores=2, threads=2, date="2026-11-21"),
     refinements=(REFINEMENT,),
 )
-
-
-@pytest.mark.parametrize(("tokens", "factor"), [(1, 1.0), (2, 1.5), (4, 2.0), (16, 2.5), (64, 3.0), (4096, 3.0)])
-def test_factors_are_joined_by_straight_lines_over_the_logarithm(tokens: int, factor: float) -> None:
-    assert REFINEMENT.factor(tokens) == pytest.approx(factor)
 
 
 def test_only_the_same_model_in_the_same_form_is_refined() -> None:

@@ -13,12 +13,13 @@ from typing import NamedTuple, TypeVar
 
 from powerband.cost import laws
 from powerband.cost.laws import Speed
+from powerband.cost.measured_steps import MeasuredSteps
 from powerband.cost.shapes import FORMATS, PLAIN, Format, Matrix, RankShapes
 from powerband.errors import UsageError
 from powerband.spec import priors
 from powerband.spec.deployment import EngineName, Quantization, Replica
 from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile, GemmLaw, HostLaw
+from powerband.spec.profile import DeviceProfile, GemmLaw, HostLaw, Refinement
 
 OPERATORS = (
     "projections",
@@ -68,7 +69,11 @@ class LatencyModel:
         self._shapes = RankShapes.of(spec, replica)
         self._hidden, self._vocab, self._chosen = spec.hidden_size, spec.vocab_size, spec.num_experts_per_token
         self.num_stages = replica.pipeline_parallel
-        self.host: HostLaw = profile.host.get(engine) or priors.host_law(engine)
+        refined = _refinement(spec, profile, replica, engine)
+        own_host = refined.host if refined is not None else None
+        self.host: HostLaw = own_host or profile.host.get(engine) or priors.host_law(engine)
+        self._measured = MeasuredSteps(refined.steps) if refined is not None else None
+        self._measured_error = refined.evidence.error if refined is not None else 0.0
         expert_format: Quantization = replica.quantization
         plain: Quantization = "none" if replica.quantization == "mxfp4" else replica.quantization
         self._matrix, self._plain = self._product(plain), self._product("none")
@@ -92,6 +97,8 @@ class LatencyModel:
 
     def step_s(self, works: Sequence[tuple[int, int]], sampled: int) -> float:
         """Device seconds of one step, all stages together. works: (new tokens, context after them) of each request."""
+        if self._measured is not None:
+            return self._measured.step_s(works, sampled)
         tokens, decodes = self._tokens(works)
         seconds = self._by_tokens.get(tokens)
         if seconds is None:
@@ -107,20 +114,27 @@ class LatencyModel:
     def parts(self, works: Sequence[tuple[int, int]], sampled: int) -> dict[str, float]:
         """The same seconds by operator."""
         found = dict.fromkeys(OPERATORS, 0.0)
+        if self._measured is not None:
+            return found | self._measured.parts(works, sampled)
         for item in self._items(works, sampled):
             found[item.operator] += item.seconds
         return found
 
     def bounds(self, works: Sequence[tuple[int, int]], sampled: int) -> dict[str, float]:
-        """The same seconds by what binds."""
+        """The same seconds by what binds. Of measured steps: in the proportions of the laws."""
         found = dict.fromkeys(BOUNDS, 0.0)
         for item in self._items(works, sampled):
             found[item.bound] += item.seconds
+        if self._measured is not None:
+            scale = self._measured.step_s(works, sampled) / sum(found.values())
+            return {name: seconds * scale for name, seconds in found.items()}
         return found
 
     @property
     def band(self) -> float:
         """Nine steps in ten lie within ± this share: errors of the laws by their part of usual steps."""
+        if self._measured is not None:
+            return self._measured_error
         context = max(min(2048, self._replica.max_model_len) // 2, 1)
         steps: list[tuple[list[tuple[int, int]], int]] = [([(1, context)] * 16, 16), ([(context, context)], 1)]
         return max(self._band(works, rows) for works, rows in steps)
@@ -289,6 +303,15 @@ class LatencyModel:
                 f"{self._profile.name} is the host: there is nowhere to offload to.", param="offload_share"
             )
         return laws.link(law, share * self._shapes.layer_weight_bytes)
+
+
+def _refinement(
+    spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName
+) -> Refinement | None:
+    """Of this model on one device, whole and without guesses: other forms were not measured."""
+    if replica.num_devices > 1 or replica.offload_share or replica.draft_tokens:
+        return None
+    return profile.refinement(spec.shape_digest, engine, replica.quantization, replica.kv_precision)
 
 
 def _law(table: Mapping[str, Mapping[str, Law]], engine: str, precision: str) -> Law | None:

@@ -60,11 +60,14 @@ class ModelExecutor(SimExecutor):
         self._stride = 1
 
     def submit(self, step: Step) -> SimHandle:
-        self.submit_s = self.host_s(len(step.works))
+        new = sum(work.new is not None for work in step.works) if self.model.host.per_new_s else 0
+        self.submit_s = self.host_s(len(step.works), new)
         return super().submit(step)
 
-    def host_s(self, num_works: int) -> float:
-        return (self.model.host.step_s + self.model.host.per_request_s * num_works) * self.slowdown
+    def host_s(self, num_works: int, num_new: int = 0) -> float:
+        """The host's own work for a step."""
+        host = self.model.host
+        return (host.step_s + host.per_request_s * num_works + host.per_new_s * num_new) * self.slowdown
 
     def device_s(self, step: Step) -> float:
         works = [(work.num_tokens, work.start + work.num_tokens) for work in step.works]

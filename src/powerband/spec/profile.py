@@ -10,8 +10,6 @@ hand-written one leaves out is filled in by its architecture's prior.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -99,10 +97,14 @@ class LinkLaw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLaw:
-    """What the host adds. step = device + step_s + per_request_s · requests in it, or their maximum if overlapped."""
+    """What the host adds. step = device + its work, or their maximum if overlapped.
+
+    Its work: step_s + per_request_s · requests in the step + per_new_s · those of them that are new.
+    """
 
     step_s: float
     per_request_s: float
+    per_new_s: float = 0.0
     arrival_s: float  # from a request's arrival until the engine knows it: HTTP, chat template, tokens
     answer_s: float  # from a step's result until its tokens are at the client
     layer_s: float = 0.0  # of each layer in each step: launches
@@ -123,34 +125,38 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refinement:
-    """What the laws of a device are for one model on one engine: fitted to steps of that model.
+class StepLaw:
+    """What steps of one model take on one device, fitted to steps of it; cost.measured_steps evaluates it. Seconds.
 
-    A step of n tokens takes what its laws say, times factors[i] at tokens[i] = n; between two, linear in log n.
+    token_s[i]: of a step of tokens[i] tokens, without its attention and head; row_s[i]: of rows[i] sampled rows.
+    Between two, and beyond the last, on straight lines.
     """
+
+    tokens: tuple[int, ...]
+    token_s: tuple[float, ...]
+    rows: tuple[int, ...]
+    row_s: tuple[float, ...]
+    # attention, of all layers together
+    decodes_s: float  # of a step with decodes
+    decode_s: float  # of each of them
+    position_s: float  # of each position that they read
+    chunk_s: float  # of each prefill chunk
+    pair_s: float  # of each token and position that it sees
+    read_s: float  # of each position that a chunk reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refinement:
+    """One model in one form on one engine: instead of the device's laws."""
 
     model: str  # ModelSpec.shape_digest
     name: str  # as the model was called
     engine: EngineName = "powerband"
     quantization: Quantization = "none"
     kv_precision: KVPrecision = "16bit"
-    gemm: GemmLaw | None = None  # None: the device's
-    attention: AttentionLaw | None = None
-    tokens: tuple[int, ...] = ()
-    factors: tuple[float, ...] = ()
-    host: HostLaw | None = None
+    steps: StepLaw
+    host: HostLaw | None = None  # None: the device's
     evidence: Evidence
-
-    def factor(self, tokens: int) -> float:
-        """Of a step that computes so many tokens."""
-        if not self.tokens:
-            return 1.0
-        place = bisect_left(self.tokens, tokens)
-        if place in (0, len(self.tokens)):
-            return self.factors[min(place, len(self.tokens) - 1)]
-        low, high = self.tokens[place - 1], self.tokens[place]
-        share = math.log(tokens / low) / math.log(high / low)
-        return self.factors[place - 1] * (1 - share) + self.factors[place] * share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
