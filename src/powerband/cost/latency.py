@@ -305,9 +305,7 @@ class LatencyModel:
         return laws.link(law, share * self._shapes.layer_weight_bytes)
 
 
-def _refinement(
-    spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName
-) -> Refinement | None:
+def _refinement(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> Refinement | None:
     """Of this model on one device, whole and without guesses: other forms were not measured."""
     if replica.num_devices > 1 or replica.offload_share or replica.draft_tokens:
         return None

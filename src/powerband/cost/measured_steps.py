@@ -1,8 +1,8 @@
 """Seconds of a step by a StepLaw: of one model on one device, as it was measured.
 
-    by tokens  (straight lines between measured points)      every product and norm of the layers
-  + by rows    (likewise)                                    head and sampling
-  + attention  (linear in what it reads and multiplies)
+  by tokens  (straight lines between measured points)      every product and norm of the layers
++ by rows    (likewise)                                    head and sampling
++ attention  (linear in what it reads and multiplies)
 """
 
 from __future__ import annotations
