@@ -1,0 +1,87 @@
+"""Reasons name figures that are in the evaluations, and fall silent where there is nothing to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from powerband.planner.outcome import Banded, Evaluation
+from powerband.planner.reasons import reasons
+from powerband.planner.words import deployment_text
+from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.spec.slo import SLO
+
+SLO_ = SLO.parse("ttft=1s@p95,tpot=60ms@p95")
+
+
+def evaluation(device: str, count: int, ttft_s: float, dollars: float, *, tp: int = 1) -> Evaluation:
+    replica = Replica(device=device, tensor_parallel=tp, max_model_len=8192)
+    return Evaluation(
+        deployment=Deployment(engine="vllm", pools=(Pool(replica=replica, count=count),)),
+        method="simulation",
+        figures={
+            "ttft_s": Banded(ttft_s, ttft_s * 0.8, ttft_s * 1.2),
+            "tpot_s": Banded(0.04, 0.035, 0.045),
+            "capacity": Banded(count * 2.5, count * 2.2, count * 2.8),
+            "output_tokens_per_s": Banded(800.0, 790.0, 800.0),
+        },
+        meets_slo=ttft_s * 1.2 <= 1,
+        usd_per_hour=dollars,
+        binds="bandwidth",
+        operators={"projections": 0.6, "attention decode": 0.2, "head": 0.1, "norms and activations": 0.1},
+        kv_tokens=40_000,
+        weights_bytes=16 << 30,
+    )
+
+
+def told(
+    chosen: Evaluation | None, *others: Evaluation, budget: float | None = None, **alternatives: Evaluation
+) -> str:
+    all_of_them = [*([chosen] if chosen else []), *others]
+    return "\n".join(reasons(chosen, all_of_them, alternatives, slo=SLO_, rate=8.0, budget_usd_per_h=budget))
+
+
+def test_what_binds_and_where_the_time_goes() -> None:
+    assert "the bandwidth of memory" in told(evaluation("L4", 4, 0.6, 2.8))
+    assert "projections 60%, attention decode 20%, head 10%." in told(evaluation("L4", 4, 0.6, 2.8))
+
+
+def test_one_replica_less_is_said_to_break_what_it_breaks() -> None:
+    chosen, fewer = evaluation("L4", 4, 0.6, 2.8), evaluation("L4", 3, 1.4, 2.1)
+    assert "3 of these replicas would not do: TTFT would be 1.4s (1.12s–1.68s) of 1s." in told(chosen, fewer)
+    assert "would not do" not in told(chosen, evaluation("L4", 3, 0.7, 2.1))
+
+
+def test_what_a_cheaper_and_a_faster_choice_give_up() -> None:
+    chosen = evaluation("L4", 4, 0.6, 2.8)
+    text = told(chosen, cheaper=evaluation("L4", 3, 0.9, 2.1), faster=evaluation("H100", 1, 0.1, 5.6))
+    assert "Cheaper: vLLM on 3 × L4 saves $0.70 an hour, but TTFT could be 900ms (720ms–1.08s) of 1s." in text
+    assert "Faster: vLLM on 1 × H100 (TTFT 600ms → 100ms, TPOT 40ms → 40ms), for 2 times the price." in text
+
+
+def test_the_price_at_which_another_device_would_do() -> None:
+    text = told(evaluation("L4", 4, 0.6, 2.8), evaluation("A100-80G", 1, 0.2, 3.5))
+    assert "vLLM on 1 × A100-80G would be as cheap if its price fell by 20% (from $3.50 to $2.80 an hour)." in text
+
+
+def test_when_nothing_keeps_the_slo_the_nearest_and_what_it_takes_are_named() -> None:
+    nearest = evaluation("L4", 8, 1.5, 5.6)
+    text = told(None, nearest, nearest=nearest)
+    assert "Nearest is vLLM on 8 × L4: TTFT would be 1.5s (1.2s–1.8s) of 1s." in text
+    assert "An SLO of ttft=1.8s would be kept, or other devices (--devices)." in text
+
+
+def test_a_budget_that_is_too_small_says_what_is_enough() -> None:
+    text = told(None, evaluation("L4", 4, 0.6, 2.8), evaluation("H100", 1, 0.1, 5.6), budget=1.0)
+    assert "The budget of $1.00 an hour is too small" in text
+    assert "vLLM on 4 × L4 at $2.80" in text
+
+
+def test_deployments_are_named_as_people_do() -> None:
+    layout = Replica(device="L4", tensor_parallel=2, pipeline_parallel=2, quantization="fp8", max_model_len=64)
+    alone = Replica(device="A10G", quantization="int8", offload_share=0.4, max_model_len=64)
+    mixed = Deployment(engine="trtllm", pools=(Pool(replica=layout, count=3, longest_prompt=1000), Pool(replica=alone)))
+    assert deployment_text(mixed) == (
+        "TensorRT-LLM on 3 × (4 L4, TP 2 × PP 2, fp8) for prompts up to 1,000 tokens and "
+        "1 × A10G int8 40% of weights in host memory"
+    )
+    assert replace(mixed, engine="vllm", pools=mixed.pools[1:]).num_devices == 1
