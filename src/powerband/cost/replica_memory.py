@@ -12,27 +12,13 @@ from typing import Any, Literal
 
 from powerband.cost.footprint import activation_bytes
 from powerband.cost.memory import plan_memory
+from powerband.cost.shapes import FORMATS, kv_row_bytes
 from powerband.errors import PowerbandError
 from powerband.spec.counts import ParameterCounts, count_parameters
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.model import ModelSpec
 from powerband.spec.profile import DeviceProfile
 from powerband.spec.settings import EngineSettings
-
-# Bytes of a weight with its scales. int4: groups of 128 with a 16-bit scale and a 4-bit zero point; nvfp4: 16 values
-# share an 8-bit scale (NVIDIA), mxfp4: 32 (OCP Microscaling Formats 1.0). 8 bits: a scale per output is left out.
-WEIGHT_BYTES = {
-    "none": 2.0,
-    "fp8": 1.0,
-    "fp8_static": 1.0,
-    "int8": 1.0,
-    "w8a8": 1.0,
-    "int4": 0.5 + 2.5 / 128,
-    "nvfp4": 0.5625,
-    "mxfp4": 0.53125,
-}
-KV_BYTES = {"float32": 4.0, "16bit": 2.0, "fp8": 1.0, "int8": 1.0}
-_INT8_SCALE_BYTES = 4  # of each head of each key and value: our own engine's
 
 # Block sizes and what engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a
 # small vocabulary, 1.3 GiB with large ones, on an H100 (num_gpu_blocks reported by inference-sim's runs).
@@ -109,15 +95,13 @@ def layer_weight_bytes(spec: ModelSpec, replica: Replica) -> int:
     if replica.quantization != "mxfp4":
         small += counts.attention + counts.mlp
     plain = _layer_parameters(counts) - small
-    return round(small * WEIGHT_BYTES[replica.quantization] + plain * 2)
+    return round(small * FORMATS[replica.quantization].weight_bytes + plain * 2)
 
 
 def kv_bytes_per_token(spec: ModelSpec, replica: Replica) -> int:
     """Of one rank: its layers, its heads. Fewer heads than ranks are copied."""
     rank = shard(spec, replica)
-    head = rank.head_dim * KV_BYTES[replica.kv_precision]
-    if replica.kv_precision == "int8":
-        head += _INT8_SCALE_BYTES
+    head = kv_row_bytes(rank.head_dim, replica.kv_precision)
     return round(2 * rank.num_layers * rank.num_kv_heads * head)
 
 
