@@ -77,6 +77,9 @@ class LatencyModel:
         expert_format: Quantization = replica.quantization
         plain: Quantization = "none" if replica.quantization == "mxfp4" else replica.quantization
         self._matrix, self._plain = self._product(plain), self._product("none")
+        # Our engine holds the head in 8 bits beside quantized layers.
+        own_quantized = engine == "powerband" and plain in ("int8", "int4")
+        self._head = self._product("int8") if own_quantized else self._plain
         self._expert_law = _law(profile.experts, engine, expert_format) or priors.experts_law(profile, expert_format)
         self._expert_format = FORMATS[expert_format]
         self._expert_speed = self._speed(self._expert_format)
@@ -143,7 +146,7 @@ class LatencyModel:
         parts = self.parts(works, sampled)
         errors = {
             "projections": self._matrix[0].evidence.error,
-            "head": self._plain[0].evidence.error,
+            "head": self._head[0].evidence.error,
             "attention prefill": self._attention.prefill_evidence.error,
             "attention decode": self._attention.decode_evidence.error,
             "norms and activations": self._elementwise.evidence.error,
@@ -242,7 +245,7 @@ class LatencyModel:
     def _head_items(self, rows: int) -> Iterator[Item]:
         if not rows:
             return
-        yield self._gemm("head", self._plain, self._shapes.head, rows)
+        yield self._gemm("head", self._head, self._shapes.head, rows)
         logits = rows * self._vocab * _SAMPLING_BYTES
         yield Item("sampling", "bandwidth", _SAMPLING_S + logits / self._profile.bandwidth_bytes_per_s)
         ranks = self._replica.tensor_parallel
@@ -290,7 +293,7 @@ class LatencyModel:
                 hint=f"It has {', '.join(peaks)}.",
                 param="quantization",
             )
-        return Speed(peaks[dtype], profile.bandwidth_bytes_per_s, profile.multiprocessors)
+        return Speed(peaks[dtype], profile.bandwidth_bytes_per_s, profile.multiprocessors, profile.kind != "cpu")
 
     def _streaming(self) -> float:
         """Seconds in which each step's offloaded weights come from the host."""

@@ -30,6 +30,7 @@ class Speed(NamedTuple):
     flops_per_s: float
     bytes_per_s: float
     multiprocessors: int
+    row_tiles: bool = True  # rows are computed in tiles, as tensor cores do; on a CPU what is padded costs nothing
 
 
 def gemm(
@@ -46,7 +47,7 @@ def gemm(
     """y[m, n] = x[m, k] · W[k, n]; bytes of an element. dynamic: x comes in 16 bits and is quantized first."""
     if m <= 0:
         return Seconds(0.0, False)
-    rows = _rows(m)
+    rows = _rows(m) if speed.row_tiles else m
     compute = 2.0 * rows * n * k / (speed.flops_per_s * law.compute_share)
     compute /= _filled(law.fill, max(1.0, rows / TILE) * ceil(n / TILE), speed.multiprocessors)
     rate = speed.bytes_per_s * law.memory_share

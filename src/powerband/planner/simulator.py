@@ -167,7 +167,7 @@ class _World:
         index = self._routing.choose(tokens, talk.session)
         replica = self._replicas[index]
         host = replica.model.host
-        request = talk.ask(now + host.arrival_s * self._slowdown)
+        request = talk.ask(now + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
         opened = Open(planned, number, now, tokens, index, host.answer_s * self._slowdown)
         self._open[request.id] = opened
         self._routing.sent(index, opened.tokens)
