@@ -1,15 +1,31 @@
-"""What commands that plan share: models and devices by the names that users give them."""
+"""What commands that plan share: models, devices, workloads, budgets and what-ifs as users write them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
+import yaml
+
+from powerband.cli.bench_options import LoadFlags, RequestFlags, asked_for
 from powerband.cli.memory import config_source
-from powerband.spec.catalog import load_catalog
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.catalog import Catalog, load_catalog, read_prices
+from powerband.spec.deployment import Replica
+from powerband.spec.fields import shown
 from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
+from powerband.spec.presets import PRESETS
+from powerband.spec.profile import DeviceProfile, Price
+from powerband.spec.quantities import number
 from powerband.spec.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
+from powerband.spec.workload import Workload
+
+HOURS = {"h": 1.0, "hour": 1.0, "day": 24.0, "month": 730.0}
+_MAX_WORKLOAD_BYTES = 1 << 20
 
 
 def model_spec(model: str) -> ModelSpec:
@@ -22,11 +38,146 @@ def find_device(name: str) -> DeviceProfile:
     return load_catalog().find(name)
 
 
-def device_names(text: str) -> list[str]:
-    """'L4, A100' → ['L4', 'A100'], each once."""
-    return list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> list[DeviceProfile]:
+    """'L4,A100' with the user's prices and changes. Raises UsageError or EnvironmentFault."""
+    catalog = load_catalog()
+    if prices is not None:
+        catalog = catalog.with_prices(read_prices(prices))
+    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if not names:
+        raise UsageError("No device is named.", hint="Like: --devices L4,A100-80G.", param="devices")
+    found = _distinct([catalog.find(name) for name in names])
+    for change in changes:
+        target, name, value = _change(change)
+        if target != "replica":
+            found = _changed(found, catalog, target, name, value)
+    return found
 
 
-def is_file(text: str) -> bool:
-    """Whether a name is meant as a path."""
-    return Path(text).suffix != "" and Path(text).exists()
+def pinned(changes: Sequence[str]) -> dict[str, Any]:
+    """Of the changes, those of a replica: settings that every candidate must have. Raises UsageError."""
+    hints = get_type_hints(Replica)
+    found: dict[str, Any] = {}
+    for change in changes:
+        target, name, value = _change(change)
+        if target != "replica":
+            continue
+        if name not in hints or name == "device":
+            known = ", ".join(item.name for item in fields(Replica) if item.name != "device")
+            raise UsageError(f"A replica has no {shown(name)}.", hint=f"Known: {known}.", param="set")
+        found[name] = _typed(hints[name], value, change)
+    return found
+
+
+def chosen_workload(text: str, requests: RequestFlags, *, rate: float | None) -> tuple[Workload, float]:
+    """A preset, a file of a workload (YAML) or a trace, and the rate: as told, else its own.
+
+    Raises UsageError or EnvironmentFault.
+    """
+    path = Path(text)
+    if text in PRESETS:
+        if rate is None:
+            raise UsageError("How many requests a second?", hint="Like: --rate 8.", param="rate")
+        asked = asked_for(LoadFlags(rate=rate), replace(requests, workload=text))
+        return asked.workload, rate
+    if path.suffix in (".yaml", ".yml"):
+        workload = _workload_file(path)
+    elif path.exists():
+        workload = asked_for(LoadFlags(trace=path, rate=rate), requests).workload
+    else:
+        raise UsageError(
+            f"There is no workload {shown(text)}, and no such file.",
+            hint=f"Presets: {', '.join(PRESETS)}; or a trace, or a workload in YAML.",
+            param="workload",
+        )
+    own = workload.mean_rate()
+    if rate is None and own is None:
+        raise UsageError(f"{text} has no rate of its own.", hint="Like: --rate 8.", param="rate")
+    return workload, rate if rate is not None else own or 0.0
+
+
+def dollars_per_hour(text: str) -> float:
+    """'4/h', '$100/day', '2900/month', or a bare number an hour. Raises UsageError."""
+    match = re.fullmatch(r"\$?\s*([0-9.]+)\s*(?:/\s*([a-z]+))?", text.strip().lower())
+    if match is None or (match[2] or "h") not in HOURS:
+        raise UsageError(
+            f"budget is '{text}', which is no price.", hint="Write it like 4/h, 100/day or 2900/month.", param="budget"
+        )
+    return number(match[1], param="budget") / HOURS[match[2] or "h"]
+
+
+def _workload_file(path: Path) -> Workload:
+    try:
+        content = path.read_bytes()
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot read {path}: {problem.strerror}.", param="workload") from None
+    if len(content) > _MAX_WORKLOAD_BYTES:
+        raise UsageError(f"{path} is no workload: it is larger than 1 MiB.", param="workload")
+    try:
+        return Workload.from_dict(yaml.safe_load(content))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
+        raise UsageError(f"{path} is no YAML: {str(problem).splitlines()[0]}.", param="workload") from None
+
+
+def _distinct(profiles: list[DeviceProfile]) -> list[DeviceProfile]:
+    """Two names of one device are one device."""
+    return list({profile.name: profile for profile in profiles}.values())
+
+
+def _change(text: str) -> tuple[str, str, str]:
+    """'device.memory_bytes=48e9' → ('device', 'memory_bytes', '48e9')."""
+    where, sign, value = text.partition("=")
+    target, dot, name = where.strip().partition(".")
+    if not sign or not dot or not target or not name or not value.strip():
+        raise UsageError(
+            f"set is '{text}'.",
+            hint="Write it like device.memory_bytes=48e9, L4.price=0.5 or replica.max_num_seqs=64.",
+            param="set",
+        )
+    return target, name, value.strip()
+
+
+def _changed(
+    profiles: list[DeviceProfile], catalog: Catalog, target: str, name: str, value: str
+) -> list[DeviceProfile]:
+    """One fact of all devices ('device'), or of the one that is named."""
+    wanted = None if target == "device" else catalog.find(target).name
+    if wanted is not None and wanted not in [profile.name for profile in profiles]:
+        raise UsageError(f"{wanted} is not among the devices.", hint="Name it in --devices, too.", param="set")
+    return [_with(profile, name, value) if wanted in (None, profile.name) else profile for profile in profiles]
+
+
+def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
+    if name == "price":
+        dollars = number(value, param="set")
+        price = Price(usd_per_hour=dollars, where="--set", source="--set", confidence="user")
+        shared = Price(
+            usd_per_hour=dollars * profile.devices_per_node,
+            devices=profile.devices_per_node,
+            where=f"--set, {profile.devices_per_node} devices",
+            source="--set",
+            confidence="user",
+        )
+        return replace(profile, prices=(price, shared))
+    values = profile.as_dict()
+    *tables, last = name.split(".")
+    inner: Any = values
+    for table in tables:
+        inner = inner.setdefault(table, {}) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict):
+        raise UsageError(f"{profile.name} has no {shown(name)}.", param="set")
+    inner[last] = value
+    return DeviceProfile.from_dict(values, f"--set {name}")
+
+
+def _typed(hint: Any, value: str, change: str) -> Any:
+    if hint in (int, float):
+        found = number(value, param="set", low=-1.0)
+        if hint is int and found != int(found):
+            raise UsageError(f"set is '{change}'; a whole number is needed.", param="set")
+        return hint(found)
+    if hint is bool:
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"set is '{change}'; it is true or false.", param="set")
+        return value.lower() == "true"
+    return value

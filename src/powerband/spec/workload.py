@@ -206,6 +206,19 @@ class Workload:
             raise UsageError(f"More than {MAX_REQUESTS} requests.", hint="Lower the rate or the duration.")
         return schedule
 
+    def mean_rate(self) -> float | None:
+        """Arrivals a second over the whole load; None: as many as there are answers (a closed loop)."""
+        match self.arrivals, self.requests:
+            case OpenLoop(phases), _:
+                steady = phases[-1] if math.isinf(phases[-1].seconds) else None
+                if steady is not None:
+                    return steady.start
+                return sum(phase.arrivals for phase in phases) / sum(phase.seconds for phase in phases)
+            case Replay(speedup), Trace() as trace:
+                last_s = trace.requests[-1].time_s
+                return len(_by_conversation(trace)) / last_s * speedup if last_s else None
+        return None
+
     def _starts(self, seed: int, duration_s: float) -> Iterator[float]:
         match self.arrivals, self.requests:
             case OpenLoop() as arrivals, _:

@@ -1,0 +1,165 @@
+"""Every kind of replica that could serve a model on the devices on offer, and why the others cannot.
+
+    engine × device × (TP × PP, experts divided or not) × precision × precision of the KV cache
+                                            └► what does not fit: weights in the host's memory, where an engine can
+
+How many replicas, and the limits of their schedulers, are the search's to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from powerband.cost.replica_memory import ReplicaMemory, plan_replica
+from powerband.errors import UsageError
+from powerband.planner.outcome import Pruned
+from powerband.planner.words import layout_text
+from powerband.spec.deployment import EngineName, KVPrecision, Quantization, Replica
+from powerband.spec.engines import ABILITIES, USUAL, kv_precisions, why_not
+from powerband.spec.model import ModelSpec
+from powerband.spec.profile import DeviceProfile
+from powerband.spec.stored import Stored
+
+_OFFLOADED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of replica, and the memory of its fullest rank."""
+
+    engine: EngineName
+    replica: Replica
+    memory: ReplicaMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """What may be chosen from. quantizations: empty: the usual ones. pinned: fields of Replica that all must have."""
+
+    profiles: Sequence[DeviceProfile]
+    engines: Sequence[EngineName]
+    max_devices: int
+    max_model_len: int
+    quantizations: Sequence[Quantization] = ()
+    draft_tokens: int = 0
+    draft_acceptance: float = 0.0
+    pinned: Mapping[str, Any] | None = None
+
+
+def kinds(spec: ModelSpec, stored: Stored, space: Space) -> tuple[list[Kind], list[Pruned]]:
+    """All that fit, and what was left out, by reason.
+
+    Raises UsageError when no engine can run the model on any of the devices in any of the precisions.
+    """
+    found: list[Kind] = []
+    left_out: Counter[tuple[str, str]] = Counter()
+    for engine in space.engines:
+        for profile in space.profiles:
+            for quantization in _quantizations(stored, space):
+                reason = _unable(engine, profile, quantization, stored, space)
+                if reason:
+                    left_out[f"{engine} on {profile.name} in {quantization}", reason] += 1
+                    continue
+                for replica in _replicas(spec, engine, profile, quantization, stored, space):
+                    kind = _fitting(spec, engine, profile, replica)
+                    if kind.memory.problem:
+                        left_out[_name(engine, replica), kind.memory.problem] += 1
+                    else:
+                        found.append(kind)
+    pruned = [Pruned(what, reason, count) for (what, reason), count in left_out.items()]
+    return found, pruned
+
+
+def _quantizations(stored: Stored, space: Space) -> tuple[Quantization, ...]:
+    if stored.quantization != "none":
+        if space.quantizations and tuple(space.quantizations) != (stored.quantization,):
+            raise UsageError(
+                f"The checkpoint is stored in {stored.quantization}; quantization is {', '.join(space.quantizations)}.",
+                hint="Leave --quantization out, or plan with the model's 16-bit version.",
+                param="quantization",
+            )
+        return (stored.quantization,)
+    return tuple(space.quantizations) or USUAL
+
+
+def _unable(
+    engine: EngineName, profile: DeviceProfile, quantization: Quantization, stored: Stored, space: Space
+) -> str:
+    reason = why_not(engine, profile, quantization)
+    if not reason and space.draft_tokens and not ABILITIES[engine].speculates:
+        return f"{engine} does not speculate yet"
+    is_asked = quantization in (*space.quantizations, stored.quantization)
+    if not reason and not is_asked and quantization not in ABILITIES[engine].loads:
+        return "it needs a checkpoint that was quantized so (ask for it with --quantization)"
+    return reason
+
+
+def _replicas(
+    spec: ModelSpec,
+    engine: EngineName,
+    profile: DeviceProfile,
+    quantization: Quantization,
+    stored: Stored,
+    space: Space,
+) -> Iterator[Replica]:
+    most = min(space.max_devices, profile.devices_per_node) if ABILITIES[engine].divides else 1
+    kv: KVPrecision
+    for tensor, stages in _layouts(most):
+        for experts in {1, tensor if _has_experts(spec) else 1}:
+            for kv in kv_precisions(engine, profile, quantization, stored.kv_precision):
+                replica = Replica(
+                    device=profile.name,
+                    tensor_parallel=tensor,
+                    pipeline_parallel=stages,
+                    expert_parallel=experts,
+                    quantization=quantization,
+                    kv_precision=kv,
+                    max_model_len=space.max_model_len,
+                    draft_tokens=space.draft_tokens,
+                    draft_acceptance=space.draft_acceptance,
+                )
+                pinned = dict(space.pinned or {})
+                if all(getattr(replica, name) == pinned[name] for name in _ENUMERATED if name in pinned):
+                    yield replace(replica, **pinned)
+
+
+_ENUMERATED = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "quantization", "kv_precision")
+
+
+def _layouts(most: int) -> Iterator[tuple[int, int]]:
+    """(TP, PP) in powers of two, up to `most` devices."""
+    tensor = 1
+    while tensor <= most:
+        stages = 1
+        while tensor * stages <= most:
+            yield tensor, stages
+            stages *= 2
+        tensor *= 2
+
+
+def _has_experts(spec: ModelSpec) -> bool:
+    return any(layer.num_experts for layer in spec.layers)
+
+
+def _fitting(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replica: Replica) -> Kind:
+    """With as much of the weights in the host's memory as it takes to fit; none, where it fits without or never."""
+    whole = Kind(engine, replica, plan_replica(spec, profile, replica, engine))
+    may_offload = ABILITIES[engine].offloads and profile.kind != "cpu" and replica.num_devices == 1
+    if not whole.memory.problem or replica.offload_share or not may_offload:
+        return whole
+    for share in _OFFLOADED:
+        offloaded = replace(replica, offload_share=share)
+        memory = plan_replica(spec, profile, offloaded, engine)
+        if not memory.problem:
+            return Kind(engine, offloaded, memory)
+    return whole
+
+
+def _name(engine: EngineName, replica: Replica) -> str:
+    layout = layout_text(replica)
+    return f"{engine} on {replica.num_devices} {replica.device}, {replica.quantization}" + (
+        f", {layout}" * bool(layout)
+    )
