@@ -6,31 +6,37 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from powerband.cli.bench_options import LoadFlags, RequestFlags, asked_for
 from powerband.cli.memory import config_source
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.arrivals import OpenLoop
 from powerband.spec.catalog import Catalog, load_catalog, read_prices
-from powerband.spec.deployment import Replica
+from powerband.spec.deployment import ENGINES, EngineName, Quantization, Replica
 from powerband.spec.fields import shown
 from powerband.spec.model import ModelSpec
 from powerband.spec.presets import PRESETS
 from powerband.spec.profile import DeviceProfile, Price
 from powerband.spec.quantities import number
-from powerband.spec.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
+from powerband.spec.stored import Stored, read_for_planning
 from powerband.spec.workload import Workload
 
+_MANY = 4000  # requests, among which the longest is looked for
+_SOON = OpenLoop.at(1000.0)
 HOURS = {"h": 1.0, "hour": 1.0, "day": 24.0, "month": 730.0}
 _MAX_WORKLOAD_BYTES = 1 << 20
 
 
-def model_spec(model: str) -> ModelSpec:
-    """Of a Hugging Face id, a folder, a config.json, or 'demo'. Raises UsageError or EnvironmentFault."""
-    return read_model_spec(config_source(EngineSettings(model=model)))
+def model_of(name: str) -> tuple[ModelSpec, Stored]:
+    """Of a Hugging Face id, a folder, a config.json, or 'demo', whichever engine could load its weights; and the
+    precision that they are stored in. Raises UsageError or EnvironmentFault.
+    """
+    source = config_source(EngineSettings(model=name))
+    return read_for_planning(source / "config.json" if source.is_dir() else source)
 
 
 def find_device(name: str) -> DeviceProfile:
@@ -69,21 +75,22 @@ def pinned(changes: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def chosen_workload(text: str, requests: RequestFlags, *, rate: float | None) -> tuple[Workload, float]:
+def chosen_workload(requests: RequestFlags, *, rate: float | None) -> tuple[Workload, float]:
     """A preset, a file of a workload (YAML) or a trace, and the rate: as told, else its own.
 
     Raises UsageError or EnvironmentFault.
     """
+    text = requests.workload or "chat"
     path = Path(text)
     if text in PRESETS:
         if rate is None:
             raise UsageError("How many requests a second?", hint="Like: --rate 8.", param="rate")
-        asked = asked_for(LoadFlags(rate=rate), replace(requests, workload=text))
+        asked = asked_for(LoadFlags(rate=rate), requests)
         return asked.workload, rate
     if path.suffix in (".yaml", ".yml"):
         workload = _workload_file(path)
     elif path.exists():
-        workload = asked_for(LoadFlags(trace=path, rate=rate), requests).workload
+        workload = asked_for(LoadFlags(trace=path, rate=rate), replace(requests, workload=None)).workload
     else:
         raise UsageError(
             f"There is no workload {shown(text)}, and no such file.",
@@ -181,3 +188,44 @@ def _typed(hint: Any, value: str, change: str) -> Any:
             raise UsageError(f"set is '{change}'; it is true or false.", param="set")
         return value.lower() == "true"
     return value
+
+
+def longest_request(workload: Workload, seed: int, most: int) -> int:
+    """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to `most`."""
+    schedule = replace(workload, arrivals=_SOON).draw(seed, num_requests=_MANY)
+    longest = 1
+    for chain in schedule.chains:
+        said = 0
+        for request in chain.requests:
+            said = (said if request.turn else 0) + request.new_tokens + request.output_tokens
+            longest = max(longest, said)
+    return min(-(-longest // 1024) * 1024, most)
+
+
+def quantizations(text: str) -> tuple[Quantization, ...]:
+    """'none,fp8' → both; 'auto' → (): the usual ones. Raises UsageError."""
+    if text == "auto":
+        return ()
+    names = get_args(Quantization)
+    found = tuple(name for part in text.split(",") if (name := part.strip()))
+    wrong = [name for name in found if name not in names]
+    if wrong or not found:
+        raise UsageError(
+            f"There is no quantization {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: auto, {', '.join(names)}.",
+            param="quantization",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names
+
+
+def engines(text: str) -> tuple[EngineName, ...]:
+    """'vllm,sglang' → both. Raises UsageError."""
+    found = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    wrong = [name for name in found if name not in ENGINES]
+    if wrong or not found:
+        raise UsageError(
+            f"There is no engine {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: {', '.join(ENGINES)}.",
+            param="engine",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names

@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench_options import Asked, JudgingFlags, LoadFlags, RequestFlags, asked_for
 from powerband.cli.flags import Json
-from powerband.cli.planning import find_device, model_spec
+from powerband.cli.planning import find_device, model_of
 from powerband.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def simulate(
         )
     asked = _asked(known, load, requests)
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
-    made = modelled(model_spec(known.model), known.deployment, find_device)
+    made = modelled(model_of(known.model)[0], known.deployment, find_device)
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
     result = _load_result(schedule, made.simulate(schedule))
     known = replace(known, slo=judging.made() or known.slo)

@@ -28,10 +28,10 @@ def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
         return _read(source, "config.json")
     path = Path(source)
     if path.is_dir():
-        spec = _read(_load(path / "config.json"), str(path / "config.json"))
+        spec = _read(read_config(path / "config.json"), str(path / "config.json"))
         generation = path / "generation_config.json"
-        return _with_ending(spec, Fields(_load(generation), str(generation))) if generation.exists() else spec
-    return _read(_load(path), str(path))
+        return _with_ending(spec, Fields(read_config(generation), str(generation))) if generation.exists() else spec
+    return _read(read_config(path), str(path))
 
 
 def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
@@ -75,7 +75,8 @@ def _with_ending(spec: ModelSpec, generation: Fields) -> ModelSpec:
     return replace(spec, eos_token_ids=ids) if ids else spec
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The table in a JSON file of a model's folder. Raises EnvironmentFault or UsageError, as read_model_spec."""
     try:
         size = path.stat().st_size
         text = path.read_bytes() if size <= _MAX_CONFIG_BYTES else b""

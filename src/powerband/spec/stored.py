@@ -5,7 +5,6 @@ The engine's own reader (spec.quantization) knows how to load some of them; here
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 from powerband.errors import UsageError
 from powerband.spec.deployment import KVPrecision, Quantization
 from powerband.spec.fields import shown
+from powerband.spec.model import ModelSpec
 from powerband.spec.quantization import QUANTIZATION_KEYS
-
-_MAX_BYTES = 4 << 20
+from powerband.spec.reader import read_config, read_model_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +26,16 @@ class Stored:
     kv_precision: KVPrecision | None = None
 
 
+def read_for_planning(path: Path) -> tuple[ModelSpec, Stored]:
+    """The model of a config.json, as if it were stored in 16 bits, and what it is stored in.
+
+    Raises EnvironmentFault when the file is not there, UsageError when what it says cannot be planned.
+    """
+    config = read_config(path)
+    plain = {name: value for name, value in config.items() if name not in QUANTIZATION_KEYS}
+    return read_model_spec(plain), stored_precision(config, path.parent)
+
+
 def stored_precision(config: Mapping[str, Any], beside: Path | None = None) -> Stored:
     """From config.json, and hf_quant_config.json in the folder `beside`, where there is one.
 
@@ -34,7 +43,7 @@ def stored_precision(config: Mapping[str, Any], beside: Path | None = None) -> S
     """
     found = next((config[key] for key in QUANTIZATION_KEYS if isinstance(config.get(key), Mapping)), None)
     if found is None and beside is not None and (beside / "hf_quant_config.json").exists():
-        found = {"quant_method": "modelopt", **_json(beside / "hf_quant_config.json")}
+        found = {"quant_method": "modelopt", **read_config(beside / "hf_quant_config.json")}
     if found is None:
         return Stored()
     method = str(found.get("quant_method", "compressed-tensors" if "config_groups" in found else "unknown")).lower()
@@ -94,15 +103,6 @@ def _kv(table: Mapping[str, Any]) -> KVPrecision | None:
     if isinstance(scheme, Mapping) and scheme.get("num_bits") == 8:
         return "fp8" if scheme.get("type") == "float" else "int8"
     return {"FP8": "fp8", "INT8": "int8"}.get(algorithm)  # type: ignore[return-value] # both are among the words
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_bytes() if path.stat().st_size <= _MAX_BYTES else b""
-        values = json.loads(content)
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UsageError(f"{path} is not valid JSON: {str(problem)[:200]}.", code="bad_model_config") from problem
-    return values if isinstance(values, dict) else {}
 
 
 def _unknown(what: str) -> UsageError:
