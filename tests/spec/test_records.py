@@ -22,7 +22,8 @@ host_link: {name: pcie4, bytes_per_s: 31.5e9}
 prices:
   - {usd_per_hour: 0.8048, where: AWS g6.xlarge, source: list price}
 all_reduce:
-  2: {latency_s: 5e-6, bytes_per_s: 19e9, evidence: {source: prior, error: 0.4}}
+  '*':
+    2: {latency_s: 5e-6, bytes_per_s: 19e9, evidence: {source: prior, error: 0.4}}
 gemm:
   '*':
     none: {compute_share: 0.5, memory_share: 0.8, overhead_s: 3e-6, evidence: {source: prior, error: 0.35}}
@@ -37,7 +38,7 @@ def test_a_profile_is_read_and_written_without_loss() -> None:
     profile = DeviceProfile.from_dict(facts())
     assert profile.memory_bytes == 24_000_000_000
     assert profile.gemm["*"]["none"].sharpness == 2.0
-    assert profile.all_reduce[2].evidence.error == 0.4
+    assert profile.all_reduce["*"][2].evidence.error == 0.4
     assert [price.usd_per_hour for price in profile.prices] == [0.8048]
     assert DeviceProfile.from_dict(yaml.safe_load(yaml.safe_dump(profile.as_dict()))) == profile
     assert "watts" not in profile.as_dict()

@@ -47,9 +47,9 @@ _GRAPHS: dict[str, tuple[int, ...]] = {
 }
 _SAMPLING_S = 20e-6
 _SAMPLING_BYTES = 8.0  # moved for each logit: read in 16 bits, held in 32
-_IMBALANCE = 1.2  # tokens of the fullest of several ranks with experts, beside the mean
 
 Law = TypeVar("Law")
+Key = TypeVar("Key")
 
 
 class Item(NamedTuple):
@@ -90,7 +90,7 @@ class LatencyModel:
             profile.elementwise.get(engine) or profile.elementwise.get("*") or priors.elementwise_law(profile)
         )
         ranks = replica.tensor_parallel
-        self._all_reduce = profile.all_reduce.get(ranks) or priors.all_reduce_law(profile, ranks)
+        self._all_reduce = _law(profile.all_reduce, engine, ranks) or priors.all_reduce_law(profile, ranks)
         self._transfer = profile.transfer or priors.transfer_law(profile)
         self._stream_s = self._streaming()
         self._graphs = _GRAPHS[engine] if profile.kind != "cpu" else ()
@@ -205,7 +205,7 @@ class LatencyModel:
                 num_experts=kind.num_experts,
                 ranks=kind.ranks,
                 weight_bytes=self._expert_format.weight_bytes,
-                imbalance=_IMBALANCE if kind.ranks > 1 else 1.0,
+                imbalance=laws.IMBALANCE if kind.ranks > 1 else 1.0,
             )
             yield Item("experts", "compute" if found.computing else "bandwidth", kind.layers * found.total)
         speed = self._attention_speed
@@ -240,7 +240,8 @@ class LatencyModel:
                 found = chunks.seconds(law, speed)
                 yield Item("attention prefill", "compute" if found.computing else "bandwidth", layers * found.total)
             if positions:
-                yield Item("attention decode", "bandwidth", layers * laws.decode(law, speed, positions, rows, heads))
+                seconds = laws.decode(law, speed, positions, rows, heads) * (law.mixed_factor if chunks else 1.0)
+                yield Item("attention decode", "bandwidth", layers * seconds)
 
     def _head_items(self, rows: int) -> Iterator[Item]:
         if not rows:
@@ -315,6 +316,6 @@ def _refinement(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engin
     return profile.refinement(spec.shape_digest, engine, replica.quantization, replica.kv_precision)
 
 
-def _law(table: Mapping[str, Mapping[str, Law]], engine: str, precision: str) -> Law | None:
+def _law(table: Mapping[str, Mapping[Key, Law]], engine: str, key: Key) -> Law | None:
     """An engine's own, else that of any."""
-    return table.get(engine, {}).get(precision) or table.get("*", {}).get(precision)
+    return table.get(engine, {}).get(key) or table.get("*", {}).get(key)

@@ -73,6 +73,7 @@ class AttentionLaw:
     decode_overhead_s: float
     fill: float = 0.0
     extra_bytes: float = 0.0
+    mixed_factor: float = 1.0  # on decodes that share their call with a prefill's chunk: 1: they are none the slower
     prefill_evidence: Evidence
     decode_evidence: Evidence
 
@@ -88,10 +89,15 @@ class ElementwiseLaw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkLaw:
-    """t = latency + factor · bytes / bytes_per_s, for collectives of `ranks` devices (2, 4, 8 …) or one transfer."""
+    """t = latency + factor · bytes / bytes_per_s, for collectives of `ranks` devices (2, 4, 8 …) or one transfer.
+
+    Small sums are quicker when every rank sends all it has to all others: the lesser of both is taken.
+    """
 
     latency_s: float
     bytes_per_s: float
+    direct_latency_s: float = 0.0
+    direct_bytes_per_s: float = 0.0  # 0: never so
     evidence: Evidence
 
 
@@ -185,7 +191,7 @@ class DeviceProfile:
     experts: Mapping[str, Mapping[str, GemmLaw]] = field(default_factory=dict)  # a layer's experts in one product
     attention: Mapping[str, Mapping[str, AttentionLaw]] = field(default_factory=dict)
     elementwise: Mapping[str, ElementwiseLaw] = field(default_factory=dict)  # by engine
-    all_reduce: Mapping[int, LinkLaw] = field(default_factory=dict)
+    all_reduce: Mapping[str, Mapping[int, LinkLaw]] = field(default_factory=dict)
     transfer: LinkLaw | None = None  # between two devices, for pipeline stages
     host_transfer: LinkLaw | None = None  # from the host's memory, for offloaded weights
     host: Mapping[str, HostLaw] = field(default_factory=dict)  # by engine
