@@ -24,8 +24,10 @@ from powerband.metrics.definitions import DEFINITIONS
 from powerband.metrics.record import Outcome
 
 PAGE = files("powerband.bench").joinpath("page")
+SHARED = files("powerband").joinpath("pages")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>[[data]]'\"&"
-OURS = ("report.html", "report.css", "charts.js", "report.js")
+OURS = [PAGE.joinpath(name) for name in ("report.html", "report.css", "charts.js", "report.js")]
+OURS += [SHARED.joinpath(name) for name in ("style.css", "drawing.js")]
 
 
 class Page(html.parser.HTMLParser):
@@ -73,9 +75,9 @@ def test_nothing_is_fetched(page: Page):
     for tag, attributes in page.elements:
         assert not {"src", "href", "srcset", "action", "poster", "data"} & attributes.keys(), tag
         assert not [name for name in attributes if name.startswith("on")]
-    for name in OURS:
-        text = PAGE.joinpath(name).read_text()
-        assert not re.search(r"https?:|//[a-z]+\.|url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(", text), name
+    for path in OURS:
+        text = path.read_text()
+        assert not re.search(r"https?:|//[a-z]+\.|url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(", text), path
 
 
 def test_the_policy_allows_what_is_inlined_and_nothing_else(page: Page):
@@ -95,10 +97,11 @@ def test_the_policy_allows_what_is_inlined_and_nothing_else(page: Page):
 
 
 def test_our_scripts_put_text_in_as_text():
-    for name in ("charts.js", "report.js"):
-        script = PAGE.joinpath(name).read_text()
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", script)
-    assert 'renderMode: "richText"' in PAGE.joinpath("charts.js").read_text(), "tooltips on the canvas, not in HTML"
+    for path in OURS:
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", path.read_text()
+        )
+    assert 'renderMode: "richText"' in SHARED.joinpath("drawing.js").read_text(), "tooltips on the canvas, not in HTML"
 
 
 def test_hostile_text_stays_text(page: Page):
@@ -187,17 +190,18 @@ def test_a_page_stays_small():
 
 
 def test_what_others_wrote_is_as_they_wrote_it():
-    vendored = json.loads(PAGE.joinpath("vendored.json").read_text())["files"]
+    vendored = json.loads(SHARED.joinpath("vendored.json").read_text())["files"]
     for name, about in vendored.items():
-        assert hashlib.sha256(PAGE.joinpath(name).read_bytes()).hexdigest() == about["sha256"], name
-    others = {path.name for path in PAGE.iterdir()} - {*OURS, "vendored.json"}
-    assert others == set(vendored)
-    assert "</script" not in PAGE.joinpath("echarts.common.min.js").read_text().lower()
+        assert hashlib.sha256(SHARED.joinpath(name).read_bytes()).hexdigest() == about["sha256"], name
+    ours = {path.name for path in OURS}
+    assert {path.name for path in SHARED.iterdir()} - {*ours, "vendored.json"} == set(vendored)
+    assert {path.name for path in PAGE.iterdir()} <= ours
+    assert "</script" not in SHARED.joinpath("echarts.common.min.js").read_text().lower()
 
 
 def test_the_page_is_part_of_the_package():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '"bench/page/*"' in project
+    assert '"bench/page/*", "pages/*"' in project
 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path):

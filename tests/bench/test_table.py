@@ -15,8 +15,8 @@ from powerband.bench.live import LiveView
 from powerband.bench.load import Live
 from powerband.bench.messages import Progress
 from powerband.bench.results import ErrorGroup, Point, RunReport
-from powerband.bench.shown import digits, plain, share_text, time_interval_text, time_text
 from powerband.bench.table import run_table
+from powerband.metrics.shown import digits, plain, share_text, time_interval_text, time_text
 
 
 def shown(run: RunReport, width: int = 80) -> str:

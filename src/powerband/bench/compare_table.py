@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from powerband.bench.compare import Comparison, Difference, FigureComparison, PointComparison
-from powerband.bench.shown import FIGURES, NONE, digits, plain, share_text, time_interval_text, time_text
+from powerband.metrics.shown import FIGURES, NONE, digits, plain, share_text, time_interval_text, time_text
 
 STYLES = {"faster": "green", "slower": "red", "no difference shown": "dim", "not told": "dim"}
 _RATES = {

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from powerband.bench.load import Live
-from powerband.bench.shown import digits, plain, share_text, time_text
 from powerband.metrics.figures import missed
 from powerband.metrics.record import Outcome, percentile
+from powerband.metrics.shown import digits, plain, share_text, time_text
 from powerband.spec.slo import SLO
 
 RECENT_S = 10.0

@@ -18,7 +18,6 @@ from typing import Any
 
 from powerband.bench.messages import Sample
 from powerband.bench.results import Point, RunReport
-from powerband.bench.shown import FIGURES, OUTCOMES, digits, plain, share_interval_text, share_text, time_text
 from powerband.bench.table import (
     client_text,
     latency_rows,
@@ -32,6 +31,7 @@ from powerband.bench.table import (
 from powerband.metrics.definitions import DEFINITIONS, PERCENTILES, PREAMBLE
 from powerband.metrics.figures import missed
 from powerband.metrics.record import Outcome, percentile
+from powerband.metrics.shown import FIGURES, OUTCOMES, digits, plain, share_interval_text, share_text, time_text
 from powerband.spec.slo import SLO
 
 MOST_SCATTER = 20_000  # points in the whole page

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from powerband.bench.results import Point, RunReport
-from powerband.bench.shown import (
+from powerband.metrics.figures import PERCENTILES
+from powerband.metrics.shown import (
     FIGURES,
     NONE,
     OUTCOMES,
@@ -22,7 +23,6 @@ from powerband.bench.shown import (
     time_interval_text,
     time_text,
 )
-from powerband.metrics.figures import PERCENTILES
 
 STYLES = {"PASS": "bold green", "MISSED": "bold red", "INVALID": "bold yellow", "MEASURED": "bold"}
 _MOST_ERRORS = 5

@@ -3,38 +3,21 @@
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
+  const { node, row, fillFacts } = Drawing;
   const place = (id) => document.getElementById(id);
   const HEADINGS = ["", "mean", "p50", "p90", "p95", "p99", "p99, 95 % interval"];
   const CURVES = ["ttft", "tpot", "itl", "stall", "e2e"];
   let shownCharts = [];
 
-  // Text from anywhere becomes text, never markup.
-  function node(tag, children = [], className = "") {
-    const made = document.createElement(tag);
-    if (className) made.className = className;
-    for (const child of Array.isArray(children) ? children : [children]) {
-      made.append(child instanceof Node ? child : document.createTextNode(String(child)));
-    }
-    return made;
-  }
-
-  function row(cells, tag = "td") {
-    return node("tr", cells.map((cell) => node(tag, cell)));
-  }
-
-  function fillFacts(where, facts) {
-    where.replaceChildren(...facts.flatMap(([name, text]) => [node("dt", name), node("dd", text)]));
-  }
-
   // charts: [caption, description, options]. All have their places before the first is drawn, so that none changes size.
   function drawAll(where, charts) {
     const inner = charts.map(() => node("div", [], "chart"));
     where.replaceChildren(...charts.map(([caption], i) => node("figure", [node("figcaption", caption), inner[i]])));
-    return charts.map(([, description, options], i) => Charts.draw(inner[i], description, options));
+    return charts.map(([, description, options], i) => Drawing.draw(inner[i], description, options));
   }
 
   function showPoint(point) {
-    Charts.forget(shownCharts);
+    Drawing.forget(shownCharts);
     shownCharts = [];
     const badge = place("verdict");
     badge.textContent = point.verdict;
@@ -45,7 +28,7 @@
     showQuantiles(point);
     const options = Charts.timeline(point, data.slo);
     place("timeline").style.height = `${options.height}px`;
-    shownCharts.push(Charts.draw(place("timeline"), "Arrivals, requests in flight, output tokens and first tokens over time.", options));
+    shownCharts.push(Drawing.draw(place("timeline"), "Arrivals, requests in flight, output tokens and first tokens over time.", options));
     showSlowest(point);
     showMisses(point);
     fillFacts(place("basis"), point.facts);
@@ -65,7 +48,7 @@
     const where = place("slowest");
     where.style.height = `${60 + 23 * point.slowest.length}px`;
     where.parentElement.hidden = !point.slowest.length;
-    if (point.slowest.length) shownCharts.push(Charts.draw(where, "The slowest requests, chunk by chunk.", Charts.slowest(point.slowest)));
+    if (point.slowest.length) shownCharts.push(Drawing.draw(where, "The slowest requests, chunk by chunk.", Charts.slowest(point.slowest)));
   }
 
   function showMisses(point) {
@@ -107,15 +90,15 @@
     const axisName = points[0].offered.kind === "rate" ? "requests/s offered" : "users";
     const series = (value) => points.map((point) => [point.offered.value, value(point)]);
     const percentile = (name, i) => series((point) => (point.percentiles[name] || [])[i] ?? null);
-    const times = { isLog: true, tick: Charts.tick, shown: Charts.time };
-    const limit = (name) => (data.slo && data.slo.limits[name] ? { limit: data.slo.limits[name], limitText: `SLO ${Charts.tick(data.slo.limits[name])}` } : {});
+    const times = { isLog: true, tick: Drawing.tick, shown: Drawing.time };
+    const limit = (name) => (data.slo && data.slo.limits[name] ? { limit: data.slo.limits[name], limitText: `SLO ${Drawing.tick(data.slo.limits[name])}` } : {});
     if (data.slo) {
       const lines = [["goodput", "blue", series((point) => point.goodput)]];
       if (points[0].offered.kind === "rate") lines.push(["all that was offered", "grey", series((point) => point.offered.value), true]);
-      charts.push(["Goodput, requests/s", "Goodput against offered load.", Charts.overLoads(axisName, lines, { shown: Charts.digits })]);
+      charts.push(["Goodput, requests/s", "Goodput against offered load.", Charts.overLoads(axisName, lines, { shown: Drawing.digits })]);
       const kept = [["SLO kept", "blue", series((point) => (point.attainment === null ? null : point.attainment * 100))]];
       const band = points.filter((point) => point.attainment_interval).map((point) => [point.offered.value, ...point.attainment_interval.map((share) => share * 100)]);
-      const must = { limit: data.slo.attainment * 100, limitText: `${+(data.slo.attainment * 100).toFixed(2)} % must`, most: 100, band, limitPlace: "insideEndBottom", shown: (value) => `${Charts.digits(value)} %`, tick: "{value} %" };
+      const must = { limit: data.slo.attainment * 100, limitText: `${+(data.slo.attainment * 100).toFixed(2)} % must`, most: 100, band, limitPlace: "insideEndBottom", shown: (value) => `${Drawing.digits(value)} %`, tick: "{value} %" };
       charts.push(["Requests that kept the SLO, with 95 % interval", "SLO attainment against offered load.", Charts.overLoads(axisName, kept, must)]);
     }
     for (const name of ["ttft", "tpot"]) {
@@ -124,7 +107,7 @@
     }
     if (!data.slo) {
       const lines = [["output tokens/s", "green", series((point) => point.output_tokens_per_s)]];
-      charts.push(["Output tokens/s", "Throughput against offered load.", Charts.overLoads(axisName, lines, { shown: Charts.digits })]);
+      charts.push(["Output tokens/s", "Throughput against offered load.", Charts.overLoads(axisName, lines, { shown: Drawing.digits })]);
     }
     drawAll(place("loads-charts"), charts);
   }
@@ -145,14 +128,4 @@
   showDefinitions();
   if (data.points.length > 1) showLoads();
   else showPoint(data.points[0]);
-
-  let waiting = 0;
-  window.addEventListener("resize", () => {
-    clearTimeout(waiting);
-    waiting = setTimeout(Charts.redraw, 100);
-  });
-  window.addEventListener("beforeprint", Charts.redraw);
-  window.addEventListener("afterprint", Charts.redraw);
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", Charts.redraw);
-  window.matchMedia("print").addEventListener("change", Charts.redraw);
 })();
