@@ -47,15 +47,15 @@ def test_what_binds_and_where_the_time_goes() -> None:
 
 def test_one_replica_less_is_said_to_break_what_it_breaks() -> None:
     chosen, fewer = evaluation("L4", 4, 0.6, 2.8), evaluation("L4", 3, 1.4, 2.1)
-    assert "3 of these replicas would not do: TTFT would be 1.4s (1.12s–1.68s) of 1s." in told(chosen, fewer)
+    assert "3 of these replicas would not do: TTFT would be 1.40 s (1.12–1.68 s) of 1.00 s." in told(chosen, fewer)
     assert "would not do" not in told(chosen, evaluation("L4", 3, 0.7, 2.1))
 
 
 def test_what_a_cheaper_and_a_faster_choice_give_up() -> None:
     chosen = evaluation("L4", 4, 0.6, 2.8)
     text = told(chosen, cheaper=evaluation("L4", 3, 0.9, 2.1), faster=evaluation("H100", 1, 0.1, 5.6))
-    assert "Cheaper: vLLM on 3 × L4 saves $0.70 an hour, but TTFT could be 900ms (720ms–1.08s) of 1s." in text
-    assert "Faster: vLLM on 1 × H100 (TTFT 600ms → 100ms, TPOT 40ms → 40ms), for 2 times the price." in text
+    assert "Cheaper: vLLM on 3 × L4 saves $0.70 an hour, but TTFT could be 900 ms (0.720–1.08 s) of 1.00 s." in text
+    assert "Faster: vLLM on 1 × H100 (TTFT 600 ms → 100 ms, TPOT 40.0 ms → 40.0 ms), for 2 times the price." in text
 
 
 def test_the_price_at_which_another_device_would_do() -> None:
@@ -66,7 +66,7 @@ def test_the_price_at_which_another_device_would_do() -> None:
 def test_when_nothing_keeps_the_slo_the_nearest_and_what_it_takes_are_named() -> None:
     nearest = evaluation("L4", 8, 1.5, 5.6)
     text = told(None, nearest, nearest=nearest)
-    assert "Nearest is vLLM on 8 × L4: TTFT would be 1.5s (1.2s–1.8s) of 1s." in text
+    assert "Nearest is vLLM on 8 × L4: TTFT would be 1.50 s (1.20–1.80 s) of 1.00 s." in text
     assert "An SLO of ttft=1.8s would be kept, or other devices (--devices)." in text
 
 

@@ -63,6 +63,7 @@ class Findings:
     evaluations: tuple[Evaluation, ...]
     pruned: tuple[Pruned, ...]
     recommended: Evaluation | None  # None: nothing meets the SLO within the budget
+    budget_usd_per_hour: float | None = None
     reasons: tuple[str, ...] = ()  # why this one: sentences
     alternatives: Mapping[str, Evaluation] = field(default_factory=dict)  # 'cheaper', 'faster', 'nearest'
     seconds: float = 0.0

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from powerband.planner.outcome import Evaluation
-from powerband.planner.words import BOUND_WORDS, banded_seconds, brief_seconds, deployment_text, dollars
+from powerband.planner.words import BOUND_WORDS, NEVER_S, banded_seconds, brief_seconds, deployment_text, dollars
 from powerband.spec.deployment import Deployment
+from powerband.spec.quantities import shown_seconds
 from powerband.spec.slo import SLO
 
 _LARGEST = 3  # operators that are named
@@ -133,8 +134,9 @@ def _none(
         yield f"What binds there is {BOUND_WORDS[nearest.binds]}."
         for name in _LIMITED:
             limit, figure = slo.limits.get(name), nearest.figures.get(f"{name}_s")
-            if limit is not None and figure is not None and figure.high > limit:
-                yield f"An SLO of {name}={brief_seconds(figure.high)} would be kept, or other devices (--devices)."
+            if limit is not None and figure is not None and limit < figure.high < NEVER_S:
+                enough = shown_seconds(float(f"{figure.high:.3g}"))
+                yield f"An SLO of {name}={enough} would be kept, or other devices (--devices)."
 
 
 def _misses(evaluation: Evaluation, slo: SLO, rate: float) -> str:

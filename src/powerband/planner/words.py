@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from powerband.metrics.shown import time_interval_text, time_text
 from powerband.planner.outcome import Banded
 from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.quantities import shown_seconds
 
 ENGINE_NAMES = {"powerband": "Powerband", "vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
+NEVER_S = 1e6  # so long takes only what never ends
 # What binds, in the words of a sentence.
 BOUND_WORDS = {
     "memory": "memory for the KV cache",
@@ -48,14 +49,24 @@ def layout_text(replica: Replica) -> str:
     return ", ".join(found)
 
 
+def precision_text(replica: Replica) -> str:
+    """'16-bit', 'int4, KV fp8'."""
+    weights = "16-bit" if replica.quantization == "none" else replica.quantization.replace("_", " ")
+    return weights if replica.kv_precision == "16bit" else f"{weights}, KV {replica.kv_precision}"
+
+
 def banded_seconds(figure: Banded) -> str:
-    """'620 ms (510–800 ms)'."""
-    return f"{brief_seconds(figure.value)} ({brief_seconds(figure.low)}–{brief_seconds(figure.high)})"
+    """'620 ms (510–800 ms)'; '∞' where requests pile up."""
+    if figure.value >= NEVER_S:
+        return brief_seconds(figure.value)
+    high = "∞" if figure.high >= NEVER_S else None
+    band = f"{brief_seconds(figure.low)}–{high}" if high else time_interval_text((figure.low, figure.high))
+    return f"{brief_seconds(figure.value)} ({band})"
 
 
 def brief_seconds(value: float) -> str:
-    """Three digits that count: '62.3ms', '1.24s'; what never ends is '∞'."""
-    return shown_seconds(float(f"{value:.3g}")) if value < 1e6 else "∞"
+    """Three digits that count: '62.3 ms', '1.24 s'; what never ends is '∞'."""
+    return time_text(value) if value < NEVER_S else "∞"
 
 
 def dollars(value: float | None) -> str:
