@@ -160,5 +160,5 @@ def test_overlap_really_keeps_two_steps_in_flight(folder: Path) -> None:
         deepest = 0
         while engine.inbox.commands or core.busy:
             core.step()
-            deepest = max(deepest, len(core._inflight))
+            deepest = max(deepest, len(core.inflight))
         assert (engine.engine.executor.depth, engine.engine.executor.relay, deepest) == (2, 1, 1)

@@ -90,7 +90,7 @@ class StepRecord:
 
 
 @dataclass(slots=True)
-class _InFlight:
+class InFlight:
     step: Step
     handle: StepHandle
     submitted_s: float
@@ -112,13 +112,13 @@ class EngineCore:
         self.clock = clock
         self.inbox = inbox
         self.observer = observer
-        self._inflight: deque[_InFlight] = deque()
+        self.inflight: deque[InFlight] = deque()
         self._last_finished_s = clock.now()
 
     @property
     def is_working(self) -> bool:
         """Whether there is something to do now, without a further command."""
-        return bool(self._inflight) or bool(self.scheduler.requests and not self.scheduler.paused)
+        return bool(self.inflight) or bool(self.scheduler.requests and not self.scheduler.paused)
 
     @property
     def busy(self) -> bool:
@@ -134,7 +134,7 @@ class EngineCore:
         step = self.scheduler.schedule(now)
         if step is not None:
             outputs += self._submit(step)
-        if self._inflight and (step is None or len(self._inflight) >= self.executor.depth):
+        if self.inflight and (step is None or len(self.inflight) >= self.executor.depth):
             outputs += self._finish_oldest()
         elif step is None and not outputs:
             self.inbox.wait(self.inbox.next_time())
@@ -160,11 +160,11 @@ class EngineCore:
             handle = self.executor.submit(step)
         except Exception as error:
             return self._step_failed(step, submitted_s, error)
-        self._inflight.append(_InFlight(step, handle, submitted_s))
+        self.inflight.append(InFlight(step, handle, submitted_s))
         return []
 
     def _finish_oldest(self) -> list[TokenOutput]:
-        oldest = self._inflight.popleft()
+        oldest = self.inflight.popleft()
         try:
             result = oldest.handle.result()
         except Exception as error:

@@ -52,12 +52,12 @@ class SimHandle:
 
     def __init__(self, executor: SimExecutor, end_s: float, result: StepResult) -> None:
         self._executor = executor
-        self._end_s = end_s
+        self.end_s = end_s
         self._result = result
 
     def result(self) -> StepResult:
         clock = self._executor.clock
-        clock.wait_until(self._end_s)
+        clock.wait_until(self.end_s)
         clock.wait_until(clock.now() + self._executor.update_s)
         return self._result
 

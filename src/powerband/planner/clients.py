@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from powerband.core.params import SamplingParams
@@ -54,6 +55,12 @@ class Open:
             self.times_s.append(output.time_s + self.answer_s)
             self.chunks.append(len(output.token_ids))
             self.num_cached = output.num_cached_tokens
+
+    def hear_run(self, times_s: Iterable[float], num_cached: int) -> None:
+        """One token at each of these times."""
+        self.times_s.extend(time_s + self.answer_s for time_s in times_s)
+        self.chunks.extend([1] * (len(self.times_s) - len(self.chunks)))
+        self.num_cached = num_cached
 
     def record(self, reason: FinishReason) -> RequestRecord:
         return RequestRecord(

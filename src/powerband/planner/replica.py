@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import VirtualClock
+from powerband.core.jump import advance, steady_rounds
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import EngineCore
 from powerband.core.request import Request
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, SimHandle, TraceInbox
-from powerband.core.step import Step, TokenOutput, Work
+from powerband.core.step import Step, StepResult, TokenOutput, Work
 from powerband.planner.clients import answer_start
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.profile import HostLaw
 
+_AT_ONCE = 64  # rounds of a run that are planned before others get their turn
 _MOST_SHAPES = 128  # of steps that are kept to tell where the time goes
 _NO_LIMIT = 1 << 40
 _DRAFT = -1  # a draft's value does not matter: chance accepts it
 
 Shape = tuple[list[tuple[int, int]], int]  # a step's (new tokens, context after them) of each request, rows sampled
+
+Hear = Callable[[Request, "array[float]"], None]  # a request got one token at each of these times
 
 
 class StepModel(Protocol):
@@ -34,6 +41,7 @@ class StepModel(Protocol):
 
     @property
     def band(self) -> float: ...
+
     def step_s(self, works: Sequence[tuple[int, int]], sampled: int) -> float: ...
     def parts(self, works: Sequence[tuple[int, int]], sampled: int) -> Mapping[str, float]: ...
     def bounds(self, works: Sequence[tuple[int, int]], sampled: int) -> Mapping[str, float]: ...
@@ -72,19 +80,34 @@ class ModelExecutor(SimExecutor):
     def device_s(self, step: Step) -> float:
         works = [(work.num_tokens, work.start + work.num_tokens) for work in step.works]
         self.last_tokens = step.num_tokens
-        return self.count(works, sum(1 + len(work.drafts) for work in step.works if work.samples))
-
-    def count(self, works: list[tuple[int, int]], sampled: int) -> float:
-        """Seconds of a step, which is then counted. Of all steps, equally spaced ones are kept."""
+        sampled = sum(1 + len(work.drafts) for work in step.works if work.samples)
         seconds = self.model.step_s(works, sampled) * self.slowdown
+        self.keep(seconds, lambda: works, sampled)
+        return seconds
+
+    def keep(self, seconds: float, works: Callable[[], list[tuple[int, int]]], sampled: int) -> None:
+        """Count a step. Of all steps, the shapes of equally spaced ones are kept."""
         self.busy_s += seconds
         if self.num_steps % self._stride == 0:
-            self.shapes.append((works, sampled))
+            self.shapes.append((works(), sampled))
             if len(self.shapes) > _MOST_SHAPES:
                 self.shapes = self.shapes[::2]
                 self._stride *= 2
         self.num_steps += 1
-        return seconds
+
+    def tokens_of(self, r: Request, start: int, end: int) -> range:
+        """The answer's tokens at positions [start, end)."""
+        first = answer_start(int(r.id))
+        return range(first + start, first + end)
+
+    @property
+    def stage_free_s(self) -> float:
+        """When its only stage is free."""
+        return self._stage_free_s[0]
+
+    @stage_free_s.setter
+    def stage_free_s(self, time_s: float) -> None:
+        self._stage_free_s[0] = time_s
 
     def _sample(self, work: Work) -> list[int]:
         """As many drafts as chance accepts, and a token of the model's own."""
@@ -97,8 +120,77 @@ class ModelExecutor(SimExecutor):
         return list(range(first, first + accepted + 1))
 
 
+class Run:
+    """Rounds that are alike: when each ends is known before any is done. `now_s`: when the next would begin.
+
+    A command that comes meanwhile cuts it short: rounds that begin later are not done.
+    """
+
+    def __init__(self, core: EngineCore, executor: ModelExecutor, rounds: int) -> None:
+        self._executor, self.left = executor, rounds  # rounds to plan
+        self._contexts = [r.num_computed + 1 for r in core.scheduler.running]  # of the next round
+        self._host_s = executor.host_s(len(self._contexts))
+        self._free_s = executor.stage_free_s
+        self._last: SimHandle | None = core.inflight[-1].handle if core.inflight else None  # type: ignore[assignment] # ours
+        self.now_s = executor.clock.now()
+        self.starts_s: list[float] = []
+        self.seconds: list[float] = []  # of the device
+        self.ends_s: list[float] = []  # on the device
+        self.told_s = array("d")  # when its tokens, or in overlap those of the round before, are known
+
+    def extend(self, until_s: float) -> None:
+        """Go on to the first round that begins at `until_s` or later, but not for ever."""
+        model_s, slowdown, contexts = self._executor.model.step_s, self._executor.slowdown, self._contexts
+        count, overlap = len(contexts), self._last is not None
+        previous_s = self.ends_s[-1] if self.ends_s else self._last.end_s if self._last else 0.0
+        for _ in range(min(self.left, _AT_ONCE)):
+            if self.now_s >= until_s:
+                break
+            seconds = model_s([(1, context) for context in contexts], count) * slowdown
+            contexts = [context + 1 for context in contexts]
+            # As in SimExecutor.submit and SimHandle.result, to the last bit.
+            submitted_s = self.now_s + self._host_s
+            end_s = max(submitted_s, self._free_s) + seconds
+            told_s = max(submitted_s, previous_s if overlap else end_s)
+            self.starts_s.append(self.now_s)
+            self.seconds.append(seconds)
+            self.ends_s.append(end_s)
+            self.told_s.append(told_s)
+            self.now_s, self._free_s, previous_s = told_s, end_s, end_s
+            self.left -= 1
+        self._contexts = contexts
+
+    def finish(self, core: EngineCore, due_s: float) -> array[float]:
+        """Do the rounds that begin before `due_s`; return when each was told."""
+        rounds = bisect_left(self.starts_s, due_s)
+        if rounds == 0:
+            return array("d")
+        executor, running = self._executor, core.scheduler.running
+        first = [r.num_computed + 1 for r in running]
+        for place, seconds in enumerate(self.seconds[:rounds]):
+            executor.keep(seconds, partial(_decodes, first, place), len(first))
+        inflight = None
+        if self._last is not None:
+            submitted_s = self.starts_s[rounds - 1] + self._host_s
+            tokens = {
+                r.id: list(executor.tokens_of(r, len(r.tokens) + rounds, len(r.tokens) + rounds + 1)) for r in running
+            }
+            inflight = SimHandle(executor, self.ends_s[rounds - 1], StepResult(tokens)), submitted_s
+        advance(core, rounds, executor.tokens_of, inflight)
+        executor.clock.wait_until(self.told_s[rounds - 1])
+        executor.stage_free_s = self.ends_s[rounds - 1]
+        return self.told_s[:rounds]
+
+
+def _decodes(contexts: list[int], later: int) -> list[tuple[int, int]]:
+    return [(1, context + later) for context in contexts]
+
+
 class SimulatedReplica:
-    """An engine and what is needed to tell when it acts next. seed: of its chance (acceptance of drafts)."""
+    """An engine and what is needed to tell when it acts next. seed: of its chance (acceptance of drafts).
+
+    jump: do rounds that are alike at once; what comes out is the same.
+    """
 
     def __init__(
         self,
@@ -110,6 +202,7 @@ class SimulatedReplica:
         block_size: int,
         slowdown: float = 1.0,
         seed: int = 0,
+        jump: bool = True,
     ) -> None:
         self.model = model
         self.clock = VirtualClock()
@@ -121,32 +214,52 @@ class SimulatedReplica:
             _limits(replica, engine),
             relay=self.executor.relay,
             num_stages=model.num_stages,
-            propose=_proposer(replica.draft_tokens) if replica.draft_tokens else None,
+            propose=_Proposer(replica.draft_tokens) if replica.draft_tokens else None,
         )
         self.core = EngineCore(self.scheduler, self.executor, self.clock, self.inbox)
         self.short_of_memory = 0  # steps in which a seat was free, but no block for who waited
+        self._jump = jump
+        self._run: Run | None = None
 
     @property
     def next_s(self) -> float:
         """When it acts next; infinity: not before it hears of another request."""
+        if self._run is not None:
+            return self._run.now_s
         if self.core.is_working:
             return self.clock.now()
         due_s = self.inbox.next_time()
         return math.inf if due_s is None else max(due_s, self.clock.now())
 
-    def advance(self) -> list[TokenOutput]:
-        """One round of the engine's loop."""
-        outputs = self.core.step()
-        if self.is_short_of_memory:
-            self.short_of_memory += 1
-        return outputs
+    def advance(self, until_s: float, hear: Hear) -> list[TokenOutput]:
+        """One round of the engine's loop, or several that are alike, as far as `until_s`, of which `hear` is told."""
+        next_s = self.inbox.next_time()
+        due_s = math.inf if next_s is None else next_s
+        if self._run is None and self._jump and due_s > self.clock.now() and (rounds := steady_rounds(self.core)):
+            self._run = Run(self.core, self.executor, rounds)
+        if self._run is None:
+            outputs = self.core.step()
+            self._count_shortage(1)
+            return outputs
+        if self._run.left and self._run.now_s < due_s:
+            self._run.extend(min(until_s, due_s))
+            return []
+        # Nobody acts before `now_s` any more, so nothing can come that would have cut it shorter.
+        times_s = self._run.finish(self.core, due_s)
+        self._run = None
+        if times_s:
+            for r in self.scheduler.running:
+                hear(r, times_s)
+            self.executor.last_tokens = len(self.scheduler.running)
+            self._count_shortage(len(times_s))
+        return []
 
-    @property
-    def is_short_of_memory(self) -> bool:
-        """Whether the last step had a seat and tokens left for who waits, but no blocks."""
+    def _count_shortage(self, steps: int) -> None:
+        """Steps that had a seat and tokens left for who waits, but no blocks."""
         scheduler, limits = self.scheduler, self.scheduler.limits
         has_seat = len(scheduler.running) < limits.max_num_seqs
-        return bool(scheduler.waiting) and has_seat and self.executor.last_tokens < limits.max_num_batched_tokens
+        if scheduler.waiting and has_seat and self.executor.last_tokens < limits.max_num_batched_tokens:
+            self.short_of_memory += steps
 
 
 def _limits(replica: Replica, engine: EngineName) -> SchedulerLimits:
@@ -161,7 +274,7 @@ def _limits(replica: Replica, engine: EngineName) -> SchedulerLimits:
     )
 
 
-class _proposer:
+class _Proposer:
     """Always as many drafts; whether they are any good is the executor's to say."""
 
     def __init__(self, num_drafts: int) -> None:

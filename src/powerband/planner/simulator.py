@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import heapq
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerband.core.loop import Add
+from powerband.core.request import Request
 from powerband.core.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
 from powerband.core.step import TokenOutput
 from powerband.metrics.record import RequestRecord
@@ -68,12 +70,29 @@ def simulate(
     *,
     slowdown: float = 1.0,
     routing: RoutingPolicy | None = None,
+    jump: bool = True,
 ) -> Simulation:
     """Play `schedule` to its end. models, num_blocks: of the replicas of each pool. slowdown: factor on every time.
+    jump: do steps that are alike at once, which changes nothing but the time that it takes.
 
     routing: default: pools by prompt length, within a pool the least outstanding work; conversations stay.
     """
-    world = _World(schedule, deployment, models, num_blocks, block_size, slowdown, routing or routing_for(deployment))
+    replicas = [
+        SimulatedReplica(
+            pool.replica,
+            deployment.engine,
+            models[index],
+            num_blocks=num_blocks[index],
+            block_size=block_size,
+            slowdown=slowdown,
+            seed=schedule.seed,
+            jump=jump,
+        )
+        for index, pool in enumerate(deployment.pools)
+        for _ in range(pool.count)
+    ]
+    pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
+    world = _World(schedule, replicas, pools, slowdown, routing or routing_for(deployment))
     world.play()
     return world.result()
 
@@ -86,32 +105,20 @@ def routing_for(deployment: Deployment) -> RoutingPolicy:
 
 
 class _World:
+    """Clients, gateway and replicas. pools: of which each replica is one."""
+
     def __init__(
         self,
         schedule: Schedule,
-        deployment: Deployment,
-        models: Sequence[StepModel],
-        num_blocks: Sequence[int],
-        block_size: int,
+        replicas: list[SimulatedReplica],
+        pools: list[int],
         slowdown: float,
         routing: RoutingPolicy,
     ) -> None:
         self._duration_s = schedule.duration_s
         self._slowdown = slowdown
         self._routing = routing
-        self._pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
-        self._replicas = [
-            SimulatedReplica(
-                deployment.pools[pool].replica,
-                deployment.engine,
-                models[pool],
-                num_blocks=num_blocks[pool],
-                block_size=block_size,
-                slowdown=slowdown,
-                seed=schedule.seed,
-            )
-            for pool in self._pools
-        ]
+        self._replicas, self._pools = replicas, pools
         self._talks = [Talk(chain) for chain in schedule.chains]
         self._open: dict[str, Open] = {}
         self._records: dict[int, RequestRecord] = {}
@@ -131,7 +138,7 @@ class _World:
                     return
                 self._happen(*heapq.heappop(self._events))
             else:
-                for output in replica.advance():
+                for output in replica.advance(event_s, self._hear_run):
                     self._hear(output)
 
     def result(self) -> Simulation:
@@ -172,6 +179,9 @@ class _World:
         self._open[request.id] = opened
         self._routing.sent(index, opened.tokens)
         replica.inbox.send(request.arrival_s, Add(request))
+
+    def _hear_run(self, r: Request, times_s: array[float]) -> None:
+        self._open[r.id].hear_run(times_s, r.num_cached)
 
     def _hear(self, output: TokenOutput) -> None:
         opened = self._open[output.id]
