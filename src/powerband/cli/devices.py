@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
-from powerband.spec.catalog import here_path, load_catalog, read_here, read_prices, usd_per_hour
+from powerband.spec.catalog import known_here, load_catalog, read_prices, usd_per_hour
 from powerband.spec.priors import gemm_law
 from powerband.spec.profile import DeviceProfile
 
@@ -38,8 +38,8 @@ def devices(
         _print_profile(catalog.find(name), as_json=json)
         return 0
     profiles = list(catalog.profiles.values())
-    if here_path().exists():
-        profiles.insert(0, read_here())
+    if (here := known_here()) is not None:
+        profiles.insert(0, here)
     if json:
         print(json_format.dumps([profile.as_dict() for profile in profiles], indent=2))
         return 0

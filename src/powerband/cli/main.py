@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "powerband.cli.bench:bench",
     "devices": "powerband.cli.devices:devices",
     "simulate": "powerband.cli.simulate:simulate",
+    "calibrate": "powerband.cli.calibrate:calibrate",
     "doctor": "powerband.cli.doctor:doctor",
 }
 

@@ -1,7 +1,7 @@
 """A model in its real serving form for a while: the server's process, loads over HTTP, and the engine's step log.
 
-async with serving("demo", settings, folder) as served:
-    load = await served.load(workload, duration_s=20)
+async with serving("demo", {"max_num_seqs": 16}, folder) as served:
+    load = await served.load(workload.draw(0, duration_s=20))
 served.steps()
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import yaml
 
 from powerband.bench.http import get
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
@@ -30,7 +31,7 @@ from powerband.spec.workload import Schedule
 
 START_S = 300.0
 _STOP_S = 20.0
-_LOG_NAME, _STEPS_NAME = "server.log", "steps.jsonl"
+_LOG_NAME, _STEPS_NAME, _SETTINGS_NAME = "server.log", "steps.jsonl", "settings.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,9 @@ async def serving(model: str, settings: Mapping[str, object], folder: Path) -> A
     it does not start.
     """
     port = _free_port()
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "powerband", "serve", model, f"--port={port}", "--log-level=warning"]
-    command += [f"--step-log={folder / _STEPS_NAME}", *options]
+    told = {**settings, "port": port, "log_level": "warning", "step_log": str(folder / _STEPS_NAME)}
+    (folder / _SETTINGS_NAME).write_text(yaml.safe_dump(told))
+    command = [sys.executable, "-m", "powerband", "serve", model, f"--config={folder / _SETTINGS_NAME}"]
     log = folder / _LOG_NAME
     with log.open("wb") as output:
         # A group of its own: Ctrl-C is for this process, which then ends the server.

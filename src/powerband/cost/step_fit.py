@@ -6,13 +6,15 @@ time, and a minute of steps is enough.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
 
 import numpy as np
 
+from powerband.cost.fit import Errors
 from powerband.cost.least_squares import Array, robust
 from powerband.cost.measured_steps import MeasuredSteps
 from powerband.cost.steps import StepSample
@@ -21,25 +23,10 @@ from powerband.spec.profile import StepLaw
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 ROWS = (1, 4, 16, 64, 256)
-_ATTENTION = 6
 _SCALE = 0.03  # relative: what lies further off counts less
 _FEWEST = 8
-
-
-@dataclass(frozen=True, slots=True)
-class FitError:
-    """Predicted beside measured, as shares of the measured."""
-
-    count: int
-    median: float
-    p90: float
-    bias: float
-
-    @classmethod
-    def of(cls, predicted: Sequence[float], measured: Sequence[float]) -> FitError:
-        errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
-        sizes = [abs(error) for error in errors]
-        return cls(len(errors), float(np.median(sizes)), float(np.percentile(sizes, 90)), float(np.median(errors)))
+_FEWEST_AT_REST = 3
+_TIMES = ("decodes_s", "decode_s", "position_s", "chunk_s", "pair_s", "read_s")
 
 
 def fit_steps(samples: Sequence[StepSample]) -> StepLaw:
@@ -52,22 +39,17 @@ def fit_steps(samples: Sequence[StepSample]) -> StepLaw:
     matrix = np.array([_features(sample, tokens, rows) for sample in samples]) / seconds[:, None]
     found = robust(matrix, np.ones(len(samples)), scale=_SCALE)
     num_tokens, num_rows = len(tokens), len(rows)
-    attention = [float(value) for value in found[num_tokens + num_rows :]]
+    attention = (float(value) for value in found[num_tokens + num_rows :])
     return StepLaw(
         tokens=tokens,
         token_s=_rising(found[:num_tokens]),
         rows=rows,
         row_s=_rising(found[num_tokens : num_tokens + num_rows]),
-        decodes_s=attention[0],
-        decode_s=attention[1],
-        position_s=attention[2],
-        chunk_s=attention[3],
-        pair_s=attention[4],
-        read_s=attention[5],
+        **dict(zip(_TIMES, attention, strict=True)),
     )
 
 
-def held_out_error(samples: Sequence[StepSample], folds: int = 4) -> FitError:
+def held_out_error(samples: Sequence[StepSample], folds: int = 4) -> Errors:
     """Of laws that were fitted without the steps that they are asked about."""
     predicted, measured = [], []
     for fold in range(folds):
@@ -75,13 +57,13 @@ def held_out_error(samples: Sequence[StepSample], folds: int = 4) -> FitError:
         for sample in samples[fold::folds]:
             predicted.append(law.step_s(sample.works, sample.sampled))
             measured.append(sample.seconds)
-    return FitError.of(predicted, measured)
+    return Errors.of(predicted, measured)
 
 
-def error_of(law: StepLaw, samples: Sequence[StepSample]) -> FitError:
+def error_of(law: StepLaw, samples: Sequence[StepSample]) -> Errors:
     """On the samples themselves."""
     model = MeasuredSteps(law)
-    return FitError.of([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
+    return Errors.of([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
 
 
 def _knots(places: Sequence[int], seen: Sequence[int]) -> tuple[int, ...]:
@@ -169,3 +151,55 @@ def fit_host(cycles: Sequence[Cycle]) -> HostShare:
     usual = np.abs(seconds / predicted - 1) < 1.0
     scale = fmean(seconds[usual]) / fmean(predicted[usual])  # means are what is promised, so these must agree
     return HostShare(max((1 + slowdown) * scale, 1.0), step_s * scale, per_request_s * scale, per_new_s * scale)
+
+
+def slowed(law: StepLaw, factor: float) -> StepLaw:
+    """Every time of it, times `factor`."""
+    return replace(
+        law,
+        token_s=tuple(factor * value for value in law.token_s),
+        row_s=tuple(factor * value for value in law.row_s),
+        **{name: factor * getattr(law, name) for name in _TIMES},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """A request as its client saw it. Times on the clock of the engine's log."""
+
+    sent_s: float
+    chunks_s: tuple[float, ...]
+    prompt_tokens: int
+
+
+def fit_arrival(journeys: Sequence[Journey], samples: Sequence[StepSample], step_s: float) -> tuple[float, float]:
+    """(seconds, seconds per prompt token) from sending until the engine knows it, of requests that found it at rest.
+
+    step_s: the host's own, which lies between. Raises UsageError where there was none.
+    """
+    starts = [sample.at_s for sample in samples]
+    prompts, seconds = [], []
+    for journey in journeys:
+        place = bisect_left(starts, journey.sent_s)
+        at_rest = 0 < place < len(samples) and samples[place - 1].end_s < journey.sent_s
+        if at_rest and starts[place] < journey.chunks_s[0]:
+            prompts.append(float(journey.prompt_tokens))
+            seconds.append(max(starts[place] - journey.sent_s - step_s, 1e-6))
+    if len(seconds) < _FEWEST_AT_REST:
+        raise UsageError(f"{len(seconds)} requests found the engine at rest; that is too few.", hint="Load it longer.")
+    wanted = np.array(seconds)
+    matrix = np.stack([np.ones(len(prompts)), np.array(prompts)], axis=1)
+    found = robust(matrix / wanted[:, None], np.ones(len(wanted)), scale=0.1)
+    return float(found[0]), float(found[1])
+
+
+def answer_times(journeys: Sequence[Journey], samples: Sequence[StepSample]) -> list[float]:
+    """From the end of the last step before it until a chunk was at its client, for every chunk."""
+    ends = [sample.end_s for sample in samples]
+    found = []
+    for journey in journeys:
+        for chunk_s in journey.chunks_s:
+            place = bisect_right(ends, chunk_s) - 1
+            if place >= 0:
+                found.append(chunk_s - ends[place])
+    return found

@@ -12,14 +12,19 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from powerband.core.params import SamplingParams
 from powerband.core.step import NewRequest, Step, Work
+from powerband.cost.steps import StepSample
 from powerband.engine.build import Engine
 
 MAX_RUNS = 9
+_LONGEST_CONTEXT = 2048
+_DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_CHUNKS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+_MIXED = ((64, 4), (256, 16), (512, 8), (128, 32))
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
@@ -41,6 +46,21 @@ def prefill(tokens: int, cached: int = 0, *, rows: int = 0, context: int = 1) ->
     return StepShape(((tokens, cached + tokens), *((1, context),) * rows), rows + 1)
 
 
+def grid(longest: int, budget: int, seats: int) -> list[StepShape]:
+    """Decodes and chunks, alone and together. longest: context; budget: tokens of a step; seats: requests at once."""
+    longest = min(longest, _LONGEST_CONTEXT)
+    decodes = [decode(rows, context) for rows in _DECODES for context in (16, longest // 4, longest - 1)]
+    chunks = [prefill(new, cached) for new in _CHUNKS for cached in (0, longest // 2)]
+    mixed = [prefill(new, rows=rows, context=longest // 4) for new, rows in _MIXED]
+    return [
+        shape
+        for shape in [*decodes, *chunks, *mixed]
+        if len(shape.works) <= seats
+        and sum(new for new, _ in shape.works) <= budget
+        and max(context for _, context in shape.works) <= longest
+    ]
+
+
 class Steps:
     """Made-up steps on an executor that nothing else uses meanwhile."""
 
@@ -60,18 +80,27 @@ class Steps:
         return blocks <= self._num_blocks and all(context <= self.max_model_len for _, context in shape.works)
 
     def seconds(self, shape: StepShape, budget_s: float = 0.3) -> float:
-        """The median of up to MAX_RUNS runs within about `budget_s` (at least two), the first left out."""
+        """The median of up to MAX_RUNS runs within about `budget_s`; a first one, to warm up, is left out."""
         works = self._works(shape)
-        taken = [self._run(works)]
-        works = [
-            Work(work.id, 0, work.start, work.num_tokens, [], work.samples) for work in works
-        ]  # known from here on: the same positions once more
-        began_s = time.perf_counter()
-        taken = [self._run(works)]
-        while len(taken) < 2 or (len(taken) < MAX_RUNS and time.perf_counter() - began_s < budget_s):
-            taken.append(self._run(works))
+        self._run(works)
+        # The engine knows them from here on: the same positions once more.
+        again = [Work(work.id, 0, work.start, work.num_tokens, [], work.samples) for work in works]
+        taken: list[float] = []
+        while not taken or (len(taken) < MAX_RUNS and sum(taken) + taken[-1] / 2 < budget_s):
+            taken.append(self._run(again))
         self._past = [work.id for work in works]
         return statistics.median(taken)
+
+    def samples(
+        self, shapes: Sequence[StepShape], budget_s: float, told: Callable[[float], object] = lambda _share: None
+    ) -> list[StepSample]:
+        """Those of `shapes` that fit. told: called with the share that is done. budget_s: for all, not kept exactly."""
+        fitting = [shape for shape in shapes if self.fits(shape)]
+        found = []
+        for number, shape in enumerate(fitting, 1):
+            found.append(StepSample(shape.works, shape.sampled, self.seconds(shape, budget_s / len(fitting))))
+            told(number / len(fitting))
+        return found
 
     def _run(self, works: Sequence[Work]) -> float:
         step = Step(next(self._index), list(works), self._past)

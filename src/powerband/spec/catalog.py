@@ -19,11 +19,13 @@ import yaml
 
 from powerband.cache import cache_directory
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.device import detect_cpu
 from powerband.spec.fields import shown
 from powerband.spec.profile import DeviceProfile, Price
 from powerband.spec.records import read_record
 
 HERE = "here"
+_CALIBRATE = "'powerband calibrate' does it, in two minutes on a CPU."
 _MAX_BYTES = 4 << 20
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 
@@ -80,15 +82,37 @@ def here_path() -> Path:
 
 
 def read_here() -> DeviceProfile:
-    """This machine's. Raises EnvironmentFault when nobody has calibrated it."""
+    """This machine's. Raises EnvironmentFault when nobody has calibrated it, or when it was another then."""
     path = here_path()
     if not path.exists():
+        raise EnvironmentFault("This machine has not been measured yet.", hint=_CALIBRATE, param="devices")
+    profile = read_profile(path)
+    if not is_here(profile):
         raise EnvironmentFault(
-            "This machine has not been measured yet.",
-            hint="'powerband calibrate' does it, in two minutes on a CPU.",
-            param="devices",
+            f"{path} was measured on another machine ({_machine_name(profile)}).", hint=_CALIBRATE, param="devices"
         )
-    return read_profile(path)
+    return profile
+
+
+def known_here(path: Path | None = None) -> DeviceProfile | None:
+    """This machine's, if somebody has calibrated it. path: where, if not in the usual place. Raises as read_profile."""
+    path = path or here_path()
+    profile = read_profile(path) if path.exists() else None
+    return profile if profile is not None and is_here(profile) else None
+
+
+def is_here(profile: DeviceProfile) -> bool:
+    """Whether a CPU's profile was measured on one like this, as far as it says on which. Of a GPU only its name tells,
+    which whoever uses it has to compare.
+    """
+    if profile.machine is None or profile.kind != "cpu":
+        return True
+    cpu = detect_cpu()
+    return (profile.machine.name, profile.machine.cores) == (cpu.name, cpu.cores)
+
+
+def _machine_name(profile: DeviceProfile) -> str:
+    return f"{profile.machine.name}, {profile.machine.cores} cores" if profile.machine is not None else profile.name
 
 
 def read_profile(path: Path) -> DeviceProfile:

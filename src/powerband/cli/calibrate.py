@@ -1,0 +1,198 @@
+"""`powerband calibrate`: measure this machine, so that planning and admission know it."""
+
+from __future__ import annotations
+
+import json as json_format
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from cyclopts import Group, Parameter
+
+from powerband.cli.flags import Json, takes_settings
+from powerband.cli.machine import device_of
+from powerband.cli.settings import Resolved
+from powerband.cli.tables import print_table
+from powerband.cost.steps import read_step_log
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.catalog import here_path, known_here
+from powerband.spec.profile import DeviceProfile
+from powerband.spec.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from powerband.cli.calibration import DeviceFits, ModelFit
+
+DEFAULT_SECONDS = 60.0
+NOT_CALIBRATED = ("step_log", "scheduling_policy", "served_model_name", "chat_template")
+_NAMES = {"none": "16 bits", "int8": "int8", "int4": "int4"}
+_MEASURING = Group("Measuring", sort_key=0)
+
+
+@takes_settings(EngineSettings, without=NOT_CALIBRATED)
+def calibrate(
+    settings: Resolved,
+    *,
+    from_log: Annotated[
+        Path | None,
+        Parameter(name="--from", help="Take steps from an engine's step log; nothing runs", group=_MEASURING),
+    ] = None,
+    seconds: Annotated[
+        float, Parameter(help="Time to spend on steps, of the machine and of MODEL each", group=_MEASURING)
+    ] = DEFAULT_SECONDS,
+    out: Annotated[
+        Path | None, Parameter(name=("--out", "-o"), help="File; default: this machine's profile", group=_MEASURING)
+    ] = None,
+    json: Annotated[Json, Parameter(group=_MEASURING)] = False,
+) -> int:
+    """Measure this machine, and keep what was found as the device 'here'.
+
+    Without MODEL: its laws for any model, by timing small made-up ones in each precision.
+    With MODEL: its own steps too, alone and under load behind its API, for predictions within a few
+    per cent. Best on an idle machine; about two minutes on a CPU.
+    """
+    began_s = time.perf_counter()
+    if not 1 <= seconds <= 3600:
+        raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
+    path = out or here_path()
+    if from_log is not None:
+        profile, told = _from_log(from_log, path)
+    else:
+        profile, told = _measure(settings, seconds, path)
+    write_profile(profile, path)
+    _print(told, path, time.perf_counter() - began_s, as_json=json)
+    return 0
+
+
+def _measure(settings: Resolved, seconds: float, path: Path) -> tuple[DeviceProfile, Told]:
+    """The machine, unless MODEL is given and the machine is known; then MODEL, or the demo model in its place."""
+    from powerband.cli.calibration import measure_machine, measure_model, with_refinement
+
+    engine = settings.engine
+    profile = known_here(path) if "model" in settings.asked else None
+    told = Told()
+    with _Bar() as bar:
+        if profile is None:
+            device = device_of(engine)
+            machine = measure_machine(device, engine.threads, seconds, bar)
+            profile, told.machine = machine.profile, machine
+        told.model = measure_model(engine, seconds / (1 if "model" in settings.asked else 3), bar)
+    host = told.model.refinement.host
+    if told.machine is not None and host is not None:
+        profile = replace(profile, host={**profile.host, "powerband": host})
+    return with_refinement(profile, told.model.refinement), told
+
+
+def _from_log(log: Path, path: Path) -> tuple[DeviceProfile, Told]:
+    """Raises UsageError where the log's engine ran on another machine than the profile's."""
+    from powerband.cli.calibration import refined_by, with_refinement
+
+    profile = known_here(path)
+    if profile is None:
+        raise EnvironmentFault(
+            "A step log refines the profile of this machine, which has not been measured yet.",
+            hint="Run 'powerband calibrate' first.",
+            param="from",
+        )
+    told = Told()
+    for run in read_step_log(log):
+        machine = profile.machine
+        if machine is not None and (run.form.device_name, run.form.threads) != (machine.name, machine.threads):
+            raise UsageError(
+                f"{log} is of {run.form.device_name} with {run.form.threads} threads; the profile is of {machine.name}"
+                f" with {machine.threads}.",
+                hint="Calibrate on the machine, and with the threads, on which the engine ran.",
+                param="from",
+            )
+        told.model = refined_by(profile, run)
+        profile = with_refinement(profile, told.model.refinement)
+    return profile, told
+
+
+def write_profile(profile: DeviceProfile, path: Path) -> None:
+    """All or nothing. Raises EnvironmentFault."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = path.with_name(f".{path.name}.new")
+        made.write_text(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
+        made.replace(path)
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="out") from None
+
+
+@dataclass
+class Told:
+    """What there is to print."""
+
+    machine: DeviceFits | None = None
+    model: ModelFit | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [
+            {
+                "what": f"any model, {_NAMES[found.quantization]}",
+                "steps": found.steps,
+                "bytes_per_s": found.bytes_per_s,
+                "flops_per_s": found.flops_per_s,
+                "error": asdict(found.held_out),
+            }
+            for found in (self.machine.fits if self.machine is not None else ())
+        ]
+        if self.model is not None:
+            refinement = self.model.refinement
+            what = f"{refinement.name}, {_NAMES[refinement.quantization]}"
+            rows.append({"what": what, "steps": self.model.steps, "error": asdict(self.model.errors)})
+        return rows
+
+
+def _print(told: Told, path: Path, took_s: float, *, as_json: bool) -> None:
+    rows = told.rows()
+    if as_json:
+        print(json_format.dumps({"profile": str(path), "seconds": took_s, "measured": rows}, indent=1))
+        return
+    table = [["measured", "steps", "GB/s", "GFLOP/s", "error: median", "P90", "bias"]]
+    for row in rows:
+        rates = [f"{row[name] / 1e9:.1f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
+        errors = [
+            f"{row['error'][name]:+.1%}".lstrip("+" if name != "bias" else "") for name in ("median", "p90", "bias")
+        ]
+        table.append([row["what"], str(row["steps"]), *rates, *errors])
+    print_table(table)
+    host = told.model.refinement.host if told.model is not None else None
+    if host is not None:
+        print(
+            f"host: {1e3 * host.step_s:.2f} ms a step and {1e6 * host.per_request_s:.0f} µs a request in it;"
+            f" {1e3 * host.arrival_s:.1f} ms until the engine knows a request, {1e3 * host.answer_s:.1f} ms back"
+        )
+    print(f"errors: of steps that the fit had not seen. {took_s:.0f} s; kept in {path}")
+
+
+class _Bar:
+    """What is being measured, on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self._progress: Progress = Progress(
+            TimeElapsedColumn(),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task: TaskID = self._progress.add_task("start", total=1.0)
+
+    def __call__(self, what: str, share: float) -> None:
+        self._progress.update(self._task, description=what, completed=share)
+
+    def __enter__(self) -> _Bar:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._progress.__exit__(kind, error, trace)

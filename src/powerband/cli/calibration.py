@@ -1,0 +1,347 @@
+"""What `powerband calibrate` measures: this machine with small made-up models, and single models as they are served."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, Literal
+
+from powerband.cli.machine import read_bandwidth_bytes_per_s
+from powerband.cost.device_fit import ModelSteps, PrecisionFit, fit_precision, reached
+from powerband.cost.fit import Errors
+from powerband.cost.measured_steps import MeasuredSteps
+from powerband.cost.step_fit import (
+    Journey,
+    answer_times,
+    busy_cycles,
+    fit_arrival,
+    fit_host,
+    fit_steps,
+    held_out_error,
+    slowed,
+)
+from powerband.cost.steps import Form, Run, StepSample
+from powerband.spec.arrivals import ClosedLoop
+from powerband.spec.device import detect_cpu
+from powerband.spec.lengths import Uniform
+from powerband.spec.profile import DeviceProfile, Evidence, HostLaw, Machine, Refinement, StepLaw
+from powerband.spec.settings import EngineSettings
+from powerband.spec.workload import Mix, Workload
+
+if TYPE_CHECKING:
+    from powerband.cli.served import Load
+    from powerband.engine.build import Engine
+
+Own = Literal["none", "int8", "int4"]  # precisions that our engine has
+Told = Callable[[str, float], object]  # what is measured, and the share of it that is done
+
+PRECISIONS: tuple[Own, ...] = ("none", "int8", "int4")
+_SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
+    (512, 1536, 6, 8, 4, 64, 8192),
+    (1024, 3072, 4, 16, 8, 64, 16384),
+    (2048, 6144, 3, 16, 8, 128, 32768),
+)
+_KV_MEMORY = "768MiB"
+_USERS = (1, 4, 16)
+_LONGEST_PROMPT, _LONGEST_ANSWER = 512, 48
+_PAUSE_S = 0.25  # a longer one between two steps is the engine at rest
+_LEAST_BAND = 0.05
+_MOST_SAMPLES = 2000  # of a log
+# Until a model has been served here.
+_ASSUMED_HOST = HostLaw(
+    step_s=3e-4,
+    per_request_s=3e-5,
+    arrival_s=2e-3,
+    answer_s=1e-3,
+    overlapped=False,
+    evidence=Evidence(source="assumed", error=0.5),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFit:
+    """What was found about one model. errors: of steps that the law had not seen."""
+
+    refinement: Refinement
+    steps: int
+    errors: Errors
+    requests: int
+
+
+def measure_machine(device: str, threads: int | None, budget_s: float, told: Told) -> DeviceFits:
+    """The laws of this machine's CPU or GPU, from steps of small made-up models within about `budget_s`."""
+    bandwidth = read_bandwidth_bytes_per_s(threads or detect_cpu().cores)
+    fits: list[PrecisionFit] = []
+    profile: DeviceProfile | None = None
+    precisions = PRECISIONS if device == "cpu" else PRECISIONS[:1]
+    for precision in precisions:
+        measured = _timed(device, threads, precision, budget_s / len(precisions), told)
+        if profile is None:
+            profile = _facts(measured, bandwidth)
+        told(f"{precision}: fit", 0.5)
+        profile, found = fit_precision(profile, [steps for steps, _ in measured])
+        fits.append(found)
+    if profile is None:
+        raise AssertionError("there is a precision")
+    return DeviceFits(profile, tuple(fits))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFits:
+    profile: DeviceProfile
+    fits: tuple[PrecisionFit, ...]
+
+
+def _timed(
+    device: str, threads: int | None, precision: Own, budget_s: float, told: Told
+) -> list[tuple[ModelSteps, Form]]:
+    from powerband.engine.measure import Steps, grid
+
+    found = []
+    for number, shape in enumerate(_SHAPES):
+        name = f"{precision}: model {number + 1} of {len(_SHAPES)}"
+        told(name, 0.0)
+        with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(_config(*shape)))
+            settings = EngineSettings(
+                model=folder,
+                load_format="dummy",
+                quantization=precision,
+                device="cpu" if device == "cpu" else "cuda",
+                threads=threads,
+                kv_cache_memory=_KV_MEMORY,
+            )
+            with _engine(settings) as engine:
+                shapes = grid(engine.memory.max_model_len, 2048, 256)
+                samples = Steps(engine).samples(shapes, budget_s / len(_SHAPES) / 2, partial(told, name))
+                form = engine.form
+                found.append((ModelSteps(engine.spec, precision, form.kv_precision, tuple(samples)), form))
+    return found
+
+
+def _config(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int
+) -> dict[str, Any]:
+    """A Llama."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 0,
+    }
+
+
+@contextmanager
+def _engine(settings: EngineSettings) -> Iterator[Engine]:
+    from powerband.core.clock import MonotonicClock
+    from powerband.engine.build import build_engine
+    from powerband.engine.feed import LocalInbox
+
+    engine = build_engine(settings, inbox=LocalInbox(), clock=MonotonicClock())
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _facts(measured: Sequence[tuple[ModelSteps, Form]], bandwidth: float) -> DeviceProfile:
+    """What the laws' shares are of. The peak of a CPU is the most that its products reached."""
+    cpu, form = detect_cpu(), measured[0][1]
+    _, flops = reached([steps for steps, _ in measured])
+    on_cpu = form.device == "cpu"
+    memory = cpu.memory_bytes
+    if not on_cpu:
+        import torch
+
+        memory = torch.cuda.mem_get_info()[1]
+    return DeviceProfile(
+        name="here",
+        kind="cpu" if on_cpu else "cuda",
+        architecture="cpu" if on_cpu else "cuda",
+        memory_bytes=memory,
+        bandwidth_bytes_per_s=bandwidth,
+        peak_flops_per_s={"16bit": flops, "float32": flops / 2},
+        multiprocessors=cpu.cores,
+        devices_per_node=1,
+        source=f"powerband calibrate, {_today()}",
+        host={
+            "powerband": HostLaw(
+                step_s=3e-4,
+                per_request_s=3e-5,
+                arrival_s=2e-3,
+                answer_s=1e-3,
+                overlapped=not on_cpu,
+                evidence=Evidence(source="assumed", error=0.5),
+            )
+        },
+        machine=this_machine(form),
+    )
+
+
+def this_machine(form: Form) -> Machine:
+    """As a profile names it."""
+    cpu = detect_cpu()
+    return Machine(
+        name=form.device_name,
+        features=cpu.features,
+        cores=cpu.cores,
+        threads=form.threads or cpu.cores,
+        date=_today(),
+        versions={name: version(name) for name in ("powerband", "torch")},
+    )
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+# One model
+
+
+def measure_model(settings: EngineSettings, budget_s: float, told: Told) -> ModelFit:
+    """Steps of the model alone, then loads over HTTP on its server: what the host adds, and the way to its clients."""
+    from powerband.engine.measure import Steps, grid
+
+    told(f"{settings.model}: load", 0.0)
+    with _engine(settings) as engine:
+        limits = engine.scheduler.limits
+        shapes = grid(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
+        name = f"{settings.model}: steps"
+        samples = Steps(engine).samples(shapes, budget_s / 2, partial(told, name))
+        form, longest = engine.form, limits.max_model_len
+    law = fit_steps(samples)
+    errors = held_out_error(samples)
+    with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
+        loads, steps = asyncio.run(_serve(settings, Path(folder), longest, budget_s / 2, told))
+    law, host = fit_served(law, loads, steps)
+    band = max(errors.p90, _LEAST_BAND)
+    refinement = Refinement(
+        model=form.model,
+        name=form.name,
+        quantization=form.quantization,
+        kv_precision=form.kv_precision,
+        steps=law,
+        host=host,
+        evidence=Evidence(source=f"steps and loads, {_today()}", error=band),
+    )
+    return ModelFit(refinement, len(samples), errors, sum(len(load.result.samples) for load in loads))
+
+
+async def _serve(
+    settings: EngineSettings, folder: Path, longest: int, budget_s: float, told: Told
+) -> tuple[list[Load], list[StepSample]]:
+    from powerband.cli.served import serving
+
+    told(f"{settings.model}: server", 0.0)
+    prompts = Uniform(16, max(min(_LONGEST_PROMPT, longest // 4), 16))
+    answers = Uniform(8, max(min(_LONGEST_ANSWER, longest // 4), 8))
+    loads = []
+    async with serving(settings.model, options_of(settings), folder) as served:
+        for number, users in enumerate(min(users, settings.max_num_seqs) for users in _USERS):
+            told(f"{settings.model}: {users} users", number / len(_USERS))
+            workload = Workload(name="calibrate", arrivals=ClosedLoop(users), requests=Mix(prompts, answers))
+            loads.append(await served.load(workload.draw(number, duration_s=budget_s / len(_USERS))))
+    return loads, [sample for run in served.steps() for sample in run.samples]
+
+
+def options_of(settings: EngineSettings) -> Mapping[str, object]:
+    """The settings that were given, as `powerband serve` takes them."""
+    usual = EngineSettings(model=settings.model)
+    given = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "model"}
+    return {name: value for name, value in given.items() if value != getattr(usual, name)}
+
+
+def fit_served(law: StepLaw, loads: Sequence[Load], steps: Sequence[StepSample]) -> tuple[StepLaw, HostLaw]:
+    """What a load adds to a model's own steps, and how far the engine is from its clients."""
+    share = fit_host(busy_cycles(steps, law, _PAUSE_S))
+    per_load = [
+        [_journey(sample, load.start_s) for sample in load.result.samples if sample.chunk_times_s] for load in loads
+    ]
+    arrival_s, arrival_token_s = fit_arrival(per_load[0], steps, share.step_s)
+    answers = [median(times) for journeys in per_load if (times := answer_times(journeys, steps))]
+    host = HostLaw(
+        step_s=share.step_s,
+        per_request_s=share.per_request_s,
+        per_new_s=share.per_new_s,
+        arrival_s=arrival_s,
+        arrival_token_s=arrival_token_s,
+        answer_s=fmean(answers),
+        overlapped=False,
+        evidence=Evidence(source="loads over HTTP", error=0.3),
+    )
+    return slowed(law, share.slowdown), host
+
+
+def _journey(sample: Any, start_s: float) -> Journey:
+    return Journey(
+        sample.sent_s + start_s, tuple(time_s + start_s for time_s in sample.chunk_times_s), sample.prompt_tokens
+    )
+
+
+def with_refinement(profile: DeviceProfile, refinement: Refinement) -> DeviceProfile:
+    """In place of an older one of the same model in the same form."""
+
+    def key(of: Refinement) -> tuple[str, ...]:
+        return (of.model, of.engine, of.quantization, of.kv_precision)
+
+    others = tuple(known for known in profile.refinements if key(known) != key(refinement))
+    return replace(profile, refinements=(*others, refinement))
+
+
+def refined_by(profile: DeviceProfile, run: Run) -> ModelFit:
+    """From a log of real traffic: where it tells nothing, what was known before stands. Raises UsageError for too
+    little traffic.
+    """
+    form, samples = run.form, _thinned(run.samples)
+    known = profile.refinement(form.model, "powerband", form.quantization, form.kv_precision)
+    if known is not None:
+        samples = [*samples, *_supposed(known.steps)]
+    law = fit_steps(samples)
+    errors = held_out_error(samples)
+    host = known.host if known is not None else profile.host.get("powerband")
+    refinement = Refinement(
+        model=form.model,
+        name=form.name,
+        quantization=form.quantization,
+        kv_precision=form.kv_precision,
+        steps=law,
+        host=host,
+        evidence=Evidence(source=f"step log, {_today()}", error=max(errors.p90, _LEAST_BAND)),
+    )
+    return ModelFit(refinement, len(run.samples), errors, 0)
+
+
+def _thinned(samples: Sequence[StepSample]) -> list[StepSample]:
+    """Equally spaced ones, at most _MOST_SAMPLES."""
+    return list(samples[:: -(-len(samples) // _MOST_SAMPLES)])
+
+
+def _supposed(law: StepLaw) -> list[StepSample]:
+    """Steps that a law predicts, over its range."""
+    from powerband.engine.measure import grid
+
+    model = MeasuredSteps(law)
+    return [
+        StepSample(shape.works, shape.sampled, model.step_s(shape.works, shape.sampled))
+        for shape in grid(law.tokens[-1], law.tokens[-1], law.rows[-1])
+    ]

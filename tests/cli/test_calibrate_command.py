@@ -1,0 +1,159 @@
+"""`powerband calibrate`: what it measures, keeps and prints, and what it says of logs that tell nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from powerband.cli.calibrate import write_profile
+from powerband.cli.calibration import with_refinement
+from powerband.cli.main import main
+from powerband.cost.measured_steps import MeasuredSteps
+from powerband.cost.steps import Form, header_line
+from powerband.errors import EnvironmentFault
+from powerband.spec.catalog import here_path, known_here, read_here, read_profile
+from powerband.spec.device import detect_cpu
+from powerband.spec.profile import DeviceProfile, Evidence, Machine, Refinement, StepLaw
+from powerband.spec.reader import read_model_spec
+
+CPU = detect_cpu()
+KNOWN = DeviceProfile(
+    name="here",
+    kind="cpu",
+    architecture="cpu",
+    memory_bytes=2**34,
+    bandwidth_bytes_per_s=30e9,
+    peak_flops_per_s={"16bit": 1e12},
+    multiprocessors=CPU.cores,
+    machine=Machine(name=CPU.name, cores=CPU.cores, threads=CPU.cores, date="2026-11-21"),
+)
+FORM = Form(
+    model="abc",
+    name="mine",
+    dtype="bfloat16",
+    quantization="none",
+    kv_dtype="bfloat16",
+    device="cpu",
+    device_name=CPU.name,
+    threads=CPU.cores,
+    powerband="0.1",
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles of these tests are this machine's, but not for anybody else."""
+    monkeypatch.setattr("powerband.spec.catalog.here_path", lambda: tmp_path / "here.yaml")
+
+
+def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "profile.yaml"
+    write_profile(KNOWN, path)
+    assert main(["calibrate", "demo", "--seconds", "6", "--out", str(path), "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["measured"]
+    assert (row["what"], row["steps"] > 30) == ("demo, 16 bits", True)
+    [refinement] = read_profile(path).refinements
+    assert refinement.model == read_model_spec("src/powerband/demo").shape_digest
+    seconds = MeasuredSteps(refinement.steps).step_s([(1, 100)], 1)
+    assert 1e-5 < seconds < 0.1
+    assert refinement.host is not None
+    assert 1e-5 < refinement.host.arrival_s < 0.1
+    assert 1e-5 < refinement.host.answer_s < 0.1
+
+
+def steps(count: int, scale: float = 1.0) -> list[str]:
+    """Decodes of one to eight requests, which take a millisecond and a tenth for each of them."""
+    return [
+        json.dumps(
+            {
+                "step": number,
+                "at": number / 10,
+                "s": scale * (0.001 + 0.0001 * (1 + number % 8)),
+                "in_flight_s": 0.002,
+                "new": [1] * (1 + number % 8),
+                "context": [100 + number] * (1 + number % 8),
+                "sampled": 1 + number % 8,
+            }
+        )
+        for number in range(1, count)
+    ]
+
+
+def test_a_step_log_refines_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, log = tmp_path / "profile.yaml", tmp_path / "steps.jsonl"
+    write_profile(KNOWN, path)
+    log.write_text("\n".join([header_line(FORM), *steps(200)]) + "\n")
+    assert main(["calibrate", "--from", str(log), "-o", str(path)]) == 0
+    assert "mine, 16 bits  199" in capsys.readouterr().out
+    [first] = read_profile(path).refinements
+    assert MeasuredSteps(first.steps).step_s([(1, 200)] * 4, 4) == pytest.approx(0.0014, rel=0.03)
+    log.write_text("\n".join([header_line(FORM), *steps(400, scale=1.5)]) + "\n")
+    assert main(["calibrate", "--from", str(log), "-o", str(path)]) == 0
+    [second] = read_profile(path).refinements
+    assert MeasuredSteps(second.steps).step_s([(1, 200)] * 4, 4) == pytest.approx(0.0021, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "told"),
+    [
+        ([], 2, "holds no steps"),
+        (["nonsense"], 2, "it is no step log"),
+        ([header_line(FORM), *steps(3)], 2, "2 steps are too few"),
+        ([header_line(replace(FORM, device_name="EPYC")), *steps(50)], 2, "is of EPYC with"),
+    ],
+)
+def test_logs_that_tell_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], code: int, told: str
+) -> None:
+    path, log = tmp_path / "profile.yaml", tmp_path / "steps.jsonl"
+    write_profile(KNOWN, path)
+    log.write_text("".join(line + "\n" for line in lines))
+    assert main(["calibrate", "--from", str(log), "-o", str(path)]) == code
+    assert told in capsys.readouterr().err
+    assert read_profile(path) == KNOWN
+
+
+def test_a_log_refines_nothing_where_nothing_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "steps.jsonl"
+    log.write_text("\n".join([header_line(FORM), *steps(50)]) + "\n")
+    assert main(["calibrate", "--from", str(log), "-o", str(tmp_path / "none.yaml")]) == 3
+    assert "Run 'powerband calibrate' first" in capsys.readouterr().err
+
+
+def test_a_profile_of_another_machine_is_not_this_machines(tmp_path: Path) -> None:
+    machine = Machine(name="EPYC", cores=96, threads=96, date="2026-11-21")
+    write_profile(replace(KNOWN, machine=machine), tmp_path / "here.yaml")
+    assert known_here() is None
+    with pytest.raises(EnvironmentFault, match="measured on another machine \\(EPYC, 96 cores\\)"):
+        read_here()
+    write_profile(KNOWN, tmp_path / "here.yaml")
+    assert read_here() == known_here() == KNOWN
+
+
+def test_a_model_has_one_refinement_in_each_form() -> None:
+    steps = StepLaw(
+        tokens=(1,),
+        token_s=(0.001,),
+        rows=(1,),
+        row_s=(0.0,),
+        decodes_s=0.0,
+        decode_s=0.0,
+        position_s=0.0,
+        chunk_s=0.0,
+        pair_s=0.0,
+        read_s=0.0,
+    )
+    refinement = Refinement(model="abc", name="mine", steps=steps, evidence=Evidence(source="test", error=0.1))
+    once = with_refinement(with_refinement(KNOWN, refinement), replace(refinement, name="again"))
+    assert [known.name for known in once.refinements] == ["again"]
+    both = with_refinement(once, replace(refinement, quantization="int8", kv_precision="int8"))
+    assert len(both.refinements) == 2
+
+
+def test_the_usual_place_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
+    assert here_path() == tmp_path / "profiles" / "here.yaml"
