@@ -130,7 +130,7 @@ class CheckingExecutor(SimExecutor):
         if fails:  # nobody knows what such a step wrote
             for w in step.works:
                 self.spoil(w)
-        return CheckingHandle(self, step, handle._end_s, handle._result, fails)
+        return CheckingHandle(self, step, handle.end_s, handle._result, fails)
 
     def check_step(self, step: Step) -> None:
         config = self.config
