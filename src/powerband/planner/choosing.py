@@ -1,0 +1,100 @@
+"""Which of the evaluated deployments is best, which ones nothing beats, and what lies beside the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from powerband.planner.outcome import Evaluation, Objective
+from powerband.planner.question import Question
+
+_CLEARLY = 0.9  # of a latency: what is lower than this share of it is faster
+_USED = ("ttft_s", "tpot_s")  # by which the frontier is drawn, beside the price
+
+
+def price(evaluation: Evaluation) -> float:
+    """Dollars per hour; where nobody knows them, devices count."""
+    return evaluation.usd_per_hour if evaluation.usd_per_hour is not None else float(evaluation.deployment.num_devices)
+
+
+def order(objective: Objective, evaluation: Evaluation) -> tuple[float, ...]:
+    """The smaller the better."""
+    capacity = evaluation.figures["capacity"].low
+    latency = evaluation.figures["e2e_mean_s"].value
+    if objective == "latency":
+        return latency, price(evaluation), -capacity
+    if objective == "throughput":
+        return -capacity, price(evaluation), latency
+    return price(evaluation), -capacity, latency
+
+
+def within_budget(question: Question, evaluation: Evaluation) -> bool:
+    if question.budget_usd_per_h is None:
+        return True
+    return evaluation.usd_per_hour is not None and evaluation.usd_per_hour <= question.budget_usd_per_h
+
+
+def recommended(question: Question, evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Of those that were simulated, keep the SLO and are within the budget."""
+    able = [
+        evaluation
+        for evaluation in evaluations
+        if evaluation.method == "simulation" and evaluation.meets_slo and within_budget(question, evaluation)
+    ]
+    return min(able, key=lambda evaluation: order(question.objective, evaluation), default=None)
+
+
+def alternatives(
+    question: Question, chosen: Evaluation | None, evaluations: Sequence[Evaluation]
+) -> dict[str, Evaluation]:
+    """'cheaper' and 'faster': the next ones beside the choice; 'nearest': where there is none."""
+    if chosen is None:
+        near = min(evaluations, key=lambda evaluation: _excess(question, evaluation), default=None)
+        return {"nearest": near} if near is not None else {}
+    found = {}
+    cheaper = [e for e in evaluations if price(e) < price(chosen) * 0.999 and _is_finite(e)]
+    if cheaper:
+        found["cheaper"] = max(cheaper, key=lambda e: (e.method == "simulation", price(e), e.figures["capacity"].low))
+    tpot_s, e2e_s = chosen.figures["tpot_mean_s"].value, chosen.figures["e2e_mean_s"].value
+    faster = [
+        e
+        for e in evaluations
+        if e.meets_slo
+        and within_budget(question, e)
+        and e.figures["e2e_mean_s"].value < _CLEARLY * e2e_s
+        and e.figures["tpot_mean_s"].value < tpot_s
+    ]
+    if faster:
+        found["faster"] = min(faster, key=lambda e: (price(e), e.figures["e2e_mean_s"].value))
+    return found
+
+
+def marked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """With `dominated` where another is no worse in price, TTFT and TPOT and better in one; never ends: dominated."""
+    points = [(price(e), *(e.figures[name].value for name in _USED)) for e in evaluations]
+    ordered = sorted(range(len(points)), key=lambda i: (points[i], -evaluations[i].figures["capacity"].low))
+    kept: list[tuple[float, ...]] = []
+    dominated = [True] * len(points)
+    for i in ordered:
+        point = points[i]
+        if math.isfinite(point[1]) and not any(all(a <= b for a, b in zip(k, point, strict=True)) for k in kept):
+            dominated[i] = False
+            kept.append(point)
+    return [replace(e, dominated=is_beaten) for e, is_beaten in zip(evaluations, dominated, strict=True)]
+
+
+def _excess(question: Question, evaluation: Evaluation) -> tuple[float, float]:
+    """How far the worst limit is exceeded at the pessimistic edge, and the price."""
+    worst = 1.0
+    for name, limit in question.slo.limits.items():
+        figure = evaluation.figures.get(f"{name}_s")
+        if figure is not None:
+            worst = max(worst, figure.high / limit)
+    if not within_budget(question, evaluation) and question.budget_usd_per_h:
+        worst = max(worst, price(evaluation) / question.budget_usd_per_h)
+    return worst, price(evaluation)
+
+
+def _is_finite(evaluation: Evaluation) -> bool:
+    return math.isfinite(evaluation.figures["ttft_s"].value)

@@ -1,0 +1,162 @@
+"""Candidates of the first phase: every kind of replica, with several limits and counts, in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from powerband.cost.latency import LatencyModel
+from powerband.cost.replica_memory import plan_replica
+from powerband.planner.candidates import Kind
+from powerband.planner.closed_form import ClosedForm, Estimate
+from powerband.planner.outcome import Banded, Bound, Evaluation
+from powerband.planner.question import Question, Weighed, weight
+from powerband.spec.catalog import usd_per_hour
+from powerband.spec.deployment import Deployment, Pool, Replica
+
+# (max_num_seqs, max_num_batched_tokens): the default first.
+LIMITS = ((256, 2048), (64, 2048), (256, 512), (256, 8192))
+_BLOCKED = 0.9  # of the seats that memory allows: beyond, it is memory that binds
+_WAITING = 0.5  # of the TTFT
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One kind of replica with its limits, under the workload. kept_rate: requests a second of one replica."""
+
+    kind: Kind
+    forms: tuple[ClosedForm, ClosedForm, ClosedForm]  # as predicted, and at the band's slow and fast edge
+    kept_rate: float  # as predicted
+    sure_rate: float  # at the slow edge
+
+    @property
+    def replica(self) -> Replica:
+        return self.kind.replica
+
+
+def units(question: Question, kinds: Sequence[Kind], requests: Sequence[Weighed]) -> Iterator[Unit]:
+    """With every pair of limits that makes a difference and is not pinned."""
+    for kind in kinds:
+        for seats, budget in LIMITS:
+            limited = {"max_num_seqs": seats, "max_num_batched_tokens": budget, **question.pinned}
+            replica = replace(kind.replica, **limited)
+            if (seats, budget) != LIMITS[0] and replica == replace(kind.replica, **dict(question.pinned)):
+                continue
+            found = _unit(question, kind, replica, requests)
+            if found is not None:
+                yield found
+
+
+def _unit(question: Question, kind: Kind, replica: Replica, requests: Sequence[Weighed]) -> Unit | None:
+    profile = question.profile(replica.device)
+    memory = kind.memory if replica == kind.replica else plan_replica(question.spec, profile, replica, kind.engine)
+    if memory.problem:
+        return None
+    model = LatencyModel(question.spec, profile, replica, kind.engine)
+    found = weight(requests, caching=replica.enable_prefix_caching, percentile=question.slo.attainment)
+    slow, fast = 1 + model.band, 1 / (1 + model.band)
+    nominal, slowest, fastest = (
+        ClosedForm(model, replica, memory.kv_tokens, found, percentile=question.slo.attainment, slowdown=slowdown)
+        for slowdown in (1.0, slow, fast)
+    )
+    return Unit(
+        Kind(kind.engine, replica, memory),
+        (nominal, slowest, fastest),
+        nominal.kept_rate(question.slo),
+        slowest.kept_rate(question.slo),
+    )
+
+
+def counts(question: Question, unit: Unit) -> list[int]:
+    """Numbers of replicas that are worth a look: what the rate takes, as predicted and surely, and one less."""
+    most = most_replicas(question, unit.replica)
+    if most < 1:
+        return []
+    if unit.kept_rate <= 0:
+        return [min(max(math.ceil(question.rate / unit.forms[0].capacity), 1), most)]
+    needed = math.ceil(question.rate / unit.kept_rate)
+    surely = math.ceil(question.rate / unit.sure_rate) if unit.sure_rate > 0 else needed + 1
+    wanted = {needed - 1, needed, surely}
+    if question.objective != "cost":
+        wanted |= {most, (most + needed) // 2}
+    return sorted({min(max(count, 1), most) for count in wanted})
+
+
+def most_replicas(question: Question, replica: Replica) -> int:
+    if question.profile(replica.device).kind == "cpu":
+        return 1  # a machine is one device
+    return question.max_devices // replica.num_devices
+
+
+def estimated(question: Question, unit: Unit, count: int) -> Evaluation:
+    """`count` of these replicas, each with an equal share of the rate."""
+    nominal, slow, fast = (form.at(question.rate / count) for form in unit.forms)
+    output = unit.forms[0].output
+    deployment = Deployment(engine=unit.kind.engine, pools=(Pool(replica=unit.replica, count=count),))
+    figures = {
+        "ttft_s": Banded(nominal.ttft_high_s, fast.ttft_high_s, slow.ttft_high_s),
+        "ttft_mean_s": Banded(nominal.ttft_s, fast.ttft_s, slow.ttft_s),
+        "tpot_s": Banded(nominal.tpot_high_s, fast.tpot_high_s, slow.tpot_high_s),
+        "tpot_mean_s": Banded(nominal.tpot_s, fast.tpot_s, slow.tpot_s),
+        "e2e_mean_s": Banded(nominal.e2e_s(output), fast.e2e_s(output), slow.e2e_s(output)),
+        "output_tokens_per_s": _throughput(question, unit, count),
+        "capacity": capacity_of(unit, count),
+    }
+    return Evaluation(
+        deployment=deployment,
+        method="closed form",
+        figures=figures,
+        meets_slo=unit.sure_rate * count >= question.rate,
+        usd_per_hour=price_of(question, deployment),
+        binds=_binds(unit, nominal),
+        operators=unit.forms[0].operators(nominal.running),
+        kv_tokens=unit.kind.memory.kv_tokens,
+        weights_bytes=unit.kind.memory.parts.get("weights", 0),
+        notes=notes(question, deployment),
+    )
+
+
+def capacity_of(unit: Unit, count: int) -> Banded:
+    best = unit.forms[2].capacity
+    return Banded(
+        unit.kept_rate * count, unit.sure_rate * count, max(unit.kept_rate, min(best, unit.kept_rate * 1.5)) * count
+    )
+
+
+def price_of(question: Question, deployment: Deployment) -> float | None:
+    """Dollars per hour of the cheapest machines; None: not all have a known price."""
+    total = 0.0
+    for pool in deployment.pools:
+        prices = question.profile(pool.replica.device).prices
+        found = usd_per_hour(prices, pool.count, pool.replica.num_devices)
+        if found is None:
+            return None
+        total += found[0]
+    return total
+
+
+def notes(question: Question, deployment: Deployment) -> tuple[str, ...]:
+    found = []
+    for pool in deployment.pools:
+        if pool.replica.offload_share:
+            found.append(f"{pool.replica.offload_share:.0%} of the weights come from the host's memory in every step")
+        if pool.replica.quantization not in ("none", question.stored.quantization):
+            found.append(f"weights in {pool.replica.quantization}: check the quality for your use")
+    return tuple(dict.fromkeys(found))
+
+
+def _throughput(question: Question, unit: Unit, count: int) -> Banded:
+    output = unit.forms[0].output
+    values = [min(question.rate, form.capacity * count) * output for form in unit.forms]
+    return Banded(values[0], values[1], values[2])
+
+
+def _binds(unit: Unit, found: Estimate) -> Bound:
+    if found.utilization >= 1:
+        return "memory" if found.by_memory else "queueing"
+    if found.by_memory and found.running > _BLOCKED * unit.forms[0].seats:
+        return "memory"
+    if found.wait_s > _WAITING * found.ttft_s and found.utilization > _BLOCKED:
+        return "queueing"
+    return unit.forms[0].bound(found.running)

@@ -1,0 +1,127 @@
+"""What is asked of a planner, and what its workload weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from powerband.planner.candidates import Space
+from powerband.planner.outcome import Objective
+from powerband.spec.arrivals import OpenLoop, Replay
+from powerband.spec.deployment import EngineName, Quantization
+from powerband.spec.model import ModelSpec
+from powerband.spec.profile import DeviceProfile
+from powerband.spec.slo import SLO
+from powerband.spec.stored import Stored
+from powerband.spec.workload import Schedule, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """rate: requests a second. quantizations: empty: the usual ones. pinned: fields that every Replica must have."""
+
+    model: str
+    spec: ModelSpec
+    stored: Stored
+    profiles: Sequence[DeviceProfile]
+    engines: Sequence[EngineName]
+    workload: Workload
+    rate: float
+    slo: SLO
+    max_model_len: int
+    budget_usd_per_h: float | None = None
+    max_devices: int = 8
+    quantizations: Sequence[Quantization] = ()
+    objective: Objective = "cost"
+    draft_tokens: int = 0
+    draft_acceptance: float = 0.0
+    pinned: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def space(self) -> Space:
+        return Space(
+            profiles=self.profiles,
+            engines=self.engines,
+            max_devices=self.max_devices,
+            max_model_len=self.max_model_len,
+            quantizations=self.quantizations,
+            draft_tokens=self.draft_tokens,
+            draft_acceptance=self.draft_acceptance,
+            pinned=self.pinned,
+        )
+
+    def profile(self, name: str) -> DeviceProfile:
+        return next(profile for profile in self.profiles if profile.name == name)
+
+    def schedule(self, rate: float, num_requests: int) -> Schedule:
+        """The workload at a rate. A trace at its own times is played so much faster or slower."""
+        arrivals = self.workload.arrivals
+        if isinstance(arrivals, Replay):
+            own = self.workload.mean_rate() or rate
+            made = replace(self.workload, arrivals=Replay(arrivals.speedup * rate / own))
+        else:
+            burstiness = arrivals.burstiness if isinstance(arrivals, OpenLoop) else 1.0
+            made = replace(self.workload, arrivals=OpenLoop.at(rate, burstiness))
+        return made.draw(self.seed, num_requests=num_requests)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What requests weigh, in tokens: means over requests. new: prompt tokens that no prefix cache saves."""
+
+    prompt: float
+    new: float
+    new_squared: float
+    output: float
+    new_high: float  # at the asked percentile
+    share: float = 1.0  # of all requests
+
+    @property
+    def context(self) -> float:
+        """Mean positions that a decode attends to, over its steps: prompt and half of the answer."""
+        return self.prompt + self.output / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """One request's tokens. cached: of its prompt, where prefixes are kept for ever."""
+
+    prompt: int
+    cached: int
+    output: int
+
+
+def weighed(schedule: Schedule) -> list[Weighed]:
+    """Every request of a schedule, in the order of chains."""
+    seen: dict[str, int] = {}
+    found = []
+    for chain in schedule.chains:
+        said = 0
+        for request in chain.requests:
+            said = said if request.turn else 0
+            cached, is_known = said, True
+            for segment in request.segments:
+                known = min(seen.get(segment.key, 0), segment.tokens) if is_known else 0
+                cached += known
+                is_known = is_known and known == segment.tokens
+                seen[segment.key] = max(seen.get(segment.key, 0), segment.tokens)
+            prompt = said + request.new_tokens
+            found.append(Weighed(prompt, min(cached, prompt - 1), request.output_tokens))
+            said = prompt + request.output_tokens
+    return found
+
+
+def weight(requests: Sequence[Weighed], *, caching: bool, percentile: float, of: int | None = None) -> Weight:
+    """Of some requests (at least one). percentile: 0 … 1, of `new_high`. of: how many there are in all."""
+    count = len(requests)
+    new = sorted(request.prompt - request.cached if caching else request.prompt for request in requests)
+    return Weight(
+        prompt=sum(request.prompt for request in requests) / count,
+        new=sum(new) / count,
+        new_squared=sum(tokens * tokens for tokens in new) / count,
+        output=sum(request.output for request in requests) / count,
+        new_high=new[min(int(percentile * count), count - 1)],
+        share=count / (of or count),
+    )

@@ -1,0 +1,256 @@
+"""The search: closed form for all, simulation for what could be chosen, and the rate up to which the choice holds.
+
+kinds × limits × counts ── closed form ──► all evaluations ── the best, not yet simulated ──► simulations
+                                                 ▲────────────── in rounds, until no better one is left ──┘
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from powerband.cost.latency import LatencyModel
+from powerband.errors import UsageError
+from powerband.planner.candidates import kinds
+from powerband.planner.choosing import alternatives, marked, order, price, recommended, within_budget
+from powerband.planner.estimates import counts, estimated, units
+from powerband.planner.outcome import Banded, Bound, Evaluation, Findings, Pruned
+from powerband.planner.playing import MOST_REPLICAS, Played, Task, play
+from powerband.planner.question import Question, weighed
+from powerband.planner.reasons import reasons
+from powerband.spec.deployment import Deployment
+
+Progress = Callable[[int, int, str], object]  # done, of how many, of what
+
+_WEIGHED = 2000  # requests by which the workload is weighed
+_MOST_SIMULATED = 64  # deployments
+_ALIKE = 2  # of one price that are simulated
+_OF_FRONTIER = 6  # that are simulated besides, so that the frontier shows more than closed forms
+_SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
+_FEWEST, _MOST = 150, 1200  # requests
+_MEMORY_BINDS = 0.2  # of the steps someone waits for blocks
+_RATES = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the asked one: where the capacity is looked for
+
+
+def search(question: Question, *, workers: int | None = None, progress: Progress | None = None) -> Findings:
+    """workers: processes; default: one for each core. Raises UsageError when no deployment fits at all."""
+    started_s = time.monotonic()
+    tell: Progress = progress or (lambda _done, _total, _text: None)
+    found, pruned = kinds(question.spec, question.stored, question.space)
+    if not found:
+        raise _nothing_fits(question, pruned)
+    requests = weighed(question.schedule(question.rate, _WEIGHED))
+    evaluations = []
+    for done, unit in enumerate(units(question, found, requests)):
+        evaluations += [estimated(question, unit, count) for count in counts(question, unit)]
+        tell(done + 1, 4 * len(found), "closed form")
+    with _players(question, workers) as players:
+        simulated = _Simulated(question, players, tell)
+        evaluations = simulated.rounds(evaluations)
+        evaluations = simulated.frontier(marked(evaluations))
+        evaluations = simulated.capacity(evaluations, recommended(question, evaluations))
+    evaluations = sorted(marked(evaluations), key=lambda e: (not e.meets_slo, order(question.objective, e)))
+    chosen = recommended(question, evaluations)
+    beside = alternatives(question, chosen, evaluations)
+    return Findings(
+        model=question.model,
+        objective=question.objective,
+        rate=question.rate,
+        slo=question.slo,
+        workload=question.workload.as_dict(),
+        evaluations=tuple(evaluations),
+        pruned=tuple(pruned),
+        recommended=chosen,
+        reasons=reasons(
+            chosen,
+            evaluations,
+            beside,
+            slo=question.slo,
+            rate=question.rate,
+            budget_usd_per_h=question.budget_usd_per_h,
+        ),
+        alternatives=beside,
+        seconds=time.monotonic() - started_s,
+    )
+
+
+Player = Callable[[Iterable[Task]], Iterator[Played]]
+
+
+@contextmanager
+def _players(question: Question, workers: int | None) -> Iterator[Player]:
+    """Tasks in, what was played out, in their order."""
+    workers = workers or len(os.sched_getaffinity(0))
+    one = partial(play, question)
+    if workers == 1:
+        yield partial(map, one)
+        return
+    context = multiprocessing.get_context("spawn")  # this process may have threads: a fork would copy their locks
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            yield partial(pool.map, one)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@dataclass(slots=True)
+class _Simulated:
+    """Simulates evaluations, and remembers which."""
+
+    question: Question
+    players: Player
+    tell: Progress
+
+    def rounds(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """The best ones by the objective, until no better one is left that could keep the SLO."""
+        by_deployment = {evaluation.deployment: evaluation for evaluation in evaluations}
+        done = 0
+        while done < _MOST_SIMULATED:
+            batch = self._next(list(by_deployment.values()))
+            if not batch:
+                break
+            for evaluation in self.simulate(batch):
+                by_deployment[evaluation.deployment] = evaluation
+            done += len(batch)
+            self.tell(done, _MOST_SIMULATED, "simulated")
+        return list(by_deployment.values())
+
+    def frontier(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """Some of what nothing beats, evenly spread over the prices."""
+        edge = sorted((e for e in evaluations if not e.dominated and e.method != "simulation"), key=price)
+        chosen = edge[:: max(len(edge) // _OF_FRONTIER, 1)][:_OF_FRONTIER]
+        played = {evaluation.deployment: evaluation for evaluation in self.simulate(chosen)}
+        return [played.get(evaluation.deployment, evaluation) for evaluation in evaluations]
+
+    def capacity(self, evaluations: Sequence[Evaluation], chosen: Evaluation | None) -> list[Evaluation]:
+        """The choice's highest rate, as predicted and at both edges, by simulation."""
+        if chosen is None:
+            return list(evaluations)
+        band = _band(self.question, chosen.deployment)
+        tasks = [
+            replace(task, slowdown=slowdown)
+            for slowdown in (1.0, 1 + band, 1 / (1 + band))
+            for share in _RATES
+            for task in [_task(chosen, self.question.rate * share)]
+        ]
+        played = list(self.players(tasks))
+        edges = [self._highest(played[i : i + len(_RATES)]) for i in range(0, len(played), len(_RATES))]
+        figures = {**chosen.figures, "capacity": Banded(*edges)}
+        found = replace(chosen, figures=figures)
+        return [found if evaluation.deployment == chosen.deployment else evaluation for evaluation in evaluations]
+
+    def simulate(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """As predicted, and at the band's slow and fast edge."""
+        tasks = []
+        for evaluation in evaluations:
+            band = _band(self.question, evaluation.deployment)
+            task = _task(evaluation, self.question.rate)
+            tasks += [replace(task, slowdown=slowdown) for slowdown in (1.0, 1 + band, 1 / (1 + band))]
+        played = list(self.players(tasks))
+        return [
+            _judged(self.question, evaluation, *played[3 * i : 3 * i + 3]) for i, evaluation in enumerate(evaluations)
+        ]
+
+    def _next(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        question = self.question
+        best = recommended(question, evaluations)
+        seen: dict[float, int] = {}
+        for evaluation in evaluations:
+            if evaluation.method == "simulation":
+                seen[round(price(evaluation), 4)] = seen.get(round(price(evaluation), 4), 0) + 1
+        chosen: list[Evaluation] = []
+        for evaluation in sorted(evaluations, key=lambda e: (not e.meets_slo, order(question.objective, e))):
+            if evaluation.method == "simulation" or not within_budget(question, evaluation):
+                continue
+            if evaluation.figures["capacity"].high < question.rate and question.objective != "throughput":
+                continue
+            if best is not None and order(question.objective, evaluation) >= order(question.objective, best):
+                continue
+            level = round(price(evaluation), 4)
+            if question.objective == "cost" and seen.get(level, 0) >= _ALIKE:
+                continue
+            seen[level] = seen.get(level, 0) + 1
+            chosen.append(evaluation)
+            if len(chosen) == 4:
+                break
+        return chosen
+
+    def _highest(self, played: Sequence[Played]) -> float:
+        """The highest rate below which all were kept; between the last kept and the first missed, the lower."""
+        kept = 0.0
+        for one in played:
+            if not _keeps(self.question, one):
+                break
+            kept = one.task.rate
+        return kept
+
+
+def _judged(question: Question, before: Evaluation, nominal: Played, slow: Played, fast: Played) -> Evaluation:
+    figures = dict(before.figures)
+    for name, value in nominal.figures.items():
+        others = [value, slow.figures.get(name, value), fast.figures.get(name, value)]
+        figures[name] = Banded(value, min(others), max(others))
+    if not nominal.keeps_up:
+        for name in ("ttft_s", "ttft_mean_s", "e2e_s", "e2e_mean_s"):
+            figures[name] = Banded(math.inf, figures[name].low, math.inf)
+    capacity = figures["capacity"]
+    if _keeps(question, slow):
+        figures["capacity"] = Banded(
+            max(capacity.value, question.rate), max(capacity.low, question.rate), capacity.high
+        )
+    else:
+        figures["capacity"] = Banded(capacity.value, min(capacity.low, question.rate * 0.99), capacity.high)
+    return replace(
+        before,
+        method="simulation",
+        figures=figures,
+        meets_slo=_keeps(question, slow),
+        binds=_binds(before, nominal),
+        operators=nominal.operators,
+    )
+
+
+def _keeps(question: Question, played: Played) -> bool:
+    return played.keeps_up and played.figures["attainment"] >= question.slo.attainment
+
+
+def _binds(before: Evaluation, played: Played) -> Bound:
+    if played.short_of_memory > _MEMORY_BINDS:
+        return "memory"
+    if not played.keeps_up or before.binds == "queueing":
+        return "queueing"
+    names: tuple[Bound, ...] = ("bandwidth", "compute", "link", "host")
+    return max(names, key=lambda name: played.bounds.get(name, 0.0))
+
+
+def _task(evaluation: Evaluation, rate: float) -> Task:
+    """Long enough that the beginning does not count."""
+    replicas = sum(pool.count for pool in evaluation.deployment.pools)
+    share = min(MOST_REPLICAS / replicas, 1.0)
+    answer_s = evaluation.figures["e2e_mean_s"].value
+    seconds = max(_SECONDS, _ANSWERS * answer_s if math.isfinite(answer_s) else 0.0)
+    return Task(evaluation.deployment, rate, int(min(max(rate * share * seconds, _FEWEST), _MOST)))
+
+
+def _band(question: Question, deployment: Deployment) -> float:
+    return max(
+        LatencyModel(question.spec, question.profile(pool.replica.device), pool.replica, deployment.engine).band
+        for pool in deployment.pools
+    )
+
+
+def _nothing_fits(question: Question, pruned: Sequence[Pruned]) -> UsageError:
+    listed = "; ".join(f"{one.what}: {one.reason}" for one in pruned[:4])
+    return UsageError(
+        f"No deployment of {question.model} is possible on these devices. {listed}.",
+        hint="Offer larger or more devices (--devices, --max-devices), or another --quantization or --engine.",
+        param="devices",
+    )
