@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "powerband.cli.eval:evaluate",
     "bench": "powerband.cli.bench:bench",
     "devices": "powerband.cli.devices:devices",
+    "plan": "powerband.cli.plan:plan",
     "simulate": "powerband.cli.simulate:simulate",
     "calibrate": "powerband.cli.calibrate:calibrate",
     "doctor": "powerband.cli.doctor:doctor",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from powerband.planner.outcome import Evaluation, Objective
 from powerband.planner.question import Question
 
+_HAIR = 1.05  # a latency that is better by less is no reason of its own
 _CLEARLY = 0.9  # of a latency: what is lower than this share of it is faster
 _USED = ("ttft_s", "tpot_s")  # by which the frontier is drawn, beside the price
 
@@ -71,17 +72,21 @@ def alternatives(
 
 
 def marked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """With `dominated` where another is no worse in price, TTFT and TPOT and better in one; never ends: dominated."""
+    """With `dominated` where another is cheaper or as cheap, and in TTFT and TPOT better or worse by a hair only.
+
+    What never ends is dominated, too.
+    """
     points = [(price(e), *(e.figures[name].value for name in _USED)) for e in evaluations]
     ordered = sorted(range(len(points)), key=lambda i: (points[i], -evaluations[i].figures["capacity"].low))
     kept: list[tuple[float, ...]] = []
     dominated = [True] * len(points)
     for i in ordered:
         point = points[i]
-        if math.isfinite(point[1]) and not any(all(a <= b for a, b in zip(k, point, strict=True)) for k in kept):
+        is_beaten = any(k[0] <= point[0] and all(a <= b * _HAIR for a, b in zip(k, point, strict=True)) for k in kept)
+        if math.isfinite(point[1]) and not is_beaten:
             dominated[i] = False
             kept.append(point)
-    return [replace(e, dominated=is_beaten) for e, is_beaten in zip(evaluations, dominated, strict=True)]
+    return [replace(e, dominated=beaten) for e, beaten in zip(evaluations, dominated, strict=True)]
 
 
 def _excess(question: Question, evaluation: Evaluation) -> tuple[float, float]:

@@ -1,0 +1,130 @@
+"""`powerband plan`: from a config.json to a plan that can be simulated; and what is told when there is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from powerband.cli.main import main
+from powerband.spec.plan import read_plan
+
+SMALL = {
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+ASKED = ("--devices", "L4", "--max-devices", "2", "--rate", "2", "--engine", "vllm", "--quantization", "none")
+LIGHT = ("--prompt-tokens", "200", "--output-tokens", "20", "--workers", "1")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    return str(tmp_path)
+
+
+def plan(model: str, *options: str) -> int:
+    return main(["plan", model, *ASKED, *LIGHT, *options])
+
+
+def test_a_plan_is_recommended_written_and_can_be_simulated(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.yaml"
+    assert plan(model, "--slo", "ttft=1s@p95,tpot=60ms@p95", "-o", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert "Why" in shown
+    assert "Frontier" in shown
+    made = read_plan(file)
+    assert made.deployment is not None
+    assert made.promise.rate == 2.0
+    assert made.predicted["ttft_s"].low <= made.predicted["ttft_s"].value <= made.predicted["ttft_s"].high < 1.0
+    assert made.cost is not None
+    assert made.cost.machines == {"gcp g2-standard-4": 1}
+    assert main(["simulate", str(file), "--requests", "100", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_the_same_question_has_the_same_answer(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found: list[dict[str, Any]] = []
+    for _ in range(2):
+        assert plan(model, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+        found[-1].pop("seconds")
+    assert found[0] == found[1]
+
+
+def test_when_nothing_keeps_the_slo_the_nearest_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(model, "--slo", "tpot=1ms@p95") == 1
+    assert "Nearest is vLLM on" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_budget_that_is_too_small_says_what_is_enough(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(model, "--budget", "0.10/h") == 1
+    assert "budget of $0.10 an hour is too small" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(model, "--json", "--set", "device.price=0.1", "--set", "replica.max_num_seqs=32") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["evaluations"][found["recommended"]]["usd_per_hour"] == pytest.approx(0.1)
+    replicas = [pool["replica"] for one in found["evaluations"] for pool in one["deployment"]["pools"]]
+    assert {replica["max_num_seqs"] for replica in replicas} == {32}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (["--devices", "L5"], 2, "There is no device 'L5'"),
+        (["--slo", "ttft=soon"], 2, "no time"),
+        (["--budget", "little"], 2, "budget is 'little'"),
+        (["--engine", "llamacpp"], 2, "There is no engine 'llamacpp'"),
+        (["--quantization", "int3"], 2, "There is no quantization 'int3'"),
+        (["--quantization", "nvfp4"], 2, "no kernels for nvfp4 on ada"),
+        (["--set", "device.memory=3"], 2, "'memory' is unknown"),
+        (["--set", "replica.speed=3"], 2, "A replica has no 'speed'"),
+        (["--set", "nonsense"], 2, "set is 'nonsense'"),
+        (["--workload", "nothing"], 2, "There is no workload 'nothing'"),
+        (["--set", "device.memory_bytes=2e9"], 2, "No deployment of"),
+        (["--draft-tokens", "3"], 2, "go together"),
+        (["-o", "/nowhere/plan.yaml"], 3, "there is no such folder"),
+    ],
+)
+def test_what_is_wrong_is_told(
+    options: list[str], code: int, sentence: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ASKED.index(options[0]) if options[0] in ASKED else len(ASKED)
+    arguments = [*ASKED[:at], *ASKED[at + 2 :]]
+    light = [] if options[0] == "--workload" else [*LIGHT]
+    assert main(["plan", model, *arguments, *light, *options]) == code
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_architecture_that_is_not_known_and_a_missing_rate(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = tmp_path / "strange.json"
+    strange.write_text(json.dumps({**SMALL, "model_type": "mamba"}))
+    assert plan(str(strange)) == 2
+    assert "'mamba'" in capsys.readouterr().err
+    assert main(["plan", model, "--devices", "L4"]) == 2
+    assert "How many requests a second?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "a,b\n1,2\n"])
+def test_an_empty_or_broken_trace(content: str, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(content)
+    assert main(["plan", model, *ASKED, "--workload", str(trace)]) == 2
+    assert str(trace.name) in capsys.readouterr().err
