@@ -79,7 +79,7 @@ def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixtu
     assert plan(model, "--json", "--set", "device.price=0.1", "--set", "replica.max_num_seqs=32") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["evaluations"][found["recommended"]]["usd_per_hour"] == pytest.approx(0.1)
-    replicas = [pool["replica"] for one in found["evaluations"] for pool in one["deployment"]["pools"]]
+    replicas = [pool["replica"] for one in found["evaluations"] for pool in one["pools"]]
     assert {replica["max_num_seqs"] for replica in replicas} == {32}
 
 

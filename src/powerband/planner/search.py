@@ -64,6 +64,7 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
         objective=question.objective,
         rate=question.rate,
         slo=question.slo,
+        budget_usd_per_hour=question.budget_usd_per_h,
         workload=question.workload.as_dict(),
         evaluations=tuple(evaluations),
         pruned=tuple(pruned),
