@@ -32,7 +32,6 @@ from powerband.spec.slo import SLO
 MOST_ROWS = 24  # of the frontier
 MOST_REASONS = 8  # of what was left out
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
-ROLES = {"cheaper": "cheaper", "faster": "faster", "nearest": "nearest"}
 
 
 def plan_table(findings: Findings) -> RenderableType:
@@ -160,18 +159,28 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _frontier(findings: Findings) -> Iterator[RenderableType]:
-    frontier = findings.frontier
-    roles = {id(one): ROLES.get(name, name) for name, one in findings.alternatives.items()}
+    roles = {id(one): name for name, one in findings.alternatives.items()}
     if findings.recommended is not None:
         roles[id(findings.recommended)] = "chosen"
+    frontier = [one for one in findings.frontier if id(one) not in roles]
     named = [one for one in findings.evaluations if id(one) in roles]
-    rows = [*named, *(one for one in frontier if id(one) not in roles)][:MOST_ROWS]
+    has_good = any(one.meets_slo for one in findings.evaluations)
+    rows = [*named, *(one for one in frontier if one.meets_slo or not has_good)][:MOST_ROWS]
     rows.sort(key=lambda one: (one.usd_per_hour is None, one.usd_per_hour or 0.0, one.figures["ttft_s"].value))
     yield Text("Frontier: nothing is better in every respect than any of these", style="bold")
     yield FrontierTable(tuple(rows), roles, findings.slo)
-    left = len(frontier) - sum(not one.dominated for one in rows)
-    if left:
-        yield Text(f"… and {left:,} more (--html and --json show all)", style="dim")
+    left = [one for one in frontier if not any(one is row for row in rows)]
+    missing = sum(not one.meets_slo for one in left) if has_good else 0
+    more = [
+        count
+        for count in (
+            f"{len(left) - missing:,} more" if len(left) > missing else "",
+            f"{missing:,} that miss the SLO" if missing else "",
+        )
+        if count
+    ]
+    if more:
+        yield Text(f"… and {' and '.join(more)} (--html and --json show all)", style="dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +232,7 @@ class FrontierTable:
             _Column("engine", "engine", tuple(ENGINE_NAMES[one.deployment.engine] for one in rows), is_text=True),
             _Column("devices", "devices", tuple(devices_text(one.deployment) for one in rows), is_text=True),
             _Column("layout", "TP×PP×n", tuple(layout_code(one.deployment) for one in rows), is_text=True),
-            _Column("precision", "precision", tuple(_precisions(one.deployment) for one in rows), is_text=True),
+            _Column("precision", "precision", tuple(precisions_text(one.deployment) for one in rows), is_text=True),
             _Column("$/h", "$/h", tuple(_money(one.usd_per_hour) for one in rows)),
             _Column("$/Mtok", "$/Mtok", tuple(_money(one.usd_per_million_tokens) for one in rows)),
             _Column("TTFT", f"TTFT {p}", latency("ttft_s")),
@@ -256,7 +265,7 @@ def layout_code(deployment: Deployment) -> str:
     )
 
 
-def _precisions(deployment: Deployment) -> str:
+def precisions_text(deployment: Deployment) -> str:
     found = dict.fromkeys(precision_text(pool.replica) for pool in deployment.pools)
     return " + ".join(found)
 

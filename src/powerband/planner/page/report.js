@@ -1,0 +1,281 @@
+// The page of a plan: its texts, filters, chart, side panel and table, and what happens when one deployment is chosen.
+"use strict";
+
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const { node, row, fillFacts, time, digits } = Drawing;
+  const { money, share } = Charts;
+  const place = (id) => document.getElementById(id);
+  const MOST_ROWS = 100;
+  const ways = Charts.axesOf(data);
+  const way = (key) => ways.find((one) => one.key === key);
+  const kinds = new Map([...new Set(data.evaluations.map((one) => one.group))].sort((a, b) => a.includes(" + ") - b.includes(" + ") || (a < b ? -1 : 1)).map((name, i) => [name, i]));
+  const FILTERS = [["group", "Device"], ["engine", "Engine"], ["precision", "Precision"]];
+  const ROWS = [["best", "the frontier of those that keep the SLO"], ["frontier", "the whole frontier"], ["good", "all that keep the SLO"], ["all", "all"]];
+  const state = {
+    x: way(data.axes[0]) || ways[0], y: way(data.axes[1]) || ways[1], off: { group: new Set(), engine: new Set(), precision: new Set() },
+    selected: data.recommended ?? data.roles.nearest ?? (data.evaluations.length ? 0 : null),
+    rows: data.evaluations.some((one) => one.meets_slo) ? "best" : "frontier", isWhole: false, sort: ["usd_per_hour", 1],
+  };
+  let chart = null;
+
+  const isShown = (one) => FILTERS.every(([key]) => !state.off[key].has(one[key]));
+  const unbroken = (words) => words.replace(/ (ms|s|%)(?=[\s;)]|$)/g, "\u00a0$1");
+  const text = (number) => data.texts[number];
+  const roleOf = (i) => (i === data.recommended ? "recommended" : (Object.entries(data.roles).find(([, j]) => j === i) || [""])[0]);
+
+  function showTexts() {
+    place("headline").textContent = data.headline;
+    place("question").textContent = data.question;
+    place("tiles").replaceChildren(...data.tiles.map(([name, value, note]) => node("div", [node("dt", name), node("dd", unbroken(value)), node("dd", unbroken(note))])));
+    place("reasons").replaceChildren(...data.reasons.map((reason) => node("li", reason)));
+    fillFacts(place("facts"), data.facts);
+    place("workload").textContent = JSON.stringify(data.workload, null, 2);
+    const notes = [
+      ["Bands", "Nine measurements in ten lie within. A deployment keeps the SLO if it does so at the worse end of its bands."],
+      ["Frontier", "Coloured: nothing else is better in every respect. Grey: something is. Hollow: the SLO is missed. The line joins the best by the two axes among those that keep the SLO."],
+      ["Holds up to", "The rate up to which the SLO is kept."],
+    ];
+    place("definitions").replaceChildren(...notes.flatMap(([name, note]) => [node("dt", name), node("dd", note)]),
+      ...data.definitions.flatMap(([name, formula, note]) => [node("dt", name), node("dd", [node("code", formula), `. ${note}`])]));
+  }
+
+  function showPruned() {
+    place("pruned-card").hidden = !data.pruned.length;
+    const total = data.pruned.reduce((sum, [, count]) => sum + count, 0);
+    place("pruned-note").textContent = `${total.toLocaleString("en")} deployments that cannot be, by reason.`;
+    place("pruned").replaceChildren(...data.pruned.map(([reason, count, members]) => {
+      const items = members.map(([what, detail, times]) => node("li", `${times > 1 ? `${times} × ` : ""}${what}${detail ? `: ${detail}` : ""}`));
+      return node("details", [node("summary", [node("span", count.toLocaleString("en"), "count"), reason]), node("ul", items)]);
+    }));
+  }
+
+  function showFilters() {
+    const groups = FILTERS.map(([key, name]) => {
+      const values = key === "group" ? [...kinds.keys()] : [...new Set(data.evaluations.map((one) => one[key]))].sort();
+      if (values.length < 2 && key !== "group") return null;
+      const chips = values.map((value) => {
+        const chip = node("button", key === "group" ? [Charts.swatch(kinds.get(value)), value] : value, "chip");
+        chip.type = "button";
+        chip.setAttribute("aria-pressed", "true");
+        chip.addEventListener("click", () => {
+          const off = state.off[key];
+          if (!off.delete(value)) off.add(value);
+          chip.setAttribute("aria-pressed", String(!off.has(value)));
+          refresh();
+        });
+        return chip;
+      });
+      return node("div", [node("span", name, "name"), ...chips]);
+    });
+    place("filters").replaceChildren(...groups.filter(Boolean));
+  }
+
+  function fillAxes() {
+    for (const which of ["x", "y"]) {
+      const select = place(which);
+      select.replaceChildren(...ways.map((one) => Object.assign(node("option", one.name), { value: one.key })));
+      select.value = state[which].key;
+      select.addEventListener("change", () => { state[which] = way(select.value); drawFrontier(); });
+    }
+    place("bands").addEventListener("change", drawFrontier);
+    place("far").addEventListener("change", drawFrontier);
+  }
+
+  function drawFrontier() {
+    const shown = data.evaluations.map((one, i) => ({ one, i, x: state.x.value(one), y: state.y.value(one) })).filter(({ one }) => isShown(one));
+    const points = shown.filter(({ x, y }) => typeof x === "number" && typeof y === "number");
+    const hasAll = place("far").checked;
+    const ranges = { x: Charts.reach(points, state.x, "x", hasAll), y: Charts.reach(points, state.y, "y", hasAll) };
+    const isInside = (value, range) => value >= (range.min ?? -Infinity) && value <= (range.max ?? Infinity);
+    const drawn = points.filter(({ x, y }) => isInside(x, ranges.x) && isInside(y, ranges.y));
+    const hasGood = points.some(({ one }) => one.meets_slo);
+    const view = {
+      x: state.x, y: state.y, points: drawn, kinds, selected: state.selected, recommended: data.recommended, roles: data.roles,
+      hasBands: place("bands").checked, hasGood, ranges, tip,
+    };
+    state.line = Charts.best(drawn.filter(({ one }) => !hasGood || one.meets_slo), state.x, state.y);
+    if (chart) Drawing.forget([chart]);
+    const words = `Deployments by ${state.x.name} and ${state.y.name}. The table below holds the same figures; the arrow keys walk along the frontier.`;
+    chart = Drawing.draw(place("frontier"), words, Charts.frontier(view));
+    chart.chart.on("click", (event) => { if (event.data && event.data.i !== undefined) select(event.data.i); });
+    const endless = shown.length - points.length, far = points.length - drawn.length;
+    const notes = ["Filled: keeps the SLO. Hollow: misses it. Grey: something else is better in every respect."];
+    if (far) notes.push(`${far.toLocaleString("en")} far off ${far === 1 ? "is" : "are"} not drawn.`);
+    if (endless) notes.push(`${endless.toLocaleString("en")} without an end (requests pile up) or without a price ${endless === 1 ? "is" : "are"} not drawn.`);
+    place("plot-note").textContent = notes.join(" ");
+  }
+
+  function tip(i) {
+    const one = data.evaluations[i];
+    const lines = [one.name, ""];
+    for (const each of ways) {
+      const value = each.value(one);
+      if (each.key === "devices" || each.key === "output_tokens_per_s") continue;
+      lines.push(`${each.short}: ${value === null ? "∞" : each.shown(value)}${value === null ? "" : bandText(each, one)}`);
+    }
+    lines.push("", one.meets_slo ? "keeps the SLO" : "misses the SLO", `what binds: ${text(one.binds)}`);
+    const role = roleOf(i);
+    if (role) lines.splice(1, 0, role);
+    return lines.join("\n");
+  }
+
+  // In the unit of its upper end.
+  function bandText(each, one) {
+    const band = each.band && each.band(one);
+    if (!band) return "";
+    const [, low, high] = band;
+    if (high === null) return ` (${each.shown(low)}–∞)`;
+    if (each.isTime) {
+      const [factor, unit] = high >= 0.9995 ? [1, "s"] : [1000, "ms"];
+      return ` (${digits(low * factor)}–${digits(high * factor)} ${unit})`;
+    }
+    if (each.isShare) return ` (${(low * 100).toFixed(1)}–${(high * 100).toFixed(1)} %)`;
+    return ` (${digits(low)}–${digits(high)})`;
+  }
+
+  function select(i) {
+    state.selected = i;
+    history.replaceState(null, "", `#${i}`);
+    drawFrontier();
+    showPanel();
+    for (const made of place("table").querySelectorAll("tbody tr")) made.classList.toggle("chosen", made.dataset.i === String(i));
+  }
+
+  function showPanel() {
+    const panel = place("panel");
+    panel.hidden = state.selected === null;
+    if (panel.hidden) return;
+    const one = data.evaluations[state.selected];
+    const other = data.recommended !== null && data.recommended !== state.selected ? data.evaluations[data.recommended] : null;
+    const role = roleOf(state.selected);
+    const marks = [
+      role && node("li", role, "mark strong"), node("li", one.meets_slo ? "keeps the SLO" : "misses the SLO", one.meets_slo ? "mark good" : "mark bad"),
+      one.dominated && node("li", "something is better in every respect", "mark"), node("li", text(one.method), "mark"),
+    ].filter(Boolean);
+    const notes = one.notes.map((number) => node("li", text(number)));
+    panel.replaceChildren(
+      node("h3", one.name), node("ul", marks, "marks"), comparison(one, other),
+      node("h4", "Where a replica's time goes"), ...operators(one, other), node("p", `What binds: ${text(one.binds)}.${other ? " The mark is the recommended one's share." : ""}`, "note"),
+      node("h4", "Set-up"), node("ul", [...one.setting.map((number) => node("li", text(number))),
+        node("li", `${digits(one.weights_bytes / 1e9)} GB of weights a device`), node("li", `${one.kv_tokens.toLocaleString("en")} tokens of KV cache a replica`)]),
+      ...(notes.length ? [node("h4", "Notes"), node("ul", notes)] : []),
+    );
+  }
+
+  function comparison(one, other) {
+    const rows = ways.map((each) => {
+      const value = each.value(one);
+      const band = value === null ? "" : bandText(each, one).trim().replace(/^\(|\)$/g, "");
+      const cells = [node("td", each.short), node("td", [value === null ? (each.isTime ? "∞" : "–") : each.shown(value), ...(band ? [node("span", band, "band")] : [])])];
+      if (other) cells.push(node("td", each.value(other) === null ? "–" : each.shown(each.value(other))), difference(each, value, each.value(other)));
+      return node("tr", cells);
+    });
+    return node("table", [node("thead", row(other ? ["", "this", "recommended", ""] : ["", "this"], "th")), node("tbody", rows)]);
+  }
+
+  function difference(each, ours, theirs) {
+    if (ours === null || theirs === null || !theirs) return node("td", "");
+    const change = each.isShare ? ours - theirs : ours / theirs - 1;
+    if (Math.abs(change) < 0.005) return node("td", "=");
+    const factor = ours / theirs;
+    const shown = each.isShare ? `${change > 0 ? "+" : "−"}${Math.abs(change * 100).toFixed(1)} pt` : factor >= 3 ? `× ${digits(factor)}` : `${change > 0 ? "+" : "−"}${Math.round(Math.abs(change) * 100)} %`;
+    return node("td", shown, change * each.better > 0 ? "better" : "worse");
+  }
+
+  function operators(one, other) {
+    const theirs = new Map(other ? other.operators : []);
+    const most = Math.max(...one.operators.map(([, part]) => part), ...theirs.values(), 0.01);
+    return one.operators.map(([name, part]) => {
+      const fill = node("div", [], "fill");
+      fill.style.width = `${(part / most) * 100}%`;
+      const track = node("div", [fill], "track");
+      if (theirs.has(name)) {
+        const mark = node("div", [], "other");
+        mark.style.left = `calc(${(theirs.get(name) / most) * 100}% - 1px)`;
+        track.append(mark);
+      }
+      return node("div", [node("span", text(name)), track, node("span", `${(part * 100).toFixed(part < 0.0995 ? 1 : 0)} %`, "count")], "bar");
+    });
+  }
+
+  // [heading, text of a cell, value to sort by, is it text?]
+  function columns() {
+    const figure = ([key, heading]) => {
+      const each = way(key);
+      return each && [heading || each.short, (one) => (each.value(one) === null ? (each.isTime ? "∞" : "–") : each.shown(each.value(one))), (one) => each.value(one) ?? Infinity, false, key];
+    };
+    return [
+      ["deployment", null, (one) => one.group + one.devices, true, "name"], ["TP×PP×n", (one) => one.layout, (one) => one.layout, true, "layout"],
+      ["precision", (one) => one.precision, (one) => one.precision, true, "precision"],
+      ...[["usd_per_hour", "$/hour"], ["usd_per_million_tokens", "$/Mtok"], ["ttft_s"], ["tpot_s"], ["e2e_s"], ["attainment", "SLO kept"], ["capacity", "holds/s"], ["output_tokens_per_s", "tokens/s"]].map(figure).filter(Boolean),
+    ];
+  }
+
+  function showTable() {
+    const wanted = { best: (one) => !one.dominated && one.meets_slo, frontier: (one) => !one.dominated, good: (one) => one.meets_slo, all: () => true }[state.rows];
+    const found = data.evaluations.map((one, i) => [one, i]).filter(([one, i]) => isShown(one) && (wanted(one) || roleOf(i)));
+    const all = columns();
+    const [, , key] = all.find((column) => column[4] === state.sort[0]) || all[0];
+    found.sort(([a], [b]) => { const [x, y] = [key(a), key(b)]; return state.sort[1] * (x < y ? -1 : x > y ? 1 : 0); });
+    const cut = state.isWhole ? found : found.slice(0, MOST_ROWS);
+    const headings = all.map(([name, , , isText, id]) => {
+      const button = Object.assign(node("button", name + (id === state.sort[0] ? (state.sort[1] > 0 ? " ↑" : " ↓") : "")), { type: "button" });
+      button.addEventListener("click", () => {
+        state.sort = [id, id === state.sort[0] ? -state.sort[1] : 1];
+        showTable();
+        place("table").querySelector(`th[data-id="${id}"] button`).focus();
+      });
+      const heading = node("th", button, isText ? "text" : "");
+      heading.dataset.id = id;
+      heading.scope = "col";
+      if (id === state.sort[0]) heading.setAttribute("aria-sort", state.sort[1] > 0 ? "ascending" : "descending");
+      return heading;
+    });
+    place("table").replaceChildren(node("thead", node("tr", headings)), node("tbody", cut.map(([one, i]) => tableRow(one, i, all))));
+    place("rows-note").textContent = `${found.length.toLocaleString("en")} of ${data.evaluations.length.toLocaleString("en")}`;
+    place("more").hidden = cut.length === found.length;
+    place("more-button").textContent = `Show all ${found.length.toLocaleString("en")}`;
+  }
+
+  function tableRow(one, i, all) {
+    const role = roleOf(i);
+    const engine = new Set(data.evaluations.map((each) => each.engine)).size > 1 ? `${one.engine}, ` : "";
+    const pick = Object.assign(node("button", [Charts.swatch(kinds.get(one.group), one.dominated), `${engine}${one.devices_text}`, ...(role ? [node("span", role, "role")] : [])], "pick"), { type: "button" });
+    const made = node("tr", [node("td", pick), ...all.slice(1).map(([, cell, , isText]) => node("td", cell(one), isText ? "text" : ""))], one.meets_slo ? "" : "misses");
+    made.dataset.i = String(i);
+    made.classList.toggle("chosen", i === state.selected);
+    made.addEventListener("click", () => select(i));
+    return made;
+  }
+
+  function refresh() {
+    drawFrontier();
+    showTable();
+  }
+
+  function fromHash() {
+    const i = Number(location.hash.slice(1));
+    if (location.hash && Number.isInteger(i) && i >= 0 && i < data.evaluations.length) state.selected = i;
+  }
+
+  showTexts();
+  showPruned();
+  showFilters();
+  fillAxes();
+  fromHash();
+  place("shown-rows").replaceChildren(...ROWS.map(([value, name]) => Object.assign(node("option", name), { value })));
+  place("shown-rows").value = state.rows;
+  place("shown-rows").addEventListener("change", (event) => { state.rows = event.target.value; state.isWhole = false; showTable(); });
+  place("more-button").addEventListener("click", () => { state.isWhole = true; showTable(); });
+  window.addEventListener("hashchange", () => { fromHash(); refresh(); showPanel(); });
+  place("frontier").addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step || !state.line.length) return;
+    event.preventDefault();
+    const at = state.line.findIndex(({ i }) => i === state.selected);
+    select(state.line[at < 0 ? 0 : Math.min(Math.max(at + step, 0), state.line.length - 1)].i);
+  });
+  refresh();
+  showPanel();
+})();

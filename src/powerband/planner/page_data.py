@@ -1,0 +1,172 @@
+"""What the page of a plan shows, as plain values. Numbers stay numbers: the page sorts, compares and draws them.
+
+    page_data ─► {headline, question, tiles, reasons, slo, rate, budget, percentile, recommended, roles, facts,
+                  workload, axes: how the chart begins
+                  texts: what many deployments share is said once and meant by its number
+                  evaluations: [{name, group, engine, devices, layout, precision, usd_per_hour, …, figures}], best first
+                  pruned: [reason, count, [what, detail, count]]}
+
+Times in seconds, what never ends is null.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from powerband.metrics.definitions import DEFINITIONS
+from powerband.metrics.shown import count_text, digits, plain, share_text
+from powerband.planner.findings_file import finite
+from powerband.planner.outcome import Banded, Evaluation, Findings
+from powerband.planner.table import (
+    LATENCIES,
+    devices_text,
+    headline,
+    layout_code,
+    layout_lines,
+    percentile_text,
+    precisions_text,
+    pruned_by_reason,
+    question,
+)
+from powerband.planner.words import BOUND_WORDS, ENGINE_NAMES, banded_seconds, brief_seconds, deployment_text, dollars
+from powerband.spec.slo import SLO
+
+MOST_PRUNED = 200  # of one reason, that are named
+_DEFINED = ("TTFT", "TPOT", "E2E", "SLO attainment")
+
+
+def page_data(findings: Findings) -> dict[str, Any]:
+    texts: dict[str, int] = {}
+    evaluations = [_evaluation(one, texts) for one in findings.evaluations]
+    numbers = {id(one): number for number, one in enumerate(findings.evaluations)}
+    roles = {name: numbers[id(one)] for name, one in findings.alternatives.items() if id(one) in numbers}
+    chosen = findings.recommended
+    return {
+        "headline": headline(findings),
+        "question": question(findings),
+        "tiles": _tiles(chosen or findings.alternatives.get("nearest"), findings),
+        "reasons": [plain(reason) for reason in findings.reasons],
+        "slo": {"limits": findings.slo.limits, "attainment": findings.slo.attainment},
+        "rate": findings.rate,
+        "budget": findings.budget_usd_per_hour,
+        "percentile": percentile_text(findings.slo),
+        "recommended": numbers.get(id(chosen)),
+        "roles": roles,
+        "axes": _axes(findings),
+        "facts": _facts(findings),
+        "workload": findings.workload,
+        "evaluations": evaluations,
+        "texts": list(texts),
+        "pruned": [
+            (
+                plain(reason),
+                sum(one.count for one in members),
+                [(plain(one.what), _detail(one.reason, reason), one.count) for one in members[:MOST_PRUNED]],
+            )
+            for reason, members in pruned_by_reason(findings.pruned)
+        ],
+        "definitions": [(one.name, one.formula, one.note) for one in DEFINITIONS if one.name in _DEFINED],
+    }
+
+
+def _evaluation(one: Evaluation, texts: dict[str, int]) -> dict[str, Any]:
+    def number(text: str) -> int:
+        return texts.setdefault(text, len(texts))
+
+    pools = one.deployment.pools
+    devices = dict.fromkeys(pool.replica.device for pool in pools)
+    return {
+        "name": deployment_text(one.deployment),
+        "group": plain(" + ".join(devices)),
+        "engine": ENGINE_NAMES[one.deployment.engine],
+        "precision": precisions_text(one.deployment),
+        "devices": one.deployment.num_devices,
+        "devices_text": plain(devices_text(one.deployment)),
+        "layout": layout_code(one.deployment),
+        "setting": [number(plain(line)) for text in layout_lines(one.deployment) for line in text.split("\n")],
+        "usd_per_hour": one.usd_per_hour,
+        "usd_per_million_tokens": one.usd_per_million_tokens,
+        "figures": {name: _banded(figure) for name, figure in one.figures.items()},
+        "meets_slo": one.meets_slo,
+        "dominated": one.dominated,
+        "method": number(one.method),
+        "binds": number(BOUND_WORDS[one.binds]),
+        "operators": [(number(name), round(share, 4)) for name, share in one.operators.items() if share > 0.0005],
+        "kv_tokens": one.kv_tokens,
+        "weights_bytes": one.weights_bytes,
+        "notes": [number(plain(note)) for note in one.notes],
+    }
+
+
+def _banded(figure: Banded) -> tuple[float | None, ...] | None:
+    """Value, low, high; None: it never ends."""
+    value = finite(figure.value)
+    return None if value is None else (_short(value), _short(finite(figure.low)), _short(finite(figure.high)))
+
+
+def _tiles(one: Evaluation | None, findings: Findings) -> list[tuple[str, str, str]]:
+    """(what, how much, a note) for the top of the page."""
+    if one is None:
+        return []
+    slo, p = findings.slo, percentile_text(findings.slo)
+    tiles = [("Cost an hour", dollars(one.usd_per_hour), _budget(findings))]
+    tiles.append(("Per million tokens", dollars(one.usd_per_million_tokens), f"of output, at {findings.rate:.3g}/s"))
+    for name, shown in LATENCIES.items():
+        figure = one.figures.get(name)
+        if figure is not None and (name != "e2e_s" or "e2e" in slo.limits):
+            tiles.append((f"{shown} {p}", brief_seconds(figure.value), _latency_note(figure, name, slo)))
+    kept, capacity = one.figures.get("attainment"), one.figures.get("capacity")
+    if kept is not None and slo.limits:
+        low, high = kept.low * 100, kept.high * 100
+        tiles.append(
+            ("Keep the SLO", share_text(kept.value), f"{low:.1f}–{high:.1f} %; {slo.attainment * 100:g} % must")
+        )
+    if capacity is not None:
+        within = f"{digits(capacity.low)}–{digits(capacity.high)}; {findings.rate:.3g} asked"
+        tiles.append(("Holds up to", f"{digits(capacity.value)}/s", within))
+    return tiles
+
+
+def _latency_note(figure: Banded, name: str, slo: SLO) -> str:
+    band = banded_seconds(figure).partition("(")[2].removesuffix(")")
+    limit = slo.limits.get(name.removesuffix("_s"))
+    return f"{band}; limit {brief_seconds(limit)}" if limit is not None else band
+
+
+def _budget(findings: Findings) -> str:
+    budget = findings.budget_usd_per_hour
+    return f"budget {dollars(budget)}" if budget is not None else "no budget was set"
+
+
+def _axes(findings: Findings) -> tuple[str, str]:
+    """What the chart shows first: the price, where one is known, and the latency that is limited."""
+    has_prices = any(one.usd_per_hour is not None for one in findings.evaluations)
+    if findings.objective == "throughput":
+        return ("usd_per_hour" if has_prices else "devices"), "capacity"
+    limited = [f"{name}_s" for name in findings.slo.limits if f"{name}_s" in LATENCIES]
+    return ("usd_per_hour" if has_prices else "devices"), (limited or ["ttft_s"])[0]
+
+
+def _facts(findings: Findings) -> list[tuple[str, str]]:
+    simulated = sum(one.method == "simulation" for one in findings.evaluations)
+    slo = findings.slo
+    return [
+        ("Model", plain(findings.model)),
+        ("Load", f"{findings.rate:.3g} requests/s of {plain(str(findings.workload.get('name', 'a workload')))}"),
+        ("SLO", f"{slo} for {slo.attainment * 100:g} % of requests" if slo.limits else "none"),
+        ("Objective", findings.objective),
+        (
+            "Looked at",
+            f"{count_text(len(findings.evaluations), 'deployment')}, {simulated:,} of them simulated, in "
+            f"{findings.seconds:.3g} s",
+        ),
+    ]
+
+
+def _detail(whole: str, reason: str) -> str:
+    return plain(whole.removeprefix(reason).lstrip(": "))
+
+
+def _short(value: float | None) -> float | None:
+    """Four digits that count."""
+    return None if value is None else float(f"{value:.4g}")
