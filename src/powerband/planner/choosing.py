@@ -27,7 +27,7 @@ def order(objective: Objective, evaluation: Evaluation) -> tuple[float, ...]:
         return latency, price(evaluation), -capacity
     if objective == "throughput":
         return -capacity, price(evaluation), latency
-    return price(evaluation), -capacity, latency
+    return price(evaluation), latency, -capacity
 
 
 def within_budget(question: Question, evaluation: Evaluation) -> bool:
@@ -56,7 +56,7 @@ def alternatives(
     found = {}
     cheaper = [e for e in evaluations if price(e) < price(chosen) * 0.999 and _is_finite(e)]
     if cheaper:
-        found["cheaper"] = max(cheaper, key=lambda e: (e.method == "simulation", price(e), e.figures["capacity"].low))
+        found["cheaper"] = min(cheaper, key=lambda e: _excess(question, e))
     tpot_s, e2e_s = chosen.figures["tpot_mean_s"].value, chosen.figures["e2e_mean_s"].value
     faster = [
         e

@@ -76,7 +76,8 @@ def _faster(chosen: Evaluation, faster: Evaluation | None) -> Iterator[str]:
         return
     price = ""
     if chosen.usd_per_hour and faster.usd_per_hour:
-        price = f", for {faster.usd_per_hour / chosen.usd_per_hour:.3g} times the price"
+        times = faster.usd_per_hour / chosen.usd_per_hour
+        price = f", for {times:.3g} times the price" if times > 1.005 else ", at the same price"
     gains = [
         f"{name.upper()} {brief_seconds(ours.value)} → {brief_seconds(theirs.value)}"
         for name in ("ttft", "tpot")

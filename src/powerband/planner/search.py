@@ -33,6 +33,7 @@ _WEIGHED = 2000  # requests by which the workload is weighed
 _MOST_SIMULATED = 64  # deployments
 _ALIKE = 2  # of one price that are simulated
 _OF_FRONTIER = 6  # that are simulated besides, so that the frontier shows more than closed forms
+_MOST_BESIDE = 6  # times that alternatives are looked for anew, because simulated they are none
 _SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
 _FEWEST, _MOST = 150, 1200  # requests
 _MEMORY_BINDS = 0.2  # of the steps someone waits for blocks
@@ -55,6 +56,7 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
         simulated = _Simulated(question, players, tell)
         evaluations = simulated.rounds(evaluations)
         evaluations = simulated.frontier(marked(evaluations))
+        evaluations = simulated.beside(evaluations)
         evaluations = simulated.capacity(evaluations, recommended(question, evaluations))
     evaluations = sorted(marked(evaluations), key=lambda e: (not e.meets_slo, order(question.objective, e)))
     chosen = recommended(question, evaluations)
@@ -130,6 +132,18 @@ class _Simulated:
         chosen = edge[:: max(len(edge) // _OF_FRONTIER, 1)][:_OF_FRONTIER]
         played = {evaluation.deployment: evaluation for evaluation in self.simulate(chosen)}
         return [played.get(evaluation.deployment, evaluation) for evaluation in evaluations]
+
+    def beside(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """What lies beside the choice: figures of a closed form are not to be held against simulated ones."""
+        by_deployment = {evaluation.deployment: evaluation for evaluation in evaluations}
+        for _ in range(_MOST_BESIDE):
+            known = list(by_deployment.values())
+            found = alternatives(self.question, recommended(self.question, known), known)
+            pending = [evaluation for evaluation in found.values() if evaluation.method != "simulation"]
+            if not pending:
+                break
+            by_deployment |= {evaluation.deployment: evaluation for evaluation in self.simulate(pending)}
+        return list(by_deployment.values())
 
     def capacity(self, evaluations: Sequence[Evaluation], chosen: Evaluation | None) -> list[Evaluation]:
         """The choice's highest rate, as predicted and at both edges, by simulation."""
