@@ -145,7 +145,10 @@ def findings(
     model: str = "meta-llama/Meta-Llama-3-8B-Instruct",
 ) -> Findings:
     """About 150 deployments for each engine and each of `limits` (max_num_seqs)."""
-    marked = _marked([*all_evaluations(engines, limits, rate), mixed()])
+    marked = [
+        replace(e, meets_slo=all(e.figures[f"{name}_s"].high <= limit for name, limit in slo.limits.items()))
+        for e in _marked([*all_evaluations(engines, limits, rate), mixed()])
+    ]
     good = [e for e in marked if e.meets_slo and (budget is None or (e.usd_per_hour or 0) <= budget)]
     good.sort(key=lambda e: (e.usd_per_hour or 0, e.figures["ttft_s"].value))
     chosen = good[0] if good else None

@@ -74,7 +74,7 @@ const Drawing = (() => {
 
   function limitLine(c, text, where, position = "insideEndTop") {
     return {
-      symbol: "none", silent: true, animation: false, lineStyle: { color: c.orange, type: "dashed", width: 1.5 },
+      symbol: "none", silent: true, animation: false, precision: 9, lineStyle: { color: c.orange, type: "dashed", width: 1.5 },
       label: { formatter: text, color: c.orange, fontSize: 11, position }, data: [where],
     };
   }

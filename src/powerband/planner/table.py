@@ -58,7 +58,7 @@ def headline(findings: Findings) -> str:
         price = f" for {dollars(chosen.usd_per_hour)} an hour" if chosen.usd_per_hour is not None else ""
         return f"{deployment_text(chosen.deployment)}{price} keeps the SLO."
     within = ", within the budget," if findings.budget_usd_per_hour is not None else ""
-    near = f" Nearest is {deployment_text(nearest.deployment)}:" if nearest is not None else ""
+    near = f" Nearest is {deployment_text(nearest.deployment)}." if nearest is not None else ""
     return f"Nothing on offer{within} keeps the SLO.{near}"
 
 

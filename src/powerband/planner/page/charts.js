@@ -64,9 +64,9 @@ const Charts = (() => {
     if (way.isShare) return hasAll ? { min: 0, max: 1 } : { min: Math.max(0, Math.floor((Math.min(limit ?? 1, 1) - 0.25) * 20) / 20), max: 1 };
     let to = most;
     if (!hasAll && way.better < 0) {
-      const good = points.filter((point) => point.one.meets_slo).map((point) => point[of]);
-      const near = Math.max((limit ?? 0) * 3, good.length ? good.sort((a, b) => a - b)[Math.floor(good.length * 0.95)] * 1.25 : 0);
-      if (near) to = Math.min(most, near);
+      const good = points.filter((point) => point.one.meets_slo).map((point) => point[of]).sort((a, b) => a - b);
+      const near = good.length ? good[Math.floor(good.length * 0.95)] * 1.25 : values.sort((a, b) => a - b)[Math.floor(values.length / 2)];
+      to = Math.min(most, Math.max((limit ?? 0) * 3, near));
     }
     to = Math.max(to, limit ?? 0);
     const isWide = to / least > 200; // few ticks of 10, or many of 2
@@ -141,7 +141,7 @@ const Charts = (() => {
     const marks = [];
     if (view.x.limit) marks.push({ xAxis: view.x.limit[0], label: { formatter: view.x.limit[1], position: "insideEndTop", rotate: 90, distance: [4, 12] } });
     if (view.y.limit) marks.push({ yAxis: view.y.limit[0], label: { formatter: view.y.limit[1], position: "insideEndTop" } });
-    return [{ type: "line", name: "limits", data: [], markLine: { symbol: "none", silent: true, animation: false, lineStyle: { color: c.orange, type: "dashed", width: 1.4 }, label: { color: c.orange, fontSize: 11 }, data: marks } }];
+    return [{ type: "line", name: "limits", data: [], markLine: { symbol: "none", silent: true, precision: 9, animation: false, lineStyle: { color: c.orange, type: "dashed", width: 1.4 }, label: { color: c.orange, fontSize: 11 }, data: marks } }];
   }
 
   // Rings: the recommended one with its name, and what is selected.
