@@ -4,9 +4,9 @@
     python -m benchmarks.accuracy_own --models demo --seconds 15 --profile kept.yaml
 
 For each model: `powerband calibrate`, then two workloads at three rates up to 90 % of the capacity that the simulator
-tells. Each load is sent by the load generator to `powerband serve`, and the same schedule is simulated. The workloads are
-the presets' with shorter texts, since this is a CPU. Errors are |predicted - measured| / measured; a measurement is in
-its band when it lies between the simulations with every time shorter and longer by the model's band.
+tells. Each load is sent by the load generator to `powerband serve`, and the same schedule is simulated. The workloads
+are the presets' with shorter texts, since this is a CPU. Errors are |predicted - measured| / measured. A measurement
+is in its band when it lies between the simulations with every time shorter and longer by the model's band.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ DEMO = Path(powerband.__file__).parent / "demo"
 class Built:
     core: EngineCore
     info: EngineInfo
+    residuals: None = None  # no latency model knows it
 
     def close(self) -> None:
         """Nothing is open."""

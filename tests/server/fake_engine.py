@@ -64,6 +64,7 @@ def logprobs(token: int, num_alternatives: int) -> TokenLogprobs:
 class Built:
     core: EngineCore
     info: EngineInfo
+    residuals: None = None  # no latency model knows it
 
     def close(self) -> None:
         """Nothing is open."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -16,7 +16,7 @@ import torch
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import Clock
 from powerband.core.kv_cache import KVCacheManager
-from powerband.core.loop import EngineCore, Inbox
+from powerband.core.loop import EngineCore, Inbox, StepRecord
 from powerband.core.policy import make_policy
 from powerband.core.scheduler import Scheduler
 from powerband.core.step import DeviceReport
@@ -30,7 +30,9 @@ from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecu
 from powerband.engine.kernels.cpu.library import FAST_TIERS
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.engine.kernels.cpu.library import load as load_kernels
+from powerband.engine.known_device import Known, known_device
 from powerband.engine.messages import EngineInfo
+from powerband.engine.residuals import Residuals
 from powerband.engine.step_log import StepLog
 from powerband.engine.weights import resolve_model
 from powerband.errors import EnvironmentFault, UsageError
@@ -60,6 +62,7 @@ class Engine:
     scheduler: Scheduler
     memory: MemoryPlan
     form: Form
+    residuals: Residuals | None  # None: nothing is known of the device
     report: DeviceReport  # its seconds: every phase of the start
     step_log: StepLog | None
 
@@ -119,10 +122,13 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
         executor.init_kv_cache(memory.num_blocks)
     stopwatch.lap("kv_cache")
     report = replace(report, seconds=stopwatch.seconds)
-    scheduler = _scheduler(settings, memory, executor)
-    core = EngineCore(scheduler, executor, clock, inbox, step_log)
+    known = known_device(form, spec, memory)
+    scheduler = _scheduler(settings, memory, executor, known)
+    residuals = Residuals(known.model) if known is not None else None
+    core = EngineCore(scheduler, executor, clock, inbox, _all_of(step_log, residuals))
     info = _info(settings, spec, folder, memory, report, choice, kernels, executor)
-    return Engine(core, info, spec, settings, executor, scheduler, memory, form, report, step_log)
+    info.refuses_late = known is not None
+    return Engine(core, info, spec, settings, executor, scheduler, memory, form, residuals, report, step_log)
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -230,7 +236,20 @@ def _form(settings: EngineSettings, spec: ModelSpec, device: torch.device, memor
     )
 
 
-def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExecutor) -> Scheduler:
+def _all_of(*observers: Callable[[StepRecord], None] | None) -> Callable[[StepRecord], None] | None:
+    """One observer for those that there are."""
+    listed = [observer for observer in observers if observer is not None]
+    if len(listed) <= 1:
+        return listed[0] if listed else None
+
+    def observe(record: StepRecord) -> None:
+        for observer in listed:
+            observer(record)
+
+    return observe
+
+
+def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExecutor, known: Known | None) -> Scheduler:
     kv = KVCacheManager(memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching)
     limits = SchedulerLimits(
         max_model_len=memory.max_model_len,
@@ -240,7 +259,9 @@ def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExec
         max_num_queued_reqs=settings.max_num_queued_reqs,
         max_num_queued_tokens=settings.max_num_queued_tokens,
     )
-    return Scheduler(kv, limits, policy=make_policy(settings.scheduling_policy, kv), relay=executor.relay)
+    estimate_s = known.first_token(settings.max_num_batched_tokens) if known is not None else None
+    policy = make_policy(settings.scheduling_policy, kv)
+    return Scheduler(kv, limits, policy=policy, relay=executor.relay, estimate_s=estimate_s)
 
 
 def _info(

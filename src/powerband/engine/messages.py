@@ -70,6 +70,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     dtype: str
     summary: str  # the start-up block: model, memory plan predicted beside measured, seconds per phase
     config: dict[str, Any]  # the effective settings
+    refuses_late: bool = False  # a latency model is there, and with it deadlines are checked at arrival
 
 
 class Phase(msgspec.Struct, tag=True):
@@ -95,6 +96,7 @@ class Outputs(msgspec.Struct, tag=True):
 
     outputs: list[TokenOutput]
     step_tokens: list[int]  # tokens computed by each step since the last message
+    step_ratios: list[float] = []  # observed / predicted seconds of some of them, where there is a latency model
 
 
 class Heartbeat(msgspec.Struct, tag=True):

@@ -53,11 +53,20 @@ _EXIT_GRACE_S = 2.0
 Progress = Callable[[str, float], None]
 
 
+class Residuals(Protocol):
+    """Observed / predicted seconds of steps, since the last call."""
+
+    def take(self) -> list[float]: ...
+
+
 class Built(Protocol):
     """What a builder of engines returns."""
 
     core: EngineCore
     info: EngineInfo
+
+    @property
+    def residuals(self) -> Residuals | None: ...
 
     def close(self) -> None: ...
 
@@ -198,7 +207,7 @@ def main(build: Build = _build_engine) -> int:
         threading.Thread(target=_beat, args=(context, folder, pulse), daemon=True, name="heartbeat").start()
         sender.send(Ready(engine.info))
         try:
-            _serve(engine.core, inbox, pulse, sender)
+            _serve(engine, inbox, pulse, sender)
         finally:
             engine.close()
     except Exception as error:
@@ -214,8 +223,9 @@ def main(build: Build = _build_engine) -> int:
     return 0
 
 
-def _serve(core: EngineCore, inbox: SocketInbox, pulse: Pulse, sender: Sender) -> None:
+def _serve(engine: Built, inbox: SocketInbox, pulse: Pulse, sender: Sender) -> None:
     """The loop. Figures are renewed several times a second while busy, and once when it becomes idle."""
+    core, residuals = engine.core, engine.residuals
     told_s = 0.0
     told_idle = False
 
@@ -243,7 +253,7 @@ def _serve(core: EngineCore, inbox: SocketInbox, pulse: Pulse, sender: Sender) -
         outputs = core.step()
         if outputs:
             told_idle = False
-            sender.send(Outputs(outputs, pulse.step_tokens))
+            sender.send(Outputs(outputs, pulse.step_tokens, residuals.take() if residuals is not None else []))
             pulse.step_tokens = []
         if time.monotonic() - told_s > BEAT_S:
             tell()

@@ -76,8 +76,9 @@ class _Incarnation:
 class EngineProcess:
     """An engine in a child process. All methods belong to one event loop.
 
-    `on_phase(name, fraction)`, `on_heartbeat` and `on_step(tokens computed)` are called in that loop. `command` is what
-    to run as the engine; `log` is level and format of what it logs to stderr.
+    `on_phase(name, fraction)`, `on_heartbeat`, `on_step(tokens computed)` and `on_residual(a step's observed seconds by
+    the predicted)` are called in that loop. `command` is what to run as the engine; `log` is level and format of what
+    it logs to stderr.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class EngineProcess:
         on_phase: Callable[[str, float], None] | None = None,
         on_heartbeat: Callable[[Heartbeat], None] | None = None,
         on_step: Callable[[int], None] | None = None,
+        on_residual: Callable[[float], None] | None = None,
     ) -> None:
         self._settings = settings
         self._command = tuple(command)
@@ -98,6 +100,7 @@ class EngineProcess:
         self._on_phase = on_phase
         self._on_heartbeat = on_heartbeat
         self._on_step = on_step
+        self._on_residual = on_residual
         self._monitor = HealthMonitor(self._limits)
         self._streams: dict[str, TokenStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -304,6 +307,9 @@ class EngineProcess:
             if self._on_step is not None:
                 for num_tokens in message.step_tokens:
                     self._on_step(num_tokens)
+            if self._on_residual is not None:
+                for ratio in message.step_ratios:
+                    self._on_residual(ratio)
         elif isinstance(message, Heartbeat):
             self._monitor.heard(message)
             if self._on_heartbeat is not None:

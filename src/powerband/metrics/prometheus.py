@@ -17,15 +17,16 @@ from prometheus_client.registry import Collector
 from powerband.metrics.record import RequestRecord
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
-REFUSED_REASONS = ("queue_full", "context_length_exceeded", "invalid_request", "other")
+REFUSED_REASONS = ("queue_full", "deadline_infeasible", "context_length_exceeded", "invalid_request", "other")
 
 # Eight buckets per decade in the range where latencies are compared, fewer where they only need to be seen.
 _STEPS = (1.0, 1.3, 1.8, 2.4, 3.2, 4.2, 5.6, 7.5)
 LATENCY_BUCKETS_S = (*(round(step * 10.0**e, 7) for e in range(-4, 2) for step in _STEPS), 100.0, 300.0, 1000.0)
 TOKEN_BUCKETS = tuple(2**e for e in range(21))
+RATIO_BUCKETS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 _HISTOGRAMS = {
-    # name: (vLLM's name, what it is, buckets)
+    # name: (vLLM's name, '' for none, what it is, buckets)
     "ttft_seconds": ("time_to_first_token_seconds", "Arrival to first output token", LATENCY_BUCKETS_S),
     "itl_seconds": ("inter_token_latency_seconds", "Between output tokens of a request", LATENCY_BUCKETS_S),
     "tpot_seconds": ("request_time_per_output_token_seconds", "Mean time per output token", LATENCY_BUCKETS_S),
@@ -36,6 +37,7 @@ _HISTOGRAMS = {
     "request_prompt_tokens": ("request_prompt_tokens", "Prompt tokens of a request", TOKEN_BUCKETS),
     "request_generation_tokens": ("request_generation_tokens", "Output tokens of a request", TOKEN_BUCKETS),
     "step_tokens": ("iteration_tokens_total", "Prompt and output tokens that one step completed", TOKEN_BUCKETS),
+    "step_residual_ratio": ("", "Observed seconds of a step by predicted ones, of every eighth step", RATIO_BUCKETS),
 }
 _GAUGES = {
     # figure: (our name, vLLM's name, what it is)
@@ -52,7 +54,7 @@ _COUNTERS = {
 }
 
 # Ours to vLLM's, without prefixes and without the "_total" of counters.
-ALIASES = {ours: theirs for ours, (theirs, _, _) in _HISTOGRAMS.items()}
+ALIASES = {ours: theirs for ours, (theirs, _, _) in _HISTOGRAMS.items() if theirs}
 ALIASES |= {ours: theirs for ours, theirs, _ in (*_GAUGES.values(), *_COUNTERS.values())}
 ALIASES["requests_finished"] = "request_success"
 
@@ -113,6 +115,10 @@ class EngineMetrics(Collector):
     def observe_step(self, num_tokens: int) -> None:
         """One message of outputs: its output tokens, and the prompts of requests that got their first token in it."""
         self._histograms["step_tokens"].observe(num_tokens)
+
+    def observe_residual(self, ratio: float) -> None:
+        """Observed / predicted seconds of a step."""
+        self._histograms["step_residual_ratio"].observe(ratio)
 
     def observe_request(self, record: RequestRecord, *, finished_reason: str, first_scheduled_s: float) -> None:
         """A request is over. `first_scheduled_s` on the record's clock, 0 when it never was."""

@@ -59,8 +59,13 @@ class Piece:
     finish_reason: FinishReason | None
 
 
-def check_scheduling(body: GenerationRequest, prompts: list[Prompt], settings: EngineSettings) -> None:
-    """Raise InvalidRequest for what would have no effect under this policy, or could never be in the queue at once."""
+def check_scheduling(
+    body: GenerationRequest, prompts: list[Prompt], settings: EngineSettings, *, refuses_late: bool
+) -> None:
+    """Raise InvalidRequest for what would have no effect under this policy, or could never be in the queue at once.
+
+    refuses_late: the engine refuses what cannot be in time, under any policy.
+    """
     num_choices = (body.n or 1) * len(prompts)
     num_places = settings.max_num_seqs + settings.max_num_queued_reqs
     if num_choices > num_places:
@@ -77,10 +82,12 @@ def check_scheduling(body: GenerationRequest, prompts: list[Prompt], settings: E
             param="prompt",
         )
     for name, needed in (("priority", "priority"), ("deadline_s", "deadline")):
-        if getattr(body, name) and settings.scheduling_policy != needed:
+        has_effect = settings.scheduling_policy == needed or (name == "deadline_s" and refuses_late)
+        if getattr(body, name) and not has_effect:
             raise InvalidRequest(
                 f"'{name}' has no effect with the scheduling policy '{settings.scheduling_policy}'.",
-                hint=f"Leave it out, or start the server with --scheduling-policy {needed}.",
+                hint=f"Leave it out, or start the server with --scheduling-policy {needed}."
+                + (" A calibrated engine checks deadlines, too." if name == "deadline_s" else ""),
                 param=name,
             )
 
@@ -97,7 +104,7 @@ class Generation:
         params: SamplingParams,
         arrival_s: float,
     ) -> None:
-        check_scheduling(body, prompts, replica.engine_settings)
+        check_scheduling(body, prompts, replica.engine_settings, refuses_late=model.info.refuses_late)
         self.id = uuid.uuid4().hex
         self.created_s = int(time.time())
         self.prompts = prompts

@@ -72,6 +72,7 @@ class Replica:
             on_phase=self._on_phase,
             on_heartbeat=self._on_heartbeat,
             on_step=self.metrics.observe_step,
+            on_residual=self.metrics.observe_residual,
         )
         self.draining = False  # asked for by an operator, who may take it back
         self.ending = False  # asked for by a signal

@@ -1,0 +1,64 @@
+"""What is known of the device that an engine runs on: this machine's calibration, else the catalog, else nothing."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from powerband.cost.first_token import FirstTokenEstimate
+from powerband.cost.latency import LatencyModel
+from powerband.cost.memory import MemoryPlan
+from powerband.cost.steps import Form
+from powerband.errors import PowerbandError
+from powerband.spec.catalog import known_here, load_catalog
+from powerband.spec.deployment import Replica
+from powerband.spec.model import ModelSpec
+from powerband.spec.profile import DeviceProfile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """refined: by steps of this very model."""
+
+    model: LatencyModel
+    refined: bool
+
+    def first_token(self, budget: int) -> FirstTokenEstimate:
+        """For deadline admission: what was measured counts in full, of anything else the near edge of its band."""
+        return FirstTokenEstimate(self.model, budget, share=1.0 if self.refined else max(1.0 - self.model.band, 0.1))
+
+
+def known_device(form: Form, spec: ModelSpec, memory: MemoryPlan) -> Known | None:
+    """None: nothing is known, and then nobody is refused and nothing compared."""
+    try:
+        profile = _profile(form)
+        if profile is None:
+            return None
+        replica = Replica(
+            device=profile.name,
+            quantization=form.quantization,
+            kv_precision=form.kv_precision,
+            max_model_len=memory.max_model_len,
+            max_num_seqs=memory.max_num_seqs,
+            max_num_batched_tokens=memory.max_num_batched_tokens,
+        )
+        model = LatencyModel(spec, profile, replica, "powerband")
+    except PowerbandError as error:  # a profile that is broken keeps nobody from serving
+        logger.warning("The latency model knows nothing of this device: %s", error.message)
+        return None
+    refined = profile.refinement(form.model, "powerband", form.quantization, form.kv_precision) is not None
+    return Known(model, refined)
+
+
+def _profile(form: Form) -> DeviceProfile | None:
+    here = known_here()
+    machine = here.machine if here is not None else None
+    if machine is not None and (machine.name, machine.threads) == (form.device_name, form.threads or machine.threads):
+        return here
+    if form.device == "cpu":
+        return None
+    called = form.device_name.removeprefix("NVIDIA ").casefold()
+    known = (profile for profile in load_catalog().profiles.values() if profile.kind != "cpu")
+    return next((p for p in known if called in (name.casefold() for name in (p.name, *p.aliases))), None)
