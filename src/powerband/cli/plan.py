@@ -85,6 +85,7 @@ class OfferFlags:
 @dataclass(frozen=True, kw_only=True)
 class PlanOutputFlags:
     out: Annotated[Path | None, _flag(_OUTPUT, "--out", "-o", help="Write the recommended plan, as YAML")] = None
+    html: Annotated[Path | None, _flag(_OUTPUT, help="Write a report with the frontier: one file, offline")] = None
     json: Annotated[Json, Parameter(group=_OUTPUT)] = False
     workers: Annotated[int | None, _flag(_OUTPUT, help="Processes; default: all cores")] = None
 
@@ -168,9 +169,12 @@ def _tell(findings: Findings, question: Question, output: PlanOutputFlags) -> in
     from rich.console import Console
 
     from powerband.planner.findings_file import findings_as_dict
+    from powerband.planner.report import write_report
     from powerband.planner.table import plan_table
     from powerband.spec.plan import write_plan
 
+    if output.html is not None:
+        write_report(findings, output.html)
     if output.json:
         print(json_format.dumps(findings_as_dict(findings), indent=1))
     else:
@@ -181,15 +185,21 @@ def _tell(findings: Findings, question: Question, output: PlanOutputFlags) -> in
         return NOTHING_MEETS_IT
     if output.out is not None:
         write_plan(plan_of(question, findings.recommended), output.out)
-    if not output.json and output.out is not None:
-        print(f"plan: {output.out}")
+    if output.out is not None or output.html is not None:
+        _say_where(output)
     return 0
+
+
+def _say_where(output: PlanOutputFlags) -> None:
+    written = [f"{what}: {path}" for what, path in (("plan", output.out), ("report", output.html)) if path is not None]
+    print("\n".join(written), file=sys.stderr if output.json else sys.stdout)
 
 
 def _check_outputs(output: PlanOutputFlags) -> None:
     """Before the search, not after it. Raises EnvironmentFault."""
-    if output.out is not None and not output.out.absolute().parent.is_dir():
-        raise EnvironmentFault(f"Cannot write {output.out}: there is no such folder.", param="out")
+    for path in (output.out, output.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise EnvironmentFault(f"Cannot write {path}: there is no such folder.", param="out")
 
 
 def plan_of(question: Question, chosen: Evaluation) -> Plan:
