@@ -8,11 +8,12 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Protocol
 
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import VirtualClock
-from powerband.core.jump import advance, steady_rounds
+from powerband.core.jump import advance, ending, steady_rounds
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import EngineCore
 from powerband.core.request import Request
@@ -121,17 +122,19 @@ class ModelExecutor(SimExecutor):
 
 
 class Run:
-    """Rounds that are alike: when each ends is known before any is done. `now_s`: when the next would begin.
+    """Rounds that can be foreseen: when each ends is known before any is done. `now_s`: when the next would begin.
 
     A command that comes meanwhile cuts it short: rounds that begin later are not done.
     """
 
     def __init__(self, core: EngineCore, executor: ModelExecutor, rounds: int) -> None:
         self._executor, self.left = executor, rounds  # rounds to plan
-        self._contexts = [r.num_computed + 1 for r in core.scheduler.running]  # of the next round
-        self._host_s = executor.host_s(len(self._contexts))
-        self._free_s = executor.stage_free_s
+        running = core.scheduler.running
         self._last: SimHandle | None = core.inflight[-1].handle if core.inflight else None  # type: ignore[assignment] # ours
+        self._contexts = [r.num_computed + 1 for r in running]  # of the next round
+        ends = ending(running, rounds)
+        self._stay = [r not in ends for r in running] if self._last and ends else None  # who has a step in the last one
+        self._free_s = executor.stage_free_s
         self.now_s = executor.clock.now()
         self.starts_s: list[float] = []
         self.seconds: list[float] = []  # of the device
@@ -142,14 +145,19 @@ class Run:
         """Go on to the first round that begins at `until_s` or later, but not for ever."""
         model_s, slowdown, contexts = self._executor.model.step_s, self._executor.slowdown, self._contexts
         count, overlap = len(contexts), self._last is not None
+        host_s = self._executor.host_s(count)
         previous_s = self.ends_s[-1] if self.ends_s else self._last.end_s if self._last else 0.0
         for _ in range(min(self.left, _AT_ONCE)):
             if self.now_s >= until_s:
                 break
+            if self.left == 1 and self._stay is not None:
+                contexts = list(compress(contexts, self._stay))
+                count = len(contexts)
+                host_s = self._executor.host_s(count)
             seconds = model_s([(1, context) for context in contexts], count) * slowdown
             contexts = [context + 1 for context in contexts]
             # As in SimExecutor.submit and SimHandle.result, to the last bit.
-            submitted_s = self.now_s + self._host_s
+            submitted_s = self.now_s + host_s
             end_s = max(submitted_s, self._free_s) + seconds
             told_s = max(submitted_s, previous_s if overlap else end_s)
             self.starts_s.append(self.now_s)
@@ -160,26 +168,31 @@ class Run:
             self.left -= 1
         self._contexts = contexts
 
-    def finish(self, core: EngineCore, due_s: float) -> array[float]:
-        """Do the rounds that begin before `due_s`; return when each was told."""
+    def finish(self, core: EngineCore, due_s: float, hear: Hear) -> tuple[int, list[TokenOutput]]:
+        """Do the rounds that begin before `due_s`; return how many, and what is told of requests that have ended."""
         rounds = bisect_left(self.starts_s, due_s)
         if rounds == 0:
-            return array("d")
+            return 0, []
         executor, running = self._executor, core.scheduler.running
+        stay = self._stay if self.left == 0 and rounds == len(self.starts_s) else None
         first = [r.num_computed + 1 for r in running]
         for place, seconds in enumerate(self.seconds[:rounds]):
+            if place == rounds - 1 and stay is not None:
+                first = list(compress(first, stay))
             executor.keep(seconds, partial(_decodes, first, place), len(first))
         inflight = None
         if self._last is not None:
-            submitted_s = self.starts_s[rounds - 1] + self._host_s
-            tokens = {
-                r.id: list(executor.tokens_of(r, len(r.tokens) + rounds, len(r.tokens) + rounds + 1)) for r in running
-            }
+            submitted_s = self.starts_s[rounds - 1] + executor.host_s(len(first))
+            places = [(r, len(r.tokens) + rounds) for r in running]
+            tokens = {r.id: list(executor.tokens_of(r, place, place + 1)) for r, place in places}
             inflight = SimHandle(executor, self.ends_s[rounds - 1], StepResult(tokens)), submitted_s
-        advance(core, rounds, executor.tokens_of, inflight)
-        executor.clock.wait_until(self.told_s[rounds - 1])
+        times_s = self.told_s[:rounds]
+        for r in running:
+            hear(r, times_s)
+        executor.last_tokens = len(first)
+        executor.clock.wait_until(times_s[-1])
         executor.stage_free_s = self.ends_s[rounds - 1]
-        return self.told_s[:rounds]
+        return rounds, advance(core, rounds, executor.tokens_of, inflight, times_s[-1])
 
 
 def _decodes(contexts: list[int], later: int) -> list[tuple[int, int]]:
@@ -239,27 +252,28 @@ class SimulatedReplica:
             self._run = Run(self.core, self.executor, rounds)
         if self._run is None:
             outputs = self.core.step()
-            self._count_shortage(1)
+            self._count_shortage()
             return outputs
         if self._run.left and self._run.now_s < due_s:
             self._run.extend(min(until_s, due_s))
             return []
         # Nobody acts before `now_s` any more, so nothing can come that would have cut it shorter.
-        times_s = self._run.finish(self.core, due_s)
+        running = len(self.scheduler.running)
+        rounds, outputs = self._run.finish(self.core, due_s, hear)
         self._run = None
-        if times_s:
-            for r in self.scheduler.running:
-                hear(r, times_s)
-            self.executor.last_tokens = len(self.scheduler.running)
-            self._count_shortage(len(times_s))
-        return []
+        if rounds:
+            self._count_shortage()
+            self.short_of_memory += (rounds - 1) * self._is_short(running, running)
+        return outputs
 
-    def _count_shortage(self, steps: int) -> None:
-        """Steps that had a seat and tokens left for who waits, but no blocks."""
-        scheduler, limits = self.scheduler, self.scheduler.limits
-        has_seat = len(scheduler.running) < limits.max_num_seqs
-        if scheduler.waiting and has_seat and self.executor.last_tokens < limits.max_num_batched_tokens:
-            self.short_of_memory += steps
+    def _count_shortage(self) -> None:
+        self.short_of_memory += self._is_short(len(self.scheduler.running), self.executor.last_tokens)
+
+    def _is_short(self, running: int, tokens: int) -> bool:
+        """Whether a step of so many tokens had a seat and tokens left for who waits, but no blocks."""
+        limits = self.scheduler.limits
+        has_room = running < limits.max_num_seqs and tokens < limits.max_num_batched_tokens
+        return bool(self.scheduler.waiting) and has_room
 
 
 def _limits(replica: Replica, engine: EngineName) -> SchedulerLimits:
