@@ -10,6 +10,7 @@ import zlib
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
@@ -20,9 +21,15 @@ from powerband.spec.workload import Chain, PlannedRequest, Segment
 _SPAN = 1 << 31  # token ids are 32 bits wide; a text counts up from a number below this
 
 
-def answer_start(index: int) -> int:
-    """The token at position p of request `index`, where it is part of the answer, has the id `answer_start + p`."""
-    return zlib.crc32(b"answer %d" % index) % _SPAN
+@lru_cache(maxsize=1 << 16)
+def answer_start(id: str) -> int:
+    """The token at position p of a request, where it is part of the answer, has the id `answer_start + p`."""
+    return zlib.crc32(b"answer" + id.encode()) % _SPAN
+
+
+def id_of(index: int) -> str:
+    """Of requests that come at once, the scheduler serves that with the lower id first."""
+    return f"{index:07d}"
 
 
 def segment_tokens(segment: Segment) -> range:
@@ -109,12 +116,12 @@ class Talk:
             prompt.extend(segment_tokens(segment))
         self._said = prompt
         params = SamplingParams(max_tokens=planned.output_tokens, ignore_eos=True)
-        return EngineRequest(id=f"{planned.index:07d}", token_ids=prompt, params=params, arrival_s=arrival_s)
+        return EngineRequest(id=id_of(planned.index), token_ids=prompt, params=params, arrival_s=arrival_s)
 
     def heard(self, record: RequestRecord) -> None:
         """The answer is here: on to the next request that can be sent at all."""
         planned = self.chain.requests[self.position]
-        start = answer_start(planned.index) + len(self._said)
+        start = answer_start(id_of(planned.index)) + len(self._said)
         self._said.extend(range(start, start + record.output_tokens))
         self._has_lost = record.outcome is not Outcome.OK
         self.position += 1

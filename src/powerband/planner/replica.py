@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import random
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +64,7 @@ class ModelExecutor(SimExecutor):
         self.num_steps = 0
         self.shapes: list[Shape] = []
         self.last_tokens = 0  # of the last step
-        self._acceptance = replica.draft_acceptance
+        self._log_acceptance = math.log(replica.draft_acceptance) if replica.draft_acceptance else 0.0
         self._seed = seed
         self._stride = 1
 
@@ -98,7 +98,7 @@ class ModelExecutor(SimExecutor):
 
     def tokens_of(self, r: Request, start: int, end: int) -> range:
         """The answer's tokens at positions [start, end)."""
-        first = answer_start(int(r.id))
+        first = answer_start(r.id)
         return range(first + start, first + end)
 
     @property
@@ -112,12 +112,14 @@ class ModelExecutor(SimExecutor):
 
     def _sample(self, work: Work) -> list[int]:
         """As many drafts as chance accepts, and a token of the model's own."""
-        accepted = 0
-        if work.drafts:
-            chance = random.Random(f"{self._seed}/{work.id}/{work.start}")  # noqa: S311 (no secret)
-            while accepted < len(work.drafts) and chance.random() < self._acceptance:
-                accepted += 1
-        first = answer_start(int(work.id)) + work.start + work.num_tokens - len(work.drafts)
+        first = answer_start(work.id) + work.start + work.num_tokens
+        if not work.drafts:
+            return [first]
+        drawn = hashlib.blake2b(f"{self._seed}/{work.id}/{work.start}".encode(), digest_size=8).digest()
+        chance = (int.from_bytes(drawn, "big") + 1) / 2**64  # above 0, up to 1
+        # Geometric, by inversion: `n` are accepted with a chance of acceptance^n.
+        accepted = min(int(math.log(chance) / self._log_acceptance), len(work.drafts)) if self._log_acceptance else 0
+        first -= len(work.drafts)
         return list(range(first, first + accepted + 1))
 
 
