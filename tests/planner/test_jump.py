@@ -65,7 +65,7 @@ def story(seed: int, *, jumps: bool) -> Any:
     return found, cached, [one.scheduler.counters for one in made]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.integers(0, 2**32))
 def test_jumps_change_nothing(seed: int) -> None:
     assert story(seed, jumps=True) == story(seed, jumps=False)

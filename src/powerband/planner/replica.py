@@ -143,6 +143,13 @@ class Run:
         self.ends_s: list[float] = []  # on the device
         self.told_s = array("d")  # when its tokens, or in overlap those of the round before, are known
 
+    def cut_s(self, due_s: float | None) -> float:
+        """When the next round begins, if not one before it hears of a command that is due at `due_s`."""
+        if due_s is None or due_s >= self.now_s:
+            return self.now_s
+        place = bisect_left(self.starts_s, due_s)
+        return self.starts_s[place] if place < len(self.starts_s) else self.now_s
+
     def extend(self, until_s: float) -> None:
         """Go on to the first round that begins at `until_s` or later, but not for ever."""
         model_s, slowdown, contexts = self._executor.model.step_s, self._executor.slowdown, self._contexts
@@ -239,11 +246,11 @@ class SimulatedReplica:
     @property
     def next_s(self) -> float:
         """When it acts next; infinity: not before it hears of another request."""
+        due_s = self.inbox.next_time()
         if self._run is not None:
-            return self._run.now_s
+            return self._run.cut_s(due_s)
         if self.core.is_working:
             return self.clock.now()
-        due_s = self.inbox.next_time()
         return math.inf if due_s is None else max(due_s, self.clock.now())
 
     def advance(self, until_s: float, hear: Hear) -> list[TokenOutput]:

@@ -122,9 +122,8 @@ class _World:
         self._talks = [Talk(chain) for chain in schedule.chains]
         self._open: dict[str, Open] = {}
         self._records: dict[int, RequestRecord] = {}
-        # (time, order, chain, answered): a request that is due, or one whose answer is complete.
-        self._events: list[tuple[float, int, int, Open | None]] = []
-        self._num_events = 0
+        # (time, chain, answered): a request that is due, or one whose answer is complete. A chain has one at most.
+        self._events: list[tuple[float, int, Open | None]] = []
         self._end_s = 0.0
         for number, talk in enumerate(self._talks):
             self._plan(talk.chain.start_s, number)
@@ -151,15 +150,14 @@ class _World:
         )
 
     def _push(self, time_s: float, chain: int, answered: Open | None) -> None:
-        heapq.heappush(self._events, (time_s, self._num_events, chain, answered))
-        self._num_events += 1
+        heapq.heappush(self._events, (time_s, chain, answered))
 
     def _plan(self, time_s: float, number: int) -> None:
         """The next request of a chain, if there is time for it."""
         if time_s <= self._duration_s:
             self._push(time_s, number, None)
 
-    def _happen(self, now: float, _order: int, number: int, answered: Open | None) -> None:
+    def _happen(self, now: float, number: int, answered: Open | None) -> None:
         if answered is not None:
             self._routing.answered(answered.replica, answered.tokens)
             planned = self._talks[number].next
