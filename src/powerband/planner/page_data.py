@@ -23,10 +23,12 @@ from powerband.planner.table import (
     headline,
     layout_code,
     layout_lines,
+    limits_code,
     percentile_text,
     precisions_text,
     pruned_by_reason,
     question,
+    share_band_text,
 )
 from powerband.planner.words import BOUND_WORDS, ENGINE_NAMES, banded_seconds, brief_seconds, deployment_text, dollars
 from powerband.spec.slo import SLO
@@ -83,6 +85,7 @@ def _evaluation(one: Evaluation, texts: dict[str, int]) -> dict[str, Any]:
         "devices": one.deployment.num_devices,
         "devices_text": plain(devices_text(one.deployment)),
         "layout": layout_code(one.deployment),
+        "limits": limits_code(one.deployment),
         "setting": [number(plain(line)) for text in layout_lines(one.deployment) for line in text.split("\n")],
         "usd_per_hour": one.usd_per_hour,
         "usd_per_million_tokens": one.usd_per_million_tokens,
@@ -117,10 +120,9 @@ def _tiles(one: Evaluation | None, findings: Findings) -> list[tuple[str, str, s
             tiles.append((f"{shown} {p}", brief_seconds(figure.value), _latency_note(figure, name, slo)))
     kept, capacity = one.figures.get("attainment"), one.figures.get("capacity")
     if kept is not None and slo.limits:
-        low, high = kept.low * 100, kept.high * 100
-        tiles.append(
-            ("Keep the SLO", share_text(kept.value), f"{low:.1f}–{high:.1f} %; {slo.attainment * 100:g} % must")
-        )
+        within = share_band_text(kept).partition("(")[2].removesuffix(")")
+        must = f"{slo.attainment * 100:g} % must"
+        tiles.append(("Keep the SLO", share_text(kept.value), f"{within}; {must}" if within else must))
     if capacity is not None:
         within = f"{digits(capacity.low)}–{digits(capacity.high)}; {findings.rate:.3g} asked"
         tiles.append(("Holds up to", f"{digits(capacity.value)}/s", within))

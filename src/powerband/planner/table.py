@@ -127,6 +127,13 @@ def limits_text(replica: Replica) -> str:
     return ", ".join(parts)
 
 
+def share_band_text(figure: Banded) -> str:
+    """'98.2 % (96.1–99.0 %)'; '100 %' where nothing else is expected."""
+    texts = [share_text(share) for share in (figure.value, figure.low, figure.high)]
+    value, low, high = texts
+    return value if len(set(texts)) == 1 else f"{value} ({low.removesuffix(' %')}–{high})"
+
+
 def band_text(figure: Banded) -> str:
     return f"{digits(figure.value)} ({digits(figure.low)}–{digits(figure.high)})"
 
@@ -140,8 +147,7 @@ def _promise(one: Evaluation, slo: SLO, rate: float) -> Iterator[str]:
             yield text + (f" of {brief_seconds(limit)}" if limit is not None else "")
     kept, capacity = one.figures.get("attainment"), one.figures.get("capacity")
     if kept is not None:
-        within = f"{kept.low * 100:.1f}–{kept.high * 100:.1f} %"
-        yield f"{share_text(kept.value)} ({within}) of requests keep the SLO, {slo.attainment * 100:g} % must"
+        yield f"{share_band_text(kept)} of requests keep the SLO, {slo.attainment * 100:g} % must"
     if capacity is not None:
         yield f"it holds {band_text(capacity)} requests/s, {rate:.3g} are asked"
 
@@ -167,7 +173,7 @@ def _frontier(findings: Findings) -> Iterator[RenderableType]:
     has_good = any(one.meets_slo for one in findings.evaluations)
     rows = [*named, *(one for one in frontier if one.meets_slo or not has_good)][:MOST_ROWS]
     rows.sort(key=lambda one: (one.usd_per_hour is None, one.usd_per_hour or 0.0, one.figures["ttft_s"].value))
-    yield Text("Frontier: nothing is better in every respect than any of these", style="bold")
+    yield Text("Frontier: no other costs no more and is no slower", style="bold")
     yield FrontierTable(tuple(rows), roles, findings.slo)
     left = [one for one in frontier if not any(one is row for row in rows)]
     missing = sum(not one.meets_slo for one in left) if has_good else 0
@@ -193,10 +199,9 @@ class FrontierTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = self._columns()
-        optional = ["low–high", "E2E", "tokens/s", "engine", "holds/s", "SLO kept", "$/Mtok", ""]
-        engines = {one.deployment.engine for one in self.rows}
-        if len(engines) == 1:
-            columns = [column for column in columns if column.heading != "engine"]
+        optional = ["by", "low–high", "E2E", "tokens/s", "SLO kept", "holds/s", "$/Mtok", "engine", "limits", ""]
+        # What is the same for all need not be said.
+        columns = [c for c in columns if c.key not in ("engine", "limits") or len(set(c.cells)) > 1]
         table = self._table(columns)
         whole = options.update(max_width=10_000)
         for heading in optional:
@@ -233,6 +238,7 @@ class FrontierTable:
             _Column("devices", "devices", tuple(devices_text(one.deployment) for one in rows), is_text=True),
             _Column("layout", "TP×PP×n", tuple(layout_code(one.deployment) for one in rows), is_text=True),
             _Column("precision", "precision", tuple(precisions_text(one.deployment) for one in rows), is_text=True),
+            _Column("limits", "seqs/tokens", tuple(limits_code(one.deployment) for one in rows), is_text=True),
             _Column("$/h", "$/h", tuple(_money(one.usd_per_hour) for one in rows)),
             _Column("$/Mtok", "$/Mtok", tuple(_money(one.usd_per_million_tokens) for one in rows)),
             _Column("TTFT", f"TTFT {p}", latency("ttft_s")),
@@ -242,6 +248,7 @@ class FrontierTable:
             _Column("SLO kept", "SLO kept", kept),
             _Column("holds/s", "holds/s", amount("capacity")),
             _Column("tokens/s", "tokens/s", amount("output_tokens_per_s")),
+            _Column("by", "by", tuple(one.method for one in rows), is_text=True),
         ]
 
 
@@ -262,6 +269,13 @@ def layout_code(deployment: Deployment) -> str:
     """'2×1×4': ranks of tensor and of pipeline parallelism, and replicas."""
     return " + ".join(
         f"{pool.replica.tensor_parallel}×{pool.replica.pipeline_parallel}×{pool.count}" for pool in deployment.pools
+    )
+
+
+def limits_code(deployment: Deployment) -> str:
+    """'256/8,192': requests and tokens of a step at most."""
+    return " + ".join(
+        f"{pool.replica.max_num_seqs}/{pool.replica.max_num_batched_tokens:,}" for pool in deployment.pools
     )
 
 

@@ -21,6 +21,8 @@
 
   const isShown = (one) => FILTERS.every(([key]) => !state.off[key].has(one[key]));
   const unbroken = (words) => words.replace(/ (ms|s|%)(?=[\s;)]|$)/g, "\u00a0$1");
+  // A figure that is there and has no value never ends; one that is not there was not predicted.
+  const without = (each, one) => (each.isTime && each.key in one.figures ? "∞" : "–");
   const text = (number) => data.texts[number];
   const roleOf = (i) => (i === data.recommended ? "recommended" : (Object.entries(data.roles).find(([, j]) => j === i) || [""])[0]);
 
@@ -33,8 +35,9 @@
     place("workload").textContent = JSON.stringify(data.workload, null, 2);
     const notes = [
       ["Bands", "Nine measurements in ten lie within. A deployment keeps the SLO if it does so at the worse end of its bands."],
-      ["Frontier", "Coloured: nothing else is better in every respect. Grey: something is. Hollow: the SLO is missed. The line joins the best by the two axes among those that keep the SLO."],
+      ["Frontier", "Coloured: no other costs no more and is no slower, in TTFT and in TPOT. Grey: another does. Hollow: the SLO is missed. The line joins the best by the two axes among those that keep the SLO."],
       ["Holds up to", "The rate up to which the SLO is kept."],
+      ["Closed form", "A quick estimate for every deployment. Those that could be chosen are simulated: the engine's own scheduler plays the load, request by request."],
     ];
     place("definitions").replaceChildren(...notes.flatMap(([name, note]) => [node("dt", name), node("dd", note)]),
       ...data.definitions.flatMap(([name, formula, note]) => [node("dt", name), node("dd", [node("code", formula), `. ${note}`])]));
@@ -100,19 +103,19 @@
     chart = Drawing.draw(place("frontier"), words, Charts.frontier(view));
     chart.chart.on("click", (event) => { if (event.data && event.data.i !== undefined) select(event.data.i); });
     const endless = shown.length - points.length, far = points.length - drawn.length;
-    const notes = ["Filled: keeps the SLO. Hollow: misses it. Grey: something else is better in every respect."];
+    const notes = ["Filled: keeps the SLO. Hollow: misses it. Grey: another costs no more and is no slower."];
     if (far) notes.push(`${far.toLocaleString("en")} far off ${far === 1 ? "is" : "are"} not drawn.`);
-    if (endless) notes.push(`${endless.toLocaleString("en")} without an end (requests pile up) or without a price ${endless === 1 ? "is" : "are"} not drawn.`);
+    if (endless) notes.push(`Requests pile up without an end, or a figure is not known, for ${endless.toLocaleString("en")} more.`);
     place("plot-note").textContent = notes.join(" ");
   }
 
   function tip(i) {
     const one = data.evaluations[i];
-    const lines = [one.name, ""];
+    const lines = [one.name, `${one.limits} requests/tokens a step`, ""];
     for (const each of ways) {
       const value = each.value(one);
       if (each.key === "devices" || each.key === "output_tokens_per_s") continue;
-      lines.push(`${each.short}: ${value === null ? "∞" : each.shown(value)}${value === null ? "" : bandText(each, one)}`);
+      lines.push(`${each.short}: ${value === null ? without(each, one) : each.shown(value) + bandText(each, one)}`);
     }
     lines.push("", one.meets_slo ? "keeps the SLO" : "misses the SLO", `what binds: ${text(one.binds)}`);
     const role = roleOf(i);
@@ -130,8 +133,8 @@
       const [factor, unit] = high >= 0.9995 ? [1, "s"] : [1000, "ms"];
       return ` (${digits(low * factor)}–${digits(high * factor)} ${unit})`;
     }
-    if (each.isShare) return ` (${(low * 100).toFixed(1)}–${(high * 100).toFixed(1)} %)`;
-    return ` (${digits(low)}–${digits(high)})`;
+    if (each.isShare) return share(low) === share(high) ? "" : ` (${share(low).replace(" %", "")}–${share(high)})`;
+    return digits(low) === digits(high) ? "" : ` (${digits(low)}–${digits(high)})`;
   }
 
   function select(i) {
@@ -151,7 +154,7 @@
     const role = roleOf(state.selected);
     const marks = [
       role && node("li", role, "mark strong"), node("li", one.meets_slo ? "keeps the SLO" : "misses the SLO", one.meets_slo ? "mark good" : "mark bad"),
-      one.dominated && node("li", "something is better in every respect", "mark"), node("li", text(one.method), "mark"),
+      one.dominated && state.selected !== data.recommended && node("li", "another costs no more and is no slower", "mark"), node("li", text(one.method), "mark"),
     ].filter(Boolean);
     const notes = one.notes.map((number) => node("li", text(number)));
     panel.replaceChildren(
@@ -167,8 +170,8 @@
     const rows = ways.map((each) => {
       const value = each.value(one);
       const band = value === null ? "" : bandText(each, one).trim().replace(/^\(|\)$/g, "");
-      const cells = [node("td", each.short), node("td", [value === null ? (each.isTime ? "∞" : "–") : each.shown(value), ...(band ? [node("span", band, "band")] : [])])];
-      if (other) cells.push(node("td", each.value(other) === null ? "–" : each.shown(each.value(other))), difference(each, value, each.value(other)));
+      const cells = [node("td", each.short), node("td", [value === null ? without(each, one) : each.shown(value), ...(band ? [node("span", band, "band")] : [])])];
+      if (other) cells.push(node("td", each.value(other) === null ? without(each, other) : each.shown(each.value(other))), difference(each, value, each.value(other)));
       return node("tr", cells);
     });
     return node("table", [node("thead", row(other ? ["", "this", "recommended", ""] : ["", "this"], "th")), node("tbody", rows)]);
@@ -203,12 +206,13 @@
   function columns() {
     const figure = ([key, heading]) => {
       const each = way(key);
-      return each && [heading || each.short, (one) => (each.value(one) === null ? (each.isTime ? "∞" : "–") : each.shown(each.value(one))), (one) => each.value(one) ?? Infinity, false, key];
+      return each && [heading || each.short, (one) => (each.value(one) === null ? without(each, one) : each.shown(each.value(one))), (one) => each.value(one) ?? Infinity, false, key];
     };
     return [
       ["deployment", null, (one) => one.group + one.devices, true, "name"], ["TP×PP×n", (one) => one.layout, (one) => one.layout, true, "layout"],
-      ["precision", (one) => one.precision, (one) => one.precision, true, "precision"],
+      ["precision", (one) => one.precision, (one) => one.precision, true, "precision"], ["seqs/tokens", (one) => one.limits, (one) => one.limits, true, "limits"],
       ...[["usd_per_hour", "$/hour"], ["usd_per_million_tokens", "$/Mtok"], ["ttft_s"], ["tpot_s"], ["e2e_s"], ["attainment", "SLO kept"], ["capacity", "holds/s"], ["output_tokens_per_s", "tokens/s"]].map(figure).filter(Boolean),
+      ["by", (one) => text(one.method), (one) => text(one.method), true, "method"],
     ];
   }
 
@@ -241,7 +245,7 @@
   function tableRow(one, i, all) {
     const role = roleOf(i);
     const engine = new Set(data.evaluations.map((each) => each.engine)).size > 1 ? `${one.engine}, ` : "";
-    const pick = Object.assign(node("button", [Charts.swatch(kinds.get(one.group), one.dominated), `${engine}${one.devices_text}`, ...(role ? [node("span", role, "role")] : [])], "pick"), { type: "button" });
+    const pick = Object.assign(node("button", [Charts.swatch(kinds.get(one.group), one.dominated && i !== data.recommended), `${engine}${one.devices_text}`, ...(role ? [node("span", role, "role")] : [])], "pick"), { type: "button" });
     const made = node("tr", [node("td", pick), ...all.slice(1).map(([, cell, , isText]) => node("td", cell(one), isText ? "text" : ""))], one.meets_slo ? "" : "misses");
     made.dataset.i = String(i);
     made.classList.toggle("chosen", i === state.selected);
