@@ -12,7 +12,7 @@ PORT   ?=
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test kernels lint docs bench-cpu accuracy-own clean
+.PHONY: help demo bench test kernels lint docs bench-cpu accuracy accuracy-own clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -55,6 +55,9 @@ docs: $(READY)  ## build the documentation into site/ (zensical goes into a .ven
 
 bench-cpu: $(READY)  ## beside OpenVINO, vLLM and llama.cpp, which it installs outside the repository (ARGS="--quick")
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+accuracy: $(READY)  ## how near the planner's predictions come to measured tables, which lie beside the checkout (ARGS="--quick")
+	@$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 accuracy-own: $(READY)  ## predicted beside measured for our own engine on this machine, half an hour (ARGS="--models demo")
 	@$(BIN)/python -m benchmarks.accuracy_own $(ARGS)

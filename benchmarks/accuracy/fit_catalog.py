@@ -25,8 +25,12 @@ _AIC = "AIConfigurator tables"
 _GAP_S = 1.2e-6
 # Elementwise kernels of small tensors live in the L2 cache; of the sizes that matter, share of the memory's bandwidth.
 _ELEMENTWISE_SHARE = 0.85
-# vLLM's kernel for experts in fp8 runs there without tuned settings: slower than in 16 bits. Other engines' is not.
-_UNTUNED = {("h100_sxm", "fp8"), ("h200_sxm", "fp8")}
+# vLLM's kernel for experts runs there without tuned settings: in fp8 slower than in 16 bits. Other engines' does not.
+_UNTUNED = {("h100_sxm", "fp8"), ("h200_sxm", "fp8"), ("a100_sxm", "none")}
+# AIConfigurator's L40S could not reach each other beyond pairs: 2 GB/s on eight, as on a cloud's virtual machines.
+# Where they can, over PCIe 4, half of what the RTX PRO 6000 do over PCIe 5; NVIDIA's own servers, on which TensorRT-LLM
+# is measured, are of that kind.
+_PCIE_4 = 0.5
 
 
 class Relative(NamedTuple):
@@ -37,12 +41,13 @@ class Relative(NamedTuple):
     memory: float
     why: str
     links_of: str | None = None
+    link_share: float = 1.0
 
 
 RELATIVES = {
     "A100-40G": Relative("A100-80G", 1.0, 1.0, "the same chip"),
-    "A100-40G-PCIe": Relative("A100-80G", 0.9, 1.0, "the same chip at 250 W", "L40S"),
-    "A100-80G-PCIe": Relative("A100-80G", 0.92, 1.0, "the same chip at 300 W", "L40S"),
+    "A100-40G-PCIe": Relative("A100-80G", 0.9, 1.0, "the same chip at 250 W", "RTX-PRO-6000", _PCIE_4),
+    "A100-80G-PCIe": Relative("A100-80G", 0.92, 1.0, "the same chip at 300 W", "RTX-PRO-6000", _PCIE_4),
     "H100-PCIe": Relative("H100", 0.85, 0.95, "the same architecture at 350 W", "RTX-PRO-6000"),
     "L4": Relative("L40S", 0.8, 1.0, "the same architecture at 72 W", "L40S"),
     # Ampere's GA102: 110 of 149.7 TFLOPS and 0.80 of the bandwidth on an A40 (Vidur's profiles).
@@ -55,6 +60,8 @@ RELATIVES = {
 def main() -> None:
     measured = {name: _measured(gpu, name) for gpu, name in _gpus().items()}
     measured["RTX-4090"] = _rtx_4090(measured)
+    peers = _scaled(measured["RTX-PRO-6000"]["all_reduce"]["trtllm"], _PCIE_4)
+    measured["L40S"]["all_reduce"]["trtllm"] = _relabelled(peers, "half of RTX PRO 6000's: PCIe 4 with peers", 1, 1)
     weights_only = {name: measured["H200"]["gemm"]["*"][name] for name in ("int8", "int4")}
     measured["H100"]["gemm"]["*"] |= _relabelled(weights_only, "as H200: the same chip; not measured", 1, 1)
     for name, sections in measured.items():
@@ -107,13 +114,10 @@ def _attention(gpu: str, profile: DeviceProfile) -> dict[str, Any]:
     for (where, precision), points in tables.attention_tables("prefill").items():
         if where != gpu:
             continue
-        prefill = fits.prefill(profile, precision, points)
         decode = fits.decode(profile, precision, tables.attention_tables("decode")[gpu, precision])
+        prefill = fits.prefill(profile, precision, points, decode.law)
         found["*"][precision] = replace(
             prefill.law,
-            memory_share=decode.law.memory_share,
-            decode_overhead_s=decode.law.decode_overhead_s,
-            extra_bytes=decode.law.extra_bytes,
             prefill_evidence=_evidence(f"{_AIC}, vllm", prefill.errors),
             decode_evidence=_evidence(f"{_AIC}, vllm", decode.errors),
         )
@@ -166,8 +170,15 @@ def _derived(relative: Relative, measured: Mapping[str, dict[str, Any]]) -> dict
     why = f"as {relative.of}: {relative.why}; not measured"
     found: dict[str, Any] = _relabelled(sections, why, relative.compute, relative.memory)
     link = f"as {relative.links_of or relative.of}; not measured"
-    found["all_reduce"] = _relabelled(links, link, 1, 1)
+    found["all_reduce"] = _relabelled(_scaled(links, relative.link_share), link, 1, 1)
     return found
+
+
+def _scaled(links: Any, share: float) -> Any:
+    """Links with a share of their bandwidth."""
+    if isinstance(links, Mapping):
+        return {key: _scaled(item, share) for key, item in links.items()}
+    return replace(links, bytes_per_s=links.bytes_per_s * share, direct_bytes_per_s=links.direct_bytes_per_s * share)
 
 
 def _relabelled(value: Any, why: str, compute: float, memory: float) -> Any:

@@ -32,7 +32,6 @@ _DECODE_BOUNDS: Bounds = {
 }
 _PREFILL_BOUNDS: Bounds = {
     "compute_share": (0.05, 1.0),
-    "memory_share": (0.02, 1.0),
     "prefill_overhead_s": (1e-7, 5e-5),
     "fill": (0.01, 3.0),
 }
@@ -69,8 +68,11 @@ def decode(profile: DeviceProfile, precision: str, points: Sequence[tables.Atten
     return _fit(_attention(), _DECODE_BOUNDS, tables.decode_s(profile, precision), points)
 
 
-def prefill(profile: DeviceProfile, precision: str, points: Sequence[tables.Attention]) -> Fitted[AttentionLaw]:
-    return _fit(_attention(), _PREFILL_BOUNDS, tables.prefill_s(profile, precision), points)
+def prefill(
+    profile: DeviceProfile, precision: str, points: Sequence[tables.Attention], known: AttentionLaw
+) -> Fitted[AttentionLaw]:
+    """known: has the coefficients of decodes, which stay."""
+    return _fit(known, _PREFILL_BOUNDS, tables.prefill_s(profile, precision), points)
 
 
 def mixed(profile: DeviceProfile, points: Sequence[tables.Mixed]) -> Fitted[AttentionLaw]:

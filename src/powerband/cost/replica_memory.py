@@ -27,6 +27,7 @@ _RUNTIME_BYTES = 300 << 20  # context, libraries, fragments
 _COLLECTIVES_BYTES = 400 << 20  # NCCL's and custom all-reduce's buffers (AIConfigurator reserves 342 to 392 MB)
 # Of each logit that a profiling step samples: in 16 and 32 bits, probabilities, sorted with indices, sums, noise.
 _SAMPLER_BYTES = 36
+_SAMPLER_BYTES_TRTLLM = 8  # logits in 32 bits, twice: it samples in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engi
     parts = {
         "weights": weight_bytes(spec, replica),
         "activations": activation_bytes(rank, tokens=replica.max_num_batched_tokens, dtype="bfloat16"),
-        "sampling": _sampling(spec, replica),
+        "sampling": _sampling(spec, replica, engine),
         "runtime": _RUNTIME_BYTES + (_COLLECTIVES_BYTES if replica.num_devices > 1 else 0),
     }
     available = int(profile.memory_bytes * replica.gpu_memory_utilization)
@@ -122,9 +123,9 @@ def _layer_parameters(counts: ParameterCounts) -> int:
     return counts.total - counts.embedding - counts.head
 
 
-def _sampling(spec: ModelSpec, replica: Replica) -> int:
+def _sampling(spec: ModelSpec, replica: Replica, engine: EngineName) -> int:
     rows = min(replica.max_num_seqs, replica.max_num_batched_tokens)
-    return rows * spec.vocab_size * _SAMPLER_BYTES
+    return rows * spec.vocab_size * (_SAMPLER_BYTES_TRTLLM if engine == "trtllm" else _SAMPLER_BYTES)
 
 
 def _indivisible(spec: ModelSpec, replica: Replica) -> str:

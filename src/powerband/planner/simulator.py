@@ -119,6 +119,7 @@ class _World:
         self._slowdown = slowdown
         self._routing = routing
         self._replicas, self._pools = replicas, pools
+        self._front_free_s = [0.0] * len(self._replicas)  # when each replica's front end can take the next request
         self._talks = [Talk(chain) for chain in schedule.chains]
         self._open: dict[str, Open] = {}
         self._records: dict[int, RequestRecord] = {}
@@ -172,7 +173,9 @@ class _World:
         index = self._routing.choose(tokens, talk.session)
         replica = self._replicas[index]
         host = replica.model.host
-        request = talk.ask(now + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
+        begin_s = max(now, self._front_free_s[index])
+        self._front_free_s[index] = begin_s + host.front_s * self._slowdown
+        request = talk.ask(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
         opened = Open(planned, number, now, tokens, index, host.answer_s * self._slowdown)
         self._open[request.id] = opened
         self._routing.sent(index, opened.tokens)

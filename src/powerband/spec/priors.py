@@ -113,20 +113,23 @@ def host_transfer_law(profile: DeviceProfile) -> LinkLaw | None:
 
 _SOURCE = "prior: no measurement of this device"
 
+# Engines' own overhead on a server's host, in seconds: what the notes on planners (C.7) give for recent versions.
+# step, of each request in it, from arrival to engine, of which one at a time, answer, of each layer, overlapped
 _HOST = {
-    "trtllm": (0.3e-3, 2e-6, 5e-3, 1e-3, 60e-6, True),
-    "vllm": (1.0e-3, 5e-6, 10e-3, 1e-3, 100e-6, False),
-    "sglang": (0.5e-3, 5e-6, 8e-3, 1e-3, 90e-6, True),
-    "powerband": (0.3e-3, 3e-6, 3e-3, 1e-3, 100e-6, True),
+    "trtllm": (0.3e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 60e-6, False),
+    "vllm": (1.0e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 100e-6, False),
+    "sglang": (0.5e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 90e-6, True),
+    "powerband": (0.3e-3, 3e-6, 3e-3, 0.5e-3, 1e-3, 100e-6, True),
 }
 
 
 def host_law(engine: str) -> HostLaw:
-    step, request, arrival, answer, layer, overlapped = _HOST[engine]
+    step, request, arrival, front, answer, layer, overlapped = _HOST[engine]
     return HostLaw(
         step_s=step,
         per_request_s=request,
         arrival_s=arrival,
+        front_s=front,
         answer_s=answer,
         layer_s=layer,
         overlapped=overlapped,

@@ -113,6 +113,7 @@ class HostLaw:
     per_new_s: float = 0.0
     arrival_s: float  # from a request's arrival until the engine knows it: HTTP, chat template, tokens
     arrival_token_s: float = 0.0  # more, for each token of its prompt
+    front_s: float = 0.0  # of these, in which it takes no other request
     answer_s: float  # from a step's result until its tokens are at the client
     layer_s: float = 0.0  # of each layer in each step: launches
     overlapped: bool = True
