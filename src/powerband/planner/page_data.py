@@ -170,5 +170,5 @@ def _detail(whole: str, reason: str) -> str:
 
 
 def _short(value: float | None) -> float | None:
-    """Four digits that count."""
-    return None if value is None else float(f"{value:.4g}")
+    """Six digits that count: what the page rounds to three is then what a table would."""
+    return None if value is None else float(f"{value:.6g}")

@@ -69,8 +69,17 @@ const Charts = (() => {
       to = Math.min(most, Math.max((limit ?? 0) * 3, near));
     }
     to = Math.max(to, limit ?? 0);
-    const isWide = to / least > 200; // few ticks of 10, or many of 2
-    return to / least > 8 ? { logBase: isWide ? 10 : 2, min: least / 1.25, max: to * 1.25 } : { min: 0, max: to * 1.06 };
+    return to / least > 8 ? { ticks: ticksBetween(least / 1.25, to * 1.25), min: least / 1.25, max: to * 1.25 } : { min: 0, max: to * 1.06 };
+  }
+
+  // Of a logarithmic axis: 1, 2, 5, 10 …; of a long one, powers of ten.
+  function ticksBetween(from, to) {
+    const found = [];
+    const steps = to / from > 3000 ? [1] : [1, 2, 5];
+    for (let power = Math.floor(Math.log10(from)); power <= Math.log10(to); power++) {
+      found.push(...steps.map((step) => Number(`${step}e${power}`)).filter((value) => value >= from && value <= to));
+    }
+    return found;
   }
 
   // view: {x, y, points: [{x, y, i, one}], kinds: name → number, selected, recommended, roles, hasBands, ranges, tip}
@@ -82,9 +91,9 @@ const Charts = (() => {
       const narrow = window.innerWidth < 640;
       return {
         ...base(c),
-        grid: { left: 58, right: narrow ? 12 : 22, top: 26, bottom: 48 },
+        grid: { left: 58, right: narrow ? 12 : 22, top: 40, bottom: 48 },
         xAxis: valueAxis(c, view.x, view.ranges.x, { name: view.x.name, nameLocation: "middle", nameGap: 30 }),
-        yAxis: valueAxis(c, view.y, view.ranges.y, { name: view.y.name, nameLocation: "end", nameGap: 10, nameTextStyle: { align: "left", padding: [0, 0, 0, -50], color: c.muted, fontSize: 12 } }),
+        yAxis: valueAxis(c, view.y, view.ranges.y, { name: view.y.name, nameLocation: "end", nameGap: 22, nameTextStyle: { align: "left", padding: [0, 0, 0, -50], color: c.muted, fontSize: 12 } }),
         tooltip: { ...base(c).tooltip, trigger: "item", padding: [8, 11], formatter: (item) => (item.data && item.data.i !== undefined ? view.tip(item.data.i) : "") },
         series: [
           ...limitSeries(c, view),
@@ -101,10 +110,10 @@ const Charts = (() => {
   }
 
   function valueAxis(c, way, range, more) {
-    const labels = { axisLabel: { color: c.muted, fontSize: 11, hideOverlap: true, formatter: way.tick, showMinLabel: !range.logBase, showMaxLabel: !range.logBase && way.isShare } };
+    const labels = { axisLabel: { color: c.muted, fontSize: 11, hideOverlap: true, formatter: way.tick, showMaxLabel: Boolean(range.ticks) || way.isShare, customValues: range.ticks }, axisTick: { show: false, customValues: range.ticks } };
     const isWhole = way.key === "devices";
     return axis(c, {
-      type: range.logBase ? "log" : "value", logBase: range.logBase, min: range.min, max: range.max, minInterval: isWhole ? 1 : undefined, nameTextStyle: { color: c.muted, fontSize: 12 },
+      type: range.ticks ? "log" : "value", min: range.min, max: range.max, minInterval: isWhole ? 1 : undefined, nameTextStyle: { color: c.muted, fontSize: 12 },
       splitLine: { lineStyle: { color: c.line, width: 0.6 } }, ...labels, ...more,
     });
   }
