@@ -98,6 +98,7 @@ def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixtu
         (["--workload", "nothing"], 2, "There is no workload 'nothing'"),
         (["--set", "device.memory_bytes=2e9"], 2, "No deployment of"),
         (["--draft-tokens", "3"], 2, "go together"),
+        (["--prompt-tokens", "9000"], 2, "longer than the 4,096 positions that the model knows"),
         (["-o", "/nowhere/plan.yaml"], 3, "there is no such folder"),
     ],
 )
@@ -106,7 +107,7 @@ def test_what_is_wrong_is_told(
 ) -> None:
     at = ASKED.index(options[0]) if options[0] in ASKED else len(ASKED)
     arguments = [*ASKED[:at], *ASKED[at + 2 :]]
-    light = [] if options[0] == "--workload" else [*LIGHT]
+    light = [] if options[0] in ("--workload", "--prompt-tokens") else [*LIGHT]
     assert main(["plan", model, *arguments, *light, *options]) == code
     assert sentence in " ".join(capsys.readouterr().err.split())
 

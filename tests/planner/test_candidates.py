@@ -61,7 +61,7 @@ def test_a_large_model_is_divided_and_what_is_too_large_says_so() -> None:
     plain = [k.replica for k in found if k.replica.quantization == "none"]
     assert plain
     assert all(r.num_devices == 8 for r in plain)
-    assert reason(pruned, "trtllm on 4 L4, none").startswith("needs ")
+    assert reason(pruned, "trtllm on 4 L4, 16 bits").startswith("needs ")
 
 
 def test_llama_2_13b_in_16_bits_lies_partly_in_the_hosts_memory_of_one_24_gb_card() -> None:

@@ -139,7 +139,7 @@ def _question(model: str, need: NeedFlags, requests: RequestFlags, offer: OfferF
         budget_usd_per_h=dollars_per_hour(need.budget) if need.budget is not None else None,
         max_devices=offer.max_devices,
         quantizations=quantizations(offer.quantization),
-        max_model_len=offer.max_model_len or longest_request(workload, need.seed, spec.max_position),
+        max_model_len=offer.max_model_len or longest_request(workload, need.seed, spec, slo.attainment),
         objective=need.objective,
         draft_tokens=offer.draft_tokens,
         draft_acceptance=share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,7 +23,7 @@ from powerband.spec.profile import DeviceProfile, Price
 from powerband.spec.quantities import number
 from powerband.spec.settings import EngineSettings
 from powerband.spec.stored import Stored, read_for_planning
-from powerband.spec.workload import Workload
+from powerband.spec.workload import Schedule, Workload
 
 _MANY = 4000  # requests, among which the longest is looked for
 _SOON = OpenLoop.at(1000.0)
@@ -190,16 +190,29 @@ def _typed(hint: Any, value: str, change: str) -> Any:
     return value
 
 
-def longest_request(workload: Workload, seed: int, most: int) -> int:
-    """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to `most`."""
-    schedule = replace(workload, arrivals=_SOON).draw(seed, num_requests=_MANY)
-    longest = 1
+def longest_request(workload: Workload, seed: int, model: ModelSpec, attainment: float) -> int:
+    """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
+    knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
+    """
+    lengths = sorted(_lengths(replace(workload, arrivals=_SOON).draw(seed, num_requests=_MANY)))
+    most = model.max_position
+    share = sum(length > most for length in lengths) / len(lengths)
+    if share > 1 - attainment:
+        raise UsageError(
+            f"{share:.0%} of the requests are longer than the {most:,} positions that the model knows, the longest "
+            f"{lengths[-1]:,} tokens: they cannot be served.",
+            hint="Plan for a model with a longer context, or for shorter requests (--prompt-tokens, --turns).",
+            param="workload",
+        )
+    return min(-(-lengths[-1] // 1024) * 1024, most)
+
+
+def _lengths(schedule: Schedule) -> Iterator[int]:
     for chain in schedule.chains:
         said = 0
         for request in chain.requests:
             said = (said if request.turn else 0) + request.new_tokens + request.output_tokens
-            longest = max(longest, said)
-    return min(-(-longest // 1024) * 1024, most)
+            yield said
 
 
 def quantizations(text: str) -> tuple[Quantization, ...]:

@@ -61,7 +61,7 @@ def kinds(spec: ModelSpec, stored: Stored, space: Space) -> tuple[list[Kind], li
             for quantization in _quantizations(stored, space):
                 reason = _unable(engine, profile, quantization, stored, space)
                 if reason:
-                    left_out[f"{engine} on {profile.name} in {quantization}", reason] += 1
+                    left_out[f"{engine} on {profile.name} in {_precision(quantization)}", reason] += 1
                     continue
                 for replica in _replicas(spec, engine, profile, quantization, stored, space):
                     kind = _fitting(spec, engine, profile, replica)
@@ -160,6 +160,9 @@ def _fitting(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replic
 
 def _name(engine: EngineName, replica: Replica) -> str:
     layout = layout_text(replica)
-    return f"{engine} on {replica.num_devices} {replica.device}, {replica.quantization}" + (
-        f", {layout}" * bool(layout)
-    )
+    name = f"{engine} on {replica.num_devices} {replica.device}, {_precision(replica.quantization)}"
+    return f"{name}, {layout}" if layout else name
+
+
+def _precision(quantization: Quantization) -> str:
+    return "16 bits" if quantization == "none" else quantization
