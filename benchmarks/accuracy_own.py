@@ -46,6 +46,7 @@ from powerband.spec.workload import Mix, Schedule, SharedPrefix, Workload
 RESULT = Path(__file__).parent / "results" / "accuracy-own.json"
 SHARES = (0.3, 0.6, 0.9)  # of the capacity
 USERS = 48  # of the closed loop that tells the capacity
+RESOLUTION = 0.005
 MEDIAN, WORST, IN_BAND = 0.05, 0.15, 0.9
 # Lengths instead of the presets': prompts, answers, what prompts share. By model and preset.
 LENGTHS = {
@@ -158,10 +159,12 @@ async def one_preset(
         measured = figures(records)
         middle, fast, slow = (
             figures(modelled.simulate(schedule, slowdown=slowdown).records)
-            for slowdown in (1.0, 1 - modelled.band, 1 + modelled.band)
+            for slowdown in (1.0, 1 / (1 + modelled.band), 1 + modelled.band)
         )
         for figure, value in measured.items():
-            low, high = sorted((fast[figure], slow[figure]))
+            # As planning shows it; a band narrower than what a clock can tell is none.
+            edges = (middle[figure], fast[figure], slow[figure])
+            low, high = min(edges) * (1 - RESOLUTION), max(edges) * (1 + RESOLUTION)
             row = {
                 "model": name,
                 "workload": preset_name,

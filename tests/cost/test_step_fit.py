@@ -12,7 +12,15 @@ import pytest
 from powerband.cost.latency import LatencyModel
 from powerband.cost.least_squares import non_negative
 from powerband.cost.measured_steps import MeasuredSteps
-from powerband.cost.step_fit import busy_cycles, error_of, fit_host, fit_steps, held_out_error
+from powerband.cost.served_fit import (
+    Journey,
+    answer_times,
+    busy_cycles,
+    fit_arrival,
+    fit_served,
+    window_errors,
+)
+from powerband.cost.step_fit import error_of, fit_steps, held_out_error
 from powerband.cost.steps import StepSample
 from powerband.errors import UsageError
 from powerband.spec.deployment import Replica
@@ -74,18 +82,34 @@ def test_few_steps_are_refused() -> None:
         fit_steps(grid(LAW)[:3])
 
 
-def test_what_the_host_adds_is_found_in_steps_without_a_pause() -> None:
-    model, now, chance, log = MeasuredSteps(LAW), 0.0, random.Random(3), []
+def served(law: StepLaw, seed: int) -> list[StepSample]:
+    """Steps under load: 4 % slower, with the host's work between them and a pause now and then."""
+    model, now, chance, log = MeasuredSteps(law), 0.0, random.Random(seed), []
     for number in range(400):
         works = ((1, 300),) * chance.randint(1, 40) + (((200, 200),) if number % 7 == 0 else ())
         now += 0.0003 + 30e-6 * len(works) + 0.002 * (number % 7 == 0) + (0.5 if number % 50 == 0 else 0.0)
         seconds = 1.04 * model.step_s(works, len(works))
         log.append(StepSample(works, len(works), seconds, now, now + seconds))
         now += seconds
-    host = fit_host(busy_cycles(log, LAW, pause_s=0.1))
-    assert host.slowdown == pytest.approx(1.04, rel=0.01)
-    assert host.per_request_s == pytest.approx(30e-6, rel=0.15)
-    assert host.per_new_s == pytest.approx(0.002, rel=0.15)
+    return log
+
+
+def test_what_a_load_adds_is_found_in_steps_without_a_pause() -> None:
+    cycles = busy_cycles(served(LAW, 3), pause_s=0.1)
+    law, host = fit_served(grid(LAW), cycles)
+    assert max(window_errors(cycles, law, host)) < 0.01
+    assert max(window_errors(busy_cycles(served(LAW, 4), pause_s=0.1), law, host)) < 0.01
+    slow, alone = MeasuredSteps(law), MeasuredSteps(LAW)
+    for works in ([(1, 1400)] * 60, [(1500, 1500)]):  # the load had neither
+        assert slow.step_s(works, 1) == pytest.approx(1.04 * alone.step_s(works, 1), rel=0.03)
+
+
+def test_the_way_to_the_engine_and_back() -> None:
+    steps = [StepSample(((50 + n, 50 + n),), 1, 0.1, float(n), n + 0.1) for n in range(10)]
+    journeys = [Journey(n - 0.01 - 1e-5 * (50 + n), (n + 0.102,), 50 + n) for n in range(1, 10)]
+    arrival_s, token_s = fit_arrival(journeys, steps, step_s=0.002)
+    assert arrival_s + 55 * token_s == pytest.approx(0.008 + 55e-5, rel=1e-3)
+    assert answer_times(journeys, steps) == pytest.approx([0.002] * 9)
 
 
 def test_least_squares_that_are_not_negative() -> None:

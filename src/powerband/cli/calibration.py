@@ -19,17 +19,18 @@ from powerband.cli.machine import read_bandwidth_bytes_per_s
 from powerband.cost.device_fit import ModelSteps, PrecisionFit, fit_precision, reached
 from powerband.cost.fit import Errors
 from powerband.cost.measured_steps import MeasuredSteps
-from powerband.cost.step_fit import (
+from powerband.cost.served_fit import (
+    HostShare,
     Journey,
     answer_times,
     busy_cycles,
     fit_arrival,
-    fit_host,
-    fit_steps,
-    held_out_error,
-    slowed,
+    fit_served,
+    window_errors,
 )
+from powerband.cost.step_fit import fit_steps, held_out_error
 from powerband.cost.steps import Form, Run, StepSample
+from powerband.metrics.record import percentile
 from powerband.spec.arrivals import ClosedLoop
 from powerband.spec.device import detect_cpu
 from powerband.spec.lengths import Uniform
@@ -51,7 +52,7 @@ _SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
     (2048, 6144, 3, 16, 8, 128, 32768),
 )
 _KV_MEMORY = "768MiB"
-_USERS = (1, 4, 16)
+_USERS = (1, 4, 12, 32)
 _LONGEST_PROMPT, _LONGEST_ANSWER = 512, 48
 _PAUSE_S = 0.25  # a longer one between two steps is the engine at rest
 _LEAST_BAND = 0.05
@@ -229,12 +230,12 @@ def measure_model(settings: EngineSettings, budget_s: float, told: Told) -> Mode
         name = f"{settings.model}: steps"
         samples = Steps(engine).samples(shapes, budget_s / 2, partial(told, name))
         form, longest = engine.form, limits.max_model_len
-    law = fit_steps(samples)
-    errors = held_out_error(samples)
     with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
         loads, steps = asyncio.run(_serve(settings, Path(folder), longest, budget_s / 2, told))
-    law, host = fit_served(law, loads, steps)
-    band = max(errors.p90, _LEAST_BAND)
+    cycles = busy_cycles(steps, _PAUSE_S)
+    law, share = fit_served(samples, cycles)
+    host = replace(host_law(share, loads, steps), overlapped=form.device != "cpu")
+    band = max(percentile(window_errors(cycles, law, share), 90), _LEAST_BAND)
     refinement = Refinement(
         model=form.model,
         name=form.name,
@@ -244,7 +245,7 @@ def measure_model(settings: EngineSettings, budget_s: float, told: Told) -> Mode
         host=host,
         evidence=Evidence(source=f"steps and loads, {_today()}", error=band),
     )
-    return ModelFit(refinement, len(samples), errors, sum(len(load.result.samples) for load in loads))
+    return ModelFit(refinement, len(samples), held_out_error(samples), sum(len(load.result.samples) for load in loads))
 
 
 async def _serve(
@@ -271,15 +272,14 @@ def options_of(settings: EngineSettings) -> Mapping[str, object]:
     return {name: value for name, value in given.items() if value != getattr(usual, name)}
 
 
-def fit_served(law: StepLaw, loads: Sequence[Load], steps: Sequence[StepSample]) -> tuple[StepLaw, HostLaw]:
-    """What a load adds to a model's own steps, and how far the engine is from its clients."""
-    share = fit_host(busy_cycles(steps, law, _PAUSE_S))
+def host_law(share: HostShare, loads: Sequence[Load], steps: Sequence[StepSample]) -> HostLaw:
+    """With how far the engine is from its clients. loads: the first one of a single user."""
     per_load = [
         [_journey(sample, load.start_s) for sample in load.result.samples if sample.chunk_times_s] for load in loads
     ]
     arrival_s, arrival_token_s = fit_arrival(per_load[0], steps, share.step_s)
     answers = [median(times) for journeys in per_load if (times := answer_times(journeys, steps))]
-    host = HostLaw(
+    return HostLaw(
         step_s=share.step_s,
         per_request_s=share.per_request_s,
         per_new_s=share.per_new_s,
@@ -289,7 +289,6 @@ def fit_served(law: StepLaw, loads: Sequence[Load], steps: Sequence[StepSample])
         overlapped=False,
         evidence=Evidence(source="loads over HTTP", error=0.3),
     )
-    return slowed(law, share.slowdown), host
 
 
 def _journey(sample: Any, start_s: float) -> Journey:

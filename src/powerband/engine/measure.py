@@ -25,6 +25,8 @@ _LONGEST_CONTEXT = 2048
 _DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _CHUNKS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 _MIXED = ((64, 4), (256, 16), (512, 8), (128, 32))
+_GOLDEN = (5**0.5 - 1) / 2
+_FEWEST = 16  # shapes, however long they take
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
@@ -47,18 +49,24 @@ def prefill(tokens: int, cached: int = 0, *, rows: int = 0, context: int = 1) ->
 
 
 def grid(longest: int, budget: int, seats: int) -> list[StepShape]:
-    """Decodes and chunks, alone and together. longest: context; budget: tokens of a step; seats: requests at once."""
+    """Decodes and chunks, alone and together. longest: context; budget: tokens of a step; seats: requests at once.
+
+    In an order in which any beginning covers all of it.
+    """
     longest = min(longest, _LONGEST_CONTEXT)
     decodes = [decode(rows, context) for rows in _DECODES for context in (16, longest // 4, longest - 1)]
     chunks = [prefill(new, cached) for new in _CHUNKS for cached in (0, longest // 2)]
     mixed = [prefill(new, rows=rows, context=longest // 4) for new, rows in _MIXED]
-    return [
+    fitting = [
         shape
         for shape in [*decodes, *chunks, *mixed]
         if len(shape.works) <= seats
         and sum(new for new, _ in shape.works) <= budget
         and max(context for _, context in shape.works) <= longest
     ]
+    # Multiples of the golden section fill a line evenly (Knuth 1973, section 6.4).
+    order = sorted(range(len(fitting)), key=lambda index: index * _GOLDEN % 1.0)
+    return [fitting[index] for index in order]
 
 
 class Steps:
@@ -94,12 +102,17 @@ class Steps:
     def samples(
         self, shapes: Sequence[StepShape], budget_s: float, told: Callable[[float], object] = lambda _share: None
     ) -> list[StepSample]:
-        """Those of `shapes` that fit. told: called with the share that is done. budget_s: for all, not kept exactly."""
+        """Those of `shapes` that fit, as far as `budget_s` goes. told: called with the share that is done."""
         fitting = [shape for shape in shapes if self.fits(shape)]
-        found = []
+        found: list[StepSample] = []
+        began_s = time.perf_counter()
         for number, shape in enumerate(fitting, 1):
-            found.append(StepSample(shape.works, shape.sampled, self.seconds(shape, budget_s / len(fitting))))
-            told(number / len(fitting))
+            spent = (time.perf_counter() - began_s) / budget_s
+            if spent > 1 and len(found) >= _FEWEST:
+                break
+            each_s = budget_s * max(1 - spent, 0.0) / (len(fitting) - len(found)) / 2  # half of it warms up
+            found.append(StepSample(shape.works, shape.sampled, self.seconds(shape, each_s)))
+            told(max(number / len(fitting), min(spent, 1.0)))
         return found
 
     def _run(self, works: Sequence[Work]) -> float:

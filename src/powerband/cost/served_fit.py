@@ -1,0 +1,162 @@
+"""From an engine under load to what its host adds: to each step, and on the way to its clients.
+
+The steps themselves are fitted once more with what they took under load: beside a server and its clients, which want
+the same processor, they take longer than alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from powerband.cost.least_squares import Array, robust
+from powerband.cost.measured_steps import MeasuredSteps
+from powerband.cost.step_fit import SCALE, all_knots, features, fit_steps, law_of
+from powerband.cost.steps import StepSample
+from powerband.errors import UsageError
+from powerband.spec.profile import StepLaw
+
+_FEWEST = 8
+_FEWEST_AT_REST = 3
+_MOST = 3000  # cycles that are fitted, equally spaced
+_WINDOW_S = 1.0
+_UNUSUAL = 1.0  # relative: what is further off was somebody else's doing
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """From a step's end to the next one's, with no pause between. new: requests that are."""
+
+    seconds: float
+    step: StepSample
+    new: int
+
+    @property
+    def requests(self) -> int:
+        return len(self.step.works)
+
+
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """Seconds of a cycle beyond the step's own: step_s + per_request_s · requests + per_new_s · new ones."""
+
+    step_s: float
+    per_request_s: float
+    per_new_s: float
+
+    def of(self, cycle: Cycle) -> float:
+        return self.step_s + self.per_request_s * cycle.requests + self.per_new_s * cycle.new
+
+
+def busy_cycles(samples: Sequence[StepSample], pause_s: float) -> list[Cycle]:
+    """Of steps that were submitted within `pause_s` of the end of the one before: the engine had no rest between."""
+    return [
+        Cycle(sample.end_s - before.end_s, sample, sum(new > 1 for new, _ in sample.works))
+        for before, sample in pairwise(samples)
+        if sample.at_s - before.end_s < pause_s
+    ]
+
+
+def fit_served(alone: Sequence[StepSample], cycles: Sequence[Cycle]) -> tuple[StepLaw, HostShare]:
+    """The law of steps as they are under load, and the host's share.
+
+    alone: steps of the same model without a load, which cover what the load did not; they count as much, slowed by as
+    much as the load slows those that it has. Raises UsageError for too few of either.
+    """
+    if len(cycles) < _FEWEST:
+        raise UsageError(f"{len(cycles)} steps without a pause are too few.", hint="Load the engine for longer.")
+    some = list(cycles[:: -(-len(cycles) // _MOST)])
+    slowdown = _slowdown(fit_steps(alone), some)
+    slowed = [replace(sample, seconds=sample.seconds * slowdown) for sample in alone]
+    tokens, rows = all_knots([*slowed, *(cycle.step for cycle in some)])
+    none = [0.0, 0.0, 0.0]
+    table = [[*features(sample, tokens, rows), *none] for sample in slowed]
+    table += [[*features(cycle.step, tokens, rows), *_host_features(cycle)] for cycle in some]
+    seconds = np.array([*(sample.seconds for sample in slowed), *(cycle.seconds for cycle in some)])
+    weights = np.array([len(slowed) ** -0.5] * len(slowed) + [len(some) ** -0.5] * len(some)) * len(seconds) ** 0.5
+    matrix = np.array(table) / seconds[:, None]
+    found = robust(matrix * weights[:, None], weights, scale=SCALE)
+    found *= _mean_ratio(np.array([c.seconds for c in some]), np.array(table)[len(slowed) :] @ found)
+    step_s, per_request_s, per_new_s = (float(value) for value in found[-3:])
+    return law_of(found[:-3], tokens, rows), HostShare(step_s, per_request_s, per_new_s)
+
+
+def window_errors(cycles: Sequence[Cycle], law: StepLaw, host: HostShare) -> list[float]:
+    """|predicted / measured − 1| of about each second of steps: what does not average out."""
+    model = MeasuredSteps(law)
+    errors, measured, predicted = [], 0.0, 0.0
+    for cycle in cycles:
+        expected = model.step_s(cycle.step.works, cycle.step.sampled) + host.of(cycle)
+        if abs(cycle.seconds / expected - 1) < _UNUSUAL:
+            measured += cycle.seconds
+            predicted += expected
+        if measured > _WINDOW_S:
+            errors.append(abs(predicted / measured - 1))
+            measured = predicted = 0.0
+    return errors
+
+
+def _slowdown(law: StepLaw, cycles: Sequence[Cycle]) -> float:
+    """How much longer steps take under load, at least 1, beside what the host adds to each."""
+    model = MeasuredSteps(law)
+    alone = np.array([model.step_s(cycle.step.works, cycle.step.sampled) for cycle in cycles])
+    seconds = np.array([cycle.seconds for cycle in cycles])
+    matrix = np.column_stack([alone, [_host_features(cycle) for cycle in cycles]])
+    found = robust(matrix / seconds[:, None], (seconds - alone) / seconds, scale=0.1)
+    return 1 + float(found[0])
+
+
+def _host_features(cycle: Cycle) -> list[float]:
+    return [1.0, float(cycle.requests), float(cycle.new)]
+
+
+def _mean_ratio(measured: Array, predicted: Array) -> float:
+    """Means are what is promised, so these must agree; the robust fit is near the median."""
+    usual = np.abs(measured / predicted - 1) < _UNUSUAL
+    return float(measured[usual].sum() / predicted[usual].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """A request as its client saw it. Times on the clock of the engine's log."""
+
+    sent_s: float
+    chunks_s: tuple[float, ...]
+    prompt_tokens: int
+
+
+def fit_arrival(journeys: Sequence[Journey], samples: Sequence[StepSample], step_s: float) -> tuple[float, float]:
+    """(seconds, seconds per prompt token) from sending until the engine knows it, of requests that found it at rest.
+
+    step_s: the host's own, which lies between. Raises UsageError where there was none.
+    """
+    starts = [sample.at_s for sample in samples]
+    prompts, seconds = [], []
+    for journey in journeys:
+        place = bisect_left(starts, journey.sent_s)
+        at_rest = 0 < place < len(samples) and samples[place - 1].end_s < journey.sent_s
+        if at_rest and starts[place] < journey.chunks_s[0]:
+            prompts.append(float(journey.prompt_tokens))
+            seconds.append(max(starts[place] - journey.sent_s - step_s, 1e-6))
+    if len(seconds) < _FEWEST_AT_REST:
+        raise UsageError(f"{len(seconds)} requests found the engine at rest; that is too few.", hint="Load it longer.")
+    wanted = np.array(seconds)
+    matrix = np.stack([np.ones(len(prompts)), np.array(prompts)], axis=1)
+    found = robust(matrix / wanted[:, None], np.ones(len(wanted)), scale=0.1)
+    return float(found[0]), float(found[1])
+
+
+def answer_times(journeys: Sequence[Journey], samples: Sequence[StepSample]) -> list[float]:
+    """From the end of the last step before it until a chunk was at its client, for every chunk."""
+    ends = [sample.end_s for sample in samples]
+    found = []
+    for journey in journeys:
+        for chunk_s in journey.chunks_s:
+            place = bisect_right(ends, chunk_s) - 1
+            if place >= 0:
+                found.append(chunk_s - ends[place])
+    return found
