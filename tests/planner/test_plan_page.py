@@ -9,6 +9,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import xml.etree.ElementTree
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -205,3 +207,13 @@ def test_a_browser_shows_a_plan_without_an_answer(tmp_path: Path):
     shown = Page(drawn(replace(without, alternatives={}), tmp_path))
     assert shown.content("h1") == ["Nothing on offer, within the budget, keeps the SLO."]
     assert "img" not in [tag for tag, _ in shown.elements]
+
+
+def test_the_documentation_s_picture_is_drawn_from_the_json(found: Findings, tmp_path: Path):
+    script = Path(__file__).parents[2] / "scripts" / "frontier_picture.py"
+    told = json.dumps(findings_as_dict(found))
+    subprocess.run([sys.executable, script, tmp_path / "frontier.svg"], input=told, text=True, check=True, timeout=60)
+    drawing = xml.etree.ElementTree.parse(tmp_path / "frontier.svg").getroot()
+    words = [element.text for element in drawing.iter() if element.tag.endswith("}text")]
+    assert {"recommended", "cheaper", "faster", "SLO 1 s", "budget $5", "A100-80G"} <= set(words)
+    assert (tmp_path / "frontier.svg").stat().st_size < 200_000
