@@ -204,7 +204,7 @@ def test_a_browser_shows_the_plan_and_what_the_address_selects(found: Findings, 
 def test_a_browser_shows_a_plan_without_an_answer(tmp_path: Path):
     without = findings(slo=replace(SLO_, ttft_s=1e-3), budget=0.1, model=HOSTILE)
     shown = Page(drawn(replace(without, alternatives={}), tmp_path))
-    assert shown.content("h1") == ["Nothing on offer, within the budget, keeps the SLO."]
+    assert shown.content("h1") == ["Nothing on offer keeps the SLO within the budget."]
     assert "img" not in [tag for tag, _ in shown.elements]
 
 

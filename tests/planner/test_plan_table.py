@@ -82,7 +82,7 @@ def test_a_long_frontier_is_cut_and_says_so():
 
 def test_when_nothing_will_do_the_nearest_is_shown():
     text = shown(findings(slo=SLO.parse("ttft=1ms"), budget=0.1))
-    assert re.match(r"Nothing on offer, within the budget, keeps the SLO. Nearest is vLLM on ", text)
+    assert re.match(r"Nothing on offer keeps the SLO within the budget. Nearest is vLLM on ", text)
     assert "Prediction  TTFT p95" in text
     assert "Why not" in text
 
@@ -93,6 +93,15 @@ def test_what_was_left_out_is_counted_by_reason():
     assert "15 × does not fit (for example vllm on 1 L4, none, TP 1: needs 31.2 GB, has 22.1 GB)" in text
     (first, members), *_ = pruned_by_reason(findings().pruned)
     assert (first, len(members)) == ("does not fit", 5)
+
+
+def test_reasons_that_differ_in_amounts_only_are_one():
+    small, smaller = (
+        Pruned("L4", f"needs {needs} GB without a KV cache, has 21.4 GB", 2) for needs in ("38.7", "2,138")
+    )
+    assert pruned_by_reason([small, smaller]) == [("needs … GB without a KV cache, has … GB", [small, smaller])]
+    text = shown(replace(findings(), pruned=(small, smaller)), 160)
+    assert "4 × needs … GB without a KV cache, has … GB (for example L4: needs 38.7 GB without a KV" in text
 
 
 def endless() -> Evaluation:

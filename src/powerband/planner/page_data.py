@@ -19,6 +19,7 @@ from powerband.planner.findings_file import finite
 from powerband.planner.outcome import Banded, Evaluation, Findings
 from powerband.planner.table import (
     LATENCIES,
+    detail_text,
     devices_text,
     headline,
     layout_code,
@@ -63,7 +64,7 @@ def page_data(findings: Findings) -> dict[str, Any]:
             (
                 plain(reason),
                 sum(one.count for one in members),
-                [(plain(one.what), _detail(one.reason, reason), one.count) for one in members[:MOST_PRUNED]],
+                [(plain(one.what), plain(detail_text(one.reason, reason)), one.count) for one in members[:MOST_PRUNED]],
             )
             for reason, members in pruned_by_reason(findings.pruned)
         ],
@@ -163,10 +164,6 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
             f"{findings.seconds:.3g} s",
         ),
     ]
-
-
-def _detail(whole: str, reason: str) -> str:
-    return plain(whole.removeprefix(reason).lstrip(": "))
 
 
 def _short(value: float | None) -> float | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from powerband.spec.slo import SLO
 
 MOST_ROWS = 24  # of the frontier
 MOST_REASONS = 8  # of what was left out
+_AMOUNT = re.compile(r"\d[\d.,]*(?= (?:[GMk]i?B|tokens)\b)")
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
 
@@ -57,9 +59,9 @@ def headline(findings: Findings) -> str:
     if chosen is not None:
         price = f" for {dollars(chosen.usd_per_hour)} an hour" if chosen.usd_per_hour is not None else ""
         return f"{deployment_text(chosen.deployment)}{price} keeps the SLO."
-    within = ", within the budget," if findings.budget_usd_per_hour is not None else ""
+    within = " within the budget" if findings.budget_usd_per_hour is not None else ""
     near = f" Nearest is {deployment_text(nearest.deployment)}." if nearest is not None else ""
-    return f"Nothing on offer{within} keeps the SLO.{near}"
+    return f"Nothing on offer keeps the SLO{within}.{near}"
 
 
 def question(findings: Findings) -> str:
@@ -300,7 +302,7 @@ def _pruned(pruned: Sequence[Pruned]) -> Iterator[RenderableType]:
     for reason, members in groups[:MOST_REASONS]:
         first = members[0]
         count = sum(one.count for one in members)
-        detail = first.reason.removeprefix(reason).lstrip(": ")
+        detail = detail_text(first.reason, reason)
         example = f"{plain(first.what)}{': ' + plain(detail) if detail else ''}"
         others = "for example " if len(members) > 1 else ""
         yield Padding(Text(f"{count:,} × {plain(reason)} ({others}{example})"), (0, 0, 0, 2))
@@ -311,8 +313,13 @@ def _pruned(pruned: Sequence[Pruned]) -> Iterator[RenderableType]:
 
 
 def pruned_by_reason(pruned: Sequence[Pruned]) -> list[tuple[str, list[Pruned]]]:
-    """Reasons without their figures ('does not fit'), the most frequent first, each with all that it left out."""
+    """Reasons without their figures ('needs … GB'), the most frequent first, each with all that it left out."""
     groups: dict[str, list[Pruned]] = defaultdict(list)
     for one in pruned:
-        groups[one.reason.partition(":")[0]].append(one)
+        groups[_AMOUNT.sub("…", one.reason.partition(":")[0])].append(one)
     return sorted(groups.items(), key=lambda group: -sum(one.count for one in group[1]))
+
+
+def detail_text(reason: str, group: str) -> str:
+    """What a reason says beyond its group's."""
+    return reason.removeprefix(group).lstrip(": ")

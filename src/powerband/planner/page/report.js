@@ -211,7 +211,7 @@
     return [
       ["deployment", null, (one) => one.group + one.devices, true, "name"], ["TP×PP×n", (one) => one.layout, (one) => one.layout, true, "layout"],
       ["precision", (one) => one.precision, (one) => one.precision, true, "precision"], ["seqs/tokens", (one) => one.limits, (one) => one.limits, true, "limits"],
-      ...[["usd_per_hour", "$/hour"], ["usd_per_million_tokens", "$/Mtok"], ["ttft_s"], ["tpot_s"], ["e2e_s"], ["attainment", "SLO kept"], ["capacity", "holds/s"], ["output_tokens_per_s", "tokens/s"]].map(figure).filter(Boolean),
+      ...[["usd_per_hour", "$/hour"], ["usd_per_million_tokens", "$/Mtok"], ["ttft_s"], ["tpot_s"], ["e2e_s"], ["attainment", "SLO kept"], ["capacity", "holds/s"]].map(figure).filter(Boolean),
       ["by", (one) => text(one.method), (one) => text(one.method), true, "method"],
     ];
   }
