@@ -4,9 +4,10 @@
     python -m benchmarks.accuracy_own --models demo --seconds 15 --profile kept.yaml
 
 For each model: `powerband calibrate`, then two workloads at three rates up to 90 % of the capacity that the simulator
-tells. Each load is sent by the load generator to `powerband serve`, and the same schedule is simulated. The workloads
-are the presets' with shorter texts, since this is a CPU. Errors are |predicted - measured| / measured. A measurement
-is in its band when it lies between the simulations with every time shorter and longer by the model's band.
+tells: the presets' with shorter texts, since this is a CPU. Each load is sent by the load generator to `powerband
+serve`, and the same schedule is simulated, with prompts as long as the server counted them. Errors are
+|predicted - measured| / measured. A measurement is in its band when it lies between the simulations with every time
+shorter and longer by the model's band.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ async def one_preset(
         if any(record.outcome is not Outcome.OK for record in records):
             print("!! not every request was answered")
         measured = figures(records)
+        counted = as_counted(schedule, records)
         middle, fast, slow = (
-            figures(modelled.simulate(schedule, slowdown=slowdown).records)
+            figures(modelled.simulate(counted, slowdown=slowdown).records)
             for slowdown in (1.0, 1 / (1 + modelled.band), 1 + modelled.band)
         )
         for figure, value in measured.items():
@@ -184,6 +186,22 @@ async def one_preset(
             shown = f"{scale * value:>10.2f} {scale * middle[figure]:>10.2f} {row['error']:>+8.1%}"
             print(f"{rate:>6.3g} {figure:<12} {shown}  {'yes' if row['in_band'] else 'NO'} {unit}", flush=True)
     return rows
+
+
+def as_counted(schedule: Schedule, records: list[RequestRecord]) -> Schedule:
+    """The same requests, each prompt as long as the server counted it: words that are made up are never exactly as many
+    tokens as was asked for. Only for requests without conversations, in which each is a chain of its own.
+    """
+    asked = sum(segment.tokens for chain in schedule.chains for r in chain.requests for segment in r.segments)
+    scale = sum(record.prompt_tokens for record in records) / asked
+    chains = []
+    for chain, record in zip(schedule.chains, records, strict=True):
+        [request] = chain.requests
+        *shared, own = request.segments
+        shared = [replace(segment, tokens=round(segment.tokens * scale)) for segment in shared]
+        own = replace(own, tokens=max(record.prompt_tokens - sum(segment.tokens for segment in shared), 1))
+        chains.append(replace(chain, requests=(replace(request, segments=(*shared, own)),)))
+    return replace(schedule, chains=tuple(chains))
 
 
 def workload_of(name: str, preset_name: str) -> Workload:

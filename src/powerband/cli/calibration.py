@@ -293,7 +293,7 @@ def host_law(share: HostShare, loads: Sequence[Load], steps: Sequence[StepSample
 
 def _journey(sample: Any, start_s: float) -> Journey:
     return Journey(
-        sample.sent_s + start_s, tuple(time_s + start_s for time_s in sample.chunk_times_s), sample.prompt_tokens
+        sample.scheduled_s + start_s, tuple(time_s + start_s for time_s in sample.chunk_times_s), sample.prompt_tokens
     )
 
 

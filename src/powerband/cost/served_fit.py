@@ -122,7 +122,7 @@ def _mean_ratio(measured: Array, predicted: Array) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Journey:
-    """A request as its client saw it. Times on the clock of the engine's log."""
+    """A request as its client saw it. sent_s: when it was to be sent. Times on the clock of the engine's log."""
 
     sent_s: float
     chunks_s: tuple[float, ...]
