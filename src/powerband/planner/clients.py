@@ -69,13 +69,15 @@ class Open:
         self.chunks.extend([1] * (len(self.times_s) - len(self.chunks)))
         self.num_cached = num_cached
 
-    def record(self, reason: FinishReason) -> RequestRecord:
+    def record(self, reason: FinishReason | None) -> RequestRecord:
+        """reason: None: it was not waited for."""
+        outcome = Outcome.OK if reason in (FinishReason.LENGTH, FinishReason.STOP) else Outcome.REFUSED
         return RequestRecord(
             scheduled_s=self.sent_s,
             sent_s=self.sent_s,
             chunk_times_s=tuple(self.times_s),
             chunk_tokens=tuple(self.chunks),
-            outcome=Outcome.OK if reason in (FinishReason.LENGTH, FinishReason.STOP) else Outcome.REFUSED,
+            outcome=Outcome.TIMED_OUT if reason is None else outcome,
             prompt_tokens=self.prompt_tokens,
             output_tokens=sum(self.chunks),
             cached_tokens=self.num_cached,

@@ -13,7 +13,9 @@ For choosing what to simulate; what is promised is simulated.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from powerband.cost.latency import LatencyModel
 from powerband.planner.outcome import Bound
@@ -21,7 +23,8 @@ from powerband.planner.question import Weight
 from powerband.spec.deployment import Replica
 from powerband.spec.slo import SLO
 
-_ROUNDS = 20  # of bisection
+_ROUNDS = 12  # of bisection
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # between them, steps are on straight lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +52,22 @@ class ClosedForm:
 
     def __init__(
         self,
-        model: LatencyModel,
+        times: StepTimes,
         replica: Replica,
         kv_tokens: int,
-        weight: Weight,
         *,
         percentile: float,
         slowdown: float,
     ) -> None:
-        self._model, self._replica, self._weight = model, replica, weight
+        weight = times.weight
+        self._times, self._weight = times, weight
+        self._model, self._parallel = times.model, times.model.num_stages
         self._percentile, self._slowdown = percentile, slowdown
+        self._chunk = replica.long_prefill_token_threshold or replica.max_num_batched_tokens
+        self._deviations = max(NormalDist().inv_cdf(min(percentile, 0.9999)), 0.0)
         by_cache = kv_tokens / (weight.prompt + weight.output * 0.6)
         self.seats = max(min(float(replica.max_num_seqs), by_cache), 1.0)
         self.by_memory = by_cache < replica.max_num_seqs
-        self._steps: dict[int, float] = {}
-        # What stages compute at once divides the time between steps of one request's tokens among all requests.
-        self._parallel = model.num_stages
         self._tokens_per_step = _tokens_per_step(replica)
         self.prefill_s = self._added_s(weight.new)
         most = self.seats
@@ -76,23 +79,32 @@ class ClosedForm:
         """Mean tokens of an answer."""
         return self._weight.output
 
-    def operators(self, running: float) -> dict[str, float]:
-        """Shares of a second's work by operator: decodes of so many requests, and their share of prefills."""
-        return _shares([self._model.parts(*shape) for shape in self._usual_steps(running)])
+    def shares(self, running: float) -> tuple[dict[str, float], Bound]:
+        """Of a second's work, by operator, the largest first; and what binds most of it.
 
-    def bound(self, running: float) -> Bound:
-        """What most of that time is bound by."""
-        shares = _shares([self._model.bounds(*shape) for shape in self._usual_steps(running)])
-        names: tuple[Bound, ...] = ("bandwidth", "compute", "link", "host")
-        return max(names, key=lambda name: shares.get(name, 0.0))
-
-    def _usual_steps(self, running: float) -> list[tuple[list[tuple[int, int]], int]]:
-        """Steps of one answer's decodes, as many as they are, and of one prompt; in the ratio in which they come."""
+        The work: decodes of so many requests, and their prefills, in the ratio in which they come.
+        """
         decodes = max(round(running / self._parallel), 1)
         prompt = max(round(self._weight.new), 1)
-        steps = max(round(self._weight.output / max(running, 1.0)), 1)
-        decoding: tuple[list[tuple[int, int]], int] = ([self._decode] * decodes, decodes)
-        return [decoding] * min(steps, 64) + [([(prompt, max(round(self._weight.prompt), prompt))], 1)]
+        decoding = [self._times.decode_work] * decodes, decodes
+        prefilling = [(prompt, max(round(self._weight.prompt), prompt))], 1
+        counts = max(self._weight.output / self._tokens_per_step / max(running, 1.0), 0.1), 1.0
+        operators: dict[str, float] = {}
+        bounds: dict[str, float] = {}
+        for (works, sampled), count in zip((decoding, prefilling), counts, strict=True):
+            for found, into in (
+                (self._model.parts(works, sampled), operators),
+                (self._model.bounds(works, sampled), bounds),
+            ):
+                for name, seconds in found.items():
+                    into[name] = into.get(name, 0.0) + seconds * count
+        whole = sum(operators.values()) or 1.0
+        ordered = sorted(operators.items(), key=lambda item: -item[1])
+        names: tuple[Bound, ...] = ("bandwidth", "compute", "link", "host")
+        return (
+            {name: seconds / whole for name, seconds in ordered if seconds > 0},
+            max(names, key=lambda name: bounds.get(name, 0.0)),
+        )
 
     def kept_rate(self, slo: SLO) -> float:
         """The highest rate at which the limits are kept at the percentile; 0: none."""
@@ -120,7 +132,7 @@ class ClosedForm:
             return Estimate(never, never, never, never, self.seats, self.capacity, utilization, never, self.by_memory)
         running = self._running(rate)
         tpot_s = self._tpot_s(running, rate)
-        high = min(running + _normal(self._percentile) * math.sqrt(running), self.seats)
+        high = min(running + self._deviations * math.sqrt(running), self.seats)
         tpot_high_s = self._tpot_s(high, rate) if weight.output < 8 else 0.5 * (self._tpot_s(high, rate) + tpot_s)
         alone_s = self._alone_s(weight.new, running)
         square = self.prefill_s**2 * weight.new_squared / max(weight.new, 1.0) ** 2
@@ -157,77 +169,77 @@ class ClosedForm:
         return self._step_s(running) / self._tokens_per_step / (1 - rate * self.prefill_s)
 
     def _step_s(self, running: float) -> float:
-        """A step of decodes, between whole numbers on a straight line."""
-        below = max(math.floor(running), 1)
-        share = max(running - below, 0.0)
-        first = self._whole_step_s(below)
-        return first if share == 0 else first + share * (self._whole_step_s(below + 1) - first)
-
-    def _whole_step_s(self, decodes: int) -> float:
-        known = self._steps.get(decodes)
-        if known is None:
-            stages = self._parallel
-            at_once = -(-decodes // stages)
-            work = (1 + self._replica.draft_tokens, max(round(self._weight.context), 2))
-            seconds = self._model.step_s([work] * at_once, at_once * work[0])
-            known = self._steps[decodes] = self._with_host(seconds, at_once)
-        return known
+        return self._times.decoding_s(running) * self._slowdown
 
     def _added_s(self, tokens: float) -> float:
         """What the prefill of so many tokens adds to steps of decodes, spread over the stages."""
-        whole, alone = self._prefill_s(tokens, 8), self._with_host(self._model.step_s([self._decode] * 8, 8), 8)
-        return max(whole - alone * self._chunks(tokens), 0.0) / self._parallel
+        whole = self._times.prefilling_s(tokens, 8 * self._parallel, self._chunk)
+        alone = self._times.decoding_s(8 * self._parallel) * self._times.chunks(tokens, self._chunk)
+        return max(whole - alone, 0.0) / self._parallel * self._slowdown
 
     def _alone_s(self, tokens: float, running: float) -> float:
-        return self._prefill_s(tokens, max(round(running / self._parallel), 0))
+        return self._times.prefilling_s(tokens, running, self._chunk) * self._slowdown
 
-    def _prefill_s(self, tokens: float, decodes: int) -> float:
-        """Steps until the first token of a prompt, beside so many decodes."""
-        chunks, start, seconds = self._chunks(tokens), 0, 0.0
-        total = max(round(tokens), 1)
-        cached = max(round(self._weight.prompt - self._weight.new), 0)
+
+class StepTimes:
+    """Seconds of the usual steps of a kind of replica, its host's work included, whatever the limits of its scheduler.
+
+    Computed where they are asked for; stages compute different requests at once.
+    """
+
+    def __init__(self, model: LatencyModel, weight: Weight, draft_tokens: int = 0) -> None:
+        self.model, self.weight = model, weight
+        self.decode_work = 1 + draft_tokens, max(round(weight.context), 2)
+        self._cached = max(round(weight.prompt - weight.new), 0)
+        self._decoding: dict[int, float] = {}
+        self._prefilling: dict[tuple[int, int, int], float] = {}
+
+    def decoding_s(self, running: float) -> float:
+        """A step of decodes."""
+        at_once = max(running / self.model.num_stages, 1.0)
+        place = min(bisect_right(_BATCHES, at_once), len(_BATCHES) - 1)
+        low, high = _BATCHES[place - 1], _BATCHES[place]
+        first = self._decodes_s(low)
+        return first + (at_once - low) / (high - low) * (self._decodes_s(high) - first) if at_once > low else first
+
+    def prefilling_s(self, tokens: float, running: float, chunk: int) -> float:
+        """Steps until the first token of a prompt, beside so many decodes: on a straight line between none and some."""
+        at_once = running / self.model.num_stages
+        none = self._prefill_s(tokens, 0, chunk)
+        return none + at_once / 64 * (self._prefill_s(tokens, 64, chunk) - none)
+
+    def chunks(self, tokens: float, chunk: int) -> int:
+        return max(math.ceil(tokens / max(chunk, 1)), 1)
+
+    def _decodes_s(self, count: int) -> float:
+        known = self._decoding.get(count)
+        if known is None:
+            seconds = self.model.step_s([self.decode_work] * count, count * self.decode_work[0])
+            known = self._decoding[count] = self._with_host(seconds, count)
+        return known
+
+    def _prefill_s(self, tokens: float, decodes: int, chunk: int) -> float:
+        chunks, total = self.chunks(tokens, chunk), max(round(tokens), 1)
+        known = self._prefilling.get((total, decodes, chunks))
+        if known is not None:
+            return known
+        start, seconds = 0, 0.0
         for number in range(chunks):
             end = total * (number + 1) // chunks
-            works = [(end - start, cached + end), *[self._decode] * decodes]
+            works = [(end - start, self._cached + end), *[self.decode_work] * decodes]
             is_last = number == chunks - 1
-            seconds += self._with_host(self._model.step_s(works, decodes + is_last), len(works))
+            seconds += self._with_host(self.model.step_s(works, decodes + is_last), len(works))
             start = end
+        self._prefilling[total, decodes, chunks] = seconds
         return seconds
 
-    @property
-    def _decode(self) -> tuple[int, int]:
-        return 1, max(round(self._weight.context), 2)
-
-    def _chunks(self, tokens: float) -> int:
-        replica = self._replica
-        budget = replica.long_prefill_token_threshold or replica.max_num_batched_tokens
-        return max(math.ceil(tokens / max(budget, 1)), 1)
-
     def _with_host(self, device_s: float, works: int) -> float:
-        host = self._model.host
+        host = self.model.host
         host_s = host.step_s + host.per_request_s * works
-        whole = max(device_s, host_s) if host.overlapped else device_s + host_s
-        return whole * self._slowdown
-
-
-def _shares(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Of the seconds of all steps, the largest first."""
-    seconds: dict[str, float] = {}
-    for step in steps:
-        for name, value in step.items():
-            seconds[name] = seconds.get(name, 0.0) + value
-    whole = sum(seconds.values()) or 1.0
-    return {name: value / whole for name, value in sorted(seconds.items(), key=lambda item: -item[1]) if value > 0}
+        return max(device_s, host_s) if host.overlapped else device_s + host_s
 
 
 def _tokens_per_step(replica: Replica) -> float:
     """Of a decode: its own token and the drafts that are accepted before the first that is not (a geometric sum)."""
     chance, drafts = replica.draft_acceptance, replica.draft_tokens
     return sum(chance**accepted for accepted in range(drafts + 1))
-
-
-def _normal(percentile: float) -> float:
-    """The standard normal's, from the table for the usual ones."""
-    from statistics import NormalDist
-
-    return max(NormalDist().inv_cdf(min(percentile, 0.9999)), 0.0)

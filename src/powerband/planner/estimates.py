@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import Kind
-from powerband.planner.closed_form import ClosedForm, Estimate
+from powerband.planner.closed_form import ClosedForm, Estimate, StepTimes
 from powerband.planner.outcome import Banded, Bound, Evaluation
 from powerband.planner.question import Question, Weighed, weight
 from powerband.spec.catalog import usd_per_hour
@@ -37,28 +37,30 @@ class Unit:
 
 def units(question: Question, kinds: Sequence[Kind], requests: Sequence[Weighed]) -> Iterator[Unit]:
     """With every pair of limits that makes a difference and is not pinned."""
+    percentile = question.slo.attainment
+    weights = {caching: weight(requests, caching=caching, percentile=percentile) for caching in (True, False)}
     for kind in kinds:
+        model = LatencyModel(question.spec, question.profile(kind.replica.device), kind.replica, kind.engine)
+        times = StepTimes(model, weights[kind.replica.enable_prefix_caching], kind.replica.draft_tokens)
+        band = model.band
         for seats, budget in LIMITS:
             limited = {"max_num_seqs": seats, "max_num_batched_tokens": budget, **question.pinned}
             replica = replace(kind.replica, **limited)
             if (seats, budget) != LIMITS[0] and replica == replace(kind.replica, **dict(question.pinned)):
                 continue
-            found = _unit(question, kind, replica, requests)
+            found = _unit(question, kind, replica, times, band)
             if found is not None:
                 yield found
 
 
-def _unit(question: Question, kind: Kind, replica: Replica, requests: Sequence[Weighed]) -> Unit | None:
+def _unit(question: Question, kind: Kind, replica: Replica, times: StepTimes, band: float) -> Unit | None:
     profile = question.profile(replica.device)
     memory = kind.memory if replica == kind.replica else plan_replica(question.spec, profile, replica, kind.engine)
     if memory.problem:
         return None
-    model = LatencyModel(question.spec, profile, replica, kind.engine)
-    found = weight(requests, caching=replica.enable_prefix_caching, percentile=question.slo.attainment)
-    slow, fast = 1 + model.band, 1 / (1 + model.band)
     nominal, slowest, fastest = (
-        ClosedForm(model, replica, memory.kv_tokens, found, percentile=question.slo.attainment, slowdown=slowdown)
-        for slowdown in (1.0, slow, fast)
+        ClosedForm(times, replica, memory.kv_tokens, percentile=question.slo.attainment, slowdown=slowdown)
+        for slowdown in (1.0, 1 + band, 1 / (1 + band))
     )
     return Unit(
         Kind(kind.engine, replica, memory),
@@ -103,14 +105,15 @@ def estimated(question: Question, unit: Unit, count: int) -> Evaluation:
         "output_tokens_per_s": _throughput(question, unit, count),
         "capacity": capacity_of(unit, count),
     }
+    operators, bound = unit.forms[0].shares(nominal.running)
     return Evaluation(
         deployment=deployment,
         method="closed form",
         figures=figures,
         meets_slo=unit.sure_rate * count >= question.rate,
         usd_per_hour=price_of(question, deployment),
-        binds=_binds(unit, nominal),
-        operators=unit.forms[0].operators(nominal.running),
+        binds=_binds(unit, nominal, bound),
+        operators=operators,
         kv_tokens=unit.kind.memory.kv_tokens,
         weights_bytes=unit.kind.memory.parts.get("weights", 0),
         notes=notes(question, deployment),
@@ -152,11 +155,11 @@ def _throughput(question: Question, unit: Unit, count: int) -> Banded:
     return Banded(values[0], values[1], values[2])
 
 
-def _binds(unit: Unit, found: Estimate) -> Bound:
+def _binds(unit: Unit, found: Estimate, bound: Bound) -> Bound:
     if found.utilization >= 1:
         return "memory" if found.by_memory else "queueing"
     if found.by_memory and found.running > _BLOCKED * unit.forms[0].seats:
         return "memory"
     if found.wait_s > _WAITING * found.ttft_s and found.utilization > _BLOCKED:
         return "queueing"
-    return unit.forms[0].bound(found.running)
+    return bound

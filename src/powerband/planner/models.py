@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,8 +29,17 @@ class Modelled:
     def band(self) -> float:
         return max(model.band for model in self.models)
 
-    def simulate(self, schedule: Schedule, *, slowdown: float = 1.0) -> Simulation:
-        return simulate(schedule, self.deployment, self.models, self.num_blocks, self.block_size, slowdown=slowdown)
+    def simulate(self, schedule: Schedule, *, slowdown: float = 1.0, most_waiting: float = math.inf) -> Simulation:
+        """See planner.simulator.simulate."""
+        return simulate(
+            schedule,
+            self.deployment,
+            self.models,
+            self.num_blocks,
+            self.block_size,
+            slowdown=slowdown,
+            most_waiting=most_waiting,
+        )
 
 
 def modelled(spec: ModelSpec, deployment: Deployment, find: Callable[[str], DeviceProfile]) -> Modelled:

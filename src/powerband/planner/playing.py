@@ -14,6 +14,7 @@ from powerband.spec.deployment import Deployment
 
 MOST_REPLICAS = 4  # that are simulated; more equal ones behave like these
 _WARM_UP = 0.15  # of the time in which requests arrive
+_HOPELESS, _FEWEST_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
 _BACKLOG = 0.1  # of the requests that may be without a first token when the last one arrives
 
 
@@ -47,7 +48,8 @@ def play(question: Question, task: Task) -> Played:
     deployment, share = _scaled(task.deployment)
     made = modelled(question.spec, deployment, question.profile)
     schedule = question.schedule(task.rate * share, task.num_requests)
-    played = made.simulate(schedule, slowdown=task.slowdown)
+    hopeless = max(_HOPELESS * schedule.num_requests, _FEWEST_HOPELESS)
+    played = made.simulate(schedule, slowdown=task.slowdown, most_waiting=hopeless)
     last_s = max(record.scheduled_s for record in played.records)
     counted = [record for record in played.records if record.scheduled_s >= _WARM_UP * last_s] or played.records
     tokens = _tokens_between(played.records, _WARM_UP * last_s, last_s)
@@ -60,7 +62,7 @@ def play(question: Question, task: Task) -> Played:
         figures=figures,
         operators=_shares(played, "operators"),
         bounds=_shares(played, "bounds"),
-        keeps_up=_backlog(played.records, last_s) <= max(_BACKLOG * len(played.records), 2.0),
+        keeps_up=not played.gave_up and _backlog(played.records, last_s) <= max(_BACKLOG * len(played.records), 2.0),
         short_of_memory=played.total("short_of_memory") / steps if steps else 0.0,
     )
 

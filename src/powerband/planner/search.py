@@ -37,7 +37,8 @@ _MOST_BESIDE = 6  # times that alternatives are looked for anew, because simulat
 _SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
 _FEWEST, _MOST = 150, 1200  # requests
 _MEMORY_BINDS = 0.2  # of the steps someone waits for blocks
-_RATES = (0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the asked one: where the capacity is looked for
+_BISECTIONS = 5  # to find the highest rate
+_MOST_RATE = 8.0  # times the asked one: what holds that is not asked for more
 
 
 def search(question: Question, *, workers: int | None = None, progress: Progress | None = None) -> Findings:
@@ -149,15 +150,7 @@ class _Simulated:
         """The choice's highest rate, as predicted and at both edges, by simulation."""
         if chosen is None:
             return list(evaluations)
-        band = _band(self.question, chosen.deployment)
-        tasks = [
-            replace(task, slowdown=slowdown)
-            for slowdown in (1.0, 1 + band, 1 / (1 + band))
-            for share in _RATES
-            for task in [_task(chosen, self.question.rate * share)]
-        ]
-        played = list(self.players(tasks))
-        edges = [self._highest(played[i : i + len(_RATES)]) for i in range(0, len(played), len(_RATES))]
+        edges = self._highest_rates(chosen)
         figures = {**chosen.figures, "capacity": Banded(*edges)}
         found = replace(chosen, figures=figures)
         return [found if evaluation.deployment == chosen.deployment else evaluation for evaluation in evaluations]
@@ -198,13 +191,25 @@ class _Simulated:
                 break
         return chosen
 
-    def _highest(self, played: Sequence[Played]) -> float:
-        """The highest rate below which all were kept; between the last kept and the first missed, the lower."""
-        kept = 0.0
-        for one in played:
-            if not _keeps(self.question, one):
-                break
-            kept = one.task.rate
+    def _highest_rates(self, chosen: Evaluation) -> list[float]:
+        """By bisection, for all three speeds at once: as predicted, and at the band's slow and fast edge."""
+        band, asked, guess = _band(self.question, chosen.deployment), self.question.rate, chosen.figures["capacity"]
+        speeds = (1.0, 1 + band, 1 / (1 + band))
+        kept = [asked] * len(speeds)  # by the simulation of the choice
+        missed = [math.inf] * len(speeds)
+        rates = [min(max(first, asked * 1.1), asked * _MOST_RATE) for first in (guess.value, guess.low, guess.high)]
+        for done in range(_BISECTIONS):
+            tasks = [
+                replace(_task(chosen, rate), slowdown=slowdown) for rate, slowdown in zip(rates, speeds, strict=True)
+            ]
+            for i, one in enumerate(self.players(tasks)):
+                if _keeps(self.question, one):
+                    kept[i] = max(kept[i], rates[i])
+                else:
+                    missed[i] = min(missed[i], rates[i])
+                is_open = math.isinf(missed[i])
+                rates[i] = min(kept[i] * 1.5, asked * _MOST_RATE) if is_open else math.sqrt(kept[i] * missed[i])
+            self.tell(done + 1, _BISECTIONS, "capacity")
         return kept
 
 

@@ -47,7 +47,7 @@ class ReplicaFigures:
 @dataclass(frozen=True, slots=True)
 class Simulation:
     """records: of every request that was sent; indices: theirs. seconds: until the last answer. unsent: later than the
-    schedule lasts, or turns of a conversation that lost an answer.
+    schedule lasts, or turns of a conversation that lost an answer. gave_up: it was not played to its end.
     """
 
     records: list[RequestRecord]
@@ -55,6 +55,7 @@ class Simulation:
     replicas: tuple[ReplicaFigures, ...]
     seconds: float
     unsent: int
+    gave_up: bool = False
 
     def total(self, name: str) -> float:
         """Of a figure over all replicas."""
@@ -71,9 +72,11 @@ def simulate(
     slowdown: float = 1.0,
     routing: RoutingPolicy | None = None,
     jump: bool = True,
+    most_waiting: float = math.inf,
 ) -> Simulation:
     """Play `schedule` to its end. models, num_blocks: of the replicas of each pool. slowdown: factor on every time.
-    jump: do steps that are alike at once, which changes nothing but the time that it takes.
+    jump: do steps that are alike at once, which changes nothing but the time that it takes. most_waiting: give up as
+    soon as more requests wait for their first token: whatever has no answer by then has timed out.
 
     routing: default: pools by prompt length, within a pool the least outstanding work; conversations stay.
     """
@@ -92,7 +95,7 @@ def simulate(
         for _ in range(pool.count)
     ]
     pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
-    world = _World(schedule, replicas, pools, slowdown, routing or routing_for(deployment))
+    world = _World(schedule, replicas, pools, slowdown, routing or routing_for(deployment), most_waiting)
     world.play()
     return world.result()
 
@@ -114,10 +117,12 @@ class _World:
         pools: list[int],
         slowdown: float,
         routing: RoutingPolicy,
+        most_waiting: float,
     ) -> None:
         self._duration_s = schedule.duration_s
         self._slowdown = slowdown
         self._routing = routing
+        self._most_waiting, self._waiting = most_waiting, 0  # for their first token
         self._replicas, self._pools = replicas, pools
         self._front_free_s = [0.0] * len(self._replicas)  # when each replica's front end can take the next request
         self._talks = [Talk(chain) for chain in schedule.chains]
@@ -130,7 +135,7 @@ class _World:
             self._plan(talk.chain.start_s, number)
 
     def play(self) -> None:
-        while True:
+        while self._waiting <= self._most_waiting:
             event_s = self._events[0][0] if self._events else math.inf
             replica = min(self._replicas, key=_next_s)
             if event_s <= replica.next_s:
@@ -142,12 +147,15 @@ class _World:
                     self._hear(output)
 
     def result(self) -> Simulation:
+        for opened in self._open.values():  # where it gave up
+            self._records[opened.planned.index] = opened.record(None)
         return Simulation(
             [self._records[index] for index in sorted(self._records)],
             sorted(self._records),
             tuple(_figures(replica, pool) for replica, pool in zip(self._replicas, self._pools, strict=True)),
             self._end_s,
             sum(len(talk.chain.requests) for talk in self._talks) - len(self._records),
+            self._waiting > self._most_waiting,
         )
 
     def _push(self, time_s: float, chain: int, answered: Open | None) -> None:
@@ -178,15 +186,20 @@ class _World:
         request = talk.ask(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
         opened = Open(planned, number, now, tokens, index, host.answer_s * self._slowdown)
         self._open[request.id] = opened
+        self._waiting += 1
         self._routing.sent(index, opened.tokens)
         replica.inbox.send(request.arrival_s, Add(request))
 
     def _hear_run(self, r: Request, times_s: array[float]) -> None:
-        self._open[r.id].hear_run(times_s, r.num_cached)
+        opened = self._open[r.id]
+        self._waiting -= not opened.times_s
+        opened.hear_run(times_s, r.num_cached)
 
     def _hear(self, output: TokenOutput) -> None:
         opened = self._open[output.id]
+        was_waiting = not opened.times_s
         opened.hear(output)
+        self._waiting -= was_waiting and bool(opened.times_s or output.finish_reason)
         if output.finish_reason is None:
             return
         del self._open[output.id]
