@@ -71,7 +71,7 @@ class LoadFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RequestFlags:
+class MixFlags:
     workload: Annotated[str | None, _requests("--workload", help=f"{', '.join(PRESETS)}; default: chat")] = None
     prompt_tokens: Annotated[
         str | None,
@@ -92,6 +92,11 @@ class RequestFlags:
     prefix_groups: Annotated[int | None, _requests("--prefix-groups", help="How many such texts")] = None
     turns: Annotated[str | None, _requests("--turns", help="Of a conversation that waits for answers; 1: none")] = None
     think: Annotated[str | None, _requests("--think", help="Mean time from an answer to the next turn")] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RequestFlags(MixFlags):
     respect_eos: Annotated[
         bool, _requests("--respect-eos", help="Let the model end its answers; default: as long as asked")
     ] = False
@@ -158,7 +163,7 @@ class Asked:
     num_requests: int | None
 
 
-def asked_for(load: LoadFlags, requests: RequestFlags) -> Asked:
+def asked_for(load: LoadFlags, requests: MixFlags) -> Asked:
     """Raises UsageError for flags that contradict each other or mean nothing together."""
     duration_s = seconds(load.duration, param="duration") if load.duration is not None else math.inf
     if load.requests is not None and load.requests < 1:
@@ -178,7 +183,7 @@ def asked_for(load: LoadFlags, requests: RequestFlags) -> Asked:
     return Asked(workload, duration_s, load.requests)
 
 
-def _content(flags: RequestFlags, trace: Trace | None) -> tuple[Mix | Trace, float, str]:
+def _content(flags: MixFlags, trace: Trace | None) -> tuple[Mix | Trace, float, str]:
     """The requests, the burstiness that goes with them, and a name."""
     if trace is not None:
         given = [name for name in _OF_A_MIX if getattr(flags, name) is not None]
@@ -200,7 +205,7 @@ def _content(flags: RequestFlags, trace: Trace | None) -> tuple[Mix | Trace, flo
 _OF_A_MIX = ("workload", "prompt_tokens", "output_tokens", "prefix_tokens", "prefix_groups", "turns", "think")
 
 
-def _prefix(flags: RequestFlags, known: SharedPrefix | None) -> SharedPrefix | None:
+def _prefix(flags: MixFlags, known: SharedPrefix | None) -> SharedPrefix | None:
     if flags.prefix_tokens is not None:
         if flags.prefix_tokens.strip() == "0":
             known = None
@@ -214,7 +219,7 @@ def _prefix(flags: RequestFlags, known: SharedPrefix | None) -> SharedPrefix | N
     return known
 
 
-def _conversation(flags: RequestFlags, known: Conversation | None) -> Conversation | None:
+def _conversation(flags: MixFlags, known: Conversation | None) -> Conversation | None:
     if flags.turns is not None:
         if flags.turns.strip() == "1":
             known = None

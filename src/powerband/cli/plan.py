@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench_options import RequestFlags
+from powerband.cli.bench_options import MixFlags
 from powerband.cli.devices import PRICES_HELP
 from powerband.cli.flags import Json
 from powerband.cli.planning import (
@@ -95,7 +95,7 @@ def plan(
     /,
     *,
     need: NeedFlags | None = None,
-    requests: RequestFlags | None = None,
+    requests: MixFlags | None = None,
     offer: OfferFlags | None = None,
     output: PlanOutputFlags | None = None,
 ) -> int:
@@ -106,13 +106,13 @@ def plan(
     Exits with 1 when nothing keeps the SLO within the budget.
     """
     need, offer, output = need or NeedFlags(), offer or OfferFlags(), output or PlanOutputFlags()
-    question = _question(model, need, requests or RequestFlags(), offer)
+    question = _question(model, need, requests or MixFlags(), offer)
     _check_outputs(output)
     findings = _searched(question, output.workers, quiet=output.json)
     return _tell(findings, question, output)
 
 
-def _question(model: str, need: NeedFlags, requests: RequestFlags, offer: OfferFlags) -> Question:
+def _question(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags) -> Question:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
     from powerband.planner.question import Question
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from powerband.cli.bench_options import LoadFlags, RequestFlags, asked_for
+from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
 from powerband.cli.memory import config_source
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.arrivals import OpenLoop
@@ -75,7 +75,7 @@ def pinned(changes: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def chosen_workload(requests: RequestFlags, *, rate: float | None) -> tuple[Workload, float]:
+def chosen_workload(requests: MixFlags, *, rate: float | None) -> tuple[Workload, float]:
     """A preset, a file of a workload (YAML) or a trace, and the rate: as told, else its own.
 
     Raises UsageError or EnvironmentFault.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench_options import Asked, JudgingFlags, LoadFlags, RequestFlags, asked_for
+from powerband.cli.bench_options import Asked, JudgingFlags, LoadFlags, MixFlags, asked_for
 from powerband.cli.flags import Json
 from powerband.cli.planning import find_device, model_of
 from powerband.errors import UsageError
@@ -32,7 +32,7 @@ def simulate(
     /,
     *,
     load: LoadFlags | None = None,
-    requests: RequestFlags | None = None,
+    requests: MixFlags | None = None,
     judging: JudgingFlags | None = None,
     out: Annotated[Path | None, Parameter(help="Folder; default: a new one in bench-runs/", group=_OUTPUT)] = None,
     json: Annotated[Json, Parameter(group=_OUTPUT)] = False,
@@ -48,7 +48,7 @@ def simulate(
     from powerband.spec.plan import read_plan
     from powerband.spec.traces import read_trace
 
-    load, requests, judging = load or LoadFlags(), requests or RequestFlags(), judging or JudgingFlags()
+    load, requests, judging = load or LoadFlags(), requests or MixFlags(), judging or JudgingFlags()
     trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
     known = read_plan(plan, trace)
     if known.deployment is None:
@@ -66,12 +66,12 @@ def simulate(
     return _report(known, asked, load.seed, result, judging, out, as_json=json)
 
 
-def _asked(plan: Plan, load: LoadFlags, requests: RequestFlags) -> Asked:
+def _asked(plan: Plan, load: LoadFlags, requests: MixFlags) -> Asked:
     """What the flags say; where they say nothing of what or when, the plan's workload and rate."""
     told = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
     asked = asked_for(load, requests)
     says_when = any(value is not None for value in told)
-    says_what = load.trace is not None or requests != RequestFlags()
+    says_what = load.trace is not None or requests != MixFlags()
     workload = asked.workload if says_what else replace(asked.workload, name=plan.workload.name)
     if not says_what:
         workload = replace(workload, requests=plan.workload.requests)
