@@ -84,6 +84,10 @@ def test_nothing_is_fetched(page: str):
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", text), name
 
 
+def test_the_page_is_part_of_the_package():
+    assert '"planner/page/*"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
 def test_the_policy_allows_what_is_inlined_and_nothing_else(page: str):
     parsed = Page(page)
     (policy,) = [a["content"] for _, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy"]

@@ -140,6 +140,7 @@
   function select(i) {
     state.selected = i;
     history.replaceState(null, "", `#${i}`);
+    place("spoken").textContent = tip(i);
     drawFrontier();
     showPanel();
     for (const made of place("table").querySelectorAll("tbody tr")) made.classList.toggle("chosen", made.dataset.i === String(i));
