@@ -195,6 +195,8 @@ def _relabelled(value: Any, why: str, compute: float, memory: float) -> Any:
             changes["compute_share"] = min(value.compute_share * compute, 1.0)
         if not isinstance(value, ElementwiseLaw):
             changes["memory_share"] = min(value.memory_share * memory, 1.0)
+        if hasattr(value, "prefill_memory_share"):
+            changes["prefill_memory_share"] = min(value.prefill_memory_share * memory, 1.0)
     return replace(value, **changes)
 
 

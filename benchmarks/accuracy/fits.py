@@ -32,6 +32,7 @@ _DECODE_BOUNDS: Bounds = {
 }
 _PREFILL_BOUNDS: Bounds = {
     "compute_share": (0.05, 1.0),
+    "prefill_memory_share": (0.02, 1.0),
     "prefill_overhead_s": (1e-7, 5e-5),
     "fill": (0.01, 3.0),
 }
@@ -72,7 +73,8 @@ def prefill(
     profile: DeviceProfile, precision: str, points: Sequence[tables.Attention], known: AttentionLaw
 ) -> Fitted[AttentionLaw]:
     """known: has the coefficients of decodes, which stay."""
-    return _fit(known, _PREFILL_BOUNDS, tables.prefill_s(profile, precision), points)
+    start = replace(known, prefill_memory_share=0.5)
+    return _fit(start, _PREFILL_BOUNDS, tables.prefill_s(profile, precision), points)
 
 
 def mixed(profile: DeviceProfile, points: Sequence[tables.Mixed]) -> Fitted[AttentionLaw]:
@@ -116,6 +118,7 @@ def _attention() -> AttentionLaw:
         decode_overhead_s=9e-6,
         fill=0.3,
         extra_bytes=1e6,
+        prefill_memory_share=0.5,
         prefill_evidence=_ANY,
         decode_evidence=_ANY,
     )

@@ -109,7 +109,10 @@ class Chunks:
 
     def add(self, law: AttentionLaw, multiprocessors: int, new: int, context: int, shape: Heads) -> None:
         """`new` tokens whose last one sees `context` tokens, fewer where a window ends."""
-        flops = 4.0 * shape.heads * shape.head_dim * (visible_pairs(new, context, shape.window) + 0.5 * TILE * new)
+        seen = context if shape.window is None else min(context, shape.window + new)
+        # A multiprocessor takes half a tile of queries at least, and whole tiles along the diagonal.
+        pairs = max(visible_pairs(new, context, shape.window), 0.5 * TILE * seen) + 0.5 * TILE * new
+        flops = 4.0 * shape.heads * shape.head_dim * pairs
         filled = _filled(law.fill, shape.heads * max(1.0, new / TILE), multiprocessors)
         self.flops += flops
         self.wait = max(self.wait, flops * (1.0 / filled - 1.0))
@@ -120,7 +123,7 @@ class Chunks:
         if not self.flops:
             return Seconds(0.0, False)
         compute = (self.flops + self.wait) / (speed.flops_per_s * law.compute_share)
-        memory = self.moved / (speed.bytes_per_s * law.memory_share)
+        memory = self.moved / (speed.bytes_per_s * (law.prefill_memory_share or law.memory_share))
         return Seconds(law.prefill_overhead_s + max(compute, memory), compute > memory)
 
 

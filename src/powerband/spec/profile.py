@@ -73,6 +73,7 @@ class AttentionLaw:
     decode_overhead_s: float
     fill: float = 0.0
     extra_bytes: float = 0.0
+    prefill_memory_share: float = 0.0  # of the bandwidth, for prefills' queries, keys and values; 0: as for decodes
     mixed_factor: float = 1.0  # on decodes that share their call with a prefill's chunk: 1: they are none the slower
     prefill_evidence: Evidence
     decode_evidence: Evidence
