@@ -52,7 +52,8 @@ _SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
     (2048, 6144, 3, 16, 8, 128, 32768),
 )
 _KV_MEMORY = "768MiB"
-_USERS = (1, 4, 12, 32)
+_USERS = (4, 12, 32)
+_REQUESTS_ALONE = 40
 _LONGEST_PROMPT, _LONGEST_ANSWER = 512, 48
 _PAUSE_S = 0.25  # a longer one between two steps is the engine at rest
 _LEAST_BAND = 0.05
@@ -258,8 +259,13 @@ async def _serve(
     answers = Uniform(8, max(min(_LONGEST_ANSWER, longest // 4), 8))
     loads = []
     async with serving(settings.model, options_of(settings), folder) as served:
-        for number, users in enumerate(min(users, settings.max_num_seqs) for users in _USERS):
-            told(f"{settings.model}: {users} users", number / len(_USERS))
+        told(f"{settings.model}: 1 user", 0.0)
+        alone = Workload(name="alone", arrivals=ClosedLoop(1), requests=Mix(prompts, Uniform(2, 6)))
+        # However slow the model is: a request that finds the engine at rest is all that tells of the way to it.
+        schedule = alone.draw(0, duration_s=max(budget_s, 10.0), num_requests=_REQUESTS_ALONE)
+        loads.append(await served.load(schedule))
+        for number, users in enumerate((min(users, settings.max_num_seqs) for users in _USERS), 1):
+            told(f"{settings.model}: {users} users", number / (len(_USERS) + 1))
             workload = Workload(name="calibrate", arrivals=ClosedLoop(users), requests=Mix(prompts, answers))
             loads.append(await served.load(workload.draw(number, duration_s=budget_s / len(_USERS))))
     return loads, [sample for run in served.steps() for sample in run.samples]
