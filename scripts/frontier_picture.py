@@ -1,6 +1,9 @@
 """Draw the frontier of a plan as SVG for the documentation: cost an hour against TTFT, light or dark as its reader is.
 
-powerband plan MODEL … --json | python scripts/frontier_picture.py docs/images/frontier.svg
+docs/images/frontier.svg is Llama-3-8B on several L4 or A10G, or on one A100:
+
+    powerband plan meta-llama/Meta-Llama-3-8B --devices L4,A10G,A100-80G --workload chat --rate 4 \\
+        --slo ttft=1s@p95,tpot=60ms@p95 --json | python scripts/frontier_picture.py docs/images/frontier.svg
 """
 
 from __future__ import annotations
