@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.accuracy import capacity, closed_loop, operators, requests, saturation, tables
+from benchmarks.accuracy import capacity, closed_loop, open_loop, operators, requests, saturation, tables
 
 from powerband import __version__
 from powerband.cost.fit import Errors
@@ -91,6 +91,7 @@ def main() -> None:
         lambda: _closed_loop(8 if arguments.quick else 1, arguments.workers),
         _requests,
         _saturation,
+        _open_loop,
         _capacity,
     ):
         for section in made():
@@ -147,6 +148,14 @@ def _saturation() -> Iterable[Section]:
         else:
             section.add(" ".join(row.group[:-1]) + f" tp{row.group[-1]}", found[0], row.tokens_per_s, found[1])
     return [section]
+
+
+def _open_loop() -> Iterable[Section]:
+    tpot, e2e = Section("open loop of chats, TPOT"), Section("open loop of chats, E2E")
+    for found in open_loop.compare():
+        tpot.add(found.group, *found.tpot_s, found.band)
+        e2e.add(found.group, *found.e2e_s, found.band)
+    return [tpot, e2e]
 
 
 def _capacity() -> Iterable[Section]:

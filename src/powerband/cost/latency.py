@@ -43,7 +43,7 @@ _GRAPHS: dict[str, tuple[int, ...]] = {
     "powerband": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     "vllm": (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
     "sglang": (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
-    "trtllm": (1, 2, 4, *range(8, 129, 8), 256, 512, 1024, 2048),
+    "trtllm": (1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(576, 2049, 64)),
 }
 # A step with prefills in it takes as long as theirs and one of its decodes together: decodes gain nothing from weights
 # that are read anyway. So it is in TensorRT-LLM's closed-loop figures, with every model and number of ranks; vLLM's and

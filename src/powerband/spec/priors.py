@@ -117,7 +117,7 @@ _SOURCE = "prior: no measurement of this device"
 # step, of each request in it, from arrival to engine, of which one at a time, answer, of each layer, overlapped
 _HOST = {
     "trtllm": (0.3e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 60e-6, False),
-    "vllm": (1.0e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 100e-6, False),
+    "vllm": (0.5e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 100e-6, False),
     "sglang": (0.5e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 90e-6, True),
     "powerband": (0.3e-3, 3e-6, 3e-3, 0.5e-3, 1e-3, 100e-6, True),
 }
