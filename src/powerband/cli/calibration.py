@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from powerband.cli.machine import read_bandwidth_bytes_per_s
@@ -22,8 +21,8 @@ from powerband.cost.measured_steps import MeasuredSteps
 from powerband.cost.served_fit import (
     HostShare,
     Journey,
-    answer_times,
     busy_cycles,
+    fit_answer,
     fit_arrival,
     fit_served,
     window_errors,
@@ -284,14 +283,15 @@ def host_law(share: HostShare, loads: Sequence[Load], steps: Sequence[StepSample
         [_journey(sample, load.start_s) for sample in load.result.samples if sample.chunk_times_s] for load in loads
     ]
     arrival_s, arrival_token_s = fit_arrival(per_load[0], steps, share.step_s)
-    answers = [median(times) for journeys in per_load if (times := answer_times(journeys, steps))]
+    answer_s, answer_request_s = fit_answer([journey for journeys in per_load for journey in journeys], steps)
     return HostLaw(
         step_s=share.step_s,
         per_request_s=share.per_request_s,
         per_new_s=share.per_new_s,
         arrival_s=arrival_s,
         arrival_token_s=arrival_token_s,
-        answer_s=fmean(answers),
+        answer_s=answer_s,
+        answer_request_s=answer_request_s,
         overlapped=False,
         evidence=Evidence(source="loads over HTTP", error=0.3),
     )

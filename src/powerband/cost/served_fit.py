@@ -150,13 +150,23 @@ def fit_arrival(journeys: Sequence[Journey], samples: Sequence[StepSample], step
     return float(found[0]), float(found[1])
 
 
-def answer_times(journeys: Sequence[Journey], samples: Sequence[StepSample]) -> list[float]:
-    """From the end of the last step before it until a chunk was at its client, for every chunk."""
-    ends = [sample.end_s for sample in samples]
-    found = []
+def fit_answer(journeys: Sequence[Journey], samples: Sequence[StepSample]) -> tuple[float, float]:
+    """(seconds, seconds per request in the step) from a step's end until the first token of a request that it began is
+    at its client. Raises UsageError for too few requests.
+    """
+    times, requests = [], []
+    starts = [sample.at_s for sample in samples]
     for journey in journeys:
-        for chunk_s in journey.chunks_s:
-            place = bisect_right(ends, chunk_s) - 1
-            if place >= 0:
-                found.append(chunk_s - ends[place])
-    return found
+        for sample in samples[bisect_left(starts, journey.sent_s) : bisect_right(starts, journey.chunks_s[0])]:
+            # A prompt's last chunk sees all of it; by its length it is told from others that begin at the same time.
+            if any(new > 1 and context == journey.prompt_tokens for new, context in sample.works):
+                times.append(max(journey.chunks_s[0] - sample.end_s, 1e-6))
+                requests.append(float(len(sample.works)))
+                break
+    if len(times) < _FEWEST_AT_REST:
+        raise UsageError(f"{len(times)} requests were answered; that is too few.", hint="Load it longer.")
+    wanted = np.array(times)
+    matrix = np.column_stack([np.ones(len(times)), np.array(requests)])
+    scale = np.array([float(np.median(wanted))] * len(wanted))
+    found = robust(matrix / scale[:, None], wanted / scale, scale=0.5)
+    return float(found[0]), float(found[1])

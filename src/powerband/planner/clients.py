@@ -48,6 +48,7 @@ class Open:
     prompt_tokens: int
     replica: int
     answer_s: float  # from a step's end until its tokens are here
+    answer_request_s: float  # more, for each request in the step
     times_s: array[float] = field(default_factory=lambda: array("d"))
     chunks: array[int] = field(default_factory=lambda: array("i"))
     num_cached: int = 0
@@ -57,15 +58,21 @@ class Open:
         """Prompt and asked answer together."""
         return self.prompt_tokens + self.planned.output_tokens
 
-    def hear(self, output: TokenOutput) -> None:
+    def lag_s(self, requests: int) -> float:
+        """From a step's end to here."""
+        return self.answer_s + self.answer_request_s * requests
+
+    def hear(self, output: TokenOutput, requests: int) -> None:
+        """requests: in its step."""
         if output.token_ids:
-            self.times_s.append(output.time_s + self.answer_s)
+            self.times_s.append(output.time_s + self.lag_s(requests))
             self.chunks.append(len(output.token_ids))
             self.num_cached = output.num_cached_tokens
 
-    def hear_run(self, times_s: Iterable[float], num_cached: int) -> None:
+    def hear_run(self, times_s: Iterable[float], num_cached: int, requests: int) -> None:
         """One token at each of these times."""
-        self.times_s.extend(time_s + self.answer_s for time_s in times_s)
+        lag_s = self.lag_s(requests)
+        self.times_s.extend(time_s + lag_s for time_s in times_s)
         self.chunks.extend([1] * (len(self.times_s) - len(self.chunks)))
         self.num_cached = num_cached
 

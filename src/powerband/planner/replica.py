@@ -31,7 +31,8 @@ _DRAFT = -1  # a draft's value does not matter: chance accepts it
 
 Shape = tuple[list[tuple[int, int]], int]  # a step's (new tokens, context after them) of each request, rows sampled
 
-Hear = Callable[[Request, "array[float]"], None]  # a request got one token at each of these times
+# A request, one of so many, got a token at each of these times.
+Hear = Callable[[Request, "array[float]", int], None]
 
 
 class StepModel(Protocol):
@@ -197,7 +198,7 @@ class Run:
             inflight = SimHandle(executor, self.ends_s[rounds - 1], StepResult(tokens)), submitted_s
         times_s = self.told_s[:rounds]
         for r in running:
-            hear(r, times_s)
+            hear(r, times_s, len(running))
         executor.last_tokens = len(first)
         executor.clock.wait_until(times_s[-1])
         executor.stage_free_s = self.ends_s[rounds - 1]

@@ -143,8 +143,9 @@ class _World:
                     return
                 self._happen(*heapq.heappop(self._events))
             else:
-                for output in replica.advance(event_s, self._hear_run):
-                    self._hear(output)
+                outputs = replica.advance(event_s, self._hear_run)
+                for output in outputs:
+                    self._hear(output, len(outputs))
 
     def result(self) -> Simulation:
         for opened in self._open.values():  # where it gave up
@@ -184,27 +185,28 @@ class _World:
         begin_s = max(now, self._front_free_s[index])
         self._front_free_s[index] = begin_s + host.front_s * self._slowdown
         request = talk.ask(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
-        opened = Open(planned, number, now, tokens, index, host.answer_s * self._slowdown)
+        lags_s = host.answer_s * self._slowdown, host.answer_request_s * self._slowdown
+        opened = Open(planned, number, now, tokens, index, *lags_s)
         self._open[request.id] = opened
         self._waiting += 1
         self._routing.sent(index, opened.tokens)
         replica.inbox.send(request.arrival_s, Add(request))
 
-    def _hear_run(self, r: Request, times_s: array[float]) -> None:
+    def _hear_run(self, r: Request, times_s: array[float], requests: int) -> None:
         opened = self._open[r.id]
         self._waiting -= not opened.times_s
-        opened.hear_run(times_s, r.num_cached)
+        opened.hear_run(times_s, r.num_cached, requests)
 
-    def _hear(self, output: TokenOutput) -> None:
+    def _hear(self, output: TokenOutput, requests: int) -> None:
         opened = self._open[output.id]
         was_waiting = not opened.times_s
-        opened.hear(output)
+        opened.hear(output, requests)
         self._waiting -= was_waiting and bool(opened.times_s or output.finish_reason)
         if output.finish_reason is None:
             return
         del self._open[output.id]
         record = self._records[opened.planned.index] = opened.record(output.finish_reason)
-        end_s = output.time_s + opened.answer_s
+        end_s = output.time_s + opened.lag_s(requests)
         self._end_s = max(self._end_s, end_s)
         self._talks[opened.chain].heard(record)
         self._push(end_s, opened.chain, opened)

@@ -116,6 +116,7 @@ class HostLaw:
     arrival_token_s: float = 0.0  # more, for each token of its prompt
     front_s: float = 0.0  # of these, in which it takes no other request
     answer_s: float  # from a step's result until its tokens are at the client
+    answer_request_s: float = 0.0  # more, for each request in the step
     layer_s: float = 0.0  # of each layer in each step: launches
     overlapped: bool = True
     evidence: Evidence
