@@ -10,6 +10,7 @@ from powerband.planner.outcome import Evaluation, Objective
 from powerband.planner.question import Question
 
 _HAIR = 1.05  # a latency that is better by less is no reason of its own
+_ERROR = 1.3  # of a closed form: by so much its latencies must be lower than simulated ones to be better
 _CLEARLY = 0.9  # of a latency: what is lower than this share of it is faster
 _USED = ("ttft_s", "tpot_s")  # by which the frontier is drawn, beside the price
 
@@ -71,26 +72,34 @@ def alternatives(
     return found
 
 
-def marked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+def marked(evaluations: Sequence[Evaluation], chosen: Evaluation | None = None) -> list[Evaluation]:
     """With `dominated` where another is cheaper or as cheap, and in TTFT and TPOT better or worse by a hair only.
 
-    What never ends is dominated, too.
+    What never ends is dominated, too; of those that are alike, what was chosen is not.
     """
     points = [(price(e), *(e.figures[name].value for name in _USED)) for e in evaluations]
     ordered = sorted(range(len(points)), key=lambda i: (points[i], -evaluations[i].figures["capacity"].low))
-    kept: list[tuple[float, ...]] = []
+    simulated = [e.method == "simulation" for e in evaluations]
+    kept: list[tuple[tuple[float, ...], bool]] = []
     dominated = [True] * len(points)
     for i in ordered:
         point = points[i]
-        is_beaten = any(k[0] <= point[0] and all(a <= b * _HAIR for a, b in zip(k, point, strict=True)) for k in kept)
-        if math.isfinite(point[1]) and not is_beaten:
+        is_beaten = any(
+            _beats(other, point, _HAIR / _ERROR if simulated[i] > is_sure else _HAIR) for other, is_sure in kept
+        )
+        if math.isfinite(point[1]) and (not is_beaten or evaluations[i] is chosen):
             dominated[i] = False
-            kept.append(point)
+            kept.append((point, simulated[i]))
     return [replace(e, dominated=beaten) for e, beaten in zip(evaluations, dominated, strict=True)]
 
 
-def _excess(question: Question, evaluation: Evaluation) -> tuple[float, float]:
-    """How far the worst limit is exceeded at the pessimistic edge, and the price."""
+def _beats(other: tuple[float, ...], point: tuple[float, ...], share: float) -> bool:
+    """Costs no more, and takes no more than this share of its times."""
+    return other[0] <= point[0] and all(a <= b * share for a, b in zip(other[1:], point[1:], strict=True))
+
+
+def _excess(question: Question, evaluation: Evaluation) -> tuple[float, float, float]:
+    """How far the worst limit is exceeded at the pessimistic edge, what is answered all the same, and the price."""
     worst = 1.0
     for name, limit in question.slo.limits.items():
         figure = evaluation.figures.get(f"{name}_s")
@@ -98,7 +107,7 @@ def _excess(question: Question, evaluation: Evaluation) -> tuple[float, float]:
             worst = max(worst, figure.high / limit)
     if not within_budget(question, evaluation) and question.budget_usd_per_h:
         worst = max(worst, price(evaluation) / question.budget_usd_per_h)
-    return worst, price(evaluation)
+    return worst, -evaluation.figures["output_tokens_per_s"].value, price(evaluation)
 
 
 def _is_finite(evaluation: Evaluation) -> bool:

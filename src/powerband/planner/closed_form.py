@@ -29,8 +29,9 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # between them, 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one replica at a rate. Seconds; *_high: at the asked percentile. utilization: u = rate / capacity; from 1 on,
-    times are infinite. by_memory: whether the KV cache, not seats, is what bounds requests at once.
+    """Of one replica at a rate of arrivals, each of one request or of a conversation. Seconds; *_high: at the asked
+    percentile. utilization: u = rate / capacity; from 1 on, times are infinite. by_memory: whether the KV cache, not
+    seats, is what bounds requests at once.
     """
 
     ttft_s: float
@@ -72,12 +73,17 @@ class ClosedForm:
         self.prefill_s = self._added_s(weight.new)
         most = self.seats
         denominator = weight.output / self._tokens_per_step * self._step_s(most) + most * self.prefill_s
-        self.capacity = most / denominator if denominator > 0 else math.inf
+        self.capacity = most / denominator / weight.turns if denominator > 0 else math.inf
 
     @property
     def output(self) -> float:
         """Mean tokens of an answer."""
         return self._weight.output
+
+    @property
+    def output_of_arrival(self) -> float:
+        """Mean tokens of all answers of a conversation."""
+        return self._weight.output * self._weight.turns
 
     def shares(self, running: float) -> tuple[dict[str, float], Bound]:
         """Of a second's work, by operator, the largest first; and what binds most of it.
@@ -126,6 +132,7 @@ class ClosedForm:
     def at(self, rate: float) -> Estimate:
         weight = self._weight
         utilization = rate / self.capacity
+        rate *= weight.turns
         prefilling = rate * self.prefill_s
         if utilization >= 1 or prefilling >= 1:
             never = math.inf
@@ -133,18 +140,22 @@ class ClosedForm:
         running = self._running(rate)
         tpot_s = self._tpot_s(running, rate)
         high = min(running + self._deviations * math.sqrt(running), self.seats)
-        tpot_high_s = self._tpot_s(high, rate) if weight.output < 8 else 0.5 * (self._tpot_s(high, rate) + tpot_s)
+        # How many prefills come between the tokens of one answer is a matter of chance, too.
+        chance_s = self.prefill_s * self._parallel * math.sqrt(rate * tpot_s / weight.output)
+        tpot_high_s = self._tpot_s(high, rate) + self._deviations * chance_s
         alone_s = self._alone_s(weight.new, running)
-        square = self.prefill_s**2 * weight.new_squared / max(weight.new, 1.0) ** 2
-        wait_s = rate * square / (2 * (1 - prefilling)) + self._step_s(running) / 2
+        square = alone_s**2 * weight.new_squared / max(weight.new, 1.0) ** 2
+        wait_s = rate * square / (2 * (1 - prefilling)) / self._parallel + self._step_s(running) / 2
         e2e_s = alone_s + weight.output * tpot_s
         power = math.sqrt(2 * (self.seats + 1)) - 1
         wait_s += e2e_s / self.seats * utilization**power / (1 - utilization)
         tail = math.log(max(utilization / (1 - self._percentile), 1.0)) / max(utilization, 1e-6)
         host_s = (self._model.host.arrival_s + self._model.host.answer_s) * self._slowdown
+        ttft_s = host_s + alone_s + wait_s
+        longer_s = self._alone_s(weight.new_high, running) - alone_s
         return Estimate(
-            ttft_s=host_s + alone_s + wait_s,
-            ttft_high_s=host_s + self._alone_s(weight.new_high, running) + wait_s * max(tail, 1.0),
+            ttft_s=ttft_s,
+            ttft_high_s=ttft_s + math.hypot(longer_s, wait_s * max(tail - 1.0, 0.0)),
             tpot_s=tpot_s,
             tpot_high_s=tpot_high_s,
             running=running,
@@ -166,7 +177,10 @@ class ClosedForm:
         return high
 
     def _tpot_s(self, running: float, rate: float) -> float:
-        return self._step_s(running) / self._tokens_per_step / (1 - rate * self.prefill_s)
+        """With stages, a chunk delays those in its own step in every stage, and those behind it once more."""
+        busy = rate * self.prefill_s
+        behind = 1 + busy if self._parallel > 1 else 1.0
+        return self._step_s(running) / self._tokens_per_step * behind / (1 - busy)
 
     def _step_s(self, running: float) -> float:
         return self._times.decoding_s(running) * self._slowdown

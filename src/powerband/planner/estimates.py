@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import Kind
-from powerband.planner.closed_form import ClosedForm, Estimate, StepTimes
+from powerband.planner.closed_form import ClosedForm, StepTimes
 from powerband.planner.outcome import Banded, Bound, Evaluation
 from powerband.planner.question import Question, Weighed, weight
 from powerband.spec.catalog import usd_per_hour
@@ -35,10 +35,12 @@ class Unit:
         return self.kind.replica
 
 
-def units(question: Question, kinds: Sequence[Kind], requests: Sequence[Weighed]) -> Iterator[Unit]:
+def units(question: Question, kinds: Sequence[Kind], requests: Sequence[Weighed], turns: float) -> Iterator[Unit]:
     """With every pair of limits that makes a difference and is not pinned."""
     percentile = question.slo.attainment
-    weights = {caching: weight(requests, caching=caching, percentile=percentile) for caching in (True, False)}
+    weights = {
+        caching: weight(requests, caching=caching, percentile=percentile, turns=turns) for caching in (True, False)
+    }
     for kind in kinds:
         model = LatencyModel(question.spec, question.profile(kind.replica.device), kind.replica, kind.engine)
         times = StepTimes(model, weights[kind.replica.enable_prefix_caching], kind.replica.draft_tokens)
@@ -48,12 +50,13 @@ def units(question: Question, kinds: Sequence[Kind], requests: Sequence[Weighed]
             replica = replace(kind.replica, **limited)
             if (seats, budget) != LIMITS[0] and replica == replace(kind.replica, **dict(question.pinned)):
                 continue
-            found = _unit(question, kind, replica, times, band)
+            found = unit_of(question, kind, replica, times, band)
             if found is not None:
                 yield found
 
 
-def _unit(question: Question, kind: Kind, replica: Replica, times: StepTimes, band: float) -> Unit | None:
+def unit_of(question: Question, kind: Kind, replica: Replica, times: StepTimes, band: float) -> Unit | None:
+    """`replica`: the kind's own with other limits. None: it does not fit."""
     profile = question.profile(replica.device)
     memory = kind.memory if replica == kind.replica else plan_replica(question.spec, profile, replica, kind.engine)
     if memory.problem:
@@ -93,31 +96,37 @@ def most_replicas(question: Question, replica: Replica) -> int:
 
 def estimated(question: Question, unit: Unit, count: int) -> Evaluation:
     """`count` of these replicas, each with an equal share of the rate."""
-    nominal, slow, fast = (form.at(question.rate / count) for form in unit.forms)
-    output = unit.forms[0].output
     deployment = Deployment(engine=unit.kind.engine, pools=(Pool(replica=unit.replica, count=count),))
-    figures = {
-        "ttft_s": Banded(nominal.ttft_high_s, fast.ttft_high_s, slow.ttft_high_s),
-        "ttft_mean_s": Banded(nominal.ttft_s, fast.ttft_s, slow.ttft_s),
-        "tpot_s": Banded(nominal.tpot_high_s, fast.tpot_high_s, slow.tpot_high_s),
-        "tpot_mean_s": Banded(nominal.tpot_s, fast.tpot_s, slow.tpot_s),
-        "e2e_mean_s": Banded(nominal.e2e_s(output), fast.e2e_s(output), slow.e2e_s(output)),
-        "output_tokens_per_s": _throughput(question, unit, count),
-        "capacity": capacity_of(unit, count),
-    }
-    operators, bound = unit.forms[0].shares(nominal.running)
+    operators, binds = binding(unit, question.rate / count)
     return Evaluation(
         deployment=deployment,
         method="closed form",
-        figures=figures,
+        figures=figures_of(unit, question.rate, count),
         meets_slo=unit.sure_rate * count >= question.rate,
         usd_per_hour=price_of(question, deployment),
-        binds=_binds(unit, nominal, bound),
+        binds=binds,
         operators=operators,
         kv_tokens=unit.kind.memory.kv_tokens,
         weights_bytes=unit.kind.memory.parts.get("weights", 0),
         notes=notes(question, deployment),
     )
+
+
+def figures_of(unit: Unit, rate: float, count: int) -> dict[str, Banded]:
+    """Of so many replicas that share a rate, see outcome.Evaluation."""
+    nominal, slow, fast = (form.at(rate / count) for form in unit.forms)
+    output = unit.forms[0].output
+    return {
+        "ttft_s": Banded(nominal.ttft_high_s, fast.ttft_high_s, slow.ttft_high_s),
+        "ttft_mean_s": Banded(nominal.ttft_s, fast.ttft_s, slow.ttft_s),
+        "tpot_s": Banded(nominal.tpot_high_s, fast.tpot_high_s, slow.tpot_high_s),
+        "tpot_mean_s": Banded(nominal.tpot_s, fast.tpot_s, slow.tpot_s),
+        "e2e_mean_s": Banded(nominal.e2e_s(output), fast.e2e_s(output), slow.e2e_s(output)),
+        "output_tokens_per_s": Banded(
+            *(min(rate, form.capacity * count) * form.output_of_arrival for form in unit.forms)
+        ),
+        "capacity": capacity_of(unit, count),
+    }
 
 
 def capacity_of(unit: Unit, count: int) -> Banded:
@@ -149,17 +158,14 @@ def notes(question: Question, deployment: Deployment) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _throughput(question: Question, unit: Unit, count: int) -> Banded:
-    output = unit.forms[0].output
-    values = [min(question.rate, form.capacity * count) * output for form in unit.forms]
-    return Banded(values[0], values[1], values[2])
-
-
-def _binds(unit: Unit, found: Estimate, bound: Bound) -> Bound:
+def binding(unit: Unit, rate: float) -> tuple[dict[str, float], Bound]:
+    """Of one replica at a rate: shares of its time by operator, and what binds."""
+    found = unit.forms[0].at(rate)
+    operators, bound = unit.forms[0].shares(found.running)
     if found.utilization >= 1:
-        return "memory" if found.by_memory else "queueing"
+        return operators, "memory" if found.by_memory else "queueing"
     if found.by_memory and found.running > _BLOCKED * unit.forms[0].seats:
-        return "memory"
+        return operators, "memory"
     if found.wait_s > _WAITING * found.ttft_s and found.utilization > _BLOCKED:
-        return "queueing"
-    return bound
+        return operators, "queueing"
+    return operators, bound

@@ -77,6 +77,7 @@ class Weight:
     output: float
     new_high: float  # at the asked percentile
     share: float = 1.0  # of all requests
+    turns: float = 1.0  # requests of one arrival
 
     @property
     def context(self) -> float:
@@ -113,7 +114,15 @@ def weighed(schedule: Schedule) -> list[Weighed]:
     return found
 
 
-def weight(requests: Sequence[Weighed], *, caching: bool, percentile: float, of: int | None = None) -> Weight:
+def turns_of(schedule: Schedule) -> float:
+    """Mean requests of a conversation: what arrives at a rate are conversations."""
+    starts = sum(request.turn == 0 for chain in schedule.chains for request in chain.requests)
+    return schedule.num_requests / max(starts, 1)
+
+
+def weight(
+    requests: Sequence[Weighed], *, caching: bool, percentile: float, turns: float = 1.0, of: int | None = None
+) -> Weight:
     """Of some requests (at least one). percentile: 0 … 1, of `new_high`. of: how many there are in all."""
     count = len(requests)
     new = sorted(request.prompt - request.cached if caching else request.prompt for request in requests)
@@ -124,4 +133,5 @@ def weight(requests: Sequence[Weighed], *, caching: bool, percentile: float, of:
         output=sum(request.output for request in requests) / count,
         new_high=new[min(int(percentile * count), count - 1)],
         share=count / (of or count),
+        turns=turns,
     )

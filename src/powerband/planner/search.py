@@ -20,18 +20,20 @@ from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.planner.candidates import kinds
 from powerband.planner.choosing import alternatives, marked, order, price, recommended, within_budget
-from powerband.planner.estimates import counts, estimated, units
+from powerband.planner.estimates import LIMITS, counts, estimated, units
+from powerband.planner.fleets import fleets
 from powerband.planner.outcome import Banded, Bound, Evaluation, Findings, Pruned
 from powerband.planner.playing import MOST_REPLICAS, Played, Task, play
-from powerband.planner.question import Question, weighed
+from powerband.planner.question import Question, turns_of, weighed
 from powerband.planner.reasons import reasons
 from powerband.spec.deployment import Deployment
+from powerband.spec.workload import Mix
 
 Progress = Callable[[int, int, str], object]  # done, of how many, of what
 
 _WEIGHED = 2000  # requests by which the workload is weighed
 _MOST_SIMULATED = 64  # deployments
-_ALIKE = 2  # of one price that are simulated
+_ALIKE = 3  # of one price that are simulated
 _OF_FRONTIER = 6  # that are simulated besides, so that the frontier shows more than closed forms
 _MOST_BESIDE = 6  # times that alternatives are looked for anew, because simulated they are none
 _SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
@@ -48,18 +50,23 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
     found, pruned = kinds(question.spec, question.stored, question.space)
     if not found:
         raise _nothing_fits(question, pruned)
-    requests = weighed(question.schedule(question.rate, _WEIGHED))
-    evaluations = []
-    for done, unit in enumerate(units(question, found, requests)):
+    schedule = question.schedule(question.rate, _WEIGHED)
+    requests, turns = weighed(schedule), turns_of(schedule)
+    evaluations, alike = [], []
+    for unit in units(question, found, requests, turns):
+        alike.append(unit)
         evaluations += [estimated(question, unit, count) for count in counts(question, unit)]
-        tell(done + 1, 4 * len(found), "closed form")
+        tell(len(alike), len(LIMITS) * len(found), "closed form")
+    evaluations += fleets(question, alike, requests, turns)
     with _players(question, workers) as players:
         simulated = _Simulated(question, players, tell)
         evaluations = simulated.rounds(evaluations)
         evaluations = simulated.frontier(marked(evaluations))
         evaluations = simulated.beside(evaluations)
         evaluations = simulated.capacity(evaluations, recommended(question, evaluations))
-    evaluations = sorted(marked(evaluations), key=lambda e: (not e.meets_slo, order(question.objective, e)))
+    chosen = recommended(question, evaluations)
+    evaluations = marked(evaluations, chosen)
+    evaluations = sorted(evaluations, key=lambda e: (not e.meets_slo, order(question.objective, e)))
     chosen = recommended(question, evaluations)
     beside = alternatives(question, chosen, evaluations)
     return Findings(
@@ -160,7 +167,7 @@ class _Simulated:
         tasks = []
         for evaluation in evaluations:
             band = _band(self.question, evaluation.deployment)
-            task = _task(evaluation, self.question.rate)
+            task = _task(self.question, evaluation, self.question.rate)
             tasks += [replace(task, slowdown=slowdown) for slowdown in (1.0, 1 + band, 1 / (1 + band))]
         played = list(self.players(tasks))
         return [
@@ -200,7 +207,8 @@ class _Simulated:
         rates = [min(max(first, asked * 1.1), asked * _MOST_RATE) for first in (guess.value, guess.low, guess.high)]
         for done in range(_BISECTIONS):
             tasks = [
-                replace(_task(chosen, rate), slowdown=slowdown) for rate, slowdown in zip(rates, speeds, strict=True)
+                replace(_task(self.question, chosen, rate), slowdown=slowdown)
+                for rate, slowdown in zip(rates, speeds, strict=True)
             ]
             for i, one in enumerate(self.players(tasks)):
                 if _keeps(self.question, one):
@@ -251,13 +259,18 @@ def _binds(before: Evaluation, played: Played) -> Bound:
     return max(names, key=lambda name: played.bounds.get(name, 0.0))
 
 
-def _task(evaluation: Evaluation, rate: float) -> Task:
-    """Long enough that the beginning does not count."""
+def _task(question: Question, evaluation: Evaluation, rate: float) -> Task:
+    """Long enough that the beginning does not count: of conversations, that some have come to their end."""
     replicas = sum(pool.count for pool in evaluation.deployment.pools)
     share = min(MOST_REPLICAS / replicas, 1.0)
     answer_s = evaluation.figures["e2e_mean_s"].value
     seconds = max(_SECONDS, _ANSWERS * answer_s if math.isfinite(answer_s) else 0.0)
-    return Task(evaluation.deployment, rate, int(min(max(rate * share * seconds, _FEWEST), _MOST)))
+    mix, turns = question.workload.requests, 1.0
+    if isinstance(mix, Mix) and mix.conversation is not None:
+        turns = mix.conversation.turns.mean
+        seconds = max(seconds, 2 * turns * (mix.conversation.think_s + seconds / _ANSWERS))
+    most = _MOST if turns == 1 else 2 * _MOST
+    return Task(evaluation.deployment, rate, int(min(max(rate * turns * share * seconds, _FEWEST), most)))
 
 
 def _band(question: Question, deployment: Deployment) -> float:
