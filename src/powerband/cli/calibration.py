@@ -80,14 +80,13 @@ class ModelFit:
 
 def measure_machine(device: str, threads: int | None, budget_s: float, told: Told) -> DeviceFits:
     """The laws of this machine's CPU or GPU, from steps of small made-up models within about `budget_s`."""
-    bandwidth = read_bandwidth_bytes_per_s(threads or detect_cpu().cores)
     fits: list[PrecisionFit] = []
     profile: DeviceProfile | None = None
     precisions = PRECISIONS if device == "cpu" else PRECISIONS[:1]
     for precision in precisions:
         measured = _timed(device, threads, precision, budget_s / len(precisions), told)
         if profile is None:
-            profile = _facts(measured, bandwidth)
+            profile = _facts(measured, threads)
         told(f"{precision}: fit", 0.5)
         profile, found = fit_precision(profile, [steps for steps, _ in measured])
         fits.append(found)
@@ -165,16 +164,27 @@ def _engine(settings: EngineSettings) -> Iterator[Engine]:
         engine.close()
 
 
-def _facts(measured: Sequence[tuple[ModelSteps, Form]], bandwidth: float) -> DeviceProfile:
-    """What the laws' shares are of. The peak of a CPU is the most that its products reached."""
+def _facts(measured: Sequence[tuple[ModelSteps, Form]], threads: int | None) -> DeviceProfile:
+    """What the laws' shares are of: of a GPU in the catalog what stands there, else the most that was reached."""
     cpu, form = detect_cpu(), measured[0][1]
+    machine, source = this_machine(form), f"powerband calibrate, {_today()}"
     _, flops = reached([steps for steps, _ in measured])
     on_cpu = form.device == "cpu"
-    memory = cpu.memory_bytes
-    if not on_cpu:
+    memory, processors, bandwidth = cpu.memory_bytes, cpu.cores, 0.0
+    if on_cpu:
+        bandwidth = read_bandwidth_bytes_per_s(threads or cpu.cores)
+    else:
         import torch
 
-        memory = torch.cuda.mem_get_info()[1]
+        from powerband.engine.known_device import catalog_device
+        from powerband.engine.measure import copy_bytes_per_s
+
+        known = catalog_device(form.device_name)
+        if known is not None:
+            return replace(known, name="here", aliases=(), source=source, machine=machine)
+        device = torch.device(form.device)
+        memory, bandwidth = torch.cuda.mem_get_info(device)[1], copy_bytes_per_s(device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
     return DeviceProfile(
         name="here",
         kind="cpu" if on_cpu else "cuda",
@@ -182,20 +192,11 @@ def _facts(measured: Sequence[tuple[ModelSteps, Form]], bandwidth: float) -> Dev
         memory_bytes=memory,
         bandwidth_bytes_per_s=bandwidth,
         peak_flops_per_s={"16bit": flops, "float32": flops / 2},
-        multiprocessors=cpu.cores,
+        multiprocessors=processors,
         devices_per_node=1,
-        source=f"powerband calibrate, {_today()}",
-        host={
-            "powerband": HostLaw(
-                step_s=3e-4,
-                per_request_s=3e-5,
-                arrival_s=2e-3,
-                answer_s=1e-3,
-                overlapped=not on_cpu,
-                evidence=Evidence(source="assumed", error=0.5),
-            )
-        },
-        machine=this_machine(form),
+        source=source,
+        host={"powerband": replace(_ASSUMED_HOST, overlapped=not on_cpu)},
+        machine=machine,
     )
 
 

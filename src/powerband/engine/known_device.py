@@ -59,6 +59,11 @@ def _profile(form: Form) -> DeviceProfile | None:
         return here
     if form.device == "cpu":
         return None
-    called = form.device_name.removeprefix("NVIDIA ").casefold()
+    return catalog_device(form.device_name)
+
+
+def catalog_device(device_name: str) -> DeviceProfile | None:
+    """A GPU by the name that its driver gives it."""
+    called = {device_name.casefold(), device_name.removeprefix("NVIDIA ").casefold()}
     known = (profile for profile in load_catalog().profiles.values() if profile.kind != "cpu")
-    return next((p for p in known if called in (name.casefold() for name in (p.name, *p.aliases))), None)
+    return next((p for p in known if called & {name.casefold() for name in (p.name, *p.aliases)}), None)

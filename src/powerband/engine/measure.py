@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from powerband.core.params import SamplingParams
 from powerband.core.step import NewRequest, Step, Work
 from powerband.cost.steps import StepSample
@@ -67,6 +69,25 @@ def grid(longest: int, budget: int, seats: int) -> list[StepShape]:
     # Multiples of the golden section fill a line evenly (Knuth 1973, section 6.4).
     order = sorted(range(len(fitting)), key=lambda index: index * _GOLDEN % 1.0)
     return [fitting[index] for index in order]
+
+
+def copy_bytes_per_s(device: torch.device, size: int = 1 << 30) -> float:
+    """The most that a copy within a device's memory reached: what it reads and writes, a second."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(10):
+        _finish(device)
+        start_s = time.perf_counter()
+        target.copy_(source)
+        _finish(device)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start_s))
+    return best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Steps:
