@@ -17,7 +17,7 @@ Law = TypeVar("Law")
 Point = TypeVar("Point")
 
 _ANY = Evidence(source="", error=0.0)
-_QUANTIZE_S = 2e-6  # tables cannot tell it from the product's own overhead; notes in spec/priors.py
+_QUANTIZE_S = 2e-6  # tables cannot tell it from the product's own overhead
 GEMM_BOUNDS: Bounds = {
     "compute_share": (0.05, 1.0),
     "memory_share": (0.1, 1.0),
