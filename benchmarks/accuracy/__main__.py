@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -189,13 +188,12 @@ def _line(errors: Errors) -> str:
 
 
 def _result(sections: Sequence[Section], seconds: float) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": "python -m benchmarks.accuracy",
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"powerband": __version__, "commit": commit, "python": platform.python_version()},
+        "versions": {"powerband": __version__, "python": platform.python_version()},
         "sections": [
             {
                 "name": section.name,
