@@ -166,15 +166,9 @@ class ClosedForm:
         )
 
     def _running(self, rate: float) -> float:
-        """The fixed point of Little's law, by bisection: the right side grows slower than the left at the end."""
-        low, high = 0.0, self.seats
-        for _ in range(_ROUNDS):
-            middle = (low + high) / 2
-            if rate * self._weight.output * self._tpot_s(middle, rate) > middle:
-                low = middle
-            else:
-                high = middle
-        return high
+        """The fixed point of Little's law."""
+        per_second = self._tpot_s(1.0, rate) / self._step_s(1.0)  # TPOT is so many times a step
+        return min(self._times.balanced(rate * self._weight.output * per_second * self._slowdown), self.seats)
 
     def _tpot_s(self, running: float, rate: float) -> float:
         """With stages, a chunk delays those in its own step in every stage, and those behind it once more."""
@@ -215,6 +209,20 @@ class StepTimes:
         low, high = _BATCHES[place - 1], _BATCHES[place]
         first = self._decodes_s(low)
         return first + (at_once - low) / (high - low) * (self._decodes_s(high) - first) if at_once > low else first
+
+    def balanced(self, factor: float) -> float:
+        """The requests at once that are `factor` times the seconds of a step of them; infinity: there is no end."""
+        stages = self.model.num_stages
+        before, before_s = float(stages), self._decodes_s(_BATCHES[0])
+        if factor * before_s <= before:
+            return factor * before_s
+        for batch in _BATCHES[1:]:
+            requests, seconds = float(batch * stages), self._decodes_s(batch)
+            if factor * seconds <= requests:
+                slope = (seconds - before_s) / (requests - before)
+                return factor * (before_s - slope * before) / (1 - factor * slope)
+            before, before_s = requests, seconds
+        return math.inf
 
     def prefilling_s(self, tokens: float, running: float, chunk: int) -> float:
         """Steps until the first token of a prompt, beside so many decodes: on a straight line between none and some."""

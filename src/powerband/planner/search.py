@@ -26,6 +26,7 @@ from powerband.planner.outcome import Banded, Bound, Evaluation, Findings, Prune
 from powerband.planner.playing import MOST_REPLICAS, Played, Task, play
 from powerband.planner.question import Question, turns_of, weighed
 from powerband.planner.reasons import reasons
+from powerband.planner.words import deployment_text
 from powerband.spec.deployment import Deployment
 from powerband.spec.workload import Mix
 
@@ -58,6 +59,7 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
         evaluations += [estimated(question, unit, count) for count in counts(question, unit)]
         tell(len(alike), len(LIMITS) * len(found), "closed form")
     evaluations += fleets(question, alike, requests, turns)
+    tell(0, _MOST_SIMULATED, f"simulating, first estimate: {_best_text(question, evaluations)}")
     with _players(question, workers) as players:
         simulated = _Simulated(question, players, tell)
         evaluations = simulated.rounds(evaluations)
@@ -90,6 +92,13 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
         alternatives=beside,
         seconds=time.monotonic() - started_s,
     )
+
+
+def _best_text(question: Question, evaluations: Sequence[Evaluation]) -> str:
+    """What would be recommended: of what was simulated, or else by estimates alone."""
+    able = [e for e in evaluations if e.meets_slo and within_budget(question, e)]
+    best = recommended(question, evaluations) or min(able, key=lambda e: order(question.objective, e), default=None)
+    return "nothing keeps the SLO" if best is None else deployment_text(best.deployment)
 
 
 Player = Callable[[Iterable[Task]], Iterator[Played]]
@@ -131,7 +140,9 @@ class _Simulated:
             for evaluation in self.simulate(batch):
                 by_deployment[evaluation.deployment] = evaluation
             done += len(batch)
-            self.tell(done, _MOST_SIMULATED, "simulated")
+            self.tell(
+                done, _MOST_SIMULATED, f"simulating, so far: {_best_text(self.question, [*by_deployment.values()])}"
+            )
         return list(by_deployment.values())
 
     def frontier(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -217,7 +228,7 @@ class _Simulated:
                     missed[i] = min(missed[i], rates[i])
                 is_open = math.isinf(missed[i])
                 rates[i] = min(kept[i] * 1.5, asked * _MOST_RATE) if is_open else math.sqrt(kept[i] * missed[i])
-            self.tell(done + 1, _BISECTIONS, "capacity")
+            self.tell(done + 1, _BISECTIONS, f"highest rate of {deployment_text(chosen.deployment)}")
         return kept
 
 
