@@ -67,5 +67,6 @@ def predict(row: Row) -> tuple[float, float] | None:
     at_once = min(at_once, users)
     prefill_s = costs.step_s([(row.prompt, row.prompt)] * at_once, at_once) / at_once
     host_s = costs.host.step_s + costs.host.per_request_s * users
-    seconds = max(step_s, host_s) + users / row.answer * prefill_s
+    decode_s = max(step_s, host_s) if costs.host.overlapped else step_s + host_s
+    seconds = decode_s + users / row.answer * prefill_s
     return users / seconds, costs.band
