@@ -177,6 +177,7 @@ def main() -> None:
     report = {
         "machine": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "seed": SEED,
         "requests": REQUESTS,
