@@ -166,7 +166,9 @@ class _Simulated:
 
     def capacity(self, evaluations: Sequence[Evaluation], chosen: Evaluation | None) -> list[Evaluation]:
         """The choice's highest rate, as predicted and at both edges, by simulation."""
-        if chosen is None:
+        # A simulation of many conversations ends long before as many go on at once as there will be: for them the
+        # closed form's rate stands, which knows no beginning.
+        if chosen is None or turns_of(self.question.schedule(self.question.rate, _FEWEST)) > 1:
             return list(evaluations)
         edges = self._highest_rates(chosen)
         figures = {**chosen.figures, "capacity": Banded(*edges)}
@@ -280,7 +282,7 @@ def _task(question: Question, evaluation: Evaluation, rate: float) -> Task:
     if isinstance(mix, Mix) and mix.conversation is not None:
         turns = mix.conversation.turns.mean
         seconds = max(seconds, 2 * turns * (mix.conversation.think_s + seconds / _ANSWERS))
-    most = _MOST if turns == 1 else 2 * _MOST
+    most = _MOST if turns == 1 else 4 * _MOST
     return Task(evaluation.deployment, rate, int(min(max(rate * turns * share * seconds, _FEWEST), most)))
 
 
