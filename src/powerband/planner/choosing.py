@@ -10,7 +10,6 @@ from powerband.planner.outcome import Evaluation, Objective
 from powerband.planner.question import Question
 
 _HAIR = 1.05  # a latency that is better by less is no reason of its own
-_ERROR = 1.3  # of a closed form: by so much its latencies must be lower than simulated ones to be better
 _CLEARLY = 0.9  # of a latency: what is lower than this share of it is faster
 _USED = ("ttft_s", "tpot_s")  # by which the frontier is drawn, beside the price
 
@@ -79,23 +78,20 @@ def marked(evaluations: Sequence[Evaluation], chosen: Evaluation | None = None) 
     """
     points = [(price(e), *(e.figures[name].value for name in _USED)) for e in evaluations]
     ordered = sorted(range(len(points)), key=lambda i: (points[i], -evaluations[i].figures["capacity"].low))
-    simulated = [e.method == "simulation" for e in evaluations]
-    kept: list[tuple[tuple[float, ...], bool]] = []
+    kept: list[tuple[float, ...]] = []
     dominated = [True] * len(points)
     for i in ordered:
         point = points[i]
-        is_beaten = any(
-            _beats(other, point, _HAIR / _ERROR if simulated[i] > is_sure else _HAIR) for other, is_sure in kept
-        )
+        is_beaten = any(_beats(other, point) for other in kept)
         if math.isfinite(point[1]) and (not is_beaten or evaluations[i] is chosen):
             dominated[i] = False
-            kept.append((point, simulated[i]))
+            kept.append(point)
     return [replace(e, dominated=beaten) for e, beaten in zip(evaluations, dominated, strict=True)]
 
 
-def _beats(other: tuple[float, ...], point: tuple[float, ...], share: float) -> bool:
-    """Costs no more, and takes no more than this share of its times."""
-    return other[0] <= point[0] and all(a <= b * share for a, b in zip(other[1:], point[1:], strict=True))
+def _beats(other: tuple[float, ...], point: tuple[float, ...]) -> bool:
+    """Costs no more, and is slower by a hair at most."""
+    return other[0] <= point[0] and all(a <= b * _HAIR for a, b in zip(other[1:], point[1:], strict=True))
 
 
 def _excess(question: Question, evaluation: Evaluation) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.planner.candidates import kinds
 from powerband.planner.choosing import alternatives, marked, order, price, recommended, within_budget
+from powerband.planner.correction import corrected
 from powerband.planner.estimates import LIMITS, counts, estimated, units
 from powerband.planner.fleets import fleets
 from powerband.planner.outcome import Banded, Bound, Evaluation, Findings, Pruned
@@ -36,6 +37,9 @@ _WEIGHED = 2000  # requests by which the workload is weighed
 _MOST_SIMULATED = 64  # deployments
 _ALIKE = 3  # of one price that are simulated
 _OF_FRONTIER = 6  # that are simulated besides, so that the frontier shows more than closed forms
+_AT_ONCE = 4
+_MOST_SURELY = 3  # times that others of the same price are looked at, when simulations have told how closed forms err
+_SAME = 1e-3  # of a price
 _MOST_BESIDE = 6  # times that alternatives are looked for anew, because simulated they are none
 _SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
 _FEWEST, _MOST = 150, 1200  # requests
@@ -60,12 +64,15 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
         tell(len(alike), len(LIMITS) * len(found), "closed form")
     evaluations += fleets(question, alike, requests, turns)
     tell(0, _MOST_SIMULATED, f"simulating, first estimate: {_best_text(question, evaluations)}")
+    before = {evaluation.deployment: evaluation for evaluation in evaluations}
     with _players(question, workers) as players:
         simulated = _Simulated(question, players, tell)
         evaluations = simulated.rounds(evaluations)
         evaluations = simulated.frontier(marked(evaluations))
+        evaluations = simulated.surely(evaluations, before)
         evaluations = simulated.beside(evaluations)
         evaluations = simulated.capacity(evaluations, recommended(question, evaluations))
+    evaluations = corrected(evaluations, before)
     chosen = recommended(question, evaluations)
     evaluations = marked(evaluations, chosen)
     evaluations = sorted(evaluations, key=lambda e: (not e.meets_slo, order(question.objective, e)))
@@ -152,6 +159,29 @@ class _Simulated:
         played = {evaluation.deployment: evaluation for evaluation in self.simulate(chosen)}
         return [played.get(evaluation.deployment, evaluation) for evaluation in evaluations]
 
+    def surely(self, evaluations: Sequence[Evaluation], before: Mapping[Deployment, Evaluation]) -> list[Evaluation]:
+        """What would be better than the choice at its price, if closed forms erred with it as with the others."""
+        by_deployment = {evaluation.deployment: evaluation for evaluation in evaluations}
+        for _ in range(_MOST_SURELY):
+            best = recommended(self.question, list(by_deployment.values()))
+            if best is None:
+                break
+            limit = order(self.question.objective, best)
+            better = [
+                evaluation
+                for evaluation in corrected(list(by_deployment.values()), before)
+                if evaluation.method != "simulation"
+                and evaluation.figures["capacity"].high >= self.question.rate
+                and abs(price(evaluation) - price(best)) < _SAME * price(best)
+                and order(self.question.objective, evaluation) < limit
+            ]
+            if not better:
+                break
+            better.sort(key=lambda evaluation: order(self.question.objective, evaluation))
+            found = self.simulate([by_deployment[evaluation.deployment] for evaluation in better[:_AT_ONCE]])
+            by_deployment |= {evaluation.deployment: evaluation for evaluation in found}
+        return list(by_deployment.values())
+
     def beside(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """What lies beside the choice: figures of a closed form are not to be held against simulated ones."""
         by_deployment = {evaluation.deployment: evaluation for evaluation in evaluations}
@@ -207,7 +237,7 @@ class _Simulated:
                 continue
             seen[level] = seen.get(level, 0) + 1
             chosen.append(evaluation)
-            if len(chosen) == 4:
+            if len(chosen) == _AT_ONCE:
                 break
         return chosen
 
