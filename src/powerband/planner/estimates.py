@@ -155,6 +155,10 @@ def notes(question: Question, deployment: Deployment) -> tuple[str, ...]:
             found.append(f"{pool.replica.offload_share:.0%} of the weights come from the host's memory in every step")
         if pool.replica.quantization not in ("none", question.stored.quantization):
             found.append(f"weights in {pool.replica.quantization}: check the quality for your use")
+    if deployment.engine == "powerband" and any(
+        question.profile(pool.replica.device).kind != "cpu" for pool in deployment.pools
+    ):
+        found.append("our engine has not been measured on GPUs: its laws are those of other engines, its band is wider")
     return tuple(dict.fromkeys(found))
 
 
