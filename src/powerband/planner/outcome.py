@@ -71,3 +71,9 @@ class Findings:
     @property
     def frontier(self) -> tuple[Evaluation, ...]:
         return tuple(evaluation for evaluation in self.evaluations if not evaluation.dominated)
+
+    @property
+    def unit(self) -> str:
+        """Of its rates: where requests come in conversations, it is these that arrive."""
+        requests = self.workload.get("requests", {})
+        return "conversations/s" if requests.get("conversation") else "requests/s"

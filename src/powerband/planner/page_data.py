@@ -155,7 +155,7 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
     slo = findings.slo
     return [
         ("Model", plain(findings.model)),
-        ("Load", f"{findings.rate:.3g} requests/s of {plain(str(findings.workload.get('name', 'a workload')))}"),
+        ("Load", f"{findings.rate:.3g} {findings.unit} of {plain(str(findings.workload.get('name', 'a workload')))}"),
         ("SLO", f"{slo} for {slo.attainment * 100:g} % of requests" if slo.limits else "none"),
         ("Objective", findings.objective),
         (

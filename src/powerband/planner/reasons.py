@@ -24,8 +24,9 @@ def reasons(
     slo: SLO,
     rate: float,
     budget_usd_per_h: float | None,
+    unit: str = "requests/s",
 ) -> tuple[str, ...]:
-    """evaluations: all of them. alternatives: 'cheaper', 'faster', 'nearest', see Findings."""
+    """evaluations: all of them. alternatives: 'cheaper', 'faster', 'nearest', see Findings. unit: of rates."""
     if recommended is None:
         return tuple(_none(evaluations, alternatives.get("nearest"), slo, rate, budget_usd_per_h))
     return (
@@ -33,7 +34,7 @@ def reasons(
         *_smaller(recommended, evaluations, slo, rate),
         *_cheaper(recommended, alternatives.get("cheaper"), slo, rate),
         *_faster(recommended, alternatives.get("faster")),
-        *_changing(recommended, evaluations, rate),
+        *_changing(recommended, evaluations, f"{rate:.3g}", unit),
     )
 
 
@@ -86,13 +87,13 @@ def _faster(chosen: Evaluation, faster: Evaluation | None) -> Iterator[str]:
     yield f"Faster: {deployment_text(faster.deployment)} ({', '.join(gains)}){price}."
 
 
-def _changing(chosen: Evaluation, evaluations: Sequence[Evaluation], rate: float) -> Iterator[str]:
+def _changing(chosen: Evaluation, evaluations: Sequence[Evaluation], asked: str, unit: str) -> Iterator[str]:
     """The rate up to which it holds, and the price at which another kind of device would be chosen."""
     capacity = chosen.figures.get("capacity")
     if capacity is not None and capacity.low > 0:
         yield (
-            f"It holds up to {capacity.low:.3g} requests/s (prediction {capacity.value:.3g}, asked {rate:.3g}); beyond "
-            "that, plan again."
+            f"It holds up to {capacity.low:.3g} {unit} (prediction {capacity.value:.3g}, asked {asked}); beyond that, "
+            "plan again."
         )
     devices = _devices(chosen.deployment)
     others = [
@@ -151,7 +152,7 @@ def _misses(evaluation: Evaluation, slo: SLO, rate: float) -> str:
         found.append(f"{name.upper()} {verb} {banded_seconds(figure)} of {brief_seconds(limit)}")
     capacity = evaluation.figures.get("capacity")
     if not found and capacity is not None and capacity.low < rate:
-        found.append(f"it holds {capacity.low:.3g} of {rate:.3g} requests/s")
+        found.append(f"it holds {capacity.low:.3g} of the {rate:.3g} asked")
     attainment = evaluation.figures.get("attainment")
     if not found and attainment is not None:
         found.append(f"{attainment.low:.0%} of requests keep the SLO, {slo.attainment:.0%} must")

@@ -78,7 +78,7 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
     evaluations = sorted(evaluations, key=lambda e: (not e.meets_slo, order(question.objective, e)))
     chosen = recommended(question, evaluations)
     beside = alternatives(question, chosen, evaluations)
-    return Findings(
+    found_in_all = Findings(
         model=question.model,
         objective=question.objective,
         rate=question.rate,
@@ -88,17 +88,19 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
         evaluations=tuple(evaluations),
         pruned=tuple(pruned),
         recommended=chosen,
-        reasons=reasons(
-            chosen,
-            evaluations,
-            beside,
-            slo=question.slo,
-            rate=question.rate,
-            budget_usd_per_h=question.budget_usd_per_h,
-        ),
         alternatives=beside,
         seconds=time.monotonic() - started_s,
     )
+    why = reasons(
+        chosen,
+        evaluations,
+        beside,
+        slo=question.slo,
+        rate=question.rate,
+        budget_usd_per_h=question.budget_usd_per_h,
+        unit=found_in_all.unit,
+    )
+    return replace(found_in_all, reasons=why)
 
 
 def _best_text(question: Question, evaluations: Sequence[Evaluation]) -> str:

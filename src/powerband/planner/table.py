@@ -43,7 +43,9 @@ def plan_table(findings: Findings) -> RenderableType:
     shown = findings.recommended or findings.alternatives.get("nearest")
     if shown is not None:
         told = "Promise" if findings.recommended else "Prediction"
-        parts.append(_facts([(told, "\n".join(_promise(shown, findings.slo, findings.rate))), *facts(shown)]))
+        parts.append(
+            _facts([(told, "\n".join(_promise(shown, findings.slo, findings.rate, findings.unit))), *facts(shown)])
+        )
     if findings.reasons:
         parts += ["", _facts([("Why" if findings.recommended else "Why not", "\n".join(map(plain, findings.reasons)))])]
     if findings.frontier:
@@ -67,7 +69,7 @@ def headline(findings: Findings) -> str:
 def question(findings: Findings) -> str:
     """What was asked, in a line."""
     parts = [f"{plain(findings.model)}, {plain(str(findings.workload.get('name', 'a workload')))}"]
-    parts[0] += f" at {findings.rate:.3g} requests/s"
+    parts[0] += f" at {findings.rate:.3g} {findings.unit}"
     limits = str(findings.slo)
     parts.append(f"{limits} for {findings.slo.attainment * 100:g} % of requests" if limits else "no SLO")
     if findings.budget_usd_per_hour is not None:
@@ -140,7 +142,7 @@ def band_text(figure: Banded) -> str:
     return f"{digits(figure.value)} ({digits(figure.low)}–{digits(figure.high)})"
 
 
-def _promise(one: Evaluation, slo: SLO, rate: float) -> Iterator[str]:
+def _promise(one: Evaluation, slo: SLO, rate: float, unit: str) -> Iterator[str]:
     """Figures with their bands beside what was asked."""
     for name, shown in LATENCIES.items():
         figure, limit = one.figures.get(name), slo.limits.get(name.removesuffix("_s"))
@@ -151,7 +153,7 @@ def _promise(one: Evaluation, slo: SLO, rate: float) -> Iterator[str]:
     if kept is not None:
         yield f"{share_band_text(kept)} of requests keep the SLO, {slo.attainment * 100:g} % must"
     if capacity is not None:
-        yield f"it holds {band_text(capacity)} requests/s, {rate:.3g} are asked"
+        yield f"it holds {band_text(capacity)} {unit}, {rate:.3g} are asked"
 
 
 def _facts(rows: Sequence[tuple[str, str]]) -> Table:

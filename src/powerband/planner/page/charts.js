@@ -38,7 +38,7 @@ const Charts = (() => {
       latency("tpot_s", "TPOT", "time per output token"),
       latency("e2e_s", "E2E", "whole answer"),
       { key: "attainment", short: "keep the SLO", name: "requests that keep the SLO", better: 1, isShare: true, shown: share, tick: (value) => `${Number((value * 100).toPrecision(3))} %`, value: figure("attainment"), band: (one) => one.figures.attainment, limit: Object.keys(limits).length ? [attainment, `${+(attainment * 100).toFixed(2)} % must`] : null },
-      { key: "capacity", short: "holds up to", name: "holds up to, requests/s", better: 1, shown: (value) => `${digits(value)}/s`, tick: (value) => `${Number(value.toPrecision(3))}`, value: figure("capacity"), band: (one) => one.figures.capacity, limit: [data.rate, `${Number(data.rate.toPrecision(3))}/s asked`] },
+      { key: "capacity", short: "holds up to", name: "holds up to, arrivals/s", better: 1, shown: (value) => `${digits(value)}/s`, tick: (value) => `${Number(value.toPrecision(3))}`, value: figure("capacity"), band: (one) => one.figures.capacity, limit: [data.rate, `${Number(data.rate.toPrecision(3))}/s asked`] },
       { key: "output_tokens_per_s", short: "output tokens/s", name: "output tokens/s at the asked rate", better: 1, shown: digits, tick: (value) => value.toLocaleString("en"), value: figure("output_tokens_per_s"), band: (one) => one.figures.output_tokens_per_s },
       { key: "devices", short: "devices", name: "devices", better: -1, shown: (value) => String(value), tick: (value) => String(value), value: (one) => one.devices },
     ].filter((one) => data.evaluations.some((evaluation) => typeof one.value(evaluation) === "number"));
