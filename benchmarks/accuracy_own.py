@@ -55,8 +55,8 @@ LENGTHS = {
     "qwen3-0.6b": {"chat": ((32, 256), (16, 64), 64), "rag": ((256, 1200), (8, 32), 128)},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "demo": {"kv_cache_memory": "1GiB", "max_num_seqs": 64},
-    "qwen3-0.6b": {"kv_cache_memory": "5GiB", "max_num_seqs": 32, "max_model_len": 4096, "load_format": "dummy"},
+    "demo": {"kv_cache_memory": "192MiB", "max_num_seqs": 64},
+    "qwen3-0.6b": {"kv_cache_memory": "2560MiB", "max_num_seqs": 32, "max_model_len": 4096, "load_format": "dummy"},
 }
 
 
@@ -97,6 +97,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         place = folder / f"serve-{name}"
         place.mkdir()
         async with serving(model, SETTINGS[name], place) as served:
+            await served.touch(modelled.num_blocks[0] * modelled.block_size, 30.0)
             for preset_name in LENGTHS[name]:
                 report["figures"] += await one_preset(name, preset_name, modelled, served, arguments)
     return report

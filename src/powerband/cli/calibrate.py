@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from powerband.cli.calibration import DeviceFits, ModelFit
 
-DEFAULT_SECONDS = 60.0
+DEFAULT_SECONDS = 45.0
 NOT_CALIBRATED = ("step_log", "scheduling_policy", "served_model_name", "chat_template")
 _MACHINE_SHARE = 0.6  # of the time, beside the demo model's
 _NAMES = {"none": "16 bits", "int8": "int8", "int4": "int4"}

@@ -51,10 +51,10 @@ _SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
     (2048, 6144, 3, 16, 8, 128, 32768),
 )
 _KV_MEMORY = "768MiB"
-_USERS = (4, 12, 32)
-_REQUESTS_ALONE = 40
-_LONGEST_PROMPT, _LONGEST_ANSWER = 512, 48
-_PAUSE_S = 0.25  # a longer one between two steps is the engine at rest
+_USERS = (2, 6, 16, 32)
+_REQUESTS_ALONE, _REST_S = 100, 0.05  # a machine that had a rest takes longer to wake up
+_LONGEST_PROMPT_ALONE = 1024
+_LONGEST_PROMPT, _LONGEST_ANSWER = 512, 96
 _LEAST_BAND = 0.05
 _MOST_SAMPLES = 2000  # of a log
 # Until a model has been served here.
@@ -230,10 +230,10 @@ def measure_model(settings: EngineSettings, budget_s: float, told: Told) -> Mode
         shapes = grid(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
         name = f"{settings.model}: steps"
         samples = Steps(engine).samples(shapes, budget_s / 2, partial(told, name))
-        form, longest = engine.form, limits.max_model_len
+        form, longest, kv_tokens = engine.form, limits.max_model_len, engine.memory.kv_tokens
     with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
-        loads, steps = asyncio.run(_serve(settings, Path(folder), longest, budget_s / 2, told))
-    cycles = busy_cycles(steps, _PAUSE_S)
+        loads, steps = asyncio.run(_serve(settings, Path(folder), longest, kv_tokens, budget_s / 2, told))
+    cycles = busy_cycles(steps)
     law, share = fit_served(samples, cycles)
     host = replace(host_law(share, loads, steps), overlapped=form.device != "cpu")
     band = max(percentile(window_errors(cycles, law, share), 90), _LEAST_BAND)
@@ -250,25 +250,28 @@ def measure_model(settings: EngineSettings, budget_s: float, told: Told) -> Mode
 
 
 async def _serve(
-    settings: EngineSettings, folder: Path, longest: int, budget_s: float, told: Told
+    settings: EngineSettings, folder: Path, longest: int, kv_tokens: int, budget_s: float, told: Told
 ) -> tuple[list[Load], list[StepSample]]:
     from powerband.cli.served import serving
 
     told(f"{settings.model}: server", 0.0)
     prompts = Uniform(16, max(min(_LONGEST_PROMPT, longest // 4), 16))
-    answers = Uniform(8, max(min(_LONGEST_ANSWER, longest // 4), 8))
+    answers = Uniform(16, max(min(_LONGEST_ANSWER, longest // 4), 16))
     loads = []
     async with serving(settings.model, options_of(settings), folder) as served:
+        await served.touch(kv_tokens, max(budget_s / 2, 3.0))
         told(f"{settings.model}: 1 user", 0.0)
-        alone = Workload(name="alone", arrivals=ClosedLoop(1), requests=Mix(prompts, Uniform(2, 6)))
+        wide = Uniform(16, max(min(_LONGEST_PROMPT_ALONE, longest // 2), 16))
+        alone = Workload(name="alone", arrivals=ClosedLoop(1, think_s=_REST_S), requests=Mix(wide, Uniform(2, 6)))
         # However slow the model is: a request that finds the engine at rest is all that tells of the way to it.
-        schedule = alone.draw(0, duration_s=max(budget_s, 10.0), num_requests=_REQUESTS_ALONE)
+        schedule = alone.draw(0, duration_s=max(budget_s / 3, 10.0), num_requests=_REQUESTS_ALONE)
         loads.append(await served.load(schedule))
         for number, users in enumerate((min(users, settings.max_num_seqs) for users in _USERS), 1):
             told(f"{settings.model}: {users} users", number / (len(_USERS) + 1))
             workload = Workload(name="calibrate", arrivals=ClosedLoop(users), requests=Mix(prompts, answers))
             loads.append(await served.load(workload.draw(number, duration_s=budget_s / len(_USERS))))
-    return loads, [sample for run in served.steps() for sample in run.samples]
+    began_s = loads[0].start_s
+    return loads, [sample for run in served.steps() for sample in run.samples if sample.at_s > began_s]
 
 
 def options_of(settings: EngineSettings) -> Mapping[str, object]:

@@ -27,10 +27,13 @@ from powerband.bench.messages import Target
 from powerband.bench.probe import find_server, measure_words
 from powerband.cost.steps import Run, read_step_log
 from powerband.errors import EnvironmentFault
-from powerband.spec.workload import Schedule
+from powerband.spec.arrivals import ClosedLoop
+from powerband.spec.lengths import Fixed
+from powerband.spec.workload import Mix, Schedule, Workload
 
 START_S = 300.0
 _STOP_S = 20.0
+_TOUCHING = 1000  # tokens at a time
 _LOG_NAME, _STEPS_NAME, _SETTINGS_NAME = "server.log", "steps.jsonl", "settings.yaml"
 
 
@@ -61,6 +64,13 @@ class Served:
         options = LoadOptions(timeout_s=timeout_s, drain_s=drain_s)
         result = await run_load(target, schedule, options, watch=watch)
         return Load(result, started)
+
+    async def touch(self, kv_tokens: int, seconds: float) -> None:
+        """Fill the KV cache once, as far as `seconds` go: memory that was never written to is slow to write to."""
+        each = min(_TOUCHING, kv_tokens)
+        mix = Mix(Fixed(each), Fixed(1))
+        workload = Workload(name="touch", arrivals=ClosedLoop(4), requests=mix)
+        await self.load(workload.draw(0, duration_s=seconds, num_requests=-(-kv_tokens // each) + 4))
 
     def steps(self) -> list[Run]:
         """What the engine noted. Complete only once the server has ended."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
-from powerband.cost.least_squares import Array, robust
+from powerband.cost.least_squares import robust
 from powerband.cost.measured_steps import MeasuredSteps
 from powerband.cost.step_fit import SCALE, all_knots, features, fit_steps, law_of
 from powerband.cost.steps import StepSample
@@ -24,16 +23,19 @@ _FEWEST = 8
 _FEWEST_AT_REST = 3
 _MOST = 3000  # cycles that are fitted, equally spaced
 _WINDOW_S = 1.0
-_UNUSUAL = 1.0  # relative: what is further off was somebody else's doing
+_HOST_FEATURES = 4
+_SPREAD = 40  # parts
+_LONGEST = 8.0  # times as long: what took longer was somebody else's doing
 
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """From a step's end to the next one's, with no pause between. new: requests that are."""
+    """From a step's end to the next one's, with no pause between. new: requests that are; coming: in the next step."""
 
     seconds: float
     step: StepSample
     new: int
+    coming: int
 
     @property
     def requests(self) -> int:
@@ -52,13 +54,17 @@ class HostShare:
         return self.step_s + self.per_request_s * cycle.requests + self.per_new_s * cycle.new
 
 
-def busy_cycles(samples: Sequence[StepSample], pause_s: float) -> list[Cycle]:
-    """Of steps that were submitted within `pause_s` of the end of the one before: the engine had no rest between."""
+def busy_cycles(samples: Sequence[StepSample]) -> list[Cycle]:
+    """Of steps that go on with a request of the one before: the engine had no rest between."""
     return [
-        Cycle(sample.end_s - before.end_s, sample, sum(new > 1 for new, _ in sample.works))
-        for before, sample in pairwise(samples)
-        if sample.at_s - before.end_s < pause_s
+        Cycle(sample.end_s - before.end_s, sample, _num_new(sample), _num_new(after))
+        for before, sample, after in zip(samples, samples[1:], [*samples[2:], samples[-1]], strict=False)
+        if not {context for _, context in before.works}.isdisjoint(context - new for new, context in sample.works)
     ]
+
+
+def _num_new(sample: StepSample) -> int:
+    return sum(new > 1 for new, _ in sample.works)
 
 
 def fit_served(alone: Sequence[StepSample], cycles: Sequence[Cycle]) -> tuple[StepLaw, HostShare]:
@@ -73,16 +79,46 @@ def fit_served(alone: Sequence[StepSample], cycles: Sequence[Cycle]) -> tuple[St
     slowdown = _slowdown(fit_steps(alone), some)
     slowed = [replace(sample, seconds=sample.seconds * slowdown) for sample in alone]
     tokens, rows = all_knots([*slowed, *(cycle.step for cycle in some)])
-    none = [0.0, 0.0, 0.0]
+    none = [0.0] * _HOST_FEATURES
     table = [[*features(sample, tokens, rows), *none] for sample in slowed]
     table += [[*features(cycle.step, tokens, rows), *_host_features(cycle)] for cycle in some]
     seconds = np.array([*(sample.seconds for sample in slowed), *(cycle.seconds for cycle in some)])
     weights = np.array([len(slowed) ** -0.5] * len(slowed) + [len(some) ** -0.5] * len(some)) * len(seconds) ** 0.5
     matrix = np.array(table) / seconds[:, None]
     found = robust(matrix * weights[:, None], weights, scale=SCALE)
-    found *= _mean_ratio(np.array([c.seconds for c in some]), np.array(table)[len(slowed) :] @ found)
-    step_s, per_request_s, per_new_s = (float(value) for value in found[-3:])
-    return law_of(found[:-3], tokens, rows), HostShare(step_s, per_request_s, per_new_s)
+    step_s, per_request_s, new_s, coming_s = (float(value) for value in found[-_HOST_FEATURES:])
+    # The work for a request that arrives is done while the step before its first one runs, too.
+    host = HostShare(step_s, per_request_s, new_s + coming_s)
+    law = law_of(found[:-_HOST_FEATURES], tokens, rows)
+    decodes, chunks = ([c for c in cycles if bool(c.new) == has_new] for has_new in (False, True))
+    return replace(
+        law, decode_spread_s=_spread_s(decodes, law, host), chunk_spread_s=_spread_s(chunks, law, host)
+    ), host
+
+
+def _spread_s(cycles: Sequence[Cycle], law: StepLaw, host: HostShare) -> tuple[float, ...]:
+    """Measured seconds beyond the fitted ones: means of equally many, in order. None below 0: a step takes its time."""
+    model = MeasuredSteps(law)
+    longer = []
+    for cycle in cycles:
+        fitted = model.step_s(cycle.step.works, cycle.step.sampled) + host.of(cycle)
+        if cycle.seconds < _LONGEST * fitted:
+            longer.append(cycle.seconds - fitted)
+    count = min(len(longer) // 2, _SPREAD)
+    if not count:
+        return ()
+    means = [float(part.mean()) for part in np.array_split(np.sort(longer), count)]
+    return _above_zero(means)
+
+
+def _above_zero(means: Sequence[float]) -> tuple[float, ...]:
+    """With the same sum, as far as that is above 0, and none below it."""
+    debt, found = 0.0, []
+    for mean in means:
+        debt += mean
+        found.append(max(debt, 0.0))
+        debt = min(debt, 0.0)
+    return tuple(found)
 
 
 def window_errors(cycles: Sequence[Cycle], law: StepLaw, host: HostShare) -> list[float]:
@@ -90,8 +126,8 @@ def window_errors(cycles: Sequence[Cycle], law: StepLaw, host: HostShare) -> lis
     model = MeasuredSteps(law)
     errors, measured, predicted = [], 0.0, 0.0
     for cycle in cycles:
-        expected = model.step_s(cycle.step.works, cycle.step.sampled) + host.of(cycle)
-        if abs(cycle.seconds / expected - 1) < _UNUSUAL:
+        expected = model.mean_s(cycle.step.works, cycle.step.sampled) + host.of(cycle)
+        if cycle.seconds < _LONGEST * expected:
             measured += cycle.seconds
             predicted += expected
         if measured > _WINDOW_S:
@@ -111,13 +147,7 @@ def _slowdown(law: StepLaw, cycles: Sequence[Cycle]) -> float:
 
 
 def _host_features(cycle: Cycle) -> list[float]:
-    return [1.0, float(cycle.requests), float(cycle.new)]
-
-
-def _mean_ratio(measured: Array, predicted: Array) -> float:
-    """Means are what is promised, so these must agree; the robust fit is near the median."""
-    usual = np.abs(measured / predicted - 1) < _UNUSUAL
-    return float(measured[usual].sum() / predicted[usual].sum())
+    return [1.0, float(cycle.requests), float(cycle.new), float(cycle.coming)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,10 @@ from powerband.spec.profile import StepLaw
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 ROWS = (1, 4, 16, 64, 256)
+POSITIONS = (0, 2048, 8192, 32768, 131072)
 SCALE = 0.03  # relative: what lies further off counts less
 _FEWEST = 8
 _FEWEST_AT_REST = 3
-_TIMES = ("decodes_s", "decode_s", "position_s", "chunk_s", "pair_s", "read_s")
 
 
 def fit_steps(samples: Sequence[StepSample]) -> StepLaw:
@@ -49,13 +49,19 @@ def all_knots(samples: Sequence[StepSample]) -> tuple[tuple[int, ...], tuple[int
 def law_of(found: Array, tokens: tuple[int, ...], rows: tuple[int, ...]) -> StepLaw:
     """From coefficients in the order of `features`."""
     num_tokens, num_rows = len(tokens), len(rows)
-    attention = (float(value) for value in found[num_tokens + num_rows :])
+    after = num_tokens + num_rows
+    decode_s, chunk_s, pair_s, read_s = map(float, found[after + len(POSITIONS) :])
     return StepLaw(
         tokens=tokens,
         token_s=_rising(found[:num_tokens]),
         rows=rows,
         row_s=_rising(found[num_tokens : num_tokens + num_rows]),
-        **dict(zip(_TIMES, attention, strict=True)),
+        positions=POSITIONS,
+        position_s=_rising(found[after : after + len(POSITIONS)]),
+        decode_s=decode_s,
+        chunk_s=chunk_s,
+        pair_s=pair_s,
+        read_s=read_s,
     )
 
 
@@ -94,9 +100,8 @@ def features(sample: StepSample, tokens: Sequence[int], rows: Sequence[int]) -> 
     return [
         *_ramps(tokens, sample.num_tokens),
         *(_ramps(rows, sample.sampled) if sample.sampled else [0.0] * len(rows)),
-        float(bool(decodes)),
+        *(_ramps(POSITIONS, sum(decodes)) if decodes else [0.0] * len(POSITIONS)),
         float(len(decodes)),
-        float(sum(decodes)),
         float(len(chunks)),
         sum(new * (2 * context - new + 1) / 2 for new, context in chunks),
         float(sum(context for _, context in chunks)),

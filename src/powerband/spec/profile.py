@@ -147,12 +147,16 @@ class StepLaw:
     rows: tuple[int, ...]
     row_s: tuple[float, ...]
     # attention, of all layers together
-    decodes_s: float  # of a step with decodes
+    positions: tuple[int, ...]  # that the decodes of a step read: the more, the fewer of them are in a cache
+    position_s: tuple[float, ...]  # of decodes that read so many
     decode_s: float  # of each of them
-    position_s: float  # of each position that they read
     chunk_s: float  # of each prefill chunk
     pair_s: float  # of each token and position that it sees
     read_s: float  # of each position that a chunk reads
+    # How much longer than that steps take, as equally many measured ones did, from the shortest on: of steps of decodes
+    # only, and of those with chunks. The fit is below nearly all. Empty: never.
+    decode_spread_s: tuple[float, ...] = ()
+    chunk_spread_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
