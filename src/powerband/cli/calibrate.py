@@ -52,8 +52,8 @@ def calibrate(
     """Measure this machine, and keep what was found as the device 'here'.
 
     Without MODEL: its laws for any model, by timing small made-up ones in each precision.
-    With MODEL: its own steps too, alone and under load behind its API, for predictions within a few
-    per cent. Best on an idle machine; about two minutes on a CPU.
+    With MODEL: its own steps too, alone and under load behind its API, which is much nearer.
+    Best on an idle machine; about two minutes on a CPU.
     """
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
