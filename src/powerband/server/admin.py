@@ -7,9 +7,9 @@ from dataclasses import asdict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.errors import HttpError, json_response
 from powerband.server.replica import Replica
 from powerband.server.replies import AdminState, EffectiveConfig
+from powerband.web.errors import HttpError, json_response
 
 
 class AdminRoutes:

@@ -11,8 +11,6 @@ from powerband.server.admin import AdminRoutes
 from powerband.server.auth import Gatekeeper, server_key
 from powerband.server.chat import ChatRoutes
 from powerband.server.completions import CompletionRoutes
-from powerband.server.edge import Edge
-from powerband.server.errors import json_response
 from powerband.server.health import HealthRoutes
 from powerband.server.models import ModelRoutes
 from powerband.server.openapi import Operation, describe
@@ -32,6 +30,8 @@ from powerband.server.replies import (
     Version,
 )
 from powerband.server.tokens import TokenRoutes
+from powerband.web.edge import Edge
+from powerband.web.errors import json_response
 
 
 def operations(replica: Replica) -> list[Operation]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.server.errors import HttpError
 from powerband.server.settings import ServerSettings
+from powerband.web.errors import HttpError
 
 OPEN_PATHS = frozenset({"/livez"})
 

@@ -10,7 +10,6 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.body import read_json
 from powerband.server.generation import Choice, Generation, Piece
 from powerband.server.logprobs import LogprobWriter
 from powerband.server.prompts import chat_prompt
@@ -29,7 +28,8 @@ from powerband.server.replies import (
 )
 from powerband.server.respond import respond
 from powerband.server.sampling import chat_params
-from powerband.server.streaming import DONE, event
+from powerband.web.body import read_json
+from powerband.web.streaming import DONE, event
 
 
 class ChatRoutes:

@@ -10,7 +10,6 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.body import read_json
 from powerband.server.generation import Choice, Generation, Piece
 from powerband.server.logprobs import LogprobWriter
 from powerband.server.prompts import completion_prompts
@@ -19,7 +18,8 @@ from powerband.server.replica import Replica
 from powerband.server.replies import FINGERPRINT, Completion, CompletionChoice, CompletionLogprobs, Usage
 from powerband.server.respond import respond
 from powerband.server.sampling import completion_params
-from powerband.server.streaming import DONE, event
+from powerband.web.body import read_json
+from powerband.web.streaming import DONE, event
 
 
 class CompletionRoutes:

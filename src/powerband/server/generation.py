@@ -16,13 +16,13 @@ from powerband.engine.output import OutputProcessor
 from powerband.engine.stream import TokenStream
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.record import Outcome, RequestRecord
-from powerband.server.edge import ClientLeft
 from powerband.server.prompts import Prompt
 from powerband.server.protocol import GenerationRequest
 from powerband.server.replica import Model, Replica
 from powerband.server.replies import Finish, PromptTokensDetails, Usage
-from powerband.server.streaming import Departure
 from powerband.spec.settings import EngineSettings
+from powerband.web.edge import ClientLeft
+from powerband.web.streaming import Departure
 
 
 @dataclass(slots=True)

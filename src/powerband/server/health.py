@@ -6,9 +6,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.errors import HttpError, json_response
 from powerband.server.replica import Replica
 from powerband.server.replies import Health
+from powerband.web.errors import HttpError, json_response
 
 
 class HealthRoutes:

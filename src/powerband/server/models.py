@@ -7,9 +7,9 @@ from importlib.metadata import version
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.errors import json_response
 from powerband.server.replica import Replica
 from powerband.server.replies import ModelCard, ModelList, Version
+from powerband.web.errors import json_response
 
 
 class ModelRoutes:

@@ -5,7 +5,7 @@ Bounds stand in the types, so that the OpenAPI description shows exactly what is
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -80,6 +80,8 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 
 class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What chat and text completions have in common. null means the default, everywhere."""
+
+    not_supported: ClassVar[frozenset[str]] = NOT_SUPPORTED
 
     model: Annotated[str | None, Meta(description="Name of the served model; default: the only one there is")] = None
     stream: bool | None = None
@@ -177,6 +179,8 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of /tokenize: either `prompt` or `messages`."""
+
+    not_supported: ClassVar[frozenset[str]] = NOT_SUPPORTED
 
     model: str | None = None
     prompt: str | None = None

@@ -17,11 +17,11 @@ from powerband.engine.messages import EngineInfo, Heartbeat
 from powerband.engine.supervisor import EngineProcess
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.prometheus import EngineMetrics
-from powerband.server.errors import HttpError
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 from powerband.text.chat_template import ChatTemplate
 from powerband.text.tokenizer import Tokenizer
+from powerband.web.errors import HttpError
 
 P = ParamSpec("P")
 T = TypeVar("T")

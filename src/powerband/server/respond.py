@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.errors import json_response
 from powerband.server.generation import Generation
-from powerband.server.streaming import EventStream, with_errors
+from powerband.web.errors import json_response
+from powerband.web.streaming import EventStream, with_errors
 
 
 class Answer(Protocol):

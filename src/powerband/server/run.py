@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import uvicorn
 import uvloop
-from starlette.types import ASGIApp
 
 from powerband.engine.messages import EngineInfo
 from powerband.engine.supervisor import EngineProcess
-from powerband.errors import EnvironmentFault
 from powerband.metrics.logging import set_up_logging
 from powerband.server.app import make_app
-from powerband.server.connection import GuardedProtocol
 from powerband.server.replica import Replica
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
+from powerband.web.listening import Signals, listen, make_server, url_of
 
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
-_BACKLOG = 2048
 _LAST_WORDS_S = 1.0  # for the answers to requests that did not end in time
 
 
@@ -42,16 +37,8 @@ def serve(
     The first signal drains: not ready, no new requests, running ones may end. The second ends at once.
     """
     set_up_logging(server_settings.log_level, server_settings.log_format)
-    with _listen(server_settings) as listener:
+    with listen(server_settings.host, server_settings.port) as listener:
         return uvloop.run(_serve(engine_settings, server_settings, listener, make_engine))
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, with its handling of signals left to this module."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def _serve(
@@ -62,15 +49,17 @@ async def _serve(
 ) -> int:
     start_s = time.monotonic()
     replica = Replica(engine_settings, server_settings, make_engine)
-    server = _make_server(make_app(replica))
-    signals = _Signals()
+    server = make_server(make_app(replica))
+    signals = Signals()
     listening = asyncio.create_task(server.serve([listener]), name="http")
     starting = asyncio.create_task(replica.start(), name="start")
     ending = asyncio.create_task(signals.first.wait(), name="signal")
     try:
         await asyncio.wait({starting, ending, listening}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
-            _show(starting.result(), replica.seconds, time.monotonic() - start_s, _url(server_settings, listener))
+            _show(
+                starting.result(), replica.seconds, time.monotonic() - start_s, url_of(server_settings.host, listener)
+            )
             await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
             await _drain(replica, signals, server_settings.drain_timeout_s)
     finally:
@@ -86,26 +75,7 @@ async def _serve(
     return INTERRUPTED if signals.received == signal.SIGINT else 0
 
 
-class _Signals:
-    """The first signal asks for an orderly end, the second for an immediate one."""
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-        self.received: signal.Signals | None = None
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._receive, number)
-
-    def _receive(self, number: signal.Signals) -> None:
-        if self.received is None:
-            self.received = number
-            self.first.set()
-        else:
-            self.second.set()
-
-
-async def _drain(replica: Replica, signals: _Signals, timeout_s: float) -> None:
+async def _drain(replica: Replica, signals: Signals, timeout_s: float) -> None:
     if replica.num_active:
         logger.info("Draining: %d requests may take %.0f s more.", replica.num_active, timeout_s)
     drained = asyncio.create_task(replica.drain(timeout_s))
@@ -116,52 +86,6 @@ async def _drain(replica: Replica, signals: _Signals, timeout_s: float) -> None:
     for task in (drained, second):
         task.cancel()
     await asyncio.gather(drained, second, return_exceptions=True)
-
-
-def _make_server(app: ASGIApp) -> _Server:
-    return _Server(
-        uvicorn.Config(
-            app,
-            http=GuardedProtocol,
-            loop="none",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=75,  # longer than most proxies keep an idle connection
-            timeout_graceful_shutdown=1,
-        )
-    )
-
-
-def _listen(settings: ServerSettings) -> socket.socket:
-    """Taken before the engine starts, so that a port in use is known at once. Raises EnvironmentFault."""
-    try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise EnvironmentFault(
-            f"Cannot listen on {settings.host} port {settings.port}: {error.strerror or error}.",
-            hint="Choose another with --port, or end the process that has it.",
-            code="cannot_listen",
-            param="port",
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _url(settings: ServerSettings, listener: socket.socket) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"http://{host}:{listener.getsockname()[1]}/v1"
 
 
 def _show(info: EngineInfo, phases: dict[str, float], seconds: float, url: str) -> None:

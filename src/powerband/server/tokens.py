@@ -6,12 +6,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.errors import InvalidRequest
-from powerband.server.body import read_json
-from powerband.server.errors import json_response
 from powerband.server.prompts import encode, render
 from powerband.server.protocol import DetokenizeRequest, TokenizeRequest
 from powerband.server.replica import Replica
 from powerband.server.replies import Detokenized, Tokenized
+from powerband.web.body import read_json
+from powerband.web.errors import json_response
 
 
 class TokenRoutes:

@@ -10,7 +10,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from powerband.core.loop import error_info
-from powerband.server.errors import HttpError, error_body
+from powerband.web.errors import HttpError, error_body
 
 MAX_HEAD_BYTES = 64 << 10
 SECONDS_FOR_HEAD = 30.0

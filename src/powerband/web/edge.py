@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.server.errors import HttpError, error_response
+from powerband.web.errors import HttpError, error_response
 
 logger = logging.getLogger(__name__)
 _LABEL_CHARS = 128

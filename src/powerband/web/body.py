@@ -12,8 +12,7 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
 from powerband.errors import InvalidRequest
-from powerband.server.errors import HttpError
-from powerband.server.protocol import NOT_SUPPORTED
+from powerband.web.errors import HttpError
 
 MAX_DEPTH = 64
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"')
@@ -28,7 +27,10 @@ Body = TypeVar("Body")
 
 
 async def read_json(request: Request, kind: type[Body], max_bytes: int) -> Body:
-    """The body as `kind`. Raises InvalidRequest, or HttpError 413 and 415."""
+    """The body as `kind`. Raises InvalidRequest, or HttpError 413 and 415.
+
+    `kind.not_supported`, where there is one, names fields of the API that ask for something which cannot be done yet.
+    """
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media != "application/json" and not media.endswith("+json"):
         raise HttpError(
@@ -104,7 +106,7 @@ def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
 
 def _unknown_field(name: str, parent: str, kind: type[Any]) -> InvalidRequest:
     param = f"{parent}.{name}".lstrip(".")[:_SHOWN_CHARS]
-    if name in NOT_SUPPORTED:
+    if name in getattr(kind, "not_supported", ()):
         return InvalidRequest(f"'{param}' is not supported yet.", param=param, code="unsupported_parameter")
     near = difflib.get_close_matches(name[:_SHOWN_CHARS], _field_names(kind, nested=bool(parent)), n=1)
     hint = f"Did you mean '{near[0]}'?" if near else "The fields are listed in /openapi.json."

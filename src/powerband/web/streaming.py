@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from powerband.core.loop import error_info
 from powerband.errors import PowerbandError
-from powerband.server.errors import error_body
+from powerband.web.errors import error_body
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [

@@ -1,0 +1,53 @@
+"""A client's request as every part of the gateway sees it, and what is known of it when it is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from powerband.metrics.record import RequestRecord
+
+Endpoint = Literal["chat", "completions"]
+ANONYMOUS = "anonymous"
+
+
+@dataclass(slots=True, kw_only=True)
+class GatewayRequest:
+    """One request to generate, from its arrival to its end. Times on time.monotonic().
+
+    prompt_tokens, output_tokens: what it may take at most, estimated before any replica has seen it: from the size of
+    the prompt, and from max_tokens times n. They are what limits reserve and queues count.
+    """
+
+    id: str
+    endpoint: Endpoint
+    model: str  # the served name, aliases resolved
+    tenant: str = ANONYMOUS  # whose share of the pool it takes: the key's id
+    prompt_tokens: int = 1
+    output_tokens: int = 1
+    stream: bool = False
+    priority: int = 0  # lower is served first
+    arrival_s: float = 0.0
+    deadline_s: float | None = None  # by which the first token is wanted
+    session: str = ""  # requests with the same one build on each other
+    prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see gateway.prefix
+
+
+@dataclass(slots=True, kw_only=True)
+class Finished:
+    """A request that is over, for usage, metrics, logs, traces and the watcher.
+
+    record: times as the gateway saw them, on time.monotonic(); `scheduled_s` is the arrival, `sent_s` when a replica
+    got it. seconds in the queue: queue_s. status: the HTTP status that the client got. error: its code, or ''.
+    """
+
+    request: GatewayRequest
+    record: RequestRecord
+    status: int
+    ended_at: float  # time.time()
+    error: str = ""
+    replicas: tuple[str, ...] = ()  # ids, in the order in which they were tried
+    queue_s: float = 0.0
+    resumed: int = 0  # times that another replica went on in the middle of the stream
+    finish_reason: str = ""
+    sequence: int = field(default=0)  # numbers what is over, from 1, for those who read along

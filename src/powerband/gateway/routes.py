@@ -1,0 +1,83 @@
+"""What a gateway serves: models by name, and the replicas that answer for each. One value, replaced as a whole.
+
+The controller of a fleet sends it (PUT /admin/routes), or a file holds it; see `Routes.from_dict` for its form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from powerband.errors import UsageError
+from powerband.spec.deployment import EngineName
+from powerband.spec.records import as_record, read_record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaAddress:
+    """Where a replica answers, and how much may be sent there at once.
+
+    id: unique among all, and never used again for another process. url: 'http://127.0.0.1:8001'. model: the name that it
+    serves under.
+    max_num_seqs: requests it computes at once. weight: its share beside others, where routing is weighted.
+    longest_prompt: of the requests that it takes, in tokens; None: any. api_key: what it wants to be asked with.
+    draining: gets nothing new, keeps what it has.
+    """
+
+    id: str
+    url: str
+    model: str
+    engine: EngineName = "powerband"
+    max_num_seqs: int = 256
+    weight: float = 1.0
+    longest_prompt: int | None = None
+    api_key: str = ""
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            hint = "Like http://127.0.0.1:8001."
+            raise UsageError(f"replica {self.id} has url {self.url!r}.", hint=hint, param="url")
+        if self.max_num_seqs < 1 or self.weight < 0:
+            raise UsageError(f"replica {self.id}: max_num_seqs is at least 1, weight not negative.", param="replicas")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRoute:
+    """A served model. aliases: other names of it. rate: requests a second that its plan promises; None: not known.
+
+    usd_per_million_input, usd_per_million_output: what usage is charged at.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    replicas: tuple[ReplicaAddress, ...] = ()
+    rate: float | None = None
+    usd_per_million_input: float = 0.0
+    usd_per_million_output: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """revision: names this state; whoever sends the same again changes nothing."""
+
+    models: tuple[ModelRoute, ...] = ()
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        names = [name for model in self.models for name in (model.name, *model.aliases)]
+        ids = [replica.id for model in self.models for replica in model.replicas]
+        for what, found in (("name", names), ("replica id", ids)):
+            twice = sorted({one for one in found if found.count(one) > 1})
+            if twice:
+                raise UsageError(f"The {what} {twice[0]!r} is there twice.", hint="Each only once.", param="routes")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Routes:
+        """Raises UsageError for what is missing, unknown or wrong."""
+        return read_record(cls, values, "routes")
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = as_record(self, complete=True)
+        return found

@@ -1,0 +1,90 @@
+"""A listening socket, uvicorn on it with our bounds, and signals that end it in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from powerband.errors import EnvironmentFault
+from powerband.web.connection import GuardedProtocol
+
+_BACKLOG = 2048
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, with its handling of signals left to this module."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Signals:
+    """The first signal asks for an orderly end, the second for an immediate one."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        self.received: signal.Signals | None = None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._receive, number)
+
+    def _receive(self, number: signal.Signals) -> None:
+        if self.received is None:
+            self.received = number
+            self.first.set()
+        else:
+            self.second.set()
+
+
+def make_server(app: ASGIApp) -> HttpServer:
+    return HttpServer(
+        uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            loop="none",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,  # longer than most proxies keep an idle connection
+            timeout_graceful_shutdown=1,
+        )
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Taken before anything slow starts, so that a port in use is known at once. Raises EnvironmentFault."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise EnvironmentFault(
+            f"Cannot listen on {host} port {port}: {error.strerror or error}.",
+            hint="Choose another with --port, or end the process that has it.",
+            code="cannot_listen",
+            param="port",
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"
