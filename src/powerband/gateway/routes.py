@@ -18,8 +18,7 @@ from powerband.spec.records import as_record, read_record
 class ReplicaAddress:
     """Where a replica answers, and how much may be sent there at once.
 
-    max_num_seqs: requests it computes at once. weight: its share beside others, where routing is weighted.
-    serves under.
+    id: unique among all, never used again for another process. url: 'http://127.0.0.1:8001'. model: its served name.
     max_num_seqs: requests it computes at once. weight: its share beside others, where routing is weighted.
     longest_prompt: of the requests that it takes, in tokens; None: any. api_key: what it wants to be asked with.
     draining: gets nothing new, keeps what it has.
