@@ -7,12 +7,14 @@ class PowerbandError(Exception):
     """Base of every expected error: `code` for programs, `message` and `hint` for people.
 
     `param` names the request field or setting at fault, when there is one.
-    `exit_code` is what the command line returns; `http_status` what the API answers.
+    `exit_code` is what the command line returns; `http_status` what the API answers, with `retry_after_s` where it is
+    worth trying again.
     """
 
     exit_code = 4
     http_status = 500
     default_code = "internal_error"
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, hint: str = "", code: str = "", param: str | None = None) -> None:
         super().__init__(message)

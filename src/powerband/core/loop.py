@@ -19,7 +19,7 @@ from powerband.core.kv_cache import CacheUsage
 from powerband.core.request import EngineRequest
 from powerband.core.scheduler import Scheduler
 from powerband.core.step import ErrorInfo, Executor, FinishReason, Step, StepHandle, StepResult, TokenOutput
-from powerband.errors import EngineDead, PowerbandError, QueueFull
+from powerband.errors import EngineDead, PowerbandError
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +196,5 @@ class EngineCore:
 def error_info(error: Exception) -> ErrorInfo:
     """An exception as a value that crosses process boundaries."""
     if isinstance(error, PowerbandError):
-        retry_after_s = error.retry_after_s if isinstance(error, QueueFull) else None
-        return ErrorInfo(error.code, error.message, error.hint, error.http_status, retry_after_s, error.param)
+        return ErrorInfo(error.code, error.message, error.hint, error.http_status, error.retry_after_s, error.param)
     return ErrorInfo("internal_error", f"{type(error).__name__}: {error}", "The engine's log says more.")

@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from powerband.server.replica import Replica
 from powerband.server.replies import AdminState, EffectiveConfig
-from powerband.web.errors import HttpError, json_response
+from powerband.web.access import refuse_browsers
+from powerband.web.errors import json_response
 
 
 class AdminRoutes:
@@ -18,26 +19,26 @@ class AdminRoutes:
 
     async def drain(self, request: Request) -> Response:
         """Take no new requests; those that run go on. /readyz says 503 from now on."""
-        _refuse_browsers(request)
+        refuse_browsers(request)
         self._replica.draining = True
         return self._state()
 
     async def pause(self, request: Request) -> Response:
         """Schedule nothing more. Requests are still taken, and wait."""
-        _refuse_browsers(request)
+        refuse_browsers(request)
         await self._replica.engine.call("pause")
         self._replica.paused = True
         return self._state()
 
     async def resume(self, request: Request) -> Response:
         """End pause and drain."""
-        _refuse_browsers(request)
+        refuse_browsers(request)
         await self._replica.engine.call("resume")
         self._replica.paused = self._replica.draining = False
         return self._state()
 
     async def reset_prefix_cache(self, request: Request) -> Response:
-        _refuse_browsers(request)
+        refuse_browsers(request)
         await self._replica.engine.call("reset_prefix_cache")
         return self._state()
 
@@ -51,9 +52,3 @@ class AdminRoutes:
         return json_response(
             AdminState(draining=replica.draining, paused=replica.paused, running_http_requests=replica.num_active)
         )
-
-
-def _refuse_browsers(request: Request) -> None:
-    """A page from elsewhere can make a browser send such a request; browsers then name the page's origin."""
-    if "origin" in request.headers:
-        raise HttpError(403, "origin_not_allowed", "Administration does not take requests from web pages.")

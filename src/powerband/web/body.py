@@ -27,16 +27,30 @@ Body = TypeVar("Body")
 
 
 async def read_json(request: Request, kind: type[Body], max_bytes: int) -> Body:
-    """The body as `kind`. Raises InvalidRequest, or HttpError 413 and 415.
+    """The body as `kind`. Raises as `read_body` and `decode` do."""
+    return decode(await read_body(request, max_bytes), kind)
 
-    `kind.not_supported`, where there is one, names fields of the API that ask for something which cannot be done yet.
-    """
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body of a request that is said to be JSON. Raises HttpError 400, 408, 413 and 415."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":  # what little bytes unfold to is not bounded by their number
+        raise HttpError(
+            415, "unsupported_encoding", f"The content encoding is {_shown(coding)}.", hint="Send it plain."
+        )
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media != "application/json" and not media.endswith("+json"):
         raise HttpError(
             415, "unsupported_media_type", f"The content type is {_shown(media)}.", hint="Send application/json."
         )
-    data = await _read(request, max_bytes)
+    return await _read(request, max_bytes)
+
+
+def decode(data: bytes, kind: type[Body]) -> Body:
+    """JSON as `kind`. Raises InvalidRequest.
+
+    `kind.not_supported`, where there is one, names fields of the API that ask for something which cannot be done yet.
+    """
     if not depth_within(data, MAX_DEPTH):
         raise InvalidRequest(f"The JSON is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
     try:

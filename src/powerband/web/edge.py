@@ -21,7 +21,10 @@ class ClientLeft(Exception):
 
 
 class Edge:
-    """`X-Request-Id` in a response is ours. One that the client sends is a label for the log, never a key."""
+    """`X-Request-Id` in a response is ours, and `scope["state"]["request_id"]`.
+
+    One that the client sends is a label for the log, never a key.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -40,6 +43,7 @@ class Edge:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
+        scope.setdefault("state", {})["request_id"] = request_id
         scope["app"] = self  # makes Starlette's router raise, not answer, for unknown paths and methods
         try:
             await self._app(scope, receive, send_with_id)
