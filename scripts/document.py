@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -9,6 +10,7 @@ from typing import Any, get_args
 
 from powerband.cli.flags import ALL_SETTINGS
 from powerband.cli.settings import PREFIX
+from powerband.gateway.metrics import GatewayMetrics
 from powerband.metrics.prometheus import ALIASES, EngineMetrics
 from powerband.spec.settings import KIND_NAMES, choices, value_types
 
@@ -35,15 +37,29 @@ arguments of `powerband.LLM`. `POWERBAND_DEBUG=1` is no setting: it prints the t
 METRICS = """\
 # Metrics
 
-<!-- Written by scripts/document.py from metrics/prometheus.py. Change that, then run the script. -->
+<!-- Written by scripts/document.py from metrics/prometheus.py and gateway/metrics.py. Change those, then run it. -->
 
-`GET /metrics` answers in Prometheus' text format. Each figure appears under Powerband's name and under the name that
+`GET /metrics` answers in Prometheus' text format, at a replica and at a gateway. Latencies are defined in
+[Design](design.md#figures). Their buckets are eight per decade from 0.1 ms to 75 s, and wider above.
+
+## A replica's
+
+Each figure appears under Powerband's name and under the name that
 vLLM's dashboards, gateways and autoscalers read; the two are the same number. Labels are the served model's name, the
 engine, and reasons from a fixed list: nothing in a request can add a time series.
-Latencies are defined in [Design](design.md#figures). Their buckets are eight per decade from 0.1 ms to 75 s, and wider
-above.
 
 | metric | also known as | kind | what it is |
+|---|---|---|---|
+"""
+
+GATEWAY_METRICS = """
+## A gateway's
+
+Latencies here are what clients saw, with the wait at the gateway in them. Names that begin with `gen_ai_` are
+OpenTelemetry's for generative AI (conventions in development), as Prometheus writes them, with their buckets and
+attributes. Labels are served names, ids of present replicas and words from fixed lists.
+
+| metric | kind | labels | what it is |
 |---|---|---|---|
 """
 
@@ -62,7 +78,15 @@ def metrics_page() -> str:
         suffix = "_total" if family.type == "counter" else ""
         alias = f"`vllm:{ALIASES[ours]}{suffix}`" if ours in ALIASES else "–"
         rows.append(f"| `powerband_{ours}{suffix}` | {alias} | {family.type} | {family.documentation} |\n")
-    return METRICS + "".join(rows)
+    return METRICS + "".join(rows) + GATEWAY_METRICS + "".join(_gateway_rows())
+
+
+def _gateway_rows() -> Iterator[str]:
+    for family in GatewayMetrics().collect():
+        suffix = "_total" if family.type == "counter" else ""
+        labels: tuple[str, ...] = family._labelnames  # type: ignore[attr-defined] # of every family but a plain Metric
+        shown = ", ".join(f"`{label}`" for label in labels) or "–"
+        yield f"| `{family.name}{suffix}` | {family.type} | {shown} | {family.documentation} |\n"
 
 
 def settings_page() -> str:

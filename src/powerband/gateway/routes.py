@@ -12,6 +12,7 @@ from typing import Any
 from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName
 from powerband.spec.records import as_record, read_record
+from powerband.spec.slo import SLO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class ReplicaAddress:
 class ModelRoute:
     """A served model. aliases: other names of it. rate: requests a second that its plan promises; None: not known.
 
+    slo: what its users are promised, which metrics count by; None: nothing.
     usd_per_million_input, usd_per_million_output: what usage is charged at.
     """
 
@@ -53,6 +55,7 @@ class ModelRoute:
     aliases: tuple[str, ...] = ()
     replicas: tuple[ReplicaAddress, ...] = ()
     rate: float | None = None
+    slo: SLO | None = None
     usd_per_million_input: float = 0.0
     usd_per_million_output: float = 0.0
 
