@@ -53,7 +53,8 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 def test_every_code_of_the_api_is_explained() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "src/powerband/server").glob("*.py"))
+    rooms = ("server", "web")
+    source = "".join(path.read_text() for room in rooms for path in (ROOT / "src/powerband" / room).glob("*.py"))
     codes = set(re.findall(r"(?:HttpError|_refuse)\(\s*\d+,\s*\"([a-z_]+)\"", source)) - {"client_disconnected"}
     errors = (ROOT / "src/powerband/errors.py").read_text() + (ROOT / "src/powerband/core/admission.py").read_text()
     codes |= set(re.findall(r"default_code = \"([a-z_]+)\"", errors)) - {"usage_error", "environment_error"}
