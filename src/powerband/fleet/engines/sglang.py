@@ -1,0 +1,110 @@
+"""SGLang's server.
+
+Options as https://docs.sglang.io/advanced_features/server_arguments.html has them for version 0.5. Its streams cannot
+be resumed: nothing tells the token ids of what was sent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from powerband.cost.replica_memory import layer_weight_bytes
+from powerband.errors import UsageError
+from powerband.fleet.engines.adapter import Invocation, Subject, find_executable, read_key
+from powerband.spec.deployment import EngineName, Replica
+
+_KV = {"16bit": "auto", "fp8": "fp8_e4m3"}
+_MODULE = ("-m", "sglang.launch_server")
+
+
+class SGLangAdapter:
+    name: ClassVar[EngineName] = "sglang"
+    health_path: ClassVar[str] = "/health"
+    ready_path: ClassVar[str] = "/health"
+    resumes: ClassVar[bool] = False
+
+    def command(
+        self,
+        model: str,
+        replica: Replica,
+        *,
+        port: int | str,
+        served_name: str,
+        host: str = "127.0.0.1",
+        threads: int | None = None,  # noqa: ARG002 (its plans are for GPUs)
+        executable: tuple[str, ...] = (),
+        api_key_file: str | None = None,
+        drafter: str = "",
+        extra: tuple[str, ...] = (),
+    ) -> Invocation:
+        subject = Subject(model, replica, self.name)
+        subject.refuse(long_prefill_token_threshold=0)
+        program = find_executable(
+            executable, variable="POWERBAND_SGLANG", program="sglang", module=_MODULE, install="pip install sglang"
+        )
+        start = () if _MODULE[-1] in program else ("serve",)
+        options = {
+            "--model-path": model,
+            "--served-model-name": served_name,
+            "--host": host,
+            "--port": str(port),
+            "--tensor-parallel-size": str(replica.tensor_parallel),
+            "--pipeline-parallel-size": str(replica.pipeline_parallel),
+            "--expert-parallel-size": str(replica.expert_parallel),
+            "--context-length": str(replica.max_model_len),
+            "--max-running-requests": str(replica.max_num_seqs),
+            "--chunked-prefill-size": str(replica.max_num_batched_tokens),
+            "--max-prefill-tokens": str(replica.max_num_batched_tokens),
+            **_memory(subject),
+            **_precision(subject),
+            **_drafts(subject, drafter),
+        }
+        flags = ["--enable-metrics", "--enable-cache-report"]
+        if not replica.enable_prefix_caching:
+            flags.append("--disable-radix-cache")
+        key = read_key(api_key_file)
+        if key:
+            options["--api-key"] = key  # it knows no file and no variable for it
+        told = tuple(word for pair in options.items() for word in pair)
+        return Invocation((*program, *start, *told, *flags, *extra))
+
+
+def _memory(subject: Subject) -> dict[str, str]:
+    """Its share is that of weights and KV cache alone; the plan's holds activations and the rest as well."""
+    parts, replica = subject.memory.parts, subject.replica
+    share = (parts["weights"] + parts["kv_cache"]) / subject.profile.memory_bytes
+    found = {"--mem-fraction-static": f"{share:.3f}"}
+    if replica.offload_share:
+        offloaded = layer_weight_bytes(subject.spec, replica) * replica.offload_share
+        found["--cpu-offload-gb"] = str(math.ceil(offloaded / 2**30))  # whole ones only
+    return found
+
+
+def _precision(subject: Subject) -> dict[str, str]:
+    kv = _KV.get(subject.replica.kv_precision)
+    if kv is None:
+        raise subject.cannot("kv_precision", f"It is told one of: {', '.join(_KV)}.")
+    if kv == "auto" and subject.stored.kv_precision is not None:
+        kv = "bfloat16"
+    quantization = subject.to_quantize()
+    found = {"--kv-cache-dtype": kv}
+    return {**found, "--quantization": quantization} if quantization != "none" else found
+
+
+def _drafts(subject: Subject, drafter: str) -> dict[str, str]:
+    drafter = subject.drafter(drafter)
+    if not drafter:
+        return {}
+    count = subject.replica.draft_tokens
+    if drafter == "ngram":
+        return {"--speculative-algorithm": "NGRAM", "--speculative-num-draft-tokens": str(count)}
+    if drafter == "mtp":
+        raise UsageError("sglang is not told mtp here.", hint="ngram, or a draft model's name.", param="drafter")
+    return {
+        "--speculative-algorithm": "STANDALONE",
+        "--speculative-draft-model-path": drafter,
+        "--speculative-num-steps": str(count),
+        "--speculative-eagle-topk": "1",
+        "--speculative-num-draft-tokens": str(count + 1),  # with the token that is certain
+    }

