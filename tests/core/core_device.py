@@ -40,6 +40,7 @@ class Config:
     burst: bool = False  # requests arrive in bursts, so that many share what is being computed
     interruptions: bool = False  # pause, resume, reset of the prefix cache
     max_num_queued_reqs: int = 1000
+    moved: bool = False  # some requests come from another replica, with a part of their output
 
 
 def follow(digest: int, token: int) -> int:

@@ -54,9 +54,13 @@ def reference(request: EngineRequest, longest: int) -> tuple[list[int], FinishRe
             return output, FinishReason.LENGTH
 
 
+def longest_of(config: Config) -> int:
+    return min(MAX_MODEL_LEN, config.num_blocks * config.block_size)
+
+
 def trace(config: Config) -> tuple[list[EngineRequest], list[tuple[float, Command]]]:
     """Requests with shared prefixes, equal blocks behind different prefixes, tenants, ids used twice, aborts."""
-    rng = random.Random(f"trace {config.seed}")
+    rng, moved = random.Random(f"trace {config.seed}"), random.Random(f"moved {config.seed}")
     pages = [[rng.randrange(VOCABULARY) for _ in range(config.block_size)] for _ in range(3)]
     prefixes = [[t for _ in range(15) for t in rng.choice(pages)][: rng.randrange(5, 60)] for _ in range(4)]
     requests: list[EngineRequest] = []
@@ -88,13 +92,16 @@ def trace(config: Config) -> tuple[list[EngineRequest], list[tuple[float, Comman
             cache_salt=rng.choice(["", "", "", "", "s"]),
             deadline_s=at + rng.random() if rng.random() < 0.5 else None,
         )
+        if config.moved and moved.random() < 0.3:
+            output, _ = reference(request, longest_of(config))
+            request = replace(request, resumed_ids=output[: moved.randrange(len(output))])
         requests.append(request)
         events.append((at, Add(request)))
         if config.aborts and rng.random() < 0.25:
             later = at + rng.random() * rng.choice([0.1, 2])
             events.append((later, Abort(request.id)))
             if rng.random() < 0.5:
-                again = replace(request, token_ids=prompt[::-1], arrival_s=later)
+                again = replace(request, token_ids=prompt[::-1], resumed_ids=[], arrival_s=later)
                 requests.append(again)
                 events.append((later, Add(again)))
     return requests, sorted(events, key=lambda event: event[0])
@@ -205,7 +212,7 @@ class Story:
     """Everything the outside was told, held against what each request must yield."""
 
     def __init__(self, config: Config, requests: list[EngineRequest]) -> None:
-        longest = min(MAX_MODEL_LEN, config.num_blocks * config.block_size)
+        longest = longest_of(config)
         self.expected: dict[str, deque[tuple[EngineRequest, list[int], FinishReason]]] = defaultdict(deque)
         for request in requests:  # an id used twice tells two stories, one after the other
             self.expected[request.id].append((request, *reference(request, longest)))
@@ -220,6 +227,8 @@ class Story:
         request, tokens, reason = self.expected[output.id][0]
         heard, rows = self.heard[output.id], self.rows[output.id]
         assert output.time_s <= now
+        if not heard:
+            heard += request.resumed_ids
         heard += output.token_ids
         assert heard == tokens[: len(heard)], f"{output.id} yields {heard}, must be {tokens}"
         rows += [int(row.logprobs[0]) for row in output.prompt_logprobs or []]

@@ -44,6 +44,7 @@ def test_all_conditions(num_stages: int, policy: str) -> None:
             failures=failures,
             burst=seed % 2 == 0,
             interruptions=seed % 3 == 0,
+            moved=seed % 5 == 0,
         )
         report = play(config)
         preemptions += report.num_preemptions
@@ -60,6 +61,7 @@ def test_all_conditions(num_stages: int, policy: str) -> None:
         num_requests=st.integers(1, 40),
         num_stages=st.sampled_from([1, 1, 2, 3, 4]),
         overlap=st.booleans(),
+        moved=st.booleans(),
         num_blocks=st.integers(2, 120),
         block_size=st.sampled_from([1, 2, 4, 16]),
         budget=st.integers(8, 64),

@@ -89,7 +89,7 @@ class Admission:
         """Raise DeadlineInfeasible if `r` names a deadline that the estimate cannot meet."""
         if r.deadline_s is None or self.estimate_s is None:
             return
-        first_token_s = now + self.estimate_s(tokens_ahead, r.num_prompt_tokens)
+        first_token_s = now + self.estimate_s(tokens_ahead, len(r.tokens))
         if first_token_s <= r.deadline_s:
             return
         late_s = first_token_s - r.deadline_s

@@ -12,6 +12,8 @@ from typing import Any
 from powerband.core.params import SamplingParams
 from powerband.errors import InvalidRequest
 
+OUTPUT_COMPLETE = "output_complete"  # the code of what is refused because it resumes an output that has ended
+
 
 @dataclass(slots=True, kw_only=True)
 class EngineRequest:
@@ -25,6 +27,7 @@ class EngineRequest:
     tenant: str = ""
     deadline_s: float | None = None  # time.monotonic() by which the first token is wanted
     cache_salt: str = ""
+    resumed_ids: list[int] = field(default_factory=list)  # output that it has already, from a replica that is gone
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +85,7 @@ def new_request(source: EngineRequest, *, max_length: int, epoch: int) -> Reques
     """
     params = source.params
     _check(source)
+    _check_resumed(source)
     asked = sys.maxsize if params.max_tokens is None else params.max_tokens
     eos = () if params.ignore_eos else (params.eos_token_ids or ())
     return Request(
@@ -92,7 +96,7 @@ def new_request(source: EngineRequest, *, max_length: int, epoch: int) -> Reques
         tenant=source.tenant,
         deadline_s=source.deadline_s,
         salt=cache_root(source.tenant, source.cache_salt),
-        tokens=list(source.token_ids),
+        tokens=[*source.token_ids, *source.resumed_ids],
         num_prompt_tokens=len(source.token_ids),
         max_length=min(len(source.token_ids) + asked, max_length),
         stop_ids=frozenset(eos) | frozenset(params.stop_token_ids or ()),
@@ -113,9 +117,10 @@ def _check(source: EngineRequest) -> None:
         )
     try:
         array("I", source.token_ids)
+        array("I", source.resumed_ids)
     except (TypeError, OverflowError) as error:
         raise InvalidRequest(
-            f"The prompt has something other than token ids from 0 to 2**32 - 1: {error}.",
+            f"The prompt or what is resumed has something other than token ids from 0 to 2**32 - 1: {error}.",
             hint="Send a list of token ids of the model's vocabulary.",
             param="prompt",
         ) from None
@@ -129,3 +134,21 @@ def _check(source: EngineRequest) -> None:
     for name, value in (("arrival_s", source.arrival_s), ("deadline_s", source.deadline_s)):
         if value is not None and not math.isfinite(value):
             raise InvalidRequest(f"{name} is {value}; it must be a finite time in seconds.", param=name)
+
+
+def _check_resumed(source: EngineRequest) -> None:
+    """Output that would have ended the request leaves nothing to go on with."""
+    given, params = len(source.resumed_ids), source.params
+    if params.max_tokens is not None and given >= params.max_tokens:
+        raise InvalidRequest(
+            f"{given} tokens are to be resumed, but max_tokens is {params.max_tokens}: the output is complete.",
+            param="resume_token_ids",
+            code=OUTPUT_COMPLETE,
+        )
+    ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else params.eos_token_ids or ())}
+    if given > params.min_tokens and source.resumed_ids[-1] in ends:
+        raise InvalidRequest(
+            f"The last token to be resumed, {source.resumed_ids[-1]}, ended the output.",
+            param="resume_token_ids",
+            code=OUTPUT_COMPLETE,
+        )

@@ -236,7 +236,7 @@ class Scheduler:
 
     def _first_start(self, r: Request, now: float) -> None:
         r.scheduled_s = now
-        r.num_cached = r.num_computed
+        r.num_cached = min(r.num_computed, r.num_prompt_tokens)
         self.counters.prompt_tokens += r.num_prompt_tokens
         if self.kv.prefix_caching and r.params.prompt_logprobs is None:
             self.counters.prefix_queries += r.num_prompt_tokens
@@ -327,12 +327,12 @@ class Scheduler:
         )
 
     def _check_length(self, r: Request) -> None:
-        if r.num_prompt_tokens < r.max_length:
+        if len(r.tokens) < r.max_length:
             return
         limit = min(self.limits.max_model_len, self.kv.max_tokens) - 1
         what = "context" if self.limits.max_model_len <= self.kv.max_tokens else "KV cache"
         raise RequestTooLong(
-            f"The prompt has {r.num_prompt_tokens} tokens; the {what} takes {limit} and one output token.",
+            f"The prompt has {len(r.tokens)} tokens; the {what} takes {limit} and one output token.",
             limit=limit,
             hint=f"Shorten the prompt to {limit} tokens.",
             param="prompt",

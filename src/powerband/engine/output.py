@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from powerband.core.params import SamplingParams
+from powerband.core.request import OUTPUT_COMPLETE
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
+from powerband.errors import InvalidRequest
 from powerband.text.detokenizer import IncrementalDetokenizer
 from powerband.text.tokenizer import Tokenizer
 
@@ -40,6 +42,21 @@ class OutputProcessor:
         self._params = params
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
+
+    def resume(self, token_ids: Sequence[int]) -> None:
+        """Take output that was given out elsewhere as if it had been processed here; call it first.
+
+        Raises InvalidRequest when a stop string ended it.
+        """
+        for id in token_ids:
+            self._text_of(id)
+            self.num_tokens += 1
+            if self._stop.found:
+                raise InvalidRequest(
+                    f"The tokens to be resumed contain the stop string {self._stop.found!r}.",
+                    param="resume_token_ids",
+                    code=OUTPUT_COMPLETE,
+                )
 
     def process(self, output: TokenOutput) -> OutputDelta:
         """The delta of this output; an empty one for outputs that were under way when the request had ended."""

@@ -100,7 +100,8 @@ class _Answer:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The role of every choice first, then what each of them gains; its finish_reason once; usage if asked for."""
         generation = self._generation
-        yield b"".join(self._opening(choice) for choice in generation.choices)
+        if not self._body.resume_token_ids:  # else the client has it
+            yield b"".join(self._opening(choice) for choice in generation.choices)
         while pieces := await generation.pieces():
             if data := b"".join(self._gain(piece) for piece in pieces):
                 yield data

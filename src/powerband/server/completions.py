@@ -10,6 +10,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from powerband.errors import InvalidRequest
 from powerband.server.generation import Choice, Generation, Piece
 from powerband.server.logprobs import LogprobWriter
 from powerband.server.prompts import completion_prompts
@@ -33,6 +34,8 @@ class CompletionRoutes:
             body = await read_json(request, CompletionRequest, replica.settings.max_body_bytes)
             arrival_s = time.monotonic()
             replica.check_name(body.model)
+            if body.echo and body.resume_token_ids:
+                raise InvalidRequest("What is resumed has been echoed already.", param="echo")
             model = replica.accept()
             prompts = await completion_prompts(replica, model, body)
             params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
@@ -127,7 +130,9 @@ class _Answer:
 
     def _writer(self, choice: Choice) -> LogprobWriter:
         context = () if self._body.echo else choice.prompt.token_ids
-        return LogprobWriter(self._generation.tokenizer, context, choice.request.params.skip_special_tokens)
+        writer = LogprobWriter(self._generation.tokenizer, context, choice.request.params.skip_special_tokens)
+        writer.skip(choice.request.resumed_ids)
+        return writer
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> Completion:
         return Completion(

@@ -111,6 +111,7 @@ class Generation:
         self.params = params
         self.tokenizer = model.tokenizer
         self._replica = replica
+        resumed = _resumed(body, prompts, model)
         self.choices: list[Choice] = []
         for prompt in prompts:
             for copy in range(params.n):
@@ -125,9 +126,11 @@ class Generation:
                     tenant=body.user or "",
                     deadline_s=None if body.deadline_s is None else arrival_s + body.deadline_s,
                     cache_salt=body.cache_salt or "",
+                    resumed_ids=resumed,
                 )
                 processor = OutputProcessor(model.tokenizer, own, prompt.token_ids)
-                self.choices.append(Choice(index, prompt, request, processor))
+                processor.resume(resumed)
+                self.choices.append(Choice(index, prompt, request, processor, num_tokens=len(resumed)))
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._stream: TokenStream | None = None
         self._departure: Departure | None = None
@@ -245,6 +248,19 @@ class Generation:
         self._replica.metrics.observe_request(
             record, finished_reason=reason.value, first_scheduled_s=choice.scheduled_s
         )
+
+
+def _resumed(body: GenerationRequest, prompts: list[Prompt], model: Model) -> list[int]:
+    """The output to go on after. Raises InvalidRequest where there is not exactly one to go on with."""
+    resumed = body.resume_token_ids or []
+    if resumed and (len(prompts) > 1 or (body.n or 1) > 1 or body.prompt_logprobs is not None):
+        raise InvalidRequest(
+            "resume_token_ids goes with one prompt, n = 1 and no prompt_logprobs.", param="resume_token_ids"
+        )
+    wrong = next((id for id in resumed if id >= model.info.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(f"Token {wrong} does not exist in this model.", param="resume_token_ids")
+    return resumed
 
 
 def _params_of_copy(params: SamplingParams, copy: int) -> SamplingParams:

@@ -27,6 +27,10 @@ class LogprobWriter:
         self._text = IncrementalDetokenizer(tokenizer, prompt_ids, skip_special) if tokenizer else None
         self._offset = 0
 
+    def skip(self, token_ids: Sequence[int]) -> None:
+        """Output that was written elsewhere: what follows begins after its text."""
+        self._offset += len(self._text.append(token_ids)) if self._text else 0
+
     def chat(self, rows: Sequence[TokenLogprobs]) -> ChatLogprobs:
         return ChatLogprobs([self._chat_token(row) for row in rows])
 

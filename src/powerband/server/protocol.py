@@ -25,6 +25,7 @@ MAX_PROMPTS = 64
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_LABEL_CHARS = 512
+MAX_RESUMED_TOKENS = 1 << 20
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
@@ -122,6 +123,17 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     cache_salt: Annotated[Label, Meta(description="Only prompts with the same salt share cached prefixes")] | None = (
         None
     )
+    resume_token_ids: (
+        Annotated[
+            list[Token],
+            Meta(
+                min_length=1,
+                max_length=MAX_RESUMED_TOKENS,
+                description="Output that the client has already: go on after it, and answer only with what is new",
+            ),
+        ]
+        | None
+    ) = None
     deadline_s: (
         Annotated[float, Meta(gt=0, le=86400, description="Seconds from now by which the first token is wanted")] | None
     ) = None
