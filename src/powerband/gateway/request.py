@@ -39,7 +39,7 @@ class Finished:
 
     record: times as the gateway saw them, on time.monotonic(); `scheduled_s` is the arrival, `sent_s` when a replica
     got it. seconds in the queue: queue_s. status: the HTTP status that the client got. error: its code, or ''.
-    seconds: from the arrival to the end, whatever that was.
+    seconds: from the arrival to the end, whatever that was. cost_usd: what the key was charged.
     """
 
     request: GatewayRequest
@@ -50,6 +50,7 @@ class Finished:
     replicas: tuple[str, ...] = ()  # ids, in the order in which they were tried
     seconds: float = 0.0
     queue_s: float = 0.0
+    cost_usd: float = 0.0
     resumed: int = 0  # times that another replica went on in the middle of the stream
     finish_reason: str = ""
     sequence: int = field(default=0)  # numbers what is over, from 1, for those who read along

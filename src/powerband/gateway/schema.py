@@ -1,0 +1,50 @@
+"""The tables of the gateway's books. Times are seconds since 1970 (UTC); texts that stand for values are JSON."""
+
+from __future__ import annotations
+
+VERSION = 1
+
+# Daily sums are made from every usage row that really goes in, in the same transaction: a row that comes twice counts
+# once, and retention may delete rows without touching what was spent.
+SCHEMA = """
+BEGIN;
+CREATE TABLE IF NOT EXISTS keys (
+    id TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, prefix TEXT NOT NULL, name TEXT NOT NULL, scopes TEXT NOT NULL,
+    limits TEXT NOT NULL, created_at REAL NOT NULL, expires_at REAL, revoked_at REAL
+);
+CREATE TABLE IF NOT EXISTS usage (
+    id INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, ended_at REAL NOT NULL, key_id TEXT NOT NULL,
+    model TEXT NOT NULL, endpoint TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL, queue_s REAL NOT NULL, ttft_s REAL, e2e_s REAL, status INTEGER NOT NULL,
+    outcome TEXT NOT NULL, error TEXT NOT NULL, replica TEXT NOT NULL, cost_usd REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS usage_by_time ON usage (ended_at);
+CREATE TABLE IF NOT EXISTS daily (
+    day TEXT NOT NULL, key_id TEXT NOT NULL, model TEXT NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+    cost_usd REAL NOT NULL, PRIMARY KEY (day, key_id, model)
+) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS usage_to_daily AFTER INSERT ON usage BEGIN
+    INSERT INTO daily VALUES (
+        date(NEW.ended_at, 'unixepoch'), NEW.key_id, NEW.model, 1, NEW.outcome <> 'ok', NEW.prompt_tokens,
+        NEW.cached_tokens, NEW.output_tokens, NEW.cost_usd
+    ) ON CONFLICT (day, key_id, model) DO UPDATE SET
+        requests = requests + 1, errors = errors + excluded.errors,
+        prompt_tokens = prompt_tokens + excluded.prompt_tokens, cached_tokens = cached_tokens + excluded.cached_tokens,
+        output_tokens = output_tokens + excluded.output_tokens, cost_usd = cost_usd + excluded.cost_usd;
+END;
+CREATE TABLE IF NOT EXISTS audit (
+    seq INTEGER PRIMARY KEY, at REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL, what TEXT NOT NULL,
+    hash TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS feedback (
+    request_id TEXT PRIMARY KEY, at REAL NOT NULL, key_id TEXT NOT NULL, score REAL NOT NULL, comment TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS feedback_by_time ON feedback (at);
+CREATE TABLE IF NOT EXISTS content (
+    request_id TEXT PRIMARY KEY, at REAL NOT NULL, key_id TEXT NOT NULL, prompt TEXT NOT NULL, output TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS content_by_time ON content (at);
+PRAGMA user_version = 1;
+COMMIT;
+"""

@@ -1,0 +1,147 @@
+"""API keys: shown once, useless on disk, refused alike when wrong, gone at once when revoked, there after a restart."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.gateway.books import Books
+from powerband.gateway.keys import Key, KeyLimits
+from powerband.web.errors import HttpError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "gateway.db"
+
+
+@pytest.fixture
+def books(path: Path) -> Iterator[Books]:
+    opened = Books.open(path)
+    yield opened
+    opened.close()
+
+
+def bring(books: Books, secret: str) -> Key:
+    return books.keys.authenticate([f"Bearer {secret}".encode()])
+
+
+def refusal(books: Books, *values: bytes) -> str:
+    with pytest.raises(HttpError) as caught:
+        books.keys.authenticate(values)
+    assert caught.value.http_status == 401
+    return caught.value.code
+
+
+def test_a_new_key_opens_and_is_nowhere_on_disk(books: Books, path: Path) -> None:
+    key, secret = books.keys.create("app", ["infer", "metrics"])
+    assert bring(books, secret) == key
+    assert len(secret) == len("pb-") + 43  # 256 bits
+    assert secret.startswith(key.prefix)
+    books.close()
+    for file in path.parent.iterdir():
+        assert secret.encode() not in file.read_bytes()
+        assert file.stat().st_mode & 0o077 == 0, file
+
+
+def test_wrong_keys_are_all_refused_and_counted(books: Books) -> None:
+    _, secret = books.keys.create("app")
+    good = secret.encode()
+    wrong = [
+        b"Bearer",
+        b"Bearer " + good[:-1],
+        b"Bearer " + good + b"x",
+        b"Basic " + good,
+        good,
+        b"Bearer " + good * 99,
+    ]
+    assert [refusal(books, value) for value in wrong] == ["invalid_api_key"] * len(wrong)
+    assert refusal(books, b"Bearer " + good, b"Bearer " + good) == "invalid_api_key"
+    assert refusal(books) == "missing_api_key"
+    assert books.figures().keys_rejected == len(wrong) + 1
+
+
+def test_a_revoked_key_opens_nothing_from_then_on(books: Books) -> None:
+    key, secret = books.keys.create("app")
+    other, other_secret = books.keys.create("other")
+    books.keys.revoke(key.id)
+    assert refusal(books, f"Bearer {secret}".encode()) == "revoked_api_key"
+    assert bring(books, other_secret) == other
+
+
+def test_a_key_expires(path: Path) -> None:
+    now = 1_000_000.0
+    opened = Books.open(path)
+    books = Books(opened.store, opened.options, wall=lambda: now)
+    _, secret = books.keys.create("app", expires_at=now + 60)
+    bring(books, secret)
+    now += 60
+    assert refusal(books, f"Bearer {secret}".encode()) == "expired_api_key"
+    opened.close()
+
+
+def test_keys_and_limits_survive_a_restart(books: Books, path: Path) -> None:
+    limits = KeyLimits(requests_per_min=60, usd=1.5, usd_period="total", models=("demo",), priority=2)
+    key, secret = books.keys.create("app", limits=limits)
+    changed = books.keys.limit(key.id, KeyLimits(tokens_per_min=1000, models=("demo",)))
+    gone, _ = books.keys.create("gone")
+    revoked = books.keys.revoke(gone.id)
+    books.close()
+    again = Books.open(path)
+    try:
+        assert again.keys.list() == (changed, revoked)
+        assert bring(again, secret) == changed
+    finally:
+        again.close()
+
+
+def test_two_gateways_do_not_share_a_file(books: Books, path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="in use"):
+        Books.open(path)
+
+
+def test_a_file_that_is_no_database_is_named(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(EnvironmentFault, match=r"gateway.db cannot be opened"):
+        Books.open(path)
+
+
+def test_books_of_a_newer_version_are_left_alone(path: Path) -> None:
+    Books.open(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(EnvironmentFault, match="newer Powerband"):
+        Books.open(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"name": " "}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"name": "a", "scopes": []}, "'scopes' is empty"),
+        ({"name": "a", "scopes": ["root"]}, "'root'; known are infer, metrics, admin"),
+        ({"name": "a", "expires_at": 5.0}, "in the past"),
+    ],
+)
+def test_nonsense_is_refused(books: Books, asked: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        books.keys.create(**asked)  # type: ignore[arg-type]  # that is the point
+    assert books.keys.list() == ()
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    for wrong in (
+        {"requests_per_min": 0},
+        {"tokens_per_min": -1},
+        {"usd": -0.1},
+        {"usd": float("nan")},
+        {"priority": 9999},
+    ):
+        with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+            KeyLimits(**wrong)  # type: ignore[arg-type]  # that is the point

@@ -1,0 +1,277 @@
+"""Limits hold for every 60 seconds and every sum of money, in any order of events; refusals say when to return."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from powerband.gateway.keys import Key, KeyLimits
+from powerband.gateway.limits import LimitReached, Limits, Reservation, cost_usd
+from powerband.gateway.request import GatewayRequest
+from powerband.gateway.routes import ModelRoute
+from powerband.web.errors import HttpError
+
+
+@dataclass
+class Clock:
+    now: float = 1000.0
+    wall: float = datetime(2026, 11, 22, tzinfo=UTC).timestamp()
+
+    def pass_s(self, seconds: float) -> None:
+        self.now += seconds
+        self.wall += seconds
+
+
+def limits_at(clock: Clock, spent: dict[str, tuple[float, float]] | None = None) -> Limits:
+    return Limits(spent or {}, lambda: clock.now, lambda: clock.wall)
+
+
+def key_with(**limits: object) -> Key:
+    return Key(
+        id="key_1",
+        name="app",
+        prefix="pb-",
+        scopes=("infer",),
+        limits=KeyLimits(**limits),
+        created_at=0.0,  # type: ignore[arg-type]  # short
+    )
+
+
+def request(prompt: int = 1, output: int = 0, model: str = "demo") -> GatewayRequest:
+    return GatewayRequest(id="req_1", endpoint="chat", model=model, prompt_tokens=prompt, output_tokens=output)
+
+
+@dataclass
+class Admitted:
+    at: float
+    reservation: Reservation
+    tokens: int
+    usd: float
+    running: bool = True
+    counts: bool = True
+
+
+@dataclass
+class Oracle:
+    """Remembers every request, and adds up again each time."""
+
+    admitted: list[Admitted] = field(default_factory=list)
+
+    def tokens(self, since: float) -> int:
+        return sum(one.tokens for one in self.admitted if one.at > since and one.counts)
+
+    def requests(self, since: float) -> int:
+        return sum(one.counts for one in self.admitted if one.at > since)
+
+    def running(self) -> list[Admitted]:
+        return [one for one in self.admitted if one.running]
+
+    def usd(self) -> float:
+        return sum(one.usd for one in self.admitted if one.counts)
+
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("pass"), st.floats(0, 40), st.just(0)),
+        st.tuples(st.just("ask"), st.integers(1, 60), st.integers(0, 60)),
+        st.tuples(st.just("settle"), st.integers(0, 9), st.floats(0, 1)),
+        st.tuples(st.just("cancel"), st.integers(0, 9), st.just(0)),
+    ),
+    max_size=80,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(events=events)
+def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[tuple[str, float, float]]) -> None:
+    clock, oracle = Clock(), Oracle()
+    key = key_with(requests_per_min=7, tokens_per_min=200, max_concurrency=3, usd=9.0, usd_period="total")
+    limits = limits_at(clock)
+    for what, first, second in events:
+        running = oracle.running()
+        if what == "pass":
+            clock.pass_s(first)
+        elif what == "ask":
+            ask(oracle, limits, clock, key, int(first), int(second))
+        elif running:
+            one = running[int(first) % len(running)]
+            one.running = False
+            if what == "cancel":
+                one.counts = False
+                one.reservation.cancel()
+            else:
+                one.tokens, one.usd = math.floor(one.tokens * second), one.usd * second
+                one.reservation.settle(one.tokens, 0, 0, one.usd)
+        assert limits.used(key)["running"] == len(oracle.running())
+    for one in oracle.running():
+        one.reservation.cancel()
+
+
+def ask(oracle: Oracle, limits: Limits, clock: Clock, key: Key, prompt: int, output: int) -> None:
+    tokens, usd = prompt + output, (prompt + output) / 50
+    try:
+        reservation = limits.reserve(key, request(prompt, output), usd)
+    except LimitReached as error:
+        refused_with_reason(oracle, limits, clock, key, error, tokens, usd)
+        return
+    oracle.admitted.append(Admitted(clock.now, reservation, tokens, usd))
+    assert oracle.requests(clock.now - 60) <= 7
+    assert oracle.tokens(clock.now - 60) <= 200
+    assert len(oracle.running()) <= 3
+    assert oracle.usd() <= 9.0 + 1e-6
+
+
+def refused_with_reason(
+    oracle: Oracle, limits: Limits, clock: Clock, key: Key, error: LimitReached, tokens: int, usd: float
+) -> None:
+    """A cell of a minute covers a second, so one second more than 60 may count."""
+    match error.code:
+        case "concurrency_limit":
+            assert len(oracle.running()) == 3
+        case "spend_limit":
+            assert oracle.usd() + usd > 9.0 - 1e-6
+        case "requests_limit":
+            assert oracle.requests(clock.now - 61) + 1 > 7
+        case "tokens_limit":
+            assert oracle.tokens(clock.now - 61) + tokens > 200
+    if error.code in ("requests_limit", "tokens_limit"):
+        assert 0 < error.retry_after_s <= 61
+        clock.pass_s(error.retry_after_s)
+        assert refusal(limits, key, request(tokens), usd) != error.code, "it did not fit when it was said to"
+
+
+def refusal(limits: Limits, key: Key, asked: GatewayRequest, usd: float = 0.0) -> str:
+    """The code of what stands in its way, or ''."""
+    try:
+        limits.reserve(key, asked, usd).cancel()
+    except LimitReached as error:
+        return error.code
+    return ""
+
+
+def test_a_hundred_at_once_do_not_slip_past() -> None:
+    """Estimates are taken before the work begins, so a crowd that arrives together is held to the limit."""
+    clock = Clock()
+    limits, key = limits_at(clock), key_with(tokens_per_min=1000, max_concurrency=8)
+    served, most = 0, 0
+    chance = random.Random(0)
+
+    async def client() -> None:
+        nonlocal served, most
+        for _ in range(20):
+            try:
+                reservation = limits.reserve(key, request(10, 20))
+            except LimitReached:
+                await asyncio.sleep(0)
+                continue
+            most = max(most, int(limits.used(key)["running"]))
+            for _ in range(chance.randrange(5)):
+                await asyncio.sleep(0)
+            used = chance.randrange(21)
+            served += 10 + used
+            reservation.settle(10, 0, used, 0.0)
+
+    async def crowd() -> None:
+        await asyncio.gather(*(client() for _ in range(100)))
+
+    asyncio.run(crowd())
+    assert most == 8
+    assert 970 < served <= 1000  # not one token more, and no room left for another request
+    assert limits.used(key)["tokens_last_min"] == served
+
+
+def test_more_than_estimated_delays_what_comes_later() -> None:
+    clock = Clock()
+    limits, key = limits_at(clock), key_with(tokens_per_min=100)
+    limits.reserve(key, request(10, 10)).settle(90, 0, 10, 0.0)
+    with pytest.raises(LimitReached, match="100 tokens a minute; 100 are taken, 1 asked") as caught:
+        limits.reserve(key, request(1))
+    clock.pass_s(caught.value.retry_after_s or 0)
+    limits.reserve(key, request(1)).cancel()
+
+
+def test_what_ends_after_its_minute_changes_nothing_any_more() -> None:
+    clock = Clock()
+    limits, key = limits_at(clock), key_with(tokens_per_min=100)
+    long = limits.reserve(key, request(50, 50))
+    clock.pass_s(61)
+    later = limits.reserve(key, request(60))
+    long.settle(50, 0, 10, 0.0)
+    assert limits.used(key)["tokens_last_min"] == 60
+    later.cancel()
+
+
+def test_only_the_first_end_counts() -> None:
+    limits, key = limits_at(Clock()), key_with(max_concurrency=1, usd=10.0)
+    reservation = limits.reserve(key, request(10))
+    reservation.settle(10, 0, 5, 1.0)
+    reservation.settle(10, 0, 5, 1.0)
+    reservation.cancel()
+    assert limits.used(key) == {"requests_last_min": 1, "tokens_last_min": 15, "running": 0, "usd": 1.0}
+
+
+def test_a_forgotten_reservation_does_not_hold_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    limits, key = limits_at(Clock()), key_with(max_concurrency=1)
+    limits.reserve(key, request(10))
+    assert "neither settled nor cancelled" in caplog.text
+    limits.reserve(key, request(10)).cancel()
+
+
+def test_what_can_never_fit_says_so_and_is_not_worth_another_try() -> None:
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=100, usd=1.0, models=("demo",))
+    for asked, usd, status, code in (
+        (request(90, 20), 0.0, 400, "tokens_limit"),
+        (request(1, 1), 1.5, 400, "spend_limit"),
+        (request(1, 1, "other"), 0.0, 403, "model_not_allowed"),
+    ):
+        with pytest.raises(HttpError) as caught:
+            limits.reserve(key, asked, usd)
+        assert (caught.value.http_status, caught.value.code) == (status, code)
+    assert limits.used(key)["requests_last_min"] == 0
+
+
+def test_spend_begins_anew_with_the_month_and_total_spend_never() -> None:
+    clock = Clock()
+    limits = limits_at(clock, {"key_1": (50.0, 9.5)})
+    monthly, total = key_with(usd=10.0), key_with(usd=50.0, usd_period="total")
+    with pytest.raises(LimitReached) as caught:
+        limits.reserve(monthly, request(), 1.0)
+    assert caught.value.retry_after_s == 9 * 86400  # 22 November to 1 December
+    with pytest.raises(LimitReached) as caught:
+        limits.reserve(total, request(), 1.0)
+    assert caught.value.retry_after_s == math.inf
+    clock.pass_s(9 * 86400)
+    limits.reserve(monthly, request(), 1.0).settle(1, 0, 1, 0.75)
+    assert limits.used(monthly)["usd"] == 0.75
+    assert limits.used(total)["usd"] == 50.75
+
+
+def test_headers_say_what_is_left() -> None:
+    clock = Clock(now=1000.25)
+    limits, key = limits_at(clock), key_with(requests_per_min=10, tokens_per_min=100)
+    assert limits.headers(key)["x-ratelimit-reset-requests"] == "0ms"
+    running = limits.reserve(key, request(30, 10))
+    assert limits.headers(key) == {
+        "x-ratelimit-limit-requests": "10",
+        "x-ratelimit-remaining-requests": "9",
+        "x-ratelimit-reset-requests": "1m1s",
+        "x-ratelimit-limit-tokens": "100",
+        "x-ratelimit-remaining-tokens": "60",
+        "x-ratelimit-reset-tokens": "1m1s",
+    }
+    clock.pass_s(60)
+    assert limits.headers(key)["x-ratelimit-reset-tokens"] == "750ms"
+    running.cancel()
+    assert limits.headers(key_with()) == {}
+
+
+def test_cost_is_prices_times_tokens() -> None:
+    route = ModelRoute(name="demo", usd_per_million_input=0.5, usd_per_million_output=2.0)
+    assert cost_usd(route, 1000, 500) == pytest.approx(0.0015)
