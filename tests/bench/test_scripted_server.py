@@ -146,6 +146,20 @@ def test_a_client_that_leaves_frees_its_slot_unless_a_fault_is_planted() -> None
     assert with_server(Script(tpot_s=0.01, slots=1, leaks_slots=True), leave_and_ask) == "hangs"
 
 
+@pytest.mark.parametrize("script", [Script(), Script(tpot_s=0.001)])
+def test_it_goes_on_with_an_output_that_another_server_began(script: Script) -> None:
+    body = {"prompt": "a b", "max_tokens": 6, "stream": True, "return_token_ids": True}
+
+    async def act(_: ScriptedServer, target: Target) -> tuple[bytes, bytes]:
+        whole = await post(target, "/v1/completions", body)
+        return whole.body, (await post(target, "/v1/completions", {**body, "resume_token_ids": [0, 1, 2, 3]})).body
+
+    whole, rest = with_server(script, act)
+    assert [n for n in range(6) if b'"token_ids":[%d]' % n in whole] == list(range(6))
+    assert [n for n in range(6) if b'"token_ids":[%d]' % n in rest] == [4, 5]
+    assert [n for n in range(6) if b'"text":"%b"' % words(n, n + 1).encode() in rest] == [4, 5]
+
+
 def test_its_metrics_are_understood() -> None:
     async def act(_: ScriptedServer, target: Target) -> dict[str, float]:
         await ask(target, 4)

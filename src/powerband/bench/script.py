@@ -113,6 +113,13 @@ class AskedBody(msgspec.Struct):
     max_completion_tokens: int | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
+    return_token_ids: bool = False
+    resume_token_ids: list[int] | None = None  # of output that another server began
+
+    @property
+    def resumed(self) -> int:
+        """Tokens of the output that are there already."""
+        return len(self.resume_token_ids or ())
 
     @property
     def output_tokens(self) -> int:
@@ -139,6 +146,8 @@ def read_body(data: bytes, endpoint: Endpoint, script: Script) -> AskedBody:
         raise InvalidRequest("The body has no prompt.", param="messages" if endpoint == "chat" else "prompt")
     if not 1 <= body.output_tokens <= MAX_OUTPUT_TOKENS:
         raise InvalidRequest(f"{body.output_tokens} output tokens.", hint=f"1 to {MAX_OUTPUT_TOKENS} may be asked for.")
+    if body.resumed >= body.output_tokens or list(range(body.resumed)) != (body.resume_token_ids or []):
+        raise InvalidRequest("That is not how an answer of this server begins.", param="resume_token_ids")
     if body.model not in ("", script.model):
         raise InvalidRequest(f"There is no model '{body.model}'.", hint=f"There is: {script.model}.", param="model")
     return body
@@ -149,6 +158,7 @@ class Speaker:
 
     def __init__(self, number: int, body: AskedBody, endpoint: Endpoint, usage: str) -> None:
         self._total, self._prompt, self._is_chat = body.output_tokens, body.prompt_tokens, endpoint == "chat"
+        self._resumed, self._tells_ids = body.resumed, body.return_token_ids
         options = body.stream_options or _StreamOptions()
         self._usage_ever = options.include_usage and usage != "none"
         self._usage_always = self._usage_ever and options.continuous_usage_stats and usage == "continuous"
@@ -159,7 +169,7 @@ class Speaker:
 
     def opening(self) -> bytes:
         """Before the first token."""
-        if not self._is_chat:
+        if not self._is_chat or self._resumed:
             return b""
         return self._event('{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}', 0)
 
@@ -167,9 +177,10 @@ class Speaker:
         """Tokens from `first` to before `after`."""
         text = words(first, after)
         ending = '"length"' if after == self._total else "null"
+        ids = f',"token_ids":[{",".join(map(str, range(first, after)))}]' if self._tells_ids else ""
         if self._is_chat:
-            return self._event(f'{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":{ending}}}', after)
-        return self._event(f'{{"index":0,"text":"{text}","logprobs":null,"finish_reason":{ending}}}', after)
+            return self._event(f'{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":{ending}{ids}}}', after)
+        return self._event(f'{{"index":0,"text":"{text}","logprobs":null,"finish_reason":{ending}{ids}}}', after)
 
     def closing(self) -> bytes:
         """After the last token, with the end of the message."""

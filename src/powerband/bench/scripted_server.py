@@ -164,8 +164,9 @@ class _Stream:
         self._connection.write(_STREAM_HEAD + self._speaker.opening())
         if script.is_instant and not script.drop_every:
             size = script.tokens_per_chunk
-            pieces = [self._speaker.chunk(i, min(i + size, total)) for i in range(0, total, size)]
-            self.truth.written_s, self.truth.tokens = [time.monotonic()] * len(pieces), total
+            starts = range(self._body.resumed, total, size)
+            pieces = [self._speaker.chunk(i, min(i + size, total)) for i in starts]
+            self.truth.written_s, self.truth.tokens = [time.monotonic()] * len(pieces), total - self._body.resumed
             self._connection.write(b"".join(pieces))
             return self._end()
         return self._server.deadlines.at(now_s + script.ttft_s, self.advance)
@@ -178,9 +179,10 @@ class _Stream:
         if connection.is_paused:
             self._is_held = True  # its client does not read
             return
-        after = min(truth.tokens + script.tokens_per_chunk, self._body.output_tokens)
-        connection.write(self._speaker.chunk(truth.tokens, after))
-        truth.tokens = after
+        resumed = self._body.resumed
+        after = min(resumed + truth.tokens + script.tokens_per_chunk, self._body.output_tokens)
+        connection.write(self._speaker.chunk(resumed + truth.tokens, after))
+        truth.tokens = after - resumed
         truth.written_s.append(time.monotonic())
         self._chunks += 1
         is_to_drop = script.drop_every and (truth.number + 1) % script.drop_every == 0
@@ -331,7 +333,7 @@ class _Connection(asyncio.Protocol):
                 self.answer(200, self._server.metrics().encode(), content_type="text/plain; version=0.0.4")
             case b"GET", "/version":
                 self.answer(200, b'{"version":"1"}')
-            case b"GET", "/health":
+            case b"GET", "/health" | "/livez" | "/readyz":
                 self.answer(200, b"{}")
             case b"GET", "/truth":
                 self.answer(200, msgspec.json.encode(self._server.truths))

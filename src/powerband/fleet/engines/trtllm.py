@@ -2,7 +2,7 @@
 
 Options as https://nvidia.github.io/TensorRT-LLM/commands/trtllm-serve/trtllm-serve.html has them for version 1.2; what
 is no option stands in a file of LLM arguments (https://nvidia.github.io/TensorRT-LLM/llm-api/reference.html). It asks
-for no key, its metrics are JSON at /metrics, and its streams cannot be resumed: they carry no token ids.
+for no key, and its streams cannot be resumed: they carry no token ids.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _arguments(subject: Subject, drafter: str) -> dict[str, Any]:
         raise subject.cannot("kv_precision", f"The checkpoint has {subject.stored.kv_precision or 'no scales'}.")
     found: dict[str, Any] = {
         "kv_cache_config": {"enable_block_reuse": replica.enable_prefix_caching, "dtype": kv},
-        "enable_iter_perf_stats": True,  # /metrics is empty without
+        "enable_iter_perf_stats": True,
+        "return_perf_metrics": True,  # without it there is no /prometheus/metrics
     }
     drafter = subject.drafter(drafter)
     if drafter == "ngram":
