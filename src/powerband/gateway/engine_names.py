@@ -1,0 +1,92 @@
+"""What each engine calls its probe and its figures. Sources: their documentation, and vLLM's and TensorRT-LLM's code.
+
+SGLang shows metrics only with --enable-metrics, TensorRT-LLM only with return_perf_metrics; a replica that shows none
+is judged by its probe and by the bytes that come from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from powerband.spec.deployment import EngineName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNames:
+    """Paths, and names of metrics: requests running and waiting, share of KV cache in use (0 to 1), tokens so far."""
+
+    ready_path: str = "/health"
+    metrics_path: str = "/metrics"
+    running: bytes
+    waiting: bytes
+    kv_usage: bytes
+    tokens: tuple[bytes, ...]  # counters: if they grow, the engine computes
+
+
+ENGINE_NAMES: dict[EngineName, EngineNames] = {
+    "powerband": EngineNames(
+        ready_path="/readyz",  # says 503 when steps do not advance
+        running=b"powerband_requests_running",
+        waiting=b"powerband_requests_waiting",
+        kv_usage=b"powerband_kv_cache_usage_ratio",
+        tokens=(b"powerband_prompt_tokens_total", b"powerband_generation_tokens_total"),
+    ),
+    "vllm": EngineNames(
+        running=b"vllm:num_requests_running",
+        waiting=b"vllm:num_requests_waiting",
+        kv_usage=b"vllm:kv_cache_usage_perc",
+        tokens=(b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total"),
+    ),
+    "sglang": EngineNames(
+        running=b"sglang:num_running_reqs",
+        waiting=b"sglang:num_queue_reqs",
+        kv_usage=b"sglang:token_usage",
+        tokens=(b"sglang:prompt_tokens_total", b"sglang:generation_tokens_total"),
+    ),
+    "trtllm": EngineNames(
+        metrics_path="/prometheus/metrics",
+        running=b"trtllm_num_requests_running",
+        waiting=b"trtllm_num_requests_waiting",
+        kv_usage=b"trtllm_kv_cache_utilization",
+        tokens=(b"trtllm_prompt_tokens_total", b"trtllm_generation_tokens_total"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a replica says of itself. None: it does not tell."""
+
+    running: int | None = None
+    waiting: int | None = None
+    kv_usage: float | None = None
+    tokens: float | None = None
+
+
+def read_load(page: bytes, names: EngineNames) -> Load:
+    """From a page of metrics in Prometheus' text form; sums over label sets. A page of 100 kB takes 0.1 ms."""
+    running, waiting = _total(page, names.running), _total(page, names.waiting)
+    told = [value for value in (_total(page, name) for name in names.tokens) if value is not None]
+    return Load(
+        running=None if running is None else int(running),
+        waiting=None if waiting is None else int(waiting),
+        kv_usage=_total(page, names.kv_usage),
+        tokens=sum(told) if told else None,
+    )
+
+
+def _total(page: bytes, name: bytes) -> float | None:
+    total: float | None = None
+    at = 0 if page.startswith(name) else page.find(b"\n" + name) + 1
+    while at or (total is None and page.startswith(name)):
+        end = page.find(b"\n", at)
+        line = page[at : end if end >= 0 else len(page)]
+        if line[len(name) : len(name) + 1] in (b"{", b" "):
+            try:
+                value = float(line.rpartition(b"}")[2].split()[0] if b"}" in line else line.split()[1])
+            except (IndexError, ValueError):
+                return total
+            if value == value and abs(value) < 1e18:  # no NaN, nothing that is no count
+                total = value + (total or 0.0)
+        at = page.find(b"\n" + name, at + 1) + 1 if end >= 0 else 0
+    return total
