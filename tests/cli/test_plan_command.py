@@ -112,6 +112,22 @@ def test_what_is_wrong_is_told(
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("content", "options", "what"),
+    [
+        ("name: mine", ["--prompt-tokens", "32"], "says what requests are"),
+        ("name: mine\nrequests: {trace: {file: day.csv}}", [], "--workload TRACE"),
+    ],
+)
+def test_a_workload_in_yaml_says_it_all(
+    content: str, options: list[str], what: str, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    told = ["plan", model, "--devices", "L4", "--rate", "1", "--workload", str(tmp_path / "mine.yaml"), *options]
+    assert main(told) == 2
+    assert what in capsys.readouterr().err
+
+
 def test_an_architecture_that_is_not_known_and_a_missing_rate(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

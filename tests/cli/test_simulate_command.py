@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from powerband.cli.main import main
 from powerband.spec.arrivals import OpenLoop
+from powerband.spec.catalog import load_catalog
 from powerband.spec.deployment import Deployment, Pool, Replica
 from powerband.spec.plan import Plan, Promise, write_plan
 from powerband.spec.presets import preset
@@ -110,3 +112,30 @@ def test_what_cannot_be_simulated_is_told(
 ) -> None:
     assert run(replace(plan, **change), tmp_path) == code
     assert sentence in capsys.readouterr().err
+
+
+def test_the_devices_may_be_described_or_changed(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gap_s(*options: str) -> float:
+        assert run(plan, tmp_path, "--json", "--max-requests", "20", "--seed", "1", *options) in (0, 1)
+        capsys.readouterr()
+        first = json.loads((tmp_path / "run" / "requests.jsonl").read_text().splitlines()[0])["chunk_times_s"]
+        return float(first[1] - first[0])
+
+    usual = gap_s()
+    assert gap_s("--set", "device.bandwidth_bytes_per_s=3e11") > 1.5 * usual
+    described = load_catalog().find("H100").as_dict() | {"name": "H100"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(described))
+    assert gap_s("--devices", str(tmp_path / "mine.yaml")) == pytest.approx(usual)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [(("--devices", "L4"), "is not among L4"), (("--set", "replica.max_num_seqs=4"), "Change it in the plan's file")],
+)
+def test_devices_that_are_not_the_plans(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], what: str
+) -> None:
+    assert run(plan, tmp_path, *options) == 2
+    assert what in capsys.readouterr().err

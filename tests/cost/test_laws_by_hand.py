@@ -8,7 +8,7 @@ import pytest
 
 from powerband.cost import laws
 from powerband.cost.laws import Chunks, Heads, Speed
-from powerband.spec.counts import _visible_pairs
+from powerband.spec.counts import visible_pairs
 from powerband.spec.profile import AttentionLaw, ElementwiseLaw, Evidence, GemmLaw, LinkLaw
 
 NONE = Evidence(source="", error=0.1)
@@ -71,9 +71,10 @@ def test_decodes_cost_the_keys_and_values_they_read() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 16, 100, 1000])
-def test_pairs_are_counted_as_the_flops_of_a_step_are(window: int | None) -> None:
+def test_every_position_sees_itself_and_what_lies_before(window: int | None) -> None:
     for new, context in ((1, 1), (10, 10), (10, 200), (150, 200), (200, 200)):
-        assert laws.visible_pairs(new, context, window) == _visible_pairs(new, context, window)
+        seen = [min(position + 1, window or context) for position in range(context - new, context)]
+        assert visible_pairs(new, context, window) == sum(seen)
 
 
 def test_experts_are_touched_as_by_chance() -> None:

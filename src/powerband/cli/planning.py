@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,7 +23,7 @@ from powerband.spec.profile import DeviceProfile, Price
 from powerband.spec.quantities import number
 from powerband.spec.settings import EngineSettings
 from powerband.spec.stored import Stored, read_for_planning
-from powerband.spec.workload import Schedule, Workload
+from powerband.spec.workload import Workload
 
 _MANY = 4000  # requests, among which the longest is looked for
 _SOON = OpenLoop.at(1000.0)
@@ -37,11 +37,6 @@ def model_of(name: str) -> tuple[ModelSpec, Stored]:
     """
     source = config_source(EngineSettings(model=name))
     return read_for_planning(source / "config.json" if source.is_dir() else source)
-
-
-def find_device(name: str) -> DeviceProfile:
-    """Raises UsageError or EnvironmentFault, see spec.catalog."""
-    return load_catalog().find(name)
 
 
 def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> list[DeviceProfile]:
@@ -88,6 +83,8 @@ def chosen_workload(requests: MixFlags, *, rate: float | None) -> tuple[Workload
         asked = asked_for(LoadFlags(rate=rate), requests)
         return asked.workload, rate
     if path.suffix in (".yaml", ".yml"):
+        if requests != MixFlags(workload=text):
+            raise UsageError(f"{text} says what requests are.", hint="Change it there, not by flags.", param="workload")
         workload = _workload_file(path)
     elif path.exists():
         workload = asked_for(LoadFlags(trace=path, rate=rate), replace(requests, workload=None)).workload
@@ -121,7 +118,10 @@ def _workload_file(path: Path) -> Workload:
     if len(content) > _MAX_WORKLOAD_BYTES:
         raise UsageError(f"{path} is no workload: it is larger than 1 MiB.", param="workload")
     try:
-        return Workload.from_dict(yaml.safe_load(content))
+        values = yaml.safe_load(content)
+        if isinstance(values, dict) and "trace" in (values.get("requests") or ()):
+            raise UsageError(f"{path} names a trace.", hint="Give that: --workload TRACE.", param="workload")
+        return Workload.from_dict(values)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
         raise UsageError(f"{path} is no YAML: {str(problem).splitlines()[0]}.", param="workload") from None
 
@@ -194,7 +194,10 @@ def longest_request(workload: Workload, seed: int, model: ModelSpec, attainment:
     """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
     knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
     """
-    lengths = sorted(_lengths(replace(workload, arrivals=_SOON).draw(seed, num_requests=_MANY)))
+    from powerband.planner.question import weighed
+
+    drawn = replace(workload, arrivals=_SOON).draw(seed, num_requests=_MANY)
+    lengths = sorted(request.prompt + request.output for request in weighed(drawn))
     most = model.max_position
     share = sum(length > most for length in lengths) / len(lengths)
     if share > 1 - attainment:
@@ -205,14 +208,6 @@ def longest_request(workload: Workload, seed: int, model: ModelSpec, attainment:
             param="workload",
         )
     return min(-(-lengths[-1] // 1024) * 1024, most)
-
-
-def _lengths(schedule: Schedule) -> Iterator[int]:
-    for chain in schedule.chains:
-        said = 0
-        for request in chain.requests:
-            said = (said if request.turn else 0) + request.new_tokens + request.output_tokens
-            yield said
 
 
 def quantizations(text: str) -> tuple[Quantization, ...]:

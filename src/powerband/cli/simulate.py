@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,17 +14,20 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench_options import Asked, JudgingFlags, LoadFlags, MixFlags, asked_for
 from powerband.cli.flags import Json
-from powerband.cli.planning import find_device, model_of
+from powerband.cli.planning import chosen_devices, model_of
 from powerband.errors import UsageError
 
 if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
     from powerband.bench.results import RunReport
     from powerband.planner.simulator import Simulation
+    from powerband.spec.deployment import Deployment
     from powerband.spec.plan import Plan
+    from powerband.spec.profile import DeviceProfile
     from powerband.spec.workload import Schedule
 
 MISSED, NO_ANSWER = 1, 4
+_DEVICES = Group("Devices", sort_key=4)
 _OUTPUT = Group("Output", sort_key=5)
 
 
@@ -34,6 +38,14 @@ def simulate(
     load: LoadFlags | None = None,
     requests: MixFlags | None = None,
     judging: JudgingFlags | None = None,
+    devices: Annotated[
+        str | None,
+        Parameter(help="FILE.yaml that describes those that the catalog has not", group=_DEVICES),
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        Parameter(help="What if: device.memory_bytes=48e9, L4.bandwidth_bytes_per_s=4e11", group=_DEVICES, negative=""),
+    ] = None,
     out: Annotated[Path | None, Parameter(help="Folder; default: a new one in bench-runs/", group=_OUTPUT)] = None,
     json: Annotated[Json, Parameter(group=_OUTPUT)] = False,
 ) -> int:
@@ -59,11 +71,27 @@ def simulate(
         )
     asked = _asked(known, load, requests)
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
-    made = modelled(model_of(known.model)[0], known.deployment, find_device)
+    made = modelled(model_of(known.model)[0], known.deployment, _finder(known.deployment, devices, set or []))
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
     result = _load_result(schedule, made.simulate(schedule))
     known = replace(known, slo=judging.made() or known.slo)
     return _report(known, asked, load.seed, result, judging, out, as_json=json)
+
+
+def _finder(deployment: Deployment, devices: str | None, changes: list[str]) -> Callable[[str], DeviceProfile]:
+    """From a device's name in the plan to what is known of it. Raises UsageError."""
+    named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
+    if any(change.startswith("replica.") for change in changes):
+        raise UsageError("A replica is what the plan says it is.", hint="Change it in the plan's file.", param="set")
+    profiles = {profile.name: profile for profile in chosen_devices(devices or ",".join(named), None, changes)}
+    missing = [name for name in named if name not in profiles]
+    if missing:
+        raise UsageError(
+            f"The plan's {missing[0]} is not among {', '.join(profiles)}.",
+            hint="--devices names all of a plan's devices.",
+            param="devices",
+        )
+    return profiles.__getitem__
 
 
 def _asked(plan: Plan, load: LoadFlags, requests: MixFlags) -> Asked:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from math import ceil, exp, inf
 from typing import NamedTuple
 
+from powerband.spec.counts import visible_pairs
 from powerband.spec.profile import AttentionLaw, ElementwiseLaw, GemmLaw, LinkLaw
 
 TILE = 128  # rows and columns of a result that one multiprocessor computes at a time
@@ -134,15 +135,6 @@ class Heads(NamedTuple):
     head_dim: int
     kv_bytes: float  # of one position, keys and values
     window: int | None = None
-
-
-def visible_pairs(new: int, context: int, window: int | None) -> float:
-    """Sum over the last `new` of `context` positions of the keys that each sees: itself and what lies before."""
-    start = context - new
-    if window is None or context <= window:
-        return new * (start + context + 1) / 2
-    ramp = max(window - start, 0)  # positions that still see everything
-    return ramp * (2 * start + ramp + 1) / 2 + (new - ramp) * window
 
 
 def decode(law: AttentionLaw, speed: Speed, positions: float, tokens: float, shape: Heads) -> float:

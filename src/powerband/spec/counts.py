@@ -176,7 +176,7 @@ def step_flops(spec: ModelSpec, works: Iterable[tuple[int, int]], sampled_rows: 
     tokens = sum(new for new, _ in work)
     pairs = 0
     for window, layers in Counter(layer.window for layer in spec.layers).items():
-        pairs += layers * sum(_visible_pairs(new, context, window) for new, context in work)
+        pairs += layers * sum(visible_pairs(new, context, window) for new, context in work)
     return StepFlops(
         linear=2 * tokens * _matrix_elements_per_token(spec),
         attention=4 * spec.num_heads * spec.head_dim * pairs,
@@ -205,7 +205,7 @@ def _matrix_elements_per_token(spec: ModelSpec) -> int:
     )
 
 
-def _visible_pairs(new: int, context: int, window: int | None) -> int:
+def visible_pairs(new: int, context: int, window: int | None) -> int:
     """Sum over the last `new` of `context` positions of the keys that each sees: itself and what lies before."""
     start = context - new
     if window is None or context <= window:

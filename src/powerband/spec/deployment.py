@@ -96,10 +96,3 @@ class Deployment:
     @property
     def num_devices(self) -> int:
         return sum(pool.num_devices for pool in self.pools)
-
-    def pool_for(self, prompt_tokens: int) -> int:
-        """Index of the pool that takes a prompt."""
-        for index, pool in enumerate(self.pools):
-            if pool.longest_prompt is None or prompt_tokens <= pool.longest_prompt:
-                return index
-        raise AssertionError("the last pool takes any prompt")
