@@ -23,6 +23,7 @@ def finished(
     error: str = "",
     replicas: tuple[str, ...] = ("r1",),
     resumed: int = 0,
+    stream: bool = True,
     sequence: int = 0,
 ) -> Finished:
     """One that arrived at `arrival_s`, with tokens in chunks of one, `gap_s` apart."""
@@ -39,7 +40,7 @@ def finished(
     )
     taken_s = (times_s[-1] - arrival_s if times_s else queue_s) if seconds is None else seconds
     return Finished(
-        request=GatewayRequest(id="req_1", endpoint=endpoint, model=model, arrival_s=arrival_s),
+        request=GatewayRequest(id="req_1", endpoint=endpoint, model=model, arrival_s=arrival_s, stream=stream),
         record=record,
         status=status,
         ended_at=1_700_000_000.0 + arrival_s + taken_s,

@@ -111,3 +111,12 @@ def test_a_client_over_its_own_limit_breaks_no_promise_but_a_full_pool_does() ->
     slo = SLO(ttft_s=0.5)
     assert verdict(finished(outcome=Outcome.REFUSED, status=429, tokens=0), slo) is None
     assert verdict(finished(outcome=Outcome.REFUSED, status=503, tokens=0), slo) == ["refused"]
+
+
+def test_an_answer_that_came_as_a_whole_tells_no_first_token() -> None:
+    whole = finished(stream=False, tokens=1, ttft_s=3.0)
+    assert verdict(whole, SLO(ttft_s=0.5)) == []
+    assert verdict(whole, SLO(ttft_s=0.5, e2e_s=2.0)) == ["e2e"]
+    metrics = served()
+    metrics.observe(whole)
+    assert samples(metrics)["powerband_gateway_ttft_seconds_count{model_name=demo}"] == 0

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from powerband.gateway.promise import saw_first_token
 from powerband.gateway.request import Finished
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.metrics.record import Outcome
@@ -37,6 +38,7 @@ class Seen:
     @classmethod
     def of(cls, finished: Finished, time_s: float) -> Seen:
         record, tried = finished.record, finished.replicas
+        is_seen = saw_first_token(finished)
         went_wrong = record.outcome in _FAILED
         return cls(
             time_s,
@@ -50,8 +52,8 @@ class Seen:
             record.cached_tokens,
             record.output_tokens,
             finished.queue_s,
-            record.ttft_s,
-            record.tpot_s,
+            record.ttft_s if is_seen else None,
+            record.tpot_s if is_seen else None,
         )
 
 

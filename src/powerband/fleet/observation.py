@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from powerband.gateway.request import Finished
 from powerband.gateway.snapshot import PoolSnapshot
 
@@ -41,22 +39,6 @@ class Observation:
     pools: tuple[PoolSnapshot, ...] | None = ()
     metrics: Mapping[str, str] = field(default_factory=dict)
     host: Host | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RecordsPage:
-    """The answer of GET /admin/records. next: to ask after."""
-
-    next: int
-    records: tuple[Finished, ...]
-
-
-def read_records(body: bytes) -> RecordsPage:
-    """Raises ValueError for what is no such page."""
-    try:
-        return msgspec.json.decode(body, type=RecordsPage)
-    except msgspec.MsgspecError as problem:
-        raise ValueError(f"no page of records: {problem}") from None
 
 
 def read_host(proc: Path = Path("/proc")) -> Host | None:

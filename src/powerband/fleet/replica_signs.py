@@ -76,7 +76,7 @@ def _away(scene: Scene) -> Iterator[Finding]:
             yield Finding(
                 kind="replica",
                 subject=replica.id,
-                cause="down",
+                cause="hang" if last == "hung" else "down",
                 what=f"Replica {replica.id} has been {replica.state} for {away_s:.0f} s.",
                 evidence={"state": replica.state, "away_s": away_s, "last_error": last},
                 action="restart_replica",

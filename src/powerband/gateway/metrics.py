@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from powerband.gateway.promise import verdict
+from powerband.gateway.promise import saw_first_token, verdict
 from powerband.gateway.request import Finished
 from powerband.gateway.routes import ModelRoute
 from powerband.gateway.snapshot import REPLICA_STATES, PoolSnapshot
@@ -36,8 +36,8 @@ REFUSED_REASONS = (
 KEY_REASONS = ("missing_api_key", "invalid_api_key", "revoked_api_key", "insufficient_scope")
 
 _HISTOGRAMS = {
-    "ttft_seconds": "Arrival to first output token",
-    "tpot_seconds": "Mean time per output token after the first",
+    "ttft_seconds": "Arrival to first output token, of streams",
+    "tpot_seconds": "Mean time per output token after the first, of streams",
     "stall_seconds": "The longest pause within an answer",
     "e2e_seconds": "Arrival to last output token",
     "queue_seconds": "Wait for a place at a replica",
@@ -166,10 +166,11 @@ class GatewayMetrics(Collector):
 
     def _observe_times(self, finished: Finished) -> None:
         record, name = finished.record, finished.request.model
+        is_seen = saw_first_token(finished)
         values = {
-            "ttft_seconds": record.ttft_s,
-            "tpot_seconds": record.tpot_s,
-            "stall_seconds": record.stall_s,
+            "ttft_seconds": record.ttft_s if is_seen else None,
+            "tpot_seconds": record.tpot_s if is_seen else None,
+            "stall_seconds": record.stall_s if is_seen else None,
             "e2e_seconds": record.e2e_s if record.outcome is Outcome.OK else None,
             "queue_seconds": finished.queue_s if finished.replicas else None,
             "overhead_seconds": None,
@@ -199,7 +200,7 @@ class GatewayMetrics(Collector):
         if finished.replicas:
             sent_after_s = record.sent_s - record.scheduled_s
             observe("gen_ai_client_operation_duration_seconds", max(finished.seconds - sent_after_s, 0.0))
-        if is_ok:
+        if is_ok and saw_first_token(finished):
             observe("gen_ai_server_time_to_first_token_seconds", record.ttft_s)
             observe("gen_ai_server_time_per_output_token_seconds", record.tpot_s)
         if record.prompt_tokens:

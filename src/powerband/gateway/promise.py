@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from powerband.gateway.request import Finished
@@ -18,13 +19,22 @@ def verdict(finished: Finished, slo: SLO) -> list[str] | None:
 
     What does not count: a request that was refused for the client's own fault (a limit of its key, a wrong field), and
     one whose client left before a limit was broken: people press stop. Who left because it took too long does count.
+    An answer that came as a whole is held to the limit on E2E alone: when its first token was made, nobody saw.
     """
     record = finished.record
+    if not saw_first_token(finished):
+        slo = SLO(e2e_s=slo.e2e_s, attainment=slo.attainment)
     if record.outcome is Outcome.ABORTED:
         limits = slo.limits
-        waited_in_vain = not record.chunk_times_s and finished.seconds > limits.get("ttft", limits.get("e2e", 1e9))
-        seen = missed(replace(record, outcome=Outcome.OK), slo) if record.chunk_times_s else []
-        return ["ttft"] if waited_in_vain else seen or None
+        if record.chunk_times_s:
+            return missed(replace(record, outcome=Outcome.OK), slo) or None
+        broken = [name for name in ("ttft", "e2e") if finished.seconds > limits.get(name, math.inf)]
+        return broken or None
     if record.outcome is Outcome.REFUSED and finished.status in _CLIENTS_FAULT:
         return None
     return missed(record, slo)
+
+
+def saw_first_token(finished: Finished) -> bool:
+    """Whether TTFT and TPOT can be told: it was streamed, at least from the replica to the gateway."""
+    return finished.request.stream or len(finished.record.chunk_times_s) > 1
