@@ -5,7 +5,7 @@ from __future__ import annotations
 from powerband.gateway.capacity import Capacity, ServiceTime
 from powerband.gateway.pool_errors import DeadlineInfeasible, Expired, PoolFull
 from powerband.gateway.pool_options import PoolOptions
-from powerband.gateway.queue import FairQueue
+from powerband.gateway.queue import FairQueue, Level
 from powerband.gateway.request import GatewayRequest
 
 
@@ -22,7 +22,7 @@ class Admission:
             raise self._infeasible(now_s - deadline_s)
 
     def admit(
-        self, request: GatewayRequest, level: tuple[int, int], queue: FairQueue, now_s: float, waiting: tuple[int, int]
+        self, request: GatewayRequest, level: Level, queue: FairQueue, now_s: float, waiting: tuple[int, int]
     ) -> float:
         """When it need not be served any more. waiting: requests and tokens in this and other queues of the pool.
 
@@ -48,7 +48,7 @@ class Admission:
             hint="All replicas are busy. Try again later.",
         )
 
-    def _predicted_wait_s(self, request: GatewayRequest, level: tuple[int, int], queue: FairQueue) -> float | None:
+    def _predicted_wait_s(self, request: GatewayRequest, level: Level, queue: FairQueue) -> float | None:
         """Until a request that came now is dispatched: all that goes before it, and itself."""
         ahead = queue.tokens_ahead(level, request.tenant)
         requests = queue.requests * ahead / queue.tokens if queue.tokens else 0.0

@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Fetch = Callable[[ReplicaAddress, str, float], Awaitable[tuple[int, bytes]]]
 _TICK_S = 0.05
+_HELD_UP_S = 0.4
 _LOAD_TIMEOUT_S = 2.0
 
 
@@ -43,6 +46,8 @@ class Prober:
         self._due_s: dict[str, float] = {}
         self._load_due_s: dict[str, float] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._step_s = pool.clock()
+        self._held_up_s = 0.0  # when this process itself was, last
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -58,6 +63,7 @@ class Prober:
     def step(self) -> None:
         """Begin what is due."""
         pool, options, now_s = self._pool, self._pool.options, self._pool.clock()
+        self._note_delay(now_s)
         members = {member.id: member for member in pool.members}
         for due_s in (self._due_s, self._load_due_s):
             for gone in due_s.keys() - members.keys():
@@ -75,14 +81,25 @@ class Prober:
                 pool.hung(member)
         pool.tick()
 
-    def _begin(self, what: str, member: Member, function: Callable[[Member], Awaitable[None]]) -> bool:
+    def _note_delay(self, now_s: float) -> None:
+        """Was this process held up? Then silence says nothing of others."""
+        if now_s - self._step_s > _HELD_UP_S:
+            self._held_up_s = now_s
+        self._step_s = now_s
+
+    def _begin(self, what: str, member: Member, function: Callable[[Member], Coroutine[Any, Any, None]]) -> bool:
         """Unless the one before still runs."""
         name = (what, member.id)
         if name in self._tasks:
             return False
-        task = self._tasks[name] = asyncio.ensure_future(function(member))
-        task.add_done_callback(lambda _: self._tasks.pop(name, None))
+        task = self._tasks[name] = asyncio.create_task(function(member))
+        task.add_done_callback(partial(self._ended, name))
         return True
+
+    def _ended(self, name: tuple[str, str], task: asyncio.Task[None]) -> None:
+        del self._tasks[name]
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            logger.error("%s of replica %s: %r", *name, problem)
 
     async def _probe(self, member: Member) -> None:
         pool, names = self._pool, ENGINE_NAMES[member.address.engine]
@@ -114,7 +131,10 @@ class Prober:
 
     def _timed_out(self, member: Member, sent_s: float) -> None:
         now_s = self._pool.clock()
-        if member.stays and member.bytes_s > sent_s:
+        self._note_delay(now_s)
+        if self._held_up_s >= sent_s:
+            return  # it may have answered in time
+        if member.stays and now_s - member.bytes_s < self._pool.options.probe_timeout_s / 2:
             return  # slow to answer, but it works
         weight = 2 if member.is_silent(now_s, self._pool.options.probe_timeout_s) else 1
         if member.probed_badly(now_s, "probe_timeout", weight):

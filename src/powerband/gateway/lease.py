@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from powerband.gateway.member import Member, Stay
+from powerband.gateway.queue import Level
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 
@@ -27,15 +28,23 @@ class Lease:
 
     # fmt: off
     __slots__ = (
-        "_has_begun", "_holder", "_is_closed", "_since_s", "is_trial", "level", "member", "prompt_tokens", "queue_s",
-        "request", "stay", "tokens",
+        "_has_begun",
+        "_holder",
+        "_is_closed",
+        "is_trial",
+        "level",
+        "member",
+        "prompt_tokens",
+        "queue_s",
+        "request",
+        "since_s",
+        "stay",
+        "tokens",
     )
     # fmt: on
 
-    def __init__(
-        self, holder: Holder, member: Member, request: GatewayRequest, level: tuple[int, int], now_s: float
-    ) -> None:
-        self._holder, self._since_s, self._has_begun, self._is_closed = holder, now_s, False, False
+    def __init__(self, holder: Holder, member: Member, request: GatewayRequest, level: Level, now_s: float) -> None:
+        self._holder, self.since_s, self._has_begun, self._is_closed = holder, now_s, False, False
         self.member, self.request, self.level = member, request, level
         self.prompt_tokens = request.prompt_tokens
         self.tokens = request.prompt_tokens + request.output_tokens  # at most
@@ -70,7 +79,7 @@ class Lease:
         if not self._has_begun and not self._is_closed:
             self._has_begun = True
             self.prompt_tokens = self.request.prompt_tokens if prompt_tokens is None else prompt_tokens
-            self._holder.first_token_came(self, now_s - self._since_s)
+            self._holder.first_token_came(self, now_s - self.since_s)
 
     def close(self, outcome: Outcome, *, output_tokens: int = 0) -> None:
         """Exactly once: it is answered ("ok"), broke through the replica's fault ("failed"), was turned away by it with

@@ -132,6 +132,11 @@ class Member:
         self.busy_until_s = now_s + _BUSY_S
         self.limit = max(min(self.limit, len(self.stays)), 1)
 
+    def answered(self) -> None:
+        """Where it does not say how many wait there, each answer is a sign that one more may come."""
+        if self.limit < self.most and self.load.waiting is None:
+            self.limit += 1
+
     # What its streams say.
 
     def progressed(self, stay: Stay, now_s: float) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import islice
 
-from powerband.gateway.admission import Admission
 from powerband.gateway.breaker import RetryBudget
 from powerband.gateway.engine_names import Load
 from powerband.gateway.lanes import Lane, arrange, lane_of
@@ -24,7 +23,7 @@ from powerband.gateway.lease import Lease, Outcome
 from powerband.gateway.member import Member
 from powerband.gateway.pool_errors import DeadlineInfeasible, Expired, NoReplica, PoolFull, Refusal
 from powerband.gateway.pool_options import PoolOptions
-from powerband.gateway.queue import Ticket
+from powerband.gateway.queue import Level, Ticket
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute
 from powerband.gateway.routing import make_router
@@ -45,13 +44,10 @@ class Pool:
         self._model = ""
         self._members: dict[str, Member] = {}
         self._leaving: list[Member] = []  # no longer in the routes, but still answering
-        self._lanes = arrange((), ())
+        self._lanes = arrange((), (), self.options)
         self._router = make_router(self.options)
-        self._admission = Admission(self.options)
-        self._capacity = self._admission.capacity
         self._retries = RetryBudget(self.options)
         self._live = 0  # leases
-        self._ready = 0
         self._had_replica_s = -_REPLACEMENT_S
 
     # For the gateway.
@@ -59,7 +55,9 @@ class Pool:
     def update(self, route: ModelRoute) -> None:
         """These are the replicas now. Those that stay keep their state; what waits may go to any."""
         now_s = self.clock()
-        self._model, self._capacity.planned_rate = route.name, route.rate
+        self._model = route.name
+        if any(not member.address.draining for member in self._members.values()):
+            self._had_replica_s = now_s
         members: dict[str, Member] = {}
         for address in route.replicas:
             member = self._members.pop(address.id, None) or Member(address, self.options, now_s)
@@ -75,6 +73,8 @@ class Pool:
                 self._leaving.append(member)
         self._members = members
         self._changed(now_s)
+        for lane in self._lanes:
+            lane.admission.capacity.planned = route.rate / len(members) if route.rate and members else None
 
     async def lease(self, request: GatewayRequest, *, avoid: Collection[str] = ()) -> Lease:
         """Wait for a place. avoid: replicas that it was with, to be chosen only if there are no others.
@@ -82,15 +82,13 @@ class Pool:
         Raises PoolFull, DeadlineInfeasible and NoReplica at once, Expired after a wait. Cancelling it leaves the queue.
         """
         now_s = self.clock()
-        queue = lane_of(request, self._lanes).queue
+        lane = lane_of(request, self._lanes)
         # Who was accepted once is not sent to the end of the line.
         level = (0 if avoid else 1, request.priority)
-        if not queue.requests:
-            lease = self._send_at_once(request, avoid, level, now_s)
-            if lease is not None:
-                queue.charge(level, request.tenant, lease.tokens)
-                return lease
-        ticket = self._queue(request, level, frozenset(avoid), now_s)
+        lease = None if lane.queue.requests else self._send_at_once(request, avoid, lane, level, now_s)
+        if lease is not None:
+            return lease
+        ticket = self._queue(request, lane, level, frozenset(avoid), now_s)
         try:
             placed: Lease = await ticket.future
         except asyncio.CancelledError:
@@ -111,12 +109,12 @@ class Pool:
 
     def snapshot(self) -> PoolSnapshot:
         now_s = self.clock()
-        requests, tokens = self.queued, self.queued_tokens
+        waits = (lane.admission.capacity.wait_s(lane.queue.tokens, lane.queue.requests) for lane in self._lanes)
         return PoolSnapshot(
             model=self._model,
-            queued=requests,
-            queued_tokens=tokens,
-            predicted_wait_s=self._capacity.wait_s(tokens, requests) or 0.0,
+            queued=self.queued,
+            queued_tokens=self.queued_tokens,
+            predicted_wait_s=max(wait_s or 0.0 for wait_s in waits),
             retries=self._retries.taken,
             replicas=tuple(member.snapshot(now_s) for member in self._members.values()),
         )
@@ -185,26 +183,30 @@ class Pool:
     def first_token_came(self, lease: Lease, ttft_s: float) -> None:
         lease.stay.tokens -= lease.request.prompt_tokens
         lease.member.outstanding -= lease.request.prompt_tokens
-        self._admission.service.observe(ttft_s)
+        lane_of(lease.request, self._lanes).admission.service.observe(ttft_s)
 
     def release(self, lease: Lease, outcome: Outcome, output_tokens: int) -> None:
         now_s, member, request = self.clock(), lease.member, lease.request
+        lane = lane_of(request, self._lanes)
         self._live -= 1
         member.stays.discard(lease.stay)
         member.outstanding -= lease.stay.tokens
-        is_ok = None if outcome in ("left", "refused") else outcome == "ok"
-        if outcome == "refused":
+        is_done = outcome in ("ok", "left")
+        if is_done:
+            lane.observe(now_s)
+            lane.admission.capacity.ended(lease.tokens, now_s - lease.since_s)
+            member.answered()
+        elif outcome == "refused":
             member.refused(now_s)
-        elif is_ok is False:
+        else:
             member.errors.append("failed")
-        member.breaker.ended(now_s, is_ok, is_trial=lease.is_trial, may_open=is_ok is False and self._may_open())
         # What the tenant did not get, it does not pay for.
-        paid = lease.prompt_tokens + output_tokens if outcome in ("ok", "left") else 0
-        lane_of(request, self._lanes).queue.settle(lease.level, request.tenant, paid - lease.tokens)
+        paid = lease.prompt_tokens + output_tokens if is_done else 0
+        lane.queue.settle(lease.level, request.tenant, paid - lease.tokens)
+        # Of a replica that was found dead, its probes have said so.
+        is_ok = None if outcome in ("left", "refused") or lease.lost else outcome == "ok"
+        member.breaker.ended(now_s, is_ok, is_trial=lease.is_trial, may_open=is_ok is False and self._may_open())
         if self.queued:
-            self._observe(now_s)
-            if outcome in ("ok", "left"):
-                self._capacity.ended(lease.tokens)
             self._dispatch(now_s)
 
     def _may_open(self) -> bool:
@@ -216,10 +218,7 @@ class Pool:
     # Who goes where.
 
     def _changed(self, now_s: float) -> None:
-        self._lanes = arrange(self._lanes, self._members.values())
-        self._ready = sum(member.takes_new for member in self._members.values())
-        if any(not member.address.draining for member in self._members.values()):
-            self._had_replica_s = now_s
+        self._lanes = arrange(self._lanes, self._members.values(), self.options)
         self._dispatch(now_s)
 
     def _dispatch(self, now_s: float) -> None:
@@ -230,7 +229,7 @@ class Pool:
                 if ticket is None:
                     break
                 self._serve(ticket, lane, free, now_s)
-        self._observe(now_s)
+            lane.observe(now_s)
 
     def _serve(self, ticket: Ticket, lane: Lane, free: list[Member], now_s: float) -> None:
         if ticket.future.done():  # cancelled, and about to say so
@@ -238,7 +237,7 @@ class Pool:
             return
         among = _without(ticket.avoid, free, lane.serving)
         member = self._router.choose(ticket.request, among, lane.serving)
-        ticket.future.set_result(self._send(ticket.request, member, ticket.level, now_s))
+        ticket.future.set_result(self._send(ticket.request, member, lane, ticket.level, now_s))
 
     def _pick(self, free: list[Member], serving: list[Member], tickets: Iterable[Ticket]) -> Ticket | None:
         """Of one tenant's requests the first, or one soon after it that suits the only free replica better."""
@@ -255,43 +254,43 @@ class Pool:
             first.passed += 1
         return best
 
-    def _send(self, request: GatewayRequest, member: Member, level: tuple[int, int], now_s: float) -> Lease:
+    def _send(self, request: GatewayRequest, member: Member, lane: Lane, level: Level, now_s: float) -> Lease:
         lease = Lease(self, member, request, level, now_s)
         member.stays.add(lease.stay)
         member.outstanding += lease.tokens
         self._live += 1
         self._router.sent(request, member)
-        self._capacity.dispatched()
+        lane.admission.capacity.dispatched()
         return lease
 
     def _send_at_once(
-        self, request: GatewayRequest, avoid: Collection[str], level: tuple[int, int], now_s: float
+        self, request: GatewayRequest, avoid: Collection[str], lane: Lane, level: Level, now_s: float
     ) -> Lease | None:
-        serving = lane_of(request, self._lanes).serving
-        free = _without(avoid, [member for member in serving if member.has_place(now_s)], serving)
+        free = _without(avoid, [member for member in lane.serving if member.has_place(now_s)], lane.serving)
         if not free:
             return None
         if not avoid:
-            self._admission.check_late(request, now_s)
-        return self._send(request, self._router.choose(request, free, serving), level, now_s)
+            lane.admission.check_late(request, now_s)
+        member = self._router.choose(request, free, lane.serving)
+        lane.queue.charge(level, request.tenant, request.prompt_tokens + request.output_tokens)
+        return self._send(request, member, lane, level, now_s)
 
     # Who waits, and how that ends.
 
-    def _queue(self, request: GatewayRequest, level: tuple[int, int], avoid: frozenset[str], now_s: float) -> Ticket:
+    def _queue(self, request: GatewayRequest, lane: Lane, level: Level, avoid: frozenset[str], now_s: float) -> Ticket:
         """Raises what refuses it. Who was accepted before is refused only when no replica is left."""
         if self._is_hopeless(now_s):
             raise NoReplica("No replica is ready, and none is expected.", retry_after_s=_NO_REPLICA_RETRY_S)
-        queue = lane_of(request, self._lanes).queue
         if avoid:
             expires_s = now_s + self.options.longest_wait_s
         else:
             waiting = (self.queued, self.queued_tokens)
-            expires_s = self._admission.admit(request, level, queue, now_s, waiting)
+            expires_s = lane.admission.admit(request, level, lane.queue, now_s, waiting)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Lease] = loop.create_future()
         ticket = Ticket(request, request.prompt_tokens + request.output_tokens, level, now_s, avoid, future)
         ticket.timer = loop.call_later(expires_s - now_s, self._expire, ticket)
-        queue.push(ticket)
+        lane.queue.push(ticket)
         self._dispatch(now_s)
         return ticket
 
@@ -304,30 +303,28 @@ class Pool:
 
     def _expire(self, ticket: Ticket) -> None:
         if ticket.is_queued and not ticket.future.done():
-            lane_of(ticket.request, self._lanes).queue.remove(ticket)
-            now_s = self.clock()
-            self._observe(now_s)
-            ticket.future.set_exception(self._admission.expired(now_s - ticket.queued_s))
+            lane, now_s = self._leave(ticket)
+            ticket.future.set_exception(lane.admission.expired(now_s - ticket.queued_s))
 
     def _abandon(self, ticket: Ticket) -> None:
         """Its client left while it waited, or in the moment in which it got its place."""
         future = ticket.future
         if ticket.is_queued:
-            lane_of(ticket.request, self._lanes).queue.remove(ticket)
-            self._observe(self.clock())
+            self._leave(ticket)
         elif future.done() and not future.cancelled() and future.exception() is None:
             future.result().close("left")
 
-    def _fail_all(self, why: str) -> None:
-        for lane in self._lanes:
-            for ticket in tuple(lane.queue):
-                lane.queue.remove(ticket)
-                if not ticket.future.done():
-                    ticket.future.set_exception(NoReplica(why, retry_after_s=_NO_REPLICA_RETRY_S))
-        self._observe(self.clock())
+    def _leave(self, ticket: Ticket) -> tuple[Lane, float]:
+        lane, now_s = lane_of(ticket.request, self._lanes), self.clock()
+        lane.queue.remove(ticket)
+        lane.observe(now_s)
+        return lane, now_s
 
-    def _observe(self, now_s: float) -> None:
-        self._capacity.observe(now_s, self.queued > 0, self._ready, len(self._members))
+    def _fail_all(self, why: str) -> None:
+        for ticket in [ticket for lane in self._lanes for ticket in lane.queue]:
+            self._leave(ticket)
+            if not ticket.future.done():
+                ticket.future.set_exception(NoReplica(why, retry_after_s=_NO_REPLICA_RETRY_S))
 
 
 def _without(avoid: Collection[str], free: list[Member], serving: list[Member]) -> list[Member]:

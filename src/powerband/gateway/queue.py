@@ -25,14 +25,17 @@ _MOST_LEVELS = 64  # that are remembered when nobody waits in them
 _MOST_TENANTS = 4096  # likewise
 _LOOKED_AT = 64  # tenants, when what is ahead is estimated
 
+# Lower is served first: whether it is new (1) or was accepted before (0), and its priority.
+Level = tuple[int, int]
+
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request that waits. level: order between classes, lower first."""
+    """A request that waits."""
 
     request: GatewayRequest
     tokens: int
-    level: tuple[int, int]
+    level: Level
     queued_s: float
     avoid: frozenset[str]
     future: asyncio.Future[Any]
@@ -51,7 +54,7 @@ class _Flow:
         self.tokens = 0
 
 
-class _Level:
+class _Class:
     """One priority."""
 
     def __init__(self) -> None:
@@ -151,8 +154,8 @@ class FairQueue:
     def __init__(self) -> None:
         self.requests = 0
         self.tokens = 0
-        self._levels: dict[tuple[int, int], _Level] = {}
-        self._order: list[tuple[int, int]] = []
+        self._levels: dict[Level, _Class] = {}
+        self._order: list[Level] = []
 
     def __iter__(self) -> Iterator[Ticket]:
         for level in self._order:
@@ -182,16 +185,16 @@ class FairQueue:
                     return found
         return None
 
-    def charge(self, level: tuple[int, int], tenant: str, tokens: float) -> None:
+    def charge(self, level: Level, tenant: str, tokens: float) -> None:
         """Dispatched without having waited."""
         self._level(level).charge(tenant, tokens)
 
-    def settle(self, level: tuple[int, int], tenant: str, difference: float) -> None:
+    def settle(self, level: Level, tenant: str, difference: float) -> None:
         """What was dispatched took so many tokens more than it was charged."""
         if level in self._levels:
             self._levels[level].settle(tenant, difference)
 
-    def tokens_ahead(self, level: tuple[int, int], tenant: str) -> float:
+    def tokens_ahead(self, level: Level, tenant: str) -> float:
         """How much would be dispatched before a request that came now, if nothing came after it."""
         if not self.requests:
             return 0.0
@@ -203,11 +206,11 @@ class FairQueue:
         self.requests -= 1
         self.tokens -= ticket.tokens
 
-    def _level(self, name: tuple[int, int]) -> _Level:
+    def _level(self, name: Level) -> _Class:
         level = self._levels.get(name)
         if level is None:
             if len(self._levels) >= _MOST_LEVELS:
                 self._levels = {known: old for known, old in self._levels.items() if old.flows}
-            level = self._levels[name] = _Level()
+            level = self._levels[name] = _Class()
             self._order = sorted(self._levels)
         return level
