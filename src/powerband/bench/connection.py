@@ -14,7 +14,7 @@ from typing import cast
 import httptools
 
 from powerband.bench.messages import Target
-from powerband.errors import UsageError
+from powerband.web.authority import split_authority
 
 MAX_ANSWER_BYTES = 64 << 20
 
@@ -158,17 +158,6 @@ class Connections:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
-
-
-def split_authority(authority: str, default_port: int) -> tuple[str, int]:
-    """'host:80', '[::1]:80', 'host' → host, port. Raises UsageError."""
-    host, sign, port = authority.rpartition(":")
-    if not sign or authority.endswith("]"):
-        host, port = authority, str(default_port)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"'{authority}' is no host and port.", hint="Write it like localhost:8000.", param="url")
-    return host, int(port)
 
 
 def tls_context(insecure: bool) -> ssl.SSLContext:

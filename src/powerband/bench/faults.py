@@ -17,11 +17,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from powerband.bench.connection import split_authority, tls_context
+from powerband.bench.connection import tls_context
 from powerband.bench.fault_corpus import generation_body, http_request, malformed_requests
 from powerband.bench.http import post
 from powerband.bench.messages import Target
 from powerband.errors import UsageError
+from powerband.web.authority import split_authority
 
 FAULTS = {
     "cancel-storm": "clients that leave in the middle of their answers, after a random number of chunks",

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from powerband.bench.answers import error_text
-from powerband.bench.connection import split_authority
 from powerband.bench.http import Page, get, post
 from powerband.bench.messages import Endpoint, Planned, PlannedSegment, Target
 from powerband.bench.prompts import PromptMaker, Talk
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.web.authority import split_authority
 
 _PROBE_TOKENS = (32, 288)
 

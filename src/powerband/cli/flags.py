@@ -14,21 +14,25 @@ from cyclopts import Group, Parameter
 from powerband.cli.effects import check_effects
 from powerband.cli.machine import device_of
 from powerband.cli.settings import resolve
+from powerband.gateway.settings import GatewaySettings
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings, value_types
 
 ALL_SETTINGS: tuple[type, ...] = (EngineSettings, ServerSettings)
-GROUPS = ("Model", "Device", "Memory", "Scheduling", "Server")
+KNOWN_SETTINGS = (*ALL_SETTINGS, GatewaySettings)  # one file and one environment may hold those of all commands
+GROUPS = ("Model", "Device", "Memory", "Scheduling", "Server", "Gateway", "Queue", "Failure")
 CONFIG_HELP = "Settings file in YAML, one 'name: value' per line; flags and POWERBAND_* variables win over it"
 Json = Annotated[bool, Parameter(help="Print the result as JSON", negative="")]
 MODEL_HELP = "Folder, Hugging Face id, or 'demo' for the model in the package"
 
 
 def takes_settings(*classes: type, without: tuple[str, ...] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Give a command MODEL, --config and a flag per setting; its first argument receives them merged, as `Resolved`.
+    """Give a command --config and a flag per setting, and MODEL if there is an engine; its first argument receives them
+    merged, as `Resolved`.
 
     without: settings that mean nothing to this command. They get no flag here, but may stand in a shared file.
     """
+    has_model = EngineSettings in classes
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
@@ -39,11 +43,12 @@ def takes_settings(*classes: type, without: tuple[str, ...] = ()) -> Callable[[C
             given = {name: value for name, value in given.items() if value is not None}
             if model is not None:
                 given["model"] = model
-            settings = resolve(classes, ALL_SETTINGS, given, os.environ, config)
-            check_effects(settings, lambda: device_of(settings.engine))
+            settings = resolve(classes, KNOWN_SETTINGS, given, os.environ, config)
+            if has_model:
+                check_effects(settings, lambda: device_of(settings.engine))
             return command(settings, **options)
 
-        parameters = [_model_parameter(), *own, _config_parameter(), *flags]
+        parameters = [*([_model_parameter()] if has_model else ()), *own, _config_parameter(), *flags]
         run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]  # cyclopts reads it
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__, run.__name__ = command.__doc__, command.__name__

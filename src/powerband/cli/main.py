@@ -21,6 +21,7 @@ from powerband.errors import PowerbandError
 USAGE, FAILURE, INTERRUPTED = 2, 4, 130
 COMMANDS = {
     "serve": "powerband.cli.serve:serve",
+    "gateway": "powerband.cli.gateway:gateway",
     "generate": "powerband.cli.generate:generate",
     "memory": "powerband.cli.memory:memory",
     "eval": "powerband.cli.eval:evaluate",

@@ -1,0 +1,53 @@
+"""`powerband gateway`: one OpenAI-compatible address before many replicas, until a signal ends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from powerband.cli.flags import takes_settings
+from powerband.cli.settings import Resolved
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.gateway.settings import GatewaySettings
+
+if TYPE_CHECKING:
+    from powerband.gateway.routes import Routes
+
+
+@takes_settings(GatewaySettings)
+def gateway(
+    settings: Resolved,
+    *,
+    routes: Annotated[
+        Path | None, Parameter(help="What to serve, in YAML or JSON; default: what was served last")
+    ] = None,
+    replica: Annotated[
+        tuple[str, ...], Parameter(help="URL of a replica, may be given again: instead of routes", negative="")
+    ] = (),
+) -> int:
+    """Serve models over one OpenAI-compatible API, by replicas that run elsewhere, until Ctrl-C or SIGTERM.
+
+    Either one ends it in order: no new requests, those that run may finish. A second one does not wait.
+    """
+    if routes is not None and replica:
+        raise UsageError("Both --routes and --replica are given.", hint="Give one.", param="replica")
+    from powerband.gateway.run import serve
+
+    return serve(settings.values[GatewaySettings], None if routes is None else read_routes(routes), replica)
+
+
+def read_routes(path: Path) -> Routes:
+    """Raises EnvironmentFault and UsageError."""
+    import yaml
+
+    from powerband.gateway.routes import Routes
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise EnvironmentFault(f"{path} cannot be read: {problem.strerror}.", param="routes") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(problem).split())}.", param="routes") from None
+    return Routes.from_dict(values or {})

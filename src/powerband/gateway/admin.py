@@ -1,0 +1,94 @@
+"""Administration of routing: what is served and by whom, what has ended lately, and replicas that get nothing new."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.errors import InvalidRequest, PowerbandError, UsageError
+from powerband.gateway.books import Books, actor_of
+from powerband.gateway.gateway import Gateway
+from powerband.gateway.request import Finished
+from powerband.gateway.routes import Routes
+from powerband.spec.records import as_record
+from powerband.web.access import refuse_browsers
+from powerband.web.body import decode, read_body
+from powerband.web.errors import json_response
+
+logger = logging.getLogger(__name__)
+_HIDDEN = "set"
+
+
+class _Drain(msgspec.Struct, forbid_unknown_fields=True):
+    """draining: false gives it requests again."""
+
+    replica: str
+    draining: bool = True
+
+
+class AdminRoutes:
+    def __init__(self, gateway: Gateway, books: Books) -> None:
+        self._gateway = gateway
+        self._books = books
+
+    async def routes(self, request: Request) -> Response:
+        """What is served, and what each pool says of itself."""
+        refuse_browsers(request)
+        return json_response(self._state())
+
+    async def put_routes(self, request: Request) -> Response:
+        """Replace what is served, as a whole. The same revision again changes nothing."""
+        refuse_browsers(request)
+        data = await read_body(request, self._gateway.settings.max_body_bytes)
+        try:
+            routes = Routes.from_dict(decode(data, dict[str, Any]))
+        except UsageError as problem:
+            raise InvalidRequest(problem.message, hint=problem.hint, param=problem.param) from None
+        if routes != self._gateway.routes and (not routes.revision or routes.revision != self._gateway.routes.revision):
+            self._gateway.set_routes(routes)
+            self._note(request, "routes", {"revision": routes.revision, "models": [one.name for one in routes.models]})
+        return json_response(self._state())
+
+    async def drain(self, request: Request) -> Response:
+        """Give a replica nothing new; what it has goes on."""
+        refuse_browsers(request)
+        asked = decode(await read_body(request, self._gateway.settings.max_body_bytes), _Drain)
+        self._gateway.drain_replica(asked.replica, draining=asked.draining)
+        self._note(request, "drain", {"replica": asked.replica, "draining": asked.draining})
+        return json_response(self._state())
+
+    async def records(self, request: Request) -> Response:
+        """Requests that ended after number `after`, oldest first, and the number to ask with next."""
+        refuse_browsers(request)
+        asked = request.query_params.get("after", "0")
+        if not asked.isascii() or not asked.isdigit() or len(asked) > 18:
+            raise InvalidRequest(f"'after' is {asked[:40]!r}: a number is expected.", param="after")
+        recent = self._gateway.recent
+        found = recent.after(int(asked))
+        last = found[-1].sequence if found else min(int(asked), recent.last)
+        return json_response({"next": last, "newest": recent.last, "records": [_plain(one) for one in found]})
+
+    def _note(self, request: Request, action: str, what: dict[str, Any]) -> None:
+        """What was done stays done while the audit cannot be written: routing goes on without a disk."""
+        try:
+            self._books.audit(actor_of(request.state.key), action, what)
+        except PowerbandError as problem:
+            logger.warning("The audit log does not have this: %s %s (%s)", action, what, problem)
+
+    def _state(self) -> dict[str, Any]:
+        routes = self._gateway.routes.as_dict()
+        for model in routes["models"]:
+            for replica in model["replicas"]:
+                replica["api_key"] = _HIDDEN if replica["api_key"] else ""
+        return {"routes": routes, "pools": as_record(self._gateway.snapshots(), complete=True)}
+
+
+def _plain(finished: Finished) -> dict[str, Any]:
+    """As JSON tells it, without what only serves to find a replica."""
+    told: dict[str, Any] = msgspec.to_builtins(finished)
+    told["request"].pop("prefix_keys", None)
+    return told

@@ -1,0 +1,40 @@
+"""All routes of a gateway, and what stands before them: request ids and errors outermost, then who may come in."""
+
+from __future__ import annotations
+
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from powerband.gateway.admin import AdminRoutes
+from powerband.gateway.books import Books
+from powerband.gateway.doorkeeper import Doorkeeper
+from powerband.gateway.gateway import Gateway
+from powerband.gateway.generation import GenerationRoutes
+from powerband.gateway.metrics import GatewayMetrics
+from powerband.gateway.pages import PageRoutes
+from powerband.web.edge import Edge
+
+
+def make_app(gateway: Gateway, books: Books, metrics: GatewayMetrics) -> ASGIApp:
+    generation, admin = GenerationRoutes(gateway, books), AdminRoutes(gateway, books)
+    pages = PageRoutes(gateway, books, metrics)
+    routes = [
+        Route("/v1/chat/completions", generation.chat, methods=["POST"]),
+        Route("/v1/completions", generation.completions, methods=["POST"]),
+        Route("/v1/models", pages.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
+        Route("/tokenize", pages.tokenize, methods=["POST"]),
+        Route("/detokenize", pages.detokenize, methods=["POST"]),
+        Route("/version", pages.version, methods=["GET"]),
+        Route("/livez", pages.live, methods=["GET"]),
+        Route("/readyz", pages.ready, methods=["GET"]),
+        Route("/health", pages.ready, methods=["GET"]),
+        Route("/metrics", pages.metrics, methods=["GET"]),
+        Route("/admin/routes", admin.routes, methods=["GET"]),
+        Route("/admin/routes", admin.put_routes, methods=["PUT"]),
+        Route("/admin/records", admin.records, methods=["GET"]),
+        Route("/admin/drain", admin.drain, methods=["POST"]),
+    ]
+    router = Router(routes, redirect_slashes=False)
+    settings = gateway.settings
+    return Edge(Doorkeeper(router, books, settings.auth, settings.host))

@@ -1,0 +1,285 @@
+"""One connection to a replica, and one exchange after the other on it: HTTP/1.1, parsed by httptools, in C.
+
+What came and was not read yet is bounded: the socket is not read while a reader is that far behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import cast
+
+import httptools
+
+MAX_UNREAD_BYTES = 64 << 10
+MAX_HEAD_BYTES = 64 << 10
+
+
+class UpstreamFailure(ConnectionError):
+    """A replica did not answer, or not to the end. `code`: what to call it in records and metrics.
+
+    is_refusal: it is well, and has no room.
+    """
+
+    def __init__(self, code: str, message: str, *, is_refusal: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.is_refusal = is_refusal
+
+
+class Exchange:
+    """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.
+
+    due_s: by when more has to come, on time.monotonic(), while somebody waits for it; else 0.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_pieces",
+        "_problem",
+        "_unread",
+        "_waiter",
+        "between_s",
+        "due_s",
+        "end_s",
+        "first_s",
+        "has_bytes",
+        "headers",
+        "is_let_end",
+        "is_over",
+        "status",
+    )
+
+    def __init__(self, connection: Connection, first_s: float, between_s: float, end_s: float) -> None:
+        """first_s: by when the answer's first byte has to come. between_s: at most until the next. end_s: for all."""
+        self._connection: Connection | None = connection
+        self._pieces: list[bytes] = []
+        self._unread = 0
+        self.is_over = False
+        self.is_let_end = False
+        self._problem: UpstreamFailure | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.first_s, self.between_s, self.end_s = first_s, between_s, end_s
+        self.due_s = 0.0
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.has_bytes = False  # of the answer, of any kind
+
+    async def read_head(self) -> None:
+        """Wait until `status` and `headers` are there. Raises UpstreamFailure."""
+        while not self.status:
+            if self._problem is not None:
+                raise self._problem
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """All that came of the body since the last time, at least a byte; b'' at its end. Raises UpstreamFailure."""
+        while True:
+            if self._pieces:
+                data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+                self._pieces.clear()
+                if self._unread >= MAX_UNREAD_BYTES and self._connection is not None:
+                    self._connection.read_on()
+                self._unread = 0
+                self.first_s = 0.0
+                return data
+            if self._problem is not None:
+                raise self._problem
+            if self.is_over:
+                return b""
+            await self._wait()
+
+    async def read_all(self, max_bytes: int) -> bytes:
+        """The whole body. Raises UpstreamFailure, also when it is larger."""
+        pieces, size = [], 0
+        while piece := await self.read():
+            pieces.append(piece)
+            size += len(piece)
+            if size > max_bytes:
+                self.close()
+                raise UpstreamFailure("too_large", f"The replica's answer is larger than {max_bytes} bytes.")
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Want no more of it. Ends the connection unless the answer is whole, so that the replica notices."""
+        connection, self._connection = self._connection, None
+        self._pieces.clear()
+        if connection is not None:
+            connection.leave(self)
+
+    def let_end(self, due_s: float) -> bool:
+        """Read no more, but leave the connection to what is left of the answer until `due_s`. True: nothing is."""
+        if not self.is_over:
+            self.is_let_end = True
+            self.due_s = due_s
+        return self.is_over
+
+    def fail(self, code: str, message: str) -> None:
+        """It will not be whole. What came before can still be read."""
+        if self.is_over:
+            return
+        self._problem = UpstreamFailure(code, message)
+        self.is_over = True
+        connection, self._connection = self._connection, None
+        self._wake()
+        if connection is not None:
+            connection.leave(self)
+
+    # Called by the connection.
+
+    def got(self, body: bytes) -> bool:
+        """Whether more may come at once."""
+        if self.is_let_end:
+            return True
+        self._pieces.append(body)
+        self._unread += len(body)
+        self._wake()
+        return self._unread < MAX_UNREAD_BYTES
+
+    def got_head(self, status: int) -> None:
+        self.status = status
+        self._wake()
+
+    def got_end(self) -> None:
+        self.is_over = True
+        self._connection = None
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        # Until the first byte of the body the first limit holds; once it is read, the one between bytes.
+        self.due_s = min(self.first_s or time.monotonic() + self.between_s, self.end_s)
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self.due_s = 0.0
+
+
+class Connection(asyncio.Protocol):
+    """Carries one exchange at a time. `idle_since_s`: when it became free."""
+
+    def __init__(self, owner: Keeper) -> None:
+        self._owner = owner
+        self._transport: asyncio.Transport | None = None
+        self._exchange: Exchange | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._head_bytes = 0
+        self._ends_by_closing = True  # the answer tells no length
+        self._is_paused = False
+        self.is_open = False
+        self.idle_since_s = 0.0
+
+    def begin(self, exchange: Exchange, request: list[bytes]) -> None:
+        self._exchange = exchange
+        self._parser = httptools.HttpResponseParser(self)
+        self._head_bytes, self._ends_by_closing = 0, True
+        if self._transport is None or not self.is_open:
+            exchange.fail("reset", "The connection was closed.")
+            return
+        self._transport.writelines(request)
+
+    def read_on(self) -> None:
+        if self._is_paused and self._transport is not None and not self._transport.is_closing():
+            self._is_paused = False
+            self._transport.resume_reading()
+
+    def _pause(self) -> None:
+        if not self._is_paused and self._transport is not None and not self._transport.is_closing():
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def leave(self, exchange: Exchange) -> None:
+        if self._exchange is exchange:
+            self._exchange = None
+            self.abort()
+
+    def abort(self) -> None:
+        self.is_open = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    # Called by the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_open = True
+
+    def data_received(self, data: bytes) -> None:
+        exchange, parser = self._exchange, self._parser
+        if exchange is None or parser is None:
+            self.abort()  # nobody asked
+            return
+        exchange.has_bytes = True
+        if not exchange.status:
+            self._head_bytes += len(data)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            exchange.fail("garbage", "The replica changes the protocol.")
+        except httptools.HttpParserError as problem:
+            exchange.fail("garbage", f"The replica's answer is no HTTP: {problem}.")
+        if not exchange.status and self._head_bytes > MAX_HEAD_BYTES:
+            exchange.fail("garbage", "The head of the replica's answer has no end.")
+
+    def connection_lost(self, problem: Exception | None) -> None:
+        self.is_open = False
+        exchange = self._exchange
+        self._owner.lost(self)
+        if exchange is None:
+            return
+        if problem is None and exchange.status and self._ends_by_closing:
+            self._exchange = None
+            exchange.got_end()
+        else:
+            exchange.fail("reset", f"The connection broke: {problem}." if problem else "The replica closed it.")
+
+    # Called by the parser.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name in (b"content-length", b"transfer-encoding"):
+            self._ends_by_closing = False
+        if self._exchange is not None:
+            self._exchange.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self._exchange is None or self._parser is None:
+            return
+        status = self._parser.get_status_code()
+        if status >= 200:
+            self._exchange.got_head(status)
+        else:
+            self._exchange.headers.clear()
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self._exchange
+        if exchange is not None and not exchange.got(body):
+            self._pause()
+
+    def on_message_complete(self) -> None:
+        exchange, parser = self._exchange, self._parser
+        if exchange is None or parser is None or not exchange.status:
+            return  # 'continue': the answer is still to come
+        self._exchange = None
+        if self._transport is None or not parser.should_keep_alive() or self._ends_by_closing:
+            self.abort()
+        else:
+            self.read_on()
+            self.idle_since_s = time.monotonic()
+        exchange.got_end()
+        self._owner.free(self)
+
+
+class Keeper:
+    """Who keeps connections: told when one is free, and when one is lost."""
+
+    def free(self, connection: Connection) -> None:
+        raise NotImplementedError
+
+    def lost(self, connection: Connection) -> None:
+        raise NotImplementedError

@@ -1,0 +1,190 @@
+"""The state of a running gateway: the models that it serves, a pool for each, and what everything else hangs on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from powerband.errors import PowerbandError, UsageError
+from powerband.gateway.health import Prober
+from powerband.gateway.pool import Pool
+from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.recent import Recent
+from powerband.gateway.request import Finished
+from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.gateway.settings import GatewaySettings
+from powerband.gateway.snapshot import PoolSnapshot
+from powerband.gateway.upstream import Upstream
+from powerband.web.errors import HttpError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Served:
+    """A model, its pool, and the task that looks after its replicas."""
+
+    route: ModelRoute
+    pool: Pool
+    probing: asyncio.Task[None]
+
+
+class Gateway:
+    """`start`, then `close`. Belongs to one event loop."""
+
+    def __init__(self, settings: GatewaySettings, routes_file: Path | None = None) -> None:
+        self.settings = settings
+        self.upstream = Upstream(settings.stream_timeouts)
+        self.recent = Recent()
+        self.routes = Routes()
+        self.draining = False
+        self.num_active = 0
+        self.routes_changed: Callable[[], None] = lambda: None
+        self.sinks: list[Callable[[Finished], None]] = [self.recent.append]
+        self._routes_file = routes_file
+        self._served: dict[str, Served] = {}
+        self._names: dict[str, Served] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(self) -> None:
+        self.upstream.start()
+
+    async def close(self) -> None:
+        for served in self._served.values():
+            served.pool.close()
+            served.probing.cancel()
+        await asyncio.gather(*(served.probing for served in self._served.values()), return_exceptions=True)
+        await self.upstream.close()
+
+    # ---- routes
+
+    def stored_routes(self) -> Routes | None:
+        """What was set before this process began. Raises UsageError when the file holds something else."""
+        if self._routes_file is None or not self._routes_file.exists():
+            return None
+        try:
+            values = msgspec.json.decode(self._routes_file.read_bytes())
+        except (OSError, msgspec.DecodeError) as problem:
+            hint = "Remove it, or give --routes."
+            raise UsageError(f"{self._routes_file} cannot be read: {problem}.", hint=hint, param="database") from None
+        return Routes.from_dict(values)
+
+    def set_routes(self, routes: Routes, *, store: bool = True) -> None:
+        """Replace what is served, as a whole. What stays keeps its state; what runs at a removed replica goes on."""
+        if store and self._routes_file is not None:
+            _write(self._routes_file, msgspec.json.encode(routes.as_dict()))
+        self.routes = routes
+        kept = {model.name for model in routes.models}
+        for name in [name for name in self._served if name not in kept]:
+            gone = self._served.pop(name)
+            gone.pool.close()
+            gone.probing.cancel()
+        for model in routes.models:
+            served = self._served.get(model.name)
+            if served is None:
+                self._served[model.name] = self._serve(model)
+            else:
+                served.route = model
+                served.pool.update(model)
+        self._names = {
+            name: served for served in self._served.values() for name in (served.route.name, *served.route.aliases)
+        }
+        self.routes_changed()
+        self.upstream.keep_only({replica.url for model in routes.models for replica in model.replicas})
+
+    def drain_replica(self, id: str, *, draining: bool = True) -> None:
+        """Give it nothing new. Raises HttpError 404."""
+        known = {one.id for model in self.routes.models for one in model.replicas}
+        if id not in known:
+            raise HttpError(404, "replica_not_found", f"There is no replica {id[:80]!r}.", param="replica")
+
+        def changed(one: ReplicaAddress) -> ReplicaAddress:
+            return replace(one, draining=draining) if one.id == id else one
+
+        models = tuple(
+            replace(model, replicas=tuple(changed(one) for one in model.replicas)) for model in self.routes.models
+        )
+        self.set_routes(replace(self.routes, models=models))
+
+    def _serve(self, model: ModelRoute) -> Served:
+        pool = Pool(PoolOptions())
+        pool.update(model)
+        prober = Prober(pool, self.upstream.fetch)
+        return Served(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
+
+    def served(self, name: str | None) -> Served:
+        """By name or alias; the only one there is, without a name. Raises HttpError 404."""
+        if name is None and len(self._served) == 1:
+            return next(iter(self._served.values()))
+        found = self._names.get(name or "")
+        if found is None:
+            shown = f"There is no model {name[:80]!r}." if name else "No model is named, and there are several."
+            if not self._served:
+                shown = "No model is served yet."
+            hint = f"Served: {', '.join(sorted(self._names)[:8])}." if self._names else ""
+            raise HttpError(404, "model_not_found", shown, param="model", hint=hint)
+        return found
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def snapshots(self) -> tuple[PoolSnapshot, ...]:
+        return tuple(served.pool.snapshot() for served in self._served.values())
+
+    def unready(self) -> str:
+        """Why requests had better go elsewhere; '' when a model has a replica that is ready."""
+        if self.draining:
+            return "The gateway is draining."
+        if not self._served:
+            return "No model is served yet."
+        ready = any(one.state == "ready" for pool in self.snapshots() for one in pool.replicas)
+        return "" if ready else "No replica is ready."
+
+    # ---- requests
+
+    def begin(self) -> None:
+        """A request came. Raises HttpError when it is to go elsewhere. `end` it."""
+        if self.draining:
+            error: PowerbandError = HttpError(503, "draining", "The gateway is going down.")
+            error.retry_after_s = 1.0
+            raise error
+        self.num_active += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        self.num_active -= 1
+        if not self.num_active:
+            self._idle.set()
+
+    def note(self, finished: Finished) -> None:
+        """Tell all who count. One that fails does not keep it from the others."""
+        for sink in self.sinks:
+            try:
+                sink(finished)
+            except Exception:
+                logger.exception("A request could not be noted by %r.", sink)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new; whether all that ran ended in time."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def _write(path: Path, data: bytes) -> None:
+    """As a whole, or not at all; keys of replicas are for this user's eyes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.touch(mode=0o600)
+    new.write_bytes(data)
+    new.replace(path)

@@ -1,0 +1,317 @@
+"""/v1/chat/completions and /v1/completions: from a client's request to the end of its answer, and the record of it.
+
+limits ─► pool (waits here, nowhere else) ─► replica ─► client        whatever happens: settled, freed, noted
+                 ▲                             │
+                 └── fails, or breaks off ◄────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from powerband.core.loop import error_info
+from powerband.errors import PowerbandError
+from powerband.gateway.books import Books
+from powerband.gateway.connection import Exchange, UpstreamFailure
+from powerband.gateway.events import END, Splitter, read_chunk
+from powerband.gateway.gateway import Gateway, Served
+from powerband.gateway.intake import PATHS, Intake
+from powerband.gateway.keys import Key
+from powerband.gateway.limits import Reservation, cost_usd
+from powerband.gateway.prefix import keys_of
+from powerband.gateway.request import ANONYMOUS, Endpoint, Finished, GatewayRequest
+from powerband.gateway.resume import CannotResume, Resumer
+from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.story import RequestFault, Story
+from powerband.gateway.trip import ReplicaError, Trip
+from powerband.metrics.record import Outcome, RequestRecord
+from powerband.web.body import read_body
+from powerband.web.edge import ClientLeft
+from powerband.web.errors import error_body
+from powerband.web.streaming import STREAM_HEADERS, Departure, event
+
+MAX_ANSWER_BYTES = 64 << 20
+
+
+class GenerationRoutes:
+    def __init__(self, gateway: Gateway, books: Books) -> None:
+        self._gateway = gateway
+        self._books = books
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation, whole or as a stream of chunks."""
+        return await self._take(request, "chat")
+
+    async def completions(self, request: Request) -> Response:
+        """Continue one or several texts, whole or as a stream of chunks."""
+        return await self._take(request, "completions")
+
+    async def _take(self, request: Request, endpoint: Endpoint) -> Response:
+        settings = self._gateway.settings
+        data = await read_body(request, settings.max_body_bytes)
+        intake = Intake(data, endpoint)
+        served = self._gateway.served(intake.asked.model)
+        key: Key | None = request.state.key
+        told = intake.request(
+            request.state.request_id,
+            served.route.name,
+            ANONYMOUS if key is None else key.id,
+            request.headers,
+            settings.default_output_tokens,
+        )
+        if key is not None:
+            told.priority = max(told.priority, key.limits.priority)
+        told.prefix_keys = keys_of(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
+        return Generation(self._gateway, self._books, served, intake, told, key)
+
+
+class Generation(Response):
+    """One request under way. Being a Response, it is called with the client's ASGI channels."""
+
+    def __init__(  # what a request is made of, from one place
+        self, gateway: Gateway, books: Books, served: Served, intake: Intake, request: GatewayRequest, key: Key | None
+    ) -> None:
+        self.background = None
+        self._gateway = gateway
+        self._books = books
+        self._served = served
+        self._intake = intake
+        self._request = request
+        self._key = key
+        self._trip = Trip(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
+        self._story = Story(intake, served.route.name)
+        self._reservation: Reservation | None = None
+        self._status = 0
+        self._outcome = Outcome.ERROR
+        self._error = ""
+        self._resumed = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._gateway.begin()
+        departure = Departure(receive)
+        departure.then(_cancel_this_task())
+        try:
+            self._reserve()
+            await (self._stream(send) if self._intake.is_stream else self._whole(scope, receive, send))
+        except asyncio.CancelledError:
+            if self._error or not departure.left:
+                self._fail(Outcome.ABORTED, self._error or "shut_down", self._status or 503)
+                raise
+            self._fail(Outcome.ABORTED, "client_left", 499)
+            raise ClientLeft from None
+        except PowerbandError as error:
+            self._note_error(error)
+            raise
+        finally:
+            departure.close()
+            self._finish()
+            self._gateway.end()
+
+    # ---- whole answers
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        trip, timeouts = self._trip, self._gateway.settings.whole_timeouts
+        while True:
+            replica, exchange = await trip.go(self._first_plan, timeouts)
+            try:
+                body = await exchange.read_all(MAX_ANSWER_BYTES)
+                if exchange.status == 200:
+                    body = self._read_whole(body, replica)
+                break
+            except UpstreamFailure as problem:
+                await trip.failed(problem)
+        self._settle_status(exchange.status)
+        trip.close("ok", self._story.num_tokens)
+        await Response(body, exchange.status, media_type="application/json")(scope, receive, send)
+
+    def _read_whole(self, body: bytes, replica: ReplicaAddress) -> bytes:
+        """Counted, and under the name that is served here. Raises UpstreamFailure for what is no answer."""
+        chunk, story = read_chunk(body), self._story
+        if not chunk.choices:
+            raise UpstreamFailure("garbage", "The replica sent an answer without choices.")
+        story.usage = chunk.usage
+        story.finish_reason = chunk.choices[0].finish_reason or ""
+        _, _, story.num_tokens = story.final_usage()
+        if story.num_tokens:
+            story.times_s.append(time.monotonic())
+            story.counts.append(story.num_tokens)
+        return story.renamed(body, replica)
+
+    async def _first_plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
+        return PATHS[self._request.endpoint], self._intake.body_for(replica, self._request.tenant)
+
+    # ---- streams
+
+    async def _stream(self, send: Send) -> None:
+        """Events until the end; failing before the first byte raises, after it the failure is the last event."""
+        try:
+            is_complete = await self._relay(send)
+        except (PowerbandError, CannotResume) as problem:
+            if not self._trip.has_begun:
+                if isinstance(problem, CannotResume):
+                    raise ReplicaError("The replica failed.") from None
+                raise
+            error = problem if isinstance(problem, PowerbandError) else _broken_off()
+            self._note_error(error, status=200)
+            data = event(msgspec.json.encode(error_body(error_info(error))))
+            await send({"type": "http.response.body", "body": data, "more_body": False})
+            return
+        if is_complete:
+            self._settle_status(200)
+            self._trip.close("ok", self._story.num_tokens)
+            await send({"type": "http.response.body", "body": self._story.closing(), "more_body": False})
+
+    async def _relay(self, send: Send) -> bool:
+        """False: the replica refused the request, which its client knows now."""
+        trip, story, settings = self._trip, self._story, self._gateway.settings
+        resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
+        plan = self._first_plan
+        while True:
+            replica, exchange = await trip.go(plan, settings.stream_timeouts)
+            if exchange.status != 200:
+                await self._pass_refusal(exchange, send)
+                return False
+            story.begin(replica)
+            try:
+                await self._relay_exchange(send)
+                return True
+            except UpstreamFailure as problem:
+                if story.is_finished:
+                    trip.close("failed", story.num_tokens)
+                    return True  # nothing of the answer itself is missing
+                await trip.failed(problem)
+            if trip.has_begun:
+                self._resumed += 1
+                plan = resumer.plan
+                trip.request = replace(self._request, deadline_s=None)
+            else:
+                self._story = story = Story(self._intake, self._served.route.name)
+                resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
+
+    async def _relay_exchange(self, send: Send) -> None:
+        """Pass on events until the last. Raises UpstreamFailure when it does not come."""
+        trip, story, splitter, exchange = self._trip, self._story, Splitter(), self._trip.exchange
+        while exchange is not None and (piece := await exchange.read()):
+            now_s = time.monotonic()
+            trip.progress()
+            told, is_over = b"", False
+            had_tokens = story.num_tokens
+            for data in splitter.feed(piece):
+                if data == END:
+                    is_over = True
+                    break
+                told += story.tell(data, now_s)
+            if story.num_tokens and not had_tokens:
+                trip.first_token(len(story.prompt_ids) or None)
+            if told:
+                await self._send(send, told)
+            if is_over:
+                if not story.num_finished:
+                    raise UpstreamFailure("truncated", "The replica's stream ended without a finish reason.")
+                return
+        raise UpstreamFailure("truncated", "The replica's stream ended before its answer did.")
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        if not self._trip.has_begun:
+            self._trip.has_begun = True
+            # A new message each time: layers on its way add to it.
+            await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _pass_refusal(self, exchange: Exchange, send: Send) -> None:
+        try:
+            status, body = exchange.status, await exchange.read_all(MAX_ANSWER_BYTES)
+        except UpstreamFailure as problem:
+            raise ReplicaError(str(problem)) from None
+        if self._trip.has_begun:
+            self._trip.close("ok")
+            raise ReplicaError(f"No replica goes on with this answer: {body[:300].decode(errors='replace')}")
+        self._settle_status(status)
+        self._trip.close("ok")
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    # ---- the books
+
+    def _reserve(self) -> None:
+        request = self._request
+        most_usd = cost_usd(self._served.route, request.prompt_tokens, request.output_tokens)
+        self._reservation = self._books.limits.reserve(self._key, request, most_usd)
+
+    def _settle_status(self, status: int) -> None:
+        self._status = status
+        self._outcome = Outcome.OK if status < 400 else Outcome.REFUSED
+        self._error = "" if status < 400 else f"http_{status}"
+
+    def _note_error(self, error: PowerbandError, status: int = 0) -> None:
+        if isinstance(error, RequestFault):
+            self._trip.close("ok", self._story.num_tokens)
+        refused = error.http_status < 500 or error.http_status == 503
+        outcome = Outcome.REFUSED if refused and not status else Outcome.ERROR
+        self._fail(Outcome.TIMED_OUT if error.http_status == 504 else outcome, error.code, status or error.http_status)
+
+    def _fail(self, outcome: Outcome, code: str, status: int) -> None:
+        if self._outcome is not Outcome.OK:  # an answer that is whole stays so
+            self._outcome, self._error, self._status = outcome, code, status
+
+    def _finish(self) -> None:
+        trip, story, now_s = self._trip, self._story, time.monotonic()
+        trip.end()
+        used = story.final_usage() if story.num_tokens or story.usage is not None else (0, 0, 0)
+        prompt_tokens, cached_tokens, output_tokens = used
+        usd = cost_usd(self._served.route, prompt_tokens, output_tokens)
+        if self._reservation is not None:
+            if trip.replicas:
+                self._reservation.settle(prompt_tokens, cached_tokens, output_tokens, usd)
+            else:
+                self._reservation.cancel()
+        request = self._request
+        record = RequestRecord(
+            scheduled_s=request.arrival_s,
+            sent_s=trip.sent_s or now_s,
+            chunk_times_s=tuple(story.times_s),
+            chunk_tokens=tuple(story.counts),
+            outcome=self._outcome,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            cached_tokens=cached_tokens,
+        )
+        self._gateway.note(
+            Finished(
+                request=request,
+                record=record,
+                status=self._status,
+                ended_at=time.time(),
+                error=self._error,
+                replicas=tuple(trip.replicas),
+                seconds=now_s - request.arrival_s,
+                queue_s=trip.queue_s,
+                resumed=self._resumed,
+                finish_reason=story.finish_reason,
+                cost_usd=usd,
+            )
+        )
+
+
+def _cancel_this_task() -> Callable[[], None]:
+    """For when the client has left: whatever is waited for, is not waited for any more."""
+    task = asyncio.current_task()
+
+    def cancel() -> None:
+        if task is not None:
+            task.cancel()
+
+    return cancel
+
+
+def _broken_off() -> ReplicaError:
+    return ReplicaError("The replica failed in the middle of the answer, and no other can go on with it.")

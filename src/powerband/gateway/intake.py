@@ -1,0 +1,169 @@
+"""What the gateway reads of a client's request, and the body that a replica gets in its place.
+
+Fields that the gateway does not know pass through as they are: the replica judges them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from powerband.errors import InvalidRequest
+from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.web.body import decode
+
+PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by what the replica counts
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+# Engines that say the ids of what they stream, so that another replica can go on.
+_TELL_IDS = frozenset(("powerband", "vllm"))
+_TRUE = Raw(b"true")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Asked(msgspec.Struct):
+    """The fields that the gateway reads, of both kinds of request."""
+
+    model: str | None = None
+    prompt: Raw | UnsetType = UNSET
+    messages: Raw | UnsetType = UNSET
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    logprobs: bool | int | None = None
+    return_token_ids: bool | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Output tokens of one choice, at most."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class Intake:
+    """A request that was read. `request`: for queue and limits. `body_for`: what a replica is sent."""
+
+    def __init__(self, data: bytes, endpoint: Endpoint) -> None:
+        """Raises InvalidRequest."""
+        self.endpoint = endpoint
+        self.asked = decode(data, Asked)
+        self.prompt = self._prompt()
+        self._data = data
+        self._fields: dict[str, Raw] = _FIELDS.decode(data)
+        self.num_prompts, self.prompt_tokens = _measure(self.prompt, endpoint)
+
+    def _prompt(self) -> bytes:
+        name = "messages" if self.endpoint == "chat" else "prompt"
+        value = getattr(self.asked, name)
+        if value is UNSET:
+            raise InvalidRequest(f"'{name}' is missing.", param=name)
+        return bytes(value)
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.asked.stream)
+
+    @property
+    def num_choices(self) -> int:
+        return self.num_prompts * (self.asked.n or 1)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is one answer, which another replica could go on with."""
+        asked = self.asked
+        return self.num_choices == 1 and (asked.best_of or 1) == 1 and asked.limit != 0
+
+    @property
+    def wants_usage(self) -> bool:
+        options = self.asked.stream_options
+        return options is not None and bool(options.include_usage)
+
+    @property
+    def prompt_salt(self) -> bytes:
+        """What tells prompts apart beside their own words."""
+        return b"".join(bytes(self._fields[name]) for name in ("tools", "cache_salt") if name in self._fields)
+
+    def request(
+        self, id: str, model: str, tenant: str, headers: Mapping[str, str], default_output_tokens: int
+    ) -> GatewayRequest:
+        asked, now_s = self.asked, time.monotonic()
+        limit = default_output_tokens if asked.limit is None else asked.limit
+        return GatewayRequest(
+            id=id,
+            endpoint=self.endpoint,
+            model=model,
+            tenant=tenant,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=limit * self.num_choices,
+            stream=self.is_stream,
+            priority=asked.priority or 0,
+            arrival_s=now_s,
+            deadline_s=None if asked.deadline_s is None else now_s + asked.deadline_s,
+            session=headers.get("x-session-id", "")[:256] or (asked.prompt_cache_key or "")[:256],
+        )
+
+    def tells_ids(self, replica: ReplicaAddress) -> bool:
+        return self.is_stream and self.can_resume and replica.engine in _TELL_IDS
+
+    def body_for(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
+        """resumed: ids of the output tokens that the client has, for our own engine to go on after."""
+        fields = dict(self._fields)
+        # Waiting happens here: an engine whose queue knows no priorities would refuse them.
+        changed = fields.pop("priority", None) is not None
+        changed = fields.pop("deadline_s", None) is not None or changed
+        if self.asked.model != replica.model:
+            fields["model"] = _raw(replica.model)
+            changed = True
+        if tenant != ANONYMOUS:
+            changed = True
+            self._separate(fields, replica, tenant)
+        if self.is_stream:
+            changed = True
+            options = _FIELDS.decode(fields["stream_options"]) if self.asked.stream_options is not None else {}
+            fields["stream_options"] = _raw({**options, "include_usage": _TRUE})
+            if self.tells_ids(replica):
+                fields["return_token_ids"] = _TRUE
+            if resumed:
+                fields["resume_token_ids"] = _raw(resumed)
+        return msgspec.json.encode(fields) if changed else self._data
+
+    def _separate(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
+        """Cached prefixes of one key are not found by another."""
+        if replica.engine == "powerband":
+            fields["user"] = _raw(f"{tenant}/{self.asked.user}" if self.asked.user else tenant)
+        elif replica.engine == "vllm":
+            salt = msgspec.json.decode(fields["cache_salt"]) if "cache_salt" in fields else None
+            fields["cache_salt"] = _raw(f"{tenant}/{salt}" if salt else tenant)
+
+
+def named(data: bytes, model: str) -> bytes:
+    """A body with this model's name."""
+    return msgspec.json.encode({**_FIELDS.decode(data), "model": model})
+
+
+def _raw(value: Any) -> Raw:
+    return Raw(msgspec.json.encode(value))
+
+
+def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int]:
+    """Prompts, and about how many tokens they have together."""
+    if endpoint == "chat" or not prompt.startswith(b"["):
+        return 1, max(1, len(prompt) // BYTES_PER_TOKEN)
+    if b'"' in prompt:
+        return max(1, len(msgspec.json.decode(prompt, type=list[Raw]))), max(1, len(prompt) // BYTES_PER_TOKEN)
+    return max(1, prompt.count(b"[") - 1), prompt.count(b",") + 1

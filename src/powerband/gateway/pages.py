@@ -1,0 +1,97 @@
+"""What a gateway answers without generating: its models, probes, figures; and tokens, which a replica knows."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.gateway.books import Books
+from powerband.gateway.gateway import Gateway
+from powerband.gateway.intake import named
+from powerband.gateway.metrics import GatewayMetrics, Moment
+from powerband.web.body import decode, read_body
+from powerband.web.errors import HttpError, json_response
+
+_ASK_S = 30.0
+
+
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
+class PageRoutes:
+    def __init__(self, gateway: Gateway, books: Books, metrics: GatewayMetrics) -> None:
+        self._gateway = gateway
+        self._books = books
+        self._metrics = metrics
+        self._created_s = int(time.time())
+
+    async def live(self, _request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def ready(self, _request: Request) -> Response:
+        """Whether some model has a replica that is ready."""
+        reason = self._gateway.unready()
+        if reason:
+            raise HttpError(503, "not_ready", reason)
+        return json_response({"status": "ok"})
+
+    async def version(self, _request: Request) -> Response:
+        return json_response({"version": version("powerband")})
+
+    async def models(self, _request: Request) -> Response:
+        """All names that may be asked for, aliases too."""
+        return json_response({"object": "list", "data": [self._card(name) for name in self._gateway.names()]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self._gateway.served(name)
+        return json_response(self._card(name))
+
+    async def metrics(self, _request: Request) -> Response:
+        figures = self._books.figures()
+        moment = Moment(
+            pools=self._gateway.snapshots(),
+            in_flight=self._gateway.num_active,
+            ledger_rows_buffered=figures.usage_waiting,
+            ledger_rows_lost=figures.usage_dropped,
+        )
+        return Response(self._metrics.render(moment), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text, as a replica of the model says."""
+        return await self._ask_replica(request, "/tokenize")
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, as a replica of the model says."""
+        return await self._ask_replica(request, "/detokenize")
+
+    async def _ask_replica(self, request: Request, path: str) -> Response:
+        """Of any replica that is ready; the next one when it does not answer."""
+        data = await read_body(request, self._gateway.settings.max_body_bytes)
+        name = decode(data, _Named).model
+        served = self._gateway.served(name)
+        states = {one.id: one.state for one in served.pool.snapshot().replicas}
+        replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
+        for replica in replicas:
+            body = data if name == replica.model else named(data, replica.model)
+            try:
+                status, answer = await self._gateway.upstream.ask(replica, "POST", path, body, _ASK_S)
+            except OSError:
+                continue
+            if status < 500:
+                return Response(answer, status, media_type="application/json")
+        raise HttpError(503, "no_replica", "No replica of the model answers.")
+
+    def _card(self, name: str) -> dict[str, Any]:
+        served = self._gateway.served(name)
+        card: dict[str, Any] = {"id": name, "object": "model", "created": self._created_s, "owned_by": "powerband"}
+        if name != served.route.name:
+            card["root"] = served.route.name
+        return card

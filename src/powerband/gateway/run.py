@@ -1,0 +1,131 @@
+"""Serve a gateway until a signal ends it: listen, read the books and routes, show what is served, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+
+from powerband.errors import UsageError
+from powerband.gateway.app import make_app
+from powerband.gateway.books import Books
+from powerband.gateway.discovery import discover
+from powerband.gateway.gateway import Gateway
+from powerband.gateway.metrics import GatewayMetrics
+from powerband.gateway.routes import Routes
+from powerband.gateway.settings import GatewaySettings
+from powerband.metrics.logging import set_up_logging
+from powerband.web.access import is_loopback
+from powerband.web.listening import Signals, listen, make_server, url_of
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+_LAST_WORDS_S = 1.0  # for the answers to requests that did not end in time
+
+
+def serve(settings: GatewaySettings, routes: Routes | None = None, replicas: Sequence[str] = ()) -> int:
+    """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises PowerbandError when the start fails.
+
+    routes: what to serve. replicas: URLs, instead: what they serve is asked of them. Neither: what was served last.
+    The first signal drains: not ready, no new requests, running ones may end. The second ends at once.
+    """
+    set_up_logging(settings.log_level, settings.log_format)
+    if settings.auth == "open" and not is_loopback(settings.host):
+        raise UsageError(
+            f"Listening on {settings.host} with auth 'open' would let anyone in.", hint="Use --auth keys.", param="auth"
+        )
+    database = Path(settings.database) if settings.database else state_folder() / "gateway" / "gateway.db"
+    with listen(settings.host, settings.port) as listener:
+        books = Books.open(database, settings.books)
+        try:
+            return uvloop.run(_serve(settings, listener, books, database, routes, replicas))
+        finally:
+            books.close()
+
+
+def state_folder() -> Path:
+    """Where what outlives a process is kept: $POWERBAND_STATE, or 'powerband' in the user's state directory."""
+    if "POWERBAND_STATE" in os.environ:
+        return Path(os.environ["POWERBAND_STATE"])
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "powerband"
+
+
+async def _serve(
+    settings: GatewaySettings,
+    listener: socket.socket,
+    books: Books,
+    database: Path,
+    routes: Routes | None,
+    replicas: Sequence[str],
+) -> int:
+    start_s = time.monotonic()
+    signals = Signals()
+    gateway = Gateway(settings, database.with_name("routes.json"))
+    metrics = GatewayMetrics(address=settings.host, port=listener.getsockname()[1])
+    gateway.sinks += [metrics.observe, books.ledger.note]
+    gateway.routes_changed = lambda: metrics.serve(gateway.routes.models)
+    gateway.start()
+    server = make_server(make_app(gateway, books, metrics))
+    listening: asyncio.Task[None] | None = None
+    ending = asyncio.create_task(signals.first.wait(), name="signal")
+    try:
+        found = await discover(gateway.upstream, replicas) if replicas else routes or gateway.stored_routes()
+        if found is not None:
+            gateway.set_routes(found)
+        listening = asyncio.create_task(server.serve([listener]), name="http")
+        _calm_collector()
+        _show(gateway, time.monotonic() - start_s, url_of(settings.host, listener), database)
+        await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
+        await _drain(gateway, signals)
+    finally:
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+        server.should_exit = True
+        if listening is not None and not listening.done():
+            await asyncio.wait({listening}, timeout=_LAST_WORDS_S)
+        server.force_exit = True
+        await asyncio.gather(*([listening] if listening is not None else ()), return_exceptions=True)
+        await gateway.close()
+    return INTERRUPTED if signals.received == signal.SIGINT else 0
+
+
+async def _drain(gateway: Gateway, signals: Signals) -> None:
+    timeout_s = gateway.settings.drain_timeout_s
+    if gateway.num_active:
+        logger.info("Draining: %d requests may take %.0f s more.", gateway.num_active, timeout_s)
+    drained = asyncio.create_task(gateway.drain(timeout_s))
+    second = asyncio.create_task(signals.second.wait())
+    await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)
+    if not (drained.done() and drained.result()):
+        logger.warning("%d requests are ended unfinished.", gateway.num_active)
+    for task in (drained, second):
+        task.cancel()
+    await asyncio.gather(drained, second, return_exceptions=True)
+
+
+def _calm_collector() -> None:
+    """What was loaded stays; little of what requests leave is garbage in cycles, and each collection is a pause."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+def _show(gateway: Gateway, seconds: float, url: str, database: Path) -> None:
+    """The start-up block, on stderr: stdout belongs to results."""
+    models = gateway.routes.models
+    lines = [f"model      {', '.join((one.name, *one.aliases))}, replicas: {len(one.replicas)}" for one in models]
+    lines = lines or ["model      none yet: PUT /admin/routes says what to serve"]
+    lines += [f"database   {database}", f"ready      in {seconds:.2f} s", f"URL        {url}"]
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,67 @@
+"""Everything that shapes a gateway, in the manner of spec/settings.py. What routes hold is in gateway/routes.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from powerband.gateway.books import BooksOptions
+from powerband.gateway.upstream import Timeouts
+from powerband.spec.settings import check_values, setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """Settings of one gateway. Raises UsageError naming the field when a value is wrong."""
+
+    host: str = setting("127.0.0.1", "Address to listen on; beyond loopback keys are needed", group="Gateway")
+    port: int = setting(8080, "Port to listen on; 0: any free one", group="Gateway", minimum=0, maximum=65535)
+    database: str | None = setting(
+        None, "File of keys and usage; routes are kept beside it; default: in the state folder", group="Gateway"
+    )
+    auth: Literal["open", "keys"] = setting(
+        "open", "'keys': every request brings a key; 'open': only administration does", group="Gateway"
+    )
+    usage_retention_days: float = setting(
+        90.0, "How long single requests are kept in the database; daily sums stay", group="Gateway", minimum=0
+    )
+    drain_timeout_s: float = setting(
+        30.0, "Seconds that running requests may take to end after SIGTERM", group="Gateway", minimum=0, maximum=3600
+    )
+    max_body_bytes: int = setting(4 << 20, "Largest request body", group="Gateway", minimum=1024, maximum=256 << 20)
+    default_output_tokens: int = setting(
+        256, "Output tokens counted on for a request that names no limit", group="Gateway", minimum=1
+    )
+    max_tries: int = setting(
+        3, "Replicas that may fail with a request before its client hears of it", group="Failure", minimum=1, maximum=10
+    )
+    connect_timeout_s: float = setting(3.0, "For a connection to a replica", group="Failure", minimum=0.01)
+    first_byte_timeout_s: float = setting(
+        60.0, "From sending to the first byte of a streamed answer", group="Failure", minimum=0.01
+    )
+    stall_timeout_s: float = setting(30.0, "Between two pieces of a streamed answer", group="Failure", minimum=0.01)
+    request_timeout_s: float = setting(3600.0, "For a whole answer", group="Failure", minimum=0.01)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is logged", group="Gateway")
+    log_format: Literal["text", "json"] = setting("text", "Form of log lines on stderr", group="Gateway")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    @property
+    def books(self) -> BooksOptions:
+        return BooksOptions(usage_retention_days=self.usage_retention_days)
+
+    @property
+    def stream_timeouts(self) -> Timeouts:
+        return Timeouts(
+            connect_s=self.connect_timeout_s,
+            first_byte_s=self.first_byte_timeout_s,
+            between_s=self.stall_timeout_s,
+            whole_s=self.request_timeout_s,
+        )
+
+    @property
+    def whole_timeouts(self) -> Timeouts:
+        """Of answers that come at once, when all is done."""
+        limit_s = self.request_timeout_s
+        return Timeouts(connect_s=self.connect_timeout_s, first_byte_s=limit_s, between_s=limit_s, whole_s=limit_s)
