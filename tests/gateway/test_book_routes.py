@@ -167,7 +167,9 @@ def test_feedback_is_for_ones_own_requests(service: Service) -> None:
 
 
 def test_content_is_shown_and_deleted_by_key(service: Service) -> None:
-    service.books.content.note(GatewayRequest(id="r1", endpoint="chat", model="demo", tenant="key_1"), "hello", "hi")
+    service.books.content.note(
+        GatewayRequest(id="r1", endpoint="chat", model="demo", tenant="key_1"), b'"hello"', ["hi"]
+    )
     service.books.store.flush().result(10)
     assert [row["prompt"] for row in service.ask("GET", "/admin/content?key=key_1").json()["data"]] == ["hello"]
     assert service.ask("DELETE", "/admin/content").status_code == 400

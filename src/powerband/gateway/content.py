@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from powerband.gateway.redaction import redact
 from powerband.gateway.request import GatewayRequest
@@ -28,11 +31,14 @@ class Content:
         self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
         store.also(self._delete_old, every_s=600)  # also where it was on before, and is off now
 
-    def note(self, request: GatewayRequest, prompt_text: str, output_text: str) -> None:
-        """Nothing happens when it is off. Redacted in the writer's thread; dropped and counted when too many wait."""
+    def note(self, request: GatewayRequest, prompt: bytes, output: Sequence[str]) -> None:
+        """Nothing happens when it is off. prompt: 'messages' or 'prompt' as JSON. output: pieces of text.
+
+        Redacted in the writer's thread; dropped, and counted, when too much waits.
+        """
         if self.on:
-            row = (request.id, time.time(), request.tenant, _bounded(prompt_text), _bounded(output_text))
-            self.buffer.add(row)
+            texts = _bounded(prompt_text(prompt)), _bounded("".join(output))
+            self.buffer.add((request.id, time.time(), request.tenant, *texts))
 
     def forget(self, key_id: str) -> None:
         """Delete what was kept of a key; what waits to be written is written first, so it goes as well."""
@@ -46,6 +52,23 @@ def stored(connection: sqlite3.Connection, key_id: str, limit: int) -> list[dict
     """The latest first."""
     sql = "SELECT request_id, at, key_id, prompt, output FROM content WHERE key_id = ? ORDER BY at DESC LIMIT ?"
     return [dict(zip(_FIELDS, row, strict=True)) for row in connection.execute(sql, (key_id, limit))]
+
+
+def prompt_text(prompt: bytes) -> str:
+    """A prompt for reading: 'role: content' of each message, and the texts inside; token ids are left out."""
+    lines: list[str] = []
+    waiting: list[Any] = [msgspec.json.decode(prompt)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            lines.append(value)
+        elif isinstance(value, list):
+            waiting.extend(reversed(value))
+        elif isinstance(value, dict) and isinstance(value.get("content"), str):
+            lines.append(f"{value.get('role', '')}: {value['content']}")
+        elif isinstance(value, dict):
+            waiting.extend(value[name] for name in ("text", "content") if name in value)
+    return "\n".join(lines)
 
 
 def _bounded(text: str) -> str:

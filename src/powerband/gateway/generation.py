@@ -88,7 +88,7 @@ class Generation(Response):
         self._request = request
         self._key = key
         self._trip = Trip(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
-        self._story = Story(intake, served.route.name)
+        self._story = Story(intake, served.route.name, keeps_text=books.content.on)
         self._reservation: Reservation | None = None
         self._status = 0
         self._outcome = Outcome.ERROR
@@ -144,6 +144,9 @@ class Generation(Response):
         if story.num_tokens:
             story.times_s.append(time.monotonic())
             story.counts.append(story.num_tokens)
+        if self._books.content.on:
+            said = [choice.text or (choice.message and choice.message.content) or "" for choice in chunk.choices]
+            story.texts += said
         return story.renamed(body, replica)
 
     async def _first_plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
@@ -193,7 +196,7 @@ class Generation(Response):
                 plan = resumer.plan
                 trip.request = replace(self._request, deadline_s=None)
             else:
-                self._story = story = Story(self._intake, self._served.route.name)
+                self._story = story = Story(self._intake, self._served.route.name, keeps_text=self._books.content.on)
                 resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
 
     async def _relay_exchange(self, send: Send) -> None:
@@ -284,6 +287,8 @@ class Generation(Response):
             else:
                 self._reservation.cancel()
         request = self._request
+        if trip.replicas:
+            self._books.content.note(request, self._intake.prompt, story.texts)
         record = RequestRecord(
             scheduled_s=request.arrival_s,
             sent_s=trip.sent_s or now_s,

@@ -38,8 +38,9 @@ class Story:
     the place where another engine goes on.
     """
 
-    def __init__(self, intake: Intake, model: str) -> None:
+    def __init__(self, intake: Intake, model: str, *, keeps_text: bool = False) -> None:
         self._intake = intake
+        self._always_keeps_text = keeps_text
         self._model = model
         asked = intake.asked
         self._wants_ids = bool(asked.return_token_ids)
@@ -73,7 +74,7 @@ class Story:
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
         self._strips_ids = self._intake.tells_ids(replica) and not self._wants_ids
-        self.keeps_text = replica.engine == "vllm" and self._intake.can_resume
+        self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._intake.can_resume)
         names = replica.model, self._model
         encoded = [b'"model":' + msgspec.json.encode(name) for name in names]
         self._rename = None if names[0] == names[1] else (encoded[0], encoded[1])
