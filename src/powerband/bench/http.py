@@ -34,6 +34,11 @@ async def post(target: Target, path: str, body: object, *, timeout_s: float = 12
     return await _ask(target, "POST", path, msgspec.json.encode(body), timeout_s)
 
 
+async def put(target: Target, path: str, body: object, *, timeout_s: float = 10.0) -> Page:
+    """body: becomes JSON. Raises OSError and TimeoutError."""
+    return await _ask(target, "PUT", path, msgspec.json.encode(body), timeout_s)
+
+
 async def delete(target: Target, path: str, *, timeout_s: float = 10.0) -> Page:
     """Raises OSError and TimeoutError."""
     return await _ask(target, "DELETE", path, b"", timeout_s)

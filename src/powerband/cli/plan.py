@@ -65,6 +65,7 @@ class OfferFlags:
         str, _flag(_OFFERED, help="Of the catalog, 'here', or described in FILE.yaml; default: here")
     ] = "here"
     max_devices: Annotated[int, _flag(_OFFERED, help="Of all kinds together; default: 8")] = 8
+    replicas: Annotated[int | None, _flag(_OFFERED, help="Exactly so many, instead of as few as keep the SLO")] = None
     engine: Annotated[str, _flag(_OFFERED, help=f"{', '.join(ENGINES)}; default: powerband,vllm")] = "powerband,vllm"
     quantization: Annotated[
         str, _flag(_OFFERED, help="none, fp8, int8, w8a8, int4, nvfp4; auto (default): all that a device can")
@@ -106,13 +107,13 @@ def plan(
     Exits with 1 when nothing keeps the SLO within the budget.
     """
     need, offer, output = need or NeedFlags(), offer or OfferFlags(), output or PlanOutputFlags()
-    question = _question(model, need, requests or MixFlags(), offer)
+    question = question_of(model, need, requests or MixFlags(), offer)
     _check_outputs(output)
-    findings = _searched(question, output.workers, quiet=output.json)
+    findings = searched(question, output.workers, quiet=output.json)
     return _tell(findings, question, output)
 
 
-def _question(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags) -> Question:
+def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags) -> Question:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
     from powerband.planner.question import Question
 
@@ -121,6 +122,8 @@ def _question(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags
         raise UsageError("The SLO limits nothing.", hint="Like: --slo ttft=1s@p95,tpot=60ms@p95.", param="slo")
     if offer.max_devices < 1:
         raise UsageError(f"max_devices is {offer.max_devices}; it must be at least 1.", param="max_devices")
+    if offer.replicas is not None and offer.replicas < 1:
+        raise UsageError(f"replicas is {offer.replicas}; it must be at least 1.", param="replicas")
     if (offer.acceptance is None) != (offer.draft_tokens == 0):
         raise UsageError("--draft-tokens and --acceptance go together.", param="acceptance")
     changes = offer.set or []
@@ -138,6 +141,7 @@ def _question(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags
         slo=slo,
         budget_usd_per_h=dollars_per_hour(need.budget) if need.budget is not None else None,
         max_devices=offer.max_devices,
+        replicas=offer.replicas,
         quantizations=quantizations(offer.quantization),
         max_model_len=offer.max_model_len or longest_request(workload, need.seed, spec, slo.attainment),
         objective=need.objective,
@@ -148,7 +152,7 @@ def _question(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags
     )
 
 
-def _searched(question: Question, workers: int | None, *, quiet: bool) -> Findings:
+def searched(question: Question, workers: int | None, *, quiet: bool) -> Findings:
     """With its progress on stderr, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

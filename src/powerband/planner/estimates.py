@@ -78,6 +78,8 @@ def counts(question: Question, unit: Unit) -> list[int]:
     most = most_replicas(question, unit.replica)
     if most < 1:
         return []
+    if question.replicas is not None:
+        return [question.replicas] if question.replicas <= most else []
     if unit.kept_rate <= 0:
         return [min(max(math.ceil(question.rate / unit.forms[0].capacity), 1), most)]
     needed = math.ceil(question.rate / unit.kept_rate)
@@ -89,8 +91,10 @@ def counts(question: Question, unit: Unit) -> list[int]:
 
 
 def most_replicas(question: Question, replica: Replica) -> int:
-    if question.profile(replica.device).kind == "cpu":
-        return 1  # a machine is one device
+    profile = question.profile(replica.device)
+    if profile.kind == "cpu":
+        # A machine is one device, and holds as many replicas as its measured ones leave cores for.
+        return profile.machine.cores // profile.machine.threads if profile.machine is not None else 1
     return question.max_devices // replica.num_devices
 
 

@@ -19,7 +19,9 @@ from powerband.spec.workload import Schedule, Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """rate: requests a second. quantizations: empty: the usual ones. pinned: fields that every Replica must have."""
+    """rate: requests a second. replicas: exactly so many, equal ones; None: as few as it takes. quantizations: empty:
+    the usual ones. pinned: fields that every Replica must have.
+    """
 
     model: str
     spec: ModelSpec
@@ -32,6 +34,7 @@ class Question:
     max_model_len: int
     budget_usd_per_h: float | None = None
     max_devices: int = 8
+    replicas: int | None = None
     quantizations: Sequence[Quantization] = ()
     objective: Objective = "cost"
     draft_tokens: int = 0

@@ -1,0 +1,307 @@
+"""Keeps a service as it is desired: one look at what is, one set of moves, several times a second.
+
+    desired.json ───┐                         ┌──► target: start, stop
+    target ─────────┼──► tick ──► next_moves ─┼──► gateway: routes
+    probes, gateway ┘                         └──► status.json
+
+A tick waits for nothing. What a controller remembers beyond the files is only for pace (pauses after deaths, time since
+a drain began), so that a new one goes on where the last one was ended, whenever that was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from powerband.errors import PowerbandError
+from powerband.fleet.front import FrontLink
+from powerband.fleet.known import Known
+from powerband.fleet.launching import (
+    devices_for_one,
+    front_revision,
+    gateway_launch,
+    pool_revisions,
+    release_revision,
+    replica_launch,
+    routes_of,
+    slo_of,
+)
+from powerband.fleet.probes import Watching
+from powerband.fleet.rollout import Want, next_moves
+from powerband.fleet.state import Desired, GatewayStatus, Rejected, Release, ServiceFolder, Status
+from powerband.fleet.supervision import Deaths
+from powerband.fleet.target import Gone, Running, Target
+from powerband.fleet.traffic import Traffic
+from powerband.fleet.view import phase_of, replica_status
+
+STOP_GRACE_S = 15.0
+GATEWAY_STOP_S = 45.0
+
+
+@dataclass(slots=True)
+class Controller:
+    """probes and front are tended by others in the same event loop; `clock` is time.monotonic() but in tests."""
+
+    folder: ServiceFolder
+    target: Target
+    probes: Watching
+    front: FrontLink
+    clock: Callable[[], float] = time.monotonic
+    traffic: Traffic = field(default_factory=Traffic)
+    _known: dict[str, Known] = field(default_factory=dict)
+    _deaths: Deaths = field(default_factory=Deaths)
+    _established: int = 0
+    _rejected: Rejected | None = None
+    _vacant: list[int] = field(default_factory=list)  # restarts of the places that are to be filled anew
+    _gateway_restarts: int = 0
+    _notes: list[str] = field(default_factory=list)
+
+    def adopt(self) -> None:
+        """Take over what another controller left: what was ready is taken to be."""
+        status = self.folder.status()
+        if status is None:
+            return
+        self._established, self._rejected = status.established, status.rejected
+        self._gateway_restarts = status.gateway.restarts
+        self.traffic.resume(status.load)
+        self.front.url, self.front.next_record = status.gateway.url, status.load.next_record
+        now_s = self.clock()
+        before = {replica.id: replica for replica in status.replicas}
+        for running in self.target.running():
+            known = self._known[running.id] = Known(running, now_s)
+            if running.id in before:
+                known.restarts = before[running.id].restarts
+                known.ready_s = now_s if before[running.id].ready_at is not None else None
+
+    def tick(self) -> bool:
+        """One look and its moves. False: the service was removed, and nothing of it runs any more."""
+        desired = self.folder.desired()
+        if desired is None:
+            return False
+        self._notes = []
+        now_s = self.clock()
+        self._look(now_s)
+        self._judge(desired)
+        release = None if desired.removed else desired.previous if self._is_rejected(desired) else desired.release
+        draining = self._move(desired, release, now_s)
+        self._tend_gateway(desired, release, now_s)
+        if release is not None:
+            kept = [one for one in self._of("replica") if not one.stopping]
+            self.front.wanted = routes_of(release, kept, draining)
+        self.traffic.count(self.front.take(), slo_of(desired.release))
+        status = self._status(desired, release, now_s)
+        self.folder.write_status(status)
+        return status.phase != "removed"
+
+    # ---- what is
+
+    def _look(self, now_s: float) -> None:
+        """Who lives, who died, who became ready."""
+        members = self.target.running()
+        for gone in self.target.gone():
+            self._note_death(gone, now_s)
+        self.probes.follow({one.id: one.url + one.ready_path for one in members})
+        for running in members:
+            known = self._known.setdefault(running.id, Known(running, now_s))
+            known.running = running
+            if known.look(self.probes.sight(running.id), now_s):
+                self._deaths.became_ready(running.revision)
+
+    def _note_death(self, gone: Gone, now_s: float) -> None:
+        known = self._known.pop(gone.id, None)
+        if known is None or known.leaving:
+            return
+        ready_for_s = None if known.ready_s is None else now_s - known.ready_s
+        self._deaths.note(known.running.revision, gone, now_s, ready_for_s=ready_for_s)
+        if known.running.role == "gateway":
+            self._gateway_restarts += 1
+        else:
+            self._vacant.append(known.restarts + 1)
+
+    def _judge(self, desired: Desired) -> None:
+        """Whether this generation is all there; give it up if it never was and does not start."""
+        if desired.removed or desired.generation <= self._established or self._is_rejected(desired):
+            return
+        revisions = pool_revisions(desired.release)
+        ready = [known.running for known in self._known.values() if known.ready_s is not None]
+        found = [(one.pool, one.revision) for one in ready if one.role == "replica"]
+        is_whole = all(
+            found.count((pool, revision)) >= count
+            for pool, (count, revision) in enumerate(zip(desired.release.counts, revisions, strict=True))
+        )
+        front = front_revision(desired.front)
+        if is_whole and any(one.revision == front for one in ready if one.role == "gateway"):
+            self._established = desired.generation
+            return
+        for revision in (*revisions, front):
+            gone = self._deaths.last(revision)
+            if gone is not None and self._deaths.is_lost(revision):
+                code = "" if gone.exit_code is None else f" (exit code {gone.exit_code})"
+                self._reject(desired, f"{gone.id} ended before it was ready{code}", gone)
+                return
+
+    def _reject(self, desired: Desired, why: str, gone: Gone | None = None) -> None:
+        self._rejected = Rejected(generation=desired.generation, why=why)
+        if gone is not None:
+            self._rejected = Rejected(
+                generation=desired.generation, why=why, replica=gone.id, log=gone.log, exit_code=gone.exit_code
+            )
+
+    def _is_rejected(self, desired: Desired) -> bool:
+        return self._rejected is not None and self._rejected.generation == desired.generation
+
+    def _of(self, role: str) -> list[Running]:
+        return [known.running for known in self._known.values() if known.running.role == role]
+
+    # ---- replicas
+
+    def _move(self, desired: Desired, release: Release | None, now_s: float) -> frozenset[str]:
+        """Returns the replicas that get nothing new."""
+        replicas = [known for known in self._known.values() if known.running.role == "replica"]
+        members = [
+            known.member(
+                self.probes.sight(known.running.id),
+                desired.policy,
+                now_s,
+                set_aside=known.running.id in desired.drained,
+                empty=self._is_empty(known.running.id, release),
+            )
+            for known in replicas
+        ]
+        moves = next_moves(self._want(desired, release, len(members), now_s), members)
+        for known in replicas:
+            id = known.running.id
+            known.draining_s = (known.draining_s or now_s) if id in moves.drain else None
+            if id in moves.kill:
+                known.note = f"hung: {known.note or 'no answer'}"
+                self.target.stop(id, 0.0)
+            elif id in moves.stop:
+                known.leaving = True
+                self.target.stop(id, STOP_GRACE_S)
+        if release is not None:
+            for pool in moves.start:
+                self._start(desired, release, pool, now_s)
+        return moves.drain
+
+    def _is_empty(self, id: str, release: Release | None) -> bool:
+        """Whether the gateway knows that the replica is to get nothing new, and has nothing there any more."""
+        if release is None:
+            return not self._of("gateway")
+        heard = self.front.heard
+        if heard is None or id not in heard.draining:
+            return False
+        snapshot = heard.replica(id)
+        return snapshot is None or snapshot.inflight == 0
+
+    def _want(self, desired: Desired, release: Release | None, existing: int, now_s: float) -> Want:
+        if release is None:
+            return Want(counts=(), revisions=())
+        surge = desired.policy.surge
+        if surge is None:
+            # Who exceeds the number already has the room.
+            surge = 1 if existing > sum(release.counts) or self._has_room(release) else 0
+        held = self._deaths.held(now_s)
+        return Want(counts=release.counts, revisions=pool_revisions(release), surge=surge, held=held)
+
+    def _has_room(self, release: Release) -> bool:
+        pools = range(len(release.counts))
+        has_devices = all(devices_for_one(release, pool, self._of("replica")) is not None for pool in pools)
+        return has_devices and self.target.room_for_one_more()
+
+    def _start(self, desired: Desired, release: Release, pool: int, now_s: float) -> None:
+        devices = devices_for_one(release, pool, self._of("replica"))
+        if devices is None:
+            self._notes.append("There are no free devices for one more replica.")
+            return
+        try:
+            id = f"r{self.folder.next_number()}"
+            running = self.target.start(replica_launch(release, pool, id, devices))
+        except PowerbandError as problem:
+            self._notes.append(str(problem))
+            if desired.generation > self._established:
+                self._reject(desired, str(problem))
+            return
+        self._known[id] = Known(running, now_s, restarts=self._vacant.pop(0) if self._vacant else 0)
+
+    # ---- the gateway
+
+    def _tend_gateway(self, desired: Desired, release: Release | None, now_s: float) -> None:
+        """One, on its port; it goes before the replicas when all has to go."""
+        revision = front_revision(desired.front)
+        gateways = self._of("gateway")
+        for one in gateways:
+            known = self._known[one.id]
+            if known.is_hung(self.probes.sight(one.id), desired.policy, now_s):
+                self.target.stop(one.id, 0.0)
+            elif release is None or one.revision != revision:
+                known.leaving = True
+                self.target.stop(one.id, GATEWAY_STOP_S)
+        if gateways or release is None or revision in self._deaths.held(now_s):
+            return
+        id = f"gateway-{self.folder.next_number()}"
+        try:
+            running = self.target.start(gateway_launch(desired.front, self.folder, id))
+        except PowerbandError as problem:
+            self._notes.append(str(problem))
+            return
+        self._known[id] = Known(running, now_s)
+        self.front.turn_to(running.url)
+
+    def _gateway_status(self, desired: Desired) -> GatewayStatus:
+        gateways = self._of("gateway")
+        if not gateways:
+            url = f"http://{desired.front.host}:{desired.front.port}"
+            return GatewayStatus(state="down", url=url, restarts=self._gateway_restarts)
+        one = gateways[0]
+        known = self._known[one.id]
+        # Ready to be used: it listens, and it knows where to send requests.
+        heard, wanted = self.front.heard, self.front.wanted
+        knows = heard is not None and wanted is not None and heard.revision != ""
+        return GatewayStatus(
+            state="ready" if known.ready_s is not None and knows and not one.stopping else "starting",
+            url=one.url,
+            pid=one.pid,
+            started_at=one.started_at,
+            restarts=self._gateway_restarts,
+            note=known.note or self.front.problem,
+        )
+
+    # ---- what is told
+
+    def _status(self, desired: Desired, release: Release | None, now_s: float) -> Status:
+        heard = self.front.heard
+        replicas = tuple(
+            replica_status(
+                known,
+                self.probes.sight(known.running.id),
+                heard.replica(known.running.id) if heard is not None else None,
+                set_aside=known.running.id in desired.drained,
+                now_s=now_s,
+                clock_offset_s=time.time() - now_s,
+            )
+            for known in self._known.values()
+            if known.running.role == "replica"
+        )
+        gateway = self._gateway_status(desired)
+        established = desired.generation <= self._established
+        load = self.traffic.load(
+            requests_per_s=self.front.requests_per_s(),
+            running=sum(one.running for one in replicas),
+            queued=sum(pool.queued for pool in heard.pools) if heard is not None else 0,
+            next_record=self.front.next_record,
+        )
+        return Status(
+            at=time.time(),
+            pid=os.getpid(),
+            generation=desired.generation,
+            phase=phase_of(desired, release, replicas, gateway, established=established),
+            revision=release_revision(release) if release is not None else "",
+            gateway=gateway,
+            replicas=replicas,
+            established=self._established,
+            rejected=self._rejected,
+            load=load,
+            notes=(*self._notes, *self._deaths.told()),
+        )

@@ -1,0 +1,114 @@
+"""`python -m powerband.fleet.controller_process NAME`: a service's controller, until it is removed or told to end.
+
+Whoever holds the lock is the controller; a second one ends at once. Its end, however it comes, touches no member.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import uvloop
+
+from powerband.errors import EnvironmentFault
+from powerband.fleet.controller import Controller
+from powerband.fleet.front import FrontLink
+from powerband.fleet.local import LocalTarget, last_lines
+from powerband.fleet.probes import Probes
+from powerband.fleet.state import ServiceFolder, lock
+from powerband.gateway.books import Books
+from powerband.metrics.logging import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.4
+_START_S = 20.0
+
+
+def ensure_controller(folder: ServiceFolder) -> bool:
+    """Start one where none is alive, and wait until it is. True: one was started. Raises EnvironmentFault."""
+    if folder.controller_alive():
+        return False
+    log = folder.logs / "controller.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "powerband.fleet.controller_process", folder.name],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s:
+        if folder.controller_alive():
+            return True
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise EnvironmentFault(f"The controller of {folder.name} did not start.\n{last_lines(log)}", hint=f"Its log: {log}")
+
+
+def main() -> int:
+    folder = ServiceFolder.of(sys.argv[1])
+    set_up_logging("info", "text")
+    try:
+        with lock(folder.path / "controller.lock", wait=False):
+            return uvloop.run(_run(folder))
+    except BlockingIOError:
+        logger.info("Another controller of %s is alive.", folder.name)
+        return 0
+
+
+async def _run(folder: ServiceFolder) -> int:
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    probes, front = Probes(), FrontLink(_admin_key(folder))
+    controller = Controller(folder, LocalTarget(folder.path), probes, front)
+    controller.adopt()
+    talking = asyncio.create_task(front.keep_talking(), name="gateway")
+    logger.info("The controller of %s is alive.", folder.name)
+    try:
+        while not ending.is_set() and _tick(controller):
+            try:
+                await asyncio.wait_for(ending.wait(), TICK_S)
+            except TimeoutError:
+                continue
+    finally:
+        talking.cancel()
+        await asyncio.gather(talking, return_exceptions=True)
+        await probes.close()
+    logger.info("The controller of %s ends.", folder.name)
+    return 0
+
+
+def _tick(controller: Controller) -> bool:
+    """A defect, or a full disk, must not leave a service without its controller."""
+    try:
+        return controller.tick()
+    except Exception:
+        logger.exception("A look at the service failed; the next one follows.")
+        return True
+
+
+def _admin_key(folder: ServiceFolder) -> str:
+    """The gateway's first admin key, made before its first start."""
+    if not folder.admin_key.exists():
+        books = Books.open(folder.database)
+        try:
+            _, secret = books.keys.create("fleet", ("infer", "metrics", "admin"))
+        finally:
+            books.close()
+        made = os.open(folder.admin_key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(made, "w") as file:
+            file.write(secret)
+    return folder.admin_key.read_text().strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

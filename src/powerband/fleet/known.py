@@ -1,0 +1,66 @@
+"""What a controller knows of a member beyond what the target tells: since when it is ready, silent, draining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from powerband.fleet.probes import Sight
+from powerband.fleet.rollout import Member
+from powerband.fleet.state import Policy
+from powerband.fleet.target import Running
+
+SILENCES = 3  # in a row, before a member counts as hung
+_UNWELL_S = 2.0
+
+
+@dataclass(slots=True)
+class Known:
+    """Times on the controller's clock. restarts: of its place. leaving: it was asked to end, its death is no loss."""
+
+    running: Running
+    seen_s: float
+    ready_s: float | None = None
+    draining_s: float | None = None
+    restarts: int = 0
+    note: str = ""
+    leaving: bool = False
+
+    def look(self, sight: Sight, now_s: float) -> bool:
+        """True when it has become ready since the last look."""
+        self.note = sight.says
+        if sight.ready_s is None or self.ready_s is not None or self.running.stopping:
+            return False
+        self.ready_s = now_s
+        return True
+
+    def is_well(self, sight: Sight, now_s: float) -> bool:
+        """Ready, and said so a moment ago."""
+        return self.ready_s is not None and now_s - max(sight.ready_s or 0.0, self.seen_s) < _UNWELL_S
+
+    def is_hung(self, sight: Sight, policy: Policy, now_s: float) -> bool:
+        """Silent for long, not ready for very long, or never ready in time."""
+        if self.running.stopping:
+            return False
+        if self.ready_s is None:
+            return now_s - self.seen_s > policy.ready_s
+        silent_s = now_s - max(sight.heard_s or 0.0, self.seen_s)
+        unready_s = now_s - max(sight.ready_s or 0.0, self.seen_s)
+        if sight.silences:
+            return sight.silences >= SILENCES and silent_s > policy.hung_s
+        return unready_s > policy.unready_s
+
+    def member(self, sight: Sight, policy: Policy, now_s: float, *, set_aside: bool, empty: bool) -> Member:
+        """As rollout.next_moves wants it. empty: nothing is left there."""
+        is_late = self.draining_s is not None and now_s - self.draining_s > policy.drain_s
+        return Member(
+            id=self.running.id,
+            number=int(self.running.id.removeprefix("r")),
+            pool=self.running.pool,
+            revision=self.running.revision,
+            state="stopping" if self.running.stopping else "starting" if self.ready_s is None else "ready",
+            well=self.is_well(sight, now_s),
+            set_aside=set_aside,
+            hung=self.is_hung(sight, policy, now_s),
+            draining=self.draining_s is not None,
+            empty=self.draining_s is not None and (empty or is_late),
+        )

@@ -1,0 +1,102 @@
+"""From a release to the members that carry it out: what to start, where to probe it, and the gateway's routes."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from powerband.fleet.state import Front, PoolRelease, Release, ServiceFolder
+from powerband.fleet.target import Launch, Running
+from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.spec.records import as_record
+from powerband.spec.slo import SLO
+
+POWERBAND = (sys.executable, "-m", "powerband")
+_GATEWAY_READY_PATH = "/livez"
+
+
+def pool_revisions(release: Release) -> tuple[str, ...]:
+    """A name for what a replica of each pool is: it changes when its command does, not with the number of them."""
+    return tuple(_digest([pool.command, pool.env]) for pool in release.pools)
+
+
+def release_revision(release: Release) -> str:
+    """A name for all of it."""
+    return _digest(msgspec.to_builtins(release))
+
+
+def front_revision(front: Front) -> str:
+    return _digest(msgspec.to_builtins(front))
+
+
+def slo_of(release: Release) -> SLO:
+    return SLO.from_dict(release.plan["slo"])
+
+
+def devices_for_one(release: Release, pool: int, replicas: Sequence[Running]) -> tuple[int, ...] | None:
+    """GPUs that no replica has, enough for one of this pool; () where it needs none, None where there are too few."""
+    taken = {device for replica in replicas for device in replica.devices}
+    free = [device for device in release.gpus if device not in taken]
+    needed = release.pools[pool].gpus
+    return tuple(free[:needed]) if len(free) >= needed else None
+
+
+def replica_launch(release: Release, pool: int, id: str, devices: tuple[int, ...]) -> Launch:
+    made = release.pools[pool]
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
+    return Launch(
+        id=id,
+        role="replica",
+        revision=pool_revisions(release)[pool],
+        command=made.command,
+        env={**made.env, **own},
+        pool=pool,
+        ready_path=made.ready_path,
+        devices=devices,
+    )
+
+
+def gateway_launch(front: Front, folder: ServiceFolder, id: str) -> Launch:
+    command = (*POWERBAND, "gateway", f"--host={front.host}", "--port={port}", f"--database={folder.database}")
+    return Launch(
+        id=id,
+        role="gateway",
+        revision=front_revision(front),
+        command=(*command, f"--auth={front.auth}"),
+        host=front.host,
+        port=front.port,
+        ready_path=_GATEWAY_READY_PATH,
+    )
+
+
+def routes_of(release: Release, replicas: Sequence[Running], draining: frozenset[str]) -> Routes:
+    """What the gateway is to know. A replica of another release counts as one of its pool while it is there."""
+    cost = release.plan.get("cost") or {}
+    model = ModelRoute(
+        name=release.served_name,
+        replicas=tuple(_address(release, one, draining) for one in sorted(replicas, key=lambda one: one.id)),
+        rate=release.plan["promise"]["rate"],
+        slo=slo_of(release),
+        usd_per_million_output=float(cost.get("usd_per_million_tokens", 0.0)),
+    )
+    return Routes(models=(model,), revision=_digest(as_record(model, complete=True)))
+
+
+def _address(release: Release, running: Running, draining: frozenset[str]) -> ReplicaAddress:
+    pool: PoolRelease = release.pools[min(running.pool, len(release.pools) - 1)]
+    return ReplicaAddress(
+        id=running.id,
+        url=running.url,
+        model=release.served_name,
+        engine=pool.engine,
+        max_num_seqs=pool.max_num_seqs,
+        longest_prompt=pool.longest_prompt,
+        draining=running.id in draining,
+    )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()[:8]

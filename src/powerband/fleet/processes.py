@@ -1,0 +1,110 @@
+"""Processes of this machine as /proc tells of them: who is alive, who is who, what belongs together (Linux)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process, told from a later one with the same pid: started is in clock ticks since the boot, boot its id."""
+
+    pid: int
+    started: int
+    boot: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """Of /proc/PID/stat: state is a letter, Z for a process that ended and was not yet asked for its exit code."""
+
+    pid: int
+    state: str
+    session: int
+    started: int
+    resident_bytes: int
+
+
+def boot_id() -> str:
+    """Of this run of the machine; '' where the system does not tell."""
+    with suppress(OSError):
+        return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def stat_of(pid: int) -> Stat | None:
+    """None: there is no such process."""
+    try:
+        content = (PROC / str(pid) / "stat").read_text()
+    except OSError:
+        return None
+    # The command's name stands in brackets and may hold anything, brackets and blanks too.
+    fields = content[content.rindex(")") + 2 :].split()
+    return Stat(pid, fields[0], int(fields[3]), int(fields[19]), int(fields[21]) * _PAGE)
+
+
+def identify(pid: int) -> Identity | None:
+    found = stat_of(pid)
+    return None if found is None else Identity(pid, found.started, boot_id())
+
+
+def is_alive(who: Identity) -> bool:
+    """Whether this very process runs; one that ended but was not reaped does not."""
+    found = stat_of(who.pid)
+    return found is not None and found.started == who.started and found.state not in "ZX" and who.boot == boot_id()
+
+
+def session_members(session: int) -> list[Stat]:
+    """All living processes of a session: a member's engine beside its server, and what they started."""
+    return [stat for stat in _all() if stat.session == session and stat.state not in "ZX"]
+
+
+def signal_session(session: int, number: signal.Signals) -> None:
+    """To every process of it. A server's death leaves its engine, which must go, too."""
+    for stat in session_members(session):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(stat.pid, number)
+
+
+def session_leader_with(variable: str, value: str) -> Identity | None:
+    """The session leader whose environment says so: finds a process whose pid nobody could write down in time."""
+    wanted = f"{variable}={value}".encode()
+    for stat in _all():
+        if stat.session != stat.pid or stat.state in "ZX":
+            continue
+        with suppress(OSError):
+            if wanted in (PROC / str(stat.pid) / "environ").read_bytes().split(b"\0"):
+                return Identity(stat.pid, stat.started, boot_id())
+    return None
+
+
+def memory_available_bytes() -> int:
+    """That can be taken without swapping, within this container's limit."""
+    available = _meminfo("MemAvailable")
+    with suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        return min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return available
+
+
+def _meminfo(name: str) -> int:
+    for line in (PROC / "meminfo").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _all() -> Iterator[Stat]:
+    for entry in PROC.iterdir():
+        if entry.name.isdigit():
+            found = stat_of(int(entry.name))
+            if found is not None:
+                yield found

@@ -1,0 +1,363 @@
+"""Where a service's state lies, and what stands in it: one folder a service, one writer a file.
+
+desired.json     what should be          written by commands, under desired.lock
+status.json      what is                 written by the controller
+controller.lock  held by the controller that is alive
+members/         what the local target started (fleet.local)
+admin.key        the gateway's first admin key, for this user only
+gateway.db       keys, usage, audit: the gateway's
+logs/            of the gateway, the controller and every replica
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.deployment import EngineName
+
+Kind = TypeVar("Kind")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_DAMAGED = "Remove the service with 'powerband remove', or delete the file."
+
+Phase = Literal["starting", "ready", "degraded", "rolling", "failed", "removing", "removed"]
+ReplicaState = Literal["starting", "ready", "unready", "draining", "drained", "stopping"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRelease:
+    """Equal replicas, and how one is started: by the adapter of its engine, when the release was made.
+
+    command: with the word {port}. threads: that one computes with on a CPU; None: the engine's choice. gpus: that one
+    takes. max_num_seqs, longest_prompt: as the plan has them.
+    """
+
+    count: int
+    engine: EngineName
+    command: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    ready_path: str = "/readyz"
+    max_num_seqs: int = 256
+    longest_prompt: int | None = None
+    threads: int | None = None
+    gpus: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """What a service runs. plan: Plan.as_dict(). gpus: indices of those that the replicas may use; none on a CPU."""
+
+    plan: dict[str, Any]
+    served_name: str
+    pools: tuple[PoolRelease, ...]
+    gpus: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(pool.count for pool in self.pools)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Front:
+    """How the gateway listens."""
+
+    host: str
+    port: int
+    auth: Literal["open", "keys"] = "open"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """surge: replicas beyond the asked number while one is replaced; 0: the old one ends first; None: 1 where memory
+    and devices allow. Seconds: drain_s, for running requests to end; ready_s, for a replica to become ready; hung_s,
+    without an answer until a replica counts as hung; unready_s, that it may say that it is not ready.
+    auto: carry out what the watcher suggests.
+    """
+
+    surge: int | None = None
+    drain_s: float = 120.0
+    ready_s: float = 1800.0
+    hung_s: float = 6.0
+    unready_s: float = 30.0
+    auto: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    """What a service should be. generation: counts the changes. previous: what ran before this release, to go back to.
+
+    drained: replicas that get nothing new until they are brought back.
+    """
+
+    name: str
+    generation: int
+    release: Release
+    front: Front
+    policy: Policy = field(default_factory=Policy)
+    previous: Release | None = None
+    drained: tuple[str, ...] = ()
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """running, waiting: requests. kv_usage: share of its KV cache. restarts: how often its place was filled anew."""
+
+    id: str
+    pool: int
+    revision: str
+    state: ReplicaState
+    pid: int
+    url: str
+    started_at: float
+    ready_at: float | None = None
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float | None = None
+    restarts: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayStatus:
+    state: Literal["starting", "ready", "down"]
+    url: str
+    pid: int = 0
+    started_at: float = 0.0
+    restarts: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """requests_per_s: of the last minute. attainment: of all requests since `since`; None: there were none."""
+
+    requests_per_s: float = 0.0
+    running: int = 0
+    queued: int = 0
+    scheduled: int = 0
+    good: int = 0
+    since: float = 0.0
+    next_record: int = 0  # of the gateway's, that was not counted yet
+
+    @property
+    def attainment(self) -> float | None:
+        return self.good / self.scheduled if self.scheduled else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """A generation that did not become ready. log: the end of what its replica said."""
+
+    generation: int
+    why: str
+    replica: str = ""
+    log: str = ""
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What is, as the controller saw it at `at` (time.time()). established: the last generation that was all ready."""
+
+    at: float
+    pid: int
+    generation: int
+    phase: Phase
+    revision: str
+    gateway: GatewayStatus
+    replicas: tuple[ReplicaStatus, ...] = ()
+    established: int = 0
+    rejected: Rejected | None = None
+    load: Load = field(default_factory=Load)
+    notes: tuple[str, ...] = ()
+    incidents: tuple[str, ...] = ()
+
+
+def state_home() -> Path:
+    """$POWERBAND_STATE, or powerband in $XDG_STATE_HOME, or in ~/.local/state."""
+    asked = os.environ.get("POWERBAND_STATE")
+    if asked:
+        return Path(asked).absolute()
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "powerband"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceFolder:
+    """The files of one service."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, name: str) -> ServiceFolder:
+        """Raises UsageError for what is no name."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"{name!r} is no name of a service.",
+                hint="Small letters, digits, '.', '_' and '-', at most 63 of them.",
+                param="name",
+            )
+        return cls(state_home() / name)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def database(self) -> Path:
+        return self.path / "gateway.db"
+
+    @property
+    def admin_key(self) -> Path:
+        return self.path / "admin.key"
+
+    @property
+    def incidents(self) -> Path:
+        return self.path / "incidents.json"
+
+    def make(self) -> None:
+        """Raises EnvironmentFault."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.chmod(0o700)
+        except OSError as problem:
+            raise EnvironmentFault(
+                f"Cannot keep state in {self.path}: {problem.strerror}.",
+                hint="POWERBAND_STATE names another folder.",
+                param="name",
+            ) from None
+
+    def exists(self) -> bool:
+        return (self.path / "desired.json").exists()
+
+    def desired(self) -> Desired | None:
+        """None: there is no such service. Raises EnvironmentFault when the file is damaged."""
+        return _read(self.path / "desired.json", Desired)
+
+    def status(self) -> Status | None:
+        """None: no controller has written yet."""
+        return _read(self.path / "status.json", Status)
+
+    def write_status(self, status: Status) -> None:
+        write_json(self.path / "status.json", status)
+
+    def write_desired(self, desired: Desired) -> None:
+        """Only inside `changing`."""
+        write_json(self.path / "desired.json", desired)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """One command at a time."""
+        self.make()
+        with lock(self.path / "desired.lock", wait=True):
+            yield
+
+    def controller_alive(self) -> bool:
+        """Whether somebody holds the controller's lock."""
+        path = self.path / "controller.lock"
+        if not path.exists():
+            return False
+        try:
+            with lock(path, wait=False):
+                return False
+        except BlockingIOError:
+            return True
+
+    def next_number(self) -> int:
+        """For the id of the next replica: never the same twice, whatever ends in between. Only the controller asks."""
+        path = self.path / "sequence"
+        number = int(path.read_text()) + 1 if path.exists() else 1
+        _write(path, str(number).encode())
+        return number
+
+    def forget(self, *, purge: bool) -> None:
+        """Delete the state of a service that was removed; the gateway's books only with `purge`."""
+        if purge:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for name in ("members", "logs"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("desired.json", "status.json", "routes.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def services() -> list[ServiceFolder]:
+    """All that are there, by name."""
+    home = state_home()
+    found = [ServiceFolder(path) for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    return sorted((folder for folder in found if folder.exists()), key=lambda folder: folder.name)
+
+
+def find_service(name: str | None) -> ServiceFolder:
+    """The one with this name; without a name the only one. Raises UsageError with what there is."""
+    known = services()
+    names = ", ".join(folder.name for folder in known)
+    if name is None:
+        if len(known) == 1:
+            return known[0]
+        if not known:
+            raise UsageError("No service is deployed here.", hint="'powerband deploy' starts one.", param="name")
+        raise UsageError(f"There are several services: {names}.", hint="Name one with --name.", param="name")
+    folder = ServiceFolder.of(name)
+    if not folder.exists():
+        hint = f"Deployed here: {names}." if names else "Nothing is deployed here."
+        raise UsageError(f"There is no service {name!r}.", hint=hint, param="name")
+    return folder
+
+
+def endpoint(name: str | None) -> tuple[str, str]:
+    """A service's gateway and its admin key. Raises as find_service, and EnvironmentFault too early."""
+    folder = find_service(name)
+    status = folder.status()
+    if status is None or not folder.admin_key.exists():
+        raise EnvironmentFault(f"The gateway of {folder.name} was not started yet.", param="name")
+    return status.gateway.url, folder.admin_key.read_text().strip()
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool) -> Iterator[int]:
+    """Hold the file's lock; the kernel lets it go when the process ends, however it does. Raises BlockingIOError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """All or nothing, also where the machine stops in between."""
+    _write(path, msgspec.json.format(msgspec.json.encode(value), indent=1))
+
+
+def _write(path: Path, content: bytes) -> None:
+    made = path.with_name(f".{path.name}.new")
+    with made.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    made.replace(path)
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as problem:
+        raise EnvironmentFault(f"{path} is damaged: {problem}.", hint=_DAMAGED, param="name") from None

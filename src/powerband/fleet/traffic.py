@@ -1,0 +1,42 @@
+"""The requests that are over, counted against the promise since the service began."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powerband.fleet.state import Load
+from powerband.gateway.request import Finished
+from powerband.metrics.figures import missed
+from powerband.metrics.record import Outcome
+from powerband.spec.slo import SLO
+
+
+@dataclass(slots=True)
+class Traffic:
+    scheduled: int = 0
+    good: int = 0
+    since: float = 0.0
+
+    def resume(self, load: Load) -> None:
+        """Go on where another controller stopped."""
+        self.scheduled, self.good, self.since = load.scheduled, load.good, load.since
+
+    def count(self, finished: Sequence[Finished], slo: SLO) -> None:
+        """A request that its client gave up says nothing about the service."""
+        self.since = self.since or time.time()
+        counted = [one.record for one in finished if one.record.outcome is not Outcome.ABORTED]
+        self.scheduled += len(counted)
+        self.good += sum(not missed(record, slo) for record in counted)
+
+    def load(self, *, requests_per_s: float, running: int, queued: int, next_record: int) -> Load:
+        return Load(
+            requests_per_s=requests_per_s,
+            running=running,
+            queued=queued,
+            scheduled=self.scheduled,
+            good=self.good,
+            since=self.since,
+            next_record=next_record,
+        )

@@ -1,0 +1,196 @@
+"""The proof of a promise: the plan's workload against the service, and what was promised beside what was measured."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from powerband.bench.calibrate import ceiling
+from powerband.bench.load import Live, LoadOptions, LoadResult
+from powerband.bench.messages import Target as Address
+from powerband.bench.report import write_report
+from powerband.bench.results import RunReport
+from powerband.bench.session import Experiment, Session
+from powerband.metrics.figures import Summary
+from powerband.metrics.record import Outcome, percentile
+from powerband.metrics.shown import NONE, digits, share_text, time_text
+from powerband.spec.plan import Banded, Plan
+
+# unclear: missed, but by so few requests that chance alone may be the reason.
+LineVerdict = Literal["kept", "broken", "unclear", ""]
+RunVerdict = Literal["kept", "broken", "unclear", "invalid"]
+_ASKED_SHARE = 0.97  # of the tokens that were asked for: fewer than promised may have been
+_LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "stall": "stall", "e2e": "E2E"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One figure. promised, predicted, measured: as texts."""
+
+    name: str
+    promised: str
+    predicted: str
+    measured: str
+    verdict: LineVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """fault: why the run says nothing about the service, or ''."""
+
+    lines: tuple[Line, ...]
+    verdict: RunVerdict
+    fault: str
+    requests: int
+    errors: int
+    seconds: float
+    report: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(
+    plan: Plan,
+    url: str,
+    *,
+    model: str,
+    api_key: str,
+    seconds: float,
+    report: Path | None = None,
+    watch: Callable[[Live], object] | None = None,
+) -> Verification:
+    """Load the service as the plan says for `seconds`. Raises EnvironmentFault when it answers nothing at all."""
+    known = ceiling()
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    experiment = Experiment(
+        target=Address(base=url, endpoint="completions", model=model, headers=headers),
+        workload=replace(plan.workload, arrivals=plan.arrivals),
+        duration_s=seconds,
+        slo=plan.slo,
+        options=LoadOptions(timeout_s=600.0),
+        ceiling_chunks_per_s=known.chunks_per_s if known is not None else None,
+    )
+    session = Session(experiment, command=("powerband", "deploy"), watch=watch)
+    found = asyncio.run(_run(session))
+    if report is not None:
+        write_report(found, [load.samples for load in session.loads], report)
+    return judge(plan, found, session.loads[0], str(report or ""))
+
+
+async def _run(session: Session) -> RunReport:
+    await session.open(10.0)
+    return await session.single()
+
+
+def judge(plan: Plan, report: RunReport, load: LoadResult, report_path: str = "") -> Verification:
+    """Of one load at the promised rate."""
+    point = report.points[0]
+    summary = point.summary
+    attainment = _attainment(plan, summary, is_saturated=point.saturated)
+    lines = [attainment, *_latencies(plan, summary, load), *_rates(plan, summary, load)]
+    verdicts = {line.verdict for line in lines}
+    verdict: RunVerdict = "kept"
+    if point.client.fault:
+        verdict = "invalid"
+    elif "broken" in verdicts:
+        verdict = "broken"
+    elif "unclear" in verdicts:
+        verdict = "unclear"
+    errors = sum(group.count for group in point.errors)
+    return Verification(
+        lines=tuple(lines),
+        verdict=verdict,
+        fault=point.client.fault,
+        requests=summary.scheduled,
+        errors=errors,
+        seconds=summary.window.seconds,
+        report=report_path,
+    )
+
+
+def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> Line:
+    promised, measured = plan.slo.attainment, summary.attainment or 0.0
+    verdict: LineVerdict = "kept"
+    if is_saturated:
+        verdict = "broken"
+    elif measured < promised:
+        interval = summary.attainment_interval
+        verdict = "unclear" if interval is not None and interval[1] >= promised else "broken"
+    text = share_text(measured)
+    if summary.attainment_interval is not None:
+        low, high = summary.attainment_interval
+        text += f" ({share_text(low).removesuffix(' %')}–{share_text(high)})"
+    if is_saturated:
+        text += ", and the queue grew to the end"
+    return Line(
+        "SLO attainment", f"≥ {promised * 100:g} %", _band(plan.predicted.get("attainment"), share_text), text, verdict
+    )
+
+
+def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
+    """Each limit at the promised percentile. Together they are judged by the attainment: a line alone says which."""
+    q = plan.slo.attainment * 100
+    records = [sample.record() for sample in load.samples]
+    answered = [r for r in records if r.scheduled_s in summary.window and r.outcome is Outcome.OK]
+    found = []
+    for name, limit in plan.slo.limits.items():
+        values = [value for record in answered if (value := getattr(record, f"{name}_s")) is not None]
+        measured = percentile(values, q) if values else math.nan
+        verdict: LineVerdict = "kept" if measured <= limit else "unclear" if _may_be_chance(summary, plan) else "broken"
+        found.append(
+            Line(
+                f"{_LATENCIES[name]} p{q:g}",
+                f"≤ {time_text(limit)}",
+                _band(plan.predicted.get(f"{name}_s"), time_text),
+                NONE if math.isnan(measured) else time_text(measured),
+                verdict,
+            )
+        )
+    return found
+
+
+def _may_be_chance(summary: Summary, plan: Plan) -> bool:
+    interval = summary.attainment_interval
+    return interval is not None and interval[1] >= plan.slo.attainment
+
+
+def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
+    answered = summary.outcomes.get(Outcome.OK.value, 0)
+    share = answered / summary.scheduled if summary.scheduled else 0.0
+    lines = [
+        Line(
+            "requests/s",
+            digits(plan.promise.rate),
+            "",
+            f"{digits(summary.request_rate)} sent, {share_text(share)} answered",
+            "",
+        )
+    ]
+    promised = plan.promise.output_tokens_per_s
+    if promised is not None:
+        reached = summary.output_tokens_per_s
+        asked = _asked_per_s(summary, load)
+        verdict: LineVerdict = "kept" if reached >= min(promised, _ASKED_SHARE * asked) else "broken"
+        text = digits(reached) + (f" of {digits(asked)} asked for" if reached < promised else "")
+        predicted = _band(plan.predicted.get("output_tokens_per_s"), digits)
+        lines.append(Line("output tokens/s", f"≥ {digits(promised)}", predicted, text, verdict))
+    return lines
+
+
+def _asked_per_s(summary: Summary, load: LoadResult) -> float:
+    """Output tokens that the drawn requests asked for: by chance more or fewer than in the long run."""
+    within = [sample for sample in load.samples if sample.record().scheduled_s in summary.window]
+    seconds = summary.window.seconds
+    return sum(sample.asked_tokens for sample in within) / seconds if seconds > 0 else 0.0
+
+
+def _band(figure: Banded | None, text: Callable[[float], str]) -> str:
+    if figure is None:
+        return ""
+    value, low, high = text(figure.value), text(figure.low), text(figure.high)
+    return value if low == high == value else f"{value} ({low}–{high})"
