@@ -27,6 +27,8 @@ class World:
     def step(self, want: Want) -> None:
         before = self.serving()
         moves = self.moved = next_moves(want, self.members)
+        ending = [member for member in self.members if member.id in moves.stop]
+        assert all(m.state == "starting" or (m.draining and m.empty) for m in ending), "requests would be cut off"
         for pool in moves.start:
             self.started += 1
             revision = want.revisions[pool]
