@@ -58,7 +58,7 @@ class Capacity:
     def requests_per_s(self) -> float | None:
         if not self._ready:
             return None
-        if self._ended >= _FEWEST and self._replica_s >= self._seconds * self._ready:
+        if self._ended >= _FEWEST and 0 < self._replica_s >= self._seconds * self._ready:
             return self._ended / self._replica_s * self._ready
         if self._num_ended >= _FEWEST and self._live and self._seconds > 0:
             return self._live / self._seconds
