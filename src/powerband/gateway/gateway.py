@@ -13,7 +13,6 @@ import msgspec
 from powerband.errors import PowerbandError, UsageError
 from powerband.gateway.health import Prober
 from powerband.gateway.pool import Pool
-from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.recent import Recent
 from powerband.gateway.request import Finished
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
@@ -113,7 +112,7 @@ class Gateway:
         self.set_routes(replace(self.routes, models=models))
 
     def _serve(self, model: ModelRoute) -> Served:
-        pool = Pool(PoolOptions())
+        pool = Pool(self.settings.pool)
         pool.update(model)
         prober = Prober(pool, self.upstream.fetch)
         return Served(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))

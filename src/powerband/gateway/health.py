@@ -106,10 +106,10 @@ class Prober:
         sent_s = pool.clock()
         try:
             status, body = await self._fetch(member.address, names.ready_path, pool.options.probe_timeout_s)
-        except TimeoutError:
-            self._timed_out(member, sent_s)
         except OSError as problem:
-            if member.probed_badly(pool.clock(), type(problem).__name__):
+            if isinstance(problem, TimeoutError) or getattr(problem, "code", "") == "timeout":
+                self._timed_out(member, sent_s)
+            elif member.probed_badly(pool.clock(), type(problem).__name__):
                 self._gone(member, "unreachable")
         else:
             if status == 200:

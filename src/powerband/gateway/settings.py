@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from powerband.gateway.books import BooksOptions
+from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.upstream import Timeouts
 from powerband.spec.settings import check_values, setting
 
@@ -32,6 +33,49 @@ class GatewaySettings:
     default_output_tokens: int = setting(
         256, "Output tokens counted on for a request that names no limit", group="Gateway", minimum=1
     )
+    routing: Literal["prefix", "least-outstanding", "session", "weighted"] = setting(
+        "prefix",
+        "Which replica with a free place gets a request: the one with most of its prompt in the cache, as far as load "
+        "allows; with the least work left; the one that has its session; by weight",
+        group="Queue",
+    )
+    max_waiting_per_replica: int = setting(
+        2, "Requests that a replica gets beyond what it computes at once; others wait here", group="Queue", minimum=0
+    )
+    max_queued_requests: int = setting(
+        4096, "Waiting requests beyond which new ones are refused (503)", group="Queue", minimum=1
+    )
+    max_queued_tokens: int = setting(
+        16_000_000,
+        "Tokens that waiting requests may take, beyond which new ones are refused (503)",
+        group="Queue",
+        minimum=1,
+    )
+    longest_wait_s: float = setting(
+        60.0,
+        "Nobody waits longer for a replica; refused at once (503) when it would be more",
+        group="Queue",
+        minimum=0.01,
+    )
+    default_deadline_s: float | None = setting(
+        None,
+        "Seconds to the first token for requests without 'deadline_s': refused (503) when they cannot be kept",
+        group="Queue",
+        minimum=0.001,
+    )
+    probe_every_s: float = setting(
+        0.5, "How often a replica is asked whether it is ready", group="Failure", minimum=0.01, maximum=60
+    )
+    probe_timeout_s: float = setting(
+        1.0, "By when it has to answer; two failures in a row take it out", group="Failure", minimum=0.01, maximum=60
+    )
+    retry_share: float = setting(
+        0.2,
+        "Second attempts within 10 s, as a share of the live requests; ten in any case",
+        group="Failure",
+        minimum=0,
+        maximum=1,
+    )
     max_tries: int = setting(
         3, "Replicas that may fail with a request before its client hears of it", group="Failure", minimum=1, maximum=10
     )
@@ -50,6 +94,11 @@ class GatewaySettings:
     @property
     def books(self) -> BooksOptions:
         return BooksOptions(usage_retention_days=self.usage_retention_days)
+
+    @property
+    def pool(self) -> PoolOptions:
+        names = {field.name for field in fields(PoolOptions)} & {field.name for field in fields(self)}
+        return PoolOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def stream_timeouts(self) -> Timeouts:
