@@ -253,7 +253,7 @@ class World:
     def check(self) -> None:
         shown, now_s = self.pool.snapshot(), self.loop.time()
         assert shown.queued == len(self.waiting), "requests are lost or made up"
-        assert shown.queued_tokens == sum(asked.request.prompt_tokens + asked.request.output_tokens for asked in self.waiting)
+        assert shown.queued_tokens == sum(a.request.prompt_tokens + a.request.output_tokens for a in self.waiting)
         assert shown.queued <= 30 + sum(bool(asked.avoid) for asked in self.waiting), "more waits than may"
         by_replica: dict[str, list[Asked]] = {}
         for lease, asked in self.live.items():
