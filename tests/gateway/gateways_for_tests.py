@@ -152,12 +152,16 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def gateway_before(
-    folder: Path, *scripts: Script, arguments: Sequence[str] = (), ready: bool = True
+    folder: Path, *scripts: Script, arguments: Sequence[str] = (), routes: str = "", ready: bool = True
 ) -> Iterator[RunningGateway]:
-    """A gateway before one scripted replica for each script, all ready."""
+    """A gateway before one scripted replica for each script, all ready. routes: as in a file, with {0} for the first
+    one's URL, and so on."""
     with contextlib.ExitStack() as stack:
         replicas = [stack.enter_context(scripted_replica(script)) for script in scripts]
         flags = [f"--replica={replica.url}" for replica in replicas]
+        if routes:
+            (folder / "routes.yaml").write_text(routes.format(*(replica.url for replica in replicas)))
+            flags = [f"--routes={folder / 'routes.yaml'}"]
         gateway = stack.enter_context(running_gateway(folder, *flags, *arguments))
         gateway.replicas = replicas
         if ready:

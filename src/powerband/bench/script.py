@@ -14,6 +14,10 @@ from powerband.bench.prompts import WORDS
 from powerband.errors import InvalidRequest, UsageError
 
 MAX_OUTPUT_TOKENS = 1 << 16
+FIRST_PROMPT_ID = 1 << 20  # token t of any answer has the id t; those of prompts come from here on
+# reset: the connection. end: as if that were all. hang: nothing more comes. garbage: what is no answer. error: an event
+# that says so. no_done: all comes but the last event.
+DropBy = Literal["reset", "end", "hang", "garbage", "error", "no_done"]
 _TOKENS = [f" {word}" for word in WORDS]
 
 
@@ -31,9 +35,11 @@ class Script:
     usage: Literal["continuous", "end", "none"] = "continuous"  # the most that it tells, and only when asked
     stall_at_s: float = 0.0  # from the first request on; then, once, nothing moves at all …
     stall_s: float = 0.0  # … for so long, and all that was due comes so much later
-    fail_every: int = 0  # each so-manieth request gets a 500
+    fail_every: int = 0  # each so-manieth request gets a 500 …
+    fail_status: int = 500  # … or this
     drop_every: int = 0  # each so-manieth stream breaks off …
-    drop_after_chunks: int = 2  # … after so many chunks
+    drop_after_chunks: int = 2  # … after so many chunks; 0: before it has begun …
+    drop_by: DropBy = "reset"  # … in this way
     most_in_flight: int = 0  # others get a 429 …
     retry_after_s: float = 1.0  # … with this advice
     slots: int = 0  # served at the same time; others wait, first come, first served
@@ -107,28 +113,35 @@ class AskedBody(msgspec.Struct):
     """The part of OpenAI's two bodies that a script needs."""
 
     model: str = ""
-    prompt: str | None = None
+    prompt: str | list[int] | None = None
     messages: list[_Message] | None = None
+    return_token_ids: bool = False
+    resume_token_ids: list[int] = []
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    return_token_ids: bool = False
-    resume_token_ids: list[int] | None = None  # of output that another server began
-
-    @property
-    def resumed(self) -> int:
-        """Tokens of the output that are there already."""
-        return len(self.resume_token_ids or ())
 
     @property
     def output_tokens(self) -> int:
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return 16 if asked is None else asked
+        return (16 if asked is None else asked) + len(self.told_in_prompt)
+
+    @property
+    def told_in_prompt(self) -> list[int]:
+        """Ids of output at the end of a prompt, which is to go on."""
+        return [id for id in self.prompt if id < FIRST_PROMPT_ID] if isinstance(self.prompt, list) else []
+
+    @property
+    def begins_at(self) -> int:
+        """The first token that is to come."""
+        return len(self.resume_token_ids or self.told_in_prompt)
 
     @property
     def prompt_tokens(self) -> int:
         """A word is a token."""
+        if isinstance(self.prompt, list):
+            return len(self.prompt)
         texts = [message.content or "" for message in self.messages or ()] if self.prompt is None else [self.prompt]
         return sum(len(text.split()) for text in texts)
 
@@ -146,8 +159,11 @@ def read_body(data: bytes, endpoint: Endpoint, script: Script) -> AskedBody:
         raise InvalidRequest("The body has no prompt.", param="messages" if endpoint == "chat" else "prompt")
     if not 1 <= body.output_tokens <= MAX_OUTPUT_TOKENS:
         raise InvalidRequest(f"{body.output_tokens} output tokens.", hint=f"1 to {MAX_OUTPUT_TOKENS} may be asked for.")
-    if body.resumed >= body.output_tokens or list(range(body.resumed)) != (body.resume_token_ids or []):
-        raise InvalidRequest("That is not how an answer of this server begins.", param="resume_token_ids")
+    known = body.resume_token_ids or body.told_in_prompt
+    if known != list(range(len(known))):
+        raise InvalidRequest("These tokens are not those that were told.", param="resume_token_ids")
+    if len(known) >= body.output_tokens:
+        raise InvalidRequest("Nothing is left to be told.", code="output_complete", param="resume_token_ids")
     if body.model not in ("", script.model):
         raise InvalidRequest(f"There is no model '{body.model}'.", hint=f"There is: {script.model}.", param="model")
     return body
@@ -158,7 +174,8 @@ class Speaker:
 
     def __init__(self, number: int, body: AskedBody, endpoint: Endpoint, usage: str) -> None:
         self._total, self._prompt, self._is_chat = body.output_tokens, body.prompt_tokens, endpoint == "chat"
-        self._resumed, self._tells_ids = body.resumed, body.return_token_ids
+        self._tells_ids, self._begins_at = body.return_token_ids, body.begins_at
+        self._is_resumed, self._uncounted = bool(body.resume_token_ids), len(body.told_in_prompt)
         options = body.stream_options or _StreamOptions()
         self._usage_ever = options.include_usage and usage != "none"
         self._usage_always = self._usage_ever and options.continuous_usage_stats and usage == "continuous"
@@ -169,9 +186,10 @@ class Speaker:
 
     def opening(self) -> bytes:
         """Before the first token."""
-        if not self._is_chat or self._resumed:
+        if not self._is_chat or self._is_resumed:
             return b""
-        return self._event('{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}', 0)
+        opening = '{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}'
+        return self._event(opening, 0, self._prompt_ids())
 
     def chunk(self, first: int, after: int) -> bytes:
         """Tokens from `first` to before `after`."""
@@ -180,12 +198,17 @@ class Speaker:
         ids = f',"token_ids":[{",".join(map(str, range(first, after)))}]' if self._tells_ids else ""
         if self._is_chat:
             return self._event(f'{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":{ending}{ids}}}', after)
+        ids += self._prompt_ids() if first == self._begins_at else ""
         return self._event(f'{{"index":0,"text":"{text}","logprobs":null,"finish_reason":{ending}{ids}}}', after)
 
-    def closing(self) -> bytes:
+    def closing(self, *, is_done: bool = True) -> bytes:
         """After the last token, with the end of the message."""
         usage = f"{self._head}],{self._usage(self._total)}}}\n\n" if self._usage_ever else ""
-        return framed(f"{usage}data: [DONE]\n\n".encode()) + b"0\r\n\r\n"
+        return (framed(f"{usage}data: [DONE]\n\n".encode()) if is_done else b"") + END
+
+    def _prompt_ids(self) -> str:
+        ids = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + self._prompt - self._uncounted)
+        return f',"prompt_token_ids":[{",".join(map(str, ids))}]' if self._tells_ids else ""
 
     def whole(self) -> bytes:
         """All of it, not streamed."""
@@ -200,15 +223,21 @@ class Speaker:
         }
         return msgspec.json.encode({"choices": [{"index": 0, **said, "finish_reason": "length"}], "usage": usage})
 
-    def _event(self, choice: str, tokens: int) -> bytes:
+    def _event(self, choice: str, tokens: int, more: str = "") -> bytes:
         usage = f"],{self._usage(tokens)}" if self._usage_always else "]"
-        return framed(f"{self._head}{choice}{usage}}}\n\n".encode())
+        return framed(f"{self._head}{choice}{usage}{more}}}\n\n".encode())
 
-    def _usage(self, tokens: int) -> str:
+    def _usage(self, after: int) -> str:
+        tokens = after - self._uncounted
         return (
             f'"usage":{{"prompt_tokens":{self._prompt},"completion_tokens":{tokens},'
             f'"total_tokens":{self._prompt + tokens}}}'
         )
+
+
+END = b"0\r\n\r\n"  # of a message in chunked coding
+GARBAGE = b'data: {"choices": [[[ nothing of the kind\n\n'
+TROUBLE = b'data: {"error":{"message":"Scripted to break off.","type":"server_error","code":"engine_dead"}}\n\n'
 
 
 def words(first: int, after: int) -> str:
@@ -216,6 +245,11 @@ def words(first: int, after: int) -> str:
     if after == first + 1:
         return _TOKENS[first % len(_TOKENS)]
     return "".join([_TOKENS[token % len(_TOKENS)] for token in range(first, after)])
+
+
+def text_of(ids: list[int]) -> str:
+    """Of tokens of answers and prompts."""
+    return "".join(words(id, id + 1) if id < FIRST_PROMPT_ID else " said" for id in ids)
 
 
 def framed(data: bytes) -> bytes:

@@ -24,14 +24,15 @@ import msgspec
 
 from powerband.bench.deadlines import Deadlines
 from powerband.bench.messages import Endpoint
-from powerband.bench.script import AskedBody, Script, Speaker, Truth, read_body
+from powerband.bench.script import Script, Speaker, Truth, read_body, text_of
+from powerband.bench.scripted_stream import ScriptedStream
 from powerband.errors import InvalidRequest, PowerbandError
 
 HOST = "127.0.0.1"
 MAX_HEAD_BYTES = 64 << 10
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large"}
 _REASONS |= {429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error"}
-_STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+_REASONS |= {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
 _ENDPOINTS: dict[str, Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 
 
@@ -42,12 +43,12 @@ class ScriptedServer:
         self.script = script
         self.deadlines = Deadlines()
         self._listening: asyncio.Server | None = None
-        self._connections: set[_Connection] = set()
+        self._connections: set[Connection] = set()
         self.forget()
 
     async def start(self, port: int = 0) -> str:
         """The address: 'http://127.0.0.1:port'. Raises OSError when the port is taken."""
-        make = partial(_Connection, self, self._connections)
+        make = partial(Connection, self, self._connections)
         self._listening = await asyncio.get_running_loop().create_server(make, HOST, port, backlog=4096)
         return f"http://{HOST}:{self._listening.sockets[0].getsockname()[1]}"
 
@@ -61,12 +62,12 @@ class ScriptedServer:
     def forget(self) -> None:
         """What was, and let the next request be the first. What is being answered goes on, unrecorded."""
         self.truths: list[Truth] = []
-        self._active: set[_Stream] = set()
-        self._waiting: deque[_Stream] = deque()
+        self._active: set[ScriptedStream] = set()
+        self._waiting: deque[ScriptedStream] = deque()
         self._taken = 0  # slots
         self._is_stall_due = self.script.stall_s > 0
 
-    def arrive(self, connection: _Connection, path: str, data: bytes) -> _Stream | None:
+    def arrive(self, connection: Connection, path: str, data: bytes) -> ScriptedStream | None:
         """A request to generate. None: it is answered already."""
         script, now_s = self.script, time.monotonic()
         truth = Truth(number=len(self.truths), digest=body_digest(data), arrived_s=now_s)
@@ -78,16 +79,16 @@ class ScriptedServer:
         try:
             body = read_body(data, endpoint, script)
         except InvalidRequest as problem:
-            connection.refuse(400, str(problem), truth)
+            connection.refuse(400, str(problem), truth, code=problem.code)
             return None
         if script.fail_every and (truth.number + 1) % script.fail_every == 0:
-            connection.refuse(500, "Scripted to fail.", truth)
+            connection.refuse(script.fail_status, "Scripted to fail.", truth)
             return None
         if script.most_in_flight and len(self._active) >= script.most_in_flight:
             connection.refuse(429, "Scripted to refuse.", truth, f"Retry-After: {script.retry_after_s:g}\r\n")
             return None
         speaker = Speaker(truth.number, body, endpoint, script.usage)
-        stream = _Stream(self, connection, truth, body, speaker)
+        stream = ScriptedStream(self, connection, truth, body, speaker)
         self._active.add(stream)
         if script.slots and self._taken >= script.slots:
             self._waiting.append(stream)
@@ -95,7 +96,7 @@ class ScriptedServer:
             self._begin(stream)
         return stream
 
-    def leave(self, stream: _Stream) -> None:
+    def leave(self, stream: ScriptedStream) -> None:
         """It is answered, or its client is gone."""
         if stream not in self._active:
             return
@@ -109,7 +110,7 @@ class ScriptedServer:
         if self._waiting:
             self._begin(self._waiting.popleft())
 
-    def _begin(self, stream: _Stream) -> None:
+    def _begin(self, stream: ScriptedStream) -> None:
         self._taken += 1
         stream.begin(time.monotonic() if self.script.slots else stream.truth.arrived_s)
 
@@ -143,82 +144,10 @@ class ScriptedServer:
         return "".join(f'vllm:{name}{{model_name="{self.script.model}"}} {value}\n' for name, value in values.items())
 
 
-class _Stream:
-    """One answer. Streamed, its chunks go out at their times; else it goes out with its last token."""
-
-    __slots__ = ("_body", "_chunks", "_connection", "_is_held", "_server", "_speaker", "begun_s", "truth")
-
-    def __init__(
-        self, server: ScriptedServer, connection: _Connection, truth: Truth, body: AskedBody, speaker: Speaker
-    ) -> None:
-        self._server, self._connection, self.truth = server, connection, truth
-        self._body, self._speaker = body, speaker
-        self._chunks, self._is_held, self.begun_s = 0, False, 0.0
-
-    def begin(self, now_s: float) -> None:
-        self.begun_s = self.truth.begun_s = now_s
-        script, total = self._server.script, self._body.output_tokens
-        if not self._body.stream:
-            return self._server.deadlines.at(now_s + script.due_s(script.chunks(total) - 1), self._answer_whole)
-        self.truth.status = 200
-        self._connection.write(_STREAM_HEAD + self._speaker.opening())
-        if script.is_instant and not script.drop_every:
-            size = script.tokens_per_chunk
-            starts = range(self._body.resumed, total, size)
-            pieces = [self._speaker.chunk(i, min(i + size, total)) for i in starts]
-            self.truth.written_s, self.truth.tokens = [time.monotonic()] * len(pieces), total - self._body.resumed
-            self._connection.write(b"".join(pieces))
-            return self._end()
-        return self._server.deadlines.at(now_s + script.ttft_s, self.advance)
-
-    def advance(self) -> None:
-        """Send the next chunk, and ask for the one after it."""
-        truth, script, connection = self.truth, self._server.script, self._connection
-        if connection.stream is not self:
-            return
-        if connection.is_paused:
-            self._is_held = True  # its client does not read
-            return
-        resumed = self._body.resumed
-        after = min(resumed + truth.tokens + script.tokens_per_chunk, self._body.output_tokens)
-        connection.write(self._speaker.chunk(resumed + truth.tokens, after))
-        truth.tokens = after - resumed
-        truth.written_s.append(time.monotonic())
-        self._chunks += 1
-        is_to_drop = script.drop_every and (truth.number + 1) % script.drop_every == 0
-        if is_to_drop and self._chunks == script.drop_after_chunks:
-            connection.drop()
-        elif after == self._body.output_tokens:
-            self._end()
-        else:
-            self._server.deadlines.at(self.begun_s + script.due_s(self._chunks), self.advance)
-
-    def release(self) -> None:
-        """Its client reads again."""
-        if self._is_held:
-            self._is_held = False
-            self.advance()
-
-    def _answer_whole(self) -> None:
-        if self._connection.stream is self:
-            self.truth.status, self.truth.tokens = 200, self._body.output_tokens
-            self._connection.answer(200, self._speaker.whole())
-            self._leave()
-
-    def _end(self) -> None:
-        self._connection.write(self._speaker.closing())
-        self._leave()
-
-    def _leave(self) -> None:
-        self.truth.ended_s = time.monotonic()
-        self._connection.stream = None
-        self._server.leave(self)
-
-
-class _Connection(asyncio.Protocol):
-    def __init__(self, server: ScriptedServer, connections: set[_Connection]) -> None:
+class Connection(asyncio.Protocol):
+    def __init__(self, server: ScriptedServer, connections: set[Connection]) -> None:
         self._server, self._connections = server, connections
-        self.stream: _Stream | None = None
+        self.stream: ScriptedStream | None = None
         self.is_paused = False
         self._parser = httptools.HttpRequestParser(self)
         self._path = ""
@@ -290,6 +219,8 @@ class _Connection(asyncio.Protocol):
             return
         if self.stream is not None:
             self.refuse(400, "One request at a time, please.", None)
+        elif path == "/detokenize" and method == b"POST":
+            self.answer(200, msgspec.json.encode({"prompt": text_of(msgspec.json.decode(data).get("tokens", []))}))
         elif path in _ENDPOINTS:
             if method != b"POST":
                 self.answer(405, _error("Post it."))
@@ -309,11 +240,13 @@ class _Connection(asyncio.Protocol):
         head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {content_type}\r\n{headers}"
         self._transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
-    def refuse(self, status: int, message: str, truth: Truth | None, headers: str = "") -> None:
+    def refuse(
+        self, status: int, message: str, truth: Truth | None, headers: str = "", code: str | None = None
+    ) -> None:
         """An error object; without a truth the connection ends with it."""
         if self._transport.is_closing():
             return
-        self.answer(status, _error(message), headers if truth is not None else f"{headers}Connection: close\r\n")
+        self.answer(status, _error(message, code), headers if truth is not None else f"{headers}Connection: close\r\n")
         if truth is None:
             self._transport.close()
         else:
@@ -348,8 +281,8 @@ def body_digest(body: bytes) -> str:
     return hashlib.blake2b(body, digest_size=16).hexdigest()
 
 
-def _error(message: str) -> bytes:
-    return msgspec.json.encode({"error": {"message": message, "type": "scripted", "param": None, "code": None}})
+def _error(message: str, code: str | None = None) -> bytes:
+    return msgspec.json.encode({"error": {"message": message, "type": "scripted", "param": None, "code": code}})
 
 
 async def _serve(script: Script, port: int, with_parent: bool) -> None:

@@ -6,6 +6,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from powerband.gateway.admin import AdminRoutes
+from powerband.gateway.book_routes import make_routes
 from powerband.gateway.books import Books
 from powerband.gateway.doorkeeper import Doorkeeper
 from powerband.gateway.gateway import Gateway
@@ -34,6 +35,7 @@ def make_app(gateway: Gateway, books: Books, metrics: GatewayMetrics) -> ASGIApp
         Route("/admin/routes", admin.put_routes, methods=["PUT"]),
         Route("/admin/records", admin.records, methods=["GET"]),
         Route("/admin/drain", admin.drain, methods=["POST"]),
+        *make_routes(books),
     ]
     router = Router(routes, redirect_slashes=False)
     settings = gateway.settings

@@ -1,4 +1,4 @@
-"""All that the gateway remembers, behind one door: keys, limits, usage, audit."""
+"""All that the gateway remembers, behind one door: keys, limits, usage, audit, feedback, content."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from powerband.gateway.audit import Audit
+from powerband.gateway.content import Content
+from powerband.gateway.feedback import Feedback
 from powerband.gateway.keys import Key, Keys
 from powerband.gateway.ledger import Ledger, spent
 from powerband.gateway.limits import Limits
@@ -17,14 +19,19 @@ from powerband.gateway.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BooksOptions:
-    """usage_retention_days: how long single requests are kept; their daily sums stay."""
+    """usage_retention_days: how long single requests and feedback are kept; daily sums stay.
+
+    store_content: keep prompts and outputs, redacted, for content_retention_days.
+    """
 
     usage_retention_days: float = 90.0
+    store_content: bool = False
+    content_retention_days: float = 7.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BooksFigures:
-    """For metrics. keys_rejected: requests with a wrong key. usage_*: rows.
+    """For metrics. keys_rejected: requests with a wrong key. usage_*: rows; of dropped ones the sums are kept.
 
     failing_s: for how long nothing could be written.
     """
@@ -33,6 +40,7 @@ class BooksFigures:
     usage_waiting: int
     usage_written: int
     usage_dropped: int
+    content_dropped: int
     failing_s: float
 
 
@@ -51,6 +59,8 @@ class Books:
         self.keys = Keys(store, wall)
         self.limits = Limits(store.read(lambda connection: spent(connection, wall())), monotonic, wall)
         self.ledger = Ledger(store, options.usage_retention_days)
+        self.feedback = Feedback(store, self.ledger, options.usage_retention_days)
+        self.content = Content(store, options.store_content, options.content_retention_days)
         self._audit = Audit(store, wall)
 
     @classmethod
@@ -69,6 +79,7 @@ class Books:
             usage_waiting=len(buffer.rows),
             usage_written=buffer.written,
             usage_dropped=buffer.dropped,
+            content_dropped=self.content.buffer.dropped,
             failing_s=0.0 if failing_since is None else max(0.0, time.time() - failing_since),
         )
 

@@ -26,6 +26,7 @@ class Choice(msgspec.Struct, gc=False):
     index: int = 0
     text: str | None = None
     delta: Delta | None = None
+    message: Delta | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None

@@ -39,6 +39,7 @@ from powerband.web.errors import error_body
 from powerband.web.streaming import STREAM_HEADERS, Departure, event
 
 MAX_ANSWER_BYTES = 64 << 20
+_NOTHING_LEFT = b'"output_complete"'  # a replica's code: all that it was to go on with is there
 
 
 class GenerationRoutes:
@@ -87,7 +88,7 @@ class Generation(Response):
         self._request = request
         self._key = key
         self._trip = Trip(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
-        self._story = Story(intake, served.route.name)
+        self._story = Story(intake, served.route.name, keeps_text=books.content.on)
         self._reservation: Reservation | None = None
         self._status = 0
         self._outcome = Outcome.ERROR
@@ -143,6 +144,9 @@ class Generation(Response):
         if story.num_tokens:
             story.times_s.append(time.monotonic())
             story.counts.append(story.num_tokens)
+        if self._books.content.on:
+            said = [choice.text or (choice.message and choice.message.content) or "" for choice in chunk.choices]
+            story.texts += said
         return story.renamed(body, replica)
 
     async def _first_plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
@@ -177,8 +181,7 @@ class Generation(Response):
         while True:
             replica, exchange = await trip.go(plan, settings.stream_timeouts)
             if exchange.status != 200:
-                await self._pass_refusal(exchange, send)
-                return False
+                return await self._pass_refusal(exchange, send)
             story.begin(replica)
             try:
                 await self._relay_exchange(send)
@@ -193,26 +196,30 @@ class Generation(Response):
                 plan = resumer.plan
                 trip.request = replace(self._request, deadline_s=None)
             else:
-                self._story = story = Story(self._intake, self._served.route.name)
+                self._story = story = Story(self._intake, self._served.route.name, keeps_text=self._books.content.on)
                 resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
 
     async def _relay_exchange(self, send: Send) -> None:
         """Pass on events until the last. Raises UpstreamFailure when it does not come."""
         trip, story, splitter, exchange = self._trip, self._story, Splitter(), self._trip.exchange
         while exchange is not None and (piece := await exchange.read()):
-            now_s = time.monotonic()
+            now_s, had_tokens = time.monotonic(), story.num_tokens
             trip.progress()
-            told, is_over = b"", False
-            had_tokens = story.num_tokens
-            for data in splitter.feed(piece):
-                if data == END:
-                    is_over = True
-                    break
-                told += story.tell(data, now_s)
+            told, is_over, problem = b"", False, None
+            try:
+                for data in splitter.feed(piece):
+                    if data == END:
+                        is_over = True
+                        break
+                    told += story.tell(data, now_s)
+            except UpstreamFailure as found:  # what came before it counts, and so has to be told
+                problem = found
             if story.num_tokens and not had_tokens:
                 trip.first_token(len(story.prompt_ids) or None)
             if told:
                 await self._send(send, told)
+            if problem is not None:
+                raise problem
             if is_over:
                 if not story.num_finished:
                     raise UpstreamFailure("truncated", "The replica's stream ended without a finish reason.")
@@ -226,19 +233,24 @@ class Generation(Response):
             await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _pass_refusal(self, exchange: Exchange, send: Send) -> None:
+    async def _pass_refusal(self, exchange: Exchange, send: Send) -> bool:
+        """What the replica says against the request. True: that nothing but the end of the answer was lost."""
         try:
             status, body = exchange.status, await exchange.read_all(MAX_ANSWER_BYTES)
         except UpstreamFailure as problem:
             raise ReplicaError(str(problem)) from None
         if self._trip.has_begun:
             self._trip.close("ok")
+            if _NOTHING_LEFT in body:
+                await self._send(send, self._story.finish())
+                return True
             raise ReplicaError(f"No replica goes on with this answer: {body[:300].decode(errors='replace')}")
         self._settle_status(status)
         self._trip.close("ok")
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+        return False
 
     # ---- the books
 
@@ -275,6 +287,8 @@ class Generation(Response):
             else:
                 self._reservation.cancel()
         request = self._request
+        if trip.replicas:
+            self._books.content.note(request, self._intake.prompt, story.texts)
         record = RequestRecord(
             scheduled_s=request.arrival_s,
             sent_s=trip.sent_s or now_s,

@@ -99,11 +99,14 @@ class Keys:
         if not same or len(values) > 1 or len(secret) > _LONGEST or scheme.lower() != b"bearer":
             raise self._wrong("invalid_api_key", "The API key is wrong.")
         key = self._keys[id]
+        if self.is_valid(key):
+            return key
         if key.revoked_at is not None:
             raise self._wrong("revoked_api_key", "The API key was revoked.")
-        if key.expires_at is not None and key.expires_at <= self._wall():
-            raise self._wrong("expired_api_key", "The API key has expired.")
-        return key
+        raise self._wrong("expired_api_key", "The API key has expired.")
+
+    def is_valid(self, key: Key) -> bool:
+        return key.revoked_at is None and (key.expires_at is None or key.expires_at > self._wall())
 
     def create(
         self,

@@ -105,7 +105,8 @@ class Ledger:
             raise
 
     def _delete_old(self, run: Run) -> None:
-        run("DELETE FROM usage WHERE ended_at < ?", [(time.time() - self._retention_s,)])
+        before = (time.time() - self._retention_s) // 86400 * 86400  # whole days: either all of one is here or nothing
+        run("DELETE FROM usage WHERE ended_at < ?", [(before,)])
 
 
 def spent(connection: sqlite3.Connection, now: float) -> dict[str, tuple[float, float]]:

@@ -26,6 +26,12 @@ class GatewaySettings:
     usage_retention_days: float = setting(
         90.0, "How long single requests are kept in the database; daily sums stay", group="Gateway", minimum=0
     )
+    store_content: bool = setting(
+        False, "Keep prompts and outputs in the database, with personal data of known forms taken out", group="Gateway"
+    )
+    content_retention_days: float = setting(
+        7.0, "How long prompts and outputs are kept, where they are kept", group="Gateway", minimum=0
+    )
     drain_timeout_s: float = setting(
         30.0, "Seconds that running requests may take to end after SIGTERM", group="Gateway", minimum=0, maximum=3600
     )
@@ -93,7 +99,11 @@ class GatewaySettings:
 
     @property
     def books(self) -> BooksOptions:
-        return BooksOptions(usage_retention_days=self.usage_retention_days)
+        return BooksOptions(
+            usage_retention_days=self.usage_retention_days,
+            store_content=self.store_content,
+            content_retention_days=self.content_retention_days,
+        )
 
     @property
     def pool(self) -> PoolOptions:

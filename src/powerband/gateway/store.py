@@ -37,9 +37,9 @@ _BATCH = 2_000
 _LONGEST_PAUSE_S = 5.0
 _BUSY_S = 1.0
 _LOCK_S = 2.0
-# What is wrong with a row, rather than with the disk or the file: it would be wrong again.
+# What is wrong with a row, or with making it ready, rather than with the disk or the file: it would be wrong again.
 _BAD_ROW = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-_BAD_VALUE = (OverflowError, UnicodeEncodeError)
+_BAD_VALUE = (ArithmeticError, LookupError, TypeError, ValueError, RecursionError)
 
 Row = Sequence[Any]
 Run = Callable[[str, Sequence[Row]], None]  # one statement for each row, in one transaction; raises sqlite3.Error
@@ -110,6 +110,7 @@ class Store:
         self._changes: deque[tuple[str, Row, Future[None]]] = deque()
         self._buffers: list[Buffer] = []
         self._chores: list[_Chore] = []
+        self._erasing = True
         self._barriers: deque[Future[None]] = deque()
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -146,6 +147,12 @@ class Store:
         written: Future[None] = Future()
         self._changes.append((sql, tuple(row), written))
         self._wake.set()
+        return written
+
+    def erase(self, sql: str, row: Row) -> Future[None]:
+        """As `write`, but nothing of what it deletes stays in the files. Rows in buffers are written before it."""
+        written = self.write(sql, row)
+        self._erasing = True
         return written
 
     def flush(self) -> Future[None]:
@@ -212,14 +219,17 @@ class Store:
     def _write_all(self) -> None:
         barriers = [self._barriers.popleft() for _ in range(len(self._barriers))]
         try:
-            self._write_changes()
             for buffer in self._buffers:
-                while self._write_rows(buffer):
-                    pass
+                for _ in range(0, len(buffer.rows), _BATCH):
+                    self._write_rows(buffer)
+            self._write_changes()
             for chore in self._chores:
                 if time.monotonic() >= chore.due_s:
                     chore.work(self._execute)
                     chore.due_s = time.monotonic() + chore.every_s
+                    self._erasing |= chore.every_s > 0
+            if self._erasing:  # what was deleted is also to leave the write-ahead log; a reader can delay that
+                self._erasing = bool(self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
         except sqlite3.Error:
             self._barriers.extendleft(reversed(barriers))
             raise
@@ -240,27 +250,24 @@ class Store:
             if written.set_running_or_notify_cancel():
                 written.set_result(None) if failure is None else written.set_exception(failure)
 
-    def _write_rows(self, buffer: Buffer) -> int:
-        """One batch, and its size. A row that the database refuses for what it holds is dropped, and counted."""
+    def _write_rows(self, buffer: Buffer) -> None:
+        """One batch. A row that the database refuses for what it holds is dropped, and counted."""
         batch = list(islice(buffer.rows, _BATCH))
-        if not batch:
-            return 0
-        rows = batch if buffer.prepare is None else [buffer.prepare(row) for row in batch]
         try:
+            rows = batch if buffer.prepare is None else [buffer.prepare(row) for row in batch]
             self._execute(buffer.sql, rows)
             buffer.written += len(rows)
         except (*_BAD_ROW, *_BAD_VALUE):
-            for row in rows:
+            for row in batch:
                 self._write_row(buffer, row)
                 buffer.rows.popleft()
-            return len(batch)
+            return
         for _ in batch:
             buffer.rows.popleft()
-        return len(batch)
 
     def _write_row(self, buffer: Buffer, row: Row) -> None:
         try:
-            self._execute(buffer.sql, [row])
+            self._execute(buffer.sql, [row if buffer.prepare is None else buffer.prepare(row)])
             buffer.written += 1
         except (*_BAD_ROW, *_BAD_VALUE) as error:
             logger.error("The books refuse a row: %s.", type(error).__name__)

@@ -38,8 +38,9 @@ class Story:
     the place where another engine goes on.
     """
 
-    def __init__(self, intake: Intake, model: str) -> None:
+    def __init__(self, intake: Intake, model: str, *, keeps_text: bool = False) -> None:
         self._intake = intake
+        self._always_keeps_text = keeps_text
         self._model = model
         asked = intake.asked
         self._wants_ids = bool(asked.return_token_ids)
@@ -73,7 +74,7 @@ class Story:
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
         self._strips_ids = self._intake.tells_ids(replica) and not self._wants_ids
-        self.keeps_text = replica.engine == "vllm" and self._intake.can_resume
+        self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._intake.can_resume)
         names = replica.model, self._model
         encoded = [b'"model":' + msgspec.json.encode(name) for name in names]
         self._rename = None if names[0] == names[1] else (encoded[0], encoded[1])
@@ -210,16 +211,24 @@ class Story:
         prompt = max(0, (usage.prompt_tokens or 0) - self._before)
         return prompt, usage.cached_tokens, (usage.completion_tokens or 0) + self._before
 
+    def finish(self) -> bytes:
+        """The event that says how the answer ended, when that is all that was lost of it."""
+        self.num_finished += 1
+        self.finish_reason = "length" if len(self.token_ids) == self._intake.asked.limit else "stop"
+        said: dict[str, Any] = {"delta": {}} if self._intake.endpoint == "chat" else {"text": ""}
+        return self._made([{"index": 0, **said, "logprobs": None, "finish_reason": self.finish_reason}])
+
     def closing(self) -> bytes:
         """The end, and before it what a replica left out that told everything else: the usage, if it was wanted."""
         if not self._wants_usage or self.usage is not None:
             return DONE
         prompt, cached, output = self.final_usage()
         usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+        return self._made([], usage={**usage, "prompt_tokens_details": {"cached_tokens": cached}}) + DONE
+
+    def _made(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._intake.endpoint == "chat" else "text_completion"
-        details = {"prompt_tokens_details": {"cached_tokens": cached}}
-        last = {**self._lasting, "object": kind, "choices": [], "usage": {**usage, **details}}
-        return event(msgspec.json.encode(last)) + DONE
+        return event(msgspec.json.encode({**self._lasting, "object": kind, "choices": choices, **more}))
 
 
 def _lasting_fields(data: bytes, model: str) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""Who used what: requests, tokens, latency and cost by key, model and day, from the books.
+
+Sums of whole days (UTC) come from the daily sums, which outlive single requests; those of the day in which the time
+asked for begins, and latencies, come from single requests.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from powerband.errors import InvalidRequest
+
+_DAY_S = 86400
+_WHOLE_DAYS_BEYOND_S = 7 * _DAY_S
+_SQL_OF = {"key": "key_id", "model": "model", "day": "day"}
+_SUMS = ("requests", "errors", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
+_ROWS = "(SELECT *, date(ended_at, 'unixepoch') AS day FROM usage WHERE ended_at >= :since)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageRow:
+    """A group of requests; what it is not grouped by is ''. TTFT as clients had it, queue included.
+
+    score: mean of the feedback, -1 (bad) to 1 (good), over `scored` requests.
+    """
+
+    key: str = ""
+    model: str = ""
+    day: str = ""
+    requests: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+    ttft_p50_s: float | None = None
+    ttft_p95_s: float | None = None
+    score: float | None = None
+    scored: int = 0
+
+
+def report(connection: sqlite3.Connection, by: Sequence[str], since: float, now: float) -> list[UsageRow]:
+    """One row for each group, by cost and then by tokens; a single one when `by` is empty. Raises InvalidRequest.
+
+    since: seconds since 1970; beyond a week ago it means the beginning of that day.
+    """
+    for name in by:
+        if name not in _SQL_OF:
+            raise InvalidRequest(f"'by' has {name!r}; known are {', '.join(_SQL_OF)}.", param="by")
+    if now - since > _WHOLE_DAYS_BEYOND_S:
+        since = max(0.0, since) // _DAY_S * _DAY_S
+    group = ", ".join([_SQL_OF[name] for name in by] or ["''"])
+    times = {"since": since, "day": _day(since), "whole": since % _DAY_S == 0}
+    latencies = _percentiles(connection, group, len(by), times)
+    scores = _scores(connection, group, len(by), times)
+    rows = []
+    for row in _sums(connection, group, times):
+        names = row[: len(by)]
+        p50, p95 = latencies.get(names, (None, None))
+        score, scored = scores.get(names, (None, 0))
+        values = dict(zip((*by, *_SUMS), row[: len(by)] + row[-len(_SUMS) :], strict=True))
+        rows.append(UsageRow(**values, ttft_p50_s=p50, ttft_p95_s=p95, score=score, scored=scored))
+    return sorted(rows, key=lambda row: (row.day, -row.cost_usd, -row.prompt_tokens - row.output_tokens, row.key))
+
+
+def _sums(connection: sqlite3.Connection, group: str, times: dict[str, object]) -> list[tuple[Any, ...]]:
+    tokens = ", ".join(_SUMS[2:])
+    sums = ", ".join(f"sum({name})" for name in _SUMS)
+    sql = (
+        f"SELECT {group}, {sums} FROM ("  # noqa: S608 (constants)
+        f"SELECT key_id, model, day, requests, errors, {tokens} FROM daily WHERE day > :day OR (:whole AND day = :day) "
+        f"UNION ALL SELECT key_id, model, day, 1, outcome <> 'ok', {tokens} FROM {_ROWS} "
+        f"WHERE NOT :whole AND day = :day) GROUP BY {group}"
+    )
+    return [row for row in connection.execute(sql, times) if row[-len(_SUMS)]]
+
+
+def _percentiles(
+    connection: sqlite3.Connection, group: str, names: int, times: dict[str, object]
+) -> dict[tuple[str, ...], tuple[float, float]]:
+    """(p50, p95) of TTFT, linear between neighbours as metrics.record.percentile; SQLite only hands over those."""
+    sql = (
+        f"WITH ordered AS (SELECT {group}, ttft_s, "  # noqa: S608 (constants)
+        f"row_number() OVER (PARTITION BY {group} ORDER BY ttft_s) - 1 AS place, "
+        f"count(*) OVER (PARTITION BY {group}) - 1 AS last FROM {_ROWS} WHERE ttft_s IS NOT NULL) "
+        "SELECT * FROM ordered WHERE place - last * 0.5 > -1 AND place - last * 0.5 < 1 "
+        "OR place - last * 0.95 > -1 AND place - last * 0.95 < 1"
+    )
+    found: dict[tuple[str, ...], dict[int, float]] = {}
+    lasts: dict[tuple[str, ...], int] = {}
+    for row in connection.execute(sql, times):
+        group_of = tuple(row[:names])
+        found.setdefault(group_of, {})[row[-2]] = row[-3]
+        lasts[group_of] = row[-1]
+    return {name: (_between(at, lasts[name] * 0.5), _between(at, lasts[name] * 0.95)) for name, at in found.items()}
+
+
+def _between(at: dict[int, float], place: float) -> float:
+    below = math.floor(place)
+    return at[below] + (at.get(below + 1, at[below]) - at[below]) * (place - below)
+
+
+def _scores(
+    connection: sqlite3.Connection, group: str, names: int, times: dict[str, object]
+) -> dict[tuple[str, ...], tuple[float, int]]:
+    given = "(SELECT request_id, score FROM feedback)"
+    sql = f"SELECT {group}, avg(score), count(*) FROM {_ROWS} JOIN {given} USING (request_id) GROUP BY {group}"  # noqa: S608 (constants)
+    return {tuple(row[:names]): (row[-2], row[-1]) for row in connection.execute(sql, times)}
+
+
+def _day(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")

@@ -1,0 +1,109 @@
+"""Prompts and outputs: kept only if asked for, redacted before the disk, gone when their time is over or on demand."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from powerband.gateway import content
+from powerband.gateway.books import Books, BooksOptions
+from powerband.gateway.content import MOST_CHARS, prompt_text, stored
+from powerband.gateway.request import GatewayRequest
+
+SECRET = "the-unforgettable-phrase"
+
+
+def request(id: str, tenant: str = "key_1") -> GatewayRequest:
+    return GatewayRequest(id=id, endpoint="chat", model="demo", tenant=tenant)
+
+
+def note(books: Books, id: str, prompt: str, output: str, tenant: str = "key_1") -> None:
+    books.content.note(request(id, tenant), msgspec.json.encode(prompt), [output])
+
+
+def on_disk(path: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in path.parent.iterdir())
+
+
+def kept(books: Books, key_id: str = "key_1") -> list[tuple[str, str]]:
+    books.store.flush().result(10)
+    found = books.store.read(lambda connection: stored(connection, key_id, 100))
+    return [(row["prompt"], row["output"]) for row in found]
+
+
+def test_nothing_is_kept_by_default(tmp_path: Path) -> None:
+    books = Books.open(tmp_path / "gateway.db")
+    note(books, "r1", SECRET, SECRET)
+    assert kept(books) == []
+    books.close()
+    assert SECRET.encode() not in on_disk(books.store.path)
+
+
+def test_what_is_kept_is_redacted_before_it_reaches_the_disk(tmp_path: Path) -> None:
+    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
+    note(books, "r1", "I am jane@example.com", "Call +49 30 1234567")
+    assert kept(books) == [("I am [e-mail]", "Call [phone]")]
+    assert b"jane@example.com" not in on_disk(books.store.path)
+    books.close()
+
+
+def test_long_texts_are_cut_where_nothing_is_cut_in_half(tmp_path: Path) -> None:
+    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
+    filler = "word " * (MOST_CHARS // 5)
+    note(books, "r1", filler[:-10] + " jane.doe@example.com", "DE89 3704 0044 0532 0130 00 " * 2000)
+    [(prompt, output)] = kept(books)
+    assert len(prompt) <= MOST_CHARS + 10
+    assert "jane" not in prompt
+    assert prompt.endswith("…[cut]")
+    assert set(output.split()) <= {"[iban]", "…[cut]", "DE89", "3704", "0044", "0532", "0130", "00"}
+    assert output.count("DE89") <= 1
+    books.close()
+
+
+def test_a_keys_content_is_deleted_on_demand_and_leaves_no_trace(tmp_path: Path) -> None:
+    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
+    for index in range(20):
+        note(books, f"r{index}", SECRET, SECRET)
+    note(books, "other", "kept", "kept", "key_2")
+    assert len(kept(books)) == 20
+    note(books, "last", SECRET, SECRET)
+    books.content.forget("key_1")
+    assert kept(books) == []
+    assert kept(books, "key_2") == [("kept", "kept")]
+    assert SECRET.encode() not in on_disk(books.store.path)
+    books.close()
+
+
+def test_content_is_deleted_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True, content_retention_days=7))
+    assert kept(books) == []
+    long_ago = time.time() - 7.1 * 86400
+    with monkeypatch.context() as patched:
+        patched.setattr(content.time, "time", lambda: long_ago)
+        note(books, "old", SECRET, SECRET)
+    note(books, "new", "kept", "kept")
+    assert len(kept(books)) == 2
+    books.close()
+    again = Books.open(tmp_path / "gateway.db")  # switched off now: what is old goes all the same
+    assert kept(again) == [("kept", "kept")]
+    assert SECRET.encode() not in on_disk(again.store.path)
+    again.close()
+
+
+def test_too_much_at_once_is_counted_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
+    monkeypatch.setattr(books.content.buffer, "limit", 0)
+    note(books, "r1", "a", "b")
+    assert (kept(books), books.figures().content_dropped) == ([], 1)
+    books.close()
+
+
+def test_a_prompt_is_kept_as_text_so_that_no_escape_hides_what_is_in_it() -> None:
+    parts = b'{"role":"user","content":[{"type":"text","text":"b"}]}'
+    messages = b'[{"role":"user","content":"I am jane\\u0040example.com"},' + parts + b"]"
+    assert prompt_text(messages) == "user: I am jane@example.com\nb"
+    assert prompt_text(b'["a","b"]') == "a\nb"
+    assert prompt_text(b"[1,2,3]") == ""

@@ -1,0 +1,138 @@
+"""Replicas that fail: what a client notices of it, and what does not reach it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from gateways_for_tests import gateway_before, text_of, until
+
+from powerband.bench.script import DropBy, Script, words
+
+TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 40}
+CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40}
+CALM = ("--stall-timeout-s=0.5", "--first-byte-timeout-s=0.5")
+
+
+def ids_of(events: list[Any]) -> list[int]:
+    return [id for one in events[:-1] for choice in one["choices"] for id in choice.get("token_ids", ())]
+
+
+@pytest.mark.parametrize("how", ["reset", "end", "hang", "garbage", "error"])
+def test_a_stream_that_breaks_off_is_continued_by_another_replica(tmp_path: Path, how: DropBy) -> None:
+    breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=7, drop_by=how)
+    with gateway_before(tmp_path, breaks, Script(), arguments=CALM) as gateway:
+        for _ in range(4):
+            chat = gateway.stream("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
+            text = gateway.stream("/v1/completions", {**TEXT, "return_token_ids": True})
+            assert text_of(chat) == text_of(text) == words(0, 40)
+            assert ids_of(text) == list(range(40))
+            assert chat[-1] == text[-1] == "[DONE]"
+            assert chat[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 40, "total_tokens": 43}
+            assert len({(one["id"], one["created"], one["model"]) for one in chat[:-1]}) == 1, (
+                "one answer, by its looks"
+            )
+            assert sum(one["choices"] != [] and "role" in one["choices"][0]["delta"] for one in chat[:-1]) == 1
+        records = gateway.records()
+        assert {one["record"]["outcome"] for one in records} == {"ok"}
+        assert {one["record"]["output_tokens"] for one in records} == {40}
+        assert sum(one["resumed"] for one in records) >= 1
+
+
+@pytest.mark.parametrize("how", ["reset", "end", "hang", "garbage"])
+def test_a_request_whose_replica_fails_before_the_first_byte_goes_to_another(tmp_path: Path, how: DropBy) -> None:
+    fails = Script(drop_every=1, drop_after_chunks=0, drop_by=how)
+    with gateway_before(tmp_path, fails, Script(), arguments=CALM) as gateway:
+        for _ in range(4):
+            assert text_of(gateway.stream("/v1/completions", TEXT)) == words(0, 40)
+        records = gateway.records()
+        assert any(len(one["replicas"]) == 2 for one in records)
+        assert {one["status"] for one in records} == {200}
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_a_replica_that_answers_with_trouble_is_asked_no_more_for_this_request(tmp_path: Path, status: int) -> None:
+    with gateway_before(tmp_path, Script(fail_every=1, fail_status=status), Script()) as gateway:
+        for stream in (True, False):
+            answers = [gateway.post("/v1/completions", {**TEXT, "stream": stream}) for _ in range(4)]
+            assert [answer.status_code for answer in answers] == [200] * 4
+
+
+def test_whole_answers_are_run_again(tmp_path: Path) -> None:
+    with gateway_before(tmp_path, Script(drop_every=1), Script()) as gateway:
+        answers = [gateway.post("/v1/chat/completions", CHAT) for _ in range(4)]
+        assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {words(0, 40)}
+
+
+def test_a_killed_replica_takes_no_stream_with_it(tmp_path: Path) -> None:
+    slow = Script(tpot_s=0.01)
+    with gateway_before(tmp_path, slow, slow) as gateway:
+        body = {**TEXT, "max_tokens": 150, "stream": True, "return_token_ids": True}
+        with (
+            gateway.http.stream("POST", "/v1/completions", json=body) as first,
+            gateway.http.stream("POST", "/v1/completions", json=body) as second,
+        ):
+            until(lambda: all(replica.truths() for replica in gateway.replicas))
+            gateway.replicas[0].kill()
+            told = [list(answer.iter_lines()) for answer in (first, second)]
+        for lines in told:
+            data = [line.removeprefix("data: ") for line in lines if line]
+            assert data[-1] == "[DONE]"
+            ids = [int(line.partition('"token_ids":[')[2].partition("]")[0]) for line in data[:-1]]
+            assert ids == list(range(150))
+
+
+def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(tmp_path: Path) -> None:
+    breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=3)
+    with gateway_before(tmp_path, breaks, arguments=CALM) as gateway:
+        told = gateway.stream("/v1/completions", {**TEXT, "n": 2})
+        assert told[-1]["error"]["code"] == "upstream_failed"
+        assert "[DONE]" not in told
+        record = gateway.records()[-1]
+        assert (record["status"], record["record"]["outcome"], record["error"]) == (200, "error", "upstream_failed")
+        client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.APIError, match="replica"):
+            list(client.completions.create(model="scripted", prompt="one", n=2, stream=True, max_tokens=40))
+
+
+def test_an_answer_that_lacks_only_its_last_event_is_whole(tmp_path: Path) -> None:
+    with gateway_before(tmp_path, Script(drop_every=1, drop_by="no_done"), arguments=CALM) as gateway:
+        told = gateway.stream("/v1/completions", {**TEXT, "stream_options": {"include_usage": True}})
+        assert text_of(told) == words(0, 40)
+        assert told[-2]["usage"]["completion_tokens"] == 40
+        assert told[-1] == "[DONE]"
+
+
+def test_what_is_wrong_with_a_request_is_said_once(tmp_path: Path) -> None:
+    with gateway_before(tmp_path, Script(), Script()) as gateway:
+        answer = gateway.post("/v1/completions", {**TEXT, "max_tokens": 0})
+        assert answer.status_code == 400
+        assert "output tokens" in answer.json()["error"]["message"]
+        assert sum(len(replica.truths()) for replica in gateway.replicas) == 1
+        assert gateway.records()[-1]["record"]["outcome"] == "refused"
+
+
+def test_in_front_of_vllm_a_stream_is_continued_as_a_completion(tmp_path: Path) -> None:
+    routes = """
+models:
+  - name: demo
+    aliases: [other]
+    replicas:
+      - {{id: a, url: "{0}", model: scripted, engine: vllm}}
+      - {{id: b, url: "{1}", model: scripted, engine: vllm}}
+"""
+    with gateway_before(
+        tmp_path, Script(tpot_s=0.002, drop_every=1, drop_after_chunks=7), Script(), routes=routes
+    ) as gateway:
+        for _ in range(4):
+            asked = {"stream_options": {"include_usage": True}}
+            chat = gateway.stream("/v1/chat/completions", {**CHAT, **asked, "model": "other"})
+            text = gateway.stream("/v1/completions", {**TEXT, **asked, "model": "demo"})
+            assert text_of(chat) == text_of(text) == words(0, 40)
+            assert {one["object"] for one in chat[:-1]} == {"chat.completion.chunk"}
+            assert {one["model"] for one in chat[:-1]} == {"demo"}
+            assert chat[-2]["usage"]["completion_tokens"] == text[-2]["usage"]["completion_tokens"] == 40
+            assert chat[-2]["usage"]["prompt_tokens"] == 3
+        assert sum(one["resumed"] for one in gateway.records()) >= 1

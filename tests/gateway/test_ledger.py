@@ -1,0 +1,185 @@
+"""Usage reaches the disk without anyone waiting, once and only once, through full disks, locks and restarts."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from powerband.errors import InvalidRequest
+from powerband.gateway.books import Books, BooksOptions
+from powerband.gateway.ledger import Ledger
+from powerband.gateway.request import Finished, GatewayRequest
+from powerband.gateway.usage import UsageRow, report
+from powerband.metrics.record import Outcome, RequestRecord
+
+DAY_S = 86400
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "gateway.db"
+
+
+@pytest.fixture
+def books(path: Path) -> Iterator[Books]:
+    opened = Books.open(path)
+    yield opened
+    opened.close()
+
+
+def finished(
+    id: str, *, tenant: str = "key_1", model: str = "demo", ago_s: float = 0.0, ttft_s: float = 0.1, **values: Any
+) -> Finished:
+    outcome = values.pop("outcome", Outcome.OK)
+    request = GatewayRequest(id=id, endpoint="chat", model=model, tenant=tenant)
+    record = RequestRecord(
+        scheduled_s=5.0,
+        sent_s=5.0,
+        chunk_times_s=(5.0 + ttft_s,),
+        chunk_tokens=(7,),
+        outcome=outcome,
+        prompt_tokens=100,
+        cached_tokens=40,
+        output_tokens=7,
+    )
+    status = 200 if outcome is Outcome.OK else 502
+    return Finished(
+        request=request,
+        record=record,
+        status=status,
+        ended_at=time.time() - ago_s,
+        cost_usd=values.pop("cost_usd", 0.25),
+    )
+
+
+def written(books: Books) -> None:
+    books.store.flush().result(10)
+
+
+def rows(books: Books, by: tuple[str, ...] = (), ago_s: float = 3600) -> list[UsageRow]:
+    now = time.time()
+    return books.store.read(lambda connection: report(connection, by, now - ago_s, now))
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_s, "it never came true"
+        time.sleep(0.01)
+
+
+def test_rows_are_summed_by_what_is_asked(books: Books) -> None:
+    for index in range(3):
+        books.ledger.note(finished(f"a{index}"))
+    books.ledger.note(finished("b", tenant="key_2", outcome=Outcome.ERROR, cost_usd=0.0))
+    written(books)
+    [everything] = rows(books)
+    assert (everything.requests, everything.errors, everything.cost_usd) == (4, 1, 0.75)
+    assert (everything.prompt_tokens, everything.cached_tokens, everything.output_tokens) == (400, 160, 28)
+    assert [(row.key, row.requests) for row in rows(books, ("key",))] == [("key_1", 3), ("key_2", 1)]
+    assert [(row.model, row.key) for row in rows(books, ("model", "key"))] == [("demo", "key_1"), ("demo", "key_2")]
+    with pytest.raises(InvalidRequest, match="known are key, model, day"):
+        rows(books, ("1; DROP TABLE usage",))
+
+
+def test_latencies_are_numpys_percentiles(books: Books) -> None:
+    samples = {
+        model: np.random.default_rng(size).random(size).tolist() for model, size in (("a", 1), ("b", 2), ("c", 37))
+    }
+    for model, values in samples.items():
+        for index, ttft_s in enumerate(values):
+            books.ledger.note(finished(f"{model}{index}", model=model, ttft_s=ttft_s))
+    written(books)
+    for row in rows(books, ("model",)):
+        assert [row.ttft_p50_s, row.ttft_p95_s] == pytest.approx(np.percentile(samples[row.model], [50, 95]))
+
+
+def test_the_same_request_is_billed_once(books: Books, path: Path) -> None:
+    for _ in range(3):
+        books.ledger.note(finished("same"))
+    books.close()
+    again = Books.open(path)
+    again.ledger.note(finished("same"))
+    written(again)
+    assert (rows(again)[0].requests, rows(again, ago_s=30 * DAY_S)[0].cost_usd) == (1, 0.25)
+    again.close()
+
+
+def test_spend_survives_a_restart_and_retention(path: Path) -> None:
+    books = Books.open(path)
+    key, _ = books.keys.create("app")
+    for index, ago_s in enumerate((0, 200 * DAY_S)):
+        books.ledger.note(finished(f"r{index}", tenant=key.id, ago_s=ago_s))
+    books.close()
+    again = Books.open(path, BooksOptions(usage_retention_days=30))
+    try:
+        written(again)
+        assert again.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()) == (1,)
+        assert rows(again, ago_s=300 * DAY_S)[0].requests == 2  # the sums of days outlive their requests
+        assert again.limits.used(key)["usd"] == 0.25  # of this month
+    finally:
+        again.close()
+
+
+def test_a_locked_file_delays_rows_and_loses_none(books: Books, path: Path) -> None:
+    with sqlite3.connect(path, isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for index in range(500):
+            books.ledger.note(finished(f"r{index}"))
+        key, secret = books.keys.create("made meanwhile")
+        assert books.keys.authenticate([f"Bearer {secret}".encode()]) == key
+        eventually(lambda: books.figures().failing_s > 0)
+        assert books.figures().usage_waiting == 500
+        other.execute("ROLLBACK")
+    written(books)
+    assert books.figures().usage_written == rows(books)[0].requests == 500
+    eventually(lambda: books.figures().failing_s == 0)
+
+
+def test_a_full_disk_keeps_sums_when_it_can_keep_no_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("powerband.gateway.books.Ledger", lambda store, days: Ledger(store, days, most_waiting=50))
+    books = Books.open(path)
+    books.store.flush().result(10)
+    full = threading.Event()
+    full.set()
+    real = books.store._execute
+
+    def refuse(sql: str, values: Any) -> None:
+        if full.is_set():
+            raise sqlite3.OperationalError("database or disk is full")
+        real(sql, values)
+
+    monkeypatch.setattr(books.store, "_execute", refuse)
+    for index in range(120):
+        books.ledger.note(finished(f"r{index}", tenant=f"key_{index % 2}"))
+    figures = books.figures()
+    assert (figures.usage_waiting, figures.usage_dropped) == (50, 70)
+    eventually(lambda: books.figures().failing_s > 0)
+    full.clear()
+    written(books)
+    assert books.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()) == (50,)
+    [everything] = rows(books, ago_s=30 * DAY_S)
+    assert (everything.requests, everything.cost_usd) == (120, 30.0)
+    books.close()
+
+
+def test_a_row_that_the_database_refuses_does_not_stop_the_others(books: Books) -> None:
+    for id in ("good 1", "lone surrogate \ud800", "good 2"):
+        books.ledger.note(finished(id))
+    written(books)
+    assert (books.figures().usage_written, books.figures().usage_dropped) == (2, 1)
+
+
+def test_noting_costs_the_event_loop_next_to_nothing(books: Books) -> None:
+    made = [finished(f"r{index}") for index in range(2000)]
+    start_s = time.thread_time()
+    for one in made:
+        books.ledger.note(one)
+    assert (time.thread_time() - start_s) / len(made) < 100e-6
