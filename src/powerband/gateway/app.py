@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from powerband.errors import PowerbandError
 from powerband.gateway.admin import AdminRoutes
 from powerband.gateway.book_routes import make_routes
 from powerband.gateway.books import Books
@@ -39,4 +41,20 @@ def make_app(gateway: Gateway, books: Books, metrics: GatewayMetrics) -> ASGIApp
     ]
     router = Router(routes, redirect_slashes=False)
     settings = gateway.settings
-    return Edge(Doorkeeper(router, books, settings.auth, settings.host))
+    return Edge(Refusals(Doorkeeper(router, books, settings.auth, settings.host), metrics), listed_in="docs/api.md")
+
+
+class Refusals:
+    """Counts what was refused before it became a request that ends as one."""
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except (PowerbandError, HTTPException) as error:
+            if "finished" not in scope["state"]:
+                self._metrics.observe_refusal(error.code if isinstance(error, PowerbandError) else "no_such_path")
+            raise

@@ -97,6 +97,7 @@ class Generation(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._gateway.begin()
+        scope["state"]["finished"] = True  # its end will be noted, whatever that is
         departure = Departure(receive)
         departure.then(_cancel_this_task())
         try:

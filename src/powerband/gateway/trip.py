@@ -66,9 +66,13 @@ class Trip:
                 path, body = await plan(replica)
                 self.sent_s = self.sent_s or time.monotonic()
                 exchange = self.exchange = await self._upstream.open(
-                    replica, path, body, timeouts, headers={"X-Request-Id": self.request.id}
+                    replica,
+                    path,
+                    body,
+                    timeouts,
+                    headers={"X-Request-Id": self.request.id},
+                    on_sent=partial(_tie, lease),
                 )
-                lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
                 status = exchange.status
                 if status < 429 or 429 < status < 500:
                     return replica, exchange
@@ -134,6 +138,11 @@ class Trip:
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             self._upstream.end(exchange)
+
+
+def _tie(lease: Lease, exchange: Exchange) -> None:
+    """The exchange fails when the replica is found to hang or to be gone."""
+    lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
 
 
 def _error(problem: UpstreamFailure, tries: int) -> PowerbandError:

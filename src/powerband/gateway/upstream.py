@@ -7,7 +7,7 @@ import contextlib
 import math
 import ssl
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from powerband.gateway.connection import Connection, Exchange, Keeper, UpstreamFailure
@@ -29,6 +29,10 @@ class Timeouts:
     first_byte_s: float = 60.0
     between_s: float = 60.0
     whole_s: float = 3600.0
+
+
+def _ignore(_exchange: Exchange) -> None:
+    pass
 
 
 class Upstream:
@@ -85,8 +89,11 @@ class Upstream:
         *,
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
+        on_sent: Callable[[Exchange], None] = _ignore,
     ) -> Exchange:
         """Send a request; returns with the head of the answer. `end` it afterwards. Raises UpstreamFailure.
+
+        on_sent: told of the exchange while the head is waited for, so that others can make it fail.
 
         A kept connection that breaks before any byte of the answer was most likely closed while the request was under
         way: the request is sent once more, on a new one.
@@ -100,6 +107,7 @@ class Upstream:
             exchange = Exchange(connection, now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s)
             self._live.add(exchange)
             connection.begin(exchange, request)
+            on_sent(exchange)
             try:
                 await exchange.read_head()
             except UpstreamFailure as problem:

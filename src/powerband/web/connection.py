@@ -1,4 +1,6 @@
-"""Bounds what uvicorn leaves open: how long the head of a request may be, and how long it may take to come."""
+"""Bounds what uvicorn leaves open: how long the head of a request may be, how long it may take to come, and how long a
+client may leave its answer unread.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,18 @@ from powerband.web.errors import HttpError, error_body
 
 MAX_HEAD_BYTES = 64 << 10
 SECONDS_FOR_HEAD = 30.0
+SECONDS_TO_READ = 60.0  # what waits to be sent, about 64 KiB
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """Closes connections whose request has not begun in time, or whose head has no end."""
+    """Closes connections whose request has not begun in time, whose head has no end, or whose client does not read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
         self._in_head = True
         self._timer: asyncio.TimerHandle | None = None
+        self._reading_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -31,7 +35,17 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_reading_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        if self._reading_timer is None:
+            self._reading_timer = self.loop.call_later(SECONDS_TO_READ, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stop_reading_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -68,6 +82,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def _start_timer(self) -> None:
         if self._timer is None:
             self._timer = self.loop.call_later(SECONDS_FOR_HEAD, self.transport.close)
+
+    def _stop_reading_timer(self) -> None:
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -26,8 +26,10 @@ class Edge:
     One that the client sends is a label for the log, never a key.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, listed_in: str = "/openapi.json") -> None:
+        """listed_in: where the paths are told."""
         self._app = app
+        self._listed_in = listed_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +54,7 @@ class Edge:
         except Exception as error:
             if status:  # too late for another answer: uvicorn closes the connection
                 raise
-            await error_response(_as_powerband_error(error, request_id))(scope, receive, send_with_id)
+            await error_response(self._as_powerband_error(error, request_id))(scope, receive, send_with_id)
         if logger.isEnabledFor(logging.DEBUG):
             label = dict(scope["headers"]).get(b"x-request-id", b"").decode("ascii", "replace")[:_LABEL_CHARS]
             logger.debug(
@@ -64,16 +66,19 @@ class Edge:
                 extra={"request_id": request_id, "client_label": label},
             )
 
-
-def _as_powerband_error(error: Exception, request_id: str) -> PowerbandError:
-    if isinstance(error, PowerbandError):
-        return error
-    if isinstance(error, HTTPException):
-        if error.status_code == 404:
-            return HttpError(404, "not_found", "There is no such path.", hint="The paths are listed in /openapi.json.")
-        if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
-            return HttpError(405, "method_not_allowed", f"This path takes {allowed}.", allow=allowed)
-        return HttpError(error.status_code, "http_error", error.detail)
-    logger.error("Request %s met an error that the server does not know.", request_id, exc_info=error)
-    return PowerbandError("The server met an error that it does not know.", hint=f"Its log has it under {request_id}.")
+    def _as_powerband_error(self, error: Exception, request_id: str) -> PowerbandError:
+        if isinstance(error, PowerbandError):
+            return error
+        if isinstance(error, HTTPException):
+            if error.status_code == 404:
+                return HttpError(
+                    404, "not_found", "There is no such path.", hint=f"The paths are listed in {self._listed_in}."
+                )
+            if error.status_code == 405:
+                allowed = (error.headers or {}).get("Allow", "")
+                return HttpError(405, "method_not_allowed", f"This path takes {allowed}.", allow=allowed)
+            return HttpError(error.status_code, "http_error", error.detail)
+        logger.error("Request %s met an error that the server does not know.", request_id, exc_info=error)
+        return PowerbandError(
+            "The server met an error that it does not know.", hint=f"Its log has it under {request_id}."
+        )
