@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 # A command in a code block or between backticks, up to the end of it or the next pipe or comment.
 # After a "$ " stands an example of a mistake.
-COMMAND = re.compile(r"(?:^|[`/|>] ?)powerband ((?:config )?[a-z]+)([^`\n#|<]*)", re.MULTILINE)
+COMMAND = re.compile(r"(?:^|[`/|>] ?)powerband ((?:(?:config|keys) )?[a-z]+)([^`\n#|<]*)", re.MULTILINE)
 
 
 def test_generated_pages_are_current() -> None:
@@ -53,10 +53,13 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 def test_every_code_of_the_api_is_explained() -> None:
-    rooms = ("server", "web")
+    rooms = ("server", "web", "gateway")
     source = "".join(path.read_text() for room in rooms for path in (ROOT / "src/powerband" / room).glob("*.py"))
     codes = set(re.findall(r"(?:HttpError|_refuse)\(\s*\d+,\s*\"([a-z_]+)\"", source)) - {"client_disconnected"}
-    errors = (ROOT / "src/powerband/errors.py").read_text() + (ROOT / "src/powerband/core/admission.py").read_text()
+    codes |= set(re.findall(r"LimitReached\(\s*\"([a-z_]+)\"", source))
+    errors = (
+        source + (ROOT / "src/powerband/errors.py").read_text() + (ROOT / "src/powerband/core/admission.py").read_text()
+    )
     codes |= set(re.findall(r"default_code = \"([a-z_]+)\"", errors)) - {"usage_error", "environment_error"}
     assert len(codes) > 15
     explained = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs" / "errors.md").read_text()))

@@ -33,7 +33,25 @@ COMMANDS = {
     "remove": "powerband.cli.remove:remove",
     "simulate": "powerband.cli.simulate:simulate",
     "calibrate": "powerband.cli.calibrate:calibrate",
+    "usage": "powerband.cli.usage:usage",
+    "audit": "powerband.cli.usage:audit",
     "doctor": "powerband.cli.doctor:doctor",
+}
+# Commands of commands, with what they say of themselves.
+GROUPS = {
+    "keys": (
+        "Create, list, limit and revoke the API keys of a gateway.",
+        {
+            "create": "powerband.cli.keys:create",
+            "list": "powerband.cli.keys:show_all",
+            "limit": "powerband.cli.keys:limit",
+            "revoke": "powerband.cli.keys:revoke",
+        },
+    ),
+    "config": (
+        "Show the settings in effect and where they come from.",
+        {"show": "powerband.cli.config:show"},
+    ),
 }
 
 
@@ -42,7 +60,7 @@ def build_app(called: str = "") -> App:
 
     No module behind it imports anything heavy before it runs.
     """
-    one = called in ("config", *COMMANDS)
+    one = called in (*GROUPS, *COMMANDS)
     app = App(
         name="powerband",
         help="Serve open-weight LLMs in the sweet spot of the hardware you have.",
@@ -53,9 +71,11 @@ def build_app(called: str = "") -> App:
     )
     for name, path in COMMANDS.items():
         app.command(path if one else _function(path), name=name)
-    settings = App(name="config", help="Show the settings in effect and where they come from.")
-    settings.command("powerband.cli.config:show", name="show")
-    app.command(settings)
+    for group, (about, commands) in GROUPS.items():
+        inner = App(name=group, help=about)
+        for name, path in commands.items():
+            inner.command(path if one and called != group else _function(path), name=name)
+        app.command(inner)
     return app
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import uvloop
 
-from powerband.errors import UsageError
+from powerband.errors import EnvironmentFault, UsageError
 from powerband.gateway.app import make_app
 from powerband.gateway.books import Books
 from powerband.gateway.discovery import discover
 from powerband.gateway.gateway import Gateway
+from powerband.gateway.keys import SCOPES
 from powerband.gateway.metrics import GatewayMetrics
 from powerband.gateway.routes import Routes
 from powerband.gateway.settings import GatewaySettings
@@ -48,9 +49,23 @@ def serve(settings: GatewaySettings, routes: Routes | None = None, replicas: Seq
     with listen(settings.host, settings.port) as listener:
         books = Books.open(database, settings.books)
         try:
+            make_first_admin_key(books, database.with_name("admin.key"))
             return uvloop.run(_serve(settings, listener, books, database, routes, replicas))
         finally:
             books.close()
+
+
+def make_first_admin_key(books: Books, file: Path) -> None:
+    """Without one nobody could make keys. Raises EnvironmentFault."""
+    if any("admin" in key.scopes and books.keys.is_valid(key) for key in books.keys.list()):
+        return
+    _, secret = books.keys.create("first", SCOPES)
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as key_file:
+            key_file.write(f"{secret}\n")
+    except OSError as problem:
+        raise EnvironmentFault(f"The first admin key cannot be kept in {file}: {problem.strerror}.") from None
+    logger.info("Made the first admin key: it is in %s.", file)
 
 
 def state_folder() -> Path:
