@@ -160,6 +160,7 @@ def _made(plan: Plan, flags: ServiceFlags) -> Made:
 
 def _carry_out(plan: Plan, made: Made, flags: ServiceFlags, proving: ProvingFlags, progress: Progress) -> int:
     from powerband.fleet import changing
+    from powerband.fleet.audit import note_action
     from powerband.fleet.controller_process import ensure_controller
 
     folder = ServiceFolder.of(flags.name or changing.name_of(made.release.served_name))
@@ -173,6 +174,8 @@ def _carry_out(plan: Plan, made: Made, flags: ServiceFlags, proving: ProvingFlag
     status = changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
     if status.rejected is not None and status.rejected.generation == desired.generation:
         raise _failure(folder, status, was_there=was_there)
+    if is_new:
+        note_action(folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)})
     progress.say(f"{folder.name} is ready: {status.gateway.url}/v1")
     is_asked = is_new if proving.verify is None else proving.verify
     verified = _verified(plan, desired, status, folder, proving, progress) if is_asked else None

@@ -24,8 +24,10 @@ def remove(
     """
     from powerband.cli.fleet_view import Progress
     from powerband.fleet import changing
+    from powerband.fleet.audit import note_action
 
     folder = find_service(name)
+    note_action(folder, "remove", {"purge": purge})
     changing.remove(folder, Progress(), purge=purge)
     kept = "" if purge else f" Its books are kept: {folder.database}"
     print(f"{folder.name} is removed.{kept}")

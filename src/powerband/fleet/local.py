@@ -203,7 +203,7 @@ class LocalTarget:
         return record
 
     def _forget_old_logs(self) -> None:
-        logs = sorted(self._logs.glob("r*.log"), key=lambda path: path.stat().st_mtime)
+        logs = sorted(self._logs.glob("*[0-9].log"), key=lambda path: path.stat().st_mtime)
         for path in logs[:-KEPT_LOGS]:
             if not self._path(path.stem).exists():
                 path.unlink(missing_ok=True)
