@@ -1,0 +1,29 @@
+"""Every drill gets `figures`, which it fills; they are written down when it ends, passed or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from drills_for_tests import Figures
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]  # pluggy's own type is not exported
+    if report.when == "call":
+        item.stash[_PASSED] = report.passed
+
+
+_PASSED = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
+    """Named by the drill's docstring."""
+    says = (request.function.__doc__ or request.node.name).split("\n")[0].rstrip(".")
+    found, start_s = Figures(says), time.monotonic()
+    yield found
+    found.write(request.node.stash.get(_PASSED, False), time.monotonic() - start_s)

@@ -1,0 +1,301 @@
+"""What drills share: replicas and a gateway in processes of their own, a load whose every answer is checked, figures.
+
+A drill does to a service what happens to services, while people use it, and says what they noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drill_loads import SERVED, put
+
+from powerband.bench.http import Page, delete, get, post
+from powerband.bench.messages import Target
+from powerband.bench.script import Script
+from powerband.gateway.books import Books
+from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+
+PYTHON = (sys.executable, "-m")
+# Token by token and at once give the same output only without rounding to 16 bits.
+DEMO = ("serve", "demo", "--dtype=float32", "--threads=1", "--max-num-seqs=16", "--max-num-batched-tokens=512")
+_START_S = 90.0
+_END_S = 20.0
+
+
+# ---- processes
+
+
+@dataclass
+class Member:
+    """A replica or a gateway that this test has started."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the process and all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> None:
+        """In order; insists in the end."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        self.signal(signal.SIGCONT)
+        try:
+            self.process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self.signal(signal.SIGKILL)  # what it left behind
+
+
+def start(command: Sequence[str], url: str, log: Path, env: Mapping[str, str] | None = None) -> Member:
+    """A process in a session of its own, from `python -m`'s arguments."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [*PYTHON, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
+        )
+    return Member(process, url, log)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_demo(folder: Path, *flags: str, port: int | None = None) -> Member:
+    """`powerband serve demo`, one thread, exact arithmetic. Not ready yet: see `wait_ready`."""
+    port = port or free_port()
+    command = ("powerband", *DEMO, f"--port={port}", "--log-level=warning", *flags)
+    return start(command, f"http://127.0.0.1:{port}", folder / f"demo-{port}.log")
+
+
+def start_scripted(folder: Path, script: Script, port: int | None = None) -> Member:
+    port = port or free_port()
+    told = json.dumps(dataclasses.asdict(dataclasses.replace(script, model=SERVED)))
+    command = ("powerband.bench.scripted_server", f"--port={port}", f"--script={told}")
+    return start(command, f"http://127.0.0.1:{port}", folder / f"scripted-{port}.log")
+
+
+@dataclass
+class Gateway:
+    """A gateway's process, what it serves, and its admin key."""
+
+    member: Member
+    key: str
+    folder: Path
+    flags: tuple[str, ...]
+    revision: int = 0
+
+    @property
+    def url(self) -> str:
+        return self.member.url
+
+    @property
+    def pid(self) -> int:
+        return self.member.pid
+
+    def target(self, **more: Any) -> Target:
+        return Target(base=self.url, endpoint="completions", model=SERVED, **more)
+
+    @property
+    def _admin(self) -> Target:
+        return self.target(headers={"Authorization": f"Bearer {self.key}"})
+
+    async def ask(self, path: str) -> Any:
+        """GET as administrator."""
+        page = await get(self._admin, path, timeout_s=10.0)
+        assert page.status == 200, (path, page.status, page.body[:300])
+        return page.json()
+
+    async def post(self, path: str, body: object) -> Page:
+        return await post(self._admin, path, body, timeout_s=10.0)
+
+    async def delete(self, path: str) -> Page:
+        return await delete(self._admin, path)
+
+    async def metrics(self) -> str:
+        return (await get(self._admin, "/metrics")).body.decode()
+
+    async def serve(self, replicas: Sequence[ReplicaAddress]) -> None:
+        """Say anew which replicas there are."""
+        self.revision += 1
+        await put(self._admin, "/admin/routes", routes_of(replicas, f"drill-{self.revision}").as_dict())
+
+    async def pool(self) -> dict[str, Any]:
+        """The snapshot of the only pool."""
+        shown = await self.ask("/admin/routes")
+        return next(iter(shown["pools"].values())) if isinstance(shown["pools"], dict) else shown["pools"][0]
+
+    async def ready_replicas(self) -> int:
+        return sum(one["state"] == "ready" for one in (await self.pool())["replicas"])
+
+    def restart(self) -> None:
+        """With the same port and books, as after a crash."""
+        self.member.kill()
+        self.member = _start_gateway(self.folder, self.member.port, self.flags)
+        wait_ready(self.member, path="/livez")
+
+
+def routes_of(replicas: Sequence[ReplicaAddress], revision: str) -> Routes:
+    return Routes(models=(ModelRoute(name=SERVED, replicas=tuple(replicas)),), revision=revision)
+
+
+def address(member: Member, **more: Any) -> ReplicaAddress:
+    told: dict[str, Any] = {"max_num_seqs": 16, **more}
+    return ReplicaAddress(id=f"r{member.port}-{member.pid}", url=member.url, model=SERVED, **told)
+
+
+@contextlib.contextmanager
+def gateway(folder: Path, replicas: Sequence[ReplicaAddress] = (), *flags: str) -> Iterator[Gateway]:
+    """In front of replicas that are there already, and ready to answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    books = Books.open(folder / "gateway.db")
+    key = books.keys.create("drill", ("infer", "metrics", "admin"))[1]
+    books.close()
+    found = Gateway(_start_gateway(folder, free_port(), flags), key, folder, flags)
+    try:
+        wait_ready(found.member, path="/livez")
+        if replicas:
+            asyncio.run(found.serve(replicas))
+            wait_until(lambda: asyncio.run(found.ready_replicas()) == len(replicas), 15.0)
+        yield found
+    finally:
+        found.member.end()
+
+
+def _start_gateway(folder: Path, port: int, flags: Sequence[str]) -> Member:
+    command = ("powerband", "gateway", f"--port={port}", f"--database={folder / 'gateway.db'}", "--log-level=warning")
+    return start((*command, *flags), f"http://127.0.0.1:{port}", folder / "gateway.log")
+
+
+@contextlib.contextmanager
+def members(found: Sequence[Member]) -> Iterator[list[Member]]:
+    """Wait until all are ready; end them and whatever was put into the list, in the end."""
+    kept = list(found)
+    try:
+        for member in kept:
+            wait_ready(member)
+        yield kept
+    finally:
+        for member in kept:
+            member.end()
+
+
+def wait_ready(member: Member, timeout_s: float = _START_S, path: str = "/readyz") -> None:
+    target = Target(base=member.url, endpoint="completions", model=SERVED)
+
+    def is_ready() -> bool:
+        assert member.process.poll() is None, member.log.read_text()[-2000:]
+        with contextlib.suppress(OSError, TimeoutError):
+            return asyncio.run(get(target, path, timeout_s=2.0)).status == 200
+        return False
+
+    wait_until(is_ready, timeout_s)
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float, pause_s: float = 0.05) -> float:
+    """Seconds that it took. Raises AssertionError when it did not become so in time."""
+    start_s = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - start_s < timeout_s, f"not within {timeout_s:.0f} s"
+        time.sleep(pause_s)
+    return time.monotonic() - start_s
+
+
+# ---- baselines
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds."""
+
+    memory_bytes: int
+    descriptors: int
+
+    @classmethod
+    def by(cls, pid: int) -> Held:
+        status = Path(f"/proc/{pid}/status").read_text()
+        resident = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+        return cls(int(resident.split()[1]) << 10, len(os.listdir(f"/proc/{pid}/fd")))
+
+
+def cpu_s(pid: int) -> float:
+    """Of all of its threads, since its start."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def gauge(url: str, name: str) -> float:
+    """Of a replica's metrics, summed over labels."""
+    page = await get(Target(base=url, endpoint="completions", model=SERVED), "/metrics")
+    lines = [line for line in page.body.decode().splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+    assert lines, f"no {name}"
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+# ---- figures
+
+
+class Figures:
+    """What a drill measured, for the table of `make drills`: one line of JSON a drill in $POWERBAND_DRILLS."""
+
+    def __init__(self, drill: str) -> None:
+        self.drill = drill
+        self.values: dict[str, str] = {}
+
+    def note(self, **values: object) -> None:
+        self.values |= {
+            name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in values.items()
+        }
+
+    def write(self, passed: bool, seconds: float) -> None:
+        path = os.environ.get("POWERBAND_DRILLS_FILE")
+        if path:
+            line = {"drill": self.drill, "passed": passed, "seconds": round(seconds, 1), "figures": self.values}
+            with Path(path).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+@functools.cache
+def minutes() -> float:
+    """Of the soak: POWERBAND_SOAK=30m; as short as it may be otherwise."""
+    text = os.environ.get("POWERBAND_SOAK", "")
+    if not text:
+        return 0.3
+    number, unit = text.rstrip("smh"), text[-1]
+    return float(number) * {"s": 1 / 60, "m": 1.0, "h": 60.0}.get(unit, 1.0)
