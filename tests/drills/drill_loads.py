@@ -26,11 +26,13 @@ class Question:
 
     prompt: str
     tokens: int
+    deadline_s: float | None = None  # to the first token
 
     @property
     def body(self) -> bytes:
         told = {"model": SERVED, "prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True}
-        return json.dumps(told | {"ignore_eos": True, "stream_options": {"include_usage": True}}).encode()
+        more = {} if self.deadline_s is None else {"deadline_s": self.deadline_s}
+        return json.dumps(told | more | {"ignore_eos": True, "stream_options": {"include_usage": True}}).encode()
 
 
 def questions(count: int = 8, tokens: int = 64) -> list[Question]:

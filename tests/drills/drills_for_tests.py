@@ -272,7 +272,7 @@ async def gauge(url: str, name: str) -> float:
 
 
 class Figures:
-    """What a drill measured, for the table of `make drills`: one line of JSON a drill in $POWERBAND_DRILLS."""
+    """What a drill measured, for the table of `make drills`: one line of JSON a drill in $DRILLS_FILE."""
 
     def __init__(self, drill: str) -> None:
         self.drill = drill
@@ -284,7 +284,7 @@ class Figures:
         }
 
     def write(self, passed: bool, seconds: float) -> None:
-        path = os.environ.get("POWERBAND_DRILLS_FILE")
+        path = os.environ.get("DRILLS_FILE")
         if path:
             line = {"drill": self.drill, "passed": passed, "seconds": round(seconds, 1), "figures": self.values}
             with Path(path).open("a") as file:
@@ -293,8 +293,8 @@ class Figures:
 
 @functools.cache
 def minutes() -> float:
-    """Of the soak: POWERBAND_SOAK=30m; as short as it may be otherwise."""
-    text = os.environ.get("POWERBAND_SOAK", "")
+    """Of the soak: DRILLS_SOAK=30m; as short as it may be otherwise."""
+    text = os.environ.get("DRILLS_SOAK", "")
     if not text:
         return 0.3
     number, unit = text.rstrip("smh"), text[-1]

@@ -1,0 +1,251 @@
+"""What happens to a gateway: more load than it can bear, its own restart, and clients that mean no good.
+
+Its replicas are scripted: they answer as fast as they are told to, so that all that is seen is the gateway's doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from drill_loads import Load, Question, Told, answers_of, ask, connected, questions, request
+from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted, wait_until
+
+from powerband.bench.messages import Target
+from powerband.bench.script import Script
+
+SLOTS, TOKENS = 4, 16
+PACED = Script(ttft_s=0.05, tpot_s=0.01, slots=SLOTS)
+CAPACITY = 2 * SLOTS / (0.05 + (TOKENS - 1) * 0.01)  # requests a second of two replicas: 40
+SLO_S = 1.0  # to the first token
+SHORT = questions(8, TOKENS)
+MINUTE = float(os.environ.get("DRILLS_OVERLOAD_S", "10"))
+
+
+def test_overload(tmp_path: Path, figures: Figures) -> None:
+    """3x overload"""
+    asked = [dataclasses.replace(one, deadline_s=SLO_S) for one in SHORT]
+
+    async def drill(service: Gateway) -> tuple[float, float, list[float], float, list[str]]:
+        peak = await _phase(service, asked, CAPACITY, MINUTE / 2)
+        over = await _phase(service, asked, 3 * CAPACITY, MINUTE)
+        refused = [told.ended_s - told.sent_s for told in over if told.failed]
+        statuses = {str(told.status) for told in over if told.failed}
+        after_s = await _time_to_normal(service, asked)
+        return _goodput(peak, MINUTE / 2), _goodput(over, MINUTE), refused, after_s, sorted(statuses)
+
+    with (
+        members([start_scripted(tmp_path, PACED) for _ in range(2)]) as replicas,
+        gateway(tmp_path / "gateway", [address(one, max_num_seqs=SLOTS) for one in replicas]) as service,
+    ):
+        peak, over, refused, after_s, statuses = asyncio.run(drill(service))
+        held = Held.by(service.pid)
+    answered = statistics.quantiles(refused, n=100)[98] if len(refused) > 1 else 0.0
+    figures.note(
+        goodput_at_capacity=peak,
+        goodput_at_3x=over,
+        kept=f"{over / peak:.0%}",
+        refused=len(refused),
+        refusal_p99_ms=1e3 * answered,
+        statuses="+".join(statuses),
+        normal_after_s=after_s,
+        gateway_mib=held.memory_bytes >> 20,
+    )
+    assert over >= 0.9 * peak
+    assert refused
+    assert set(statuses) <= {"503", "429"}
+    assert answered <= 0.1
+    assert after_s <= 5.0
+
+
+def test_restart(tmp_path: Path, figures: Figures) -> None:
+    """Gateway restart"""
+
+    async def use(service: Gateway, secret: str, count: int) -> None:
+        target = service.target(headers={"Authorization": f"Bearer {secret}"})
+        for question in SHORT[:count]:
+            assert await answers_of(target, [question])
+
+    async def usage(service: Gateway) -> tuple[int, int]:
+        shown = await service.ask("/admin/usage")
+        rows = shown["data"] if "data" in shown else shown["usage"]
+        return sum(row["requests"] for row in rows), sum(row["output_tokens"] for row in rows)
+
+    with (
+        members([start_scripted(tmp_path, Script()) for _ in range(2)]) as replicas,
+        gateway(tmp_path / "gateway", [address(one) for one in replicas]) as service,
+    ):
+        made = asyncio.run(service.post("/admin/keys", {"name": "one", "scopes": ["infer"]})).json()
+        assert isinstance(made, dict)
+        asyncio.run(use(service, made["key"], 5))
+        wait_until(lambda: asyncio.run(usage(service))[0] == 5, 5.0)
+        before = asyncio.run(usage(service)), asyncio.run(service.ask("/admin/routes"))["routes"]
+        pids = [one.pid for one in replicas]
+        start_s = time.monotonic()
+        service.restart()
+        wait_until(lambda: asyncio.run(service.ready_replicas()) == 2, 10.0)
+        back_s = time.monotonic() - start_s
+        assert (asyncio.run(usage(service)), asyncio.run(service.ask("/admin/routes"))["routes"]) == before
+        asyncio.run(use(service, made["key"], 2))
+        wait_until(lambda: asyncio.run(usage(service)) == (7, 7 * TOKENS), 5.0)
+        assert [one.pid for one in replicas if one.process.poll() is None] == pids
+    figures.note(ready_again_s=back_s, usage_rows_kept=7, replicas_touched=0)
+    assert back_s < 5.0
+
+
+@pytest.mark.parametrize("streams", [200])
+def test_slow_readers(tmp_path: Path, figures: Figures, streams: int) -> None:
+    """Slow readers"""
+    # Each asks for 24 MB and reads nothing: only what fits into buffers may be taken from the replica.
+    long = Script(tokens_per_chunk=64, slots=0)
+
+    async def drill(service: Gateway) -> tuple[int, list[Told]]:
+        before = Held.by(service.pid).memory_bytes
+        target, body = service.target(), Question("a b", 60_000).body
+        connections = []
+        for _ in range(streams):
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.member.port, limit=1024)
+            connections.append((reader, writer))
+            writer.write(request(target, target.path, body))
+        await asyncio.sleep(2.0)
+        async with Load(target, SHORT, rate=50) as load:
+            await asyncio.sleep(3.0)
+        grown = Held.by(service.pid).memory_bytes - before
+        for _, writer in connections:
+            writer.transport.abort()
+        return grown, load.told
+
+    with (
+        members([start_scripted(tmp_path, long)]) as replicas,
+        gateway(tmp_path / "gateway", [address(replicas[0], max_num_seqs=1000)]) as service,
+    ):
+        grown, told = asyncio.run(drill(service))
+        figures.note(
+            streams=streams, kib_each=grown / streams / 1024, others_p99_ms=1e3 * _p99(told), failed=_failed(told)
+        )
+        assert not _failed(told)
+        assert _p99(told) < 0.5
+        assert grown / streams < 1 << 20
+
+
+def test_hostile_clients(tmp_path: Path, figures: Figures) -> None:
+    """Half-open sockets, malformed bodies, 100 MB bodies"""
+
+    async def drill(service: Gateway) -> tuple[int, int, set[int], list[Told]]:
+        target, before = service.target(), Held.by(service.pid)
+        async with Load(target, SHORT, rate=50) as load:
+            half = await _half_open(service, 500)
+            statuses = await _malformed(target)
+            statuses |= {await _huge(service) for _ in range(8)}
+            await asyncio.sleep(1.0)
+        peak = Held.by(service.pid).memory_bytes
+        for writer in half:
+            writer.close()
+        wait_until_async = time.monotonic() + 15.0
+        while Held.by(service.pid).descriptors > before.descriptors + 5 and time.monotonic() < wait_until_async:
+            await asyncio.sleep(0.1)
+        left = Held.by(service.pid).descriptors - before.descriptors
+        return peak - before.memory_bytes, left, statuses, load.told
+
+    with (
+        members([start_scripted(tmp_path, Script())]) as replicas,
+        gateway(tmp_path / "gateway", [address(replicas[0], max_num_seqs=100)]) as service,
+    ):
+        asyncio.run(answers_of(service.target(), SHORT[:4]))
+        grown, left, statuses, told = asyncio.run(drill(service))
+        figures.note(
+            grown_mib=grown / 2**20,
+            sockets_left=left,
+            statuses="+".join(map(str, sorted(statuses))),
+            others_p99_ms=1e3 * _p99(told),
+            failed=_failed(told),
+        )
+        assert not _failed(told)
+        assert _p99(told) < 0.5
+        assert statuses <= {400, 404, 405, 413, 415, 422}
+        assert grown < 64 << 20
+        assert left <= 5
+
+
+async def _phase(service: Gateway, asked: Sequence[Question], rate: float, seconds: float) -> list[Told]:
+    async with Load(service.target(), asked, rate) as load:
+        await asyncio.sleep(seconds)
+    return load.told
+
+
+async def _time_to_normal(service: Gateway, asked: Sequence[Question]) -> float:
+    """Seconds until ten requests in a row, at half the capacity, are answered as if nothing had been."""
+    start_s = time.monotonic()
+    async with Load(service.target(), asked, CAPACITY / 2) as load:
+        while time.monotonic() - start_s < 10.0:
+            await asyncio.sleep(0.1)
+            ended = [told for told in load.told if told.ended_s]
+            for first in range(len(ended) - 9):
+                if all(not told.failed and told.ttft_s < 0.3 for told in ended[first : first + 10]):
+                    return ended[first].sent_s - start_s
+    return float("inf")
+
+
+def _goodput(told: Sequence[Told], seconds: float) -> float:
+    return sum(not one.failed and one.ttft_s <= SLO_S for one in told) / seconds
+
+
+def _failed(told: Sequence[Told]) -> int:
+    return sum(one.failed for one in told)
+
+
+def _p99(told: Sequence[Told]) -> float:
+    return statistics.quantiles([one.ttft_s for one in told], n=100)[98]
+
+
+async def _half_open(service: Gateway, count: int) -> list[asyncio.StreamWriter]:
+    """Connections that say a part of a request and then no more."""
+    found = []
+    for number in range(count):
+        _, writer = await asyncio.open_connection("127.0.0.1", service.member.port)
+        heads = (b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+        writer.write(heads[number % 3])
+        found.append(writer)
+    return found
+
+
+async def _malformed(target: Target) -> set[int]:
+    bodies = (
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"model":7}',
+        b'{"prompt":' + b"[" * 10_000,
+        b'{"model":"none","prompt":"a"}',
+    )
+    found = set()
+    for body in bodies * 5:
+        found.add((await ask(target, "POST", target.path, body)).status)
+    return found
+
+
+async def _huge(service: Gateway) -> int:
+    """A body of 100 MB, as far as it is taken."""
+    target, piece = service.target(), b"x" * (1 << 20)
+    async with connected(target) as connection:
+        head = request(target, target.path, b"").replace(b"Content-Length: 0", b"Content-Length: 104857600")
+        answer, done = connection.exchange(head)
+        transport = connection._transport
+        assert transport is not None
+        for _ in range(100):
+            if done.done() or transport.is_closing():
+                break
+            transport.write(piece)
+            while transport.get_write_buffer_size() > 2 << 20 and not done.done():
+                await asyncio.sleep(0.001)
+        with contextlib.suppress(TimeoutError, OSError):
+            await asyncio.wait_for(done, 5.0)
+    return answer.status
