@@ -47,6 +47,7 @@ class Told:
     question: Question
     sent_s: float
     status: int = 0
+    code: str = ""  # of an error
     reading: Reading = field(default_factory=Reading)
     ended_s: float = 0.0
 
@@ -107,6 +108,9 @@ class Load:
         except (OSError, TimeoutError) as problem:
             answer.problem = answer.problem or f"{type(problem).__name__}: {problem}"
         told.ended_s, told.status = time.monotonic(), answer.status
+        if answer.status >= 400:
+            with contextlib.suppress(msgspec.MsgspecError, TypeError, KeyError):
+                told.code = str(msgspec.json.decode(answer.body())["error"]["code"])
         told.reading = read_answer(answer)
 
     @property
