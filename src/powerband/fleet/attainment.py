@@ -18,6 +18,7 @@ from powerband.spec.slo import SLO
 WINDOWS_S = (60, 300, 3600)
 _KEPT_S = 2 * 3600
 _SURE = 0.999
+_NOW_S = 60
 _SMALLEST_BUDGET = 0.001  # a promise of all requests has a budget, too, or one miss would be an alert
 
 
@@ -100,6 +101,8 @@ class Attainment:
             long, short = self.over(now_s, pair.long_s), self.over(now_s, pair.short_s)
             most = 1 - min(pair.burn * self.budget, 0.9)  # attainment; of a promise of half the requests, a burn of 1.8
             if any(share.attainment is None or share.attainment > most for share in (long, short)):
+                continue
+            if (self.burn(now_s, min(pair.short_s, _NOW_S)) or 0.0) < 1:  # it is over
                 continue
             if wilson(long.good, long.total, _SURE)[1] < 1 - self.budget:
                 return pair

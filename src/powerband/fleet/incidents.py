@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -29,6 +29,7 @@ Kind = Literal["promise", "replica", "model", "host", "gateway"]
 Cause = Literal[
     "hang", "errors", "down", "slow_replica", "leak", "load", "cache", "mix", "memory", "host", "model", "unknown"
 ]
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 ActionKind = Literal["none", "add_replica", "eject_replica", "restart_replica", "replan"]
 
 
@@ -191,8 +192,8 @@ def read_incidents(path: Path) -> tuple[Incident, ...]:
 
 
 def _renewed(incident: Incident, finding: Finding, now_s: float) -> Incident:
-    """With what is found now. A cause that was known stays when no other one is found."""
-    keeps = finding.cause == "unknown" and incident.cause != "unknown"
+    """With what is found now. A cause stays until a likelier one is found: in the end, many things look strange."""
+    keeps = CAUSES.index(finding.cause) > CAUSES.index(incident.cause)
     return replace(
         incident,
         seen_at=now_s,

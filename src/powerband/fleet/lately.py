@@ -92,11 +92,11 @@ class Lately:
         return max(ended + growth, 0), clock_s - first_s
 
     def failures(self, clock_s: float, window_s: float) -> tuple[Counter[str], Counter[str]]:
-        """By replica: times that it failed a request, and times that it had one."""
+        """By replica: requests that it failed, and requests that it had."""
         failed: Counter[str] = Counter()
         had: Counter[str] = Counter()
         for seen in self.within(clock_s, window_s):
-            failed.update(seen.failed)
+            failed.update(set(seen.failed))
             had.update({*seen.failed, *([seen.replica] if seen.replica else [])})
         return failed, had
 

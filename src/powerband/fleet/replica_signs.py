@@ -77,7 +77,8 @@ def _away(scene: Scene) -> Iterator[Finding]:
                 kind="replica",
                 subject=replica.id,
                 cause="hang" if last == "hung" else "down",
-                what=f"Replica {replica.id} has been {replica.state} for {away_s:.0f} s.",
+                what=f"Replica {replica.id} {'hung and ' if last == 'hung' else ''}has been {replica.state} for "
+                f"{away_s:.0f} s.",
                 evidence={"state": replica.state, "away_s": away_s, "last_error": last},
                 action="restart_replica",
                 advice="Look at its log; restart it.",

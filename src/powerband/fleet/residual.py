@@ -27,7 +27,7 @@ _UNSEEN_S = 600.0  # after which a finding without news is dropped
 @dataclass(slots=True)
 class Cusum:
     """Two-sided cumulative sum (Page 1954). It is set off above `threshold`; it is over when two residuals in a row
-    are within the slack again.
+    are within the slack again. size: mean of the residuals above the slack since it last was at 0.
     """
 
     slack: float = SLACK
@@ -36,20 +36,23 @@ class Cusum:
     down: float = 0.0
     is_up: bool = False
     is_down: bool = False
-    last: float = 0.0
+    size: float = 0.0
+    _count: int = 0
     _calm: int = 0
 
     def push(self, residual: float) -> None:
         most = 2 * self.threshold
+        if self.up == 0.0:
+            self._count, self.size = 0, 0.0
+        if residual > self.slack:
+            self._count += 1
+            self.size += (residual - self.size) / self._count
         self.up = min(max(self.up + residual - self.slack, 0.0), most)
         self.down = min(max(self.down - residual - self.slack, 0.0), most)
         self._calm = self._calm + 1 if abs(residual) <= self.slack else 0
-        self.last = residual
-        self.is_up = self.up > self.threshold or (self.is_up and self._calm < 2)
-        self.is_down = self.down > self.threshold or (self.is_down and self._calm < 2)
-        if self._calm >= 2 and not (self.is_up or self.is_down):
-            self.up = self.down = 0.0
-        elif self._calm >= 2:
+        self.is_up = self.is_up or self.up > self.threshold
+        self.is_down = self.is_down or self.down > self.threshold
+        if self._calm >= 2 and (self.is_up or self.is_down):
             self.is_up = self.is_down = False
             self.up = self.down = 0.0
 
@@ -113,14 +116,13 @@ class Residuals:
         for kept, beside in ((self._among, "its peers"), (self._own, "the model")):
             for replica, (cusum, fed_s) in kept.items():
                 if cusum.is_up and now_s - fed_s < _UNSEEN_S:
-                    ratio = self.latest.get(replica, 1.0) if beside == "the model" else math.exp(cusum.last)
-                    found[replica] = Slow(replica, ratio, beside)
+                    found[replica] = Slow(replica, math.exp(cusum.size), beside)
         return list(found.values())
 
     def model(self, now_s: float) -> float | None:
         """How many times as long all replicas' steps take as predicted, when that is a change for the worse."""
         is_told = self._all.is_up and now_s - self._all_s < _UNSEEN_S
-        return math.exp(self._all.last) if is_told else None
+        return math.exp(self._all.size) if is_told else None
 
     def _judge_steps(self, now_s: float) -> None:
         residuals = {}

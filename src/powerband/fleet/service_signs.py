@@ -13,6 +13,7 @@ from powerband.metrics.record import Outcome
 _GATEWAY_AWAY_S = 5.0
 _MARGIN = 1.1  # of the plan's rate
 _FEWEST_S = 10.0
+_FEWEST_ANSWERS = 20
 _CACHE_LOST = 0.6  # of the usual share of prompts that was cached
 _CACHE_MATTERS = 0.1
 _MIX_CHANGED = 1.5
@@ -118,6 +119,8 @@ def _by_cache(scene: Scene) -> _Why | None:
 def _by_mix(scene: Scene) -> _Why | None:
     told = scene.lately.figures(scene.clock_s, RECENT_S)
     changed: dict[str, float | str] = {}
+    if told["answered"] < _FEWEST_ANSWERS:
+        return None
     for name in ("prompt_tokens", "output_tokens"):
         usual = scene.usual.get(name, 0.0)
         if usual > 0 and told.get(name, 0.0) > _MIX_CHANGED * usual:
