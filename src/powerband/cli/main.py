@@ -33,6 +33,7 @@ COMMANDS = {
     "drain": "powerband.cli.drain:drain",
     "logs": "powerband.cli.logs:logs",
     "status": "powerband.cli.status:status",
+    "incidents": "powerband.cli.incidents:incidents",
     "remove": "powerband.cli.remove:remove",
     "simulate": "powerband.cli.simulate:simulate",
     "calibrate": "powerband.cli.calibrate:calibrate",
