@@ -71,7 +71,7 @@ class Webhook:
         """Send what waits, as far as that goes without waiting between tries."""
         self._ended.set()
         try:
-            self._waiting.put_nowait(None)
+            self._waiting.put(None, timeout=timeout_s)
         except queue.Full:
             return
         self._thread.join(timeout_s)
