@@ -16,6 +16,7 @@ from powerband.gateway.routes import ModelRoute, ReplicaAddress
 SPARE = 2  # may wait at a replica
 LONGEST_WAIT_S = 20.0
 TICK_S = 0.05
+BUSY_S = 0.5
 SHORT = 100  # tokens; longer prompts do not go to replicas of the short lane
 REFUSALS = (PoolFull, DeadlineInfeasible, Expired, NoReplica)
 
@@ -51,6 +52,9 @@ class Known:
     was_up: bool = False
     bad: int = 0
     good: int = 0
+    changed_s: float = 0.0
+    falls: int = 0  # with less than a minute between them
+    out_until_s: float = 0.0
 
 
 @dataclass
@@ -65,6 +69,7 @@ class World:
     count: int = 0
     grants: int = 0
     refused: dict[str, int] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)  # replicas that refused one: until then they get nothing
 
     def __post_init__(self) -> None:
         options = PoolOptions(
@@ -105,6 +110,8 @@ class World:
         lease.close(outcome, output_tokens=self.rng.randrange(asked.request.output_tokens + 1))  # type: ignore[arg-type]  # as above
         if self.rng.random() < 0.2:
             lease.close("failed")  # a second time is none
+        if outcome == "refused":
+            self.busy[lease.replica.id] = self.loop.time() + BUSY_S
         if outcome == "failed" and self.pool.may_retry(lease):
             await self.ask(asked, avoid=(*asked.avoid, lease.replica.id))
 
@@ -134,17 +141,22 @@ class World:
         self.route(*addresses)
 
     def probe(self, name: str, is_good: bool) -> None:
-        member, known = next(m for m in self.pool.members if m.id == name), self.known[name]
+        member, known, now_s = next(m for m in self.pool.members if m.id == name), self.known[name], self.loop.time()
         if is_good:
             known.bad, known.good = 0, known.good + 1
-            if known.good >= 2 or not known.was_up:
-                known.is_up = known.was_up = True
-            if member.probed_well(self.loop.time()):
+            is_well = known.good >= 2 and now_s >= known.out_until_s
+            if not known.is_up and (is_well or not known.was_up):
+                known.is_up, known.was_up, known.changed_s = True, True, now_s
+            if member.probed_well(now_s):
                 self.pool.changed(member)
         else:
             known.bad, known.good = known.bad + 1, 0
-            known.is_up = known.is_up and known.bad < 2
-            if member.probed_badly(self.loop.time(), "http_503"):
+            if known.is_up and known.bad == 2:
+                known.falls = known.falls + 1 if now_s - known.changed_s <= 60 else 1
+                if known.falls > 1:
+                    known.out_until_s = now_s + min(5 * 2 ** (known.falls - 2), 60)
+                known.is_up, known.changed_s = False, now_s
+            if member.probed_badly(now_s, "http_503"):
                 self.pool.changed(member)
         assert member.is_ready == known.is_up, f"{name} is judged wrongly"
 
@@ -224,6 +236,7 @@ class World:
         assert known is not None, "a replica that is gone"
         assert known.is_up, "a replica that is not ready"
         assert not known.address.draining, "a replica that drains"
+        assert self.loop.time() >= self.busy.get(lease.replica.id, 0.0), "a replica that has just refused one"
         limit = lease.replica.longest_prompt
         assert limit is None or asked.request.prompt_tokens <= limit or not self.serves_long(), "too long for it"
         if lease.replica.id in asked.avoid:
@@ -268,13 +281,15 @@ class World:
             assert now_s - asked.at_s <= LONGEST_WAIT_S + TICK_S, "it waits too long"
             if asked.request.deadline_s is not None and not asked.avoid:
                 assert now_s <= asked.request.deadline_s + TICK_S, "it waits past its deadline"
-            if not asked.avoid:
-                for known in self.lane(asked):
-                    member = members[known.address.id]
-                    is_idle = len(member.stays) < member.limit and now_s >= member.busy_until_s
-                    assert not (is_idle and member.breaker.is_closed), "it waits though there is a place"
-        open_now = [m for m in members.values() if not m.breaker.is_closed and now_s < m.breaker.open_until_s]
-        assert not any(len(m.stays) and m.breaker.is_closed for m in open_now)
+            behind = asked.avoid and any(
+                a.avoid and a.flow == asked.flow and a.number < asked.number for a in self.waiting
+            )
+            for known in self.lane(asked):
+                if behind or known.address.id in asked.avoid:
+                    continue
+                member = members[known.address.id]
+                is_idle = len(member.stays) < member.limit and now_s >= self.busy.get(member.id, 0.0)
+                assert not (is_idle and member.breaker.is_closed), "it waits though there is a place"
 
     async def end(self) -> None:
         for asked in list(self.waiting):

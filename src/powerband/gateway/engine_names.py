@@ -6,6 +6,7 @@ is judged by its probe and by the bytes that come from it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from powerband.spec.deployment import EngineName
@@ -77,16 +78,22 @@ def read_load(page: bytes, names: EngineNames) -> Load:
 
 def _total(page: bytes, name: bytes) -> float | None:
     total: float | None = None
-    at = 0 if page.startswith(name) else page.find(b"\n" + name) + 1
-    while at or (total is None and page.startswith(name)):
+    line_start = b"\n" + name
+    at = 0 if page.startswith(name) else _after_break(page, line_start, 0)
+    while at >= 0:
         end = page.find(b"\n", at)
         line = page[at : end if end >= 0 else len(page)]
         if line[len(name) : len(name) + 1] in (b"{", b" "):
             try:
-                value = float(line.rpartition(b"}")[2].split()[0] if b"}" in line else line.split()[1])
+                value = float(line[len(name) :].rpartition(b"}")[2].split()[0])
             except (IndexError, ValueError):
                 return total
-            if value == value and abs(value) < 1e18:  # no NaN, nothing that is no count
+            if math.isfinite(value):
                 total = value + (total or 0.0)
-        at = page.find(b"\n" + name, at + 1) + 1 if end >= 0 else 0
+        at = _after_break(page, line_start, at)
     return total
+
+
+def _after_break(page: bytes, line_start: bytes, at: int) -> int:
+    found = page.find(line_start, at)
+    return found + 1 if found >= 0 else -1

@@ -125,7 +125,7 @@ class Prober:
                 if member.restarts not in (None, restarts):
                     self._pool.restarted(member)
                 member.restarts = restarts
-        if member.probed_well(self._pool.clock()):
+        if member.probed_well(self._pool.clock(), is_needed=not self._pool.is_ready):
             logger.info("replica %s is ready", member.id)
             self._pool.changed(member)
 

@@ -63,6 +63,8 @@ class Member:
         self.restarts: int | None = None
         self.errors: deque[str] = deque(maxlen=5)
         self._bad, self._good = 0, 0
+        self._falls = 0  # without a good while between them
+        self._out_until_s = 0.0
         self._crowded = 0
 
     @property
@@ -95,11 +97,12 @@ class Member:
 
     # What probes say.
 
-    def probed_well(self, now_s: float) -> bool:
-        """Whether that makes it ready."""
+    def probed_well(self, now_s: float, *, is_needed: bool = False) -> bool:
+        """Whether that makes it ready. is_needed: there is no other, so that one which comes and goes is better."""
         self._bad = 0
         self._good += 1
-        if self.is_ready or (self.was_ready and self._good < self.options.rise):
+        is_early = now_s < self._out_until_s and not is_needed
+        if self.is_ready or (self.was_ready and (self._good < self.options.rise or is_early)):
             return False
         self.is_ready = self.was_ready = True
         self.since_s = now_s
@@ -115,6 +118,10 @@ class Member:
         if self._bad < self.options.fall:
             return False
         self.is_ready = False
+        self._falls = 1 if now_s - self.since_s > self.options.longest_eject_s else self._falls + 1
+        if self._falls > 1:  # the first time it may be back as soon as it is well
+            out_s = self.options.eject_s * 2.0 ** min(self._falls - 2, 16)
+            self._out_until_s = now_s + min(out_s, self.options.longest_eject_s)
         self.since_s = now_s
         return True
 
@@ -180,7 +187,7 @@ class Member:
             waiting=load.waiting or 0,
             kv_usage=load.kv_usage,
             silent_s=now_s - max(stay.bytes_s for stay in self.stays) if self.stays else 0.0,
-            ejected_for_s=0.0 if self.breaker.is_closed else max(self.breaker.open_until_s - now_s, 0.0),
+            ejected_for_s=max(self._out_until_s - now_s, self.breaker.open_until_s - now_s, 0.0),
             ejections=self.breaker.ejections,
             last_errors=tuple(self.errors),
         )

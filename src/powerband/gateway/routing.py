@@ -16,7 +16,7 @@ come and go, are full or at fault, and have names; that is why this is not the s
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from powerband.gateway.member import Member
@@ -26,7 +26,7 @@ from powerband.gateway.request import GatewayRequest
 
 MOST_OF_MEAN = 1.5
 _LOAD_WEIGHT = 0.5  # a mean load more is worth half a prompt in the cache
-_SMALL_SHARE = 0.125  # of its seats taken by such requests: less than that on every replica is no load worth balancing
+_SMALL_SHARE = 0.125  # of a replica's seats: less than that taken on each is no load worth balancing
 
 
 class Router(Protocol):
@@ -136,6 +136,16 @@ def _session(request: GatewayRequest) -> str:
     return f"{request.tenant} {request.session}"
 
 
+def _loads(request: GatewayRequest, serving: Sequence[Member]) -> Callable[[Member], float]:
+    """Of a replica in means: of the tokens before it, or of the requests it has, whichever is more."""
+    count = len(serving)
+    mean_tokens = sum(member.outstanding for member in serving) / count
+    mean_requests = sum(len(member.stays) for member in serving) / count
+    tokens = max(mean_tokens, request.prompt_tokens + request.output_tokens)
+    requests = max(mean_requests, serving[0].address.max_num_seqs * _SMALL_SHARE)
+    return lambda member: max(member.outstanding / tokens, len(member.stays) / requests)
+
+
 class PrefixAware(LeastOutstanding):
     """Cached share of the prompt less half the load in means, among those with at most 1.5 times the mean load."""
 
@@ -149,17 +159,14 @@ class PrefixAware(LeastOutstanding):
         keys = request.prefix_keys
         if not keys or len(serving) == 1:
             return super().choose(request, free, serving)
-        mean = sum(member.outstanding for member in serving) / len(serving)
-        seats = min(member.address.max_num_seqs for member in serving)
-        usual = max(mean, (request.prompt_tokens + request.output_tokens) * seats * _SMALL_SHARE)
+        load = _loads(request, serving)
         chosen = super().choose(request, free, serving)
-        best_score = self._index.share(chosen.id, keys) - _LOAD_WEIGHT * chosen.outstanding / usual
+        best_score = self._index.share(chosen.id, keys) - _LOAD_WEIGHT * load(chosen)
         for member in free:
-            if member is not chosen and member.outstanding <= MOST_OF_MEAN * usual:
+            if member is not chosen and (own_load := load(member)) <= MOST_OF_MEAN:
                 share = self._index.share(member.id, keys)
-                score = share - _LOAD_WEIGHT * member.outstanding / usual
-                if share and score > best_score:
-                    chosen, best_score = member, score
+                if share and share - _LOAD_WEIGHT * own_load > best_score:
+                    chosen, best_score = member, share - _LOAD_WEIGHT * own_load
         return chosen
 
     def suits(self, request: GatewayRequest, member: Member) -> float:
