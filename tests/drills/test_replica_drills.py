@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-import pytest
 from drill_loads import Load, Question, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, Member, address, gateway, gauge, members, start_demo
 
@@ -41,7 +40,6 @@ def test_sigkill(tmp_path: Path, figures: Figures) -> None:
     assert resumed >= 1
 
 
-@pytest.mark.xfail(reason="a request whose head has not come waits for its time-out", strict=False)
 def test_sigstop(tmp_path: Path, figures: Figures) -> None:
     """SIGSTOP a replica"""
     away_s = 0.0
