@@ -55,6 +55,7 @@ def make_server(app: ASGIApp) -> HttpServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=75,  # longer than most proxies keep an idle connection
             timeout_graceful_shutdown=1,
         )
