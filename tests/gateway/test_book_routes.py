@@ -44,7 +44,8 @@ class Service:
     def finish(self, id: str, tenant: str) -> None:
         request = GatewayRequest(id=id, endpoint="chat", model="demo", tenant=tenant)
         record = RequestRecord(scheduled_s=0.0, sent_s=0.0, prompt_tokens=10, output_tokens=5)
-        self.books.ledger.note(Finished(request=request, record=record, status=200, ended_at=time.time(), cost_usd=0.5))
+        told = Finished(request=request, record=record, status=200, ended_at=time.time(), replicas=("r",), cost_usd=0.5)
+        self.books.ledger.note(told)
 
 
 @pytest.fixture

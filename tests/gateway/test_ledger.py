@@ -55,6 +55,7 @@ def finished(
         record=record,
         status=status,
         ended_at=time.time() - ago_s,
+        replicas=("r1",),
         cost_usd=values.pop("cost_usd", 0.25),
     )
 
@@ -164,7 +165,9 @@ def test_a_full_disk_keeps_sums_when_it_can_keep_no_rows(path: Path, monkeypatch
     eventually(lambda: books.figures().failing_s > 0)
     full.clear()
     written(books)
-    assert books.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()) == (50,)
+    assert books.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()) == (
+        52,
+    )  # and a sum for each key
     [everything] = rows(books, ago_s=30 * DAY_S)
     assert (everything.requests, everything.cost_usd) == (120, 30.0)
     books.close()
@@ -183,3 +186,40 @@ def test_noting_costs_the_event_loop_next_to_nothing(books: Books) -> None:
     for one in made:
         books.ledger.note(one)
     assert (time.thread_time() - start_s) / len(made) < 100e-6
+
+
+def test_refusals_are_summed_and_fill_no_disk(books: Books) -> None:
+    for index in range(1000):
+        refused = finished(f"r{index}", outcome=Outcome.REFUSED, cost_usd=0.0)
+        refused.replicas, refused.status, refused.error = (), 429, "requests_limit"
+        books.ledger.note(refused)
+    books.ledger.note(finished("left", outcome=Outcome.ABORTED))
+    written(books)
+    for ago_s in (60, 30 * DAY_S):
+        [everything] = rows(books, ago_s=ago_s)
+        assert (everything.requests, everything.refused, everything.errors) == (1001, 1000, 0)
+    assert books.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()[0]) < 100
+
+
+def test_books_of_the_first_version_go_on(path: Path) -> None:
+    with sqlite3.connect(path) as old:
+        for sql in (
+            "CREATE TABLE usage (id INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, ended_at REAL, key_id TEXT, "
+            "model TEXT, endpoint TEXT, prompt_tokens INTEGER, cached_tokens INTEGER, output_tokens INTEGER, "
+            "queue_s REAL, ttft_s REAL, e2e_s REAL, status INTEGER, outcome TEXT, error TEXT, replica TEXT, "
+            "cost_usd REAL)",
+            "CREATE TABLE daily (day TEXT, key_id TEXT, model TEXT, requests INTEGER, errors INTEGER, "
+            "prompt_tokens INTEGER, cached_tokens INTEGER, output_tokens INTEGER, cost_usd REAL, "
+            "PRIMARY KEY (day, key_id, model)) WITHOUT ROWID",
+            "INSERT INTO daily VALUES ('2026-11-01', 'key_1', 'demo', 5, 1, 10, 0, 10, 2.5)",
+            "CREATE TRIGGER usage_to_daily AFTER INSERT ON usage BEGIN SELECT 1; END",
+            "PRAGMA user_version = 1",
+        ):
+            old.execute(sql)
+    books = Books.open(path)
+    books.ledger.note(finished("new"))
+    written(books)
+    now = time.time()
+    [everything] = books.store.read(lambda connection: report(connection, (), 0.0, now))
+    assert (everything.requests, everything.errors, everything.cost_usd) == (6, 1, 2.75)
+    books.close()

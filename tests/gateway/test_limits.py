@@ -52,6 +52,7 @@ def request(prompt: int = 1, output: int = 0, model: str = "demo") -> GatewayReq
 class Admitted:
     at: float
     reservation: Reservation
+    prompt: int
     tokens: int
     usd: float
     running: bool = True
@@ -108,7 +109,8 @@ def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[t
                 one.reservation.cancel()
             else:
                 one.tokens, one.usd = math.floor(one.tokens * second), one.usd * second
-                one.reservation.settle(one.tokens, 0, 0, one.usd)
+                prompt = min(one.tokens, one.prompt)
+                one.reservation.settle(prompt, 0, one.tokens - prompt, one.usd)
         assert limits.used(key)["running"] == len(oracle.running())
     for one in oracle.running():
         one.reservation.cancel()
@@ -121,7 +123,7 @@ def ask(oracle: Oracle, limits: Limits, clock: Clock, key: Key, prompt: int, out
     except LimitReached as error:
         refused_with_reason(oracle, limits, clock, key, error, tokens, usd)
         return
-    oracle.admitted.append(Admitted(clock.now, reservation, tokens, usd))
+    oracle.admitted.append(Admitted(clock.now, reservation, prompt, tokens, usd))
     assert oracle.requests(clock.now - 60) <= 7
     assert oracle.tokens(clock.now - 60) <= 200
     assert len(oracle.running()) <= 3
@@ -190,11 +192,41 @@ def test_a_hundred_at_once_do_not_slip_past() -> None:
 def test_more_than_estimated_delays_what_comes_later() -> None:
     clock = Clock()
     limits, key = limits_at(clock), key_with(tokens_per_min=100)
-    limits.reserve(key, request(10, 10)).settle(90, 0, 10, 0.0)
+    limits.reserve(key, request(10, 10)).settle(10, 0, 90, 0.0)
     with pytest.raises(LimitReached, match="100 tokens a minute; 100 are taken, 1 asked") as caught:
         limits.reserve(key, request(1))
     clock.pass_s(caught.value.retry_after_s or 0)
     limits.reserve(key, request(1)).cancel()
+
+
+def test_output_beyond_what_was_taken_counts_while_it_comes() -> None:
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=100)
+    running = limits.reserve(key, request(10, 10))
+    running.produced(5)
+    assert limits.used(key)["tokens_last_min"] == 20
+    running.produced(85)
+    assert limits.used(key)["tokens_last_min"] == 95
+    assert refusal(limits, key, request(10)) == "tokens_limit"
+    running.settle(10, 0, 85, 0.0)
+    assert limits.used(key)["tokens_last_min"] == 95
+
+
+def test_prompts_that_are_denser_than_estimated_are_known_after_the_first() -> None:
+    """Else a crowd of digits or of Chinese could take several times its limit in each minute."""
+    clock = Clock()
+    limits, key = limits_at(clock), key_with(tokens_per_min=1000)
+    limits.reserve(key, request(100)).settle(300, 0, 0, 0.0)
+    running = limits.reserve(key, request(100))
+    assert limits.used(key)["tokens_last_min"] == 600
+    running.settle(300, 0, 0, 0.0)
+    clock.pass_s(61)
+    limits.reserve(key, request(390)).cancel()  # as dense it would take 1170: as much as there is
+    for _ in range(100):
+        limits.reserve(key, request(1)).settle(1, 0, 0, 0.0)
+    before = limits.used(key)["tokens_last_min"]
+    running = limits.reserve(key, request(100))
+    assert limits.used(key)["tokens_last_min"] - before < 110
+    running.cancel()
 
 
 def test_what_ends_after_its_minute_changes_nothing_any_more() -> None:

@@ -18,7 +18,7 @@ from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 
 _PAGE = 1000
-_COLUMNS = ("requests", "errors", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
+_COLUMNS = ("requests", "errors", "refused", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
 _LATER_COLUMNS = ("ttft_p50_s", "ttft_p95_s", "score", "scored")
 
 
@@ -89,7 +89,7 @@ def _write_csv(path: Path, found: dict[str, Any]) -> None:
 
 
 def _headings(by: list[str]) -> list[str]:
-    figures = ("requests", "errors", "prompt", "cached", "output", "TTFT p50", "p95", "USD", "score")
+    figures = ("requests", "errors", "refused", "prompt", "cached", "output", "TTFT p50", "p95", "USD", "score")
     return [*(by or [""]), *figures]
 
 
@@ -102,6 +102,7 @@ def _row(by: list[str], row: dict[str, Any]) -> list[str]:
         *names,
         f"{row['requests']:,}",
         f"{row['errors']:,}",
+        f"{row['refused']:,}",
         f"{row['prompt_tokens']:,}",
         f"{cached:.0%}",
         f"{row['output_tokens']:,}",

@@ -90,7 +90,7 @@ class Generation(Response):
         self._trip = Trip(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
         self._story = Story(intake, served.route.name, keeps_text=books.content.on)
         self._reservation: Reservation | None = None
-        self._status = 0
+        self._status = 500
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
@@ -114,8 +114,10 @@ class Generation(Response):
             raise
         finally:
             departure.close()
-            self._finish()
-            self._gateway.end()
+            try:
+                self._finish()
+            finally:
+                self._gateway.end()
 
     # ---- whole answers
 
@@ -215,6 +217,8 @@ class Generation(Response):
                     told += story.tell(data, now_s)
             except UpstreamFailure as found:  # what came before it counts, and so has to be told
                 problem = found
+            if story.num_tokens > self._request.output_tokens and self._reservation is not None:
+                self._reservation.produced(story.num_tokens)
             if story.num_tokens and not had_tokens:
                 trip.first_token(len(story.prompt_ids) or None)
             if told:
@@ -256,7 +260,7 @@ class Generation(Response):
     # ---- the books
 
     def _reserve(self) -> None:
-        request = self._request
+        request, self._key = self._request, self._key and self._books.keys.current(self._key)
         most_usd = cost_usd(self._served.route, request.prompt_tokens, request.output_tokens)
         self._reservation = self._books.limits.reserve(self._key, request, most_usd)
 
@@ -284,7 +288,10 @@ class Generation(Response):
         usd = cost_usd(self._served.route, prompt_tokens, output_tokens)
         if self._reservation is not None:
             if trip.replicas:
-                self._reservation.settle(prompt_tokens, cached_tokens, output_tokens, usd)
+                # Who leaves before a replica has counted its prompt has made it work all the same.
+                left = self._outcome is Outcome.ABORTED
+                counted = prompt_tokens or (self._request.prompt_tokens if left else 0)
+                self._reservation.settle(counted, cached_tokens, output_tokens, usd)
             else:
                 self._reservation.cancel()
         request = self._request

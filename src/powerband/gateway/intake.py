@@ -109,7 +109,7 @@ class Intake:
             model=model,
             tenant=tenant,
             prompt_tokens=self.prompt_tokens,
-            output_tokens=limit * self.num_choices,
+            output_tokens=limit * self.num_prompts * max(asked.n or 1, asked.best_of or 1),
             stream=self.is_stream,
             priority=asked.priority or 0,
             arrival_s=now_s,

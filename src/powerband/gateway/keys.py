@@ -98,7 +98,11 @@ class Keys:
         same = hmac.compare_digest(digest, self._digests.get(id, _NO_DIGEST))
         if not same or len(values) > 1 or len(secret) > _LONGEST or scheme.lower() != b"bearer":
             raise self._wrong("invalid_api_key", "The API key is wrong.")
-        key = self._keys[id]
+        return self.current(self._keys[id])
+
+    def current(self, key: Key) -> Key:
+        """As it is now; a request may have been long on its way. Raises HttpError 401 when it is valid no more."""
+        key = self._keys[key.id]
         if self.is_valid(key):
             return key
         if key.revoked_at is not None:

@@ -2,9 +2,10 @@
 
 A limit per minute holds for every 60 seconds that one can choose, not only for calendar minutes: requests and tokens
 count at the moment at which they were let in. Before dispatch a request takes the most that it may use (prompt as
-estimated, and all the output that it may make); when it is over it gives back what it did not use. Where more was used
-than estimated, the surplus counts, too, and later requests wait for it. A restart begins with empty minutes, and with
-what was spent. Everything runs on the event loop: check and taking are one step.
+estimated, and all the output that it may make); when it is over it gives back what it did not use. Where more is used
+than was taken (a prompt denser than estimated, a request that names no max_tokens), the surplus counts as soon as it is
+seen, and later requests wait for it; how dense a key's prompts are is learnt from those before. A restart begins with
+empty minutes, and with what was spent. Everything runs on the event loop: check and taking are one step.
 """
 
 from __future__ import annotations
@@ -92,10 +93,16 @@ class _Account:
         self.requests = Minute()
         self.tokens = Minute()
         self.running = 0
+        self.density = 1.0  # tokens of its prompts for each that was estimated, not below 1
         self.reserved_usd = 0.0
         self.total_usd = 0.0
         self.month_usd = 0.0
         self.month = ""
+
+    def learn(self, density: float) -> None:
+        """Up at once, and down by a twentieth of the difference."""
+        density = max(1.0, density)
+        self.density = density if density > self.density else self.density + (density - self.density) / 20
 
     def spent(self, limits: KeyLimits, month: str) -> float:
         if self.month != month:
@@ -106,11 +113,23 @@ class _Account:
 class Reservation:
     """What a request has taken. `settle` or `cancel` ends it: the first call counts, further ones do nothing."""
 
-    __slots__ = ("_account", "_cells", "_limits", "_open", "_tokens", "_usd")
+    __slots__ = ("_account", "_cells", "_estimate", "_limits", "_open", "_prompt", "_tokens", "_usd")
 
-    def __init__(self, limits: Limits, account: _Account | None, tokens: int, usd: float) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        account: _Account | None,
+        prompt: int = 0,
+        output: int = 0,
+        usd: float = 0.0,
+        estimate: int = 0,
+    ) -> None:
+        """prompt, output: tokens to take. estimate: of the prompt."""
+        tokens = prompt + output
         self._limits = limits
         self._account = account
+        self._prompt = prompt
+        self._estimate = estimate
         self._tokens = tokens
         self._usd = usd
         self._open = account is not None
@@ -120,9 +139,18 @@ class Reservation:
             account.running += 1
             account.reserved_usd += usd
 
+    def produced(self, output_tokens: int) -> None:
+        """So many so far: what is more than was taken counts at once."""
+        surplus = self._prompt + output_tokens - self._tokens
+        if surplus > 0 and self._open and self._account is not None:
+            self._account.tokens.correct(self._cells[1], surplus, self._limits.monotonic())
+            self._tokens += surplus
+
     def settle(self, prompt_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float) -> None:
         """A replica had the request: count what it used. Cached tokens are part of the prompt, and count like it."""
         del cached_tokens
+        if self._account is not None and self._estimate and prompt_tokens:
+            self._account.learn(prompt_tokens / self._estimate)
         self._close(max(0, prompt_tokens) + max(0, output_tokens), max(0.0, cost_usd), counts=True)
 
     def cancel(self) -> None:
@@ -170,15 +198,17 @@ class Limits:
         most_usd: what it may cost at most, see `cost_usd`.
         """
         if key is None:
-            return Reservation(self, None, 0, 0.0)
+            return Reservation(self, None)
         limits, account = key.limits, self._account(key.id)
-        tokens = request.prompt_tokens + request.output_tokens
+        prompt, output = request.prompt_tokens, request.output_tokens
         if limits.models and request.model not in limits.models:
             raise HttpError(403, "model_not_allowed", "This API key may not use this model.", param="model")
-        self._check_possible(limits, tokens, most_usd)
-        self._check_rates(limits, account, tokens)
+        self._check_possible(limits, prompt + output, most_usd)
+        if limits.tokens_per_min is not None:
+            prompt = min(math.ceil(prompt * account.density), limits.tokens_per_min - output)
+        self._check_rates(limits, account, prompt + output)
         self._check_spend(limits, account, most_usd)
-        return Reservation(self, account, tokens, most_usd)
+        return Reservation(self, account, prompt, output, most_usd, request.prompt_tokens)
 
     def headers(self, key: Key) -> dict[str, str]:
         """x-ratelimit-… as OpenAI's: what the key may use, what is left of it, and when all of it is there again."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 
 # Daily sums are made from every usage row that really goes in, in the same transaction: a row that comes twice counts
-# once, and retention may delete rows without touching what was spent.
+# once, and retention may delete rows without touching what was spent. A row of `usage` stands for one request, or for
+# several of which only sums are known.
 SCHEMA = """
 BEGIN;
 CREATE TABLE IF NOT EXISTS keys (
@@ -16,20 +17,25 @@ CREATE TABLE IF NOT EXISTS usage (
     id INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, ended_at REAL NOT NULL, key_id TEXT NOT NULL,
     model TEXT NOT NULL, endpoint TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
     output_tokens INTEGER NOT NULL, queue_s REAL NOT NULL, ttft_s REAL, e2e_s REAL, status INTEGER NOT NULL,
-    outcome TEXT NOT NULL, error TEXT NOT NULL, replica TEXT NOT NULL, cost_usd REAL NOT NULL
+    outcome TEXT NOT NULL, error TEXT NOT NULL, replica TEXT NOT NULL, cost_usd REAL NOT NULL,
+    requests INTEGER NOT NULL DEFAULT 1
 );
 CREATE INDEX IF NOT EXISTS usage_by_time ON usage (ended_at);
 CREATE TABLE IF NOT EXISTS daily (
     day TEXT NOT NULL, key_id TEXT NOT NULL, model TEXT NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
     prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
-    cost_usd REAL NOT NULL, PRIMARY KEY (day, key_id, model)
+    cost_usd REAL NOT NULL, refused INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (day, key_id, model)
 ) WITHOUT ROWID;
 CREATE TRIGGER IF NOT EXISTS usage_to_daily AFTER INSERT ON usage BEGIN
-    INSERT INTO daily VALUES (
-        date(NEW.ended_at, 'unixepoch'), NEW.key_id, NEW.model, 1, NEW.outcome <> 'ok', NEW.prompt_tokens,
-        NEW.cached_tokens, NEW.output_tokens, NEW.cost_usd
+    INSERT INTO daily (
+        day, key_id, model, requests, errors, refused, prompt_tokens, cached_tokens, output_tokens, cost_usd
+    ) VALUES (
+        date(NEW.ended_at, 'unixepoch'), NEW.key_id, NEW.model, NEW.requests,
+        NEW.requests * (NEW.outcome IN ('error', 'timed_out')), NEW.requests * (NEW.outcome = 'refused'),
+        NEW.prompt_tokens, NEW.cached_tokens, NEW.output_tokens, NEW.cost_usd
     ) ON CONFLICT (day, key_id, model) DO UPDATE SET
-        requests = requests + 1, errors = errors + excluded.errors,
+        requests = requests + excluded.requests, errors = errors + excluded.errors,
+        refused = refused + excluded.refused,
         prompt_tokens = prompt_tokens + excluded.prompt_tokens, cached_tokens = cached_tokens + excluded.cached_tokens,
         output_tokens = output_tokens + excluded.output_tokens, cost_usd = cost_usd + excluded.cost_usd;
 END;
@@ -45,6 +51,18 @@ CREATE TABLE IF NOT EXISTS content (
     request_id TEXT PRIMARY KEY, at REAL NOT NULL, key_id TEXT NOT NULL, prompt TEXT NOT NULL, output TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS content_by_time ON content (at);
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 COMMIT;
 """
+
+# What an older file needs before SCHEMA, by its version.
+CHANGES = {
+    1: """
+BEGIN;
+ALTER TABLE usage ADD COLUMN requests INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE daily ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
+DROP TRIGGER usage_to_daily;
+PRAGMA user_version = 2;
+COMMIT;
+""",
+}

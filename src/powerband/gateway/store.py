@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from powerband.errors import EnvironmentFault, PowerbandError
-from powerband.gateway.schema import SCHEMA, VERSION
+from powerband.gateway.schema import CHANGES, SCHEMA, VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,10 @@ _LONGEST_PAUSE_S = 5.0
 _BUSY_S = 1.0
 _LOCK_S = 2.0
 # What is wrong with a row, or with making it ready, rather than with the disk or the file: it would be wrong again.
-_BAD_ROW = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-_BAD_VALUE = (ArithmeticError, LookupError, TypeError, ValueError, RecursionError)
+BAD_ROW = (
+    *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
+    *(ArithmeticError, LookupError, TypeError, ValueError, RecursionError),
+)
 
 Row = Sequence[Any]
 Run = Callable[[str, Sequence[Row]], None]  # one statement for each row, in one transaction; raises sqlite3.Error
@@ -207,10 +209,11 @@ class Store:
                 if self.failing_since is not None:
                     logger.warning("The gateway's books can be written again.")
                     self.failing_since = None
-            except sqlite3.Error as error:
+            except Exception as error:  # whatever it is, this thread has to try again
                 if self.failing_since is None:
                     self.failing_since = time.time()
-                    logger.error("The gateway's books cannot be written: %s. Rows wait in memory.", error)
+                    why = str(error) if isinstance(error, sqlite3.Error) else type(error).__name__
+                    logger.error("The gateway's books cannot be written: %s. Rows wait in memory.", why)
                 self._closing.wait(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         with contextlib.suppress(sqlite3.Error):
@@ -230,7 +233,7 @@ class Store:
                     self._erasing |= chore.every_s > 0
             if self._erasing:  # what was deleted is also to leave the write-ahead log; a reader can delay that
                 self._erasing = bool(self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
-        except sqlite3.Error:
+        except BaseException:
             self._barriers.extendleft(reversed(barriers))
             raise
         for barrier in barriers:
@@ -243,7 +246,7 @@ class Store:
             failure: Exception | None = None
             try:
                 self._execute(sql, [row])
-            except (*_BAD_ROW, *_BAD_VALUE) as error:
+            except BAD_ROW as error:
                 failure = error
                 logger.error("The books refuse a change: %s.", type(error).__name__)
             self._changes.popleft()
@@ -257,7 +260,7 @@ class Store:
             rows = batch if buffer.prepare is None else [buffer.prepare(row) for row in batch]
             self._execute(buffer.sql, rows)
             buffer.written += len(rows)
-        except (*_BAD_ROW, *_BAD_VALUE):
+        except BAD_ROW:
             for row in batch:
                 self._write_row(buffer, row)
                 buffer.rows.popleft()
@@ -269,7 +272,7 @@ class Store:
         try:
             self._execute(buffer.sql, [row if buffer.prepare is None else buffer.prepare(row)])
             buffer.written += 1
-        except (*_BAD_ROW, *_BAD_VALUE) as error:
+        except BAD_ROW as error:
             logger.error("The books refuse a row: %s.", type(error).__name__)
             buffer.dropped += 1
 
@@ -300,6 +303,8 @@ def _open(path: Path) -> sqlite3.Connection:
     if version > VERSION:
         connection.close()
         raise sqlite3.DatabaseError(f"it has version {version}, made by a newer Powerband")
+    for older in range(version or VERSION, VERSION):
+        connection.executescript(CHANGES[older])
     connection.executescript(SCHEMA)
     return connection
 

@@ -1,0 +1,194 @@
+"""However a request ends, its key is charged once for what was used, and nothing of what it had taken stays taken."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gateways_for_tests import RunningGateway, gateway_before, running_gateway, until
+
+from powerband.bench.script import Script
+
+WORDS = "word " * 400  # about 500 tokens by its bytes
+
+
+@dataclass
+class Client:
+    """One key of a gateway."""
+
+    gateway: RunningGateway
+    id: str
+    http: httpx.Client
+
+    def used(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.gateway.admin.get(f"/admin/keys/{self.id}").json()["used"]
+        return found
+
+    def body(self, **fields: Any) -> dict[str, Any]:
+        return {"model": "scripted", "prompt": WORDS, "max_tokens": 20, **fields}
+
+    def ask(self, **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json=self.body(**fields))
+
+    def leave_after(self, lines: int, **fields: Any) -> None:
+        """Read so many lines of a stream, and close the connection."""
+        with self.http.stream("POST", "/v1/completions", json=self.body(stream=True, **fields)) as answer:
+            for _, _line in zip(range(lines), answer.iter_lines(), strict=False):
+                pass
+
+    def settled(self, requests: int = 1) -> dict[str, Any]:
+        """What is used when nothing runs any more; also what the books then say it cost is the same."""
+        until(lambda: self.used()["running"] == 0 and self.used()["requests_last_min"] == requests)
+        until(lambda: self.row().get("cost_usd", 0.0) == pytest.approx(self.used()["usd"]))
+        return self.used()
+
+    def row(self) -> dict[str, Any]:
+        rows = self.gateway.admin.get("/admin/usage?by=key&since=1h").json()["data"]
+        return next((row for row in rows if row["key"] == self.id), {})
+
+
+def client_of(gateway: RunningGateway, **limits: Any) -> Client:
+    """With prices, so that spend is counted as well."""
+    routes = gateway.admin.get("/admin/routes").json()["routes"]
+    prices = {"usd_per_million_input": 1e3, "usd_per_million_output": 1e4}
+    routes["models"][0] |= prices
+    gateway.admin.put("/admin/routes", json={**routes, "revision": "priced"})
+    key = gateway.admin.post("/admin/keys", json={"name": "app", "limits": limits}).json()
+    http = httpx.Client(base_url=gateway.url, timeout=30, headers={"Authorization": f"Bearer {key['secret']}"})
+    return Client(gateway, key["id"], http)
+
+
+@pytest.fixture
+def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunningGateway]:
+    scripts, flags = request.param
+    with gateway_before(tmp_path, *scripts, arguments=flags) as running:
+        yield running
+
+
+def before(*scripts: Script, flags: tuple[str, ...] = ()) -> Any:
+    return pytest.mark.parametrize("gateway", [(scripts, flags)], indirect=True, ids=[""])
+
+
+@before(Script())
+def test_what_a_replica_counts_is_what_is_charged(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000, usd=100.0)
+    usage = client.ask().json()["usage"]
+    client.leave_after(1000, stream_options={"include_usage": True})  # after the end
+    used = client.settled(requests=2)
+    assert used["tokens_last_min"] == 2 * usage["total_tokens"]
+    assert used["usd"] == pytest.approx(2 * (usage["prompt_tokens"] * 1e-3 + usage["completion_tokens"] * 1e-2))
+    assert (client.row()["requests"], client.row()["output_tokens"]) == (2, 2 * usage["completion_tokens"])
+
+
+@before(Script(ttft_s=0.05, tpot_s=0.05))
+def test_who_leaves_pays_for_what_was_made(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000, max_concurrency=1)
+    client.leave_after(8, max_tokens=1000)  # event, blank, event, …
+    used = client.settled()
+    prompt = used["tokens_last_min"] - client.row()["output_tokens"]
+    assert 3 <= client.row()["output_tokens"] < 20
+    assert 400 <= prompt <= 600
+    assert client.ask(max_tokens=1).status_code == 200  # the one place is free again
+
+
+@before(Script(ttft_s=30.0))
+def test_who_leaves_before_the_first_token_has_used_a_prompt(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000)
+    for stream in (True, False):
+        with pytest.raises(httpx.ReadTimeout):
+            client.http.post("/v1/completions", json=client.body(stream=stream), timeout=0.3)
+    used = client.settled(requests=2)
+    assert 800 <= used["tokens_last_min"] <= 1200
+    assert used["usd"] == 0.0
+
+
+@before(Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4), Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4))
+def test_a_stream_that_another_replica_ends_is_charged_once(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000)
+    usage = client.ask().json()["usage"]
+    for _ in range(4):
+        client.leave_after(1000)
+    used = client.settled(requests=5)
+    assert any(record["resumed"] for record in gateway.records())
+    assert used["tokens_last_min"] == 5 * usage["total_tokens"]
+    assert client.row()["requests"] == 5
+
+
+@before(Script(fail_every=1), Script())
+def test_a_retry_is_charged_once(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000, requests_per_min=100)
+    answers = [client.ask() for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert client.settled(requests=3)["tokens_last_min"] == 3 * answers[0].json()["usage"]["total_tokens"]
+
+
+@before(Script(fail_every=1))
+def test_what_failed_costs_no_tokens(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000)
+    assert client.ask().status_code == 502
+    used = client.settled()
+    assert (used["tokens_last_min"], used["usd"]) == (0, 0.0)
+
+
+@before(Script(), flags=("--longest-wait-s", "0.5"))
+def test_what_never_got_to_a_replica_counts_for_nothing(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000)
+    routes = gateway.admin.get("/admin/routes").json()["routes"]
+    routes["models"][0]["replicas"] = []
+    gateway.admin.put("/admin/routes", json={**routes, "revision": "none"})
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/completions", json=client.body(), timeout=0.1)
+    assert client.ask().status_code == 503
+    until(lambda: client.used()["running"] == 0)
+    used = client.used()
+    assert (used["requests_last_min"], used["tokens_last_min"], used["running"]) == (0, 0, 0)
+    until(lambda: client.row().get("refused") == 1)
+
+
+@before(Script(ttft_s=0.05, tpot_s=0.002))
+def test_a_crowd_through_the_gateway_is_held_to_every_limit(gateway: RunningGateway) -> None:
+    """100 at once: no more run than may, and no more tokens are used than may be."""
+    client = client_of(gateway, tokens_per_min=6000, max_concurrency=10)
+    most, over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.is_set():
+            most = max(most, client.used()["running"])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(100) as crowd:
+        answers = list(crowd.map(lambda _: client.ask(), range(100)))
+        answers += list(crowd.map(lambda _: client.ask(), range(20)))
+    over.set()
+    watcher.join()
+    served = [answer for answer in answers if answer.status_code == 200]
+    codes = {answer.json()["error"]["code"] for answer in answers if answer.status_code == 429}
+    assert len(served) + sum(answer.status_code == 429 for answer in answers) == 120
+    assert codes == {"concurrency_limit", "tokens_limit"}
+    assert 1 <= most <= 10
+    used = sum(answer.json()["usage"]["total_tokens"] for answer in served)
+    assert client.settled(requests=len(served))["tokens_last_min"] == used <= 6000
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
+
+
+@before(Script())
+def test_books_survive_a_gateway_that_is_killed(gateway: RunningGateway, tmp_path: Path) -> None:
+    client = client_of(gateway, usd=100.0, usd_period="total")
+    client.ask()
+    spent = client.settled()["usd"]
+    gateway.process.kill()
+    gateway.process.wait()
+    with running_gateway(tmp_path, f"--replica={gateway.replicas[0].url}") as again:
+        assert again.admin.get(f"/admin/keys/{client.id}").json()["used"]["usd"] == pytest.approx(spent)
+        assert again.admin.get("/admin/audit?check=1").json()["broken_at"] is None
+        headers = client.http.headers
+        until(lambda: set(again.replica_states().values()) == {"ready"})
+        assert again.http.post("/v1/completions", json=client.body(), headers=headers).status_code == 200
