@@ -12,7 +12,7 @@ PORT   ?=
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test kernels lint docs bench-cpu accuracy accuracy-own clean
+.PHONY: help demo bench test drills kernels lint docs bench-cpu accuracy accuracy-own clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -23,9 +23,14 @@ demo: $(READY)  ## serve the demo model, stream an answer from it, keep serving 
 bench: $(READY)  ## load the demo model for two minutes and report how it did (DURATION=30s)
 	@$(BIN)/python examples/bench.py $(if $(DURATION),--duration $(DURATION))
 
+# Drills have the machine to themselves: they measure.
 test: $(READY) lint $(if $(filter tests,$(TESTS)),kernels)  ## lint, types and all tests (TESTS=tests/core for a part)
+	@$(if $(filter tests,$(TESTS)),echo "· drills"; $(BIN)/python -m pytest tests/drills)
 	@echo "· tests"
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) $(if $(filter tests,$(TESTS)),--ignore tests/drills)
+
+drills: $(READY)  ## do to a service what happens to services, and print what its users noticed (SOAK=30m)
+	@$(BIN)/python scripts/drills.py $(if $(SOAK),--soak $(SOAK))
 
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
 # One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more.

@@ -112,22 +112,11 @@ def start_scripted(folder: Path, script: Script, port: int | None = None) -> Mem
 
 
 @dataclass
-class Gateway:
-    """A gateway's process, what it serves, and its admin key."""
+class Front:
+    """A gateway by its address, with an admin key."""
 
-    member: Member
+    url: str
     key: str
-    folder: Path
-    flags: tuple[str, ...]
-    revision: int = 0
-
-    @property
-    def url(self) -> str:
-        return self.member.url
-
-    @property
-    def pid(self) -> int:
-        return self.member.pid
 
     def target(self, **more: Any) -> Target:
         return Target(base=self.url, endpoint="completions", model=SERVED, **more)
@@ -151,18 +140,41 @@ class Gateway:
     async def metrics(self) -> str:
         return (await get(self._admin, "/metrics")).body.decode()
 
+    async def pool(self) -> dict[str, Any]:
+        """The snapshot of the only pool."""
+        found: dict[str, Any] = (await self.ask("/admin/routes"))["pools"][0]
+        return found
+
+    async def ready_replicas(self) -> list[str]:
+        """Ids."""
+        return [one["id"] for one in (await self.pool())["replicas"] if one["state"] == "ready"]
+
+    async def records(self, after: int = 0) -> list[dict[str, Any]]:
+        """Of requests that ended, see powerband.gateway.request.Finished."""
+        found: list[dict[str, Any]] = []
+        while page := (await self.ask(f"/admin/records?after={after}"))["records"]:
+            found += page
+            after = page[-1]["sequence"]
+        return found
+
+
+@dataclass
+class Gateway(Front):
+    """A gateway's process that this test has started."""
+
+    member: Member
+    folder: Path
+    flags: tuple[str, ...]
+    revision: int = 0
+
+    @property
+    def pid(self) -> int:
+        return self.member.pid
+
     async def serve(self, replicas: Sequence[ReplicaAddress]) -> None:
         """Say anew which replicas there are."""
         self.revision += 1
         await put(self._admin, "/admin/routes", routes_of(replicas, f"drill-{self.revision}").as_dict())
-
-    async def pool(self) -> dict[str, Any]:
-        """The snapshot of the only pool."""
-        shown = await self.ask("/admin/routes")
-        return next(iter(shown["pools"].values())) if isinstance(shown["pools"], dict) else shown["pools"][0]
-
-    async def ready_replicas(self) -> int:
-        return sum(one["state"] == "ready" for one in (await self.pool())["replicas"])
 
     def restart(self) -> None:
         """With the same port and books, as after a crash."""
@@ -187,12 +199,13 @@ def gateway(folder: Path, replicas: Sequence[ReplicaAddress] = (), *flags: str) 
     books = Books.open(folder / "gateway.db")
     key = books.keys.create("drill", ("infer", "metrics", "admin"))[1]
     books.close()
-    found = Gateway(_start_gateway(folder, free_port(), flags), key, folder, flags)
+    member = _start_gateway(folder, free_port(), flags)
+    found = Gateway(member.url, key, member, folder, flags)
     try:
         wait_ready(found.member, path="/livez")
         if replicas:
             asyncio.run(found.serve(replicas))
-            wait_until(lambda: asyncio.run(found.ready_replicas()) == len(replicas), 15.0)
+            wait_until(lambda: len(asyncio.run(found.ready_replicas())) == len(replicas), 15.0)
         yield found
     finally:
         found.member.end()

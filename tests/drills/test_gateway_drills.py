@@ -90,7 +90,7 @@ def test_restart(tmp_path: Path, figures: Figures) -> None:
         pids = [one.pid for one in replicas]
         start_s = time.monotonic()
         service.restart()
-        wait_until(lambda: asyncio.run(service.ready_replicas()) == 2, 10.0)
+        wait_until(lambda: len(asyncio.run(service.ready_replicas())) == 2, 10.0)
         back_s = time.monotonic() - start_s
         assert (asyncio.run(usage(service)), asyncio.run(service.ask("/admin/routes"))["routes"]) == before
         asyncio.run(use(service, made["secret"], 2))

@@ -1,0 +1,210 @@
+"""What happens to a deployed service, three replicas of the demo model, while people use it.
+
+Every prompt is decoded greedily and has one right answer, which is known from a time when nothing happened. The drills
+share one service; each leaves it whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from drill_loads import Load, answers_of, questions
+from drill_services import Service, changed, deployed
+from drills_for_tests import Figures, Held, gauge, minutes, wait_until
+
+ASKED = questions(6, 96)
+RATE = 6.0  # requests a second: about half of what three replicas on two cores can do
+Answers = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with deployed(tmp_path_factory.mktemp("state")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def answers(service: Service) -> Answers:
+    """What the service says when nobody disturbs it."""
+    return asyncio.run(answers_of(service.front.target(), ASKED))
+
+
+def test_sigkill(service: Service, answers: Answers, figures: Figures) -> None:
+    """SIGKILL one of three replicas"""
+    victim, pid = sorted(service.pids().items())[0]
+
+    async def disturb() -> float:
+        await _until_all_are_busy(service)
+        os.killpg(pid, signal.SIGKILL)
+        return await asyncio.to_thread(service.wait_whole, 3, 30.0, victim)
+
+    back_s, load, records = asyncio.run(_under_load(service, disturb))
+    resumed = sum(record["resumed"] for record in records)
+    figures.note(back_to_three_s=back_s, resumed=resumed, **_told(load, answers))
+    _assert_nobody_noticed(load, answers)
+    assert resumed
+    assert back_s <= 10.0
+
+
+def test_sigstop(service: Service, answers: Answers, figures: Figures) -> None:
+    """SIGSTOP a replica"""
+    victim, pid = sorted(service.pids().items())[0]
+
+    async def disturb() -> tuple[float, float]:
+        await _until_all_are_busy(service)
+        start_s = time.monotonic()
+        os.killpg(pid, signal.SIGSTOP)
+        while await _has_requests(service, victim):
+            await asyncio.sleep(0.02)
+        away_s = time.monotonic() - start_s
+        await asyncio.to_thread(service.wait_whole, 3, 40.0, victim)
+        return away_s, time.monotonic() - start_s
+
+    (away_s, back_s), load, records = asyncio.run(_under_load(service, disturb))
+    resumed = sum(record["resumed"] for record in records)
+    figures.note(traffic_away_s=away_s, replaced_after_s=back_s, resumed=resumed, **_told(load, answers))
+    _assert_nobody_noticed(load, answers)
+    assert away_s <= 3.0
+
+
+def test_rolling_update(service: Service, answers: Answers, figures: Figures) -> None:
+    """Rolling update"""
+    before = service.pids()
+
+    async def disturb() -> float:
+        start_s = time.monotonic()
+        await asyncio.to_thread(service.deploy, changed(max_num_seqs=12))
+        return time.monotonic() - start_s
+
+    took_s, load, _ = asyncio.run(_under_load(service, disturb))
+    after = service.pids()
+    figures.note(took_s=took_s, replaced=len(after.keys() - before.keys()), **_told(load, answers))
+    _assert_nobody_noticed(load, answers)
+    assert len(after) == 3
+    assert not after.keys() & before.keys()
+    service.deploy(changed(max_num_seqs=12))
+    assert service.pids() == after  # the same again changes nothing
+
+
+def test_controller_killed(service: Service, answers: Answers, figures: Figures) -> None:
+    """Kill the controller"""
+    before, controller, gateway = service.pids(), service.status.pid, service.status.gateway.pid
+    victim, pid = sorted(before.items())[0]
+
+    async def disturb() -> tuple[float, float]:
+        os.kill(controller, signal.SIGKILL)
+        await asyncio.sleep(1.5)
+        start_s = time.monotonic()
+        await asyncio.to_thread(service.run, "deploy")
+        await asyncio.to_thread(wait_until, lambda: service.status.pid != controller, 10.0)
+        taken_over_s = time.monotonic() - start_s
+        assert service.pids() == before
+        assert service.status.gateway.pid == gateway
+        os.killpg(pid, signal.SIGKILL)
+        return taken_over_s, await asyncio.to_thread(service.wait_whole, 3, 30.0, victim)
+
+    (taken_over_s, back_s), load, _ = asyncio.run(_under_load(service, disturb))
+    figures.note(taken_over_s=taken_over_s, then_a_replica_back_s=back_s, **_told(load, answers))
+    _assert_nobody_noticed(load, answers)
+
+
+def test_soak(service: Service, answers: Answers, figures: Figures) -> None:
+    """Soak at 70 % load"""
+    service.wait_whole()
+    capacity = asyncio.run(_capacity(service))
+    rate, seconds = 0.7 * capacity, 60 * minutes()
+
+    async def soak() -> tuple[Load, dict[str, Held], dict[str, Held]]:
+        async with Load(service.front.target(), ASKED, rate) as load:
+            await asyncio.sleep(min(seconds / 4, 60.0))  # warm
+            before = _held(service)
+            await asyncio.sleep(seconds)
+            after = _held(service)
+        return load, before, after
+
+    load, before, after = asyncio.run(soak())
+    wait_until(lambda: asyncio.run(_blocks(service)) == 0, 20.0)
+    grown = {name: (after[name].memory_bytes - before[name].memory_bytes) / 2**20 for name in before}
+    more = {name: after[name].descriptors - before[name].descriptors for name in before}
+    ttfts = sorted(told.ttft_s for told in load.told)
+    figures.note(
+        minutes=minutes(),
+        rate=rate,
+        ttft_p50_ms=1e3 * ttfts[len(ttfts) // 2],
+        grown_mib="/".join(f"{name} {value:.1f}" for name, value in grown.items()),
+        descriptors="/".join(f"{name} {value:+d}" for name, value in more.items()),
+        blocks_left=0,
+        **_told(load, answers),
+    )
+    _assert_nobody_noticed(load, answers)
+    assert max(grown.values()) < 48
+    assert max(more.values()) < 32
+
+
+async def _under_load(
+    service: Service, disturb: Callable[[], Awaitable[Any]]
+) -> tuple[Any, Load, list[dict[str, Any]]]:
+    """What it found out, the load, and the gateway's records of it."""
+    seen = (await service.front.ask("/admin/records"))["newest"]
+    async with Load(service.front.target(), ASKED, RATE) as load:
+        await asyncio.sleep(0.5)
+        found = await disturb()
+        await asyncio.sleep(1.0)
+    return found, load, await service.front.records(seen)
+
+
+def _told(load: Load, answers: Answers) -> dict[str, Any]:
+    stall_s = max(told.stall_s for told in load.told)
+    wrong = len(load.wrong(answers))
+    return {"requests": len(load.told), "failed": len(load.failed), "wrong": wrong, "longest_stall_s": stall_s}
+
+
+def _assert_nobody_noticed(load: Load, answers: Answers) -> None:
+    assert not load.failed, load.problems()
+    assert not load.wrong(answers)
+
+
+async def _until_all_are_busy(service: Service) -> None:
+    async with asyncio.timeout(15.0):
+        while not all(one["inflight"] for one in (await service.front.pool())["replicas"]):
+            await asyncio.sleep(0.02)
+
+
+async def _has_requests(service: Service, replica: str) -> bool:
+    """Or could get some."""
+    shown = (await service.front.pool())["replicas"]
+    return any(one["id"] == replica and (one["state"] == "ready" or one["inflight"]) for one in shown)
+
+
+async def _capacity(service: Service) -> float:
+    """Requests a second, of more users than there are places."""
+    done, start_s = 0, time.monotonic()
+
+    async def user() -> None:
+        nonlocal done
+        while time.monotonic() - start_s < 4.0:
+            await answers_of(service.front.target(), ASKED[:1])
+            done += 1
+
+    await asyncio.gather(*(user() for _ in range(48)))
+    return done / (time.monotonic() - start_s)
+
+
+async def _blocks(service: Service) -> float:
+    """Requests that replicas still hold blocks for."""
+    return sum([await gauge(one.url, "powerband_requests_running") for one in service.status.replicas])
+
+
+def _held(service: Service) -> dict[str, Held]:
+    status = service.status
+    found = {"controller": Held.by(status.pid), "gateway": Held.by(status.gateway.pid)}
+    with contextlib.suppress(FileNotFoundError):
+        found |= {one.id: Held.by(one.pid) for one in status.replicas}
+    return found
