@@ -1,4 +1,9 @@
-"""Whether a request may wait, and until when: refuse at once, with an honest time to come back, rather than late."""
+"""Whether a request may wait, and until when: refuse at once, with an honest time to come back, rather than late.
+
+A request's deadline is the one it names, or the operator's default, or what the SLO says of the first token. The last
+is no one's wish for this request: it counts only in an overload that lasts. A dip of a few seconds (a replica is
+replaced) is sat out; but who waited longer than the SLO allows is of no use to goodput, and would make all others late.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,39 @@ from powerband.gateway.queue import FairQueue, Level
 from powerband.gateway.request import GatewayRequest
 
 
+# Others may come and go first, and measurements waver: nearly all that is accepted for a deadline is to be served by it.
+_CAUTION = 1.25
+
+
 class Admission:
+    """slo_ttft_s: seconds to the first token that are promised; None: nothing is. is_overload: one that lasts."""
+
     def __init__(self, options: PoolOptions) -> None:
         self.capacity = Capacity()
         self.service = ServiceTime()
+        self.slo_ttft_s: float | None = None
+        self.is_overload = False
         self._options = options
+        self._late_since_s: float | None = None
+
+    def watch(self, queue: FairQueue, now_s: float) -> None:
+        """Called several times a second."""
+        if self.slo_ttft_s is None:
+            self.is_overload = False
+            return
+        allowed_s = max(self.slo_ttft_s - self.service.bound_s, 0.0)
+        wait_s = self.capacity.wait_s(queue.tokens, queue.requests) if queue.requests else 0.0
+        if wait_s is not None and wait_s <= (allowed_s / 2 if self.is_overload else allowed_s):
+            self._late_since_s, self.is_overload = None, False
+            return
+        if self._late_since_s is None:
+            self._late_since_s = now_s
+        self.is_overload = now_s - self._late_since_s >= self._options.overload_after_s
+
+    def is_late(self, request: GatewayRequest, now_s: float) -> bool:
+        """It waits, and its first token would come too late if it were dispatched now."""
+        deadline_s = self._deadline_s(request, now_s)
+        return deadline_s is not None and now_s + self.service.bound_s > deadline_s
 
     def check_late(self, request: GatewayRequest, now_s: float) -> None:
         """There is a place for it. Raises DeadlineInfeasible if its deadline has passed all the same."""
@@ -36,7 +69,7 @@ class Admission:
             return latest_s
         # What leaves the queue at the deadline has its first token after it.
         latest_s = min(latest_s, deadline_s - self.service.bound_s)
-        late_s = now_s + (wait_s or 0.0) - latest_s
+        late_s = now_s + _CAUTION * (wait_s or 0.0) - latest_s
         if late_s > 0:
             raise self._infeasible(late_s)
         return latest_s
@@ -81,6 +114,9 @@ class Admission:
         )
 
     def _deadline_s(self, request: GatewayRequest, now_s: float) -> float | None:
-        if request.deadline_s is not None or self._options.default_deadline_s is None:
+        if request.deadline_s is not None:
             return request.deadline_s
-        return (request.arrival_s or now_s) + self._options.default_deadline_s
+        allowed_s = self._options.default_deadline_s
+        if allowed_s is None and self.is_overload:
+            allowed_s = self.slo_ttft_s
+        return None if allowed_s is None else (request.arrival_s or now_s) + allowed_s

@@ -75,6 +75,7 @@ class Pool:
         self._changed(now_s)
         for lane in self._lanes:
             lane.admission.capacity.planned = route.rate / len(members) if route.rate and members else None
+            lane.admission.slo_ttft_s = None if route.slo is None else route.slo.ttft_s
 
     async def lease(self, request: GatewayRequest, *, avoid: Collection[str] = ()) -> Lease:
         """Wait for a place. avoid: replicas that it was with, to be chosen only if there are no others.
@@ -173,6 +174,12 @@ class Pool:
         """Time has passed: breakers may be over, and waiting in vain too."""
         now_s = self.clock()
         self._leaving = [member for member in self._leaving if member.stays]
+        for lane in self._lanes:
+            lane.admission.watch(lane.queue, now_s)
+            if lane.admission.is_overload:  # some were let in before it was one
+                for ticket in tuple(lane.queue):
+                    if not ticket.avoid and lane.admission.is_late(ticket.request, now_s):
+                        self._expire(ticket)
         if self.queued:
             if self._is_hopeless(now_s):
                 self._fail_all("No replica is ready, and none is expected.")
