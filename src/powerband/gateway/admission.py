@@ -13,8 +13,7 @@ from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.queue import FairQueue, Level
 from powerband.gateway.request import GatewayRequest
 
-
-# Others may come and go first, and measurements waver: nearly all that is accepted for a deadline is to be served by it.
+# Others may go first, and measurements waver: nearly all that is accepted for a deadline is to be served by it.
 _CAUTION = 1.25
 
 
