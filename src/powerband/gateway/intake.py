@@ -18,6 +18,7 @@ from powerband.gateway.routes import ReplicaAddress
 from powerband.web.body import decode
 
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+LONGEST_LABEL = 512  # that our replicas take
 BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by what the replica counts
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 # Engines that say the ids of what they stream, so that another replica can go on.
@@ -129,7 +130,7 @@ class Intake:
         if self.asked.model != replica.model:
             fields["model"] = _raw(replica.model)
             changed = True
-        if tenant != ANONYMOUS:
+        if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # nobody takes a key's name
             changed = True
             self._separate(fields, replica, tenant)
         if self.is_stream:
@@ -145,7 +146,7 @@ class Intake:
     def _separate(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
         """Cached prefixes of one key are not found by another."""
         if replica.engine == "powerband":
-            fields["user"] = _raw(f"{tenant}/{self.asked.user}" if self.asked.user else tenant)
+            fields["user"] = _raw(f"{tenant}/{self.asked.user}"[:LONGEST_LABEL] if self.asked.user else tenant)
         elif replica.engine == "vllm":
             salt = msgspec.json.decode(fields["cache_salt"]) if "cache_salt" in fields else None
             fields["cache_salt"] = _raw(f"{tenant}/{salt}" if salt else tenant)
