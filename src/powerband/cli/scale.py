@@ -30,6 +30,7 @@ def scale(
     from powerband.fleet import changing
     from powerband.fleet.audit import note_action
     from powerband.fleet.controller_process import ensure_controller
+    from powerband.fleet.launching import threads_beyond_cores
 
     folder = find_service(name)
 
@@ -44,9 +45,9 @@ def scale(
     desired = changing.change(folder, change)
     ensure_controller(folder)
     note_action(folder, "scale", {"replicas": list(desired.release.counts)})
-    cores_note = _cores_note(desired.release)
-    if cores_note:
-        progress.say(cores_note)
+    beyond = threads_beyond_cores(desired.release)
+    if beyond:
+        progress.say(f"that is more than this machine has: {beyond}")
     status = changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + desired.policy.drain_s)
     if status.rejected is not None and status.rejected.generation == desired.generation:
         changing.go_back(folder)
@@ -78,15 +79,6 @@ def scaled(release: Release, asked: Sequence[str]) -> Release:
         counts[index] = int(number)
     pools = tuple(replace(pool, count=count) for pool, count in zip(release.pools, counts, strict=True))
     return replace(release, pools=pools)
-
-
-def _cores_note(release: Release) -> str:
-    """Where CPU replicas compute with more threads than there are cores."""
-    from powerband.spec.device import detect_cpu
-
-    threads = sum(pool.count * (pool.threads or 0) for pool in release.pools)
-    cores = detect_cpu().cores
-    return f"that is more than this machine has: {threads} threads on {cores} cores" if threads > cores else ""
 
 
 def _told(release: Release) -> str:

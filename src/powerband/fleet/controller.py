@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from powerband.errors import PowerbandError
+from powerband.errors import PowerbandError, UsageError
 from powerband.fleet.front import FrontLink
+from powerband.fleet.incidents import Incidents
 from powerband.fleet.known import Known
 from powerband.fleet.launching import (
     devices_for_one,
@@ -27,6 +29,7 @@ from powerband.fleet.launching import (
     replica_launch,
     routes_of,
     slo_of,
+    threads_beyond_cores,
 )
 from powerband.fleet.probes import Watching
 from powerband.fleet.rollout import Want, next_moves
@@ -35,6 +38,9 @@ from powerband.fleet.supervision import Deaths
 from powerband.fleet.target import Gone, Running, Target
 from powerband.fleet.traffic import Traffic
 from powerband.fleet.view import phase_of, replica_status
+from powerband.fleet.watcher import Action, Watcher
+from powerband.fleet.watching import Watch, expected_of, with_one_more
+from powerband.gateway.request import Finished
 
 STOP_GRACE_S = 15.0
 GATEWAY_STOP_S = 45.0
@@ -49,14 +55,17 @@ class Controller:
     probes: Watching
     front: FrontLink
     clock: Callable[[], float] = time.monotonic
+    incidents: Incidents | None = None  # None: not kept
     traffic: Traffic = field(default_factory=Traffic)
     _known: dict[str, Known] = field(default_factory=dict)
     _deaths: Deaths = field(default_factory=Deaths)
+    _generation: int = 0  # that was looked at last
     _established: int = 0
     _rejected: Rejected | None = None
     _vacant: list[int] = field(default_factory=list)  # restarts of the places that are to be filled anew
     _gateway_restarts: int = 0
     _notes: list[str] = field(default_factory=list)
+    _watching: Watch | None = None
 
     def adopt(self) -> None:
         """Take over what another controller left: what was ready is taken to be."""
@@ -81,6 +90,9 @@ class Controller:
         if desired is None:
             return False
         self._notes = []
+        if desired.generation != self._generation:
+            self._generation = desired.generation
+            self._deaths.try_anew()
         now_s = self.clock()
         self._look(now_s)
         self._judge(desired)
@@ -90,7 +102,10 @@ class Controller:
         if release is not None:
             kept = [one for one in self._of("replica") if not one.stopping]
             self.front.wanted = routes_of(release, kept, draining)
-        self.traffic.count(self.front.take(), slo_of(desired.release))
+        finished = self.front.take()
+        self.traffic.count(finished, slo_of(desired.release))
+        if release is not None:
+            self._watch(desired, release, finished, now_s)
         status = self._status(desired, release, now_s)
         self.folder.write_status(status)
         return status.phase != "removed"
@@ -102,7 +117,7 @@ class Controller:
         members = self.target.running()
         for gone in self.target.gone():
             self._note_death(gone, now_s)
-        self.probes.follow({one.id: one.url + one.ready_path for one in members})
+        self.probes.follow({one.id: one for one in members})
         for running in members:
             known = self._known.setdefault(running.id, Known(running, now_s))
             known.running = running
@@ -268,6 +283,42 @@ class Controller:
             note=known.note or self.front.problem,
         )
 
+    # ---- the watcher
+
+    def _watch(self, desired: Desired, release: Release, finished: Sequence[Finished], now_s: float) -> None:
+        if self._watching is None:
+            self._watching = Watch(Watcher(expected_of(release), self.incidents), self._carry_out)
+        metrics = {id: text for id in self._known if (text := self.probes.sight(id).metrics)}
+        auto = desired.policy.auto and desired.generation <= self._established
+        self._watching.look(release, finished, self.front.heard, metrics, auto=auto, now_s=now_s)
+
+    def _carry_out(self, action: Action) -> str:
+        """Raises UsageError where there is no room."""
+        if action.kind == "add_replica":
+            return self._add_replica()
+        known = self._known.get(action.replica)
+        if known is None:
+            raise UsageError(f"{action.replica} is gone.")
+        known.condemned = True
+        return f"{action.replica} is drained, another takes its place"
+
+    def _add_replica(self) -> str:
+        with self.folder.changing():
+            desired = self.folder.desired()
+            if desired is None or desired.removed or not self._has_room(desired.release):
+                raise UsageError("There is no room for one more replica here.")
+            if threads_beyond_cores(with_one_more(desired.release, {})):
+                raise UsageError("All cores of this machine compute already.")
+            loads: Counter[int] = Counter()
+            for running in self._of("replica"):
+                heard = self.front.heard.replica(running.id) if self.front.heard is not None else None
+                loads[running.pool] += heard.inflight if heard is not None else 0
+            release = with_one_more(desired.release, loads)
+            self.folder.write_desired(
+                replace(desired, generation=desired.generation + 1, release=release, previous=desired.release)
+            )
+        return f"one more replica: {' + '.join(map(str, release.counts))}"
+
     # ---- what is told
 
     def _status(self, desired: Desired, release: Release | None, now_s: float) -> Status:
@@ -304,4 +355,6 @@ class Controller:
             rejected=self._rejected,
             load=load,
             notes=(*self._notes, *self._deaths.told()),
+            incidents=self._watching.told() if self._watching is not None else (),
+            watcher=self._watching.report() if self._watching is not None else {},
         )

@@ -18,6 +18,7 @@ import uvloop
 from powerband.errors import EnvironmentFault
 from powerband.fleet.controller import Controller
 from powerband.fleet.front import FrontLink
+from powerband.fleet.incidents import Incidents
 from powerband.fleet.local import LocalTarget, last_lines
 from powerband.fleet.probes import Probes
 from powerband.fleet.state import ServiceFolder, lock
@@ -69,7 +70,8 @@ async def _run(folder: ServiceFolder) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     probes, front = Probes(), FrontLink(_admin_key(folder))
-    controller = Controller(folder, LocalTarget(folder.path), probes, front)
+    incidents = Incidents(folder.incidents)
+    controller = Controller(folder, LocalTarget(folder.path), probes, front, incidents=incidents)
     controller.adopt()
     talking = asyncio.create_task(front.keep_talking(), name="gateway")
     logger.info("The controller of %s is alive.", folder.name)

@@ -15,7 +15,9 @@ _UNWELL_S = 2.0
 
 @dataclass(slots=True)
 class Known:
-    """Times on the controller's clock. restarts: of its place. leaving: it was asked to end, its death is no loss."""
+    """Times on the controller's clock. restarts: of its place. leaving: it was asked to end, its death is no loss.
+    condemned: it is to be replaced.
+    """
 
     running: Running
     seen_s: float
@@ -24,6 +26,7 @@ class Known:
     restarts: int = 0
     note: str = ""
     leaving: bool = False
+    condemned: bool = False
 
     def look(self, sight: Sight, now_s: float) -> bool:
         """True when it has become ready since the last look."""
@@ -61,6 +64,7 @@ class Known:
             well=self.is_well(sight, now_s),
             set_aside=set_aside,
             hung=self.is_hung(sight, policy, now_s),
+            condemned=self.condemned,
             draining=self.draining_s is not None,
             empty=self.draining_s is not None and (empty or is_late),
         )

@@ -11,6 +11,7 @@ import msgspec
 from powerband.fleet.state import Front, PoolRelease, Release, ServiceFolder
 from powerband.fleet.target import Launch, Running
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.spec.device import detect_cpu
 from powerband.spec.records import as_record
 from powerband.spec.slo import SLO
 
@@ -42,6 +43,12 @@ def devices_for_one(release: Release, pool: int, replicas: Sequence[Running]) ->
     free = [device for device in release.gpus if device not in taken]
     needed = release.pools[pool].gpus
     return tuple(free[:needed]) if len(free) >= needed else None
+
+
+def threads_beyond_cores(release: Release) -> str:
+    """Where replicas on the CPU compute with more threads than this machine has cores: how many; else ''."""
+    threads, cores = sum(pool.count * (pool.threads or 0) for pool in release.pools), detect_cpu().cores
+    return f"{threads} threads on {cores} cores" if threads > cores else ""
 
 
 def replica_launch(release: Release, pool: int, id: str, devices: tuple[int, ...]) -> Launch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,28 +12,31 @@ from typing import Protocol
 
 from powerband.bench.http import get
 from powerband.bench.messages import Target as Address
+from powerband.fleet.target import Running
 
 EVERY_S = 0.4
 _TIMEOUT_S = 2.0
+_METRICS_TURNS = 3  # looks until /metrics is read again
 
 
 @dataclass(slots=True)
 class Sight:
     """What is known of a member. Times on time.monotonic(). ready_s: it last said that it is; heard_s: it last said
-    anything. silences: requests in a row without an answer. says: why it is not ready.
+    anything. silences: requests in a row without an answer. says: why it is not ready. metrics: its /metrics, lately.
     """
 
     ready_s: float | None = None
     heard_s: float | None = None
     silences: int = 0
     says: str = ""
+    metrics: str = ""
 
 
 class Watching(Protocol):
     """Something that looks at members."""
 
-    def follow(self, members: Mapping[str, str]) -> None:
-        """Look at exactly these from now on: the address to ask by id."""
+    def follow(self, members: Mapping[str, Running]) -> None:
+        """Look at exactly these from now on, by id."""
         ...
 
     def sight(self, id: str) -> Sight:
@@ -47,7 +51,7 @@ class Probes:
         self._sights: dict[str, Sight] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def follow(self, members: Mapping[str, str]) -> None:
+    def follow(self, members: Mapping[str, Running]) -> None:
         for id in self._tasks.keys() - members.keys():
             self._tasks.pop(id).cancel()
             del self._sights[id]
@@ -63,14 +67,16 @@ class Probes:
         self.follow({})
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _look(self, sight: Sight, url: str) -> None:
-        while True:
-            await self._ask(sight, url)
+    async def _look(self, sight: Sight, member: Running) -> None:
+        for turn in itertools.count():
+            await self._ask(sight, member)
+            if member.role == "replica" and turn % _METRICS_TURNS == 0 and sight.ready_s is not None:
+                await self._read_metrics(sight, member)
             await asyncio.sleep(EVERY_S)
 
-    async def _ask(self, sight: Sight, url: str) -> None:
+    async def _ask(self, sight: Sight, member: Running) -> None:
         try:
-            page = await get(Address(base=url, endpoint="completions", model=""), url, timeout_s=_TIMEOUT_S)
+            page = await get(_address(member), member.ready_path, timeout_s=_TIMEOUT_S)
         except (OSError, TimeoutError, ValueError) as problem:
             sight.silences += 1
             sight.says = str(problem) or "no answer"
@@ -84,3 +90,13 @@ class Probes:
         told = page.json()
         with suppress(KeyError, TypeError):
             sight.says = str(told["error"]["message"])[:200]  # type: ignore[index] # whatever it is not is suppressed
+
+    async def _read_metrics(self, sight: Sight, member: Running) -> None:
+        sight.metrics = ""
+        with suppress(OSError, TimeoutError, ValueError):
+            page = await get(_address(member), "/metrics", timeout_s=_TIMEOUT_S)
+            sight.metrics = page.body.decode(errors="replace") if page.status == 200 else ""
+
+
+def _address(member: Running) -> Address:
+    return Address(base=member.url, endpoint="completions", model="")

@@ -22,7 +22,8 @@ class Member:
     """A replica that exists.
 
     state: ready: once it was. well: it answers that it is. set_aside: a user wants it to get nothing new. hung: it has
-    to go at once. draining: it has been getting nothing new already. empty: it has none left, or had time enough.
+    to go at once. condemned: another is to take its place, in good order. draining: it has been getting nothing new
+    already. empty: it has none left, or had time enough.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Member:
     well: bool = True
     set_aside: bool = False
     hung: bool = False
+    condemned: bool = False
     draining: bool = False
     empty: bool = False
 
@@ -108,7 +110,7 @@ def _kept(want: Want, alive: Sequence[Member]) -> dict[str, Member]:
     """Of each pool as many of its revision as are asked for; what serves goes before what does not, old before new."""
     kept: dict[str, Member] = {}
     for pool, (count, revision) in enumerate(zip(want.counts, want.revisions, strict=True)):
-        fitting = [member for member in alive if (member.pool, member.revision) == (pool, revision)]
+        fitting = [m for m in alive if (m.pool, m.revision) == (pool, revision) and not m.condemned]
         fitting.sort(key=lambda m: (m.draining and not m.set_aside, not m.serves, m.state != "ready", m.number))
         kept |= {member.id: member for member in fitting[:count]}
     return kept

@@ -81,7 +81,7 @@ class Policy:
     """surge: replicas beyond the asked number while one is replaced; 0: the old one ends first; None: 1 where memory
     and devices allow. Seconds: drain_s, for running requests to end; ready_s, for a replica to become ready; hung_s,
     without an answer until a replica counts as hung; unready_s, that it may say that it is not ready.
-    auto: carry out what the watcher suggests.
+    auto: carry out what the watcher suggests. webhook: a URL that is told of incidents.
     """
 
     surge: int | None = None
@@ -90,6 +90,7 @@ class Policy:
     hung_s: float = 6.0
     unready_s: float = 30.0
     auto: bool = False
+    webhook: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +169,9 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What is, as the controller saw it at `at` (time.time()). established: the last generation that was all ready."""
+    """What is, as the controller saw it at `at` (time.time()). established: the last generation that was all ready.
+    incidents: the open ones, each in a sentence. watcher: Watcher.report().
+    """
 
     at: float
     pid: int
@@ -182,6 +185,7 @@ class Status:
     load: Load = field(default_factory=Load)
     notes: tuple[str, ...] = ()
     incidents: tuple[str, ...] = ()
+    watcher: dict[str, Any] = field(default_factory=dict)
 
 
 def state_home() -> Path:

@@ -51,6 +51,10 @@ class Deaths:
         if revision in self._series:
             self._series[revision].failed_starts = 0
 
+    def try_anew(self) -> None:
+        """Somebody changed what is desired: what failed before may work now."""
+        self._series.clear()
+
     def held(self, now_s: float) -> set[str]:
         """Revisions of which none is to be started yet."""
         return {revision for revision, series in self._series.items() if now_s < series.next_try_s}

@@ -1,0 +1,204 @@
+"""The controller in a world without processes: the dead are replaced, the living taken over, failures undone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from fleet_for_tests import Play, play_in, release
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    made = play_in(tmp_path / "demo")
+    made.desire(release(2))
+    made.settle(10)
+    return made
+
+
+def ids(play: Play) -> list[str]:
+    return sorted(life.running.id for life in play.world.replicas())
+
+
+def test_replicas_and_their_gateway_are_started_and_then_left_alone(play: Play) -> None:
+    assert play.is_as_desired()
+    assert play.status().phase == "ready"
+    assert play.status().established == 1
+    before = ids(play)
+    play.settle()
+    assert ids(play) == before
+
+
+def test_a_dead_replica_is_replaced_at_the_next_look(play: Play) -> None:
+    dead = ids(play)[0]
+    play.world.die(dead)
+    play.tick()
+    assert len(ids(play)) == 2
+    assert dead not in ids(play)
+    assert play.status().phase == "degraded"
+    assert sorted(one.restarts for one in play.settle(5).replicas) == [0, 1]
+
+
+def test_a_silent_replica_is_killed_and_replaced(play: Play) -> None:
+    silent = ids(play)[0]
+    play.world.lives[silent].silent = True
+    play.settle(20)
+    assert silent not in ids(play)
+    assert play.is_as_desired()
+
+
+def test_where_one_keeps_dying_the_pauses_grow_and_status_says_so(play: Play) -> None:
+    for _ in range(40):  # 20 seconds
+        for id in ids(play)[:1]:
+            play.world.die(id)
+        play.tick()
+        play.world.pass_time(0.5)
+    assert play.world.started < 2 + 12
+    assert any("times in a row" in note for note in play.status().notes)
+
+
+def test_a_gateway_that_dies_comes_back_and_replicas_are_not_touched(play: Play) -> None:
+    before = ids(play)
+    gateway = next(id for id, life in play.world.lives.items() if life.running.role == "gateway")
+    play.world.die(gateway)
+    status = play.settle(5)
+    assert status.gateway.state == "ready"
+    assert status.gateway.restarts == 1
+    assert ids(play) == before
+
+
+def test_a_new_controller_takes_over_what_runs(play: Play) -> None:
+    before = ids(play)
+    play.new_controller()
+    play.tick()
+    play.tick()
+    assert play.status().phase == "ready"
+    play.settle()
+    assert ids(play) == before
+
+
+def test_what_died_while_nobody_looked_is_replaced(play: Play) -> None:
+    play.world.die(ids(play)[0])
+    play.new_controller()
+    play.settle(5)
+    assert play.is_as_desired()
+
+
+def test_a_changed_release_is_rolled_without_cutting_off_a_request(play: Play) -> None:
+    for life in play.world.replicas():
+        life.inflight = 3
+    play.world.most = 3
+    play.desire(release(2, command="b"))
+    for _ in range(100):
+        play.tick()
+        assert play.world.serving() >= 2
+        play.world.pass_time(0.5)
+        for life in play.world.replicas():
+            life.inflight = max(life.inflight - 1, 0)
+    assert play.is_as_desired()
+    assert play.world.cut_off == 0
+
+
+def test_requests_that_never_end_are_cut_off_after_the_drain_timeout(play: Play) -> None:
+    for life in play.world.replicas():
+        life.inflight = 1
+    play.desire(release(1))
+    play.settle(100)
+    assert len(ids(play)) == 2
+    play.settle(40)
+    assert play.is_as_desired()
+
+
+def test_a_release_that_does_not_start_is_given_up_and_the_old_one_stays(play: Play) -> None:
+    before = ids(play)
+    play.world.broken.add("b")
+    desired = play.desire(release(2, command="b"))
+    status = play.settle()
+    assert ids(play) == before
+    assert status.rejected is not None
+    assert status.rejected.generation == desired.generation
+    assert "ended before it was ready" in status.rejected.why
+    assert status.rejected.log == "the end of its log"
+    assert status.phase == "ready"
+    assert play.world.started <= 2 + 2, "two tries"
+
+
+def test_a_first_release_that_does_not_start_leaves_nothing(tmp_path: Path) -> None:
+    play = play_in(tmp_path / "demo")
+    play.world.broken.add("a")
+    play.desire(release(2))
+    status = play.settle()
+    assert status.phase == "failed"
+    assert not play.world.lives
+
+
+def test_removing_ends_the_gateway_first_and_then_everything(play: Play) -> None:
+    play.desire(release(2), removed=True)
+    play.tick()
+    stopping = {life.running.role for life in play.world.lives.values() if life.running.stopping}
+    assert stopping == {"gateway"}
+    assert play.settle(10).phase == "removed"
+    assert not play.world.lives
+
+
+def test_a_replica_that_a_user_drained_gets_nothing_new_and_is_not_replaced(play: Play) -> None:
+    first = ids(play)[0]
+    play.desire(release(2), drained=(first,))
+    status = play.settle()
+    assert {one.id: one.state for one in status.replicas}[first] == "drained"
+    assert len(status.replicas) == 2
+    wanted = play.controller.front.wanted
+    assert wanted is not None
+    assert [one.id for one in wanted.models[0].replicas if one.draining] == [first]
+
+
+EVENTS = st.one_of(
+    st.just(("pass",)),
+    st.just(("die",)),
+    st.just(("silent",)),
+    st.just(("new controller",)),
+    st.tuples(st.just("kill in"), st.integers(0, 3)),
+    st.tuples(st.just("desire"), st.lists(st.integers(1, 3), min_size=1, max_size=2), st.sampled_from("abx")),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(EVENTS, max_size=25), st.randoms(use_true_random=False))
+def test_whenever_controllers_are_killed_the_next_one_ends_where_it_should(events: list, random) -> None:
+    """Whatever happens between ticks or in the middle of one; the release 'x' never starts."""
+    with tempfile.TemporaryDirectory() as path:
+        play = play_in(Path(path) / "demo")
+        play.world.broken.add("x")
+        play.desire(release(2))
+        for event in events:
+            play.tick()
+            victims = [life.running.id for life in play.world.replicas()]
+            if event[0] == "pass":
+                play.world.pass_time(1.0)
+            elif event[0] == "die" and victims:
+                play.world.die(random.choice(victims))
+            elif event[0] == "silent" and victims:
+                play.world.lives[random.choice(victims)].silent = True
+            elif event[0] == "new controller":
+                play.new_controller()
+            elif event[0] == "kill in":
+                play.world.kill_in = event[1]
+            elif event[0] == "desire":
+                play.desire(release(*event[1], command=event[2]))
+        play.desire(release(2, command="b"))
+        play.settle(150)
+        assert play.is_as_desired(), play.status()
+        assert play.status().phase == "ready"
+        started = play.world.started
+        play.new_controller()
+        play.settle(20)
+        assert play.world.started == started
