@@ -79,7 +79,7 @@ class Controller:
         now_s = self.clock()
         before = {replica.id: replica for replica in status.replicas}
         for running in self.target.running():
-            known = self._known[running.id] = Known(running, now_s)
+            known = self._known[running.id] = Known(running, now_s, leaving=running.stopping)
             if running.id in before:
                 known.restarts = before[running.id].restarts
                 known.ready_s = now_s if before[running.id].ready_at is not None else None

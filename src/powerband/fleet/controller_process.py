@@ -25,7 +25,7 @@ from powerband.fleet.state import ServiceFolder, lock
 from powerband.gateway.books import Books
 from powerband.metrics.logging import set_up_logging
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("powerband.fleet.controller_process")  # not __main__, as which it runs
 
 TICK_S = 0.4
 _START_S = 20.0
