@@ -15,7 +15,8 @@ from starlette.routing import Router
 
 from powerband.gateway.audit import entries, first_broken
 from powerband.gateway.book_routes import make_routes
-from powerband.gateway.books import Books, BooksOptions
+from powerband.gateway.books import Books
+from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.doorkeeper import Doorkeeper
 from powerband.gateway.request import Finished, GatewayRequest
 from powerband.metrics.record import RequestRecord

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from powerband.gateway import content
-from powerband.gateway.books import Books, BooksOptions
+from powerband.gateway.books import Books
+from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.content import MOST_CHARS, prompt_text, stored
 from powerband.gateway.request import GatewayRequest
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.books import Books, BooksOptions
+from powerband.gateway.books import Books
+from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.ledger import Ledger
 from powerband.gateway.request import Finished, GatewayRequest
 from powerband.gateway.usage import UsageRow, report

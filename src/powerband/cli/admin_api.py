@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +23,8 @@ class AdminApi:
     """Blocking. Raises PowerbandError: what the gateway says, or EnvironmentFault when there is none."""
 
     def __init__(self, url: str, key: str) -> None:
+        import urllib.parse
+
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is no URL.", hint="Like http://127.0.0.1:8080.", param="url")
@@ -34,6 +34,8 @@ class AdminApi:
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """The decoded JSON of the answer."""
+        import http.client
+
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=TIMEOUT_S)
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}

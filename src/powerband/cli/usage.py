@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv as csv_format
 import json as json_format
 import sys
-import urllib.parse
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +33,8 @@ def usage(
     """Show requests, tokens, latency and cost, grouped."""
     if csv is not None and json:
         raise UsageError("Both --csv and --json are given.", hint="Give one.", param="csv")
+    import urllib.parse
+
     query = urllib.parse.urlencode({"by": by, "since": since})
     found = find_gateway(service, url, admin_key_file).call("GET", f"/admin/usage?{query}")
     if json:
@@ -76,6 +76,8 @@ def audit(
 
 
 def _write_csv(path: Path, found: dict[str, Any]) -> None:
+    import csv as csv_format
+
     names = [*found["by"], *(["key_name"] if "key" in found["by"] else []), *_COLUMNS, *_LATER_COLUMNS]
     rows = [[row[name] for name in names] for row in found["data"]]
     if str(path) == "-":

@@ -9,24 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from powerband.gateway.audit import Audit
+from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.content import Content
 from powerband.gateway.feedback import Feedback
 from powerband.gateway.keys import Key, Keys
 from powerband.gateway.ledger import Ledger, spent
 from powerband.gateway.limits import Limits
 from powerband.gateway.store import Store
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BooksOptions:
-    """usage_retention_days: how long single requests and feedback are kept; daily sums stay.
-
-    store_content: keep prompts and outputs, redacted, for content_retention_days.
-    """
-
-    usage_retention_days: float = 90.0
-    store_content: bool = False
-    content_retention_days: float = 7.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

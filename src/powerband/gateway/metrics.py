@@ -78,6 +78,7 @@ class Moment:
     in_flight: int = 0
     ledger_rows_buffered: int = 0
     ledger_rows_lost: int = 0
+    ledger_failing_s: float = 0.0
 
 
 class GatewayMetrics(Collector):
@@ -228,6 +229,8 @@ class GatewayMetrics(Collector):
         yield _gauges("in_flight", "Requests that are not over", (), {(): moment.in_flight})
         what = "Rows of usage that wait to be written"
         yield _gauges("ledger_rows_buffered", what, (), {(): moment.ledger_rows_buffered})
+        what = "For how long nothing could be written to the database; 0: it can"
+        yield _gauges("ledger_failing_seconds", what, (), {(): moment.ledger_failing_s})
         pools = {(pool.model,): pool for pool in moment.pools}
         yield _gauges("queued", "Requests that wait for a place", model, {at: p.queued for at, p in pools.items()})
         tokens = {at: p.queued_tokens for at, p in pools.items()}

@@ -61,6 +61,7 @@ class PageRoutes:
             in_flight=self._gateway.num_active,
             ledger_rows_buffered=figures.usage_waiting,
             ledger_rows_lost=figures.usage_dropped,
+            ledger_failing_s=figures.failing_s,
         )
         return Response(self._metrics.render(moment), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

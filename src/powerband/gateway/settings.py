@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from powerband.gateway.books import BooksOptions
+from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.pool_options import PoolOptions
-from powerband.gateway.upstream import Timeouts
+from powerband.gateway.timeouts import Timeouts
 from powerband.spec.settings import check_values, setting
 
 

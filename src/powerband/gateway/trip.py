@@ -16,7 +16,8 @@ from powerband.gateway.events import NO_JSON
 from powerband.gateway.pool import Lease, Pool
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.upstream import Timeouts, Upstream
+from powerband.gateway.timeouts import Timeouts
+from powerband.gateway.upstream import Upstream
 from powerband.web.errors import ErrorBody, HttpError
 
 MAX_REFUSALS = 8

@@ -8,10 +8,10 @@ import math
 import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 
 from powerband.gateway.connection import Connection, Exchange, Keeper, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.timeouts import Timeouts
 from powerband.web.authority import split_authority
 
 MAX_PAGE_BYTES = 16 << 20
@@ -19,16 +19,6 @@ MAX_IDLE = 128  # connections to one replica that are kept for later
 IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
 _LAST_WORDS_S = 1.0
 _TICK_S = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeouts:
-    """Seconds. first_byte_s: from sending to the first byte of the answer's body. between_s: between two of them."""
-
-    connect_s: float = 3.0
-    first_byte_s: float = 60.0
-    between_s: float = 60.0
-    whole_s: float = 3600.0
 
 
 def _ignore(_exchange: Exchange) -> None:
