@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import cast
 
 import httptools
@@ -35,6 +36,8 @@ class Exchange:
 
     __slots__ = (
         "_connection",
+        "_consumer",
+        "_is_held",
         "_pieces",
         "_problem",
         "_unread",
@@ -59,6 +62,8 @@ class Exchange:
         self.is_let_end = False
         self._problem: UpstreamFailure | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._consumer: Callable[[bytes], bool] | None = None
+        self._is_held = False
         self.first_s, self.between_s, self.end_s = first_s, between_s, end_s
         self.due_s = 0.0
         self.status = 0
@@ -76,18 +81,39 @@ class Exchange:
         """All that came of the body since the last time, at least a byte; b'' at its end. Raises UpstreamFailure."""
         while True:
             if self._pieces:
-                data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-                self._pieces.clear()
-                if self._unread >= MAX_UNREAD_BYTES and self._connection is not None:
-                    self._connection.read_on()
-                self._unread = 0
-                self.first_s = 0.0
-                return data
+                return self._take()
             if self._problem is not None:
                 raise self._problem
             if self.is_over:
                 return b""
             await self._wait()
+
+    async def pass_to(self, take: Callable[[bytes], bool]) -> None:
+        """Hand on what comes as it comes, without waking anybody, until `take` returns False, or to the body's end.
+
+        Raises UpstreamFailure, and what `take` raises. It may call `hold`.
+        """
+        self._consumer = take
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            self.flush()
+            await self._waiter
+        finally:
+            self._consumer = self._waiter = None
+            self.due_s = 0.0
+
+    def hold(self) -> None:
+        """Hand on nothing until `release`; what comes meanwhile is bounded."""
+        self._is_held = True
+        self.due_s = 0.0
+        if self._connection is not None:
+            self._connection.pause()
+
+    def release(self) -> None:
+        self._is_held = False
+        if self._connection is not None:
+            self._connection.read_on()
+        self.flush()
 
     async def read_all(self, max_bytes: int) -> bytes:
         """The whole body. Raises UpstreamFailure, also when it is larger."""
@@ -121,33 +147,59 @@ class Exchange:
         self._problem = UpstreamFailure(code, message)
         self.is_over = True
         connection, self._connection = self._connection, None
-        self._wake()
+        self.flush()
         if connection is not None:
             connection.leave(self)
 
     # Called by the connection.
 
-    def got(self, body: bytes) -> bool:
-        """Whether more may come at once."""
-        if self.is_let_end:
-            return True
-        self._pieces.append(body)
-        self._unread += len(body)
-        self._wake()
-        return self._unread < MAX_UNREAD_BYTES
-
-    def got_head(self, status: int) -> None:
-        self.status = status
-        self._wake()
+    def got(self, body: bytes) -> None:
+        if not self.is_let_end:
+            self._pieces.append(body)
+            self._unread += len(body)
 
     def got_end(self) -> None:
         self.is_over = True
         self._connection = None
-        self._wake()
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def flush(self) -> None:
+        """Hand on what came, or wake who reads."""
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self._consumer is None:
+            waiter.set_result(None)
+            return
+        if self._is_held:
+            return
+        try:
+            wants_more = not self._pieces or self._consumer(self._take())
+        except Exception as problem:
+            waiter.set_exception(problem)
+            return
+        if not wants_more:
+            waiter.set_result(None)
+        elif self._is_held:
+            pass
+        elif self._problem is not None:
+            waiter.set_exception(self._problem)
+        elif self.is_over:
+            waiter.set_result(None)
+        else:
+            self.due_s = min(time.monotonic() + self.between_s, self.end_s)
+
+    @property
+    def is_behind(self) -> bool:
+        return self._is_held or self._unread >= MAX_UNREAD_BYTES
+
+    def _take(self) -> bytes:
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        if self._unread >= MAX_UNREAD_BYTES and self._connection is not None:
+            self._connection.read_on()
+        self._unread = 0
+        self.first_s = 0.0
+        return data
 
     async def _wait(self) -> None:
         # Until the first byte of the body the first limit holds; once it is read, the one between bytes.
@@ -188,7 +240,7 @@ class Connection(asyncio.Protocol):
             self._is_paused = False
             self._transport.resume_reading()
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
         if not self._is_paused and self._transport is not None and not self._transport.is_closing():
             self._is_paused = True
             self._transport.pause_reading()
@@ -225,6 +277,9 @@ class Connection(asyncio.Protocol):
             exchange.fail("garbage", f"The replica's answer is no HTTP: {problem}.")
         if not exchange.status and self._head_bytes > MAX_HEAD_BYTES:
             exchange.fail("garbage", "The head of the replica's answer has no end.")
+        exchange.flush()
+        if exchange.is_behind and self._exchange is exchange:
+            self.pause()
 
     def connection_lost(self, problem: Exception | None) -> None:
         self.is_open = False
@@ -235,6 +290,7 @@ class Connection(asyncio.Protocol):
         if problem is None and exchange.status and self._ends_by_closing:
             self._exchange = None
             exchange.got_end()
+            exchange.flush()
         else:
             exchange.fail("reset", f"The connection broke: {problem}." if problem else "The replica closed it.")
 
@@ -252,14 +308,14 @@ class Connection(asyncio.Protocol):
             return
         status = self._parser.get_status_code()
         if status >= 200:
-            self._exchange.got_head(status)
+            self._exchange.status = status
         else:
             self._exchange.headers.clear()
 
     def on_body(self, body: bytes) -> None:
         exchange = self._exchange
-        if exchange is not None and not exchange.got(body):
-            self._pause()
+        if exchange is not None:
+            exchange.got(body)
 
     def on_message_complete(self) -> None:
         exchange, parser = self._exchange, self._parser

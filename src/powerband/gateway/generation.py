@@ -21,12 +21,13 @@ from powerband.core.loop import error_info
 from powerband.errors import PowerbandError
 from powerband.gateway.books import Books
 from powerband.gateway.connection import Exchange, UpstreamFailure
-from powerband.gateway.events import END, Splitter, read_chunk
+from powerband.gateway.events import read_chunk
 from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.intake import PATHS, Intake
 from powerband.gateway.keys import Key
 from powerband.gateway.limits import Reservation, cost_usd
 from powerband.gateway.prefix import keys_of
+from powerband.gateway.relay import Relay
 from powerband.gateway.request import ANONYMOUS, Endpoint, Finished, GatewayRequest
 from powerband.gateway.resume import CannotResume, Resumer
 from powerband.gateway.routes import ReplicaAddress
@@ -36,7 +37,8 @@ from powerband.metrics.record import Outcome, RequestRecord
 from powerband.web.body import read_body
 from powerband.web.edge import ClientLeft
 from powerband.web.errors import error_body
-from powerband.web.streaming import STREAM_HEADERS, Departure, event
+from powerband.web.line import ClientLine, line_of
+from powerband.web.streaming import STREAM_HEADERS, event
 
 MAX_ANSWER_BYTES = 64 << 20
 _NOTHING_LEFT = b'"output_complete"'  # a replica's code: all that it was to go on with is there
@@ -90,6 +92,7 @@ class Generation(Response):
         self._trip = Trip(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
         self._story = Story(intake, served.route.name, keeps_text=books.content.on)
         self._reservation: Reservation | None = None
+        self._line: ClientLine | None = None
         self._status = 500
         self._outcome = Outcome.ERROR
         self._error = ""
@@ -98,13 +101,13 @@ class Generation(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._gateway.begin()
         scope["state"]["finished"] = True  # its end will be noted, whatever that is
-        departure = Departure(receive)
-        departure.then(_cancel_this_task())
+        line = self._line = line_of(scope)
         try:
+            line.when_lost(_cancel_this_task())
             self._reserve()
             await (self._stream(send) if self._intake.is_stream else self._whole(scope, receive, send))
         except asyncio.CancelledError:
-            if self._error or not departure.left:
+            if self._error or not line.is_lost:
                 self._fail(Outcome.ABORTED, self._error or "shut_down", self._status or 503)
                 raise
             self._fail(Outcome.ABORTED, "client_left", 499)
@@ -113,7 +116,7 @@ class Generation(Response):
             self._note_error(error)
             raise
         finally:
-            departure.close()
+            line.when_lost(None)
             try:
                 self._finish()
             finally:
@@ -187,7 +190,7 @@ class Generation(Response):
                 return await self._pass_refusal(exchange, send)
             story.begin(replica)
             try:
-                await self._relay_exchange(send)
+                await self._relay_exchange(exchange, send)
                 return True
             except UpstreamFailure as problem:
                 if story.is_finished:
@@ -202,34 +205,17 @@ class Generation(Response):
                 self._story = story = Story(self._intake, self._served.route.name, keeps_text=self._books.content.on)
                 resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
 
-    async def _relay_exchange(self, send: Send) -> None:
+    async def _relay_exchange(self, exchange: Exchange, send: Send) -> None:
         """Pass on events until the last. Raises UpstreamFailure when it does not come."""
-        trip, story, splitter, exchange = self._trip, self._story, Splitter(), self._trip.exchange
-        while exchange is not None and (piece := await exchange.read()):
-            now_s, had_tokens = time.monotonic(), story.num_tokens
-            trip.progress()
-            told, is_over, problem = b"", False, None
-            try:
-                for data in splitter.feed(piece):
-                    if data == END:
-                        is_over = True
-                        break
-                    told += story.tell(data, now_s)
-            except UpstreamFailure as found:  # what came before it counts, and so has to be told
-                problem = found
-            if story.num_tokens > self._request.output_tokens and self._reservation is not None:
-                self._reservation.produced(story.num_tokens)
-            if story.num_tokens and not had_tokens:
-                trip.first_token(len(story.prompt_ids) or None)
-            if told:
-                await self._send(send, told)
-            if problem is not None:
-                raise problem
-            if is_over:
-                if not story.num_finished:
-                    raise UpstreamFailure("truncated", "The replica's stream ended without a finish reason.")
-                return
-        raise UpstreamFailure("truncated", "The replica's stream ended before its answer did.")
+        relay = Relay(self._trip, self._story, exchange, self._count_tokens)
+        if not self._trip.has_begun:
+            await self._send(send, await relay.read_opening())
+        if self._line is not None:
+            await relay.pass_on(self._line)
+
+    def _count_tokens(self, tokens: int) -> None:
+        if tokens > self._request.output_tokens and self._reservation is not None:
+            self._reservation.produced(tokens)
 
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._trip.has_begun:

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from powerband.core.loop import error_info
 from powerband.web.errors import HttpError, error_body
+from powerband.web.line import ClientLine, put_line
 
 MAX_HEAD_BYTES = 64 << 10
 SECONDS_FOR_HEAD = 30.0
@@ -31,21 +32,25 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
+        self._line = ClientLine(transport)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_reading_timer()
         super().connection_lost(exc)
+        self._line.lost()
 
     def pause_writing(self) -> None:
         if self._reading_timer is None:
             self._reading_timer = self.loop.call_later(SECONDS_TO_READ, self.transport.abort)
         super().pause_writing()
+        self._line.paused()
 
     def resume_writing(self) -> None:
         self._stop_reading_timer()
         super().resume_writing()
+        self._line.resumed()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -61,6 +66,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._start_timer()
         super().on_message_begin()
+        put_line(cast(dict[str, Any], self.scope), self._line)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
