@@ -89,6 +89,18 @@ def test_a_session_stays_while_its_replica_has_a_place() -> None:
     virtually(test)
 
 
+@pytest.mark.parametrize("routing", ["least-outstanding", "prefix"])
+def test_a_replica_of_twice_the_size_gets_twice_as_much(routing: str) -> None:
+    async def test(loop: VirtualLoop) -> None:
+        pool = make_pool(loop, replica("small", 20), replica("large", 40), routing=routing)
+        keys = (b"1", b"2")
+        leases = [await pool.lease(request(prefix_keys=keys)) for _ in range(48)]
+        large = sum(lease.replica.id == "large" for lease in leases)
+        assert 30 <= large <= 36
+
+    virtually(test)
+
+
 def test_weights_share_the_tokens() -> None:
     async def test(loop: VirtualLoop) -> None:
         rng = random.Random(1)

@@ -72,8 +72,13 @@ class Member:
         return self.address.id
 
     @property
+    def seats(self) -> int:
+        """Requests that it computes at once."""
+        return self.address.max_num_seqs
+
+    @property
     def most(self) -> int:
-        return self.address.max_num_seqs + self.options.max_waiting_per_replica
+        return self.seats + self.options.max_waiting_per_replica
 
     @property
     def takes_new(self) -> bool:

@@ -58,7 +58,7 @@ def make_router(options: PoolOptions) -> Router:
 
 
 class LeastOutstanding:
-    """Of those with equally little to do, the one that was chosen longest ago."""
+    """For each of its seats (max_num_seqs); of those with equally little to do, the one that was chosen longest ago."""
 
     def __init__(self) -> None:
         self._turn = 0
@@ -66,11 +66,7 @@ class LeastOutstanding:
     def choose(self, _request: GatewayRequest, free: Sequence[Member], _serving: Sequence[Member]) -> Member:
         if len(free) == 1:
             return free[0]
-        chosen = free[0]
-        for member in free:
-            if (member.outstanding, member.turn) < (chosen.outstanding, chosen.turn):
-                chosen = member
-        return chosen
+        return min(free, key=_by_outstanding)
 
     def suits(self, _request: GatewayRequest, _member: Member) -> float:
         return 0.0
@@ -81,6 +77,10 @@ class LeastOutstanding:
 
     def forget(self, _replica: str) -> None:
         """Nothing is known of it."""
+
+
+def _by_outstanding(member: Member) -> tuple[float, int]:
+    return member.outstanding / member.seats, member.turn
 
 
 class Weighted(LeastOutstanding):
@@ -137,13 +137,13 @@ def _session(request: GatewayRequest) -> str:
 
 
 def _loads(request: GatewayRequest, serving: Sequence[Member]) -> Callable[[Member], float]:
-    """Of a replica in means: of the tokens before it, or of the requests it has, whichever is more."""
-    count = len(serving)
-    mean_tokens = sum(member.outstanding for member in serving) / count
-    mean_requests = sum(len(member.stays) for member in serving) / count
-    tokens = max(mean_tokens, request.prompt_tokens + request.output_tokens)
-    requests = max(mean_requests, serving[0].address.max_num_seqs * _SMALL_SHARE)
-    return lambda member: max(member.outstanding / tokens, len(member.stays) / requests)
+    """Of a replica in means: of the tokens before it, or of the requests it has, whichever is more; for each seat."""
+    seats = sum(member.seats for member in serving)
+    mean_tokens = sum(member.outstanding for member in serving) / seats
+    mean_requests = sum(len(member.stays) for member in serving) / seats
+    tokens = max(mean_tokens, (request.prompt_tokens + request.output_tokens) * len(serving) / seats)
+    requests = max(mean_requests, _SMALL_SHARE)
+    return lambda member: max(member.outstanding / tokens, len(member.stays) / requests) / member.seats
 
 
 class PrefixAware(LeastOutstanding):
