@@ -96,7 +96,8 @@ def test_a_dip_of_two_seconds_refuses_nobody() -> None:
             pool.tick()
             if i == 200:
                 for member in pool.members:
-                    member.probed_badly(loop.time(), "http_503", weight=2)
+                    member.probed_badly(loop.time(), "http_503")
+                    member.probed_badly(loop.time(), "http_503")
                     pool.changed(member)
             if i == 218:
                 make_ready(pool)

@@ -51,8 +51,8 @@ FAULTS = [
     Fault(
         "good probes need not follow each other",
         "member",
-        "        self._good = 0\n        self._bad += weight",
-        "        self._bad += weight",
+        "        self._good = 0\n        self._bad += 1",
+        "        self._bad += 1",
     ),
     Fault(
         "a new replica takes nothing from the queue",

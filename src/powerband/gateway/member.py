@@ -113,10 +113,15 @@ class Member:
         self.since_s = now_s
         return True
 
-    def probed_badly(self, now_s: float, code: str, weight: int = 1) -> bool:
-        """Whether that ejects it. weight: of how many probes."""
+    @property
+    def is_in_doubt(self) -> bool:
+        """It is ready, but its last probe was bad."""
+        return self.is_ready and self._bad > 0
+
+    def probed_badly(self, now_s: float, code: str) -> bool:
+        """Whether that ejects it."""
         self._good = 0
-        self._bad += weight
+        self._bad += 1
         if not self.is_ready:
             return False
         self.errors.append(code)

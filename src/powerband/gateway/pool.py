@@ -41,7 +41,7 @@ class Pool:
     def __init__(self, options: PoolOptions | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options or PoolOptions()
         self.clock = clock
-        self._model = ""
+        self.model = ""
         self._members: dict[str, Member] = {}
         self._leaving: list[Member] = []  # no longer in the routes, but still answering
         self._lanes = arrange((), (), self.options)
@@ -55,7 +55,7 @@ class Pool:
     def update(self, route: ModelRoute) -> None:
         """These are the replicas now. Those that stay keep their state; what waits may go to any."""
         now_s = self.clock()
-        self._model = route.name
+        self.model = route.name
         if any(not member.address.draining for member in self._members.values()):
             self._had_replica_s = now_s
         members: dict[str, Member] = {}
@@ -112,7 +112,7 @@ class Pool:
         now_s = self.clock()
         waits = (lane.admission.capacity.wait_s(lane.queue.tokens, lane.queue.requests) for lane in self._lanes)
         return PoolSnapshot(
-            model=self._model,
+            model=self.model,
             queued=self.queued,
             queued_tokens=self.queued_tokens,
             predicted_wait_s=max(wait_s or 0.0 for wait_s in waits),
