@@ -39,6 +39,7 @@ class AdminApi:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=TIMEOUT_S)
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        headers["X-Powerband-Actor"] = _user()
         data = None if body is None else json.dumps(body).encode()
         try:
             connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
@@ -78,6 +79,17 @@ def find_gateway(service: str | None, url: str | None, admin_key_file: Path | No
     except (OSError, UnicodeDecodeError) as error:
         hint = "Name a file that holds an admin key with --admin-key-file."
         raise EnvironmentFault(f"The admin key {file} cannot be read: {error}.", hint=hint) from None
+
+
+def _user() -> str:
+    """For the audit."""
+    import getpass
+
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):
+        return "somebody"
+    return name if name.isascii() and name.isprintable() else "somebody"
 
 
 def _as_error(status: int, body: Any) -> PowerbandError:

@@ -75,7 +75,7 @@ class AdminRoutes:
     def _note(self, request: Request, action: str, what: dict[str, Any]) -> None:
         """What was done stays done while the audit cannot be written: routing goes on without a disk."""
         try:
-            self._books.audit(actor_of(request.state.key), action, what)
+            self._books.audit(actor_of(request), action, what)
         except PowerbandError as problem:
             logger.warning("The audit log does not have this: %s %s (%s)", action, what, problem)
 

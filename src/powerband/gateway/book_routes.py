@@ -18,7 +18,7 @@ from powerband.gateway.audit import entries, first_broken
 from powerband.gateway.books import Books, actor_of
 from powerband.gateway.content import stored
 from powerband.gateway.feedback import given
-from powerband.gateway.keys import Key, KeyLimits
+from powerband.gateway.keys import MOST, Key, KeyLimits
 from powerband.gateway.request import ANONYMOUS
 from powerband.gateway.store import StoreUnavailable
 from powerband.gateway.usage import UsageRow, report
@@ -30,7 +30,7 @@ _MOST_ROWS = 1000
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", re.ASCII)
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
 
 
 class LimitsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -56,7 +56,7 @@ class KeyBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
     scopes: list[str] = msgspec.field(default_factory=lambda: ["infer"])
     limits: LimitsBody = msgspec.field(default_factory=LimitsBody)
-    expires_in_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    expires_in_s: Annotated[float, msgspec.Meta(gt=0, le=100 * 366 * 86400)] | None = None
 
 
 class KeyPatch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -139,7 +139,7 @@ class KeyRoutes:
         return json_response(self._shown(key))
 
     def _note(self, request: Request, action: str, key: Key, what: dict[str, Any]) -> None:
-        self._books.audit(actor_of(request.state.key), action, {"key": key.id, "name": key.name, **what})
+        self._books.audit(actor_of(request), action, {"key": key.id, "name": key.name, **what})
 
     def _shown(self, key: Key) -> dict[str, Any]:
         return asdict(key) | {"object": "key", "used": self._books.limits.used(key)}
@@ -175,7 +175,7 @@ class ReportRoutes:
 
     async def note(self, request: Request) -> Response:
         body = await read_json(request, AuditBody, MOST_BODY_BYTES)
-        self._books.audit(actor_of(request.state.key), body.action, body.what)
+        self._books.audit(actor_of(request), body.action, body.what)
         await self._books.store.saved()
         return json_response({"object": "audit.entry", "action": body.action}, 201)
 
@@ -192,7 +192,7 @@ class ReportRoutes:
     async def forget(self, request: Request) -> Response:
         id = _key_id(request)
         self._books.content.forget(id)
-        self._books.audit(actor_of(request.state.key), "content.delete", {"key": id})
+        self._books.audit(actor_of(request), "content.delete", {"key": id})
         await self._books.store.saved()
         return json_response({"object": "content.deleted", "key": id})
 

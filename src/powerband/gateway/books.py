@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
+
 from powerband.gateway.audit import Audit
 from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.content import Content
@@ -16,6 +18,8 @@ from powerband.gateway.keys import Key, Keys
 from powerband.gateway.ledger import Ledger, spent
 from powerband.gateway.limits import Limits
 from powerband.gateway.store import Store
+
+_CLAIMED_CHARS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,8 @@ class Books:
         self.store.close(timeout_s)
 
 
-def actor_of(key: Key | None) -> str:
-    """How the audit names who did something."""
-    return f"{key.name} ({key.id})" if key else "local"
+def actor_of(request: Request) -> str:
+    """How the audit names who asks: the key, and what the header X-Powerband-Actor claims, which anybody may write."""
+    key: Key | None = request.state.key
+    claimed = "".join(one for one in request.headers.get("x-powerband-actor", "")[:_CLAIMED_CHARS] if one.isprintable())
+    return f"{key.name if key else 'local'}{f' as {claimed!r}' if claimed else ''}{f' ({key.id})' if key else ''}"

@@ -29,7 +29,7 @@ class Content:
         self._store = store
         self._retention_s = retention_days * 86400
         self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
-        store.also(self._delete_old, every_s=600)  # also where it was on before, and is off now
+        store.also(self._delete_old, every_s=600, erases=True)  # also where it was on before, and is off now
 
     def note(self, request: GatewayRequest, prompt: bytes, output: Sequence[str]) -> None:
         """Nothing happens when it is off. prompt: 'messages' or 'prompt' as JSON. output: pieces of text.

@@ -26,7 +26,7 @@ class Feedback:
         self._ledger = ledger
         self._retention_s = retention_days * 86400
         self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
-        store.also(self._delete_old, every_s=600)
+        store.also(self._delete_old, every_s=600, erases=True)
 
     async def note(self, key_id: str, request_id: str, score: float, comment: str = "") -> None:
         """Raises InvalidRequest, HttpError 404 for a request that is not this key's, and StoreUnavailable."""

@@ -24,6 +24,7 @@ Scope = Literal["infer", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "metrics", "admin")
 PREFIX = "pb-"
 MOST_KEYS = 100_000
+MOST = 10**12
 _MOST_NAME = 100
 _SHOWN = 10  # characters of a key by which people recognise it
 _LONGEST = 200  # bytes; longer ones are none of ours
@@ -50,9 +51,9 @@ class KeyLimits:
     def __post_init__(self) -> None:
         for name in ("requests_per_min", "tokens_per_min", "max_concurrency"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value < 10**12:
-                raise InvalidRequest(f"'{name}' is {value}; it must be at least 1.", param=name)
-        if self.usd is not None and not 0 <= self.usd < 10**12:
+            if value is not None and not 1 <= value <= MOST:
+                raise InvalidRequest(f"'{name}' is {value}; it lies between 1 and {MOST}.", param=name)
+        if self.usd is not None and not 0 <= self.usd <= MOST:
             raise InvalidRequest(f"'usd' is {self.usd}; it must not be negative.", param="usd")
         if not -1000 <= self.priority <= 1000:
             raise InvalidRequest(f"'priority' is {self.priority}; it lies between -1000 and 1000.", param="priority")

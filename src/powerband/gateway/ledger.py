@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MOST_WAITING = 50_000
 MOST_RECENT = 20_000
+# A few at a time: nothing else is written meanwhile.
+_DELETE = "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE ended_at < ? LIMIT 5000)"
 _INSERT = """
 INSERT INTO usage (
     request_id, ended_at, key_id, model, endpoint, prompt_tokens, cached_tokens, output_tokens, queue_s, ttft_s, e2e_s,
@@ -64,7 +66,7 @@ class Ledger:
         self._retention_s = retention_days * 86400
         self.buffer = store.buffer(_INSERT, most_waiting, lose=self._keep_sums)
         store.also(self._write_sums)
-        store.also(self._delete_old, every_s=600)
+        store.also(self._delete_old, every_s=1)
 
     def note(self, finished: Finished) -> None:
         """Never blocks, never raises for what the disk does."""
@@ -128,7 +130,7 @@ class Ledger:
 
     def _delete_old(self, run: Run) -> None:
         before = (time.time() - self._retention_s) // 86400 * 86400  # whole days: either all of one is here or nothing
-        run("DELETE FROM usage WHERE ended_at < ?", [(before,)])
+        run(_DELETE, [(before,)])
 
 
 def _as_row(group: _Group, amounts: _Sum) -> Row:

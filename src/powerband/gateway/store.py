@@ -97,6 +97,7 @@ class Buffer:
 class _Chore:
     work: Callable[[Run], None]
     every_s: float
+    erases: bool
     due_s: float = 0.0  # time.monotonic()
 
 
@@ -138,9 +139,12 @@ class Store:
         self._buffers.append(made)
         return made
 
-    def also(self, work: Callable[[Run], None], every_s: float = 0.0) -> None:
-        """Have the writer's thread call it with each of its rounds, or every so often, first at the start."""
-        self._chores.append(_Chore(work, every_s))
+    def also(self, work: Callable[[Run], None], every_s: float = 0.0, *, erases: bool = False) -> None:
+        """Have the writer's thread call it with each of its rounds, or every so often, first at the start.
+
+        erases: nothing of what it deletes stays in the files.
+        """
+        self._chores.append(_Chore(work, every_s, erases))
 
     def write(self, sql: str, row: Row) -> Future[None]:
         """A change that must not be lost while the process lives; `saved` waits for it. Raises StoreUnavailable."""
@@ -230,7 +234,7 @@ class Store:
                 if time.monotonic() >= chore.due_s:
                     chore.work(self._execute)
                     chore.due_s = time.monotonic() + chore.every_s
-                    self._erasing |= chore.every_s > 0
+                    self._erasing |= chore.erases
             if self._erasing:  # what was deleted is also to leave the write-ahead log; a reader can delay that
                 self._erasing = bool(self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
         except BaseException:
@@ -305,7 +309,8 @@ def _open(path: Path) -> sqlite3.Connection:
         raise sqlite3.DatabaseError(f"it has version {version}, made by a newer Powerband")
     for older in range(version or VERSION, VERSION):
         connection.executescript(CHANGES[older])
-    connection.executescript(SCHEMA)
+    if version != VERSION:  # else nothing is written, so that a full disk is no reason not to start
+        connection.executescript(SCHEMA)
     return connection
 
 
