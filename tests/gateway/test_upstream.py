@@ -1,0 +1,233 @@
+"""The client side of the gateway against servers that do one thing each, byte by byte."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from powerband.gateway.connection import MAX_UNREAD_BYTES, UpstreamFailure
+from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.timeouts import Timeouts
+from powerband.gateway.upstream import Upstream
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+QUICK = Timeouts(connect_s=0.3, first_byte_s=0.3, between_s=0.3, whole_s=0.8)
+
+
+@contextlib.asynccontextmanager
+async def upstream_to(
+    serve: Serve, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[Upstream, ReplicaAddress]]:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await serve(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
+    port = server.sockets[0].getsockname()[1]
+    upstream = Upstream(QUICK)
+    upstream.start()
+    scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
+    try:
+        yield upstream, ReplicaAddress(id="r", url=f"{scheme}://{host}:{port}", model="m", api_key="secret")
+    finally:
+        await upstream.close()
+        server.close()
+
+
+async def request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    return head + await reader.readexactly(length)
+
+
+def says(*pieces: bytes, pause_s: float = 0.0) -> Serve:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+
+    return serve
+
+
+async def whole(upstream: Upstream, replica: ReplicaAddress) -> bytes:
+    exchange = await upstream.open(replica, "/v1/completions", b"{}")
+    try:
+        return await exchange.read_all(1 << 20)
+    finally:
+        upstream.end(exchange)
+
+
+def failure(serve: Serve) -> str:
+    async def act() -> str:
+        async with upstream_to(serve) as (upstream, replica):
+            with pytest.raises(UpstreamFailure) as caught:
+                await whole(upstream, replica)
+            assert upstream.num_live == 0
+            return caught.value.code
+
+    return asyncio.run(act())
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (OK, b"ok"),
+        (CHUNKED + b"2\r\nab\r\n3\r\ncde\r\n0\r\n\r\n", b"abcde"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, b"ok"),
+        (b"HTTP/1.1 200 OK\r\n\r\nuntil it closes", b"until it closes"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+    ],
+)
+def test_every_way_to_say_where_a_body_ends(answer: bytes, body: bytes) -> None:
+    async def act(pieces: tuple[bytes, ...]) -> bytes:
+        async with upstream_to(says(*pieces)) as (upstream, replica):
+            return await whole(upstream, replica)
+
+    assert asyncio.run(act((answer,))) == body
+    assert asyncio.run(act(tuple(answer[i : i + 1] for i in range(len(answer))))) == body
+
+
+@pytest.mark.parametrize(
+    ("pieces", "code"),
+    [
+        ((), "reset"),
+        ((b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok",), "reset"),
+        ((CHUNKED + b"2\r\nab\r\n",), "reset"),
+        ((CHUNKED + b"zz\r\nab\r\n",), "garbage"),
+        ((b"SSH-2.0-OpenSSH_9\r\n",), "garbage"),
+        ((b"HTTP/1.1 200 OK\r\nX: " + b"a" * (1 << 20),), "garbage"),
+        ((b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",), "garbage"),
+    ],
+)
+def test_what_is_no_whole_answer(pieces: tuple[bytes, ...], code: str) -> None:
+    assert failure(says(*pieces)) == code
+
+
+def test_each_phase_has_its_limit() -> None:
+    async def nothing(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    assert failure(nothing) == "timeout"
+    assert failure(says(CHUNKED, b"2\r\nab\r\n", b"", b"", b"", pause_s=0.2)) == "timeout", "between two bytes"
+    assert failure(says(CHUNKED, *[b"2\r\nab\r\n"] * 10, pause_s=0.15)) == "timeout", "the whole"
+
+
+def test_connections_are_used_again_and_a_stale_one_is_no_failure() -> None:
+    connections = []
+
+    async def closes_after_two(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(0)
+        for _ in range(2):
+            sent = await request(reader)
+            assert b"Authorization: Bearer secret\r\n" in sent
+            connections[-1] += 1
+            writer.write(OK)
+        await request(reader)  # the third is under way when the connection ends
+
+    async def act() -> list[bytes]:
+        async with upstream_to(closes_after_two) as (upstream, replica):
+            return [await whole(upstream, replica) for _ in range(5)]
+
+    assert asyncio.run(act()) == [b"ok"] * 5
+    assert connections == [2, 2, 1]
+
+
+def test_a_new_connection_that_breaks_is_not_tried_again() -> None:
+    tries = []
+
+    async def breaks(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        tries.append(await request(reader))
+
+    assert failure(breaks) == "reset"
+    assert len(tries) == 1
+
+
+def test_a_reader_that_does_not_read_is_not_sent_more() -> None:
+    sent = []
+
+    async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(CHUNKED)
+        for _ in range(1000):
+            writer.write(b"10000\r\n" + b"a" * 65536 + b"\r\n")
+            await writer.drain()
+            sent.append(65536)
+        writer.write(b"0\r\n\r\n")
+
+    async def act() -> tuple[int, int]:
+        async with upstream_to(floods) as (upstream, replica):
+            exchange = await upstream.open(replica, "/", b"")
+            await asyncio.sleep(0.3)
+            before = sum(sent)
+            size = len(await exchange.read_all(1 << 30))
+            upstream.end(exchange)
+            return before, size
+
+    before, size = asyncio.run(act())
+    assert before < (32 << 20) + MAX_UNREAD_BYTES, "what the sockets hold, and no more"
+    assert size == 65536 * 1000
+
+
+def test_what_is_passed_on_can_be_held() -> None:
+    got: list[bytes] = []
+
+    async def act() -> None:
+        pieces = [b"1\r\n%d\r\n" % number for number in range(8)]
+        async with upstream_to(says(CHUNKED, *pieces, b"0\r\n\r\n", pause_s=0.01)) as (upstream, replica):
+            exchange = await upstream.open(replica, "/", b"")
+
+            def take(piece: bytes) -> bool:
+                got.append(piece)
+                if piece.startswith(b"3"):
+                    exchange.hold()
+                    asyncio.get_running_loop().call_later(0.4, exchange.release)
+                return True
+
+            await exchange.pass_to(take)
+            upstream.end(exchange)
+
+    asyncio.run(act())
+    assert b"".join(got) == b"01234567"
+    assert any(len(piece) > 1 for piece in got), "what came while it was held comes at once"
+
+
+def test_a_connection_refused_is_said_at_once() -> None:
+    async def act() -> str:
+        upstream = Upstream(QUICK)
+        with pytest.raises(UpstreamFailure) as caught:
+            await upstream.open(ReplicaAddress(id="r", url="http://127.0.0.1:9", model="m"), "/", b"")
+        return caught.value.code
+
+    assert asyncio.run(act()) == "connect"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_replicas_may_be_reached_by_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command: list[Any] = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-keyout", key]
+    command += ["-out", certificate, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    async def act() -> bytes:
+        async with upstream_to(says(OK), tls=context) as (upstream, replica):
+            return await whole(upstream, replica)
+
+    with pytest.raises(UpstreamFailure, match="certificate"):
+        asyncio.run(act())
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert asyncio.run(act()) == b"ok"
