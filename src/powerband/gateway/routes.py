@@ -13,6 +13,7 @@ from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName
 from powerband.spec.records import as_record, read_record
 from powerband.spec.slo import SLO
+from powerband.web.authority import split_authority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,9 @@ class ReplicaAddress:
         if not self.url.startswith(("http://", "https://")):
             hint = "Like http://127.0.0.1:8001."
             raise UsageError(f"replica {self.id} has url {self.url!r}.", hint=hint, param="url")
+        split_authority(self.url.partition("://")[2].partition("/")[0], 80)
+        if not self.url.isascii() or not (self.url + self.api_key).isprintable() or not self.api_key.isascii():
+            raise UsageError(f"replica {self.id}: url and api_key are printable ASCII.", param="url")
         if self.max_num_seqs < 1 or self.weight < 0:
             raise UsageError(f"replica {self.id}: max_num_seqs is at least 1, weight not negative.", param="replicas")
 
