@@ -64,6 +64,28 @@ attributes. Labels are served names, ids of present replicas and words from fixe
 """
 
 
+BOARDS = """
+## Board and alerts
+
+The package holds, in `powerband/gateway/boards/`, what Prometheus and Grafana need:
+
+| file | what it is |
+|---|---|
+| `prometheus.yml` | scrapes a gateway, and through it every replica as they come and go |
+| `alerts.yml` | recording rules for the burn of the budget of misses, and alerts |
+| `grafana.json` | a board: promise, latency, traffic, replicas, keys and usage; import it and choose the data source |
+
+`GET /metrics/targets` tells Prometheus which replicas there are (`http_sd_configs`), and `/metrics/replicas/ID` what one of
+them shows: a gateway has the replicas' keys, Prometheus need not. Where the gateway wants keys, these paths need one with
+the scope `metrics`.
+
+```
+cp -r $(python -c "import pathlib, powerband; print(pathlib.Path(powerband.__file__).parent / 'gateway/boards')") boards
+cd boards && prometheus --config.file=prometheus.yml --storage.tsdb.path=data
+```
+"""
+
+
 def pages() -> dict[Path, str]:
     """The content of every page that this script writes."""
     return {DOCS / "settings.md": settings_page(), DOCS / "metrics.md": metrics_page()}
@@ -78,7 +100,7 @@ def metrics_page() -> str:
         suffix = "_total" if family.type == "counter" else ""
         alias = f"`vllm:{ALIASES[ours]}{suffix}`" if ours in ALIASES else "–"
         rows.append(f"| `powerband_{ours}{suffix}` | {alias} | {family.type} | {family.documentation} |\n")
-    return METRICS + "".join(rows) + GATEWAY_METRICS + "".join(_gateway_rows())
+    return METRICS + "".join(rows) + GATEWAY_METRICS + "".join(_gateway_rows()) + BOARDS
 
 
 def _gateway_rows() -> Iterator[str]:

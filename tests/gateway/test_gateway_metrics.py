@@ -107,6 +107,10 @@ def test_who_leaves_counts_only_when_a_limit_was_broken_by_then() -> None:
     assert verdict(finished(**left, tokens=0, seconds=3.0), slo) == ["ttft"]
 
 
+def test_who_is_cut_off_by_a_gateway_that_ends_counts() -> None:
+    assert verdict(finished(outcome=Outcome.ABORTED, status=503, tokens=0), SLO(ttft_s=0.5)) == ["aborted"]
+
+
 def test_a_client_over_its_own_limit_breaks_no_promise_but_a_full_pool_does() -> None:
     slo = SLO(ttft_s=0.5)
     assert verdict(finished(outcome=Outcome.REFUSED, status=429, tokens=0), slo) is None
@@ -114,7 +118,7 @@ def test_a_client_over_its_own_limit_breaks_no_promise_but_a_full_pool_does() ->
 
 
 def test_an_answer_that_came_as_a_whole_tells_no_first_token() -> None:
-    whole = finished(stream=False, tokens=1, ttft_s=3.0)
+    whole = finished(stream=False, tokens=0, seconds=3.0)
     assert verdict(whole, SLO(ttft_s=0.5)) == []
     assert verdict(whole, SLO(ttft_s=0.5, e2e_s=2.0)) == ["e2e"]
     metrics = served()

@@ -15,6 +15,7 @@ from powerband.gateway.gateway import Gateway
 from powerband.gateway.generation import GenerationRoutes
 from powerband.gateway.metrics import GatewayMetrics
 from powerband.gateway.pages import PageRoutes
+from powerband.gateway.scraping import make_routes as scraping_routes
 from powerband.web.edge import Edge
 
 
@@ -37,6 +38,7 @@ def make_app(gateway: Gateway, books: Books, metrics: GatewayMetrics) -> ASGIApp
         Route("/admin/routes", admin.put_routes, methods=["PUT"]),
         Route("/admin/records", admin.records, methods=["GET"]),
         Route("/admin/drain", admin.drain, methods=["POST"]),
+        *scraping_routes(gateway),
         *make_routes(books),
     ]
     router = Router(routes, redirect_slashes=False)

@@ -25,7 +25,8 @@ from powerband.web.errors import HttpError, error_response
 Auth = Literal["open", "keys"]
 
 OPEN = frozenset({"/livez", "/readyz", "/health"})
-METRICS = frozenset({"/metrics"})
+METRICS = frozenset({"/metrics", "/metrics/targets"})
+METRICS_BELOW = ("/metrics/replicas/",)
 INFER = frozenset(
     {
         "/v1/chat/completions",
@@ -100,7 +101,7 @@ def needed_scope(path: str) -> KeyScope | None:
     """What a path asks for when keys are needed; None: nothing."""
     if path in OPEN:
         return None
-    if path in METRICS:
+    if path in METRICS or path.startswith(METRICS_BELOW):
         return "metrics"
     if path in INFER or path.startswith(INFER_BELOW):
         return "infer"

@@ -27,13 +27,15 @@ ENDPOINTS = ("chat", "completions")
 STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 499, 500, 502, 503, 504)
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 # Codes of errors that a client may get.
+KEY_REASONS = ("missing_api_key", "invalid_api_key", "revoked_api_key", "expired_api_key", "scope_missing")
 REFUSED_REASONS = (
-    *("pool_full", "deadline_infeasible", "expired", "no_replica", "limit_reached", "draining"),
-    *("requests_per_minute", "tokens_per_minute", "concurrency", "spend", "too_many_bad_keys"),
-    *("missing_api_key", "invalid_api_key", "revoked_api_key", "insufficient_scope"),
-    *("model_not_found", "invalid_request", "context_length_exceeded", "body_too_large", OTHER),
+    *("pool_full", "deadline_infeasible", "queue_timeout", "no_replica", "replicas_busy", "draining", "not_ready"),
+    *("requests_limit", "tokens_limit", "concurrency_limit", "spend_limit", "model_not_allowed"),
+    *KEY_REASONS,
+    *("host_not_allowed", "origin_not_allowed", "model_not_found", "invalid_json", "invalid_request"),
+    *("unknown_parameter", "unsupported_parameter", "context_length_exceeded", "request_too_large", "request_timeout"),
+    *("unsupported_media_type", "unsupported_encoding", "store_unavailable", OTHER),
 )
-KEY_REASONS = ("missing_api_key", "invalid_api_key", "revoked_api_key", "insufficient_scope")
 
 _HISTOGRAMS = {
     "ttft_seconds": "Arrival to first output token, of streams",
@@ -172,7 +174,7 @@ class GatewayMetrics(Collector):
             "ttft_seconds": record.ttft_s if is_seen else None,
             "tpot_seconds": record.tpot_s if is_seen else None,
             "stall_seconds": record.stall_s if is_seen else None,
-            "e2e_seconds": record.e2e_s if record.outcome is Outcome.OK else None,
+            "e2e_seconds": (record.e2e_s if is_seen else finished.seconds) if record.outcome is Outcome.OK else None,
             "queue_seconds": finished.queue_s if finished.replicas else None,
             "overhead_seconds": None,
         }

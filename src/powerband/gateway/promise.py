@@ -12,6 +12,7 @@ from powerband.spec.slo import SLO
 
 # What a client is told it did wrong; a load test that sends such requests counts them, live traffic does not.
 _CLIENTS_FAULT = range(400, 500)
+_CLIENT_LEFT = 499
 
 
 def verdict(finished: Finished, slo: SLO) -> list[str] | None:
@@ -21,17 +22,18 @@ def verdict(finished: Finished, slo: SLO) -> list[str] | None:
     one whose client left before a limit was broken: people press stop. Who left because it took too long does count.
     An answer that came as a whole is held to the limit on E2E alone: when its first token was made, nobody saw.
     """
-    record = finished.record
-    if not saw_first_token(finished):
-        slo = SLO(e2e_s=slo.e2e_s, attainment=slo.attainment)
+    record, limits = finished.record, slo.limits
     if record.outcome is Outcome.ABORTED:
-        limits = slo.limits
+        if finished.status != _CLIENT_LEFT:
+            return [Outcome.ABORTED.value]
         if record.chunk_times_s:
             return missed(replace(record, outcome=Outcome.OK), slo) or None
         broken = [name for name in ("ttft", "e2e") if finished.seconds > limits.get(name, math.inf)]
         return broken or None
     if record.outcome is Outcome.REFUSED and finished.status in _CLIENTS_FAULT:
         return None
+    if record.outcome is Outcome.OK and not saw_first_token(finished):
+        return ["e2e"] if finished.seconds > limits.get("e2e", math.inf) else []
     return missed(record, slo)
 
 
