@@ -75,7 +75,7 @@ The package holds, in `powerband/gateway/boards/`, what Prometheus and Grafana n
 | `alerts.yml` | recording rules for the burn of the budget of misses, and alerts |
 | `grafana.json` | a board: promise, latency, traffic, replicas, keys and usage; import it and choose the data source |
 
-`GET /metrics/targets` tells Prometheus which replicas there are (`http_sd_configs`), and `/metrics/replicas/ID` what one
+`GET /metrics/targets` tells Prometheus of all replicas (`http_sd_configs`), and `/metrics/replicas/ID` what one
 of them shows: a gateway has the replicas' keys, Prometheus need not. Where the gateway wants keys, these paths need one
 with the scope `metrics`.
 
