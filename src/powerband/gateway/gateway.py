@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from powerband.gateway.request import Finished
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
+from powerband.gateway.trace_context import Trace, passed_on
 from powerband.gateway.upstream import Upstream
 from powerband.web.errors import HttpError
 
@@ -43,6 +44,7 @@ class Gateway:
         self.routes = Routes()
         self.draining = False
         self.num_active = 0
+        self.trace: Callable[[Mapping[str, str]], Trace | None] = passed_on
         self.routes_changed: Callable[[], None] = lambda: None
         self.sinks: list[Callable[[Finished], None]] = [self.recent.append]
         self._routes_file = routes_file

@@ -72,6 +72,7 @@ class GenerationRoutes:
         )
         if key is not None:
             told.priority = max(told.priority, key.limits.priority)
+        told.trace = self._gateway.trace(request.headers)
         told.prefix_keys = keys_of(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
         return Generation(self._gateway, self._books, served, intake, told, key)
 

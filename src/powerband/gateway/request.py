@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from powerband.gateway.trace_context import Trace
 from powerband.metrics.record import RequestRecord
 
 Endpoint = Literal["chat", "completions"]
@@ -30,6 +31,7 @@ class GatewayRequest:
     arrival_s: float = 0.0
     deadline_s: float | None = None  # by which the first token is wanted
     session: str = ""  # requests with the same one build on each other
+    trace: Trace | None = None  # to hand on to replicas
     prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see gateway.prefix
 
 

@@ -11,11 +11,13 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import uvloop
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.gateway.access_log import log_request
 from powerband.gateway.app import make_app
 from powerband.gateway.books import Books
 from powerband.gateway.discovery import discover
@@ -24,6 +26,8 @@ from powerband.gateway.keys import SCOPES
 from powerband.gateway.metrics import GatewayMetrics
 from powerband.gateway.routes import Routes
 from powerband.gateway.settings import GatewaySettings
+from powerband.gateway.trace_context import continued
+from powerband.gateway.tracing import Tracing
 from powerband.metrics.logging import set_up_logging
 from powerband.web.access import is_loopback
 from powerband.web.listening import Signals, listen, make_server, url_of
@@ -89,6 +93,12 @@ async def _serve(
     gateway = Gateway(settings, database.with_name("routes.json"))
     metrics = GatewayMetrics(address=settings.host, port=listener.getsockname()[1])
     gateway.sinks += [metrics.observe, books.ledger.note]
+    if settings.access_log:
+        gateway.sinks.append(log_request)
+    tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
+    if tracing is not None:
+        gateway.sinks.append(tracing.note)
+        gateway.trace = partial(continued, share=settings.trace_share)
     gateway.routes_changed = lambda: metrics.serve(gateway.routes.models)
     gateway.start()
     server = make_server(make_app(gateway, books, metrics))
@@ -112,6 +122,8 @@ async def _serve(
         server.force_exit = True
         await asyncio.gather(*([listening] if listening is not None else ()), return_exceptions=True)
         await gateway.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
     return INTERRUPTED if signals.received == signal.SIGINT else 0
 
 

@@ -93,6 +93,13 @@ class GatewaySettings:
     request_timeout_s: float = setting(3600.0, "For a whole answer", group="Failure", minimum=0.01)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is logged", group="Gateway")
     log_format: Literal["text", "json"] = setting("text", "Form of log lines on stderr", group="Gateway")
+    access_log: bool = setting(False, "A line for each request: ids, tokens, times; never texts", group="Gateway")
+    otlp_endpoint: str | None = setting(
+        None, "Collector of traces (OTLP over HTTP, like http://127.0.0.1:4318); needs powerband[otel]", group="Gateway"
+    )
+    trace_share: float = setting(
+        1.0, "Of requests that come without a trace, the share that is traced", group="Gateway", minimum=0, maximum=1
+    )
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -71,7 +71,7 @@ class Trip:
                     path,
                     body,
                     timeouts,
-                    headers={"X-Request-Id": self.request.id},
+                    headers=_headers(self.request),
                     on_sent=partial(_tie, lease),
                 )
                 status = exchange.status
@@ -139,6 +139,11 @@ class Trip:
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             self._upstream.end(exchange)
+
+
+def _headers(request: GatewayRequest) -> dict[str, str]:
+    told = {"X-Request-Id": request.id}
+    return told if request.trace is None else {**told, **request.trace.headers}
 
 
 def _tie(lease: Lease, exchange: Exchange) -> None:
