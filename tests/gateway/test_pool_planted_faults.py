@@ -154,7 +154,7 @@ def play_with(fault: Fault, folder: Path) -> str | None:
     package.mkdir(parents=True)
     for name in ("__init__.py", "errors.py"):
         shutil.copy(PACKAGE / name, package)
-    for room in ("gateway", "spec", "metrics"):
+    for room in ("gateway", "spec", "metrics", "web", "core"):
         shutil.copytree(PACKAGE / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
     path = package / "gateway" / f"{fault.file}.py"
     source = path.read_text()
