@@ -7,7 +7,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from gateways_for_tests import gateway_before, text_of, until
 
+from powerband.bench.script import Script
 from powerband.gateway import content
 from powerband.gateway.books import Books
 from powerband.gateway.books_options import BooksOptions
@@ -108,3 +110,29 @@ def test_a_prompt_is_kept_as_text_so_that_no_escape_hides_what_is_in_it() -> Non
     assert prompt_text(messages) == "user: I am jane@example.com\nb"
     assert prompt_text(b'["a","b"]') == "a\nb"
     assert prompt_text(b"[1,2,3]") == ""
+
+
+def test_what_a_gateway_kept_is_what_was_asked_and_answered(tmp_path: Path) -> None:
+    with gateway_before(tmp_path, Script(), arguments=("--store-content",)) as gateway:
+        said = []
+        for stream in (False, True):
+            chat = {"model": "scripted", "max_tokens": 5, "messages": [{"role": "user", "content": "I am a@b.example"}]}
+            plain = {"model": "scripted", "max_tokens": 5, "prompt": "Call +49 30 1234567"}
+            for path, body in (("/v1/chat/completions", chat), ("/v1/completions", plain)):
+                if stream:
+                    said.append(text_of(gateway.stream(path, body)))
+                else:
+                    [choice] = gateway.post(path, body).json()["choices"]
+                    said.append(choice["text"] if "text" in choice else choice["message"]["content"])
+
+        def found() -> list[dict[str, str]]:
+            answer: list[dict[str, str]] = gateway.admin.get("/admin/content?key=anonymous").json()["data"]
+            return answer
+
+        until(lambda: len(found()) == 4)
+        asked = ["user: I am [e-mail]", "Call [phone]"] * 2
+        assert [(one["prompt"], one["output"]) for one in reversed(found())] == list(zip(asked, said, strict=True))
+        assert gateway.admin.delete("/admin/content?key=anonymous").status_code == 200
+        assert found() == []
+        read = gateway.admin.get("/admin/audit").json()["data"]
+        assert {"content.read", "content.delete"} <= {entry["action"] for entry in read}

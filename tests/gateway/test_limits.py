@@ -282,6 +282,8 @@ def test_spend_begins_anew_with_the_month_and_total_spend_never() -> None:
     clock.pass_s(9 * 86400)
     limits.reserve(monthly, request(), 1.0).settle(1, 0, 1, 0.75)
     assert limits.used(monthly)["usd"] == 0.75
+    clock.wall -= 3600
+    assert limits.used(monthly)["usd"] == 0.75
     assert limits.used(total)["usd"] == 50.75
 
 

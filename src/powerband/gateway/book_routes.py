@@ -186,6 +186,7 @@ class ReportRoutes:
 
     async def content(self, request: Request) -> Response:
         id, limit = _key_id(request), _number(request, "limit", 100)
+        self._books.audit(actor_of(request), "content.read", {"key": id})
         found = await self._books.store.query(lambda connection: stored(connection, id, limit))
         return json_response({"object": "list", "data": found})
 

@@ -105,7 +105,7 @@ class _Account:
         self.density = density if density > self.density else self.density + (density - self.density) / 20
 
     def spent(self, limits: KeyLimits, month: str) -> float:
-        if self.month != month:
+        if self.month < month:  # a clock that is set back does not give back what was spent
             self.month, self.month_usd = month, 0.0
         return self.month_usd if limits.usd_period == "month" else self.total_usd
 

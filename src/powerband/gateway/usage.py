@@ -88,12 +88,14 @@ def _percentiles(
     connection: sqlite3.Connection, group: str, names: int, times: dict[str, object]
 ) -> dict[tuple[str, ...], tuple[float, float]]:
     """(p50, p95) of TTFT, linear between neighbours as metrics.record.percentile; SQLite only hands over those."""
+    columns = ", ".join(f"{column} AS g{number}" for number, column in enumerate(group.split(", ")))
+    groups = ", ".join(f"g{number}" for number in range(max(1, names)))
     sql = (
-        f"WITH ordered AS (SELECT {group}, ttft_s, "  # noqa: S608 (constants)
-        f"row_number() OVER (PARTITION BY {group} ORDER BY ttft_s) - 1 AS place, "
-        f"count(*) OVER (PARTITION BY {group}) - 1 AS last FROM {_ROWS} WHERE ttft_s IS NOT NULL) "
-        "SELECT * FROM ordered WHERE place - last * 0.5 > -1 AND place - last * 0.5 < 1 "
-        "OR place - last * 0.95 > -1 AND place - last * 0.95 < 1"
+        f"WITH times AS (SELECT {columns}, ttft_s FROM {_ROWS} WHERE ttft_s IS NOT NULL), "  # noqa: S608 (constants)
+        f"sizes AS (SELECT {groups}, count(*) - 1 AS last FROM times GROUP BY {groups}), ordered AS ("
+        f"SELECT {groups}, ttft_s, row_number() OVER (PARTITION BY {groups} ORDER BY ttft_s) - 1 AS place FROM times) "
+        f"SELECT {groups}, ttft_s, place, last FROM ordered JOIN sizes USING ({groups}) "
+        "WHERE abs(place - last * 0.5) < 1 OR abs(place - last * 0.95) < 1"
     )
     found: dict[tuple[str, ...], dict[int, float]] = {}
     lasts: dict[tuple[str, ...], int] = {}
