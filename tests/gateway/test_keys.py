@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +65,21 @@ def test_wrong_keys_are_all_refused_and_counted(books: Books) -> None:
     assert refusal(books, b"Bearer " + good, b"Bearer " + good) == "invalid_api_key"
     assert refusal(books) == "missing_api_key"
     assert books.figures().keys_rejected == len(wrong) + 1
+
+
+def test_near_misses_take_as_long_as_nonsense(books: Books) -> None:
+    """The least of many batches, in turn, so that a busy machine does not matter."""
+    _, secret = books.keys.create("app")
+    kinds = [f"Bearer {text}".encode() for text in (secret[:-1] + "~", "pb-" + "x" * 43, secret[:20] + "y" * 26)]
+    least_s = [float("inf")] * len(kinds)
+    for _ in range(200):
+        for number, value in enumerate(kinds):
+            start_s = time.perf_counter()
+            for _ in range(20):
+                with contextlib.suppress(HttpError):
+                    books.keys.authenticate([value])
+            least_s[number] = min(least_s[number], time.perf_counter() - start_s)
+    assert max(least_s) < 1.25 * min(least_s)
 
 
 def test_a_revoked_key_opens_nothing_from_then_on(books: Books) -> None:

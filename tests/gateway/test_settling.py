@@ -86,6 +86,16 @@ def test_what_a_replica_counts_is_what_is_charged(gateway: RunningGateway) -> No
     assert (client.row()["requests"], client.row()["output_tokens"]) == (2, 2 * usage["completion_tokens"])
 
 
+@before(Script())
+def test_nothing_that_a_client_writes_makes_a_request_another_keys(gateway: RunningGateway) -> None:
+    mine, other = client_of(gateway, requests_per_min=2), client_of(gateway, requests_per_min=2)
+    claims = {"X-Api-Key": "other", "X-Tenant": other.id, "X-User": other.id, "Cookie": f"key={other.id}"}
+    for _ in range(3):
+        answer = mine.http.post("/v1/completions", json=mine.body(user=other.id), headers=claims)
+    assert answer.status_code == 429
+    assert (mine.used()["requests_last_min"], other.used()["requests_last_min"]) == (2, 0)
+
+
 @before(Script(ttft_s=0.05, tpot_s=0.05))
 def test_who_leaves_pays_for_what_was_made(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=100_000, max_concurrency=1)
