@@ -108,6 +108,36 @@ def test_a_dip_of_two_seconds_refuses_nobody() -> None:
     virtually(test)
 
 
+def test_who_comes_back_when_told_is_served() -> None:
+    """A burst of ten times what the queue holds, of clients that obey Retry-After: few tries each, and no dead time."""
+
+    async def test(loop: VirtualLoop) -> None:
+        pool = make_pool(loop, replica("a", PLACES), max_waiting_per_replica=0, max_queued_requests=20)
+        tries: list[int] = []
+
+        async def obey(number: int) -> None:
+            for attempt in range(1, 50):
+                try:
+                    lease = await pool.lease(request(str(number)))
+                except Refusal as refusal:
+                    await asyncio.sleep(refusal.retry_after_s or 0.0)
+                    continue
+                await asyncio.sleep(SERVICE_S)
+                lease.close("ok", output_tokens=10)
+                return tries.append(attempt)
+            raise AssertionError("never served")
+
+        await asyncio.gather(*(obey(number) for number in range(20)))  # so that the pool knows how fast it is
+        tries.clear()
+        start_s = loop.time()
+        await asyncio.gather(*(obey(number) for number in range(200)))
+        took_s = loop.time() - start_s
+        assert took_s < 1.5 * 200 / (PLACES / SERVICE_S)
+        assert sorted(tries)[int(0.9 * len(tries))] <= 3
+
+    virtually(test)
+
+
 # The same through a real gateway: two replicas of eight slots, half a second each: 32 a second. 96 come.
 
 SLOTS = 8

@@ -1,7 +1,7 @@
 """Which prompts begin alike, and which replica has seen such a beginning: the gateway's guess at the replicas' caches.
 
 A prompt's bytes are cut into blocks, and each block's key is chained to the one before, so that a key stands for all
-bytes up to its end. Blocks become longer, so that a few hundred keys are enough for any prompt:
+bytes up to its end. Blocks become longer, so that 128 keys reach as far as is worth looking, 1 MiB:
 
     bytes  0 ─ 256 ─ 512 ─ … ─ 4096 ─ 4608 ─ … ─ 12288 ─ …        16 of 256, 16 of 512, 16 of 1024, …
     keys      k0    k1           k15     k16
@@ -21,7 +21,7 @@ from powerband.gateway.request import Endpoint
 
 _FIRST_BYTES = 256
 _SAME_SIZE = 16
-_MOST_KEYS = 192  # 1 MiB has 128
+_MOST_KEYS = 128
 _KEY_BYTES = 8
 _ENDS = tuple(accumulate(_FIRST_BYTES << (i // _SAME_SIZE) for i in range(_MOST_KEYS)))
 
