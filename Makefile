@@ -17,7 +17,7 @@ TESTS  ?= tests
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
 
-demo: $(READY)  ## serve the demo model, stream an answer from it, keep serving (ONCE=1: stop after that)
+demo: $(READY)  ## measure this machine, plan, deploy two replicas, verify the promise, keep serving (ONCE=1: stop then)
 	@$(BIN)/python examples/demo.py $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 bench: $(READY)  ## load the demo model for two minutes and report how it did (DURATION=30s)

@@ -1,92 +1,92 @@
-"""What `make demo` runs: serve the demo model, wait until it is ready, stream one answer, keep serving until Ctrl-C.
+"""What `make demo` runs, the whole loop on the demo model: measure this machine, plan two replicas for it, deploy them,
+prove the promise, stream an answer, keep serving until Ctrl-C.
 
-Everything it does, a user can do by hand; it prints the commands. Standard library only.
+Everything it does, a user can do by hand; it prints the commands. A plan would choose one replica for so light a load:
+the demo asks for two (--replicas 2), each with half of the cores.
 """
 
 import argparse
+import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
 from pathlib import Path
 
-HOST = "127.0.0.1"
-DEFAULT_PORT = 8000
-READY_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 30.0
+from powerband.spec.device import detect_cpu
+
+SERVICE = "demo"
+FOLDER = Path("build/demo")
+MEASURING_S = 8  # of steps; all in all about a minute on two cores
+LOAD = ("--prompt-tokens", "32-160", "--output-tokens", "16-64", "--rate", "3")
+SLO = "ttft=500ms@p95,tpot=40ms@p95"
+VERIFY_S = 40
 CHAT = Path(__file__).with_name("chat.py")
+INTERRUPTED = 130
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--once", action="store_true", help="stop the server after the answer")
-    parser.add_argument("--port", type=int, default=None, help="default: 8000, or a free one when that is taken")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--once", action="store_true", help="remove the service after the answer")
+    parser.add_argument("--port", type=int, default=None, help="of the gateway; default: 8000, or a free one")
     arguments = parser.parse_args()
-    port = arguments.port or free_port()
-    url = f"http://{HOST}:{port}"
-
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(130))  # so that the server is stopped then, too
-    command = [sys.executable, "-m", "powerband", "serve", "demo", "--port", str(port)]
-    print(f"$ powerband serve demo --port {port}", flush=True)
-    server = subprocess.Popen(command, process_group=0)  # Ctrl-C is for this script, which then asks the server to end
+        signal.signal(number, lambda *_: sys.exit(INTERRUPTED))  # so that the service is removed then, too
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    profile, plan = FOLDER / "here.yaml", FOLDER / "plan.yaml"
+    os.environ["POWERBAND_HERE"] = str(profile.absolute())  # beside the user's own measurement, not over it
+    cores = detect_cpu().cores
+    replicas = min(2, cores)
+    port = ("--port", str(arguments.port)) if arguments.port else ()
+    began_s = time.monotonic()
     try:
-        if not wait_until_ready(server, url):
-            return server.returncode or 4
-        print(f"\n$ python examples/chat.py --url {url}", flush=True)
+        if profile.exists():
+            say(f"· this machine was measured before: {profile}")
+        else:
+            half = str(max(cores // 2, 1))
+            run("calibrate", "demo", "--device", "cpu", "--threads", half, "--seconds", str(MEASURING_S))
+        run("plan", "demo", *LOAD, "--slo", SLO, "--replicas", str(replicas), "--engine", "powerband", "-o", str(plan))
+        run("deploy", str(plan), "--name", SERVICE, *port, "--verify", "--verify-seconds", str(VERIFY_S))
+        url = gateway_url()
+        say(f"\n$ python examples/chat.py --url {url}")
         subprocess.run([sys.executable, str(CHAT), "--url", url], check=True)
+        say(f"\nFrom nothing to proven in {time.monotonic() - began_s:.0f} s.")
         if not arguments.once:
-            print(f"\nThe demo model is served at {url}/v1 until you press Ctrl-C.", flush=True)
-            return server.wait()
+            say(f"The demo model is served at {url}/v1 until you press Ctrl-C. In another terminal: powerband status")
+            threading.Event().wait()
     except subprocess.CalledProcessError as error:
         return error.returncode
     except KeyboardInterrupt:
         print(file=sys.stderr)
     finally:
-        stop(server)
+        remove()
     return 0
 
 
-def free_port() -> int:
-    """The default port, or one that the system says is free."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, DEFAULT_PORT))
-        except OSError:
-            with socket.socket() as other:
-                other.bind((HOST, 0))
-                port: int = other.getsockname()[1]
-            print(f"Port {DEFAULT_PORT} is taken, so this uses {port}.")
-            return port
-    return DEFAULT_PORT
+def run(*command: str) -> None:
+    say(f"\n$ powerband {' '.join(command)}")
+    subprocess.run([sys.executable, "-m", "powerband", *command], check=True)
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
-    """True once /readyz answers 200; False when the server ended or never became ready."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=2):
-                return True
-        except OSError:
-            time.sleep(0.1)
-    if server.poll() is None:
-        print(f"error: the server was not ready after {READY_TIMEOUT_S:.0f} s", file=sys.stderr)
-    return False
+def gateway_url() -> str:
+    from powerband.fleet.state import endpoint
+
+    return endpoint(SERVICE)[0]
 
 
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """Ask the server to drain and end; insist when it does not, or when Ctrl-C comes again."""
-    if server.poll() is None:
-        server.terminate()
-        try:
-            server.wait(STOP_TIMEOUT_S)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            server.kill()
-            server.wait()
+def remove() -> None:
+    """Where nothing was deployed, there is nothing to remove."""
+    from powerband.fleet.state import services
+
+    if any(folder.name == SERVICE for folder in services()):
+        say(f"\n$ powerband remove {SERVICE}")
+        subprocess.run([sys.executable, "-m", "powerband", "remove", SERVICE], check=False, process_group=0)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

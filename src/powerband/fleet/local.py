@@ -33,7 +33,10 @@ from powerband.fleet.target import Gone, Launch, Role, Running
 
 MARK = "POWERBAND_MEMBER"  # in a member's environment: its record's path
 # Settings of the user's shell are not a plan's: a member gets those of its command line alone.
-KEPT_VARIABLES = ("POWERBAND_CACHE", "POWERBAND_DEBUG", "POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE")
+KEPT_VARIABLES = (
+    *("POWERBAND_CACHE", "POWERBAND_HERE", "POWERBAND_DEBUG"),
+    *("POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE"),
+)
 KEPT_LOGS = 20
 LAST_LINES = 12
 _MARGIN = 1.1  # on the memory of a replica, for one more

@@ -8,6 +8,7 @@ prices of a user ──┘
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -77,8 +78,9 @@ def load_catalog() -> Catalog:
 
 
 def here_path() -> Path:
-    """Where calibration keeps this machine's profile."""
-    return cache_directory() / "profiles" / "here.yaml"
+    """Where calibration keeps this machine's profile: $POWERBAND_HERE, else in the cache."""
+    named = os.environ.get("POWERBAND_HERE")
+    return Path(named) if named else cache_directory() / "profiles" / "here.yaml"
 
 
 def read_here() -> DeviceProfile:
