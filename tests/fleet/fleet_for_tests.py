@@ -59,6 +59,7 @@ class World:
     started: int = 0
     used: set[str] = field(default_factory=set)
     cut_off: int = 0  # requests
+    key: str = ""
     _gone: list[Gone] = field(default_factory=list)
     _commands: dict[str, str] = field(default_factory=dict)
 

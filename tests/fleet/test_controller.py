@@ -51,9 +51,10 @@ def test_a_dead_replica_is_replaced_at_the_next_look(play: Play) -> None:
 def test_a_silent_replica_is_killed_and_replaced(play: Play) -> None:
     silent = ids(play)[0]
     play.world.lives[silent].silent = True
-    play.settle(20)
+    status = play.settle(20)
     assert silent not in ids(play)
     assert play.is_as_desired()
+    assert sorted(one.restarts for one in status.replicas) == [0, 1]
 
 
 def test_where_one_keeps_dying_the_pauses_grow_and_status_says_so(play: Play) -> None:

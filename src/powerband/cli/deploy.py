@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json as json_format
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench_options import MixFlags
 from powerband.cli.flags import Json
+from powerband.cli.front_flags import front_of, replica_key_file
 from powerband.cli.plan import NOTHING_MEETS_IT, NeedFlags, OfferFlags
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet.state import Desired, Front, Policy, ServiceFolder, Status, services
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from powerband.spec.plan import Plan
 
 BROKEN = 1
-DEFAULT_PORT = 8000
 DEFAULT_VERIFY_S = 60.0
 _SERVICE = Group("Service", sort_key=2)
 _PROVING = Group("Proving", sort_key=3)
 
 
 def _flag(group: Group, *names: str, help: str) -> Parameter:
-    return Parameter(name=names or None, help=help, group=group, negative="", show_default=False)
+    # A value may begin with a hyphen: arguments for others do.
+    return Parameter(
+        name=names or None, help=help, group=group, negative="", show_default=False, allow_leading_hyphen=True
+    )
 
 
 @Parameter(name="*")
@@ -53,6 +55,10 @@ class ServiceFlags:
     drain_timeout: Annotated[str, _flag(_SERVICE, help="For running requests to end; default: 120s")] = "120s"
     start_timeout: Annotated[str, _flag(_SERVICE, help="For a replica to become ready; default: 30min")] = "30min"
     auto: Annotated[bool, _flag(_SERVICE, help="Carry out what the watcher suggests")] = False
+    webhook: Annotated[str, _flag(_SERVICE, help="URL that is told of incidents")] = ""
+    gateway_args: Annotated[
+        str, _flag(_SERVICE, help="Settings of the gateway, e.g. '--default-deadline-s 2'; see 'powerband gateway'")
+    ] = ""
     engine_command: Annotated[
         str, _flag(_SERVICE, help="How the engine is started, e.g. '/opt/vllm/bin/vllm'; default: found")
     ] = ""
@@ -76,6 +82,14 @@ class ProvingFlags:
     )
     report: Annotated[Path | None, _flag(_PROVING, help="Write the load's report: one HTML file, offline")] = None
     json: Annotated[Json, Parameter(group=_PROVING)] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What there was of a service before this call. has_books: of one that was removed, too."""
+
+    is_running: bool
+    has_books: bool
 
 
 def deploy(
@@ -102,8 +116,7 @@ def deploy(
     chosen = _chosen_plan(plan, need, requests, offer, quiet=proving.json)
     if chosen is None:
         return NOTHING_MEETS_IT
-    made = _made(chosen, service)
-    return _carry_out(chosen, made, service, proving, Progress(quiet=proving.json))
+    return _carry_out(chosen, service, proving, Progress(quiet=proving.json))
 
 
 def _look_after_all() -> int:
@@ -142,14 +155,15 @@ def _chosen_plan(
     return plan_of(question, findings.recommended)
 
 
-def _made(plan: Plan, flags: ServiceFlags) -> Made:
+def _made(plan: Plan, flags: ServiceFlags, served_name: str, key_file: str) -> Made:
     import shlex
 
     from powerband.fleet.releasing import Making, make_release
 
     taken = {gpu for folder in services() if (found := folder.desired()) is not None for gpu in found.release.gpus}
     making = Making(
-        served_name=flags.served_model_name,
+        served_name=served_name,
+        api_key_file=key_file,
         executable=tuple(shlex.split(flags.engine_command)),
         extra=tuple(shlex.split(flags.engine_args)),
         threads=flags.threads,
@@ -158,22 +172,26 @@ def _made(plan: Plan, flags: ServiceFlags) -> Made:
     return make_release(plan, making)
 
 
-def _carry_out(plan: Plan, made: Made, flags: ServiceFlags, proving: ProvingFlags, progress: Progress) -> int:
+def _carry_out(plan: Plan, flags: ServiceFlags, proving: ProvingFlags, progress: Progress) -> int:
     from powerband.fleet import changing
     from powerband.fleet.audit import note_action
     from powerband.fleet.controller_process import ensure_controller
+    from powerband.fleet.releasing import served_name_of
 
-    folder = ServiceFolder.of(flags.name or changing.name_of(made.release.served_name))
-    was_there = folder.exists()
-    front = _front(flags, folder.desired())
+    served_name = flags.served_model_name or served_name_of(plan.model)
+    folder = ServiceFolder.of(flags.name or changing.name_of(served_name))
+    before = Before(is_running=folder.exists(), has_books=folder.database.exists())
+    front = front_of(flags.host, flags.port, flags.auth, flags.gateway_args, folder.desired())
+    folder.make()
+    made = _made(plan, flags, served_name, replica_key_file(folder.path, front.auth))
     _say_plan(plan, made, folder, front, progress)
     desired, is_new = changing.apply(folder, made.release, front, _policy(flags))
     ensure_controller(folder)
     if not is_new:
-        progress.say("nothing has changed")
+        progress.say("nothing is to be changed")
     status = changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
     if status.rejected is not None and status.rejected.generation == desired.generation:
-        raise _failure(folder, status, was_there=was_there)
+        raise _failure(folder, status, before=before)
     if is_new:
         note_action(folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)})
     progress.say(f"{folder.name} is ready: {status.gateway.url}/v1")
@@ -181,48 +199,9 @@ def _carry_out(plan: Plan, made: Made, flags: ServiceFlags, proving: ProvingFlag
     verified = _verified(plan, desired, status, folder, proving, progress) if is_asked else None
     kept = verified is None or verified.verdict != "broken"
     if not kept and proving.strict:
-        _go_back(folder, progress, was_there=was_there)
+        _go_back(folder, progress, before=before)
     _tell(folder, status, verified, proving, is_new=is_new)
     return BROKEN if not kept and proving.strict else 0
-
-
-def _front(flags: ServiceFlags, current: Desired | None) -> Front:
-    """Where the gateway listens: as asked, as before, or where there is room. Raises UsageError, EnvironmentFault."""
-    from powerband.web.access import is_loopback
-
-    is_open = is_loopback(flags.host)
-    auth = flags.auth or ("open" if is_open else "keys")
-    if auth == "open" and not is_open:
-        raise UsageError(
-            f"On {flags.host} without keys anyone could come in.", hint="Leave --auth open out.", param="auth"
-        )
-    if current is not None and not current.removed and flags.port in (None, current.front.port):
-        return Front(host=flags.host, port=current.front.port, auth=auth)
-    if flags.port is not None:
-        if not _is_free(flags.host, flags.port):
-            raise EnvironmentFault(
-                f"Port {flags.port} on {flags.host} is taken.", hint="Choose another with --port.", param="port"
-            )
-        return Front(host=flags.host, port=flags.port, auth=auth)
-    port = DEFAULT_PORT if _is_free(flags.host, DEFAULT_PORT) else _free_port(flags.host)
-    return Front(host=flags.host, port=port, auth=auth)
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _policy(flags: ServiceFlags) -> Policy:
@@ -230,11 +209,16 @@ def _policy(flags: ServiceFlags) -> Policy:
 
     if flags.surge not in (None, 0, 1):
         raise UsageError(f"surge is {flags.surge}.", hint="It is 0 or 1.", param="surge")
+    if flags.webhook:
+        from powerband.fleet.webhook import Webhook
+
+        Webhook(flags.webhook).close()  # so that a wrong one is known now
     return Policy(
         surge=flags.surge,
         drain_s=seconds(flags.drain_timeout, param="drain_timeout"),
         ready_s=seconds(flags.start_timeout, param="start_timeout"),
         auto=flags.auto,
+        webhook=flags.webhook,
     )
 
 
@@ -250,16 +234,16 @@ def _say_plan(plan: Plan, made: Made, folder: ServiceFolder, front: Front, progr
     progress.say(f"service {folder.name}: gateway on {front.host}:{front.port}, state in {folder.path}")
 
 
-def _failure(folder: ServiceFolder, status: Status, *, was_there: bool) -> EnvironmentFault:
+def _failure(folder: ServiceFolder, status: Status, *, before: Before) -> EnvironmentFault:
     """What to tell of a release that did not start, once nothing is left of it."""
     from powerband.fleet import changing
 
     rejected = status.rejected
     why = rejected.why if rejected is not None else ""
     log = f"\n{rejected.log}" if rejected is not None and rejected.log else ""
-    if was_there and changing.go_back(folder) is not None:
+    if before.is_running and changing.go_back(folder) is not None:
         return EnvironmentFault(f"The new release did not start: {why}.{log}", hint="What ran before goes on running.")
-    changing.remove(folder, lambda _status: None, purge=not was_there)
+    changing.remove(folder, lambda _status: None, purge=not before.has_books)
     return EnvironmentFault(f"{folder.name} did not start: {why}.{log}", hint="Nothing was left running.")
 
 
@@ -290,15 +274,15 @@ def _verified(
         )
 
 
-def _go_back(folder: ServiceFolder, progress: Progress, *, was_there: bool) -> None:
+def _go_back(folder: ServiceFolder, progress: Progress, *, before: Before) -> None:
     from powerband.fleet import changing
 
     progress.say("the promise is broken: going back")
-    before = changing.go_back(folder) if was_there else None
-    if before is None:
-        changing.remove(folder, progress, purge=not was_there)
+    desired = changing.go_back(folder) if before.is_running else None
+    if desired is None:
+        changing.remove(folder, progress, purge=not before.has_books)
         return
-    changing.wait_for(folder, before.generation, progress, before.policy.ready_s + 60.0)
+    changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
 
 
 def _tell(

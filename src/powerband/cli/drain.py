@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ def drain(
     desired = changing.change(folder, change)
     ensure_controller(folder)
     note_action(folder, "undrain" if undo else "drain", {"replica": replica})
+    _warn_where_nothing_serves(desired, folder.status())
     deadline_s = time.monotonic() + desired.policy.drain_s
     for status in changing.watched(folder, desired.generation):
         found = next((one for one in status.replicas if one.id == replica), None)
@@ -50,3 +52,9 @@ def drain(
     else:
         print(f"{replica} gets nothing new, and has nothing left. Bring it back: powerband drain {replica} --undo")
     return 0
+
+
+def _warn_where_nothing_serves(desired: Desired, status: Status | None) -> None:
+    replicas = status.replicas if status is not None else ()
+    if not any(one.state == "ready" and one.id not in desired.drained for one in replicas):
+        print("warning: no other replica is ready: requests wait, and are refused after a while.", file=sys.stderr)

@@ -26,6 +26,7 @@ from powerband.fleet.launching import (
     gateway_launch,
     pool_revisions,
     release_revision,
+    replica_key,
     replica_launch,
     routes_of,
     slo_of,
@@ -57,6 +58,7 @@ class Controller:
     clock: Callable[[], float] = time.monotonic
     incidents: Incidents | None = None  # None: not kept
     traffic: Traffic = field(default_factory=Traffic)
+    webhook: str = ""  # as desired at the last look
     _known: dict[str, Known] = field(default_factory=dict)
     _deaths: Deaths = field(default_factory=Deaths)
     _generation: int = 0  # that was looked at last
@@ -94,6 +96,8 @@ class Controller:
             self._generation = desired.generation
             self._deaths.try_anew()
         now_s = self.clock()
+        self.webhook = desired.policy.webhook
+        self.probes.key = replica_key(desired.release.api_key_file)
         self._look(now_s)
         self._judge(desired)
         release = None if desired.removed else desired.previous if self._is_rejected(desired) else desired.release
@@ -133,6 +137,12 @@ class Controller:
         if known.running.role == "gateway":
             self._gateway_restarts += 1
         else:
+            self._vacate(known)
+
+    def _vacate(self, known: Known) -> None:
+        """Whoever is started next takes its place."""
+        if not known.vacated:
+            known.vacated = True
             self._vacant.append(known.restarts + 1)
 
     def _judge(self, desired: Desired) -> None:
@@ -190,7 +200,7 @@ class Controller:
             id = known.running.id
             known.draining_s = (known.draining_s or now_s) if id in moves.drain else None
             if id in moves.kill:
-                known.note = f"hung: {known.note or 'no answer'}"
+                self._vacate(known)
                 self.target.stop(id, 0.0)
             elif id in moves.stop:
                 known.leaving = True

@@ -22,6 +22,7 @@ from powerband.fleet.incidents import Incidents
 from powerband.fleet.local import LocalTarget, last_lines
 from powerband.fleet.probes import Probes
 from powerband.fleet.state import ServiceFolder, lock
+from powerband.fleet.watching import Messenger
 from powerband.gateway.books import Books
 from powerband.metrics.logging import set_up_logging
 
@@ -70,13 +71,15 @@ async def _run(folder: ServiceFolder) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     probes, front = Probes(), FrontLink(_admin_key(folder))
-    incidents = Incidents(folder.incidents)
+    messenger = Messenger(folder.name)
+    incidents = Incidents(folder.incidents, messenger.tell)
     controller = Controller(folder, LocalTarget(folder.path), probes, front, incidents=incidents)
     controller.adopt()
     talking = asyncio.create_task(front.keep_talking(), name="gateway")
     logger.info("The controller of %s is alive.", folder.name)
     try:
         while not ending.is_set() and _tick(controller):
+            messenger.turn_to(controller.webhook)
             try:
                 await asyncio.wait_for(ending.wait(), TICK_S)
             except TimeoutError:
@@ -85,6 +88,7 @@ async def _run(folder: ServiceFolder) -> int:
         talking.cancel()
         await asyncio.gather(talking, return_exceptions=True)
         await probes.close()
+        messenger.close()
     logger.info("The controller of %s ends.", folder.name)
     return 0
 

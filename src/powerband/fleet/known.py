@@ -16,7 +16,7 @@ _UNWELL_S = 2.0
 @dataclass(slots=True)
 class Known:
     """Times on the controller's clock. restarts: of its place. leaving: it was asked to end, its death is no loss.
-    condemned: it is to be replaced.
+    condemned: it is to be replaced. vacated: its place has been given away.
     """
 
     running: Running
@@ -27,6 +27,7 @@ class Known:
     note: str = ""
     leaving: bool = False
     condemned: bool = False
+    vacated: bool = False
 
     def look(self, sight: Sight, now_s: float) -> bool:
         """True when it has become ready since the last look."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from functools import cache
 
 import msgspec
 
+from powerband.fleet.engines.adapter import read_key
 from powerband.fleet.state import Front, PoolRelease, Release, ServiceFolder
 from powerband.fleet.target import Launch, Running
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
@@ -72,7 +74,7 @@ def gateway_launch(front: Front, folder: ServiceFolder, id: str) -> Launch:
         id=id,
         role="gateway",
         revision=front_revision(front),
-        command=(*command, f"--auth={front.auth}"),
+        command=(*command, f"--auth={front.auth}", *front.arguments),
         host=front.host,
         port=front.port,
         ready_path=_GATEWAY_READY_PATH,
@@ -101,8 +103,15 @@ def _address(release: Release, running: Running, draining: frozenset[str]) -> Re
         engine=pool.engine,
         max_num_seqs=pool.max_num_seqs,
         longest_prompt=pool.longest_prompt,
+        api_key=replica_key(release.api_key_file),
         draining=running.id in draining,
     )
+
+
+@cache
+def replica_key(file: str) -> str:
+    """What the file holds, where there is one. Raises EnvironmentFault."""
+    return read_key(file or None)
 
 
 def _digest(value: object) -> str:

@@ -33,7 +33,9 @@ class Sight:
 
 
 class Watching(Protocol):
-    """Something that looks at members."""
+    """Something that looks at members. key: what replicas want to be asked with."""
+
+    key: str
 
     def follow(self, members: Mapping[str, Running]) -> None:
         """Look at exactly these from now on, by id."""
@@ -45,9 +47,10 @@ class Watching(Protocol):
 
 
 class Probes:
-    """Over HTTP, inside a running event loop."""
+    """Over HTTP, inside a running event loop. key: what replicas want; it may be set later."""
 
     def __init__(self) -> None:
+        self.key = ""
         self._sights: dict[str, Sight] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -76,7 +79,7 @@ class Probes:
 
     async def _ask(self, sight: Sight, member: Running) -> None:
         try:
-            page = await get(_address(member), member.ready_path, timeout_s=_TIMEOUT_S)
+            page = await get(self._address(member), member.ready_path, timeout_s=_TIMEOUT_S)
         except (OSError, TimeoutError, ValueError) as problem:
             sight.silences += 1
             sight.says = str(problem) or "no answer"
@@ -94,9 +97,9 @@ class Probes:
     async def _read_metrics(self, sight: Sight, member: Running) -> None:
         sight.metrics = ""
         with suppress(OSError, TimeoutError, ValueError):
-            page = await get(_address(member), "/metrics", timeout_s=_TIMEOUT_S)
+            page = await get(self._address(member), "/metrics", timeout_s=_TIMEOUT_S)
             sight.metrics = page.body.decode(errors="replace") if page.status == 200 else ""
 
-
-def _address(member: Running) -> Address:
-    return Address(base=member.url, endpoint="completions", model="")
+    def _address(self, member: Running) -> Address:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key and member.role == "replica" else {}
+        return Address(base=member.url, endpoint="completions", model="", headers=headers)

@@ -21,11 +21,12 @@ _PORT = "{port}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Making:
-    """served_name: in the API; '' makes one of the model's. executable: of the engine; (): the usual. taken_gpus: by
-    other services. threads: of a replica on a CPU; None: as the machine is divided.
+    """served_name: in the API. api_key_file: of the key that replicas want; '': none. executable: of the engine; ():
+    the usual. taken_gpus: by other services. threads: of a replica on a CPU; None: as the machine is divided.
     """
 
-    served_name: str = ""
+    served_name: str
+    api_key_file: str = ""
     executable: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     taken_gpus: frozenset[int] = frozenset()
@@ -59,20 +60,30 @@ def make_release(plan: Plan, making: Making) -> Made:
         gpus = _gpus(deployment, profiles, making.taken_gpus)
         notes = [f"GPUs {', '.join(map(str, gpus))}"]
     model = str(Path(plan.model).expanduser().absolute()) if Path(plan.model).expanduser().is_dir() else plan.model
-    served_name = making.served_name or (Path(model).name if Path(model).is_absolute() else model)
-    pools = tuple(_pool(deployment, pool, model, served_name, threads, making) for pool in deployment.pools)
-    return Made(Release(plan=plan.as_dict(), served_name=served_name, pools=pools, gpus=gpus), tuple(notes))
+    release = Release(
+        plan=plan.as_dict(),
+        served_name=making.served_name,
+        pools=tuple(_pool(deployment, pool, model, threads, making) for pool in deployment.pools),
+        gpus=gpus,
+        api_key_file=making.api_key_file,
+    )
+    return Made(release, tuple(notes))
 
 
-def _pool(
-    deployment: Deployment, pool: Pool, model: str, served_name: str, threads: int | None, making: Making
-) -> PoolRelease:
+def served_name_of(model: str) -> str:
+    """A folder's own name, or the model's as it is."""
+    path = Path(model).expanduser()
+    return path.absolute().name if path.is_dir() else model
+
+
+def _pool(deployment: Deployment, pool: Pool, model: str, threads: int | None, making: Making) -> PoolRelease:
     engine = adapter(deployment.engine)
     made = engine.command(
         model,
         pool.replica,
         port=_PORT,
-        served_name=served_name,
+        served_name=making.served_name,
+        api_key_file=making.api_key_file or None,
         threads=threads,
         executable=making.executable,
         extra=making.extra,

@@ -55,12 +55,15 @@ class PoolRelease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """What a service runs. plan: Plan.as_dict(). gpus: indices of those that the replicas may use; none on a CPU."""
+    """What a service runs. plan: Plan.as_dict(). gpus: indices of those that the replicas may use; none on a CPU.
+    api_key_file: of the key that they want; '': none.
+    """
 
     plan: dict[str, Any]
     served_name: str
     pools: tuple[PoolRelease, ...]
     gpus: tuple[int, ...] = ()
+    api_key_file: str = ""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -69,11 +72,12 @@ class Release:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Front:
-    """How the gateway listens."""
+    """How the gateway listens. arguments: more of its settings, as its command takes them."""
 
     host: str
     port: int
     auth: Literal["open", "keys"] = "open"
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,12 @@ from typing import Any
 from powerband.errors import PowerbandError
 from powerband.fleet.expected import Expected
 from powerband.fleet.front import Heard
+from powerband.fleet.incidents import Change, Incident
 from powerband.fleet.launching import slo_of
 from powerband.fleet.observation import Observation, read_host
 from powerband.fleet.state import Release
 from powerband.fleet.watcher import Action, Watcher
+from powerband.fleet.webhook import Webhook
 from powerband.gateway.request import Finished
 from powerband.spec.plan import Banded
 from powerband.spec.records import read_record
@@ -81,6 +83,32 @@ class Watch:
 
     def report(self) -> dict[str, Any]:
         return self.watcher.report()
+
+
+class Messenger:
+    """Tells a webhook of incidents, where there is one. service: its name."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._url = ""
+        self._webhook: Webhook | None = None
+
+    def turn_to(self, url: str) -> None:
+        """'': nobody. Waits a moment for what the one before still has to tell."""
+        if url == self._url:
+            return
+        self.close()
+        self._url = url
+        self._webhook = Webhook(url, service=self._service) if url else None
+
+    def tell(self, change: Change, incident: Incident) -> None:
+        if self._webhook is not None:
+            self._webhook.tell(change, incident)
+
+    def close(self) -> None:
+        if self._webhook is not None:
+            self._webhook.close()
+        self._webhook, self._url = None, ""
 
 
 def expected_of(release: Release) -> Expected:

@@ -1,0 +1,137 @@
+"""A service of the demo model on this machine, from deploy to remove, by the commands that users type."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
+from powerband.cli.main import main
+from powerband.fleet.processes import session_leader_with, session_members
+from powerband.fleet.state import ServiceFolder, services
+from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.spec.plan import Plan, Promise, write_plan
+from powerband.spec.slo import SLO
+
+READY_S = 60.0
+
+
+def plan_file(path: Path, count: int = 1, **replica: Any) -> str:
+    workload = asked_for(LoadFlags(rate=4.0), MixFlags(prompt_tokens="16-32", output_tokens="4-8")).workload
+    made = Replica(device="cpu", **{"max_model_len": 1024, "max_num_seqs": 8, **replica})
+    plan = Plan(
+        model="demo",
+        workload=workload,
+        slo=SLO(ttft_s=20.0, tpot_s=5.0),
+        promise=Promise(4.0, 1.0),
+        deployment=Deployment(engine="powerband", pools=(Pool(replica=made, count=count),)),
+    )
+    write_plan(plan, path)
+    return str(path)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder of its own; nothing that was started in it outlives the test."""
+    monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
+    yield tmp_path
+    for folder in services():
+        status = folder.status()
+        pids = [status.pid, status.gateway.pid, *(one.pid for one in status.replicas)] if status is not None else []
+        for pid in filter(None, pids):
+            for process in session_members(pid):
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = READY_S) -> None:
+    deadline_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline_s, "it took too long"
+        time.sleep(0.05)
+
+
+def status_of(folder: ServiceFolder) -> Any:
+    found = folder.status()
+    assert found is not None
+    return found
+
+
+def complete(url: str) -> int:
+    body = json.dumps({"model": "demo", "prompt": "def f(", "max_tokens": 4}).encode()
+    asked = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return int(answer.status)
+
+
+def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_file(tmp_path / "plan.yaml")
+    assert main(["deploy", plan, "--port", "0", "--no-verify"]) == 2, "a service keeps its port, so it has to be known"
+    assert main(["deploy", plan, "--name", "demo", "--verify-seconds", "5", "--strict"]) == 0
+    told = capsys.readouterr()
+    assert "promised" in told.out
+    assert "SLO attainment" in told.out
+    folder = ServiceFolder.of("demo")
+    url = status_of(folder).gateway.url
+    assert complete(url) == 200
+
+    assert main(["deploy", plan, "--name", "demo"]) == 0, "the same again changes nothing"
+    assert "nothing is to be changed" in capsys.readouterr().err
+    (first,) = status_of(folder).replicas
+
+    os.kill(status_of(folder).pid, signal.SIGKILL)  # the controller
+    wait_until(lambda: not folder.controller_alive())
+    assert complete(url) == 200, "the service goes on"
+    assert main(["status"]) == 0
+    assert "no controller is alive" in capsys.readouterr().out
+    assert main(["deploy"]) == 0
+    wait_until(lambda: status_of(folder).phase == "ready" and folder.controller_alive())
+    assert [one.id for one in status_of(folder).replicas] == [first.id], "taken over, not touched"
+
+    os.kill(first.pid, signal.SIGKILL)
+    wait_until(lambda: [one.id for one in status_of(folder).replicas] != [first.id])
+    wait_until(lambda: status_of(folder).phase == "ready")
+    (second,) = status_of(folder).replicas
+    assert second.restarts == 1
+    assert complete(url) == 200
+
+    assert main(["deploy", plan_file(tmp_path / "plan.yaml", max_num_seqs=4), "--no-verify"]) == 0
+    (third,) = status_of(folder).replicas
+    assert third.revision != second.revision
+
+    assert main(["scale", "2"]) == 0
+    assert len(status_of(folder).replicas) == 2
+    assert main(["drain", third.id]) == 0
+    assert {one.id: one.state for one in status_of(folder).replicas}[third.id] == "drained"
+    assert complete(url) == 200
+    assert main(["logs", third.id, "-n", "5"]) == 0
+    assert "URL" in capsys.readouterr().out
+
+    assert main(["remove"]) == 0
+    assert services() == []
+    assert folder.database.exists(), "keys and usage are kept"
+    assert session_leader_with("POWERBAND_MEMBER", str(folder.path / "members" / f"{third.id}.json")) is None
+    assert main(["remove"]) == 2
+    assert "No service is deployed here" in capsys.readouterr().err
+
+
+def test_what_cannot_start_says_why_and_leaves_nothing(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_file(tmp_path / "plan.yaml")
+    broken = ["deploy", plan, "--no-verify", "--engine-args", "--kv-cache-memory 1MiB"]
+    assert main(broken) == 3
+    told = capsys.readouterr().err
+    assert "demo did not start" in told
+    assert "kv_cache_memory" in told or "KV cache" in told, "the end of the replica's log"
+    assert services() == []
+    assert not (state / "demo").exists()
