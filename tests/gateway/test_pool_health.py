@@ -132,6 +132,8 @@ def test_a_dead_replica_is_left_within_a_second() -> None:
         [lease] = await site.stream()
         site.machines[lease.replica.id].state = "dead"
         assert await site.until(lease.replica.id, "ejected", 1.2) <= 1.1
+        shown = next(one for one in site.pool.snapshot().replicas if one.id == lease.replica.id)
+        assert (shown.last_errors, shown.ejections) == (("ConnectionRefusedError",), 1)
         late: list[bool] = []
         lease.when_lost(lambda: late.append(True))
         assert late == [True], "who asks later is told at once"

@@ -71,7 +71,7 @@ def test_goodput_does_not_collapse(how: str) -> None:
         capacity = PLACES / SERVICE_S
         assert goodput(0, 20) >= 6.9
         assert goodput(20, 80) >= 0.9 * capacity
-        onset_s = 0 if how == "default deadline" else 4  # until an overload is one, nobody is refused for the SLO
+        onset_s = 0 if how == "default deadline" else 5  # until an overload is one, nobody is refused for the SLO
         refused = [one for one in told if one.ttft_s is None and one.sent_s - start_s > 20 + onset_s]
         at_once = [one for one in refused if one.answered_s - one.sent_s < 0.1]
         assert len(at_once) >= 0.95 * len(refused)
@@ -82,11 +82,11 @@ def test_goodput_does_not_collapse(how: str) -> None:
     virtually(test)
 
 
-def test_a_dip_of_two_seconds_refuses_nobody() -> None:
+def test_nobody_is_refused_while_a_replica_is_replaced() -> None:
     async def test(loop: VirtualLoop) -> None:
         pool = make_pool(loop)
         addresses = (replica("a", PLACES), replica("b", PLACES))
-        pool.update(ModelRoute(name="m", replicas=addresses, slo=SLO(ttft_s=0.3)))
+        pool.update(ModelRoute(name="m", replicas=addresses, slo=SLO(ttft_s=0.5)))
         make_ready(pool)
         told: list[Told] = []
         tasks = []
@@ -99,7 +99,7 @@ def test_a_dip_of_two_seconds_refuses_nobody() -> None:
                     member.probed_badly(loop.time(), "http_503")
                     member.probed_badly(loop.time(), "http_503")
                     pool.changed(member)
-            if i == 218:
+            if i == 248:  # four seconds
                 make_ready(pool)
                 make_ready(pool)
         await asyncio.gather(*tasks)
@@ -141,12 +141,11 @@ def test_who_comes_back_when_told_is_served() -> None:
 # The same through a real gateway: two replicas of eight slots, half a second each: 32 a second. 96 come.
 
 SLOTS = 8
-OVERLOAD_S = 8.0
+OVERLOAD_S = 5.0
 ROUTES = """
 revision: "1"
 models:
   - name: scripted
-    slo: {{ttft_s: 1.0}}
     rate: 32
     replicas:
       - {{id: a, url: "{0}", model: scripted, engine: vllm, max_num_seqs: 8}}
@@ -199,13 +198,14 @@ async def drive(url: str, phases: list[tuple[float, float]]) -> tuple[list[Told]
 
 def test_goodput_does_not_collapse_behind_a_real_gateway(tmp_path: Path) -> None:
     capacity = 2 * SLOTS / 0.5
-    begin_s, end_s = 3.0, 3.0 + OVERLOAD_S
-    phases = [(begin_s, 0.8 * capacity), (OVERLOAD_S, 3 * capacity), (6.5, 0.8 * capacity)]
-    with gateway_before(tmp_path, SCRIPT, SCRIPT, routes=ROUTES) as gateway:
+    begin_s, end_s = 1.0, 1.0 + OVERLOAD_S
+    phases = [(begin_s, 0.8 * capacity), (OVERLOAD_S, 3 * capacity), (5.5, 0.8 * capacity)]
+    flags = [f"--default-deadline-s={SLO_TTFT_S}"]
+    with gateway_before(tmp_path, SCRIPT, SCRIPT, routes=ROUTES, arguments=flags) as gateway:
         start_s = time.monotonic()
         told, problems = asyncio.run(drive(gateway.url, phases))
     assert not problems, problems[:3]
-    seen_s = begin_s + 3.0  # an overload counts as one after two seconds; until then requests wait
+    seen_s = begin_s + 1.0
     in_time = [one for one in told if one.ttft_s is not None and one.ttft_s <= SLO_TTFT_S]
     goodput = sum(seen_s <= one.answered_s - start_s < end_s for one in in_time) / (end_s - seen_s)
     assert goodput >= 0.9 * capacity

@@ -1,11 +1,14 @@
 """Whether a request may wait, and until when: refuse at once, with an honest time to come back, rather than late.
 
 A request's deadline is the one it names, or the operator's default, or what the SLO says of the first token. The last
-is no one's wish for this request: it counts only in an overload that lasts. A dip of a few seconds (a replica is
-replaced) is sat out; but who waited longer than the SLO allows is of no use to goodput, and would make all others late.
+is no one's wish for this request: it counts only in an overload that lasts. A dip of a few seconds is sat out, a longer
+one while a replica is replaced; but who waited longer than the SLO allows is of no use to goodput, and would make all
+others late.
 """
 
 from __future__ import annotations
+
+import math
 
 from powerband.gateway.capacity import Capacity, ServiceTime
 from powerband.gateway.pool_errors import DeadlineInfeasible, Expired, PoolFull
@@ -27,9 +30,12 @@ class Admission:
         self.is_overload = False
         self._options = options
         self._late_since_s: float | None = None
+        self._broken_s = -math.inf  # when a replica was missing, last
 
-    def watch(self, queue: FairQueue, now_s: float) -> None:
-        """Called several times a second."""
+    def watch(self, queue: FairQueue, now_s: float, *, is_whole: bool) -> None:
+        """Called several times a second. is_whole: every replica takes requests."""
+        if not is_whole:
+            self._broken_s = now_s
         if self.slo_ttft_s is None:
             self.is_overload = False
             return
@@ -40,7 +46,10 @@ class Admission:
             return
         if self._late_since_s is None:
             self._late_since_s = now_s
-        self.is_overload = now_s - self._late_since_s >= self._options.overload_after_s
+        options = self._options
+        is_mending = now_s - self._broken_s < options.mending_s
+        patience_s = options.mending_s if is_mending else options.overload_after_s
+        self.is_overload = self.is_overload or now_s - self._late_since_s >= patience_s
 
     def is_late(self, request: GatewayRequest, now_s: float) -> bool:
         """It waits, and its first token would come too late if it were dispatched now."""

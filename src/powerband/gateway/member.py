@@ -62,6 +62,7 @@ class Member:
         self.bytes_s = now_s
         self.restarts: int | None = None
         self.errors: deque[str] = deque(maxlen=5)
+        self.ejections = 0  # by its probes
         self._bad, self._good = 0, 0
         self._falls = 0  # without a good while between them
         self._out_until_s = 0.0
@@ -122,12 +123,12 @@ class Member:
         """Whether that ejects it."""
         self._good = 0
         self._bad += 1
-        if not self.is_ready:
-            return False
-        self.errors.append(code)
-        if self._bad < self.options.fall:
+        if not self.errors or self.errors[-1] != code:
+            self.errors.append(code)
+        if not self.is_ready or self._bad < self.options.fall:
             return False
         self.is_ready = False
+        self.ejections += 1
         self._falls = 1 if now_s - self.since_s > self.options.longest_eject_s else self._falls + 1
         if self._falls > 1:  # the first time it may be back as soon as it is well
             out_s = self.options.eject_s * 2.0 ** min(self._falls - 2, 16)
@@ -198,6 +199,6 @@ class Member:
             kv_usage=load.kv_usage,
             silent_s=now_s - max(stay.bytes_s for stay in self.stays) if self.stays else 0.0,
             ejected_for_s=max(self._out_until_s - now_s, self.breaker.open_until_s - now_s, 0.0),
-            ejections=self.breaker.ejections,
+            ejections=self.ejections + self.breaker.ejections,
             last_errors=tuple(self.errors),
         )

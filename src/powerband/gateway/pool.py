@@ -174,8 +174,9 @@ class Pool:
         """Time has passed: breakers may be over, and waiting in vain too."""
         now_s = self.clock()
         self._leaving = [member for member in self._leaving if member.stays]
+        is_whole = all(member.takes_new and member.breaker.is_closed for member in self._members.values())
         for lane in self._lanes:
-            lane.admission.watch(lane.queue, now_s)
+            lane.admission.watch(lane.queue, now_s, is_whole=is_whole)
             if lane.admission.is_overload:  # some were let in before it was one
                 for ticket in tuple(lane.queue):
                     if not ticket.avoid and lane.admission.is_late(ticket.request, now_s):

@@ -23,7 +23,8 @@ class PoolOptions:
     max_queued_tokens: int = 16_000_000
     longest_wait_s: float = 60.0
     default_deadline_s: float | None = None
-    overload_after_s: float = 2.0  # of waits beyond the SLO's TTFT, in which nobody is refused for it
+    overload_after_s: float = 3.0  # of waits beyond the SLO's TTFT, in which nobody is refused for it …
+    mending_s: float = 10.0  # … and the same while a replica is missing, or has been lately
 
     probe_every_s: float = 0.5
     probe_timeout_s: float = 1.0
