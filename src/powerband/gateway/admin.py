@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -12,7 +13,6 @@ from starlette.responses import Response
 from powerband.errors import InvalidRequest, PowerbandError, UsageError
 from powerband.gateway.books import Books, actor_of
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.request import Finished
 from powerband.gateway.routes import Routes
 from powerband.spec.records import as_record
 from powerband.web.access import refuse_browsers
@@ -21,6 +21,7 @@ from powerband.web.errors import json_response
 
 logger = logging.getLogger(__name__)
 _HIDDEN = "set"
+_AT_ONCE = 50  # records, about a quarter of a millisecond
 
 
 class _Drain(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,7 +71,12 @@ class AdminRoutes:
         recent = self._gateway.recent
         found = recent.after(int(asked))
         last = found[-1].sequence if found else min(int(asked), recent.last)
-        return json_response({"next": last, "newest": recent.last, "records": [_plain(one) for one in found]})
+        told: list[bytes] = []
+        for start in range(0, len(found), _AT_ONCE):
+            told += [msgspec.json.encode(one) for one in found[start : start + _AT_ONCE]]
+            await asyncio.sleep(0)  # streams go on meanwhile
+        head = b'{"next":%d,"newest":%d,"records":[' % (last, recent.last)
+        return Response(head + b",".join(told) + b"]}", media_type="application/json")
 
     def _note(self, request: Request, action: str, what: dict[str, Any]) -> None:
         """What was done stays done while the audit cannot be written: routing goes on without a disk."""
@@ -85,10 +91,3 @@ class AdminRoutes:
             for replica in model["replicas"]:
                 replica["api_key"] = _HIDDEN if replica["api_key"] else ""
         return {"routes": routes, "pools": as_record(self._gateway.snapshots(), complete=True)}
-
-
-def _plain(finished: Finished) -> dict[str, Any]:
-    """As JSON tells it, without what only serves to find a replica."""
-    told: dict[str, Any] = msgspec.to_builtins(finished)
-    told["request"].pop("prefix_keys", None)
-    return told

@@ -165,6 +165,7 @@ class Gateway:
 
     def note(self, finished: Finished) -> None:
         """Tell all who count. One that fails does not keep it from the others."""
+        finished.request.prefix_keys = ()  # found it a replica, and would only take room
         for sink in self.sinks:
             try:
                 sink(finished)

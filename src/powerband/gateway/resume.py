@@ -38,6 +38,7 @@ _ONLY_CHAT = frozenset(
 )
 # What depends on the tokens before in a way that a new prompt does not carry on.
 _STATEFUL = frozenset(("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"))
+_NO_STOP = (b"null", b"[]", b'""')
 _CONTEXT = 16  # tokens of the prompt that are decoded with the output, since the first token's text depends on them
 
 
@@ -71,13 +72,15 @@ class Resumer:
         raise CannotResume
 
     async def _completion(self, replica: ReplicaAddress) -> bytes:
-        """For vLLM. Its tokenizer is asked which of the ids have been told as text: the last may be half a letter."""
+        """For vLLM. Tokens whose text has not been told are made again."""
         story, intake = self._story, self._intake
         fields = dict(msgspec.json.decode(intake.body_for(replica, self._tenant), type=dict[str, Raw]))
         is_chat = intake.endpoint == "chat"
         if not story.prompt_ids or story.is_parsed or (is_chat and intake.asked.logprobs) or _STATEFUL & fields.keys():
             raise CannotResume
-        kept = await self._told_ids(replica)
+        # Where stop strings hold text back, only the text itself shows how far it goes.
+        holds_back = bytes(fields.get("stop", Raw(b"null"))) not in _NO_STOP
+        kept = await self._told_ids(replica) if holds_back else story.token_ids[: story.num_said]
         limit = intake.asked.limit
         if limit is None and is_chat:
             limit = await self._room(replica) - len(story.prompt_ids)
@@ -93,7 +96,7 @@ class Resumer:
         return msgspec.json.encode({**passed, **told})
 
     async def _told_ids(self, replica: ReplicaAddress) -> list[int]:
-        """The first of the output's ids, as many as make the text that the client has."""
+        """The first of the output's ids, as many as make the text that the client has: its tokenizer is asked."""
         ids, text = self._story.token_ids, "".join(self._story.texts)
         context = self._story.prompt_ids[-_CONTEXT:]
         before = await self._text(replica, context)

@@ -33,7 +33,8 @@ class RequestFault(PowerbandError):
 class Story:
     """`tell` takes events; the attributes say how far it has come.
 
-    token_ids: of all output, where the replicas tell them. has_gap: some of it came without ids. is_parsed: some of it
+    token_ids: of all output, where the replicas tell them; of the first `num_said` the text is told, too, unless a stop
+    string made the replica hold some back: of later ones it may need the next, as half a letter does. has_gap: some of it came without ids. is_parsed: some of it
     was thought or a call of a tool, which a replica parsed out of the text. texts: kept only when asked for, to find
     the place where another engine goes on.
     """
@@ -55,6 +56,7 @@ class Story:
         self.is_open = False  # the role was told
         self.is_resumed = False
         self.token_ids: list[int] = []
+        self.num_said = 0
         self.prompt_ids: list[int] = []
         self.has_gap = False
         self.is_parsed = False
@@ -95,6 +97,7 @@ class Story:
         self._before = kept if counts_as_prompt else 0
         self.num_tokens -= len(self.token_ids) - kept
         del self.token_ids[kept:]
+        self.num_said = min(self.num_said, kept)
 
     def tell(self, data: bytes, now_s: float) -> bytes:
         """What the client reads of an event's data, whole events. Raises UpstreamFailure and RequestFault."""
@@ -139,6 +142,8 @@ class Story:
             self.texts.append(text)
         if choice.token_ids:
             self.token_ids += choice.token_ids
+            if text:
+                self.num_said = len(self.token_ids)
             return len(choice.token_ids)
         if text:
             self.has_gap = True
