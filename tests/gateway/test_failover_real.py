@@ -17,7 +17,7 @@ import httpx
 import msgspec
 from gateways_for_tests import RunningGateway, running_gateway, until
 
-BODY = {"model": "demo", "max_tokens": 300, "ignore_eos": True, "return_token_ids": True, "stream": True}
+BODY = {"model": "demo", "max_tokens": 120, "ignore_eos": True, "return_token_ids": True, "stream": True}
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "presence_penalty": 0.5, "frequency_penalty": 0.3}
 REQUESTS: dict[str, tuple[str, dict[str, object]]] = {
     "greedy text": ("/v1/completions", {"prompt": "def main():", "temperature": 0}),
@@ -32,7 +32,8 @@ def replica(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "powerband", "serve", "demo", f"--port={port}", "--dtype=float32", "--threads=1"]
+    command = [sys.executable, "-m", "powerband", "serve", "demo", f"--port={port}", "--threads=1"]
+    command += ["--dtype=float32", "--max-model-len=256", "--kv-cache-memory=16MiB"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POWERBAND_")}
     with (folder / f"replica-{port}.log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True, env=environment)
@@ -51,7 +52,7 @@ def told(gateway: RunningGateway, kind: str, begun: threading.Barrier | None = N
     text, reason, last = "", "", ""
     with httpx.stream("POST", f"{gateway.url}{path}", json={**BODY, **body}, timeout=60) as answer:
         for number, line in enumerate(line for line in answer.iter_lines() if line):
-            if number == 20 and begun is not None:
+            if number == 15 and begun is not None:
                 begun.wait(30)
             last = line.removeprefix("data: ")
             for choice in msgspec.json.decode(last)["choices"] if last != "[DONE]" else ():
@@ -71,6 +72,6 @@ def test_answers_survive_their_replica(tmp_path: Path) -> None:
         begun = threading.Barrier(len(REQUESTS), action=lambda: os.killpg(replicas[0][1].pid, signal.SIGKILL))
         with ThreadPoolExecutor(len(REQUESTS)) as threads:
             cut = list(threads.map(lambda kind: told(gateway, kind, begun), REQUESTS))
-        assert [len(ids) for ids, _, _ in whole] == [300] * len(REQUESTS)
+        assert [len(ids) for ids, _, _ in whole] == [120] * len(REQUESTS)
         assert cut == whole
         assert sum(one["resumed"] for one in gateway.records()) >= 1
