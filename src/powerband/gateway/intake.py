@@ -140,7 +140,7 @@ class Intake:
             if self.tells_ids(replica):
                 fields["return_token_ids"] = _TRUE
             if resumed:
-                fields["resume_token_ids"] = _raw(resumed)
+                fields["resume_token_ids"] = _raw(list(resumed))
         return msgspec.json.encode(fields) if changed else self._data
 
     def _separate(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:

@@ -95,7 +95,7 @@ class Resumer:
         story.resume(kept=len(kept), is_other_kind=is_chat, counts_as_prompt=True)
         return msgspec.json.encode({**passed, **told})
 
-    async def _told_ids(self, replica: ReplicaAddress) -> list[int]:
+    async def _told_ids(self, replica: ReplicaAddress) -> Sequence[int]:
         """The first of the output's ids, as many as make the text that the client has: its tokenizer is asked."""
         ids, text = self._story.token_ids, "".join(self._story.texts)
         context = self._story.prompt_ids[-_CONTEXT:]

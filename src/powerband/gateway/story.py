@@ -6,6 +6,7 @@ replica has taken over, the answer's name, age and model stay those that the cli
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import msgspec
@@ -33,10 +34,10 @@ class RequestFault(PowerbandError):
 class Story:
     """`tell` takes events; the attributes say how far it has come.
 
-    token_ids: of all output, where the replicas tell them; of the first `num_said` the text is told, too, unless a stop
-    string made the replica hold some back: of later ones it may need the next, as half a letter does. has_gap: some of it came without ids. is_parsed: some of it
-    was thought or a call of a tool, which a replica parsed out of the text. texts: kept only when asked for, to find
-    the place where another engine goes on.
+    token_ids: of all output, where the replicas tell them. num_said: the text of the first so many is told, too, unless
+    a stop string made the replica hold some back: a later one may need the next, as half a letter does. has_gap: some
+    of it came without ids. is_parsed: some of it was thought or a call of a tool, parsed out of the text.
+    texts: kept only when asked for, to find the place where another engine goes on.
     """
 
     def __init__(self, intake: Intake, model: str, *, keeps_text: bool = False) -> None:
@@ -55,7 +56,7 @@ class Story:
         self.keeps_text = False
         self.is_open = False  # the role was told
         self.is_resumed = False
-        self.token_ids: list[int] = []
+        self.token_ids = array("q")  # arrays: there may be many, of many streams
         self.num_said = 0
         self.prompt_ids: list[int] = []
         self.has_gap = False
@@ -64,8 +65,8 @@ class Story:
         self.finish_reason = ""
         self.num_finished = 0
         self.usage: Usage | None = None
-        self.times_s: list[float] = []
-        self.counts: list[int] = []
+        self.times_s = array("d")
+        self.counts = array("i")
         self.num_tokens = 0
 
     @property
@@ -141,7 +142,7 @@ class Story:
         if text and self.keeps_text:
             self.texts.append(text)
         if choice.token_ids:
-            self.token_ids += choice.token_ids
+            self.token_ids.extend(choice.token_ids)
             if text:
                 self.num_said = len(self.token_ids)
             return len(choice.token_ids)
