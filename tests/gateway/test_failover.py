@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from gateways_for_tests import gateway_before, text_of, until
+from gateways_for_tests import RunningGateway, running_gateway, scripted_replica, text_of, until
 
 from powerband.bench.script import DropBy, Script, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 40}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40}
 CALM = ("--stall-timeout-s=0.5", "--first-byte-timeout-s=0.5")
+REVISIONS = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    with running_gateway(tmp_path_factory.mktemp("gateway"), *CALM) as gateway:
+        yield gateway
+
+
+@contextlib.contextmanager
+def replicas(gateway: RunningGateway, *scripts: Script, **of_replicas: str) -> Iterator[int]:
+    """The gateway serves by scripted replicas, all ready. Yields the number of the last request before."""
+    revision = str(next(REVISIONS))
+    with contextlib.ExitStack() as stack:
+        gateway.replicas = [stack.enter_context(scripted_replica(script)) for script in scripts]
+        told = [
+            {"id": f"{revision}-{number}", "url": one.url, "model": "scripted", **of_replicas}
+            for number, one in enumerate(gateway.replicas)
+        ]
+        model = {"name": f"scripted-{revision}", "aliases": ["scripted"], "replicas": told}
+        gateway.admin.put("/admin/routes", json={"revision": revision, "models": [model]}).raise_for_status()
+        until(lambda: set(gateway.replica_states().values()) == {"ready"})
+        yield gateway.admin.get("/admin/records").json()["newest"]
 
 
 def ids_of(events: list[Any]) -> list[int]:
@@ -21,12 +46,12 @@ def ids_of(events: list[Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("how", ["reset", "end", "hang", "garbage", "error"])
-def test_a_stream_that_breaks_off_is_continued_by_another_replica(tmp_path: Path, how: DropBy) -> None:
+def test_a_stream_that_breaks_off_is_continued_by_another_replica(running: RunningGateway, how: DropBy) -> None:
     breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=7, drop_by=how)
-    with gateway_before(tmp_path, breaks, Script(), arguments=CALM) as gateway:
+    with replicas(running, breaks, Script()) as before:
         for _ in range(4):
-            chat = gateway.stream("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
-            text = gateway.stream("/v1/completions", {**TEXT, "return_token_ids": True})
+            chat = running.stream("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
+            text = running.stream("/v1/completions", {**TEXT, "return_token_ids": True})
             assert text_of(chat) == text_of(text) == words(0, 40)
             assert ids_of(text) == list(range(40))
             assert chat[-1] == text[-1] == "[DONE]"
@@ -35,47 +60,47 @@ def test_a_stream_that_breaks_off_is_continued_by_another_replica(tmp_path: Path
                 "one answer, by its looks"
             )
             assert sum(one["choices"] != [] and "role" in one["choices"][0]["delta"] for one in chat[:-1]) == 1
-        records = gateway.records()
+        records = running.records(before)
         assert {one["record"]["outcome"] for one in records} == {"ok"}
         assert {one["record"]["output_tokens"] for one in records} == {40}
         assert sum(one["resumed"] for one in records) >= 1
 
 
 @pytest.mark.parametrize("how", ["reset", "end", "hang", "garbage"])
-def test_a_request_whose_replica_fails_before_the_first_byte_goes_to_another(tmp_path: Path, how: DropBy) -> None:
+def test_a_request_whose_replica_fails_at_once_goes_to_another(running: RunningGateway, how: DropBy) -> None:
     fails = Script(drop_every=1, drop_after_chunks=0, drop_by=how)
-    with gateway_before(tmp_path, fails, Script(), arguments=CALM) as gateway:
+    with replicas(running, fails, Script()) as before:
         for _ in range(4):
-            assert text_of(gateway.stream("/v1/completions", TEXT)) == words(0, 40)
-        records = gateway.records()
+            assert text_of(running.stream("/v1/completions", TEXT)) == words(0, 40)
+        records = running.records(before)
         assert any(len(one["replicas"]) == 2 for one in records)
         assert {one["status"] for one in records} == {200}
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 429])
-def test_a_replica_that_answers_with_trouble_is_asked_no_more_for_this_request(tmp_path: Path, status: int) -> None:
-    with gateway_before(tmp_path, Script(fail_every=1, fail_status=status), Script()) as gateway:
+@pytest.mark.parametrize("status", [500, 429])
+def test_trouble_at_one_replica_sends_a_request_to_another(running: RunningGateway, status: int) -> None:
+    with replicas(running, Script(fail_every=1, fail_status=status), Script()):
         for stream in (True, False):
-            answers = [gateway.post("/v1/completions", {**TEXT, "stream": stream}) for _ in range(4)]
+            answers = [running.post("/v1/completions", {**TEXT, "stream": stream}) for _ in range(4)]
             assert [answer.status_code for answer in answers] == [200] * 4
 
 
-def test_whole_answers_are_run_again(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(drop_every=1), Script()) as gateway:
-        answers = [gateway.post("/v1/chat/completions", CHAT) for _ in range(4)]
+def test_whole_answers_are_run_again(running: RunningGateway) -> None:
+    with replicas(running, Script(drop_every=1), Script()):
+        answers = [running.post("/v1/chat/completions", CHAT) for _ in range(4)]
         assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {words(0, 40)}
 
 
-def test_a_killed_replica_takes_no_stream_with_it(tmp_path: Path) -> None:
+def test_a_killed_replica_takes_no_stream_with_it(running: RunningGateway) -> None:
     slow = Script(tpot_s=0.01)
-    with gateway_before(tmp_path, slow, slow) as gateway:
+    with replicas(running, slow, slow):
         body = {**TEXT, "max_tokens": 150, "stream": True, "return_token_ids": True}
         with (
-            gateway.http.stream("POST", "/v1/completions", json=body) as first,
-            gateway.http.stream("POST", "/v1/completions", json=body) as second,
+            running.http.stream("POST", "/v1/completions", json=body) as first,
+            running.http.stream("POST", "/v1/completions", json=body) as second,
         ):
-            until(lambda: all(replica.truths() for replica in gateway.replicas))
-            gateway.replicas[0].kill()
+            until(lambda: all(replica.truths() for replica in running.replicas))
+            running.replicas[0].kill()
             told = [list(answer.iter_lines()) for answer in (first, second)]
         for lines in told:
             data = [line.removeprefix("data: ") for line in lines if line]
@@ -84,55 +109,45 @@ def test_a_killed_replica_takes_no_stream_with_it(tmp_path: Path) -> None:
             assert ids == list(range(150))
 
 
-def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(tmp_path: Path) -> None:
+def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(running: RunningGateway) -> None:
     breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=3)
-    with gateway_before(tmp_path, breaks, arguments=CALM) as gateway:
-        told = gateway.stream("/v1/completions", {**TEXT, "n": 2})
+    with replicas(running, breaks) as before:
+        told = running.stream("/v1/completions", {**TEXT, "n": 2})
         assert told[-1]["error"]["code"] == "upstream_failed"
         assert "[DONE]" not in told
-        record = gateway.records()[-1]
+        record = running.records(before)[-1]
         assert (record["status"], record["record"]["outcome"], record["error"]) == (200, "error", "upstream_failed")
-        client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0)
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
         with pytest.raises(openai.APIError, match="replica"):
             list(client.completions.create(model="scripted", prompt="one", n=2, stream=True, max_tokens=40))
 
 
-def test_an_answer_that_lacks_only_its_last_event_is_whole(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(drop_every=1, drop_by="no_done"), arguments=CALM) as gateway:
-        told = gateway.stream("/v1/completions", {**TEXT, "stream_options": {"include_usage": True}})
+def test_an_answer_that_lacks_only_its_last_event_is_whole(running: RunningGateway) -> None:
+    with replicas(running, Script(drop_every=1, drop_by="no_done")):
+        told = running.stream("/v1/completions", {**TEXT, "stream_options": {"include_usage": True}})
         assert text_of(told) == words(0, 40)
         assert told[-2]["usage"]["completion_tokens"] == 40
         assert told[-1] == "[DONE]"
 
 
-def test_what_is_wrong_with_a_request_is_said_once(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(), Script()) as gateway:
-        answer = gateway.post("/v1/completions", {**TEXT, "max_tokens": 0})
+def test_what_is_wrong_with_a_request_is_said_once(running: RunningGateway) -> None:
+    with replicas(running, Script(), Script()) as before:
+        answer = running.post("/v1/completions", {**TEXT, "max_tokens": 0})
         assert answer.status_code == 400
         assert "output tokens" in answer.json()["error"]["message"]
-        assert sum(len(replica.truths()) for replica in gateway.replicas) == 1
-        assert gateway.records()[-1]["record"]["outcome"] == "refused"
+        assert sum(len(replica.truths()) for replica in running.replicas) == 1
+        assert running.records(before)[-1]["record"]["outcome"] == "refused"
 
 
-def test_in_front_of_vllm_a_stream_is_continued_as_a_completion(tmp_path: Path) -> None:
-    routes = """
-models:
-  - name: demo
-    aliases: [other]
-    replicas:
-      - {{id: a, url: "{0}", model: scripted, engine: vllm}}
-      - {{id: b, url: "{1}", model: scripted, engine: vllm}}
-"""
-    with gateway_before(
-        tmp_path, Script(tpot_s=0.002, drop_every=1, drop_after_chunks=7), Script(), routes=routes
-    ) as gateway:
+def test_in_front_of_vllm_a_stream_is_continued_as_a_completion(running: RunningGateway) -> None:
+    breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=7)
+    with replicas(running, breaks, Script(), engine="vllm") as before:
         for _ in range(4):
             asked = {"stream_options": {"include_usage": True}}
-            chat = gateway.stream("/v1/chat/completions", {**CHAT, **asked, "model": "other"})
-            text = gateway.stream("/v1/completions", {**TEXT, **asked, "model": "demo"})
+            chat = running.stream("/v1/chat/completions", {**CHAT, **asked})
+            text = running.stream("/v1/completions", {**TEXT, **asked})
             assert text_of(chat) == text_of(text) == words(0, 40)
             assert {one["object"] for one in chat[:-1]} == {"chat.completion.chunk"}
-            assert {one["model"] for one in chat[:-1]} == {"demo"}
             assert chat[-2]["usage"]["completion_tokens"] == text[-2]["usage"]["completion_tokens"] == 40
             assert chat[-2]["usage"]["prompt_tokens"] == 3
-        assert sum(one["resumed"] for one in gateway.records()) >= 1
+        assert sum(one["resumed"] for one in running.records(before)) >= 1
