@@ -42,7 +42,7 @@ class Content:
 
     def forget(self, key_id: str) -> None:
         """Delete what was kept of a key; what waits to be written is written first, so it goes as well."""
-        self._store.erase("DELETE FROM content WHERE key_id = ?", (key_id,))
+        self._store.write("DELETE FROM content WHERE key_id = ?", (key_id,))
 
     def _delete_old(self, run: Run) -> None:
         run("DELETE FROM content WHERE at < ?", [(time.time() - self._retention_s,)])

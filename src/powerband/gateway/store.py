@@ -147,18 +147,15 @@ class Store:
         self._chores.append(_Chore(work, every_s, erases))
 
     def write(self, sql: str, row: Row) -> Future[None]:
-        """A change that must not be lost while the process lives; `saved` waits for it. Raises StoreUnavailable."""
+        """A change that must not be lost while the process lives; `saved` waits for it. Raises StoreUnavailable.
+
+        Rows in buffers are written before it. Of what it deletes nothing stays in the files.
+        """
         if len(self._changes) >= MOST_CHANGES or self._closing.is_set():
             raise StoreUnavailable("The gateway's books cannot be written now.")
         written: Future[None] = Future()
         self._changes.append((sql, tuple(row), written))
         self._wake.set()
-        return written
-
-    def erase(self, sql: str, row: Row) -> Future[None]:
-        """As `write`, but nothing of what it deletes stays in the files. Rows in buffers are written before it."""
-        written = self.write(sql, row)
-        self._erasing = True
         return written
 
     def flush(self) -> Future[None]:
@@ -250,6 +247,7 @@ class Store:
             failure: Exception | None = None
             try:
                 self._execute(sql, [row])
+                self._erasing |= sql.startswith("DELETE")
             except BAD_ROW as error:
                 failure = error
                 logger.error("The books refuse a change: %s.", type(error).__name__)
