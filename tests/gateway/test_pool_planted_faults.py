@@ -166,7 +166,7 @@ FAULTS = [
 
 def plant(fault: Fault, folder: Path) -> Path:
     shutil.copytree(PACKAGE / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "gateway" / f"{fault.file}.py"
+    [path] = (folder / "gateway").rglob(f"{fault.file}.py")
     source = path.read_text()
     assert source.count(fault.right) == 1, f"{fault.name}: {source.count(fault.right)} places to plant it"
     path.write_text(source.replace(fault.right, fault.wrong))
