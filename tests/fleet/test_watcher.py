@@ -50,6 +50,13 @@ def test_an_incident_says_what_since_when_why_and_what_to_do() -> None:
     assert 1.6 < float(incident.evidence["ratio"]) < 2.4
 
 
+def test_what_fails_under_load_beyond_the_plan_is_left_alone() -> None:
+    bed = Bed(3, [Event("overload", 60.0, 200.0), Event("errors", 90.0, 200.0, "r1")], replicas=3)
+    incidents = bed.play(200.0)
+    assert {(one.kind, one.cause) for one in incidents} == {("promise", "load"), ("replica", "errors")}
+    assert {action.kind for action in bed.actions} == {"add_replica"}
+
+
 # ---- attainment
 
 

@@ -27,7 +27,7 @@ _MOST_DONE = 20
 Kind = Literal["promise", "replica", "model", "host", "gateway"]
 # What is behind it, likeliest first where several are found.
 Cause = Literal[
-    "hang", "errors", "down", "slow_replica", "leak", "load", "cache", "mix", "memory", "host", "model", "unknown"
+    "load", "hang", "errors", "down", "slow_replica", "leak", "cache", "mix", "memory", "host", "model", "unknown"
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 ActionKind = Literal["none", "add_replica", "eject_replica", "restart_replica", "replan"]

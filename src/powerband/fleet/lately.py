@@ -19,14 +19,14 @@ _FAILED = (Outcome.ERROR, Outcome.TIMED_OUT)
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is kept of a request. failed: replicas that failed it; other ones may have answered it after all."""
+    """What is kept of a request. failed: replicas that failed it, with codes; others may have answered it after all."""
 
     time_s: float
     outcome: Outcome
     status: int
     error: str
     replica: str
-    failed: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
     alone: bool  # one replica answered it from start to end
     prompt_tokens: int
     cached_tokens: int
@@ -39,14 +39,16 @@ class Seen:
     def of(cls, finished: Finished, time_s: float) -> Seen:
         record, tried = finished.record, finished.replicas
         is_seen = saw_first_token(finished)
-        went_wrong = record.outcome in _FAILED
+        failed = finished.failed
+        if record.outcome in _FAILED and tried and tried[-1] not in dict(failed):
+            failed = (*failed, (tried[-1], finished.error or record.outcome.value))
         return cls(
             time_s,
             record.outcome,
             finished.status,
             finished.error,
             tried[-1] if tried else "",
-            tried if went_wrong else tried[:-1],
+            failed,
             len(tried) == 1,
             record.prompt_tokens,
             record.cached_tokens,
@@ -96,8 +98,9 @@ class Lately:
         failed: Counter[str] = Counter()
         had: Counter[str] = Counter()
         for seen in self.within(clock_s, window_s):
-            failed.update(set(seen.failed))
-            had.update({*seen.failed, *([seen.replica] if seen.replica else [])})
+            broken = {replica for replica, _ in seen.failed}
+            failed.update(broken)
+            had.update({*broken, *([seen.replica] if seen.replica else [])})
         return failed, had
 
     def figures(self, clock_s: float, window_s: float) -> dict[str, float]:

@@ -14,6 +14,7 @@ _GAPS = 20  # of the usual time per output token: longer is silence
 _FEWEST_FAILURES = 3
 _MOST_FAILING = 0.05
 _AWAY_S = 3.0
+_HUNG = frozenset({"hung", "probe_timeout"})
 _IDLE_S = 20.0
 _LEAKED = 0.05  # of the KV cache, in use without a request
 
@@ -56,13 +57,14 @@ def _failing(scene: Scene) -> Iterator[Finding]:
     present = {replica.id for replica in scene.replicas}
     for replica, count in failed.items():
         if replica in present and count >= _FEWEST_FAILURES and wilson(count, had[replica])[0] > _MOST_FAILING:
-            errors = {seen.error for seen in scene.lately.within(scene.clock_s, RECENT_S) if replica in seen.failed}
+            broken = (one for seen in scene.lately.within(scene.clock_s, RECENT_S) for one in seen.failed)
+            codes = sorted({code for one, code in broken if one == replica})
             yield Finding(
                 kind="replica",
                 subject=replica,
                 cause="errors",
                 what=f"Replica {replica} failed {count} of {_requests(had[replica])} in {RECENT_S:.0f} s.",
-                evidence={"failed": count, "requests": had[replica], "errors": ", ".join(sorted(errors - {""}))},
+                evidence={"failed": count, "requests": had[replica], "errors": ", ".join(codes)},
                 action="restart_replica",
                 advice="Look at its log; restart it.",
             )
@@ -72,14 +74,14 @@ def _away(scene: Scene) -> Iterator[Finding]:
     for replica in scene.replicas:
         away_s = scene.clock_s - scene.away_s.get(replica.id, scene.clock_s)
         if away_s >= _AWAY_S:
-            last = replica.last_errors[-1] if replica.last_errors else ""
+            hung = not _HUNG.isdisjoint(replica.last_errors)
             yield Finding(
                 kind="replica",
                 subject=replica.id,
-                cause="hang" if last == "hung" else "down",
-                what=f"Replica {replica.id} {'hung and ' if last == 'hung' else ''}has been {replica.state} for "
-                f"{away_s:.0f} s.",
-                evidence={"state": replica.state, "away_s": away_s, "last_error": last},
+                cause="hang" if hung else "down",
+                what=f"Replica {replica.id} {'does not answer and ' if hung else ''}"
+                f"has been {replica.state} for {away_s:.0f} s.",
+                evidence={"state": replica.state, "away_s": away_s, "last_errors": ", ".join(replica.last_errors)},
                 action="restart_replica",
                 advice="Look at its log; restart it.",
             )

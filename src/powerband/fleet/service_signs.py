@@ -68,6 +68,10 @@ def _explained(
 ) -> Finding:
     """With the likeliest cause and what to do about it."""
     order: list[Cause] = ["hang", "errors", "down", "slow_replica"]
+    load = _by_load(overload)
+    if load is not None and "planned_rate" in load.evidence:
+        # Nothing was promised for so much, and replicas that fail under it are no reason of their own.
+        return _because(finding, load)
     culprits = sorted((one for one in replicas if one.cause in order), key=lambda one: order.index(one.cause))
     if culprits:
         one = culprits[0]
@@ -76,17 +80,21 @@ def _explained(
         return replace(
             finding, cause=one.cause, what=f"{finding.what} {one.what}", evidence=evidence, advice=one.advice
         )
-    for why in (_by_load(overload), _by_cache(scene), _by_mix(scene), _by_host(scene), _by_model(scene)):
+    for why in (load, _by_cache(scene), _by_mix(scene), _by_host(scene), _by_model(scene)):
         if why is not None:
-            return replace(
-                finding,
-                cause=why.cause,
-                what=f"{finding.what} {why.what}",
-                evidence={**finding.evidence, **why.evidence},
-                action=why.action,
-                advice=why.advice,
-            )
+            return _because(finding, why)
     return replace(finding, action="replan", advice="Compare /metrics with the plan; plan anew.")
+
+
+def _because(finding: Finding, why: _Why) -> Finding:
+    return replace(
+        finding,
+        cause=why.cause,
+        what=f"{finding.what} {why.what}",
+        evidence={**finding.evidence, **why.evidence},
+        action=why.action,
+        advice=why.advice,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,10 @@ class Watcher:
             # One at a time, and never the last one that works.
             is_soon = self._took_away_s is not None and clock_s - self._took_away_s < _PAUSE_S
             others = [one for one in self._scene.replicas if one.id != incident.subject and one.state == "ready"]
-            if is_soon or (incident.action == "eject_replica" and not others):
+            # What fails or is slow under too much load would be so elsewhere, and is missed while it is replaced.
+            is_strained = any(one.cause == "load" for one in self.incidents.open)
+            is_strained = is_strained and incident.cause in ("errors", "slow_replica")
+            if is_soon or is_strained or (incident.action == "eject_replica" and not others):
                 return None
             self._took_away_s = clock_s
         self._suggested_s[incident.id] = clock_s

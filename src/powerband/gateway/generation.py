@@ -302,6 +302,7 @@ class Generation(Response):
                 ended_at=time.time(),
                 error=self._error,
                 replicas=tuple(trip.replicas),
+                failed=tuple(trip.broken),
                 seconds=now_s - request.arrival_s,
                 queue_s=trip.queue_s,
                 resumed=self._resumed,

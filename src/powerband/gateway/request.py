@@ -53,6 +53,7 @@ class Finished:
     seconds: float = 0.0
     queue_s: float = 0.0
     cost_usd: float = 0.0
+    failed: tuple[tuple[str, str], ...] = ()  # tries that broke off: replica and code; not what a replica refused
     resumed: int = 0  # times that another replica went on in the middle of the stream
     finish_reason: str = ""
     sequence: int = field(default=0)  # numbers what is over, from 1, for those who read along

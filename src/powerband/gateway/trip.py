@@ -49,6 +49,7 @@ class Trip:
         self._num_refusals = 0
         self.exchange: Exchange | None = None
         self.replicas: list[str] = []
+        self.broken: list[tuple[str, str]] = []  # replica and code of tries that failed, without refusals
         self.queue_s = 0.0
         self.sent_s = 0.0
         self.has_begun = False  # the client has a part of the answer: from then on the budget alone counts tries
@@ -98,6 +99,8 @@ class Trip:
         if lease is None:
             raise _error(problem, len(self.replicas))
         lease.close("refused" if problem.is_refusal else "failed")
+        if not problem.is_refusal:
+            self.broken.append((lease.replica.id, problem.code))
         if lease.replica.id not in self._avoid:
             self._avoid.append(lease.replica.id)
         if problem.is_refusal:
