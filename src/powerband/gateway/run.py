@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -49,6 +50,7 @@ def serve(settings: GatewaySettings, routes: Routes | None = None, replicas: Seq
         raise UsageError(
             f"Listening on {settings.host} with auth 'open' would let anyone in.", hint="Use --auth keys.", param="auth"
         )
+    _allow_all_descriptors()
     database = Path(settings.database) if settings.database else state_folder() / "gateway" / "gateway.db"
     with listen(settings.host, settings.port) as listener:
         books = Books.open(database, settings.books)
@@ -57,6 +59,12 @@ def serve(settings: GatewaySettings, routes: Routes | None = None, replicas: Seq
             return uvloop.run(_serve(settings, listener, books, database, routes, replicas))
         finally:
             books.close()
+
+
+def _allow_all_descriptors() -> None:
+    """A stream takes two sockets, and processes begin with leave for few of them."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def make_first_admin_key(books: Books, file: Path) -> None:
