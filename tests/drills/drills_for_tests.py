@@ -309,6 +309,6 @@ def minutes() -> float:
     """Of the soak: DRILLS_SOAK=30m; as short as it may be otherwise."""
     text = os.environ.get("DRILLS_SOAK", "")
     if not text:
-        return 0.3
+        return 0.2
     number, unit = text.rstrip("smh"), text[-1]
     return float(number) * {"s": 1 / 60, "m": 1.0, "h": 60.0}.get(unit, 1.0)

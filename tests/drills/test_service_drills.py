@@ -19,7 +19,7 @@ from drill_loads import Load, answers_of, questions
 from drill_services import Service, changed, deployed
 from drills_for_tests import Figures, Held, gauge, minutes, wait_until
 
-ASKED = questions(6, 96)
+ASKED = questions(6, 72)
 RATE = 6.0  # requests a second: about half of what three replicas on two cores can do
 Answers = dict[str, str]
 
@@ -189,7 +189,7 @@ async def _capacity(service: Service) -> float:
 
     async def user() -> None:
         nonlocal done
-        while time.monotonic() - start_s < 4.0:
+        while time.monotonic() - start_s < 3.0:
             await answers_of(service.front.target(), ASKED[:1])
             done += 1
 
