@@ -102,8 +102,8 @@ def test_restart(tmp_path: Path, figures: Figures) -> None:
 
 def test_slow_readers(tmp_path: Path, figures: Figures) -> None:
     """Slow readers"""
-    # Each asks for some 10 MB and reads nothing: only what fits into buffers may be taken from the replica.
-    long, streams = Script(tokens_per_chunk=64), 100
+    # Each asks for some 15 MB and reads nothing: only what fits into buffers may be taken from the replica.
+    long, streams = Script(ttft_s=0.001), 20
 
     async def drill(service: Gateway) -> tuple[int, list[Told]]:
         before = Held.by(service.pid).memory_bytes
@@ -131,7 +131,7 @@ def test_slow_readers(tmp_path: Path, figures: Figures) -> None:
         )
         assert not _failed(told)
         assert _p99(told) < 1.0
-        assert grown / streams < 1 << 20
+        assert grown / streams < 4 << 20  # half of it is what is noted of each token that went into the sockets' buffers
 
 
 def test_hostile_clients(tmp_path: Path, figures: Figures) -> None:
