@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from drills_for_tests import Figures
@@ -20,8 +24,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 _PASSED = pytest.StashKey[bool]()
 
 
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Drills measure: not two at the same time, whoever runs them."""
+    with (Path(tempfile.gettempdir()) / f"powerband-drills-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
-def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
+def figures(request: pytest.FixtureRequest, _alone: None) -> Iterator[Figures]:
     """Named by the drill's docstring."""
     says = (request.function.__doc__ or request.node.name).split("\n")[0].rstrip(".")
     found, start_s = Figures(says), time.monotonic()

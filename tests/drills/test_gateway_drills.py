@@ -131,7 +131,7 @@ def test_slow_readers(tmp_path: Path, figures: Figures) -> None:
         )
         assert not _failed(told)
         assert _p99(told) < 1.0
-        assert grown / streams < 4 << 20  # half of it is what is noted of each token that went into the sockets' buffers
+        assert grown / streams < 4 << 20  # half of it: what is noted of each token that sockets' buffers took
 
 
 def test_hostile_clients(tmp_path: Path, figures: Figures) -> None:
