@@ -25,7 +25,7 @@ PACED = Script(ttft_s=0.05, tpot_s=0.01, slots=SLOTS)
 CAPACITY = 2 * SLOTS / (0.05 + (TOKENS - 1) * 0.01)  # requests a second of two replicas: 40
 SLO_S = 1.0  # to the first token
 SHORT = questions(8, TOKENS)
-MINUTE = float(os.environ.get("DRILLS_OVERLOAD_S", "10"))
+MINUTE = float(os.environ.get("DRILLS_OVERLOAD_S", "8"))
 
 
 def test_overload(tmp_path: Path, figures: Figures) -> None:
@@ -103,7 +103,7 @@ def test_restart(tmp_path: Path, figures: Figures) -> None:
 def test_slow_readers(tmp_path: Path, figures: Figures) -> None:
     """Slow readers"""
     # Each asks for some 15 MB and reads nothing: only what fits into buffers may be taken from the replica.
-    long, streams = Script(ttft_s=0.001), 20
+    long, streams = Script(ttft_s=0.001), 8
 
     async def drill(service: Gateway) -> tuple[int, list[Told]]:
         before = Held.by(service.pid).memory_bytes
