@@ -13,7 +13,7 @@ import yaml
 
 from powerband.cli.main import main
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.engines import adapter
+from powerband.fleet.engines import Order, adapter
 from powerband.spec.deployment import ENGINES, EngineName, Replica
 
 DOCUMENTED = Path(__file__).parent / "documented_options"
@@ -87,7 +87,7 @@ def test_vllm_offloads_a_share_of_the_layers_of_each_gpu(model: str) -> None:
 
 
 def test_vllm_on_a_cpu_gets_threads_and_the_memory_that_its_requests_need(model: str) -> None:
-    invocation = adapter("vllm").command(model, CPU, port=8001, served_name="m", threads=2)
+    invocation = adapter("vllm").command(Order(model=model, replica=CPU, port=8001, served_name="m", threads=2))
     options = _options(invocation.command)
     assert invocation.env == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     assert int(options["--kv-cache-memory-bytes"]) == 4 * 128 * 131072  # 128 KiB a token
@@ -97,7 +97,8 @@ def test_vllm_on_a_cpu_gets_threads_and_the_memory_that_its_requests_need(model:
 def test_a_key_is_not_on_vllms_command_line(model: str, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
-    invocation = adapter("vllm").command(model, H100, port=1, served_name="m", api_key_file=str(key))
+    order = Order(model=model, replica=H100, port=1, served_name="m", api_key_file=str(key))
+    invocation = adapter("vllm").command(order)
     assert invocation.env["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(invocation.command)
 
@@ -188,7 +189,8 @@ def _model(folder: Path, **more: Any) -> str:
 
 
 def _command(engine: EngineName, model: str, replica: Replica, **more: Any) -> tuple[str, ...]:
-    return adapter(engine).command(model, replica, port="{port}", served_name="m", **more).command
+    order = Order(model=model, replica=replica, port="{port}", served_name="m", **more)
+    return adapter(engine).command(order).command
 
 
 def _options(command: tuple[str, ...]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.engines import adapter
+from powerband.fleet.engines import Order, adapter
 from powerband.fleet.state import PoolRelease, Release
 from powerband.spec.catalog import HERE, known_here, load_catalog
 from powerband.spec.deployment import Deployment, Pool
@@ -79,14 +79,16 @@ def served_name_of(model: str) -> str:
 def _pool(deployment: Deployment, pool: Pool, model: str, threads: int | None, making: Making) -> PoolRelease:
     engine = adapter(deployment.engine)
     made = engine.command(
-        model,
-        pool.replica,
-        port=_PORT,
-        served_name=making.served_name,
-        api_key_file=making.api_key_file or None,
-        threads=threads,
-        executable=making.executable,
-        extra=making.extra,
+        Order(
+            model=model,
+            replica=pool.replica,
+            port=_PORT,
+            served_name=making.served_name,
+            api_key_file=making.api_key_file or None,
+            threads=threads,
+            executable=making.executable,
+            extra=making.extra,
+        )
     )
     return PoolRelease(
         count=pool.count,

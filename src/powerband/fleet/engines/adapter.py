@@ -28,6 +28,25 @@ class Invocation:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a replica is to be. model: a folder, 'demo' or a Hugging Face id. port: a number, or a word that somebody
+    replaces by one. threads: of one replica on a CPU. executable: () is the usual one. drafter: what guesses a plan's
+    draft tokens. extra: arguments for the engine as they are, after ours.
+    """
+
+    model: str
+    replica: Replica
+    port: int | str
+    served_name: str
+    host: str = "127.0.0.1"
+    threads: int | None = None
+    executable: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    drafter: str = ""
+    extra: tuple[str, ...] = ()
+
+
 class EngineAdapter(Protocol):
     """health_path answers 200 when the process is there, ready_path when it takes requests. resumes: the gateway can
     let another replica go on with a stream that broke off.
@@ -38,26 +57,8 @@ class EngineAdapter(Protocol):
     ready_path: ClassVar[str]
     resumes: ClassVar[bool]
 
-    def command(
-        self,
-        model: str,
-        replica: Replica,
-        *,
-        port: int | str,
-        served_name: str,
-        host: str = "127.0.0.1",
-        threads: int | None = None,
-        executable: tuple[str, ...] = (),
-        api_key_file: str | None = None,
-        drafter: str = "",
-        extra: tuple[str, ...] = (),
-    ) -> Invocation:
-        """model: a folder, 'demo' or a Hugging Face id. port: a number, or a word that somebody replaces by one.
-        threads: of one replica on a CPU. executable: () is the usual one. drafter: what guesses a plan's draft tokens.
-        extra: arguments for the engine as they are, after ours.
-
-        Raises UsageError for what the engine cannot be told, EnvironmentFault when the engine or the key is missing.
-        """
+    def command(self, order: Order) -> Invocation:
+        """Raises UsageError for what the engine cannot be told, EnvironmentFault when it or the key is missing."""
         ...
 
 

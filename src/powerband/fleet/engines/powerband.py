@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from powerband.cost.replica_memory import engine_settings
-from powerband.fleet.engines.adapter import Invocation, Subject
-from powerband.spec.deployment import EngineName, Replica
+from powerband.fleet.engines.adapter import Invocation, Order, Subject
+from powerband.spec.deployment import EngineName
 from powerband.spec.settings import EngineSettings
 
 _OWN = (sys.executable, "-m", "powerband")
@@ -21,30 +21,24 @@ class PowerbandAdapter:
     ready_path: ClassVar[str] = "/readyz"
     resumes: ClassVar[bool] = True
 
-    def command(
-        self,
-        model: str,
-        replica: Replica,
-        *,
-        port: int | str,
-        served_name: str,
-        host: str = "127.0.0.1",
-        threads: int | None = None,
-        executable: tuple[str, ...] = (),
-        api_key_file: str | None = None,
-        drafter: str = "",
-        extra: tuple[str, ...] = (),
-    ) -> Invocation:
-        subject = Subject(model, replica, self.name)
+    def command(self, order: Order) -> Invocation:
+        subject, replica = Subject(order.model, order.replica, self.name), order.replica
         subject.refuse(tensor_parallel=1, pipeline_parallel=1, expert_parallel=1, offload_share=0.0, draft_tokens=0)
         if replica.kv_precision == "fp8":
             raise subject.cannot("kv_precision", "It knows 16bit, int8 and float32.")
-        subject.drafter(drafter)
-        settings = _settings(subject, served_name, threads)
-        command = (*(executable or _OWN), "serve", model, f"--host={host}", f"--port={port}", *_flags(settings))
-        if api_key_file is not None:
-            command = (*command, f"--api-key-file={api_key_file}")
-        return Invocation((*command, *extra))
+        subject.drafter(order.drafter)
+        settings = _settings(subject, order.served_name, order.threads)
+        command = (
+            *(order.executable or _OWN),
+            "serve",
+            order.model,
+            f"--host={order.host}",
+            f"--port={order.port}",
+            *_flags(settings),
+        )
+        if order.api_key_file is not None:
+            command = (*command, f"--api-key-file={order.api_key_file}")
+        return Invocation((*command, *order.extra))
 
 
 def _settings(subject: Subject, served_name: str, threads: int | None) -> EngineSettings:

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from powerband.cost.replica_memory import layer_weight_bytes
 from powerband.errors import UsageError
-from powerband.fleet.engines.adapter import Invocation, Subject, find_executable, read_key
-from powerband.spec.deployment import EngineName, Replica
+from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable, read_key
+from powerband.spec.deployment import EngineName
 
 _KV = {"16bit": "auto", "fp8": "fp8_e4m3"}
 _MODULE = ("-m", "sglang.launch_server")
@@ -24,31 +24,22 @@ class SGLangAdapter:
     ready_path: ClassVar[str] = "/health"
     resumes: ClassVar[bool] = False
 
-    def command(
-        self,
-        model: str,
-        replica: Replica,
-        *,
-        port: int | str,
-        served_name: str,
-        host: str = "127.0.0.1",
-        threads: int | None = None,  # noqa: ARG002 (its plans are for GPUs)
-        executable: tuple[str, ...] = (),
-        api_key_file: str | None = None,
-        drafter: str = "",
-        extra: tuple[str, ...] = (),
-    ) -> Invocation:
-        subject = Subject(model, replica, self.name)
+    def command(self, order: Order) -> Invocation:
+        subject, replica = Subject(order.model, order.replica, self.name), order.replica
         subject.refuse(long_prefill_token_threshold=0)
         program = find_executable(
-            executable, variable="POWERBAND_SGLANG", program="sglang", module=_MODULE, install="pip install sglang"
+            order.executable,
+            variable="POWERBAND_SGLANG",
+            program="sglang",
+            module=_MODULE,
+            install="pip install sglang",
         )
         start = () if _MODULE[-1] in program else ("serve",)
         options = {
-            "--model-path": model,
-            "--served-model-name": served_name,
-            "--host": host,
-            "--port": str(port),
+            "--model-path": order.model,
+            "--served-model-name": order.served_name,
+            "--host": order.host,
+            "--port": str(order.port),
             "--tensor-parallel-size": str(replica.tensor_parallel),
             "--pipeline-parallel-size": str(replica.pipeline_parallel),
             "--expert-parallel-size": str(replica.expert_parallel),
@@ -58,16 +49,16 @@ class SGLangAdapter:
             "--max-prefill-tokens": str(replica.max_num_batched_tokens),
             **_memory(subject),
             **_precision(subject),
-            **_drafts(subject, drafter),
+            **_drafts(subject, order.drafter),
         }
         flags = ["--enable-metrics", "--enable-cache-report"]
         if not replica.enable_prefix_caching:
             flags.append("--disable-radix-cache")
-        key = read_key(api_key_file)
+        key = read_key(order.api_key_file)
         if key:
             options["--api-key"] = key  # it knows no file and no variable for it
         told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, *start, *told, *flags, *extra))
+        return Invocation((*program, *start, *told, *flags, *order.extra))
 
 
 def _memory(subject: Subject) -> dict[str, str]:

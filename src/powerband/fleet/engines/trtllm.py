@@ -15,8 +15,8 @@ import yaml
 
 from powerband.cache import cache_directory
 from powerband.errors import UsageError
-from powerband.fleet.engines.adapter import Invocation, Subject, find_executable
-from powerband.spec.deployment import EngineName, Replica
+from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable
+from powerband.spec.deployment import EngineName
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
 
@@ -27,38 +27,25 @@ class TensorRTAdapter:
     ready_path: ClassVar[str] = "/health"
     resumes: ClassVar[bool] = False
 
-    def command(
-        self,
-        model: str,
-        replica: Replica,
-        *,
-        port: int | str,
-        served_name: str,
-        host: str = "127.0.0.1",
-        threads: int | None = None,  # noqa: ARG002 (its plans are for GPUs)
-        executable: tuple[str, ...] = (),
-        api_key_file: str | None = None,
-        drafter: str = "",
-        extra: tuple[str, ...] = (),
-    ) -> Invocation:
-        subject = Subject(model, replica, self.name)
+    def command(self, order: Order) -> Invocation:
+        subject, replica = Subject(order.model, order.replica, self.name), order.replica
         subject.refuse(long_prefill_token_threshold=0, offload_share=0.0)
         subject.to_quantize()  # it loads what is stored, and nothing else
-        if api_key_file is not None:
+        if order.api_key_file is not None:
             raise UsageError(
                 "trtllm-serve cannot ask for a key.", hint="Let it listen on loopback only.", param="api_key_file"
             )
         program = find_executable(
-            executable,
+            order.executable,
             variable="POWERBAND_TRTLLM",
             program="trtllm-serve",
             module=(),
             install="pip install tensorrt_llm",
         )
         options = {
-            "--host": host,
-            "--port": str(port),
-            "--served_model_name": served_name,
+            "--host": order.host,
+            "--port": str(order.port),
+            "--served_model_name": order.served_name,
             "--backend": "pytorch",
             "--tp_size": str(replica.tensor_parallel),
             "--pp_size": str(replica.pipeline_parallel),
@@ -67,10 +54,10 @@ class TensorRTAdapter:
             "--max_batch_size": str(replica.max_num_seqs),
             "--max_num_tokens": str(max(replica.max_num_batched_tokens, replica.max_num_seqs)),
             "--kv_cache_free_gpu_memory_fraction": f"{_kv_share(subject):.3f}",
-            "--config": str(_write(_arguments(subject, drafter))),
+            "--config": str(_write(_arguments(subject, order.drafter))),
         }
         told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, model, *told, "--enable_chunked_prefill", *extra))
+        return Invocation((*program, order.model, *told, "--enable_chunked_prefill", *order.extra))
 
 
 def _kv_share(subject: Subject) -> float:

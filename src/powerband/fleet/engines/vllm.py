@@ -10,8 +10,8 @@ import json
 from typing import ClassVar
 
 from powerband.cost.replica_memory import kv_bytes_per_token, layer_weight_bytes
-from powerband.fleet.engines.adapter import Invocation, Subject, find_executable, read_key
-from powerband.spec.deployment import EngineName, Replica
+from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable, read_key
+from powerband.spec.deployment import EngineName
 from powerband.spec.device import detect_cpu
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
@@ -25,44 +25,31 @@ class VLLMAdapter:
     ready_path: ClassVar[str] = "/health"  # it listens only when it can answer
     resumes: ClassVar[bool] = True
 
-    def command(
-        self,
-        model: str,
-        replica: Replica,
-        *,
-        port: int | str,
-        served_name: str,
-        host: str = "127.0.0.1",
-        threads: int | None = None,
-        executable: tuple[str, ...] = (),
-        api_key_file: str | None = None,
-        drafter: str = "",
-        extra: tuple[str, ...] = (),
-    ) -> Invocation:
-        subject = Subject(model, replica, self.name)
+    def command(self, order: Order) -> Invocation:
+        subject, replica = Subject(order.model, order.replica, self.name), order.replica
         program = find_executable(
-            executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
+            order.executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
         )
-        start = ("--model", model) if _MODULE[-1] in program else ("serve", model)
+        start = ("--model", order.model) if _MODULE[-1] in program else ("serve", order.model)
         options = {
-            "--served-model-name": served_name,
-            "--host": host,
-            "--port": str(port),
+            "--served-model-name": order.served_name,
+            "--host": order.host,
+            "--port": str(order.port),
             **_layout(subject),
             **_precision(subject),
             **_limits(subject),
-            **_drafts(subject, drafter),
+            **_drafts(subject, order.drafter),
         }
         flags = ["--enable-prefix-caching" if replica.enable_prefix_caching else "--no-enable-prefix-caching"]
         flags.append("--enable-prompt-tokens-details")  # usage says how many tokens were in the cache
         if replica.expert_parallel > 1:
             flags.append("--enable-expert-parallel")
-        env = _cpu_environment(threads) if subject.is_cpu else {}
-        key = read_key(api_key_file)
+        env = _cpu_environment(order.threads) if subject.is_cpu else {}
+        key = read_key(order.api_key_file)
         if key:
             env["VLLM_API_KEY"] = key  # as a flag everybody on the machine could read it
         told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, *start, *told, *flags, *extra), env)
+        return Invocation((*program, *start, *told, *flags, *order.extra), env)
 
 
 def _layout(subject: Subject) -> dict[str, str]:
