@@ -130,7 +130,7 @@ def test_slow_readers(tmp_path: Path, figures: Figures) -> None:
             streams=streams, kib_each=grown / streams / 1024, others_p99_ms=1e3 * _p99(told), failed=_failed(told)
         )
         assert not _failed(told)
-        assert _p99(told) < 1.0
+        assert _p99(told) < 2.0
         assert grown / streams < 4 << 20  # half of it: what is noted of each token that sockets' buffers took
 
 
@@ -167,7 +167,7 @@ def test_hostile_clients(tmp_path: Path, figures: Figures) -> None:
             failed=_failed(told),
         )
         assert not _failed(told)
-        assert _p99(told) < 1.0
+        assert _p99(told) < 2.0
         assert statuses <= {400, 404, 405, 413, 415, 422}
         assert grown < 64 << 20
         assert left <= 5
@@ -193,7 +193,7 @@ async def _time_to_normal(service: Gateway, asked: Sequence[Question]) -> float:
 
 
 async def _all_stand_still(pid: int) -> None:
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60.0):
         used = -1.0
         while cpu_s(pid) - used > 0.02:
             used = cpu_s(pid)

@@ -172,7 +172,7 @@ def _assert_nobody_noticed(load: Load, answers: Answers) -> None:
 
 
 async def _until_all_are_busy(service: Service) -> None:
-    async with asyncio.timeout(15.0):
+    async with asyncio.timeout(30.0):
         while not all(one["inflight"] for one in (await service.front.pool())["replicas"]):
             await asyncio.sleep(0.02)
 
