@@ -40,3 +40,11 @@ def test_a_stream_is_asked_for_what_going_on_elsewhere_needs() -> None:
     assert body["return_token_ids"] is True
     assert body["stream_options"] == {"include_usage": True}
     assert body["an_extra"] == BODY["an_extra"]
+
+
+def test_a_replica_that_goes_on_is_told_what_the_client_has() -> None:
+    replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
+    intake = Intake(json.dumps({**BODY, "stream": True, "echo": True}).encode(), "completions")
+    body = json.loads(intake.body_for(replica, ANONYMOUS, [3, 1, 4]))
+    assert body["resume_token_ids"] == [3, 1, 4]
+    assert "echo" not in body, "the prompt was echoed by the replica before"

@@ -141,6 +141,7 @@ class Intake:
                 fields["return_token_ids"] = _TRUE
             if resumed:
                 fields["resume_token_ids"] = _raw(list(resumed))
+                fields.pop("echo", None)  # the client has it
         return msgspec.json.encode(fields) if changed else self._data
 
     def _separate(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
