@@ -152,8 +152,9 @@ _COMMANDS = {"gateway": _gateway, "nginx": _nginx, "litellm": _litellm}
 
 
 def _environment() -> dict[str, str]:
-    """LiteLLM would fetch a list of prices."""
-    return {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    """LiteLLM would fetch a list of prices, and not start without keys; nobody else is asked for one here."""
+    unlocked = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
+    return {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", unlocked: "true"}
 
 
 def _wait_for(found: Proxy, log: Path) -> None:
