@@ -1,7 +1,7 @@
 """What each engine calls its probe and its figures. Sources: their documentation, and vLLM's and TensorRT-LLM's code.
 
-SGLang shows metrics only with --enable-metrics, TensorRT-LLM only with return_perf_metrics; a replica that shows none
-is judged by its probe and by the bytes that come from it.
+SGLang shows metrics only with --enable-metrics; TensorRT-LLM shows these in recent versions, where its options ask for
+them (read in its code, not tried). A replica that shows none is judged by its probe and by the bytes that come.
 """
 
 from __future__ import annotations
