@@ -151,6 +151,7 @@ models:
       - {{id: a, url: "{0}", model: scripted, engine: vllm, max_num_seqs: 8}}
       - {{id: b, url: "{1}", model: scripted, engine: vllm, max_num_seqs: 8}}
 """
+MOST_LAG_S = 0.2
 SCRIPT = Script(ttft_s=0.05, tpot_s=0.05, slots=SLOTS)
 BODY = b'{"model": "scripted", "prompt": "hello", "max_tokens": 10, "stream": true}'
 HEAD = (
@@ -190,6 +191,8 @@ async def drive(url: str, phases: list[tuple[float, float]]) -> tuple[list[Told]
     for phase_s, rate in phases:
         for _ in range(int(phase_s * rate)):
             await asyncio.sleep(max(at_s - time.monotonic(), 0))
+            if time.monotonic() > at_s + MOST_LAG_S:
+                pytest.skip("this machine is too busy to send requests on time")
             tasks.append(asyncio.create_task(send(host, int(port), told, problems)))
             at_s += 1 / rate
     await asyncio.gather(*tasks)
