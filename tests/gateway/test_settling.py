@@ -71,13 +71,18 @@ def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunningG
         yield running
 
 
+@pytest.fixture(scope="module")
+def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    with gateway_before(tmp_path_factory.mktemp("gateway"), Script(ttft_s=0.02, tpot_s=0.005)) as running:
+        yield running
+
+
 def before(*scripts: Script, flags: tuple[str, ...] = ()) -> Any:
     return pytest.mark.parametrize("gateway", [(scripts, flags)], indirect=True, ids=[""])
 
 
-@before(Script())
-def test_what_a_replica_counts_is_what_is_charged(gateway: RunningGateway) -> None:
-    client = client_of(gateway, tokens_per_min=100_000, usd=100.0)
+def test_what_a_replica_counts_is_what_is_charged(paced: RunningGateway) -> None:
+    client = client_of(paced, tokens_per_min=100_000, usd=100.0)
     usage = client.ask().json()["usage"]
     client.leave_after(1000, stream_options={"include_usage": True})  # after the end
     used = client.settled(requests=2)
@@ -86,9 +91,8 @@ def test_what_a_replica_counts_is_what_is_charged(gateway: RunningGateway) -> No
     assert (client.row()["requests"], client.row()["output_tokens"]) == (2, 2 * usage["completion_tokens"])
 
 
-@before(Script())
-def test_nothing_that_a_client_writes_makes_a_request_another_keys(gateway: RunningGateway) -> None:
-    mine, other = client_of(gateway, requests_per_min=2), client_of(gateway, requests_per_min=2)
+def test_nothing_that_a_client_writes_makes_a_request_another_keys(paced: RunningGateway) -> None:
+    mine, other = client_of(paced, requests_per_min=2), client_of(paced, requests_per_min=2)
     claims = {"X-Api-Key": "other", "X-Tenant": other.id, "X-User": other.id, "Cookie": f"key={other.id}"}
     for _ in range(3):
         answer = mine.http.post("/v1/completions", json=mine.body(user=other.id), headers=claims)
@@ -96,13 +100,12 @@ def test_nothing_that_a_client_writes_makes_a_request_another_keys(gateway: Runn
     assert (mine.used()["requests_last_min"], other.used()["requests_last_min"]) == (2, 0)
 
 
-@before(Script(ttft_s=0.05, tpot_s=0.05))
-def test_who_leaves_pays_for_what_was_made(gateway: RunningGateway) -> None:
-    client = client_of(gateway, tokens_per_min=100_000, max_concurrency=1)
+def test_who_leaves_pays_for_what_was_made(paced: RunningGateway) -> None:
+    client = client_of(paced, tokens_per_min=100_000, max_concurrency=1)
     client.leave_after(8, max_tokens=1000)  # event, blank, event, …
     used = client.settled()
     prompt = used["tokens_last_min"] - client.row()["output_tokens"]
-    assert 3 <= client.row()["output_tokens"] < 20
+    assert 3 <= client.row()["output_tokens"] < 200
     assert 400 <= prompt <= 600
     assert client.ask(max_tokens=1).status_code == 200  # the one place is free again
 
@@ -161,10 +164,9 @@ def test_what_never_got_to_a_replica_counts_for_nothing(gateway: RunningGateway)
     until(lambda: client.row().get("refused") == 1)
 
 
-@before(Script(ttft_s=0.05, tpot_s=0.002))
-def test_a_crowd_through_the_gateway_is_held_to_every_limit(gateway: RunningGateway) -> None:
+def test_a_crowd_through_the_gateway_is_held_to_every_limit(paced: RunningGateway) -> None:
     """100 at once: no more run than may, and no more tokens are used than may be."""
-    client = client_of(gateway, tokens_per_min=6000, max_concurrency=10)
+    client = client_of(paced, tokens_per_min=6000, max_concurrency=10)
     most, over = 0, threading.Event()
 
     def watch() -> None:
