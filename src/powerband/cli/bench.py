@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json as json_format
 import os
@@ -135,6 +134,8 @@ def _run(
     judging: JudgingFlags,
 ) -> int:
     """Load, report, and say by the exit code how it went."""
+    import asyncio
+
     from rich.console import Console
 
     from powerband.bench.live import LiveView
@@ -315,6 +316,8 @@ def _compare(first: Path, second: Path, *, as_json: bool) -> int:
 
 
 def _calibrate(*, as_json: bool) -> int:
+    import asyncio
+
     from powerband.bench.calibrate import calibrate
 
     print("· measuring this client against a server that does nothing (20 s)", file=sys.stderr)
@@ -332,6 +335,8 @@ def _calibrate(*, as_json: bool) -> int:
 
 def _fault(modes: ModeFlags, target: Target, load: LoadFlags, *, as_json: bool) -> int:
     """Misbehave, and say how the server took it: 1 when it hurt others or no longer answers."""
+    import asyncio
+
     from powerband.bench.faults import FAULTS, run_fault
     from powerband.bench.probe import find_server
 

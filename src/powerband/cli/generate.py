@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as json_format
 import sys
 import time
@@ -89,6 +88,8 @@ def generate(
     json: Json = False,
 ) -> int:
     """Write the model's answer to a prompt on stdout, as it is generated."""
+    import asyncio
+
     require_model(settings)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
