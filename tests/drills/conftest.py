@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import tempfile
 import time
@@ -26,8 +27,9 @@ _PASSED = pytest.StashKey[bool]()
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Drills measure: not two at the same time, whoever runs them."""
-    with (Path(tempfile.gettempdir()) / f"powerband-drills-{os.getuid()}.lock").open("w") as file:
+    """Drills measure: not two of a checkout at the same time."""
+    here = hashlib.sha256(__file__.encode()).hexdigest()[:8]
+    with (Path(tempfile.gettempdir()) / f"powerband-drills-{os.getuid()}-{here}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
