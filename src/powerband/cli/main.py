@@ -14,36 +14,47 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, UnknownOptionError, UnusedCliTokensError
 
 from powerband.errors import PowerbandError
 
 USAGE, FAILURE, INTERRUPTED = 2, 4, 130
-COMMANDS = {
-    "serve": "powerband.cli.serve:serve",
-    "gateway": "powerband.cli.gateway:gateway",
-    "generate": "powerband.cli.generate:generate",
-    "memory": "powerband.cli.memory:memory",
-    "eval": "powerband.cli.eval:evaluate",
-    "bench": "powerband.cli.bench:bench",
-    "devices": "powerband.cli.devices:devices",
-    "plan": "powerband.cli.plan:plan",
-    "deploy": "powerband.cli.deploy:deploy",
-    "scale": "powerband.cli.scale:scale",
-    "drain": "powerband.cli.drain:drain",
-    "logs": "powerband.cli.logs:logs",
-    "status": "powerband.cli.status:status",
-    "incidents": "powerband.cli.incidents:incidents",
-    "remove": "powerband.cli.remove:remove",
-    "simulate": "powerband.cli.simulate:simulate",
-    "calibrate": "powerband.cli.calibrate:calibrate",
-    "usage": "powerband.cli.usage:usage",
-    "audit": "powerband.cli.usage:audit",
-    "doctor": "powerband.cli.doctor:doctor",
+# Where each command lies, and what the list of all says of it; its own --help begins with its docstring.
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "One model": {
+        "serve": ("powerband.cli.serve:serve", "Serve MODEL over an OpenAI-compatible API."),
+        "generate": ("powerband.cli.generate:generate", "Write the model's answer to a prompt on stdout."),
+        "memory": ("powerband.cli.memory:memory", "Where memory would go, before anything is loaded."),
+        "eval": ("powerband.cli.eval:evaluate", "Accuracy and perplexity of MODEL, by precision."),
+    },
+    "Plan": {
+        "plan": ("powerband.cli.plan:plan", "Predict every sensible deployment of MODEL, and recommend one."),
+        "simulate": ("powerband.cli.simulate:simulate", "Play a load through a PLAN without running it."),
+        "devices": ("powerband.cli.devices:devices", "The catalog of devices, and how sure their speed is."),
+        "calibrate": ("powerband.cli.calibrate:calibrate", "Measure this machine, for plans and for deadlines."),
+    },
+    "Operate": {
+        "deploy": ("powerband.cli.deploy:deploy", "Carry out a PLAN behind a gateway, and prove its promise."),
+        "status": ("powerband.cli.status:status", "Replicas, load, and how much of the promise is kept."),
+        "scale": ("powerband.cli.scale:scale", "Run so many replicas."),
+        "drain": ("powerband.cli.drain:drain", "Give a replica nothing new."),
+        "logs": ("powerband.cli.logs:logs", "Logs of replicas, gateway and controller."),
+        "remove": ("powerband.cli.remove:remove", "End a service."),
+        "incidents": ("powerband.cli.incidents:incidents", "What puts the promise at risk, and what to do."),
+        "usage": ("powerband.cli.usage:usage", "Requests, tokens, latency and cost, by key and model."),
+        "audit": ("powerband.cli.usage:audit", "What administrators did."),
+        "gateway": ("powerband.cli.gateway:gateway", "One address before replicas that run elsewhere."),
+    },
+    "Measure and look": {
+        "bench": ("powerband.cli.bench:bench", "Load an OpenAI-compatible server, and report figures to trust."),
+        "doctor": ("powerband.cli.doctor:doctor", "What this machine has, and what is missing."),
+    },
 }
-# Commands of commands, with what they say of themselves.
+COMMANDS = {name: path for section in SECTIONS.values() for name, (path, _) in section.items()}
+# Commands of commands: their section, and what they say of themselves.
 GROUPS = {
     "keys": (
+        "Operate",
         "Create, list, limit and revoke the API keys of a gateway.",
         {
             "create": "powerband.cli.keys:create",
@@ -53,6 +64,7 @@ GROUPS = {
         },
     ),
     "config": (
+        "Measure and look",
         "Show the settings in effect and where they come from.",
         {"show": "powerband.cli.config:show"},
     ),
@@ -60,11 +72,8 @@ GROUPS = {
 
 
 def build_app(called: str = "") -> App:
-    """The command tree. `called`: the only command whose module has to be imported; none of them: all, for their help.
-
-    No module behind it imports anything heavy before it runs.
-    """
-    one = called in (*GROUPS, *COMMANDS)
+    """The command tree. `called`: the command that is meant; its module is imported when it is parsed, and no other."""
+    sections = {name: Group(name, sort_key=number) for number, name in enumerate(SECTIONS)}
     app = App(
         name="powerband",
         help="Serve open-weight LLMs in the sweet spot of the hardware you have.",
@@ -73,12 +82,16 @@ def build_app(called: str = "") -> App:
         version_flags=["--version"],
         result_action="return_value",
     )
-    for name, path in COMMANDS.items():
-        app.command(path if one else _function(path), name=name)
-    for group, (about, commands) in GROUPS.items():
-        inner = App(name=group, help=about)
-        for name, path in commands.items():
-            inner.command(path if one and called != group else _function(path), name=name)
+    app["--help"].group = app["--version"].group = Group("Options", sort_key=len(SECTIONS))
+    for section, commands in SECTIONS.items():
+        for name, (path, summary) in commands.items():
+            # A summary would take the place of the command's own help.
+            own = {} if name == called else {"help": summary}
+            app.command(path, name=name, group=sections[section], **own)
+    for group, (section, about, inner_commands) in GROUPS.items():
+        inner = App(name=group, help=about, group=sections[section])
+        for name, path in inner_commands.items():
+            inner.command(_function(path) if called == group else path, name=name)
         app.command(inner)
     return app
 
