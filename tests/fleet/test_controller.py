@@ -172,7 +172,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(EVENTS, max_size=25), st.randoms(use_true_random=False))
 def test_whenever_controllers_are_killed_the_next_one_ends_where_it_should(events: list, random) -> None:
     """Whatever happens between ticks or in the middle of one; the release 'x' never starts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ import pytest
 
 from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
 from powerband.cli.main import main
-from powerband.fleet.processes import session_leader_with, session_members
+from powerband.fleet.local import MARK
+from powerband.fleet.processes import Mark, session_leader_with
 from powerband.fleet.state import ServiceFolder, services
 from powerband.spec.deployment import Deployment, Pool, Replica
 from powerband.spec.plan import Plan, Promise, write_plan
@@ -46,9 +48,9 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for folder in services():
         status = folder.status()
         pids = [status.pid, status.gateway.pid, *(one.pid for one in status.replicas)] if status is not None else []
-        for pid in filter(None, pids):
-            for process in session_members(pid):
-                os.kill(process.pid, signal.SIGKILL)
+        for pid in filter(None, pids):  # each leads a session of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = READY_S) -> None:
@@ -119,7 +121,7 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     assert main(["remove"]) == 0
     assert services() == []
     assert folder.database.exists(), "keys and usage are kept"
-    assert session_leader_with("POWERBAND_MEMBER", str(folder.path / "members" / f"{third.id}.json")) is None
+    assert session_leader_with(Mark(MARK, str(folder.path / "members" / f"{third.id}.json"))) is None
     assert main(["remove"]) == 2
     assert "No service is deployed here" in capsys.readouterr().err
 

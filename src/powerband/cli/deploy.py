@@ -307,6 +307,8 @@ def _tell(
         from powerband.cli.fleet_view import print_verification
 
         print_verification(verified)
-    if folder.exists():
+    if not folder.exists():
+        print(f"{folder.name} was removed again.")
+    else:
         print(f"{folder.name} serves {status.gateway.url}/v1")
         print("powerband status · powerband logs -f · powerband scale N · powerband remove", file=sys.stderr)

@@ -195,7 +195,7 @@ class Controller:
             )
             for known in replicas
         ]
-        moves = next_moves(self._want(desired, release, len(members), now_s), members)
+        moves = next_moves(self._want(desired, release, now_s), members)
         for known in replicas:
             id = known.running.id
             known.draining_s = (known.draining_s or now_s) if id in moves.drain else None
@@ -220,15 +220,17 @@ class Controller:
         snapshot = heard.replica(id)
         return snapshot is None or snapshot.inflight == 0
 
-    def _want(self, desired: Desired, release: Release | None, existing: int, now_s: float) -> Want:
+    def _want(self, desired: Desired, release: Release | None, now_s: float) -> Want:
         if release is None:
             return Want(counts=(), revisions=())
-        surge = desired.policy.surge
+        revisions, surge = pool_revisions(release), desired.policy.surge
         if surge is None:
-            # Who exceeds the number already has the room.
-            surge = 1 if existing > sum(release.counts) or self._has_room(release) else 0
-        held = self._deaths.held(now_s)
-        return Want(counts=release.counts, revisions=pool_revisions(release), surge=surge, held=held)
+            existing = Counter((one.pool, one.revision) for one in self._of("replica"))
+            wanted = Counter({(i, revisions[i]): count for i, count in enumerate(release.counts)})
+            # Who exceeds the number already has the room; where all is well nobody needs it.
+            is_free = existing == wanted or existing.total() > wanted.total()
+            surge = 1 if is_free or self._has_room(release) else 0
+        return Want(counts=release.counts, revisions=revisions, surge=surge, held=self._deaths.held(now_s))
 
     def _has_room(self, release: Release) -> bool:
         pools = range(len(release.counts))

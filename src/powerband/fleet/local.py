@@ -21,6 +21,7 @@ import msgspec
 from powerband.errors import EnvironmentFault
 from powerband.fleet.processes import (
     Identity,
+    Mark,
     identify,
     is_alive,
     memory_available_bytes,
@@ -106,7 +107,7 @@ class LocalTarget:
                 self._bury(record)
                 continue
             if record.stop_by is not None and time.time() >= record.stop_by:
-                signal_session(record.process.pid, signal.SIGKILL)
+                signal_session(record.process.pid, self._mark(record.id), signal.SIGKILL)
             found.append(_shown(record))
         return found
 
@@ -123,7 +124,7 @@ class LocalTarget:
         if is_first or stop_by < (record.stop_by or 0.0) - 1.0:
             self._write(replace(record, stop_by=stop_by))
         if grace_s <= 0:
-            signal_session(record.process.pid, signal.SIGKILL)
+            signal_session(record.process.pid, self._mark(record.id), signal.SIGKILL)
         elif is_first and is_alive(record.process):
             with suppress(ProcessLookupError):
                 os.kill(record.process.pid, signal.SIGTERM)
@@ -134,7 +135,7 @@ class LocalTarget:
 
     def room_for_one_more(self) -> bool:
         sizes = [
-            sum(stat.resident_bytes for stat in session_members(record.process.pid))
+            sum(stat.resident_bytes for stat in session_members(record.process.pid, self._mark(record.id)))
             for path in self._members.glob("*.json")
             if (record := self._read(path)) is not None and record.role == "replica" and record.process is not None
         ]
@@ -162,7 +163,7 @@ class LocalTarget:
     def _bury(self, record: _Record) -> None:
         """It ended: nothing of it may be left, and whoever asks is told."""
         if record.process is not None:
-            signal_session(record.process.pid, signal.SIGKILL)
+            signal_session(record.process.pid, self._mark(record.id), signal.SIGKILL)
         own = self._own.pop(record.id, None)
         exit_code = None
         if own is not None:
@@ -186,6 +187,9 @@ class LocalTarget:
     def _path(self, id: str) -> Path:
         return self._members / f"{id}.json"
 
+    def _mark(self, id: str) -> Mark:
+        return Mark(MARK, str(self._path(id)))
+
     def _write(self, record: _Record) -> None:
         write_json(self._path(record.id), record)
 
@@ -199,7 +203,7 @@ class LocalTarget:
             path.unlink(missing_ok=True)
             return None
         if record.process is None:
-            process = session_leader_with(MARK, str(path))
+            process = session_leader_with(Mark(MARK, str(path)))
             if process is not None:
                 record = replace(record, process=process)
                 self._write(record)

@@ -62,27 +62,38 @@ def is_alive(who: Identity) -> bool:
     return found is not None and found.started == who.started and found.state not in "ZX" and who.boot == boot_id()
 
 
-def session_members(session: int) -> list[Stat]:
-    """All living processes of a session: a member's engine beside its server, and what they started."""
-    return [stat for stat in _all() if stat.session == session and stat.state not in "ZX"]
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A variable in the environment of processes that belong together; children inherit it."""
+
+    name: str
+    value: str
+
+    def is_on(self, pid: int) -> bool:
+        with suppress(OSError):
+            return f"{self.name}={self.value}".encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        return False
 
 
-def signal_session(session: int, number: signal.Signals) -> None:
+def session_members(session: int, mark: Mark) -> list[Stat]:
+    """All living processes of a session that carry the mark: a server, its engine, and what they started. Whoever got
+    the session's number later, when it was free again, does not.
+    """
+    return [stat for stat in _all() if stat.session == session and stat.state not in "ZX" and mark.is_on(stat.pid)]
+
+
+def signal_session(session: int, mark: Mark, number: signal.Signals) -> None:
     """To every process of it. A server's death leaves its engine, which must go, too."""
-    for stat in session_members(session):
+    for stat in session_members(session, mark):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(stat.pid, number)
 
 
-def session_leader_with(variable: str, value: str) -> Identity | None:
-    """The session leader whose environment says so: finds a process whose pid nobody could write down in time."""
-    wanted = f"{variable}={value}".encode()
+def session_leader_with(mark: Mark) -> Identity | None:
+    """The session leader that carries the mark: finds a process whose pid nobody could write down in time."""
     for stat in _all():
-        if stat.session != stat.pid or stat.state in "ZX":
-            continue
-        with suppress(OSError):
-            if wanted in (PROC / str(stat.pid) / "environ").read_bytes().split(b"\0"):
-                return Identity(stat.pid, stat.started, boot_id())
+        if stat.session == stat.pid and stat.state not in "ZX" and mark.is_on(stat.pid):
+            return Identity(stat.pid, stat.started, boot_id())
     return None
 
 

@@ -134,7 +134,8 @@ def _threads(deployment: Deployment, profiles: list[DeviceProfile | None], asked
     measured = machines[0].threads if machines else None
     fair = max(cores // replicas, 1)
     threads = asked or (min(measured, fair) if measured else fair)
-    notes = [f"{threads} of {cores} cores for each of {replicas} replicas"]
+    each = f"each of {replicas} replicas" if replicas > 1 else "the replica"
+    notes = [f"{threads} of {cores} cores for {each}"]
     if measured is not None and measured != threads:
         notes.append(f"the plan was made for replicas with {measured} threads: expect less than it predicts")
     if replicas * threads > cores:

@@ -262,7 +262,7 @@ class ServiceFolder:
         return _read(self.path / "status.json", Status)
 
     def write_status(self, status: Status) -> None:
-        write_json(self.path / "status.json", status)
+        write_json(self.path / "status.json", status, durable=False)
 
     def write_desired(self, desired: Desired) -> None:
         """Only inside `changing`."""
@@ -348,17 +348,18 @@ def lock(path: Path, *, wait: bool) -> Iterator[int]:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: object) -> None:
-    """All or nothing, also where the machine stops in between."""
-    _write(path, msgspec.json.format(msgspec.json.encode(value), indent=1))
+def write_json(path: Path, value: object, *, durable: bool = True) -> None:
+    """All or nothing; with `durable` also where the machine stops in between."""
+    _write(path, msgspec.json.format(msgspec.json.encode(value), indent=1), durable=durable)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, *, durable: bool = True) -> None:
     made = path.with_name(f".{path.name}.new")
     with made.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     made.replace(path)
 
 

@@ -1,0 +1,159 @@
+"""Processes as members: detached, found again, told from others with their pid, ended with all that they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from powerband.errors import EnvironmentFault
+from powerband.fleet.local import LocalTarget, _Record
+from powerband.fleet.processes import identify, stat_of
+from powerband.fleet.target import Launch
+
+SLEEP = (sys.executable, "-c", "import time; print('here {port}', flush=True); time.sleep(60)")
+STUBBORN = (
+    sys.executable,
+    "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)",
+)
+# A child that would outlive it.
+PARENT = (
+    sys.executable,
+    "-c",
+    "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+    " process_group=0); print(p.pid, flush=True); time.sleep(60)",
+)
+
+
+def launch(id: str = "r1", command: tuple[str, ...] = SLEEP, **fields: object) -> Launch:
+    return Launch(id=id, role="replica", revision="a", command=command, **fields)  # type: ignore[arg-type] # of Launch
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[LocalTarget]:
+    made = LocalTarget(tmp_path)
+    yield made
+    for one in made.running():
+        made.stop(one.id, 0)
+    wait_until(lambda: not made.running())
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline_s, "it took too long"
+        time.sleep(0.02)
+
+
+def said(target: LocalTarget, id: str = "r1") -> str:
+    path = target.log(id)
+    return path.read_text() if path is not None else ""
+
+
+def test_a_member_gets_a_free_port_a_session_and_a_log(target: LocalTarget) -> None:
+    running = target.start(launch())
+    port = running.url.rpartition(":")[2]
+    wait_until(lambda: f"here {port}" in said(target))
+    assert os.getsid(running.pid) == running.pid
+
+
+def test_another_target_finds_what_runs(target: LocalTarget, tmp_path: Path) -> None:
+    started = target.start(launch(pool=2, devices=(1,)))
+    assert list(LocalTarget(tmp_path).running()) == [started]
+
+
+def test_a_record_that_was_written_before_its_process_was_known_is_completed(
+    target: LocalTarget, tmp_path: Path
+) -> None:
+    started = target.start(launch())
+    wait_until(lambda: said(target))
+    path = tmp_path / "members" / "r1.json"
+    record = msgspec.json.decode(path.read_bytes(), type=_Record)
+    path.write_bytes(msgspec.json.encode(replace(record, process=None)))
+    assert list(LocalTarget(tmp_path).running()) == [started]
+
+
+def test_a_record_whose_process_never_was_is_forgotten(target: LocalTarget, tmp_path: Path) -> None:
+    started = target.start(launch())
+    path = tmp_path / "members" / "r1.json"
+    record = msgspec.json.decode(path.read_bytes(), type=_Record)
+    (tmp_path / "members" / "r2.json").write_bytes(msgspec.json.encode(replace(record, id="r2", process=None)))
+    assert [one.id for one in target.running()] == [started.id]
+
+
+def test_a_pid_that_another_process_has_now_is_left_alone(target: LocalTarget, tmp_path: Path) -> None:
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        identity = identify(other.pid)
+        assert identity is not None
+        for number, stale in enumerate((replace(identity, started=1), replace(identity, boot="before")), start=1):
+            record = _Record(
+                id=f"r{number}",
+                role="replica",
+                revision="a",
+                pool=0,
+                url="http://127.0.0.1:1",
+                started_at=0.0,
+                ready_path="/readyz",
+                process=stale,
+            )
+            (tmp_path / "members" / f"r{number}.json").write_bytes(msgspec.json.encode(record))
+        assert list(target.running()) == []
+        assert [gone.id for gone in target.gone()] == ["r1", "r2"]
+        assert other.poll() is None, "it belongs to somebody else"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_what_ended_is_told_once_with_its_exit_code_and_last_words(target: LocalTarget) -> None:
+    target.start(launch(command=(sys.executable, "-c", "print('out of memory'); raise SystemExit(3)")))
+    wait_until(lambda: not target.running())
+    (gone,) = target.gone()
+    assert (gone.id, gone.exit_code, gone.log) == ("r1", 3, "out of memory")
+    assert target.gone() == []
+
+
+def test_who_does_not_end_when_asked_is_killed_after_the_grace_also_by_another_target(
+    target: LocalTarget, tmp_path: Path
+) -> None:
+    target.start(launch(command=STUBBORN))
+    wait_until(lambda: said(target))
+    target.stop("r1", 0.3)
+    (stopping,) = target.running()
+    assert stopping.stopping
+    wait_until(lambda: not LocalTarget(tmp_path).running())
+
+
+def test_what_a_member_started_goes_with_it(target: LocalTarget) -> None:
+    running = target.start(launch(command=PARENT))
+    wait_until(lambda: said(target).strip())
+    child = int(said(target))
+    os.kill(running.pid, signal.SIGKILL)
+    wait_until(lambda: not target.running())
+    wait_until(lambda: (stat := stat_of(child)) is None or stat.state == "Z")
+
+
+def test_settings_in_the_environment_are_not_a_members(target: LocalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERBAND_PORT", "1")
+    monkeypatch.setenv("POWERBAND_CACHE", "/c")
+    code = "import os; print(sorted(n for n in os.environ if n.startswith('POWERBAND')))"
+    target.start(launch(command=(sys.executable, "-c", code)))
+    wait_until(lambda: "]" in said(target))
+    assert "PORT" not in said(target)
+    assert "POWERBAND_CACHE" in said(target)
+
+
+def test_a_program_that_is_not_there_is_said(target: LocalTarget) -> None:
+    with pytest.raises(EnvironmentFault, match="Cannot start no-such-engine"):
+        target.start(launch(command=("no-such-engine",)))
+    assert list(target.running()) == []

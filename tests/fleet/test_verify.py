@@ -1,0 +1,118 @@
+"""Promised beside measured: what is kept, what is broken, and what so few requests cannot tell."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from powerband.bench.load import LoadResult
+from powerband.bench.messages import Sample, Target
+from powerband.bench.probe import Server
+from powerband.bench.results import Address, Machine, Offered, RunReport, point_of, utc_now
+from powerband.bench.server_metrics import ServerMetrics
+from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
+from powerband.fleet.verify import Verification, judge
+from powerband.metrics.record import Outcome
+from powerband.spec.plan import Banded, Plan, Promise
+from powerband.spec.slo import SLO
+
+WORKLOAD = asked_for(LoadFlags(rate=10.0), MixFlags()).workload
+PLAN = Plan(
+    model="m",
+    workload=WORKLOAD,
+    slo=SLO(ttft_s=0.1, tpot_s=0.05),
+    promise=Promise(10.0, 40.0),
+    predicted={"ttft_s": Banded(0.05, 0.04, 0.06)},
+)
+
+
+def sample(index: int, ttft_s: float = 0.05, **fields: object) -> Sample:
+    """Five output tokens, 10 ms apart."""
+    at_s = index / 10
+    times = tuple(at_s + ttft_s + 0.01 * i for i in range(5))
+    made = Sample(
+        index=index,
+        chain=index,
+        scheduled_s=at_s,
+        sent_s=at_s,
+        chunk_times_s=times,
+        chunk_tokens=(1,) * 5,
+        prompt_tokens=10,
+        output_tokens=5,
+        asked_tokens=5,
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+def verified(*samples: Sample) -> Verification:
+    load = LoadResult(
+        schedule=WORKLOAD.draw(0, num_requests=len(samples)),
+        samples=samples,
+        server=ServerMetrics(),
+        wall_s=len(samples) / 10,
+        client_share=0.0,
+        chunks_per_s=0.0,
+        unsent=0,
+        stopped=False,
+    )
+    point = point_of(load, label="run", offered=Offered("rate", 10.0), warm_up=0.0, cool_down=0.0, slo=PLAN.slo)
+    report = RunReport(
+        started_at=utc_now(),
+        command=(),
+        powerband="0",
+        machine=Machine("cpu", 1, "Linux"),
+        target=Address.of(Target(base="http://x", endpoint="completions", model="m")),
+        server=Server("powerband", "m", None),
+        workload={},
+        slo=PLAN.slo,
+        seed=0,
+        warm_up=0.0,
+        cool_down=0.0,
+        points=(point,),
+    )
+    return judge(PLAN, report, load)
+
+
+def line(found: Verification, name: str) -> tuple[str, str, str, str]:
+    one = next(one for one in found.lines if one.name == name)
+    return one.promised, one.predicted, one.measured, one.verdict
+
+
+def test_what_is_measured_stands_beside_what_was_promised_and_predicted() -> None:
+    found = verified(*(sample(i) for i in range(200)))
+    assert found.verdict == "kept"
+    assert line(found, "TTFT p95") == ("≤ 100 ms", "50.0 ms (40.0 ms–60.0 ms)", "50.0 ms", "kept")
+    assert line(found, "TPOT p95")[2:] == ("10.0 ms", "kept")
+    assert line(found, "SLO attainment")[0] == "≥ 95 %"
+    assert line(found, "output tokens/s")[3] == "kept"
+
+
+def test_a_broken_promise_says_in_which_figure() -> None:
+    found = verified(*(sample(i, ttft_s=0.5) for i in range(200)))
+    assert found.verdict == "broken"
+    assert line(found, "TTFT p95")[3] == "broken"
+    assert line(found, "TPOT p95")[3] == "kept"
+
+
+def test_a_miss_that_may_be_chance_is_unclear() -> None:
+    assert verified(*(sample(i, ttft_s=0.5 if i < 2 else 0.05) for i in range(20))).verdict == "unclear"
+
+
+def test_a_client_that_was_late_says_nothing_about_the_service() -> None:
+    found = verified(*(sample(i, sent_s=i / 10 + 0.04, ttft_s=0.09) for i in range(50)))
+    assert found.verdict == "invalid"
+    assert "late" in found.fault
+
+
+def test_failed_requests_count_as_misses_and_tokens_that_nobody_asked_for_do_not() -> None:
+    found = verified(*(sample(i, outcome=Outcome.ERROR if i % 2 else Outcome.OK) for i in range(100)))
+    assert found.verdict == "broken"
+    assert found.errors == 50
+    few = verified(*(sample(i, asked_tokens=3, output_tokens=3) for i in range(100)))
+    assert few.verdict == "kept"
+    assert few.requests == 100
+
+
+@pytest.mark.parametrize("name", ["requests/s", "output tokens/s"])
+def test_rates_are_told(name: str) -> None:
+    assert line(verified(*(sample(i) for i in range(100))), name)[0]
