@@ -13,14 +13,13 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench_options import MixFlags
 from powerband.cli.flags import Json
-from powerband.cli.front_flags import front_of, replica_key_file
 from powerband.cli.plan import NOTHING_MEETS_IT, NeedFlags, OfferFlags
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.state import Desired, Front, Policy, ServiceFolder, Status, services
 
 if TYPE_CHECKING:
     from powerband.cli.fleet_view import Progress
     from powerband.fleet.releasing import Made
+    from powerband.fleet.state import Desired, Front, Policy, ServiceFolder, Status
     from powerband.fleet.verify import Verification
     from powerband.spec.plan import Plan
 
@@ -121,6 +120,7 @@ def deploy(
 
 def _look_after_all() -> int:
     from powerband.fleet.controller_process import ensure_controller
+    from powerband.fleet.state import services
 
     found = services()
     if not found:
@@ -159,6 +159,7 @@ def _made(plan: Plan, flags: ServiceFlags, served_name: str, key_file: str) -> M
     import shlex
 
     from powerband.fleet.releasing import Making, make_release
+    from powerband.fleet.state import services
 
     taken = {gpu for folder in services() if (found := folder.desired()) is not None for gpu in found.release.gpus}
     making = Making(
@@ -173,10 +174,12 @@ def _made(plan: Plan, flags: ServiceFlags, served_name: str, key_file: str) -> M
 
 
 def _carry_out(plan: Plan, flags: ServiceFlags, proving: ProvingFlags, progress: Progress) -> int:
+    from powerband.cli.front_flags import front_of, replica_key_file
     from powerband.fleet import changing
     from powerband.fleet.audit import note_action
     from powerband.fleet.controller_process import ensure_controller
     from powerband.fleet.releasing import served_name_of
+    from powerband.fleet.state import ServiceFolder
 
     served_name = flags.served_model_name or served_name_of(plan.model)
     folder = ServiceFolder.of(flags.name or changing.name_of(served_name))
@@ -205,6 +208,7 @@ def _carry_out(plan: Plan, flags: ServiceFlags, proving: ProvingFlags, progress:
 
 
 def _policy(flags: ServiceFlags) -> Policy:
+    from powerband.fleet.state import Policy
     from powerband.spec.quantities import seconds
 
     if flags.surge not in (None, 0, 1):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from powerband.cli.remove import Name
 from powerband.errors import UsageError
-from powerband.fleet.state import Desired, Status, find_service
+
+if TYPE_CHECKING:
+    from powerband.fleet.state import Desired, Status
 
 
 def drain(
@@ -25,6 +27,7 @@ def drain(
     from powerband.fleet import changing
     from powerband.fleet.audit import note_action
     from powerband.fleet.controller_process import ensure_controller
+    from powerband.fleet.state import find_service
 
     folder = find_service(name)
 

@@ -12,10 +12,10 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.remove import Name
-from powerband.fleet.state import ServiceFolder, find_service
 
 if TYPE_CHECKING:
     from powerband.fleet.incidents import Incident
+    from powerband.fleet.state import ServiceFolder
 
 _EVERY_S = 1.0
 _CLEAR = "\x1b[H\x1b[J"
@@ -30,6 +30,8 @@ def incidents(
     json: Json = False,
 ) -> int:
     """Show what puts the promise of a service at risk: since when, the likely cause, and what to do."""
+    from powerband.fleet.state import find_service
+
     folder = find_service(name)
     while True:
         found = _read(folder, with_closed=all)

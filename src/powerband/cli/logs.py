@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from powerband.cli.remove import Name
 from powerband.errors import UsageError
-from powerband.fleet.state import ServiceFolder, find_service
+
+if TYPE_CHECKING:
+    from powerband.fleet.state import ServiceFolder
 
 _EVERY_S = 0.3
 
@@ -26,6 +28,7 @@ def logs(
 ) -> int:
     """Print the end of logs, also of replicas that are gone."""
     from powerband.fleet.local import last_lines
+    from powerband.fleet.state import find_service
 
     folder = find_service(name)
     if not 0 <= lines <= 1_000_000:

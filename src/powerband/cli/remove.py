@@ -6,8 +6,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from powerband.fleet.state import find_service
-
 NAME_HELP = "The service; default: the only one"
 Name = Annotated[str | None, Parameter(help=NAME_HELP)]
 
@@ -25,6 +23,7 @@ def remove(
     from powerband.cli.fleet_view import Progress
     from powerband.fleet import changing
     from powerband.fleet.audit import note_action
+    from powerband.fleet.state import find_service
 
     folder = find_service(name)
     note_action(folder, "remove", {"purge": purge})

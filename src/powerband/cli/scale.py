@@ -9,10 +9,11 @@ from cyclopts import Parameter
 
 from powerband.cli.remove import Name
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.state import Desired, Release, Status, find_service
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from powerband.fleet.state import Desired, Release, Status
 
 MOST = 1000
 
@@ -31,6 +32,7 @@ def scale(
     from powerband.fleet.audit import note_action
     from powerband.fleet.controller_process import ensure_controller
     from powerband.fleet.launching import threads_beyond_cores
+    from powerband.fleet.state import find_service
 
     folder = find_service(name)
 

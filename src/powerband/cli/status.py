@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json as json_format
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.remove import NAME_HELP
 from powerband.errors import UsageError
-from powerband.fleet.state import ServiceFolder, find_service, services
+
+if TYPE_CHECKING:
+    from powerband.fleet.state import ServiceFolder
 
 _EVERY_S = 1.0
 _CLEAR = "\x1b[H\x1b[J"
@@ -26,6 +28,7 @@ def status(
 ) -> int:
     """Show a service: its replicas, its load, and how much of its promise it keeps."""
     from powerband.fleet.controller_process import ensure_controller
+    from powerband.fleet.state import find_service, services
 
     folders = [find_service(name)] if name is not None else services()
     if not folders:
