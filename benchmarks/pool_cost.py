@@ -18,7 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
-from powerband.gateway.pool import Lease, Pool, PoolOptions
+from powerband.gateway.dispatch.pool import Lease, Pool, PoolOptions
 from powerband.gateway.pool_options import ROUTINGS, Routing
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress

@@ -42,10 +42,10 @@ from statistics import fmean, median
 
 from benchmarks.watcher_peers import Peer, enova_rule, three_sigma, ttft_over_slo
 
-from powerband.fleet.expected import Expected
-from powerband.fleet.incidents import Incident
-from powerband.fleet.observation import Observation
-from powerband.fleet.watcher import Action, Watcher
+from powerband.fleet.watch.expected import Expected
+from powerband.fleet.watch.incidents import Incident
+from powerband.fleet.watch.observation import Observation
+from powerband.fleet.watch.watcher import Action, Watcher
 from powerband.gateway.request import Finished, GatewayRequest
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.figures import missed

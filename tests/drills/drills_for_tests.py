@@ -26,7 +26,7 @@ from drill_loads import SERVED, put
 from powerband.bench.http import Page, delete, get, post
 from powerband.bench.messages import Target
 from powerband.bench.script import Script
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.books import Books
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 
 PYTHON = (sys.executable, "-m")

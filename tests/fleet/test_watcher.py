@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerband.cli.main import main
-from powerband.fleet.attainment import Attainment
-from powerband.fleet.expected import Expected
-from powerband.fleet.incidents import Finding, Incident, Incidents, read_incidents
-from powerband.fleet.observation import Host, Observation, read_host
-from powerband.fleet.replica_metrics import median_ratio, read_figures, steps_between
-from powerband.fleet.residual import Cusum, beside_peers
-from powerband.fleet.watcher import Watcher
+from powerband.fleet.watch.attainment import Attainment
+from powerband.fleet.watch.expected import Expected
+from powerband.fleet.watch.incidents import Finding, Incident, Incidents, read_incidents
+from powerband.fleet.watch.observation import Host, Observation, read_host
+from powerband.fleet.watch.replica_metrics import median_ratio, read_figures, steps_between
+from powerband.fleet.watch.residual import Cusum, beside_peers
+from powerband.fleet.watch.watcher import Watcher
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import EngineMetrics
 from powerband.spec.slo import SLO

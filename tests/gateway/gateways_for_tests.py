@@ -17,7 +17,7 @@ import httpx
 import msgspec
 
 from powerband.bench.script import Script
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.books import Books
 
 PATIENCE_S = 20.0
 

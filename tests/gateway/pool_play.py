@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from pool_world import VirtualLoop, replica, request, virtually
 
+from powerband.gateway.dispatch.pool import DeadlineInfeasible, Expired, Lease, NoReplica, Pool, PoolFull, PoolOptions
 from powerband.gateway.engine_names import Load
-from powerband.gateway.pool import DeadlineInfeasible, Expired, Lease, NoReplica, Pool, PoolFull, PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 

@@ -7,7 +7,7 @@ import selectors
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from powerband.gateway.pool import Pool, PoolOptions
+from powerband.gateway.dispatch.pool import Pool, PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 

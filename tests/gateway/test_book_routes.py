@@ -13,11 +13,11 @@ import httpx
 import pytest
 from starlette.routing import Router
 
-from powerband.gateway.audit import entries, first_broken
-from powerband.gateway.book_routes import make_routes
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.audit import entries, first_broken
+from powerband.gateway.accounts.book_routes import make_routes
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.doorkeeper import Doorkeeper
 from powerband.gateway.books_options import BooksOptions
-from powerband.gateway.doorkeeper import Doorkeeper
 from powerband.gateway.request import Finished, GatewayRequest
 from powerband.metrics.record import RequestRecord
 from powerband.web.edge import Edge

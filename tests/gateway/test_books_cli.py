@@ -12,7 +12,7 @@ from gateways_for_tests import RunningGateway, gateway_before, until
 
 from powerband.bench.script import Script
 from powerband.cli.main import main
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.books import Books
 from powerband.gateway.run import make_first_admin_key
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}

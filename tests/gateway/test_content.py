@@ -10,10 +10,10 @@ import pytest
 from gateways_for_tests import gateway_before, text_of, until
 
 from powerband.bench.script import Script
-from powerband.gateway import content
-from powerband.gateway.books import Books
+from powerband.gateway.accounts import content
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.content import MOST_CHARS, prompt_text, stored
 from powerband.gateway.books_options import BooksOptions
-from powerband.gateway.content import MOST_CHARS, prompt_text, stored
 from powerband.gateway.request import GatewayRequest
 
 SECRET = "the-unforgettable-phrase"

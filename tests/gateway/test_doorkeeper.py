@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
-from powerband.gateway.books import Books
-from powerband.gateway.doorkeeper import Auth, Doorkeeper
-from powerband.gateway.keys import KeyLimits
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.doorkeeper import Auth, Doorkeeper
+from powerband.gateway.accounts.keys import KeyLimits
 from powerband.gateway.request import GatewayRequest
 from powerband.web.edge import Edge
 

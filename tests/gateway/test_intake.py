@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from powerband.gateway.intake import Intake
+from powerband.gateway.proxy.intake import Intake
 from powerband.gateway.request import ANONYMOUS
 from powerband.gateway.routes import ReplicaAddress
 from powerband.spec.deployment import EngineName

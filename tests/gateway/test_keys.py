@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from powerband.errors import EnvironmentFault, InvalidRequest
-from powerband.gateway.books import Books
-from powerband.gateway.keys import Key, KeyLimits
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.web.errors import HttpError
 
 

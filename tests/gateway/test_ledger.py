@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import threading
 import time
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.ledger import Ledger
+from powerband.gateway.accounts.usage import UsageRow, report
 from powerband.gateway.books_options import BooksOptions
-from powerband.gateway.ledger import Ledger
 from powerband.gateway.request import Finished, GatewayRequest
-from powerband.gateway.usage import UsageRow, report
 from powerband.metrics.record import Outcome, RequestRecord
 
 DAY_S = 86400
@@ -146,7 +147,8 @@ def test_a_locked_file_delays_rows_and_loses_none(books: Books, path: Path) -> N
 
 
 def test_a_full_disk_keeps_sums_when_it_can_keep_no_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("powerband.gateway.books.Ledger", lambda store, days: Ledger(store, days, most_waiting=50))
+    small = functools.partial(Ledger, most_waiting=50)
+    monkeypatch.setattr("powerband.gateway.accounts.books.Ledger", small)
     books = Books.open(path)
     books.store.flush().result(10)
     full = threading.Event()

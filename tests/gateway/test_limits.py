@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from powerband.gateway.keys import Key, KeyLimits
-from powerband.gateway.limits import LimitReached, Limits, Reservation, cost_usd
+from powerband.gateway.accounts.keys import Key, KeyLimits
+from powerband.gateway.accounts.limits import LimitReached, Limits, Reservation, cost_usd
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute
 from powerband.web.errors import HttpError

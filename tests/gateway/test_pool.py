@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from pool_world import VirtualLoop, make_pool, make_ready, replica, request, settle, virtually
 
-from powerband.gateway.pool import DeadlineInfeasible, Expired, Lease, NoReplica, Pool, PoolFull
+from powerband.gateway.dispatch.pool import DeadlineInfeasible, Expired, Lease, NoReplica, Pool, PoolFull
 from powerband.gateway.routes import ModelRoute
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
 
-from powerband.gateway.breaker import Breaker, RetryBudget
+from powerband.gateway.dispatch.breaker import Breaker, RetryBudget
+from powerband.gateway.dispatch.health import Prober
+from powerband.gateway.dispatch.pool import Lease, Pool, PoolOptions
 from powerband.gateway.engine_names import ENGINE_NAMES, Load, read_load
-from powerband.gateway.health import Prober
-from powerband.gateway.pool import Lease, Pool, PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 
 

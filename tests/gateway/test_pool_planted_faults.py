@@ -32,7 +32,7 @@ for folder in sys.argv[1:]:
         powerband.__path__.insert(0, folder)
         try:
             from pool_play import play
-            import powerband.gateway.pool as planted
+            import powerband.gateway.dispatch.pool as planted
             assert planted.__file__.startswith(folder), planted.__file__
             for seed in range(100, 112):
                 play(seed)

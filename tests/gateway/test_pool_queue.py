@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
 
-from powerband.gateway.queue import FairQueue, Ticket
+from powerband.gateway.dispatch.queue import FairQueue, Ticket
 
 NOBODY = cast(Any, None)  # pure: nobody waits for these
 

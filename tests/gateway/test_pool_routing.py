@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import VirtualLoop, make_pool, replica, request, virtually
 
-from powerband.gateway.pool import Pool
-from powerband.gateway.prefix import PrefixIndex, bytes_of, keys_of
+from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.dispatch.prefix import PrefixIndex, bytes_of, keys_of
 from powerband.gateway.request import GatewayRequest
 
 

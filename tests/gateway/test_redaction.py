@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from powerband.gateway.redaction import redact
+from powerband.gateway.accounts.redaction import redact
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from gateways_for_tests import gateway_before, until
 
 from powerband.bench.prompts import WORDS
 from powerband.bench.script import Script
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.books import Books
 
 PHRASE = "the-unforgettable-phrase"
 COMMENT = "the-unforgettable-comment"

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from powerband.gateway.connection import MAX_UNREAD_BYTES, UpstreamFailure
+from powerband.gateway.proxy.connection import MAX_UNREAD_BYTES, UpstreamFailure
+from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.timeouts import Timeouts
-from powerband.gateway.upstream import Upstream
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -214,7 +214,7 @@ def _policy(flags: ServiceFlags) -> Policy:
     if flags.surge not in (None, 0, 1):
         raise UsageError(f"surge is {flags.surge}.", hint="It is 0 or 1.", param="surge")
     if flags.webhook:
-        from powerband.fleet.webhook import Webhook
+        from powerband.fleet.watch.webhook import Webhook
 
         Webhook(flags.webhook).close()  # so that a wrong one is known now
     return Policy(

@@ -14,8 +14,8 @@ from powerband.cli.flags import Json
 from powerband.cli.remove import Name
 
 if TYPE_CHECKING:
-    from powerband.fleet.incidents import Incident
     from powerband.fleet.state import ServiceFolder
+    from powerband.fleet.watch.incidents import Incident
 
 _EVERY_S = 1.0
 _CLEAR = "\x1b[H\x1b[J"
@@ -46,7 +46,7 @@ def incidents(
 
 def _read(folder: ServiceFolder, *, with_closed: bool) -> list[Incident]:
     """The newest first."""
-    from powerband.fleet.incidents import read_incidents
+    from powerband.fleet.watch.incidents import read_incidents
 
     return [one for one in reversed(read_incidents(folder.incidents)) if with_closed or one.is_open]
 

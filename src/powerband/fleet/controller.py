@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 
 from powerband.errors import PowerbandError, UsageError
 from powerband.fleet.front import FrontLink
-from powerband.fleet.incidents import Incidents
 from powerband.fleet.known import Known
 from powerband.fleet.launching import (
     devices_for_one,
@@ -39,7 +38,8 @@ from powerband.fleet.supervision import Deaths
 from powerband.fleet.target import Gone, Running, Target
 from powerband.fleet.traffic import Traffic
 from powerband.fleet.view import phase_of, replica_status
-from powerband.fleet.watcher import Action, Watcher
+from powerband.fleet.watch.incidents import Incidents
+from powerband.fleet.watch.watcher import Action, Watcher
 from powerband.fleet.watching import Watch, expected_of, with_one_more
 from powerband.gateway.request import Finished
 

@@ -18,12 +18,12 @@ import uvloop
 from powerband.errors import EnvironmentFault
 from powerband.fleet.controller import Controller
 from powerband.fleet.front import FrontLink
-from powerband.fleet.incidents import Incidents
 from powerband.fleet.local import LocalTarget, last_lines
 from powerband.fleet.probes import Probes
 from powerband.fleet.state import ServiceFolder, lock
+from powerband.fleet.watch.incidents import Incidents
 from powerband.fleet.watching import Messenger
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.books import Books
 from powerband.metrics.logging import set_up_logging
 
 logger = logging.getLogger("powerband.fleet.controller_process")  # not __main__, as which it runs

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from powerband.errors import PowerbandError
-from powerband.fleet.expected import Expected
 from powerband.fleet.front import Heard
-from powerband.fleet.incidents import Change, Incident
 from powerband.fleet.launching import slo_of
-from powerband.fleet.observation import Observation, read_host
 from powerband.fleet.state import Release
-from powerband.fleet.watcher import Action, Watcher
-from powerband.fleet.webhook import Webhook
+from powerband.fleet.watch.expected import Expected
+from powerband.fleet.watch.incidents import Change, Incident
+from powerband.fleet.watch.observation import Observation, read_host
+from powerband.fleet.watch.watcher import Action, Watcher
+from powerband.fleet.watch.webhook import Webhook
 from powerband.gateway.request import Finished
 from powerband.spec.plan import Banded
 from powerband.spec.records import read_record

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.errors import InvalidRequest, PowerbandError, UsageError
-from powerband.gateway.books import Books, actor_of
+from powerband.gateway.accounts.books import Books, actor_of
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.routes import Routes
 from powerband.spec.records import as_record

@@ -7,14 +7,14 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from powerband.errors import PowerbandError
+from powerband.gateway.accounts.book_routes import make_routes
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.doorkeeper import Doorkeeper
 from powerband.gateway.admin import AdminRoutes
-from powerband.gateway.book_routes import make_routes
-from powerband.gateway.books import Books
-from powerband.gateway.doorkeeper import Doorkeeper
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.generation import GenerationRoutes
 from powerband.gateway.metrics import GatewayMetrics
 from powerband.gateway.pages import PageRoutes
+from powerband.gateway.proxy.generation import GenerationRoutes
 from powerband.gateway.scraping import make_routes as scraping_routes
 from powerband.web.edge import Edge
 

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from powerband.errors import EnvironmentFault
+from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
-from powerband.gateway.upstream import Upstream
 from powerband.spec.deployment import ENGINES, EngineName
 
 PATIENCE_S = 60.0

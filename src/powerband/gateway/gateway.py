@@ -11,15 +11,15 @@ from pathlib import Path
 import msgspec
 
 from powerband.errors import PowerbandError, UsageError
-from powerband.gateway.health import Prober
-from powerband.gateway.pool import Pool
+from powerband.gateway.dispatch.health import Prober
+from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.recent import Recent
 from powerband.gateway.request import Finished
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.gateway.trace_context import Trace, passed_on
-from powerband.gateway.upstream import Upstream
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)

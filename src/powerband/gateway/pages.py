@@ -11,10 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.gateway.books import Books
+from powerband.gateway.accounts.books import Books
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.intake import named
 from powerband.gateway.metrics import GatewayMetrics, Moment
+from powerband.gateway.proxy.intake import named
 from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError, json_response
 

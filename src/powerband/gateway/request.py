@@ -32,7 +32,7 @@ class GatewayRequest:
     deadline_s: float | None = None  # by which the first token is wanted
     session: str = ""  # requests with the same one build on each other
     trace: Trace | None = None  # to hand on to replicas
-    prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see gateway.prefix
+    prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see gateway.dispatch.prefix
 
 
 @dataclass(slots=True, kw_only=True)

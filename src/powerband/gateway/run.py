@@ -19,11 +19,11 @@ import uvloop
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.gateway.access_log import log_request
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.keys import SCOPES
 from powerband.gateway.app import make_app
-from powerband.gateway.books import Books
 from powerband.gateway.discovery import discover
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.keys import SCOPES
 from powerband.gateway.metrics import GatewayMetrics
 from powerband.gateway.routes import Routes
 from powerband.gateway.settings import GatewaySettings

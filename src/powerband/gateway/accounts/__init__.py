@@ -1,0 +1,1 @@
+"""Who may come in, what they may use, and what they used: keys, limits, usage, audit, feedback, kept content."""

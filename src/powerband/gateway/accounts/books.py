@@ -1,0 +1,88 @@
+"""All that the gateway remembers, behind one door: keys, limits, usage, audit, feedback, content."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+
+from powerband.gateway.accounts.audit import Audit
+from powerband.gateway.accounts.content import Content
+from powerband.gateway.accounts.feedback import Feedback
+from powerband.gateway.accounts.keys import Key, Keys
+from powerband.gateway.accounts.ledger import Ledger, spent
+from powerband.gateway.accounts.limits import Limits
+from powerband.gateway.accounts.store import Store
+from powerband.gateway.books_options import BooksOptions
+
+_CLAIMED_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BooksFigures:
+    """For metrics. keys_rejected: requests with a wrong key. usage_*: rows; of dropped ones the sums are kept.
+
+    failing_s: for how long nothing could be written.
+    """
+
+    keys_rejected: int
+    usage_waiting: int
+    usage_written: int
+    usage_dropped: int
+    content_dropped: int
+    failing_s: float
+
+
+class Books:
+    """One per gateway process; everything but `close` belongs to the event loop's thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        options: BooksOptions,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.store = store
+        self.options = options
+        self.keys = Keys(store, wall)
+        self.limits = Limits(store.read(lambda connection: spent(connection, wall())), monotonic, wall)
+        self.ledger = Ledger(store, options.usage_retention_days)
+        self.feedback = Feedback(store, self.ledger, options.usage_retention_days)
+        self.content = Content(store, options.store_content, options.content_retention_days)
+        self._audit = Audit(store, wall)
+
+    @classmethod
+    def open(cls, path: Path, options: BooksOptions | None = None) -> Books:
+        """Raises EnvironmentFault when the file cannot be used, or another process has it open."""
+        return cls(Store(path), options or BooksOptions())
+
+    def audit(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
+        """Note what an administrator did. what: plain values, no secrets. Raises StoreUnavailable."""
+        self._audit.note(actor, action, what)
+
+    def figures(self) -> BooksFigures:
+        buffer, failing_since = self.ledger.buffer, self.store.failing_since
+        return BooksFigures(
+            keys_rejected=self.keys.rejected,
+            usage_waiting=len(buffer.rows),
+            usage_written=buffer.written,
+            usage_dropped=buffer.dropped,
+            content_dropped=self.content.buffer.dropped,
+            failing_s=0.0 if failing_since is None else max(0.0, time.time() - failing_since),
+        )
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write what waits, for at most about `timeout_s`. Blocks."""
+        self.store.close(timeout_s)
+
+
+def actor_of(request: Request) -> str:
+    """How the audit names who asks: the key, and what the header X-Powerband-Actor claims, which anybody may write."""
+    key: Key | None = request.state.key
+    claimed = "".join(one for one in request.headers.get("x-powerband-actor", "")[:_CLAIMED_CHARS] if one.isprintable())
+    return f"{key.name if key else 'local'}{f' as {claimed!r}' if claimed else ''}{f' ({key.id})' if key else ''}"

@@ -1,0 +1,63 @@
+"""What clients say of answers that they got: a score from -1 (bad) to 1 (good), and a comment, which is redacted."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from typing import Any
+
+from powerband.errors import InvalidRequest
+from powerband.gateway.accounts.ledger import Ledger
+from powerband.gateway.accounts.redaction import redact
+from powerband.gateway.accounts.store import Row, Run, Store, StoreUnavailable
+from powerband.web.errors import HttpError
+
+MOST_COMMENT = 2000  # characters
+_MOST_WAITING = 10_000
+_INSERT = "INSERT OR REPLACE INTO feedback (request_id, at, key_id, score, comment) VALUES (?, ?, ?, ?, ?)"
+_FIELDS = ("request_id", "at", "key_id", "score", "comment")
+
+
+class Feedback:
+    """One for each request: the last one counts. Kept as long as single requests are."""
+
+    def __init__(self, store: Store, ledger: Ledger, retention_days: float) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._retention_s = retention_days * 86400
+        self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
+        store.also(self._delete_old, every_s=600, erases=True)
+
+    async def note(self, key_id: str, request_id: str, score: float, comment: str = "") -> None:
+        """Raises InvalidRequest, HttpError 404 for a request that is not this key's, and StoreUnavailable."""
+        if not -1 <= score <= 1:
+            raise InvalidRequest(f"'score' is {score}; it lies between -1 (bad) and 1 (good).", param="score")
+        if len(comment) > MOST_COMMENT:
+            raise InvalidRequest(f"'comment' is longer than {MOST_COMMENT} characters.", param="comment")
+        whose = self._ledger.key_of(request_id)
+        if whose is None:
+            whose = await self._store.query(lambda connection: _key_of(connection, request_id))
+        if whose != key_id:
+            hint = "Send the X-Request-Id of an answer to the same key."
+            raise HttpError(404, "request_not_found", "There is no such request of this key.", hint=hint)
+        if not self.buffer.add((request_id, time.time(), key_id, score, comment)):
+            raise StoreUnavailable("Too much feedback waits to be written.")
+
+    def _delete_old(self, run: Run) -> None:
+        run("DELETE FROM feedback WHERE at < ?", [(time.time() - self._retention_s,)])
+
+
+def given(connection: sqlite3.Connection, since: float, limit: int) -> list[dict[str, Any]]:
+    """The latest first."""
+    sql = "SELECT request_id, at, key_id, score, comment FROM feedback WHERE at >= ? ORDER BY at DESC LIMIT ?"
+    return [dict(zip(_FIELDS, row, strict=True)) for row in connection.execute(sql, (since, limit))]
+
+
+def _key_of(connection: sqlite3.Connection, request_id: str) -> str | None:
+    row = connection.execute("SELECT key_id FROM usage WHERE request_id = ?", (request_id,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def _redacted(row: Row) -> Row:
+    *known, comment = row
+    return (*known, redact(comment))

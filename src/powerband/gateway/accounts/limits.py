@@ -1,0 +1,323 @@
+"""What keys may use: counted before a request is sent on, corrected when it is over, so that no crowd slips past.
+
+A limit per minute holds for every 60 seconds that one can choose, not only for calendar minutes: requests and tokens
+count at the moment at which they were let in. Before dispatch a request takes the most that it may use (prompt as
+estimated, and all the output that it may make); when it is over it gives back what it did not use. Where more is used
+than was taken (a prompt denser than estimated, a request that names no max_tokens), the surplus counts as soon as it is
+seen, and later requests wait for it; how dense a key's prompts are is learnt from those before. A restart begins with
+empty minutes, and with what was spent. Everything runs on the event loop: check and taking are one step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+from powerband.errors import PowerbandError
+from powerband.gateway.accounts.keys import Key, KeyLimits
+from powerband.gateway.request import GatewayRequest
+from powerband.gateway.routes import ModelRoute
+from powerband.web.errors import HttpError
+
+logger = logging.getLogger(__name__)
+
+WINDOW_S = 60
+_SOON_S = 1.0  # for what ends at a time that nobody knows
+_NOTHING_USD = 1e-9  # sums of floats
+
+
+class LimitReached(PowerbandError):
+    """A key has used up what it may use (HTTP 429). retry_after_s: when the same request is sure to fit; inf: never."""
+
+    http_status = 429
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float, hint: str = "") -> None:
+        super().__init__(message, code=code, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class Minute:
+    """A sum over the last 60 seconds, in cells of one second; a cell leaves when all of it is older than that."""
+
+    def __init__(self) -> None:
+        self._cells: deque[list[int]] = deque()  # [second, amount]
+        self._sum = 0
+
+    def total(self, now_s: float) -> int:
+        oldest = math.floor(now_s) - WINDOW_S
+        while self._cells and self._cells[0][0] < oldest:
+            self._sum -= self._cells.popleft()[1]
+        return self._sum
+
+    def add(self, amount: int, now_s: float) -> list[int]:
+        """The cell that it went to, for `correct`."""
+        self.total(now_s)
+        second = math.floor(now_s)
+        if not self._cells or self._cells[-1][0] < second:
+            self._cells.append([second, 0])
+        self._cells[-1][1] += amount
+        self._sum += amount
+        return self._cells[-1]
+
+    def correct(self, cell: list[int], change: int, now_s: float) -> None:
+        self.total(now_s)
+        if self._cells and self._cells[0][0] <= cell[0]:  # otherwise it has left, and with it all that it held
+            cell[1] += change
+            self._sum += change
+
+    def wait_s(self, amount: int, limit: int, now_s: float) -> float:
+        """Seconds until `amount` is sure to fit below `limit`; what runs now may make it sooner."""
+        missing = self.total(now_s) + amount - limit
+        for second, held in self._cells:
+            if missing <= 0:
+                break
+            missing -= held
+            if missing <= 0:
+                return second + WINDOW_S + 1 - now_s
+        return 0.0
+
+    def empty_s(self, now_s: float) -> float:
+        """Seconds until nothing is counted any more."""
+        self.total(now_s)
+        return self._cells[-1][0] + WINDOW_S + 1 - now_s if self._sum and self._cells else 0.0
+
+
+class _Account:
+    """What one key has used and taken."""
+
+    def __init__(self) -> None:
+        self.requests = Minute()
+        self.tokens = Minute()
+        self.running = 0
+        self.density = 1.0  # tokens of its prompts for each that was estimated, not below 1
+        self.reserved_usd = 0.0
+        self.total_usd = 0.0
+        self.month_usd = 0.0
+        self.month = ""
+
+    def learn(self, density: float) -> None:
+        """Up at once, and down by a twentieth of the difference."""
+        density = max(1.0, density)
+        self.density = density if density > self.density else self.density + (density - self.density) / 20
+
+    def spent(self, limits: KeyLimits, month: str) -> float:
+        if self.month < month:  # a clock that is set back does not give back what was spent
+            self.month, self.month_usd = month, 0.0
+        return self.month_usd if limits.usd_period == "month" else self.total_usd
+
+
+class Reservation:
+    """What a request has taken. `settle` or `cancel` ends it: the first call counts, further ones do nothing."""
+
+    __slots__ = ("_account", "_cells", "_estimate", "_limits", "_open", "_prompt", "_tokens", "_usd")
+
+    def __init__(
+        self,
+        limits: Limits,
+        account: _Account | None,
+        prompt: int = 0,
+        output: int = 0,
+        usd: float = 0.0,
+        estimate: int = 0,
+    ) -> None:
+        """prompt, output: tokens to take. estimate: of the prompt."""
+        tokens = prompt + output
+        self._limits = limits
+        self._account = account
+        self._prompt = prompt
+        self._estimate = estimate
+        self._tokens = tokens
+        self._usd = usd
+        self._open = account is not None
+        if account is not None:
+            now_s = limits.monotonic()
+            self._cells = account.requests.add(1, now_s), account.tokens.add(tokens, now_s)
+            account.running += 1
+            account.reserved_usd += usd
+
+    def produced(self, output_tokens: int) -> None:
+        """So many so far: what is more than was taken counts at once."""
+        surplus = self._prompt + output_tokens - self._tokens
+        if surplus > 0 and self._open and self._account is not None:
+            self._account.tokens.correct(self._cells[1], surplus, self._limits.monotonic())
+            self._tokens += surplus
+
+    def settle(self, prompt_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float) -> None:
+        """A replica had the request: count what it used. Cached tokens are part of the prompt, and count like it."""
+        del cached_tokens
+        if self._account is not None and self._estimate and prompt_tokens:
+            self._account.learn(prompt_tokens / self._estimate)
+        self._close(max(0, prompt_tokens) + max(0, output_tokens), max(0.0, cost_usd), counts=True)
+
+    def cancel(self) -> None:
+        """No replica had the request: it counts for nothing."""
+        self._close(0, 0.0, counts=False)
+
+    def _close(self, tokens: int, usd: float, *, counts: bool) -> None:
+        account = self._account
+        if not self._open or account is None:
+            return
+        self._open = False
+        now_s = self._limits.monotonic()
+        if not counts:
+            account.requests.correct(self._cells[0], -1, now_s)
+        account.tokens.correct(self._cells[1], tokens - self._tokens, now_s)
+        account.running -= 1
+        account.reserved_usd = account.reserved_usd - self._usd if account.running else 0.0
+        self._limits.spend(account, usd)
+
+    def __del__(self) -> None:
+        if self._open:  # a defect; without this a key would lose a place for good
+            logger.error("A reservation was neither settled nor cancelled.")
+            self._close(self._tokens, self._usd, counts=True)
+
+
+class Limits:
+    """Accounts of all keys that were used. spent: key id → (USD in all, USD in this month), from the books."""
+
+    def __init__(
+        self,
+        spent: Mapping[str, tuple[float, float]],
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.monotonic = monotonic
+        self._wall = wall
+        self._accounts: dict[str, _Account] = {}
+        for id, (total_usd, month_usd) in spent.items():
+            account = self._account(id)
+            account.total_usd, account.month_usd, account.month = total_usd, month_usd, month_of(wall())
+
+    def reserve(self, key: Key | None, request: GatewayRequest, most_usd: float = 0.0) -> Reservation:
+        """Take what the request may use at most. Raises LimitReached, or HttpError for what can never be.
+
+        most_usd: what it may cost at most, see `cost_usd`.
+        """
+        if key is None:
+            return Reservation(self, None)
+        limits, account = key.limits, self._account(key.id)
+        prompt, output = request.prompt_tokens, request.output_tokens
+        if limits.models and request.model not in limits.models:
+            raise HttpError(403, "model_not_allowed", "This API key may not use this model.", param="model")
+        self._check_possible(limits, prompt + output, most_usd)
+        if limits.tokens_per_min is not None:
+            prompt = min(math.ceil(prompt * account.density), limits.tokens_per_min - output)
+        self._check_rates(limits, account, prompt + output)
+        self._check_spend(limits, account, most_usd)
+        return Reservation(self, account, prompt, output, most_usd, request.prompt_tokens)
+
+    def headers(self, key: Key) -> dict[str, str]:
+        """x-ratelimit-… as OpenAI's: what the key may use, what is left of it, and when all of it is there again."""
+        account, now_s = self._account(key.id), self.monotonic()
+        found = {}
+        for what, limit, minute in (
+            ("requests", key.limits.requests_per_min, account.requests),
+            ("tokens", key.limits.tokens_per_min, account.tokens),
+        ):
+            if limit is not None:
+                found[f"x-ratelimit-limit-{what}"] = str(limit)
+                found[f"x-ratelimit-remaining-{what}"] = str(max(0, limit - minute.total(now_s)))
+                found[f"x-ratelimit-reset-{what}"] = _as_time(minute.empty_s(now_s))
+        return found
+
+    def used(self, key: Key) -> dict[str, float]:
+        """What counts against its limits now."""
+        account, now_s = self._account(key.id), self.monotonic()
+        return {
+            "requests_last_min": account.requests.total(now_s),
+            "tokens_last_min": account.tokens.total(now_s),
+            "running": account.running,
+            "usd": round(account.spent(key.limits, month_of(self._wall())), 9),
+        }
+
+    def spend(self, account: _Account, usd: float) -> None:
+        if usd:
+            account.spent(_MONTHLY, month_of(self._wall()))
+            account.month_usd += usd
+            account.total_usd += usd
+
+    def _check_possible(self, limits: KeyLimits, tokens: int, most_usd: float) -> None:
+        if limits.tokens_per_min is not None and tokens > limits.tokens_per_min:
+            raise HttpError(
+                400,
+                "tokens_limit",
+                f"The request may use {tokens} tokens, the API key {limits.tokens_per_min} a minute: it can never fit.",
+                hint="Ask for fewer with max_tokens, or shorten the prompt.",
+                param="max_tokens",
+            )
+        if limits.usd is not None and most_usd > limits.usd + _NOTHING_USD:
+            raise HttpError(
+                400,
+                "spend_limit",
+                f"The request may cost {most_usd:.4f} USD, and the API key may spend {limits.usd:g}: it can never fit.",
+                hint="Ask for fewer tokens with max_tokens.",
+                param="max_tokens",
+            )
+
+    def _check_rates(self, limits: KeyLimits, account: _Account, tokens: int) -> None:
+        now_s = self.monotonic()
+        if limits.max_concurrency is not None and account.running >= limits.max_concurrency:
+            message = f"The API key has {account.running} requests running, as many as it may."
+            raise LimitReached("concurrency_limit", message, retry_after_s=_SOON_S, hint="Wait for one to end.")
+        for code, what, limit, minute, amount in (
+            ("requests_limit", "requests", limits.requests_per_min, account.requests, 1),
+            ("tokens_limit", "tokens", limits.tokens_per_min, account.tokens, tokens),
+        ):
+            if limit is not None and minute.total(now_s) + amount > limit:
+                wait_s = minute.wait_s(amount, limit, now_s)
+                message = (
+                    f"The API key may use {limit} {what} a minute; {minute.total(now_s)} are taken, {amount} asked."
+                )
+                raise LimitReached(code, message, retry_after_s=wait_s, hint=f"Try again in {math.ceil(wait_s)} s.")
+
+    def _check_spend(self, limits: KeyLimits, account: _Account, most_usd: float) -> None:
+        if limits.usd is None:
+            return
+        now = self._wall()
+        spent = account.spent(limits, month_of(now))
+        period = "this month" if limits.usd_period == "month" else "in all"
+        told = f"The API key may spend {limits.usd:g} USD {period}; {spent:.4f} are spent"
+        if spent + most_usd > limits.usd + _NOTHING_USD or spent >= limits.usd:
+            wait_s = _seconds_to_next_month(now) if limits.usd_period == "month" else math.inf
+            hint = "It can spend again next month." if limits.usd_period == "month" else "An admin can raise the limit."
+            raise LimitReached("spend_limit", f"{told}.", retry_after_s=wait_s, hint=hint)
+        if spent + account.reserved_usd + most_usd > limits.usd + _NOTHING_USD:
+            hint = "Wait for running requests to end: what they do not use is free again."
+            raise LimitReached("spend_limit", f"{told}, the rest is taken.", retry_after_s=_SOON_S, hint=hint)
+
+    def _account(self, id: str) -> _Account:
+        found = self._accounts.get(id)
+        if found is None:
+            found = self._accounts[id] = _Account()
+        return found
+
+
+_MONTHLY = KeyLimits(usd_period="month")
+
+
+def cost_usd(route: ModelRoute, prompt_tokens: int, output_tokens: int) -> float:
+    """What tokens cost by the prices of their model. Cached tokens cost what other prompt tokens do."""
+    return (prompt_tokens * route.usd_per_million_input + output_tokens * route.usd_per_million_output) / 1e6
+
+
+def month_of(at: float) -> str:
+    """'2026-11', in UTC."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m")
+
+
+def _seconds_to_next_month(now: float) -> float:
+    today = datetime.fromtimestamp(now, UTC)
+    first = today.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return ((first + timedelta(days=32)).replace(day=1) - today).total_seconds()
+
+
+def _as_time(seconds: float) -> str:
+    """'340ms', '7s' or '1m1s', rounded up."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"

@@ -1,0 +1,1 @@
+"""Which replica a request goes to, and when: the queue, the replicas as they are, routing, breakers, probes."""

@@ -1,0 +1,162 @@
+"""Asks every replica, twice a second, whether it makes progress; and takes note of those from which nothing comes.
+
+engine      asked for                       what shows progress
+powerband   /readyz                         it: steps advance, or there is nothing to do
+others      /health, and their metrics      their counters of tokens, and bytes on the streams that go through here
+
+A probe that times out is no fault while bytes come. After one that does, the next follows at once and has half the
+time: a replica that is stopped in the middle of everything is noticed within 2 s (0.5 until asked, 1, and 0.5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from powerband.gateway.dispatch.member import Member
+from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.engine_names import ENGINE_NAMES, read_load
+from powerband.gateway.routes import ReplicaAddress
+
+logger = logging.getLogger(__name__)
+
+Fetch = Callable[[ReplicaAddress, str, float], Awaitable[tuple[int, bytes]]]
+_TICK_S = 0.05
+_HELD_UP_S = 0.4
+_LOAD_TIMEOUT_S = 2.0
+
+
+class _Ready(msgspec.Struct):
+    """The part of our own /readyz that is read here."""
+
+    engine_restarts: int = 0
+
+
+class Prober:
+    """fetch(replica, path, timeout_s): status and body; raises OSError (TimeoutError is one)."""
+
+    def __init__(self, pool: Pool, fetch: Fetch) -> None:
+        self._pool, self._fetch = pool, fetch
+        self._due_s: dict[str, float] = {}
+        self._load_due_s: dict[str, float] = {}
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._step_s = pool.clock()
+        self._held_up_s = 0.0  # when this process itself was, last
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                try:
+                    self.step()
+                except Exception:  # a gateway that has stopped to look would be worse than any fault here
+                    logger.exception("probing of %s", self._pool.model)
+                await asyncio.sleep(_TICK_S)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def step(self) -> None:
+        """Begin what is due."""
+        pool, options, now_s = self._pool, self._pool.options, self._pool.clock()
+        self._note_delay(now_s)
+        members = {member.id: member for member in pool.members}
+        for due_s in (self._due_s, self._load_due_s):
+            for gone in due_s.keys() - members.keys():
+                del due_s[gone]
+        for member in members.values():
+            if now_s >= self._due_s.get(member.id, 0.0) and self._begin("probe", member, self._probe):
+                self._due_s[member.id] = now_s + options.probe_every_s
+            is_due = member.is_ready and now_s >= self._load_due_s.get(member.id, 0.0)
+            if is_due and self._begin("load", member, self._read_load):
+                self._load_due_s[member.id] = now_s + options.load_every_s
+            # A long step is no fault, and our own /readyz tells one from an engine that hangs.
+            is_trusted = member.address.engine == "powerband" and member.is_ready
+            is_awake = now_s - self._held_up_s > options.probe_timeout_s  # long enough to have read what came meanwhile
+            if is_awake and not is_trusted and member.is_silent(now_s, options.hung_after_s):
+                logger.warning("replica %s is silent: %d requests go elsewhere", member.id, len(member.stays))
+                pool.hung(member)
+        pool.tick()
+
+    def _note_delay(self, now_s: float) -> None:
+        """Was this process held up? Then silence says nothing of others."""
+        if now_s - self._step_s > _HELD_UP_S:
+            self._held_up_s = now_s
+        self._step_s = now_s
+
+    def _begin(self, what: str, member: Member, function: Callable[[Member], Coroutine[Any, Any, None]]) -> bool:
+        """Unless the one before still runs."""
+        name = (what, member.id)
+        if name in self._tasks:
+            return False
+        task = self._tasks[name] = asyncio.create_task(function(member))
+        task.add_done_callback(partial(self._ended, name))
+        return True
+
+    def _ended(self, name: tuple[str, str], task: asyncio.Task[None]) -> None:
+        del self._tasks[name]
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            logger.error("%s of replica %s: %r", *name, problem)
+
+    async def _probe(self, member: Member) -> None:
+        pool, names = self._pool, ENGINE_NAMES[member.address.engine]
+        sent_s, timeout_s = pool.clock(), pool.options.probe_timeout_s / (2 if member.is_in_doubt else 1)
+        try:
+            status, body = await self._fetch(member.address, names.ready_path, timeout_s)
+        except OSError as problem:
+            if isinstance(problem, TimeoutError) or getattr(problem, "code", "") == "timeout":
+                self._timed_out(member, sent_s)
+            elif member.probed_badly(pool.clock(), type(problem).__name__):
+                self._gone(member, "unreachable")
+        else:
+            if status == 200:
+                self._well(member, body)
+            elif member.probed_badly(pool.clock(), f"http_{status}"):
+                logger.warning("replica %s is not ready (HTTP %d)", member.id, status)
+                pool.changed(member)  # what it has, it may still end
+
+    def _well(self, member: Member, body: bytes) -> None:
+        if member.address.engine == "powerband":
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                restarts = msgspec.json.decode(body, type=_Ready).engine_restarts
+                if member.restarts not in (None, restarts):
+                    self._pool.restarted(member)
+                member.restarts = restarts
+        if member.probed_well(self._pool.clock(), is_needed=not self._pool.is_ready):
+            logger.info("replica %s is ready", member.id)
+            self._pool.changed(member)
+
+    def _timed_out(self, member: Member, sent_s: float) -> None:
+        now_s = self._pool.clock()
+        self._note_delay(now_s)
+        if self._held_up_s >= sent_s:
+            return  # it may have answered in time
+        if member.stays and now_s - member.bytes_s < self._pool.options.probe_timeout_s / 2:
+            return  # slow to answer, but it works
+        if member.probed_badly(now_s, "probe_timeout"):
+            self._gone(member, "stopped")
+
+    def _gone(self, member: Member, why: str) -> None:
+        """Nothing will come from it any more."""
+        logger.warning("replica %s is %s: %d requests go elsewhere", member.id, why, len(member.stays))
+        self._pool.changed(member)
+        member.lose_all()
+
+    async def _read_load(self, member: Member) -> None:
+        names = ENGINE_NAMES[member.address.engine]
+        try:
+            status, page = await self._fetch(member.address, names.metrics_path, _LOAD_TIMEOUT_S)
+        except OSError:
+            return  # the probe judges
+        if status == 200:
+            load = read_load(page, names)
+            if load.tokens is not None and (member.load.tokens or 0.0) < load.tokens:
+                member.bytes_s = max(member.bytes_s, self._pool.clock() - _LOAD_TIMEOUT_S)
+            self._pool.reported(member, load)
