@@ -86,7 +86,7 @@ def test_trouble_at_one_replica_sends_a_request_to_another(running: RunningGatew
 
 
 def test_whole_answers_are_run_again(running: RunningGateway) -> None:
-    with replicas(running, Script(drop_every=1), Script()):
+    with replicas(running, Script(drop_every=1, drop_whole=True), Script()):
         answers = [running.post("/v1/chat/completions", CHAT) for _ in range(4)]
         assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {words(0, 40)}
 

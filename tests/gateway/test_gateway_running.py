@@ -135,6 +135,7 @@ def test_the_second_signal_does_not_wait(tmp_path: Path) -> None:
         with gateway.http.stream("POST", "/v1/completions", json=body) as answer:
             next(answer.iter_lines())
             gateway.process.send_signal(signal.SIGTERM)
+            until(lambda: gateway.http.get("/readyz").status_code == 503)
             gateway.process.send_signal(signal.SIGINT)
             assert gateway.process.wait(8) == 0
 

@@ -28,7 +28,7 @@ class ScriptedStream:
     def begin(self, now_s: float) -> None:
         self.begun_s = self.truth.begun_s = now_s
         script, total = self._server.script, self._body.output_tokens
-        if self._drops and (not script.drop_after_chunks or not self._body.stream):
+        if self._drops and (not script.drop_after_chunks or (script.drop_whole and not self._body.stream)):
             return self._break(script.drop_by)
         if not self._body.stream:
             return self._server.deadlines.at(now_s + script.due_s(script.chunks(total) - 1), self._answer_whole)
