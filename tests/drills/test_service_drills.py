@@ -41,7 +41,7 @@ def test_sigkill(service: Service, answers: Answers, figures: Figures) -> None:
     victim, pid = sorted(service.pids().items())[0]
 
     async def disturb() -> float:
-        await _until_all_are_busy(service)
+        await _until_in_the_middle(service, victim)
         os.killpg(pid, signal.SIGKILL)
         return await asyncio.to_thread(service.wait_whole, 3, 30.0, victim)
 
@@ -58,7 +58,7 @@ def test_sigstop(service: Service, answers: Answers, figures: Figures) -> None:
     victim, pid = sorted(service.pids().items())[0]
 
     async def disturb() -> tuple[float, float]:
-        await _until_all_are_busy(service)
+        await _until_in_the_middle(service, victim)
         start_s = time.monotonic()
         os.killpg(pid, signal.SIGSTOP)
         while await _has_requests(service, victim):
@@ -171,10 +171,12 @@ def _assert_nobody_noticed(load: Load, answers: Answers) -> None:
     assert not load.wrong(answers)
 
 
-async def _until_all_are_busy(service: Service) -> None:
+async def _until_in_the_middle(service: Service, replica: str) -> None:
+    """It has begun an answer just now."""
     async with asyncio.timeout(30.0):
-        while not all(one["inflight"] for one in (await service.front.pool())["replicas"]):
-            await asyncio.sleep(0.02)
+        while not any(one["inflight"] for one in (await service.front.pool())["replicas"] if one["id"] == replica):
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
 
 
 async def _has_requests(service: Service, replica: str) -> bool:
