@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from powerband.cache import cache_directory
+from powerband.folders import cache_directory
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 
 MODEL = "scripted"

@@ -28,7 +28,7 @@ from powerband.bench.load import LoadOptions, run_load
 from powerband.bench.messages import Target
 from powerband.bench.script import Script
 from powerband.bench.scripted_process import scripted_process
-from powerband.cache import cache_directory
+from powerband.folders import cache_directory
 from powerband.spec.arrivals import ClosedLoop
 from powerband.spec.device import detect_cpu
 from powerband.spec.lengths import Fixed

@@ -104,6 +104,9 @@ class World:
     def log(self, id: str) -> Path | None:
         return None
 
+    def taken_devices(self) -> frozenset[int]:
+        return frozenset()
+
     def room_for_one_more(self) -> bool:
         return True
 

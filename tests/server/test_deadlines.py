@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import RunningServer, running_server
 
-from powerband.cache import cache_directory
 from powerband.cli.calibrate import write_profile
+from powerband.folders import cache_directory
 from powerband.spec.device import detect_cpu
 from powerband.spec.profile import DeviceProfile, Evidence, HostLaw, Machine, Refinement, StepLaw
 from powerband.spec.reader import read_model_spec

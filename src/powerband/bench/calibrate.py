@@ -27,8 +27,8 @@ from powerband.bench.prompts import PromptMaker, Talk
 from powerband.bench.script import Script, Truth
 from powerband.bench.scripted_process import scripted_process
 from powerband.bench.scripted_server import body_digest
-from powerband.cache import cache_directory
 from powerband.errors import EnvironmentFault
+from powerband.folders import cache_directory
 from powerband.metrics.record import percentile
 from powerband.spec.arrivals import ClosedLoop, OpenLoop, Phase
 from powerband.spec.device import detect_cpu

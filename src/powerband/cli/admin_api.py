@@ -61,7 +61,8 @@ class AdminApi:
 
 def find_gateway(service: str | None, url: str | None, admin_key_file: Path | None) -> AdminApi:
     """By service, or by URL and key. Raises UsageError and EnvironmentFault."""
-    from powerband.fleet.state import endpoint, state_home
+    from powerband.fleet.state import endpoint
+    from powerband.folders import state_home
 
     if url is None:
         if admin_key_file is not None:

@@ -110,12 +110,21 @@ def deploy(
     service, proving = service or ServiceFlags(), proving or ProvingFlags()
     if plan is None:
         return _look_after_all()
+    _check(proving)
     from powerband.cli.fleet_view import Progress
 
     chosen = _chosen_plan(plan, need, requests, offer, quiet=proving.json)
     if chosen is None:
         return NOTHING_MEETS_IT
     return _carry_out(chosen, service, proving, Progress(quiet=proving.json))
+
+
+def _check(proving: ProvingFlags) -> None:
+    """Before anything starts. Raises UsageError and EnvironmentFault."""
+    if not 5 <= proving.verify_seconds <= 86_400:
+        raise UsageError(f"verify-seconds is {proving.verify_seconds:g}.", hint="5 to 86400.", param="verify_seconds")
+    if proving.report is not None and not proving.report.absolute().parent.is_dir():
+        raise EnvironmentFault(f"Cannot write {proving.report}: there is no such folder.", param="report")
 
 
 def _look_after_all() -> int:
@@ -155,20 +164,19 @@ def _chosen_plan(
     return plan_of(question, findings.recommended)
 
 
-def _made(plan: Plan, flags: ServiceFlags, served_name: str, key_file: str) -> Made:
+def _made(plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceFolder, key_file: str) -> Made:
     import shlex
 
+    from powerband.fleet.local import LocalTarget
     from powerband.fleet.releasing import Making, make_release
-    from powerband.fleet.state import services
 
-    taken = {gpu for folder in services() if (found := folder.desired()) is not None for gpu in found.release.gpus}
     making = Making(
         served_name=served_name,
         api_key_file=key_file,
         executable=tuple(shlex.split(flags.engine_command)),
         extra=tuple(shlex.split(flags.engine_args)),
         threads=flags.threads,
-        taken_gpus=frozenset(taken),
+        taken_gpus=LocalTarget(folder.path).taken_devices(),
     )
     return make_release(plan, making)
 
@@ -186,7 +194,7 @@ def _carry_out(plan: Plan, flags: ServiceFlags, proving: ProvingFlags, progress:
     before = Before(is_running=folder.exists(), has_books=folder.database.exists())
     front = front_of(flags.host, flags.port, flags.auth, flags.gateway_args, folder.desired())
     folder.make()
-    made = _made(plan, flags, served_name, replica_key_file(folder.path, front.auth))
+    made = _made(plan, flags, served_name, folder, replica_key_file(folder.path, front.auth))
     _say_plan(plan, made, folder, front, progress)
     desired, is_new = changing.apply(folder, made.release, front, _policy(flags))
     ensure_controller(folder)
@@ -262,8 +270,6 @@ def _verified(
     from powerband.bench.live import LiveView
     from powerband.fleet.verify import verify
 
-    if not 5 <= proving.verify_seconds <= 86_400:
-        raise UsageError(f"verify-seconds is {proving.verify_seconds:g}.", hint="5 to 86400.", param="verify_seconds")
     progress.say(f"verifying the promise: {plan.promise.rate:.3g} requests/s for {proving.verify_seconds:g} s")
     key = folder.admin_key.read_text().strip()
     with contextlib.nullcontext() if progress.quiet else LiveView(plan.slo, label=plan.workload.name) as view:

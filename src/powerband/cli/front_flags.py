@@ -19,6 +19,7 @@ def front_of(
 ) -> Front:
     """As asked, as before, or where there is room. Raises UsageError, EnvironmentFault."""
     from powerband.web.access import is_loopback
+    from powerband.web.listening import free_port
 
     is_open = is_loopback(host)
     auth = auth or ("open" if is_open else "keys")
@@ -30,7 +31,7 @@ def front_of(
     if current is not None and not current.removed and port in (None, current.front.port):
         return Front(host=host, port=current.front.port, auth=auth, arguments=arguments)
     if port is None:
-        port = DEFAULT_PORT if _is_free(host, DEFAULT_PORT) else _free_port(host)
+        port = DEFAULT_PORT if _is_free(host, DEFAULT_PORT) else free_port(host)
     elif not _is_free(host, port):
         raise EnvironmentFault(f"Port {port} on {host} is taken.", hint="Choose another with --port.", param="port")
     return Front(host=host, port=port, auth=auth, arguments=arguments)
@@ -83,10 +84,3 @@ def _is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port

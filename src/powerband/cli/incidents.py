@@ -59,6 +59,7 @@ def _as_dict(incident: Incident) -> dict[str, object]:
 
 
 def _lines(incidents: Sequence[Incident], now_s: float, service: str) -> Iterator[str]:
+    from powerband.cli.fleet_view import duration_text
     from powerband.metrics.shown import plain
 
     if not incidents:
@@ -67,7 +68,7 @@ def _lines(incidents: Sequence[Incident], now_s: float, service: str) -> Iterato
         if number:
             yield ""
         since = f"{datetime.fromtimestamp(one.opened_at):%Y-%m-%d %H:%M:%S}"
-        lasts = _span((one.closed_at or now_s) - one.opened_at)
+        lasts = duration_text((one.closed_at or now_s) - one.opened_at)
         state = f"open for {lasts}" if one.is_open else f"over, lasted {lasts}"
         yield f"{one.id}  since {since}  {state}  cause: {one.cause.replace('_', ' ')}"
         yield f"  {plain(one.what)}"
@@ -83,13 +84,3 @@ def _figure(value: float | str) -> str:
     from powerband.metrics.shown import plain
 
     return plain(value) if isinstance(value, str) else f"{value:.4g}"
-
-
-def _span(seconds: float) -> str:
-    """'42 s', '3 min 5 s', '2 h 10 min'."""
-    whole = max(int(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -30,6 +29,7 @@ from powerband.errors import EnvironmentFault
 from powerband.spec.arrivals import ClosedLoop
 from powerband.spec.lengths import Fixed
 from powerband.spec.workload import Mix, Schedule, Workload
+from powerband.web.listening import free_port
 
 START_S = 300.0
 _STOP_S = 20.0
@@ -84,7 +84,7 @@ async def serving(model: str, settings: Mapping[str, object], folder: Path) -> A
     settings: of EngineSettings by name, beside the model. Raises EnvironmentFault with the end of the server's log when
     it does not start.
     """
-    port = _free_port()
+    port = free_port()
     told = {**settings, "port": port, "log_level": "warning", "step_log": str(folder / _STEPS_NAME)}
     (folder / _SETTINGS_NAME).write_text(yaml.safe_dump(told))
     command = [sys.executable, "-m", "powerband", "serve", model, f"--config={folder / _SETTINGS_NAME}"]
@@ -127,10 +127,3 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

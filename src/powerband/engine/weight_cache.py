@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from powerband.cache import cache_directory
 from powerband.engine.checkpoint import weight_files
 from powerband.engine.layers.int4 import Int4Product
 from powerband.engine.layers.int8 import Int8Product
@@ -32,6 +31,7 @@ from powerband.engine.memory import huge_empty
 from powerband.engine.products import Products, parts_of
 from powerband.engine.safetensors_file import LENGTH_BYTES, SafetensorsFile, stored_name
 from powerband.errors import PowerbandError
+from powerband.folders import cache_directory
 
 logger = logging.getLogger(__name__)
 

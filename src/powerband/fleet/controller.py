@@ -233,12 +233,15 @@ class Controller:
         return Want(counts=release.counts, revisions=revisions, surge=surge, held=self._deaths.held(now_s))
 
     def _has_room(self, release: Release) -> bool:
-        pools = range(len(release.counts))
-        has_devices = all(devices_for_one(release, pool, self._of("replica")) is not None for pool in pools)
+        has_devices = all(self._devices(release, pool) is not None for pool in range(len(release.counts)))
         return has_devices and self.target.room_for_one_more()
 
+    def _devices(self, release: Release, pool: int) -> tuple[int, ...] | None:
+        others = self.target.taken_devices() if release.gpus else frozenset[int]()
+        return devices_for_one(release, pool, self._of("replica"), others)
+
     def _start(self, desired: Desired, release: Release, pool: int, now_s: float) -> None:
-        devices = devices_for_one(release, pool, self._of("replica"))
+        devices = self._devices(release, pool)
         if devices is None:
             self._notes.append("There are no free devices for one more replica.")
             return

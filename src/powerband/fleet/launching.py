@@ -39,9 +39,14 @@ def slo_of(release: Release) -> SLO:
     return SLO.from_dict(release.plan["slo"])
 
 
-def devices_for_one(release: Release, pool: int, replicas: Sequence[Running]) -> tuple[int, ...] | None:
-    """GPUs that no replica has, enough for one of this pool; () where it needs none, None where there are too few."""
-    taken = {device for replica in replicas for device in replica.devices}
+def devices_for_one(
+    release: Release, pool: int, replicas: Sequence[Running], others: frozenset[int] = frozenset()
+) -> tuple[int, ...] | None:
+    """GPUs that no replica has, enough for one of this pool; () where it needs none, None where there are too few.
+
+    others: those of other services.
+    """
+    taken = others.union(*(replica.devices for replica in replicas))
     free = [device for device in release.gpus if device not in taken]
     needed = release.pools[pool].gpus
     return tuple(free[:needed]) if len(free) >= needed else None

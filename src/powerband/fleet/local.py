@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from powerband.fleet.processes import (
 )
 from powerband.fleet.state import write_json
 from powerband.fleet.target import Gone, Launch, Role, Running
+from powerband.web.listening import free_port
 
 MARK = "POWERBAND_MEMBER"  # in a member's environment: its record's path
 # Settings of the user's shell are not a plan's: a member gets those of its command line alone.
@@ -133,6 +133,12 @@ class LocalTarget:
         path = self._logs / f"{id}.log"
         return path if path.exists() else None
 
+    def taken_devices(self) -> frozenset[int]:
+        others = (path for path in self._members.parent.parent.glob("*/members/*.json") if path.parent != self._members)
+        records = (record for path in others if (record := self._read(path)) is not None)
+        alive = (one for one in records if one.process is not None and is_alive(one.process))
+        return frozenset(device for record in alive for device in record.devices)
+
     def room_for_one_more(self) -> bool:
         sizes = [
             sum(stat.resident_bytes for stat in session_members(record.process.pid, self._mark(record.id)))
@@ -176,9 +182,7 @@ class LocalTarget:
         """One that the system says is free, and no member has kept."""
         taken = {record.url.rpartition(":")[2] for path in self._members.glob("*.json") if (record := self._read(path))}
         while True:
-            with socket.socket() as probe:
-                probe.bind((host, 0))
-                port: int = probe.getsockname()[1]
+            port = free_port(host)
             if str(port) not in taken:
                 return port
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.folders import state_home
 from powerband.spec.deployment import EngineName
 
 Kind = TypeVar("Kind")
@@ -190,15 +191,6 @@ class Status:
     notes: tuple[str, ...] = ()
     incidents: tuple[str, ...] = ()
     watcher: dict[str, Any] = field(default_factory=dict)
-
-
-def state_home() -> Path:
-    """$POWERBAND_STATE, or powerband in $XDG_STATE_HOME, or in ~/.local/state."""
-    asked = os.environ.get("POWERBAND_STATE")
-    if asked:
-        return Path(asked).absolute()
-    home = os.environ.get("XDG_STATE_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "state") / "powerband"
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,10 @@ class Target(Protocol):
         """What it says, where that is a file."""
         ...
 
+    def taken_devices(self) -> frozenset[int]:
+        """Accelerators that members of other services have."""
+        ...
+
     def room_for_one_more(self) -> bool:
         """Whether a replica like those that run would fit beside them, as far as can be known."""
         ...

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerband.fleet.state import Load
+from powerband.gateway.promise import verdict
 from powerband.gateway.request import Finished
-from powerband.metrics.figures import missed
-from powerband.metrics.record import Outcome
 from powerband.spec.slo import SLO
 
 
@@ -24,11 +23,11 @@ class Traffic:
         self.scheduled, self.good, self.since = load.scheduled, load.good, load.since
 
     def count(self, finished: Sequence[Finished], slo: SLO) -> None:
-        """A request that its client gave up says nothing about the service."""
+        """What counts, and what keeps the promise, is gateway.promise's to say."""
         self.since = self.since or time.time()
-        counted = [one.record for one in finished if one.record.outcome is not Outcome.ABORTED]
-        self.scheduled += len(counted)
-        self.good += sum(not missed(record, slo) for record in counted)
+        verdicts = [found for one in finished if (found := verdict(one, slo)) is not None]
+        self.scheduled += len(verdicts)
+        self.good += sum(not missed for missed in verdicts)
 
     def load(self, *, requests_per_s: float, running: int, queued: int, next_record: int) -> Load:
         return Load(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import resource
 import signal
 import socket
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import uvloop
 
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.errors import UsageError
+from powerband.folders import state_home
 from powerband.gateway.access_log import log_request
 from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.keys import SCOPES
 from powerband.gateway.app import make_app
 from powerband.gateway.discovery import discover
 from powerband.gateway.gateway import Gateway
@@ -51,11 +50,12 @@ def serve(settings: GatewaySettings, routes: Routes | None = None, replicas: Seq
             f"Listening on {settings.host} with auth 'open' would let anyone in.", hint="Use --auth keys.", param="auth"
         )
     _allow_all_descriptors()
-    database = Path(settings.database) if settings.database else state_folder() / "gateway" / "gateway.db"
+    database = Path(settings.database) if settings.database else state_home() / "gateway" / "gateway.db"
     with listen(settings.host, settings.port) as listener:
         books = Books.open(database, settings.books)
         try:
-            make_first_admin_key(books, database.with_name("admin.key"))
+            if not books.keys.admins():  # or nobody could make keys
+                books.make_admin_key(database.with_name("admin.key"), "first")
             return uvloop.run(_serve(settings, listener, books, database, routes, replicas))
         finally:
             books.close()
@@ -65,27 +65,6 @@ def _allow_all_descriptors() -> None:
     """A stream takes two sockets, and processes begin with leave for few of them."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def make_first_admin_key(books: Books, file: Path) -> None:
-    """Without one nobody could make keys. Raises EnvironmentFault."""
-    if any("admin" in key.scopes and books.keys.is_valid(key) for key in books.keys.list()):
-        return
-    _, secret = books.keys.create("first", SCOPES)
-    try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as key_file:
-            key_file.write(f"{secret}\n")
-    except OSError as problem:
-        raise EnvironmentFault(f"The first admin key cannot be kept in {file}: {problem.strerror}.") from None
-    logger.info("Made the first admin key: it is in %s.", file)
-
-
-def state_folder() -> Path:
-    """Where what outlives a process is kept: $POWERBAND_STATE, or 'powerband' in the user's state directory."""
-    if "POWERBAND_STATE" in os.environ:
-        return Path(os.environ["POWERBAND_STATE"])
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "powerband"
 
 
 async def _serve(

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from powerband.cache import cache_directory
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.folders import cache_directory
 from powerband.spec.device import detect_cpu
 from powerband.spec.fields import shown
 from powerband.spec.profile import DeviceProfile, Price

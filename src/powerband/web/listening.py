@@ -86,6 +86,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """One that the system says is free; somebody else may take it first."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def url_of(host: str, listener: socket.socket) -> str:
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{listener.getsockname()[1]}"

@@ -103,6 +103,17 @@ class Subject:
             raise UsageError(f"{self.model} on {self.profile.name}: {found.problem}.", param="plan")
         return found
 
+    def precision(self, kv_names: Mapping[str, str]) -> dict[str, str]:
+        """The flags that vLLM and SGLang share. kv_names: by the plan's KV precision. Raises UsageError."""
+        kv = kv_names.get(self.replica.kv_precision)
+        if kv is None:
+            raise self.cannot("kv_precision", f"It is told one of: {', '.join(kv_names)}.")
+        if kv == "auto" and self.stored.kv_precision is not None:
+            kv = "bfloat16"
+        quantization = self.to_quantize()
+        found = {"--kv-cache-dtype": kv}
+        return {**found, "--quantization": quantization} if quantization != "none" else found
+
     def to_quantize(self) -> Quantization:
         """What the engine must make of the weights while it loads them; 'none': as they are stored."""
         asked = self.replica.quantization

@@ -48,7 +48,7 @@ class SGLangAdapter:
             "--chunked-prefill-size": str(replica.max_num_batched_tokens),
             "--max-prefill-tokens": str(replica.max_num_batched_tokens),
             **_memory(subject),
-            **_precision(subject),
+            **subject.precision(_KV),
             **_drafts(subject, order.drafter),
         }
         flags = ["--enable-metrics", "--enable-cache-report"]
@@ -70,17 +70,6 @@ def _memory(subject: Subject) -> dict[str, str]:
         offloaded = layer_weight_bytes(subject.spec, replica) * replica.offload_share
         found["--cpu-offload-gb"] = str(math.ceil(offloaded / 2**30))  # whole ones only
     return found
-
-
-def _precision(subject: Subject) -> dict[str, str]:
-    kv = _KV.get(subject.replica.kv_precision)
-    if kv is None:
-        raise subject.cannot("kv_precision", f"It is told one of: {', '.join(_KV)}.")
-    if kv == "auto" and subject.stored.kv_precision is not None:
-        kv = "bfloat16"
-    quantization = subject.to_quantize()
-    found = {"--kv-cache-dtype": kv}
-    return {**found, "--quantization": quantization} if quantization != "none" else found
 
 
 def _drafts(subject: Subject, drafter: str) -> dict[str, str]:

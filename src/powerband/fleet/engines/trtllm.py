@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import yaml
 
-from powerband.cache import cache_directory
 from powerband.errors import UsageError
 from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable
+from powerband.folders import cache_directory
 from powerband.spec.deployment import EngineName
 
 _KV = {"16bit": "auto", "fp8": "fp8"}

@@ -36,7 +36,7 @@ class VLLMAdapter:
             "--host": order.host,
             "--port": str(order.port),
             **_layout(subject),
-            **_precision(subject),
+            **subject.precision(_KV),
             **_limits(subject),
             **_drafts(subject, order.drafter),
         }
@@ -64,17 +64,6 @@ def _layout(subject: Subject) -> dict[str, str]:
         offloaded = layer_weight_bytes(subject.spec, replica) * replica.offload_share
         found["--cpu-offload-gb"] = f"{offloaded / 2**30:.2f}"  # GiB of each GPU
     return found
-
-
-def _precision(subject: Subject) -> dict[str, str]:
-    kv = _KV.get(subject.replica.kv_precision)
-    if kv is None:
-        raise subject.cannot("kv_precision", f"It is told one of: {', '.join(_KV)}.")
-    if kv == "auto" and subject.stored.kv_precision is not None:
-        kv = "bfloat16"
-    quantization = subject.to_quantize()
-    found = {"--kv-cache-dtype": kv}
-    return {**found, "--quantization": quantization} if quantization != "none" else found
 
 
 def _limits(subject: Subject) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,15 +12,17 @@ from typing import Any
 
 from starlette.requests import Request
 
+from powerband.errors import EnvironmentFault
 from powerband.gateway.accounts.audit import Audit
 from powerband.gateway.accounts.content import Content
 from powerband.gateway.accounts.feedback import Feedback
-from powerband.gateway.accounts.keys import Key, Keys
+from powerband.gateway.accounts.keys import SCOPES, Key, Keys
 from powerband.gateway.accounts.ledger import Ledger, spent
 from powerband.gateway.accounts.limits import Limits
 from powerband.gateway.accounts.store import Store
 from powerband.gateway.books_options import BooksOptions
 
+logger = logging.getLogger(__name__)
 _CLAIMED_CHARS = 60
 
 
@@ -60,6 +64,16 @@ class Books:
     def open(cls, path: Path, options: BooksOptions | None = None) -> Books:
         """Raises EnvironmentFault when the file cannot be used, or another process has it open."""
         return cls(Store(path), options or BooksOptions())
+
+    def make_admin_key(self, file: Path, name: str) -> None:
+        """A key with all scopes, kept in a file for this user's eyes. Raises EnvironmentFault."""
+        _, secret = self.keys.create(name, SCOPES)
+        try:
+            with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as key_file:
+                key_file.write(f"{secret}\n")
+        except OSError as problem:
+            raise EnvironmentFault(f"The admin key cannot be kept in {file}: {problem.strerror}.") from None
+        logger.info("Made an admin key: it is in %s.", file)
 
     def audit(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
         """Note what an administrator did. what: plain values, no secrets. Raises StoreUnavailable."""

@@ -110,6 +110,10 @@ class Keys:
             raise self._wrong("revoked_api_key", "The API key was revoked.")
         raise self._wrong("expired_api_key", "The API key has expired.")
 
+    def admins(self) -> tuple[Key, ...]:
+        """Those that can administer the gateway now."""
+        return tuple(key for key in self._keys.values() if "admin" in key.scopes and self.is_valid(key))
+
     def is_valid(self, key: Key) -> bool:
         return key.revoked_at is None and (key.expires_at is None or key.expires_at > self._wall())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import httptools
 
@@ -331,11 +331,9 @@ class Connection(asyncio.Protocol):
         self._owner.free(self)
 
 
-class Keeper:
+class Keeper(Protocol):
     """Who keeps connections: told when one is free, and when one is lost."""
 
-    def free(self, connection: Connection) -> None:
-        raise NotImplementedError
+    def free(self, connection: Connection) -> None: ...
 
-    def lost(self, connection: Connection) -> None:
-        raise NotImplementedError
+    def lost(self, connection: Connection) -> None: ...

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from powerband.cache import cache_directory
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.folders import cache_directory
 from powerband.spec.device import detect_cpu
 
 TIERS = ("amx", "avx512", "avx2", "plain")
