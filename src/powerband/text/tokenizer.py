@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,30 +12,38 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
 from powerband.text.pieces import PieceRules, piece_rules
 
-_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja", "tokenizer.model"]
+logger = logging.getLogger(__name__)
+
+_FILES = ["tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "*.jinja", "tokenizer.model"]
 _LEGACY_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What a tokenizer must be able to encode and decode before it is used: each shape of text that a step may fail on.
+_SAMPLES = ("", " ", "a", "Hello, world!", "\n\t  x", "Würde 東京 🙂", "0123456789 " * 20)
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. Nothing changes after loading, so threads may share it.
 
-    `special_tokens` maps bos_token, eos_token, … to their text, as chat templates expect them.
+    `special_tokens` maps bos_token, eos_token, … to their text, as chat templates expect them; `config` is
+    tokenizer_config.json.
     """
 
     def __init__(self, rust: RustTokenizer, config: dict[str, Any], folder: Path) -> None:
         rust.no_truncation()
         rust.no_padding()
+        files = read_token_files(config, folder, rust)
+        rust.add_tokens(files.added)
+        rust.encode_special_tokens = config.get("split_special_tokens") is True
+        _warn_of_other_ids(rust, files, folder)
         self.folder = folder
         self.config = config
         self.vocab_size: int = rust.get_vocab_size(with_added_tokens=True)
-        self.special_tokens = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
+        self.special_tokens = files.named
         self.bos_token_id = self._id_of(rust, "bos_token")
         self.eos_token_id = self._id_of(rust, "eos_token")
-        added = rust.get_added_tokens_decoder()
-        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.special_ids = frozenset(id for id in rust.get_added_tokens_decoder() if _is_skipped(rust, id))
         self.rules: PieceRules | None = piece_rules(json.loads(rust.to_str()).get("decoder"))
         self._rust = rust
         self._bytes: dict[int, bytes] = {}
@@ -60,13 +70,17 @@ class Tokenizer:
             )
         try:
             rust = RustTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
+            tokenizer = cls(rust, read_table(path / CONFIG), path)
+            tokenizer._check()
+        except BaseException as error:
+            if isinstance(error, EnvironmentFault) or not (isinstance(error, Exception) or _is_panic(error)):
+                raise
             raise EnvironmentFault(
-                f"{file} is not a tokenizer that can be read: {error}.",
+                f"{file} is not a tokenizer that can be used: {_reason(error)}.",
                 hint="Fetch the file again, or upgrade the tokenizers package.",
                 code="tokenizer_format",
             ) from error
-        return cls(rust, _read_config(path), path)
+        return tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with special tokens (usually BOS) as the post-processor of
@@ -84,11 +98,26 @@ class Tokenizer:
                 "The text has half of a surrogate pair, which is not a character.",
                 hint="Send complete characters (in JSON, both \\u escapes of a pair).",
             ) from error
+        except BaseException as error:
+            if not (isinstance(error, Exception) or _is_panic(error)):
+                raise
+            raise InvalidRequest(
+                f"The model's tokenizer cannot encode this text: {_reason(error)}.",
+                hint="Send other text, or token ids.",
+                code="tokenizer_failed",
+            ) from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Ids outside the vocabulary stand for nothing."""
-        text: str = self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of `ids`. Ids outside the vocabulary stand for nothing. Raises InvalidRequest."""
+        try:
+            text: str = self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            if not (isinstance(error, Exception) or _is_panic(error)):
+                raise
+            raise InvalidRequest(
+                f"The model's tokenizer cannot decode these tokens: {_reason(error)}.", code="tokenizer_failed"
+            ) from error
         return text
 
     def token(self, id: int) -> str:
@@ -108,34 +137,46 @@ class Tokenizer:
         id: int | None = self._rust.token_to_id(piece)
         return id
 
+    def _check(self) -> None:
+        """Encode and decode samples and every token. Raises whatever the library panics with.
+
+        An Exception is no reason to refuse: a vocabulary of a few words cannot encode others, and serves token ids.
+        """
+        for text in _SAMPLES:
+            for add_special_tokens in (True, False):
+                with contextlib.suppress(Exception):
+                    self._rust.encode(text, add_special_tokens=add_special_tokens)
+        with contextlib.suppress(Exception):
+            self._rust.decode(list(range(self.vocab_size)), skip_special_tokens=False)
+
     def _id_of(self, rust: RustTokenizer, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else rust.token_to_id(text)
 
 
-def _token_text(value: Any) -> str | None:
-    """tokenizer_config.json gives a special token as a string or as an object with `content`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+def _warn_of_other_ids(rust: RustTokenizer, files: TokenFiles, folder: Path) -> None:
+    """Added tokens get the next free ids, whatever the files say; the same in transformers."""
+    wrong = [(text, id, rust.token_to_id(text)) for text, id in files.given_ids.items() if rust.token_to_id(text) != id]
+    if wrong:
+        text, id, actual = wrong[0]
+        logger.warning(
+            "%s: the files give %r the id %d, but its place in the vocabulary is %s (%d such tokens)",
+            *(folder, text, id, actual, len(wrong)),
+        )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with special tokens that only special_tokens_map.json names."""
-    merged: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EnvironmentFault(
-                f"{file} cannot be read: {error}.", hint="Fetch the file again.", code="tokenizer_format"
-            ) from error
-        if isinstance(content, dict):
-            merged.update(content)
-    return merged
+def _is_skipped(rust: RustTokenizer, id: int) -> bool:
+    """Whether decoding leaves a token out as special: asked of the library, where once special is always special."""
+    return not rust.decode([id], skip_special_tokens=True) and bool(rust.decode([id], skip_special_tokens=False))
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the Rust library panicked: its exception is no Exception, and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _reason(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
 
 
 def _download(name: str, revision: str | None) -> Path:

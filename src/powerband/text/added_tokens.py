@@ -1,0 +1,150 @@
+"""Tokens that stand beside tokenizer.json: in tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
+Which file counts, and in which order tokens are added, is as in transformers 5 (`from_pretrained` of
+tokenization_utils_base.py, `__init__` of tokenization_utils_tokenizers.py), so that ids and special tokens
+are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RustTokenizer
+
+from powerband.errors import EnvironmentFault
+
+CONFIG = "tokenizer_config.json"
+_MAP = "special_tokens_map.json"
+_ADDED = "added_tokens.json"
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFiles:
+    """What the files beside tokenizer.json say.
+
+    `named` maps bos_token, eos_token, … and names of the model's own (image_token)
+    to their text; `added` are tokens to add to those of tokenizer.json, in this order; `given_ids` are the ids that
+    the files give to some of them.
+    """
+
+    named: dict[str, str]
+    added: list[AddedToken]
+    given_ids: dict[str, int]
+
+
+def read_token_files(config: dict[str, Any], folder: Path, rust: RustTokenizer) -> TokenFiles:
+    """The tokens of a checkpoint, of which `config` is tokenizer_config.json and `rust` tokenizer.json.
+
+    Raises EnvironmentFault naming the file.
+    """
+    known = rust.get_added_tokens_decoder()
+    given: dict[int, AddedToken] = {}
+    merged = dict(config)
+    if "added_tokens_decoder" in config:
+        given = _checked(folder / CONFIG, lambda: _decoder(config["added_tokens_decoder"]))
+        by_text = {token.content: token for token in given.values()}
+    else:
+        merged |= _checked(folder / _MAP, lambda: _special(read_table(folder / _MAP)))
+        given = _checked(folder / _ADDED, lambda: _legacy(read_table(folder / _ADDED), merged))
+        by_text = {token.content: token for token in (*given.values(), *known.values())}
+        given = {**given, **known}  # of two tokens with one id, the one of tokenizer.json
+    named = {name: by_text.get(token.content, token) for name, token in _named(merged).items()}
+    extra = _checked(folder / CONFIG, lambda: _extra(merged))
+    return TokenFiles(
+        named={name: token.content for name, token in named.items()},
+        added=_to_add(known, given, named, extra),
+        given_ids={token.content: id for id, token in given.items()},
+    )
+
+
+def _to_add(
+    known: dict[int, AddedToken], given: dict[int, AddedToken], named: dict[str, AddedToken], extra: list[AddedToken]
+) -> list[AddedToken]:
+    """Given tokens in the order of their ids, then named and extra special tokens that nothing else has."""
+    same = {repr(token) for token in known.values()}
+    added = [token for _, token in sorted(given.items()) if repr(token) not in same]
+    texts = {token.content for token in (*known.values(), *added)}
+    for token in (*named.values(), *extra):
+        if token.content not in texts:
+            texts.add(token.content)
+            added.append(token)
+    special = {token.content for token in named.values()}
+    for token in added:
+        token.special = token.special or token.content in special
+    return added
+
+
+def _decoder(table: Any) -> dict[int, AddedToken]:
+    """added_tokens_decoder: id → token with its flags."""
+    return {int(id): _token(value) for id, value in table.items()}
+
+
+def _special(table: dict[str, Any]) -> dict[str, Any]:
+    """special_tokens_map.json, all of whose tokens are special."""
+    return {name: {**value, "special": True} if isinstance(value, dict) else value for name, value in table.items()}
+
+
+def _legacy(table: dict[str, Any], config: dict[str, Any]) -> dict[int, AddedToken]:
+    """added_tokens.json: text → id. A token is special where the other files name it as one."""
+    special = {token.content for token in (*_named(config).values(), *_extra(config))}
+    return {
+        int(id): AddedToken(text, normalized=text not in special, special=text in special) for text, id in table.items()
+    }
+
+
+def _named(config: dict[str, Any]) -> dict[str, AddedToken]:
+    """Standard names first, then those of the model's own: keys in _token, and extra_special_tokens as a table."""
+    own = [name for name in config if name.endswith("_token") and name not in _NAMES]
+    found = {name: config[name] for name in (*_NAMES, *own) if _is_token(config.get(name))}
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        found |= {name: value for name, value in extra.items() if _is_token(value)}
+    return {name: _token(value, special=True) for name, value in found.items()}
+
+
+def _extra(config: dict[str, Any]) -> list[AddedToken]:
+    """extra_special_tokens, which was additional_special_tokens until transformers 4."""
+    values = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return [] if isinstance(values, dict) else [_token(value, special=True) for value in values]
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _token(value: Any, special: bool = False) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=special)
+    flags = {name: value[name] for name in _FLAGS if isinstance(value.get(name), bool)}
+    return AddedToken(value["content"], **({"special": special} | flags))
+
+
+def _checked(file: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise EnvironmentFault(
+            f"{file} has tokens in a form that cannot be read: {error!r}.",
+            hint="Each is a string, or an object with 'content'; ids are whole numbers. Fetch the file again.",
+            code="tokenizer_format",
+        ) from error
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """The table in a file; empty when there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EnvironmentFault(
+            f"{file} cannot be read: {error}.", hint="Fetch the file again.", code="tokenizer_format"
+        ) from error
+    return content if isinstance(content, dict) else {}
