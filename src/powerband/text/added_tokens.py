@@ -67,14 +67,10 @@ def read_token_files(config: dict[str, Any], folder: Path, rust: RustTokenizer) 
 def _to_add(
     known: dict[int, AddedToken], given: dict[int, AddedToken], named: dict[str, AddedToken], extra: list[AddedToken]
 ) -> list[AddedToken]:
-    """Given tokens in the order of their ids, then named and extra special tokens that nothing else has."""
-    same = {repr(token) for token in known.values()}
-    added = [token for _, token in sorted(given.items()) if repr(token) not in same]
+    """Given tokens in the order of their ids, then named and extra special tokens; of one text the last counts."""
+    added = [token for _, token in sorted(given.items())]
     texts = {token.content for token in (*known.values(), *added)}
-    for token in (*named.values(), *extra):
-        if token.content not in texts:
-            texts.add(token.content)
-            added.append(token)
+    added += [token for token in (*named.values(), *extra) if token.content not in texts]
     special = {token.content for token in named.values()}
     for token in added:
         token.special = token.special or token.content in special
