@@ -1,4 +1,4 @@
-"""Tokens that only the files beside tokenizer.json name: the same ids and texts as AutoTokenizer, however they are said."""
+"""Tokens that only the files beside tokenizer.json name: the same ids and texts as AutoTokenizer."""
 
 import json
 import logging

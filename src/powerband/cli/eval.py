@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from powerband.engine.llm import LLM
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-OWN_OR_WITHOUT_MEANING = ("dtype", "seed", "served_model_name", "load_format", "scheduling_policy")
+OWN_OR_WITHOUT_MEANING = ("dtype", "seed", "generation_config", "served_model_name", "load_format", "scheduling_policy")
 ANSWER_TOKENS = 128  # more than the longest answer takes
 PIECE_CHARS = 1500  # of held-out text, measured without what stands before it
 PIECES = 32

@@ -81,10 +81,15 @@ def generate(
         bool, Parameter(help="Go on from the prompt as it is, without the model's chat template", negative="")
     ] = False,
     max_tokens: Annotated[
-        int | None, Parameter(help="Most output tokens; default: 256, or what the context leaves")
+        int | None, Parameter(help="Most output tokens; default: the model's own, else 256, or what the context leaves")
     ] = None,
-    temperature: Annotated[float, Parameter(help="0: always the most likely token")] = 0.0,
-    top_p: Annotated[float, Parameter(help="Only the most likely tokens that together reach this probability")] = 1.0,
+    temperature: Annotated[
+        float | None, Parameter(help="0: always the most likely token; default: the model's own, else 0")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        Parameter(help="Only the most likely tokens that together reach this probability; default: the model's own"),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Write the model's answer to a prompt on stdout, as it is generated."""
@@ -94,13 +99,15 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("The prompt is empty.", param="prompt")
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    output = asyncio.run(_generate(replace(settings.engine, max_num_seqs=1), text, raw, params, show=not json))
+    asked: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    given = {name: value for name, value in asked.items() if value is not None}
+    SamplingParams(**given)  # wrong values are refused before the model is loaded
+    output = asyncio.run(_generate(replace(settings.engine, max_num_seqs=1), text, raw, given, show=not json))
     print(json_format.dumps(output.report(), indent=2) if json else "")
     return 0
 
 
-async def _generate(settings: EngineSettings, text: str, raw: bool, params: SamplingParams, show: bool) -> Output:
+async def _generate(settings: EngineSettings, text: str, raw: bool, given: dict[str, Any], show: bool) -> Output:
     """Run the request in an engine of its own. With `show`, the text goes to stdout piece by piece."""
     from powerband.engine.messages import RemoteError
     from powerband.engine.output import OutputProcessor
@@ -118,7 +125,7 @@ async def _generate(settings: EngineSettings, text: str, raw: bool, params: Samp
                 f"{settings.model} has no tokenizer.", hint="Name one with --tokenizer.", param="tokenizer"
             )
         token_ids = _token_ids(tokenizer, text, raw, settings.chat_template)
-        params = _complete(params, len(token_ids), info)
+        params = _complete(given, len(token_ids), info.with_end(tokenizer.eos_token_id))
         request = EngineRequest(id="generate", token_ids=token_ids, params=params, arrival_s=time.monotonic())
         output = Output(len(token_ids), request.arrival_s)
         processor = OutputProcessor(tokenizer, params, token_ids)
@@ -150,10 +157,11 @@ def _token_ids(tokenizer: Tokenizer, text: str, raw: bool, template_file: str | 
     return tokenizer.encode(chat, add_special_tokens=False)
 
 
-def _complete(params: SamplingParams, prompt_tokens: int, info: EngineInfo) -> SamplingParams:
+def _complete(given: dict[str, Any], prompt_tokens: int, info: EngineInfo) -> SamplingParams:
     """With what only the model knows. Raises RequestTooLong when prompt and output exceed its context."""
+    fields = {"temperature": 0.0, **info.sampling_defaults}
     room = info.max_model_len - prompt_tokens
-    max_tokens = params.max_tokens or min(DEFAULT_MAX_TOKENS, room)
+    max_tokens = given.get("max_tokens") or min(int(fields.pop("max_tokens", DEFAULT_MAX_TOKENS)), room)
     if max_tokens < 1 or max_tokens > room:
         raise RequestTooLong(
             f"The context holds {info.max_model_len} tokens: the prompt has {prompt_tokens}, which leaves room for "
@@ -161,4 +169,4 @@ def _complete(params: SamplingParams, prompt_tokens: int, info: EngineInfo) -> S
             limit=info.max_model_len,
             hint="Shorten the prompt, or lower --max-tokens.",
         )
-    return replace(params, max_tokens=max_tokens, eos_token_ids=info.eos_token_ids)
+    return SamplingParams(**{**fields, **given, "max_tokens": max_tokens, "eos_token_ids": info.eos_token_ids})

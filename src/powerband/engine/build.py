@@ -27,6 +27,7 @@ from powerband.cost.steps import Form
 from powerband.engine.attention import Choice, choose_backend
 from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
+from powerband.engine.generation_config import end_token_ids, sampling_defaults
 from powerband.engine.kernels.cpu.library import FAST_TIERS
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.engine.kernels.cpu.library import load as load_kernels
@@ -83,6 +84,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     told("resolve", 0.0)
     folder = resolve_model(settings)
     spec = read_model_spec(folder)
+    defaults = sampling_defaults(settings, folder)
     _check_quantization(spec, folder)
     stopwatch.lap("resolve")
     cpu = detect_cpu()
@@ -126,7 +128,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     scheduler = _scheduler(settings, memory, executor, known)
     residuals = Residuals(known.model) if known is not None else None
     core = EngineCore(scheduler, executor, clock, inbox, _all_of(step_log, residuals))
-    info = _info(settings, spec, folder, memory, report, choice, kernels, executor)
+    info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor)
     info.refuses_late = known is not None
     return Engine(core, info, spec, settings, executor, scheduler, memory, form, residuals, report, step_log)
 
@@ -268,6 +270,7 @@ def _info(
     settings: EngineSettings,
     spec: ModelSpec,
     folder: Path,
+    defaults: dict[str, float | int],
     memory: MemoryPlan,
     report: DeviceReport,
     choice: Choice,
@@ -278,6 +281,7 @@ def _info(
     if (resident := _resident_bytes(executor.config.device)) is not None:
         measured["total"] = resident
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
+    sampling = ", ".join(f"{name} {value:g}" for name, value in defaults.items()) or "temperature 1"
     products = ", ".join(f"{name} ({count})" for name, count in executor.providers.items()) or "torch"
     summary = "\n".join(
         [
@@ -288,6 +292,7 @@ def _info(
             f"products   {products}",
             memory.table(measured),
             f"KV cache   {memory.kv_tokens} tokens, requests of up to {memory.max_model_len}",
+            f"sampling   {sampling}, where a request says nothing else",
             f"start      {phases}",
         ]
     )
@@ -295,7 +300,8 @@ def _info(
         model_folder=str(folder),
         max_model_len=memory.max_model_len,
         vocab_size=spec.vocab_size,
-        eos_token_ids=list(spec.eos_token_ids),
+        eos_token_ids=end_token_ids(settings, folder, spec.eos_token_ids, spec.vocab_size),
+        sampling_defaults=defaults,
         kv_capacity_tokens=memory.kv_tokens,
         device=report.device,
         dtype=settings.dtype,

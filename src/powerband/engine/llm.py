@@ -44,10 +44,11 @@ class LLM:
         asked = EngineSettings(model=model, **settings)
         self._inbox = LocalInbox()
         self._engine = build_engine(asked, inbox=self._inbox, clock=MonotonicClock())
-        self.info = self._engine.info
         self.settings = self._engine.settings  # with every default that depends on model or machine filled in
         revision = asked.revision if asked.tokenizer is None else None
-        self._tokenizer = Tokenizer.load(asked.tokenizer or self.info.model_folder, revision=revision)
+        info = self._engine.info
+        self._tokenizer = Tokenizer.load(asked.tokenizer or info.model_folder, revision=revision)
+        self.info = info.with_end(self._tokenizer.eos_token_id if self._tokenizer is not None else None)
         self._reader = PromptReader(self.info, self._tokenizer)
         self._template: ChatTemplate | None = None
         self._ids = map(str, itertools.count())
@@ -64,12 +65,13 @@ class LLM:
         """Answer every prompt; results are in the order of the prompts.
 
         A prompt is text, a list of token ids, or vLLM's {"prompt": …} or {"prompt_token_ids": …}. `sampling_params` are
-        for all, or one per prompt. `use_tqdm`: show progress on stderr. A request that fails in the engine ends with
-        finish_reason "error", alone. Raises InvalidRequest, naming the prompt, before anything starts; EngineDead;
-        and KeyboardInterrupt on Ctrl-C, when everything has been aborted and the engine is ready for more.
+        for all, or one per prompt; default: `get_default_sampling_params()`. `use_tqdm`: show progress on stderr. A
+        request that fails in the engine ends with finish_reason "error", alone. Raises InvalidRequest, naming the
+        prompt, before anything starts; EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted
+        and the engine is ready for more.
         """
         every_prompt = listed(prompts)
-        every_params = one_per_prompt(sampling_params, len(every_prompt))
+        every_params = one_per_prompt(sampling_params or self.get_default_sampling_params(), len(every_prompt))
         every_priority = self._priorities(priority, len(every_prompt))
         groups = []
         for index, (prompt, params) in enumerate(zip(every_prompt, every_params, strict=True)):
@@ -103,6 +105,10 @@ class LLM:
                 )
             prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What counts where no sampling_params are given: generation_config.json's, as `generation_config` has it."""
+        return SamplingParams(**self.info.sampling_defaults)  # type: ignore[arg-type]  # checked when they were read
 
     def get_tokenizer(self) -> Tokenizer | None:
         """None when the checkpoint has none; then prompts are token ids."""

@@ -64,13 +64,20 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     model_folder: str  # where config.json and the tokenizer lie
     max_model_len: int
     vocab_size: int  # width of the logits: larger token ids do not exist
-    eos_token_ids: list[int]
+    eos_token_ids: list[int]  # of config.json and generation_config.json; who has the tokenizer adds its own
+    sampling_defaults: dict[str, float | int] = {}  # fields of SamplingParams that the checkpoint gives a value
     kv_capacity_tokens: int
     device: str
     dtype: str
     summary: str  # the start-up block: model, memory plan predicted beside measured, seconds per phase
     config: dict[str, Any]  # the effective settings
     refuses_late: bool = False  # a latency model is there, and with it deadlines are checked at arrival
+
+    def with_end(self, token_id: int | None) -> EngineInfo:
+        """The same, with the tokenizer's eos among the tokens that end an answer: models are trained to write it."""
+        if token_id is None or token_id >= self.vocab_size or token_id in self.eos_token_ids:
+            return self
+        return msgspec.structs.replace(self, eos_token_ids=[*self.eos_token_ids, token_id])
 
 
 class Phase(msgspec.Struct, tag=True):

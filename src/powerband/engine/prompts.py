@@ -121,10 +121,10 @@ def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return every
 
 
-def one_per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def one_per_prompt(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     """Parameters for each of `count` prompts. Raises InvalidRequest when their number differs."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
     wrong = next((item for item in params if not isinstance(item, SamplingParams)), None)
     if wrong is not None:
         raise InvalidRequest(f"{wrong!r} is no SamplingParams.", param="sampling_params")

@@ -101,6 +101,7 @@ class Replica:
         template = None
         if tokenizer is not None:
             template = await self.in_thread(ChatTemplate.load, tokenizer, self.engine_settings.chat_template)
+        info = info.with_end(tokenizer.eos_token_id if tokenizer is not None else None)
         self._model = Model(info, tokenizer, template)
         loading_s = self._loading_s or engine_s
         self.seconds = {

@@ -25,10 +25,10 @@ def completion_params(body: CompletionRequest, model: Model, longest_prompt: int
         raise InvalidRequest(
             f"best_of is {body.best_of} and n is {body.n or 1}; only equal values are supported.", param="best_of"
         )
-    max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     room = model.info.max_model_len - longest_prompt
-    if body.max_tokens is None:
-        max_tokens = min(max_tokens, room)
+    max_tokens = _default_max_tokens(body, model, min(_COMPLETION_MAX_TOKENS, room))
+    if body.max_tokens is not None:
+        max_tokens = body.max_tokens
     if max_tokens == 0:
         if not body.echo:
             raise InvalidRequest("max_tokens is 0, which only makes sense with echo.", param="max_tokens")
@@ -38,7 +38,10 @@ def completion_params(body: CompletionRequest, model: Model, longest_prompt: int
 
 
 def chat_params(body: ChatRequest, model: Model, prompt_tokens: int) -> SamplingParams:
-    """Sampling for a chat. Without a limit the answer may fill the context. Raises InvalidRequest naming the field."""
+    """Sampling for a chat. Without a limit, also in generation_config.json, the answer may fill the context.
+
+    Raises InvalidRequest naming the field.
+    """
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens is not None and asked != body.max_tokens:
         raise InvalidRequest(
@@ -50,7 +53,13 @@ def chat_params(body: ChatRequest, model: Model, prompt_tokens: int) -> Sampling
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     room = model.info.max_model_len - prompt_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _params(body, model, room, room if asked is None else asked, logprobs)
+    return _params(body, model, room, _default_max_tokens(body, model, room) if asked is None else asked, logprobs)
+
+
+def _default_max_tokens(body: GenerationRequest, model: Model, limit: int) -> int:
+    """For a request that names no limit: the checkpoint's, as far as it goes, and no fewer than min_tokens."""
+    own = int(model.info.sampling_defaults.get("max_tokens", limit))
+    return min(limit, max(own, body.min_tokens or 0))
 
 
 def _params(
@@ -73,8 +82,9 @@ def _params(
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     if model.tokenizer is None and (stop or body.bad_words):
         model.need_tokenizer()
-    fields = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
-    fields.update(overrides)
+    fields: dict[str, Any] = {name: value for name, value in model.info.sampling_defaults.items() if name in _SAME_NAME}
+    fields |= {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
+    fields |= overrides
     params = SamplingParams(
         **fields,
         n=body.n or 1,

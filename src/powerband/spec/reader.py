@@ -21,16 +21,16 @@ _MAX_CONFIG_BYTES = 4 << 20
 def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
     """The model that `source` describes: a folder with config.json, the path of one, or its content.
 
-    A folder's generation_config.json, when there is one, replaces the token ids that end a text.
+    The token ids that end a text are those of config.json and of a folder's generation_config.json together. The
+    family's default counts where neither these nor tokenizer_config.json name one: in another vocabulary it is a word.
     Raises EnvironmentFault when the file is not there, UsageError when what it says cannot be served.
     """
     if isinstance(source, Mapping):
         return _read(source, "config.json")
     path = Path(source)
     if path.is_dir():
-        spec = _read(read_config(path / "config.json"), str(path / "config.json"))
-        generation = path / "generation_config.json"
-        return _with_ending(spec, Fields(read_config(generation), str(generation))) if generation.exists() else spec
+        values = read_config(path / "config.json")
+        return _with_ends(_read(values, str(path / "config.json")), values, path)
     return _read(read_config(path), str(path))
 
 
@@ -70,9 +70,21 @@ def _unknown(fields: Fields, model_type: str) -> UsageError:
     )
 
 
-def _with_ending(spec: ModelSpec, generation: Fields) -> ModelSpec:
-    ids = generation.integers("eos_token_id", high=MAX_VOCABULARY)
-    return replace(spec, eos_token_ids=ids) if ids else spec
+def _with_ends(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> ModelSpec:
+    names_end = "eos_token_id" in config or "eos_token_id" in _text_part(Fields(config, "")).values
+    ends = read_end_token_ids(folder / "generation_config.json")
+    if not names_end and (ends or _names_end(folder / "tokenizer_config.json")):
+        return replace(spec, eos_token_ids=ends)
+    return replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *ends))))
+
+
+def read_end_token_ids(file: Path) -> tuple[int, ...]:
+    """eos_token_id of a generation_config.json; empty when there is no file. Raises as read_model_spec."""
+    return Fields(read_config(file), str(file)).integers("eos_token_id", high=MAX_VOCABULARY) if file.exists() else ()
+
+
+def _names_end(tokenizer_config: Path) -> bool:
+    return tokenizer_config.exists() and read_config(tokenizer_config).get("eos_token") is not None
 
 
 def read_config(path: Path) -> dict[str, Any]:

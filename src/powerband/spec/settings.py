@@ -35,6 +35,12 @@ class EngineSettings:
     chat_template: str | None = setting(
         None, "File with a Jinja chat template that replaces the model's", group="Model"
     )
+    generation_config: str = setting(
+        "auto",
+        "How requests that do not say it are sampled: auto: as the model's generation_config.json says; off: by "
+        "Powerband's own defaults; or a folder that holds another generation_config.json",
+        group="Model",
+    )
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "'dummy' fills the weights with random numbers", group="Model"
     )
