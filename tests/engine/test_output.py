@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from powerband.core.params import SamplingParams
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.output import OutputDelta, OutputProcessor, StopFinder
+from powerband.errors import InvalidRequest
 from powerband.text.tokenizer import Tokenizer
 
 EOS = 256
@@ -161,3 +162,88 @@ def test_hostile_stop_strings_stay_cheap() -> None:
     assert len(shown) == 3000 - 255
     assert finder.feed("c") == ""
     assert finder.found == "a" * 255 + "c"
+
+
+IM_END, IM_START = "<|im_end|>", "<|im_start|>"
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer() -> Tokenizer:
+    """A token per byte, and two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    rust = RustTokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens([IM_END, IM_START])
+    return Tokenizer(rust, {}, Path())
+
+
+WRITTEN = f"AB{IM_END}\n{IM_START}CD"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "text", "found"),
+    [
+        ([IM_END], "AB", IM_END),
+        ([IM_END + "\n"], "AB", IM_END + "\n"),
+        (["B" + IM_END], "A", "B" + IM_END),
+        (["\n" + IM_START], "AB", "\n" + IM_START),
+        ([IM_END + "\n" + IM_START + "C"], "AB", IM_END + "\n" + IM_START + "C"),
+        (["B", IM_END], "A", "B"),
+        (["B" + IM_END + "\n", "B" + IM_END], "A", "B" + IM_END),
+        (["\n", IM_END + "\n"], "AB", IM_END + "\n"),
+        (["AB" + IM_START, "D"], None, "D"),
+    ],
+)
+def test_a_stop_string_with_a_special_token_ends_the_output_before_it(
+    chat_tokenizer: Tokenizer, stop: list[str], text: str | None, found: str, skip: bool
+) -> None:
+    ids = chat_tokenizer.encode(WRITTEN)
+    deltas = run(chat_tokenizer, SamplingParams(stop=stop, skip_special_tokens=skip), ids, [1] * len(ids))
+    end = WRITTEN.index(found)
+    shown = WRITTEN[:end].replace(IM_END, "").replace(IM_START, "") if skip else WRITTEN[:end]
+    assert joined(deltas) == shown
+    assert text is None or not skip or shown == text
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, found)
+
+
+def test_streams_show_nothing_of_a_stop_string_with_special_tokens_however_the_text_is_cut(
+    chat_tokenizer: Tokenizer,
+) -> None:
+    generator = random.Random(1)
+    parts = ["a", "b", " ", "é", IM_END, IM_START]
+    for _ in range(500):
+        written = "".join(generator.choice(parts) for _ in range(30))
+        stops = ["".join(generator.choice(parts) for _ in range(generator.randint(1, 4))) for _ in range(3)]
+        stops = [stop for stop in stops if IM_END in stop or IM_START in stop]
+        ids = chat_tokenizer.encode(written)
+        sizes = [generator.randint(1, 4) for _ in ids]
+        deltas = run(chat_tokenizer, SamplingParams(stop=stops), ids, sizes, finish_reason=FinishReason.LENGTH)
+        ends = [(written.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in written]
+        whole = written[: min(ends)[0] + min(ends)[1]] if ends else written
+        assert joined(deltas) == whole.replace(IM_END, "").replace(IM_START, "")
+        assert deltas[-1].stop_reason == (min(ends)[2] if ends else None)
+
+
+def test_other_stop_strings_do_not_match_inside_a_special_token_that_is_skipped(chat_tokenizer: Tokenizer) -> None:
+    ids = chat_tokenizer.encode(WRITTEN)
+    params = SamplingParams(stop=["|>", "im_end", "B\nC"])
+    deltas = run(chat_tokenizer, params, ids, [1] * len(ids), finish_reason=FinishReason.LENGTH)
+    assert joined(deltas) == "A"
+    assert deltas[-1].stop_reason == "B\nC"  # as the text that is given out has it
+
+
+def test_a_special_stop_string_is_shown_when_asked_for_and_delayed_by_min_tokens(chat_tokenizer: Tokenizer) -> None:
+    ids = chat_tokenizer.encode(WRITTEN + IM_END)
+    shown = run(chat_tokenizer, SamplingParams(stop=[IM_END], include_stop_str_in_output=True), ids, [1] * len(ids))
+    assert joined(shown) == "AB" + IM_END
+    late = run(chat_tokenizer, SamplingParams(stop=[IM_END], min_tokens=5), ids, [1] * len(ids))
+    assert joined(late) == "AB\nCD"
+    assert late[-1].finish_reason is FinishReason.STOP
+
+
+def test_an_output_with_a_special_stop_string_cannot_be_resumed(chat_tokenizer: Tokenizer) -> None:
+    processor = OutputProcessor(chat_tokenizer, SamplingParams(stop=["B" + IM_END]))
+    with pytest.raises(InvalidRequest, match="contain the stop string"):
+        processor.resume(chat_tokenizer.encode(WRITTEN))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from powerband.core.params import SamplingParams
 from powerband.core.request import OUTPUT_COMPLETE
@@ -32,13 +33,18 @@ class OutputProcessor:
     Text that may be the beginning of a stop string, or of a character, is held back until it is clear. Meaning is
     vLLM's: the text of a stop token is left out and a stop string too (unless include_stop_str_in_output); neither ends
     an output of fewer than min_tokens; token ids are complete in any case. Without a tokenizer all text is "".
+    Unlike in vLLM, a stop string with a special token in it is found where special tokens are skipped, too.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self._detokenizer = (
             None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
         )
-        self._stop = StopFinder(params.stop or [])
+        stop = params.stop or []
+        skips = params.skip_special_tokens and tokenizer is not None
+        special = [text for text in stop if skips and tokenizer is not None and _names_special(tokenizer, text)]
+        self._stop = StopFinder([text for text in stop if text not in special])
+        self._special_stop = SpecialStopFinder(tokenizer, special, prompt_ids) if tokenizer and special else None
         self._params = params
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -51,9 +57,9 @@ class OutputProcessor:
         for id in token_ids:
             self._text_of(id)
             self.num_tokens += 1
-            if self._stop.found:
+            if self._found:
                 raise InvalidRequest(
-                    f"The tokens to be resumed contain the stop string {self._stop.found!r}.",
+                    f"The tokens to be resumed contain the stop string {self._found!r}.",
                     param="resume_token_ids",
                     code=OUTPUT_COMPLETE,
                 )
@@ -71,7 +77,7 @@ class OutputProcessor:
             if not (ends_here and not self._params.include_stop_str_in_output):
                 delta.text += self._text_of(id)
             self.num_tokens += 1
-            if self._stop.found:
+            if self._found:
                 return self._end_with_string(delta, output)
         if output.finish_reason is not None:
             self._end(delta, output)
@@ -80,14 +86,23 @@ class OutputProcessor:
     def _text_of(self, id: int) -> str:
         if self._detokenizer is None:
             return ""
-        is_early = self.num_tokens < self._params.min_tokens
-        return self._stop.feed(self._detokenizer.append([id]), may_end=not is_early)
+        may_end = self.num_tokens >= self._params.min_tokens
+        piece, held = self._detokenizer.append([id]), self._stop.held
+        text = self._stop.feed(piece, may_end=may_end)
+        if self._special_stop is None:
+            return text
+        return self._special_stop.feed(id, piece, held, text, self._stop, may_end=may_end)
+
+    @property
+    def _found(self) -> str:
+        """The stop string that ended the output."""
+        return (self._special_stop.found if self._special_stop else "") or self._stop.found
 
     def _end_with_string(self, delta: OutputDelta, output: TokenOutput) -> OutputDelta:
         if self._params.include_stop_str_in_output:
-            delta.text += self._stop.found
+            delta.text += self._found
         delta.finish_reason = self.finish_reason = FinishReason.STOP
-        delta.stop_reason = self._stop.found
+        delta.stop_reason = self._found
         delta.must_abort = output.finish_reason is None
         return delta
 
@@ -97,6 +112,7 @@ class OutputProcessor:
         if output.stop_token_id is not None and output.stop_token_id not in (self._params.eos_token_ids or ()):
             delta.stop_reason = output.stop_token_id
         if self._detokenizer is not None:
+            delta.text += self._special_stop.waiting if self._special_stop else ""
             delta.text += self._stop.feed(self._detokenizer.flush(), may_end=False) + self._stop.held
 
 
@@ -149,3 +165,53 @@ class StopFinder:
                 if any(len(end) < len(stop) and stop.startswith(end) for stop in self._stop):
                     return start
         return len(text)
+
+
+class SpecialStopFinder:
+    """Finds stop strings with special tokens in them, where the text that is given out leaves special tokens out.
+
+    It reads the text with special tokens, and of the other text holds back what may belong to a stop string:
+
+    with them      ......... B<|im_end|>  |  held here: the beginning of "B<|im_end|>\\n"
+    without them   ......... B            |  so "B" waits
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt_ids: Sequence[int]) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, skip_special_tokens=False)
+        self._finder = StopFinder(stop)
+        self._marks = ""  # per character that the finder holds: "1" where the text given out has it, too
+        self.waiting = ""  # certain but for the strings here
+        self.found = ""
+
+    def feed(self, id: int, piece: str, held: str, text: str, other: StopFinder, *, may_end: bool) -> str:
+        """The text that is now certain, after a token.
+
+        piece: what the token adds to the text without special tokens; of this, `other` held `held` before the token,
+        and now gives out `text`. Where both find a string, the one counts that leaves less text.
+        """
+        whole = self._detokenizer.append([id])
+        num_given_out = min(len(piece), len(whole))
+        marks = self._marks + "0" * (len(whole) - num_given_out) + "1" * num_given_out
+        start = len(self._finder.feed(whole, may_end=may_end))
+        num_held = marks.count("1", start)
+        if self._finder.found:
+            before = _without_end(self.waiting + held + piece, num_held)
+            if not other.found or len(before) <= len(self.waiting + text):
+                self.found = self._finder.found
+                return before
+        certain = self.waiting + text
+        if other.found:
+            return certain
+        self._marks = marks[start:]
+        given = _without_end(certain, num_held - len(other.held))
+        self.waiting = certain[len(given) :]
+        return given
+
+
+def _without_end(text: str, length: int) -> str:
+    return text[: max(0, len(text) - length)] if length > 0 else text
+
+
+@lru_cache(maxsize=1024)
+def _names_special(tokenizer: Tokenizer, text: str) -> bool:
+    return any(token in text for token in map(tokenizer.token, tokenizer.special_ids) if token)
