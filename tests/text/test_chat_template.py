@@ -132,16 +132,16 @@ def test_a_bomb_ends_in_an_error_soon(name):
 
 
 def test_others_are_served_while_one_rendering_hangs():
-    source = "{% if messages|length > 1 %}" + BOMBS["nested"] + "{% endif %}ok"
+    source = "{% if messages|length > 9 %}" + BOMBS["nested"] + "{% endif %}{{ messages[0].content|trim }}"
     template = ChatTemplate({"default": source}, limits=TemplateLimits(seconds=2.0, max_workers=2))
     with ThreadPoolExecutor(1) as threads:
-        hanging = threads.submit(template.render, TALK)
+        hanging = threads.submit(template.render, [USER] * 10)
         for _ in range(20):
-            assert template.render([USER]) == "ok"
+            assert template.render([USER]) == USER["content"].strip()
         assert not hanging.done()
         with pytest.raises(InvalidRequest, match="longer than 2 s"):
             hanging.result()
-    assert template.render([USER]) == "ok"
+    assert template.render([USER]) == USER["content"].strip()
     template.close()
 
 
@@ -188,6 +188,81 @@ def test_hostile_templates_reach_nothing(source):
     assert not any(leak in shown for leak in LEAKS)
 
 
+OBJECTS = [
+    "raise_exception",
+    "strftime_now",
+    "namespace",
+    "range",
+    "dict",
+    "lipsum",
+    "cycler",
+    "cycler('a')",
+    "joiner",
+    "joiner()",
+    "messages[0].get",
+    "messages[0]['get']",
+    "messages[0].content.split",
+    "messages|attr('count')",
+    "messages|map(attribute='role')",
+    "messages|map(attribute='get')|list",
+    "messages|selectattr('role')",
+    "messages|reverse",
+    "messages|batch(1)",
+    "messages[0]|items",
+    "[messages[0].get, 1]",
+    "{'a': messages[0].get}",
+    "'' ~ messages[0].get",
+    "messages[0].get|string",
+    "messages[0].get|pprint",
+    "'%s'|format(messages[0].get)",
+    "'%s' % messages[0].get",
+    "'%r' % raise_exception",
+    "'{}'.format(messages[0].get)",
+    "'{0.get}'.format(messages[0])",
+    "'{0!r}'.format(raise_exception)",
+    "[raise_exception]|join",
+    "raise_exception(messages[0].get)",
+    "messages[0].get + 1",
+    "messages[raise_exception]",
+    "messages[0].get._function",
+    "messages[0].get.foo",
+    "(messages|map('upper')).gi_frame",
+    "namespace(a=messages[0].get)",
+    "self",
+    "messages[0].keys().mapping",
+    "messages[0].values()",
+    "strftime_now(raise_exception)",
+    "raise_exception|tojson",
+    "messages|tojson(default=raise_exception)",
+    "messages|sort(attribute='get')",
+    "messages|groupby('get')",
+]
+
+
+@pytest.mark.parametrize("expression", OBJECTS)
+def test_no_object_shows_its_address(expression):
+    source = "{% macro m() %}{% endmacro %}{{ m }}{% for x in messages %}{{ loop }}{{ loop.cycle }}{% endfor %}"
+    source += "{% block b %}{% endblock %}{{ self.b }}{{ messages[0].content }}{{ " + expression + " }}"
+    try:
+        shown = ChatTemplate({"default": source}, limits=QUICK).render([USER])
+    except (InvalidRequest, EnvironmentFault) as error:
+        shown = str(error)
+    assert "0x" not in shown
+    assert not any(leak in shown for leak in (*LEAKS, "powerband"))
+
+
+def test_methods_filters_and_functions_work_as_elsewhere(made):
+    source = """{% set ns = namespace(n=0) %}{% set c = cycler('a', 'b') %}{% set comma = joiner(', ') %}
+    {%- for m in messages %}{% set ns.n = ns.n + 1 %}{{ comma() }}{{ c.next() }}{{ m.get('role', 'x').upper() }}
+    {%- for key, value in m.items() %}{{ key }}={{ value.split(' ')[0] }}{% endfor %}{{ loop.cycle('o', 'e') }}
+    {{- ' %s {0} '.format(m['content'].strip()) % ns.n }}{% endfor %}
+    {{- messages|map(attribute='role')|unique|join('+') }}
+    {{- messages|selectattr('role', 'equalto', 'user')|list|length }}
+    {{- (messages|reverse|first).role }}{{ range(3)|list }}{{ dict(a=1).items()|list }}
+    {{- messages|map('length')|sum }}"""
+    assert made(source).render(TALK) == transformers_render(source, TALK, add_generation_prompt=True)
+
+
 def test_a_worker_sees_no_secrets(monkeypatch):
     from powerband.text import template_process
 
@@ -204,16 +279,20 @@ def test_a_broken_template_is_refused_when_loaded():
 
 
 def test_templates_are_found_where_checkpoints_keep_them(tmp_path):
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    def saying(word):
+        return word + "{% for m in messages %} {{ m.content }}{% endfor %}"
+
+    hello = [{"role": "user", "content": "hello"}]
+    named = [{"name": "default", "template": saying("plain")}, {"name": "tool_use", "template": saying("tools")}]
     in_config = ChatTemplate.load(Tokenizer.load(save(byte_level(), tmp_path, chat_template=named)))
-    assert in_config.render(TALK) == "plain"
-    assert in_config.render(TALK, tools=[TOOL]) == "tools"
-    (tmp_path / "chat_template.jinja").write_text("file")
+    assert in_config.render(hello) == "plain hello"
+    assert in_config.render(hello, tools=[TOOL]) == "tools hello"
+    (tmp_path / "chat_template.jinja").write_text(saying("file"))
     in_file = ChatTemplate.load(Tokenizer.load(tmp_path))
-    assert in_file.render(TALK) == "file"
-    (tmp_path / "mine").write_text("{{ bos_token }}mine")
+    assert in_file.render(hello) == "file hello"
+    (tmp_path / "mine").write_text(saying("{{ bos_token }}mine"))
     asked = ChatTemplate.load(Tokenizer.load(save(byte_level(), tmp_path, bos_token="<s>")), tmp_path / "mine")
-    assert asked.render(TALK) == "<s>mine"
+    assert asked.render(hello) == "<s>mine hello"
     for template in (in_config, in_file, asked):
         template.close()
 

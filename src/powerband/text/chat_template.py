@@ -45,7 +45,7 @@ class ChatTemplate:
                 )
         self._sources = dict(templates)
         self._variables = dict(variables or {})
-        self._processes = TemplateProcesses(self._sources, limits or TemplateLimits())
+        self._processes = TemplateProcesses(self._sources, self._variables, limits or TemplateLimits())
 
     @classmethod
     def load(
@@ -66,6 +66,9 @@ class ChatTemplate:
     ) -> str:
         """The prompt as text; encode it with add_special_tokens=False, because templates write BOS themselves.
 
+        Content is given to the template in a form that it reads: text, or parts. A "developer" is a "system" where the
+        template does not know that role. A message of which nothing is in the prompt is an error.
+
         Blocks for about 0.3 ms, at worst a little over the time limit: call it outside an event loop.
         Raises InvalidRequest (param "messages", "chat_template_kwargs", …).
         """
@@ -76,7 +79,8 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         name = "tool_use" if tools and "tool_use" in self._sources else "default"
-        chat = [_plain_message(m, i, self._processes.takes_parts[name]) for i, m in enumerate(messages)]
+        reads = self._processes.reads[name]
+        chat = [_plain_message(message, index, reads) for index, message in enumerate(messages)]
         if continue_final_message:
             _mark_end(chat)
         context = {
@@ -87,7 +91,9 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * len(json.dumps(context)))
+        text, left_out = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * len(json.dumps(context)))
+        if left_out is not None:
+            raise _left_out(messages, *left_out)
         return _cut_at_mark(text) if continue_final_message else text
 
     def close(self) -> None:
@@ -127,16 +133,43 @@ def _read(file: Path) -> str:
         ) from error
 
 
-def _plain_message(message: Mapping[str, Any], index: int, takes_parts: bool) -> dict[str, Any]:
-    """A message as templates expect it: content in the form that they read, tool arguments as objects."""
+def _plain_message(message: Mapping[str, Any], index: int, reads: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as the template expects it: role and content in the form that it reads, tool arguments as objects."""
     plain = dict(message)
+    if plain.get("role") == "developer" and not reads["developer"] and reads["forms"]["system"]:
+        plain["role"] = "system"
+    forms = reads["forms"].get(plain.get("role"), reads["forms"]["user"])
     content = plain.get("content")
     if isinstance(content, list):
         texts = [_text_of_part(part, f"messages.{index}.content.{i}") for i, part in enumerate(content)]
-        plain["content"] = [{"type": "text", "text": text} for text in texts] if takes_parts else "\n".join(texts)
+        plain["content"] = _in_form(texts, forms)
+    elif isinstance(content, str) and content and forms and "text" not in forms:
+        plain["content"] = _in_form([content], forms)
     if isinstance(plain.get("tool_calls"), list):
         plain["tool_calls"] = [_with_parsed_arguments(call) for call in plain["tool_calls"]]
     return plain
+
+
+def _in_form(texts: Sequence[str], forms: Sequence[str]) -> str | list[dict[str, str]]:
+    """Texts as parts where these are read; else joined, as text or as a single part."""
+    joined = "\n".join(texts)
+    if "parts" not in forms and ("text" in forms or not forms):
+        return joined
+    return [{"type": "text", "text": text} for text in (texts if "parts" in forms else [joined])]
+
+
+def _left_out(messages: Sequence[Mapping[str, Any]], index: int, part: int | None = None) -> InvalidRequest:
+    """The error for a message, or a part of one, that would never reach the model."""
+    param = f"messages.{index}"
+    what = f"message {index}, of the role {messages[index].get('role')!r}"
+    if part is not None:
+        param, what = f"{param}.content.{part}", f"part {part} of {what}"
+    return InvalidRequest(
+        f"The chat template leaves out {what}: the model would not see it.",
+        hint="Send it under another role or at another place, or use another template (--chat-template FILE).",
+        code="message_left_out",
+        param=param,
+    )
 
 
 def _text_of_part(part: Any, param: str) -> str:

@@ -37,7 +37,9 @@ class _TimedOut(Exception):
 class _Worker:
     """One process and the pipes to it."""
 
-    def __init__(self, sources: dict[str, str], limits: TemplateLimits) -> None:
+    def __init__(
+        self, sources: dict[str, str], limits: TemplateLimits, variables: dict[str, str] | None = None
+    ) -> None:
         self._limits = limits
         package_root = str(Path(__file__).parents[2])
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -54,11 +56,11 @@ class _Worker:
         self._out = cast(IO[bytes], self._process.stdout)
         os.set_blocking(self._in.fileno(), False)
         os.set_blocking(self._out.fileno(), False)
-        self.answer: dict[str, Any] = self._loaded(sources)
+        self.answer: dict[str, Any] = self._loaded({"sources": sources, "variables": variables or {}})
 
-    def _loaded(self, sources: dict[str, str]) -> dict[str, Any]:
+    def _loaded(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self.ask({"sources": sources}, self._limits.start_seconds)
+            return self.ask(request, self._limits.start_seconds)
         except _TimedOut:
             self.kill()
             return {"error": "reading it took too long or too much memory", "kind": "limit"}
@@ -105,21 +107,28 @@ class _Worker:
 
 
 class TemplateProcesses:
-    """Renders in whichever worker is free; starts another when none is, up to a limit. Threads may share it."""
+    """Renders in whichever worker is free; starts another when none is, up to a limit. Threads may share it.
 
-    def __init__(self, sources: dict[str, str], limits: TemplateLimits) -> None:
+    `reads` is by template what template_probes.learn found.
+    """
+
+    def __init__(self, sources: dict[str, str], variables: dict[str, str], limits: TemplateLimits) -> None:
         self._sources = sources
+        self._variables = variables
         self._limits = limits
         self._idle: list[_Worker] = []
         self._num_workers = 1
         self._condition = threading.Condition()
         worker = self._started()
-        self.takes_parts: dict[str, bool] = worker.answer["takes_parts"]
+        self.reads: dict[str, dict[str, Any]] = worker.answer["reads"]
         self._idle.append(worker)
         self._finalizer = weakref.finalize(self, _kill_all, self._idle)
 
-    def render(self, name: str, context: dict[str, Any], max_chars: int) -> str:
-        """Blocks for at most a little more than the time limit. Raises InvalidRequest."""
+    def render(self, name: str, context: dict[str, Any], max_chars: int) -> tuple[str, list[int] | None]:
+        """The text, and the first content that it leaves out (as template_probes.left_out has it).
+
+        Blocks for at most a little more than the time limit. Raises InvalidRequest.
+        """
         worker = self._take()
         try:
             answer = worker.ask({"name": name, "context": context, "max_chars": max_chars}, self._limits.seconds + 0.5)
@@ -138,15 +147,14 @@ class TemplateProcesses:
                 code="chat_template_limit" if answer["kind"] == "limit" else "chat_template_error",
                 param="messages",
             )
-        text: str = answer["text"]
-        return text
+        return answer["text"], answer["left_out"]
 
     def close(self) -> None:
         """End the workers. Renderings in progress finish first."""
         self._finalizer()
 
     def _started(self) -> _Worker:
-        worker = _Worker(self._sources, self._limits)
+        worker = _Worker(self._sources, self._limits, self._variables)
         if "error" in worker.answer:
             worker.kill()
             raise EnvironmentFault(

@@ -11,16 +11,15 @@ import json
 import resource
 import signal
 import sys
-from datetime import datetime
 from typing import Any, BinaryIO
 
 import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.exceptions import SecurityError
+
+from powerband.text.template_probes import learn, left_out
+from powerband.text.template_sandbox import make_environment
+
+_MAX_PROBE_CHARS = 1 << 20
 
 
 def read_message(stream: BinaryIO) -> Any:
@@ -37,89 +36,6 @@ def to_message(value: Any) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks an assistant's tokens for training; rendering takes only what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(Namespace):
-    """A namespace that refuses names with underscores, which could reach Python's own."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        names = dict(*rest, **kwargs)
-        for name in names:
-            _refuse_underscore(name)
-        Namespace.__init__(self, names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_underscore(name: str) -> None:
-    if str(name).startswith("_"):
-        raise SecurityError(f"a namespace cannot hold {name!r}: it begins with an underscore")
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Plain JSON: Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def make_environment() -> ImmutableSandboxedEnvironment:
-    """The environment that authors of chat templates expect: transformers' globals, filters and trimming."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "namespace": _Namespace,
-    }
-    return environment
-
-
-def takes_parts(environment: jinja2.Environment, source: str) -> bool:
-    """Whether a template walks through content in parts, rather than taking it as a string."""
-    tree = environment.parse(source)
-    aliases = {
-        node.target.name
-        for node in tree.find_all(nodes.Assign)
-        if isinstance(node.target, nodes.Name) and _mentions_content(node.node, set())
-    }
-    return any(_mentions_content(loop.iter, aliases) for loop in tree.find_all(nodes.For))
-
-
-def _mentions_content(node: nodes.Node, aliases: set[str]) -> bool:
-    match node:
-        case nodes.Getattr(attr="content"):
-            return True
-        case nodes.Getitem(arg=nodes.Const(value="content")):
-            return True
-        case nodes.Name(name=name):
-            return name in aliases
-        case nodes.Filter(node=nodes.Node() as inner):
-            return _mentions_content(inner, aliases)
-    return False
-
-
 def _render(template: jinja2.Template, context: dict[str, Any], max_chars: int) -> dict[str, Any]:
     pieces: list[str] = []
     size = 0
@@ -131,15 +47,39 @@ def _render(template: jinja2.Template, context: dict[str, Any], max_chars: int) 
     return {"text": "".join(pieces)}
 
 
+def _written(template: jinja2.Template, context: dict[str, Any], max_chars: int) -> str | None:
+    """The text, or None where the template raises anything or writes too much."""
+    try:
+        return _render(template, context, max_chars).get("text")
+    except Exception:  # a template can raise anything that Python's operators raise
+        return None
+
+
+def _loaded(templates: dict[str, jinja2.Template], request: dict[str, Any]) -> dict[str, Any]:
+    environment = make_environment()
+    sources: dict[str, str] = request["sources"]
+    templates.update({name: environment.from_string(source) for name, source in sources.items()})
+    variables: dict[str, str] = request["variables"]
+
+    def learnt(template: jinja2.Template) -> dict[str, Any]:
+        return learn(lambda context: _written(template, {**variables, **context}, _MAX_PROBE_CHARS))
+
+    return {"reads": {name: learnt(template) for name, template in templates.items()}}
+
+
+def _rendered(template: jinja2.Template, context: dict[str, Any], max_chars: int) -> dict[str, Any]:
+    answer = _render(template, context, max_chars)
+    if "text" in answer:
+        answer["left_out"] = left_out(lambda marked: _written(template, marked, max_chars), context)
+    return answer
+
+
 def _answer(templates: dict[str, jinja2.Template], request: dict[str, Any]) -> dict[str, Any]:
     """What to send back. Whatever a template raises is a message for its user."""
     try:
         if "sources" in request:
-            environment = make_environment()
-            sources: dict[str, str] = request["sources"]
-            templates.update({name: environment.from_string(source) for name, source in sources.items()})
-            return {"takes_parts": {name: takes_parts(environment, source) for name, source in sources.items()}}
-        return _render(templates[request["name"]], request["context"], request["max_chars"])
+            return _loaded(templates, request)
+        return _rendered(templates[request["name"]], request["context"], request["max_chars"])
     except MemoryError:
         return {"error": "it needed more memory than a chat template may use", "kind": "limit"}
     except SecurityError as error:
