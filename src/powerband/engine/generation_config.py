@@ -21,6 +21,7 @@ _NAMES = {
     "max_new_tokens": "max_tokens",
 }
 _WHOLE = ("top_k", "max_new_tokens")
+SAMPLING_FIELDS = tuple(_NAMES.values())
 
 
 def sampling_defaults(settings: EngineSettings, folder: Path) -> dict[str, float | int]:
@@ -31,9 +32,7 @@ def sampling_defaults(settings: EngineSettings, folder: Path) -> dict[str, float
     """
     if settings.generation_config == "off":
         return {}
-    file = _file(settings, folder)
-    if not file.exists():
-        file = folder / "config.json"
+    file = sampling_file(settings, folder)
     values = read_config(file)
     given = {ours: _number(values[theirs], theirs) for theirs, ours in _NAMES.items() if values.get(theirs) is not None}
     if values.get("do_sample") is False:
@@ -48,6 +47,12 @@ def sampling_defaults(settings: EngineSettings, folder: Path) -> dict[str, float
             param="generation_config",
         ) from error
     return given
+
+
+def sampling_file(settings: EngineSettings, folder: Path) -> Path:
+    """Where the defaults of sampling stand. Raises EnvironmentFault."""
+    file = _file(settings, folder)
+    return file if file.exists() else folder / "config.json"
 
 
 def end_token_ids(settings: EngineSettings, folder: Path, known: tuple[int, ...], vocab_size: int) -> list[int]:
