@@ -39,6 +39,16 @@ def test_config_show_is_a_table_for_people(capsys: Output) -> None:
     assert re.fullmatch(r"enable_prefix_caching +False +command line", next(x for x in lines if "prefix_caching" in x))
 
 
+def test_config_show_has_what_the_model_says_of_generating(capsys: Output) -> None:
+    assert main(["config", "show", "demo", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["eos_token_ids"]["value"] == [2, 0]
+    assert (rows["temperature"]["value"], rows["top_p"]) == (0.0, {"value": 1.0, "origin": "default"})
+    assert rows["temperature"]["origin"].endswith("demo/generation_config.json")
+    assert main(["config", "show", "demo", "--generation-config", "off", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["temperature"] == {"value": 1.0, "origin": "default"}
+
+
 def test_config_show_keeps_the_key_to_itself(capsys: Output) -> None:
     assert main(["config", "show", "--api-key", "sk-very-secret"]) == 0
     printed = capsys.readouterr()

@@ -63,7 +63,7 @@ def test_they_can_be_ignored_or_taken_from_another_folder(tmp_path: Path) -> Non
     elsewhere = EngineSettings(generation_config=str(other))
     assert sampling_defaults(elsewhere, folder) == {"top_k": 5}
     assert end_token_ids(elsewhere, folder, (2,), 4096) == [2, 7]
-    with pytest.raises(EnvironmentFault, match="there is no file nowhere/generation_config.json"):
+    with pytest.raises(EnvironmentFault, match=r"there is no file nowhere/generation_config\.json"):
         sampling_defaults(EngineSettings(generation_config="nowhere"), folder)
 
 
