@@ -208,12 +208,6 @@ def _(right: Any, pool: Any, count: int) -> Any:
         return right(pool, count)
 
 
-@FAULTS.add("evictions are not reported", BlockPool._remove_key)
-def _(right: Any, pool: Any, block: int) -> None:
-    with changed(pool, events=None):
-        right(pool, block)
-
-
 @FAULTS.add("a key is given to two blocks", BlockPool.publish)
 def _(right: Any, pool: Any, block: int, key: bytes, parent: bytes) -> None:
     if pool.key_of[block] is None:

@@ -96,11 +96,6 @@ class Scheduler:
         """Forget all reusable content. Running requests keep what they have."""
         self.kv.reset(self.running)
 
-    @property
-    def pending_drops(self) -> list[str]:
-        """Ids that ended since the last step; the next one tells the executor."""
-        return list(self._dropped)
-
     # A step
 
     def schedule(self, now: float) -> Step | None:
