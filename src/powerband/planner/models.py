@@ -29,7 +29,7 @@ class Modelled:
     def band(self) -> float:
         return max(model.band for model in self.models)
 
-    def simulate(self, schedule: Schedule, *, slowdown: float = 1.0, most_waiting: float = math.inf) -> Simulation:
+    def simulate(self, schedule: Schedule, *, slowdown: float = 1.0, max_waiting: float = math.inf) -> Simulation:
         """See planner.simulator.simulate."""
         return simulate(
             schedule,
@@ -38,7 +38,7 @@ class Modelled:
             self.num_blocks,
             self.block_size,
             slowdown=slowdown,
-            most_waiting=most_waiting,
+            max_waiting=max_waiting,
         )
 
 

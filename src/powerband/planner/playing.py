@@ -49,7 +49,7 @@ def play(question: Question, task: Task) -> Played:
     made = modelled(question.spec, deployment, question.profile)
     schedule = question.schedule(task.rate * share, task.num_requests)
     hopeless = max(_HOPELESS * schedule.num_requests, _FEWEST_HOPELESS)
-    played = made.simulate(schedule, slowdown=task.slowdown, most_waiting=hopeless)
+    played = made.simulate(schedule, slowdown=task.slowdown, max_waiting=hopeless)
     last_s = max(record.scheduled_s for record in played.records)
     counted = [record for record in played.records if record.scheduled_s >= _WARM_UP * last_s] or played.records
     tokens = _tokens_between(played.records, _WARM_UP * last_s, last_s)
