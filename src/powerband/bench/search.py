@@ -16,7 +16,8 @@ from powerband.bench.load import Live, LoadResult, window_of
 from powerband.bench.messages import Sample
 from powerband.bench.saturation import is_saturated
 from powerband.errors import UsageError
-from powerband.metrics.figures import Summary, missed, summarize
+from powerband.metrics.figures import Summary, summarize
+from powerband.metrics.slo import slo_misses
 from powerband.metrics.statistics import wilson
 from powerband.spec.slo import SLO
 
@@ -171,7 +172,7 @@ def lost_by(samples: Sequence[Sample], slo: SLO) -> float:
     total = len(samples)
     if total < _LEAST_TO_GIVE_UP:
         return 0.0
-    bad = sum(bool(missed(sample.record(), slo)) for sample in samples)
+    bad = sum(bool(slo_misses(sample.record(), slo)) for sample in samples)
     allowed = max(1 - slo.attainment, 1e-6)
     twice = min(2 * allowed, (1 + allowed) / 2)
     return bad * math.log(twice / allowed) + (total - bad) * math.log((1 - twice) / (1 - allowed))

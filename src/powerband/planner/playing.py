@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from powerband.metrics.figures import missed
 from powerband.metrics.record import Outcome, RequestRecord, percentile
+from powerband.metrics.slo import slo_misses
 from powerband.planner.models import modelled
 from powerband.planner.question import Question
 from powerband.planner.simulator import Simulation
@@ -76,7 +76,7 @@ def _scaled(deployment: Deployment) -> tuple[Deployment, float]:
 
 
 def _is_kept(record: RequestRecord, question: Question) -> bool:
-    return record.outcome is Outcome.OK and not missed(record, question.slo)
+    return record.outcome is Outcome.OK and not slo_misses(record, question.slo)
 
 
 def _latencies(records: Sequence[RequestRecord], at: float) -> dict[str, float]:
