@@ -25,7 +25,7 @@ from typing import Any
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.planner.question import Question
+from powerband.planner.plan_request import PlanRequest
 from powerband.planner.search import search
 from powerband.planner.simulator import Simulation, simulate
 from powerband.spec.arrivals import OpenLoop
@@ -133,7 +133,7 @@ def simulator(repetitions: int) -> list[dict[str, Any]]:
 def planning() -> dict[str, Any]:
     """A search over many candidates. The first answer is the best estimate, before anything is simulated."""
     chosen = workload("chat", RATE)
-    question = Question(
+    question = PlanRequest(
         model="Llama-3-8B",
         spec=read_model_spec(LLAMA_8B),
         stored=Stored(),

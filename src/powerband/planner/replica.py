@@ -25,7 +25,7 @@ from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.profile import HostLaw
 
 _AT_ONCE = 64  # rounds of a run that are planned before others get their turn
-_MOST_SHAPES = 128  # of steps that are kept to tell where the time goes
+_MAX_SHAPES = 128  # of steps that are kept to tell where the time goes
 _NO_LIMIT = 1 << 40
 _DRAFT = -1  # a draft's value does not matter: chance accepts it
 
@@ -92,7 +92,7 @@ class ModelExecutor(SimExecutor):
         self.busy_s += seconds
         if self.num_steps % self._stride == 0:
             self.shapes.append((works(), sampled))
-            if len(self.shapes) > _MOST_SHAPES:
+            if len(self.shapes) > _MAX_SHAPES:
                 self.shapes = self.shapes[::2]
                 self._stride *= 2
         self.num_steps += 1
@@ -124,7 +124,7 @@ class ModelExecutor(SimExecutor):
         return list(range(first, first + accepted + 1))
 
 
-class Run:
+class FastForward:
     """Rounds that can be foreseen: when each ends is known before any is done. `now_s`: when the next would begin.
 
     A command that comes meanwhile cuts it short: rounds that begin later are not done.
@@ -242,7 +242,7 @@ class SimulatedReplica:
         self.core = EngineCore(self.scheduler, self.executor, self.clock, self.inbox)
         self.short_of_memory = 0  # steps in which a seat was free, but no block for who waited
         self._fast_forward = fast_forward
-        self._run: Run | None = None
+        self._run: FastForward | None = None
 
     @property
     def next_s(self) -> float:
@@ -264,7 +264,7 @@ class SimulatedReplica:
             and due_s > self.clock.now()
             and (rounds := steady_rounds(self.core))
         ):
-            self._run = Run(self.core, self.executor, rounds)
+            self._run = FastForward(self.core, self.executor, rounds)
         if self._run is None:
             outputs = self.core.step()
             self._count_shortage()

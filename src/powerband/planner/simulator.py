@@ -20,7 +20,7 @@ from powerband.core.loop import Add
 from powerband.core.request import Request
 from powerband.core.step import TokenOutput
 from powerband.metrics.record import RequestRecord
-from powerband.planner.clients import Open, Talk
+from powerband.planner.clients import ConversationClient, InFlightRequest
 from powerband.planner.replica import SimulatedReplica, StepModel
 from powerband.planner.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
 from powerband.spec.deployment import Deployment
@@ -93,7 +93,7 @@ def simulate(
         for _ in range(pool.count)
     ]
     pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
-    world = _World(schedule, replicas, pools, slowdown, routing or routing_for(deployment), max_waiting)
+    world = _Simulator(schedule, replicas, pools, slowdown, routing or routing_for(deployment), max_waiting)
     world.play()
     return world.result()
 
@@ -105,7 +105,7 @@ def routing_for(deployment: Deployment) -> RoutingPolicy:
     return Sticky(ByPromptLength(longest, pools) if longest else pools[0])
 
 
-class _World:
+class _Simulator:
     """Clients, gateway and replicas. pools: of which each replica is one."""
 
     def __init__(
@@ -123,11 +123,11 @@ class _World:
         self._max_waiting, self._waiting = max_waiting, 0  # for their first token
         self._replicas, self._pools = replicas, pools
         self._front_free_s = [0.0] * len(self._replicas)  # when each replica's front end can take the next request
-        self._talks = [Talk(chain) for chain in schedule.chains]
-        self._open: dict[str, Open] = {}
+        self._talks = [ConversationClient(chain) for chain in schedule.chains]
+        self._open: dict[str, InFlightRequest] = {}
         self._records: dict[int, RequestRecord] = {}
         # (time, chain, answered): a request that is due, or one whose answer is complete. A chain has one at most.
-        self._events: list[tuple[float, int, Open | None]] = []
+        self._events: list[tuple[float, int, InFlightRequest | None]] = []
         self._end_s = 0.0
         for number, talk in enumerate(self._talks):
             self._plan(talk.chain.start_s, number)
@@ -157,7 +157,7 @@ class _World:
             self._waiting > self._max_waiting,
         )
 
-    def _push(self, time_s: float, chain: int, answered: Open | None) -> None:
+    def _push(self, time_s: float, chain: int, answered: InFlightRequest | None) -> None:
         heapq.heappush(self._events, (time_s, chain, answered))
 
     def _plan(self, time_s: float, number: int) -> None:
@@ -165,7 +165,7 @@ class _World:
         if time_s <= self._duration_s:
             self._push(time_s, number, None)
 
-    def _happen(self, now: float, number: int, answered: Open | None) -> None:
+    def _happen(self, now: float, number: int, answered: InFlightRequest | None) -> None:
         if answered is not None:
             self._routing.answered(answered.replica, answered.tokens)
             planned = self._talks[number].next
@@ -184,7 +184,7 @@ class _World:
         self._front_free_s[index] = begin_s + host.front_s * self._slowdown
         request = talk.ask(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
         lags_s = host.answer_s * self._slowdown, host.answer_request_s * self._slowdown
-        opened = Open(planned, number, now, tokens, index, *lags_s)
+        opened = InFlightRequest(planned, number, now, tokens, index, *lags_s)
         self._open[request.id] = opened
         self._waiting += 1
         self._routing.sent(index, opened.tokens)
