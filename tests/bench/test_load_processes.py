@@ -16,7 +16,17 @@ import pytest
 from loads_for_tests import is_alive, load, schedule_of, worker_pids
 
 from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
-from powerband.bench.messages import Done, FromWorker, Go, Job, Planned, PlannedChain, PlannedSegment, Progress, Target
+from powerband.bench.messages import (
+    Done,
+    FromWorker,
+    Planned,
+    PlannedChain,
+    PlannedSegment,
+    Progress,
+    StartSignal,
+    Target,
+    WorkerJob,
+)
 from powerband.bench.script import Script
 from powerband.bench.scripted_process import scripted_process
 from powerband.errors import EnvironmentFault
@@ -101,11 +111,11 @@ def test_what_a_worker_says_last_arrives_whole() -> None:
     requests = tuple(Planned(index, (PlannedSegment("a", 1),), 1, 0, 0.0) for index in range(2000))
     nowhere = Target(base="http://127.0.0.1:1", endpoint="completions", model="m")
     chains = tuple(PlannedChain(request.index, 0.0, (request,)) for request in requests)
-    job = Job(target=nowhere, chains=chains, end_s=1.0, timeout_s=5.0, drain_s=5.0, progress_s=60.0)
+    job = WorkerJob(target=nowhere, chains=chains, end_s=1.0, timeout_s=5.0, drain_s=5.0, progress_s=60.0)
     with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        for message in (job, Go(time.monotonic())):
+        for message in (job, StartSignal(time.monotonic())):
             data = msgspec.msgpack.encode(message)
             process.stdin.write(len(data).to_bytes(4, "big") + data)
             process.stdin.flush()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from powerband.bench.calibrate import Ceiling
+from powerband.bench.calibrate import ClientCapacity
 from powerband.bench.result_files import read_requests, read_run
 
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("POWERBAND_")}, "COLUMNS": "100"}
@@ -137,9 +137,10 @@ def test_a_missed_slo_exits_with_1_and_a_broken_server_with_4(environment: dict[
 
 def test_a_client_near_its_ceiling_is_invalid(server: str, environment: dict[str, str], tmp_path: Path) -> None:
     """As if calibration had found that this machine can take five chunks a second."""
+    small = ClientCapacity(chunks_per_s=5, requests_per_s=5, cpu_us_per_chunk=1, limited_by="client")
     script = (
         "import powerband.bench.calibrate as c, dataclasses, sys; from powerband.cli.main import main; "
-        f"c.ceiling = lambda: c.{Ceiling(chunks_per_s=5, requests_per_s=5, cpu_us_per_chunk=1, limited_by='client')}; "
+        f"c.ceiling = lambda: c.{small}; "
         "sys.exit(main(sys.argv[1:]))"
     )
     load = ["bench", server, "--rate", "20", "--duration", "2s", *SHORT, "--out", str(tmp_path)]

@@ -176,7 +176,7 @@ def _(right: Any, kv: Any, r: Any) -> None:
 FAULTS.add("another request's block with the same content grows old", BlockPool.touch)(does_nothing)
 
 
-@FAULTS.add("a failed request's blocks stay findable", KVCacheManager.distrust)
+@FAULTS.add("a failed request's blocks stay findable", KVCacheManager.invalidate)
 def _(right: Any, kv: Any, r: Any, start: int) -> Any:
     forget = kv.pool.forget
     own = set(r.blocks)
@@ -334,8 +334,8 @@ def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
 
 @FAULTS.add("readers of a failed request go on", Scheduler._fail)
 def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
-    distrust = scheduler.kv.distrust
-    with changed(scheduler.kv, distrust=lambda *args: distrust(*args) and set()):
+    invalidate = scheduler.kv.invalidate
+    with changed(scheduler.kv, invalidate=lambda *args: invalidate(*args) and set()):
         return right(scheduler, *arguments)
 
 

@@ -141,7 +141,7 @@ class KVCacheManager:
         else:
             self.pool.touch(twin)
 
-    def distrust(self, r: Request, start: int) -> set[int]:
+    def invalidate(self, r: Request, start: int) -> set[int]:
         """Withdraw the blocks of `r` from the one that holds position `start` on; return those blocks.
 
         Whatever was published behind them cannot be found any more either.

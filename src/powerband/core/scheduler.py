@@ -294,7 +294,7 @@ class Scheduler:
 
     def _fail(self, r: Request, start: int, error: ErrorInfo, now: float) -> TokenOutput:
         """End one request; whoever reads what its failed work wrote computes it again."""
-        suspect = self.kv.distrust(r, start)
+        suspect = self.kv.invalidate(r, start)
         output = token_output(r, [], now, FinishReason.ERROR, error=error)
         self._finish(r)
         found = True
@@ -303,7 +303,7 @@ class Scheduler:
             for q in self.running:
                 first = next((i for i, block in enumerate(q.blocks) if block in suspect), None)
                 if first is not None:
-                    suspect |= self.kv.distrust(q, first * self.kv.block_size)
+                    suspect |= self.kv.invalidate(q, first * self.kv.block_size)
                     self._preempt(q)
                     found = True
                     break
