@@ -12,7 +12,7 @@ PORT   ?=
 TESTS  ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test drills kernels lint docs bench-cpu accuracy accuracy-own clean
+.PHONY: help demo bench check test drills kernels lint docs bench-cpu accuracy accuracy-own clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -23,10 +23,14 @@ demo: $(READY)  ## measure this machine, plan, deploy two replicas, verify the p
 bench: $(READY)  ## load the demo model for two minutes and report how it did (DURATION=30s)
 	@$(BIN)/python examples/bench.py $(if $(DURATION),--duration $(DURATION))
 
+check: $(READY) lint  ## between two edits: lint, types and the fast tests (a minute; tests/slow_files.txt is what it leaves out)
+	@echo "· fast tests"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --fast $(TESTS)
+
 # Drills have the machine to themselves: they measure.
-test: $(READY) lint $(if $(filter tests,$(TESTS)),kernels)  ## lint, types and all tests (TESTS=tests/core for a part)
+test: check $(if $(filter tests,$(TESTS)),kernels)  ## the whole proof: check, then all tests (TESTS=tests/core for a part)
 	@$(if $(filter tests,$(TESTS)),echo "· drills"; $(BIN)/python -m pytest tests/drills)
-	@echo "· tests"
+	@echo "· all tests"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) $(if $(filter tests,$(TESTS)),--ignore tests/drills)
 
 drills: $(READY)  ## do to a service what happens to services, and print what its users noticed (SOAK=30m)

@@ -33,7 +33,7 @@ from powerband.cli.served import Served, serving
 from powerband.cost.latency import LatencyModel
 from powerband.cost.memory import plan_memory
 from powerband.metrics.record import Outcome, RequestRecord, percentile
-from powerband.planner.models import Modelled
+from powerband.planner.simulation_inputs import SimulationInputs
 from powerband.spec.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.catalog import read_profile
 from powerband.spec.deployment import Deployment, Pool, Replica
@@ -124,7 +124,7 @@ def calibrate(model: str, name: str, profile: Path, seconds: float) -> float:
     return time.perf_counter() - began_s
 
 
-def model_of(model: str, name: str, profile: Path) -> Modelled:
+def model_of(model: str, name: str, profile: Path) -> SimulationInputs:
     """As the planner has it."""
     spec = read_model_spec(model if name != "demo" else Path(__file__).parents[1] / "src" / "powerband" / "demo")
     known = read_profile(profile)
@@ -138,11 +138,11 @@ def model_of(model: str, name: str, profile: Path) -> Modelled:
     )
     deployment = Deployment(engine="powerband", pools=(Pool(replica=replica),))
     latency = LatencyModel(spec, known, replica, "powerband")
-    return Modelled(deployment, (latency,), (memory.num_blocks,), memory.block_size)
+    return SimulationInputs(deployment, (latency,), (memory.num_blocks,), memory.block_size)
 
 
 async def one_preset(
-    name: str, preset_name: str, modelled: Modelled, served: Served, arguments: argparse.Namespace
+    name: str, preset_name: str, modelled: SimulationInputs, served: Served, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     workload = workload_of(name, preset_name)
     capacity = capacity_of(workload, modelled, arguments.seconds)
@@ -211,7 +211,7 @@ def workload_of(name: str, preset_name: str) -> Workload:
     return Workload(name=preset_name, arrivals=ClosedLoop(USERS), requests=mix)
 
 
-def capacity_of(workload: Workload, modelled: Modelled, seconds: float) -> float:
+def capacity_of(workload: Workload, modelled: SimulationInputs, seconds: float) -> float:
     """Requests a second of users who do not wait."""
     schedule: Schedule = workload.draw(0, duration_s=min(seconds, 30.0))
     records = modelled.simulate(schedule).records

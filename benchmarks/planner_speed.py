@@ -25,7 +25,7 @@ from typing import Any
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.planner.question import Question
+from powerband.planner.plan_request import PlanRequest
 from powerband.planner.search import search
 from powerband.planner.simulator import Simulation, simulate
 from powerband.spec.arrivals import OpenLoop
@@ -88,15 +88,17 @@ def player(
     memory = plan_replica(spec, profile, replica, "vllm")
     model = LatencyModel(spec, profile, replica, "vllm")
     where = Deployment(engine="vllm", pools=(Pool(replica=replica, count=count),))
-    return lambda jump: simulate(schedule, where, [model], [memory.num_blocks], memory.block_size, jump=jump)
+    return lambda fast_forward: simulate(
+        schedule, where, [model], [memory.num_blocks], memory.block_size, fast_forward=fast_forward
+    )
 
 
-def timed(play: Callable[[bool], Simulation], jump: bool, repetitions: int) -> dict[str, Any]:
+def timed(play: Callable[[bool], Simulation], fast_forward: bool, repetitions: int) -> dict[str, Any]:
     """CPU seconds of this process, which has one thread: a busy machine matters less."""
-    samples, played = [], play(jump)
+    samples, played = [], play(fast_forward)
     for _ in range(repetitions):
         start = time.process_time()
-        played = play(jump)
+        played = play(fast_forward)
         samples.append(time.process_time() - start)
     steps = played.total("num_steps")
     return {
@@ -114,8 +116,11 @@ def simulator(repetitions: int) -> list[dict[str, Any]]:
     for what, name, rate, device, count, stages, drafts in CASES:
         schedule = workload(name, rate).draw(SEED, num_requests=REQUESTS)
         play = player(spec, schedule, device, count, stages, drafts)
-        for jump in (True, False) if what == "chat" else (True,):
-            result = {"case": what + (", step by step" if not jump else ""), **timed(play, jump, repetitions)}
+        for fast_forward in (True, False) if what == "chat" else (True,):
+            result = {
+                "case": what + (", step by step" if not fast_forward else ""),
+                **timed(play, fast_forward, repetitions),
+            }
             found.append(result)
             print(
                 f"{result['case']:28} {result['seconds']:6.2f} s ({result['least']:.2f} to {result['most']:.2f})"
@@ -128,7 +133,7 @@ def simulator(repetitions: int) -> list[dict[str, Any]]:
 def planning() -> dict[str, Any]:
     """A search over many candidates. The first answer is the best estimate, before anything is simulated."""
     chosen = workload("chat", RATE)
-    question = Question(
+    question = PlanRequest(
         model="Llama-3-8B",
         spec=read_model_spec(LLAMA_8B),
         stored=Stored(),

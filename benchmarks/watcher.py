@@ -48,9 +48,9 @@ from powerband.fleet.watch.observation import Observation
 from powerband.fleet.watch.watcher import Action, Watcher
 from powerband.gateway.request import Finished, GatewayRequest
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
-from powerband.metrics.figures import missed
 from powerband.metrics.prometheus import RATIO_BUCKETS, Histogram
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.metrics.slo import slo_misses
 from powerband.metrics.statistics import wilson
 from powerband.spec.slo import SLO
 
@@ -301,7 +301,7 @@ class Bed:
             output_tokens=request.output if is_ok else 0,
             cached_tokens=request.cached,
         )
-        is_good = not missed(record, SLO_HERE)
+        is_good = not slo_misses(record, SLO_HERE)
         for event in self.events:
             if event.start_s <= self.now < event.end_s:
                 kept = self.kept.setdefault(event.kind, [0, 0])

@@ -159,6 +159,7 @@ HELP = ["import powerband", "--help", "serve --help", "generate --help", "config
 HELP += ["memory --help", "eval --help"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", HELP)
 def test_it_starts_in_half_a_second(command: str) -> None:
     """Processor time, the best of three, so that a busy machine does not matter."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from powerband.bench.calibrate import Ceiling, Climb, Level, calibrate, ceiling, judge
+from powerband.bench.calibrate import ClientCapacity, Level, RateRamp, calibrate, ceiling, judge
 from powerband.errors import EnvironmentFault
 
 
@@ -19,7 +19,7 @@ def level(chunks: int, cpu_s: float, client_ms: float = 0.2, server_ms: float = 
 
 def test_a_client_that_falls_behind_sets_its_own_ceiling() -> None:
     found = judge([level(10_000, 0.2), level(20_000, 0.4), level(26_000, 0.9, client_ms=12)], 900.0)
-    assert found == Ceiling(chunks_per_s=26_000, requests_per_s=900, cpu_us_per_chunk=20.0, limited_by="client")
+    assert found == ClientCapacity(chunks_per_s=26_000, requests_per_s=900, cpu_us_per_chunk=20.0, limited_by="client")
 
 
 def test_a_hiccup_of_the_machine_ends_nothing() -> None:
@@ -54,7 +54,7 @@ def test_it_is_measured_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.M
     found = None
     for _ in range(3):  # on a machine that does much else it may be late
         try:
-            found = asyncio.run(calibrate(Climb(most_streams=40, levels=2, level_s=2.0), requests_s=0.5))
+            found = asyncio.run(calibrate(RateRamp(most_streams=40, levels=2, level_s=2.0), requests_s=0.5))
             break
         except EnvironmentFault:
             continue

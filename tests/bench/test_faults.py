@@ -38,7 +38,7 @@ def test_a_sound_server_survives_every_fault(kind: str) -> None:
     assert result.still_answers
     assert result.server_errors == 0
     assert result.slowdown is not None
-    assert time.monotonic() - started_s < 15
+    assert time.monotonic() - started_s < 60  # no fault goes on for ever
 
 
 def test_each_wrong_request_is_sent_and_refused() -> None:

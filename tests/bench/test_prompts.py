@@ -86,7 +86,7 @@ def tokens_in(prompt, path):
 
 @pytest.mark.parametrize("path", [LARGE, DEMO], ids=["other words", "demo"])
 def test_prompts_are_as_long_as_they_should_be_on_any_vocabulary(path):
-    """After the correction that probe.measure_words makes, from two short prompts."""
+    """After the correction that probe.calibrate_prompt_words makes, from two short prompts."""
     if not path.exists():
         pytest.skip(f"{path} is not on this machine")
     short, long = (tokens_in(text(f"probe {words}", words).rstrip(), path) for words in (64, 320))

@@ -15,7 +15,7 @@ from powerband.bench.answers import Reading, read_answer
 from powerband.bench.connection import Connections
 from powerband.bench.http import Page, get, post
 from powerband.bench.messages import Endpoint, Planned, PlannedSegment, Target
-from powerband.bench.probe import find_server, measure_words
+from powerband.bench.probe import calibrate_prompt_words, find_server
 from powerband.bench.prompts import PromptMaker, Talk, request_bytes
 from powerband.bench.script import Script, words
 from powerband.bench.scripted_process import scripted_process
@@ -66,7 +66,7 @@ def test_an_answer_has_the_tokens_that_were_asked_for(endpoint: Endpoint, script
 def test_the_probe_finds_it_and_knows_its_words() -> None:
     async def act(_: ScriptedServer, target: Target) -> tuple[Target, int | None]:
         found, server = await find_server(Target(base=target.base, endpoint="completions", model=""))
-        return await measure_words(found), server.max_model_len
+        return await calibrate_prompt_words(found), server.max_model_len
 
     target, length = with_server(Script(max_model_len=4096), act)
     assert (target.model, length) == ("scripted", 4096)

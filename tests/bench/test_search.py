@@ -13,7 +13,7 @@ import pytest
 from powerband.bench.load import Live, LoadResult, window_of
 from powerband.bench.messages import Sample
 from powerband.bench.saturation import is_saturated
-from powerband.bench.search import RESOLUTION, Found, Searcher, lost_by
+from powerband.bench.search import RESOLUTION, CapacityResult, Searcher, lost_by
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.errors import UsageError
 from powerband.metrics.record import Outcome
@@ -82,7 +82,7 @@ def searcher(server: Server, slo: SLO = LIMITS) -> Searcher:
     return Searcher(server, slo, seed=0, warm_up=0.1, cool_down=0.05, shown=lambda _: None)
 
 
-def find(server: Server, first: float, slo: SLO = LIMITS) -> Found:
+def find(server: Server, first: float, slo: SLO = LIMITS) -> CapacityResult:
     return asyncio.run(searcher(server, slo).find_rate(first))
 
 

@@ -1,235 +1,348 @@
-"""The property test is worth something only if it notices faults: plant them, one at a time, and see.
-
-Each fault is one replacement in a copy of the package, and a process of its own plays traces against the copy.
-"""
+"""The property test is worth something only if it notices faults: plant them, one at a time, and see."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+from dataclasses import replace
+from typing import Any
 
-import powerband
-
-PACKAGE = Path(powerband.__file__).parent
-HERE = Path(__file__).parent
-
-PLAY = """
-import sys
-import powerband
+import pytest
 from core_device import Config
 from core_world import play
-assert powerband.__file__.startswith(sys.argv[1]), powerband.__file__
-for seed in range(3):
-    play(Config(seed=seed, overlap=True, num_blocks=28, failures=0.02, drafts=True, interruptions=True, policy="fair"))
-    play(Config(seed=seed, overlap=True, num_blocks=128, max_num_seqs=6))
-    play(Config(seed=seed, overlap=True, num_blocks=40, chunk=8, policy="longest-prefix", burst=True))
-    play(Config(seed=seed, num_blocks=28, drafts=True))
-    play(Config(seed=seed, num_blocks=99, budget=16, policy="priority", burst=True))
-    play(Config(seed=seed, overlap=True, num_blocks=150, budget=24, failures=0.05, burst=True))
-for seed in (5, 27):
-    play(Config(seed=seed, num_stages=4, num_blocks=150, budget=24, chunk=8, failures=0.05, burst=True))
-"""
+
+from planted_faults import Fault, Faults, assert_caught, changed, does_nothing
+from powerband.core.block_pool import BlockPool
+from powerband.core.kv_cache import KVCacheManager, PrefixMatch
+from powerband.core.loop import EngineCore
+from powerband.core.request import cache_root, new_request
+from powerband.core.results import new_prompt_rows, take_tokens
+from powerband.core.scheduler import Scheduler
+from powerband.core.step import FinishReason
+
+FAULTS = Faults()
+UNLIMITED = 10**9
 
 
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    file: str
-    right: str
-    wrong: str
-
-
-FAULTS = [
-    Fault("results of an older epoch count", "scheduler", "if r is None or r.epoch != w.epoch:", "if r is None:"),
-    Fault("preemption keeps the epoch", "scheduler", "        r.epoch = self._next_epoch()\n", ""),
-    Fault("an id used again keeps its epoch", "scheduler", "epoch=self._next_epoch())", "epoch=0)"),
-    Fault(
-        "preemption keeps what is pending",
-        "scheduler",
-        "r.num_computed = r.num_pending = r.inflight = 0",
-        "r.num_computed = r.inflight = 0",
-    ),
-    Fault("rejected drafts count as computed", "results", "r.num_computed -= 1 + len(w.drafts) - len(got)", "pass"),
-    Fault(
-        "tokens after a stop are told",
-        "results",
-        "return got[:kept], FinishReason.STOP",
-        "return got, FinishReason.STOP",
-    ),
-    Fault("min_tokens is ignored", "results", " and r.num_output >= r.params.min_tokens", ""),
-    Fault("one token too many", "results", "if len(tokens) >= r.max_length", "if len(tokens) > r.max_length"),
-    Fault("rows of a prompt are told twice", "results", "rows[max(r.num_prompt_rows - w.start, 0) :]", "rows"),
-    Fault("a block is offered before it is full", "kv_cache", "min(r.num_computed, len(r.tokens))", "len(r.tokens)"),
-    Fault("doubtful blocks are offered again", "kv_cache", "return min(end, r.max_published)", "return end"),
-    Fault("hits are not held", "kv_cache", "        self.pool.hold(match.blocks)\n", ""),
-    Fault(
-        "a whole prompt is matched",
-        "kv_cache",
-        "range((len(r.tokens) - 1) // self.block_size)",
-        "range(len(r.tokens) // self.block_size)",
-    ),
-    Fault("idle hits count as free", "kv_cache", "need + match.num_idle + reserve", "need + reserve"),
-    Fault("prompt log-probabilities read the cache", "kv_cache", " or r.params.prompt_logprobs is not None", ""),
-    Fault("keys are not chained", "kv_cache", "sha256(key + self._pack", "sha256(r.salt + self._pack"),
-    Fault("head first", "kv_cache", "range(len(r.blocks) - 1, -1, -1)", "range(len(r.blocks))"),
-    Fault("a twin grows old", "kv_cache", "            self.pool.touch(twin)", "            pass"),
-    Fault(
-        "a failed request's blocks stay findable",
-        "kv_cache",
-        "            self.pool.forget(block)\n        self._forget",
-        "            pass\n        self._forget",
-    ),
-    Fault(
-        "what follows a failed block stays findable",
-        "kv_cache",
-        "        self._forget_behind(r.block_keys[first:])\n",
-        "",
-    ),
-    Fault(
-        "a reset forgets nothing of the running",
-        "kv_cache",
-        "            r.num_published = r.max_published = 0",
-        "            pass",
-    ),
-    Fault("tenants share", "request", "for part in (tenant, cache_salt)]", "for part in ()]"),
-    Fault("salts share", "request", "for part in (tenant, cache_salt)]", "for part in (tenant,)]"),
-    Fault(
-        "evicted blocks stay findable",
-        "block_pool",
-        "                self._remove_key(block)\n            self.refs",
-        "                pass\n            self.refs",
-    ),
-    Fault(
-        "evictions are not told",
-        "block_pool",
-        'self.events.append(CacheEvent("removed", key, self.parent_of[block]))',
-        "pass",
-    ),
-    Fault(
-        "a key is given twice",
-        "block_pool",
-        "if key not in self.block_of and self.key_of[block] is None:",
-        "if self.key_of[block] is None:",
-    ),
-    Fault(
-        "blocks of an ended request stay", "scheduler", "            self.kv.release(r)\n        else:", "        else:"
-    ),
-    Fault(
-        "the budget is not charged",
-        "scheduler",
-        "            budget -= n\n            if dynamic",
-        "            if dynamic",
-    ),
-    Fault(
-        "the budget is not charged for new requests",
-        "scheduler",
-        "            budget -= n\n            if self.policy",
-        "            if self.policy",
-    ),
-    Fault(
-        "prefills eat the budget of decodes",
-        "scheduler",
-        "min(n, self._chunk, budget - reserved)",
-        "min(n, self._chunk, budget)",
-    ),
-    Fault(
-        "chunks are as long as the budget",
-        "scheduler",
-        "min(n, self._chunk, budget - reserved)",
-        "min(n, budget - reserved)",
-    ),
-    Fault(
-        "first chunks are as long as the budget",
-        "scheduler",
-        "r.num_computed, budget, self._chunk)",
-        "r.num_computed, budget)",
-    ),
-    Fault("the relay is ignored", "scheduler", "if r.inflight > relay or r.drafting", "if r.drafting"),
-    Fault("work on top of drafts", "scheduler", "if r.inflight > relay or r.drafting", "if r.inflight > relay"),
-    Fault("pending tokens may pass the end", "scheduler", " or known >= r.max_length:", ":"),
-    Fault(
-        "one seat too many",
-        "scheduler",
-        "budget > 0 and len(self.running) < self.limits.max_num_seqs:\n            r =",
-        "budget > 0 and len(self.running) <= self.limits.max_num_seqs:\n            r =",
-    ),
-    Fault("the first in order is preempted", "scheduler", "victim = self.running[-1]", "victim = self.running[0]"),
-    Fault("the device is not told of the end", "scheduler", "        self._dropped.append(r.id)\n", ""),
-    Fault(
-        "a lost step takes its drops along",
-        "scheduler",
-        "[id for id in step.dropped if id not in self.requests] + self._dropped",
-        "self._dropped",
-    ),
-    Fault(
-        "a lost step leaves its blocks findable",
-        "scheduler",
-        "        self.kv.reset(self.running)\n        outputs",
-        "        outputs",
-    ),
-    Fault(
-        "a lost step leaves others running",
-        "scheduler",
-        "        for r in list(self.running):\n            self._preempt(r)\n",
-        "",
-    ),
-    Fault(
-        "readers of a failed request go on",
-        "scheduler",
-        "                if first is not None:",
-        "                if False:",
-    ),
-    Fault(
-        "preempted tokens are not counted as waiting",
-        "scheduler",
-        "        self.counters.num_preemptions += 1\n        self._num_waiting_tokens += len(r.tokens)\n",
-        "        self.counters.num_preemptions += 1\n",
-    ),
-    Fault("pause is ignored", "scheduler", "        if self.paused:\n            return None\n", ""),
-    Fault(
-        "results in flight are forgotten",
-        "loop",
-        "            outputs += self._finish_oldest()\n        elif",
-        "            outputs += self._finish_oldest() and []\n        elif",
-    ),
-]
-
-
-def play_with(fault: Fault, folder: Path) -> str | None:
-    """Return the last line of what the world said, or None when it noticed nothing."""
-    package = folder / "powerband"
-    package.mkdir(parents=True)
-    for name in ("__init__.py", "errors.py"):
-        shutil.copy(PACKAGE / name, package)
-    shutil.copytree(PACKAGE / "core", package / "core", ignore=shutil.ignore_patterns("__pycache__"))
-    path = package / "core" / f"{fault.file}.py"
-    source = path.read_text()
-    assert source.count(fault.right) == 1, f"{fault.name}: {source.count(fault.right)} places to plant it"
-    path.write_text(source.replace(fault.right, fault.wrong))
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{HERE}", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PLAY, str(folder)], env=environment, capture_output=True, text=True, timeout=60
+def play_traces() -> None:
+    for seed in range(3):
+        play(
+            Config(
+                seed=seed,
+                overlap=True,
+                num_blocks=28,
+                failures=0.02,
+                drafts=True,
+                interruptions=True,
+                policy="fair",
+            )
         )
-    except subprocess.TimeoutExpired:
-        return "did not end"
-    if done.returncode == 0:
-        return None
-    return done.stderr.strip().splitlines()[-1]
+        play(Config(seed=seed, overlap=True, num_blocks=128, max_num_seqs=6))
+        play(Config(seed=seed, overlap=True, num_blocks=40, chunk=8, policy="longest-prefix", burst=True))
+        play(Config(seed=seed, num_blocks=28, drafts=True))
+        play(Config(seed=seed, num_blocks=99, budget=16, policy="priority", burst=True))
+        play(Config(seed=seed, overlap=True, num_blocks=150, budget=24, failures=0.05, burst=True))
+    for seed in (5, 27):
+        play(Config(seed=seed, num_stages=4, num_blocks=150, budget=24, chunk=8, failures=0.05, burst=True))
 
 
-def test_every_planted_fault_is_caught(tmp_path: Path) -> None:
-    no_fault = Fault("none", "scheduler", "class Scheduler:", "class Scheduler:")
-    everything = [no_fault, *FAULTS]
-    with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(play_with, everything, (tmp_path / str(i) for i in range(len(everything)))))
-    assert said[0] is None, said[0]
-    survivors = [fault.name for fault, words in zip(FAULTS, said[1:], strict=True) if words is None]
-    assert not survivors
-    strangers = [words for words in said[1:] if words and words.startswith(("SyntaxError", "NameError", "ImportError"))]
-    assert not strangers, "a fault must be wrong, not broken"
+# Epochs and results
+
+
+@FAULTS.add("results of an older epoch count", Scheduler.update)
+def _(right: Any, scheduler: Any, step: Any, result: Any, now: float) -> Any:
+    for work in step.works:
+        if work.id in scheduler.requests:
+            work.epoch = scheduler.requests[work.id].epoch
+    return right(scheduler, step, result, now)
+
+
+@FAULTS.add("preemption keeps the epoch", Scheduler._preempt)
+def _(right: Any, scheduler: Any, r: Any) -> None:
+    epoch = r.epoch
+    right(scheduler, r)
+    r.epoch = epoch
+
+
+@FAULTS.add("a request with a reused id keeps its epoch", new_request)
+def _(right: Any, source: Any, *, max_length: int, epoch: int) -> Any:
+    return right(source, max_length=max_length, epoch=0)
+
+
+@FAULTS.add("preemption keeps pending tokens", Scheduler._preempt)
+def _(right: Any, scheduler: Any, r: Any) -> None:
+    pending = r.num_pending
+    right(scheduler, r)
+    r.num_pending = pending
+
+
+@FAULTS.add("rejected drafts count as computed", take_tokens)
+def _(right: Any, r: Any, work: Any, got: Any) -> Any:
+    computed = r.num_computed
+    taken = right(r, work, got)
+    r.num_computed = computed
+    return taken
+
+
+@FAULTS.add("tokens after a stop are reported", take_tokens)
+def _(right: Any, r: Any, work: Any, got: Any) -> Any:
+    kept, finish, stop_token = right(r, work, got)
+    return got if finish is FinishReason.STOP else kept, finish, stop_token
+
+
+@FAULTS.add("min_tokens is ignored", take_tokens)
+def _(right: Any, r: Any, work: Any, got: Any) -> Any:
+    with changed(r, params=replace(r.params, min_tokens=0)):
+        return right(r, work, got)
+
+
+@FAULTS.add("one token too many", take_tokens)
+def _(right: Any, r: Any, work: Any, got: Any) -> Any:
+    with changed(r, max_length=r.max_length + 1):
+        return right(r, work, got)
+
+
+@FAULTS.add("prompt log-probabilities are reported twice", new_prompt_rows)
+def _(right: Any, r: Any, work: Any, rows: Any) -> Any:
+    right(r, work, rows)
+    return rows or None
+
+
+@FAULTS.add("an aborted request goes on", Scheduler.abort)
+def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
+    with changed(scheduler, _finish=does_nothing):
+        return right(scheduler, *arguments)
+
+
+@FAULTS.add("results in flight are forgotten", EngineCore._finish_oldest)
+def _(right: Any, core: Any) -> Any:
+    right(core)
+    return []
+
+
+# The prefix cache
+
+
+@FAULTS.add("a block is offered before it is full", KVCacheManager._num_publishable)
+def _(right: Any, kv: Any, r: Any) -> Any:
+    with changed(r, num_computed=len(r.tokens)):
+        return right(kv, r)
+
+
+@FAULTS.add("blocks in doubt are offered again", KVCacheManager._num_publishable)
+def _(right: Any, kv: Any, r: Any) -> Any:
+    with changed(r, max_published=UNLIMITED):
+        return right(kv, r)
+
+
+FAULTS.add("hits are not held", BlockPool.hold)(does_nothing)
+
+
+@FAULTS.add("a whole prompt is matched", KVCacheManager.matching_blocks)
+def _(right: Any, kv: Any, r: Any) -> Any:
+    blocks = right(kv, r)
+    i = len(blocks)
+    if (i + 1) * kv.block_size == len(r.tokens) and len(r.block_keys) > i and r.block_keys[i] in kv.pool.block_of:
+        blocks.append(kv.pool.block_of[r.block_keys[i]])
+    return blocks
+
+
+@FAULTS.add("idle hits count as free", KVCacheManager.fits)
+def _(right: Any, kv: Any, r: Any, match: PrefixMatch, **reserve: int) -> Any:
+    return right(kv, r, PrefixMatch(match.blocks, 0), **reserve)
+
+
+@FAULTS.add("prompt log-probabilities read the cache", KVCacheManager.matching_blocks)
+def _(right: Any, kv: Any, r: Any) -> Any:
+    with changed(r, params=replace(r.params, prompt_logprobs=None)):
+        return right(kv, r)
+
+
+@FAULTS.add("keys are not chained", KVCacheManager._extend_keys)
+def _(_right: Any, kv: Any, r: Any) -> None:
+    size = kv.block_size
+    for i in range(len(r.block_keys), len(r.tokens) // size):
+        block = repr(r.tokens[i * size : (i + 1) * size]).encode()
+        r.block_keys.append(hashlib.sha256(r.salt + block).digest())
+
+
+@FAULTS.add("the head of a prefix is evicted first", KVCacheManager.release)
+def _(right: Any, kv: Any, r: Any) -> None:
+    blocks = list(r.blocks)
+    right(kv, r)
+    for block in blocks:
+        kv.pool.touch(block)
+
+
+FAULTS.add("another request's block with the same content grows old", BlockPool.touch)(does_nothing)
+
+
+@FAULTS.add("a failed request's blocks stay findable", KVCacheManager.invalidate)
+def _(right: Any, kv: Any, r: Any, start: int) -> Any:
+    forget = kv.pool.forget
+    own = set(r.blocks)
+    with changed(kv.pool, forget=lambda block: block in own or forget(block)):
+        return right(kv, r, start)
+
+
+FAULTS.add("what follows a failed block stays findable", KVCacheManager._forget_behind)(does_nothing)
+
+
+@FAULTS.add("a reset forgets nothing of running requests", KVCacheManager.reset)
+def _(right: Any, kv: Any, _holders: Any = ()) -> None:
+    right(kv)
+
+
+@FAULTS.add("tenants share a cache", cache_root)
+def _(right: Any, _tenant: str, cache_salt: str) -> Any:
+    return right("", cache_salt)
+
+
+@FAULTS.add("cache salts are ignored", cache_root)
+def _(right: Any, tenant: str, _cache_salt: str) -> Any:
+    return right(tenant, "")
+
+
+@FAULTS.add("evicted blocks stay findable", BlockPool.take)
+def _(right: Any, pool: Any, count: int) -> Any:
+    with changed(pool, _remove_key=does_nothing):
+        return right(pool, count)
+
+
+@FAULTS.add("a key is given to two blocks", BlockPool.publish)
+def _(right: Any, pool: Any, block: int, key: bytes, parent: bytes) -> None:
+    if pool.key_of[block] is None:
+        pool.block_of.pop(key, None)
+    right(pool, block, key, parent)
+
+
+# Blocks, seats and the token budget
+
+
+@FAULTS.add("an ended request keeps its blocks", Scheduler._finish)
+def _(right: Any, scheduler: Any, r: Any) -> None:
+    with changed(scheduler.kv, release=does_nothing):
+        right(scheduler, r)
+
+
+@FAULTS.add("running requests may exceed the token budget", Scheduler._continue_running)
+def _(right: Any, scheduler: Any, works: Any) -> Any:
+    limits = scheduler.limits
+    twice = replace(limits, max_num_batched_tokens=2 * limits.max_num_batched_tokens)
+    with changed(scheduler, limits=twice):
+        left, preempted = right(scheduler, works)
+    return left - limits.max_num_batched_tokens, preempted
+
+
+@FAULTS.add("new requests may exceed the token budget", Scheduler._start_waiting)
+def _(right: Any, scheduler: Any, works: Any, budget: int, now: float) -> None:
+    right(scheduler, works, 2 * budget, now)
+
+
+FAULTS.add("prefills eat the budget of decodes", Scheduler._count_decodes)(lambda *_: 0)
+
+
+@FAULTS.add("chunks are as long as the budget", Scheduler._continue_running)
+def _(right: Any, scheduler: Any, works: Any) -> Any:
+    with changed(scheduler, _chunk=UNLIMITED):
+        return right(scheduler, works)
+
+
+@FAULTS.add("first chunks are as long as the budget", Scheduler._start_waiting)
+def _(right: Any, scheduler: Any, *arguments: Any) -> None:
+    with changed(scheduler, _chunk=UNLIMITED):
+        right(scheduler, *arguments)
+
+
+@FAULTS.add("any number of samples may be unconfirmed", Scheduler._continue_running)
+def _(right: Any, scheduler: Any, works: Any) -> Any:
+    with changed(scheduler, relay=UNLIMITED):
+        return right(scheduler, works)
+
+
+@FAULTS.add("a request is scheduled on top of drafts", Scheduler._work)
+def _(right: Any, scheduler: Any, r: Any, *arguments: Any) -> Any:
+    work = right(scheduler, r, *arguments)
+    r.drafting = False
+    return work
+
+
+@FAULTS.add("pending tokens may pass the end", Scheduler._continue_running)
+def _(right: Any, scheduler: Any, works: Any) -> Any:
+    requests = list(scheduler.running)
+    ends = [r.max_length for r in requests]
+    for r in requests:
+        r.max_length = UNLIMITED
+    try:
+        return right(scheduler, works)
+    finally:
+        for r, end in zip(requests, ends, strict=True):
+            r.max_length = end
+
+
+@FAULTS.add("one request too many runs", Scheduler._start_waiting)
+def _(right: Any, scheduler: Any, *arguments: Any) -> None:
+    limits = scheduler.limits
+    with changed(scheduler, limits=replace(limits, max_num_seqs=limits.max_num_seqs + 1)):
+        right(scheduler, *arguments)
+
+
+@FAULTS.add("the first in order is preempted", Scheduler._grow)
+def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
+    preempt = scheduler._preempt
+    with changed(scheduler, _preempt=lambda _victim: preempt(scheduler.running[0])):
+        return right(scheduler, *arguments)
+
+
+@FAULTS.add("preempted tokens are not counted as waiting", Scheduler._preempt)
+def _(right: Any, scheduler: Any, r: Any) -> None:
+    right(scheduler, r)
+    scheduler._num_waiting_tokens -= len(r.tokens)
+
+
+@FAULTS.add("pause is ignored", Scheduler.schedule)
+def _(right: Any, scheduler: Any, now: float) -> Any:
+    with changed(scheduler, paused=False):
+        return right(scheduler, now)
+
+
+# Failures, and what the device is told
+
+
+@FAULTS.add("the device does not learn that a request ended", Scheduler._finish)
+def _(right: Any, scheduler: Any, r: Any) -> None:
+    right(scheduler, r)
+    scheduler._dropped.remove(r.id)
+
+
+@FAULTS.add("a failed step loses what the device was to drop", Scheduler.fail)
+def _(right: Any, scheduler: Any, step: Any, *arguments: Any) -> Any:
+    step.dropped = []
+    return right(scheduler, step, *arguments)
+
+
+@FAULTS.add("a failed step leaves its blocks findable", Scheduler.fail)
+def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
+    with changed(scheduler.kv, reset=does_nothing):
+        return right(scheduler, *arguments)
+
+
+@FAULTS.add("a failed step leaves other requests running", Scheduler.fail)
+def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
+    with changed(scheduler, _preempt=does_nothing):
+        return right(scheduler, *arguments)
+
+
+@FAULTS.add("readers of a failed request go on", Scheduler._fail)
+def _(right: Any, scheduler: Any, *arguments: Any) -> Any:
+    invalidate = scheduler.kv.invalidate
+    with changed(scheduler.kv, invalidate=lambda *args: invalidate(*args) and set()):
+        return right(scheduler, *arguments)
+
+
+def test_play_passes_without_a_fault() -> None:
+    play_traces()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_play_catches(fault: Fault) -> None:
+    assert_caught(fault, play_traces)

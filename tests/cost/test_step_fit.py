@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from powerband.cost.fit import Errors
 from powerband.cost.latency import LatencyModel
 from powerband.cost.least_squares import non_negative
 from powerband.cost.measured_steps import MeasuredSteps
@@ -20,7 +21,7 @@ from powerband.cost.served_fit import (
     fit_served,
     window_errors,
 )
-from powerband.cost.step_fit import error_of, fit_steps, held_out_error
+from powerband.cost.step_fit import fit_steps, held_out_error
 from powerband.cost.steps import StepSample
 from powerband.errors import UsageError
 from powerband.spec.deployment import Replica
@@ -48,6 +49,11 @@ def grid(law: StepLaw, noise: Noise = lambda: 1.0) -> list[StepSample]:
     mixed = [(((new, new), *((1, 700),) * rows), rows + 1) for new in (64, 300) for rows in (3, 20)]
     model = MeasuredSteps(law)
     return [StepSample(works, rows, model.step_s(works, rows) * noise()) for works, rows in [*decodes, *chunks, *mixed]]
+
+
+def error_of(law: StepLaw, samples: Sequence[StepSample]) -> Errors:
+    model = MeasuredSteps(law)
+    return Errors.of([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
 
 
 def test_steps_without_noise_are_predicted_exactly() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cost.steps import Form, StepSample, header_line, read_step_log, seconds_between
+from powerband.cost.steps import Form, StepSample, header_line, read_step_log
 from powerband.errors import EnvironmentFault, UsageError
 
 FORM = Form(
@@ -39,11 +39,6 @@ def test_each_start_of_an_engine_is_a_run(tmp_path: Path) -> None:
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     [run] = read_step_log(log(tmp_path / "log", header_line(FORM), STEP, STEP[:20], end=""))
     assert len(run.samples) == 1
-
-
-def test_what_lies_between_steps_is_the_hosts() -> None:
-    steps = [StepSample(((1, 1),), 1, 0.5, at, at + 0.5) for at in (1.0, 1.75, 3.0)]
-    assert seconds_between(steps) == [0.25, 0.75]
 
 
 @pytest.mark.parametrize(

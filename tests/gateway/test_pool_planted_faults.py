@@ -1,194 +1,236 @@
-"""Random play finds what is wrong with a pool: plant faults, one at a time, and see that it does.
-
-Each fault is one replacement in a copy of the gateway, and a process of its own plays against the copy: a fork of one
-that has imported all that is heavy.
-"""
+"""Random play finds what is wrong with a pool: plant faults, one at a time, and see that it does."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+import heapq
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from pool_play import play
 
-import powerband
+from planted_faults import Fault, Faults, assert_caught, changed, does_nothing
+from powerband.gateway.dispatch.admission import Admission
+from powerband.gateway.dispatch.lanes import arrange, lane_of
+from powerband.gateway.dispatch.lease import Lease
+from powerband.gateway.dispatch.member import Member
+from powerband.gateway.dispatch.pool import Pool, _without
+from powerband.gateway.dispatch.queue import FairQueue, _Class
 
-PACKAGE = Path(powerband.__file__).parent
-HERE = Path(__file__).parent
-
-PLAY = """
-import os, signal, sys, traceback
-import powerband, powerband.core.loop, powerband.metrics.record, powerband.web.access, powerband.web.errors
-for folder in sys.argv[1:]:
-    pid = os.fork()
-    if not pid:
-        signal.alarm(60)
-        powerband.__path__.insert(0, folder)
-        try:
-            from pool_play import play
-            import powerband.gateway.dispatch.pool as planted
-            assert planted.__file__.startswith(folder), planted.__file__
-            for seed in range(100, 112):
-                play(seed)
-        except BaseException as problem:
-            said = f"{type(problem).__name__}: {problem}"
-        else:
-            said = ""
-        with open(f"{folder}/said", "w") as file:
-            file.write(said)
-        os._exit(0)
-    os.waitpid(pid, 0)
-"""
+FAULTS = Faults()
+UNLIMITED = 10**9
 
 
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    file: str
-    right: str
-    wrong: str
+def play_often() -> None:
+    for seed in range(100, 112):
+        play(seed)
 
 
-FAULTS = [
-    Fault("flapping costs nothing", "member", "if self._falls > 1:", "if False:"),
-    Fault("one place too many", "member", "len(self.stays) < self.limit", "len(self.stays) <= self.limit"),
-    Fault("a refused place is used", "member", "            and now_s >= self.busy_until_s\n", ""),
-    Fault(
-        "drained replicas get more", "member", "self.is_ready and not self.address.draining and", "self.is_ready and"
-    ),
-    Fault("one bad probe is enough", "member", "self._bad < self.options.fall:", "self._bad < 1:"),
-    Fault("one good probe is enough", "member", "self._good < self.options.rise", "self._good < 1"),
-    Fault(
-        "good probes need not follow each other",
-        "member",
-        "        self._good = 0\n        self._bad += 1",
-        "        self._bad += 1",
-    ),
-    Fault(
-        "a new replica takes nothing from the queue",
-        "pool",
-        "        self._changed(self.clock())\n        if not member",
-        "        self._lanes = arrange(self._lanes, self._members.values(), self.options)\n        if not member",
-    ),
-    Fault(
-        "a free place is not given away",
-        "pool",
-        "        if self.queued:\n            self._dispatch(now_s)\n\n    def _may_open",
-        "\n    def _may_open",
-    ),
-    Fault(
-        "a cancelled request stays",
-        "pool",
-        "        if ticket.is_queued:\n            self._leave(ticket)\n",
-        "        if ticket.is_queued:\n            pass\n",
-    ),
-    Fault("who is cancelled in the moment keeps the place", "pool", 'future.result().close("left")', "pass"),
-    Fault(
-        "a place for one who is gone",
-        "pool",
-        "        if ticket.future.done():  # cancelled, and about to say so\n",
-        "        if False:\n",
-    ),
-    Fault("expired ones stay", "pool", "self._expire, ticket)", "self._abandon, ticket)"),
-    Fault("closing twice frees twice", "lease", "            self._is_closed = True\n", ""),
-    Fault(
-        "prompts count until the end",
-        "pool",
-        "        lease.member.outstanding -= lease.request.prompt_tokens\n",
-        "",
-    ),
-    Fault(
-        "what a lease counts for is lost",
-        "pool",
-        "        member.outstanding -= lease.stay.tokens\n",
-        "        member.outstanding -= lease.tokens\n",
-    ),
-    Fault(
-        "second attempts are not elsewhere",
-        "pool",
-        "    return [member for member in free if member.id not in avoid]",
-        "    return free",
-    ),
-    Fault(
-        "second attempts are refused",
-        "pool",
-        "        if avoid:\n            expires_s",
-        "        if False:\n            expires_s",
-    ),
-    Fault("long prompts go anywhere", "lanes", "if request.prompt_tokens <= lane.longest_prompt:", "if True:"),
-    Fault(
-        "short prompts wait for their own",
-        "lanes",
-        "lane.serving = serving = own or serving",
-        "lane.serving = serving = own",
-    ),
-    Fault("what waits does not move along", "lanes", "                    target.queue.push(ticket)\n", ""),
-    Fault(
-        "last come, first served",
-        "pool",
-        "        first = next(iter(tickets))\n",
-        "        first = list(tickets)[-1]\n",
-    ),
-    Fault(
-        "priorities are upside down",
-        "queue",
-        "self._order = sorted(self._levels)",
-        "self._order = sorted(self._levels, reverse=True)",
-    ),
-    Fault(
-        "tokens are forgotten",
-        "queue",
-        "        self.requests -= 1\n        self.tokens -= ticket.tokens",
-        "        self.requests -= 1",
-    ),
-    Fault(
-        "a skipped tenant is lost",
-        "queue",
-        "        for entry in skipped:\n            heapq.heappush(self._heap, entry)\n",
-        "",
-    ),
-    Fault(
-        "a refunded tenant is lost",
-        "queue",
-        "        if tenant in self.flows:\n            self._offer(tenant)\n        elif",
-        "        if",
-    ),
-    Fault("the queue has no bound", "admission", "if requests >= options.max_queued_requests:", "if False:"),
-    Fault("deadlines are not kept", "admission", "latest_s = min(latest_s, deadline_s - self.service.bound_s)", "pass"),
-]
+# One replica: its places and its health
 
 
-def plant(fault: Fault, folder: Path) -> Path:
-    shutil.copytree(PACKAGE / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("__pycache__"))
-    [path] = (folder / "gateway").rglob(f"{fault.file}.py")
-    source = path.read_text()
-    assert source.count(fault.right) == 1, f"{fault.name}: {source.count(fault.right)} places to plant it"
-    path.write_text(source.replace(fault.right, fault.wrong))
-    return folder
+@FAULTS.add("a replica that keeps failing is back as fast as one that failed once", Member.probed_badly)
+def _(right: Any, member: Any, *arguments: Any) -> Any:
+    ejected = right(member, *arguments)
+    member._out_until_s = 0.0
+    return ejected
 
 
-def play_with(folders: list[Path]) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{HERE}", "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", PLAY, *map(str, folders)], env=environment, check=True, capture_output=True)
+@FAULTS.add("one place too many", Member.has_place)
+def _(right: Any, member: Any, now_s: float) -> Any:
+    with changed(member, limit=member.limit + 1):
+        return right(member, now_s)
 
 
-def test_every_planted_fault_is_caught(tmp_path: Path) -> None:
-    everything = [Fault("none", "member", "class Member:", "class Member:"), *FAULTS]
-    folders = [plant(fault, tmp_path / str(i)) for i, fault in enumerate(everything)]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(play_with, (folders[::2], folders[1::2])))
-    # Nothing is said by who was ended by the alarm: it never came to an end.
-    said = [file.read_text() if (file := folder / "said").exists() else "did not end" for folder in folders]
-    assert not said[0]
-    assert not [fault.name for fault, words in zip(everything[1:], said[1:], strict=True) if not words]
-    broken = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError")
-    assert not [words for words in said if words.startswith(broken)], "a fault must be wrong, not broken"
+@FAULTS.add("a replica that refused one gets the next at once", Member.has_place)
+def _(right: Any, member: Any, now_s: float) -> Any:
+    with changed(member, busy_until_s=0.0):
+        return right(member, now_s)
+
+
+@FAULTS.add("draining replicas get more", Member.takes_new)
+def _(_right: Any, member: Any) -> Any:
+    return member.is_ready and not member.is_removed
+
+
+@FAULTS.add("one bad probe is enough", Member.probed_badly)
+def _(right: Any, member: Any, *arguments: Any) -> Any:
+    with changed(member, options=replace(member.options, fall=1)):
+        return right(member, *arguments)
+
+
+@FAULTS.add("one good probe is enough", Member.probed_well)
+def _(right: Any, member: Any, *arguments: Any, **more: Any) -> Any:
+    with changed(member, options=replace(member.options, rise=1)):
+        return right(member, *arguments, **more)
+
+
+@FAULTS.add("good probes need not follow each other", Member.probed_badly)
+def _(right: Any, member: Any, *arguments: Any) -> Any:
+    good = member._good
+    ejected = right(member, *arguments)
+    member._good = good
+    return ejected
+
+
+# Who gets a place
+
+
+@FAULTS.add("a new replica takes nothing from the queue", Pool.changed)
+def _(right: Any, pool: Any, member: Any) -> None:
+    with changed(pool, _dispatch=does_nothing):
+        right(pool, member)
+
+
+@FAULTS.add("a free place is not given away", Pool.release)
+def _(right: Any, pool: Any, *arguments: Any) -> None:
+    with changed(pool, _dispatch=does_nothing):
+        right(pool, *arguments)
+
+
+@FAULTS.add("a cancelled request stays", Pool._abandon)
+def _(right: Any, pool: Any, ticket: Any) -> None:
+    if not ticket.is_queued:
+        right(pool, ticket)
+
+
+@FAULTS.add("a request that is cancelled as it gets a place keeps it", Pool._abandon)
+def _(right: Any, pool: Any, ticket: Any) -> None:
+    if ticket.is_queued:
+        right(pool, ticket)
+
+
+@FAULTS.add("a place for a request that is gone", Pool._serve)
+def _(right: Any, pool: Any, ticket: Any, *arguments: Any) -> None:
+    if ticket.future.done():
+        with changed(ticket, future=ticket.future.get_loop().create_future()):
+            right(pool, ticket, *arguments)
+    else:
+        right(pool, ticket, *arguments)
+
+
+FAULTS.add("expired requests stay", Pool._expire)(does_nothing)
+
+
+@FAULTS.add("closing twice frees twice", Lease.close)
+def _(right: Any, lease: Any, *arguments: Any, **more: Any) -> None:
+    right(lease, *arguments, **more)
+    lease._is_closed = False
+
+
+@FAULTS.add("prompts count until the end", Pool.first_token_came)
+def _(right: Any, pool: Any, lease: Any, ttft_s: float) -> None:
+    outstanding = lease.member.outstanding
+    right(pool, lease, ttft_s)
+    lease.member.outstanding = outstanding
+
+
+@FAULTS.add("a request that ends takes its prompt off a second time", Pool.release)
+def _(right: Any, pool: Any, lease: Any, *arguments: Any) -> None:
+    with changed(lease.stay, tokens=lease.tokens):
+        right(pool, lease, *arguments)
+
+
+# Second attempts
+
+
+@FAULTS.add("second attempts go to the same replica", _without)
+def _(_right: Any, _avoid: Any, free: Any, _serving: Any) -> Any:
+    return free
+
+
+@FAULTS.add("second attempts are refused", Pool._queue)
+def _(right: Any, pool: Any, request: Any, lane: Any, level: Any, avoid: Any, now_s: float) -> Any:
+    lane.admission.admit(request, level, lane.queue, now_s, (pool.queued, pool.queued_tokens))
+    return right(pool, request, lane, level, avoid, now_s)
+
+
+# Replicas for short prompts
+
+
+@FAULTS.add("long prompts go anywhere", lane_of)
+def _(_right: Any, _request: Any, lanes: Any) -> Any:
+    return lanes[0]
+
+
+@FAULTS.add("short prompts wait for replicas of their own", arrange)
+def _(right: Any, *arguments: Any) -> Any:
+    lanes = right(*arguments)
+    for lane in lanes:
+        if any((member.address.longest_prompt or float("inf")) != lane.longest_prompt for member in lane.serving):
+            lane.serving = []
+    return lanes
+
+
+@FAULTS.add("waiting requests are lost when pools change", arrange)
+def _(right: Any, *arguments: Any) -> Any:
+    with changed(FairQueue, push=does_nothing):
+        return right(*arguments)
+
+
+# The order of the queue
+
+
+@FAULTS.add("last come, first served", Pool._pick)
+def _(right: Any, pool: Any, free: Any, serving: Any, tickets: Any) -> Any:
+    return right(pool, free, serving, list(tickets)[::-1])
+
+
+@FAULTS.add("priorities are upside down", FairQueue._level)
+def _(right: Any, queue: Any, name: Any) -> Any:
+    level = right(queue, name)
+    queue._order.sort(reverse=True)
+    return level
+
+
+@FAULTS.add("waiting tokens are never taken off", FairQueue._left)
+def _(right: Any, queue: Any, ticket: Any) -> None:
+    tokens = queue.tokens
+    right(queue, ticket)
+    queue.tokens = tokens
+
+
+@FAULTS.add("a tenant that is passed over is lost", _Class.pop)
+def _(right: Any, waiting: Any, choose: Any) -> Any:
+    passed = set()
+
+    def chosen(tickets: Any) -> Any:
+        found = choose(tickets)
+        if found is None:
+            passed.add(next(iter(tickets)).request.tenant)
+        return found
+
+    found = right(waiting, chosen)
+    waiting._heap = [entry for entry in waiting._heap if entry[2] not in passed]
+    heapq.heapify(waiting._heap)
+    return found
+
+
+@FAULTS.add("a tenant whose tokens are corrected is lost", _Class._changed)
+def _(right: Any, waiting: Any, tenant: str) -> None:
+    if tenant not in waiting.flows:
+        right(waiting, tenant)
+
+
+@FAULTS.add("the queue has no limit", Admission._check_room)
+def _(right: Any, admission: Any, *arguments: Any) -> None:
+    with changed(admission, _options=replace(admission._options, max_queued_requests=UNLIMITED)):
+        right(admission, *arguments)
+
+
+@FAULTS.add("deadlines are ignored", Admission.admit)
+def _(right: Any, admission: Any, *arguments: Any) -> Any:
+    with changed(admission, _deadline_s=does_nothing):
+        return right(admission, *arguments)
+
+
+def test_play_passes_without_a_fault() -> None:
+    play_often()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_play_catches(fault: Fault) -> None:
+    assert_caught(fault, play_often)
 
 
 @pytest.mark.parametrize("routing", ["least-outstanding", "prefix", "session", "weighted"])

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerband.metrics.figures import PERCENTILES, Distribution, Window, missed, summarize
+from powerband.metrics.figures import PERCENTILES, Distribution, Window, summarize
 from powerband.metrics.record import Outcome, RequestRecord, pooled_itl_s
+from powerband.metrics.slo import slo_misses
 from powerband.spec.slo import SLO
 
 
@@ -109,7 +110,7 @@ def test_whatever_failed_is_a_miss_however_fast_it_was(outcome):
     ],
 )
 def test_why_a_request_missed(one, slo, reasons):
-    assert missed(one, slo) == reasons
+    assert slo_misses(one, slo) == reasons
 
 
 def test_the_guides_example_of_coordinated_omission():

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from powerband.planner.outcome import Banded, Evaluation, Findings, Pruned
-from powerband.planner.words import deployment_text, dollars
+from powerband.planner.formatting import deployment_text, dollars
+from powerband.planner.results import Banded, Evaluation, PlanResults, Pruned
 from powerband.spec.deployment import Deployment, EngineName, Pool, Quantization, Replica
 from powerband.spec.slo import SLO
 
@@ -143,7 +143,7 @@ def findings(
     budget: float | None = 5.0,
     slo: SLO = SLO_,
     model: str = "meta-llama/Meta-Llama-3-8B-Instruct",
-) -> Findings:
+) -> PlanResults:
     """About 150 deployments for each engine and each of `limits` (max_num_seqs)."""
     marked = [
         replace(e, meets_slo=all(e.figures[f"{name}_s"].high <= limit for name, limit in slo.limits.items()))
@@ -171,7 +171,7 @@ def findings(
             f"Faster: {deployment_text(alternatives['faster'].deployment)} for "
             f"{dollars(alternatives['faster'].usd_per_hour)} an hour.",
         )
-    return Findings(
+    return PlanResults(
         model=model,
         objective="cost",
         rate=rate,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from powerband.errors import UsageError
-from powerband.planner.candidates import Space, kinds
-from powerband.planner.outcome import Pruned
+from powerband.planner.candidates import SearchSpace, kinds
+from powerband.planner.results import Pruned
 from powerband.spec.catalog import load_catalog
 from powerband.spec.model import ModelSpec
 from powerband.spec.reader import read_model_spec
@@ -39,9 +39,9 @@ LLAMA_13B = llama(5120, 40, 40, 40, 13824, 32000)
 LLAMA_70B = llama(8192, 80, 64, 8, 28672, 128256)
 
 
-def space(*devices: str, engines: tuple[str, ...] = ("vllm",), most: int = 8, **more: Any) -> Space:
+def space(*devices: str, engines: tuple[str, ...] = ("vllm",), most: int = 8, **more: Any) -> SearchSpace:
     profiles = [load_catalog().find(name) for name in devices]
-    return Space(profiles=profiles, engines=engines, max_devices=most, max_model_len=4096, **more)  # type: ignore[arg-type] # names of engines
+    return SearchSpace(profiles=profiles, engines=engines, max_devices=most, max_model_len=4096, **more)  # type: ignore[arg-type] # names of engines
 
 
 def reason(pruned: list[Pruned], what: str) -> str:

@@ -19,9 +19,9 @@ import pytest
 from findings_for_tests import SLO_, evaluation, findings
 
 from powerband.errors import EnvironmentFault
-from powerband.planner.findings_file import findings_as_dict
-from powerband.planner.outcome import Findings, Pruned
+from powerband.planner.json_export import findings_as_dict
 from powerband.planner.report import report_html, write_report
+from powerband.planner.results import PlanResults, Pruned
 from powerband.spec.slo import SLO
 
 PAGE = files("powerband.planner").joinpath("page")
@@ -65,12 +65,12 @@ def data_of(text: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found() -> Findings:
+def found() -> PlanResults:
     return findings()
 
 
 @pytest.fixture(scope="module")
-def page(found: Findings) -> str:
+def page(found: PlanResults) -> str:
     return report_html(found)
 
 
@@ -97,7 +97,7 @@ def test_the_policy_allows_what_is_inlined_and_nothing_else(page: str):
     assert (policy or "").startswith("default-src 'none'; script-src 'sha256-")
 
 
-def test_hostile_names_stay_text(found: Findings, page: str):
+def test_hostile_names_stay_text(found: PlanResults, page: str):
     attacked = replace(
         found, model=HOSTILE, workload={"name": HOSTILE}, reasons=(HOSTILE,), pruned=(Pruned(HOSTILE, HOSTILE),)
     )
@@ -108,7 +108,7 @@ def test_hostile_names_stay_text(found: Findings, page: str):
     assert Page(text).content("title")[0].startswith(HOSTILE)
 
 
-def test_the_numbers_are_those_of_the_json(found: Findings, page: str):
+def test_the_numbers_are_those_of_the_json(found: PlanResults, page: str):
     shown, told = data_of(page), findings_as_dict(found)
     assert shown["recommended"] == told["recommended"]
     assert shown["roles"] == told["alternatives"]
@@ -138,14 +138,14 @@ def test_the_chart_begins_with_what_was_limited_and_is_priced():
     assert data_of(report_html(free))["axes"] == ["devices", "capacity"]
 
 
-def test_a_thousand_deployments_are_a_page_of_modest_size(found: Findings):
+def test_a_thousand_deployments_are_a_page_of_modest_size(found: PlanResults):
     many = replace(found, evaluations=found.evaluations * 6)
     assert len(many.evaluations) > 1200
     growth = len(report_html(many)) - len(report_html(found))
     assert growth < 5 * len(found.evaluations) * 1000
 
 
-def test_a_file_that_cannot_be_written_is_told(found: Findings, tmp_path: Path):
+def test_a_file_that_cannot_be_written_is_told(found: PlanResults, tmp_path: Path):
     with pytest.raises(EnvironmentFault, match="Cannot write"):
         write_report(found, tmp_path)
 
@@ -173,7 +173,7 @@ def test_the_line_of_the_best_leaves_out_what_another_beats(tmp_path: Path):
     assert high == [(1, 9)]
 
 
-def drawn(found: Findings, folder: Path, fragment: str = "") -> str:
+def drawn(found: PlanResults, folder: Path, fragment: str = "") -> str:
     """The page as a browser has it after its scripts ran."""
     path = folder / "plan.html"
     write_report(found, path)
@@ -192,7 +192,7 @@ def drawn(found: Findings, folder: Path, fragment: str = "") -> str:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_a_browser_shows_the_plan_and_what_the_address_selects(found: Findings, tmp_path: Path):
+def test_a_browser_shows_the_plan_and_what_the_address_selects(found: PlanResults, tmp_path: Path):
     number = next(i for i, one in enumerate(found.evaluations) if one is found.alternatives["faster"])
     shown = Page(drawn(found, tmp_path, f"#{number}"))
     assert "for $3.43 an hour keeps the SLO." in shown.content("h1")[0]
@@ -212,7 +212,7 @@ def test_a_browser_shows_a_plan_without_an_answer(tmp_path: Path):
     assert "img" not in [tag for tag, _ in shown.elements]
 
 
-def test_the_documentation_s_picture_is_drawn_from_the_json(found: Findings, tmp_path: Path):
+def test_the_documentation_s_picture_is_drawn_from_the_json(found: PlanResults, tmp_path: Path):
     script = Path(__file__).parents[2] / "scripts" / "frontier_picture.py"
     told = json.dumps(findings_as_dict(found))
     subprocess.run([sys.executable, script, tmp_path / "frontier.svg"], input=told, text=True, check=True, timeout=60)

@@ -14,11 +14,11 @@ from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.planner.candidates import kinds
 from powerband.planner.estimates import estimated, units
-from powerband.planner.fleets import fleets
-from powerband.planner.outcome import Findings
-from powerband.planner.playing import Task, play
-from powerband.planner.question import Question, turns_of, weighed
+from powerband.planner.mixed_pools import fleets
+from powerband.planner.plan_request import PlanRequest, turns_of, weighed
+from powerband.planner.results import PlanResults
 from powerband.planner.search import search
+from powerband.planner.simulation_task import SimulationTask, play
 from powerband.spec.arrivals import OpenLoop
 from powerband.spec.catalog import load_catalog
 from powerband.spec.deployment import Deployment, Pool, Replica
@@ -48,7 +48,7 @@ MIX = Mix(Uniform(100, 400), Uniform(10, 60))
 
 def question(
     devices: str = "A100-80G", *, rate: float = 4.0, slo: str = "ttft=1s,tpot=60ms", **values: Any
-) -> Question:
+) -> PlanRequest:
     found = {
         "model": "llama",
         "spec": read_model_spec(LLAMA_8B),
@@ -63,7 +63,7 @@ def question(
         "quantizations": ("none",),
         **values,
     }
-    return Question(**found)
+    return PlanRequest(**found)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,11 +75,11 @@ def short_simulations() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def found() -> Findings:
+def found() -> PlanResults:
     return search(question("L4,A100-80G"), workers=1)
 
 
-def test_the_cheapest_that_keeps_the_slo_is_recommended(found: Findings) -> None:
+def test_the_cheapest_that_keeps_the_slo_is_recommended(found: PlanResults) -> None:
     chosen = found.recommended
     assert chosen is not None
     assert chosen.method == "simulation"
@@ -90,14 +90,14 @@ def test_the_cheapest_that_keeps_the_slo_is_recommended(found: Findings) -> None
     assert not chosen.dominated
 
 
-def test_every_edge_of_a_band_is_on_its_side(found: Findings) -> None:
+def test_every_edge_of_a_band_is_on_its_side(found: PlanResults) -> None:
     for evaluation in found.evaluations:
         for name in ("ttft_s", "tpot_s", "e2e_mean_s"):
             figure = evaluation.figures[name]
             assert figure.low <= figure.value <= figure.high or math.isnan(figure.value)
 
 
-def test_it_answers_what_is_asked_and_holds_a_little_more(found: Findings) -> None:
+def test_it_answers_what_is_asked_and_holds_a_little_more(found: PlanResults) -> None:
     chosen = found.recommended
     assert chosen is not None
     assert chosen.figures["output_tokens_per_s"].value == pytest.approx(4.0 * MIX.output.mean, rel=0.2)
@@ -105,7 +105,7 @@ def test_it_answers_what_is_asked_and_holds_a_little_more(found: Findings) -> No
     assert 4.0 <= capacity.low <= capacity.value <= capacity.high
 
 
-def test_equal_questions_get_equal_answers(found: Findings) -> None:
+def test_equal_questions_get_equal_answers(found: PlanResults) -> None:
     again = search(question("L4,A100-80G"), workers=1)
     assert again.evaluations == found.evaluations
 
@@ -134,7 +134,7 @@ def test_throughput_never_rises_when_a_replica_is_removed() -> None:
 
     def tokens_per_s(count: int) -> float:
         where = Deployment(engine="vllm", pools=(Pool(replica=replica, count=count),))
-        return play(asked, Task(where, 60.0, 300)).figures["output_tokens_per_s"]
+        return play(asked, SimulationTask(where, 60.0, 300)).figures["output_tokens_per_s"]
 
     rates = [tokens_per_s(count) for count in (1, 2, 3)]
     assert rates == sorted(rates)
@@ -145,7 +145,9 @@ def test_more_bandwidth_and_memory_is_never_slower() -> None:
     [profile] = asked.profiles
     better = replace(profile, bandwidth_bytes_per_s=1.5 * profile.bandwidth_bytes_per_s)
     where = Deployment(engine="vllm", pools=(Pool(replica=Replica(device=profile.name, max_model_len=1024)),))
-    slow, fast = (play(replace(asked, profiles=[one]), Task(where, 12.0, 200)).figures for one in (profile, better))
+    slow, fast = (
+        play(replace(asked, profiles=[one]), SimulationTask(where, 12.0, 200)).figures for one in (profile, better)
+    )
     for name in ("ttft_mean_s", "tpot_mean_s", "e2e_mean_s"):
         assert fast[name] <= slow[name]
 
@@ -160,7 +162,7 @@ def test_the_closed_form_is_near_the_simulation() -> None:
         if unit.replica.max_num_seqs == 256 and unit.replica.max_num_batched_tokens == 2048:
             here = replace(asked, rate=0.5 * unit.kept_rate)
             guess = estimated(here, unit, 1)
-            played = play(here, Task(guess.deployment, here.rate, 150))
+            played = play(here, SimulationTask(guess.deployment, here.rate, 150))
             ratios += [guess.figures[name].value / played.figures[name] for name in ("tpot_mean_s", "e2e_mean_s")]
     assert ratios
     assert fmean(ratios) == pytest.approx(1.0, abs=0.25)
@@ -211,5 +213,5 @@ def test_fleets_send_short_prompts_to_one_device_and_long_ones_to_another() -> N
         assert short.replica.device != long.replica.device
         assert short.longest_prompt is not None
         assert fleet.deployment.num_devices <= 8
-    played = play(asked, Task(mixed[0].deployment, 4.0, 150))
+    played = play(asked, SimulationTask(mixed[0].deployment, 4.0, 150))
     assert played.figures["attainment"] > 0.8

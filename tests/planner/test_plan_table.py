@@ -12,15 +12,15 @@ import pytest
 from findings_for_tests import evaluation, findings
 from rich.console import Console
 
-from powerband.planner.findings_file import findings_as_dict
-from powerband.planner.outcome import Banded, Evaluation, Findings, Pruned
-from powerband.planner.table import MOST_ROWS, plan_table, pruned_by_reason
+from powerband.planner.json_export import findings_as_dict
+from powerband.planner.results import Banded, Evaluation, PlanResults, Pruned
+from powerband.planner.table import MAX_ROWS, plan_table, pruned_by_reason
 from powerband.spec.slo import SLO
 
 HOSTILE = "\x1b[31mmodel\x07 [red] \u202ebackwards"
 
 
-def shown(found: Findings, width: int = 80) -> str:
+def shown(found: PlanResults, width: int = 80) -> str:
     file = io.StringIO()
     Console(file=file, width=width).print(plan_table(found))
     return file.getvalue()
@@ -76,8 +76,8 @@ def test_a_long_frontier_is_cut_and_says_so():
     found = findings(limits=(32, 64, 128, 256))
     everything = tuple(replace(one, dominated=False, meets_slo=True) for one in found.evaluations)
     text = shown(replace(found, evaluations=everything), 160)
-    assert len([line for line in text.splitlines() if "int4" in line and "×" in line]) <= MOST_ROWS + 1
-    assert f"… and {len(everything) - MOST_ROWS:,} more (--html and --json show all)" in text
+    assert len([line for line in text.splitlines() if "int4" in line and "×" in line]) <= MAX_ROWS + 1
+    assert f"… and {len(everything) - MAX_ROWS:,} more (--html and --json show all)" in text
 
 
 def test_when_nothing_will_do_the_nearest_is_shown():

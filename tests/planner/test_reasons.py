@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from powerband.planner.outcome import Banded, Evaluation
+from powerband.planner.formatting import deployment_text
 from powerband.planner.reasons import reasons
-from powerband.planner.words import deployment_text
+from powerband.planner.results import Banded, Evaluation
 from powerband.spec.deployment import Deployment, Pool, Replica
 from powerband.spec.slo import SLO
 

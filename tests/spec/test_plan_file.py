@@ -68,3 +68,19 @@ def test_devices_are_those_of_all_pools() -> None:
     deployment = PLAN.deployment
     assert deployment is not None
     assert deployment.num_devices == 5
+
+
+def test_a_plan_of_version_0_1_0_still_loads(tmp_path: Path) -> None:
+    """plan_0_1_0.yaml was written by `powerband plan` before names in the code changed; its keys must not."""
+    saved = Path(__file__).parent / "plan_0_1_0.yaml"
+    plan = read_plan(saved)
+    assert plan.deployment is not None
+    [pool] = plan.deployment.pools
+    assert (plan.deployment.engine, pool.count, pool.replica.device) == ("vllm", 1, "L4")
+    assert plan.slo is not None
+    assert (plan.slo.ttft_s, plan.slo.tpot_s, plan.slo.attainment) == (1.0, 0.06, 0.95)
+    assert (plan.promise.rate, plan.predicted["capacity"].low) == (2.0, 105.45156727642276)
+    assert plan.cost is not None
+    assert plan.cost.machines == {"gcp g2-standard-4": 1}
+    write_plan(plan, tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_text() == saved.read_text()

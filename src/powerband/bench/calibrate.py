@@ -45,7 +45,7 @@ Limit = Literal["client", "server", "levels"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ceiling:
+class ClientCapacity:
     """Of one worker, which has a core. limited_by: who could not follow to the next level; 'levels': both could. Where
     it was not the client, its rate is what its CPU time per chunk allows on a whole core.
     """
@@ -75,7 +75,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Climb:
+class RateRamp:
     """How the levels rise. A level lasts at least twice as long as one of its streams: a second."""
 
     most_streams: int = 960
@@ -89,12 +89,12 @@ class Climb:
         return workload.draw(0, duration_s=self.levels * self.level_s)
 
 
-async def calibrate(climb: Climb | None = None, *, requests_s: float = 3.0) -> Ceiling:
+async def calibrate(climb: RateRamp | None = None, *, requests_s: float = 3.0) -> ClientCapacity:
     """Measure (about 20 s, best on an idle machine) and keep the result for `ceiling`.
 
     Raises EnvironmentFault when a process cannot be started, or when the client is late even at the first level.
     """
-    found = judge(await measure_levels(climb or Climb()), await _requests(requests_s))
+    found = judge(await measure_levels(climb or RateRamp()), await _requests(requests_s))
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_suffix(".new")
@@ -103,15 +103,15 @@ async def calibrate(climb: Climb | None = None, *, requests_s: float = 3.0) -> C
     return found
 
 
-def ceiling() -> Ceiling | None:
+def ceiling() -> ClientCapacity | None:
     """What `calibrate` found last, with this processor, Python and version of powerband; None: never."""
     try:
-        return msgspec.json.decode(_path().read_bytes(), type=Ceiling)
+        return msgspec.json.decode(_path().read_bytes(), type=ClientCapacity)
     except (OSError, msgspec.MsgspecError):
         return None
 
 
-def judge(levels: Sequence[Level], requests_per_s: float) -> Ceiling:
+def judge(levels: Sequence[Level], requests_per_s: float) -> ClientCapacity:
     """From levels that rise to what the client can do: the last that was kept up with counts. One level at which
     somebody was late does not end them, if the next was kept up with: that was another process's doing.
 
@@ -128,7 +128,7 @@ def judge(levels: Sequence[Level], requests_per_s: float) -> Ceiling:
     chunks_per_s = best.chunks / best.cpu_s
     if limited_by == "client":
         chunks_per_s = min(chunks_per_s, max(levels[failed].chunks, best.chunks) / best.seconds)
-    return Ceiling(
+    return ClientCapacity(
         chunks_per_s=chunks_per_s,
         requests_per_s=requests_per_s,
         cpu_us_per_chunk=1e6 * best.cpu_s / best.chunks,
@@ -136,7 +136,7 @@ def judge(levels: Sequence[Level], requests_per_s: float) -> Ceiling:
     )
 
 
-async def measure_levels(climb: Climb) -> list[Level]:
+async def measure_levels(climb: RateRamp) -> list[Level]:
     """As far as the client and the server could follow, and the level at which one could not."""
     spent: list[tuple[float, float]] = [(0.0, 0.0)]  # client's CPU seconds by seconds from the run's start
     started_at = 0.0

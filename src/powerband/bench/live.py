@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from powerband.bench.load import Live
-from powerband.metrics.figures import missed
 from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import digits, plain, share_text, time_text
+from powerband.metrics.slo import slo_misses
 from powerband.spec.slo import SLO
 
 RECENT_S = 10.0
@@ -128,7 +128,7 @@ class LiveView:
             record, is_ok = sample.record(), sample.outcome is Outcome.OK
             self._ok += is_ok
             self._failed += not is_ok
-            self._good += self._slo is not None and not missed(record, self._slo)
+            self._good += self._slo is not None and not slo_misses(record, self._slo)
             times = (record.ttft_s, record.tpot_s) if is_ok else (None, None)
             self._recently.append(_Ended(now_s, record.output_tokens, *times, record.send_lag_s))
         self._taken = len(live.samples)

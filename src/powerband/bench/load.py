@@ -17,15 +17,15 @@ from powerband.bench.messages import (
     Done,
     Failure,
     FromWorker,
-    Go,
-    Job,
     Planned,
     PlannedChain,
     PlannedSegment,
     Progress,
     Ready,
     Sample,
+    StartSignal,
     Target,
+    WorkerJob,
 )
 from powerband.bench.server_metrics import ServerMetrics, scrape
 from powerband.bench.worker import read_message
@@ -113,7 +113,7 @@ async def run_load(
     try:
         for chains in shares:
             processes.append(await _start())
-            job = Job(
+            job = WorkerJob(
                 target=target,
                 chains=chains,
                 end_s=end_s,
@@ -125,7 +125,7 @@ async def run_load(
             await _ready(process)
         live.start_at = time.monotonic() + _START_S
         for process in processes:
-            await _send(process, Go(live.start_at))
+            await _send(process, StartSignal(live.start_at))
         gathering = [asyncio.create_task(_gather(number, process, live)) for number, process in enumerate(processes)]
         tasks += gathering
         if options.metrics_url is not None:
@@ -189,7 +189,7 @@ async def _start() -> asyncio.subprocess.Process:
         raise EnvironmentFault(f"A worker of the load generator cannot be started: {problem}.") from None
 
 
-async def _send(process: asyncio.subprocess.Process, message: Job | Go) -> None:
+async def _send(process: asyncio.subprocess.Process, message: WorkerJob | StartSignal) -> None:
     data = msgspec.msgpack.encode(message)
     if process.stdin is None:
         raise EnvironmentFault("A worker of the load generator has no stdin.")

@@ -51,7 +51,7 @@ class PlannedChain(msgspec.Struct, frozen=True, array_like=True):
     requests: tuple[Planned, ...]
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerJob(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's share of a run. Times in seconds from the run's start."""
 
     target: Target
@@ -62,7 +62,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     progress_s: float = 0.25
 
 
-class Go(msgspec.Struct, frozen=True):
+class StartSignal(msgspec.Struct, frozen=True):
     """start_at: the run's start, on the system's monotonic clock, which all processes share."""
 
     start_at: float

@@ -29,9 +29,9 @@ from powerband.bench.table import (
     verdict_text,
 )
 from powerband.metrics.definitions import DEFINITIONS, PERCENTILES, PREAMBLE
-from powerband.metrics.figures import missed
 from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import FIGURES, OUTCOMES, digits, plain, share_interval_text, share_text, time_text
+from powerband.metrics.slo import slo_misses
 from powerband.spec.slo import SLO
 
 MOST_SCATTER = 20_000  # points in the whole page
@@ -212,7 +212,7 @@ def _scatter(samples: Sequence[Sample], slo: SLO | None, most: int) -> dict[str,
         if sample.outcome is not Outcome.OK or record.ttft_s is None:
             failed.append(round(sample.scheduled_s, 3))
             continue
-        is_over = slo is not None and bool(missed(record, slo))
+        is_over = slo is not None and bool(slo_misses(record, slo))
         (over if is_over else kept).append((round(sample.scheduled_s, 3), _short(record.ttft_s)))
     share = most * len(kept) // max(len(kept) + len(over), 1)
     failed.sort()
@@ -245,7 +245,7 @@ def _slowest(answered: Sequence[Sample], slo: SLO | None) -> list[dict[str, Any]
             "prompt_tokens": sample.prompt_tokens,
             "cached_tokens": sample.cached_tokens,
             "output_tokens": sample.output_tokens,
-            "missed": [FIGURES[name] for name in missed(sample.record(), slo)] if slo is not None else [],
+            "missed": [FIGURES[name] for name in slo_misses(sample.record(), slo)] if slo is not None else [],
         }
         for sample in done[:SLOWEST]
     ]

@@ -85,7 +85,7 @@ async def find_server(target: Target, wait_s: float = 0.0) -> tuple[Target, Serv
     return msgspec.structs.replace(target, model=model), await _identify(target, card)
 
 
-async def measure_words(target: Target) -> Target:
+async def calibrate_prompt_words(target: Target) -> Target:
     """With how many of our words make a token on this server, from two short requests.
 
     Raises EnvironmentFault when it cannot answer them.

@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from powerband.bench.aliases import aliases
 from powerband.bench.load import LoadResult
 from powerband.bench.messages import Sample
+from powerband.bench.other_tools import aliases
 from powerband.bench.results import SCHEMA, RunReport
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.metrics.figures import PERCENTILES

@@ -22,8 +22,8 @@ from typing import cast
 import httptools
 import msgspec
 
-from powerband.bench.deadlines import Deadlines
 from powerband.bench.messages import Endpoint
+from powerband.bench.precise_timer import PreciseTimer
 from powerband.bench.script import Script, Speaker, Truth, read_body, text_of
 from powerband.bench.scripted_stream import ScriptedStream
 from powerband.errors import InvalidRequest, PowerbandError
@@ -41,7 +41,7 @@ class ScriptedServer:
 
     def __init__(self, script: Script) -> None:
         self.script = script
-        self.deadlines = Deadlines()
+        self.deadlines = PreciseTimer()
         self._listening: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self.forget()

@@ -16,7 +16,8 @@ from powerband.bench.load import Live, LoadResult, window_of
 from powerband.bench.messages import Sample
 from powerband.bench.saturation import is_saturated
 from powerband.errors import UsageError
-from powerband.metrics.figures import Summary, missed, summarize
+from powerband.metrics.figures import Summary, summarize
+from powerband.metrics.slo import slo_misses
 from powerband.metrics.statistics import wilson
 from powerband.spec.slo import SLO
 
@@ -47,7 +48,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CapacityResult:
     """rate: the highest at which the SLO was kept, 0 if at none. interval: from the highest rate at which it certainly
     is to the lowest at which it certainly is not (95 % each), as far as trials tell. attainment: of all at `rate`.
     """
@@ -71,7 +72,7 @@ class Searcher:
         self._warm_up, self._cool_down = warm_up, cool_down
         self.trials: list[Trial] = []
 
-    async def find_rate(self, first: float) -> Found:
+    async def find_rate(self, first: float) -> CapacityResult:
         """first: the rate to begin with. Raises UsageError when the client cannot drive the load that it would take."""
         low, high = await self._bracket(first)
         while low > 0 and high / low > RESOLUTION:
@@ -152,7 +153,7 @@ class Searcher:
         at_rate = [trial.summary for trial in self.trials if trial.rate == rate and trial.verdict != "invalid"]
         return sum(summary.good for summary in at_rate), sum(summary.scheduled for summary in at_rate)
 
-    def _found(self, rate: float) -> Found:
+    def _found(self, rate: float) -> CapacityResult:
         surely_met, surely_missed = 0.0, math.inf
         for tried in {trial.rate for trial in self.trials}:
             low, high = wilson(*self._counts(tried))
@@ -163,7 +164,7 @@ class Searcher:
         good, scheduled = self._counts(rate)
         attainment = good / scheduled if scheduled else 0.0
         interval = min(surely_met, rate), max(surely_missed, rate)
-        return Found(rate, interval, attainment, wilson(good, scheduled), tuple(self.trials))
+        return CapacityResult(rate, interval, attainment, wilson(good, scheduled), tuple(self.trials))
 
 
 def lost_by(samples: Sequence[Sample], slo: SLO) -> float:
@@ -171,7 +172,7 @@ def lost_by(samples: Sequence[Sample], slo: SLO) -> float:
     total = len(samples)
     if total < _LEAST_TO_GIVE_UP:
         return 0.0
-    bad = sum(bool(missed(sample.record(), slo)) for sample in samples)
+    bad = sum(bool(slo_misses(sample.record(), slo)) for sample in samples)
     allowed = max(1 - slo.attainment, 1e-6)
     twice = min(2 * allowed, (1 + allowed) / 2)
     return bad * math.log(twice / allowed) + (total - bad) * math.log((1 - twice) / (1 - allowed))

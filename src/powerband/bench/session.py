@@ -13,7 +13,7 @@ import msgspec
 from powerband.bench.http import get
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load, window_of
 from powerband.bench.messages import Target
-from powerband.bench.probe import Server, find_server, measure_words
+from powerband.bench.probe import Server, calibrate_prompt_words, find_server
 from powerband.bench.results import (
     Address,
     FoundRate,
@@ -26,7 +26,7 @@ from powerband.bench.results import (
     utc_now,
 )
 from powerband.bench.saturation import is_saturated
-from powerband.bench.search import Found, Searcher, Trial
+from powerband.bench.search import CapacityResult, Searcher, Trial
 from powerband.bench.server_metrics import understand
 from powerband.errors import EnvironmentFault
 from powerband.metrics.record import Outcome
@@ -90,9 +90,9 @@ class Session:
         self.loads: list[LoadResult] = []
 
     async def open(self, wait_s: float = 0.0) -> Server:
-        """Find the server and its model. Raises as probe.find_server and probe.measure_words."""
+        """Find the server and its model. Raises as probe.find_server and probe.calibrate_prompt_words."""
         target, self._server = await find_server(self._experiment.target, wait_s)
-        self._experiment = replace(self._experiment, target=await measure_words(target))
+        self._experiment = replace(self._experiment, target=await calibrate_prompt_words(target))
         return self._server
 
     async def single(self) -> RunReport:
@@ -216,6 +216,6 @@ class Session:
         )
 
 
-def _found_rate(found: Found) -> FoundRate:
+def _found_rate(found: CapacityResult) -> FoundRate:
     low, high = found.interval
     return FoundRate(found.rate, (low, None if math.isinf(high) else high), found.attainment, found.attainment_interval)

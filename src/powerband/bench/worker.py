@@ -22,19 +22,19 @@ import msgspec
 
 from powerband.bench.answers import Reading, read_answer
 from powerband.bench.connection import Answer, Connections
-from powerband.bench.deadlines import Deadlines
 from powerband.bench.messages import (
     Done,
     Failure,
     FromWorker,
-    Go,
-    Job,
     Planned,
     PlannedChain,
     Progress,
     Ready,
     Sample,
+    StartSignal,
+    WorkerJob,
 )
+from powerband.bench.precise_timer import PreciseTimer
 from powerband.bench.prompts import PromptMaker, Talk, request_bytes
 from powerband.metrics.record import Outcome
 
@@ -45,10 +45,10 @@ REFUSED = (429, 503)
 class Worker:
     """Runs one Job. Call `run` once."""
 
-    def __init__(self, job: Job, start_at: float) -> None:
+    def __init__(self, job: WorkerJob, start_at: float) -> None:
         self._job, self._start_at = job, start_at
         self._idle_cpu_s = _cpu_s()
-        self._deadlines = Deadlines()
+        self._deadlines = PreciseTimer()
         self._connections = Connections(job.target)
         self._maker = PromptMaker(job.target.words_per_token, job.target.salt)
         self._samples: list[Sample] = []
@@ -248,14 +248,14 @@ async def _main() -> None:
     transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, sys.stdout)
     transport.set_write_buffer_limits(0)  # what is drained is gone: nothing is left behind when this process ends
     send = Sender(asyncio.StreamWriter(transport, protocol, None, loop))
-    job = msgspec.msgpack.decode(await read_message(reader), type=Job)
+    job = msgspec.msgpack.decode(await read_message(reader), type=WorkerJob)
     with contextlib.suppress(OSError):
         os.nice(-10)  # where it may: it needs little, and that at once
     # What a run makes is kept until its end: a collector would find little, and stop the clock while it looks.
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
     await send(Ready())
-    go = msgspec.msgpack.decode(await read_message(reader), type=Go)
+    go = msgspec.msgpack.decode(await read_message(reader), type=StartSignal)
     try:
         work = asyncio.create_task(Worker(job, go.start_at).run(send))
         gone = asyncio.create_task(reader.read(1))  # the coordinator never says more: this is its end

@@ -235,7 +235,7 @@ def _policy(flags: ServiceFlags) -> Policy:
 
 
 def _say_plan(plan: Plan, made: Made, folder: ServiceFolder, front: Front, progress: Progress) -> None:
-    from powerband.planner.words import deployment_text
+    from powerband.planner.formatting import deployment_text
 
     if plan.deployment is not None:
         progress.say(f"plan: {made.release.served_name}, {deployment_text(plan.deployment)}")

@@ -50,7 +50,6 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "doctor": ("powerband.cli.doctor:doctor", "What this machine has, and what is missing."),
     },
 }
-COMMANDS = {name: path for section in SECTIONS.values() for name, (path, _) in section.items()}
 # Commands of commands: their section, and what they say of themselves.
 GROUPS = {
     "keys": (

@@ -30,8 +30,8 @@ from powerband.spec.quantities import share
 from powerband.spec.slo import SLO
 
 if TYPE_CHECKING:
-    from powerband.planner.outcome import Evaluation, Findings
-    from powerband.planner.question import Question
+    from powerband.planner.plan_request import PlanRequest
+    from powerband.planner.results import Evaluation, PlanResults
     from powerband.spec.plan import Plan
 
 NOTHING_MEETS_IT = 1
@@ -113,9 +113,9 @@ def plan(
     return _tell(findings, question, output)
 
 
-def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags) -> Question:
+def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags) -> PlanRequest:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
-    from powerband.planner.question import Question
+    from powerband.planner.plan_request import PlanRequest
 
     slo = SLO.parse(need.slo)
     if not slo.limits:
@@ -130,7 +130,7 @@ def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFla
     profiles = chosen_devices(offer.devices, offer.prices, changes)
     workload, rate = chosen_workload(requests, rate=need.rate)
     spec, stored = model_of(model)
-    return Question(
+    return PlanRequest(
         model=model,
         spec=spec,
         stored=stored,
@@ -152,7 +152,7 @@ def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFla
     )
 
 
-def searched(question: Question, workers: int | None, *, quiet: bool) -> Findings:
+def searched(question: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
     """With its progress on stderr, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -169,10 +169,10 @@ def searched(question: Question, workers: int | None, *, quiet: bool) -> Finding
         )
 
 
-def _tell(findings: Findings, question: Question, output: PlanOutputFlags) -> int:
+def _tell(findings: PlanResults, question: PlanRequest, output: PlanOutputFlags) -> int:
     from rich.console import Console
 
-    from powerband.planner.findings_file import findings_as_dict
+    from powerband.planner.json_export import findings_as_dict
     from powerband.planner.report import write_report
     from powerband.planner.table import plan_table
     from powerband.spec.plan import write_plan
@@ -206,7 +206,7 @@ def _check_outputs(output: PlanOutputFlags) -> None:
             raise EnvironmentFault(f"Cannot write {path}: there is no such folder.", param="out")
 
 
-def plan_of(question: Question, chosen: Evaluation) -> Plan:
+def plan_of(question: PlanRequest, chosen: Evaluation) -> Plan:
     """The promise is what is predicted at the pessimistic edge."""
     from powerband.spec.catalog import usd_per_hour
     from powerband.spec.plan import Cost, Plan, Promise

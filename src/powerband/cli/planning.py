@@ -194,7 +194,7 @@ def longest_request(workload: Workload, seed: int, model: ModelSpec, attainment:
     """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
     knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
     """
-    from powerband.planner.question import weighed
+    from powerband.planner.plan_request import weighed
 
     drawn = replace(workload, arrivals=_SOON).draw(seed, num_requests=_MANY)
     lengths = sorted(request.prompt + request.output for request in weighed(drawn))

@@ -23,7 +23,7 @@ import yaml
 from powerband.bench.http import get
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
 from powerband.bench.messages import Target
-from powerband.bench.probe import find_server, measure_words
+from powerband.bench.probe import calibrate_prompt_words, find_server
 from powerband.cost.steps import Run, read_step_log
 from powerband.errors import EnvironmentFault
 from powerband.spec.arrivals import ClosedLoop
@@ -109,7 +109,7 @@ async def _ready(process: asyncio.subprocess.Process, port: int, log: Path) -> T
             break
         with contextlib.suppress(OSError, TimeoutError):
             if (await get(asked, "/readyz")).status == 200:
-                return await measure_words((await find_server(asked))[0])
+                return await calibrate_prompt_words((await find_server(asked))[0])
         await asyncio.sleep(0.2)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
     raise EnvironmentFault(

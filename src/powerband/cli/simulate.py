@@ -56,7 +56,7 @@ def simulate(
     Writes run.json, requests.jsonl and report.html like 'powerband bench', which compares with them.
     Exits with 1 when the SLO is missed.
     """
-    from powerband.planner.models import modelled
+    from powerband.planner.simulation_inputs import simulation_inputs
     from powerband.spec.plan import read_plan
     from powerband.spec.traces import read_trace
 
@@ -71,7 +71,7 @@ def simulate(
         )
     asked = _asked(known, load, requests)
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
-    made = modelled(model_of(known.model)[0], known.deployment, _finder(known.deployment, devices, set or []))
+    made = simulation_inputs(model_of(known.model)[0], known.deployment, _finder(known.deployment, devices, set or []))
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
     result = _load_result(schedule, made.simulate(schedule))
     known = replace(known, slo=judging.made() or known.slo)

@@ -8,25 +8,14 @@ in use   referred to by one request or, if its content has a key, by several
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Literal
 
 from powerband.errors import PowerbandError
-
-
-@dataclass(frozen=True, slots=True)
-class CacheEvent:
-    """A block of content became findable, or stopped being so. Keys name the block and everything before it."""
-
-    kind: Literal["stored", "removed"]
-    key: bytes
-    parent: bytes
 
 
 class BlockPool:
     """Reference counts and content keys of `num_blocks` blocks."""
 
-    def __init__(self, num_blocks: int, *, record_events: bool = False) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.refs = [0] * num_blocks
         self.key_of: list[bytes | None] = [None] * num_blocks
@@ -34,7 +23,6 @@ class BlockPool:
         self.block_of: dict[bytes, int] = {}
         self.blank = list(range(num_blocks - 1, -1, -1))
         self.cached: OrderedDict[int, None] = OrderedDict()
-        self.events: list[CacheEvent] | None = [] if record_events else None
 
     @property
     def num_free(self) -> int:
@@ -79,8 +67,6 @@ class BlockPool:
             self.block_of[key] = block
             self.key_of[block] = key
             self.parent_of[block] = parent
-            if self.events is not None:
-                self.events.append(CacheEvent("stored", key, parent))
 
     def touch(self, block: int) -> None:
         """Count a cached block as just used."""
@@ -102,8 +88,6 @@ class BlockPool:
             return
         del self.block_of[key]
         self.key_of[block] = None
-        if self.events is not None:
-            self.events.append(CacheEvent("removed", key, self.parent_of[block]))
 
     def check(self) -> None:
         """Raise PowerbandError unless the books balance. O(num_blocks): for tests and idle moments."""

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from powerband.core.block_pool import BlockPool, CacheEvent
+from powerband.core.block_pool import BlockPool
 from powerband.core.request import Request
 from powerband.errors import PowerbandError
 
@@ -47,12 +47,10 @@ class CacheUsage:
 class KVCacheManager:
     """Hands out blocks of `block_size` positions and finds shared prefixes."""
 
-    def __init__(
-        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, record_events: bool = False
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.pool = BlockPool(num_blocks, record_events=record_events)
+        self.pool = BlockPool(num_blocks)
         self._pack = struct.Struct(f"<{block_size}I").pack
 
     @property
@@ -96,9 +94,9 @@ class KVCacheManager:
         r.max_published = sys.maxsize
         r.num_computed = r.capacity = len(match.blocks) * self.block_size
 
-    def allocate(self, r: Request, n: int, reserve: int = 0) -> list[int] | None:
+    def allocate(self, r: Request, n: int) -> list[int] | None:
         """Make room for `n` positions after `num_computed`; return the new blocks, or None when they do not fit."""
-        if not self.has_room(r, n, reserve):
+        if not self.has_room(r, n):
             return None
         blocks = self.pool.take(max(self._num_needed(r, n), 0))
         if blocks:
@@ -106,9 +104,9 @@ class KVCacheManager:
             r.capacity = len(r.blocks) * self.block_size
         return blocks
 
-    def has_room(self, r: Request, n: int, reserve: int = 0) -> bool:
+    def has_room(self, r: Request, n: int) -> bool:
         """Whether `allocate` would succeed."""
-        return self._num_needed(r, n) + reserve <= self.pool.num_free
+        return self._num_needed(r, n) <= self.pool.num_free
 
     def _num_needed(self, r: Request, n: int) -> int:
         return -(-(r.num_computed + n) // self.block_size) - len(r.blocks)
@@ -143,7 +141,7 @@ class KVCacheManager:
         else:
             self.pool.touch(twin)
 
-    def distrust(self, r: Request, start: int) -> set[int]:
+    def invalidate(self, r: Request, start: int) -> set[int]:
         """Withdraw the blocks of `r` from the one that holds position `start` on; return those blocks.
 
         Whatever was published behind them cannot be found any more either.
@@ -178,14 +176,6 @@ class KVCacheManager:
     def usage(self) -> CacheUsage:
         pool = self.pool
         return CacheUsage(pool.num_blocks, pool.num_blocks - pool.num_free, len(pool.cached))
-
-    def drain_events(self) -> list[CacheEvent]:
-        """Return what became findable or unfindable since the last call (empty unless `record_events`)."""
-        events = self.pool.events
-        if not events:
-            return []
-        self.pool.events = []
-        return events
 
     def check(self, holders: Iterable[Request] = ()) -> None:
         """Raise PowerbandError unless the pool's books balance and agree with the requests that own blocks."""

@@ -96,11 +96,6 @@ class Scheduler:
         """Forget all reusable content. Running requests keep what they have."""
         self.kv.reset(self.running)
 
-    @property
-    def pending_drops(self) -> list[str]:
-        """Ids that ended since the last step; the next one tells the executor."""
-        return list(self._dropped)
-
     # A step
 
     def schedule(self, now: float) -> Step | None:
@@ -121,38 +116,32 @@ class Scheduler:
         return step
 
     def _continue_running(self, works: list[Work]) -> tuple[int, bool]:
-        """Fill `works` from the running requests; return the budget left and whether any was preempted."""
+        """Fill `works` from the running requests, in order; return the budget left and whether any was preempted."""
         budget = self.limits.max_num_batched_tokens
-        running, relay, dynamic = self.running, self.relay, self.policy.dynamic
-        quota = self._decode_quota()
-        reserved = -1  # tokens of the budget that belong to decodes still to come, once a longer piece asked
+        relay, dynamic = self.relay, self.policy.dynamic
+        decodes_left = self._count_decodes()  # each gets one token of the budget before anyone gets a second
+        decode_quota = self._decode_quota()
         preempted = False
-        i = 0
-        while i < len(running) and budget > 0:
-            r = running[i]
-            i += 1
+        for r in self.running:  # a preemption removes the last one
             known = len(r.tokens) + r.num_pending
             if r.inflight > relay or r.drafting or known >= r.max_length:
                 continue
             n = known - r.num_computed
             drafts: list[int] = []
-            if n == 1:
-                reserved -= 1
-                if quota <= 0:
-                    continue
-                quota -= 1
-            if n > 1 or self.propose is not None:
-                if reserved < 0:
-                    reserved = self._count_decodes(i)
-                if n > 1:
-                    n = min(n, self._chunk, budget - reserved)
-                else:
-                    drafts = self._drafts(r, min(r.max_length - known, budget - reserved) - 1)
-                    n += len(drafts)
+            if n > 1:
+                n = min(n, self._chunk, budget - decodes_left)
                 if n <= 0:
                     continue
-            if drafts and not self.kv.has_room(r, n):  # a guess is not worth a preemption
-                n, drafts = 1, []
+            else:
+                decodes_left -= 1
+                if decode_quota <= 0:
+                    continue
+                decode_quota -= 1
+                if self.propose is not None:
+                    drafts = self._drafts(r, min(r.max_length - known, budget - decodes_left) - 1)
+                    if not self.kv.has_room(r, 1 + len(drafts)):  # a guess is not worth a preemption
+                        drafts = []
+                    n += len(drafts)
             blocks: list[int] = []
             if r.num_computed + n > r.capacity:
                 grown, preempted_now = self._grow(r, n)
@@ -164,6 +153,8 @@ class Scheduler:
             budget -= n
             if dynamic:
                 self.policy.charge(r, n)
+            if budget <= 0:
+                break
         return budget, preempted
 
     def _decode_quota(self) -> int:
@@ -172,10 +163,15 @@ class Scheduler:
             return len(self.running)
         return -(-sum(r.num_missing == 1 for r in self.running) // self.num_stages)
 
-    def _count_decodes(self, start: int) -> int:
-        """Requests from running[start] on that need exactly one token now. They come before any longer piece."""
+    def _count_decodes(self) -> int:
+        """Running requests that can be scheduled now and need exactly one token."""
         relay = self.relay
-        return sum(1 for r in self.running[start:] if r.num_missing == 1 and r.inflight <= relay)
+        count = 0
+        for r in self.running:
+            known = len(r.tokens) + r.num_pending
+            if known - r.num_computed == 1 and r.inflight <= relay and not r.drafting and known < r.max_length:
+                count += 1
+        return count
 
     def _drafts(self, r: Request, limit: int) -> list[int]:
         if self.propose is None or r.num_pending or limit <= 0 or not r.num_output:
@@ -298,7 +294,7 @@ class Scheduler:
 
     def _fail(self, r: Request, start: int, error: ErrorInfo, now: float) -> TokenOutput:
         """End one request; whoever reads what its failed work wrote computes it again."""
-        suspect = self.kv.distrust(r, start)
+        suspect = self.kv.invalidate(r, start)
         output = token_output(r, [], now, FinishReason.ERROR, error=error)
         self._finish(r)
         found = True
@@ -307,7 +303,7 @@ class Scheduler:
             for q in self.running:
                 first = next((i for i, block in enumerate(q.blocks) if block in suspect), None)
                 if first is not None:
-                    suspect |= self.kv.distrust(q, first * self.kv.block_size)
+                    suspect |= self.kv.invalidate(q, first * self.kv.block_size)
                     self._preempt(q)
                     found = True
                     break

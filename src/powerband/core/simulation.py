@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from powerband.core.clock import Clock
 from powerband.core.loop import Command, EngineCore
 from powerband.core.step import DeviceReport, Step, StepResult, TokenOutput, Work
-from powerband.errors import UsageError
 
 
 class TraceInbox:
@@ -107,9 +105,6 @@ class SimExecutor:
     def run(self, step: Step) -> StepResult:
         """What the step yields."""
         return StepResult({work.id: self.sample(work) for work in step.works if work.samples})
-
-    def call(self, method: str, **kwargs: Any) -> Any:
-        raise UsageError(f"A simulated device has no method {method!r} (called with {kwargs}).")
 
     def check(self) -> None:
         """A simulated device does not break."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 from powerband.core.params import SamplingParams
 
@@ -151,7 +151,6 @@ class Executor(Protocol):
     def start(self) -> DeviceReport: ...
     def init_kv_cache(self, num_blocks: int) -> None: ...
     def submit(self, step: Step) -> StepHandle: ...
-    def call(self, method: str, **kwargs: Any) -> Any: ...
     def check(self) -> None:
         """Raise PowerbandError when the device can no longer work."""
         ...

@@ -76,12 +76,6 @@ def held_out_error(samples: Sequence[StepSample], folds: int = 4) -> Errors:
     return Errors.of(predicted, measured)
 
 
-def error_of(law: StepLaw, samples: Sequence[StepSample]) -> Errors:
-    """On the samples themselves."""
-    model = MeasuredSteps(law)
-    return Errors.of([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
-
-
 def _knots(places: Sequence[int], seen: Sequence[int]) -> tuple[int, ...]:
     """Those places between which something was seen, the first and one beyond the last among them."""
     found = {places[0]}

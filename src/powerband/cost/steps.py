@@ -5,9 +5,8 @@ A log has a line that says what ran, then one for each step. An engine that star
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +150,3 @@ def _sample(line: _Line, path: Path, number: int) -> StepSample | None:
     if not is_shape or not 0 <= line.sampled <= len(works) or not line.s > 0:
         raise UsageError(f"{path}, line {number}: this is no step.", param="from")
     return StepSample(works, line.sampled, line.s, line.at, line.at + line.in_flight_s)
-
-
-def seconds_between(samples: Sequence[StepSample]) -> list[float]:
-    """Of each step but the first, from the end of the one before to its submission: what the host did meanwhile."""
-    return [later.at_s - earlier.end_s for earlier, later in pairwise(samples)]

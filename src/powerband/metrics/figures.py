@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.metrics.slo import slo_misses
 from powerband.metrics.statistics import (
     FEWEST_FOR_INTERVAL,
     Interval,
@@ -152,7 +153,7 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
     """Figures of the requests scheduled in `window`. Every scheduled request needs a record, whatever became of it."""
     counted = [record for record in records if record.scheduled_s in window]
     answered = [record for record in counted if record.outcome is Outcome.OK]
-    verdicts = [missed(record, slo) for record in counted] if slo is not None else []
+    verdicts = [slo_misses(record, slo) for record in counted] if slo is not None else []
     good = sum(not verdict for verdict in verdicts)
     seconds = window.seconds if window.seconds > 0 else math.inf
     prompt_tokens = sum(record.prompt_tokens for record in answered)
@@ -179,22 +180,6 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
         late=sum(record.send_lag_s > most_lag_s for record in _sent(counted)),
         most_lag_s=most_lag_s,
     )
-
-
-def missed(record: RequestRecord, slo: SLO) -> list[str]:
-    """Why a request does not count as good: its outcome, or the figures over their limits; empty: it does.
-
-    An answer without a token has no TTFT and no E2E: it misses a limit on them. TPOT and stall it keeps, as one of a
-    single token does.
-    """
-    if record.outcome is not Outcome.OK:
-        return [record.outcome.value]
-    found = []
-    for name, limit_s in slo.limits.items():
-        value: float | None = getattr(record, f"{name}_s")
-        if value > limit_s if value is not None else name in ("ttft", "e2e"):
-            found.append(name)
-    return found
 
 
 def _between(ordered: Sequence[float], position: float) -> float:

@@ -15,8 +15,8 @@ from typing import Any
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import UsageError
-from powerband.planner.outcome import Pruned
-from powerband.planner.words import layout_text
+from powerband.planner.formatting import layout_text
+from powerband.planner.results import Pruned
 from powerband.spec.deployment import EngineName, KVPrecision, Quantization, Replica
 from powerband.spec.engines import ABILITIES, USUAL, kv_precisions, why_not
 from powerband.spec.model import ModelSpec
@@ -27,7 +27,7 @@ _OFFLOADED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ReplicaOption:
     """One kind of replica, and the memory of its fullest rank."""
 
     engine: EngineName
@@ -36,7 +36,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Space:
+class SearchSpace:
     """What may be chosen from. quantizations: empty: the usual ones. pinned: fields of Replica that all must have."""
 
     profiles: Sequence[DeviceProfile]
@@ -49,12 +49,12 @@ class Space:
     pinned: Mapping[str, Any] | None = None
 
 
-def kinds(spec: ModelSpec, stored: Stored, space: Space) -> tuple[list[Kind], list[Pruned]]:
+def kinds(spec: ModelSpec, stored: Stored, space: SearchSpace) -> tuple[list[ReplicaOption], list[Pruned]]:
     """All that fit, and what was left out, by reason.
 
     Raises UsageError when no engine can run the model on any of the devices in any of the precisions.
     """
-    found: list[Kind] = []
+    found: list[ReplicaOption] = []
     left_out: Counter[tuple[str, str]] = Counter()
     for engine in space.engines:
         for profile in space.profiles:
@@ -73,7 +73,7 @@ def kinds(spec: ModelSpec, stored: Stored, space: Space) -> tuple[list[Kind], li
     return found, pruned
 
 
-def _quantizations(stored: Stored, space: Space) -> tuple[Quantization, ...]:
+def _quantizations(stored: Stored, space: SearchSpace) -> tuple[Quantization, ...]:
     if stored.quantization != "none":
         if space.quantizations and tuple(space.quantizations) != (stored.quantization,):
             raise UsageError(
@@ -86,7 +86,7 @@ def _quantizations(stored: Stored, space: Space) -> tuple[Quantization, ...]:
 
 
 def _unable(
-    engine: EngineName, profile: DeviceProfile, quantization: Quantization, stored: Stored, space: Space
+    engine: EngineName, profile: DeviceProfile, quantization: Quantization, stored: Stored, space: SearchSpace
 ) -> str:
     reason = why_not(engine, profile, quantization)
     if not reason and space.draft_tokens and not ABILITIES[engine].speculates:
@@ -103,7 +103,7 @@ def _replicas(
     profile: DeviceProfile,
     quantization: Quantization,
     stored: Stored,
-    space: Space,
+    space: SearchSpace,
 ) -> Iterator[Replica]:
     most = min(space.max_devices, profile.devices_per_node) if ABILITIES[engine].divides else 1
     kv: KVPrecision
@@ -144,9 +144,9 @@ def _has_experts(spec: ModelSpec) -> bool:
     return any(layer.num_experts for layer in spec.layers)
 
 
-def _fitting(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replica: Replica) -> Kind:
+def _fitting(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replica: Replica) -> ReplicaOption:
     """With as much of the weights in the host's memory as it takes to fit; none, where it fits without or never."""
-    whole = Kind(engine, replica, plan_replica(spec, profile, replica, engine))
+    whole = ReplicaOption(engine, replica, plan_replica(spec, profile, replica, engine))
     may_offload = ABILITIES[engine].offloads and profile.kind != "cpu" and replica.num_devices == 1
     if not whole.memory.problem or replica.offload_share or not may_offload:
         return whole
@@ -154,7 +154,7 @@ def _fitting(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replic
         offloaded = replace(replica, offload_share=share)
         memory = plan_replica(spec, profile, offloaded, engine)
         if not memory.problem:
-            return Kind(engine, offloaded, memory)
+            return ReplicaOption(engine, offloaded, memory)
     return whole
 
 

@@ -39,7 +39,7 @@ def segment_tokens(segment: Segment) -> range:
 
 
 @dataclass(slots=True)
-class Open:
+class InFlightRequest:
     """A request that is under way. Times as the client sees them."""
 
     planned: PlannedRequest
@@ -91,7 +91,7 @@ class Open:
         )
 
 
-class Talk:
+class ConversationClient:
     """One chain: where it stands, and what was said so far."""
 
     def __init__(self, chain: Chain) -> None:

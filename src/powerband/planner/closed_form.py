@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from powerband.cost.latency import LatencyModel
-from powerband.planner.outcome import Bound
-from powerband.planner.question import Weight
+from powerband.planner.plan_request import RequestTokens
+from powerband.planner.results import Bound
 from powerband.spec.deployment import Replica
 from powerband.spec.slo import SLO
 
@@ -195,7 +195,7 @@ class StepTimes:
     Computed where they are asked for; stages compute different requests at once.
     """
 
-    def __init__(self, model: LatencyModel, weight: Weight, draft_tokens: int = 0) -> None:
+    def __init__(self, model: LatencyModel, weight: RequestTokens, draft_tokens: int = 0) -> None:
         self.model, self.weight = model, weight
         self.decode_work = 1 + draft_tokens, max(round(weight.context), 2)
         self._cached = max(round(weight.prompt - weight.new), 0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from powerband.planner.outcome import Banded, Evaluation
+from powerband.planner.results import Banded, Evaluation
 from powerband.spec.deployment import Deployment
 
 _CORRECTED = ("ttft_s", "ttft_mean_s", "tpot_s", "tpot_mean_s", "e2e_mean_s")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.planner.candidates import Kind
+from powerband.planner.candidates import ReplicaOption
 from powerband.planner.closed_form import ClosedForm, StepTimes
-from powerband.planner.outcome import Banded, Bound, Evaluation
-from powerband.planner.question import Question, Weighed, weight
+from powerband.planner.plan_request import PlanRequest, WorkloadStats, weight
+from powerband.planner.results import Banded, Bound, Evaluation
 from powerband.spec.catalog import usd_per_hour
 from powerband.spec.deployment import Deployment, Pool, Replica
 
@@ -22,10 +22,10 @@ _WAITING = 0.5  # of the TTFT
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class SizedReplica:
     """One kind of replica with its limits, under the workload. kept_rate: requests a second of one replica."""
 
-    kind: Kind
+    kind: ReplicaOption
     forms: tuple[ClosedForm, ClosedForm, ClosedForm]  # as predicted, and at the band's slow and fast edge
     kept_rate: float  # as predicted
     sure_rate: float  # at the slow edge
@@ -35,7 +35,9 @@ class Unit:
         return self.kind.replica
 
 
-def units(question: Question, kinds: Sequence[Kind], requests: Sequence[Weighed], turns: float) -> Iterator[Unit]:
+def units(
+    question: PlanRequest, kinds: Sequence[ReplicaOption], requests: Sequence[WorkloadStats], turns: float
+) -> Iterator[SizedReplica]:
     """With every pair of limits that makes a difference and is not pinned."""
     percentile = question.slo.attainment
     weights = {
@@ -55,7 +57,9 @@ def units(question: Question, kinds: Sequence[Kind], requests: Sequence[Weighed]
                 yield found
 
 
-def unit_of(question: Question, kind: Kind, replica: Replica, times: StepTimes, band: float) -> Unit | None:
+def unit_of(
+    question: PlanRequest, kind: ReplicaOption, replica: Replica, times: StepTimes, band: float
+) -> SizedReplica | None:
     """`replica`: the kind's own with other limits. None: it does not fit."""
     profile = question.profile(replica.device)
     memory = kind.memory if replica == kind.replica else plan_replica(question.spec, profile, replica, kind.engine)
@@ -65,15 +69,15 @@ def unit_of(question: Question, kind: Kind, replica: Replica, times: StepTimes, 
         ClosedForm(times, replica, memory.kv_tokens, percentile=question.slo.attainment, slowdown=slowdown)
         for slowdown in (1.0, 1 + band, 1 / (1 + band))
     )
-    return Unit(
-        Kind(kind.engine, replica, memory),
+    return SizedReplica(
+        ReplicaOption(kind.engine, replica, memory),
         (nominal, slowest, fastest),
         nominal.kept_rate(question.slo),
         slowest.kept_rate(question.slo),
     )
 
 
-def counts(question: Question, unit: Unit) -> list[int]:
+def counts(question: PlanRequest, unit: SizedReplica) -> list[int]:
     """Numbers of replicas that are worth a look: what the rate takes, as predicted and surely, and one less."""
     most = most_replicas(question, unit.replica)
     if most < 1:
@@ -90,7 +94,7 @@ def counts(question: Question, unit: Unit) -> list[int]:
     return sorted({min(max(count, 1), most) for count in wanted})
 
 
-def most_replicas(question: Question, replica: Replica) -> int:
+def most_replicas(question: PlanRequest, replica: Replica) -> int:
     profile = question.profile(replica.device)
     if profile.kind == "cpu":
         # A machine is one device, and holds as many replicas as its measured ones leave cores for.
@@ -98,7 +102,7 @@ def most_replicas(question: Question, replica: Replica) -> int:
     return question.max_devices // replica.num_devices
 
 
-def estimated(question: Question, unit: Unit, count: int) -> Evaluation:
+def estimated(question: PlanRequest, unit: SizedReplica, count: int) -> Evaluation:
     """`count` of these replicas, each with an equal share of the rate."""
     deployment = Deployment(engine=unit.kind.engine, pools=(Pool(replica=unit.replica, count=count),))
     operators, binds = binding(unit, question.rate / count)
@@ -116,7 +120,7 @@ def estimated(question: Question, unit: Unit, count: int) -> Evaluation:
     )
 
 
-def figures_of(unit: Unit, rate: float, count: int) -> dict[str, Banded]:
+def figures_of(unit: SizedReplica, rate: float, count: int) -> dict[str, Banded]:
     """Of so many replicas that share a rate, see outcome.Evaluation."""
     nominal, slow, fast = (form.at(rate / count) for form in unit.forms)
     output = unit.forms[0].output
@@ -133,14 +137,14 @@ def figures_of(unit: Unit, rate: float, count: int) -> dict[str, Banded]:
     }
 
 
-def capacity_of(unit: Unit, count: int) -> Banded:
+def capacity_of(unit: SizedReplica, count: int) -> Banded:
     best = unit.forms[2].capacity
     return Banded(
         unit.kept_rate * count, unit.sure_rate * count, max(unit.kept_rate, min(best, unit.kept_rate * 1.5)) * count
     )
 
 
-def price_of(question: Question, deployment: Deployment) -> float | None:
+def price_of(question: PlanRequest, deployment: Deployment) -> float | None:
     """Dollars per hour of the cheapest machines; None: not all have a known price."""
     total = 0.0
     for pool in deployment.pools:
@@ -152,7 +156,7 @@ def price_of(question: Question, deployment: Deployment) -> float | None:
     return total
 
 
-def notes(question: Question, deployment: Deployment) -> tuple[str, ...]:
+def notes(question: PlanRequest, deployment: Deployment) -> tuple[str, ...]:
     found = []
     for pool in deployment.pools:
         if pool.replica.offload_share:
@@ -166,7 +170,7 @@ def notes(question: Question, deployment: Deployment) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def binding(unit: Unit, rate: float) -> tuple[dict[str, float], Bound]:
+def binding(unit: SizedReplica, rate: float) -> tuple[dict[str, float], Bound]:
     """Of one replica at a rate: shares of its time by operator, and what binds."""
     found = unit.forms[0].at(rate)
     operators, bound = unit.forms[0].shares(found.running)

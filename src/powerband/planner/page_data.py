@@ -15,8 +15,16 @@ from typing import Any
 
 from powerband.metrics.definitions import DEFINITIONS
 from powerband.metrics.shown import count_text, digits, plain, share_text
-from powerband.planner.findings_file import finite
-from powerband.planner.outcome import Banded, Evaluation, Findings
+from powerband.planner.formatting import (
+    BOUND_WORDS,
+    ENGINE_NAMES,
+    banded_seconds,
+    brief_seconds,
+    deployment_text,
+    dollars,
+)
+from powerband.planner.json_export import finite
+from powerband.planner.results import Banded, Evaluation, PlanResults
 from powerband.planner.table import (
     LATENCIES,
     detail_text,
@@ -31,14 +39,13 @@ from powerband.planner.table import (
     question,
     share_band_text,
 )
-from powerband.planner.words import BOUND_WORDS, ENGINE_NAMES, banded_seconds, brief_seconds, deployment_text, dollars
 from powerband.spec.slo import SLO
 
 MOST_PRUNED = 200  # of one reason, that are named
 _DEFINED = ("TTFT", "TPOT", "E2E", "SLO attainment")
 
 
-def page_data(findings: Findings) -> dict[str, Any]:
+def page_data(findings: PlanResults) -> dict[str, Any]:
     texts: dict[str, int] = {}
     evaluations = [_evaluation(one, texts) for one in findings.evaluations]
     numbers = {id(one): number for number, one in enumerate(findings.evaluations)}
@@ -108,7 +115,7 @@ def _banded(figure: Banded) -> tuple[float | None, ...] | None:
     return None if value is None else (_short(value), _short(finite(figure.low)), _short(finite(figure.high)))
 
 
-def _tiles(one: Evaluation | None, findings: Findings) -> list[tuple[str, str, str]]:
+def _tiles(one: Evaluation | None, findings: PlanResults) -> list[tuple[str, str, str]]:
     """(what, how much, a note) for the top of the page."""
     if one is None:
         return []
@@ -136,12 +143,12 @@ def _latency_note(figure: Banded, name: str, slo: SLO) -> str:
     return f"{band}; limit {brief_seconds(limit)}" if limit is not None else band
 
 
-def _budget(findings: Findings) -> str:
+def _budget(findings: PlanResults) -> str:
     budget = findings.budget_usd_per_hour
     return f"budget {dollars(budget)}" if budget is not None else "no budget was set"
 
 
-def _axes(findings: Findings) -> tuple[str, str]:
+def _axes(findings: PlanResults) -> tuple[str, str]:
     """What the chart shows first: the price, where one is known, and the latency that is limited."""
     has_prices = any(one.usd_per_hour is not None for one in findings.evaluations)
     if findings.objective == "throughput":
@@ -150,7 +157,7 @@ def _axes(findings: Findings) -> tuple[str, str]:
     return ("usd_per_hour" if has_prices else "devices"), (limited or ["ttft_s"])[0]
 
 
-def _facts(findings: Findings) -> list[tuple[str, str]]:
+def _facts(findings: PlanResults) -> list[tuple[str, str]]:
     simulated = sum(one.method == "simulation" for one in findings.evaluations)
     slo = findings.slo
     return [

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from powerband.planner.outcome import Evaluation
-from powerband.planner.words import BOUND_WORDS, NEVER_S, banded_seconds, brief_seconds, deployment_text, dollars
+from powerband.planner.formatting import BOUND_WORDS, NEVER_S, banded_seconds, brief_seconds, deployment_text, dollars
+from powerband.planner.results import Evaluation
 from powerband.spec.deployment import Deployment
 from powerband.spec.quantities import shown_seconds
 from powerband.spec.slo import SLO
@@ -26,7 +26,7 @@ def reasons(
     budget_usd_per_h: float | None,
     unit: str = "requests/s",
 ) -> tuple[str, ...]:
-    """evaluations: all of them. alternatives: 'cheaper', 'faster', 'nearest', see Findings. unit: of rates."""
+    """evaluations: all of them. alternatives: 'cheaper', 'faster', 'nearest', see PlanResults. unit: of rates."""
     if recommended is None:
         return tuple(_none(evaluations, alternatives.get("nearest"), slo, rate, budget_usd_per_h))
     return (

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import VirtualClock
-from powerband.core.jump import advance, ending, steady_rounds
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import EngineCore
 from powerband.core.request import Request
@@ -21,11 +20,12 @@ from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, SimHandle, TraceInbox
 from powerband.core.step import Step, StepResult, TokenOutput, Work
 from powerband.planner.clients import answer_start
+from powerband.planner.fast_forward import advance, ending, steady_rounds
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.profile import HostLaw
 
 _AT_ONCE = 64  # rounds of a run that are planned before others get their turn
-_MOST_SHAPES = 128  # of steps that are kept to tell where the time goes
+_MAX_SHAPES = 128  # of steps that are kept to tell where the time goes
 _NO_LIMIT = 1 << 40
 _DRAFT = -1  # a draft's value does not matter: chance accepts it
 
@@ -92,7 +92,7 @@ class ModelExecutor(SimExecutor):
         self.busy_s += seconds
         if self.num_steps % self._stride == 0:
             self.shapes.append((works(), sampled))
-            if len(self.shapes) > _MOST_SHAPES:
+            if len(self.shapes) > _MAX_SHAPES:
                 self.shapes = self.shapes[::2]
                 self._stride *= 2
         self.num_steps += 1
@@ -124,7 +124,7 @@ class ModelExecutor(SimExecutor):
         return list(range(first, first + accepted + 1))
 
 
-class Run:
+class FastForward:
     """Rounds that can be foreseen: when each ends is known before any is done. `now_s`: when the next would begin.
 
     A command that comes meanwhile cuts it short: rounds that begin later are not done.
@@ -212,7 +212,7 @@ def _decodes(contexts: list[int], later: int) -> list[tuple[int, int]]:
 class SimulatedReplica:
     """An engine and what is needed to tell when it acts next. seed: of its chance (acceptance of drafts).
 
-    jump: do rounds that are alike at once; what comes out is the same.
+    fast_forward: apply identical steps at once; the result is the same.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class SimulatedReplica:
         block_size: int,
         slowdown: float = 1.0,
         seed: int = 0,
-        jump: bool = True,
+        fast_forward: bool = True,
     ) -> None:
         self.model = model
         self.clock = VirtualClock()
@@ -241,8 +241,8 @@ class SimulatedReplica:
         )
         self.core = EngineCore(self.scheduler, self.executor, self.clock, self.inbox)
         self.short_of_memory = 0  # steps in which a seat was free, but no block for who waited
-        self._jump = jump
-        self._run: Run | None = None
+        self._fast_forward = fast_forward
+        self._run: FastForward | None = None
 
     @property
     def next_s(self) -> float:
@@ -258,8 +258,13 @@ class SimulatedReplica:
         """One round of the engine's loop, or several that are alike, as far as `until_s`, of which `hear` is told."""
         next_s = self.inbox.next_time()
         due_s = math.inf if next_s is None else next_s
-        if self._run is None and self._jump and due_s > self.clock.now() and (rounds := steady_rounds(self.core)):
-            self._run = Run(self.core, self.executor, rounds)
+        if (
+            self._run is None
+            and self._fast_forward
+            and due_s > self.clock.now()
+            and (rounds := steady_rounds(self.core))
+        ):
+            self._run = FastForward(self.core, self.executor, rounds)
         if self._run is None:
             outputs = self.core.step()
             self._count_shortage()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from powerband.html_page import page_html, write_page
-from powerband.planner.outcome import Findings
 from powerband.planner.page_data import page_data
+from powerband.planner.results import PlanResults
 
 
-def write_report(findings: Findings, path: Path) -> None:
+def write_report(findings: PlanResults, path: Path) -> None:
     """Raises EnvironmentFault when it cannot be written."""
     write_page(report_html(findings), path)
 
 
-def report_html(findings: Findings) -> str:
+def report_html(findings: PlanResults) -> str:
     return page_html("planner", title=f"{findings.model}: powerband plan", data=page_data(findings))

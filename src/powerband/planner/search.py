@@ -19,15 +19,15 @@ from functools import partial
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.planner.candidates import kinds
-from powerband.planner.choosing import alternatives, marked, order, price, recommended, within_budget
 from powerband.planner.correction import corrected
 from powerband.planner.estimates import LIMITS, counts, estimated, units
-from powerband.planner.fleets import fleets
-from powerband.planner.outcome import Banded, Bound, Evaluation, Findings, Pruned
-from powerband.planner.playing import MOST_REPLICAS, Played, Task, play
-from powerband.planner.question import Question, turns_of, weighed
+from powerband.planner.formatting import deployment_text
+from powerband.planner.mixed_pools import fleets
+from powerband.planner.plan_request import PlanRequest, turns_of, weighed
 from powerband.planner.reasons import reasons
-from powerband.planner.words import deployment_text
+from powerband.planner.results import Banded, Bound, Evaluation, PlanResults, Pruned
+from powerband.planner.selection import alternatives, marked, order, price, recommended, within_budget
+from powerband.planner.simulation_task import MAX_REPLICAS, SimulationSummary, SimulationTask, play
 from powerband.spec.deployment import Deployment
 from powerband.spec.workload import Mix
 
@@ -48,7 +48,7 @@ _BISECTIONS = 5  # to find the highest rate
 _MOST_RATE = 8.0  # times the asked one: what holds that is not asked for more
 
 
-def search(question: Question, *, workers: int | None = None, progress: Progress | None = None) -> Findings:
+def search(question: PlanRequest, *, workers: int | None = None, progress: Progress | None = None) -> PlanResults:
     """workers: processes; default: one for each core. Raises UsageError when no deployment fits at all."""
     started_s = time.monotonic()
     tell: Progress = progress or (lambda _done, _total, _text: None)
@@ -78,7 +78,7 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
     evaluations = sorted(evaluations, key=lambda e: (not e.meets_slo, order(question.objective, e)))
     chosen = recommended(question, evaluations)
     beside = alternatives(question, chosen, evaluations)
-    found_in_all = Findings(
+    found_in_all = PlanResults(
         model=question.model,
         objective=question.objective,
         rate=question.rate,
@@ -103,18 +103,18 @@ def search(question: Question, *, workers: int | None = None, progress: Progress
     return replace(found_in_all, reasons=why)
 
 
-def _best_text(question: Question, evaluations: Sequence[Evaluation]) -> str:
+def _best_text(question: PlanRequest, evaluations: Sequence[Evaluation]) -> str:
     """What would be recommended: of what was simulated, or else by estimates alone."""
     able = [e for e in evaluations if e.meets_slo and within_budget(question, e)]
     best = recommended(question, evaluations) or min(able, key=lambda e: order(question.objective, e), default=None)
     return "nothing keeps the SLO" if best is None else deployment_text(best.deployment)
 
 
-Player = Callable[[Iterable[Task]], Iterator[Played]]
+Player = Callable[[Iterable[SimulationTask]], Iterator[SimulationSummary]]
 
 
 @contextmanager
-def _players(question: Question, workers: int | None) -> Iterator[Player]:
+def _players(question: PlanRequest, workers: int | None) -> Iterator[Player]:
     """Tasks in, what was played out, in their order."""
     workers = workers or len(os.sched_getaffinity(0))
     one = partial(play, question)
@@ -134,7 +134,7 @@ def _players(question: Question, workers: int | None) -> Iterator[Player]:
 class _Simulated:
     """Simulates evaluations, and remembers which."""
 
-    question: Question
+    question: PlanRequest
     players: Player
     tell: Progress
 
@@ -266,7 +266,13 @@ class _Simulated:
         return kept
 
 
-def _judged(question: Question, before: Evaluation, nominal: Played, slow: Played, fast: Played) -> Evaluation:
+def _judged(
+    question: PlanRequest,
+    before: Evaluation,
+    nominal: SimulationSummary,
+    slow: SimulationSummary,
+    fast: SimulationSummary,
+) -> Evaluation:
     figures = dict(before.figures)
     for name, value in nominal.figures.items():
         others = [value, slow.figures.get(name, value), fast.figures.get(name, value)]
@@ -291,11 +297,11 @@ def _judged(question: Question, before: Evaluation, nominal: Played, slow: Playe
     )
 
 
-def _keeps(question: Question, played: Played) -> bool:
+def _keeps(question: PlanRequest, played: SimulationSummary) -> bool:
     return played.keeps_up and played.figures["attainment"] >= question.slo.attainment
 
 
-def _binds(before: Evaluation, played: Played) -> Bound:
+def _binds(before: Evaluation, played: SimulationSummary) -> Bound:
     if played.short_of_memory > _MEMORY_BINDS:
         return "memory"
     if not played.keeps_up or before.binds == "queueing":
@@ -304,10 +310,10 @@ def _binds(before: Evaluation, played: Played) -> Bound:
     return max(names, key=lambda name: played.bounds.get(name, 0.0))
 
 
-def _task(question: Question, evaluation: Evaluation, rate: float) -> Task:
+def _task(question: PlanRequest, evaluation: Evaluation, rate: float) -> SimulationTask:
     """Long enough that the beginning does not count: of conversations, that some have come to their end."""
     replicas = sum(pool.count for pool in evaluation.deployment.pools)
-    share = min(MOST_REPLICAS / replicas, 1.0)
+    share = min(MAX_REPLICAS / replicas, 1.0)
     answer_s = evaluation.figures["e2e_mean_s"].value
     seconds = max(_SECONDS, _ANSWERS * answer_s if math.isfinite(answer_s) else 0.0)
     mix, turns = question.workload.requests, 1.0
@@ -315,17 +321,17 @@ def _task(question: Question, evaluation: Evaluation, rate: float) -> Task:
         turns = mix.conversation.turns.mean
         seconds = max(seconds, 2 * turns * (mix.conversation.think_s + seconds / _ANSWERS))
     most = _MOST if turns == 1 else 4 * _MOST
-    return Task(evaluation.deployment, rate, int(min(max(rate * turns * share * seconds, _FEWEST), most)))
+    return SimulationTask(evaluation.deployment, rate, int(min(max(rate * turns * share * seconds, _FEWEST), most)))
 
 
-def _band(question: Question, deployment: Deployment) -> float:
+def _band(question: PlanRequest, deployment: Deployment) -> float:
     return max(
         LatencyModel(question.spec, question.profile(pool.replica.device), pool.replica, deployment.engine).band
         for pool in deployment.pools
     )
 
 
-def _nothing_fits(question: Question, pruned: Sequence[Pruned]) -> UsageError:
+def _nothing_fits(question: PlanRequest, pruned: Sequence[Pruned]) -> UsageError:
     listed = "; ".join(f"{one.what}: {one.reason}" for one in pruned[:4])
     return UsageError(
         f"No deployment of {question.model} is possible on these devices. {listed}.",

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from powerband.core.loop import Add
 from powerband.core.request import Request
-from powerband.core.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
 from powerband.core.step import TokenOutput
 from powerband.metrics.record import RequestRecord
-from powerband.planner.clients import Open, Talk
+from powerband.planner.clients import ConversationClient, InFlightRequest
 from powerband.planner.replica import SimulatedReplica, StepModel
+from powerband.planner.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
 from powerband.spec.deployment import Deployment
 from powerband.spec.workload import Schedule
 
@@ -65,20 +65,18 @@ class Simulation:
 def simulate(
     schedule: Schedule,
     deployment: Deployment,
-    models: Sequence[StepModel],
-    num_blocks: Sequence[int],
+    models: Sequence[StepModel],  # one for each pool
+    num_blocks: Sequence[int],  # of a replica of each pool
     block_size: int,
     *,
-    slowdown: float = 1.0,
-    routing: RoutingPolicy | None = None,
-    jump: bool = True,
-    most_waiting: float = math.inf,
+    slowdown: float = 1.0,  # factor on every duration
+    routing: RoutingPolicy | None = None,  # default: routing_for(deployment)
+    fast_forward: bool = True,  # apply identical steps at once: same result, less time
+    max_waiting: float = math.inf,
 ) -> Simulation:
-    """Play `schedule` to its end. models, num_blocks: of the replicas of each pool. slowdown: factor on every time.
-    jump: do steps that are alike at once, which changes nothing but the time that it takes. most_waiting: give up as
-    soon as more requests wait for their first token: whatever has no answer by then has timed out.
+    """Simulate `schedule` to its end.
 
-    routing: default: pools by prompt length, within a pool the least outstanding work; conversations stay.
+    It gives up when more than `max_waiting` requests wait for their first token: those without an answer timed out.
     """
     replicas = [
         SimulatedReplica(
@@ -89,25 +87,25 @@ def simulate(
             block_size=block_size,
             slowdown=slowdown,
             seed=schedule.seed,
-            jump=jump,
+            fast_forward=fast_forward,
         )
         for index, pool in enumerate(deployment.pools)
         for _ in range(pool.count)
     ]
     pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
-    world = _World(schedule, replicas, pools, slowdown, routing or routing_for(deployment), most_waiting)
+    world = _Simulator(schedule, replicas, pools, slowdown, routing or routing_for(deployment), max_waiting)
     world.play()
     return world.result()
 
 
 def routing_for(deployment: Deployment) -> RoutingPolicy:
-    """As the gateway does it."""
+    """By prompt length between pools; sticky, else least outstanding tokens, within a pool."""
     pools = [LeastOutstanding(pool.count) for pool in deployment.pools]
     longest = [pool.longest_prompt for pool in deployment.pools if pool.longest_prompt is not None]
     return Sticky(ByPromptLength(longest, pools) if longest else pools[0])
 
 
-class _World:
+class _Simulator:
     """Clients, gateway and replicas. pools: of which each replica is one."""
 
     def __init__(
@@ -117,25 +115,25 @@ class _World:
         pools: list[int],
         slowdown: float,
         routing: RoutingPolicy,
-        most_waiting: float,
+        max_waiting: float,
     ) -> None:
         self._duration_s = schedule.duration_s
         self._slowdown = slowdown
         self._routing = routing
-        self._most_waiting, self._waiting = most_waiting, 0  # for their first token
+        self._max_waiting, self._waiting = max_waiting, 0  # for their first token
         self._replicas, self._pools = replicas, pools
         self._front_free_s = [0.0] * len(self._replicas)  # when each replica's front end can take the next request
-        self._talks = [Talk(chain) for chain in schedule.chains]
-        self._open: dict[str, Open] = {}
+        self._talks = [ConversationClient(chain) for chain in schedule.chains]
+        self._open: dict[str, InFlightRequest] = {}
         self._records: dict[int, RequestRecord] = {}
         # (time, chain, answered): a request that is due, or one whose answer is complete. A chain has one at most.
-        self._events: list[tuple[float, int, Open | None]] = []
+        self._events: list[tuple[float, int, InFlightRequest | None]] = []
         self._end_s = 0.0
         for number, talk in enumerate(self._talks):
             self._plan(talk.chain.start_s, number)
 
     def play(self) -> None:
-        while self._waiting <= self._most_waiting:
+        while self._waiting <= self._max_waiting:
             event_s = self._events[0][0] if self._events else math.inf
             replica = min(self._replicas, key=_next_s)
             if event_s <= replica.next_s:
@@ -156,10 +154,10 @@ class _World:
             tuple(_figures(replica, pool) for replica, pool in zip(self._replicas, self._pools, strict=True)),
             self._end_s,
             sum(len(talk.chain.requests) for talk in self._talks) - len(self._records),
-            self._waiting > self._most_waiting,
+            self._waiting > self._max_waiting,
         )
 
-    def _push(self, time_s: float, chain: int, answered: Open | None) -> None:
+    def _push(self, time_s: float, chain: int, answered: InFlightRequest | None) -> None:
         heapq.heappush(self._events, (time_s, chain, answered))
 
     def _plan(self, time_s: float, number: int) -> None:
@@ -167,7 +165,7 @@ class _World:
         if time_s <= self._duration_s:
             self._push(time_s, number, None)
 
-    def _happen(self, now: float, number: int, answered: Open | None) -> None:
+    def _happen(self, now: float, number: int, answered: InFlightRequest | None) -> None:
         if answered is not None:
             self._routing.answered(answered.replica, answered.tokens)
             planned = self._talks[number].next
@@ -186,7 +184,7 @@ class _World:
         self._front_free_s[index] = begin_s + host.front_s * self._slowdown
         request = talk.ask(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
         lags_s = host.answer_s * self._slowdown, host.answer_request_s * self._slowdown
-        opened = Open(planned, number, now, tokens, index, *lags_s)
+        opened = InFlightRequest(planned, number, now, tokens, index, *lags_s)
         self._open[request.id] = opened
         self._waiting += 1
         self._routing.sent(index, opened.tokens)

@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from powerband.metrics.shown import NONE, count_text, digits, plain, share_text, time_interval_text
-from powerband.planner.outcome import Banded, Evaluation, Findings, Pruned
-from powerband.planner.words import (
+from powerband.planner.formatting import (
     ENGINE_NAMES,
     NEVER_S,
     banded_seconds,
@@ -27,16 +26,17 @@ from powerband.planner.words import (
     dollars,
     precision_text,
 )
+from powerband.planner.results import Banded, Evaluation, PlanResults, Pruned
 from powerband.spec.deployment import Deployment, Replica
 from powerband.spec.slo import SLO
 
-MOST_ROWS = 24  # of the frontier
+MAX_ROWS = 24  # of the frontier
 MOST_REASONS = 8  # of what was left out
 _AMOUNT = re.compile(r"\d[\d.,]*(?= (?:[GMk]i?B|tokens)\b)")
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
 
-def plan_table(findings: Findings) -> RenderableType:
+def plan_table(findings: PlanResults) -> RenderableType:
     """For a rich Console."""
     parts: list[RenderableType] = [Text(headline(findings), style="bold")]
     parts += [Text(question(findings), style="dim"), ""]
@@ -55,7 +55,7 @@ def plan_table(findings: Findings) -> RenderableType:
     return Group(*parts)
 
 
-def headline(findings: Findings) -> str:
+def headline(findings: PlanResults) -> str:
     """The answer in a sentence."""
     chosen, nearest = findings.recommended, findings.alternatives.get("nearest")
     if chosen is not None:
@@ -66,7 +66,7 @@ def headline(findings: Findings) -> str:
     return f"Nothing on offer keeps the SLO{within}.{near}"
 
 
-def question(findings: Findings) -> str:
+def question(findings: PlanResults) -> str:
     """What was asked, in a line."""
     parts = [f"{plain(findings.model)}, {plain(str(findings.workload.get('name', 'a workload')))}"]
     parts[0] += f" at {findings.rate:.3g} {findings.unit}"
@@ -168,14 +168,14 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _frontier(findings: Findings) -> Iterator[RenderableType]:
+def _frontier(findings: PlanResults) -> Iterator[RenderableType]:
     roles = {id(one): name for name, one in findings.alternatives.items()}
     if findings.recommended is not None:
         roles[id(findings.recommended)] = "chosen"
     frontier = [one for one in findings.frontier if id(one) not in roles]
     named = [one for one in findings.evaluations if id(one) in roles]
     has_good = any(one.meets_slo for one in findings.evaluations)
-    rows = [*named, *(one for one in frontier if one.meets_slo or not has_good)][:MOST_ROWS]
+    rows = [*named, *(one for one in frontier if one.meets_slo or not has_good)][:MAX_ROWS]
     rows.sort(key=lambda one: (one.usd_per_hour is None, one.usd_per_hour or 0.0, one.figures["ttft_s"].value))
     yield Text("Frontier: no other costs no more and is no slower", style="bold")
     yield FrontierTable(tuple(rows), roles, findings.slo)

@@ -16,9 +16,6 @@ from powerband.spec.quantization import Held, HeldWeights
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-# OCP Microscaling Formats 1.0: 32 four-bit values share one eight-bit scale.
-_MXFP4_BITS = 4 + 8 / 32
-
 
 @dataclass(frozen=True, slots=True)
 class ParameterCounts:
@@ -63,23 +60,6 @@ def count_parameters(spec: ModelSpec) -> ParameterCounts:
     )
 
 
-def count_active_parameters(spec: ModelSpec) -> int:
-    """Parameters without the experts that a token does not pass: the "A3B" in a model's name.
-
-    Embeddings count in full, as in the figures that Mixtral's and Qwen's authors publish.
-    """
-    counts = count_parameters(spec)
-    idle = sum(max(layer.num_experts - spec.num_experts_per_token, 0) for layer in spec.layers)
-    width = spec.expert_intermediate_size
-    per_expert = 3 * spec.hidden_size * width + (2 * width + spec.hidden_size if spec.expert_bias else 0)
-    return counts.total - idle * per_expert
-
-
-def parameter_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of all weights held in `dtype`. Raises UsageError for an unknown one."""
-    return count_parameters(spec).total * dtype_bytes(dtype)
-
-
 def held_parameter_bytes(spec: ModelSpec, dtype: str, held: HeldWeights) -> int:
     """Bytes of all weights in an engine that holds projections and head as `held` says, and the rest in `dtype`.
 
@@ -119,14 +99,6 @@ def _projections(spec: ModelSpec) -> list[tuple[int, int, int]]:
         (experts, 2 * width, hidden),
         (experts, hidden, width),
     ]
-
-
-def stored_parameter_bytes(spec: ModelSpec) -> int:
-    """Bytes of the weights in the checkpoint's files: in its dtype, experts of an mxfp4 checkpoint at 4.25 bits."""
-    counts, size = count_parameters(spec), dtype_bytes(spec.dtype)
-    if spec.quantization == "mxfp4":
-        return (counts.total - counts.experts) * size + round(counts.experts * _MXFP4_BITS / 8)
-    return counts.total * size
 
 
 def kv_bytes_per_token_per_layer(spec: ModelSpec, kv_dtype: str) -> int:

@@ -28,7 +28,6 @@ class Device:
     available_memory_bytes: int  # of it, free now
     cores: int  # physical cores (CPU) or multiprocessors (CUDA) that this process may use
     features: tuple[str, ...] = ()
-    memory_bandwidth_bytes_per_s: float | None = None
     peak_flops_per_s: Mapping[str, float] = field(default_factory=dict)  # by dtype
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -161,9 +161,6 @@ class TorchExecutor:
         if self.config.device.type == "cpu":
             return Handle(lambda: self._run(step))
         return Handle(self.runner.launch(step).result)
-
-    def call(self, method: str, **kwargs: Any) -> Any:
-        raise UsageError(f"This executor has no method {method!r} (called with {', '.join(kwargs) or 'nothing'}).")
 
     def check(self) -> None:
         """A CPU does not fail; a GPU that has failed says so when it is asked to synchronise."""

@@ -9,7 +9,7 @@ weighted           the least work sent so far, by weight               replicas 
 `prefix` is the default because it is least-outstanding where prompts have nothing in common, costs some microseconds,
 and passes over replicas with more than 1.5 times the mean load: one popular prefix spreads over as many as it needs.
 
-core.routing numbers the replicas of a fleet that never changes, and may queue at each of them without end. Here they
+planner.routing numbers the replicas of a fleet that never changes, and may queue at each of them without end. Here they
 come and go, are full or at fault, and have names; that is why this is not the same code.
 """
 

@@ -15,9 +15,9 @@ from itertools import permutations
 
 from powerband.cost.latency import LatencyModel
 from powerband.planner.closed_form import StepTimes
-from powerband.planner.estimates import Unit, binding, figures_of, notes, price_of, unit_of
-from powerband.planner.outcome import Banded, Evaluation
-from powerband.planner.question import Question, Weighed, weight
+from powerband.planner.estimates import SizedReplica, binding, figures_of, notes, price_of, unit_of
+from powerband.planner.plan_request import PlanRequest, WorkloadStats, weight
+from powerband.planner.results import Banded, Evaluation
 from powerband.spec.deployment import Deployment, Pool, Replica
 
 _SHORT_SHARES = (0.5, 0.75, 0.9)  # of the requests: where prompts are divided
@@ -25,7 +25,9 @@ _FEWEST = 20  # requests of either side, to weigh it
 _MOST = 24  # fleets that are told of, the cheapest first
 
 
-def fleets(question: Question, units: Sequence[Unit], requests: Sequence[Weighed], turns: float) -> list[Evaluation]:
+def fleets(
+    question: PlanRequest, units: Sequence[SizedReplica], requests: Sequence[WorkloadStats], turns: float
+) -> list[Evaluation]:
     """The cheapest ones of two kinds of devices with a known price that could keep the SLO."""
     lengths = sorted(request.prompt for request in requests)
     bounds = sorted({lengths[int(share * len(lengths))] for share in _SHORT_SHARES})
@@ -48,14 +50,14 @@ def fleets(question: Question, units: Sequence[Unit], requests: Sequence[Weighed
     return sorted(found, key=lambda fleet: (not fleet.meets_slo, fleet.usd_per_hour))[:_MOST]
 
 
-def _best(question: Question, units: Sequence[Unit]) -> list[Unit]:
+def _best(question: PlanRequest, units: Sequence[SizedReplica]) -> list[SizedReplica]:
     """Of each device, what serves most within the SLO for its price and for its devices, and at all for its price."""
-    scores: tuple[Callable[[Unit, float], float], ...] = (
+    scores: tuple[Callable[[SizedReplica, float], float], ...] = (
         lambda unit, price: unit.kept_rate / price,
         lambda unit, _price: unit.kept_rate / unit.replica.num_devices,
         lambda unit, price: unit.forms[0].capacity / price,
     )
-    found: list[Unit] = []
+    found: list[SizedReplica] = []
     for device in {unit.replica.device: None for unit in units}:
         own = [(unit, price) for unit in units if unit.replica.device == device and (price := _price(question, unit))]
         for score in scores:
@@ -65,13 +67,13 @@ def _best(question: Question, units: Sequence[Unit]) -> list[Unit]:
     return found
 
 
-def _price(question: Question, unit: Unit) -> float | None:
+def _price(question: PlanRequest, unit: SizedReplica) -> float | None:
     return price_of(question, Deployment(engine=unit.kind.engine, pools=(Pool(replica=unit.replica),)))
 
 
 def _for_share(
-    question: Question, unit: Unit, side: Sequence[Weighed], of: int, turns: float
-) -> tuple[Unit, float] | None:
+    question: PlanRequest, unit: SizedReplica, side: Sequence[WorkloadStats], of: int, turns: float
+) -> tuple[SizedReplica, float] | None:
     """The unit under some of the requests, and their share."""
     replica, kind = unit.replica, unit.kind
     model = LatencyModel(question.spec, question.profile(replica.device), replica, kind.engine)
@@ -80,7 +82,9 @@ def _for_share(
     return None if made is None or made.kept_rate <= 0 else (made, found.share)
 
 
-def _fleets_of(question: Question, pools: Sequence[tuple[Unit, float] | None], longest: int) -> Iterator[Evaluation]:
+def _fleets_of(
+    question: PlanRequest, pools: Sequence[tuple[SizedReplica, float] | None], longest: int
+) -> Iterator[Evaluation]:
     """With as many replicas as it takes, as predicted and surely."""
     sides = [pool for pool in pools if pool is not None]
     if len(sides) < len(pools):
@@ -97,7 +101,7 @@ def _fleets_of(question: Question, pools: Sequence[tuple[Unit, float] | None], l
 
 
 def _evaluated(
-    question: Question, sides: Sequence[tuple[Unit, float]], counts: Sequence[int], longest: int
+    question: PlanRequest, sides: Sequence[tuple[SizedReplica, float]], counts: Sequence[int], longest: int
 ) -> Evaluation:
     replicas: list[Replica] = [unit.replica for unit, _ in sides]
     pools = tuple(

@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import NO_HOST, PlainModel, deployment, drawn, played
 
-from powerband.core import jump
 from powerband.core.loop import EngineCore
 from powerband.errors import PowerbandError
-from powerband.planner import replica, simulator
+from powerband.planner import fast_forward, replica, simulator
 from powerband.planner.replica import SimulatedReplica
 from powerband.spec.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.lengths import Fixed, Uniform
 from powerband.spec.workload import Conversation, SharedPrefix
 
 
-def story(seed: int, *, jumps: bool) -> Any:
+def story(seed: int, *, fast: bool) -> Any:
     """Everything that a small random world comes to. Equal seeds are equal worlds."""
     rng = random.Random(seed)
     talk = Conversation(Uniform(1, 4), think_s=rng.choice([0.0, 0.3])) if rng.random() < 0.5 else None
@@ -57,7 +56,9 @@ def story(seed: int, *, jumps: bool) -> Any:
 
     with mock.patch.object(simulator, "SimulatedReplica", recording):
         model = PlainModel(0.01, 1e-5, rng.choice([0.0, 1e-6]), host)
-        found = played(schedule, where, model, num_blocks=rng.choice([14, 20, 40, 400]), jump=jumps, slowdown=1.1)
+        found = played(
+            schedule, where, model, num_blocks=rng.choice([14, 20, 40, 400]), fast_forward=fast, slowdown=1.1
+        )
     pools = [made_one.scheduler.kv.pool for made_one in made]
     for one in made:
         one.scheduler.kv.check(one.scheduler.running)
@@ -67,11 +68,11 @@ def story(seed: int, *, jumps: bool) -> Any:
 
 @settings(max_examples=250, deadline=None)
 @given(st.integers(0, 2**32))
-def test_jumps_change_nothing(seed: int) -> None:
-    assert story(seed, jumps=True) == story(seed, jumps=False)
+def test_fast_forward_changes_nothing(seed: int) -> None:
+    assert story(seed, fast=True) == story(seed, fast=False)
 
 
-def test_most_steps_of_an_easy_load_are_jumped() -> None:
+def test_most_steps_of_an_easy_load_are_fast_forwarded() -> None:
     with mock.patch.object(EngineCore, "step", autospec=True, side_effect=EngineCore.step) as step:
         simulation = played(drawn(20, rate=1, output=Fixed(200)))
     assert simulation.total("num_steps") > 1000
@@ -79,8 +80,8 @@ def test_most_steps_of_an_easy_load_are_jumped() -> None:
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "who waits is not looked at": (jump, "_may_start", lambda scheduler: False),
-    "blocks are not counted": (jump, "_within_memory", lambda scheduler, most: most),
+    "who waits is not looked at": (fast_forward, "_may_start", lambda scheduler: False),
+    "blocks are not counted": (fast_forward, "_within_memory", lambda scheduler, most: most),
     "commands come too late": (replica, "bisect_left", lambda starts, due: len(starts)),
     "tokens are another's": (replica.ModelExecutor, "tokens_of", lambda self, r, start, end: range(start, end)),
 }
@@ -89,10 +90,10 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str) -> None:
     def differs(seed: int) -> bool:
-        right = story(seed, jumps=False)
+        right = story(seed, fast=False)
         with mock.patch.object(*FAULTS[fault]):
             try:
-                return bool(story(seed, jumps=True) != right)
+                return bool(story(seed, fast=True) != right)
             except (TypeError, PowerbandError):  # a block that is not there
                 return True
 

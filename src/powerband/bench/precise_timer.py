@@ -19,7 +19,7 @@ _COARSE_S = 0.0015
 _ABSOLUTE, _FLAGS = 1, os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
 
 
-class Deadlines:
+class PreciseTimer:
     """Calls back at times of the system's monotonic clock. Belongs to the running event loop until `close`."""
 
     def __init__(self) -> None:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from powerband.planner.outcome import Evaluation, Objective
-from powerband.planner.question import Question
+from powerband.planner.plan_request import PlanRequest
+from powerband.planner.results import Evaluation, Objective
 
 _HAIR = 1.05  # a latency that is better by less is no reason of its own
 _CLEARLY = 0.9  # of a latency: what is lower than this share of it is faster
@@ -30,13 +30,13 @@ def order(objective: Objective, evaluation: Evaluation) -> tuple[float, ...]:
     return price(evaluation), latency, -capacity
 
 
-def within_budget(question: Question, evaluation: Evaluation) -> bool:
+def within_budget(question: PlanRequest, evaluation: Evaluation) -> bool:
     if question.budget_usd_per_h is None:
         return True
     return evaluation.usd_per_hour is not None and evaluation.usd_per_hour <= question.budget_usd_per_h
 
 
-def recommended(question: Question, evaluations: Sequence[Evaluation]) -> Evaluation | None:
+def recommended(question: PlanRequest, evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """Of those that were simulated, keep the SLO and are within the budget."""
     able = [
         evaluation
@@ -47,7 +47,7 @@ def recommended(question: Question, evaluations: Sequence[Evaluation]) -> Evalua
 
 
 def alternatives(
-    question: Question, chosen: Evaluation | None, evaluations: Sequence[Evaluation]
+    question: PlanRequest, chosen: Evaluation | None, evaluations: Sequence[Evaluation]
 ) -> dict[str, Evaluation]:
     """'cheaper' and 'faster': the next ones beside the choice; 'nearest': where there is none."""
     if chosen is None:
@@ -94,7 +94,7 @@ def _beats(other: tuple[float, ...], point: tuple[float, ...]) -> bool:
     return other[0] <= point[0] and all(a <= b * _HAIR for a, b in zip(other[1:], point[1:], strict=True))
 
 
-def _excess(question: Question, evaluation: Evaluation) -> tuple[float, float, float]:
+def _excess(question: PlanRequest, evaluation: Evaluation) -> tuple[float, float, float]:
     """How far the worst limit is exceeded at the pessimistic edge, what is answered all the same, and the price."""
     worst = 1.0
     for name, limit in question.slo.limits.items():

@@ -1,10 +1,10 @@
-"""Many steps at once, for simulations: while every running request only decodes, one round of the loop is as the other.
+"""Fast-forward for simulations: while all running requests only decode, consecutive steps are identical.
 
-    round      plan ... plan ... last    plan: known before, from what the scheduler holds now
-    requests   a  +1     +1       end    nobody comes, starts or is preempted; requests end in the last round only
-               b  +1     +1    ▕B▏+1     B: a block is taken, full ones are offered, in the order of single steps
+    round      1 ... 2 ... last     each round of the loop adds one token to every running request
+    request a  +1    +1    ends     no request arrives, starts or is preempted; requests end only in the last round
+    request b  +1    +1    +1 [B]   [B]: takes a block and publishes full ones, in the order of single steps
 
-What comes out is equal to single steps, block for block. tests/planner/test_jump.py holds the two against each other.
+The state afterwards equals that of single steps, block for block; tests/planner/test_fast_forward.py compares the two.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ TokensOf = Callable[[Request, int, int], Iterable[int]]  # the tokens that a req
 
 
 def steady_rounds(core: EngineCore) -> int:
-    """How many rounds can be foreseen, as long as no command comes. Whoever is due to end does so in the last of them.
+    """How many rounds can be applied at once while no command arrives. Requests end only in the last of them.
 
-    With drafts, pipeline stages or a policy whose order changes with time: none.
+    0 with drafts, with pipeline stages and with a policy whose order changes over time.
     """
     scheduler = core.scheduler
     relay, running = scheduler.relay, scheduler.running
     is_plain = not scheduler.policy.dynamic and scheduler.propose is None and scheduler.num_stages == 1
     if not is_plain or scheduler.paused or len(core.inflight) != relay or core.executor.depth != relay + 1:
         return 0
-    most = 1 << 30
+    max_rounds = 1 << 30
     for r in running:
         known = len(r.tokens)
         if r.inflight != relay or known + r.num_pending - r.num_computed != 1 or r.stop_ids:
             return 0
-        if r.max_length - known < most:
-            most = r.max_length - known
+        if r.max_length - known < max_rounds:
+            max_rounds = r.max_length - known
     if not running or _may_start(scheduler):
         return 0
-    if relay and len(ending(running, most)) == len(running):
-        most -= 1  # in the last round there would be no step
-    return _within_memory(scheduler, most)
+    if relay and len(ending(running, max_rounds)) == len(running):
+        max_rounds -= 1  # the last round would have no step
+    return _within_memory(scheduler, max_rounds)
 
 
 def ending(running: Iterable[Request], rounds: int) -> list[Request]:
-    """Those that get their last token in the last of these rounds. In overlap they are in no step of that round."""
+    """Requests that get their last token in the last of these rounds. With overlap, that round's step omits them."""
     return [r for r in running if r.max_length - len(r.tokens) == rounds]
 
 
 def advance(
     core: EngineCore, rounds: int, tokens_of: TokensOf, inflight: tuple[StepHandle, float] | None, now: float
 ) -> list[TokenOutput]:
-    """Do that many of the `steady_rounds`, the last of which ends at `now`; return the last outputs of who has ended.
+    """Apply `rounds` of the `steady_rounds`; return the final outputs of the requests that ended.
 
-    inflight: in overlap, handle and submission of the last round's step.
+    `now` is when the last round ends. With overlap, `inflight` is the handle and the submission time of its step.
     """
     scheduler = core.scheduler
     kv, running = scheduler.kv, scheduler.running
@@ -85,7 +85,7 @@ def advance(
 
 
 def _may_start(scheduler: Scheduler) -> bool:
-    """Whether the first that waits starts in the next round, or might in a later one."""
+    """Whether the first waiting request starts in the next round, or could start in a later one."""
     running, kv = scheduler.running, scheduler.kv
     limits = scheduler.limits
     if not scheduler.waiting or len(running) >= min(limits.max_num_seqs, limits.max_num_batched_tokens):
@@ -94,31 +94,31 @@ def _may_start(scheduler: Scheduler) -> bool:
     match = kv.match(r)
     if kv.fits(r, match, reserve=len(running)):
         return True
-    # Free blocks only become fewer, so it fits later only if it finds more in use than now: if a running request
-    # computes just the block that comes next in its own text.
+    # The number of free blocks only falls, so it can fit later only by sharing more blocks than now: if a running
+    # request computes the very block that comes next in its own prompt.
     place = len(match.blocks)
     if not kv.prefix_caching or place >= (len(r.tokens) - 1) // kv.block_size:
         return False
-    return any(q.num_published <= place and _begin_alike(q, r, place) for q in running)
+    return any(q.num_published <= place and _share_prefix(q, r, place) for q in running)
 
 
-def _begin_alike(q: Request, r: Request, num_blocks: int) -> bool:
-    """Whether their first blocks are equal, as far as `q` has named them."""
+def _share_prefix(q: Request, r: Request, num_blocks: int) -> bool:
+    """Whether their first blocks are equal, as far as `q` has keys for them."""
     place = min(num_blocks, len(q.block_keys))
     return q.block_keys[place - 1] == r.block_keys[place - 1] if place else q.salt == r.salt
 
 
-def _within_memory(scheduler: Scheduler, most: int) -> int:
-    """As many of `most` rounds as there are blocks for."""
+def _within_memory(scheduler: Scheduler, max_rounds: int) -> int:
+    """How many of `max_rounds` the free blocks suffice for."""
     free, size = scheduler.kv.pool.num_free, scheduler.kv.block_size
-    room = [r.capacity - r.num_computed for r in scheduler.running]  # rounds until each needs a block
+    room = [r.capacity - r.num_computed for r in scheduler.running]  # rounds until each request needs a block
 
     def blocks(rounds: int) -> int:
         return sum((rounds - 1 - first) // size + 1 for first in room if first < rounds)
 
-    low, high = 0, most
-    if blocks(most) <= free:
-        return most
+    low, high = 0, max_rounds
+    if blocks(max_rounds) <= free:
+        return max_rounds
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (middle, high) if blocks(middle) <= free else (low, middle)

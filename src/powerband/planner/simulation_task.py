@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from powerband.metrics.figures import missed
 from powerband.metrics.record import Outcome, RequestRecord, percentile
-from powerband.planner.models import modelled
-from powerband.planner.question import Question
+from powerband.metrics.slo import slo_misses
+from powerband.planner.plan_request import PlanRequest
+from powerband.planner.simulation_inputs import simulation_inputs
 from powerband.planner.simulator import Simulation
 from powerband.spec.deployment import Deployment
 
-MOST_REPLICAS = 4  # that are simulated; more equal ones behave like these
+MAX_REPLICAS = 4  # that are simulated; more equal ones behave like these
 _WARM_UP = 0.15  # of the time in which requests arrive
 _HOPELESS, _FEWEST_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
 _BACKLOG = 0.1  # of the requests that may be without a first token when the last one arrives
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class SimulationTask:
     """rate: of the whole deployment. slowdown: factor on every time."""
 
     deployment: Deployment
@@ -29,13 +29,13 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class SimulationSummary:
     """figures: see planner.outcome.Evaluation. Shares of a replica's busy time by operator and by what binds.
 
     keeps_up: whether the queue does not grow. short_of_memory: share of steps in which a request waited for blocks.
     """
 
-    task: Task
+    task: SimulationTask
     figures: Mapping[str, float]
     operators: Mapping[str, float]
     bounds: Mapping[str, float]
@@ -43,13 +43,13 @@ class Played:
     short_of_memory: float
 
 
-def play(question: Question, task: Task) -> Played:
+def play(question: PlanRequest, task: SimulationTask) -> SimulationSummary:
     """Raises EnvironmentFault or UsageError where the deployment cannot be, see planner.models."""
     deployment, share = _scaled(task.deployment)
-    made = modelled(question.spec, deployment, question.profile)
+    made = simulation_inputs(question.spec, deployment, question.profile)
     schedule = question.schedule(task.rate * share, task.num_requests)
     hopeless = max(_HOPELESS * schedule.num_requests, _FEWEST_HOPELESS)
-    played = made.simulate(schedule, slowdown=task.slowdown, most_waiting=hopeless)
+    played = made.simulate(schedule, slowdown=task.slowdown, max_waiting=hopeless)
     last_s = max(record.scheduled_s for record in played.records)
     counted = [record for record in played.records if record.scheduled_s >= _WARM_UP * last_s] or played.records
     tokens = _tokens_between(played.records, _WARM_UP * last_s, last_s)
@@ -57,7 +57,7 @@ def play(question: Question, task: Task) -> Played:
     figures["attainment"] = sum(_is_kept(record, question) for record in counted) / len(counted)
     figures["output_tokens_per_s"] = tokens / max(last_s * (1 - _WARM_UP), 1e-9) / share
     steps = played.total("num_steps")
-    return Played(
+    return SimulationSummary(
         task=task,
         figures=figures,
         operators=_shares(played, "operators"),
@@ -70,13 +70,13 @@ def play(question: Question, task: Task) -> Played:
 def _scaled(deployment: Deployment) -> tuple[Deployment, float]:
     """With fewer of the same replicas, and their share of the load."""
     pool = deployment.pools[0]
-    if len(deployment.pools) > 1 or pool.count <= MOST_REPLICAS:
+    if len(deployment.pools) > 1 or pool.count <= MAX_REPLICAS:
         return deployment, 1.0
-    return replace(deployment, pools=(replace(pool, count=MOST_REPLICAS),)), MOST_REPLICAS / pool.count
+    return replace(deployment, pools=(replace(pool, count=MAX_REPLICAS),)), MAX_REPLICAS / pool.count
 
 
-def _is_kept(record: RequestRecord, question: Question) -> bool:
-    return record.outcome is Outcome.OK and not missed(record, question.slo)
+def _is_kept(record: RequestRecord, question: PlanRequest) -> bool:
+    return record.outcome is Outcome.OK and not slo_misses(record, question.slo)
 
 
 def _latencies(records: Sequence[RequestRecord], at: float) -> dict[str, float]:

@@ -1,10 +1,9 @@
-"""Which replica a request goes to. Pure bookkeeping of what was sent and answered; the gateway and the simulator ask.
+"""Which replica of a simulated deployment gets a request: bookkeeping of what was sent and answered.
 
-policy             next                                        good for
-round robin        the next one                                equal requests
-least outstanding  the one with the least work left to answer  anything else: long requests do not pile up
-by prompt length   a pool for each range of lengths            replicas of different devices
-sticky             the one that the session was sent to last   turns that find their prefix in its cache
+policy             chooses                                       good for
+least outstanding  the replica with the least unfinished work    long requests do not pile up on one replica
+by prompt length   the pool for that range of prompt lengths     pools of different devices
+sticky             the replica that served the session before    turns find their prefix in its cache
 """
 
 from __future__ import annotations
@@ -16,39 +15,23 @@ from typing import Literal, Protocol
 
 
 class RoutingPolicy(Protocol):
-    """Replicas are numbered from 0. `session`: requests with the same one build on each other; '': alone."""
+    """Replicas are numbered from 0. Requests of one `session` extend each other's prompts; '' means no session."""
 
     num_replicas: int
 
     def choose(self, prompt_tokens: int, session: str = "") -> int: ...
 
     def sent(self, replica: int, tokens: int) -> None:
-        """A request of so many tokens, prompt and awaited answer together, is on its way."""
+        """A request was dispatched. tokens: of its prompt and its expected output."""
         ...
 
     def answered(self, replica: int, tokens: int) -> None:
-        """It has ended, for whatever reason."""
+        """That request has ended, for whatever reason."""
         ...
-
-
-class RoundRobin:
-    def __init__(self, num_replicas: int) -> None:
-        self.num_replicas = num_replicas
-        self._last = -1
-
-    def choose(self, prompt_tokens: int, session: str = "") -> int:  # noqa: ARG002 (all are alike)
-        self._last = (self._last + 1) % self.num_replicas
-        return self._last
-
-    def sent(self, replica: int, tokens: int) -> None:
-        """Nothing to count."""
-
-    def answered(self, replica: int, tokens: int) -> None:
-        """Nothing to count."""
 
 
 class LeastOutstanding:
-    """Of those with equally little to do, the one that was chosen longest ago. unit: what is counted."""
+    """Ties go to the replica that was chosen least recently. unit: what counts as work."""
 
     def __init__(self, num_replicas: int, unit: Literal["tokens", "requests"] = "tokens") -> None:
         self.num_replicas = num_replicas
@@ -71,18 +54,18 @@ class LeastOutstanding:
 
 
 class ByPromptLength:
-    """Pools in order of the longest prompt they take; replicas are numbered through all of them.
+    """Pools in order of `max_prompt_tokens`, which the last one does not need: it takes any prompt.
 
-    longest: of every pool but the last, which takes any.
+    Replicas are numbered through all pools.
     """
 
-    def __init__(self, longest: Sequence[int], pools: Sequence[RoutingPolicy]) -> None:
+    def __init__(self, max_prompt_tokens: Sequence[int], pools: Sequence[RoutingPolicy]) -> None:
         self.num_replicas = sum(pool.num_replicas for pool in pools)
-        self._longest, self._pools = tuple(longest), tuple(pools)
+        self._max_prompt_tokens, self._pools = tuple(max_prompt_tokens), tuple(pools)
         self._first = [sum(pool.num_replicas for pool in pools[:i]) for i in range(len(pools))]
 
     def choose(self, prompt_tokens: int, session: str = "") -> int:
-        index = bisect_left(self._longest, prompt_tokens)
+        index = bisect_left(self._max_prompt_tokens, prompt_tokens)
         return self._first[index] + self._pools[index].choose(prompt_tokens, session)
 
     def sent(self, replica: int, tokens: int) -> None:
@@ -99,14 +82,14 @@ class ByPromptLength:
 
 
 class Sticky:
-    """A session stays with its replica, whatever that one has to do; `inner` chooses for new ones.
+    """A session stays with its replica, however busy it is; `inner` chooses for new sessions.
 
-    most_sessions: beyond these, those used longest ago are forgotten.
+    Beyond `max_sessions`, the least recently used are forgotten.
     """
 
-    def __init__(self, inner: RoutingPolicy, most_sessions: int = 100_000) -> None:
+    def __init__(self, inner: RoutingPolicy, max_sessions: int = 100_000) -> None:
         self.num_replicas = inner.num_replicas
-        self._inner, self._most = inner, most_sessions
+        self._inner, self._max_sessions = inner, max_sessions
         self._replica_of: OrderedDict[str, int] = OrderedDict()
 
     def choose(self, prompt_tokens: int, session: str = "") -> int:
@@ -116,7 +99,7 @@ class Sticky:
         if session:
             self._replica_of[session] = chosen
             self._replica_of.move_to_end(session)
-            if len(self._replica_of) > self._most:
+            if len(self._replica_of) > self._max_sessions:
                 self._replica_of.popitem(last=False)
         return chosen
 

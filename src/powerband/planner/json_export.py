@@ -1,4 +1,4 @@
-"""Findings as plain tables for --json: names that stay, with their units, and nothing that JSON cannot hold.
+"""Plan results as plain tables for --json: names that stay, with their units, and nothing that JSON cannot hold.
 
     {schema, model, objective, rate_requests_per_s, slo, budget_usd_per_hour, workload, seconds, reasons,
      recommended, alternatives: indices into evaluations (null: none),
@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from powerband.planner.outcome import Banded, Evaluation, Findings
-from powerband.planner.words import NEVER_S, deployment_text
+from powerband.planner.formatting import NEVER_S, deployment_text
+from powerband.planner.results import Banded, Evaluation, PlanResults
 from powerband.spec.deployment import Pool
 from powerband.spec.records import as_record
 
@@ -23,7 +23,7 @@ SCHEMA = "powerband.findings/1"
 _NAMES = {"attainment": "attainment_share", "capacity": "capacity_requests_per_s"}
 
 
-def findings_as_dict(findings: Findings) -> dict[str, Any]:
+def findings_as_dict(findings: PlanResults) -> dict[str, Any]:
     numbers = {id(evaluation): number for number, evaluation in enumerate(findings.evaluations)}
 
     def number_of(evaluation: Evaluation | None) -> int | None:

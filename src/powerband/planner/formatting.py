@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from powerband.metrics.shown import time_interval_text, time_text
-from powerband.planner.outcome import Banded
+from powerband.planner.results import Banded
 from powerband.spec.deployment import Deployment, Pool, Replica
 
 ENGINE_NAMES = {"powerband": "Powerband", "vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}

@@ -52,7 +52,7 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
+class PlanResults:
     """What a search found. `evaluations`: all that can be, the best first; the frontier is what is not dominated."""
 
     model: str

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from powerband.planner.candidates import Space
-from powerband.planner.outcome import Objective
+from powerband.planner.candidates import SearchSpace
+from powerband.planner.results import Objective
 from powerband.spec.arrivals import OpenLoop, Replay
 from powerband.spec.deployment import EngineName, Quantization
 from powerband.spec.model import ModelSpec
@@ -18,7 +18,7 @@ from powerband.spec.workload import Schedule, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class PlanRequest:
     """rate: requests a second. replicas: exactly so many, equal ones; None: as few as it takes. quantizations: empty:
     the usual ones. pinned: fields that every Replica must have.
     """
@@ -43,8 +43,8 @@ class Question:
     seed: int = 0
 
     @property
-    def space(self) -> Space:
-        return Space(
+    def space(self) -> SearchSpace:
+        return SearchSpace(
             profiles=self.profiles,
             engines=self.engines,
             max_devices=self.max_devices,
@@ -71,7 +71,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class RequestTokens:
     """What requests weigh, in tokens: means over requests. new: prompt tokens that no prefix cache saves."""
 
     prompt: float
@@ -89,7 +89,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class WorkloadStats:
     """One request's tokens. cached: of its prompt, where prefixes are kept for ever."""
 
     prompt: int
@@ -97,7 +97,7 @@ class Weighed:
     output: int
 
 
-def weighed(schedule: Schedule) -> list[Weighed]:
+def weighed(schedule: Schedule) -> list[WorkloadStats]:
     """Every request of a schedule, in the order of chains."""
     seen: dict[str, int] = {}
     found = []
@@ -112,7 +112,7 @@ def weighed(schedule: Schedule) -> list[Weighed]:
                 is_known = is_known and known == segment.tokens
                 seen[segment.key] = max(seen.get(segment.key, 0), segment.tokens)
             prompt = said + request.new_tokens
-            found.append(Weighed(prompt, min(cached, prompt - 1), request.output_tokens))
+            found.append(WorkloadStats(prompt, min(cached, prompt - 1), request.output_tokens))
             said = prompt + request.output_tokens
     return found
 
@@ -124,12 +124,12 @@ def turns_of(schedule: Schedule) -> float:
 
 
 def weight(
-    requests: Sequence[Weighed], *, caching: bool, percentile: float, turns: float = 1.0, of: int | None = None
-) -> Weight:
+    requests: Sequence[WorkloadStats], *, caching: bool, percentile: float, turns: float = 1.0, of: int | None = None
+) -> RequestTokens:
     """Of some requests (at least one). percentile: 0 … 1, of `new_high`. of: how many there are in all."""
     count = len(requests)
     new = sorted(request.prompt - request.cached if caching else request.prompt for request in requests)
-    return Weight(
+    return RequestTokens(
         prompt=sum(request.prompt for request in requests) / count,
         new=sum(new) / count,
         new_squared=sum(tokens * tokens for tokens in new) / count,

@@ -17,7 +17,7 @@ from powerband.spec.workload import Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class Modelled:
+class SimulationInputs:
     """A deployment that fits, with its models. models, num_blocks: by pool."""
 
     deployment: Deployment
@@ -29,7 +29,7 @@ class Modelled:
     def band(self) -> float:
         return max(model.band for model in self.models)
 
-    def simulate(self, schedule: Schedule, *, slowdown: float = 1.0, most_waiting: float = math.inf) -> Simulation:
+    def simulate(self, schedule: Schedule, *, slowdown: float = 1.0, max_waiting: float = math.inf) -> Simulation:
         """See planner.simulator.simulate."""
         return simulate(
             schedule,
@@ -38,11 +38,13 @@ class Modelled:
             self.num_blocks,
             self.block_size,
             slowdown=slowdown,
-            most_waiting=most_waiting,
+            max_waiting=max_waiting,
         )
 
 
-def modelled(spec: ModelSpec, deployment: Deployment, find: Callable[[str], DeviceProfile]) -> Modelled:
+def simulation_inputs(
+    spec: ModelSpec, deployment: Deployment, find: Callable[[str], DeviceProfile]
+) -> SimulationInputs:
     """find: a device's profile by name. Raises UsageError for what a device cannot compute, EnvironmentFault where a
     replica does not fit.
     """
@@ -55,4 +57,4 @@ def modelled(spec: ModelSpec, deployment: Deployment, find: Callable[[str], Devi
         models.append(LatencyModel(spec, profile, pool.replica, deployment.engine))
         blocks.append(memory.num_blocks)
         sizes.add(memory.block_size)
-    return Modelled(deployment, tuple(models), tuple(blocks), min(sizes))
+    return SimulationInputs(deployment, tuple(models), tuple(blocks), min(sizes))

@@ -1,0 +1,56 @@
+"""The one definition of "kept the SLO": for simulations and load tests, and, with its excuses, for live traffic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from powerband.metrics.record import Outcome, RequestRecord
+from powerband.spec.slo import SLO
+
+_CLIENT_ERRORS = range(400, 500)
+_CLIENT_LEFT = 499
+
+
+def slo_misses(record: RequestRecord, slo: SLO) -> list[str]:
+    """Why a request does not count as good: its outcome, or the figures over their limits; empty: it does.
+
+    An answer without a token has no TTFT and no E2E: it misses a limit on them. TPOT and stall it keeps, as one of a
+    single token does.
+    """
+    if record.outcome is not Outcome.OK:
+        return [record.outcome.value]
+    found = []
+    for name, limit_s in slo.limits.items():
+        value: float | None = getattr(record, f"{name}_s")
+        if value > limit_s if value is not None else name in ("ttft", "e2e"):
+            found.append(name)
+    return found
+
+
+def live_slo_misses(
+    record: RequestRecord,
+    slo: SLO,
+    *,
+    status: int,  # HTTP status; 499: the client left
+    seconds: float,  # from arrival to end
+    is_first_token_seen: bool,  # false for an answer that came as a whole
+) -> list[str] | None:
+    """Like `slo_misses`, for a request of live traffic; None: the request does not count.
+
+    Requests that were refused through the client's own fault (a limit of its key, a wrong field) do not count, and
+    neither do those whose client left before a limit was exceeded: people press stop. A client that left because it
+    took too long does count. An answer that came as a whole is held to the E2E limit alone: its TTFT is unknown.
+    """
+    limits = slo.limits
+    if record.outcome is Outcome.ABORTED:
+        if status != _CLIENT_LEFT:
+            return [Outcome.ABORTED.value]
+        if record.chunk_times_s:
+            return slo_misses(replace(record, outcome=Outcome.OK), slo) or None
+        return [name for name in ("ttft", "e2e") if seconds > limits.get(name, math.inf)] or None
+    if record.outcome is Outcome.REFUSED and status in _CLIENT_ERRORS:
+        return None
+    if record.outcome is Outcome.OK and not is_first_token_seen:
+        return ["e2e"] if seconds > limits.get("e2e", math.inf) else []
+    return slo_misses(record, slo)
