@@ -54,6 +54,7 @@ def decode(data: bytes, kind: type[Body]) -> Body:
     """
     check_size(data)
     try:
+        data.decode()  # the decoder does not look at what is not asked for, and somebody else may
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise _complaint(str(error), data, kind) from None
