@@ -156,6 +156,9 @@ class HttpConnection(asyncio.Protocol):
         if self._exchange is not None and self._exchange.has_started:
             self.break_off()
             return
+        if self._exchange is None and self._framing is not None:  # its request has an answer already
+            self._close()
+            return
         response = error_response(error)
         lines = [b"%b: %b\r\n" % header for header in (*self._server.default_headers, *response.raw_headers)]
         lines = [STATUS_LINES[error.http_status], *lines, b"connection: close\r\n\r\n"]
