@@ -88,7 +88,7 @@ async def _serve(
         gateway.trace = partial(continued, share=settings.trace_share)
     gateway.routes_changed = lambda: metrics.serve(gateway.routes.models)
     gateway.start()
-    server = make_server(make_app(gateway, books, metrics))
+    server = make_server(make_app(gateway, books, metrics), settings.max_body_bytes)
     listening: asyncio.Task[None] | None = None
     ending = asyncio.create_task(signals.first.wait(), name="signal")
     try:

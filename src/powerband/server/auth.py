@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.server.settings import ServerSettings
-from powerband.web.access import check_host, is_loopback
+from powerband.web.access import check_host, check_page, is_loopback
 from powerband.web.errors import HttpError
 
 OPEN_PATHS = frozenset({"/livez"})
@@ -35,6 +35,7 @@ class Gatekeeper:
                 self._check_key([value for name, value in scope["headers"] if name == b"authorization"])
             elif not self._any_host:
                 check_host(scope, self._host)
+                check_page(scope)
         await self._app(scope, receive, send)
 
     def _check_key(self, values: list[bytes]) -> None:

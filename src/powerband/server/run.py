@@ -49,7 +49,7 @@ async def _serve(
 ) -> int:
     start_s = time.monotonic()
     replica = Replica(engine_settings, server_settings, make_engine)
-    server = make_server(make_app(replica))
+    server = make_server(make_app(replica), server_settings.max_body_bytes)
     signals = Signals()
     listening = asyncio.create_task(server.serve([listener]), name="http")
     starting = asyncio.create_task(replica.start(), name="start")

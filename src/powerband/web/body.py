@@ -15,12 +15,14 @@ from powerband.errors import InvalidRequest
 from powerband.web.errors import HttpError
 
 MAX_DEPTH = 64
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"')
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_AS_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as int8: one level in, one level out
+MAX_ITEMS = 100_000  # strings, lists and objects: each takes many times the bytes that it was sent with
+_SLICE_BYTES = 64 << 10
+_QUOTE = ord('"')
+_AS_STEPS = bytes(0x01 if byte in b"[{" else 0xFF if byte in b"]}" else 0x00 for byte in range(256))  # as int8
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at (?:`(?P<key>key)` in )?`\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
 _SHOWN_CHARS = 60
+_SHOWN_BODY_BYTES = 256 << 10  # of larger ones no value is shown: for that the whole would be decoded again
 _SECONDS_TO_SEND = 60
 
 Body = TypeVar("Body")
@@ -51,9 +53,9 @@ def decode(data: bytes, kind: type[Body]) -> Body:
 
     `kind.not_supported`, where there is one, names fields of the API that ask for something which cannot be done yet.
     """
-    if not depth_within(data, MAX_DEPTH):
-        raise InvalidRequest(f"The JSON is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
+    check_size(data)
     try:
+        data.decode()  # the decoder does not look at what is not asked for, and somebody else may
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise _complaint(str(error), data, kind) from None
@@ -87,12 +89,39 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def depth_within(data: bytes, limit: int) -> bool:
-    """Whether JSON is nested at most `limit` deep. Costs a few milliseconds per MiB, whatever the content."""
-    if data.count(b"[") + data.count(b"{") <= limit:
-        return True
-    brackets = np.frombuffer(_STRINGS.sub(b"", data).translate(_AS_STEPS, _NOT_BRACKETS), dtype=np.int8)
-    return int(np.cumsum(brackets, dtype=np.int32).max(initial=0)) <= limit
+def check_size(data: bytes) -> None:
+    """Raise InvalidRequest when JSON is nested too deeply, or has so many parts that decoding would take long.
+
+    Costs a few milliseconds per MiB, whatever the content: every step takes time in proportion to the bytes.
+    """
+    strings = (data.count(b'"') - data.count(b'\\"')) // 2
+    brackets = data.count(b"[") + data.count(b"{")
+    if brackets > MAX_DEPTH:
+        brackets = _containers(data)
+    if strings + brackets > MAX_ITEMS:
+        raise InvalidRequest(f"The JSON has more than {MAX_ITEMS} strings, lists and objects.", code="invalid_json")
+
+
+def _containers(data: bytes) -> int:
+    """How many lists and objects JSON has. Raises InvalidRequest when they are nested too deeply.
+
+    Escapes out, then whether a byte is in a string is the parity of the quotes before it. Where that is wrong, the data
+    is no JSON from there on, and the decoder says so.
+    """
+    plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
+    codes = np.frombuffer(plain, dtype=np.uint8)
+    steps = np.frombuffer(plain.translate(_AS_STEPS), dtype=np.int8)
+    depth = containers = 0
+    in_string = False
+    for start in range(0, len(codes), _SLICE_BYTES):
+        inside = np.logical_xor.accumulate(codes[start : start + _SLICE_BYTES] == _QUOTE) ^ in_string
+        outside = steps[start : start + _SLICE_BYTES][~inside]
+        depths = np.cumsum(outside[outside != 0], dtype=np.int32) + depth
+        if depths.max(initial=0) > MAX_DEPTH:
+            raise InvalidRequest(f"The JSON is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
+        in_string, depth = bool(inside[-1]), int(depths[-1]) if len(depths) else depth
+        containers += int(np.count_nonzero(outside > 0))
+    return containers
 
 
 def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
@@ -111,6 +140,8 @@ def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
     expected = what[:1].lower() + what[1:]
     if match and match["key"]:
         return InvalidRequest(f"A key of '{param}' is wrong: {expected}.", param=param)
+    if len(data) > _SHOWN_BODY_BYTES:
+        return InvalidRequest(f"'{param or 'body'}' is wrong: {expected}.", param=param or None)
     try:
         found = f"is {_shown(_value_at(msgspec.json.decode(data), path))}"
     except (msgspec.DecodeError, RecursionError):  # such as 1e999, which is no value at all

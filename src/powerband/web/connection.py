@@ -1,100 +1,335 @@
-"""Bounds what uvicorn leaves open: how long the head of a request may be, how long it may take to come, and how long a
-client may leave its answer unread.
+"""One client's connection: HTTP/1.1, one request after the other (RFC 9112), with a bound on everything that a client
+can send, leave open or not read.
+
+What comes waits as bytes until its turn: a head is parsed when the answer before it is whole, so that requests which
+are sent ahead are never more than bytes. The socket is read meanwhile, or a client that leaves would not be noticed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from http import HTTPStatus
 from typing import Any, cast
 
-import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp
+from uvicorn.server import ServerState
 
-from powerband.core.loop import error_info
-from powerband.web.errors import HttpError, error_body
+from powerband.web.body_budget import BodyBudget
+from powerband.web.errors import HttpError, error_response
+from powerband.web.exchange import STATUS_LINES, Exchange
+from powerband.web.framing import Framing, framing_of
+from powerband.web.head import Head, parse_head
 from powerband.web.line import ClientLine, put_line
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_AHEAD_BYTES = 64 << 10  # sent before the answer to what came first; and what one read of the socket brings
 SECONDS_FOR_HEAD = 30.0
+SECONDS_IDLE = 75.0  # longer than most proxies keep an idle connection
+SECONDS_AHEAD = 10.0  # a client that has filled what may be sent ahead cannot be told from one that has left
 SECONDS_TO_READ = 60.0  # what waits to be sent, about 64 KiB
+SECONDS_TO_DISCARD = 10.0  # the rest of a request that has its answer already
+SECONDS_TO_CLOSE = 5.0  # in which the client can read why
+
+_LINE_END = b"\r\n"
+_HEAD_END = b"\r\n\r\n"
 
 
-class GuardedProtocol(HttpToolsProtocol):
-    """Closes connections whose request has not begun in time, whose head has no end, or whose client does not read."""
+class HttpConnection(asyncio.Protocol):
+    """In one of four states:
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._head_bytes = 0
-        self._in_head = True
+    | state    | exchange | framing | what comes is                               | until                              |
+    |----------|----------|---------|---------------------------------------------|------------------------------------|
+    | waiting  | -        | -       | the head of the next request                | SECONDS_IDLE, SECONDS_FOR_HEAD     |
+    | body     | yes      | yes     | the body's; the socket rests while unread   | the application's time limit       |
+    | answer   | yes      | -       | kept, as bytes                              | SECONDS_AHEAD, when that is full   |
+    | discard  | -        | yes     | dropped, to the body's end                  | SECONDS_TO_DISCARD                 |
+
+    and at last, closing: what comes is dropped, for SECONDS_TO_CLOSE.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        budget: BodyBudget,
+        *,
+        server_state: ServerState,
+        **_: Any,  # what else uvicorn passes
+    ) -> None:
+        self._app = app
+        self._budget = budget
+        self._server = server_state
+        self._loop = asyncio.get_running_loop()
+        self._input = bytearray()
+        self._searched = 0  # bytes of the input in which no head ends
+        self._exchange: Exchange | None = None
+        self._framing: Framing | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reading_timer: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0  # by the client, when a timer was set
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._is_paused = False
+        self._is_closing = False
+        self._must_close = False  # after the answer under way
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
-        self._line = ClientLine(transport)
-        self._start_timer()
+    # ---- called by the event loop and by the server
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._line = ClientLine(self._transport)
+        self._peer = _address(transport.get_extra_info("peername"))
+        self._local = _address(transport.get_extra_info("sockname"))
+        self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn's set is of its own classes
+        self._set_timer(SECONDS_FOR_HEAD)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's signature)
+        self._server.connections.discard(self)
+        self._is_closing = True
         self._stop_timer()
         self._stop_reading_timer()
-        super().connection_lost(exc)
+        self._input.clear()
+        self._writable.set()
+        self._lose_exchange()
         self._line.lost()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_closing:
+            return
+        self._input += data
+        self._advance()
+
+    def eof_received(self) -> None:
+        """The client has left, or will send no more, which is taken for the same: the transport closes."""
+        self._is_closing = True
+        self._set_timer(SECONDS_TO_CLOSE)
 
     def pause_writing(self) -> None:
         if self._reading_timer is None:
-            self._reading_timer = self.loop.call_later(SECONDS_TO_READ, self.transport.abort)
-        super().pause_writing()
+            self._expect_reading()
+        self._writable.clear()
         self._line.paused()
 
     def resume_writing(self) -> None:
         self._stop_reading_timer()
-        super().resume_writing()
+        self._writable.set()
         self._line.resumed()
 
-    def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, "head_too_large", f"The head of the request is larger than {MAX_HEAD_BYTES} bytes.")
+    def shutdown(self) -> None:
+        """The server ends: close, after the answer under way."""
+        self._must_close = True
+        if self._exchange is None:
+            self._close()
+        else:
+            self._exchange.keeps_connection = False
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "invalid_http", msg)
+    # ---- called by the exchange
 
-    def on_message_begin(self) -> None:
-        self._in_head = True
-        self._start_timer()
-        super().on_message_begin()
-        put_line(cast(dict[str, Any], self.scope), self._line)
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return self._server.default_headers
 
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._head_bytes = 0
-        self._stop_timer()
-        super().on_headers_complete()
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
 
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._in_head = True
+    async def writable(self) -> None:
+        if not self._writable.is_set():
+            await self._writable.wait()
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
+    def wants_body(self) -> None:
+        if self._is_paused:
+            self._advance()
+
+    def answered(self, exchange: Exchange) -> None:
+        self._budget.release(exchange)
+        self._exchange = None
+        self._server.total_requests += 1
+        if not exchange.keeps_connection or self._must_close:
+            self._close()
+            return
+        self._set_timer(SECONDS_IDLE if self._framing is None else SECONDS_TO_DISCARD)
+        if self._input or self._is_paused:  # in a turn of its own: others are served between pipelined requests
+            self._loop.call_soon(self._advance)
+
+    def refuse(self, error: HttpError) -> None:
         """What cannot be handed on as a request is answered here, in the same shape as everything else."""
-        body = msgspec.json.encode(error_body(error_info(HttpError(status, code, message))))
-        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
-        self.transport.close()
+        if self._is_closing:
+            return
+        if self._exchange is not None and self._exchange.has_started:
+            self.break_off()
+            return
+        if self._exchange is None and self._framing is not None:  # its request has an answer already
+            self._close()
+            return
+        response = error_response(error)
+        lines = [b"%b: %b\r\n" % header for header in (*self._server.default_headers, *response.raw_headers)]
+        lines = [STATUS_LINES[error.http_status], *lines, b"connection: close\r\n\r\n"]
+        self._transport.write(b"".join((*lines, bytes(response.body))))
+        self._lose_exchange()
+        self._close()
 
-    def _start_timer(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(SECONDS_FOR_HEAD, self.transport.close)
+    def break_off(self) -> None:
+        self._lose_exchange()
+        self._is_closing = True
+        # A chunked answer without its last chunk is seen to be cut; others need an end that is an error.
+        self._transport.close() if self._line.is_chunked else self._transport.abort()
+        self._set_timer(SECONDS_TO_CLOSE)
+
+    # ---- what came
+
+    def _advance(self) -> None:
+        """Take of the input whatever has its turn."""
+        try:
+            while self._input and not self._is_closing:
+                if not (self._take_body() if self._framing is not None else self._take_head()):
+                    break
+        except HttpError as error:
+            self.refuse(error)
+        if not self._is_closing:
+            self._rest_or_read()
+
+    def _take_head(self) -> bool:
+        """Begin the next request. False: its head is not whole, or it is not its turn."""
+        if self._exchange is not None:
+            return False
+        data = self._input
+        while data.startswith(_LINE_END):  # between requests they mean nothing (RFC 9112, 2.2)
+            del data[:2]
+        if not data or data == b"\r":
+            return False
+        if not 65 <= data[0] <= 90:  # such as a TLS greeting, which has no end
+            raise HttpError(400, "invalid_http", "A request begins with a method, in capital letters.")
+        end = data.find(_HEAD_END, max(0, self._searched - 3), MAX_HEAD_BYTES)
+        if end < 0:
+            if len(data) >= MAX_HEAD_BYTES:
+                raise HttpError(
+                    431, "head_too_large", f"The head of the request is larger than {MAX_HEAD_BYTES} bytes."
+                )
+            if not self._searched:
+                self._set_timer(SECONDS_FOR_HEAD)
+            self._searched = len(data)
+            return False
+        self._searched = 0
+        self._stop_timer()
+        head = parse_head(bytes(data[: end + 4]))
+        del data[: end + 4]
+        self._begin(head)
+        return True
+
+    def _begin(self, head: Head) -> None:
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": head.http_version,
+            "server": self._local,
+            "client": self._peer,
+            "scheme": "http",
+            "root_path": "",
+            "method": head.method,
+            "path": head.path,
+            "raw_path": head.raw_path,
+            "query_string": head.query,
+            "headers": head.headers,
+            "state": {},
+        }
+        put_line(scope, self._line)
+        exchange = self._exchange = Exchange(self, head, scope, self._line)
+        framing = framing_of(head.body_length)
+        self._framing = None if framing.is_complete else framing
+        if framing.is_complete:
+            exchange.feed(b"", is_last=True)
+        task = self._loop.create_task(exchange.run(self._app))
+        self._server.tasks.add(task)
+        task.add_done_callback(self._server.tasks.discard)
+
+    def _take_body(self) -> bool:
+        """Hand on what came of the body. False: no more of it is there, or the application has not read it."""
+        framing, exchange = self._framing, self._exchange
+        if framing is None or (exchange is not None and exchange.is_behind):
+            return False
+        content = framing.take(self._input)
+        if framing.is_complete:
+            self._framing = None
+            if exchange is None:  # its answer went before
+                self._set_timer(SECONDS_IDLE)
+        if exchange is not None:
+            exchange.awaits_continue = False
+            exchange.feed(content, is_last=framing.is_complete)
+            self._budget.add(exchange, len(content))
+            if framing.is_complete:
+                self._budget.complete(exchange)
+        if framing.has_more:
+            self._loop.call_soon(self._advance)
+        return framing.is_complete
+
+    def _rest_or_read(self) -> None:
+        """Read the socket unless what came is more than may wait."""
+        must_rest = self._framing is not None and self._framing.has_more
+        if self._exchange is not None:
+            is_full = len(self._input) >= MAX_AHEAD_BYTES
+            if is_full and self._framing is None and self._timer is None:
+                self._set_timer(SECONDS_AHEAD)
+            must_rest = must_rest or is_full or self._exchange.is_behind
+        if must_rest != self._is_paused and not self._transport.is_closing():
+            self._is_paused = must_rest
+            self._transport.pause_reading() if must_rest else self._transport.resume_reading()
+
+    # ---- the end
+
+    def _lose_exchange(self) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            self._budget.release(exchange)
+            exchange.lose()
+
+    def _close(self) -> None:
+        """After what was written. While the client still sends, it would lose the answer, so that is waited for."""
+        self._is_closing = True
+        self._input.clear()
+        if self._transport.is_closing():
+            return
+        if self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
+        if self._framing is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+        self._unread_bytes = self._transport.get_write_buffer_size()
+        self._set_timer(SECONDS_TO_CLOSE)
+
+    def _set_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self._loop.call_later(seconds, self._time_out)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        self._timer = None
+        if self._is_closing and self._transport.get_write_buffer_size() < self._unread_bytes:
+            self._unread_bytes = self._transport.get_write_buffer_size()  # the client still reads
+            self._set_timer(SECONDS_TO_CLOSE)
+        elif self._is_closing or self._exchange is not None:
+            self._transport.abort()
+        else:
+            self._close()
+
+    def _expect_reading(self) -> None:
+        self._unread_bytes = self._transport.get_write_buffer_size()
+        self._reading_timer = self._loop.call_later(SECONDS_TO_READ, self._check_reading)
+
+    def _check_reading(self) -> None:
+        if self._transport.get_write_buffer_size() < self._unread_bytes:
+            self._expect_reading()
+        else:
+            self._transport.abort()
 
     def _stop_reading_timer(self) -> None:
         if self._reading_timer is not None:
             self._reading_timer.cancel()
             self._reading_timer = None
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+
+def _address(found: Any) -> tuple[str, int] | None:
+    return (str(found[0]), int(found[1])) if isinstance(found, tuple) else None

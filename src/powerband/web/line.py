@@ -17,19 +17,20 @@ class ClientLine:
     is_behind: what was written waits in memory, since the client reads slowly: write no more until `when_writable`.
     """
 
-    __slots__ = ("_on_lost", "_on_writable", "_transport", "is_behind", "is_lost")
+    __slots__ = ("_on_lost", "_on_writable", "_transport", "is_behind", "is_chunked", "is_lost")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._on_lost: Callable[[], None] | None = None
         self._on_writable: Callable[[], None] | None = None
         self.is_behind = False
+        self.is_chunked = True  # not for clients of HTTP 1.0, which do not know it
         self.is_lost = False
 
     def write_chunk(self, data: bytes) -> None:
         """As a chunk of HTTP's chunked coding. data: not empty."""
         if not self.is_lost:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
 
     def when_writable(self, call: Callable[[], None]) -> None:
         """Call once when the client has caught up; at once if it has."""

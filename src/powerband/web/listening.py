@@ -7,12 +7,15 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from powerband.errors import EnvironmentFault
-from powerband.web.connection import GuardedProtocol
+from powerband.web.body_budget import BODIES_AT_ONCE, BodyBudget
+from powerband.web.connection import HttpConnection
 
 _BACKLOG = 2048
 
@@ -44,11 +47,13 @@ class Signals:
             self.second.set()
 
 
-def make_server(app: ASGIApp) -> HttpServer:
+def make_server(app: ASGIApp, max_body_bytes: int) -> HttpServer:
+    """max_body_bytes: of the largest request; `BODIES_AT_ONCE` times that is held at most, all requests together."""
+    connection = partial(HttpConnection, app, BodyBudget(BODIES_AT_ONCE * max_body_bytes))
     return HttpServer(
         uvicorn.Config(
             app,
-            http=GuardedProtocol,
+            http=cast(type[asyncio.Protocol], connection),
             loop="none",
             ws="none",
             lifespan="off",
@@ -56,7 +61,6 @@ def make_server(app: ASGIApp) -> HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=75,  # longer than most proxies keep an idle connection
             timeout_graceful_shutdown=1,
         )
     )

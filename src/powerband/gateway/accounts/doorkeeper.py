@@ -19,7 +19,7 @@ from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.keys import PREFIX, SCOPES, Key
 from powerband.gateway.accounts.keys import Scope as KeyScope
 from powerband.gateway.accounts.limits import LimitReached
-from powerband.web.access import check_host
+from powerband.web.access import check_host, check_page
 from powerband.web.errors import HttpError, error_response
 
 Auth = Literal["open", "keys"]
@@ -85,6 +85,7 @@ class Doorkeeper:
         if self._auth == "open" and needed != "admin" and not any(_is_ours(value) for value in sent):
             if not self._any_host:
                 check_host(scope, self._host)
+                check_page(scope)
             return None
         key = self._books.keys.authenticate(sent)
         if needed not in key.scopes:

@@ -221,6 +221,7 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._head_bytes = 0
+        self._bodiless_bytes = 0  # since the last byte of the body: trailers, extensions of chunks
         self._ends_by_closing = True  # the answer tells no length
         self._is_paused = False
         self.is_open = False
@@ -229,7 +230,7 @@ class Connection(asyncio.Protocol):
     def begin(self, exchange: Exchange, request: list[bytes]) -> None:
         self._exchange = exchange
         self._parser = httptools.HttpResponseParser(self)
-        self._head_bytes, self._ends_by_closing = 0, True
+        self._head_bytes, self._bodiless_bytes, self._ends_by_closing = 0, 0, True
         if self._transport is None or not self.is_open:
             exchange.fail("reset", "The connection was closed.")
             return
@@ -269,6 +270,7 @@ class Connection(asyncio.Protocol):
         exchange.has_bytes = True
         if not exchange.status:
             self._head_bytes += len(data)
+        self._bodiless_bytes += len(data)  # until `on_body`
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -277,6 +279,8 @@ class Connection(asyncio.Protocol):
             exchange.fail("garbage", f"The replica's answer is no HTTP: {problem}.")
         if not exchange.status and self._head_bytes > MAX_HEAD_BYTES:
             exchange.fail("garbage", "The head of the replica's answer has no end.")
+        elif self._bodiless_bytes > MAX_HEAD_BYTES:
+            exchange.fail("garbage", "The trailers of the replica's answer have no end.")
         exchange.flush()
         if exchange.is_behind and self._exchange is exchange:
             self.pause()
@@ -297,11 +301,12 @@ class Connection(asyncio.Protocol):
     # Called by the parser.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
+        exchange, name = self._exchange, name.lower()
+        if exchange is None or exchange.status:  # trailers are dropped
+            return
         if name in (b"content-length", b"transfer-encoding"):
             self._ends_by_closing = False
-        if self._exchange is not None:
-            self._exchange.headers.append((name, value))
+        exchange.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self._exchange is None or self._parser is None:
@@ -314,6 +319,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         exchange = self._exchange
+        self._bodiless_bytes = 0
         if exchange is not None:
             exchange.got(body)
 

@@ -46,6 +46,7 @@ class Asked(msgspec.Struct):
     logprobs: bool | int | None = None
     return_token_ids: bool | None = None
     user: str | None = None
+    cache_salt: str | None = None
     prompt_cache_key: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None
@@ -149,7 +150,7 @@ class Intake:
         if replica.engine == "powerband":
             fields["user"] = _raw(f"{tenant}/{self.asked.user}"[:LONGEST_LABEL] if self.asked.user else tenant)
         elif replica.engine == "vllm":
-            salt = msgspec.json.decode(fields["cache_salt"]) if "cache_salt" in fields else None
+            salt = self.asked.cache_salt
             fields["cache_salt"] = _raw(f"{tenant}/{salt}" if salt else tenant)
 
 
