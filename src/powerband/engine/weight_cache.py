@@ -23,15 +23,16 @@ from pathlib import Path
 
 import torch
 
-from powerband.engine.checkpoint import weight_files
 from powerband.engine.layers.int4 import Int4Product
 from powerband.engine.layers.int8 import Int8Product
 from powerband.engine.layers.linear import Product, Projections
 from powerband.engine.memory import huge_empty
 from powerband.engine.products import Products, parts_of
-from powerband.engine.safetensors_file import LENGTH_BYTES, SafetensorsFile, stored_name
+from powerband.engine.safetensors_file import SafetensorsFile, stored_name
 from powerband.errors import PowerbandError
 from powerband.folders import cache_directory
+from powerband.spec.checkpoint_files import weight_files
+from powerband.spec.safetensors import LENGTH_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -10,28 +10,56 @@ from pathlib import Path
 from typing import Any
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.checkpoint_files import has_own_head
 from powerband.spec.families import FAMILIES
 from powerband.spec.fields import MAX_VOCABULARY, Fields, shown
 from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import QUANTIZATION_KEYS
+from powerband.spec.quantization import QUANTIZATION_FILES, QUANTIZATION_KEYS
 
 _MAX_CONFIG_BYTES = 4 << 20
+_CONFIG = "config.json"
 
 
 def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
     """The model that `source` describes: a folder with config.json, the path of one, or its content.
 
-    A folder's generation_config.json, when there is one, replaces the token ids that end a text.
+    A folder's generation_config.json, when there is one, replaces the token ids that end a text. Its weights, where
+    there are any, tell whether the head is the embedding.
     Raises EnvironmentFault when the file is not there, UsageError when what it says cannot be served.
     """
     if isinstance(source, Mapping):
         return _read(source, "config.json")
     path = Path(source)
     if path.is_dir():
-        spec = _read(read_config(path / "config.json"), str(path / "config.json"))
+        config = path / _CONFIG
+        spec = with_stored_head(_read(read_model_config(config), str(config)), config)
         generation = path / "generation_config.json"
         return _with_ending(spec, Fields(read_config(generation), str(generation))) if generation.exists() else spec
-    return _read(read_config(path), str(path))
+    return with_stored_head(_read(read_model_config(path), str(path)), path)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """A config.json, with what a file of an older quantization tool beside it says of the weights' precision.
+
+    Raises EnvironmentFault or UsageError, as read_model_spec.
+    """
+    values = read_config(path)
+    if path.name != _CONFIG or any(values.get(key) is not None for key in QUANTIZATION_KEYS):
+        return values
+    for name, method in QUANTIZATION_FILES.items():
+        beside = path.with_name(name)
+        if beside.exists():
+            found = read_config(beside)
+            if name == "quantize_config.json" and "w_bit" in found:
+                method = "awq"
+            return {**values, QUANTIZATION_KEYS[0]: {"quant_method": method, **found}}
+    return values
+
+
+def with_stored_head(spec: ModelSpec, config: Path) -> ModelSpec:
+    """The model as the weights beside its config.json have it: a head of its own is not tied, whatever that says."""
+    is_own = spec.tie_embeddings and config.name == _CONFIG and has_own_head(config.parent)
+    return replace(spec, tie_embeddings=False) if is_own else spec
 
 
 def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
