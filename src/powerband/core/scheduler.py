@@ -14,11 +14,12 @@ from operator import attrgetter
 from powerband.core.admission import Admission, SchedulerLimits
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.policy import FirstComeFirstServed, SchedulingPolicy
-from powerband.core.request import EngineRequest, Request, new_request
+from powerband.core.request import EngineRequest, Request, new_request, rotate_for
 from powerband.core.results import new_prompt_rows, take_tokens, token_output, wrong_count
 from powerband.core.stats import Counters, SchedulerStats
 from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenOutput, Work
 from powerband.errors import InvalidRequest, RequestTooLong
+from powerband.spec.model import RopeSpec
 
 _by_order = attrgetter("order")
 
@@ -28,7 +29,7 @@ class Scheduler:
 
     `relay`: unconfirmed samples on top of which a request may be scheduled (Executor.relay). `num_stages`: pipeline
     stages; each step then takes its share of the decoding requests, so that the other stages have work too.
-    `propose(request)` returns draft tokens to verify, or none.
+    `propose(request)` returns draft tokens to verify, or none. `rope`: the model's `length_rope`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Scheduler:
         num_stages: int = 1,
         propose: Callable[[Request], list[int]] | None = None,
         estimate_s: Callable[[int, int], float] | None = None,
+        rope: RopeSpec | None = None,
     ) -> None:
         self.kv = kv
         self.limits = limits
@@ -48,6 +50,7 @@ class Scheduler:
         self.relay = relay
         self.num_stages = num_stages
         self.propose = propose
+        self.rope = rope
         self.admission = Admission(limits, estimate_s)
         self.paused = False
         self.requests: dict[str, Request] = {}
@@ -67,6 +70,7 @@ class Scheduler:
             raise InvalidRequest(f"Request id {source.id!r} is in use.", hint="Choose a new one.", param="request_id")
         r = new_request(source, max_length=min(self.limits.max_model_len, self.kv.max_tokens), epoch=self._next_epoch())
         self._check_length(r)
+        rotate_for(r, self.rope)
         slots = max(self.limits.max_num_seqs - len(self.running), 0)
         self.admission.check_queue(len(r.tokens), len(self.waiting), self._num_waiting_tokens, slots, now)
         if r.deadline_s is not None and self.admission.estimate_s is not None:
@@ -134,6 +138,11 @@ class Scheduler:
             known = len(r.tokens) + r.num_pending
             if r.inflight > relay or r.drafting or known >= r.max_length:
                 continue
+            if known > r.max_rotated:
+                if not r.num_pending:  # else its last token is not known yet
+                    self._preempt(r)
+                    i -= 1
+                continue
             n = known - r.num_computed
             drafts: list[int] = []
             if n == 1:
@@ -147,7 +156,9 @@ class Scheduler:
                 if n > 1:
                     n = min(n, self._chunk, budget - reserved)
                 else:
-                    drafts = self._drafts(r, min(r.max_length - known, budget - reserved) - 1)
+                    drafts = self._drafts(
+                        r, min(r.max_length - known, r.max_rotated - known + 1, budget - reserved) - 1
+                    )
                     n += len(drafts)
                 if n <= 0:
                     continue
@@ -228,7 +239,7 @@ class Scheduler:
             r.running = True
             insort(self.running, r, key=_by_order)
             work = self._work(r, n, [], list(r.blocks))
-            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params)
+            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params, r.rope_length)
             works.append(work)
             budget -= n
             if self.policy.dynamic:
@@ -345,6 +356,7 @@ class Scheduler:
         self.kv.release(r)
         r.num_computed = r.num_pending = r.inflight = 0
         r.drafting = False
+        rotate_for(r, self.rope)
         r.epoch = self._next_epoch()
         r.num_preemptions += 1
         self.counters.num_preemptions += 1

@@ -12,9 +12,10 @@ from typing import Any
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.checkpoint_files import has_own_head
 from powerband.spec.families import FAMILIES
-from powerband.spec.fields import MAX_VOCABULARY, Fields, shown
+from powerband.spec.fields import MAX_POSITIONS, MAX_VOCABULARY, Fields, shown
 from powerband.spec.model import ModelSpec
 from powerband.spec.quantization import QUANTIZATION_FILES, QUANTIZATION_KEYS
+from powerband.spec.rope import scaled_context
 
 _MAX_CONFIG_BYTES = 4 << 20
 _CONFIG = "config.json"
@@ -69,7 +70,20 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
         raise fields.error("it has no 'model_type', so its architecture is unknown", "model_type")
     if model_type not in FAMILIES:
         raise _unknown(fields, model_type)
-    return FAMILIES[model_type](fields)
+    return _with_scaled_context(FAMILIES[model_type](fields), fields)
+
+
+def _with_scaled_context(spec: ModelSpec, fields: Fields) -> ModelSpec:
+    """Gemma 3 alone has layers of different contexts; its configurations say the longest."""
+    ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
+    if spec.family == "gemma3":
+        if len([rope for rope in ropes if rope.scaling in ("dynamic", "longrope")]) > 1:
+            raise fields.error("two kinds of layers rotate by the length of a sequence", "rope_parameters")
+        return spec
+    length = max([spec.max_position, *(scaled_context(rope, spec.max_position) for rope in ropes)])
+    if length > MAX_POSITIONS:
+        raise fields.error(f"rope scaling makes a context of {shown(length)}; at most {MAX_POSITIONS}", "factor")
+    return replace(spec, max_position=length)
 
 
 def _text_part(fields: Fields) -> Fields:
