@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -99,6 +100,20 @@ class SafetensorsFile:
             raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
         return tensor
 
+    def checksums(self, name: str) -> list[int]:
+        """`checksums` of the tensor, without holding it. Raises UsageError."""
+        start, end = self.offsets(name)
+
+        def of_piece(at: int) -> int:
+            piece = bytearray(min(_PIECE_BYTES, end - at))
+            self._read_into(memoryview(piece), self._data_start + at)
+            return zlib.crc32(piece)
+
+        try:
+            return list(_readers().map(of_piece, range(start, end, _PIECE_BYTES)))
+        except OSError as problem:
+            raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
+
     def _read_into(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
@@ -106,6 +121,14 @@ class SafetensorsFile:
             if not count:
                 raise OSError("the file ends before it")
             done += count
+
+
+def checksums(tensor: torch.Tensor) -> list[int]:
+    """CRC-32 of each piece of a contiguous tensor's bytes."""
+    if not tensor.numel():
+        return []
+    view = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    return list(_readers().map(lambda at: zlib.crc32(view[at : at + _PIECE_BYTES]), range(0, len(view), _PIECE_BYTES)))
 
 
 def stored_name(dtype: torch.dtype) -> str:
