@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,7 @@ _LONGROPE = {
     "short_factor": [1.0 + 0.05 * i for i in range(6)],
     "long_factor": [1.5 + 0.6 * i for i in range(6)],
 }
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
 _FOUR_LAYERS = ["sliding_attention", "full_attention"] * 2
 _EXPERTS = {"num_experts_per_tok": 2}
 
@@ -59,6 +61,7 @@ _EXPERTS = {"num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3, "attention_bias": True, "tie_word_embeddings": True}),
+    "llama_dynamic": ("LlamaConfig", {"rope_parameters": _DYNAMIC, "max_position_embeddings": ORIGINAL_POSITIONS}),
     "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
@@ -109,6 +112,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_linear_rope": (
         "llama2",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "llama_lengthened_by_linear_rope": (
+        "llama2",
+        {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0},
+            "max_position_embeddings": ORIGINAL_POSITIONS,
+        },
+    ),
+    "qwen2_lengthened_by_yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {**_YARN, "factor": 8.0, "truncate": True},
+            "max_position_embeddings": ORIGINAL_POSITIONS,
+        },
     ),
     "llama_yarn_rope": ("llama2", {"rope_parameters": {**_YARN, "truncate": True}}),
     "llama_mlp_bias": ("llama2", {"mlp_bias": True, "num_key_value_heads": 1}),
@@ -164,10 +181,11 @@ def random_model(family: str, seed: int = 11, **changes: Any) -> Any:
 def prompts(family: str) -> list[list[int]]:
     """Shorter than a block, longer than the window, longer than the original rope length, a few hundred tokens.
 
-    transformers chooses Phi-3's short or long factors by the length so far; an engine by the longest it serves.
+    Where the rotation depends on the length of a sequence, also those that grow beyond the original length.
     """
     generator = torch.Generator().manual_seed(3)
-    lengths = (66, 70, 130, 301) if family == "phi3_longrope" else (1, 13, 70, 130, 301)
+    crossing = (55, 63, 64, 65) if family in ("phi3_longrope", "llama_dynamic") else ()
+    lengths = (1, 13, *crossing, 70, 130, 301)
     return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
@@ -187,7 +205,8 @@ def greedy(model: Any, asked: list[list[int]], max_new_tokens: int = NEW_TOKENS)
     continuations = []
     margin = float("inf")
     for prompt in asked:
-        out = model.generate(
+        # Dynamic scaling leaves in a model what its last prompt was rotated by.
+        out = copy.deepcopy(model).generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=max_new_tokens,

@@ -16,7 +16,7 @@ from test_quantization import expected_logprobs, prompt_logprobs
 
 from powerband.engine.layers.quantized import dequantize
 from powerband.engine.quantized_checkpoint import QuantizedCheckpoint
-from powerband.engine.safetensors_file import SafetensorsFile
+from powerband.engine.stored_tensors import StoredTensors
 from powerband.errors import UsageError
 from powerband.spec.quantization import WeightFormat
 
@@ -92,8 +92,8 @@ def test_weights_are_what_the_checkpoint_stands_for(name: str, tmp_path: Path) -
     tensors, expected = writer(weight)
     path = tmp_path / "model.safetensors"
     save_file({f"x.{part}": tensor.contiguous() for part, tensor in tensors.items()}, path)
-    with SafetensorsFile(path) as file:
-        checkpoint = QuantizedCheckpoint(format_of(config), dict.fromkeys(file.names(), file))
+    with StoredTensors([path]) as opened:
+        checkpoint = QuantizedCheckpoint(format_of(config), opened)
         stored = checkpoint.read("x.weight", [48, 96])
     found = torch.empty(48, 96)
     found[:, slice(None) if stored.order is None else stored.order] = dequantize(stored.weight)

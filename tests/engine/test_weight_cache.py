@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import torch
 from checkpoint_formats import gptq, write
 from engines_for_tests import TestEngine
 from models_for_tests import random_model, save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from powerband.engine import weight_cache
 from powerband.engine.kernels.cpu import library
@@ -68,7 +70,7 @@ def test_next_start_reads_no_projection_and_says_the_same(
     folder = save(random_model(family), tmp_path / "model")
     first = start(folder, monkeypatch, quantization=quantization)
     assert any("_proj" in name for name in first.read)
-    assert len(list(cache.iterdir())) == 1
+    assert len(packed_files(cache)) == 1
     second = start(folder, monkeypatch, quantization=quantization)
     assert second.tokens == first.tokens
     assert not any("_proj" in name or "experts" in name for name in second.read)
@@ -88,19 +90,110 @@ def test_what_the_content_depends_on_is_in_the_name(folder: Path, cache: Path, m
     start(folder, monkeypatch)
     start(folder, monkeypatch, quantization="int8")
     start(folder, monkeypatch, quantize_head=False)
-    assert len(list(cache.iterdir())) == 3
-    os.utime(folder / "model.safetensors", (1, 1))  # as if it had been written again
-    assert start(folder, monkeypatch).read
-    assert len(list(cache.iterdir())) == 4
+    assert len(packed_files(cache)) == 3
+
+
+def fine_tune(folder: Path, *, part: str = "layers.1.mlp.down_proj.weight") -> None:
+    """Other weights in one tensor, written over the file, which keeps its size and time."""
+    path = folder / "model.safetensors"
+    found = path.stat()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors[f"model.{part}"][:, 5:] *= -1
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert path.stat().st_size == found.st_size
+
+
+def reads_projections(started: Started) -> bool:
+    return any("_proj" in name for name in started.read)
+
+
+@pytest.mark.parametrize("settled_s", [0, 3600])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_another_checkpoint_of_the_same_shape_size_and_time_is_not_taken_for_the_first(
+    in_place: bool, settled_s: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_cache, "_SETTLED_S", settled_s)
+    other = folder if in_place else tmp_path / "other"
+    first = start(folder, monkeypatch)
+    if not in_place:
+        shutil.copytree(folder, other)  # with its times
+    fine_tune(other)
+    expected = start(other, monkeypatch, weight_cache="off").tokens
+    assert expected != first.tokens
+    for _ in range(2):
+        assert start(other, monkeypatch).tokens == expected
+
+
+def test_the_same_weights_are_found_in_other_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_cache, "_SETTLED_S", 0)
+    first = start(folder, monkeypatch)
+    os.utime(folder / "model.safetensors", (1, 1))
+    shutil.copytree(folder, tmp_path / "copy")
+    for place in (folder, tmp_path / "copy"):
+        again = start(place, monkeypatch)
+        assert again.tokens == first.tokens
+        assert not reads_projections(again)
+
+
+def test_an_unchanged_checkpoint_is_not_read_for_its_name(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_cache, "_SETTLED_S", 0)
+    start(folder, monkeypatch)
+
+    def digest(files: list[Path]) -> str:
+        raise AssertionError("the whole checkpoint was read")
+
+    monkeypatch.setattr(weight_cache, "_content_digest", digest)
+    assert not reads_projections(start(folder, monkeypatch))
+    [link] = cache.glob("*.known")
+    assert link.readlink() == Path(packed_files(cache)[0].name)
+
+
+def packed_files(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.safetensors"))
 
 
 def test_file_is_a_safetensors_file_for_its_owner_only(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(folder, monkeypatch)
-    [kept] = cache.iterdir()
+    [kept] = packed_files(cache)
     assert kept.stat().st_mode & 0o077 == 0
     assert load_file(kept)["layers.0.mlp.down/0/packed"].dtype is torch.uint8
+
+
+def zero_a_page(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-8192, os.SEEK_END)
+        file.write(bytes(4096))
+
+
+def turn_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def swap_a_shape(path: Path) -> None:
+    """With a header that claims to be whole: what reaches the kernels must fit by itself."""
+    with SafetensorsFile(path) as file:
+        name = next(name for name in file.names() if name.endswith("/packed"))
+        entries = {each: weight_cache._entry(file, each) for each in file.names()}
+        kinds, sums = file.metadata["kinds"], file.metadata["checksums"]
+        data = path.read_bytes()[file._data_start :]
+    entries[name]["shape"] = file.shape(name)[::-1]
+    metadata = {"digest": weight_cache._digest(entries, kinds, sums), "kinds": kinds, "checksums": sums}
+    header = json.dumps({"__metadata__": metadata, **entries}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def put_a_device_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/null")
 
 
 def truncate(path: Path) -> None:
@@ -123,12 +216,16 @@ def exchange_products(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"layers.0.mlp.down", b"layers.9.mlp.down"))
 
 
-@pytest.mark.parametrize("damage", [truncate, cut_to_nothing, change_type, overwrite_header, exchange_products])
+DAMAGES = (truncate, cut_to_nothing, change_type, overwrite_header, exchange_products)
+DAMAGES += (zero_a_page, turn_a_bit, swap_a_shape, put_a_device_in_its_place)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_file_is_written_again(
     damage: Any, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = start(folder, monkeypatch)
-    [kept] = cache.iterdir()
+    [kept] = packed_files(cache)
     whole = kept.read_bytes()
     damage(kept)
     assert kept.read_bytes() != whole
@@ -144,7 +241,7 @@ def test_no_room_is_a_warning(
     monkeypatch.setattr(weight_cache, "LIMIT_BYTES", 1000)
     start(folder, monkeypatch)
     assert "too full" in caplog.text
-    assert list(cache.iterdir()) == []
+    assert packed_files(cache) == []
 
 
 def test_place_that_cannot_be_written_is_a_warning(
@@ -158,16 +255,16 @@ def test_place_that_cannot_be_written_is_a_warning(
 
 def test_least_recently_used_goes_first(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(folder, monkeypatch, quantization="int8")
-    [int8] = cache.iterdir()
+    [int8] = packed_files(cache)
     start(folder, monkeypatch)
-    [int4] = set(cache.iterdir()) - {int8}
+    [int4] = set(packed_files(cache)) - {int8}
     os.utime(int4, (100, 100))
     os.utime(int8, (50, 50))
     start(folder, monkeypatch, quantization="int8")  # used again
     sizes = [path.stat().st_size for path in (int4, int8)]
     monkeypatch.setattr(weight_cache, "LIMIT_BYTES", sum(sizes) + 1)
     start(folder, monkeypatch, quantize_head=False)
-    left = set(cache.iterdir())
+    left = set(packed_files(cache))
     assert int8 in left
     assert int4 not in left
     assert len(left) == 2
@@ -189,7 +286,7 @@ def test_unfinished_files_are_removed_when_they_are_old(
 def test_an_engine_that_ends_leaves_nothing_half_written(folder: Path, cache: Path) -> None:
     with TestEngine(folder, **SETTINGS):
         pass
-    assert all(path.suffix == ".safetensors" for path in cache.iterdir())
+    assert not list(cache.glob("*.part"))
 
 
 def test_nothing_is_kept_of_what_is_not_quantized_or_not_asked_for(folder: Path, cache: Path) -> None:

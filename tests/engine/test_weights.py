@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,17 +252,87 @@ def test_without_network_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert caught.value.param == "model"
 
 
-def test_fetches_one_revision_and_never_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, float], index: list[str], *, listed: bool = True
+) -> list[str]:
+    """What the hub is asked for of a repository with these files, filtered as its library filters."""
+    from huggingface_hub.utils import filter_repo_objects
+
     asked: dict[str, Any] = {}
 
     def snapshot_download(name: str, **options: Any) -> str:
         asked.update(options, name=name)
         return str(tmp_path)
 
+    def model_info(_api: Any, name: str, revision: str | None) -> Any:
+        if not listed:
+            raise OSError("no network")
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+    def hf_hub_download(name: str, file: str, revision: str | None) -> str:
+        (tmp_path / file).write_text(json.dumps({"weight_map": dict(zip(map(str, range(99)), index, strict=False))}))
+        return str(tmp_path / file)
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     assert resolve_model(EngineSettings(model="owner/name", revision="v2")) == tmp_path
     assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
-    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+    allow, ignore = asked["allow_patterns"], asked["ignore_patterns"]
+    return list(filter_repo_objects(list(files), allow_patterns=allow, ignore_patterns=ignore))
+
+
+def shards(count: int, first: int = 1) -> list[str]:
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(first, first + count)]
+
+
+INDEX = "model.safetensors.index.json"
+# Published lists of files, with sizes in GB: (files, what its index names, GB that are loaded)
+REPOSITORIES: dict[str, tuple[dict[str, float], list[str], float]] = {
+    "openai/gpt-oss-20b": (
+        {**dict.fromkeys(shards(3, 0), 4.6), INDEX: 0, "original/model.safetensors": 13.8, "metal/model.bin": 13.8},
+        shards(3, 0),
+        13.8,
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": (
+        {"consolidated.safetensors": 14.5, **dict.fromkeys(shards(3), 4.8), INDEX: 0, "tokenizer.model.v3": 0},
+        shards(3),
+        14.4,
+    ),
+    "meta-llama/Llama-3.2-1B": ({"model.safetensors": 2.5, "original/consolidated.00.pth": 2.5}, [], 2.5),
+    "with an adapter": ({"model.safetensors": 2.5, "adapter_model.safetensors": 0.1}, [], 2.5),
+    "with pickles and other frameworks": (
+        {"model.safetensors": 2.5, "pytorch_model.bin": 2.5, "onnx/model.onnx": 2.5, "tf_model.h5": 2.5},
+        [],
+        2.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_weights_are_fetched_once(name: str, listed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files, index, expected = REPOSITORIES[name]
+    kept = {"config.json": 0, "tokenizer.json": 0, "chat_template.jinja": 0, "additional_chat_templates/tool.jinja": 0}
+    files = {**files, **kept, "original/params.json": 0, "modeling.py": 0}
+    found = fetched(monkeypatch, tmp_path, files, index, listed=listed)
+    assert sum(files[file] for file in found) == pytest.approx(expected)
+    assert set(kept) <= set(found)
+    assert not any(file.endswith((".py", ".bin", ".pth", "params.json")) for file in found)
+
+
+def test_whole_file_and_shards_are_not_both_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = {"model.safetensors": 5.0, **dict.fromkeys(shards(2), 2.5), INDEX: 0, "model.fp16.safetensors": 2.5}
+    found = fetched(monkeypatch, tmp_path, files, shards(2))
+    assert [file for file in found if files[file]] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.safetensors", "model.gguf"])
+def test_nothing_is_fetched_of_a_repository_that_cannot_be_loaded(
+    file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(EnvironmentFault, match="'owner/name' on the Hugging Face hub holds"):
+        fetched(monkeypatch, tmp_path, {file: 1.0, "config.json": 0}, [])
 
 
 # ---- other providers of the matrix product

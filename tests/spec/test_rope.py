@@ -18,6 +18,8 @@ from published_configs import (
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from powerband.engine.layers.rotary import RotaryTable
+from powerband.errors import UsageError
 from powerband.spec import RopeSpec, read_model_spec
 from powerband.spec.rope import rope_frequencies
 
@@ -75,10 +77,77 @@ def test_plain_frequencies_fall_from_one_to_almost_one_over_theta() -> None:
     assert frequencies == pytest.approx([1.0, 0.01])
 
 
-def test_dynamic_scaling_changes_nothing_within_the_models_length() -> None:
-    config = {**LLAMA_2_7B, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+@pytest.mark.parametrize("length", [0, 100, 4096, 4097, 6000, 8192])
+def test_dynamic_frequencies_follow_the_length_of_the_sequence(length: int) -> None:
+    config = {**LLAMA_2_7B, "rope_scaling": {"type": "dynamic", "factor": 2.5}}
     theirs = AutoConfig.for_model(**copy.deepcopy(config))
-    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, "cpu", 4096)
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, "cpu", length)
     ours = read_model_spec(config).layers[0].rope
     assert ours is not None
-    torch.testing.assert_close(torch.tensor(rope_frequencies(ours)), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(rope_frequencies(ours, length)), expected, rtol=1e-5, atol=0)
+    table = RotaryTable(ours, 10_240, dtype=torch.float32, device=torch.device("cpu"))
+    cos, _ = table.at(torch.tensor([length]), torch.tensor([length]))
+    angles = length * ROPE_INIT_FUNCTIONS["dynamic"](theirs, "cpu", length + 1)[0]
+    torch.testing.assert_close(cos[0, 0, : len(angles)], angles.cos(), rtol=0, atol=2e-3)
+
+
+# ---- the context
+
+
+def scaled(config: dict[str, Any], max_position: int, **scaling: Any) -> dict[str, Any]:
+    return {**config, "max_position_embeddings": max_position, "rope_scaling": scaling}
+
+
+CONTEXTS: dict[str, tuple[dict[str, Any], int]] = {
+    # As the cards of Qwen2.5 and Qwen3 tell their users to write it
+    "Qwen2.5 with yarn": (
+        scaled(QWEN_2_5_05B, 32_768, type="yarn", factor=4.0, original_max_position_embeddings=32_768),
+        131_072,
+    ),
+    "Qwen3 with yarn": (
+        scaled(QWEN_2_5_05B, 40_960, rope_type="yarn", factor=4.0, original_max_position_embeddings=32_768),
+        131_072,
+    ),
+    "yarn, said to be lengthened": (
+        scaled(QWEN_2_5_05B, 131_072, type="yarn", factor=4.0, original_max_position_embeddings=32_768),
+        131_072,
+    ),
+    "yarn without an original length": (scaled(QWEN_2_5_05B, 32_768, type="yarn", factor=4.0), 131_072),
+    "gpt-oss": (GPT_OSS_20B, 131_072),
+    # lmsys/vicuna-7b-v1.5-16k
+    "linear": (scaled(LLAMA_2_7B, 4096, type="linear", factor=4.0), 16_384),
+    "dynamic": (scaled(LLAMA_2_7B, 4096, rope_type="dynamic", factor=2.0), 8192),
+    "a factor that is no whole number": (scaled(LLAMA_2_7B, 2048, type="linear", factor=1.5), 3072),
+    "Llama 3.1": (LLAMA_3_1_8B, 131_072),
+    "llama3, not yet lengthened": (
+        {**LLAMA_3_1_8B, "max_position_embeddings": 8192},
+        65_536,
+    ),
+    "Phi-3 128k": (PHI_3_MINI_128K, 131_072),
+    "Gemma 3": (GEMMA_3_4B_MULTIMODAL, 131_072),
+    "no scaling": (LLAMA_2_7B, 4096),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_rope_scaling_lengthens_the_context(name: str) -> None:
+    config, expected = CONTEXTS[name]
+    assert read_model_spec(config).max_position == expected
+
+
+@pytest.mark.parametrize("name", [name for name in CONTEXTS if name not in ("Gemma 3", "no scaling")])
+def test_old_and_new_spellings_mean_the_same(name: str) -> None:
+    """rope_theta beside rope_scaling with "type", and all in rope_parameters with "rope_type"."""
+    config, _ = CONTEXTS[name]
+    table = {**config["rope_scaling"]}
+    kind = table.pop("rope_type", table.pop("type", None))
+    rest = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
+    theta = config.get("rope_theta", 10_000.0)
+    old = {**rest, "rope_theta": theta, "rope_scaling": {**table, "type": kind}}
+    new = {**rest, "rope_parameters": {**table, "rope_type": kind, "rope_theta": theta}}
+    assert read_model_spec(new) == read_model_spec(old) == read_model_spec(config)
+
+
+def test_a_context_beyond_all_bounds_is_refused() -> None:
+    with pytest.raises(UsageError, match="rope scaling makes a context of 4096000000000"):
+        read_model_spec(scaled(LLAMA_2_7B, 4096, type="linear", factor=1e9))

@@ -11,6 +11,8 @@ from typing import Any
 
 from powerband.core.params import SamplingParams
 from powerband.errors import InvalidRequest
+from powerband.spec.model import RopeSpec
+from powerband.spec.rope import rope_length
 
 OUTPUT_COMPLETE = "output_complete"  # the code of what is refused because it resumes an output that has ended
 
@@ -54,6 +56,8 @@ class Request:
     epoch: int  # unique among all requests of a scheduler; renewed by preemption
     order: tuple[Any, ...] = ()  # the policy's key, as of the last sorting
     running: bool = False
+    rope_length: int = 0  # its keys are rotated by at least this length (spec.rope.rope_length)
+    max_rotated: int = sys.maxsize  # tokens that keys rotated so are right for; with more, all are computed again
     num_computed: int = 0  # positions whose KV exists once every submitted step has run
     num_pending: int = 0  # sampled positions submitted whose value is not known here yet, drafts included
     inflight: int = 0  # submitted steps that sample for this request
@@ -108,6 +112,19 @@ def cache_root(tenant: str, cache_salt: str) -> bytes:
     """The key before a chain's first block. Lengths are hashed too, so that ("a", "bc") and ("ab", "c") differ."""
     parts = [part.encode() for part in (tenant, cache_salt)]
     return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
+
+
+def rotate_for(r: Request, rope: RopeSpec | None) -> None:
+    """Choose how the keys of a request that has no blocks are rotated: with other rotations it shares no blocks."""
+    length = rope_length(rope, r.num_prompt_tokens, len(r.tokens))
+    if length != r.rope_length:
+        r.rope_length = length
+        r.salt = hashlib.sha256(r.salt + length.to_bytes(8, "little")).digest()
+        r.block_keys = []
+    if rope is not None and rope.scaling == "longrope" and not length:
+        r.max_rotated = rope.original_max_position
+    else:
+        r.max_rotated = sys.maxsize
 
 
 def _check(source: EngineRequest) -> None:

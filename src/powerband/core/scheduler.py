@@ -14,11 +14,12 @@ from operator import attrgetter
 from powerband.core.admission import Admission, SchedulerLimits
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.policy import FirstComeFirstServed, SchedulingPolicy
-from powerband.core.request import EngineRequest, Request, new_request
+from powerband.core.request import EngineRequest, Request, new_request, rotate_for
 from powerband.core.results import new_prompt_rows, take_tokens, token_output, wrong_count
 from powerband.core.stats import Counters, SchedulerStats
 from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenOutput, Work
 from powerband.errors import InvalidRequest, RequestTooLong
+from powerband.spec.model import RopeSpec
 
 _by_order = attrgetter("order")
 
@@ -28,7 +29,7 @@ class Scheduler:
 
     `relay`: unconfirmed samples on top of which a request may be scheduled (Executor.relay). `num_stages`: pipeline
     stages; each step then takes its share of the decoding requests, so that the other stages have work too.
-    `propose(request)` returns draft tokens to verify, or none.
+    `propose(request)` returns draft tokens to verify, or none. `rope`: the model's `length_rope`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Scheduler:
         num_stages: int = 1,
         propose: Callable[[Request], list[int]] | None = None,
         estimate_s: Callable[[int, int], float] | None = None,
+        rope: RopeSpec | None = None,
     ) -> None:
         self.kv = kv
         self.limits = limits
@@ -48,6 +50,7 @@ class Scheduler:
         self.relay = relay
         self.num_stages = num_stages
         self.propose = propose
+        self.rope = rope
         self.admission = Admission(limits, estimate_s)
         self.paused = False
         self.requests: dict[str, Request] = {}
@@ -67,6 +70,7 @@ class Scheduler:
             raise InvalidRequest(f"Request id {source.id!r} is in use.", hint="Choose a new one.", param="request_id")
         r = new_request(source, max_length=min(self.limits.max_model_len, self.kv.max_tokens), epoch=self._next_epoch())
         self._check_length(r)
+        rotate_for(r, self.rope)
         slots = max(self.limits.max_num_seqs - len(self.running), 0)
         self.admission.check_queue(len(r.tokens), len(self.waiting), self._num_waiting_tokens, slots, now)
         if r.deadline_s is not None and self.admission.estimate_s is not None:
@@ -119,12 +123,14 @@ class Scheduler:
         """Fill `works` from the running requests, in order; return the budget left and whether any was preempted."""
         budget = self.limits.max_num_batched_tokens
         relay, dynamic = self.relay, self.policy.dynamic
+        if self.rope is not None:
+            self._rotate_again()
         decodes_left = self._count_decodes()  # each gets one token of the budget before anyone gets a second
         decode_quota = self._decode_quota()
         preempted = False
         for r in self.running:  # a preemption removes the last one
             known = len(r.tokens) + r.num_pending
-            if r.inflight > relay or r.drafting or known >= r.max_length:
+            if r.inflight > relay or r.drafting or known >= r.max_length or known > r.max_rotated:
                 continue
             n = known - r.num_computed
             drafts: list[int] = []
@@ -138,7 +144,8 @@ class Scheduler:
                     continue
                 decode_quota -= 1
                 if self.propose is not None:
-                    drafts = self._drafts(r, min(r.max_length - known, budget - decodes_left) - 1)
+                    limit = min(r.max_length - known, r.max_rotated - known + 1, budget - decodes_left) - 1
+                    drafts = self._drafts(r, limit)
                     if not self.kv.has_room(r, 1 + len(drafts)):  # a guess is not worth a preemption
                         drafts = []
                     n += len(drafts)
@@ -157,6 +164,11 @@ class Scheduler:
                 break
         return budget, preempted
 
+    def _rotate_again(self) -> None:
+        """Preempt the requests that have grown beyond what their keys are rotated for: all keys are computed again."""
+        for r in [r for r in self.running if len(r.tokens) > r.max_rotated and not r.num_pending]:
+            self._preempt(r)
+
     def _decode_quota(self) -> int:
         """How many decoding requests this step may take: with pipeline stages, an equal share of them."""
         if self.num_stages == 1:
@@ -169,7 +181,8 @@ class Scheduler:
         count = 0
         for r in self.running:
             known = len(r.tokens) + r.num_pending
-            if known - r.num_computed == 1 and r.inflight <= relay and not r.drafting and known < r.max_length:
+            is_ready = r.inflight <= relay and not r.drafting and known < r.max_length and known <= r.max_rotated
+            if is_ready and known - r.num_computed == 1:
                 count += 1
         return count
 
@@ -224,7 +237,7 @@ class Scheduler:
             r.running = True
             insort(self.running, r, key=_by_order)
             work = self._work(r, n, [], list(r.blocks))
-            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params)
+            work.new = NewRequest(list(r.tokens), r.num_prompt_tokens, r.params, r.rope_length)
             works.append(work)
             budget -= n
             if self.policy.dynamic:
@@ -341,6 +354,7 @@ class Scheduler:
         self.kv.release(r)
         r.num_computed = r.num_pending = r.inflight = 0
         r.drafting = False
+        rotate_for(r, self.rope)
         r.epoch = self._next_epoch()
         r.num_preemptions += 1
         self.counters.num_preemptions += 1

@@ -31,6 +31,7 @@ class NewRequest:
     token_ids: list[int]  # prompt and every confirmed output token
     num_prompt_tokens: int
     params: SamplingParams
+    rope_length: int = 0  # its keys are rotated by at least this length (spec.rope.rope_length)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from powerband.spec.counts import dtype_bytes, kv_bytes_per_token_per_layer
 from powerband.spec.model import ModelSpec
+from powerband.spec.rope import rotary_rows
 
 MIB = 1 << 20
 
@@ -90,7 +91,7 @@ def attention_bytes(
 def runtime_bytes(spec: ModelSpec, *, kind: str, graphs: bool, max_len: int, dtype: str) -> int:
     """Process, libraries and device context, and the rotary tables: cos and sin of every position."""
     ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
-    tables = sum(2 * max_len * rope.rotary_dim * dtype_bytes(dtype) for rope in ropes)
+    tables = sum(2 * rotary_rows(rope, max_len) * rope.rotary_dim * dtype_bytes(dtype) for rope in ropes)
     if kind == "cuda":
         return _CUDA_RUNTIME_BYTES + (_CUDA_GRAPH_BYTES if graphs else 0) + tables
     return _CPU_RUNTIME_BYTES + tables

@@ -27,6 +27,7 @@ class RequestState:
     tokens: list[int]  # prompt and every sampled token whose value is known here
     num_prompt_tokens: int
     sampling: SamplingState
+    rope_length: int = 0
     blocks: Int32s = field(default_factory=lambda: np.zeros(8, np.int32))  # grows by doubling
     num_blocks: int = 0
     # The token after `tokens`, sampled by a step in flight: (its sampled ids on the device, row).
@@ -55,16 +56,19 @@ class Inputs:
     token_ids: torch.Tensor  # int64 [tokens]
     positions: torch.Tensor  # int64 [tokens]
     batch: AttentionBatch
+    rope_lengths: torch.Tensor | None = None  # int64 [tokens]: of models whose rotation depends on a sequence's length
 
 
 class InputBuffers:
     """Builds inputs. `num_sets` steps may be in flight before a buffer is written again, without waiting for it.
 
-    On a GPU the buffers are pinned and copied without waiting.
+    On a GPU the buffers are pinned and copied without waiting. by_length: the model's rotation depends on the length
+    of a sequence.
     """
 
-    def __init__(self, block_size: int, device: torch.device, *, num_sets: int = 2) -> None:
+    def __init__(self, block_size: int, device: torch.device, *, by_length: bool = False, num_sets: int = 2) -> None:
         self.block_size = block_size
+        self.by_length = by_length
         self.device = device
         self._sets = [_Buffers(device.type == "cuda") for _ in range(num_sets)]
         self._next = 0
@@ -88,6 +92,7 @@ class InputBuffers:
         owner = np.repeat(np.arange(len(rows)), counts)
         blocks = tables.array[owner, positions // self.block_size].astype(np.int64)
         tokens.array[2] = blocks * self.block_size + positions % self.block_size
+        tokens.array[3] = np.repeat([row.state.rope_length for row in rows], counts)
         starts = per_row.array[0]
         starts[0] = 0
         np.cumsum(counts, out=starts[1:])
@@ -103,7 +108,7 @@ class InputBuffers:
             context_lens_host=ends,
         )
         buffers.note_copies(self.device)
-        return Inputs(on_device[0], on_device[1], batch)
+        return Inputs(on_device[0], on_device[1], batch, on_device[3] if self.by_length else None)
 
 
 def _fill_tokens(tokens: _Staged, rows: Sequence[Row]) -> None:
@@ -151,8 +156,8 @@ class _Buffers:
             self._copied.synchronize()
 
     def tokens(self, count: int) -> _Staged:
-        """[ids, positions, slots] x tokens."""
-        return self._shaped(torch.int64, 3, count)
+        """[ids, positions, slots, rope lengths] x tokens."""
+        return self._shaped(torch.int64, 4, count)
 
     def rows(self, count: int) -> _Staged:
         """[query starts, (unused, then context lengths)] x (rows + 1)."""

@@ -125,7 +125,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     stopwatch.lap("kv_cache")
     report = replace(report, seconds=stopwatch.seconds)
     known = known_device(form, spec, memory)
-    scheduler = _scheduler(settings, memory, executor, known)
+    scheduler = _scheduler(settings, spec, memory, executor, known)
     residuals = Residuals(known.model) if known is not None else None
     core = EngineCore(scheduler, executor, clock, inbox, _all_of(step_log, residuals))
     info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor)
@@ -251,7 +251,9 @@ def _all_of(*observers: Callable[[StepRecord], None] | None) -> Callable[[StepRe
     return observe
 
 
-def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExecutor, known: Known | None) -> Scheduler:
+def _scheduler(
+    settings: EngineSettings, spec: ModelSpec, memory: MemoryPlan, executor: TorchExecutor, known: Known | None
+) -> Scheduler:
     kv = KVCacheManager(memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching)
     limits = SchedulerLimits(
         max_model_len=memory.max_model_len,
@@ -263,7 +265,7 @@ def _scheduler(settings: EngineSettings, memory: MemoryPlan, executor: TorchExec
     )
     estimate_s = known.first_token(settings.max_num_batched_tokens) if known is not None else None
     policy = make_policy(settings.scheduling_policy, kv)
-    return Scheduler(kv, limits, policy=policy, relay=executor.relay, estimate_s=estimate_s)
+    return Scheduler(kv, limits, policy=policy, relay=executor.relay, estimate_s=estimate_s, rope=spec.length_rope)
 
 
 def _info(

@@ -1,17 +1,18 @@
-"""Where a checkpoint lies: a name becomes a folder, and a folder the safetensors files in it. No torch."""
+"""Where a checkpoint lies: a name becomes a folder, fetched from the hub where it is not on this machine. No torch."""
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.errors import EnvironmentFault
+from powerband.spec.checkpoint_files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
 from powerband.spec.settings import EngineSettings
 
-# What is fetched from the hub: never pickled weights, never code.
-FETCHED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What is fetched from the hub beside weights: never pickles, never code.
+FETCHED = ("*.json", "tokenizer.model", "*.jinja", "*.txt")
+# Folders of a repository hold the same weights in other layouts (original/, onnx/), only templates are needed of them.
+NOT_FETCHED = ("*/*.safetensors", "*/*.json", "*/*.txt", *SET_ASIDE)
 
 
 def resolve_model(settings: EngineSettings) -> Path:
@@ -32,11 +33,10 @@ def resolve_model(settings: EngineSettings) -> Path:
             code="model_not_found",
             param="model",
         )
-    dummy = settings.load_format == "dummy"
-    return _fetch(name, settings.revision, [kind for kind in FETCHED if not (dummy and kind == "*.safetensors")])
+    return _fetch(name, settings.revision, weights=settings.load_format != "dummy")
 
 
-def _fetch(name: str, revision: str | None, kinds: list[str]) -> Path:
+def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -48,7 +48,8 @@ def _fetch(name: str, revision: str | None, kinds: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
+        kinds = [*FETCHED, *(_weights(name, revision) if weights else ())]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=list(NOT_FETCHED)))
     except GatedRepoError as problem:
         raise _not_to_be_had(
             name, "access to it must be granted first", "Ask for it on its page, then set HF_TOKEN."
@@ -69,60 +70,26 @@ def _fetch(name: str, revision: str | None, kinds: list[str]) -> Path:
         raise _not_to_be_had(name, reason, "Try again, or give a folder.") from problem
 
 
+def _weights(name: str, revision: str | None) -> list[str]:
+    """The files of weights that will be loaded, by the rule for a folder on this machine. Raises EnvironmentFault.
+
+    All safetensors when the hub does not list its files now: what was fetched before may do.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        names = [sibling.rfilename for sibling in HfApi().model_info(name, revision=revision).siblings or ()]
+        index = Path(hf_hub_download(name, INDEX, revision=revision)) if INDEX in names else None
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return ["*.safetensors"]
+    top = [file for file in names if "/" not in file]
+    chosen = choose(top, indexed_files(index) if index is not None else None)
+    if not chosen:
+        raise nothing_to_load(f"{name!r} on the Hugging Face hub", top)
+    return chosen
+
+
 def _not_to_be_had(name: str, reason: str, hint: str) -> EnvironmentFault:
     message = f"{name!r} is no folder here and cannot be had from the Hugging Face hub: {reason}."
     return EnvironmentFault(message, hint=hint, code="model_not_found", param="model")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, as its index lists them. Raises EnvironmentFault or UsageError."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return _indexed_files(folder, index)
-    single = folder / "model.safetensors"
-    found = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        raise EnvironmentFault(
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run code and are never loaded.",
-            hint="Use the model's safetensors version, or convert it once with transformers' save_pretrained.",
-            code="pickled_weights",
-            param="model",
-        )
-    raise EnvironmentFault(
-        f"{folder} holds no safetensors file.",
-        hint="Give a folder with model.safetensors, or use --load-format dummy for random weights.",
-        code="weights_not_found",
-        param="model",
-    )
-
-
-def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        inside = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise unreadable(index, problem) from problem
-    if not inside:
-        raise UsageError(f"{index} names files outside its folder.", code="bad_weights")
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise EnvironmentFault(
-            f"{folder} lacks {missing[0]}, one of {len(names)} files that its index names.",
-            hint="The download is incomplete; fetch it again.",
-            code="weights_not_found",
-            param="model",
-        )
-    return [folder / name for name in names]
-
-
-def unreadable(path: Path, problem: Exception) -> EnvironmentFault:
-    """The error for a file that is damaged, whatever the library said."""
-    reason = str(problem)[:300] or type(problem).__name__
-    return EnvironmentFault(
-        f"{path} cannot be read: {reason}.",
-        hint="The file is damaged or incomplete; fetch it again.",
-        code="bad_weights",
-    )

@@ -61,7 +61,8 @@ class DecodeGraphs:
         self._capture = capture or _Capturer(device)
         self.sizes = [size for size in _SIZES if size < max_rows] + [max_rows]
         self._max_model_len = max_model_len
-        self._inputs = _static_inputs(max_rows, -(-max_model_len // block_size), device)
+        by_length = model.spec.length_rope is not None
+        self._inputs = _static_inputs(max_rows, -(-max_model_len // block_size), device, by_length=by_length)
         self._graphs: dict[int, _Graph] = {}
 
     @torch.inference_mode()
@@ -93,13 +94,17 @@ class DecodeGraphs:
         return _Graph(replay, hidden)
 
     def _forward(self, inputs: Inputs) -> torch.Tensor:
-        hidden: torch.Tensor = self._model(inputs.token_ids, inputs.positions, inputs.batch, self._attention)
+        hidden: torch.Tensor = self._model(
+            inputs.token_ids, inputs.positions, inputs.batch, self._attention, inputs.rope_lengths
+        )
         return hidden
 
     def _stage(self, inputs: Inputs, num_rows: int, size: int) -> None:
         from powerband.engine.kernels.stage_decodes import stage_decodes_kernel  # Triton is there only with a GPU
 
         source, target = inputs.batch, self._inputs.batch
+        if inputs.rope_lengths is not None and self._inputs.rope_lengths is not None:
+            self._inputs.rope_lengths[:num_rows].copy_(inputs.rope_lengths)
         stage_decodes_kernel[(size,)](
             inputs.token_ids,
             inputs.positions,
@@ -140,7 +145,7 @@ class _Capturer:
         return graph.replay, result
 
 
-def _static_inputs(rows: int, width: int, device: torch.device) -> Inputs:
+def _static_inputs(rows: int, width: int, device: torch.device, *, by_length: bool) -> Inputs:
     def ints(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -153,7 +158,8 @@ def _static_inputs(rows: int, width: int, device: torch.device) -> Inputs:
         query_starts_host=list(range(rows + 1)),
         context_lens_host=[0] * rows,
     )
-    return Inputs(ints(rows, dtype=torch.int64), ints(rows, dtype=torch.int64), batch)
+    lengths = ints(rows, dtype=torch.int64) if by_length else None
+    return Inputs(ints(rows, dtype=torch.int64), ints(rows, dtype=torch.int64), batch, lengths)
 
 
 def _first_rows(inputs: Inputs, rows: int, max_model_len: int) -> Inputs:
@@ -168,4 +174,5 @@ def _first_rows(inputs: Inputs, rows: int, max_model_len: int) -> Inputs:
         query_starts_host=list(range(rows + 1)),
         context_lens_host=[max_model_len] * rows,
     )
-    return Inputs(inputs.token_ids[:rows], inputs.positions[:rows], batch)
+    lengths = inputs.rope_lengths[:rows] if inputs.rope_lengths is not None else None
+    return Inputs(inputs.token_ids[:rows], inputs.positions[:rows], batch, lengths)

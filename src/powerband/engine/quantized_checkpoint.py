@@ -15,14 +15,14 @@ group of input i is i // group_size, or g_idx[i] where inputs were grouped in or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 
 from powerband.engine.layers.quantized import INT4_ZERO, Int4Weight, Int8Weight, quantize_int8
 from powerband.engine.layers.quantized_linear import StoredMatrix
-from powerband.engine.safetensors_file import SafetensorsFile
+from powerband.engine.stored_tensors import StoredTensors
 from powerband.errors import UsageError
 from powerband.spec.quantization import DEFAULT_GROUP, WeightFormat
 
@@ -54,11 +54,11 @@ class _Raw:
 
 
 class QuantizedCheckpoint:
-    """Reads the projections that are stored in `format`. where: the open file of each tensor."""
+    """Reads the projections that are stored in `format`."""
 
-    def __init__(self, format: WeightFormat, where: Mapping[str, SafetensorsFile]) -> None:
+    def __init__(self, format: WeightFormat, tensors: StoredTensors) -> None:
         self.format = format
-        self._where = where
+        self._tensors = tensors
         self._kind = format.method if format.packed else "int-quantized"
         self._unpack: Callable[[str, list[int]], _Raw] = {
             "gptq": self._gptq,
@@ -71,8 +71,8 @@ class QuantizedCheckpoint:
         """Whether the weight of this name (ending in .weight) is stored quantized."""
         first = f"{_base(name)}.{_REQUIRED[self._kind][0]}"
         if self._kind == "int-quantized":
-            return first in self._where and self._where[first].dtype(first) is torch.int8
-        return first in self._where and name.endswith(".weight")
+            return first in self._tensors and self._tensors.dtype(first) is torch.int8
+        return first in self._tensors and name.endswith(".weight")
 
     def required(self, name: str) -> list[str]:
         """The tensors that stand for this weight."""
@@ -109,7 +109,7 @@ class QuantizedCheckpoint:
         zeros = _unpacked(stored, bits, dim=1)
         if self.format.zeros_minus_one:
             zeros = zeros + 1 if bits == 8 else (zeros + 1) & 15  # uint8 wraps by itself
-        groups = self._tensor(base, "g_idx", [in_features]) if f"{base}.g_idx" in self._where else None
+        groups = self._tensor(base, "g_idx", [in_features]) if f"{base}.g_idx" in self._tensors else None
         return _Raw(values.t().contiguous(), scales, zeros.t().contiguous(), groups)
 
     def _awq(self, base: str, shape: list[int]) -> _Raw:
@@ -129,13 +129,13 @@ class QuantizedCheckpoint:
         values = _unpacked(words, bits, dim=1)[:, :in_features].contiguous()
         scales = self._scales(base, "weight_scale", transposed=False, outputs=out_features)
         zeros, groups = None, None
-        if (name := f"{base}.weight_zero_point") in self._where:
-            if self._where[name].dtype(name) is torch.int32:
+        if (name := f"{base}.weight_zero_point") in self._tensors:
+            if self._tensors.dtype(name) is torch.int32:
                 stored = self._tensor(base, "weight_zero_point", [-(-out_features // per_word), scales.shape[1]])
                 zeros = _unpacked(stored, bits, dim=0)[:out_features].contiguous()
             else:
                 zeros = self._shifted_zeros(base, list(scales.shape))
-        if f"{base}.weight_g_idx" in self._where:
+        if f"{base}.weight_g_idx" in self._tensors:
             groups = self._tensor(base, "weight_g_idx", [in_features])
             groups = None if bool((groups == -1).all()) else groups
         return _Raw(values, scales, zeros, groups)
@@ -148,7 +148,7 @@ class QuantizedCheckpoint:
         values = (stored.to(torch.int16) + half).to(torch.uint8)
         scales = self._scales(base, "weight_scale", transposed=False, outputs=shape[0])
         zeros = None
-        if f"{base}.weight_zero_point" in self._where:
+        if f"{base}.weight_zero_point" in self._tensors:
             zeros = self._shifted_zeros(base, list(scales.shape))
         return _Raw(values, scales, zeros)
 
@@ -157,7 +157,7 @@ class QuantizedCheckpoint:
     def _tensor(self, base: str, part: str, shape: list[int]) -> torch.Tensor:
         """An integer tensor of exactly this shape."""
         name = f"{base}.{part}"
-        file = self._where[name]
+        file = self._tensors
         if file.shape(name) != shape:
             raise _wrong(name, f"it has shape {file.shape(name)}; config.json asks for {shape}")
         if file.dtype(name) not in (torch.int32, torch.int64, torch.int8):
@@ -167,7 +167,7 @@ class QuantizedCheckpoint:
     def _scales(self, base: str, part: str, *, transposed: bool, outputs: int) -> torch.Tensor:
         """[out, groups], whichever way they are stored; one scale for all is repeated."""
         name = f"{base}.{part}"
-        file = self._where[name]
+        file = self._tensors
         shape = file.shape(name)
         if not file.dtype(name).is_floating_point:
             raise _wrong(name, f"it is stored as {file.dtype(name)}")
@@ -182,7 +182,7 @@ class QuantizedCheckpoint:
     def _shifted_zeros(self, base: str, shape: list[int]) -> torch.Tensor:
         """Zero points as signed numbers, one in each int8."""
         name = f"{base}.weight_zero_point"
-        file = self._where[name]
+        file = self._tensors
         if file.dtype(name) is not torch.int8:
             raise _wrong(name, f"it is stored as {file.dtype(name)}")
         zeros = file.read(name)

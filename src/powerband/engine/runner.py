@@ -65,7 +65,7 @@ class ModelRunner:
         self.sampler = sampler
         self.device = device
         self.forward: Callable[[Inputs], torch.Tensor] = self._forward  # CUDA graphs take its place
-        self._inputs = InputBuffers(block_size, device)
+        self._inputs = InputBuffers(block_size, device, by_length=model.spec.length_rope is not None)
         self._states: dict[str, RequestState] = {}
 
     @torch.inference_mode()
@@ -96,7 +96,9 @@ class ModelRunner:
                 )
             tokens = list(new.token_ids)
             sampling = self.sampler.new_state(work.id, new.params, tokens, new.num_prompt_tokens)
-            self._states[work.id] = RequestState(work.id, new.params, tokens, new.num_prompt_tokens, sampling)
+            self._states[work.id] = RequestState(
+                work.id, new.params, tokens, new.num_prompt_tokens, sampling, new.rope_length
+            )
         state = self._states.get(work.id)
         if state is None:  # it failed in the step before, whose result was not known when this one was made
             raise PowerbandError(f"Request {work.id} has failed before.")
@@ -134,7 +136,9 @@ class ModelRunner:
             self._sample([rows[index] for index in sampling], chosen, pending)
 
     def _forward(self, inputs: Inputs) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(inputs.token_ids, inputs.positions, inputs.batch, self.attention)
+        hidden: torch.Tensor = self.model(
+            inputs.token_ids, inputs.positions, inputs.batch, self.attention, inputs.rope_lengths
+        )
         return hidden
 
     def _fill_pending(self, rows: list[Row], token_ids: torch.Tensor, starts: list[int]) -> None:

@@ -1,24 +1,23 @@
 """Tensors of a safetensors file, read one at a time into memory that the caller owns.
 
-The library maps whole files into memory; while a model loads, that would count every page of the checkpoint beside the
-model. Here the library checks the header, and the bytes are read from the file directly, into their place if possible.
+The safetensors library maps whole files into memory; while a model loads, that would count every page of the checkpoint
+beside the model. Here the bytes are read from the file directly, into their place if possible.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from powerband.engine.checkpoint import unreadable
 from powerband.errors import UsageError
 from powerband.spec.device import detect_cpu
+from powerband.spec.safetensors import header_of, unreadable
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,7 +31,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-LENGTH_BYTES = 8  # of the header's length, which stands before it
 _PIECE_BYTES = 4 << 20  # large tensors are read in such pieces by several threads: one copies more slowly than memory
 _AHEAD_BYTES = 64 << 20  # the system is asked to fetch so much from the disk while what was read is used
 _MOST_READERS = 4
@@ -44,15 +42,17 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with safe_open(path, framework="pt", device="cpu"):
-                pass  # opening checks the header: sizes, offsets, overlaps
             self._file = path.open("rb", buffering=0)
-            length = int.from_bytes(self._file.read(LENGTH_BYTES), "little")
-            self._entries = json.loads(self._file.read(length))
-        except (SafetensorError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as problem:
+        except OSError as problem:
             raise unreadable(path, problem) from problem
-        self.metadata: dict[str, str] = self._entries.pop("__metadata__", None) or {}
-        self._data_start = LENGTH_BYTES + length
+        try:
+            header = header_of(self._file)
+        except (OSError, ValueError) as problem:
+            self._file.close()
+            raise unreadable(path, problem) from problem
+        self.metadata = header.metadata
+        self._entries = header.tensors
+        self._data_start = header.data_start
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -64,17 +64,16 @@ class SafetensorsFile:
         return list(self._entries)
 
     def shape(self, name: str) -> list[int]:
-        shape: list[int] = self._entries[name]["shape"]
-        return shape
+        return list(self._entries[name].shape)
 
     def offsets(self, name: str) -> tuple[int, int]:
         """Where its bytes begin and end, from the start of the data."""
-        start, end = self._entries[name]["data_offsets"]
-        return start, end
+        entry = self._entries[name]
+        return entry.start, entry.end
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises UsageError for a type that torch or this engine lacks."""
-        stored = self._entries[name]["dtype"]
+        stored = self._entries[name].dtype
         if stored not in _DTYPES:
             raise UsageError(
                 f"{name} is stored as {stored}, which is not supported.",
@@ -101,6 +100,20 @@ class SafetensorsFile:
             raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
         return tensor
 
+    def checksums(self, name: str) -> list[int]:
+        """`checksums` of the tensor, without holding it. Raises UsageError."""
+        start, end = self.offsets(name)
+
+        def of_piece(at: int) -> int:
+            piece = bytearray(min(_PIECE_BYTES, end - at))
+            self._read_into(memoryview(piece), self._data_start + at)
+            return zlib.crc32(piece)
+
+        try:
+            return list(_readers().map(of_piece, range(start, end, _PIECE_BYTES)))
+        except OSError as problem:
+            raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
+
     def _read_into(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
@@ -108,6 +121,14 @@ class SafetensorsFile:
             if not count:
                 raise OSError("the file ends before it")
             done += count
+
+
+def checksums(tensor: torch.Tensor) -> list[int]:
+    """CRC-32 of each piece of a contiguous tensor's bytes."""
+    if not tensor.numel():
+        return []
+    view = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    return list(_readers().map(lambda at: zlib.crc32(view[at : at + _PIECE_BYTES]), range(0, len(view), _PIECE_BYTES)))
 
 
 def stored_name(dtype: torch.dtype) -> str:

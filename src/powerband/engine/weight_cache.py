@@ -3,8 +3,15 @@
 A quantized model is a quarter or half of its checkpoint, and nothing is left to compute: the next start reads these
 bytes into their place. Norms, embeddings and whatever else is not packed still come from the checkpoint.
 
-The name of a file is made of everything that its content depends on, so that a file is right or never looked at. It
-appears complete under that name, or not at all. Whatever goes wrong here is a warning: the checkpoint is still there.
+The name of a file is made of everything that its content depends on, the checkpoint's content included, so that a file
+is right or never looked at. It appears complete under that name, or not at all, and what is read from it is checked.
+Whatever goes wrong here is a warning: the checkpoint is still there.
+
+    <engine>-<content>.safetensors   packed weights; content: checksums of all tensors of the checkpoint
+    <files>.known                    a link to them; files: the checkpoint's inodes, sizes, times and samples
+
+Reading a whole checkpoint to find its name would cost what the cache saves. So a link says which content these very
+files had, and a checkpoint is only read for its name when there is no link but there is packed content to be found.
 """
 
 from __future__ import annotations
@@ -23,24 +30,27 @@ from pathlib import Path
 
 import torch
 
-from powerband.engine.checkpoint import weight_files
 from powerband.engine.layers.int4 import Int4Product
 from powerband.engine.layers.int8 import Int8Product
 from powerband.engine.layers.linear import Product, Projections
 from powerband.engine.memory import huge_empty
 from powerband.engine.products import Products, parts_of
-from powerband.engine.safetensors_file import LENGTH_BYTES, SafetensorsFile, stored_name
+from powerband.engine.safetensors_file import SafetensorsFile, checksums, stored_name
 from powerband.errors import PowerbandError
 from powerband.folders import cache_directory
+from powerband.spec.checkpoint_files import weight_files
+from powerband.spec.safetensors import LENGTH_BYTES, header_of
 
 logger = logging.getLogger(__name__)
 
 # Raise this when the packed form of any product changes.
-LAYOUT = 1
+LAYOUT = 2
 LIMIT_BYTES = 64 << 30  # of all files together; the least recently used go first
 KEPT_FREE_BYTES = 4 << 30  # of the disk, for others
 _STALE_S = 3600  # an unfinished file this old belongs to a process that ended
 _PIECE_BYTES = 8 << 20
+_SAMPLE_BYTES = 4096  # of every tensor, from its middle
+_SETTLED_S = 2  # files changed later than this before a look at them may change again without another time
 _ALIGNMENT = 64
 _KINDS: dict[str, type[Int4Product | Int8Product]] = {"int4": Int4Product, "int8": Int8Product}
 
@@ -57,30 +67,65 @@ class WeightCache:
     """The file of one checkpoint, as one engine would hold it."""
 
     def __init__(self, products: Products, checkpoint: Path) -> None:
-        """Raises as `weight_files` does, and OSError for files that cannot be read."""
-        self.path = folder() / f"{_key(products, checkpoint)}.safetensors"
+        """Raises as `weight_files` does, EnvironmentFault for damaged files and OSError for what cannot be read."""
+        self._files = weight_files(checkpoint)
+        engine = repr((LAYOUT, products.model.spec, products.held, products.kernels))
+        self._engine = hashlib.sha256(engine.encode()).hexdigest()[:16]
+        self._identity = _identity(self._files)
+        self._content: str | None = None  # read when it is needed
+        self._link = folder() / f"{self._name(self._identity)}.known"
+        self._is_settled = all(time.time() - path.stat().st_ctime > _SETTLED_S for path in self._files)
         self._ending = threading.Event()
         self._writer: threading.Thread | None = None
 
+    def _name(self, digest: str) -> str:
+        return f"{self._engine}-{digest}"
+
     def read(self, products: Products) -> Found:
         """All products that were kept, each in memory of its own. Empty: there are none, or they are damaged."""
-        if not self.path.exists():
+        path = self._find()
+        if path is None:
             return {}
         try:
-            with SafetensorsFile(self.path) as file:
+            with SafetensorsFile(path) as file:
                 found = _read(file, products)
-            os.utime(self.path)  # used now: others are deleted before
-        except (PowerbandError, OSError, ValueError, KeyError, TypeError, RuntimeError) as problem:
-            logger.warning("The weight cache %s is damaged and will be written again: %s", self.path, problem)
+            os.utime(path)  # used now: others are deleted before
+        except (PowerbandError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as problem:
+            logger.warning("The weight cache %s is damaged and will be written again: %s", path, problem)
             with contextlib.suppress(OSError):
-                self.path.unlink()
+                path.unlink()
             return {}
         return found
+
+    def _find(self) -> Path | None:
+        """The packed weights of this checkpoint, by their link or else by its content."""
+        with contextlib.suppress(OSError):
+            if self._is_settled and (path := folder() / os.readlink(self._link)).exists():
+                return path
+        if not any(folder().glob(f"{self._engine}-*.safetensors")):
+            return None
+        path = self._path_of_content()
+        if not path.exists():
+            return None
+        self._remember(path)
+        return path
+
+    def _path_of_content(self) -> Path:
+        if self._content is None:
+            self._content = _content_digest(self._files)
+        return folder() / f"{self._name(self._content)}.safetensors"
+
+    def _remember(self, path: Path) -> None:
+        """Link these files, as they are now, to what was packed of them."""
+        if self._is_settled:
+            with contextlib.suppress(OSError):
+                self._link.unlink(missing_ok=True)
+                self._link.symlink_to(path.name)
 
     def write(self, products: Products) -> None:
         """Keep the products for the next start, in a thread of its own: `close` waits for it."""
         named = {name: kept for name, kept in _named(products).items() if _can_keep(kept)}
-        if named and not self.path.exists():
+        if named and not self._link.exists():
             self._writer = threading.Thread(target=self._write, args=(named,), name="weight-cache", daemon=True)
             self._writer.start()
 
@@ -96,23 +141,33 @@ class WeightCache:
 
     def _write(self, named: Found) -> None:
         try:
-            tensors, kinds = _tensors(named)
-            header, size = _header(tensors, kinds)
-            if not _make_room(size):
+            path = self._path_of_content()
+            if _identity(self._files) != self._identity:
+                return  # they changed while they were loaded: nobody knows what was packed
+            if not path.exists() and not self._write_file(path, named):
                 return
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".part", delete=False) as file:
-                try:
-                    complete = self._write_to(file.fileno(), header, tensors)
-                    if complete:
-                        os.fsync(file.fileno())  # the name must not be there before the content
-                        os.replace(file.name, self.path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
-                if not complete:
-                    os.unlink(file.name)
-        except OSError as problem:
+            self._remember(path)
+        except (OSError, PowerbandError) as problem:
             logger.warning("The weight cache could not be written, so the next start quantizes again: %s", problem)
+
+    def _write_file(self, path: Path, named: Found) -> bool:
+        """False: there is no room, or the engine ended before it was done."""
+        tensors, kinds = _tensors(named)
+        header, size = _header(tensors, kinds)
+        if not _make_room(size):
+            return False
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            try:
+                complete = self._write_to(file.fileno(), header, tensors)
+                if complete:
+                    os.fsync(file.fileno())  # the name must not be there before the content
+                    os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+            if not complete:
+                os.unlink(file.name)
+        return complete
 
     def _write_to(self, fd: int, header: bytes, tensors: Mapping[str, torch.Tensor]) -> bool:
         """False: told to end before it was done."""
@@ -135,14 +190,31 @@ def kept_files() -> list[Path]:
 # ---- names
 
 
-def _key(products: Products, checkpoint: Path) -> str:
-    """A name for all that the packed weights depend on. Not the kernels' tier: all share one layout."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(checkpoint)]
-    digest = hashlib.sha256(repr((LAYOUT, products.model.spec, products.held, products.kernels, files)).encode())
-    for path in weight_files(checkpoint):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            digest.update(file.read(min(length, path.stat().st_size)))
+def _identity(files: list[Path]) -> str:
+    """Of these very files, unchanged: what the system says of them, which no copy shares, and a sample of every tensor,
+    for file systems that give two images the same inodes and times.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        found = path.stat()
+        digest.update(repr((path.name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)).encode())
+        with path.open("rb", buffering=0) as file:
+            header = header_of(file)
+            digest.update(repr(header).encode())
+            for tensor in header.tensors.values():
+                middle = header.data_start + (tensor.start + tensor.end) // 2
+                digest.update(os.pread(file.fileno(), min(_SAMPLE_BYTES, tensor.end - tensor.start), middle))
+    return digest.hexdigest()[:32]
+
+
+def _content_digest(files: list[Path]) -> str:
+    """Of every tensor's name, type, shape and bytes. It reads all files."""
+    digest = hashlib.sha256()
+    for path in files:
+        with SafetensorsFile(path) as file:
+            for name in file.names():
+                described = (name, stored_name(file.dtype(name)), file.shape(name), file.checksums(name))
+                digest.update(repr(described).encode())
     return digest.hexdigest()[:32]
 
 
@@ -160,15 +232,19 @@ def _can_keep(kept: Iterable[Product]) -> bool:
 
 def _read(file: SafetensorsFile, products: Products) -> Found:
     """Raises ValueError for what does not belong to the model, and as SafetensorsFile does."""
-    if file.metadata.get("digest") != _digest({name: _entry(file, name) for name in file.names()}):
+    entries = {name: _entry(file, name) for name in file.names()}
+    if file.metadata.get("digest") != _digest(entries, file.metadata["kinds"], file.metadata["checksums"]):
         raise ValueError("its header was changed")
     kinds: dict[str, str] = json.loads(file.metadata["kinds"])
+    expected: dict[str, list[int]] = json.loads(file.metadata["checksums"])
     parts = dict(parts_of(products.model))
     stored: dict[str, dict[str, torch.Tensor]] = {name: {} for name in kinds}
     for name in file.names():
         owner, _, tensor = name.rpartition("/")
         place = huge_empty(tuple(file.shape(name)), file.dtype(name))
         stored[owner][tensor] = file.read(name, place)
+        if checksums(stored[owner][tensor]) != expected[name]:
+            raise ValueError(f"the bytes of {name} were changed")
     found: Found = {}
     for owner, kind in kinds.items():
         part, _, index = owner.rpartition("/")
@@ -209,7 +285,9 @@ def _header(tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, str]) -> tu
         entry = {"dtype": stored_name(tensor.dtype), "shape": list(tensor.shape)}
         entries[name] = {**entry, "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
-    text = json.dumps({"__metadata__": {"digest": _digest(entries), "kinds": json.dumps(kinds)}, **entries}).encode()
+    said, sums = json.dumps(kinds), json.dumps({name: checksums(tensor) for name, tensor in tensors.items()})
+    metadata = {"digest": _digest(entries, said, sums), "kinds": said, "checksums": sums}
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
     text += b" " * (-(len(text) + LENGTH_BYTES) % _ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, LENGTH_BYTES + len(text) + end
 
@@ -218,8 +296,8 @@ def _entry(file: SafetensorsFile, name: str) -> dict[str, object]:
     return {"dtype": stored_name(file.dtype(name)), "shape": file.shape(name), "data_offsets": list(file.offsets(name))}
 
 
-def _digest(entries: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+def _digest(entries: Mapping[str, object], kinds: str, checksums: str) -> str:
+    return hashlib.sha256(json.dumps([entries, kinds, checksums], sort_keys=True).encode()).hexdigest()
 
 
 def _content(tensor: torch.Tensor) -> memoryview:
@@ -238,6 +316,9 @@ def _make_room(size: int) -> bool:
     for path in place.glob("*.part"):
         if time.time() - path.stat().st_mtime > _STALE_S:
             path.unlink(missing_ok=True)
+    for link in place.glob("*.known"):
+        if not link.exists():  # what it led to is gone
+            link.unlink(missing_ok=True)
     kept = kept_files()
     total = sum(path.stat().st_size for path in kept)
     while kept and (total + size > LIMIT_BYTES or shutil.disk_usage(place).free - size < KEPT_FREE_BYTES):

@@ -8,15 +8,16 @@ model loads, it needs its final size and the parameters of one part of a layer.
 
 from __future__ import annotations
 
+import logging
+import re
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from powerband.engine.checkpoint import resolve_model, weight_files
+from powerband.engine.checkpoint import resolve_model
 from powerband.engine.layers.linear import Product, Projections
 from powerband.engine.layers.quantized_linear import StoredMatrix
 from powerband.engine.models.decoder import Decoder
@@ -24,17 +25,25 @@ from powerband.engine.models.registry import slots_for
 from powerband.engine.models.slots import Slot
 from powerband.engine.products import Products, parts_of
 from powerband.engine.quantized_checkpoint import QuantizedCheckpoint
-from powerband.engine.safetensors_file import SafetensorsFile
+from powerband.engine.stored_tensors import StoredTensors
 from powerband.errors import UsageError
+from powerband.spec.checkpoint_files import HEAD, weight_files
+from powerband.spec.model import ModelSpec
 
 __all__ = ["fill_random", "load_weights", "resolve_model"]
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Parts of checkpoints that text generation does not need.
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-_IGNORED_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+# What is computed here instead of stored (tables of rotations, causal masks), and scales of an 8-bit KV cache, which
+# nothing needs that holds keys and values in 16 bits, or scales them itself.
+_LEFT_OVER = re.compile(
+    r".*\.(rotary_emb\.\w+|self_attn\.(bias|masked_bias)|position_ids"
+    r"|self_attn\.(\w+\.)?[kvq]{1,2}_(scale|zero_point)|self_attn\.[qkv]_proj\.output_(scale|zero_point))"
+)
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
 
 Progress = Callable[[float], None]
+
+logger = logging.getLogger(__name__)
 
 
 def load_weights(
@@ -47,12 +56,11 @@ def load_weights(
     that are missing, unexpected or of another shape or type, naming them.
     """
     model = products.model
-    with ExitStack() as stack:
-        where = _open_all(weight_files(folder), stack)
-        slots = deque(slots_for(model, where.keys()))
+    with StoredTensors(weight_files(folder), tied=model.spec.tie_embeddings) as tensors:
+        slots = deque(slots_for(model, tensors.names()))
         format = model.spec.weight_format
-        stored = QuantizedCheckpoint(format, where) if format is not None else None
-        _check_names(slots, where, folder, stored, tied=model.spec.tie_embeddings)
+        stored = QuantizedCheckpoint(format, tensors) if format is not None else None
+        _check_names(slots, tensors, folder, stored, model.spec)
         parts = _Parts(model, slots)
         total = len(slots)
         done = parts.take_kept(products, kept or {})
@@ -62,12 +70,12 @@ def load_weights(
             part = parts.owner(slot)
             if id(part) in done:
                 if model.spec.tie_embeddings and part is model.head:
-                    _fill(slot, where)  # the embedding's rows
+                    _fill(slot, tensors)  # the embedding's rows
                 continue
             if stored is not None and stored.holds(name):
                 parts.keep(slot, stored.read(name, slot.target.shape))
             else:
-                _fill(slot, where)
+                _fill(slot, tensors)
             part = parts.completed_by(slot)
             if part is not None and (pieces := parts.kept(part)):
                 products.take_stored(part, pieces)
@@ -158,21 +166,10 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-# Name of a tensor → the open file that holds it.
-_Where = dict[str, SafetensorsFile]
-
-
-def _open_all(files: Iterable[Path], stack: ExitStack) -> _Where:
-    where: _Where = {}
-    for path in files:
-        opened = stack.enter_context(SafetensorsFile(path))
-        where.update(dict.fromkeys(opened.names(), opened))
-    return where
-
-
 def _check_names(
-    slots: Iterable[Slot], where: _Where, folder: Path, stored: QuantizedCheckpoint | None, *, tied: bool
+    slots: Iterable[Slot], tensors: StoredTensors, folder: Path, stored: QuantizedCheckpoint | None, spec: ModelSpec
 ) -> None:
+    """Nothing is missing, and nothing is left that the model would have been meant to compute with."""
     expected, allowed = set(), set()
     for name in (name for slot in slots for name in slot.sources):
         if stored is not None and stored.holds(name):
@@ -180,39 +177,45 @@ def _check_names(
             allowed |= set(stored.optional(name))
         else:
             expected.add(name)
-    missing = sorted(expected - where.keys())
+    missing = sorted(name for name in expected if name not in tensors)
     if missing:
         raise UsageError(
             f"{folder} lacks {_some(missing)}.",
             hint="The checkpoint is incomplete, or its config.json belongs to another model.",
             code="missing_weights",
         )
-    unknown = where.keys() - expected - allowed
-    extra = {name for name in unknown if not _is_ignored(name, tied) and not _is_zero_bias(name, where, stored)}
-    if extra:
+    unused = set(tensors.names()) - expected - allowed
+    left_over = {name for name in unused if _is_left_over(name, tensors, spec)}
+    if extra := sorted(unused - left_over):
         raise UsageError(
-            f"{folder} holds {_some(sorted(extra))}, which this architecture has no place for.",
+            f"{folder} holds {_some([tensors.described(name) for name in extra])}, which this architecture has no "
+            "place for.",
             hint="Its config.json belongs to another model, or it is an adapter or a quantized checkpoint.",
             code="unexpected_weights",
         )
+    if left_over:
+        logger.info("%s holds %s, which nothing is computed with.", folder, _some(sorted(left_over)))
 
 
-def _is_zero_bias(name: str, where: _Where, stored: QuantizedCheckpoint | None) -> bool:
-    """Tools for quantization add biases to projections that have none."""
-    if stored is None or not name.endswith(".bias") or not stored.holds(name.removesuffix("bias") + "weight"):
-        return False
-    return not bool(where[name].read(name).any())
+def _is_left_over(name: str, tensors: StoredTensors, spec: ModelSpec) -> bool:
+    """Whether a tensor that no parameter takes can be left out without changing what the model says.
+
+    As transformers leaves it out: what lies outside the text model (value heads, image encoders), what it computes
+    itself, layers beyond the configuration's, biases that are zero, and the tied head, which is the embedding.
+    """
+    layer = _LAYER.fullmatch(name)
+    return (
+        name in tensors.outside
+        or _LEFT_OVER.fullmatch(name) is not None
+        or (layer is not None and int(layer[1]) >= spec.num_layers)
+        or (spec.tie_embeddings and name == HEAD)
+        or (name.endswith(".bias") and not bool(tensors.read(name).any()))
+    )
 
 
-def _is_ignored(name: str, tied: bool) -> bool:
-    if name.endswith(_IGNORED_SUFFIXES) or name.startswith(_IGNORED_PREFIXES):
-        return True
-    return tied and name.endswith("lm_head.weight")
-
-
-def _fill(slot: Slot, where: _Where) -> None:
+def _fill(slot: Slot, stored: StoredTensors) -> None:
     into = slot.target if slot.convert is None else None
-    tensors = [where[name].read(name, into) for name in slot.sources]
+    tensors = [stored.read(name, into) for name in slot.sources]
     name = slot.sources[0]
     try:
         value = tensors[0] if slot.convert is None else slot.convert(*tensors)

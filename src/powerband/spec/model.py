@@ -19,9 +19,9 @@ class RopeSpec:
 
     theta: float
     rotary_dim: int  # leading dimensions of a head that rotate
-    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
-    original_max_position: int = 0
+    original_max_position: int = 0  # the length trained before scaling (dynamic, llama3, yarn, longrope)
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
@@ -89,6 +89,12 @@ class ModelSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def length_rope(self) -> RopeSpec | None:
+        """The rotary embedding whose frequencies depend on a sequence's length; None: the model has none such."""
+        ropes = (layer.rope for layer in self.layers if layer.rope is not None)
+        return next((rope for rope in ropes if rope.scaling in ("dynamic", "longrope")), None)
 
     @property
     def shape_digest(self) -> str:

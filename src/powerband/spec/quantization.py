@@ -24,6 +24,12 @@ DEFAULT_GROUP = 128
 # Inputs that share a scale, as the int4 product takes them.
 GROUP_SIZES = (128, 64, 32)
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second until compressed-tensors 0.6
+# Files beside a config.json that say nothing of it, and the methods of the tools that wrote them.
+QUANTIZATION_FILES = {
+    "quantize_config.json": "gptq",  # AutoGPTQ
+    "quant_config.json": "awq",  # AutoAWQ
+    "hf_quant_config.json": "modelopt",
+}
 _MAX_PATTERNS = 10_000
 
 
@@ -95,11 +101,13 @@ def _awq(table: Fields) -> WeightFormat:
     layout = table.text("version", "gemm").lower()
     if layout != "gemm":
         raise _unsupported(table, f"AWQ weights in the layout {shown(layout)}", "version")
-    bits = _bits(table, "bits", "AWQ")
+    # The second names are those of llm-awq and of AutoAWQ's own file.
+    bits = _bits(table, "bits" if "bits" in table else "w_bit", "AWQ")
     if bits != 4:
         raise _unsupported(table, "AWQ with 8 bits", "bits")
+    group_size = _group_size(table, "group_size" if "group_size" in table else "q_group_size")
     ignored = _patterns(table, "modules_to_not_convert")
-    return WeightFormat("awq", bits, _group_size(table), not table.boolean("zero_point", True), ignored=ignored)
+    return WeightFormat("awq", bits, group_size, not table.boolean("zero_point", True), ignored=ignored)
 
 
 def _compressed_tensors(table: Fields) -> WeightFormat:
@@ -147,11 +155,11 @@ def _bits(table: Fields, name: str, method: str) -> Bits:
     raise _unsupported(table, f"{method} with {bits} bits", name)
 
 
-def _group_size(table: Fields) -> int:
+def _group_size(table: Fields, name: str = "group_size") -> int:
     """0 for one group of all inputs, which the tools write as -1."""
-    if table.values.get("group_size") in (-1, None):
+    if table.values.get(name) in (-1, None):
         return 0
-    return table.integer("group_size")
+    return table.integer(name)
 
 
 def _patterns(table: Fields, name: str) -> tuple[str, ...]:

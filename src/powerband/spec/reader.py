@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.checkpoint_files import has_own_head
 from powerband.spec.families import FAMILIES
-from powerband.spec.fields import MAX_VOCABULARY, Fields, shown
+from powerband.spec.fields import MAX_POSITIONS, MAX_VOCABULARY, Fields, shown
 from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import QUANTIZATION_KEYS
+from powerband.spec.quantization import QUANTIZATION_FILES, QUANTIZATION_KEYS
+from powerband.spec.rope import scaled_context
 
 _MAX_CONFIG_BYTES = 4 << 20
+_CONFIG = "config.json"
 
 
 def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
@@ -23,15 +26,41 @@ def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
 
     The token ids that end a text are those of config.json and of a folder's generation_config.json together. The
     family's default counts where neither these nor tokenizer_config.json name one: in another vocabulary it is a word.
+    The weights of a folder, where there are any, tell whether the head is the embedding.
     Raises EnvironmentFault when the file is not there, UsageError when what it says cannot be served.
     """
     if isinstance(source, Mapping):
         return _read(source, "config.json")
     path = Path(source)
     if path.is_dir():
-        values = read_config(path / "config.json")
-        return _with_ends(_read(values, str(path / "config.json")), values, path)
-    return _read(read_config(path), str(path))
+        config = path / _CONFIG
+        values = read_model_config(config)
+        return _with_ends(with_stored_head(_read(values, str(config)), config), values, path)
+    return with_stored_head(_read(read_model_config(path), str(path)), path)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """A config.json, with what a file of an older quantization tool beside it says of the weights' precision.
+
+    Raises EnvironmentFault or UsageError, as read_model_spec.
+    """
+    values = read_config(path)
+    if path.name != _CONFIG or any(values.get(key) is not None for key in QUANTIZATION_KEYS):
+        return values
+    for name, method in QUANTIZATION_FILES.items():
+        beside = path.with_name(name)
+        if beside.exists():
+            found = read_config(beside)
+            if name == "quantize_config.json" and "w_bit" in found:
+                method = "awq"
+            return {**values, QUANTIZATION_KEYS[0]: {"quant_method": method, **found}}
+    return values
+
+
+def with_stored_head(spec: ModelSpec, config: Path) -> ModelSpec:
+    """The model as the weights beside its config.json have it: a head of its own is not tied, whatever that says."""
+    is_own = spec.tie_embeddings and config.name == _CONFIG and has_own_head(config.parent)
+    return replace(spec, tie_embeddings=False) if is_own else spec
 
 
 def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
@@ -41,7 +70,20 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
         raise fields.error("it has no 'model_type', so its architecture is unknown", "model_type")
     if model_type not in FAMILIES:
         raise _unknown(fields, model_type)
-    return FAMILIES[model_type](fields)
+    return _with_scaled_context(FAMILIES[model_type](fields), fields)
+
+
+def _with_scaled_context(spec: ModelSpec, fields: Fields) -> ModelSpec:
+    """Gemma 3 alone has layers of different contexts; its configurations say the longest."""
+    ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
+    if spec.family == "gemma3":
+        if len([rope for rope in ropes if rope.scaling in ("dynamic", "longrope")]) > 1:
+            raise fields.error("two kinds of layers rotate by the length of a sequence", "rope_parameters")
+        return spec
+    length = max([spec.max_position, *(scaled_context(rope, spec.max_position) for rope in ropes)])
+    if length > MAX_POSITIONS:
+        raise fields.error(f"rope scaling makes a context of {shown(length)}; at most {MAX_POSITIONS}", "factor")
+    return replace(spec, max_position=length)
 
 
 def _text_part(fields: Fields) -> Fields:

@@ -37,9 +37,13 @@ def rope_from_table(
         kind = "longrope"
     original = _original_length(fields, table, max_position) if kind in ("llama3", "yarn", "longrope") else 0
     match kind:
-        # "dynamic" departs from the plain frequencies only beyond max_position, which no request may pass.
-        case "default" | "dynamic":
+        case "default":
             return plain
+        case "dynamic":
+            if rotary_dim < 4:
+                raise fields.error(f"dynamic scaling needs 4 dimensions that rotate, not {rotary_dim}", "head_dim")
+            factor = table.number("factor")
+            return RopeSpec(theta, rotary_dim, "dynamic", factor=factor, original_max_position=max_position)
         case "linear":
             return RopeSpec(theta, rotary_dim, "linear", factor=table.number("factor"))
         case "llama3":
@@ -113,13 +117,56 @@ def _yarn_mscale(scale: float, mscale: float = 1.0) -> float:
     return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
 
-def rope_frequencies(rope: RopeSpec, context: int = 0) -> list[float]:
+def scaled_context(rope: RopeSpec, max_position: int) -> int:
+    """The context of a model whose config.json says `max_position`, its scaling included.
+
+    linear and dynamic stretch that length. yarn stretches the original length, which many leave in `max_position`. The
+    configurations of llama3 and longrope say the stretched length, unless it is the original one.
+    """
+    match rope.scaling:
+        case "linear" | "dynamic":
+            return max(max_position, int(max_position * rope.factor))
+        case "yarn":
+            return max(max_position, int(rope.original_max_position * rope.factor))
+        case "llama3" | "longrope" if max_position <= rope.original_max_position:
+            return max(max_position, int(rope.original_max_position * rope.factor))
+    return max_position
+
+
+def rope_length(rope: RopeSpec | None, num_prompt_tokens: int, num_tokens: int) -> int:
+    """The length by which a sequence's keys are rotated at least; 0: each by the position that it has.
+
+    As transformers does it. longrope: a sequence of more tokens than the original length is rotated by the long factors
+    from its first token on, so that its keys are computed again where it grows beyond. dynamic: a prompt is rotated by
+    its own length, tokens behind it by theirs.
+    Sequences of equal lengths in this sense share the keys of equal tokens, others do not.
+    """
+    if rope is None or rope.scaling not in ("dynamic", "longrope"):
+        return 0
+    if rope.scaling == "longrope":
+        return rope.original_max_position + 1 if num_tokens > rope.original_max_position else 0
+    return num_prompt_tokens if num_prompt_tokens > rope.original_max_position else 0
+
+
+def rotary_rows(rope: RopeSpec, max_positions: int) -> int:
+    """Rows of the tables of cos and sin for positions below `max_positions`: longrope has two, dynamic none."""
+    if rope.scaling == "dynamic":
+        return 0
+    both = rope.scaling == "longrope" and max_positions > rope.original_max_position
+    return max_positions + (rope.original_max_position if both else 0)
+
+
+def rope_frequencies(rope: RopeSpec, length: int = 0) -> list[float]:
     """Radians per position of each rotating pair: rotary_dim / 2 values, the fastest first.
 
-    `context`: the longest sequence served; longrope takes its long factors when it exceeds the original length.
-    Multiply cos and sin by `rope.attention_factor`.
+    `length`: tokens of the sequence, on which dynamic and longrope depend. Multiply cos and sin by
+    `rope.attention_factor`.
     """
-    plain = [rope.theta ** (-i / rope.rotary_dim) for i in range(0, rope.rotary_dim, 2)]
+    theta = rope.theta
+    if rope.scaling == "dynamic":
+        stretch = max(length, rope.original_max_position) / rope.original_max_position
+        theta *= (rope.factor * stretch - (rope.factor - 1)) ** (rope.rotary_dim / (rope.rotary_dim - 2))
+    plain = [theta ** (-i / rope.rotary_dim) for i in range(0, rope.rotary_dim, 2)]
     match rope.scaling:
         case "linear":
             return [f / rope.factor for f in plain]
@@ -128,8 +175,8 @@ def rope_frequencies(rope: RopeSpec, context: int = 0) -> list[float]:
         case "yarn":
             return _yarn_frequencies(rope, plain)
         case "longrope":
-            stretch = rope.long_factor if context > rope.original_max_position else rope.short_factor
-            return [f / s for f, s in zip(plain, stretch, strict=True)]
+            factors = rope.long_factor if length > rope.original_max_position else rope.short_factor
+            return [f / s for f, s in zip(plain, factors, strict=True)]
     return plain
 
 

@@ -15,7 +15,7 @@ from powerband.spec.deployment import KVPrecision, Quantization
 from powerband.spec.fields import shown
 from powerband.spec.model import ModelSpec
 from powerband.spec.quantization import QUANTIZATION_KEYS
-from powerband.spec.reader import read_config, read_model_spec
+from powerband.spec.reader import read_model_config, read_model_spec, with_stored_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +31,19 @@ def read_for_planning(path: Path) -> tuple[ModelSpec, Stored]:
 
     Raises EnvironmentFault when the file is not there, UsageError when what it says cannot be planned.
     """
-    config = read_config(path)
+    config = read_model_config(path)
     plain = {name: value for name, value in config.items() if name not in QUANTIZATION_KEYS}
-    return read_model_spec(plain), stored_precision(config, path.parent)
+    return with_stored_head(read_model_spec(plain), path), stored_precision(config)
 
 
-def stored_precision(config: Mapping[str, Any], beside: Path | None = None) -> Stored:
-    """From config.json, and hf_quant_config.json in the folder `beside`, where there is one.
-
-    Raises UsageError for what is none of the known formats.
-    """
+def stored_precision(config: Mapping[str, Any]) -> Stored:
+    """From what `read_model_config` returns. Raises UsageError for what is none of the known formats."""
     found = next((config[key] for key in QUANTIZATION_KEYS if isinstance(config.get(key), Mapping)), None)
-    if found is None and beside is not None and (beside / "hf_quant_config.json").exists():
-        found = {"quant_method": "modelopt", **read_config(beside / "hf_quant_config.json")}
     if found is None:
         return Stored()
     method = str(found.get("quant_method", "compressed-tensors" if "config_groups" in found else "unknown")).lower()
     if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
-        return Stored("int8" if found.get("bits") == 8 else "int4")
+        return Stored("int8" if found.get("bits", found.get("w_bit")) == 8 else "int4")
     if method == "mxfp4":
         return Stored("mxfp4")
     if method in ("fp8", "fbgemm_fp8"):

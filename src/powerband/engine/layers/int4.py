@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from powerband.engine.kernels.cpu import library
-from powerband.engine.layers.quantized import Int4Weight, dequantize
+from powerband.engine.layers.quantized import Int4Weight, check_forms, dequantize
 from powerband.engine.memory import huge_empty
 from powerband.errors import UsageError
 
@@ -86,8 +86,14 @@ class Int4Product:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int4Product:
-        """The product whose `tensors()` these are."""
+        """The product whose `tensors()` these are. Raises ValueError for shapes that would mislead the kernels."""
         out_features, in_features, group_size = tensors["sizes"].tolist()
+        if min(out_features, in_features, group_size) < 1 or not takes_group(in_features, group_size):
+            raise ValueError(f"sizes {out_features}, {in_features} and {group_size} are of no product")
+        packed = packed_shape(out_features, in_features)
+        groups = (packed[0], -(-in_features // group_size), PANEL)
+        forms = {"packed": (packed, torch.uint8), "scales": (groups, torch.float32), "zeros": (groups, torch.uint8)}
+        check_forms(tensors, {**forms, "bias": ((out_features,), torch.bfloat16), "sizes": ((3,), torch.int64)})
         return cls(
             tensors["packed"],
             tensors["scales"],

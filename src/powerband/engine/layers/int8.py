@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from powerband.engine.kernels.cpu import library
-from powerband.engine.layers.quantized import Int8Weight, int8_product
+from powerband.engine.layers.quantized import Int8Weight, check_forms, int8_product
 from powerband.engine.memory import huge_empty
 
 PANEL = 16
@@ -79,8 +79,14 @@ class Int8Product:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int8Product:
-        """The product whose `tensors()` these are."""
-        in_features = int(tensors["in_features"].item())
+        """The product whose `tensors()` these are. Raises ValueError for shapes that would mislead the kernels."""
+        in_features, out_features = int(tensors["in_features"].item()), tensors["scales"].numel()
+        if not 0 < in_features <= MAX_FEATURES or not out_features:
+            raise ValueError(f"{in_features} inputs and {out_features} outputs are of no product")
+        each = (out_features,)
+        forms = {"packed": (packed_shape(out_features, in_features), torch.int8), "scales": (each, torch.float32)}
+        rest = {"sums": (each, torch.int32), "bias": (each, torch.bfloat16), "in_features": ((), torch.int64)}
+        check_forms(tensors, {**forms, **rest})
         return cls(tensors["packed"], tensors["scales"], tensors["sums"], tensors.get("bias"), in_features)
 
     def tensors(self) -> dict[str, torch.Tensor]:

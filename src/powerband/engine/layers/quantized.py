@@ -9,7 +9,7 @@ Everything here is plain torch, and the reference that the C++ kernels are teste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,13 @@ _REFINEMENTS = 2
 # A row of activations whose largest magnitude is below this counts as zero: 127 / magnitude must stay finite.
 SMALLEST_MAGNITUDE = 1e-30
 _SLAB_ELEMENTS = 1 << 18  # of a weight at a time: small enough for the cache
+
+
+def check_forms(tensors: Mapping[str, torch.Tensor], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Raises ValueError unless every tensor has the shape and type that `forms` gives its name."""
+    for name, tensor in tensors.items():
+        if name not in forms or (tuple(tensor.shape), tensor.dtype) != forms[name]:
+            raise ValueError(f"'{name}' is {tensor.dtype} {list(tensor.shape)}, which is of no such product")
 
 
 @dataclass(frozen=True, slots=True)

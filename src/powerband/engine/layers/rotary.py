@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from powerband.spec.model import RopeSpec
-from powerband.spec.rope import rope_frequencies
+from powerband.spec.rope import rope_frequencies, rotary_rows
 
 
 class RotaryTable:
@@ -13,19 +13,51 @@ class RotaryTable:
 
     A pair is (x[i], x[i + rotary_dim / 2]), as in Hugging Face checkpoints. `sin` carries the sign of the rotation:
     rotate(x) = x * cos + swap_halves(x) * sin.
+
+    longrope keeps two tables, one behind the other: short factors, for positions up to the original length, and long
+    ones. dynamic has other frequencies for every length, so that nothing is kept.
     """
 
     def __init__(self, rope: RopeSpec, max_positions: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        frequencies = torch.tensor(rope_frequencies(rope, max_positions), dtype=torch.float32)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-        cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
         self.rotary_dim = rope.rotary_dim
-        self.cos = torch.cat([cos, cos], dim=-1).to(device=device, dtype=dtype)
-        self.sin = torch.cat([-sin, sin], dim=-1).to(device=device, dtype=dtype)
+        self._rope = rope
+        self._dtype = dtype
+        rows = rotary_rows(rope, max_positions)
+        self._num_short = rows - max_positions if rows else 0
+        parts = [(self._num_short, self._num_short), (max_positions, max_positions)] if rows else []
+        angles = [
+            torch.outer(torch.arange(count, dtype=torch.float32), torch.tensor(rope_frequencies(rope, length)))
+            for count, length in parts
+        ]
+        if angles:
+            self.cos, self.sin = self._both(torch.cat(angles).to(device))
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [tokens, 1, rotary_dim] for positions [tokens]; once per step."""
+    def at(self, positions: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [tokens, 1, rotary_dim] for positions [tokens]; once per step.
+
+        lengths [tokens]: see `rope_length`; None: of sequences that end at each position.
+        """
+        if self._rope.scaling == "dynamic":
+            cos, sin = self._both(self._dynamic_angles(positions, lengths))
+            return cos.unsqueeze(1), sin.unsqueeze(1)
+        if self._num_short:
+            ends = positions + 1 if lengths is None else torch.maximum(lengths, positions + 1)
+            positions = positions + self._num_short * (ends > self._num_short)
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+    def _dynamic_angles(self, positions: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """[tokens, rotary_dim / 2], computed in float32 as transformers does: `rope_frequencies` of many lengths."""
+        rope, dim = self._rope, self.rotary_dim
+        ends = positions + 1 if lengths is None else torch.maximum(lengths, positions + 1)
+        stretch = ends.clamp(min=rope.original_max_position).float() / rope.original_max_position
+        theta = rope.theta * (rope.factor * stretch - (rope.factor - 1)) ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, device=positions.device).float() / dim
+        return positions.float().unsqueeze(1) / theta.unsqueeze(1) ** exponents
+
+    def _both(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        factor = self._rope.attention_factor
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        return torch.cat([cos, cos], dim=-1).to(self._dtype), torch.cat([-sin, sin], dim=-1).to(self._dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -55,11 +55,21 @@ class Decoder(nn.Module):
         self.run_layers: RunLayers | None = None  # a device may have all layers in one
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, attention: AttentionBackend
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        attention: AttentionBackend,
+        rope_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """token_ids, positions [tokens] → hidden states [tokens, hidden] before the last norm."""
+        """token_ids, positions, rope_lengths [tokens] → hidden states [tokens, hidden] before the last norm.
+
+        rope_lengths: what `RotaryTable.at` takes, of models with a `length_rope`.
+        """
         attention.begin(batch)
-        rotations: dict[RopeSpec, Rotation] = {rope: table.at(positions) for rope, table in self.rotary.items()}
+        rotations: dict[RopeSpec, Rotation] = {
+            rope: table.at(positions, rope_lengths) for rope, table in self.rotary.items()
+        }
         hidden: torch.Tensor = self.embedding(token_ids)
         if self.run_layers is not None:
             self.run_layers(hidden, rotations, batch, attention)

@@ -15,10 +15,7 @@ NAMES = Names(
         ("mlp_post_norm", "post_feedforward_layernorm"),
     )
 )
-# Where the text model lies: alone, and inside a multimodal Gemma 3 as transformers 4 and 5 write it.
-PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 
 
-def slots(model: Decoder, names: Collection[str]) -> Iterator[Slot]:
-    prefix = next((prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in names), PREFIXES[0])
-    return plain_slots(model, NAMES, prefix)
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+    return plain_slots(model, NAMES)

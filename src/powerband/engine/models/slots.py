@@ -41,15 +41,15 @@ class Names:
     mlp: str = "mlp"
 
 
-def plain_slots(model: Decoder, names: Names, prefix: str = "model.") -> Iterator[Slot]:
+def plain_slots(model: Decoder, names: Names) -> Iterator[Slot]:
     """Everything but experts, as nearly all families name it."""
     offset = model.spec.norm_weight_offset
-    yield Slot((f"{prefix}embed_tokens.weight",), model.embedding.weight)
-    yield _norm_slot(f"{prefix}norm.weight", model.norm.weight, offset)
+    yield Slot(("model.embed_tokens.weight",), model.embedding.weight)
+    yield _norm_slot("model.norm.weight", model.norm.weight, offset)
     if not model.spec.tie_embeddings:
-        yield Slot((f"{prefix.removesuffix('model.')}lm_head.weight",), model.head.weight)
+        yield Slot(("lm_head.weight",), model.head.weight)
     for index, layer in enumerate(layers_of(model)):
-        base = f"{prefix}layers.{index}."
+        base = f"model.layers.{index}."
         for ours, theirs in names.norms:
             yield _norm_slot(f"{base}{theirs}.weight", getattr(layer, ours).weight, offset)
         yield from _attention_slots(layer.attention, f"{base}self_attn.", names.fused_qkv, offset)
