@@ -226,8 +226,8 @@ def _wrong(name: str, value: Any, wanted: str) -> InvalidRequest:
 
 def _too_many_bad_tokens() -> InvalidRequest:
     return InvalidRequest(
-        f"bad_words have more than {MAX_BAD_WORD_TOKENS} tokens together, counting both forms of each (at the start of a "
-        "text and after a space).",
+        f"bad_words have more than {MAX_BAD_WORD_TOKENS} tokens together, counting both forms of each (at the "
+        "start of a text and after a space).",
         hint="Send fewer or shorter words.",
         param="bad_words",
     )

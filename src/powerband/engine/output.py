@@ -113,8 +113,8 @@ class OutputProcessor:
 class StopStrings:
     """An Aho-Corasick automaton over stop strings (Aho, Corasick 1975): one pass over a text finds all of them.
 
-    Its states are the beginnings of the strings, 0 the empty one, in flat arrays of some 30 bytes for each character. It
-    is made once for all answers to a request.
+    Its states are the beginnings of the strings, 0 the empty one, in flat arrays of some 30 bytes for each character.
+    Made once for all answers to a request.
     """
 
     __slots__ = ("_chars", "_children", "_falls", "_siblings", "ends", "first", "held")

@@ -74,10 +74,15 @@ def _edits(states: Sequence[SamplingState], positions: Sequence[int]) -> tuple[T
                 places[id(allowed)] = put(allowed)
             ends[:2] = places[id(allowed)], places[id(allowed)] + len(allowed)
         ends[2] = end
-        for ids, values in state.added_biases(position) if state.edits_logits else ():
-            put(ids, values)
+        for biased, values in state.added_biases(position) if state.edits_logits else ():
+            put(biased, values)
         ends[3] = end
         known = put(state.tokens(0, position)) if state.is_penalized else end
         offsets.append((*ends, known, min(known + state.num_prompt_tokens, end), end))
     nothing = torch.zeros(0, dtype=torch.int64)
-    return torch.tensor(penalties), torch.tensor(offsets), torch.cat([nothing, *tokens]), torch.cat([nothing.float(), *biases])
+    return (
+        torch.tensor(penalties),
+        torch.tensor(offsets),
+        torch.cat([nothing, *tokens]),
+        torch.cat([nothing.float(), *biases]),
+    )
