@@ -6,6 +6,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from powerband.core.params import SamplingParams
 from powerband.core.request import OUTPUT_COMPLETE
@@ -34,21 +35,13 @@ class OutputProcessor:
     Text that may be the beginning of a stop string, or of a character, is held back until it is clear. Meaning is
     vLLM's: the text of a stop token is left out and a stop string too (unless include_stop_str_in_output); neither ends
     an output of fewer than min_tokens; token ids are complete in any case. Without a tokenizer all text is "".
-
-    stop: what finds `params.stop`, where several answers share it.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        params: SamplingParams,
-        prompt_ids: Sequence[int] = (),
-        stop: StopStrings | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self._detokenizer = (
             None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
         )
-        self._stop = StopFinder(stop or params.stop or [])
+        self._stop = StopFinder(params.stop or [])
         self._params = params
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -114,7 +107,6 @@ class StopStrings:
     """An Aho-Corasick automaton over stop strings (Aho, Corasick 1975): one pass over a text finds all of them.
 
     Its states are the beginnings of the strings, 0 the empty one, in flat arrays of some 30 bytes for each character.
-    Made once for all answers to a request.
     """
 
     __slots__ = ("_chars", "_children", "_falls", "_siblings", "ends", "first", "held")
@@ -172,14 +164,20 @@ class StopStrings:
                 child = self._siblings[child]
 
 
+@lru_cache(maxsize=16)
+def _compiled(stop: tuple[str, ...]) -> StopStrings:
+    """The answers to one request are begun one after the other and share it. At most some 100 kB each are kept."""
+    return StopStrings(stop)
+
+
 class StopFinder:
     """Finds the first of several strings to be completed in a text that comes in pieces.
 
     text   ......... given out ......... | held: the longest end that begins a stop string
     """
 
-    def __init__(self, stop: Sequence[str] | StopStrings) -> None:
-        self._strings = stop if isinstance(stop, StopStrings) else StopStrings(stop)
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._strings = _compiled(tuple(stop))
         self._state = 0
         self.held = ""
         self.found = ""

@@ -16,7 +16,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import OUTPUT_COMPLETE, EngineRequest
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.messages import RemoteError
-from powerband.engine.output import OutputProcessor, StopStrings
+from powerband.engine.output import OutputProcessor
 from powerband.engine.stream import TokenStream
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.record import Outcome, RequestRecord
@@ -151,7 +151,6 @@ class Generation:
         self.resumed = resumed = _resumed(body, prompts, params, model)
         deadline_s = None if body.deadline_s is None else arrival_s + body.deadline_s
         each = [params.for_choice(copy) for copy in range(params.n)]
-        stop = StopStrings(params.stop or [])
         self.choices: list[Choice] = []
         for prompt in prompts:
             for own in each:
@@ -167,7 +166,7 @@ class Generation:
                     cache_salt=body.cache_salt or "",
                     resumed_ids=resumed,
                 )
-                processor = OutputProcessor(model.tokenizer, own, prompt.token_ids, stop)
+                processor = OutputProcessor(model.tokenizer, own, prompt.token_ids)
                 self.choices.append(Choice(index, prompt, request, processor, num_tokens=len(resumed)))
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._num_tokens = len(resumed)  # of all choices
