@@ -1,4 +1,4 @@
-"""A request that makes any replica fail is at fault itself: it is not passed on and on, and counts against no replica."""
+"""A request that makes any replica fail is at fault itself: two are tried, and it counts against none."""
 
 from __future__ import annotations
 
@@ -117,8 +117,10 @@ def test_a_replica_that_alone_fails_is_at_fault(service: tuple[RunningGateway, l
     replicas[0].is_broken = True
     statuses = []
     until(
-        lambda: statuses.append(gateway.post("/v1/completions", GOOD).status_code)
-        or gateway.replica_states()["r0"] == "open"
+        lambda: (
+            statuses.append(gateway.post("/v1/completions", GOOD).status_code)
+            or gateway.replica_states()["r0"] == "open"
+        )
     )
     assert set(statuses) == {200}
 
