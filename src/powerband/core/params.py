@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_ALLOWED_TOKEN_IDS = 65_536
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_BYTES = 256
+MAX_BAD_WORD_TOKENS = 4096  # of all bad words together: each step compares them with the output's end
+MIN_REPETITION_PENALTY = 0.01  # below, logits divided by it leave float32
 GREEDY_BELOW = 1e-5  # a temperature under this is zero
 _MAX_INT32 = 2**31 - 1
 
@@ -83,6 +86,23 @@ class SamplingParams:
         """Tokens that `min_tokens` holds back: stop tokens, and EOS even where it is otherwise ignored."""
         return sorted({*(self.stop_token_ids or ()), *(self.eos_token_ids or ())})
 
+    def for_choice(self, index: int) -> SamplingParams:
+        """For one of the n answers to a prompt: n = 1, and seeds in a row, or the answers would all be the same.
+
+        Lists are shared with this object and not checked again, so that an answer more costs nothing.
+        """
+        seed = None if self.seed is None else (self.seed + index + 2**63) % 2**64 - 2**63
+        if self.n == 1 and seed == self.seed:
+            return self
+        return self.with_seed(seed)
+
+    def with_seed(self, seed: int | None) -> SamplingParams:
+        """The same for one answer with this seed. Lists are shared, as in `for_choice`."""
+        own = copy.copy(self)
+        object.__setattr__(own, "n", 1)
+        object.__setattr__(own, "seed", seed)
+        return own
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidRequest when a token id lies outside [0, vocab_size)."""
         named: list[tuple[str, Iterable[int]]] = [
@@ -92,8 +112,8 @@ class SamplingParams:
             ("bad_words", (id for word in self.bad_words_token_ids or () for id in word)),
         ]
         for name, ids in named:
-            wrong = next((id for id in ids if id >= vocab_size), None)
-            if wrong is not None:
+            wrong = max(ids, default=0)
+            if wrong >= vocab_size:
                 raise InvalidRequest(
                     f"{name} names token {wrong}; the model's vocabulary ends at {vocab_size - 1}.", param=name
                 )
@@ -102,15 +122,19 @@ class SamplingParams:
         """The same, with `bad_words` as token ids: each word as a text begins with it, and after a space.
 
         `encode` gives token ids without special ones. As in vLLM, the form after a space counts where it is one of as
-        many tokens that begins differently.
+        many tokens that begins differently. Raises InvalidRequest as soon as they are too many tokens together.
         """
         if not self.bad_words:
             return self
         ids: list[list[int]] = []
+        num_tokens = 0
         for word in self.bad_words:
             bare, spaced = encode(word.lstrip()), encode(" " + word.lstrip())
             forms = [bare, spaced] if spaced and spaced[:1] != bare[:1] and len(spaced) == len(bare) else [bare]
             ids += [form for form in forms if form]
+            num_tokens += sum(map(len, forms))
+            if num_tokens > MAX_BAD_WORD_TOKENS:
+                raise _too_many_bad_tokens()
         return replace(self, bad_words_token_ids=ids)
 
     def _check_numbers(self) -> None:
@@ -118,12 +142,12 @@ class SamplingParams:
         _whole("top_k", self.top_k, -1, _MAX_INT32)
         _real("top_p", self.top_p, 0, 1)
         _real("min_p", self.min_p, 0, 1)
-        _real("repetition_penalty", self.repetition_penalty, 0, 100)
         _real("presence_penalty", self.presence_penalty, -2, 2)
         _real("frequency_penalty", self.frequency_penalty, -2, 2)
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise _wrong(name, 0, "greater than 0")
+        _real("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**63 - 1)
         for name in ("logprobs", "prompt_logprobs"):
@@ -142,6 +166,8 @@ class SamplingParams:
                 _token_ids(f"bad_words_token_ids.{i}", word, MAX_BAD_WORD_BYTES + 1)
                 if not word:
                     raise _wrong(f"bad_words_token_ids.{i}", word, "not empty")
+            if sum(map(len, words)) > MAX_BAD_WORD_TOKENS:
+                raise _too_many_bad_tokens()
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise _wrong("logit_bias", self.logit_bias, "an object from token id to bias")
@@ -159,7 +185,7 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise _wrong(name, value, f"between {low} and {high}")
 
 
-def _real(name: str, value: Any, low: int, high: int) -> None:
+def _real(name: str, value: Any, low: float, high: float) -> None:
     if type(value) is not float and type(value) is not int:
         raise _wrong(name, value, "a number")
     if not (low <= value <= high and math.isfinite(value)):
@@ -184,7 +210,10 @@ def _strings(name: str, values: Any, limit: int, max_bytes: int) -> None:
 
 
 def _token_ids(name: str, values: Any, limit: int) -> None:
-    for i, id in enumerate(_list(name, [] if values is None else values, limit)):
+    ids = _list(name, [] if values is None else values, limit)
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= _MAX_INT32):
+        return
+    for i, id in enumerate(ids):  # which one is it?
         _whole(f"{name}.{i}", id, 0, _MAX_INT32)
 
 
@@ -192,6 +221,15 @@ def _wrong(name: str, value: Any, wanted: str) -> InvalidRequest:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "…"
     return InvalidRequest(f"{name} is {shown}; it must be {wanted}.", param=name)
+
+
+def _too_many_bad_tokens() -> InvalidRequest:
+    return InvalidRequest(
+        f"bad_words have more than {MAX_BAD_WORD_TOKENS} tokens together, counting both forms of each (at the "
+        "start of a text and after a space).",
+        hint="Send fewer or shorter words.",
+        param="bad_words",
+    )
 
 
 def _too_many(name: str, count: int, limit: int) -> InvalidRequest:

@@ -24,23 +24,81 @@ from torch import Tensor
 from powerband.core.params import SamplingParams
 
 _NO_TOKEN = -1  # in a window: before the output began
-_ANY_TOKEN = -2  # in the prefix of a bad word: left of its beginning
+
+
+class BadWords:
+    """Words of several tokens that must not be completed, as their tokens one after the other.
+
+    tokens    [ word 0 but its last | word 1 but its last | ... ]     int64 [total]
+    distance  how far each stands from the output's end               int64 [total]
+    """
+
+    __slots__ = ("_distance", "_lengths", "_tokens", "_word", "last", "longest")
+
+    def __init__(self, words: list[list[int]], device: torch.device) -> None:
+        lengths = [len(word) - 1 for word in words]
+        self.longest = max(lengths)
+        self.last = to_device([word[-1] for word in words], torch.int64, device)
+        self._lengths = to_device(lengths, torch.int64, device)
+        self._tokens = to_device([id for word in words for id in word[:-1]], torch.int64, device)
+        self._distance = to_device([n - i for n in lengths for i in range(n)], torch.int64, device)
+        self._word = to_device([i for i, n in enumerate(lengths) for _ in range(n)], torch.int64, device)
+
+    def biases(self, window: Tensor) -> Tensor:
+        """What to add to the logits of `last`: -inf for each word whose beginning ends `window` [longest]."""
+        equal = window[self.longest - self._distance] == self._tokens
+        found = torch.zeros_like(self._lengths).index_add_(0, self._word, equal.long())
+        return torch.zeros(len(found), device=found.device).masked_fill_(found == self._lengths, -math.inf)
+
+
+class FixedEdits:
+    """What parameters alone ask for, whatever the output: made once for all states whose parameters share their lists.
+
+    allowed: token ids, each once. bias, end_bias: (token ids, what to add to their logits).
+    """
+
+    __slots__ = ("__weakref__", "_lists", "allowed", "bad_words", "bias", "end_bias")
+
+    def __init__(self, params: SamplingParams, device: torch.device) -> None:
+        self._lists = _lists_of(params)  # kept, so that no other list gets their identity
+        words = params.bad_words_token_ids or []
+        biases = list((params.logit_bias or {}).items())
+        biases += [(word[0], -math.inf) for word in words if len(word) == 1]
+        several = [word for word in words if len(word) > 1]
+        ends = params.end_token_ids if params.min_tokens else []
+        self.bias = _biases(biases, device) if biases else None
+        self.end_bias = _biases([(id, -math.inf) for id in ends], device) if ends else None
+        self.bad_words = BadWords(several, device) if several else None
+        self.allowed: Tensor | None = None
+        if params.allowed_token_ids is not None:
+            self.allowed = to_device(sorted(set(params.allowed_token_ids)), torch.int64, device)
+
+    @staticmethod
+    def key(params: SamplingParams) -> tuple[int, ...]:
+        """Equal for parameters that share their lists, as long as one of them lives."""
+        return (*map(id, _lists_of(params)), int(params.min_tokens > 0))
+
+
+def _lists_of(params: SamplingParams) -> tuple[object, ...]:
+    words, allowed = params.bad_words_token_ids, params.allowed_token_ids
+    return params.logit_bias, words, allowed, params.stop_token_ids, params.eos_token_ids
+
+
+def _biases(biases: Sequence[tuple[int, float]], device: torch.device) -> tuple[Tensor, Tensor]:
+    values = to_device([float(bias) for _, bias in biases], torch.float32, device)
+    return to_device([id for id, _ in biases], torch.int64, device), values
 
 
 class SamplingState:
     """What the sampler keeps of one request, from its parameters and the tokens known so far.
 
-    It is rebuilt from its tokens when a request resumes after preemption.
+    It is rebuilt from its tokens when a request resumes after preemption. `fixed`: shared with others, or None.
     """
 
     __slots__ = (
-        "_bad_last",
-        "_bad_prefixes",
-        "_bias",
         "_device",
-        "_end_bias",
+        "_fixed",
         "_history",
-        "allowed",
         "edits_logits",
         "is_penalized",
         "keeps_history",
@@ -58,24 +116,27 @@ class SamplingState:
         *,
         engine_seed: int,
         device: torch.device,
+        fixed: FixedEdits | None = None,
     ) -> None:
         self.params = params
         self.num_prompt_tokens = num_prompt_tokens
         self.seed = _derived_seed(engine_seed, request_id) if params.seed is None else params.seed % 2**64
         self._device = device
-        words = params.bad_words_token_ids or []
-        self._bias = self._bias_tensors(words)
-        self._end_bias = self._forbid(params.end_token_ids) if params.min_tokens and params.end_token_ids else None
-        self.allowed = self._ids(params.allowed_token_ids) if params.allowed_token_ids is not None else None
-        self._bad_prefixes, self._bad_last = self._prefix_tensors([word for word in words if len(word) > 1])
+        self._fixed = fixed = FixedEdits(params, device) if fixed is None else fixed
         self.is_penalized = (
             params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         )
-        self.keeps_history = self.is_penalized or self._bad_prefixes is not None
+        self.keeps_history = self.is_penalized or fixed.bad_words is not None
         room = 256 if params.max_tokens is None else min(params.max_tokens, 4096)
         self._history = F.pad(self._ids(token_ids), (0, room)) if self.keeps_history else self._ids([])
-        parts = (self._bias, self._end_bias, self.allowed)
-        self.edits_logits = self.keeps_history or any(part is not None for part in parts)
+        self.edits_logits = self.keeps_history or any(
+            part is not None for part in (fixed.bias, fixed.end_bias, fixed.allowed)
+        )
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """Ids of the only tokens that may be chosen, each once; None: all. Shared with other states."""
+        return self._fixed.allowed
 
     def record(self, position: int, token_id: Tensor) -> None:
         """Note the token at `position`, as a tensor [1] on the device."""
@@ -91,11 +152,12 @@ class SamplingState:
 
     def added_biases(self, position: int) -> list[tuple[Tensor, Tensor]]:
         """(token ids, what to add to their logits), as of `position`."""
-        biases = [] if self._bias is None else [self._bias]
-        if self._end_bias is not None and position - self.num_prompt_tokens < self.params.min_tokens:
-            biases.append(self._end_bias)
-        if self._bad_prefixes is not None and self._bad_last is not None:
-            biases.append((self._bad_last, self._bad_word_biases(self._bad_prefixes, position)))
+        fixed = self._fixed
+        biases = [] if fixed.bias is None else [fixed.bias]
+        if fixed.end_bias is not None and position - self.num_prompt_tokens < self.params.min_tokens:
+            biases.append(fixed.end_bias)
+        if fixed.bad_words is not None:
+            biases.append((fixed.bad_words.last, fixed.bad_words.biases(self._window(fixed.bad_words, position))))
         return biases
 
     def keep_allowed(self, row: Tensor) -> None:
@@ -105,32 +167,12 @@ class SamplingState:
             row.fill_(-math.inf)
             row[self.allowed] = values
 
-    def _bad_word_biases(self, prefixes: Tensor, position: int) -> Tensor:
-        """-inf for each word of several tokens whose beginning [words, length] ends the output."""
-        length = prefixes.shape[1]
-        num_known = min(length, position - self.num_prompt_tokens)
-        window = torch.full((length,), _NO_TOKEN, dtype=torch.int64, device=self._device)
-        window[length - num_known :] = self.tokens(position - num_known, position)
-        matches = ((prefixes == window) | (prefixes == _ANY_TOKEN)).all(dim=1)
-        return torch.zeros(len(matches), device=self._device).masked_fill_(matches, -math.inf)
-
-    def _bias_tensors(self, words: list[list[int]]) -> tuple[Tensor, Tensor] | None:
-        biases = list((self.params.logit_bias or {}).items())
-        biases += [(word[0], -math.inf) for word in words if len(word) == 1]
-        if not biases:
-            return None
-        values = to_device([float(bias) for _, bias in biases], torch.float32, self._device)
-        return self._ids([id for id, _ in biases]), values
-
-    def _forbid(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self._ids(ids), torch.full((len(ids),), -math.inf, device=self._device)
-
-    def _prefix_tensors(self, words: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
-        if not words:
-            return None, None
-        length = max(map(len, words)) - 1
-        prefixes = [[_ANY_TOKEN] * (length - len(word) + 1) + word[:-1] for word in words]
-        return to_device(prefixes, torch.int64, self._device), self._ids([word[-1] for word in words])
+    def _window(self, words: BadWords, position: int) -> Tensor:
+        """The output's last tokens, as many as the longest bad word has before its last."""
+        num_known = min(words.longest, position - self.num_prompt_tokens)
+        window = torch.full((words.longest,), _NO_TOKEN, dtype=torch.int64, device=self._device)
+        window[words.longest - num_known :] = self.tokens(position - num_known, position)
+        return window
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return to_device(ids, torch.int64, self._device)

@@ -10,10 +10,13 @@ Bytes that do not decode to one of these are counted and dropped; nothing that a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import msgspec
 
+from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.stats import SchedulerStats
 from powerband.core.step import ErrorInfo, TokenOutput
@@ -37,7 +40,40 @@ class Handover(msgspec.Struct):
 
 
 class Submit(msgspec.Struct, tag=True):
-    request: EngineRequest
+    """Requests that share all but their id, prompt and seed: what they share crosses once, and is shared here too.
+
+    others: of each further request its id, the index of its prompt (0: that of the first; 1: prompts[0]), and its seed.
+    """
+
+    first: EngineRequest
+    prompts: list[list[int]] = []
+    others: list[tuple[str, int, int | None]] = []
+
+    @classmethod
+    def of(cls, requests: Sequence[EngineRequest]) -> list[Submit]:
+        """As few messages as the requests, in their order, allow."""
+        messages: list[Submit] = []
+        indices: dict[int, int] = {}  # of the last message's prompts, by identity
+        for request in requests:
+            if not messages or not _share(messages[-1].first, request):
+                messages.append(cls(request))
+                indices = {id(request.token_ids): 0}
+                continue
+            message = messages[-1]
+            index = indices.setdefault(id(request.token_ids), len(indices))
+            if index > len(message.prompts):
+                message.prompts.append(request.token_ids)
+            message.others.append((request.id, index, request.params.seed))
+        return messages
+
+    def requests(self) -> Iterator[EngineRequest]:
+        """Each is made when it is taken."""
+        first = self.first
+        yield first
+        for id, index, seed in self.others:
+            params = first.params if seed == first.params.seed else first.params.with_seed(seed)
+            prompt = self.prompts[index - 1] if index else first.token_ids
+            yield replace(first, id=id, token_ids=prompt, params=params)
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -53,6 +89,17 @@ class Call(msgspec.Struct, tag=True):
 
 
 ToEngine = Submit | Abort | Call
+
+
+def _share(a: EngineRequest, b: EngineRequest) -> bool:
+    """Whether only id, prompt and seed tell them apart. By identity: comparing long lists would cost too much."""
+    return all(getattr(a, name) is getattr(b, name) for name in _SHARED_FIELDS) and (
+        a.params is b.params or all(getattr(a.params, name) is getattr(b.params, name) for name in _SHARED_PARAMS)
+    )
+
+
+_SHARED_FIELDS = [field.name for field in fields(EngineRequest) if field.name not in ("id", "token_ids", "params")]
+_SHARED_PARAMS = [field.name for field in fields(SamplingParams) if field.name != "seed"]
 
 
 # ---- from the engine

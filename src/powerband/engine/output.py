@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -116,6 +118,73 @@ class OutputProcessor:
             delta.text += self._stop.feed(self._detokenizer.flush(), may_end=False) + self._stop.held
 
 
+class StopStrings:
+    """An Aho-Corasick automaton over stop strings (Aho, Corasick 1975): one pass over a text finds all of them.
+
+    Its states are the beginnings of the strings, 0 the empty one, in flat arrays of some 30 bytes for each character.
+    """
+
+    __slots__ = ("_chars", "_children", "_falls", "_siblings", "ends", "first", "held")
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.first = frozenset(text[0] for text in stop)
+        self._chars = [""]  # by which a state is entered
+        self._children = array("i", [0])  # the first state that follows, 0: none
+        self._siblings = array("i", [0])  # another that follows the same state
+        self.ends = array("i", [0])  # by state: length of the longest string that ends there, 0: none
+        depths = array("i", [0])
+        for text in stop:
+            state = 0
+            for char in text:
+                state = self._child(state, char) or self._add(state, char, depths)
+            self.ends[state] = len(text)
+        self._falls = array("i", bytes(4 * len(self._chars)))  # the longest end that is a state, too
+        self.held = array("i", bytes(4 * len(self._chars)))  # length of the longest end that begins another string
+        self._link(depths)
+
+    def step(self, state: int, char: str) -> int:
+        """The longest end of the text so far that begins a string. Falls cost no more than steps did before."""
+        while not (found := self._child(state, char)) and state:
+            state = self._falls[state]
+        return found
+
+    def _child(self, state: int, char: str) -> int:
+        child = self._children[state]
+        while child and self._chars[child] != char:
+            child = self._siblings[child]
+        return child
+
+    def _add(self, parent: int, char: str, depths: array[int]) -> int:
+        state = len(self._chars)
+        self._chars.append(char)
+        self._children.append(0)
+        self._siblings.append(self._children[parent])
+        self._children[parent] = state
+        self.ends.append(0)
+        depths.append(depths[parent] + 1)
+        return state
+
+    def _link(self, depths: array[int]) -> None:
+        """Fill `_falls` and `held` and complete `ends`, from short beginnings to long ones."""
+        waiting = deque([0])
+        while waiting:
+            state = waiting.popleft()
+            child = self._children[state]
+            while child:
+                fall = self.step(self._falls[state], self._chars[child]) if state else 0
+                self._falls[child] = fall
+                self.ends[child] = self.ends[child] or self.ends[fall]
+                self.held[child] = depths[child] if self._children[child] else self.held[fall]
+                waiting.append(child)
+                child = self._siblings[child]
+
+
+@lru_cache(maxsize=16)
+def _compiled(stop: tuple[str, ...]) -> StopStrings:
+    """The answers to one request are begun one after the other and share it. At most some 100 kB each are kept."""
+    return StopStrings(stop)
+
+
 class StopFinder:
     """Finds the first of several strings to be completed in a text that comes in pieces.
 
@@ -123,48 +192,31 @@ class StopFinder:
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._first = frozenset(text[0] for text in stop)
-        self._longest = max(map(len, stop), default=0)
+        self._strings = _compiled(tuple(stop))
+        self._state = 0
         self.held = ""
         self.found = ""
 
     def feed(self, piece: str, *, may_end: bool = True) -> str:
         """The text that is now certain. Once a string is complete, `found` is set and what follows it is dropped.
 
-        may_end=False: a string that this piece completes counts as plain text.
+        may_end=False: a string that this piece completes counts as plain text. Of two that end together, the longer
+        counts.
         """
-        if not self._stop or not piece:
+        strings, state = self._strings, self._state
+        if not state and strings.first.isdisjoint(piece):
             return piece
+        for index, char in enumerate(piece):
+            state = strings.step(state, char)
+            if may_end and (length := strings.ends[state]):
+                text = self.held + piece[: index + 1]
+                self.found, self.held, self._state = text[-length:], "", 0
+                return text[:-length]
+        self._state = state
         text = self.held + piece
-        if may_end and (first := self._first_completed(text, len(self.held))) is not None:
-            end, length = first
-            self.found, self.held = text[end - length : end], ""
-            return text[: end - length]
-        kept = self._start_of_partial(text)
+        kept = len(text) - strings.held[state]
         self.held = text[kept:]
         return text[:kept]
-
-    def _first_completed(self, text: str, num_old: int) -> tuple[int, int] | None:
-        """(end, length) of the string that is complete first; of two that end together, the longer."""
-        ends = [
-            (start + len(stop), -len(stop))
-            for stop in self._stop
-            if (start := text.find(stop, max(0, num_old - len(stop) + 1))) >= 0
-        ]
-        if not ends:
-            return None
-        end, negative_length = min(ends)
-        return end, -negative_length
-
-    def _start_of_partial(self, text: str) -> int:
-        """Where the longest end of `text` starts that is a beginning of a stop string, but not all of it."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if text[start] in self._first:
-                end = text[start:]
-                if any(len(end) < len(stop) and stop.startswith(end) for stop in self._stop):
-                    return start
-        return len(text)
 
 
 class SpecialStopFinder:

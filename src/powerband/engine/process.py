@@ -14,7 +14,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 0.25
 _EXIT_GRACE_S = 2.0
+_MAX_COMMANDS = 64  # taken in between two steps
 
 Progress = Callable[[str, float], None]
 
@@ -125,37 +128,48 @@ class SocketInbox:
         self._wire = Wire(ToEngine)
         self._pulse = pulse
         self._sender = sender
+        self._commands: deque[Iterator[Command]] = deque()  # of messages that were read, in their order
         self.methods: dict[str, Callable[..., Any]] = {}
         self.idle: Callable[[], None] = lambda: None
         self.administered: Callable[[], None] = lambda: None
 
     def poll(self, now: float) -> list[Command]:  # noqa: ARG002 (a live inbox has no future)
+        """At most so many that the requests which run go on; the rest comes with the next steps."""
         self._pulse.touch(busy=True)
         commands: list[Command] = []
-        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            commands += self._commands(self._socket.recv(zmq.NOBLOCK))
+        while len(commands) < _MAX_COMMANDS:
+            if self._commands:
+                commands += islice(self._commands[0], _MAX_COMMANDS - len(commands))
+                if len(commands) < _MAX_COMMANDS:
+                    self._commands.popleft()
+            elif int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                self._commands.append(self._read(self._socket.recv(zmq.NOBLOCK)))
+            else:
+                break
         return commands
 
     def next_time(self) -> float | None:
         return None
 
     def wait(self, until: float | None) -> None:  # noqa: ARG002 (it never waits longer than a heartbeat)
+        if self._commands:
+            return
         self._pulse.touch(busy=False)
         self.idle()
         self._socket.poll(int(1000 * BEAT_S))
 
-    def _commands(self, data: bytes) -> list[Command]:
+    def _read(self, data: bytes) -> Iterator[Command]:
         message = self._wire.decode(data)
         match message:
-            case messages.Submit(request):
-                return [Add(request)]
+            case messages.Submit():
+                return map(Add, message.requests())
             case messages.Abort(ids):
-                return [Abort(id, FinishReason.ABORT) for id in ids]
+                return iter([Abort(id, FinishReason.ABORT) for id in ids])
             case messages.Call():
-                return [CoreCall(lambda: self._answer(message))]
+                return iter([CoreCall(lambda: self._answer(message))])
         self._pulse.num_malformed = self._wire.num_malformed
         logger.warning("Dropped %d bytes on the requests' socket that are no message.", len(data))
-        return []
+        return iter(())
 
     def _answer(self, call: messages.Call) -> None:
         result = messages.CallResult(call.call_id)

@@ -32,8 +32,9 @@ class PromptReader:
         self._check(ids)
         params = self._complete(params, len(ids))
         answers = []
+        rest = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
         for index in range(params.n):
-            own = _params_of_answer(params, index)
+            own = (params if index == 0 else rest).for_choice(index)  # only the first scores the prompt
             request = EngineRequest(
                 id=id if params.n == 1 else f"{id}-{index}",
                 token_ids=ids,
@@ -145,9 +146,3 @@ def naming(what: str) -> Iterator[None]:
     except PowerbandError as error:
         error.message = f"{what}: {error.message}"
         raise
-
-
-def _params_of_answer(params: SamplingParams, index: int) -> SamplingParams:
-    """Answers to one prompt take seeds in a row, or they would all be the same. Only the first scores the prompt."""
-    seed = None if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
-    return replace(params, n=1, seed=seed, prompt_logprobs=params.prompt_logprobs if index == 0 else None)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from powerband.core.params import SamplingParams
 from powerband.core.step import ErrorInfo, TokenLogprobs
 from powerband.engine import choice
-from powerband.engine.logits import LogitsEditor, SamplingState, to_device, uniform
+from powerband.engine.logits import FixedEdits, LogitsEditor, SamplingState, to_device, uniform
 from powerband.engine.logprobs import LogprobTensors, token_logprobs, unpacked
 
 
@@ -106,15 +107,20 @@ class Sampler:
         self.seed = seed
         self.kernels: SamplingKernels | None = None
         self._editor = LogitsEditor(self.device)
+        self._fixed: WeakValueDictionary[tuple[int, ...], FixedEdits] = WeakValueDictionary()
         self._memory = [torch.empty(0, device=self.device) for _ in range(2)]
 
     def new_state(
         self, request_id: str, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int
     ) -> SamplingState:
         """State of a request that is new, or resumed, with these known tokens. Raises InvalidRequest."""
-        params.check_vocabulary(self.vocab_size)
+        key = FixedEdits.key(params)
+        fixed = self._fixed.get(key)
+        if fixed is None:
+            params.check_vocabulary(self.vocab_size)
+            fixed = self._fixed[key] = FixedEdits(params, self.device)
         return SamplingState(
-            request_id, params, token_ids, num_prompt_tokens, engine_seed=self.seed, device=self.device
+            request_id, params, token_ids, num_prompt_tokens, engine_seed=self.seed, device=self.device, fixed=fixed
         )
 
     @torch.inference_mode()

@@ -155,7 +155,8 @@ class EngineProcess:
         stream = TokenStream([request.id for request in requests], self._abort)
         for request in requests:
             self._streams[request.id] = stream
-            channel.send(Submit(request))
+        for message in Submit.of(requests):
+            channel.send(message)
         return stream
 
     async def call(self, method: str, **kwargs: Any) -> Any:

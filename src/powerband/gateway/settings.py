@@ -77,7 +77,7 @@ class GatewaySettings:
     )
     retry_share: float = setting(
         0.2,
-        "Second attempts within 10 s, as a share of the live requests; ten in any case",
+        "Second attempts within 10 s, as a share of a key's live requests; ten in any case",
         group="Failure",
         minimum=0,
         maximum=1,

@@ -24,6 +24,7 @@ from powerband.server.replies import (
     ChatLogprobs,
     ChatMessage,
     Delta,
+    PromptLogprobs,
     Usage,
 )
 from powerband.server.respond import respond
@@ -66,12 +67,15 @@ class _Answer:
         texts: list[list[str]] = [[] for _ in generation.choices]
         token_ids: list[list[int]] = [[] for _ in generation.choices]
         logprobs = [ChatLogprobs([]) for _ in generation.choices]
+        prompt_logprobs: PromptLogprobs = [None]
         while pieces := await generation.pieces():
             for piece in pieces:
                 index = piece.choice.index
                 texts[index].append(piece.text)
                 token_ids[index] += piece.token_ids
                 logprobs[index].content += self._writer.chat(piece.logprobs).content
+                if index == 0:
+                    prompt_logprobs += self._writer.prompt(piece.prompt_logprobs)
         asked_ids = bool(self._body.return_token_ids)
         first = generation.choices[0]
         return ChatCompletion(
@@ -91,9 +95,7 @@ class _Answer:
             ],
             usage=generation.usage(),
             system_fingerprint=FINGERPRINT,
-            prompt_logprobs=(
-                UNSET if self._body.prompt_logprobs is None else self._writer.prompt(first.prompt_logprobs)
-            ),
+            prompt_logprobs=UNSET if self._body.prompt_logprobs is None else prompt_logprobs,
             prompt_token_ids=first.prompt.token_ids if asked_ids else UNSET,
         )
 

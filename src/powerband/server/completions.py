@@ -16,7 +16,14 @@ from powerband.server.logprobs import LogprobWriter
 from powerband.server.prompts import completion_prompts
 from powerband.server.protocol import CompletionRequest
 from powerband.server.replica import Replica
-from powerband.server.replies import FINGERPRINT, Completion, CompletionChoice, CompletionLogprobs, Usage
+from powerband.server.replies import (
+    FINGERPRINT,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    PromptLogprobs,
+    Usage,
+)
 from powerband.server.respond import respond
 from powerband.server.sampling import completion_params
 from powerband.web.body import read_json
@@ -54,7 +61,8 @@ class _Answer:
         self._id = f"cmpl-{generation.id}"
         self._only_prompt = body.max_tokens == 0
         self._begun: set[int] = set()
-        self._writers = [self._writer(choice) for choice in generation.choices]
+        self._writers: dict[int, LogprobWriter] = {}
+        self._echoes: dict[int, str] = {}  # by prompt, where token ids were sent
 
     async def whole(self) -> Completion:
         generation = self._generation
@@ -64,8 +72,12 @@ class _Answer:
         ]
         texts: list[list[str]] = [[] for _ in choices]
         token_ids: list[list[int]] = [[] for _ in choices]
+        prompts: list[PromptLogprobs] = [[None] for _ in choices]
+        await self._skip_resumed()
         while pieces := await generation.pieces():
             for piece in pieces:
+                if self._body.prompt_logprobs is not None:
+                    prompts[piece.choice.index] += self._writer(piece.choice).prompt(piece.prompt_logprobs)
                 choice, gain = choices[piece.choice.index], self._gain(piece)
                 texts[choice.index].append(gain.text)
                 choice.finish_reason, choice.stop_reason = gain.finish_reason, gain.stop_reason
@@ -75,25 +87,26 @@ class _Answer:
                     choice.token_ids = token_ids[choice.index]
                 if gain.prompt_token_ids is not UNSET:
                     choice.prompt_token_ids = gain.prompt_token_ids
-        for choice, source in zip(choices, generation.choices, strict=True):
+        for choice in choices:
             choice.text = "".join(texts[choice.index])
             if self._body.prompt_logprobs is not None:
-                choice.prompt_logprobs = self._writers[choice.index].prompt(source.prompt_logprobs)
+                choice.prompt_logprobs = prompts[choice.index]
         return self._completion(choices, generation.usage())
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """What each choice gains, its finish_reason once, usage if asked for."""
         options = self._body.stream_options
         include, always = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
+        await self._skip_resumed()
         while pieces := await self._generation.pieces():
-            data = b""
+            data = []
             for piece in pieces:
                 gain = self._gain(piece)
                 if gain.text or gain.finish_reason or gain.logprobs or gain.token_ids:
                     usage = self._generation.usage() if always else None if include else UNSET
-                    data += event(msgspec.json.encode(self._completion([gain], usage)))
+                    data.append(event(msgspec.json.encode(self._completion([gain], usage))))
             if data:
-                yield data
+                yield b"".join(data)
         last = self._completion([], self._generation.usage())
         yield (event(msgspec.json.encode(last)) if include else b"") + DONE
 
@@ -105,11 +118,13 @@ class _Answer:
         text = self._echoed(piece.choice) if is_first and body.echo else ""
         logprobs = None
         if body.logprobs is not None:
-            logprobs = CompletionLogprobs()
-            if is_first and body.echo:
-                logprobs = self._writers[index].echoed(piece.choice.prompt.token_ids, piece.choice.prompt_logprobs)
+            logprobs, writer = CompletionLogprobs(), self._writer(piece.choice)
+            if body.echo:
+                if is_first:
+                    logprobs = writer.first_of_prompt(piece.choice.prompt.token_ids[0])
+                logprobs = writer.completion(piece.prompt_logprobs, logprobs)
             if not self._only_prompt:
-                logprobs = self._writers[index].completion(piece.logprobs, logprobs)
+                logprobs = writer.completion(piece.logprobs, logprobs)
         gain = CompletionChoice(
             index=index,
             text=text if self._only_prompt else text + piece.text,
@@ -124,15 +139,26 @@ class _Answer:
         return gain
 
     def _echoed(self, choice: Choice) -> str:
-        if choice.prompt.text is not None or self._generation.tokenizer is None:
-            return choice.prompt.text or ""
-        return self._generation.tokenizer.decode(choice.prompt.token_ids)
+        prompt, tokenizer = choice.prompt, self._generation.tokenizer
+        if prompt.text is not None or tokenizer is None:
+            return prompt.text or ""
+        if id(prompt) not in self._echoes:
+            self._echoes[id(prompt)] = tokenizer.decode(prompt.token_ids)
+        return self._echoes[id(prompt)]
 
     def _writer(self, choice: Choice) -> LogprobWriter:
-        context = () if self._body.echo else choice.prompt.token_ids
-        writer = LogprobWriter(self._generation.tokenizer, context, choice.request.params.skip_special_tokens)
-        writer.skip(choice.request.resumed_ids)
+        writer = self._writers.get(choice.index)
+        if writer is None:
+            context = () if self._body.echo else choice.prompt.token_ids
+            skips = choice.request.params.skip_special_tokens
+            writer = self._writers[choice.index] = LogprobWriter(self._generation.tokenizer, context, skips)
         return writer
+
+    async def _skip_resumed(self) -> None:
+        """Offsets go on after the text of what is resumed."""
+        generation = self._generation
+        if generation.resumed and self._body.logprobs is not None:
+            await generation.in_thread(self._writer(generation.choices[0]).skip, generation.resumed)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> Completion:
         return Completion(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import ParamSpec, TypeVar
 
 from starlette.types import Receive
 
 from powerband.core.params import SamplingParams
-from powerband.core.request import EngineRequest
+from powerband.core.request import OUTPUT_COMPLETE, EngineRequest
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.messages import RemoteError
 from powerband.engine.output import OutputProcessor
@@ -24,6 +28,14 @@ from powerband.spec.settings import EngineSettings
 from powerband.web.edge import ClientLeft
 from powerband.web.streaming import Departure
 
+P = ParamSpec("P")
+T = TypeVar("T")
+_TURN_S = 0.005  # for which one request may keep the event loop
+MAX_PROMPT_LOGPROBS = 1 << 20  # of all prompts of a request, some 30 MB of JSON
+MAX_OUTPUT_LOGPROBS = 1 << 22  # of all its choices, where there are several
+_MAX_PIECES = 16  # written at once
+_ROWS_OF_PIECE = 16  # of a prompt's log-probabilities: writing one takes some 20 µs
+
 
 @dataclass(slots=True)
 class Choice:
@@ -37,7 +49,6 @@ class Choice:
     num_cached: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     scheduled_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -50,13 +61,14 @@ class Choice:
 
 @dataclass(slots=True)
 class Piece:
-    """What one choice gained. The last piece of a choice has a finish reason."""
+    """What one choice gained. The last piece of a choice has a finish reason. Rows of its prompt come first."""
 
     choice: Choice
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    finish_reason: FinishReason | None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 def check_scheduling(
@@ -92,6 +104,30 @@ def check_scheduling(
             )
 
 
+def check_logprobs(params: SamplingParams, prompts: list[Prompt]) -> None:
+    """Raise InvalidRequest for more log-probabilities than an answer is to hold. `params` are complete.
+
+    A single choice may have all of its own tokens' at any length: they come no faster than they are computed.
+    """
+    num_choices = params.n * len(prompts)
+    if params.prompt_logprobs is not None:
+        num_tokens = params.n * sum(len(prompt.token_ids) for prompt in prompts)
+        _check_count("prompt_logprobs", num_tokens, params.prompt_logprobs, MAX_PROMPT_LOGPROBS)
+    if params.logprobs is not None and num_choices > 1:
+        _check_count("logprobs", num_choices * (params.max_tokens or 0), params.logprobs, MAX_OUTPUT_LOGPROBS)
+
+
+def _check_count(name: str, num_tokens: int, alternatives: int, limit: int) -> None:
+    count = num_tokens * (1 + alternatives)
+    if count > limit:
+        raise InvalidRequest(
+            f"{num_tokens} tokens of all choices with {1 + alternatives} log-probabilities each are {count}; "
+            f"the limit for one request is {limit}.",
+            hint="Send fewer prompts or choices at a time, or ask for fewer alternatives.",
+            param=name,
+        )
+
+
 class Generation:
     """Started, read until it is exhausted, and closed under all circumstances: `close` aborts what has not ended."""
 
@@ -105,17 +141,19 @@ class Generation:
         arrival_s: float,
     ) -> None:
         check_scheduling(body, prompts, replica.engine_settings, refuses_late=model.info.refuses_late)
+        check_logprobs(params, prompts)
         self.id = uuid.uuid4().hex
         self.created_s = int(time.time())
         self.prompts = prompts
         self.params = params
         self.tokenizer = model.tokenizer
         self._replica = replica
-        resumed = _resumed(body, prompts, model)
+        self.resumed = resumed = _resumed(body, prompts, params, model)
+        deadline_s = None if body.deadline_s is None else arrival_s + body.deadline_s
+        each = [params.for_choice(copy) for copy in range(params.n)]
         self.choices: list[Choice] = []
         for prompt in prompts:
-            for copy in range(params.n):
-                own = _params_of_copy(params, copy)
+            for own in each:
                 index = len(self.choices)
                 request = EngineRequest(
                     id=f"{self.id}-{index}",
@@ -124,17 +162,21 @@ class Generation:
                     arrival_s=arrival_s,
                     priority=body.priority or 0,
                     tenant=body.user or "",
-                    deadline_s=None if body.deadline_s is None else arrival_s + body.deadline_s,
+                    deadline_s=deadline_s,
                     cache_salt=body.cache_salt or "",
                     resumed_ids=resumed,
                 )
                 processor = OutputProcessor(model.tokenizer, own, prompt.token_ids)
-                processor.resume(resumed)
                 self.choices.append(Choice(index, prompt, request, processor, num_tokens=len(resumed)))
         self._by_id = {choice.request.id: choice for choice in self.choices}
+        self._num_tokens = len(resumed)  # of all choices
+        self._num_cached = 0  # prompt tokens of the first choice of each prompt
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._stream: TokenStream | None = None
         self._departure: Departure | None = None
         self._ahead: list[TokenOutput] = []
+        self._coming: Iterator[Piece] = iter(())
+        self._turn_s = 0.0  # when this request's turn with the event loop began
 
     async def start(self, receive: Receive) -> None:
         """Submit, and wait until the engine's first answer, so that a refusal can still become a status.
@@ -144,6 +186,8 @@ class Generation:
         self._replica.begin()
         self._departure = Departure(receive)
         try:
+            if self.resumed:  # as long as a context: beside the event loop
+                await self.in_thread(self.choices[0].processor.resume, self.resumed)
             self._stream = self._replica.engine.submit([choice.request for choice in self.choices])
             self._departure.then(self._stream.close)
             self._ahead = await self._take()
@@ -155,23 +199,33 @@ class Generation:
             raise
 
     async def pieces(self) -> list[Piece]:
-        """What came since the last call; empty at the end. Raises ClientLeft, and the error that a request met."""
-        while outputs := self._ahead or await self._take():
+        """The next few of what came; empty at the end. Raises ClientLeft, and the error that a request met.
+
+        However much came, others have the event loop in between.
+        """
+        while not (pieces := list(islice(self._coming, _MAX_PIECES))):
+            outputs = self._ahead or await self._take()
             self._ahead = []
-            pieces = [piece for output in outputs if (piece := self._piece(output)) is not None]
-            if pieces:
-                return pieces
-        return []
+            if not outputs:
+                return []
+            self._coming = (piece for output in outputs for piece in self._pieces(output))
+            self._turn_s = time.perf_counter()
+        if time.perf_counter() - self._turn_s > _TURN_S:
+            await asyncio.sleep(0)
+            self._check_client()
+            self._turn_s = time.perf_counter()
+        return pieces
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what may take long beside the event loop."""
+        return await self._replica.in_thread(function, *args, **kwargs)
 
     def usage(self) -> Usage:
-        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        completion_tokens = sum(choice.num_tokens for choice in self.choices)
-        cached = sum(choice.num_cached for choice in self.choices[:: self.params.n])
         return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached),
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=self._num_tokens,
+            total_tokens=self._num_prompt_tokens + self._num_tokens,
+            prompt_tokens_details=PromptTokensDetails(self._num_cached),
         )
 
     def close(self) -> None:
@@ -188,35 +242,43 @@ class Generation:
 
     async def _take(self) -> list[TokenOutput]:
         outputs = await self._stream.take() if self._stream else []
-        if self._departure is None or self._departure.left:
-            raise ClientLeft
+        self._check_client()
         return outputs
 
-    def _piece(self, output: TokenOutput) -> Piece | None:
+    def _check_client(self) -> None:
+        if self._departure is None or self._departure.left:
+            raise ClientLeft
+
+    def _pieces(self, output: TokenOutput) -> Iterator[Piece]:
         choice = self._by_id[output.id]
         if choice.finish_reason is not None:  # it met a stop string, and this is what was under way
-            return None
+            return
         self._record(choice, output)
         if output.error is not None:
             self._finish(choice, FinishReason.ERROR)
             _raise_error(output.error)
+        rows = output.prompt_logprobs or []
+        for start in range(0, len(rows), _ROWS_OF_PIECE):
+            yield Piece(choice, prompt_logprobs=rows[start : start + _ROWS_OF_PIECE])
         result = choice.processor.process(output)
         choice.num_tokens += len(result.token_ids)
-        if output.prompt_logprobs:
-            choice.prompt_logprobs += output.prompt_logprobs
+        self._num_tokens += len(result.token_ids)
         if result.finish_reason is not None:
             if result.must_abort and self._stream is not None:
                 self._stream.close([output.id])
             choice.stop_reason = result.stop_reason
             self._finish(choice, result.finish_reason)
         elif not result.text and not result.token_ids:
-            return None
-        return Piece(choice, result.text, result.token_ids, result.logprobs, result.finish_reason)
+            return
+        yield Piece(choice, result.text, result.token_ids, result.logprobs, result.finish_reason)
 
     # ---- metrics
 
     def _record(self, choice: Choice, output: TokenOutput) -> None:
-        choice.num_cached = max(choice.num_cached, output.num_cached_tokens)
+        if output.num_cached_tokens > choice.num_cached:
+            if choice.index % self.params.n == 0:
+                self._num_cached += output.num_cached_tokens - choice.num_cached
+            choice.num_cached = output.num_cached_tokens
         choice.scheduled_s = output.scheduled_s or choice.scheduled_s
         count = len(output.token_ids)
         if not count:
@@ -250,23 +312,28 @@ class Generation:
         )
 
 
-def _resumed(body: GenerationRequest, prompts: list[Prompt], model: Model) -> list[int]:
-    """The output to go on after. Raises InvalidRequest where there is not exactly one to go on with."""
+def _resumed(body: GenerationRequest, prompts: list[Prompt], params: SamplingParams, model: Model) -> list[int]:
+    """The output to go on after. Raises InvalidRequest where there is not exactly one to go on with.
+
+    Cheap however long it is: what can be gone on with is shorter than the context.
+    """
     resumed = body.resume_token_ids or []
-    if resumed and (len(prompts) > 1 or (body.n or 1) > 1 or body.prompt_logprobs is not None):
+    if not resumed:
+        return resumed
+    if len(prompts) > 1 or (body.n or 1) > 1 or body.prompt_logprobs is not None:
         raise InvalidRequest(
             "resume_token_ids goes with one prompt, n = 1 and no prompt_logprobs.", param="resume_token_ids"
         )
-    wrong = next((id for id in resumed if id >= model.info.vocab_size), None)
-    if wrong is not None:
+    if params.max_tokens is not None and len(resumed) >= params.max_tokens:
+        raise InvalidRequest(
+            f"{len(resumed)} tokens are to be resumed, but max_tokens is {params.max_tokens}: the output is complete.",
+            param="resume_token_ids",
+            code=OUTPUT_COMPLETE,
+        )
+    wrong = max(resumed)
+    if wrong >= model.info.vocab_size:
         raise InvalidRequest(f"Token {wrong} does not exist in this model.", param="resume_token_ids")
     return resumed
-
-
-def _params_of_copy(params: SamplingParams, copy: int) -> SamplingParams:
-    """Copies of one prompt with a seed take seeds in a row, or they would all be the same."""
-    seed = None if params.seed is None else (params.seed + copy + 2**63) % 2**64 - 2**63
-    return replace(params, n=1, seed=seed)
 
 
 def _raise_error(error: ErrorInfo | None) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import msgspec
 
 from powerband.core.step import TokenLogprobs
 from powerband.server.replies import (
@@ -16,11 +19,15 @@ from powerband.server.replies import (
 from powerband.text.detokenizer import IncrementalDetokenizer
 from powerband.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 _LOWEST = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 class LogprobWriter:
-    """Writes the tokens of one choice, in order; remembers where in the answer's text each of them begins."""
+    """Writes the tokens of one choice, in order; remembers where in the answer's text each of them begins.
+
+    The alternatives of a token are kept as JSON: as objects they would take many times the memory.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int] = (), skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -32,7 +39,7 @@ class LogprobWriter:
         self._offset += len(self._text.append(token_ids)) if self._text else 0
 
     def chat(self, rows: Sequence[TokenLogprobs]) -> ChatLogprobs:
-        return ChatLogprobs([self._chat_token(row) for row in rows])
+        return ChatLogprobs([_as_json(self._chat_token(row)) for row in rows])
 
     def completion(self, rows: Sequence[TokenLogprobs], into: CompletionLogprobs | None = None) -> CompletionLogprobs:
         written = into or CompletionLogprobs()
@@ -42,22 +49,22 @@ class LogprobWriter:
             self._add(written, row.token_ids[0], _finite(row.logprobs[0]), alternatives)
         return written
 
-    def echoed(self, prompt_ids: Sequence[int], rows: Sequence[TokenLogprobs]) -> CompletionLogprobs:
-        """The prompt's own tokens; nothing predicts the first one."""
+    def first_of_prompt(self, token_id: int) -> CompletionLogprobs:
+        """The prompt's first token, which nothing predicts; `completion` writes the others."""
         written = CompletionLogprobs()
-        self._add(written, prompt_ids[0], None, None)
-        return self.completion(rows, written)
+        self._add(written, token_id, None, None)
+        return written
 
     def prompt(self, rows: Sequence[TokenLogprobs]) -> PromptLogprobs:
         """vLLM's form: per position, by token id, with ranks."""
-        positions: PromptLogprobs = [None]
+        positions: PromptLogprobs = []
         for row in rows:
             ranked = {
                 id: RankedToken(_finite(logprob), rank, self._text_of(id))
                 for rank, (id, logprob) in enumerate(zip(row.token_ids[1:], row.logprobs[1:], strict=True), start=1)
             }
             ranked[row.token_ids[0]] = RankedToken(_finite(row.logprobs[0]), row.rank, self._text_of(row.token_ids[0]))
-            positions.append(ranked)
+            positions.append(_as_json(ranked))
         return positions
 
     def _add(
@@ -66,7 +73,9 @@ class LogprobWriter:
         written.tokens.append(self._text_of(id))
         written.token_logprobs.append(logprob)
         written.top_logprobs.append(
-            None if alternatives is None else {self._text_of(i): _finite(value) for i, value in alternatives.items()}
+            None
+            if alternatives is None
+            else _as_json({self._text_of(i): _finite(value) for i, value in alternatives.items()})
         )
         written.text_offset.append(self._offset)
         self._offset += len(self._text.append([id])) if self._text else 0
@@ -86,6 +95,11 @@ class LogprobWriter:
 
     def _bytes_of(self, id: int) -> list[int] | None:
         return None if self._tokenizer is None else list(self._tokenizer.token_bytes(id))
+
+
+def _as_json(value: T) -> T:
+    """What will be written in the place of `value`, which it says it is."""
+    return cast(T, msgspec.Raw(msgspec.json.encode(value)))
 
 
 def _finite(logprob: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -25,13 +25,19 @@ class Prompt:
 async def completion_prompts(replica: Replica, model: Model, body: CompletionRequest) -> list[Prompt]:
     """The prompts of a completion. Raises InvalidRequest."""
     sources = _separate(body.prompt)
+    num_chars = sum(len(source) for source in sources if isinstance(source, str))
     prompts = []
     for source in sources:
         if isinstance(source, str):
             if not source:
                 raise InvalidRequest("'prompt' is empty.", param="prompt")
             ids = await encode(
-                replica, model, source, body.add_special_tokens is not False, body.truncate_prompt_tokens
+                replica,
+                model,
+                source,
+                body.add_special_tokens is not False,
+                body.truncate_prompt_tokens,
+                in_thread=num_chars >= _LONG_TEXT_CHARS,
             )
             cut = body.truncate_prompt_tokens is not None and len(ids) == body.truncate_prompt_tokens
             prompts.append(Prompt(ids, None if cut else source))
@@ -63,9 +69,15 @@ async def render(replica: Replica, model: Model, body: ChatRequest | TokenizeReq
 
 
 async def encode(
-    replica: Replica, model: Model, text: str, add_special_tokens: bool, truncate: int | None = None
+    replica: Replica,
+    model: Model,
+    text: str,
+    add_special_tokens: bool,
+    truncate: int | None = None,
+    *,
+    in_thread: bool = False,
 ) -> list[int]:
-    """Token ids of `text`. What is far too long is refused before the work is done."""
+    """Token ids of `text`. What is far too long is refused before the work is done. in_thread: it is one of many."""
     tokenizer = model.need_tokenizer()
     least = len(text) // _longest_piece(tokenizer)
     if truncate is None and least > model.info.max_model_len:
@@ -76,7 +88,7 @@ async def encode(
             hint="Shorten the prompt.",
             param="prompt",
         )
-    if len(text) < _LONG_TEXT_CHARS:
+    if len(text) < _LONG_TEXT_CHARS and not in_thread:
         ids = tokenizer.encode(text, add_special_tokens)
     else:
         ids = await replica.in_thread(tokenizer.encode, text, add_special_tokens)
@@ -118,11 +130,11 @@ def _separate(prompt: str | list[str | int | list[int]]) -> list[str | list[int]
         return [prompt]
     if not prompt:
         raise InvalidRequest("'prompt' is an empty list.", param="prompt")
-    numbers = [item for item in prompt if isinstance(item, int)]
-    if len(numbers) == len(prompt):
-        return [numbers]
-    texts: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
-    if len({type(item) for item in prompt}) > 1:
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return [cast(list[int], prompt)]
+    texts = cast(list[str | list[int]], prompt)
+    if len(kinds) > 1:
         raise InvalidRequest("'prompt' mixes texts, tokens and lists of tokens.", hint="Send one kind.", param="prompt")
     if len(texts) > MAX_PROMPTS:
         raise InvalidRequest(f"'prompt' has {len(texts)} prompts; the limit is {MAX_PROMPTS}.", param="prompt")

@@ -46,8 +46,8 @@ class TokenRoutes:
         model = replica.model
         tokenizer = model.need_tokenizer()
         limit = model.info.vocab_size
-        wrong = next((id for id in body.tokens if id >= limit), None)
-        if wrong is not None:
+        wrong = max(body.tokens, default=0)
+        if wrong >= limit:
             raise InvalidRequest(f"Token {wrong} does not exist; the vocabulary ends at {limit - 1}.", param="tokens")
         text = await replica.in_thread(tokenizer.decode, body.tokens, bool(body.skip_special_tokens))
         return json_response(Detokenized(text))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.text.template_process import TemplateLimits, TemplateProcesses
 from powerband.text.tokenizer import Tokenizer
@@ -91,7 +93,13 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text, left_out = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * len(json.dumps(context)))
+        try:
+            num_bytes = len(msgspec.json.encode(context))
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "The messages have half a surrogate pair, which is no text.", param="messages"
+            ) from None
+        text, left_out = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * num_bytes)
         if left_out is not None:
             raise _left_out(messages, *left_out)
         return _cut_at_mark(text) if continue_final_message else text

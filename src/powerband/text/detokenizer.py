@@ -9,6 +9,8 @@ from powerband.text.tokenizer import Tokenizer
 
 # A character has at most four bytes, so no more than this many tokens can share one with the output.
 _CONTEXT_TOKENS = 8
+# Special tokens in a row: a prompt may consist of nothing else, and each of its answers looks for the context.
+_MAX_CONTEXT_SEARCH = 256
 # Tokens after which text that still looks incomplete is given out as it is.
 _MAX_HELD_TOKENS = 16
 
@@ -53,9 +55,9 @@ class IncrementalDetokenizer:
         return text[len(self._given) :]
 
     def _context(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt that stand for something."""
+        """The last tokens of the prompt that stand for something, if there are any near its end."""
         context: list[int] = []
-        for id in reversed(prompt_ids):
+        for id in reversed(prompt_ids[-_MAX_CONTEXT_SEARCH:]):
             if id not in self._skipped and self._tokenizer.token_bytes(id):
                 context.append(id)
                 if len(context) == _CONTEXT_TOKENS:

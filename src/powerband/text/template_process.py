@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+import msgspec
+
 from powerband.errors import EnvironmentFault, InvalidRequest
 
 # What a worker needs to find Python, the package and the local time. Nothing secret is handed on.
@@ -68,7 +70,7 @@ class _Worker:
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send a request and wait for the answer. Raises _TimedOut, after which the worker must be killed."""
         deadline_s = time.monotonic() + timeout_s
-        body = json.dumps(request).encode()
+        body = msgspec.json.encode(request)  # json.dumps is ten times slower, and no other thread runs meanwhile
         self._send(memoryview(len(body).to_bytes(4, "big") + body), deadline_s)
         size = int.from_bytes(self._receive(4, deadline_s), "big")
         answer: dict[str, Any] = json.loads(self._receive(size, deadline_s))

@@ -8,6 +8,7 @@ closed ── failures in a row, or too large a share of them ──► open ─
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 
 from powerband.gateway.pool_options import PoolOptions
 
@@ -98,6 +99,10 @@ class RetryBudget:
         self._options = options
         self._times_s: deque[float] = deque()
 
+    def is_unused(self, now_s: float) -> bool:
+        """Whether nothing was taken in the window before `now_s`."""
+        return not self._times_s or self._times_s[-1] <= now_s - self._options.retry_window_s
+
     def take(self, now_s: float, live: int) -> bool:
         options, times_s = self._options, self._times_s
         while times_s and times_s[0] <= now_s - options.retry_window_s:
@@ -107,3 +112,22 @@ class RetryBudget:
         times_s.append(now_s)
         self.taken += 1
         return True
+
+
+class RetryBudgets:
+    """A budget for each of several owners, so that nobody's failures use up another's second attempts."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self.taken = 0  # since the start, by all
+        self._options = options
+        self._budgets: dict[Hashable, RetryBudget] = {}
+
+    def take(self, now_s: float, live: int, owner: Hashable) -> bool:
+        """live: requests of this owner."""
+        if owner not in self._budgets:
+            for idle in [one for one, budget in self._budgets.items() if budget.is_unused(now_s)]:
+                del self._budgets[idle]
+            self._budgets[owner] = RetryBudget(self._options)
+        is_taken = self._budgets[owner].take(now_s, live)
+        self.taken += is_taken
+        return is_taken

@@ -10,7 +10,7 @@ from powerband.gateway.dispatch.queue import Level
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 
-Outcome = Literal["ok", "failed", "refused", "left"]
+Outcome = Literal["ok", "failed", "suspected", "refused", "left"]
 
 
 class Holder(Protocol):
@@ -22,6 +22,8 @@ class Holder(Protocol):
 
     def release(self, lease: Lease, outcome: Outcome, output_tokens: int) -> None: ...
 
+    def blame(self, lease: Lease) -> None: ...
+
 
 class Lease:
     """A request's place with a replica, from dispatch until `close`."""
@@ -31,6 +33,7 @@ class Lease:
         "_has_begun",
         "_holder",
         "_is_closed",
+        "is_suspected",
         "is_trial",
         "level",
         "member",
@@ -50,6 +53,7 @@ class Lease:
         self.tokens = request.prompt_tokens + request.output_tokens  # at most
         self.stay = Stay(request.stream, now_s, self.tokens)
         self.is_trial = member.breaker.sent()
+        self.is_suspected = False  # closed so: the request may be at fault
         self.queue_s = 0.0
 
     @property
@@ -82,12 +86,18 @@ class Lease:
             self._holder.first_token_came(self, now_s - self.since_s)
 
     def close(self, outcome: Outcome, *, output_tokens: int = 0) -> None:
-        """Exactly once: it is answered ("ok"), broke through the replica's fault ("failed"), was turned away by it with
-        429 or 503 ("refused"), or its client left. output_tokens: that were generated."""
+        """Exactly once. It is answered ("ok"); broke through the replica's fault ("failed"), or maybe through its own
+        ("suspected": `blame` may follow); was turned away by the replica with 429 or 503 ("refused"); its client left.
+        output_tokens: that were generated."""
         if not self._is_closed:
             self._is_closed = True
+            self.is_suspected = outcome == "suspected"
             self.stay.on_lost = None
             self._holder.release(self, outcome, output_tokens)
+
+    def blame(self) -> None:
+        """It was closed as suspected, and the replica was at fault."""
+        self._holder.blame(self)
 
     @property
     def is_without_replica(self) -> bool:

@@ -60,6 +60,7 @@ class Member:
         self.load = Load()
         self.gap_s = 0.0  # between bytes of one stream, usually
         self.bytes_s = now_s
+        self.answered_s: float | None = None  # when it last ended an answer well
         self.restarts: int | None = None
         self.errors: deque[str] = deque(maxlen=5)
         self.ejections = 0  # by its probes

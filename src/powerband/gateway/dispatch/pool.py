@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import islice
 
-from powerband.gateway.dispatch.breaker import RetryBudget
+from powerband.gateway.dispatch.breaker import RetryBudgets
 from powerband.gateway.dispatch.lanes import Lane, arrange, lane_of
 from powerband.gateway.dispatch.lease import Lease, Outcome
 from powerband.gateway.dispatch.member import Member
@@ -32,6 +33,7 @@ from powerband.gateway.snapshot import PoolSnapshot
 __all__ = ["DeadlineInfeasible", "Expired", "Lease", "NoReplica", "Pool", "PoolFull", "PoolOptions", "Refusal"]
 
 _NO_REPLICA_RETRY_S = 5.0
+_WELL_S = 60.0  # that a good answer of a replica shows it to be well
 _REPLACEMENT_S = 15.0  # without any replica, one is expected for so long
 
 
@@ -46,8 +48,8 @@ class Pool:
         self._leaving: list[Member] = []  # no longer in the routes, but still answering
         self._lanes = arrange((), (), self.options)
         self._router = make_router(self.options)
-        self._retries = RetryBudget(self.options)
-        self._live = 0  # leases
+        self._retries = RetryBudgets(self.options)
+        self._live: Counter[str] = Counter()  # leases, by tenant
         self._had_replica_s = -_REPLACEMENT_S
 
     # For the gateway.
@@ -100,13 +102,23 @@ class Pool:
         placed.queue_s = self.clock() - now_s
         return placed
 
-    def may_retry(self, lease: Lease | None = None) -> bool:
-        """Take a second attempt from the budget. lease: the one that failed; if its replica is known to be gone, the
-        attempt is free: a replica's death costs one each, and makes no storm."""
-        if lease is not None and lease.is_without_replica:
+    def may_retry(self, lease: Lease) -> bool:
+        """Take another try from the budget of the request's tenant, after this one failed.
+
+        Requests that may be at fault themselves have a budget of their own. Where the replica is known to be gone, the
+        try is free: a replica's death costs one each, and makes no storm.
+        """
+        if lease.is_without_replica:
             self._retries.taken += 1
             return True
-        return self._retries.take(self.clock(), self._live + self.queued)
+        tenant = lease.request.tenant
+        return self._retries.take(self.clock(), self._live[tenant], (tenant, lease.is_suspected))
+
+    def are_well(self, ids: Iterable[str]) -> bool:
+        """Whether each of these replicas ended an answer well in the last minute."""
+        since_s = self.clock() - _WELL_S
+        members = [self._members.get(id) for id in ids]
+        return all(one is not None and one.answered_s is not None and one.answered_s >= since_s for one in members)
 
     def snapshot(self) -> PoolSnapshot:
         now_s = self.clock()
@@ -196,7 +208,9 @@ class Pool:
     def release(self, lease: Lease, outcome: Outcome, output_tokens: int) -> None:
         now_s, member, request = self.clock(), lease.member, lease.request
         lane = lane_of(request, self._lanes)
-        self._live -= 1
+        self._live[request.tenant] -= 1
+        if not self._live[request.tenant]:
+            del self._live[request.tenant]
         member.stays.discard(lease.stay)
         member.outstanding -= lease.stay.tokens
         is_done = outcome in ("ok", "left")
@@ -204,15 +218,17 @@ class Pool:
             lane.observe(now_s)
             lane.admission.capacity.ended(lease.tokens, now_s - lease.since_s)
             member.answered()
+            if outcome == "ok":
+                member.answered_s = now_s
         elif outcome == "refused":
             member.refused(now_s)
-        else:
+        elif outcome == "failed":
             member.errors.append("failed")
         # What the tenant did not get, it does not pay for.
         paid = lease.prompt_tokens + output_tokens if is_done else 0
         lane.queue.settle(lease.level, request.tenant, paid - lease.tokens)
         # Of a replica that was found dead, its probes have said so.
-        is_ok = None if outcome in ("left", "refused") or lease.lost else outcome == "ok"
+        is_ok = None if outcome in ("left", "refused", "suspected") or lease.lost else outcome == "ok"
         member.breaker.ended(now_s, is_ok, is_trial=lease.is_trial, may_open=is_ok is False and self._may_open())
         if self.queued:
             self._dispatch(now_s)
@@ -222,6 +238,12 @@ class Pool:
         taking = [member for member in self._members.values() if member.takes_new]
         num_open = sum(not member.breaker.is_closed for member in taking)
         return num_open + 1 <= len(taking) // 2
+
+    def blame(self, lease: Lease) -> None:
+        """A request that was suspected is fine elsewhere: its replica was at fault."""
+        member = lease.member
+        member.errors.append("failed")
+        member.breaker.ended(self.clock(), False, is_trial=lease.is_trial, may_open=self._may_open())
 
     # Who goes where.
 
@@ -266,7 +288,7 @@ class Pool:
         lease = Lease(self, member, request, level, now_s)
         member.stays.add(lease.stay)
         member.outstanding += lease.tokens
-        self._live += 1
+        self._live[request.tenant] += 1
         self._router.sent(request, member)
         lane.admission.capacity.dispatched()
         return lease

@@ -15,6 +15,7 @@ from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.events import NO_JSON
 from powerband.gateway.proxy.upstream import Upstream
+from powerband.gateway.proxy.verdict import Verdict
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.timeouts import Timeouts
@@ -35,6 +36,13 @@ class ReplicaError(PowerbandError):
     default_code = "upstream_failed"
 
 
+class PoisonRequest(PowerbandError):
+    """Replicas that answer others fail with this request."""
+
+    http_status = 400
+    default_code = "request_fails"
+
+
 class Trip:
     """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
 
@@ -44,6 +52,7 @@ class Trip:
         self._upstream = upstream
         self._max_tries = max_tries
         self._lease: Lease | None = None
+        self._verdict = Verdict()
         self._avoid: list[str] = []
         self._num_failures = 0
         self._num_refusals = 0
@@ -77,6 +86,7 @@ class Trip:
                 )
                 status = exchange.status
                 if status < 429 or 429 < status < 500:
+                    self._verdict.settle()
                     return replica, exchange
                 await self._raise_trouble(exchange)
             except UpstreamFailure as problem:
@@ -98,9 +108,12 @@ class Trip:
         lease, self._lease = self._lease, None
         if lease is None:
             raise _error(problem, len(self.replicas))
-        lease.close("refused" if problem.is_refusal else "failed")
-        if not problem.is_refusal:
+        if problem.is_refusal:
+            lease.close("refused")
+        else:
             self.broken.append((lease.replica.id, problem.code))
+            if self._verdict.failed(lease, problem.code):
+                raise _poison(problem, are_well=self._pool.are_well(id for id, _ in self.broken))
         if lease.replica.id not in self._avoid:
             self._avoid.append(lease.replica.id)
         if problem.is_refusal:
@@ -136,6 +149,7 @@ class Trip:
             self._upstream.let_end(exchange)
         elif exchange is not None:
             self._upstream.end(exchange)
+        self._verdict.settle()
         self.close("left")
 
     def _end_exchange(self) -> None:
@@ -152,6 +166,14 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
 def _tie(lease: Lease, exchange: Exchange) -> None:
     """The exchange fails when the replica is found to hang or to be gone."""
     lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
+
+
+def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:
+    """For a request with which two replicas fail in the same way. are_well: they answer others meanwhile."""
+    shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
+    if not are_well:
+        return ReplicaError(shown)
+    return PoisonRequest(shown, hint="They answer others; another try would fail, too: change the request.")
 
 
 def _error(problem: UpstreamFailure, tries: int) -> PowerbandError:

@@ -53,20 +53,36 @@ def _readable(logits: Tensor) -> Tensor:
 
 def _edits(states: Sequence[SamplingState], positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Penalties, offsets, tokens and biases of rows, as csrc/sampling_edits.h lays them out."""
-    nothing = torch.zeros(0, dtype=torch.int64)
     tokens: list[Tensor] = []
     biases: list[Tensor] = []
     penalties, offsets, end = [], [], 0
+    places: dict[int, int] = {}  # where the allowed tokens of several rows begin, by their tensor
+
+    def put(ids: Tensor, values: Tensor | None = None) -> int:
+        nonlocal end
+        tokens.append(ids)
+        biases.append(torch.zeros(len(ids)) if values is None else values)
+        begin, end = end, end + len(ids)
+        return begin
+
     for state, position in zip(states, positions, strict=True):
         p = state.params
         penalties.append((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
-        added = state.added_biases(position) if state.edits_logits else []
-        known = state.tokens(0, position) if state.is_penalized else nothing
-        biased = torch.cat([ids for ids, _ in added]) if added else nothing
-        allowed = nothing if state.allowed is None else state.allowed
-        tokens += [allowed, biased, known]
-        biases += [torch.zeros(len(allowed)), *(values for _, values in added), torch.zeros(len(known))]
-        begins = (end, end + len(allowed), end + len(allowed) + len(biased))
-        end = begins[2] + len(known)
-        offsets.append((*begins, min(begins[2] + state.num_prompt_tokens, end), end))
-    return torch.tensor(penalties), torch.tensor(offsets), torch.cat(tokens), torch.cat(biases)
+        ends = [0] * 4
+        if (allowed := state.allowed) is not None:
+            if id(allowed) not in places:
+                places[id(allowed)] = put(allowed)
+            ends[:2] = places[id(allowed)], places[id(allowed)] + len(allowed)
+        ends[2] = end
+        for biased, values in state.added_biases(position) if state.edits_logits else ():
+            put(biased, values)
+        ends[3] = end
+        known = put(state.tokens(0, position)) if state.is_penalized else end
+        offsets.append((*ends, known, min(known + state.num_prompt_tokens, end), end))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return (
+        torch.tensor(penalties),
+        torch.tensor(offsets),
+        torch.cat([nothing, *tokens]),
+        torch.cat([nothing.float(), *biases]),
+    )

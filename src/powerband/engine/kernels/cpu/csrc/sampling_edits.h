@@ -1,7 +1,8 @@
 // What requests ask for to be done to their logits (engine/logits.py, the reference), on a float32 copy of the row that is
-// in its thread's cache. A row's tokens, in `tokens` and by four ends in `offsets`:
+// in its thread's cache. A row's tokens lie in `tokens`; `offsets` says where. Rows may share their allowed tokens.
 //
-//     | allowed | biased (values in `biases`) | prompt | output |
+//     offsets    0       1       2      3      4      5      6
+//                | allowed |     | biased |    |prompt|output|       values to add to the biased ones lie in `biases`
 #pragma once
 
 #include <algorithm>
@@ -21,8 +22,8 @@ struct EditScratch {
 
 class Edits {
    public:
-    // penalties float32 [rows, 3]: repetition, presence, frequency. offsets int64 [rows, 5]: the four parts' begins and the
-    // last one's end. tokens int64, biases float32 as long. All of them, or none.
+    // penalties float32 [rows, 3]: repetition, presence, frequency. offsets int64 [rows, 7].
+    // tokens int64, biases float32 as long. All of them, or none.
     Edits(int64_t rows, int64_t vocab, const std::optional<Tensor>& penalties, const std::optional<Tensor>& offsets,
           const std::optional<Tensor>& tokens, const std::optional<Tensor>& biases) {
         const bool all = penalties && offsets && tokens && biases, any = penalties || offsets || tokens || biases;
@@ -30,8 +31,8 @@ class Edits {
         if (!all) return;
         check(penalties->dim() == 2 && penalties->size(0) == rows && penalties->size(1) == 3,
               "sample: penalties must be [rows, 3]");
-        check(offsets->dim() == 2 && offsets->size(0) == rows && offsets->size(1) == 5,
-              "sample: offsets must be [rows, 5]");
+        check(offsets->dim() == 2 && offsets->size(0) == rows && offsets->size(1) == kOffsets,
+              "sample: offsets must be [rows, 7]");
         check(tokens->dim() == 1 && biases->dim() == 1 && tokens->size(0) == biases->size(0),
               "sample: tokens and biases must be equally long");
         penalties_ = pointer<float>(*penalties, "penalties");
@@ -40,13 +41,19 @@ class Edits {
         biases_ = pointer<float>(*biases, "biases");
         const int64_t count = tokens->size(0);
         for (int64_t row = 0; row < rows; ++row) {
-            const int64_t* at = offsets_ + row * 5;
-            check(0 <= at[0] && std::is_sorted(at, at + 5) && at[4] <= count, "sample: offsets must ascend");
+            const int64_t* at = offsets_ + row * kOffsets;
+            check(0 <= at[0] && at[0] <= at[1] && at[1] <= count && 0 <= at[2] && std::is_sorted(at + 2, at + 7) &&
+                      at[6] <= count,
+                  "sample: offsets must ascend");
         }
         for (int64_t i = 0; i < count; ++i) check(0 <= tokens_[i] && tokens_[i] < vocab, "sample: no such token");
     }
 
-    bool touches(int64_t row) const { return offsets_ != nullptr && offsets_[row * 5] < offsets_[row * 5 + 4]; }
+    bool touches(int64_t row) const {
+        if (offsets_ == nullptr) return false;
+        const int64_t* at = offsets_ + row * kOffsets;
+        return at[0] < at[1] || at[2] < at[6];
+    }
 
     // The edited row, in scratch.
     template <class T>
@@ -56,22 +63,22 @@ class Edits {
             s.counts.resize(vocab);
         }
         float* x = s.row.data();
-        const int64_t* at = offsets_ + row * 5;
+        const int64_t* at = offsets_ + row * kOffsets;
         if (at[0] < at[1]) {
             std::fill(x, x + vocab, -INFINITY);
             for (int64_t i = at[0]; i < at[1]; ++i) x[tokens_[i]] = to_float(logits[tokens_[i]]);
         } else {
             copy(logits, x, vocab);
         }
-        for (int64_t i = at[1]; i < at[2]; ++i) x[tokens_[i]] += biases_[i];
+        for (int64_t i = at[2]; i < at[3]; ++i) x[tokens_[i]] += biases_[i];
         const float *p = penalties_ + row * 3, repetition = p[0];
         if (repetition != 1.0f) {
-            each_once(s, at[2], at[4], [&](int64_t token, int32_t) {
+            each_once(s, at[4], at[6], [&](int64_t token, int32_t) {
                 x[token] = x[token] > 0 ? x[token] / repetition : x[token] * repetition;
             });
         }
         if (p[1] != 0.0f || p[2] != 0.0f) {
-            each_once(s, at[3], at[4], [&](int64_t token, int32_t times) {
+            each_once(s, at[5], at[6], [&](int64_t token, int32_t times) {
                 const float lowered = x[token] - p[2] * static_cast<float>(times);
                 x[token] = lowered - p[1];
             });
@@ -80,6 +87,8 @@ class Edits {
     }
 
    private:
+    static constexpr int64_t kOffsets = 7;
+
     template <class T>
     static void copy(const T* from, float* to, int64_t count) {
         const int64_t whole = count - count % kLanes;
