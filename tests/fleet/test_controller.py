@@ -63,7 +63,7 @@ def test_where_one_keeps_dying_the_pauses_grow_and_status_says_so(play: Play) ->
             play.world.die(id)
         play.tick()
         play.world.pass_time(0.5)
-    assert play.world.started < 2 + 12
+    assert play.world.started < 2 + 16
     assert any("times in a row" in note for note in play.status().notes)
 
 

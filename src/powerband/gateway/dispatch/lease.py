@@ -10,7 +10,7 @@ from powerband.gateway.dispatch.queue import Level
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 
-Outcome = Literal["ok", "failed", "refused", "left"]
+Outcome = Literal["ok", "failed", "refused", "absent", "left"]
 
 
 class Holder(Protocol):
@@ -83,7 +83,8 @@ class Lease:
 
     def close(self, outcome: Outcome, *, output_tokens: int = 0) -> None:
         """Exactly once: it is answered ("ok"), broke through the replica's fault ("failed"), was turned away by it with
-        429 or 503 ("refused"), or its client left. output_tokens: that were generated."""
+        429 or 503 ("refused"), found nothing there that could have run it ("absent"), or its client left.
+        output_tokens: that were generated."""
         if not self._is_closed:
             self._is_closed = True
             self.stay.on_lost = None
