@@ -18,9 +18,9 @@ from itertools import cycle, islice, product
 import pytest
 from drill_loads import Load, Told, answers_of, questions
 from drill_services import Service, deployed
-from drills_for_tests import Figures
+from drills_for_tests import Figures, engines_of
 
-from powerband.fleet.processes import PROC, Identity, identify, is_alive
+from powerband.fleet.processes import Identity, identify, is_alive
 
 SEED = int(os.environ.get("DRILLS_SEED", "13"))
 KILLS = int(os.environ.get("DRILLS_KILLS", "4"))
@@ -136,20 +136,9 @@ def _processes(service: Service, member: str) -> list[Identity]:
     pids = {"gateway": [status.gateway.pid], "controller": [status.pid]}.get(member)
     pids = [one.pid for one in status.replicas if one.state == "ready"] if pids is None else pids
     if member == "engine":
-        pids = [child for pid in pids for child in _engines(pid)]
+        pids = [child for pid in pids for child in engines_of(pid)]
     found = [identify(pid) for pid in pids]
     return [one for one in found if one is not None]
-
-
-def _engines(replica: int) -> list[int]:
-    """Its children that are one."""
-    found = []
-    for entry in PROC.glob("[0-9]*"):
-        with suppress(OSError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == replica and b"powerband.engine.process" in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found
 
 
 async def _is_whole(service: Service, victims: Sequence[Identity]) -> bool:

@@ -129,8 +129,8 @@ class Trip:
             raise _error(problem, len(self.replicas))
 
     def _check_absence(self, problem: UpstreamFailure) -> None:
-        """Nothing was run, so that this is no try. The pool knows now, and the request waits there for a replica, but in
-        all no longer than any request may wait."""
+        """Nothing was run, so that this is no try. The pool knows now, and the request waits there for a replica, but
+        in all no longer than any request may wait."""
         now_s = time.monotonic()
         if self._absent_since_s is None:
             self._absent_since_s = now_s
