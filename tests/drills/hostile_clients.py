@@ -16,8 +16,8 @@ from drill_loads import SERVED
 
 LIAR = "liar"  # a model that only the lying replica serves
 _MIB = 1 << 20
-_PATIENCE_S = 6.0  # of a client that waits for an answer
-_SEND_S = 3.0  # of one that sends
+_PATIENCE_S = 3.0  # of a client that waits for an answer
+_SEND_S = 1.5  # of one that sends
 
 
 @dataclass(frozen=True)

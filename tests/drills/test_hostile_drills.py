@@ -36,7 +36,7 @@ HELD_S = float(os.environ.get("DRILLS_HELD_S", "0"))  # longer than every time-o
 ASKED = questions(6, 32)
 RATE = 4.0
 CALM_S = 3.0
-AFTER_S = 1.5
+AFTER_S = 1.0
 # Bounds that hold on a busy machine of two cores; on a quiet one others notice no pause of 100 ms.
 PAUSE_S, TTFT_S = 1.0, 2.0
 NOISE_BYTES = 48 << 20  # others' requests, and what allocators keep

@@ -23,7 +23,7 @@ from drills_for_tests import Figures, engines_of
 from powerband.fleet.processes import Identity, identify, is_alive
 
 SEED = int(os.environ.get("DRILLS_SEED", "13"))
-KILLS = int(os.environ.get("DRILLS_KILLS", "4"))
+KILLS = int(os.environ.get("DRILLS_KILLS", "3"))
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGTERM)
 MEMBERS = ("gateway", "controller", "replica", "engine")
 REPLICAS = 2
