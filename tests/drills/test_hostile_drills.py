@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drill_loads import Load, Told, answers_of, put, questions
+from drill_loads import Load, answers_of, put, questions
 from drills_for_tests import (
     Figures,
     Gateway,
@@ -75,11 +75,45 @@ class Seen:
     ended_s: float = 0.0
     pause_s: float = 0.0
     peak_bytes: int = 0
-    told: list[Told] = field(default_factory=list)
 
-    @property
-    def ttft_s(self) -> float:
-        return max((one.ttft_s for one in self.told if not one.failed), default=0.0)
+    def ttft_s(self, load: Load) -> float:
+        """The slowest first token of what was asked meanwhile; read when all has ended."""
+        told = [one for one in load.told if self.began_s <= one.sent_s < self.ended_s and not one.failed]
+        return max((one.ttft_s for one in told), default=0.0)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One attack, and what it did. left: requests that go on without their clients. ready: replicas, in the end."""
+
+    name: str
+    seen: Seen
+    sent: int
+    grown: int
+    kept: int
+    left: float
+    ready: int
+
+    def faults(self, load: Load, calm: Seen, replicas: int) -> list[str]:
+        """What broke the rule."""
+        ttft_s = self.seen.ttft_s(load)
+        checks = {
+            f"others waited {self.seen.pause_s:.1f} s": self.seen.pause_s > max(PAUSE_S, 3 * calm.pause_s),
+            f"a first token took {ttft_s:.1f} s": ttft_s > calm.ttft_s(load) + TTFT_S,
+            f"{_mib(self.grown)} for {_mib(self.sent)} sent": self.grown > 10 * self.sent + NOISE_BYTES,
+            f"{_mib(self.kept)} are kept": self.kept > NOISE_BYTES,
+            f"{self.left:.0f} requests go on": self.left > 4,
+            f"{self.ready} of {replicas} replicas are ready": self.ready < replicas,
+        }
+        return [f"{self.name}: {says}" for says, is_so in checks.items() if is_so]
+
+    def told(self, load: Load) -> str:
+        others = f"pause {1e3 * self.seen.pause_s:.0f} ms, TTFT {1e3 * self.seen.ttft_s(load):.0f} ms"
+        return f"{others}, {_mib(self.sent)} sent, {_mib(self.grown)} taken, {_mib(self.kept)} kept"
+
+
+def _mib(size: float) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
 
 
 def test_attacks(tmp_path: Path, figures: Figures) -> None:
@@ -94,51 +128,38 @@ def test_attacks(tmp_path: Path, figures: Figures) -> None:
 
 async def _drill(site: Site, figures: Figures) -> list[str]:
     """What broke the rule."""
-    target, faults = site.service.target(), []
+    target, held, attacked = site.service.target(), 0, []
     async with Liar.listening() as port:
         await _serve_both(site, port)
         answers = await answers_of(target, ASKED)
         async with Load(target, ASKED, RATE) as load:
-            async with _watching(site, load) as calm:
+            async with _watching(site) as calm:
                 await asyncio.sleep(CALM_S)
-            figures.note(calm=f"pause {1e3 * calm.pause_s:.0f} ms, TTFT {1e3 * calm.ttft_s:.0f} ms")
             for attack in ATTACKS:
-                faults += await _attacked(site, load, attack, calm, figures)
+                attacked.append(await _attacked(site, attack))
             if HELD_S:
                 held = await held_open(site.doors, HELD_S)
-                figures.note(held_open=f"{held} of 100 after {HELD_S:g} s")
-                faults += [f"{held} connections outlived their time-outs"] if held else []
     wrong = load.wrong(answers)
+    figures.note(calm=f"pause {1e3 * calm.pause_s:.0f} ms, TTFT {1e3 * calm.ttft_s(load):.0f} ms")
+    figures.note(**{one.name: one.told(load) for one in attacked})
+    if HELD_S:
+        figures.note(held_open=f"{held} of 100 after {HELD_S:g} s")
     figures.note(requests=len(load.told), failed=len(load.failed), wrong=len(wrong))
-    faults += [f"others' requests failed: {load.problems()}"] if load.failed else []
+    faults = [fault for one in attacked for fault in one.faults(load, calm, len(site.replicas))]
+    faults += [f"{held} connections outlived their time-outs"] if held else []
+    faults += [f"{len(load.failed)} requests of others failed: {load.problems()}"] if load.failed else []
     faults += [f"{len(wrong)} wrong answers"] if wrong else []
     return faults
 
 
-async def _attacked(site: Site, load: Load, attack: Attack, calm: Seen, figures: Figures) -> list[str]:
-    before_bytes, usual = site.memory_bytes, await site.running()
-    async with _watching(site, load) as seen:
+async def _attacked(site: Site, attack: Attack) -> Attacked:
+    before, usual = site.memory_bytes, await site.running()
+    async with _watching(site) as seen:
         sent = await attack(site.doors)
         await asyncio.sleep(AFTER_S)
     left = await site.running() - usual
-    name, mib = attack.__name__, 1 << 20
-    grown, kept = seen.peak_bytes - before_bytes, site.memory_bytes - before_bytes
-    figures.note(
-        **{
-            name: f"pause {1e3 * seen.pause_s:.0f} ms, TTFT {1e3 * seen.ttft_s:.0f} ms, "
-            f"{sent / mib:.1f} MiB sent, +{grown / mib:.0f} MiB, +{kept / mib:.0f} kept"
-        }
-    )
-    ready = await _ready(site)
-    checks = {
-        f"others waited {seen.pause_s:.1f} s": seen.pause_s > max(PAUSE_S, 3 * calm.pause_s),
-        f"a first token took {seen.ttft_s:.1f} s": seen.ttft_s > calm.ttft_s + TTFT_S,
-        f"{grown / mib:.0f} MiB for {sent / mib:.1f} sent": grown > 10 * sent + NOISE_BYTES,
-        f"{kept / mib:.0f} MiB are kept": kept > NOISE_BYTES,
-        f"{left:.0f} requests go on": left > 4,
-        f"{ready} of {len(site.replicas)} replicas are ready": ready < len(site.replicas),
-    }
-    return [f"{name}: {says}" for says, is_so in checks.items() if is_so]
+    kept = site.memory_bytes - before
+    return Attacked(attack.__name__, seen, sent, seen.peak_bytes - before, kept, left, await _ready(site))
 
 
 async def _ready(site: Site) -> int:
@@ -150,20 +171,16 @@ async def _ready(site: Site) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _watching(site: Site, load: Load) -> AsyncIterator[Seen]:
+async def _watching(site: Site) -> AsyncIterator[Seen]:
     """Ask each door for a page, many times a second, and look at the memory."""
-    seen, first = Seen(), len(load.told)
-    pinging = [asyncio.create_task(_ping(url, seen)) for url in (site.service.url, *(one.url for one in site.replicas))]
-    looking = asyncio.create_task(_look(site, seen))
+    seen = Seen()
+    tasks = [asyncio.create_task(_ping(url, seen)) for url in (site.service.url, *(one.url for one in site.replicas))]
+    tasks.append(asyncio.create_task(_look(site, seen)))
     try:
         yield seen
     finally:
-        await asyncio.gather(*pinging, looking, _end(seen))
-        seen.told = [one for one in load.told[first:] if one.ended_s]
-
-
-async def _end(seen: Seen) -> None:
-    seen.ended_s = time.monotonic()
+        seen.ended_s = time.monotonic()
+        await asyncio.gather(*tasks)
 
 
 async def _ping(url: str, seen: Seen) -> None:
