@@ -128,15 +128,14 @@ def test_attacks(tmp_path: Path, figures: Figures) -> None:
 
 async def _drill(site: Site, figures: Figures) -> list[str]:
     """What broke the rule."""
-    target, held, attacked = site.service.target(), 0, []
+    target, held = site.service.target(), 0
     async with Liar.listening() as port:
         await _serve_both(site, port)
         answers = await answers_of(target, ASKED)
         async with Load(target, ASKED, RATE) as load:
             async with _watching(site) as calm:
                 await asyncio.sleep(CALM_S)
-            for attack in ATTACKS:
-                attacked.append(await _attacked(site, attack))
+            attacked = [await _attacked(site, attack) for attack in ATTACKS]
             if HELD_S:
                 held = await held_open(site.doors, HELD_S)
     wrong = load.wrong(answers)

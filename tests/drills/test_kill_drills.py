@@ -144,7 +144,7 @@ def _processes(service: Service, member: str) -> list[Identity]:
 
 
 async def _is_whole(service: Service, victims: Sequence[Identity]) -> bool:
-    """Nobody is left of those who were struck; all replicas say that they are ready, and the gateway says so of them."""
+    """Nobody is left of those who were struck; all replicas say that they are ready, and the gateway says so, too."""
     if any(is_alive(victim) for victim in victims) or not service.folder.controller_alive():
         return False
     status = service.status
