@@ -33,8 +33,8 @@ test: check $(if $(filter tests,$(TESTS)),kernels)  ## the whole proof: check, t
 	@echo "· all tests"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) $(if $(filter tests,$(TESTS)),--ignore tests/drills)
 
-drills: $(READY)  ## do to a service what happens to services, and print what its users noticed (SOAK=30m)
-	@$(BIN)/python scripts/drills.py $(if $(SOAK),--soak $(SOAK))
+drills: $(READY)  ## do to a service what happens to services, and print what its users noticed (SOAK=30m KILLS=300 SEED=7)
+	@$(BIN)/python scripts/drills.py $(if $(SOAK),--soak $(SOAK)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
 # One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more.

@@ -1,6 +1,8 @@
 """What `make drills` runs: every drill at full length, and then the table of what was measured.
 
-    python scripts/drills.py [--soak 30m] [--out drills.json] [what pytest is told, such as -k overload]
+    python scripts/drills.py [--soak 30m] [--kills 300] [--seed 7] [--out drills.json] [for pytest, such as -k overload]
+
+300 kills one at a time, and half as many pairs, take some 10,000 requests and an hour.
 
 The same files run in a shorter form with the tests. Exits with 1 when a drill failed.
 """
@@ -17,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "drills"
-FULL = {"DRILLS_OVERLOAD_S": "60"}
+FULL = {"DRILLS_OVERLOAD_S": "60", "DRILLS_HELD_S": "100"}
 _WIDTH = 110
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--soak", default="2m", help="how long, such as 30m")
+    parser.add_argument("--kills", type=int, default=16, help="at random, one at a time; then half as many pairs")
+    parser.add_argument("--seed", type=int, default=13, help="chooses who is killed, and how")
     parser.add_argument("--out", type=Path, help="a file for the figures (JSON)")
     options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "drills.jsonl"
-        env = {**os.environ, **FULL, "DRILLS_SOAK": options.soak, "DRILLS_FILE": str(told)}
+        chosen = {"DRILLS_SOAK": options.soak, "DRILLS_KILLS": str(options.kills), "DRILLS_SEED": str(options.seed)}
+        env = {**os.environ, **FULL, **chosen, "DRILLS_FILE": str(told)}
         command = [sys.executable, "-m", "pytest", "--timeout=0", "-p", "no:cacheprovider", str(FOLDER), *more]
         code = subprocess.run(command, env=env, check=False).returncode
         drills = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from loads_for_tests import is_alive, load, schedule_of, worker_pids
 
+from powerband.bench import load as load_module
 from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
 from powerband.bench.messages import (
     Done,
@@ -68,6 +69,20 @@ def test_a_worker_that_dies_is_an_error_that_says_so() -> None:
         load(PACED, schedule_of(20, 20), workers=2, watch=kill_once)
     assert len(killed) == 2
     assert not any(is_alive(pid) for pid in killed)
+
+
+def test_a_worker_that_is_stopped_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_module, "_SILENT_S", 1.0)
+    stopped: list[int] = []
+
+    def stop_once(_live: object) -> None:
+        if not stopped:
+            stopped.extend(worker_pids())
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    with pytest.raises(EnvironmentFault, match=r"A worker of the load generator .* has been silent for 1 s"):
+        load(PACED, schedule_of(20, 60), watch=stop_once)
+    assert not any(is_alive(pid) for pid in stopped)
 
 
 def test_a_cancelled_run_leaves_no_worker() -> None:

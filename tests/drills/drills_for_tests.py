@@ -122,23 +122,23 @@ class Front:
         return Target(base=self.url, endpoint="completions", model=SERVED, **more)
 
     @property
-    def _admin(self) -> Target:
+    def admin(self) -> Target:
         return self.target(headers={"Authorization": f"Bearer {self.key}"})
 
     async def ask(self, path: str) -> Any:
         """GET as administrator."""
-        page = await get(self._admin, path, timeout_s=10.0)
+        page = await get(self.admin, path, timeout_s=10.0)
         assert page.status == 200, (path, page.status, page.body[:300])
         return page.json()
 
     async def post(self, path: str, body: object) -> Page:
-        return await post(self._admin, path, body, timeout_s=10.0)
+        return await post(self.admin, path, body, timeout_s=10.0)
 
     async def delete(self, path: str) -> Page:
-        return await delete(self._admin, path)
+        return await delete(self.admin, path)
 
     async def metrics(self) -> str:
-        return (await get(self._admin, "/metrics")).body.decode()
+        return (await get(self.admin, "/metrics")).body.decode()
 
     async def pool(self) -> dict[str, Any]:
         """The snapshot of the only pool."""
@@ -174,7 +174,7 @@ class Gateway(Front):
     async def serve(self, replicas: Sequence[ReplicaAddress]) -> None:
         """Say anew which replicas there are."""
         self.revision += 1
-        await put(self._admin, "/admin/routes", routes_of(replicas, f"drill-{self.revision}").as_dict())
+        await put(self.admin, "/admin/routes", routes_of(replicas, f"drill-{self.revision}").as_dict())
 
     def restart(self) -> None:
         """With the same port and books, as after a crash."""
@@ -271,6 +271,17 @@ def cpu_s(pid: int) -> float:
     """Of all of its threads, since its start."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def engines_of(replica: int) -> list[int]:
+    """Process ids of a replica's engine; its own is `replica`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == replica and b"powerband.engine.process" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 async def gauge(url: str, name: str) -> float:

@@ -38,11 +38,15 @@ def release(*counts: int, command: str = "a", **fields: object) -> Release:
 
 @dataclass
 class Life:
-    """Of one member. broken: it dies instead of becoming ready. silent: it answers nothing."""
+    """Of one member. silent: it takes connections, and neither answers nor hears what it is asked. mute: it does not
+    listen. killed: at once.
+    """
 
     running: Running
     ready: bool = False
     silent: bool = False
+    mute: bool = False
+    killed: bool = False
     inflight: int = 0
 
 
@@ -100,6 +104,7 @@ class World:
         if not life.running.stopping and grace_s > 0:
             self.cut_off += life.inflight
         life.running = replace(life.running, stopping=True)
+        life.killed = life.killed or grace_s <= 0
 
     def log(self, id: str) -> Path | None:
         return None
@@ -126,8 +131,10 @@ class World:
         life = self.lives.get(id)
         if life is None:
             return Sight()
+        if life.mute:
+            return Sight(silences=9)
         if life.silent:
-            return Sight(ready_s=1.0 if life.ready else None, heard_s=1.0, silences=9)
+            return Sight(ready_s=1.0 if life.ready else None, heard_s=1.0, silences=9, unanswered=9)
         return Sight(ready_s=self.now_s if life.ready else None, heard_s=self.now_s)
 
     # ---- what happens
@@ -142,9 +149,9 @@ class World:
         """Who starts is ready or dead, who stops is gone."""
         self.now_s += seconds
         for id, life in list(self.lives.items()):
-            if life.running.stopping:
+            if life.killed or (life.running.stopping and not life.silent):
                 self.die(id, exit_code=0)
-            elif not life.ready and not life.silent:
+            elif not life.ready and not life.silent and not life.mute:
                 if self._commands[id] in self.broken:
                     self.die(id, exit_code=1)
                 else:

@@ -63,7 +63,7 @@ def test_where_one_keeps_dying_the_pauses_grow_and_status_says_so(play: Play) ->
             play.world.die(id)
         play.tick()
         play.world.pass_time(0.5)
-    assert play.world.started < 2 + 12
+    assert play.world.started < 2 + 16
     assert any("times in a row" in note for note in play.status().notes)
 
 
@@ -92,6 +92,56 @@ def test_what_died_while_nobody_looked_is_replaced(play: Play) -> None:
     play.new_controller()
     play.settle(5)
     assert play.is_as_desired()
+
+
+def gateway_of(play: Play) -> str:
+    (found,) = [id for id, life in play.world.lives.items() if life.running.role == "gateway"]
+    return found
+
+
+def test_a_gateway_that_hangs_while_its_controller_is_replaced_is_killed_within_seconds(play: Play) -> None:
+    hung = gateway_of(play)
+    play.world.lives[hung].silent = True
+    play.new_controller()
+    status = play.settle(20)
+    assert gateway_of(play) != hung
+    assert status.phase == "ready"
+
+
+def test_a_gateway_that_has_never_answered_is_given_half_a_minute(play: Play) -> None:
+    play.world.die(gateway_of(play))
+    play.tick()
+    mute = gateway_of(play)
+    play.world.lives[mute].mute = True
+    play.settle(50)
+    assert gateway_of(play) == mute
+    play.settle(20)
+    assert gateway_of(play) != mute
+
+
+def test_a_replica_that_hangs_while_it_starts_is_killed_within_seconds(play: Play) -> None:
+    play.world.die(ids(play)[0])
+    play.tick()
+    (starting,) = [id for id in ids(play) if not play.world.lives[id].ready]
+    play.world.lives[starting].silent = True
+    play.settle(18)
+    assert starting not in ids(play)
+
+
+def test_what_hangs_when_it_is_asked_to_end_is_killed_at_once(play: Play) -> None:
+    for life in play.world.lives.values():
+        life.silent = True
+    play.desire(release(2), removed=True)
+    play.settle(16)
+    assert not play.world.lives
+
+
+def test_a_gateway_that_is_killed_again_and_again_is_back_within_seconds_each_time(play: Play) -> None:
+    for _ in range(8):
+        play.settle(4)
+        play.world.die(gateway_of(play))
+        status = play.settle(6)
+        assert status.gateway.state == "ready"
 
 
 def test_a_changed_release_is_rolled_without_cutting_off_a_request(play: Play) -> None:

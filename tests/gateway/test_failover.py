@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
-from gateways_for_tests import RunningGateway, running_gateway, scripted_replica, text_of, until
+from gateways_for_tests import RunningGateway, ScriptedReplica, running_gateway, scripted_replica, text_of, until
 
 from powerband.bench.script import DropBy, Script, words
 
@@ -39,6 +40,14 @@ def replicas(gateway: RunningGateway, *scripts: Script, **of_replicas: str) -> I
         gateway.admin.put("/admin/routes", json={"revision": revision, "models": [model]}).raise_for_status()
         until(lambda: set(gateway.replica_states().values()) == {"ready"})
         yield gateway.admin.get("/admin/records").json()["newest"]
+
+
+def replace_all(gateway: RunningGateway, another: ScriptedReplica) -> None:
+    """The same model is served by another replica alone from now on."""
+    (model,) = gateway.admin.get("/admin/routes").json()["routes"]["models"]
+    route = {"id": "another", "url": another.url, "model": "scripted"}
+    made = {"name": model["name"], "aliases": ["scripted"], "replicas": [route]}
+    gateway.admin.put("/admin/routes", json={"revision": str(next(REVISIONS)), "models": [made]}).raise_for_status()
 
 
 def ids_of(events: list[Any]) -> list[int]:
@@ -107,6 +116,37 @@ def test_a_killed_replica_takes_no_stream_with_it(running: RunningGateway) -> No
             assert data[-1] == "[DONE]"
             ids = [int(line.partition('"token_ids":[')[2].partition("]")[0]) for line in data[:-1]]
             assert ids == list(range(150))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_wait_for_the_next_replica_where_all_were_killed_at_once(
+    running: RunningGateway, stream: bool
+) -> None:
+    with replicas(running, Script(), Script()) as before:
+        for replica in running.replicas:
+            replica.kill()
+        with ThreadPoolExecutor(24) as threads, scripted_replica() as another:
+            asked = [threads.submit(running.post, "/v1/completions", {**TEXT, "stream": stream}) for _ in range(24)]
+            until(lambda: running.admin.get("/admin/routes").json()["pools"][0]["queued"] == 24)
+            replace_all(running, another)
+            assert {one.result().status_code for one in asked} == {200}
+        records = running.records(before)
+        assert {one["replicas"][-1] for one in records} == {"another"}
+
+
+def test_streams_of_two_replicas_that_die_at_once_go_on_at_the_next(running: RunningGateway) -> None:
+    """Many more than the budget of second attempts allows: the victims of a death are free."""
+    slow = Script(tpot_s=0.02, slots=100)
+    with replicas(running, slow, slow) as before:
+        body = {**TEXT, "max_tokens": 150}
+        with ThreadPoolExecutor(40) as threads, scripted_replica(Script(slots=100)) as another:
+            asked = [threads.submit(running.stream, "/v1/completions", body) for _ in range(40)]
+            until(lambda: sum(len(replica.truths()) for replica in running.replicas) == 40)
+            for replica in running.replicas:
+                replica.kill()
+            replace_all(running, another)
+            assert {text_of(one.result()) for one in asked} == {words(0, 150)}
+        assert {one["record"]["outcome"] for one in running.records(before)} == {"ok"}
 
 
 def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(running: RunningGateway) -> None:

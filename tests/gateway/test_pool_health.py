@@ -11,7 +11,7 @@ from pool_world import VirtualLoop, make_pool, replica, request, settle, virtual
 
 from powerband.gateway.dispatch.breaker import Breaker, RetryBudget
 from powerband.gateway.dispatch.health import Prober
-from powerband.gateway.dispatch.pool import Lease, Pool, PoolOptions
+from powerband.gateway.dispatch.pool import Expired, Lease, Pool, PoolOptions
 from powerband.gateway.engine_names import ENGINE_NAMES, Load, read_load
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 
@@ -392,6 +392,49 @@ def test_the_victims_of_a_dead_replica_are_not_counted() -> None:
             assert (await pool.lease(request(), avoid=("a",))).replica.id == "b"
 
     on_site(test, replica("a", 200), replica("b", 200))
+
+
+def test_a_replica_that_a_request_finds_absent_gets_nothing_until_its_probes_are_good() -> None:
+    async def test(site: Site) -> None:
+        lease = await site.pool.lease(request())
+        gone = lease.replica.id
+        site.machines[gone].state = "dead"
+        lease.close("absent")
+        assert site.state(gone) == "ejected"
+        assert {(await site.pool.lease(request())).replica.id for _ in range(8)} == {"a", "b"} - {gone}
+        site.machines[gone].state = "ready"
+        await site.until(gone, "ready", 2.0)
+
+    on_site(test)
+
+
+def test_where_all_are_absent_a_request_waits_for_the_first_that_is_back() -> None:
+    async def test(site: Site) -> None:
+        for machine in site.machines.values():
+            machine.state = "dead"
+        for _ in range(2):
+            (await site.pool.lease(request())).close("absent")
+        waiting = asyncio.create_task(site.pool.lease(request(), avoid=("a", "b")))
+        await asyncio.sleep(3)
+        assert not waiting.done()
+        site.machines["b"].state = "ready"
+        assert (await waiting).replica.id == "b"
+
+    on_site(test)
+
+
+def test_where_all_are_absent_a_request_waits_no_longer_than_its_deadline() -> None:
+    async def test(site: Site) -> None:
+        for machine in site.machines.values():
+            machine.state = "dead"
+        for _ in range(2):
+            (await site.pool.lease(request())).close("absent")
+        began_s = site.loop.time()
+        with pytest.raises(Expired):
+            await site.pool.lease(request(deadline_s=began_s + 2.0), avoid=("a",))
+        assert site.loop.time() - began_s == pytest.approx(2.0, abs=0.1)
+
+    on_site(test)
 
 
 def test_a_replica_that_is_left_out_keeps_its_streams() -> None:

@@ -19,7 +19,8 @@ import zmq
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
-from powerband.engine.health import EngineState, StallLimits
+from powerband.engine import supervisor
+from powerband.engine.health import EngineState, HealthMonitor, StallLimits
 from powerband.engine.supervisor import EngineProcess
 from powerband.errors import EngineDead, PowerbandError, UsageError
 from powerband.spec.settings import EngineSettings
@@ -192,6 +193,41 @@ def test_silence_without_end_is_ended() -> None:
         first = engine.pid
         os.kill(first, signal.SIGSTOP)
         await until(lambda: engine.pid not in (first, None) and engine.health().ready)
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("start_s", "silent_s", "is_hopeless"),
+    [(1.0, 4.0, False), (1.0, 6.0, True), (20.0, 6.0, False), (20.0, 21.0, True), (900.0, 61.0, True)],
+)
+def test_a_silent_engine_is_waited_for_no_longer_than_another_would_take_to_start(
+    start_s: float, silent_s: float, is_hopeless: bool
+) -> None:
+    limits = StallLimits()
+    monitor = HealthMonitor(limits)
+    monitor.started(start_s)
+    for _ in range(int(silent_s / limits.tick_s)):
+        monitor.tick()
+    assert monitor.hopeless == is_hopeless
+
+
+def test_a_restart_that_does_not_end_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        engine = EngineProcess(EngineSettings(), command=COMMAND)
+        await engine.start()
+        first = engine.pid
+        command, engine._command = engine._command, (sys.executable, "-c", "import time; time.sleep(60)")
+        monkeypatch.setattr(supervisor, "_MIN_RESTART_S", 0.5)
+        engine._first_start_s = 0.0
+        monkeypatch.setattr(supervisor, "_STOP_GRACE_S", 0.1)
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: engine.num_restarts == 1)
+        engine._command = command
+        monkeypatch.setattr(supervisor, "_MIN_RESTART_S", 60.0)
+        await until(lambda: engine.health().ready)
+        assert engine.num_restarts == 2
         await engine.stop()
 
     asyncio.run(scenario())

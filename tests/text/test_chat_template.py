@@ -1,6 +1,8 @@
 """Chat templates: equal to transformers' rendering, bounded in time and size, closed to hostile templates."""
 
 import json
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +11,7 @@ import templates
 from tokenizers_for_tests import byte_level, save
 
 from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.text import template_process
 from powerband.text.chat_template import ChatTemplate
 from powerband.text.template_process import TemplateLimits
 from powerband.text.tokenizer import Tokenizer
@@ -129,6 +132,18 @@ def test_a_bomb_ends_in_an_error_soon(name):
     with pytest.raises((InvalidRequest, EnvironmentFault), match="chat template"):
         ChatTemplate({"default": BOMBS[name]}, limits=QUICK).render(TALK)
     assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped_takes_no_request_with_it(number):
+    limits = TemplateLimits(seconds=0.3)
+    workers = template_process.TemplateProcesses({"default": "{{ text }}"}, limits)
+    try:
+        [worker] = workers._idle
+        os.kill(worker._process.pid, number)
+        assert workers.render("default", {"text": "here"}, 100) == "here"
+    finally:
+        workers.close()
 
 
 def test_others_are_served_while_one_rendering_hangs():

@@ -36,6 +36,7 @@ from powerband.spec.workload import Schedule
 COMMAND = (sys.executable, "-m", "powerband.bench.worker")
 _START_S = 0.1  # from the word to go to the run's start, so that every worker has read it
 _NO_END_S = 1e9
+_SILENT_S = 60.0  # that a worker may be, until it counts as stopped
 _DECODER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
@@ -195,21 +196,33 @@ async def _send(process: asyncio.subprocess.Process, message: WorkerJob | StartS
         raise EnvironmentFault("A worker of the load generator has no stdin.")
     with contextlib.suppress(ConnectionError):  # a worker that is gone says so by its end
         process.stdin.write(len(data).to_bytes(4, "big") + data)
-        await process.stdin.drain()
+        try:
+            await asyncio.wait_for(process.stdin.drain(), _SILENT_S)
+        except TimeoutError:
+            raise _silent(process) from None
 
 
 async def _receive(process: asyncio.subprocess.Process) -> FromWorker:
-    """Raises EnvironmentFault when the worker has failed or is gone."""
+    """Raises EnvironmentFault when the worker has failed, is gone, or is silent: it reports several times a second."""
     try:
         if process.stdout is None:
             raise EOFError
-        message = _DECODER.decode(await read_message(process.stdout))
+        message = _DECODER.decode(await asyncio.wait_for(read_message(process.stdout), _SILENT_S))
+    except TimeoutError:
+        raise _silent(process) from None
     except EOFError:  # asyncio.IncompleteReadError is one
         how = await _end_of(process)
         raise EnvironmentFault(f"A worker of the load generator ended before its work{how}.") from None
     if isinstance(message, Failure):
         raise EnvironmentFault(f"A worker of the load generator failed: {message.message}")
     return message
+
+
+def _silent(process: asyncio.subprocess.Process) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"A worker of the load generator (pid {process.pid}) has been silent for {_SILENT_S:.0f} s.",
+        hint="It is stopped, or this machine has no time for it.",
+    )
 
 
 async def _end_of(process: asyncio.subprocess.Process) -> str:

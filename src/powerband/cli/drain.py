@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -42,11 +41,11 @@ def drain(
     ensure_controller(folder)
     note_action(folder, "undrain" if undo else "drain", {"replica": replica})
     _warn_where_nothing_serves(desired, folder.status())
-    deadline_s = time.monotonic() + desired.policy.drain_s
-    for status in changing.watched(folder, desired.generation):
+    found = None
+    for status in changing.watched(folder, desired.generation, desired.policy.drain_s):
         found = next((one for one in status.replicas if one.id == replica), None)
         is_done = found is None or undo or (found.state == "drained" and not found.running)
-        if is_done or not wait or time.monotonic() > deadline_s:
+        if is_done or not wait:
             break
     if undo:
         print(f"{replica} gets requests again.")

@@ -104,10 +104,12 @@ def promise_text(desired: Desired) -> str:
 
 
 def _state_text(folder: ServiceFolder, status: Status) -> str:
-    if folder.controller_alive():
+    state = folder.controller_state()
+    if state == "alive":
         return status.phase
+    what = "its controller hangs" if state == "hung" else "no controller is alive"
     age = duration_text(time.time() - status.at)
-    return f"{status.phase} {age} ago; no controller is alive ('powerband deploy' starts one)"
+    return f"{status.phase} {age} ago; {what} ('powerband deploy' starts another)"
 
 
 def _attainment_text(desired: Desired, status: Status) -> str:

@@ -24,7 +24,8 @@ class StallLimits:
     heartbeat_s: float = 2.0  # no heartbeat: not ready, streams end
     idle_s: float = 2.0  # the loop does not go round though it has nothing to do: not ready
     step_s: float = 60.0  # one step takes this long: not ready
-    hopeless_s: float = 60.0  # not a heartbeat for this long, or a step this much over `step_s`: kill and restart
+    silent_s: float = 5.0  # not a heartbeat for this long, or for as long as its start took if that is more, …
+    hopeless_s: float = 60.0  # … but at most for this long, or a step this much over `step_s`: kill and restart
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,13 @@ class HealthMonitor:
         self._state = EngineState.STARTING
         self._reason = "The engine is starting."
         self._silent_ticks = 0
+        self._start_s = 0.0
         self._last: Heartbeat | None = None
 
-    def started(self) -> None:
+    def started(self, start_s: float = 0.0) -> None:
+        """start_s: seconds that the start took. Waiting for a silent engine costs no more than starting another."""
         self._state, self._reason, self._silent_ticks = EngineState.READY, "", 0
+        self._start_s = start_s
 
     def ended(self, state: EngineState, reason: str) -> None:
         self._state, self._reason = state, reason
@@ -73,7 +77,8 @@ class HealthMonitor:
     @property
     def hopeless(self) -> bool:
         limits = self._limits
-        return self.silence_s > limits.hopeless_s or self._loop_age_s > limits.step_s + limits.hopeless_s
+        silent_s = min(max(limits.silent_s, self._start_s), limits.hopeless_s)
+        return self.silence_s > silent_s or self._loop_age_s > limits.step_s + limits.hopeless_s
 
     @property
     def _loop_age_s(self) -> float:

@@ -5,6 +5,8 @@
                       silence ▼ │ heartbeat                  │
                              STALLED ── for long: killed ────┘
 
+A restart that does not end in time is killed, too, and tried again.
+
 Requests that were with an engine that died or fell silent end with an error; they are never run twice.
 """
 
@@ -60,6 +62,8 @@ COMMAND = (sys.executable, "-m", "powerband.engine.process")
 _STOP_GRACE_S = 5.0
 _CALL_TIMEOUT_S = 30.0
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.25, 30.0
+_MIN_RESTART_S = 60.0  # that a restart may take, or several times as long as the first start …
+_RESTART_FACTOR = 5  # … which may have had the weights to download
 
 
 @dataclass(slots=True)
@@ -109,13 +113,16 @@ class EngineProcess:
         self._current: _Incarnation | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.num_restarts = 0
+        self._first_start_s = 0.0
 
     # ---- life
 
     async def start(self) -> EngineInfo:
         """Start the engine and wait until it is ready. Raises the engine's own error when it cannot start."""
+        began_s = time.monotonic()
         try:
             info = await self._launch()
+            self._first_start_s = time.monotonic() - began_s
         except PowerbandError as error:
             self._monitor.ended(EngineState.DEAD, str(error))
             raise
@@ -176,7 +183,8 @@ class EngineProcess:
     def _ready_channel(self) -> EngineChannel:
         health = self.health()
         if not health.ready or self._channel is None:
-            raise EngineDead(health.reason, code=f"engine_{health.state.value}", hint="Try again in a moment.")
+            # By its code a gateway knows that the request has not been run, and was not what ended the engine.
+            raise EngineDead(health.reason, code="engine_unavailable", hint="Try again in a moment.")
         return self._channel
 
     def _abort(self, ids: list[str]) -> None:
@@ -186,7 +194,9 @@ class EngineProcess:
 
     # ---- one incarnation
 
-    async def _launch(self) -> EngineInfo:
+    async def _launch(self, timeout_s: float | None = None) -> EngineInfo:
+        """Raises what the engine could not start for, and EngineDead when it is not ready after `timeout_s`."""
+        began_s = time.monotonic()
         self._monitor = HealthMonitor(self._limits)
         loop = asyncio.get_running_loop()
         channel = self._channel = EngineChannel(self._receive)
@@ -208,7 +218,9 @@ class EngineProcess:
                 process.stdin.flush()
         try:
             events: set[asyncio.Future[Any]] = {exited, current.started}
-            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(events, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise EngineDead(f"The engine was not ready within {timeout_s:.0f} s ({current.phase}).")
             channel.drain()
             if not current.started.done():
                 raise current.error or _death(exited.result(), f"while starting ({current.phase})")
@@ -216,7 +228,7 @@ class EngineProcess:
             await self._end()
             raise
         channel.connect()
-        self._monitor.started()
+        self._monitor.started(time.monotonic() - began_s)
         return current.started.result()
 
     async def _end(self) -> None:
@@ -260,7 +272,7 @@ class EngineProcess:
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
             self.num_restarts += 1
             try:
-                await self._launch()
+                await self._launch(max(_MIN_RESTART_S, _RESTART_FACTOR * self._first_start_s))
             except PowerbandError as failure:
                 logger.error("The engine could not be started again: %s", failure)
                 self._monitor.ended(EngineState.DEAD, str(failure))

@@ -74,10 +74,13 @@ def go_back(folder: ServiceFolder) -> Desired | None:
         return made
 
 
-def watched(folder: ServiceFolder, generation: int) -> Iterator[Status]:
-    """The status as it changes, from the controller that knows this generation on. One that dies is started anew."""
-    last_at = 0.0
-    while True:
+def watched(folder: ServiceFolder, generation: int, timeout_s: float) -> Iterator[Status]:
+    """The status as it changes, from the controller that knows this generation on, until `timeout_s` have passed.
+
+    A controller that dies or hangs is replaced. Raises EnvironmentFault where that fails.
+    """
+    last_at, deadline_s = 0.0, time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
         status = folder.status()
         if status is not None and status.generation >= generation and status.at != last_at:
             last_at = status.at
@@ -89,19 +92,16 @@ def watched(folder: ServiceFolder, generation: int) -> Iterator[Status]:
 
 def wait_for(folder: ServiceFolder, generation: int, told: Callable[[Status], object], timeout_s: float) -> Status:
     """Until the generation is carried out, or given up (then `rejected` says why). Raises EnvironmentFault."""
-    deadline_s = time.monotonic() + timeout_s
-    for status in watched(folder, generation):
+    for status in watched(folder, generation, timeout_s):
         told(status)
         if _is_rejected(status, generation):
             return status
         if status.established >= generation and status.phase == "ready":
             return status
-        if time.monotonic() > deadline_s:
-            raise EnvironmentFault(
-                f"{folder.name} was not ready within {timeout_s:.0f} s.",
-                hint="'powerband status' and 'powerband logs' tell more; 'powerband remove' ends it.",
-            )
-    raise AssertionError("the status is watched without end")
+    raise EnvironmentFault(
+        f"{folder.name} was not ready within {timeout_s:.0f} s.",
+        hint="'powerband status' and 'powerband logs' tell more; 'powerband remove' ends it.",
+    )
 
 
 def remove(folder: ServiceFolder, told: Callable[[Status], object], *, purge: bool) -> None:

@@ -85,6 +85,8 @@ class Controller:
             if running.id in before:
                 known.restarts = before[running.id].restarts
                 known.ready_s = now_s if before[running.id].ready_at is not None else None
+            elif running.role == "gateway" and running.pid == status.gateway.pid:
+                known.ready_s = now_s if status.gateway.ready_at is not None else None
 
     def tick(self) -> bool:
         """One look and its moves. False: the service was removed, and nothing of it runs any more."""
@@ -200,7 +202,8 @@ class Controller:
             id = known.running.id
             known.draining_s = (known.draining_s or now_s) if id in moves.drain else None
             if id in moves.kill:
-                self._vacate(known)
+                if not known.leaving:
+                    self._vacate(known)
                 self.target.stop(id, 0.0)
             elif id in moves.stop:
                 known.leaving = True
@@ -279,7 +282,7 @@ class Controller:
         self._known[id] = Known(running, now_s)
         self.front.turn_to(running.url)
 
-    def _gateway_status(self, desired: Desired) -> GatewayStatus:
+    def _gateway_status(self, desired: Desired, now_s: float) -> GatewayStatus:
         gateways = self._of("gateway")
         if not gateways:
             url = f"http://{desired.front.host}:{desired.front.port}"
@@ -294,6 +297,7 @@ class Controller:
             url=one.url,
             pid=one.pid,
             started_at=one.started_at,
+            ready_at=None if known.ready_s is None else known.ready_s + time.time() - now_s,
             restarts=self._gateway_restarts,
             note=known.note or self.front.problem,
         )
@@ -318,7 +322,7 @@ class Controller:
         return f"{action.replica} is drained, another takes its place"
 
     def _add_replica(self) -> str:
-        with self.folder.changing():
+        with self.folder.changing(wait_s=0.0):  # a look waits for nobody; the next one tries again
             desired = self.folder.desired()
             if desired is None or desired.removed or not self._has_room(desired.release):
                 raise UsageError("There is no room for one more replica here.")
@@ -350,7 +354,7 @@ class Controller:
             for known in self._known.values()
             if known.running.role == "replica"
         )
-        gateway = self._gateway_status(desired)
+        gateway = self._gateway_status(desired, now_s)
         established = desired.generation <= self._established
         load = self.traffic.load(
             requests_per_s=self.front.requests_per_s(),

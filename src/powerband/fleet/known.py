@@ -10,6 +10,7 @@ from powerband.fleet.state import Policy
 from powerband.fleet.target import Running
 
 SILENCES = 3  # in a row, before a member counts as hung
+GATEWAY_READY_S = 30.0  # for a gateway to become ready: it loads no weights
 _UNWELL_S = 2.0
 
 
@@ -42,12 +43,18 @@ class Known:
         return self.ready_s is not None and now_s - max(sight.ready_s or 0.0, self.seen_s) < _UNWELL_S
 
     def is_hung(self, sight: Sight, policy: Policy, now_s: float) -> bool:
-        """Silent for long, not ready for very long, or never ready in time."""
+        """Silent for long, not ready for very long, or never ready in time.
+
+        One that does not listen yet, or no more, may be starting or ending. One that takes connections and answers none
+        of them is hung in any phase, also where this controller has never seen it well.
+        """
+        silent_s = now_s - max(sight.heard_s or 0.0, self.seen_s)
+        if sight.unanswered >= SILENCES and silent_s > policy.hung_s:
+            return True
         if self.running.stopping:
             return False
         if self.ready_s is None:
-            return now_s - self.seen_s > policy.ready_s
-        silent_s = now_s - max(sight.heard_s or 0.0, self.seen_s)
+            return now_s - self.seen_s > (GATEWAY_READY_S if self.running.role == "gateway" else policy.ready_s)
         unready_s = now_s - max(sight.ready_s or 0.0, self.seen_s)
         if sight.silences:
             return sight.silences >= SILENCES and silent_s > policy.hung_s

@@ -22,12 +22,14 @@ _METRICS_TURNS = 3  # looks until /metrics is read again
 @dataclass(slots=True)
 class Sight:
     """What is known of a member. Times on time.monotonic(). ready_s: it last said that it is; heard_s: it last said
-    anything. silences: requests in a row without an answer. says: why it is not ready. metrics: its /metrics, lately.
+    anything. silences: requests in a row without an answer; unanswered: of these in a row those for which it took a
+    connection. says: why it is not ready. metrics: its /metrics, lately.
     """
 
     ready_s: float | None = None
     heard_s: float | None = None
     silences: int = 0
+    unanswered: int = 0
     says: str = ""
     metrics: str = ""
 
@@ -75,16 +77,17 @@ class Probes:
             await self._ask(sight, member)
             if member.role == "replica" and turn % _METRICS_TURNS == 0 and sight.ready_s is not None:
                 await self._read_metrics(sight, member)
-            await asyncio.sleep(EVERY_S)
+            await asyncio.sleep(0.0 if sight.unanswered else EVERY_S)  # a time-out was pause enough
 
     async def _ask(self, sight: Sight, member: Running) -> None:
         try:
             page = await get(self._address(member), member.ready_path, timeout_s=_TIMEOUT_S)
         except (OSError, TimeoutError, ValueError) as problem:
             sight.silences += 1
+            sight.unanswered = sight.unanswered + 1 if isinstance(problem, TimeoutError) else 0
             sight.says = str(problem) or "no answer"
             return
-        sight.silences = 0
+        sight.silences = sight.unanswered = 0
         sight.heard_s = time.monotonic()
         sight.says = ""
         if page.status == 200:

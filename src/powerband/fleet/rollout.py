@@ -86,7 +86,7 @@ class _Board:
 
 def next_moves(want: Want, members: Sequence[Member]) -> Moves:
     alive = [member for member in members if member.state != "stopping"]
-    kill = [member.id for member in alive if member.hung]
+    kill = [member.id for member in members if member.hung]  # also one that was asked to end: it does not hear it
     alive = [member for member in alive if not member.hung]
     kept = _kept(want, alive)
     leaving = [member for member in alive if member.id not in kept]

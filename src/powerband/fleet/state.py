@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ from powerband.spec.deployment import EngineName
 
 Kind = TypeVar("Kind")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+CONTROLLER_SILENT_S = 8.0  # without a heartbeat, until a controller counts as hung; it beats several times a second
+_LOCK_POLL_S = 0.02
+_CHANGE_S = 20.0  # for another command to finish its change
 _DAMAGED = "Remove the service with 'powerband remove', or delete the file."
 
 Phase = Literal["starting", "ready", "degraded", "rolling", "failed", "removing", "removed"]
@@ -140,6 +144,7 @@ class GatewayStatus:
     url: str
     pid: int = 0
     started_at: float = 0.0
+    ready_at: float | None = None
     restarts: int = 0
     note: str = ""
 
@@ -261,22 +266,42 @@ class ServiceFolder:
         write_json(self.path / "desired.json", desired)
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """One command at a time."""
+    def changing(self, wait_s: float = _CHANGE_S) -> Iterator[None]:
+        """One command at a time. Raises EnvironmentFault when another one does not finish within `wait_s`."""
         self.make()
-        with lock(self.path / "desired.lock", wait=True):
+        path = self.path / "desired.lock"
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(lock(path, wait_s=wait_s))
+            except BlockingIOError:
+                raise EnvironmentFault(
+                    f"Another command has been changing {self.name} for more than {wait_s:g} s.",
+                    hint=f"It may be stopped: 'fuser {path}' shows its process.",
+                    param="name",
+                ) from None
             yield
 
-    def controller_alive(self) -> bool:
-        """Whether somebody holds the controller's lock."""
-        path = self.path / "controller.lock"
-        if not path.exists():
-            return False
+    @property
+    def controller_lock(self) -> Path:
+        return self.path / "controller.lock"
+
+    def controller_state(self) -> Literal["alive", "hung", "none"]:
+        """hung: a process holds the controller's lock, but has sent no heartbeat for CONTROLLER_SILENT_S."""
+        if not self.controller_lock.exists():
+            return "none"
         try:
-            with lock(path, wait=False):
-                return False
+            with lock(self.controller_lock):
+                return "none"
         except BlockingIOError:
-            return True
+            is_silent = abs(time.time() - self.controller_beat()) > CONTROLLER_SILENT_S
+            return "hung" if is_silent else "alive"
+
+    def controller_alive(self) -> bool:
+        return self.controller_state() == "alive"
+
+    def controller_beat(self) -> float:
+        """When the controller's last heartbeat was, on time.time()."""
+        return self.controller_lock.stat().st_mtime
 
     def next_number(self) -> int:
         """For the id of the next replica: never the same twice, whatever ends in between. Only the controller asks."""
@@ -330,11 +355,22 @@ def endpoint(name: str | None) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool) -> Iterator[int]:
-    """Hold the file's lock; the kernel lets it go when the process ends, however it does. Raises BlockingIOError."""
+def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[int]:
+    """Hold the file's lock; the kernel releases it when the process ends, however it does.
+
+    Raises BlockingIOError when it is still taken after `wait_s`: its holder may be stopped, and wait for ever.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline_s = time.monotonic() + wait_s
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline_s:
+                    raise
+                time.sleep(_LOCK_POLL_S)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -1,7 +1,8 @@
 """What is remembered about replicas that die: when to try again, and when to give a new release up.
 
-The first replacement starts at once. Where one keeps dying, the pauses double, up to half a minute; one that has lived
-for a minute ends the series.
+The first replacement starts at once. Where one keeps dying, the pauses double: up to half a minute where it dies before
+it is ready, up to a few seconds where it dies after that, since each one serves for a while. One that has lived for a
+minute ends the series.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from powerband.fleet.target import Gone
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+MAX_PAUSE_AFTER_READY_S = 2.0
 GOOD_LIFE_S = 60.0
 MOST_FAILED_STARTS = 2  # a port may be taken in between, once
 # Our engine says so by its exit code: the same command would fail again.
@@ -44,7 +46,8 @@ class Deaths:
         if ready_for_s is None:
             series.failed_starts += 1
             series.hopeless = gone.exit_code in HOPELESS_CODES
-        pause_s = 0.0 if series.deaths == 1 else min(FIRST_PAUSE_S * 2 ** (series.deaths - 2), LONGEST_PAUSE_S)
+        max_pause_s = LONGEST_PAUSE_S if ready_for_s is None else MAX_PAUSE_AFTER_READY_S
+        pause_s = 0.0 if series.deaths == 1 else min(FIRST_PAUSE_S * 2 ** min(series.deaths - 2, 16), max_pause_s)
         series.next_try_s = now_s + pause_s
 
     def became_ready(self, revision: str) -> None:

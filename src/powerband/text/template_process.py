@@ -21,6 +21,8 @@ from powerband.errors import EnvironmentFault, InvalidRequest
 # What a worker needs to find Python, the package and the local time. Nothing secret is handed on.
 _ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
 
+_ALARM_MARGIN_S = 0.5  # after a worker's own alarm
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateLimits:
@@ -129,19 +131,31 @@ class TemplateProcesses:
     def render(self, name: str, context: dict[str, Any], max_chars: int) -> tuple[str, list[int] | None]:
         """The text, and the first content that it leaves out (as template_probes.left_out has it).
 
-        Blocks for at most a little more than the time limit. Raises InvalidRequest.
+        Blocks for a little more than the time limit, at most twice where a worker was lost. Raises InvalidRequest.
+
+        A rendering that takes too long is ended by its worker's own alarm. A worker that ended earlier, or is silent
+        even after that, was killed or stopped, which says nothing of the template: another one tries once more.
         """
-        worker = self._take()
-        try:
-            answer = worker.ask({"name": name, "context": context, "max_chars": max_chars}, self._limits.seconds + 0.5)
-        except _TimedOut:
-            self._discard(worker)
-            answer = {"error": f"it took longer than {self._limits.seconds:g} s or too much memory", "kind": "limit"}
-        except BaseException:
-            self._discard(worker)
-            raise
-        else:
-            self._give_back(worker)
+        request = {"name": name, "context": context, "max_chars": max_chars}
+        for is_last in (False, True):
+            worker, began_s = self._take(), time.monotonic()
+            try:
+                answer = worker.ask(request, self._limits.seconds + _ALARM_MARGIN_S)
+            except _TimedOut:
+                self._discard(worker)
+                is_alarm = self._limits.seconds <= time.monotonic() - began_s < self._limits.seconds + _ALARM_MARGIN_S
+                answer = {
+                    "error": f"it took longer than {self._limits.seconds:g} s or too much memory",
+                    "kind": "limit",
+                }
+                if is_alarm or is_last:
+                    break
+            except BaseException:
+                self._discard(worker)
+                raise
+            else:
+                self._give_back(worker)
+                break
         if "error" in answer:
             raise InvalidRequest(
                 f"The chat template refused these messages: {answer['error'].rstrip('.')}.",

@@ -10,7 +10,7 @@ from powerband.gateway.dispatch.queue import Level
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 
-Outcome = Literal["ok", "failed", "suspected", "refused", "left"]
+Outcome = Literal["ok", "failed", "suspected", "refused", "absent", "left"]
 
 
 class Holder(Protocol):
@@ -87,7 +87,8 @@ class Lease:
 
     def close(self, outcome: Outcome, *, output_tokens: int = 0) -> None:
         """Exactly once. It is answered ("ok"); broke through the replica's fault ("failed"), or maybe through its own
-        ("suspected": `blame` may follow); was turned away by the replica with 429 or 503 ("refused"); its client left.
+        ("suspected": `blame` may follow); was turned away by the replica with 429 or 503 ("refused"); found nothing
+        there that could have run it ("absent"); its client left.
         output_tokens: that were generated."""
         if not self._is_closed:
             self._is_closed = True

@@ -126,8 +126,15 @@ class Member:
         self._bad += 1
         if not self.errors or self.errors[-1] != code:
             self.errors.append(code)
-        if not self.is_ready or self._bad < self.options.fall:
-            return False
+        return self.is_ready and self._bad >= self.options.fall and self._eject(now_s)
+
+    def found_absent(self, now_s: float, code: str) -> bool:
+        """A request found that nothing listens there, or that its engine is gone: as good as `fall` bad probes. Whether
+        that ejects it."""
+        self._bad = max(self._bad, self.options.fall - 1)
+        return self.probed_badly(now_s, code)
+
+    def _eject(self, now_s: float) -> bool:
         self.is_ready = False
         self.ejections += 1
         self._falls = 1 if now_s - self.since_s > self.options.longest_eject_s else self._falls + 1

@@ -11,6 +11,7 @@ replica, also to one that comes up only now. One event loop owns it all. Only `l
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -32,7 +33,9 @@ from powerband.gateway.snapshot import PoolSnapshot
 
 __all__ = ["DeadlineInfeasible", "Expired", "Lease", "NoReplica", "Pool", "PoolFull", "PoolOptions", "Refusal"]
 
-_NO_REPLICA_RETRY_S = 5.0
+logger = logging.getLogger(__name__)
+
+NO_REPLICA_RETRY_S = 5.0
 _WELL_S = 60.0  # that a good answer of a replica shows it to be well
 _REPLACEMENT_S = 15.0  # without any replica, one is expected for so long
 
@@ -222,13 +225,18 @@ class Pool:
                 member.answered_s = now_s
         elif outcome == "refused":
             member.refused(now_s)
+        elif outcome == "absent":
+            if member.found_absent(now_s, "absent"):
+                logger.warning("replica %s is not there: requests wait for it, or go elsewhere", member.id)
+                self._router.forget(member.id)
+                self._changed(now_s)
         elif outcome == "failed":
             member.errors.append("failed")
         # What the tenant did not get, it does not pay for.
         paid = lease.prompt_tokens + output_tokens if is_done else 0
         lane.queue.settle(lease.level, request.tenant, paid - lease.tokens)
         # Of a replica that was found dead, its probes have said so.
-        is_ok = None if outcome in ("left", "refused", "suspected") or lease.lost else outcome == "ok"
+        is_ok = None if outcome in ("left", "refused", "suspected", "absent") or lease.lost else outcome == "ok"
         member.breaker.ended(now_s, is_ok, is_trial=lease.is_trial, may_open=is_ok is False and self._may_open())
         if self.queued:
             self._dispatch(now_s)
@@ -310,9 +318,11 @@ class Pool:
     def _queue(self, request: GatewayRequest, lane: Lane, level: Level, avoid: frozenset[str], now_s: float) -> Ticket:
         """Raises what refuses it. Who was accepted before is refused only when no replica is left."""
         if self._is_hopeless(now_s):
-            raise NoReplica("No replica is ready, and none is expected.", retry_after_s=_NO_REPLICA_RETRY_S)
+            raise NoReplica("No replica is ready, and none is expected.", retry_after_s=NO_REPLICA_RETRY_S)
         if avoid:
             expires_s = now_s + self.options.longest_wait_s
+            if request.deadline_s is not None:
+                expires_s = min(expires_s, max(request.deadline_s, now_s))
         else:
             waiting = (self.queued, self.queued_tokens)
             expires_s = lane.admission.admit(request, level, lane.queue, now_s, waiting)
@@ -354,7 +364,7 @@ class Pool:
         for ticket in [ticket for lane in self._lanes for ticket in lane.queue]:
             self._leave(ticket)
             if not ticket.future.done():
-                ticket.future.set_exception(NoReplica(why, retry_after_s=_NO_REPLICA_RETRY_S))
+                ticket.future.set_exception(NoReplica(why, retry_after_s=NO_REPLICA_RETRY_S))
 
 
 def _without(avoid: Collection[str], free: list[Member], serving: list[Member]) -> list[Member]:

@@ -19,13 +19,15 @@ MAX_HEAD_BYTES = 64 << 10
 class UpstreamFailure(ConnectionError):
     """A replica did not answer, or not to the end. `code`: what to call it in records and metrics.
 
-    is_refusal: it is well, and has no room.
+    is_refusal: it is well, and has no room. is_absence: nothing listens there, or its engine is gone; the request has
+    not reached an engine.
     """
 
-    def __init__(self, code: str, message: str, *, is_refusal: bool = False) -> None:
+    def __init__(self, code: str, message: str, *, is_refusal: bool = False, is_absence: bool = False) -> None:
         super().__init__(message)
         self.code = code
         self.is_refusal = is_refusal
+        self.is_absence = is_absence
 
 
 class Exchange:

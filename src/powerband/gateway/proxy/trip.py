@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from powerband.errors import PowerbandError
-from powerband.gateway.dispatch.pool import Lease, Pool
+from powerband.gateway.dispatch.pool import NO_REPLICA_RETRY_S, Lease, NoReplica, Pool
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.events import NO_JSON
 from powerband.gateway.proxy.upstream import Upstream
@@ -24,6 +24,9 @@ from powerband.web.errors import ErrorBody, HttpError
 MAX_REFUSALS = 8
 MAX_ERROR_BYTES = 64 << 10
 _SHORTEST_PAUSE_S = 0.02
+_VERDICT_S = 2.0  # by when probes have found out that a replica is dead
+# Codes of our own replicas that take nothing now: the request has not reached an engine.
+_ABSENT = ("starting", "not_ready", "draining", "engine_unavailable")
 # The path and body that a replica is to be sent.
 Plan = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
 _BODY = msgspec.json.Decoder(ErrorBody)
@@ -56,6 +59,7 @@ class Trip:
         self._avoid: list[str] = []
         self._num_failures = 0
         self._num_refusals = 0
+        self._absent_since_s: float | None = None
         self.exchange: Exchange | None = None
         self.replicas: list[str] = []
         self.broken: list[tuple[str, str]] = []  # replica and code of tries that failed, without refusals
@@ -100,7 +104,13 @@ class Trip:
         except (*NO_JSON, UpstreamFailure):
             code, message = "", ""
         is_refusal = status == 429 or (status == 503 and code != "engine_dead")
-        raise UpstreamFailure(code or f"http_{status}", message[:500] or f"HTTP {status}.", is_refusal=is_refusal)
+        is_absence = is_refusal and code in _ABSENT
+        raise UpstreamFailure(
+            code or f"http_{status}",
+            message[:500] or f"HTTP {status}.",
+            is_refusal=is_refusal and not is_absence,
+            is_absence=is_absence,
+        )
 
     async def failed(self, problem: UpstreamFailure) -> None:
         """The replica failed with this request, or refused it. Returns when another may be tried; else raises."""
@@ -112,10 +122,15 @@ class Trip:
             lease.close("refused")
         else:
             self.broken.append((lease.replica.id, problem.code))
-            if self._verdict.failed(lease, problem.code):
+            if problem.is_absence:
+                lease.close("absent")
+            elif self._verdict.failed(lease, problem.code):
                 raise _poison(problem, are_well=self._pool.are_well(id for id, _ in self.broken))
         if lease.replica.id not in self._avoid:
             self._avoid.append(lease.replica.id)
+        if problem.is_absence:
+            self._check_absence(problem)
+            return
         if problem.is_refusal:
             self._num_refusals += 1
             if self._num_refusals > MAX_REFUSALS:
@@ -125,8 +140,24 @@ class Trip:
             return
         self._num_failures += 1
         is_enough = self._num_failures >= self._max_tries and not self.has_begun
-        if is_enough or not self._pool.may_retry(lease):
+        if is_enough or not await self._may_retry(lease):
             raise _error(problem, len(self.replicas))
+
+    def _check_absence(self, problem: UpstreamFailure) -> None:
+        """Nothing was run, so that this is no try. The pool knows now, and the request waits there for a replica, but
+        in all no longer than any request may wait."""
+        now_s = time.monotonic()
+        if self._absent_since_s is None:
+            self._absent_since_s = now_s
+        if now_s - self._absent_since_s > self._pool.options.longest_wait_s:
+            raise _error(problem, len(self.replicas))
+
+    async def _may_retry(self, lease: Lease) -> bool:
+        """Where the budget is used up, probes have the last word: the victims of a replica that has died are free."""
+        deadline_s = time.monotonic() + _VERDICT_S
+        while not (is_free := self._pool.may_retry(lease)) and time.monotonic() < deadline_s:
+            await asyncio.sleep(_SHORTEST_PAUSE_S)
+        return is_free
 
     def progress(self) -> None:
         if self._lease is not None:
@@ -182,6 +213,8 @@ def _error(problem: UpstreamFailure, tries: int) -> PowerbandError:
         error = HttpError(503, "replicas_busy", told)
         error.retry_after_s = 1.0
         return error
+    if problem.is_absence:
+        return NoReplica(told, retry_after_s=NO_REPLICA_RETRY_S)
     if problem.code == "timeout":
         return HttpError(504, "upstream_timeout", told)
     return ReplicaError(told)

@@ -179,7 +179,8 @@ class _Origin(Keeper):
         except TimeoutError:
             raise UpstreamFailure("connect", f"No connection to {self._authority} within {connect_s:g} s.") from None
         except OSError as problem:
-            raise UpstreamFailure("connect", f"No connection to {self._authority}: {problem}.") from None
+            told = f"No connection to {self._authority}: {problem}."
+            raise UpstreamFailure("connect", told, is_absence=isinstance(problem, ConnectionRefusedError)) from None
         return connection, False
 
     def free(self, connection: Connection) -> None:

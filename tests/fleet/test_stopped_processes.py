@@ -1,0 +1,100 @@
+"""Processes that are stopped (SIGSTOP) or hang hold locks, and say nothing: whoever waits for them has a bound."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from powerband.errors import EnvironmentFault
+from powerband.fleet import changing, controller_process, state
+from powerband.fleet.controller_process import ensure_controller
+from powerband.fleet.processes import Mark, identify, is_alive, session_leader_with
+from powerband.fleet.state import Desired, Front, PoolRelease, Release, ServiceFolder, Status, lock
+
+PLAN = {"version": 1, "model": "m", "workload": {}, "slo": {"ttft_s": 1.0}, "promise": {"rate": 1.0}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServiceFolder:
+    """Of a service that wants no replica, and whose gateway cannot start."""
+    monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
+    monkeypatch.setattr(state, "CONTROLLER_SILENT_S", 1.0)
+    monkeypatch.setattr(controller_process, "_HUNG_S", 0.5)
+    made = ServiceFolder.of("demo")
+    made.make()
+    pool = PoolRelease(count=0, engine="powerband", command=("true",))
+    front = Front(host="127.0.0.1", port=1, arguments=("--no-such-setting",))
+    release = Release(plan=PLAN, served_name="m", pools=(pool,))
+    made.write_desired(Desired(name="demo", generation=1, release=release, front=front))
+    return made
+
+
+def controller_of(folder: ServiceFolder) -> int:
+    found = session_leader_with(Mark(controller_process.MARK, str(folder.controller_lock)))
+    assert found is not None
+    return found.pid
+
+
+def test_a_controller_that_is_stopped_is_replaced(folder: ServiceFolder) -> None:
+    assert ensure_controller(folder)
+    stopped = identify(controller_of(folder))
+    assert stopped is not None
+    try:
+        assert not ensure_controller(folder), "it is well"
+        os.kill(stopped.pid, signal.SIGSTOP)
+        deadline_s = time.monotonic() + 10
+        while folder.controller_state() != "hung":
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        assert not folder.controller_alive()
+        assert ensure_controller(folder)
+        assert not is_alive(stopped)
+        assert controller_of(folder) != stopped.pid
+    finally:
+        os.kill(controller_of(folder), signal.SIGKILL)
+
+
+def test_a_controller_that_only_slept_is_left_alone(folder: ServiceFolder) -> None:
+    """As all processes do when the machine is suspended: its heartbeats go on before anybody has looked for long."""
+    assert ensure_controller(folder)
+    pid = controller_of(folder)
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.2)
+        assert folder.controller_state() == "hung"
+        os.kill(pid, signal.SIGCONT)
+        assert not ensure_controller(folder)
+        assert controller_of(folder) == pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_hung_controller_that_cannot_be_found_is_an_error_that_says_what_to_do(folder: ServiceFolder) -> None:
+    with lock(folder.controller_lock):
+        os.utime(folder.controller_lock, (0, 0))
+        with pytest.raises(EnvironmentFault, match="hangs, and could not be ended") as caught:
+            ensure_controller(folder)
+    assert "kill -9" in caught.value.hint
+
+
+def test_a_command_that_was_stopped_in_the_middle_of_a_change_does_not_stop_the_others(folder: ServiceFolder) -> None:
+    with (
+        lock(folder.path / "desired.lock"),
+        pytest.raises(EnvironmentFault, match="Another command has been changing demo"),
+        folder.changing(wait_s=0.1),
+    ):
+        pass
+
+
+def test_who_waits_for_a_status_that_never_changes_waits_no_longer_than_asked(
+    folder: ServiceFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServiceFolder, "controller_alive", lambda _folder: True)
+    told: list[Status] = []
+    with pytest.raises(EnvironmentFault, match="was not ready within 0 s"):
+        changing.wait_for(folder, 1, told.append, 0.3)
+    assert not told
