@@ -137,11 +137,12 @@ def test_a_bomb_ends_in_an_error_soon(name):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_is_killed_or_stopped_takes_no_request_with_it(number):
     limits = TemplateLimits(seconds=0.3)
-    workers = template_process.TemplateProcesses({"default": "{{ text }}"}, limits)
+    workers = template_process.TemplateProcesses({"default": "{{ messages[0].content }}"}, {}, limits)
     try:
         [worker] = workers._idle
         os.kill(worker._process.pid, number)
-        assert workers.render("default", {"text": "here"}, 100) == "here"
+        context = {"messages": [{"role": "user", "content": "here"}]}
+        assert workers.render("default", context, 100) == ("here", None)
     finally:
         workers.close()
 
