@@ -77,20 +77,27 @@ def test_sigstop(service: Service, answers: Answers, figures: Figures) -> None:
 def test_rolling_update(service: Service, answers: Answers, figures: Figures) -> None:
     """Rolling update"""
     before = service.pids()
+    last_seen: dict[str, tuple[str, int]] = {}  # of each replica before it was told to end: state, running requests
 
     async def disturb() -> float:
         start_s = time.monotonic()
-        await asyncio.to_thread(service.deploy, changed(max_num_seqs=12))
+        deploying = asyncio.create_task(asyncio.to_thread(service.deploy, changed(max_num_seqs=12)))
+        while not deploying.done():
+            for one in service.status.replicas:
+                if one.state != "stopping":
+                    last_seen[one.id] = one.state, one.running
+            await asyncio.sleep(0.05)
+        await deploying
         return time.monotonic() - start_s
 
     took_s, load, records = asyncio.run(_under_load(service, disturb))
     after = service.pids()
-    # Where replicas are drained before they end, no request is sent to one that is ending, and none is cut off there.
     moved = sum(len(record["replicas"]) != 1 for record in records)
     replaced = len(after.keys() - before.keys())
     figures.note(took_s=took_s, replaced=replaced, sent_to_another=moved, **_told(load, answers))
     _assert_nobody_noticed(load, answers)
     assert not moved
+    assert {last_seen[id] for id in before} == {("draining", 0)}  # each got nothing new, and had nothing left
     assert len(after) == 3
     assert not after.keys() & before.keys()
     service.deploy(changed(max_num_seqs=12))
