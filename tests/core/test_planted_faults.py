@@ -206,7 +206,8 @@ def play_with(fault: Fault, folder: Path) -> str | None:
     package.mkdir(parents=True)
     for name in ("__init__.py", "errors.py"):
         shutil.copy(PACKAGE / name, package)
-    shutil.copytree(PACKAGE / "core", package / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    for room in ("core", "spec"):
+        shutil.copytree(PACKAGE / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
     path = package / "core" / f"{fault.file}.py"
     source = path.read_text()
     assert source.count(fault.right) == 1, f"{fault.name}: {source.count(fault.right)} places to plant it"
