@@ -110,7 +110,7 @@ def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[t
             else:
                 one.tokens, one.usd = math.floor(one.tokens * second), one.usd * second
                 prompt = min(one.tokens, one.prompt)
-                one.reservation.settle(prompt, 0, one.tokens - prompt, one.usd)
+                one.reservation.settle(prompt, one.tokens - prompt, one.usd)
         assert limits.used(key)["running"] == len(oracle.running())
     for one in oracle.running():
         one.reservation.cancel()
@@ -178,7 +178,7 @@ def test_a_hundred_at_once_do_not_slip_past() -> None:
                 await asyncio.sleep(0)
             used = chance.randrange(21)
             served += 10 + used
-            reservation.settle(10, 0, used, 0.0)
+            reservation.settle(10, used, 0.0)
 
     async def crowd() -> None:
         await asyncio.gather(*(client() for _ in range(100)))
@@ -192,7 +192,7 @@ def test_a_hundred_at_once_do_not_slip_past() -> None:
 def test_more_than_estimated_delays_what_comes_later() -> None:
     clock = Clock()
     limits, key = limits_at(clock), key_with(tokens_per_min=100)
-    limits.reserve(key, request(10, 10)).settle(10, 0, 90, 0.0)
+    limits.reserve(key, request(10, 10)).settle(10, 90, 0.0)
     with pytest.raises(LimitReached, match="100 tokens a minute; 100 are taken, 1 asked") as caught:
         limits.reserve(key, request(1))
     clock.pass_s(caught.value.retry_after_s or 0)
@@ -207,7 +207,7 @@ def test_output_beyond_what_was_taken_counts_while_it_comes() -> None:
     running.produced(85)
     assert limits.used(key)["tokens_last_min"] == 95
     assert refusal(limits, key, request(10)) == "tokens_limit"
-    running.settle(10, 0, 85, 0.0)
+    running.settle(10, 85, 0.0)
     assert limits.used(key)["tokens_last_min"] == 95
 
 
@@ -215,14 +215,14 @@ def test_prompts_that_are_denser_than_estimated_are_known_after_the_first() -> N
     """Else a crowd of digits or of Chinese could take several times its limit in each minute."""
     clock = Clock()
     limits, key = limits_at(clock), key_with(tokens_per_min=1000)
-    limits.reserve(key, request(100)).settle(300, 0, 0, 0.0)
+    limits.reserve(key, request(100)).settle(300, 0, 0.0)
     running = limits.reserve(key, request(100))
     assert limits.used(key)["tokens_last_min"] == 600
-    running.settle(300, 0, 0, 0.0)
+    running.settle(300, 0, 0.0)
     clock.pass_s(61)
     limits.reserve(key, request(390)).cancel()  # as dense it would take 1170: as much as there is
     for _ in range(100):
-        limits.reserve(key, request(1)).settle(1, 0, 0, 0.0)
+        limits.reserve(key, request(1)).settle(1, 0, 0.0)
     before = limits.used(key)["tokens_last_min"]
     running = limits.reserve(key, request(100))
     assert limits.used(key)["tokens_last_min"] - before < 110
@@ -235,7 +235,7 @@ def test_what_ends_after_its_minute_changes_nothing_any_more() -> None:
     long = limits.reserve(key, request(50, 50))
     clock.pass_s(61)
     later = limits.reserve(key, request(60))
-    long.settle(50, 0, 10, 0.0)
+    long.settle(50, 10, 0.0)
     assert limits.used(key)["tokens_last_min"] == 60
     later.cancel()
 
@@ -243,8 +243,8 @@ def test_what_ends_after_its_minute_changes_nothing_any_more() -> None:
 def test_only_the_first_end_counts() -> None:
     limits, key = limits_at(Clock()), key_with(max_concurrency=1, usd=10.0)
     reservation = limits.reserve(key, request(10))
-    reservation.settle(10, 0, 5, 1.0)
-    reservation.settle(10, 0, 5, 1.0)
+    reservation.settle(10, 5, 1.0)
+    reservation.settle(10, 5, 1.0)
     reservation.cancel()
     assert limits.used(key) == {"requests_last_min": 1, "tokens_last_min": 15, "running": 0, "usd": 1.0}
 
@@ -280,7 +280,7 @@ def test_spend_begins_anew_with_the_month_and_total_spend_never() -> None:
         limits.reserve(total, request(), 1.0)
     assert caught.value.retry_after_s == math.inf
     clock.pass_s(9 * 86400)
-    limits.reserve(monthly, request(), 1.0).settle(1, 0, 1, 0.75)
+    limits.reserve(monthly, request(), 1.0).settle(1, 1, 0.75)
     assert limits.used(monthly)["usd"] == 0.75
     clock.wall -= 3600
     assert limits.used(monthly)["usd"] == 0.75

@@ -115,10 +115,14 @@ def test_who_leaves_before_the_first_token_has_used_a_prompt(gateway: RunningGat
     client = client_of(gateway, tokens_per_min=100_000)
     for stream in (True, False):
         with pytest.raises(httpx.ReadTimeout):
-            client.http.post("/v1/completions", json=client.body(stream=stream), timeout=0.3)
+            client.http.post("/v1/completions", json=client.body(stream=stream, max_tokens=9), timeout=0.3)
     used = client.settled(requests=2)
-    assert 800 <= used["tokens_last_min"] <= 1200
-    assert used["usd"] == 0.0
+    row = client.row()
+    assert 800 <= row["prompt_tokens"] <= 1200
+    assert row["output_tokens"] == 9  # of the whole answer, which may have been made; of the stream nothing came
+    assert used["tokens_last_min"] == row["prompt_tokens"] + row["output_tokens"]
+    assert used["usd"] == pytest.approx(row["prompt_tokens"] * 1e-3 + 9e-2)
+    assert row["estimated"] == 2
 
 
 @before(Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4), Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4))

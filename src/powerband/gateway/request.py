@@ -41,7 +41,8 @@ class Finished:
 
     record: times as the gateway saw them, on time.monotonic(); `scheduled_s` is the arrival, `sent_s` when a replica
     got it. seconds in the queue: queue_s. status: the HTTP status that the client got. error: its code, or ''.
-    seconds: from the arrival to the end, whatever that was. cost_usd: what the key was charged.
+    seconds: from the arrival to the end, whatever that was. cost_usd: what the key was charged. is_estimate: no replica
+    counted all of its tokens.
     """
 
     request: GatewayRequest
@@ -53,6 +54,7 @@ class Finished:
     seconds: float = 0.0
     queue_s: float = 0.0
     cost_usd: float = 0.0
+    is_estimate: bool = False
     failed: tuple[tuple[str, str], ...] = ()  # tries that broke off: replica and code; not what a replica refused
     resumed: int = 0  # times that another replica went on in the middle of the stream
     finish_reason: str = ""

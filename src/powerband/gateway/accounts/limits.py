@@ -146,10 +146,12 @@ class Reservation:
             self._account.tokens.correct(self._cells[1], surplus, self._limits.monotonic())
             self._tokens += surplus
 
-    def settle(self, prompt_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float) -> None:
-        """A replica had the request: count what it used. Cached tokens are part of the prompt, and count like it."""
-        del cached_tokens
-        if self._account is not None and self._estimate and prompt_tokens:
+    def settle(self, prompt_tokens: int, output_tokens: int, cost_usd: float, *, is_estimate: bool = False) -> None:
+        """A replica had the request: count what it used, cached tokens like others.
+
+        is_estimate: nothing is learnt from it.
+        """
+        if self._account is not None and self._estimate and prompt_tokens and not is_estimate:
             self._account.learn(prompt_tokens / self._estimate)
         self._close(max(0, prompt_tokens) + max(0, output_tokens), max(0.0, cost_usd), counts=True)
 

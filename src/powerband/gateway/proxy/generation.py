@@ -91,13 +91,17 @@ class Generation(Response):
         self._request = request
         self._key = key
         self._trip = Trip(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
-        self._story = Story(intake, served.route.name, keeps_text=books.content.on)
+        self._story = self._new_story()
         self._reservation: Reservation | None = None
         self._line: ClientLine | None = None
         self._status = 500
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
+
+    def _new_story(self) -> Story:
+        served = self._served
+        return Story(self._intake, served.route.name, served.estimates, keeps_text=self._books.content.on)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._gateway.begin()
@@ -145,15 +149,11 @@ class Generation(Response):
         chunk, story = read_chunk(body), self._story
         if not chunk.choices:
             raise UpstreamFailure("garbage", "The replica sent an answer without choices.")
-        story.usage = chunk.usage
+        story.take_whole(chunk, replica)
         story.finish_reason = chunk.choices[0].finish_reason or ""
-        _, _, story.num_tokens = story.final_usage()
         if story.num_tokens:
             story.times_s.append(time.monotonic())
             story.counts.append(story.num_tokens)
-        if self._books.content.on:
-            said = [choice.text or (choice.message and choice.message.content) or "" for choice in chunk.choices]
-            story.texts += said
         return story.renamed(body, replica)
 
     async def _first_plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
@@ -203,7 +203,7 @@ class Generation(Response):
                 plan = resumer.plan
                 trip.request = replace(self._request, deadline_s=None)
             else:
-                self._story = story = Story(self._intake, self._served.route.name, keeps_text=self._books.content.on)
+                self._story = story = self._new_story()
                 resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
 
     async def _relay_exchange(self, exchange: Exchange, send: Send) -> None:
@@ -270,15 +270,11 @@ class Generation(Response):
     def _finish(self) -> None:
         trip, story, now_s = self._trip, self._story, time.monotonic()
         trip.end()
-        used = story.final_usage() if story.num_tokens or story.usage is not None else (0, 0, 0)
-        prompt_tokens, cached_tokens, output_tokens = used
+        (prompt_tokens, cached_tokens, output_tokens), is_estimate = self._used(now_s)
         usd = cost_usd(self._served.route, prompt_tokens, output_tokens)
         if self._reservation is not None:
             if trip.replicas:
-                # Who leaves before a replica has counted its prompt has made it work all the same.
-                left = self._outcome is Outcome.ABORTED
-                counted = prompt_tokens or (self._request.prompt_tokens if left else 0)
-                self._reservation.settle(counted, cached_tokens, output_tokens, usd)
+                self._reservation.settle(prompt_tokens, output_tokens, usd, is_estimate=is_estimate)
             else:
                 self._reservation.cancel()
         request = self._request
@@ -308,8 +304,28 @@ class Generation(Response):
                 resumed=self._resumed,
                 finish_reason=story.finish_reason,
                 cost_usd=usd,
+                is_estimate=is_estimate,
             )
         )
+
+    def _used(self, now_s: float) -> tuple[tuple[int, int, int], bool]:
+        """Prompt, cached and output tokens that the request is charged, and whether any of them is an estimate.
+
+        Who leaves has made a replica work all the same. What failed is charged as far as its client has it.
+        """
+        trip, story, intake = self._trip, self._story, self._intake
+        if story.num_tokens or story.usage is not None or (trip.sent_s and self._outcome is Outcome.OK):
+            used = story.final_usage()
+            if self._outcome is Outcome.OK and not story.is_estimate and story.times_s and len(trip.replicas) == 1:
+                seconds = story.times_s[-1] - trip.sent_s
+                self._served.estimates.learn(used[2], intake.num_choices, seconds, story.text.size)
+            return used, story.is_estimate
+        if not trip.sent_s or self._error != "client_left":
+            return (0, 0, 0), False
+        output = 0
+        if not intake.is_stream:
+            output = self._served.estimates.of_whole(now_s - trip.sent_s, intake.num_answers, intake.asked.limit)
+        return (self._request.prompt_tokens, 0, output), True
 
 
 def _cancel_this_task() -> Callable[[], None]:

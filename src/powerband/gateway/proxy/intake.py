@@ -23,6 +23,8 @@ BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by w
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 # Engines that say the ids of what they stream, so that another replica can go on.
 _TELL_IDS = frozenset(("powerband", "vllm"))
+# Engines that do not, but say with each chunk how many tokens its choice has so far: who leaves early is charged by it.
+_TELL_USAGE = frozenset(("sglang", "trtllm"))
 _TRUE = Raw(b"true")
 
 
@@ -84,6 +86,11 @@ class Intake:
         return self.num_prompts * (self.asked.n or 1)
 
     @property
+    def num_answers(self) -> int:
+        """That are computed, of which the best may be all that is answered."""
+        return self.num_prompts * max(self.asked.n or 1, self.asked.best_of or 1)
+
+    @property
     def can_resume(self) -> bool:
         """Whether there is one answer, which another replica could go on with."""
         asked = self.asked
@@ -93,6 +100,11 @@ class Intake:
     def wants_usage(self) -> bool:
         options = self.asked.stream_options
         return options is not None and bool(options.include_usage)
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        options = self.asked.stream_options
+        return options is not None and bool(options.continuous_usage_stats)
 
     @property
     def prompt_salt(self) -> bytes:
@@ -110,7 +122,7 @@ class Intake:
             model=model,
             tenant=tenant,
             prompt_tokens=self.prompt_tokens,
-            output_tokens=limit * self.num_prompts * max(asked.n or 1, asked.best_of or 1),
+            output_tokens=limit * self.num_answers,
             stream=self.is_stream,
             priority=asked.priority or 0,
             arrival_s=now_s,
@@ -119,7 +131,12 @@ class Intake:
         )
 
     def tells_ids(self, replica: ReplicaAddress) -> bool:
-        return self.is_stream and self.can_resume and replica.engine in _TELL_IDS
+        """Whether its stream says the ids of all tokens: to resume after them, and to count them."""
+        return self.is_stream and self.asked.limit != 0 and replica.engine in _TELL_IDS
+
+    def tells_usage(self, replica: ReplicaAddress) -> bool:
+        """Whether each chunk of its stream says how many tokens its choice has so far."""
+        return self.is_stream and replica.engine in _TELL_USAGE
 
     def body_for(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
         """resumed: ids of the output tokens that the client has, for our own engine to go on after."""
@@ -136,7 +153,10 @@ class Intake:
         if self.is_stream:
             changed = True
             options = _FIELDS.decode(fields["stream_options"]) if self.asked.stream_options is not None else {}
-            fields["stream_options"] = _raw({**options, "include_usage": _TRUE})
+            options["include_usage"] = _TRUE
+            if self.tells_usage(replica):
+                options["continuous_usage_stats"] = _TRUE
+            fields["stream_options"] = _raw(options)
             if self.tells_ids(replica):
                 fields["return_token_ids"] = _TRUE
             if resumed:
