@@ -34,6 +34,7 @@ class Served:
     pool: Pool
     probing: asyncio.Task[None]
     estimates: Estimates = field(default_factory=Estimates)
+    context_lengths: dict[str, int | None] = field(default_factory=dict)  # by replica, of those that were asked
 
 
 class Gateway:

@@ -8,7 +8,7 @@ from typing import Literal
 from powerband.gateway.trace_context import Trace
 from powerband.metrics.record import RequestRecord
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
 ANONYMOUS = "anonymous"
 
 
@@ -16,8 +16,10 @@ ANONYMOUS = "anonymous"
 class GatewayRequest:
     """One request to generate, from its arrival to its end. Times on time.monotonic().
 
-    prompt_tokens, output_tokens: what it may take at most, estimated before any replica has seen it: from the size of
-    the prompt, and from max_tokens times n. They are what limits reserve and queues count.
+    prompt_tokens, output_tokens: what it is likely to take, estimated before any replica has seen it, for queues: from
+    the size of the prompt, from max_tokens times n, and from what answers of the model usually have.
+    max_prompt_tokens, max_output_tokens: what it can take, for limits; None: no more than that. is_open_ended: it names
+    no limit of its own, so that its output ends where the context does. answers: that are computed.
     """
 
     id: str
@@ -26,6 +28,10 @@ class GatewayRequest:
     tenant: str = ANONYMOUS  # whose share of the pool it takes: the key's id
     prompt_tokens: int = 1
     output_tokens: int = 1
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+    is_open_ended: bool = False
+    answers: int = 1
     stream: bool = False
     priority: int = 0  # lower is served first
     arrival_s: float = 0.0

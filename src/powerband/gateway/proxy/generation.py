@@ -20,13 +20,14 @@ from starlette.types import Receive, Scope, Send
 from powerband.core.loop import error_info
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.keys import Key
-from powerband.gateway.accounts.limits import Reservation, cost_usd
+from powerband.gateway.accounts.keys import Key, KeyLimits
+from powerband.gateway.accounts.limits import Reservation, price_of
 from powerband.gateway.dispatch.prefix import keys_of
 from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
+from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.events import read_chunk
-from powerband.gateway.proxy.intake import PATHS, Intake
+from powerband.gateway.proxy.intake import COMPLETION_TOKENS, PATHS, Intake
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import CannotResume, Resumer
 from powerband.gateway.proxy.story import RequestFault, Story
@@ -69,9 +70,9 @@ class GenerationRoutes:
             ANONYMOUS if key is None else key.id,
             request.headers,
             settings.default_output_tokens,
+            KeyLimits().priority if key is None else key.limits.priority,  # without a key: as one that was given none
         )
-        if key is not None:
-            told.priority = max(told.priority, key.limits.priority)
+        told.output_tokens = served.estimates.likely(told.output_tokens, told.answers)
         told.trace = self._gateway.trace(request.headers)
         told.prefix_keys = keys_of(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
         return Generation(self._gateway, self._books, served, intake, told, key)
@@ -98,6 +99,7 @@ class Generation(Response):
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
+        self._is_prompt_counted = False
 
     def _new_story(self) -> Story:
         served = self._served
@@ -109,7 +111,7 @@ class Generation(Response):
         line = self._line = line_of(scope)
         try:
             line.when_lost(_cancel_this_task())
-            self._reserve()
+            await self._reserve()
             await (self._stream(send) if self._intake.is_stream else self._whole(scope, receive, send))
         except asyncio.CancelledError:
             if self._error or not line.is_lost:
@@ -215,8 +217,14 @@ class Generation(Response):
             await relay.pass_on(self._line)
 
     def _count_tokens(self, tokens: int) -> None:
-        if tokens > self._request.output_tokens and self._reservation is not None:
-            self._reservation.produced(tokens)
+        reservation = self._reservation
+        if reservation is None:
+            return
+        if not self._is_prompt_counted and (prompt := self._story.counted_prompt):
+            self._is_prompt_counted = True
+            reservation.prompt_counted(prompt)
+        if tokens > reservation.output:
+            reservation.produced(tokens)
 
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._trip.has_begun:
@@ -246,10 +254,17 @@ class Generation(Response):
 
     # ---- the books
 
-    def _reserve(self) -> None:
-        request, self._key = self._request, self._key and self._books.keys.current(self._key)
-        most_usd = cost_usd(self._served.route, request.prompt_tokens, request.output_tokens)
-        self._reservation = self._books.limits.reserve(self._key, request, most_usd)
+    async def _reserve(self) -> None:
+        request, key = self._request, self._key and self._books.keys.current(self._key)
+        context = None
+        if key is not None and request.is_open_ended and key.limits.counts_tokens:
+            context = await context_length(self._served, self._gateway.upstream)
+            key = self._books.keys.current(key)
+        price = price_of(self._served.route)
+        self._reservation = self._books.limits.reserve(key, request, price, context=context)
+        self._intake.cap = self._reservation.cap
+        if key is not None and request.endpoint == "completions" and key.limits.counts_tokens:
+            self._intake.cap = COMPLETION_TOKENS  # an engine with another default is not to make more than was taken
 
     def _settle_status(self, status: int) -> None:
         self._status = status
@@ -271,7 +286,7 @@ class Generation(Response):
         trip, story, now_s = self._trip, self._story, time.monotonic()
         trip.end()
         (prompt_tokens, cached_tokens, output_tokens), is_estimate = self._used(now_s)
-        usd = cost_usd(self._served.route, prompt_tokens, output_tokens)
+        usd = price_of(self._served.route).of(prompt_tokens, output_tokens)
         if self._reservation is not None:
             if trip.replicas:
                 self._reservation.settle(prompt_tokens, output_tokens, usd, is_estimate=is_estimate)

@@ -17,9 +17,15 @@ from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.body import decode
 
-PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+PATHS: dict[Endpoint, str] = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
+}
 LONGEST_LABEL = 512  # that our replicas take
 BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by what the replica counts
+COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 # Engines that say the ids of what they stream, so that another replica can go on.
 _TELL_IDS = frozenset(("powerband", "vllm"))
@@ -68,7 +74,13 @@ class Intake:
         self.prompt = self._prompt()
         self._data = data
         self._fields: dict[str, Raw] = _FIELDS.decode(data)
-        self.num_prompts, self.prompt_tokens = _measure(self.prompt, endpoint)
+        self.num_prompts, self.prompt_tokens, is_exact = _measure(self.prompt, endpoint)
+        # A token has a byte at least, and the JSON around a text more bytes than its chat template has tokens.
+        size = len(data) - len(self.prompt) + _text_bytes(self.prompt)
+        self.max_prompt_tokens = self.prompt_tokens if is_exact else max(size, self.prompt_tokens)
+        if "tools" in self._fields:
+            self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
+        self.cap: int | None = None  # on the output of a request that names no limit, see `limit`
 
     def _prompt(self) -> bytes:
         name = "messages" if self.endpoint == "chat" else "prompt"
@@ -80,6 +92,11 @@ class Intake:
     @property
     def is_stream(self) -> bool:
         return bool(self.asked.stream)
+
+    @property
+    def limit(self) -> int | None:
+        """Output tokens of one choice, at most: as asked, or as its key's limits allow; None: as the context allows."""
+        return self.cap if self.asked.limit is None else self.asked.limit
 
     @property
     def num_choices(self) -> int:
@@ -112,19 +129,31 @@ class Intake:
         return b"".join(bytes(self._fields[name]) for name in ("tools", "cache_salt") if name in self._fields)
 
     def request(
-        self, id: str, model: str, tenant: str, headers: Mapping[str, str], default_output_tokens: int
+        self,
+        id: str,
+        model: str,
+        tenant: str,
+        headers: Mapping[str, str],
+        default_output_tokens: int,
+        best_priority: int = 0,
     ) -> GatewayRequest:
+        """best_priority: nothing that the client writes gets it a better one."""
         asked, now_s = self.asked, time.monotonic()
-        limit = default_output_tokens if asked.limit is None else asked.limit
+        default = default_output_tokens if self.endpoint == "chat" else COMPLETION_TOKENS
+        most = (default if asked.limit is None else asked.limit) * self.num_answers
         return GatewayRequest(
             id=id,
             endpoint=self.endpoint,
             model=model,
             tenant=tenant,
             prompt_tokens=self.prompt_tokens,
-            output_tokens=limit * self.num_answers,
+            output_tokens=most,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_output_tokens=most,
+            is_open_ended=asked.limit is None and self.endpoint == "chat",
+            answers=self.num_answers,
             stream=self.is_stream,
-            priority=asked.priority or 0,
+            priority=max(asked.priority or 0, best_priority),
             arrival_s=now_s,
             deadline_s=None if asked.deadline_s is None else now_s + asked.deadline_s,
             session=headers.get("x-session-id", "")[:256] or (asked.prompt_cache_key or "")[:256],
@@ -150,6 +179,9 @@ class Intake:
         if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # nobody takes a key's name
             changed = True
             self._separate(fields, replica, tenant)
+        if self.cap is not None and self.asked.limit is None:
+            fields["max_tokens"] = _raw(self.cap)
+            changed = True
         if self.is_stream:
             changed = True
             options = _FIELDS.decode(fields["stream_options"]) if self.asked.stream_options is not None else {}
@@ -182,10 +214,20 @@ def _raw(value: Any) -> Raw:
     return Raw(msgspec.json.encode(value))
 
 
-def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int]:
-    """Prompts, and about how many tokens they have together."""
+def _text_bytes(prompt: bytes) -> int:
+    """At most, of its texts: an escape like \\u4e00 has twice the bytes of what it stands for."""
+    if b"\\u" not in prompt:
+        return len(prompt)
+    try:
+        return len(msgspec.json.encode(msgspec.json.decode(prompt)))
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return len(prompt)
+
+
+def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int, bool]:
+    """Prompts, about how many tokens they have together, and whether that is exact."""
     if endpoint == "chat" or not prompt.startswith(b"["):
-        return 1, max(1, len(prompt) // BYTES_PER_TOKEN)
+        return 1, max(1, len(prompt) // BYTES_PER_TOKEN), False
     if b'"' in prompt:
-        return max(1, len(msgspec.json.decode(prompt, type=list[Raw]))), max(1, len(prompt) // BYTES_PER_TOKEN)
-    return max(1, prompt.count(b"[") - 1), prompt.count(b",") + 1
+        return max(1, len(msgspec.json.decode(prompt, type=list[Raw]))), max(1, len(prompt) // BYTES_PER_TOKEN), False
+    return max(1, prompt.count(b"[") - 1), prompt.count(b",") + 1, True

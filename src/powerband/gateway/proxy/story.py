@@ -266,6 +266,11 @@ class Story:
         is_counted = self._since_usage == 0 or not self.has_gap
         return not self._prompt_size() or not is_counted
 
+    @property
+    def counted_prompt(self) -> int:
+        """Its tokens, as a replica says; 0: none has said yet."""
+        return self._prompt_size()
+
     def _output_size(self) -> int:
         usage = self.usage
         if usage is None or not usage.completion_tokens:
@@ -284,7 +289,7 @@ class Story:
     def finish(self) -> bytes:
         """The event that says how the answer ended, when that is all that was lost of it."""
         self.num_finished += 1
-        self.finish_reason = "length" if len(self.token_ids) == self._intake.asked.limit else "stop"
+        self.finish_reason = "length" if len(self.token_ids) == self._intake.limit else "stop"
         said: dict[str, Any] = {"delta": {}} if self._intake.endpoint == "chat" else {"text": ""}
         return self._made([{"index": 0, **said, "logprobs": None, "finish_reason": self.finish_reason}])
 
