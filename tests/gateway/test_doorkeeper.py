@@ -34,7 +34,7 @@ def app_of(books: Books, auth: Auth) -> Edge:
         key = request.state.key
         asked = GatewayRequest(id="r", endpoint="chat", model="demo", prompt_tokens=10)
         if request.url.path == "/v1/completions":
-            books.limits.reserve(key, asked).settle(10, 0, 0, 0.0)
+            books.limits.reserve(key, asked).settle(10, 0, 0.0)
         return PlainTextResponse(key.name if key else "nobody")
 
     paths = (*PATHS, "/v1/completions")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from powerband.gateway.proxy.intake import Intake
-from powerband.gateway.request import ANONYMOUS
+from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.spec.deployment import EngineName
 
@@ -48,3 +48,39 @@ def test_a_replica_that_goes_on_is_told_what_the_client_has() -> None:
     body = json.loads(intake.body_for(replica, ANONYMOUS, [3, 1, 4]))
     assert body["resume_token_ids"] == [3, 1, 4]
     assert "echo" not in body, "the prompt was echoed by the replica before"
+
+
+def told(data: bytes, endpoint: Endpoint = "chat") -> GatewayRequest:
+    return Intake(data, endpoint).request("req_1", "demo", ANONYMOUS, {}, 256)
+
+
+@pytest.mark.parametrize("asked", [-(2**31), -1, 0, 5])
+def test_without_a_key_nobody_goes_before_those_who_have_one(asked: int) -> None:
+    assert told(json.dumps({"messages": [], "priority": asked}).encode()).priority == max(asked, 0)
+
+
+@pytest.mark.parametrize("text", ["plain words", "漢字" * 20, "🙂" * 20, "\x01" * 20, '\\u0041"' * 20])
+def test_a_prompt_has_no_more_tokens_than_bytes_however_it_is_written(text: str) -> None:
+    """A byte-level vocabulary needs a byte for each token; escapes do not make it more."""
+    sizes = []
+    for ensure_ascii in (True, False):
+        body = json.dumps({"prompt": text}, ensure_ascii=ensure_ascii).encode()
+        sizes.append(told(body, "completions").max_prompt_tokens or 0)
+        assert sizes[-1] >= len(text.encode())
+    assert abs(sizes[0] - sizes[1]) < 10 or sizes[0] < 7 * len(text)
+
+
+def test_what_names_no_limit_says_so() -> None:
+    assert told(b'{"messages":[]}').is_open_ended
+    assert not told(b'{"messages":[],"max_completion_tokens":9}').is_open_ended
+    completion = told(b'{"prompt":"a","n":2}', "completions")
+    assert (completion.is_open_ended, completion.max_output_tokens) == (False, 32)
+
+
+def test_a_cap_is_sent_where_the_client_named_none() -> None:
+    replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
+    for named, wanted in (({}, 90), ({"max_tokens": 7}, 7)):
+        intake = Intake(json.dumps({"messages": [], **named}).encode(), "chat")
+        intake.cap = 90
+        assert json.loads(intake.body_for(replica, ANONYMOUS))["max_tokens"] == wanted
+        assert intake.limit == wanted

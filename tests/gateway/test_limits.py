@@ -7,13 +7,15 @@ import math
 import random
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerband.gateway.accounts.keys import Key, KeyLimits
-from powerband.gateway.accounts.limits import LimitReached, Limits, Reservation, cost_usd
+from powerband.gateway.accounts.limits import FREE, LimitReached, Limits, Price, Reservation, price_of
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute
 from powerband.web.errors import HttpError
@@ -110,7 +112,7 @@ def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[t
             else:
                 one.tokens, one.usd = math.floor(one.tokens * second), one.usd * second
                 prompt = min(one.tokens, one.prompt)
-                one.reservation.settle(prompt, 0, one.tokens - prompt, one.usd)
+                one.reservation.settle(prompt, one.tokens - prompt, one.usd)
         assert limits.used(key)["running"] == len(oracle.running())
     for one in oracle.running():
         one.reservation.cancel()
@@ -119,7 +121,7 @@ def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[t
 def ask(oracle: Oracle, limits: Limits, clock: Clock, key: Key, prompt: int, output: int) -> None:
     tokens, usd = prompt + output, (prompt + output) / 50
     try:
-        reservation = limits.reserve(key, request(prompt, output), usd)
+        reservation = limits.reserve(key, request(prompt, output), Price(0.02, 0.02))
     except LimitReached as error:
         refused_with_reason(oracle, limits, clock, key, error, tokens, usd)
         return
@@ -146,13 +148,13 @@ def refused_with_reason(
     if error.code in ("requests_limit", "tokens_limit"):
         assert 0 < error.retry_after_s <= 61
         clock.pass_s(error.retry_after_s)
-        assert refusal(limits, key, request(tokens), usd) != error.code, "it did not fit when it was said to"
+        assert refusal(limits, key, request(tokens), Price(0.02)) != error.code, "it did not fit when it was said to"
 
 
-def refusal(limits: Limits, key: Key, asked: GatewayRequest, usd: float = 0.0) -> str:
+def refusal(limits: Limits, key: Key, asked: GatewayRequest, price: Price = FREE) -> str:
     """The code of what stands in its way, or ''."""
     try:
-        limits.reserve(key, asked, usd).cancel()
+        limits.reserve(key, asked, price).cancel()
     except LimitReached as error:
         return error.code
     return ""
@@ -178,7 +180,7 @@ def test_a_hundred_at_once_do_not_slip_past() -> None:
                 await asyncio.sleep(0)
             used = chance.randrange(21)
             served += 10 + used
-            reservation.settle(10, 0, used, 0.0)
+            reservation.settle(10, used, 0.0)
 
     async def crowd() -> None:
         await asyncio.gather(*(client() for _ in range(100)))
@@ -192,7 +194,7 @@ def test_a_hundred_at_once_do_not_slip_past() -> None:
 def test_more_than_estimated_delays_what_comes_later() -> None:
     clock = Clock()
     limits, key = limits_at(clock), key_with(tokens_per_min=100)
-    limits.reserve(key, request(10, 10)).settle(10, 0, 90, 0.0)
+    limits.reserve(key, request(10, 10)).settle(10, 90, 0.0)
     with pytest.raises(LimitReached, match="100 tokens a minute; 100 are taken, 1 asked") as caught:
         limits.reserve(key, request(1))
     clock.pass_s(caught.value.retry_after_s or 0)
@@ -207,26 +209,107 @@ def test_output_beyond_what_was_taken_counts_while_it_comes() -> None:
     running.produced(85)
     assert limits.used(key)["tokens_last_min"] == 95
     assert refusal(limits, key, request(10)) == "tokens_limit"
-    running.settle(10, 0, 85, 0.0)
+    running.settle(10, 85, 0.0)
     assert limits.used(key)["tokens_last_min"] == 95
 
 
-def test_prompts_that_are_denser_than_estimated_are_known_after_the_first() -> None:
+def text(size: int, output: int = 0, *, answers: int = 1, is_open_ended: bool = False) -> GatewayRequest:
+    """A request of so many bytes, of which nobody knows yet how many tokens they are."""
+    return GatewayRequest(
+        id="req_1",
+        endpoint="chat",
+        model="demo",
+        prompt_tokens=max(1, size // 4),
+        max_prompt_tokens=size,
+        output_tokens=output,
+        max_output_tokens=output,
+        answers=answers,
+        is_open_ended=is_open_ended,
+    )
+
+
+def test_a_text_takes_half_a_token_a_byte_until_its_key_is_known_and_then_what_it_had() -> None:
     """Else a crowd of digits or of Chinese could take several times its limit in each minute."""
-    clock = Clock()
-    limits, key = limits_at(clock), key_with(tokens_per_min=1000)
-    limits.reserve(key, request(100)).settle(300, 0, 0, 0.0)
-    running = limits.reserve(key, request(100))
-    assert limits.used(key)["tokens_last_min"] == 600
-    running.settle(300, 0, 0, 0.0)
-    clock.pass_s(61)
-    limits.reserve(key, request(390)).cancel()  # as dense it would take 1170: as much as there is
-    for _ in range(100):
-        limits.reserve(key, request(1)).settle(1, 0, 0, 0.0)
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=1000)
+    running = limits.reserve(key, text(400))
+    assert limits.used(key)["tokens_last_min"] == 200
+    running.prompt_counted(100)
+    assert limits.used(key)["tokens_last_min"] == 100
+    running.settle(100, 0, 0.0)
+    for _ in range(50):
+        limits.reserve(key, text(8)).settle(2, 0, 0.0)
     before = limits.used(key)["tokens_last_min"]
-    running = limits.reserve(key, request(100))
-    assert limits.used(key)["tokens_last_min"] - before < 110
+    limits.reserve(key, text(400)).settle(400, 0, 0.0)
+    dense = limits.used(key)["tokens_last_min"]
+    assert dense == before + 400
+    running = limits.reserve(key, text(400))
+    assert limits.used(key)["tokens_last_min"] == min(dense + 400, 1000)
     running.cancel()
+
+
+def test_a_text_that_fits_alone_is_let_in_alone() -> None:
+    """By its bytes it could have more tokens than a minute allows; it is not refused for that."""
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=1000)
+    running = limits.reserve(key, text(3000, 50))
+    assert limits.used(key)["tokens_last_min"] == 1000
+    assert refusal(limits, key, request(1)) == "tokens_limit"
+    running.prompt_counted(700)
+    limits.reserve(key, request(1)).cancel()
+    running.settle(700, 10, 0.0)
+    assert limits.used(key)["tokens_last_min"] == 710
+
+
+def test_what_names_no_limit_is_capped_by_what_is_left() -> None:
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=10_000)
+    caps = [limits.reserve(key, text(0, 256, is_open_ended=True), context=100_000) for _ in range(4)]
+    assert [one.cap for one in caps] == [2500, 1875, 1406, 1054]
+    assert limits.reserve(key, text(0, 512, answers=2, is_open_ended=True), context=100_000).cap == 395
+    assert limits.reserve(key, text(90, 256, is_open_ended=True), context=300).cap == 300 - 90
+
+
+def test_what_names_no_limit_where_there_is_none_is_not_capped() -> None:
+    limits = limits_at(Clock())
+    for key in (None, key_with(), key_with(requests_per_min=3)):
+        assert limits.reserve(key, text(10, 256, is_open_ended=True), context=1000).cap is None
+
+
+def test_a_small_limit_caps_rather_than_refuses() -> None:
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=100)
+    running = limits.reserve(key, text(40, 256, is_open_ended=True))
+    assert running.cap == 90
+    assert refusal(limits, key, text(40, 256, is_open_ended=True)) == "tokens_limit"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(
+            st.integers(1, 400), st.integers(0, 60), st.integers(1, 3), st.booleans(), st.floats(0, 1), st.floats(0, 1)
+        ),
+        max_size=60,
+    ),
+    at_once=st.integers(1, 8),
+)
+def test_what_a_key_is_charged_never_exceeds_its_budget(asked: list[Any], at_once: int) -> None:
+    """Under any interleaving, however dense prompts are and however long answers become, up to what they may be."""
+    limits, key = limits_at(Clock()), key_with(usd=300.0, usd_period="total")
+    price, running = Price(1.0, 2.0), []
+    for size, output, answers, is_open_ended, dense, made in asked:
+        if len(running) >= at_once:
+            running.pop(len(running) // 2)()
+        told = text(size, output * answers, answers=answers, is_open_ended=is_open_ended)
+        try:
+            taken = limits.reserve(key, told, price, context=500)
+        except (LimitReached, HttpError):
+            continue
+        prompt, most = math.ceil(size * dense), output if taken.cap is None else taken.cap
+        used = prompt, math.floor(most * answers * made)
+        if dense > 0.5:
+            taken.prompt_counted(prompt)
+        running.append(partial(taken.settle, *used, price.of(*used)))
+    for end in running:
+        end()
+    assert limits.used(key)["usd"] <= 300.0 + 1e-6
 
 
 def test_what_ends_after_its_minute_changes_nothing_any_more() -> None:
@@ -235,7 +318,7 @@ def test_what_ends_after_its_minute_changes_nothing_any_more() -> None:
     long = limits.reserve(key, request(50, 50))
     clock.pass_s(61)
     later = limits.reserve(key, request(60))
-    long.settle(50, 0, 10, 0.0)
+    long.settle(50, 10, 0.0)
     assert limits.used(key)["tokens_last_min"] == 60
     later.cancel()
 
@@ -243,8 +326,8 @@ def test_what_ends_after_its_minute_changes_nothing_any_more() -> None:
 def test_only_the_first_end_counts() -> None:
     limits, key = limits_at(Clock()), key_with(max_concurrency=1, usd=10.0)
     reservation = limits.reserve(key, request(10))
-    reservation.settle(10, 0, 5, 1.0)
-    reservation.settle(10, 0, 5, 1.0)
+    reservation.settle(10, 5, 1.0)
+    reservation.settle(10, 5, 1.0)
     reservation.cancel()
     assert limits.used(key) == {"requests_last_min": 1, "tokens_last_min": 15, "running": 0, "usd": 1.0}
 
@@ -258,13 +341,13 @@ def test_a_forgotten_reservation_does_not_hold_its_place(caplog: pytest.LogCaptu
 
 def test_what_can_never_fit_says_so_and_is_not_worth_another_try() -> None:
     limits, key = limits_at(Clock()), key_with(tokens_per_min=100, usd=1.0, models=("demo",))
-    for asked, usd, status, code in (
-        (request(90, 20), 0.0, 400, "tokens_limit"),
-        (request(1, 1), 1.5, 400, "spend_limit"),
-        (request(1, 1, "other"), 0.0, 403, "model_not_allowed"),
+    for asked, price, status, code in (
+        (request(90, 20), FREE, 400, "tokens_limit"),
+        (request(1, 1), Price(0.75, 0.75), 400, "spend_limit"),
+        (request(1, 1, "other"), FREE, 403, "model_not_allowed"),
     ):
         with pytest.raises(HttpError) as caught:
-            limits.reserve(key, asked, usd)
+            limits.reserve(key, asked, price)
         assert (caught.value.http_status, caught.value.code) == (status, code)
     assert limits.used(key)["requests_last_min"] == 0
 
@@ -274,13 +357,13 @@ def test_spend_begins_anew_with_the_month_and_total_spend_never() -> None:
     limits = limits_at(clock, {"key_1": (50.0, 9.5)})
     monthly, total = key_with(usd=10.0), key_with(usd=50.0, usd_period="total")
     with pytest.raises(LimitReached) as caught:
-        limits.reserve(monthly, request(), 1.0)
+        limits.reserve(monthly, request(), Price(1.0))
     assert caught.value.retry_after_s == 9 * 86400  # 22 November to 1 December
     with pytest.raises(LimitReached) as caught:
-        limits.reserve(total, request(), 1.0)
+        limits.reserve(total, request(), Price(1.0))
     assert caught.value.retry_after_s == math.inf
     clock.pass_s(9 * 86400)
-    limits.reserve(monthly, request(), 1.0).settle(1, 0, 1, 0.75)
+    limits.reserve(monthly, request(), Price(1.0)).settle(1, 1, 0.75)
     assert limits.used(monthly)["usd"] == 0.75
     clock.wall -= 3600
     assert limits.used(monthly)["usd"] == 0.75
@@ -308,4 +391,4 @@ def test_headers_say_what_is_left() -> None:
 
 def test_cost_is_prices_times_tokens() -> None:
     route = ModelRoute(name="demo", usd_per_million_input=0.5, usd_per_million_output=2.0)
-    assert cost_usd(route, 1000, 500) == pytest.approx(0.0015)
+    assert price_of(route).of(1000, 500) == pytest.approx(0.0015)

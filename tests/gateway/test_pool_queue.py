@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
 
+from powerband.gateway.dispatch.capacity import Capacity
 from powerband.gateway.dispatch.queue import FairQueue, Ticket
 
 NOBODY = cast(Any, None)  # pure: nobody waits for these
@@ -224,3 +225,12 @@ def test_an_expired_request_leaves_nothing_behind() -> None:
         assert (await pool.lease(request())).queue_s == 0
 
     virtually(test)
+
+
+def test_limits_that_nobody_comes_near_do_not_shorten_the_wait_that_is_predicted() -> None:
+    """Who names max_tokens of 2³¹ and ends after a few makes usual requests look like nothing beside it."""
+    capacity = Capacity()
+    capacity.observe(0.0, is_saturated=True, ready=1, live=4)
+    for _ in range(20):
+        capacity.ended(2**31, 10.0)
+    assert 100 * 10 / 4 / 8 <= (capacity.wait_s(100 * 300, 100) or 0.0) <= 100 * 10 / 4

@@ -115,10 +115,14 @@ def test_who_leaves_before_the_first_token_has_used_a_prompt(gateway: RunningGat
     client = client_of(gateway, tokens_per_min=100_000)
     for stream in (True, False):
         with pytest.raises(httpx.ReadTimeout):
-            client.http.post("/v1/completions", json=client.body(stream=stream), timeout=0.3)
+            client.http.post("/v1/completions", json=client.body(stream=stream, max_tokens=9), timeout=0.3)
     used = client.settled(requests=2)
-    assert 800 <= used["tokens_last_min"] <= 1200
-    assert used["usd"] == 0.0
+    row = client.row()
+    assert 800 <= row["prompt_tokens"] <= 1200
+    assert row["output_tokens"] == 9  # of the whole answer, which may have been made; of the stream nothing came
+    assert used["tokens_last_min"] == row["prompt_tokens"] + row["output_tokens"]
+    assert used["usd"] == pytest.approx(row["prompt_tokens"] * 1e-3 + 9e-2)
+    assert row["estimated"] == 2
 
 
 @before(Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4), Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4))
@@ -166,7 +170,7 @@ def test_what_never_got_to_a_replica_counts_for_nothing(gateway: RunningGateway)
 
 def test_a_crowd_through_the_gateway_is_held_to_every_limit(paced: RunningGateway) -> None:
     """100 at once: no more run than may, and no more tokens are used than may be."""
-    client = client_of(paced, tokens_per_min=6000, max_concurrency=10)
+    client = client_of(paced, tokens_per_min=12_000, max_concurrency=10)
     most, over = 0, threading.Event()
 
     def watch() -> None:
@@ -187,7 +191,7 @@ def test_a_crowd_through_the_gateway_is_held_to_every_limit(paced: RunningGatewa
     assert codes == {"concurrency_limit", "tokens_limit"}
     assert 1 <= most <= 10
     used = sum(answer.json()["usage"]["total_tokens"] for answer in served)
-    assert client.settled(requests=len(served))["tokens_last_min"] == used <= 6000
+    assert client.settled(requests=len(served))["tokens_last_min"] == used <= 12_000
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
 
 
@@ -204,3 +208,32 @@ def test_books_survive_a_gateway_that_is_killed(gateway: RunningGateway, tmp_pat
         headers = client.http.headers
         until(lambda: set(again.replica_states().values()) == {"ready"})
         assert again.http.post("/v1/completions", json=client.body(), headers=headers).status_code == 200
+
+
+@before(Script())
+def test_tokens_that_are_looked_up_count_against_the_limits_and_are_in_the_books(gateway: RunningGateway) -> None:
+    """A replica reads them as it does a prompt's; nothing is made that has a price."""
+    client = client_of(gateway, requests_per_min=3, tokens_per_min=1000)
+    statuses = [client.http.post("/detokenize", json={"tokens": list(range(100))}).status_code for _ in range(9)]
+    assert statuses == [200] * 3 + [429] * 6
+    used = client.used()
+    assert (used["requests_last_min"], used["tokens_last_min"], used["usd"]) == (3, 300, 0.0)
+    until(lambda: client.row().get("requests") == 9)
+    assert (client.row()["refused"], client.row()["prompt_tokens"], client.row()["cost_usd"]) == (6, 300, 0.0)
+    other = client_of(gateway, tokens_per_min=90)
+    assert other.http.post("/tokenize", json={"prompt": "word " * 100}).status_code == 400
+    assert client_of(gateway, usd=0.0).http.post("/detokenize", json={"tokens": [1]}).status_code == 429
+
+
+@before(Script(max_model_len=1 << 16))
+def test_what_names_no_limit_makes_no_more_than_is_left(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=3000)
+
+    def chat(_number: int) -> httpx.Response:
+        return client.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a" * 40}]})
+
+    with ThreadPoolExecutor(20) as crowd:
+        answers = list(crowd.map(chat, range(20)))
+    served = [answer.json()["usage"]["total_tokens"] for answer in answers if answer.status_code == 200]
+    assert served
+    assert client.settled(requests=len(served))["tokens_last_min"] == sum(served) <= 3000

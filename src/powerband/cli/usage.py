@@ -17,7 +17,7 @@ from powerband.errors import EnvironmentFault, UsageError
 
 _PAGE = 1000
 _COLUMNS = ("requests", "errors", "refused", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
-_LATER_COLUMNS = ("ttft_p50_s", "ttft_p95_s", "score", "scored")
+_LATER_COLUMNS = ("estimated", "ttft_p50_s", "ttft_p95_s", "score", "scored")
 
 
 def usage(

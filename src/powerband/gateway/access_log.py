@@ -34,6 +34,7 @@ def log_request(finished: Finished) -> None:
         "tpot_s": _rounded(record.tpot_s if saw_first_token(finished) else None),
         "seconds": _rounded(finished.seconds),
         "cost_usd": finished.cost_usd,
+        "is_estimate": finished.is_estimate,
     }
     if request.trace is not None:
         told["trace_id"] = request.trace.trace_id

@@ -15,20 +15,21 @@ from powerband.gateway.gateway import Gateway
 from powerband.gateway.metrics import GatewayMetrics
 from powerband.gateway.pages import PageRoutes
 from powerband.gateway.proxy.generation import GenerationRoutes
+from powerband.gateway.proxy.tokens import TokenRoutes
 from powerband.gateway.scraping import make_routes as scraping_routes
 from powerband.web.edge import Edge
 
 
 def make_app(gateway: Gateway, books: Books, metrics: GatewayMetrics) -> ASGIApp:
     generation, admin = GenerationRoutes(gateway, books), AdminRoutes(gateway, books)
-    pages = PageRoutes(gateway, books, metrics)
+    pages, tokens = PageRoutes(gateway, books, metrics), TokenRoutes(gateway, books)
     routes = [
         Route("/v1/chat/completions", generation.chat, methods=["POST"]),
         Route("/v1/completions", generation.completions, methods=["POST"]),
         Route("/v1/models", pages.models, methods=["GET"]),
         Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
-        Route("/tokenize", pages.tokenize, methods=["POST"]),
-        Route("/detokenize", pages.detokenize, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/version", pages.version, methods=["GET"]),
         Route("/livez", pages.live, methods=["GET"]),
         Route("/readyz", pages.ready, methods=["GET"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -13,6 +13,7 @@ import msgspec
 from powerband.errors import PowerbandError, UsageError
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.proxy.estimates import Estimates
 from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.recent import Recent
 from powerband.gateway.request import Finished
@@ -27,11 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Served:
-    """A model, its pool, and the task that looks after its replicas."""
+    """A model, its pool, the task that looks after its replicas, and what its answers teach about their sizes."""
 
     route: ModelRoute
     pool: Pool
     probing: asyncio.Task[None]
+    estimates: Estimates = field(default_factory=Estimates)
+    context_lengths: dict[str, int | None] = field(default_factory=dict)  # by replica, of those that were asked
 
 
 class Gateway:

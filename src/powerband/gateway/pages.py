@@ -1,4 +1,4 @@
-"""What a gateway answers without generating: its models, probes, figures; and tokens, which a replica knows."""
+"""What a gateway answers without generating: its models, probes, figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,15 +13,7 @@ from starlette.responses import Response
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.metrics import GatewayMetrics, Moment
-from powerband.gateway.proxy.intake import named
-from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError, json_response
-
-_ASK_S = 30.0
-
-
-class _Named(msgspec.Struct):
-    model: str | None = None
 
 
 class PageRoutes:
@@ -64,31 +55,6 @@ class PageRoutes:
             ledger_failing_s=figures.failing_s,
         )
         return Response(self._metrics.render(moment), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    async def tokenize(self, request: Request) -> Response:
-        """Token ids of a text, as a replica of the model says."""
-        return await self._ask_replica(request, "/tokenize")
-
-    async def detokenize(self, request: Request) -> Response:
-        """The text of token ids, as a replica of the model says."""
-        return await self._ask_replica(request, "/detokenize")
-
-    async def _ask_replica(self, request: Request, path: str) -> Response:
-        """Of any replica that is ready; the next one when it does not answer."""
-        data = await read_body(request, self._gateway.settings.max_body_bytes)
-        name = decode(data, _Named).model
-        served = self._gateway.served(name)
-        states = {one.id: one.state for one in served.pool.snapshot().replicas}
-        replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
-        for replica in replicas:
-            body = data if name == replica.model else named(data, replica.model)
-            try:
-                status, answer = await self._gateway.upstream.ask(replica, "POST", path, body, _ASK_S)
-            except OSError:
-                continue
-            if status < 500:
-                return Response(answer, status, media_type="application/json")
-        raise HttpError(503, "no_replica", "No replica of the model answers.")
 
     def _card(self, name: str) -> dict[str, Any]:
         served = self._gateway.served(name)

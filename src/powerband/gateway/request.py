@@ -8,7 +8,7 @@ from typing import Literal
 from powerband.gateway.trace_context import Trace
 from powerband.metrics.record import RequestRecord
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
 ANONYMOUS = "anonymous"
 
 
@@ -16,8 +16,10 @@ ANONYMOUS = "anonymous"
 class GatewayRequest:
     """One request to generate, from its arrival to its end. Times on time.monotonic().
 
-    prompt_tokens, output_tokens: what it may take at most, estimated before any replica has seen it: from the size of
-    the prompt, and from max_tokens times n. They are what limits reserve and queues count.
+    prompt_tokens, output_tokens: what it is likely to take, estimated before any replica has seen it, for queues: from
+    the size of the prompt, from max_tokens times n, and from what answers of the model usually have.
+    max_prompt_tokens, max_output_tokens: what it can take, for limits; None: no more than that. is_open_ended: it names
+    no limit of its own, so that its output ends where the context does. answers: that are computed.
     """
 
     id: str
@@ -26,6 +28,10 @@ class GatewayRequest:
     tenant: str = ANONYMOUS  # whose share of the pool it takes: the key's id
     prompt_tokens: int = 1
     output_tokens: int = 1
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+    is_open_ended: bool = False
+    answers: int = 1
     stream: bool = False
     priority: int = 0  # lower is served first
     arrival_s: float = 0.0
@@ -41,7 +47,8 @@ class Finished:
 
     record: times as the gateway saw them, on time.monotonic(); `scheduled_s` is the arrival, `sent_s` when a replica
     got it. seconds in the queue: queue_s. status: the HTTP status that the client got. error: its code, or ''.
-    seconds: from the arrival to the end, whatever that was. cost_usd: what the key was charged.
+    seconds: from the arrival to the end, whatever that was. cost_usd: what the key was charged. is_estimate: no replica
+    counted all of its tokens.
     """
 
     request: GatewayRequest
@@ -53,6 +60,7 @@ class Finished:
     seconds: float = 0.0
     queue_s: float = 0.0
     cost_usd: float = 0.0
+    is_estimate: bool = False
     failed: tuple[tuple[str, str], ...] = ()  # tries that broke off: replica and code; not what a replica refused
     resumed: int = 0  # times that another replica went on in the middle of the stream
     finish_reason: str = ""

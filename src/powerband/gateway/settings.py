@@ -37,7 +37,10 @@ class GatewaySettings:
     )
     max_body_bytes: int = setting(4 << 20, "Largest request body", group="Gateway", minimum=1024, maximum=256 << 20)
     default_output_tokens: int = setting(
-        256, "Output tokens counted on for a request that names no limit", group="Gateway", minimum=1
+        256,
+        "Output tokens counted on for a chat that names no limit; the least that a key's limits leave it",
+        group="Gateway",
+        minimum=1,
     )
     routing: Literal["prefix", "least-outstanding", "session", "weighted"] = setting(
         "prefix",

@@ -60,7 +60,7 @@ class Doorkeeper:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = self._admit(scope)
         scope.setdefault("state", {})["key"] = key
-        if key is None or not scope["path"].startswith("/v1/") or not _rates(key):
+        if key is None or not _is_counted(scope["path"]) or not _rates(key):
             await self._app(scope, receive, send)
             return
         known = key
@@ -107,6 +107,11 @@ def needed_scope(path: str) -> KeyScope | None:
     if path in INFER or path.startswith(INFER_BELOW):
         return "infer"
     return "admin"
+
+
+def _is_counted(path: str) -> bool:
+    """Whether requests there count against limits, or are told of them."""
+    return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
 def _is_ours(value: bytes) -> bool:

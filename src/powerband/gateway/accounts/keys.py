@@ -48,6 +48,11 @@ class KeyLimits:
     priority: int = 0
     models: tuple[str, ...] = ()
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters how many tokens a request can have."""
+        return self.tokens_per_min is not None or self.usd is not None
+
     def __post_init__(self) -> None:
         for name in ("requests_per_min", "tokens_per_min", "max_concurrency"):
             value = getattr(self, name)

@@ -29,8 +29,8 @@ _DELETE = "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE ended_at < 
 _INSERT = """
 INSERT INTO usage (
     request_id, ended_at, key_id, model, endpoint, prompt_tokens, cached_tokens, output_tokens, queue_s, ttft_s, e2e_s,
-    status, outcome, error, replica, cost_usd, requests
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING
+    status, outcome, error, replica, cost_usd, requests, estimated
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING
 """
 
 
@@ -53,6 +53,7 @@ class _Sum(NamedTuple):
     cached_tokens: int
     output_tokens: int
     cost_usd: float
+    estimated: int
 
     def plus(self, other: _Sum) -> _Sum:
         return _Sum(max(self[0], other[0]), *map(add, self[1:], other[1:]))
@@ -89,6 +90,7 @@ class Ledger:
             finished.replicas[-1] if finished.replicas else "",
             finished.cost_usd,
             1,
+            int(finished.is_estimate),
         )
         if not finished.replicas:
             self._keep_sums(row)
@@ -104,9 +106,26 @@ class Ledger:
         return self._recent.get(request_id)
 
     def _keep_sums(self, row: Row) -> None:
-        _, ended_at, key_id, model, endpoint, prompt, cached, output, *_, status, outcome, error, _, usd, count = row
+        (
+            _,
+            ended_at,
+            key_id,
+            model,
+            endpoint,
+            prompt,
+            cached,
+            output,
+            *_,
+            status,
+            outcome,
+            error,
+            _,
+            usd,
+            count,
+            estimated,
+        ) = row
         group = _Group(int(ended_at // 3600), key_id, model, endpoint, status, outcome, error)
-        self._add(group, _Sum(ended_at, count, prompt, cached, output, usd))
+        self._add(group, _Sum(ended_at, count, prompt, cached, output, usd, estimated))
 
     def _add(self, group: _Group, amounts: _Sum) -> None:
         with self._lock:
@@ -138,7 +157,7 @@ def _as_row(group: _Group, amounts: _Sum) -> Row:
     tokens = amounts.prompt_tokens, amounts.cached_tokens, amounts.output_tokens
     ends = group.status, group.outcome, group.error, ""
     known = id, amounts.ended_at, group.key_id, group.model, group.endpoint
-    return (*known, *tokens, 0.0, None, None, *ends, amounts.cost_usd, amounts.requests)
+    return (*known, *tokens, 0.0, None, None, *ends, amounts.cost_usd, amounts.requests, amounts.estimated)
 
 
 def spent(connection: sqlite3.Connection, now: float) -> dict[str, tuple[float, float]]:

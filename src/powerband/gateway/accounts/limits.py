@@ -1,11 +1,19 @@
 """What keys may use: counted before a request is sent on, corrected when it is over, so that no crowd slips past.
 
 A limit per minute holds for every 60 seconds that one can choose, not only for calendar minutes: requests and tokens
-count at the moment at which they were let in. Before dispatch a request takes the most that it may use (prompt as
-estimated, and all the output that it may make); when it is over it gives back what it did not use. Where more is used
-than was taken (a prompt denser than estimated, a request that names no max_tokens), the surplus counts as soon as it is
-seen, and later requests wait for it; how dense a key's prompts are is learnt from those before. A restart begins with
-empty minutes, and with what was spent. Everything runs on the event loop: check and taking are one step.
+count at the moment at which they were let in. Before dispatch a request takes the most that it can use, and gives back
+what it did not use: of the prompt as soon as a replica has counted it, the rest when it is over.
+
+    prompt   of a budget in USD: a token for each byte of the body, which is a bound (but for what a chat template or a
+             picture adds to a short body: by so much a budget can be exceeded). Of tokens a minute: as many as the
+             key's prompts before had for each byte, and half as many before the first; one that alone may exceed the
+             limit takes all of it.
+    output   all that it may make: max_tokens times n. Where it names no limit, the context's length or a quarter of
+             what is left, whichever is less, but not less than the setting default_output_tokens; and the replica is
+             sent that as max_tokens.
+
+More than was taken, if it ever comes, counts as soon as it is seen, and later requests wait for it. A restart begins
+with empty minutes, and with what was spent. Everything runs on the event loop: check and taking are one step.
 """
 
 from __future__ import annotations
@@ -14,7 +22,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from powerband.errors import PowerbandError
@@ -28,6 +37,23 @@ logger = logging.getLogger(__name__)
 WINDOW_S = 60
 _SOON_S = 1.0  # for what ends at a time that nobody knows
 _NOTHING_USD = 1e-9  # sums of floats
+_SHARE = 4  # a request that names no limit takes this part of what is left, so that others find some, too
+_FIRST_DENSITY = 0.5  # tokens a byte: twice that of English; of Chinese it is a third
+_LEARNING = 5  # how slowly a key's prompts are believed to be less dense than they were
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """USD of a token. Cached ones cost what other prompt tokens do."""
+
+    input: float = 0.0
+    output: float = 0.0
+
+    def of(self, prompt_tokens: int, output_tokens: int) -> float:
+        return prompt_tokens * self.input + output_tokens * self.output
+
+
+FREE = Price()
 
 
 class LimitReached(PowerbandError):
@@ -93,16 +119,16 @@ class _Account:
         self.requests = Minute()
         self.tokens = Minute()
         self.running = 0
-        self.density = 1.0  # tokens of its prompts for each that was estimated, not below 1
+        self.density = _FIRST_DENSITY  # tokens of its prompts for each that they could have had
         self.reserved_usd = 0.0
         self.total_usd = 0.0
         self.month_usd = 0.0
         self.month = ""
 
     def learn(self, density: float) -> None:
-        """Up at once, and down by a twentieth of the difference."""
-        density = max(1.0, density)
-        self.density = density if density > self.density else self.density + (density - self.density) / 20
+        """Up at once, down in steps."""
+        step = 1 if density > self.density else _LEARNING
+        self.density += (density - self.density) / step
 
     def spent(self, limits: KeyLimits, month: str) -> float:
         if self.month < month:  # a clock that is set back does not give back what was spent
@@ -111,9 +137,24 @@ class _Account:
 
 
 class Reservation:
-    """What a request has taken. `settle` or `cancel` ends it: the first call counts, further ones do nothing."""
+    """What a request has taken. `settle` or `cancel` ends it: the first call counts, further ones do nothing.
 
-    __slots__ = ("_account", "_cells", "_estimate", "_limits", "_open", "_prompt", "_tokens", "_usd")
+    output: tokens of all answers that were taken. cap: on each answer, for the replica to be told; None: none.
+    """
+
+    __slots__ = (
+        "_account",
+        "_cells",
+        "_learns",
+        "_limits",
+        "_max_prompt",
+        "_open",
+        "_price",
+        "_prompt",
+        "_usd",
+        "cap",
+        "output",
+    )
 
     def __init__(
         self,
@@ -121,37 +162,60 @@ class Reservation:
         account: _Account | None,
         prompt: int = 0,
         output: int = 0,
-        usd: float = 0.0,
-        estimate: int = 0,
+        *,
+        max_prompt: int = 0,
+        price: Price = FREE,
+        cap: int | None = None,
+        learns: bool = False,
     ) -> None:
-        """prompt, output: tokens to take. estimate: of the prompt."""
-        tokens = prompt + output
+        """prompt, output: tokens to take. max_prompt: tokens that the prompt can have, which are taken of a budget.
+
+        learns: what the prompt has in the end says how dense the key's prompts are.
+        """
+        self._learns = learns
         self._limits = limits
         self._account = account
         self._prompt = prompt
-        self._estimate = estimate
-        self._tokens = tokens
-        self._usd = usd
+        self._max_prompt = max_prompt
+        self._price = price
+        self._usd = price.of(max_prompt, output)
         self._open = account is not None
+        self.output = output
+        self.cap = cap
         if account is not None:
             now_s = limits.monotonic()
-            self._cells = account.requests.add(1, now_s), account.tokens.add(tokens, now_s)
+            self._cells = account.requests.add(1, now_s), account.tokens.add(prompt + output, now_s)
             account.running += 1
-            account.reserved_usd += usd
+            account.reserved_usd += self._usd
+
+    def prompt_counted(self, tokens: int) -> None:
+        """By a replica, before the end: what was taken beyond that is free again."""
+        if self._open and self._account is not None:
+            self._take(tokens - self._prompt)
+            self._prompt = tokens
+            change_usd = self._price.of(tokens, self.output) - self._usd
+            self._account.reserved_usd += change_usd
+            self._usd += change_usd
 
     def produced(self, output_tokens: int) -> None:
         """So many so far: what is more than was taken counts at once."""
-        surplus = self._prompt + output_tokens - self._tokens
-        if surplus > 0 and self._open and self._account is not None:
-            self._account.tokens.correct(self._cells[1], surplus, self._limits.monotonic())
-            self._tokens += surplus
+        surplus = output_tokens - self.output
+        if surplus > 0 and self._open:
+            self._take(surplus)
+            self.output = output_tokens
 
-    def settle(self, prompt_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float) -> None:
-        """A replica had the request: count what it used. Cached tokens are part of the prompt, and count like it."""
-        del cached_tokens
-        if self._account is not None and self._estimate and prompt_tokens:
-            self._account.learn(prompt_tokens / self._estimate)
+    def settle(self, prompt_tokens: int, output_tokens: int, cost_usd: float, *, is_estimate: bool = False) -> None:
+        """A replica had the request: count what it used, cached tokens like others.
+
+        is_estimate: nothing is learnt from it.
+        """
+        if self._account is not None and self._learns and prompt_tokens and not is_estimate:
+            self._account.learn(prompt_tokens / self._max_prompt)
         self._close(max(0, prompt_tokens) + max(0, output_tokens), max(0.0, cost_usd), counts=True)
+
+    def _take(self, tokens: int) -> None:
+        if self._account is not None:
+            self._account.tokens.correct(self._cells[1], tokens, self._limits.monotonic())
 
     def cancel(self) -> None:
         """No replica had the request: it counts for nothing."""
@@ -165,7 +229,7 @@ class Reservation:
         now_s = self._limits.monotonic()
         if not counts:
             account.requests.correct(self._cells[0], -1, now_s)
-        account.tokens.correct(self._cells[1], tokens - self._tokens, now_s)
+        account.tokens.correct(self._cells[1], tokens - self._prompt - self.output, now_s)
         account.running -= 1
         account.reserved_usd = account.reserved_usd - self._usd if account.running else 0.0
         self._limits.spend(account, usd)
@@ -173,7 +237,7 @@ class Reservation:
     def __del__(self) -> None:
         if self._open:  # a defect; without this a key would lose a place for good
             logger.error("A reservation was neither settled nor cancelled.")
-            self._close(self._tokens, self._usd, counts=True)
+            self._close(self._prompt + self.output, self._usd, counts=True)
 
 
 class Limits:
@@ -192,23 +256,71 @@ class Limits:
             account = self._account(id)
             account.total_usd, account.month_usd, account.month = total_usd, month_usd, month_of(wall())
 
-    def reserve(self, key: Key | None, request: GatewayRequest, most_usd: float = 0.0) -> Reservation:
-        """Take what the request may use at most. Raises LimitReached, or HttpError for what can never be.
+    def reserve(
+        self, key: Key | None, request: GatewayRequest, price: Price = FREE, *, context: int | None = None
+    ) -> Reservation:
+        """Take what the request can use at most. Raises LimitReached, or HttpError for what can never be.
 
-        most_usd: what it may cost at most, see `cost_usd`.
+        context: tokens of prompt and output that a replica takes; None: not known.
         """
         if key is None:
             return Reservation(self, None)
         limits, account = key.limits, self._account(key.id)
-        prompt, output = request.prompt_tokens, request.output_tokens
         if limits.models and request.model not in limits.models:
             raise HttpError(403, "model_not_allowed", "This API key may not use this model.", param="model")
-        self._check_possible(limits, prompt + output, most_usd)
+        max_prompt = request.prompt_tokens if request.max_prompt_tokens is None else request.max_prompt_tokens
+        is_exact = max_prompt == request.prompt_tokens
+        likely_prompt = max_prompt if is_exact else math.ceil(max_prompt * account.density)
+        cap = self._cap(limits, account, request, (likely_prompt, max_prompt), price, context)
+        most = request.output_tokens if request.max_output_tokens is None else request.max_output_tokens
+        output = most if cap is None else cap * request.answers
+        most_usd = price.of(max_prompt, output)
+        self._check_possible(limits, request.prompt_tokens + output, most_usd)
+        prompt = likely_prompt
         if limits.tokens_per_min is not None:
-            prompt = min(math.ceil(prompt * account.density), limits.tokens_per_min - output)
+            prompt = min(prompt, limits.tokens_per_min - output)
         self._check_rates(limits, account, prompt + output)
         self._check_spend(limits, account, most_usd)
-        return Reservation(self, account, prompt, output, most_usd, request.prompt_tokens)
+        return Reservation(
+            self, account, prompt, output, max_prompt=max_prompt, price=price, cap=cap, learns=not is_exact
+        )
+
+    def _cap(
+        self,
+        limits: KeyLimits,
+        account: _Account,
+        request: GatewayRequest,
+        prompt: tuple[int, int],
+        price: Price,
+        context: int | None,
+    ) -> int | None:
+        """Output tokens of each answer of a request that names no limit, so that it cannot use more than it took.
+
+        prompt: tokens that it is likely to have, and can have.
+        """
+        if not request.is_open_ended or not limits.counts_tokens:
+            return None
+        counted_on = request.max_output_tokens or request.output_tokens
+        most = float(counted_on if context is None else context * request.answers)
+        for allowed, left in self._room(limits, account, request, prompt, price):
+            most = min(most, max(min(counted_on, allowed), left / _SHARE))
+        each = max(1, math.floor(most / request.answers))
+        if context is None:
+            return each
+        # Engines refuse what cannot fit with the prompt: nobody knows its size yet, but three bytes a token are few.
+        return max(1, min(each, context - min(prompt[1], prompt[1] // 3 + 64)))
+
+    def _room(
+        self, limits: KeyLimits, account: _Account, request: GatewayRequest, prompt: tuple[int, int], price: Price
+    ) -> Iterator[tuple[float, float]]:
+        """Output tokens that each limit allows, beside the prompt, if nothing else were used; and now."""
+        if limits.tokens_per_min is not None:
+            left = limits.tokens_per_min - account.tokens.total(self.monotonic()) - prompt[0]
+            yield limits.tokens_per_min - request.prompt_tokens, left
+        if limits.usd is not None and price.output:
+            allowed_usd = limits.usd - prompt[1] * price.input
+            used_usd = account.spent(limits, month_of(self._wall())) + account.reserved_usd
+            yield allowed_usd / price.output, (allowed_usd - used_usd) / price.output
 
     def headers(self, key: Key) -> dict[str, str]:
         """x-ratelimit-… as OpenAI's: what the key may use, what is left of it, and when all of it is there again."""
@@ -254,7 +366,7 @@ class Limits:
                 400,
                 "spend_limit",
                 f"The request may cost {most_usd:.4f} USD, and the API key may spend {limits.usd:g}: it can never fit.",
-                hint="Ask for fewer tokens with max_tokens.",
+                hint="Ask for fewer tokens with max_tokens, or shorten the prompt.",
                 param="max_tokens",
             )
 
@@ -299,9 +411,8 @@ class Limits:
 _MONTHLY = KeyLimits(usd_period="month")
 
 
-def cost_usd(route: ModelRoute, prompt_tokens: int, output_tokens: int) -> float:
-    """What tokens cost by the prices of their model. Cached tokens cost what other prompt tokens do."""
-    return (prompt_tokens * route.usd_per_million_input + output_tokens * route.usd_per_million_output) / 1e6
+def price_of(route: ModelRoute) -> Price:
+    return Price(route.usd_per_million_input / 1e6, route.usd_per_million_output / 1e6)
 
 
 def month_of(at: float) -> str:

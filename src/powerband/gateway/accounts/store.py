@@ -305,10 +305,9 @@ def _open(path: Path) -> sqlite3.Connection:
     if version > VERSION:
         connection.close()
         raise sqlite3.DatabaseError(f"it has version {version}, made by a newer Powerband")
-    for older in range(version or VERSION, VERSION):
-        connection.executescript(CHANGES[older])
     if version != VERSION:  # else nothing is written, so that a full disk is no reason not to start
-        connection.executescript(SCHEMA)
+        changes = [CHANGES[older] for older in range(version or VERSION, VERSION)]
+        connection.executescript("".join(("BEGIN IMMEDIATE;", *changes, SCHEMA, "COMMIT;")))
     return connection
 
 

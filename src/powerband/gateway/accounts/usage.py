@@ -18,7 +18,7 @@ from powerband.errors import InvalidRequest
 _DAY_S = 86400
 _WHOLE_DAYS_BEYOND_S = 7 * _DAY_S
 _SQL_OF = {"key": "key_id", "model": "model", "day": "day"}
-_SUMS = ("requests", "errors", "refused", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
+_SUMS = ("requests", "errors", "refused", "estimated", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
 _ROWS = "(SELECT *, date(ended_at, 'unixepoch') AS day FROM usage WHERE ended_at >= :since)"
 
 
@@ -27,6 +27,7 @@ class UsageRow:
     """A group of requests; what it is not grouped by is ''. TTFT as clients had it, queue included.
 
     errors: failed or timed out. refused: by a limit, a full pool, or as nonsense. Who left is neither.
+    estimated: requests with tokens that no replica counted, such as those of clients that left; see docs/operating.md.
     score: mean of the feedback, -1 (bad) to 1 (good), over `scored` requests.
     """
 
@@ -36,6 +37,7 @@ class UsageRow:
     requests: int = 0
     errors: int = 0
     refused: int = 0
+    estimated: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -71,14 +73,14 @@ def report(connection: sqlite3.Connection, by: Sequence[str], since: float, now:
 
 
 def _sums(connection: sqlite3.Connection, group: str, times: dict[str, object]) -> list[tuple[Any, ...]]:
-    tokens = ", ".join(_SUMS[3:])
+    tokens = ", ".join(_SUMS[4:])
     sums = ", ".join(f"sum({name})" for name in _SUMS)
     sql = (
         f"SELECT {group}, {sums} FROM ("  # noqa: S608 (constants)
-        f"SELECT key_id, model, day, requests, errors, refused, {tokens} FROM daily "
+        f"SELECT key_id, model, day, requests, errors, refused, estimated, {tokens} FROM daily "
         "WHERE day > :day OR (:whole AND day = :day) "
         "UNION ALL SELECT key_id, model, day, requests, requests * (outcome IN ('error', 'timed_out')), "
-        f"requests * (outcome = 'refused'), {tokens} FROM {_ROWS} "
+        f"requests * (outcome = 'refused'), estimated, {tokens} FROM {_ROWS} "
         f"WHERE NOT :whole AND day = :day) GROUP BY {group}"
     )
     return [row for row in connection.execute(sql, times) if row[-len(_SUMS)]]

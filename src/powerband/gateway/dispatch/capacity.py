@@ -4,7 +4,9 @@ measured, while requests wait      ended / second                     when as lo
 from what a request takes          in flight / seconds of one         Little's law; once a few have ended
 the plan's                         its requests / second              before that
 
-A request weighs what it may take at most, as it did when it queued: what ends and what is ahead are counted alike.
+A request weighs what it may take at most, as it did when it queued: what ends and what is ahead are counted alike. But
+what a request may take is what its client writes, so that what is ahead weighs an eighth of as many usual requests at
+least, and eight times as many at most.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 
 _MEMORY_S = 15.0  # of saturated time: what is older counts less and less
 _FEWEST = 8  # requests that must have ended before a measurement is believed
+_MOST_TIMES = 8  # that what is ahead may weigh more, or less, than as many usual requests
 _WEIGHT = 0.05  # of the newest in a moving mean
 LONGEST_RETRY_S = 60.0
 UNKNOWN_RETRY_S = 1.0
@@ -69,7 +72,8 @@ class Capacity:
         rate = self.requests_per_s
         if rate is None:
             return None
-        return (tokens / self._tokens if self._num_ended >= _FEWEST and self._tokens else requests) / rate
+        weight = tokens / self._tokens if self._num_ended >= _FEWEST and self._tokens else requests
+        return min(max(weight, requests / _MOST_TIMES), requests * _MOST_TIMES) / rate
 
     def retry_after_s(self, until_room_s: float | None) -> float:
         """When to come back, at the end of the line of those who were told so before."""

@@ -5,6 +5,8 @@ Nearly every event is passed on as the bytes that came, less what the gateway as
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from msgspec import Raw
 
@@ -19,7 +21,7 @@ class Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Raw | None = None
+    tool_calls: Any = None  # a list of calls; `Raw | None` would take nothing but null
 
 
 class Choice(msgspec.Struct, gc=False):

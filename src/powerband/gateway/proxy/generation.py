@@ -20,13 +20,14 @@ from starlette.types import Receive, Scope, Send
 from powerband.core.loop import error_info
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.keys import Key
-from powerband.gateway.accounts.limits import Reservation, cost_usd
+from powerband.gateway.accounts.keys import Key, KeyLimits
+from powerband.gateway.accounts.limits import Reservation, price_of
 from powerband.gateway.dispatch.prefix import keys_of
 from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
+from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.events import read_chunk
-from powerband.gateway.proxy.intake import PATHS, Intake
+from powerband.gateway.proxy.intake import COMPLETION_TOKENS, PATHS, Intake
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import CannotResume, Resumer
 from powerband.gateway.proxy.story import RequestFault, Story
@@ -69,9 +70,9 @@ class GenerationRoutes:
             ANONYMOUS if key is None else key.id,
             request.headers,
             settings.default_output_tokens,
+            KeyLimits().priority if key is None else key.limits.priority,  # without a key: as one that was given none
         )
-        if key is not None:
-            told.priority = max(told.priority, key.limits.priority)
+        told.output_tokens = served.estimates.likely(told.output_tokens, told.answers)
         told.trace = self._gateway.trace(request.headers)
         told.prefix_keys = keys_of(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
         return Generation(self._gateway, self._books, served, intake, told, key)
@@ -91,13 +92,18 @@ class Generation(Response):
         self._request = request
         self._key = key
         self._trip = Trip(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
-        self._story = Story(intake, served.route.name, keeps_text=books.content.on)
+        self._story = self._new_story()
         self._reservation: Reservation | None = None
         self._line: ClientLine | None = None
         self._status = 500
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
+        self._is_prompt_counted = False
+
+    def _new_story(self) -> Story:
+        served = self._served
+        return Story(self._intake, served.route.name, served.estimates, keeps_text=self._books.content.on)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._gateway.begin()
@@ -105,7 +111,7 @@ class Generation(Response):
         line = self._line = line_of(scope)
         try:
             line.when_lost(_cancel_this_task())
-            self._reserve()
+            await self._reserve()
             await (self._stream(send) if self._intake.is_stream else self._whole(scope, receive, send))
         except asyncio.CancelledError:
             if self._error or not line.is_lost:
@@ -145,15 +151,11 @@ class Generation(Response):
         chunk, story = read_chunk(body), self._story
         if not chunk.choices:
             raise UpstreamFailure("garbage", "The replica sent an answer without choices.")
-        story.usage = chunk.usage
+        story.take_whole(chunk, replica)
         story.finish_reason = chunk.choices[0].finish_reason or ""
-        _, _, story.num_tokens = story.final_usage()
         if story.num_tokens:
             story.times_s.append(time.monotonic())
             story.counts.append(story.num_tokens)
-        if self._books.content.on:
-            said = [choice.text or (choice.message and choice.message.content) or "" for choice in chunk.choices]
-            story.texts += said
         return story.renamed(body, replica)
 
     async def _first_plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
@@ -203,7 +205,7 @@ class Generation(Response):
                 plan = resumer.plan
                 trip.request = replace(self._request, deadline_s=None)
             else:
-                self._story = story = Story(self._intake, self._served.route.name, keeps_text=self._books.content.on)
+                self._story = story = self._new_story()
                 resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
 
     async def _relay_exchange(self, exchange: Exchange, send: Send) -> None:
@@ -215,8 +217,14 @@ class Generation(Response):
             await relay.pass_on(self._line)
 
     def _count_tokens(self, tokens: int) -> None:
-        if tokens > self._request.output_tokens and self._reservation is not None:
-            self._reservation.produced(tokens)
+        reservation = self._reservation
+        if reservation is None:
+            return
+        if not self._is_prompt_counted and (prompt := self._story.counted_prompt):
+            self._is_prompt_counted = True
+            reservation.prompt_counted(prompt)
+        if tokens > reservation.output:
+            reservation.produced(tokens)
 
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._trip.has_begun:
@@ -246,10 +254,17 @@ class Generation(Response):
 
     # ---- the books
 
-    def _reserve(self) -> None:
-        request, self._key = self._request, self._key and self._books.keys.current(self._key)
-        most_usd = cost_usd(self._served.route, request.prompt_tokens, request.output_tokens)
-        self._reservation = self._books.limits.reserve(self._key, request, most_usd)
+    async def _reserve(self) -> None:
+        request, key = self._request, self._key and self._books.keys.current(self._key)
+        context = None
+        if key is not None and request.is_open_ended and key.limits.counts_tokens:
+            context = await context_length(self._served, self._gateway.upstream)
+            key = self._books.keys.current(key)
+        price = price_of(self._served.route)
+        self._reservation = self._books.limits.reserve(key, request, price, context=context)
+        self._intake.cap = self._reservation.cap
+        if key is not None and request.endpoint == "completions" and key.limits.counts_tokens:
+            self._intake.cap = COMPLETION_TOKENS  # an engine with another default is not to make more than was taken
 
     def _settle_status(self, status: int) -> None:
         self._status = status
@@ -270,15 +285,11 @@ class Generation(Response):
     def _finish(self) -> None:
         trip, story, now_s = self._trip, self._story, time.monotonic()
         trip.end()
-        used = story.final_usage() if story.num_tokens or story.usage is not None else (0, 0, 0)
-        prompt_tokens, cached_tokens, output_tokens = used
-        usd = cost_usd(self._served.route, prompt_tokens, output_tokens)
+        (prompt_tokens, cached_tokens, output_tokens), is_estimate = self._used(now_s)
+        usd = price_of(self._served.route).of(prompt_tokens, output_tokens)
         if self._reservation is not None:
             if trip.replicas:
-                # Who leaves before a replica has counted its prompt has made it work all the same.
-                left = self._outcome is Outcome.ABORTED
-                counted = prompt_tokens or (self._request.prompt_tokens if left else 0)
-                self._reservation.settle(counted, cached_tokens, output_tokens, usd)
+                self._reservation.settle(prompt_tokens, output_tokens, usd, is_estimate=is_estimate)
             else:
                 self._reservation.cancel()
         request = self._request
@@ -308,8 +319,28 @@ class Generation(Response):
                 resumed=self._resumed,
                 finish_reason=story.finish_reason,
                 cost_usd=usd,
+                is_estimate=is_estimate,
             )
         )
+
+    def _used(self, now_s: float) -> tuple[tuple[int, int, int], bool]:
+        """Prompt, cached and output tokens that the request is charged, and whether any of them is an estimate.
+
+        Who leaves has made a replica work all the same. What failed is charged as far as its client has it.
+        """
+        trip, story, intake = self._trip, self._story, self._intake
+        if story.num_tokens or story.usage is not None or (trip.sent_s and self._outcome is Outcome.OK):
+            used = story.final_usage()
+            if self._outcome is Outcome.OK and not story.is_estimate and story.times_s and len(trip.replicas) == 1:
+                seconds = story.times_s[-1] - trip.sent_s
+                self._served.estimates.learn(used[2], intake.num_choices, seconds, story.text.size)
+            return used, story.is_estimate
+        if not trip.sent_s or self._error != "client_left":
+            return (0, 0, 0), False
+        output = 0
+        if not intake.is_stream:
+            output = self._served.estimates.of_whole(now_s - trip.sent_s, intake.num_answers, intake.asked.limit)
+        return (self._request.prompt_tokens, 0, output), True
 
 
 def _cancel_this_task() -> Callable[[], None]:

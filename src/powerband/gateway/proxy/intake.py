@@ -17,12 +17,20 @@ from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.body import decode
 
-PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+PATHS: dict[Endpoint, str] = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
+}
 LONGEST_LABEL = 512  # that our replicas take
 BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by what the replica counts
+COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 # Engines that say the ids of what they stream, so that another replica can go on.
 _TELL_IDS = frozenset(("powerband", "vllm"))
+# Engines that do not, but say with each chunk how many tokens its choice has so far: who leaves early is charged by it.
+_TELL_USAGE = frozenset(("sglang", "trtllm"))
 _TRUE = Raw(b"true")
 
 
@@ -67,7 +75,13 @@ class Intake:
         self.prompt = self._prompt()
         self._data = data
         self._fields: dict[str, Raw] = _FIELDS.decode(data)
-        self.num_prompts, self.prompt_tokens = _measure(self.prompt, endpoint)
+        self.num_prompts, self.prompt_tokens, is_exact = _measure(self.prompt, endpoint)
+        # A token has a byte at least, and the JSON around a text more bytes than its chat template has tokens.
+        size = len(data) - len(self.prompt) + _text_bytes(self.prompt)
+        self.max_prompt_tokens = self.prompt_tokens if is_exact else max(size, self.prompt_tokens)
+        if "tools" in self._fields:
+            self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
+        self.cap: int | None = None  # on the output of a request that names no limit, see `limit`
 
     def _prompt(self) -> bytes:
         name = "messages" if self.endpoint == "chat" else "prompt"
@@ -81,8 +95,18 @@ class Intake:
         return bool(self.asked.stream)
 
     @property
+    def limit(self) -> int | None:
+        """Output tokens of one choice, at most: as asked, or as its key's limits allow; None: as the context allows."""
+        return self.cap if self.asked.limit is None else self.asked.limit
+
+    @property
     def num_choices(self) -> int:
         return self.num_prompts * (self.asked.n or 1)
+
+    @property
+    def num_answers(self) -> int:
+        """That are computed, of which the best may be all that is answered."""
+        return self.num_prompts * max(self.asked.n or 1, self.asked.best_of or 1)
 
     @property
     def can_resume(self) -> bool:
@@ -96,31 +120,53 @@ class Intake:
         return options is not None and bool(options.include_usage)
 
     @property
+    def wants_continuous_usage(self) -> bool:
+        options = self.asked.stream_options
+        return options is not None and bool(options.continuous_usage_stats)
+
+    @property
     def prompt_salt(self) -> bytes:
         """What tells prompts apart beside their own words."""
         return b"".join(bytes(self._fields[name]) for name in ("tools", "cache_salt") if name in self._fields)
 
     def request(
-        self, id: str, model: str, tenant: str, headers: Mapping[str, str], default_output_tokens: int
+        self,
+        id: str,
+        model: str,
+        tenant: str,
+        headers: Mapping[str, str],
+        default_output_tokens: int,
+        best_priority: int = 0,
     ) -> GatewayRequest:
+        """best_priority: nothing that the client writes gets it a better one."""
         asked, now_s = self.asked, time.monotonic()
-        limit = default_output_tokens if asked.limit is None else asked.limit
+        default = default_output_tokens if self.endpoint == "chat" else COMPLETION_TOKENS
+        most = (default if asked.limit is None else asked.limit) * self.num_answers
         return GatewayRequest(
             id=id,
             endpoint=self.endpoint,
             model=model,
             tenant=tenant,
             prompt_tokens=self.prompt_tokens,
-            output_tokens=limit * self.num_prompts * max(asked.n or 1, asked.best_of or 1),
+            output_tokens=most,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_output_tokens=most,
+            is_open_ended=asked.limit is None and self.endpoint == "chat",
+            answers=self.num_answers,
             stream=self.is_stream,
-            priority=asked.priority or 0,
+            priority=max(asked.priority or 0, best_priority),
             arrival_s=now_s,
             deadline_s=None if asked.deadline_s is None else now_s + asked.deadline_s,
             session=headers.get("x-session-id", "")[:256] or (asked.prompt_cache_key or "")[:256],
         )
 
     def tells_ids(self, replica: ReplicaAddress) -> bool:
-        return self.is_stream and self.can_resume and replica.engine in _TELL_IDS
+        """Whether its stream says the ids of all tokens: to resume after them, and to count them."""
+        return self.is_stream and self.asked.limit != 0 and replica.engine in _TELL_IDS
+
+    def tells_usage(self, replica: ReplicaAddress) -> bool:
+        """Whether each chunk of its stream says how many tokens its choice has so far."""
+        return self.is_stream and replica.engine in _TELL_USAGE
 
     def body_for(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
         """resumed: ids of the output tokens that the client has, for our own engine to go on after."""
@@ -134,10 +180,16 @@ class Intake:
         if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # nobody takes a key's name
             changed = True
             self._separate(fields, replica, tenant)
+        if self.cap is not None and self.asked.limit is None:
+            fields["max_tokens"] = _raw(self.cap)
+            changed = True
         if self.is_stream:
             changed = True
             options = _FIELDS.decode(fields["stream_options"]) if self.asked.stream_options is not None else {}
-            fields["stream_options"] = _raw({**options, "include_usage": _TRUE})
+            options["include_usage"] = _TRUE
+            if self.tells_usage(replica):
+                options["continuous_usage_stats"] = _TRUE
+            fields["stream_options"] = _raw(options)
             if self.tells_ids(replica):
                 fields["return_token_ids"] = _TRUE
             if resumed:
@@ -163,10 +215,20 @@ def _raw(value: Any) -> Raw:
     return Raw(msgspec.json.encode(value))
 
 
-def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int]:
-    """Prompts, and about how many tokens they have together."""
+def _text_bytes(prompt: bytes) -> int:
+    """At most, of its texts: an escape like \\u4e00 has twice the bytes of what it stands for."""
+    if b"\\u" not in prompt:
+        return len(prompt)
+    try:
+        return len(msgspec.json.encode(msgspec.json.decode(prompt)))
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return len(prompt)
+
+
+def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int, bool]:
+    """Prompts, about how many tokens they have together, and whether that is exact."""
     if endpoint == "chat" or not prompt.startswith(b"["):
-        return 1, max(1, len(prompt) // BYTES_PER_TOKEN)
+        return 1, max(1, len(prompt) // BYTES_PER_TOKEN), False
     if b'"' in prompt:
-        return max(1, len(msgspec.json.decode(prompt, type=list[Raw]))), max(1, len(prompt) // BYTES_PER_TOKEN)
-    return max(1, prompt.count(b"[") - 1), prompt.count(b",") + 1
+        return max(1, len(msgspec.json.decode(prompt, type=list[Raw]))), max(1, len(prompt) // BYTES_PER_TOKEN), False
+    return max(1, prompt.count(b"[") - 1), prompt.count(b",") + 1, True

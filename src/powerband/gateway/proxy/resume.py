@@ -81,7 +81,7 @@ class Resumer:
         # Where stop strings hold text back, only the text itself shows how far it goes.
         holds_back = bytes(fields.get("stop", Raw(b"null"))) not in _NO_STOP
         kept = await self._told_ids(replica) if holds_back else story.token_ids[: story.num_said]
-        limit = intake.asked.limit
+        limit = intake.limit
         if limit is None and is_chat:
             limit = await self._room(replica) - len(story.prompt_ids)
         limit = 16 if limit is None else limit  # vLLM's default, and OpenAI's

@@ -13,6 +13,7 @@ import msgspec
 
 from powerband.errors import PowerbandError
 from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.estimates import Estimates, TextCount, call_text
 from powerband.gateway.proxy.events import Choice, Chunk, Usage, read_chunk, without_list
 from powerband.gateway.proxy.intake import Intake
 from powerband.gateway.routes import ReplicaAddress
@@ -40,8 +41,12 @@ class Story:
     texts: kept only when asked for, to find the place where another engine goes on.
     """
 
-    def __init__(self, intake: Intake, model: str, *, keeps_text: bool = False) -> None:
+    def __init__(
+        self, intake: Intake, model: str, estimates: Estimates | None = None, *, keeps_text: bool = False
+    ) -> None:
+        """estimates: of the model's answers, for tokens that are not counted by the replica."""
         self._intake = intake
+        self.text = TextCount(estimates or Estimates())
         self._always_keeps_text = keeps_text
         self._model = model
         asked = intake.asked
@@ -49,6 +54,11 @@ class Story:
         self._wants_silence = self._wants_ids or bool(asked.logprobs)  # events that add no text, too
         self._wants_usage = intake.wants_usage
         self._strips_ids = False
+        self._strips_usage = False  # of chunks that add to a choice: the gateway asked for it, the client did not
+        self._usage_of: dict[int, int] | None = None  # output tokens by choice, where that is what chunks say
+        self._since_usage = 0  # output tokens that came after the last usage
+        self._has_told_usage = False
+        self._prompt_sizes: dict[int, int] = {}  # by number of the prompt, where replicas tell its ids
         self._rename: tuple[bytes, bytes] | None = None
         self._lasting: dict[str, Any] = {}
         self._before = 0  # output tokens of the replicas before, where the current one does not count them
@@ -77,6 +87,9 @@ class Story:
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
         self._strips_ids = self._intake.tells_ids(replica) and not self._wants_ids
+        tells_usage = self._intake.tells_usage(replica)
+        self._strips_usage = tells_usage and not self._intake.wants_continuous_usage
+        self._usage_of = {} if tells_usage else None
         self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._intake.can_resume)
         names = replica.model, self._model
         encoded = [b'"model":' + msgspec.json.encode(name) for name in names]
@@ -86,6 +99,13 @@ class Story:
         """A whole answer under the name that is served here."""
         self.begin(replica)
         return body if self._rename is None else body.replace(*self._rename, 1)
+
+    def take_whole(self, chunk: Chunk, replica: ReplicaAddress) -> None:
+        """An answer that came at once."""
+        self.begin(replica)
+        self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
+        self._take_usage(chunk, self.num_tokens)
+        _, _, self.num_tokens = self.final_usage()
 
     def resume(self, *, kept: int, is_other_kind: bool = False, counts_as_prompt: bool = False) -> None:
         """Another replica goes on after the first `kept` tokens. Those that follow are made, and told, again.
@@ -97,6 +117,7 @@ class Story:
         self._is_other_kind = is_other_kind
         self._before = kept if counts_as_prompt else 0
         self.num_tokens -= len(self.token_ids) - kept
+        self.usage, self._since_usage = None, self.num_tokens  # the next replica counts for itself
         del self.token_ids[kept:]
         self.num_said = min(self.num_said, kept)
 
@@ -105,14 +126,14 @@ class Story:
         chunk = read_chunk(data)
         if chunk.error is not None:
             raise _as_failure(data)
-        if chunk.usage is not None:
-            self.usage = chunk.usage
         if not chunk.choices:
+            self._take_usage(chunk, 0)
             return self._end_chunk(data, chunk)
         tokens, is_silent = 0, True
         for choice in chunk.choices:
             tokens += self._count(choice)
             is_silent = is_silent and self._is_silent(choice)
+        self._take_usage(chunk, tokens)
         if chunk.prompt_token_ids and not self._before:
             self.prompt_ids = chunk.prompt_token_ids
         if tokens:
@@ -129,16 +150,18 @@ class Story:
 
     def _count(self, choice: Choice) -> int:
         """Tokens that it adds."""
-        text, delta = choice.text, choice.delta
+        text, delta = choice.text, choice.delta or choice.message
         if delta is not None:
             text = delta.content
             if delta.reasoning_content or delta.reasoning or delta.tool_calls:
-                text, self.is_parsed = (text or "") + (delta.reasoning_content or delta.reasoning or "..."), True
+                parsed = (delta.reasoning_content or delta.reasoning or "") + call_text(delta.tool_calls)
+                text, self.is_parsed = (text or "") + parsed, True
         if choice.finish_reason is not None:
             self.num_finished += 1
             self.finish_reason = choice.finish_reason
         if choice.prompt_token_ids and not self._before:
             self.prompt_ids = choice.prompt_token_ids
+            self._prompt_sizes[choice.index // (self._intake.asked.n or 1)] = len(choice.prompt_token_ids)
         if text and self.keeps_text:
             self.texts.append(text)
         if choice.token_ids:
@@ -148,8 +171,22 @@ class Story:
             return len(choice.token_ids)
         if text:
             self.has_gap = True
-            return 1
+            return self.text.add(text)
         return 0
+
+    def _take_usage(self, chunk: Chunk, tokens: int) -> None:
+        """tokens: that the chunk adds, as they were counted here. What says 0 tokens says nothing."""
+        usage = chunk.usage
+        if usage is None or not usage.completion_tokens:
+            self._since_usage += tokens
+            if usage is not None and usage.prompt_tokens and self.usage is None:
+                self.usage = usage
+            return
+        if chunk.choices and self._usage_of is not None:
+            for choice in chunk.choices:
+                self._usage_of[choice.index] = usage.completion_tokens
+            usage = msgspec.structs.replace(usage, completion_tokens=sum(self._usage_of.values()))
+        self.usage, self._since_usage = usage, 0
 
     def _is_silent(self, choice: Choice) -> bool:
         """Whether the client needs nothing of it."""
@@ -172,6 +209,11 @@ class Story:
                 data = without_list(data, _PROMPT_IDS)
         if not self._wants_usage:
             data = data.replace(_NO_USAGE, b"") if chunk.usage is None else _without(data, "usage")
+        elif chunk.usage is not None:
+            if chunk.choices and self._strips_usage:
+                data = _without(data, "usage")
+            else:
+                self._has_told_usage = True
         if self._rename is not None:
             data = data.replace(*self._rename, 1)
         return data
@@ -179,6 +221,7 @@ class Story:
     def _end_chunk(self, data: bytes, chunk: Chunk) -> bytes:
         if chunk.usage is None or not self._wants_usage:
             return b""
+        self._has_told_usage = True
         if self.is_resumed:
             return self._retold(data)
         return event(self._stripped(data, chunk))
@@ -198,10 +241,12 @@ class Story:
                 choice["delta"] = {"content": text} if text or ids else {}
         if self._is_other_kind:
             value["object"] = "chat.completion.chunk"
-        if not self._wants_usage:
+        if not self._wants_usage or (value.get("choices") and self._strips_usage):
             value.pop("usage", None)
-        elif value.get("usage") and self._before:
-            self._add_before(value["usage"])
+        elif value.get("usage"):
+            self._has_told_usage = True
+            if self._before:
+                self._add_before(value["usage"])
         return event(msgspec.json.encode(value))
 
     def _add_before(self, usage: dict[str, Any]) -> None:
@@ -210,23 +255,47 @@ class Story:
         usage["completion_tokens"] += self._before
 
     def final_usage(self) -> tuple[int, int, int]:
-        """Prompt, cached and output tokens: as replicas said; else as far as they were seen."""
+        """Prompt, cached and output tokens: as replicas said; else as far as they were seen, see `is_estimate`."""
+        usage, seen_ids = self.usage, len(self.token_ids)
+        cached = 0 if usage is None else usage.cached_tokens
+        return self._prompt_size() or self._intake.prompt_tokens, cached, max(self._output_size(), seen_ids)
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether `final_usage` has sizes that no replica counted."""
+        is_counted = self._since_usage == 0 or not self.has_gap
+        return not self._prompt_size() or not is_counted
+
+    @property
+    def counted_prompt(self) -> int:
+        """Its tokens, as a replica says; 0: none has said yet."""
+        return self._prompt_size()
+
+    def _output_size(self) -> int:
         usage = self.usage
-        if usage is None:
-            return len(self.prompt_ids) or self._intake.prompt_tokens, 0, self.num_tokens
-        prompt = max(0, (usage.prompt_tokens or 0) - self._before)
-        return prompt, usage.cached_tokens, (usage.completion_tokens or 0) + self._before
+        if usage is None or not usage.completion_tokens:
+            return self.num_tokens
+        return usage.completion_tokens + self._before + self._since_usage
+
+    def _prompt_size(self) -> int:
+        """Of all prompts; 0: not known. A usage of one choice has one prompt."""
+        prompts, usage = self._intake.num_prompts, self.usage
+        if len(self._prompt_sizes) == prompts:
+            return sum(self._prompt_sizes.values())
+        if usage is not None and usage.prompt_tokens and not (self._usage_of and prompts > 1):
+            return max(0, usage.prompt_tokens - self._before)
+        return len(self.prompt_ids) if prompts == 1 else 0
 
     def finish(self) -> bytes:
         """The event that says how the answer ended, when that is all that was lost of it."""
         self.num_finished += 1
-        self.finish_reason = "length" if len(self.token_ids) == self._intake.asked.limit else "stop"
+        self.finish_reason = "length" if len(self.token_ids) == self._intake.limit else "stop"
         said: dict[str, Any] = {"delta": {}} if self._intake.endpoint == "chat" else {"text": ""}
         return self._made([{"index": 0, **said, "logprobs": None, "finish_reason": self.finish_reason}])
 
     def closing(self) -> bytes:
         """The end, and before it what a replica left out that told everything else: the usage, if it was wanted."""
-        if not self._wants_usage or self.usage is not None:
+        if not self._wants_usage or self._has_told_usage:
             return DONE
         prompt, cached, output = self.final_usage()
         usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}

@@ -1,0 +1,102 @@
+"""How many tokens an answer has where its replica does not say: an estimate, which the books mark as one.
+
+    text that came                 its size, times what tokens of this model were to their size so far
+    a whole answer, not waited for  seconds at the replica, times the tokens a second of whole answers of this model
+
+Both are corrected by every answer that a replica has counted itself, and neither is low where nothing was counted yet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+ASCII_PER_TOKEN = 4  # English text has a few more, code a few less
+OTHER_BYTES_PER_TOKEN = 3  # of UTF-8: one token for a Chinese character
+FIRST_TOKENS_PER_S = 100.0  # of one choice, until an answer has been counted: a fast engine's
+FIRST_OUTPUT_TOKENS = 512.0  # likewise
+_MOST_TIMES = 8  # the usual output that a request in a queue counts for, whatever limit it names
+_WEIGHT = 0.1  # of the newest in a moving mean
+_MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0
+
+
+class _Function(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct, gc=False):
+    function: _Function | None = None
+
+
+class Estimates:
+    """What is known of the answers of one model. text_factor: tokens for each that `text_tokens` finds. output_tokens:
+    of one answer, usually.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_per_s = FIRST_TOKENS_PER_S
+        self.text_factor = 1.0
+        self.output_tokens = FIRST_OUTPUT_TOKENS
+        self._is_paced = False
+
+    def learn(self, output_tokens: int, choices: int, seconds: float, text_tokens: float) -> None:
+        """A replica took so long for an answer whose tokens it has counted. text_tokens: of its text; 0: not seen."""
+        if output_tokens <= 0:
+            return
+        self.output_tokens += (output_tokens / choices - self.output_tokens) * _WEIGHT
+        if seconds > 0:
+            pace = output_tokens / choices / seconds
+            self.tokens_per_s += (pace - self.tokens_per_s) * (_WEIGHT if self._is_paced else 1.0)
+            self._is_paced = True
+        if text_tokens > 0:
+            factor = min(max(output_tokens / text_tokens, _MIN_FACTOR), _MAX_FACTOR)
+            self.text_factor += (factor - self.text_factor) * _WEIGHT
+
+    def likely(self, output_tokens: int, answers: int) -> int:
+        """Of a request that may make so many: a limit far beyond what answers have says nothing of its length."""
+        return min(output_tokens, answers * math.ceil(_MOST_TIMES * self.output_tokens))
+
+    def of_whole(self, seconds: float, choices: int, limit: int | None) -> int:
+        """Output tokens of all choices after so long at a replica. limit: of one choice, if the request names it."""
+        each = math.ceil(seconds * self.tokens_per_s)
+        return choices * (each if limit is None else min(each, limit))
+
+
+class TextCount:
+    """Tokens of text that comes in pieces: by its size, and at least one for each piece."""
+
+    def __init__(self, estimates: Estimates) -> None:
+        self.size = 0.0  # in tokens, before the factor
+        self._factor = estimates.text_factor
+        self._pieces = 0
+        self._tokens = 0
+
+    def add(self, text: str) -> int:
+        """How many more there are."""
+        self.size += text_tokens(text)
+        self._pieces += 1
+        before = self._tokens
+        self._tokens = max(before, self._pieces, math.ceil(self.size * self._factor))
+        return self._tokens - before
+
+
+def text_tokens(text: str) -> float:
+    if text.isascii():
+        return len(text) / ASCII_PER_TOKEN
+    others = len(text.encode(errors="replace")) - (ascii := sum(map(str.isascii, text)))
+    return ascii / ASCII_PER_TOKEN + others / OTHER_BYTES_PER_TOKEN
+
+
+def call_text(calls: Any) -> str:
+    """What the model wrote of calls of tools: names and arguments, without the JSON around them."""
+    if not calls:
+        return ""
+    try:
+        found = msgspec.convert(calls, list[_Call])
+    except msgspec.ValidationError:
+        return str(calls)
+    functions = [call.function for call in found if call.function is not None]
+    return "".join((one.name or "") + (one.arguments or "") for one in functions)

@@ -1,0 +1,124 @@
+"""/tokenize and /detokenize: answered by a replica, counted against the key's limits, and kept in its usage.
+
+They make nothing that is priced, so they cost nothing. Their tokens count for tokens a minute, since a replica reads
+them as it does a prompt's.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.errors import PowerbandError
+from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.keys import Key
+from powerband.gateway.gateway import Gateway, Served
+from powerband.gateway.proxy.intake import BYTES_PER_TOKEN, PATHS, named
+from powerband.gateway.request import ANONYMOUS, Finished, GatewayRequest
+from powerband.metrics.record import Outcome, RequestRecord
+from powerband.web.body import decode, read_body
+from powerband.web.errors import HttpError
+
+_ASK_S = 30.0
+
+
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
+class _Counted(msgspec.Struct):
+    count: int | None = None
+
+
+_COUNTED = msgspec.json.Decoder(_Counted)
+
+
+class TokenRoutes:
+    def __init__(self, gateway: Gateway, books: Books) -> None:
+        self._gateway = gateway
+        self._books = books
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text, as a replica of the model says."""
+        return await self._answer(request, "tokenize")
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, as a replica of the model says."""
+        return await self._answer(request, "detokenize")
+
+    async def _answer(self, request: Request, endpoint: Literal["tokenize", "detokenize"]) -> Response:
+        data = await read_body(request, self._gateway.settings.max_body_bytes)
+        name = decode(data, _Named).model
+        served, key = self._gateway.served(name), request.state.key
+        told = GatewayRequest(
+            id=request.state.request_id,
+            endpoint=endpoint,
+            model=served.route.name,
+            tenant=ANONYMOUS if key is None else key.id,
+            prompt_tokens=data.count(b",") + 1 if endpoint == "detokenize" else max(1, len(data) // BYTES_PER_TOKEN),
+            output_tokens=0,
+            max_prompt_tokens=len(data) if endpoint == "tokenize" else None,
+            arrival_s=time.monotonic(),
+        )
+        try:
+            return await self._counted(told, served, data, key, name)
+        except PowerbandError as error:
+            if error.http_status == 429:
+                self._note(told, 0, error.http_status, error.code, "")
+            raise
+
+    async def _counted(
+        self, told: GatewayRequest, served: Served, data: bytes, key: Key | None, name: str | None
+    ) -> Response:
+        """Raises LimitReached, and HttpError when no replica answers."""
+        reservation = self._books.limits.reserve(key and self._books.keys.current(key), told)
+        try:
+            status, answer, replica = await self._ask(told, served, data, name)
+        except BaseException:
+            reservation.cancel()
+            raise
+        tokens = 0 if status >= 400 else told.prompt_tokens
+        if told.endpoint == "tokenize" and status < 400:
+            tokens = _count(answer) or tokens
+        reservation.settle(tokens, 0, 0.0)
+        self._note(told, tokens, status, "" if status < 400 else f"http_{status}", replica)
+        return Response(answer, status, media_type="application/json")
+
+    async def _ask(self, told: GatewayRequest, served: Served, data: bytes, name: str | None) -> tuple[int, bytes, str]:
+        """Any replica that is ready; the next one when it does not answer."""
+        states = {one.id: one.state for one in served.pool.snapshot().replicas}
+        replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
+        for replica in replicas:
+            body = data if name == replica.model else named(data, replica.model)
+            try:
+                status, answer = await self._gateway.upstream.ask(replica, "POST", PATHS[told.endpoint], body, _ASK_S)
+            except OSError:
+                continue
+            if status < 500:
+                return status, answer, replica.id
+        raise HttpError(503, "no_replica", "No replica of the model answers.")
+
+    def _note(self, told: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
+        """For usage alone: it has none of the times that metrics and the watcher judge by."""
+        record = RequestRecord(
+            scheduled_s=told.arrival_s,
+            sent_s=told.arrival_s,
+            outcome=Outcome.OK if status < 400 else Outcome.REFUSED,
+            prompt_tokens=tokens,
+        )
+        replicas = (replica,) if replica else ()
+        finished = Finished(
+            request=told, record=record, status=status, ended_at=time.time(), error=error, replicas=replicas
+        )
+        self._books.ledger.note(finished)
+
+
+def _count(answer: bytes) -> int:
+    try:
+        return max(0, _COUNTED.decode(answer).count or 0)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return 0
