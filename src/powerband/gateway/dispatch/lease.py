@@ -81,11 +81,14 @@ class Lease:
             self.prompt_tokens = self.request.prompt_tokens if prompt_tokens is None else prompt_tokens
             self._holder.first_token_came(self, now_s - self.since_s)
 
-    def close(self, outcome: Outcome, *, output_tokens: int = 0) -> None:
+    def close(self, outcome: Outcome, *, output_tokens: int = 0, pause_s: float = 0.0) -> None:
         """Exactly once: it is answered ("ok"), broke through the replica's fault ("failed"), was turned away by it with
-        429 or 503 ("refused"), or its client left. output_tokens: that were generated."""
+        429 or 503 ("refused"), or its client left. output_tokens: that were generated. pause_s: nothing is
+        sent to the replica for so long."""
         if not self._is_closed:
             self._is_closed = True
+            if pause_s:
+                self.member.busy_until_s = max(self.member.busy_until_s, self._holder.clock() + pause_s)
             self.stay.on_lost = None
             self._holder.release(self, outcome, output_tokens)
 

@@ -20,6 +20,10 @@ from powerband.web.body import decode
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 LONGEST_LABEL = 512  # that our replicas take
 BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by what the replica counts
+# Of one token in an answer's JSON, at most: the longest of a vocabulary are runs of 128 blanks or so, and a control
+# character takes six bytes; with log-probabilities it stands there with twenty others.
+_TOKEN_BYTES = 1024
+_TOKEN_BYTES_WITH_LOGPROBS = 64 << 10
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 # Engines that say the ids of what they stream, so that another replica can go on.
 _TELL_IDS = frozenset(("powerband", "vllm"))
@@ -88,6 +92,16 @@ class Intake:
         """Whether there is one answer, which another replica could go on with."""
         asked = self.asked
         return self.num_choices == 1 and (asked.best_of or 1) == 1 and asked.limit != 0
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """More than any right answer to it has; without a limit to its tokens there is no such bound."""
+        limit = self.asked.limit
+        if limit is None:
+            return 1 << 62
+        shown = any(name in self._fields for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
+        num_tokens = (len(self.prompt) + limit) * self.num_choices
+        return (1 << 20) + num_tokens * (_TOKEN_BYTES_WITH_LOGPROBS if shown else _TOKEN_BYTES)
 
     @property
     def wants_usage(self) -> bool:
