@@ -49,6 +49,7 @@ class Asked(msgspec.Struct):
     max_completion_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     logprobs: bool | int | None = None
     return_token_ids: bool | None = None
+    resume_token_ids: list[Annotated[int, Meta(ge=0, le=2**32 - 1)]] | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
@@ -94,6 +95,11 @@ class Intake:
         return self.num_choices == 1 and (asked.best_of or 1) == 1 and asked.limit != 0
 
     @property
+    def resumed_ids(self) -> list[int]:
+        """Output that the client has already, and wants to be gone on with."""
+        return self.asked.resume_token_ids or []
+
+    @property
     def max_answer_bytes(self) -> int:
         """More than any right answer to it has; without a limit to its tokens there is no such bound."""
         limit = self.asked.limit
@@ -136,7 +142,16 @@ class Intake:
         return self.is_stream and self.can_resume and replica.engine in _TELL_IDS
 
     def body_for(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
-        """resumed: ids of the output tokens that the client has, for our own engine to go on after."""
+        """resumed: ids of the output tokens told so far, for our own engine to go on after.
+
+        Raises InvalidRequest when the client has some that this replica could not go on after.
+        """
+        if self.resumed_ids and replica.engine != "powerband":
+            raise InvalidRequest(
+                f"'resume_token_ids' needs a replica of Powerband; this one runs {replica.engine}.",
+                hint="Leave it out.",
+                param="resume_token_ids",
+            )
         fields = dict(self._fields)
         # Waiting happens here: an engine whose queue knows no priorities would refuse them.
         changed = fields.pop("priority", None) is not None
@@ -154,7 +169,7 @@ class Intake:
             if self.tells_ids(replica):
                 fields["return_token_ids"] = _TRUE
             if resumed:
-                fields["resume_token_ids"] = _raw(list(resumed))
+                fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
                 fields.pop("echo", None)  # the client has it
         return msgspec.json.encode(fields) if changed else self._data
 

@@ -21,7 +21,7 @@ from powerband.web.streaming import DONE, event
 
 # What stays the same through a stream, beside the model.
 _LASTING = ("id", "created", "system_fingerprint")
-_NULL = Raw(b"null")
+_ENCODE = msgspec.json.Encoder().encode
 MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no model has a longer context
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
@@ -41,13 +41,15 @@ class Story:
         self._model = model
         asked = intake.asked
         self._wants_ids = bool(asked.return_token_ids)
-        self._wants_silence = self._wants_ids or bool(asked.logprobs)  # events of ids without text, too
+        self.wants_silence = self._wants_ids or bool(asked.logprobs)  # events of ids without text, too
         self._wants_usage = intake.wants_usage
-        self._served_model = Raw(msgspec.json.encode(model))
+        self._served_model = Raw(_ENCODE(model))
         self._lasting: dict[str, Raw] = {}
         self._before = 0  # output tokens of the replicas before, where the current one does not count them
         self._is_other_kind = False  # the current replica tells completions where the client asked for chat
         self.keeps_text = False
+        self._skipped = ""
+        self.engine = ""  # of the replicas so far
         self.is_open = False  # the role was told
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
@@ -83,16 +85,20 @@ class Story:
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
+        self.engine = replica.engine
         self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._intake.can_resume)
 
-    def resume(self, *, kept: int, is_other_kind: bool = False, counts_as_prompt: bool = False) -> None:
+    def resume(
+        self, *, kept: int, skipped: str = "", is_other_kind: bool = False, counts_as_prompt: bool = False
+    ) -> None:
         """Another replica goes on after the first `kept` tokens. Those that follow are made, and told, again.
 
-        is_other_kind: it tells completions where the client asked for chat. counts_as_prompt: it takes the kept tokens
-        for a part of the prompt.
+        skipped: text that it says first and the client has already. is_other_kind: it tells completions where the
+        client asked for chat. counts_as_prompt: it takes the kept tokens for a part of the prompt.
         """
         self.is_resumed = True
         self._is_other_kind = is_other_kind
+        self._skipped = skipped
         self._before = kept if counts_as_prompt else 0
         self.num_tokens -= len(self.token_ids) - kept
         del self.token_ids[kept:]
@@ -124,6 +130,8 @@ class Story:
         index, text, delta = choice.index or 0, choice.text, choice.delta
         if not 0 <= index < self._intake.num_choices:
             raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._intake.num_choices}.")
+        if self._skipped:
+            text = choice.text = self._after_skipped(text or "", is_last=bool(choice.finish_reason))
         if delta is not None:
             text = delta.content
             if delta.reasoning_content or delta.reasoning or delta.tool_calls or not isinstance(text, str | None):
@@ -148,33 +156,44 @@ class Story:
             return 1
         return 0
 
+    def _after_skipped(self, text: str, *, is_last: bool) -> str:
+        """What is new of a text that begins with what the client has. Raises UpstreamFailure when it does not."""
+        skipped = self._skipped
+        size = min(len(text), len(skipped))
+        if text[:size] != skipped[:size] or (is_last and size < len(skipped)):
+            raise UpstreamFailure("resume", "The replica goes on with another text than the client has.")
+        self._skipped = skipped[size:]
+        return text[size:]
+
     def _is_silent(self, choice: Choice) -> bool:
         """Whether the client needs nothing of it: ids that only the gateway asked for, and what it has already."""
         delta = choice.delta
         if choice.text or choice.finish_reason:
             return False
         if delta is None:
-            return choice.token_ids is not None and not self._wants_silence
+            return choice.token_ids is not None and not self.wants_silence
         if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
             return False
         if delta.role is not None:
             is_told, self.is_open = self.is_open and self.is_resumed, True
             return is_told
-        return choice.token_ids is not None and not self._wants_silence
+        return choice.token_ids is not None and not self.wants_silence
 
     def _told(self, data: bytes, chunk: Chunk) -> bytes:
         """The event as the client is to read it: the very bytes that came, if they may stay so."""
         if not self._lasting:
-            fields = FIELDS.decode(data)
-            self._lasting = {name: fields[name] for name in _LASTING if name in fields}
+            first = FIELDS.decode(data)
+            self._lasting = {name: first[name] for name in _LASTING if name in first}
         if not (self.is_resumed or chunk.model != self._model or self._has_too_much(chunk)):
             return event(data)
-        fields = FIELDS.decode(data)
+        fields: dict[str, Any] = FIELDS.decode(data)
         fields["model"] = self._served_model
         if chunk.choices:
-            fields["choices"] = Raw(
-                msgspec.json.encode([self._choice(one) for one in CHOICES.decode(fields["choices"])])
-            )
+            choices = fields["choices"] = CHOICES.decode(fields["choices"])
+            for read, choice in zip(chunk.choices, choices, strict=True):
+                if self.is_resumed and "text" in choice:
+                    choice["text"] = read.text  # less what the client has
+                self._retell(choice)
         if not self._wants_ids or self.is_resumed:
             fields.pop("prompt_token_ids", None)
         if not self._wants_usage:
@@ -182,10 +201,10 @@ class Story:
         if self.is_resumed:
             fields |= self._lasting
             if self._is_other_kind:
-                fields["object"] = Raw(b'"chat.completion.chunk"')
+                fields["object"] = "chat.completion.chunk"
             if chunk.usage is not None and self._before and self._wants_usage:
                 fields["usage"] = self._with_before(fields["usage"], chunk.usage)
-        return event(msgspec.json.encode(fields))
+        return event(_ENCODE(fields))
 
     def _has_too_much(self, chunk: Chunk) -> bool:
         """Whether it has what only the gateway asked for, or an empty finish_reason where null is meant."""
@@ -200,27 +219,25 @@ class Story:
                 return True
         return False
 
-    def _choice(self, fields: dict[str, Raw]) -> dict[str, Any]:
-        made: dict[str, Any] = fields
+    def _retell(self, choice: dict[str, Any]) -> None:
+        """Change a choice to what the client is to read."""
         if not self._wants_ids or self.is_resumed:
-            fields.pop("prompt_token_ids", None)
-        if "finish_reason" in fields and bytes(fields["finish_reason"]) == b'""':
-            fields["finish_reason"] = _NULL
+            choice.pop("prompt_token_ids", None)
+        if "finish_reason" in choice and bytes(choice["finish_reason"]) == b'""':
+            choice["finish_reason"] = None
         if self._is_other_kind:
-            text = bytes(fields.pop("text", _NULL))
-            has_text = text not in (b"null", b'""')
-            made["delta"] = {"content": Raw(text)} if has_text or "token_ids" in fields else {}
+            text = choice.pop("text", None)
+            choice["delta"] = {"content": text} if text or "token_ids" in choice else {}
         if not self._wants_ids:
-            fields.pop("token_ids", None)
-        return made
+            choice.pop("token_ids", None)
 
-    def _with_before(self, data: Raw, usage: Usage) -> Raw:
+    def _with_before(self, data: Raw, usage: Usage) -> dict[str, Any]:
         """Its prompt held output that came before."""
         counted = {
             "prompt_tokens": max(0, (usage.prompt_tokens or 0) - self._before),
             "completion_tokens": (usage.completion_tokens or 0) + self._before,
         }
-        return Raw(msgspec.json.encode({**FIELDS.decode(data), **counted}))
+        return {**FIELDS.decode(data), **counted}
 
     def as_failure(self, error: Any) -> Exception:
         """An error in a stream: the replica's own, which another may be free of, or the request's."""
@@ -233,7 +250,7 @@ class Story:
         """A whole answer under the name that is served."""
         if chunk.model == self._model:
             return body
-        return msgspec.json.encode({**FIELDS.decode(body), "model": self._served_model})
+        return _ENCODE({**FIELDS.decode(body), "model": self._served_model})
 
     def final_usage(self) -> tuple[int, int, int]:
         """Prompt, cached and output tokens: as replicas said; else as far as they were seen."""
@@ -246,9 +263,13 @@ class Story:
     def finish(self) -> bytes:
         """The event that says how the answer ended, when that is all that was lost of it."""
         self._finished.add(0)
-        self.finish_reason = "length" if len(self.token_ids) == self._intake.asked.limit else "stop"
+        self.finish_reason = "length" if self._has_all else "stop"
         said: dict[str, Any] = {"delta": {}} if self._intake.endpoint == "chat" else {"text": ""}
         return self._made([{"index": 0, **said, "logprobs": None, "finish_reason": self.finish_reason}])
+
+    @property
+    def _has_all(self) -> bool:
+        return len(self._intake.resumed_ids) + len(self.token_ids) == self._intake.asked.limit
 
     def closing(self) -> bytes:
         """The end, and before it what a replica left out that told everything else: the usage, if it was wanted."""
@@ -260,6 +281,4 @@ class Story:
 
     def _made(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._intake.endpoint == "chat" else "text_completion"
-        return event(
-            msgspec.json.encode({**self._lasting, "model": self._model, "object": kind, "choices": choices, **more})
-        )
+        return event(_ENCODE({**self._lasting, "model": self._model, "object": kind, "choices": choices, **more}))
