@@ -15,6 +15,7 @@ import pytest
 from gateways_for_tests import until
 from test_failover_real import replica
 
+from powerband.core.request import OUTPUT_COMPLETE
 from powerband.gateway.proxy.complaints import RequestFault, read_complaint
 from powerband.gateway.proxy.events import END, Splitter
 from powerband.gateway.proxy.intake import PATHS, Intake
@@ -24,7 +25,8 @@ from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.request import ANONYMOUS, Endpoint
 from powerband.gateway.routes import ReplicaAddress
 
-TEXT: dict[str, Any] = {"model": "demo", "prompt": "def main():", "max_tokens": 24, "stream": True}
+HTTP = httpx.Client(timeout=60)
+TEXT: dict[str, Any] = {"model": "demo", "prompt": "def main():", "max_tokens": 14, "stream": True}
 CHAT: dict[str, Any] = {
     **{name: value for name, value in TEXT.items() if name != "prompt"},
     "messages": [{"role": "user", "content": "What is a list?"}],
@@ -33,22 +35,22 @@ SAMPLED = {"temperature": 1.2, "top_p": 0.9, "seed": 7, "ignore_eos": True}
 IDS = {"return_token_ids": True}
 USAGE = {"stream_options": {"include_usage": True}}
 PENALISED = {"repetition_penalty": 1.3, "presence_penalty": 0.9, "frequency_penalty": 0.7}
-HALVES = {"allowed_token_ids": [*range(128, 256)], "max_tokens": 40}  # bytes of letters that have several
+HALVES = {"allowed_token_ids": [*range(128, 256)], "max_tokens": 20}  # bytes of letters that have several
 
 REQUESTS: dict[str, tuple[Endpoint, dict[str, Any]]] = {
     "greedy": ("completions", {**TEXT, "temperature": 0, **USAGE}),
     "seeded": ("completions", {**TEXT, **SAMPLED, **IDS}),
     "penalised": ("chat", {**CHAT, **SAMPLED, **PENALISED, **USAGE}),
     "greedy and penalised": ("completions", {**TEXT, **PENALISED, "temperature": 0, "ignore_eos": True, **IDS}),
-    "with stop strings": ("completions", {**TEXT, **SAMPLED, "max_tokens": 60, "stop": ["zzzz", "e", "on"]}),
-    "with long stop strings": ("chat", {**CHAT, **SAMPLED, "max_tokens": 60, "stop": ["never, ever, at all"], **IDS}),
+    "with stop strings": ("completions", {**TEXT, **SAMPLED, "max_tokens": 40, "stop": ["zzzz", "on", "ely"]}),
+    "with long stop strings": ("chat", {**CHAT, **SAMPLED, "max_tokens": 20, "stop": ["never, ever, at all"], **IDS}),
     "with log-probabilities": ("completions", {**TEXT, **SAMPLED, "logprobs": 2}),
     "chat with log-probabilities": ("chat", {**CHAT, **SAMPLED, "logprobs": True, "top_logprobs": 2}),
     "echoed": ("completions", {**TEXT, **SAMPLED, "echo": True, **USAGE}),
     "half letters": ("completions", {**TEXT, **SAMPLED, **HALVES}),
     "half letters and stop strings": ("chat", {**CHAT, **SAMPLED, **HALVES, "stop": ["\ufffd\ufffd\ufffd\ufffd"]}),
-    "until its own end": ("chat", {**CHAT, "max_tokens": 200, "temperature": 0}),
-    "with a least length": ("completions", {**TEXT, **SAMPLED, "min_tokens": 20, "stop": ["e"], **IDS}),
+    "until its own end": ("chat", {**CHAT, "max_tokens": 60, "temperature": 0}),
+    "with a least length": ("completions", {**TEXT, **SAMPLED, "min_tokens": 12, "stop": ["e"], **IDS}),
 }
 
 
@@ -69,7 +71,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def asked(url: str, path: str, body: bytes) -> list[bytes]:
     """The data of all events. Raises RequestFault."""
-    answer = httpx.post(f"{url}{path}", content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    answer = HTTP.post(f"{url}{path}", content=body, headers={"Content-Type": "application/json"})
     if answer.status_code != 200:
         raise RequestFault(read_complaint(answer.content), answer.status_code)
     return Splitter().feed(answer.content)
@@ -109,7 +111,8 @@ def _join(choice: dict[str, Any], other: dict[str, Any]) -> None:
     else:
         choice["delta"]["content"] += other["delta"]["content"]
     for name, values in (other.get("logprobs") or {}).items():
-        choice["logprobs"][name] += values
+        if values is not None:
+            choice["logprobs"][name] += values
 
 
 class Client:
@@ -127,7 +130,8 @@ class Client:
             self.names.add((value["id"], value["created"], value["model"], value["object"]))
             for choice in value["choices"]:
                 self._read_choice(choice)
-            self.seen["usage"] = value.get("usage") or self.seen["usage"]
+            usage = value.get("usage") or {}  # what was cached may differ
+            self.seen["usage"] = usage.get("total_tokens") or self.seen["usage"]
 
     def _read_choice(self, choice: dict[str, Any]) -> None:
         seen, delta = self.seen, choice.get("delta", {})
@@ -136,9 +140,19 @@ class Client:
         seen["roles"] += "role" in delta
         seen["reason"] += [choice["finish_reason"]] if choice["finish_reason"] else []
         logprobs = choice.get("logprobs") or {}
-        seen["logprobs"] += logprobs.get("content") or list(
-            zip(*(logprobs.get(name) or () for name in ("tokens", "token_logprobs", "text_offset")), strict=True)
-        )
+        names = ("tokens", "token_logprobs", "text_offset")
+        seen["logprobs"] += zip(*(logprobs.get(name) or () for name in names), strict=True)
+        seen["logprobs"] += [(one["token"], one["logprob"], one["bytes"]) for one in logprobs.get("content") or ()]
+
+
+def is_close(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two clients have seen the same; a prompt that is read at once rounds a little differently."""
+    pairs = list(zip(one["logprobs"], other["logprobs"], strict=True))
+    return (
+        {**one, "logprobs": 0} == {**other, "logprobs": 0}
+        and all((a[0], a[2]) == (b[0], b[2]) for a, b in pairs)
+        and all(a[1] == pytest.approx(b[1], abs=1e-3) for a, b in pairs)
+    )
 
 
 def told(events: list[bytes], story: Story, client: Client, cut: int | None = None) -> None:
@@ -171,7 +185,8 @@ def cut_and_resumed(url: str, endpoint: Endpoint, body: dict[str, Any], size: in
             try:
                 rest = asked(url, path, plan)
             except RequestFault as problem:
-                assert problem.code == "output_complete"
+                if problem.code != OUTPUT_COMPLETE:
+                    raise
                 client.read(story.finish())
                 break
             story.begin(address)
@@ -188,16 +203,16 @@ def test_a_stream_cut_after_any_event_goes_on_as_if_it_had_not_been(url: str, ki
     whole, found, num_cuts = cut_and_resumed(url, endpoint, body, size)
     assert num_cuts > 3
     for number, client in enumerate(found, 1):
-        assert client.seen == whole.seen, f"cut after {number} events"
+        assert is_close(client.seen, whole.seen), f"cut after {number} events"
         assert len(client.names) == 1
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_stream_that_its_client_had_resumed_goes_on_after_what_the_client_has(url: str, size: int) -> None:
-    body = {**TEXT, **SAMPLED, **IDS, "max_tokens": 40}
-    uncut, _, _ = cut_and_resumed(url, "completions", body, 1)
-    ids = uncut.seen["ids"]
-    whole, found, _ = cut_and_resumed(url, "completions", {**body, "resume_token_ids": ids[:15]}, size)
-    assert ids[:15] + whole.seen["ids"] == ids
+    body = {**TEXT, **SAMPLED, **IDS, "max_tokens": 20}
+    choices = [json.loads(data)["choices"] for data in asked(url, PATHS["completions"], json.dumps(body).encode())[:-1]]
+    ids = [id for (choice,) in choices for id in choice["token_ids"]]
+    whole, found, _ = cut_and_resumed(url, "completions", {**body, "resume_token_ids": ids[:7]}, size)
+    assert ids[:7] + whole.seen["ids"] == ids
     for number, client in enumerate(found, 1):
-        assert client.seen == whole.seen, f"cut after {number} events"
+        assert is_close(client.seen, whole.seen), f"cut after {number} events"

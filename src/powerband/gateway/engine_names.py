@@ -1,4 +1,5 @@
-"""What each engine calls its probe and its figures. Sources: their documentation, and vLLM's and TensorRT-LLM's code.
+"""What each engine calls its probe and its figures. Sources: their documentation, and vLLM's, TensorRT-LLM's and
+llama.cpp's code.
 
 SGLang shows metrics only with --enable-metrics; TensorRT-LLM shows these in recent versions, where its options ask for
 them (read in its code, not tried). A replica that shows none is judged by its probe and by the bytes that come.
@@ -8,23 +9,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from powerband.spec.deployment import EngineName
+
+# Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI or Dynamo:
+# all that is known of it is that GET /v1/models lists what it serves.
+ServerName = Literal[EngineName, "llamacpp", "openai"]
+SERVERS: tuple[ServerName, ...] = get_args(ServerName)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineNames:
-    """Paths, and names of metrics: requests running and waiting, share of KV cache in use (0 to 1), tokens so far."""
+    """Paths, and names of metrics: requests running and waiting, share of KV cache in use (0 to 1), tokens so far.
+
+    metrics_path '': it has no metrics that are known.
+    """
 
     ready_path: str = "/health"
     metrics_path: str = "/metrics"
-    running: bytes
-    waiting: bytes
-    kv_usage: bytes
-    tokens: tuple[bytes, ...]  # counters: if they grow, the engine computes
+    running: bytes = b""
+    waiting: bytes = b""
+    kv_usage: bytes = b""
+    tokens: tuple[bytes, ...] = ()  # counters: if they grow, the engine computes
 
 
-ENGINE_NAMES: dict[EngineName, EngineNames] = {
+ENGINE_NAMES: dict[ServerName, EngineNames] = {
     "powerband": EngineNames(
         ready_path="/readyz",  # says 503 when steps do not advance
         running=b"powerband_requests_running",
@@ -51,6 +61,13 @@ ENGINE_NAMES: dict[EngineName, EngineNames] = {
         kv_usage=b"trtllm_kv_cache_utilization",
         tokens=(b"trtllm_prompt_tokens_total", b"trtllm_generation_tokens_total"),
     ),
+    "llamacpp": EngineNames(  # metrics only with --metrics
+        running=b"llamacpp:requests_processing",
+        waiting=b"llamacpp:requests_deferred",
+        kv_usage=b"llamacpp:kv_cache_usage_ratio",
+        tokens=(b"llamacpp:prompt_tokens_total", b"llamacpp:tokens_predicted_total"),
+    ),
+    "openai": EngineNames(ready_path="/v1/models", metrics_path=""),
 }
 
 
