@@ -29,9 +29,7 @@ def gateway(
     ] = (),
     replica_engine: Annotated[
         ServerName | None,
-        Parameter(
-            help="What the given replicas run; openai: any other server. Default: found out from what they answer"
-        ),
+        Parameter(help="What these replicas run; openai: any other server. Default: found out from their answers"),
     ] = None,
 ) -> int:
     """Serve models over one OpenAI-compatible API, by replicas that run elsewhere, until Ctrl-C or SIGTERM.
@@ -44,7 +42,7 @@ def gateway(
 
     if replica_engine is not None and not replica:
         raise UsageError(
-            "--replica-engine is about --replica, and none is given.",
+            "--replica-engine is given without --replica.",
             hint="Routes name engines.",
             param="replica_engine",
         )

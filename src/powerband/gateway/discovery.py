@@ -37,7 +37,8 @@ async def discover(
 ) -> Routes:
     """Routes to these replicas, under the names that they serve. Waits for those that are starting.
 
-    engine: what they run; None: found out from what they answer, and logged. Raises EnvironmentFault when one does not answer in time, and UsageError for what is no URL.
+    engine: what they run; None: found out from what they answer, and logged.
+    Raises EnvironmentFault when one does not answer in time, and UsageError for what is no URL.
     """
     deadline_s = time.monotonic() + patience_s
     found = await asyncio.gather(*(_ask(upstream, url.rstrip("/"), engine, deadline_s) for url in dict.fromkeys(urls)))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from powerband.spec.deployment import EngineName
 
-# Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI or Dynamo:
-# all that is known of it is that GET /v1/models lists what it serves.
+# Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI and
+# Dynamo: all that is known of it is that GET /v1/models lists what it serves.
 ServerName = Literal[EngineName, "llamacpp", "openai"]
-SERVERS: tuple[ServerName, ...] = get_args(ServerName)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

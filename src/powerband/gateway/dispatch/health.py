@@ -136,7 +136,7 @@ class Prober:
             logger.warning("replica %s refuses the gateway's key: GET %s answers %d", member.id, path, status)
         elif status in (404, 405, 501) and member.may_log(now_s):
             logger.warning(
-                "replica %s is not ready: GET %s answers %d. Is its engine %r, as the routes say? 'openai' is any server",
+                "replica %s is not ready: GET %s answers %d; is its engine %r? 'openai' is any server",
                 *(member.id, path, status, member.address.engine),
             )
 

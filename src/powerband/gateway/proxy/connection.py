@@ -20,7 +20,7 @@ class UpstreamFailure(ConnectionError):
     """A replica did not answer, or not to the end. `code`: what to call it in records and metrics.
 
     is_refusal: it is well, and has no room. retry_after_s: it wants to be left alone for so long. counts: against the
-    replica, for the circuit breaker; else it only does not offer what was asked for.
+    replica, for the circuit breaker; else it only does not offer what was asked for. is_lasting: it would say the same again.
     """
 
     def __init__(
@@ -31,12 +31,14 @@ class UpstreamFailure(ConnectionError):
         is_refusal: bool = False,
         retry_after_s: float | None = None,
         counts: bool = True,
+        is_lasting: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.is_refusal = is_refusal
         self.retry_after_s = retry_after_s
         self.counts = counts
+        self.is_lasting = is_lasting
 
 
 class Exchange:

@@ -106,10 +106,10 @@ class Trip:
         if status in _KEY_STATUSES:  # its words may quote the key
             problem = f"The replica refuses the gateway's key (HTTP {phrase(status)})."
             self._log(replica, f"{problem} Is its api_key in the routes right?")
-            raise UpstreamFailure(f"http_{status}", problem)
+            raise UpstreamFailure(f"http_{status}", problem, is_lasting=True)
         if status in _MISSING_STATUSES:
             self._log(replica, f"It has no {PATHS[self.request.endpoint]} for model {replica.model!r} (HTTP {status}).")
-            raise UpstreamFailure(code, f"The replica does not offer this: {shown}", counts=False)
+            raise UpstreamFailure(code, f"The replica does not offer this: {shown}", counts=False, is_lasting=True)
         if 400 <= status < 500 and status not in (408, 421, 425):
             self.close("ok")
             raise RequestFault(complaint, status)
@@ -141,6 +141,8 @@ class Trip:
         if problem.is_refusal:
             self._refused(id, problem)
             return
+        if problem.is_lasting and not self._pool.has_others(self._avoid):
+            raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
         if self._num_failures >= self._max_tries or not (not problem.counts or self._pool.may_retry(lease)):
             raise self._error(problem)
