@@ -7,10 +7,10 @@ them (read in its code, not tried). A replica that shows none is judged by its p
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from powerband.metrics.exposition import total
 from powerband.spec.deployment import EngineName
 
 # Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI and
@@ -82,34 +82,11 @@ class Load:
 
 def read_load(page: bytes, names: EngineNames) -> Load:
     """From a page of metrics in Prometheus' text form; sums over label sets. A page of 100 kB takes 0.1 ms."""
-    running, waiting = _total(page, names.running), _total(page, names.waiting)
-    told = [value for value in (_total(page, name) for name in names.tokens) if value is not None]
+    running, waiting = total(page, names.running), total(page, names.waiting)
+    told = [value for value in (total(page, name) for name in names.tokens) if value is not None]
     return Load(
         running=None if running is None else int(running),
         waiting=None if waiting is None else int(waiting),
-        kv_usage=_total(page, names.kv_usage),
+        kv_usage=total(page, names.kv_usage),
         tokens=sum(told) if told else None,
     )
-
-
-def _total(page: bytes, name: bytes) -> float | None:
-    total: float | None = None
-    line_start = b"\n" + name
-    at = 0 if page.startswith(name) else _after_break(page, line_start, 0)
-    while at >= 0:
-        end = page.find(b"\n", at)
-        line = page[at : end if end >= 0 else len(page)]
-        if line[len(name) : len(name) + 1] in (b"{", b" "):
-            try:
-                value = float(line[len(name) :].rpartition(b"}")[2].split()[0])
-            except (IndexError, ValueError):
-                return total
-            if math.isfinite(value):
-                total = value + (total or 0.0)
-        at = _after_break(page, line_start, at)
-    return total
-
-
-def _after_break(page: bytes, line_start: bytes, at: int) -> int:
-    found = page.find(line_start, at)
-    return found + 1 if found >= 0 else -1

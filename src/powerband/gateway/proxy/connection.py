@@ -20,7 +20,7 @@ class UpstreamFailure(ConnectionError):
     """A replica did not answer, or not to the end. `code`: what to call it in records and metrics.
 
     is_refusal: it is well, and has no room. retry_after_s: it wants to be left alone for so long. counts: against the
-    replica, for the circuit breaker; else it only does not offer what was asked for. is_lasting: it would say the same again.
+    replica, for the circuit breaker; else it only does not offer what was asked for. is_lasting: it would say so again.
     """
 
     def __init__(
