@@ -40,7 +40,7 @@ def serving(gateway: RunningGateway, *plays: Play, **of_replicas: Any) -> Iterat
     """The gateway serves by these replicas, under another name than theirs."""
     revision = f"b{next(REVISIONS)}"
     with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(byte_replica(play)) for play in plays]
+        found = [stack.enter_context(byte_replica(play, paths=("/v1/models", "/health"))) for play in plays]
         replicas = [
             {"id": f"{revision}-{number}", "url": one.url, "model": "inner", "engine": "openai", **of_replicas}
             for number, one in enumerate(found)

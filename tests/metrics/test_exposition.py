@@ -21,11 +21,12 @@ LABEL_TEXT = st.text(
 
 @given(st.lists(st.tuples(LABEL_TEXT, st.floats(-1e9, 1e9), st.none() | st.integers(0, 2**40)), min_size=1, max_size=6))
 def test_samples_are_those_that_prometheus_reads(rows: list[tuple[str, float, int | None]]) -> None:
-    page = ""
+    page = "# TYPE m gauge\n"
     for text, value, timestamp in rows:
         escaped = text.replace("\\", r"\\").replace('"', r"\"")
-        page += f'm{{a="{escaped}",le="1"}} {value}{"" if timestamp is None else f" {timestamp}"}\nm_other 7\n'
-    (family, *_) = text_string_to_metric_families(page)
+        page += f'm{{a="{escaped}",le="1"}} {value}{"" if timestamp is None else f" {timestamp}"}\n'
+    page += "mm 7\n"
+    family, *_ = text_string_to_metric_families(page)
     expected = [sample.value for sample in family.samples if sample.name == "m"]
     found = list(samples(page.encode(), b"m"))
     assert [value for _, value in found] == expected
