@@ -163,7 +163,7 @@ def test_it_goes_on_with_an_output_that_another_server_began(script: Script) -> 
 def test_its_metrics_are_understood() -> None:
     async def act(_: ScriptedServer, target: Target) -> dict[str, float]:
         await ask(target, 4)
-        return understand((await get(target, "/metrics")).body.decode())
+        return understand((await get(target, "/metrics")).body)
 
     figures = with_server(Script(ttft_s=0.02), act)
     assert (figures["running"], figures["waiting"], figures["output_tokens"]) == (0, 0, 4)

@@ -259,7 +259,7 @@ class Connection(asyncio.Protocol):
         script = self._server.script
         match method, path:
             case b"GET", "/v1/models":
-                card = {"id": script.model, "object": "model", "owned_by": "scripted"}
+                card = {"id": script.model, "object": "model", "owned_by": "powerband"}
                 listed = {"object": "list", "data": [{**card, "max_model_len": script.max_model_len}]}
                 self.answer(200, msgspec.json.encode(listed))
             case b"GET", "/metrics":

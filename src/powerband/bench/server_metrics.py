@@ -10,10 +10,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from powerband.bench.http import get
 from powerband.bench.messages import Target
+from powerband.metrics.exposition import total
 
 INTERVAL_S = 1.0
 # Our name → the server's names for the same (sum over label sets). The first that is there counts.
@@ -85,21 +84,24 @@ class ServerMetrics:
         return total / count if count and total is not None else None
 
 
-def understand(text: str) -> dict[str, float]:
-    """The figures that a page of metrics tells. Raises ValueError for what is no such page."""
-    samples: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            samples[sample.name] = samples.get(sample.name, 0.0) + sample.value
-    found = {
-        ours: next(samples[name] for name in names if name in samples)
-        for ours, names in (GAUGES | COUNTERS).items()
-        if any(name in samples for name in names)
-    }
+def figures(page: bytes) -> dict[str, float]:
+    """Gauges and counters that a page of metrics tells, under our names."""
+    found: dict[str, float] = {}
+    for ours, names in (GAUGES | COUNTERS).items():
+        value = next((value for name in names if (value := total(page, name.encode())) is not None), None)
+        if value is not None:
+            found[ours] = value
+    return found
+
+
+def understand(page: bytes) -> dict[str, float]:
+    """All figures that a page of metrics tells: those of histograms as NAME_count and NAME_sum."""
+    found = figures(page)
     for ours, names in HISTOGRAMS.items():
         for name in names:
-            if f"{name}_count" in samples:
-                found |= {f"{ours}_count": samples[f"{name}_count"], f"{ours}_sum": samples[f"{name}_sum"]}
+            count, seconds = (total(page, f"{name}_{part}".encode()) for part in ("count", "sum"))
+            if count is not None and seconds is not None:
+                found |= {f"{ours}_count": count, f"{ours}_sum": seconds}
                 break
     return found
 
@@ -115,6 +117,6 @@ async def scrape(target: Target, start_at: float, into: ServerMetrics, url: str 
             if page.status != 200:
                 into.problem = f"/metrics answers {page.status}"
                 return
-            into.add(time.monotonic() - start_at, understand(page.body.decode(errors="replace")))
+            into.add(time.monotonic() - start_at, understand(page.body))
         except (OSError, ValueError, TimeoutError) as problem:
             into.problem = f"/metrics: {problem}"

@@ -172,7 +172,7 @@ class Session:
         while time.monotonic() < until_s:
             try:
                 page = await get(self._experiment.target, self._experiment.options.metrics_url or "/metrics")
-                seen = understand(page.body.decode(errors="replace")) if page.status == 200 else {}
+                seen = understand(page.body) if page.status == 200 else {}
             except (OSError, ValueError, TimeoutError):
                 return
             if not seen.get("running", 0.0) + seen.get("waiting", 0.0):

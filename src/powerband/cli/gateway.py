@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from powerband.cli.flags import takes_settings
 from powerband.cli.settings import Resolved
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.gateway.engine_names import ServerName
 from powerband.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ def gateway(
     replica: Annotated[
         tuple[str, ...], Parameter(help="URL of a replica, may be given again: instead of routes", negative="")
     ] = (),
+    replica_engine: Annotated[
+        ServerName | None,
+        Parameter(help="What these replicas run; openai: any other server. Default: found out from their answers"),
+    ] = None,
 ) -> int:
     """Serve models over one OpenAI-compatible API, by replicas that run elsewhere, until Ctrl-C or SIGTERM.
 
@@ -35,7 +40,14 @@ def gateway(
         raise UsageError("Both --routes and --replica are given.", hint="Give one.", param="replica")
     from powerband.gateway.run import serve
 
-    return serve(settings.values[GatewaySettings], None if routes is None else read_routes(routes), replica)
+    if replica_engine is not None and not replica:
+        raise UsageError(
+            "--replica-engine is given without --replica.",
+            hint="Routes name engines.",
+            param="replica_engine",
+        )
+    read = None if routes is None else read_routes(routes)
+    return serve(settings.values[GatewaySettings], read, replica, replica_engine)
 
 
 def read_routes(path: Path) -> Routes:

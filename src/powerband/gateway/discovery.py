@@ -3,63 +3,98 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from powerband.errors import EnvironmentFault
+from powerband.gateway.engine_names import ENGINE_NAMES, ServerName
 from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
-from powerband.spec.deployment import ENGINES, EngineName
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
 _ASK_S = 5.0
 _PAUSE_S = 0.2
+# By what they call the owner of their models.
+_OWNERS: dict[str, ServerName] = {
+    "powerband": "powerband",
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "tensorrt_llm": "trtllm",
+    "llamacpp": "llamacpp",
+}
+_GOES_ON = {"powerband": "another replica goes on with its streams", "vllm": "another goes on with most of its streams"}
 
 
-async def discover(upstream: Upstream, urls: Sequence[str], patience_s: float = PATIENCE_S) -> Routes:
+async def discover(
+    upstream: Upstream, urls: Sequence[str], engine: ServerName | None = None, patience_s: float = PATIENCE_S
+) -> Routes:
     """Routes to these replicas, under the names that they serve. Waits for those that are starting.
 
+    engine: what they run; None: found out from what they answer, and logged.
     Raises EnvironmentFault when one does not answer in time, and UsageError for what is no URL.
     """
     deadline_s = time.monotonic() + patience_s
-    found = await asyncio.gather(*(_ask(upstream, url.rstrip("/"), deadline_s) for url in dict.fromkeys(urls)))
+    found = await asyncio.gather(*(_ask(upstream, url.rstrip("/"), engine, deadline_s) for url in dict.fromkeys(urls)))
     models: dict[str, list[ReplicaAddress]] = {}
     for replica in found:
         models.setdefault(replica.model, []).append(replica)
     return Routes(models=tuple(ModelRoute(name=name, replicas=tuple(some)) for name, some in models.items()))
 
 
-async def _ask(upstream: Upstream, url: str, deadline_s: float) -> ReplicaAddress:
-    replica = ReplicaAddress(id=url.partition("://")[2], url=url, model="")
+async def _ask(upstream: Upstream, url: str, engine: ServerName | None, deadline_s: float) -> ReplicaAddress:
+    replica = ReplicaAddress(id=url.partition("://")[2], url=url, model="", engine="openai")
     problem = ""
     while time.monotonic() < deadline_s:
         try:
-            card = await _first_card(upstream, replica)
-            if card is not None:
-                engine = _engine(str(card.get("owned_by", "")))
-                asked = ReplicaAddress(id=replica.id, url=url, model=str(card["id"]), engine=engine)
-                return await _with_limit(upstream, asked)
+            status, body = await upstream.fetch(replica, "/v1/models", _ASK_S)
+            problem = f" GET /v1/models answers {status}."
+            cards = _cards(body) if status == 200 else []
+            if cards:
+                return await _identified(upstream, replica, cards, engine)
+            problem += " It lists no model." if status == 200 else ""
         except OSError as error:
             problem = f" {error}"
         await asyncio.sleep(_PAUSE_S)
     raise EnvironmentFault(
         f"The replica at {url} does not say what it serves.{problem}",
-        hint="Is it started? GET /v1/models must answer.",
+        hint="Is it started? GET /v1/models must answer. Replicas that want a key are given by --routes.",
         code="no_replica",
         param="replica",
     )
 
 
-async def _first_card(upstream: Upstream, replica: ReplicaAddress) -> dict[str, Any] | None:
-    status, body = await upstream.fetch(replica, "/v1/models", _ASK_S)
+def _cards(body: bytes) -> list[dict[str, Any]]:
     try:
-        cards = msgspec.json.decode(body)["data"] if status == 200 else []
-        return next((card for card in cards if isinstance(card.get("id"), str)), None)
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
-        return None
+        return [card for card in msgspec.json.decode(body)["data"] if isinstance(card.get("id"), str)]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        return []
+
+
+async def _identified(
+    upstream: Upstream, replica: ReplicaAddress, cards: Sequence[dict[str, Any]], engine: ServerName | None
+) -> ReplicaAddress:
+    """Raises OSError."""
+    model, owner = str(cards[0]["id"]), str(cards[0].get("owned_by", ""))
+    why = "as --replica-engine says"
+    if engine is None:
+        engine, why = _OWNERS.get(owner.lower(), "openai"), f"its models are owned by {owner!r}"
+        path = ENGINE_NAMES[engine].ready_path
+        status, _ = await upstream.fetch(replica, path, _ASK_S)
+        if status in (404, 405, 501) and engine != "openai":  # something else that calls itself so
+            engine, why = "openai", f"{why}, but GET {path} answers {status}"
+    logger.info(
+        "replica %s: engine %s (%s), model %r%s; probed at %s; %s",
+        *(replica.id, engine, why, model, f", the first of {len(cards)}" if len(cards) > 1 else ""),
+        *(ENGINE_NAMES[engine].ready_path, _GOES_ON.get(engine, "a stream that breaks off ends with an error")),
+    )
+    return await _with_limit(upstream, replace(replica, model=model, engine=engine))
 
 
 async def _with_limit(upstream: Upstream, replica: ReplicaAddress) -> ReplicaAddress:
@@ -71,10 +106,4 @@ async def _with_limit(upstream: Upstream, replica: ReplicaAddress) -> ReplicaAdd
         limit = int(msgspec.json.decode(body)["engine"]["max_num_seqs"]) if status == 200 else replica.max_num_seqs
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
         return replica
-    return ReplicaAddress(
-        id=replica.id, url=replica.url, model=replica.model, engine=replica.engine, max_num_seqs=max(1, limit)
-    )
-
-
-def _engine(owner: str) -> EngineName:
-    return next((name for name in ENGINES if name == owner), "powerband")
+    return replace(replica, max_num_seqs=max(1, limit))

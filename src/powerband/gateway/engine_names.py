@@ -1,4 +1,5 @@
-"""What each engine calls its probe and its figures. Sources: their documentation, and vLLM's and TensorRT-LLM's code.
+"""What each engine calls its probe and its figures. Sources: their documentation, and vLLM's, TensorRT-LLM's and
+llama.cpp's code.
 
 SGLang shows metrics only with --enable-metrics; TensorRT-LLM shows these in recent versions, where its options ask for
 them (read in its code, not tried). A replica that shows none is judged by its probe and by the bytes that come.
@@ -6,25 +7,33 @@ them (read in its code, not tried). A replica that shows none is judged by its p
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
+from powerband.metrics.exposition import total
 from powerband.spec.deployment import EngineName
+
+# Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI and
+# Dynamo: all that is known of it is that GET /v1/models lists what it serves.
+ServerName = Literal[EngineName, "llamacpp", "openai"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineNames:
-    """Paths, and names of metrics: requests running and waiting, share of KV cache in use (0 to 1), tokens so far."""
+    """Paths, and names of metrics: requests running and waiting, share of KV cache in use (0 to 1), tokens so far.
+
+    metrics_path '': it has no metrics that are known.
+    """
 
     ready_path: str = "/health"
     metrics_path: str = "/metrics"
-    running: bytes
-    waiting: bytes
-    kv_usage: bytes
-    tokens: tuple[bytes, ...]  # counters: if they grow, the engine computes
+    running: bytes = b""
+    waiting: bytes = b""
+    kv_usage: bytes = b""
+    tokens: tuple[bytes, ...] = ()  # counters: if they grow, the engine computes
 
 
-ENGINE_NAMES: dict[EngineName, EngineNames] = {
+ENGINE_NAMES: dict[ServerName, EngineNames] = {
     "powerband": EngineNames(
         ready_path="/readyz",  # says 503 when steps do not advance
         running=b"powerband_requests_running",
@@ -51,6 +60,13 @@ ENGINE_NAMES: dict[EngineName, EngineNames] = {
         kv_usage=b"trtllm_kv_cache_utilization",
         tokens=(b"trtllm_prompt_tokens_total", b"trtllm_generation_tokens_total"),
     ),
+    "llamacpp": EngineNames(  # metrics only with --metrics
+        running=b"llamacpp:requests_processing",
+        waiting=b"llamacpp:requests_deferred",
+        kv_usage=b"llamacpp:kv_cache_usage_ratio",
+        tokens=(b"llamacpp:prompt_tokens_total", b"llamacpp:tokens_predicted_total"),
+    ),
+    "openai": EngineNames(ready_path="/v1/models", metrics_path=""),
 }
 
 
@@ -66,34 +82,11 @@ class Load:
 
 def read_load(page: bytes, names: EngineNames) -> Load:
     """From a page of metrics in Prometheus' text form; sums over label sets. A page of 100 kB takes 0.1 ms."""
-    running, waiting = _total(page, names.running), _total(page, names.waiting)
-    told = [value for value in (_total(page, name) for name in names.tokens) if value is not None]
+    running, waiting = total(page, names.running), total(page, names.waiting)
+    told = [value for value in (total(page, name) for name in names.tokens) if value is not None]
     return Load(
         running=None if running is None else int(running),
         waiting=None if waiting is None else int(waiting),
-        kv_usage=_total(page, names.kv_usage),
+        kv_usage=total(page, names.kv_usage),
         tokens=sum(told) if told else None,
     )
-
-
-def _total(page: bytes, name: bytes) -> float | None:
-    total: float | None = None
-    line_start = b"\n" + name
-    at = 0 if page.startswith(name) else _after_break(page, line_start, 0)
-    while at >= 0:
-        end = page.find(b"\n", at)
-        line = page[at : end if end >= 0 else len(page)]
-        if line[len(name) : len(name) + 1] in (b"{", b" "):
-            try:
-                value = float(line[len(name) :].rpartition(b"}")[2].split()[0])
-            except (IndexError, ValueError):
-                return total
-            if math.isfinite(value):
-                total = value + (total or 0.0)
-        at = _after_break(page, line_start, at)
-    return total
-
-
-def _after_break(page: bytes, line_start: bytes, at: int) -> int:
-    found = page.find(line_start, at)
-    return found + 1 if found >= 0 else -1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from powerband.errors import UsageError
-from powerband.spec.deployment import EngineName
+from powerband.gateway.engine_names import ServerName
 from powerband.spec.records import as_record, read_record
 from powerband.spec.slo import SLO
 from powerband.web.authority import split_authority
@@ -23,13 +23,14 @@ class ReplicaAddress:
     id: unique among all, never used again for another process. url: 'http://127.0.0.1:8001'. model: its served name.
     max_num_seqs: requests it computes at once. weight: its share beside others, where routing is weighted.
     longest_prompt: of the requests that it takes, in tokens; None: any. api_key: what it wants to be asked with.
-    draining: gets nothing new, keeps what it has.
+    engine: how it is asked whether it is ready, and whether it can go on with another's stream; 'openai': any server
+    that speaks OpenAI's API. draining: gets nothing new, keeps what it has.
     """
 
     id: str
     url: str
     model: str
-    engine: EngineName = "powerband"
+    engine: ServerName = "powerband"
     max_num_seqs: int = 256
     weight: float = 1.0
     longest_prompt: int | None = None

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,10 @@ from powerband.gateway.access_log import log_request
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.app import make_app
 from powerband.gateway.discovery import discover
+from powerband.gateway.engine_names import ServerName
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.metrics import GatewayMetrics
+from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.routes import Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.trace_context import continued
@@ -38,10 +40,16 @@ INTERRUPTED = 130
 _LAST_WORDS_S = 1.0  # for the answers to requests that did not end in time
 
 
-def serve(settings: GatewaySettings, routes: Routes | None = None, replicas: Sequence[str] = ()) -> int:
+def serve(
+    settings: GatewaySettings,
+    routes: Routes | None = None,
+    replicas: Sequence[str] = (),
+    engine: ServerName | None = None,
+) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises PowerbandError when the start fails.
 
-    routes: what to serve. replicas: URLs, instead: what they serve is asked of them. Neither: what was served last.
+    routes: what to serve. replicas: URLs, instead: what they serve is asked of them. engine: what
+    those run; None: found out, too. Neither: what was served last.
     The first signal drains: not ready, no new requests, running ones may end. The second ends at once.
     """
     set_up_logging(settings.log_level, settings.log_format)
@@ -56,7 +64,8 @@ def serve(settings: GatewaySettings, routes: Routes | None = None, replicas: Seq
         try:
             if not books.keys.admins():  # or nobody could make keys
                 books.make_admin_key(database.with_name("admin.key"), "first")
-            return uvloop.run(_serve(settings, listener, books, database, routes, replicas))
+            find = partial(discover, urls=replicas, engine=engine) if replicas else None
+            return uvloop.run(_serve(settings, listener, books, database, routes, find))
         finally:
             books.close()
 
@@ -73,7 +82,7 @@ async def _serve(
     books: Books,
     database: Path,
     routes: Routes | None,
-    replicas: Sequence[str],
+    find: Callable[[Upstream], Awaitable[Routes]] | None,
 ) -> int:
     start_s = time.monotonic()
     signals = Signals()
@@ -92,7 +101,7 @@ async def _serve(
     listening: asyncio.Task[None] | None = None
     ending = asyncio.create_task(signals.first.wait(), name="signal")
     try:
-        found = await discover(gateway.upstream, replicas) if replicas else routes or gateway.stored_routes()
+        found = await find(gateway.upstream) if find is not None else routes or gateway.stored_routes()
         if found is not None:
             gateway.set_routes(found)
         listening = asyncio.create_task(server.serve([listener]), name="http")

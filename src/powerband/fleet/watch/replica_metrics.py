@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from powerband.bench.server_metrics import COUNTERS, GAUGES
+from powerband.bench.server_metrics import figures
+from powerband.metrics.exposition import label, samples
 from powerband.metrics.prometheus import RATIO_BUCKETS
 
-_RESIDUAL = "powerband_step_residual_ratio_bucket"
-_NAMES = {name: ours for ours, names in (GAUGES | COUNTERS).items() for name in names}
+_RESIDUAL = b"powerband_step_residual_ratio_bucket"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,21 +32,14 @@ class ReplicaFigures:
 
 def read_figures(text: str) -> ReplicaFigures:
     """What cannot be read is left out: a replica may be of any make. Values are summed over label sets."""
-    values: dict[str, float] = {}
+    page = text.encode(errors="replace")
     residuals: dict[float, float] = {}
-    taken: dict[str, str] = {}  # by figure, under which name it was told: the first counts
-    for line in text.splitlines():
-        end = line.find("{")
-        name = line[:end] if end >= 0 else line.partition(" ")[0]
-        try:
-            if name == _RESIDUAL:
-                bound = float(line.split('le="', 1)[1].split('"', 1)[0])
-                residuals[bound] = residuals.get(bound, 0.0) + float(line.rpartition(" ")[2])
-            elif (ours := _NAMES.get(name)) is not None and taken.setdefault(ours, name) == name:
-                values[ours] = values.get(ours, 0.0) + float(line.rpartition(" ")[2])
-        except (ValueError, IndexError):
-            continue
-    return ReplicaFigures(values=values, residuals=residuals if any(residuals.values()) else {})
+    for labels, count in samples(page, _RESIDUAL):
+        with contextlib.suppress(ValueError):
+            bound = float(label(labels, b"le") or "")
+            if not math.isnan(bound):
+                residuals[bound] = residuals.get(bound, 0.0) + count
+    return ReplicaFigures(values=figures(page), residuals=residuals if any(residuals.values()) else {})
 
 
 def steps_between(before: ReplicaFigures, after: ReplicaFigures) -> dict[float, float]:

@@ -3,6 +3,7 @@
 engine      asked for                       what shows progress
 powerband   /readyz                         it: steps advance, or there is nothing to do
 others      /health, and their metrics      their counters of tokens, and bytes on the streams that go through here
+unknown     /v1/models, which lists some    bytes on the streams that go through here
 
 A probe that times out is no fault while bytes come. After one that does, the next follows at once and has half the
 time: a replica that is stopped in the middle of everything is noticed within 2 s (0.5 until asked, 1, and 0.5).
@@ -36,6 +37,10 @@ class _Ready(msgspec.Struct):
     """The part of our own /readyz that is read here."""
 
     engine_restarts: int = 0
+
+
+class _Models(msgspec.Struct):
+    data: list[msgspec.Raw] | None = None
 
 
 class Prober:
@@ -116,11 +121,24 @@ class Prober:
             elif member.probed_badly(pool.clock(), type(problem).__name__):
                 self._gone(member, "unreachable")
         else:
-            if status == 200:
+            if status == 200 and not (names.ready_path == "/v1/models" and _is_empty_list(body)):
                 self._well(member, body)
-            elif member.probed_badly(pool.clock(), f"http_{status}"):
+                return
+            self._explain(member, names.ready_path, status)
+            if member.probed_badly(pool.clock(), f"http_{status}"):
                 logger.warning("replica %s is not ready (HTTP %d)", member.id, status)
                 pool.changed(member)  # what it has, it may still end
+
+    def _explain(self, member: Member, path: str, status: int) -> None:
+        """Say why a replica will not become ready by waiting."""
+        now_s = self._pool.clock()
+        if status in (401, 403) and member.may_log(now_s):
+            logger.warning("replica %s refuses the gateway's key: GET %s answers %d", member.id, path, status)
+        elif status in (404, 405, 501) and member.may_log(now_s):
+            logger.warning(
+                "replica %s is not ready: GET %s answers %d; is its engine %r? 'openai' is any server",
+                *(member.id, path, status, member.address.engine),
+            )
 
     def _well(self, member: Member, body: bytes) -> None:
         if member.address.engine == "powerband":
@@ -151,6 +169,8 @@ class Prober:
 
     async def _read_load(self, member: Member) -> None:
         names = ENGINE_NAMES[member.address.engine]
+        if not names.metrics_path:
+            return
         try:
             status, page = await self._fetch(member.address, names.metrics_path, _LOAD_TIMEOUT_S)
         except OSError:
@@ -160,3 +180,11 @@ class Prober:
             if load.tokens is not None and (member.load.tokens or 0.0) < load.tokens:
                 member.bytes_s = max(member.bytes_s, self._pool.clock() - _LOAD_TIMEOUT_S)
             self._pool.reported(member, load)
+
+
+def _is_empty_list(body: bytes) -> bool:
+    """Whether a list of models has none: the server is up, and nothing is loaded."""
+    try:
+        return not msgspec.json.decode(body, type=_Models).data
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False

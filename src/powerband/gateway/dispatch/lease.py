@@ -85,14 +85,17 @@ class Lease:
             self.prompt_tokens = self.request.prompt_tokens if prompt_tokens is None else prompt_tokens
             self._holder.first_token_came(self, now_s - self.since_s)
 
-    def close(self, outcome: Outcome, *, output_tokens: int = 0) -> None:
+    def close(self, outcome: Outcome, *, output_tokens: int = 0, pause_s: float = 0.0) -> None:
         """Exactly once. It is answered ("ok"); broke through the replica's fault ("failed"), or maybe through its own
         ("suspected": `blame` may follow); was turned away by the replica with 429 or 503 ("refused"); found nothing
-        there that could have run it ("absent"); its client left.
-        output_tokens: that were generated."""
+        there that could have run it ("absent"); its client left. output_tokens: that were generated.
+        pause_s: nothing is sent to the replica for so long.
+        """
         if not self._is_closed:
             self._is_closed = True
             self.is_suspected = outcome == "suspected"
+            if pause_s:
+                self.member.busy_until_s = max(self.member.busy_until_s, self._holder.clock() + pause_s)
             self.stay.on_lost = None
             self._holder.release(self, outcome, output_tokens)
 

@@ -18,6 +18,7 @@ from powerband.gateway.snapshot import ReplicaSnapshot, ReplicaState
 _GAP_WEIGHT = 0.02
 _BUSY_S = 0.5  # that it gets nothing after it turned a request away
 _FULL = 0.95  # of the KV cache
+_LOG_EVERY_S = 60.0
 
 
 class Stay:
@@ -55,7 +56,8 @@ class Member:
         self.is_removed = False
         self.was_ready = False
         self.since_s = now_s  # when it became what it is
-        self.busy_until_s = 0.0
+        self.busy_until_s = 0.0  # gets nothing until then: it turned a request away
+        self.logged_s = -_LOG_EVERY_S
         self.limit = self.most
         self.load = Load()
         self.gap_s = 0.0  # between bytes of one stream, usually
@@ -101,6 +103,13 @@ class Member:
         if not self.is_ready:
             return "ejected" if self.was_ready else "starting"
         return "ready" if self.breaker.is_closed else "open"
+
+    def may_log(self, now_s: float) -> bool:
+        """Whether it is time for another line about its answers: the same fault comes with each request."""
+        if now_s - self.logged_s < _LOG_EVERY_S:
+            return False
+        self.logged_s = now_s
+        return True
 
     # What probes say.
 
@@ -150,12 +159,12 @@ class Member:
             stay.lose()
 
     def restarted(self) -> None:
-        self.limit, self._crowded = self.most, 0
+        self.limit, self._crowded, self.busy_until_s = self.most, 0, 0.0
         self.breaker.reset()
 
     def refused(self, now_s: float) -> None:
         """It turned a request away: it has as much as it takes."""
-        self.busy_until_s = now_s + _BUSY_S
+        self.busy_until_s = max(self.busy_until_s, now_s + _BUSY_S)
         self.limit = max(min(self.limit, len(self.stays)), 1)
 
     def answered(self) -> None:

@@ -22,7 +22,14 @@ from powerband.gateway.dispatch.breaker import RetryBudgets
 from powerband.gateway.dispatch.lanes import Lane, arrange, lane_of
 from powerband.gateway.dispatch.lease import Lease, Outcome
 from powerband.gateway.dispatch.member import Member
-from powerband.gateway.dispatch.pool_errors import DeadlineInfeasible, Expired, NoReplica, PoolFull, Refusal
+from powerband.gateway.dispatch.pool_errors import (
+    DeadlineInfeasible,
+    Expired,
+    NoReplica,
+    PoolFull,
+    Refusal,
+    ReplicasBusy,
+)
 from powerband.gateway.dispatch.queue import Level, Ticket
 from powerband.gateway.dispatch.routing import make_router
 from powerband.gateway.engine_names import Load
@@ -37,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 NO_REPLICA_RETRY_S = 5.0
 _WELL_S = 60.0  # that a good answer of a replica shows it to be well
+_MAX_PAUSE_S = 5.0  # that a request waits for replicas which asked to be left alone; else its client is told to wait
 _REPLACEMENT_S = 15.0  # without any replica, one is expected for so long
 
 
@@ -122,6 +130,15 @@ class Pool:
         since_s = self.clock() - _WELL_S
         members = [self._members.get(id) for id in ids]
         return all(one is not None and one.answered_s is not None and one.answered_s >= since_s for one in members)
+
+    def has_others(self, than: Collection[str]) -> bool:
+        """Whether any other replica takes requests."""
+        return any(member.takes_new and member.id not in than for member in self._members.values())
+
+    def may_log(self, id: str) -> bool:
+        """Whether it is time for another line about what this replica answers."""
+        member = self._members.get(id)
+        return member is not None and member.may_log(self.clock())
 
     def snapshot(self) -> PoolSnapshot:
         now_s = self.clock()
@@ -319,6 +336,7 @@ class Pool:
         """Raises what refuses it. Who was accepted before is refused only when no replica is left."""
         if self._is_hopeless(now_s):
             raise NoReplica("No replica is ready, and none is expected.", retry_after_s=NO_REPLICA_RETRY_S)
+        self._check_pauses(lane, avoid, now_s)
         if avoid:
             expires_s = now_s + self.options.longest_wait_s
             if request.deadline_s is not None:
@@ -333,6 +351,15 @@ class Pool:
         lane.queue.push(ticket)
         self._dispatch(now_s)
         return ticket
+
+    def _check_pauses(self, lane: Lane, avoid: Collection[str], now_s: float) -> None:
+        """Raise ReplicasBusy when every replica has asked for a longer pause than a request waits for."""
+        pauses_s = [member.busy_until_s - now_s for member in _without(avoid, lane.serving, lane.serving)]
+        if pauses_s and (pause_s := min(pauses_s)) > _MAX_PAUSE_S:
+            raise ReplicasBusy(
+                f"Every replica has asked for a pause (Retry-After); the shortest ends in {pause_s:.0f} s.",
+                retry_after_s=pause_s,
+            )
 
     def _is_hopeless(self, now_s: float) -> bool:
         """Whether no replica takes requests, and none has begun to start, or to recover, lately."""

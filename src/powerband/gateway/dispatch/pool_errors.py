@@ -35,3 +35,9 @@ class NoReplica(Refusal):
     """None is ready, and none is expected to be."""
 
     default_code = "no_replica"
+
+
+class ReplicasBusy(Refusal):
+    """Every replica has asked to be left alone for a while (Retry-After)."""
+
+    default_code = "replicas_busy"

@@ -13,21 +13,35 @@ from typing import Protocol, cast
 import httptools
 
 MAX_UNREAD_BYTES = 64 << 10
-MAX_HEAD_BYTES = 64 << 10
+MAX_HEAD_BYTES = 64 << 10  # of a head; and of whatever else is no body: trailers, what chunks say beside their length
 
 
 class UpstreamFailure(ConnectionError):
     """A replica did not answer, or not to the end. `code`: what to call it in records and metrics.
 
     is_refusal: it is well, and has no room. is_absence: nothing listens there, or its engine is gone; the request has
-    not reached an engine.
+    not reached an engine. retry_after_s: it wants to be left alone for so long. counts: against the replica, for the
+    circuit breaker; else it only does not offer what was asked for. is_lasting: it would say so again.
     """
 
-    def __init__(self, code: str, message: str, *, is_refusal: bool = False, is_absence: bool = False) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        is_refusal: bool = False,
+        is_absence: bool = False,
+        retry_after_s: float | None = None,
+        counts: bool = True,
+        is_lasting: bool = False,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.is_refusal = is_refusal
         self.is_absence = is_absence
+        self.retry_after_s = retry_after_s
+        self.counts = counts
+        self.is_lasting = is_lasting
 
 
 class Exchange:
@@ -40,6 +54,8 @@ class Exchange:
         "_connection",
         "_consumer",
         "_is_held",
+        "_limit_before_s",
+        "_limit_s",
         "_pieces",
         "_problem",
         "_unread",
@@ -47,7 +63,6 @@ class Exchange:
         "between_s",
         "due_s",
         "end_s",
-        "first_s",
         "has_bytes",
         "headers",
         "is_let_end",
@@ -56,7 +71,7 @@ class Exchange:
     )
 
     def __init__(self, connection: Connection, first_s: float, between_s: float, end_s: float) -> None:
-        """first_s: by when the answer's first byte has to come. between_s: at most until the next. end_s: for all."""
+        """first_s: by when the first of the body has to come. between_s: at most until the next. end_s: for all."""
         self._connection: Connection | None = connection
         self._pieces: list[bytes] = []
         self._unread = 0
@@ -66,7 +81,8 @@ class Exchange:
         self._waiter: asyncio.Future[None] | None = None
         self._consumer: Callable[[bytes], bool] | None = None
         self._is_held = False
-        self.first_s, self.between_s, self.end_s = first_s, between_s, end_s
+        self._limit_s = self._limit_before_s = min(first_s, end_s)
+        self.between_s, self.end_s = between_s, end_s
         self.due_s = 0.0
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
@@ -96,6 +112,7 @@ class Exchange:
         Raises UpstreamFailure, and what `take` raises. It may call `hold`.
         """
         self._consumer = take
+        self._extend()
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             self.flush()
@@ -103,6 +120,13 @@ class Exchange:
         finally:
             self._consumer = self._waiter = None
             self.due_s = 0.0
+
+    def no_progress(self) -> None:
+        """What was read last does not count: the time by which more has to come stays what it was before."""
+        self._limit_s = self._limit_before_s
+
+    def _extend(self) -> None:
+        self._limit_before_s, self._limit_s = self._limit_s, min(time.monotonic() + self.between_s, self.end_s)
 
     def hold(self) -> None:
         """Hand on nothing until `release`; what comes meanwhile is bounded."""
@@ -113,6 +137,7 @@ class Exchange:
 
     def release(self) -> None:
         self._is_held = False
+        self._extend()
         if self._connection is not None:
             self._connection.read_on()
         self.flush()
@@ -125,7 +150,9 @@ class Exchange:
             size += len(piece)
             if size > max_bytes:
                 self.close()
-                raise UpstreamFailure("too_large", f"The replica's answer is larger than {max_bytes} bytes.")
+                raise UpstreamFailure(
+                    "too_large", f"The replica's answer is larger than {max_bytes} bytes.", counts=False
+                )
         return b"".join(pieces)
 
     def close(self) -> None:
@@ -188,7 +215,7 @@ class Exchange:
         elif self.is_over:
             waiter.set_result(None)
         else:
-            self.due_s = min(time.monotonic() + self.between_s, self.end_s)
+            self.due_s = self._limit_s
 
     @property
     def is_behind(self) -> bool:
@@ -200,12 +227,11 @@ class Exchange:
         if self._unread >= MAX_UNREAD_BYTES and self._connection is not None:
             self._connection.read_on()
         self._unread = 0
-        self.first_s = 0.0
+        self._extend()
         return data
 
     async def _wait(self) -> None:
-        # Until the first byte of the body the first limit holds; once it is read, the one between bytes.
-        self.due_s = min(self.first_s or time.monotonic() + self.between_s, self.end_s)
+        self.due_s = self._limit_s
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -222,8 +248,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._parser: httptools.HttpResponseParser | None = None
-        self._head_bytes = 0
-        self._bodiless_bytes = 0  # since the last byte of the body: trailers, extensions of chunks
+        self._bare_bytes = 0  # that came since the last of a body, without any of it
+        self._has_body = False  # in what is being read now
         self._ends_by_closing = True  # the answer tells no length
         self._is_paused = False
         self.is_open = False
@@ -232,7 +258,7 @@ class Connection(asyncio.Protocol):
     def begin(self, exchange: Exchange, request: list[bytes]) -> None:
         self._exchange = exchange
         self._parser = httptools.HttpResponseParser(self)
-        self._head_bytes, self._bodiless_bytes, self._ends_by_closing = 0, 0, True
+        self._bare_bytes, self._ends_by_closing = 0, True
         if self._transport is None or not self.is_open:
             exchange.fail("reset", "The connection was closed.")
             return
@@ -269,20 +295,17 @@ class Connection(asyncio.Protocol):
         if exchange is None or parser is None:
             self.abort()  # nobody asked
             return
-        exchange.has_bytes = True
-        if not exchange.status:
-            self._head_bytes += len(data)
-        self._bodiless_bytes += len(data)  # until `on_body`
+        exchange.has_bytes, self._has_body = True, False
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             exchange.fail("garbage", "The replica changes the protocol.")
         except httptools.HttpParserError as problem:
             exchange.fail("garbage", f"The replica's answer is no HTTP: {problem}.")
-        if not exchange.status and self._head_bytes > MAX_HEAD_BYTES:
-            exchange.fail("garbage", "The head of the replica's answer has no end.")
-        elif self._bodiless_bytes > MAX_HEAD_BYTES:
-            exchange.fail("garbage", "The trailers of the replica's answer have no end.")
+            self.abort()  # also when it came after an answer that is whole
+        self._bare_bytes = 0 if self._has_body else self._bare_bytes + len(data)
+        if self._bare_bytes > MAX_HEAD_BYTES:
+            exchange.fail("garbage", f"The replica sent {self._bare_bytes} bytes of headers.")
         exchange.flush()
         if exchange.is_behind and self._exchange is exchange:
             self.pause()
@@ -302,13 +325,17 @@ class Connection(asyncio.Protocol):
 
     # Called by the parser.
 
+    def on_message_begin(self) -> None:
+        if self._exchange is None:
+            self.abort()  # an answer that nobody asked for, right behind the one before
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        exchange, name = self._exchange, name.lower()
-        if exchange is None or exchange.status:  # trailers are dropped
-            return
+        if self._exchange is None or self._exchange.status:
+            return  # trailers: nobody reads them, and their number has no bound
+        name = name.lower()
         if name in (b"content-length", b"transfer-encoding"):
             self._ends_by_closing = False
-        exchange.headers.append((name, value))
+        self._exchange.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self._exchange is None or self._parser is None:
@@ -320,8 +347,7 @@ class Connection(asyncio.Protocol):
             self._exchange.headers.clear()
 
     def on_body(self, body: bytes) -> None:
-        exchange = self._exchange
-        self._bodiless_bytes = 0
+        exchange, self._has_body = self._exchange, True
         if exchange is not None:
             exchange.got(body)
 

@@ -1,46 +1,59 @@
-"""Server-sent events from a replica: cut out of what comes, read as far as is needed, changed where they must be.
+"""Server-sent events from a replica: cut out of what comes, and read as far as is needed.
 
-Nearly every event is passed on as the bytes that came, less what the gateway asked for and the client did not.
+The stream is read as the standard says (https://html.spec.whatwg.org/multipage/server-sent-events.html): lines end with
+LF, CR LF or CR, comments and unknown fields are ignored. Every byte is looked at a bounded number of times.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Raw
+from msgspec import Meta, Raw
 
 from powerband.gateway.proxy.connection import UpstreamFailure
 
 MAX_EVENT_BYTES = 16 << 20
 END = b"[DONE]"
+_BOM = b"\xef\xbb\xbf"
+# Objects and lists take far more memory than the bytes that name them: beyond the first so many, at most one in so many
+# bytes. Log-probabilities, the densest of right answers, have one in 40.
+_FREE_BRACKETS = 1 << 16
+_BYTES_PER_BRACKET = 24
+
+TokenIds = list[Annotated[int, Meta(ge=0, le=2**32 - 1)]]
+Count = Annotated[int, Meta(ge=0, le=2**40)]
 
 
 class Delta(msgspec.Struct, gc=False):
-    role: str | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: Any = None  # a list of calls; `Raw | None` would take nothing but null
+    """`Any` where servers differ: text may be a list of parts, and only whether it is there matters."""
+
+    role: Any = None
+    content: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    tool_calls: Any = None
 
 
 class Choice(msgspec.Struct, gc=False):
-    index: int = 0
-    text: str | None = None
+    """finish_reason: None or '' (LocalAI and others) until the choice has ended."""
+
+    index: int | None = 0
+    text: Any = None
     delta: Delta | None = None
     message: Delta | None = None
     finish_reason: str | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
+    token_ids: TokenIds | None = None
+    prompt_token_ids: TokenIds | None = None
 
 
 class Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
+    prompt_tokens: Count | None = 0
+    completion_tokens: Count | None = 0
     prompt_tokens_details: Details | None = None
 
     @property
@@ -51,45 +64,85 @@ class Usage(msgspec.Struct, gc=False):
 class Chunk(msgspec.Struct, gc=False):
     """A chunk of either kind, and a whole answer, too, as far as it is counted."""
 
+    model: Any = None
     choices: list[Choice] | None = None
     usage: Usage | None = None
-    error: Raw | None = None
-    prompt_token_ids: list[int] | None = None
+    error: Any = None
+    prompt_token_ids: TokenIds | None = None
 
 
 _CHUNK = msgspec.json.Decoder(Chunk)
+FIELDS = msgspec.json.Decoder(dict[str, Raw])
+CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
 NO_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 def read_chunk(data: bytes) -> Chunk:
     """Raises UpstreamFailure."""
     try:
+        if not data.isascii():
+            data.decode()  # fields that are only passed on have to be text, too
+        if len(data) > _FREE_BRACKETS:
+            _check_brackets(data)
         return _CHUNK.decode(data)
     except NO_JSON as problem:
-        raise UpstreamFailure("garbage", f"The replica sent what is no answer: {problem}.") from None
+        raise UpstreamFailure("garbage", f"The replica's answer is not what was asked for: {problem}.") from None
+
+
+def _check_brackets(data: bytes) -> None:
+    num_brackets = data.count(b"{") + data.count(b"[")
+    if num_brackets > _FREE_BRACKETS + len(data) // _BYTES_PER_BRACKET:
+        raise UpstreamFailure("garbage", f"The replica's answer has {num_brackets} brackets in {len(data)} bytes.")
 
 
 class Splitter:
-    """Bytes as they come → the data of events that are whole."""
+    """Bytes as they come → the data of events that are whole. num_events: so far, comments among them."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("_after_cr", "_ends_line", "_has_begun", "_rest", "_rest_bytes", "num_events")
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []  # of an event that is not whole: joined once, when it is
+        self._rest_bytes = 0
+        self._ends_line = False  # the rest does
+        self._after_cr = False  # which may have been the first half of a line's end
+        self._has_begun = False
+        self.num_events = 0
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Raises UpstreamFailure when an event has no end."""
-        data = self._rest + piece if self._rest else piece
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n")
-        if data.endswith(b"\n\n"):
-            self._rest = b""
-            blocks = data[:-2].split(b"\n\n")
+        if self._after_cr or b"\r" in piece:
+            piece = self._with_line_feeds(piece)
+        if self._rest:
+            if b"\n\n" not in piece and not (self._ends_line and piece.startswith(b"\n")):
+                self._keep(piece)
+                return []
+            piece = b"".join((*self._rest, piece))
+            self._rest, self._rest_bytes = [], 0
+        if piece.endswith(b"\n\n"):
+            blocks = piece[:-2].split(b"\n\n")
         else:
-            *blocks, self._rest = data.split(b"\n\n")
-            if len(self._rest) > MAX_EVENT_BYTES:
-                raise UpstreamFailure("garbage", "The replica's event has no end.")
+            *blocks, rest = piece.split(b"\n\n")
+            self._keep(rest)
+        if not self._has_begun and blocks:
+            self._has_begun = True
+            blocks[0] = blocks[0].removeprefix(_BOM)
+        self.num_events += len(blocks)
         return [data for block in blocks if (data := _data(block))]
+
+    def _keep(self, rest: bytes) -> None:
+        if not rest:
+            return
+        self._rest.append(rest)
+        self._rest_bytes += len(rest)
+        self._ends_line = rest.endswith(b"\n")
+        if self._rest_bytes > MAX_EVENT_BYTES:
+            raise UpstreamFailure("garbage", f"The replica's event is larger than {MAX_EVENT_BYTES} bytes.")
+
+    def _with_line_feeds(self, piece: bytes) -> bytes:
+        if self._after_cr:
+            piece = piece.removeprefix(b"\n")
+        self._after_cr = piece.endswith(b"\r") or (self._after_cr and not piece)
+        return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _data(block: bytes) -> bytes:
@@ -98,15 +151,3 @@ def _data(block: bytes) -> bytes:
         return block[5:].strip()
     lines = [line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:")]
     return b"\n".join(lines)
-
-
-def without_list(data: bytes, opening: bytes) -> bytes:
-    """JSON without the lists of numbers that begin with `opening`, such as `,"token_ids":[`.
-
-    Within a string a quote is escaped, so that what looks like a field there does not look like this.
-    """
-    start = data.find(opening)
-    while start >= 0:
-        data = data[:start] + data[data.index(b"]", start) + 1 :]
-        start = data.find(opening, start)
-    return data

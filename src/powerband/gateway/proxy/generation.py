@@ -18,19 +18,21 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.core.loop import error_info
+from powerband.core.request import OUTPUT_COMPLETE
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_of
 from powerband.gateway.dispatch.prefix import keys_of
 from powerband.gateway.gateway import Gateway, Served
+from powerband.gateway.proxy.complaints import RequestFault
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.events import read_chunk
 from powerband.gateway.proxy.intake import COMPLETION_TOKENS, PATHS, Intake
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import CannotResume, Resumer
-from powerband.gateway.proxy.story import RequestFault, Story
+from powerband.gateway.proxy.story import Story
 from powerband.gateway.proxy.trip import ReplicaError, Trip
 from powerband.gateway.request import ANONYMOUS, Endpoint, Finished, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
@@ -42,7 +44,19 @@ from powerband.web.line import ClientLine, line_of
 from powerband.web.streaming import STREAM_HEADERS, event
 
 MAX_ANSWER_BYTES = 64 << 20
-_NOTHING_LEFT = b'"output_complete"'  # a replica's code: all that it was to go on with is there
+
+
+class AnswerTooLarge(PowerbandError):
+    """An answer may be right, but is larger than the gateway holds."""
+
+    http_status = 502
+    default_code = "answer_too_large"
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"The answer is larger than {MAX_ANSWER_BYTES} bytes.",
+            hint="Ask for it as a stream, or for fewer choices, tokens or log-probabilities.",
+        )
 
 
 class GenerationRoutes:
@@ -136,19 +150,32 @@ class Generation(Response):
         while True:
             replica, exchange = await trip.go(self._first_plan, timeouts)
             try:
-                body = await exchange.read_all(MAX_ANSWER_BYTES)
-                if exchange.status == 200:
-                    body = self._read_whole(body, replica)
+                body = self._read_whole(await self._body(exchange), replica)
                 break
             except UpstreamFailure as problem:
                 await trip.failed(problem)
-        self._settle_status(exchange.status)
+        self._settle_status(200)
         trip.close("ok", self._story.num_tokens)
-        await Response(body, exchange.status, media_type="application/json")(scope, receive, send)
+        await Response(body, 200, media_type="application/json")(scope, receive, send)
+
+    async def _body(self, exchange: Exchange) -> bytes:
+        """Raises UpstreamFailure, and AnswerTooLarge for what may be right: another replica would say as much."""
+        max_bytes = min(MAX_ANSWER_BYTES, self._intake.max_answer_bytes)
+        try:
+            return await exchange.read_all(max_bytes)
+        except UpstreamFailure as problem:
+            if problem.code != "too_large":
+                raise
+            if max_bytes < MAX_ANSWER_BYTES:
+                raise UpstreamFailure("garbage", f"{problem} No right answer to this request is.") from None
+            self._trip.close("ok")
+            raise AnswerTooLarge from None
 
     def _read_whole(self, body: bytes, replica: ReplicaAddress) -> bytes:
         """Counted, and under the name that is served here. Raises UpstreamFailure for what is no answer."""
         chunk, story = read_chunk(body), self._story
+        if chunk.error:
+            raise story.as_failure(chunk.error)
         if not chunk.choices:
             raise UpstreamFailure("garbage", "The replica sent an answer without choices.")
         story.take_whole(chunk, replica)
@@ -156,7 +183,7 @@ class Generation(Response):
         if story.num_tokens:
             story.times_s.append(time.monotonic())
             story.counts.append(story.num_tokens)
-        return story.renamed(body, replica)
+        return story.whole(body, chunk)
 
     async def _first_plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
         return PATHS[self._request.endpoint], self._intake.body_for(replica, self._request.tenant)
@@ -166,7 +193,7 @@ class Generation(Response):
     async def _stream(self, send: Send) -> None:
         """Events until the end; failing before the first byte raises, after it the failure is the last event."""
         try:
-            is_complete = await self._relay(send)
+            await self._relay(send)
         except (PowerbandError, CannotResume) as problem:
             if not self._trip.has_begun:
                 if isinstance(problem, CannotResume):
@@ -177,29 +204,35 @@ class Generation(Response):
             data = event(msgspec.json.encode(error_body(error_info(error))))
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return
-        if is_complete:
-            self._settle_status(200)
-            self._trip.close("ok", self._story.num_tokens)
-            await send({"type": "http.response.body", "body": self._story.closing(), "more_body": False})
+        self._settle_status(200)
+        self._trip.close("ok", self._story.num_tokens)
+        await send({"type": "http.response.body", "body": self._story.closing(), "more_body": False})
 
-    async def _relay(self, send: Send) -> bool:
-        """False: the replica refused the request, which its client knows now."""
+    async def _relay(self, send: Send) -> None:
+        """The answer, from as many replicas as it takes, but for its last event."""
         trip, story, settings = self._trip, self._story, self._gateway.settings
         resumer = Resumer(self._intake, story, self._gateway.upstream, self._request.tenant)
         plan = self._first_plan
         while True:
-            replica, exchange = await trip.go(plan, settings.stream_timeouts)
-            if exchange.status != 200:
-                return await self._pass_refusal(exchange, send)
+            try:
+                replica, exchange = await trip.go(plan, settings.stream_timeouts)
+            except RequestFault as problem:
+                if not trip.has_begun:
+                    raise
+                if problem.code != OUTPUT_COMPLETE:
+                    raise ReplicaError(f"No replica goes on with this answer: {problem}") from None
+                await self._send(send, story.finish())  # only the end of the answer was lost
+                return
             story.begin(replica)
+            num_before = story.num_tokens
             try:
                 await self._relay_exchange(exchange, send)
-                return True
+                return
             except UpstreamFailure as problem:
                 if story.is_finished:
                     trip.close("failed", story.num_tokens)
-                    return True  # nothing of the answer itself is missing
-                await trip.failed(problem)
+                    return  # nothing of the answer itself is missing
+                await trip.failed(problem, story.num_tokens - num_before)
             if trip.has_begun:
                 self._resumed += 1
                 plan = resumer.plan
@@ -233,25 +266,6 @@ class Generation(Response):
             await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _pass_refusal(self, exchange: Exchange, send: Send) -> bool:
-        """What the replica says against the request. True: that nothing but the end of the answer was lost."""
-        try:
-            status, body = exchange.status, await exchange.read_all(MAX_ANSWER_BYTES)
-        except UpstreamFailure as problem:
-            raise ReplicaError(str(problem)) from None
-        if self._trip.has_begun:
-            self._trip.close("ok")
-            if _NOTHING_LEFT in body:
-                await self._send(send, self._story.finish())
-                return True
-            raise ReplicaError(f"No replica goes on with this answer: {body[:300].decode(errors='replace')}")
-        self._settle_status(status)
-        self._trip.close("ok")
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
-        return False
-
     # ---- the books
 
     async def _reserve(self) -> None:
@@ -268,8 +282,8 @@ class Generation(Response):
 
     def _settle_status(self, status: int) -> None:
         self._status = status
-        self._outcome = Outcome.OK if status < 400 else Outcome.REFUSED
-        self._error = "" if status < 400 else f"http_{status}"
+        self._outcome = Outcome.OK
+        self._error = ""
 
     def _note_error(self, error: PowerbandError, status: int = 0) -> None:
         if isinstance(error, RequestFault):

@@ -26,6 +26,10 @@ PATHS: dict[Endpoint, str] = {
 LONGEST_LABEL = 512  # that our replicas take
 BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by what the replica counts
 COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
+# Of one token in an answer's JSON, at most: the longest of a vocabulary are runs of 128 blanks or so, and a control
+# character takes six bytes; with log-probabilities it stands there with twenty others.
+_TOKEN_BYTES = 1024
+_TOKEN_BYTES_WITH_LOGPROBS = 64 << 10
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 # Engines that say the ids of what they stream, so that another replica can go on.
 _TELL_IDS = frozenset(("powerband", "vllm"))
@@ -53,6 +57,7 @@ class Asked(msgspec.Struct):
     max_completion_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     logprobs: bool | int | None = None
     return_token_ids: bool | None = None
+    resume_token_ids: list[Annotated[int, Meta(ge=0, le=2**32 - 1)]] | None = None
     user: str | None = None
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
@@ -115,6 +120,21 @@ class Intake:
         return self.num_choices == 1 and (asked.best_of or 1) == 1 and asked.limit != 0
 
     @property
+    def resumed_ids(self) -> list[int]:
+        """Output that the client has already, and wants to be gone on with."""
+        return self.asked.resume_token_ids or []
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """More than any right answer to it has; without a limit to its tokens there is no such bound."""
+        limit = self.asked.limit
+        if limit is None:
+            return 1 << 62
+        shown = any(name in self._fields for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
+        num_tokens = (len(self.prompt) + limit) * self.num_choices
+        return (1 << 20) + num_tokens * (_TOKEN_BYTES_WITH_LOGPROBS if shown else _TOKEN_BYTES)
+
+    @property
     def wants_usage(self) -> bool:
         options = self.asked.stream_options
         return options is not None and bool(options.include_usage)
@@ -169,7 +189,16 @@ class Intake:
         return self.is_stream and replica.engine in _TELL_USAGE
 
     def body_for(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
-        """resumed: ids of the output tokens that the client has, for our own engine to go on after."""
+        """resumed: ids of the output tokens told so far, for our own engine to go on after.
+
+        Raises InvalidRequest when the client has some that this replica could not go on after.
+        """
+        if self.resumed_ids and replica.engine != "powerband":
+            raise InvalidRequest(
+                f"'resume_token_ids' needs a replica of Powerband; this one runs {replica.engine}.",
+                hint="Leave it out.",
+                param="resume_token_ids",
+            )
         fields = dict(self._fields)
         # Waiting happens here: an engine whose queue knows no priorities would refuse them.
         changed = fields.pop("priority", None) is not None
@@ -193,7 +222,7 @@ class Intake:
             if self.tells_ids(replica):
                 fields["return_token_ids"] = _TRUE
             if resumed:
-                fields["resume_token_ids"] = _raw(list(resumed))
+                fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
                 fields.pop("echo", None)  # the client has it
         return msgspec.json.encode(fields) if changed else self._data
 

@@ -1,9 +1,12 @@
 """How another replica goes on with a stream that broke off: what to ask it for, so that the client notices nothing.
 
-engine       asked for                                                    exact
-powerband    the same request, and the ids of the output so far           always
-vllm         a completion of prompt ids + output ids so far               greedy decoding
-others       nothing: only what has told no token yet is asked again      –
+engine       asked for                                               exact
+powerband    the same request, and the ids of the output so far      always
+vllm         a completion of prompt ids + output ids so far          greedy decoding; without a seed, sampling goes on
+others       nothing: only what has told no token is asked again     –
+
+vLLM counts some things over the output alone (presence and frequency penalties, seeds, grammars, bad words), and reads
+others out of it (tool calls, reasoning): such a stream ends with an error, since it would go on differently.
 """
 
 from __future__ import annotations
@@ -36,9 +39,14 @@ _ONLY_CHAT = frozenset(
         ),
     )
 )
-# What depends on the tokens before in a way that a new prompt does not carry on.
-_STATEFUL = frozenset(("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"))
-_NO_STOP = (b"null", b"[]", b'""')
+# What looks at the output alone, so that output in the prompt would not count.
+_STATEFUL = frozenset(
+    (
+        *("presence_penalty", "frequency_penalty", "bad_words", "structured_outputs", "use_beam_search"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag", "logits_processors"),
+        *("thinking_token_budget", "vllm_xargs"),
+    )
+)
 _CONTEXT = 16  # tokens of the prompt that are decoded with the output, since the first token's text depends on them
 
 
@@ -62,50 +70,55 @@ class Resumer:
         if not story.num_tokens:
             story.resume(kept=0)
             return path, intake.body_for(replica, self._tenant)
-        if not intake.can_resume or story.has_gap:
+        if not intake.can_resume or story.has_gap or story.engine != replica.engine:
             raise CannotResume
         if replica.engine == "powerband":
             story.resume(kept=len(story.token_ids))
             return path, intake.body_for(replica, self._tenant, story.token_ids)
-        if replica.engine == "vllm":
-            return PATHS["completions"], await self._completion(replica)
-        raise CannotResume
+        if replica.engine != "vllm":
+            raise CannotResume
+        if not story.texts and not story.wants_silence:  # the client has nothing yet
+            story.resume(kept=0)
+            return path, intake.body_for(replica, self._tenant)
+        return PATHS["completions"], await self._completion(replica)
 
     async def _completion(self, replica: ReplicaAddress) -> bytes:
-        """For vLLM. Tokens whose text has not been told are made again."""
+        """For vLLM. Tokens whose text has not been told, or not all of it, are made again."""
         story, intake = self._story, self._intake
         fields = dict(msgspec.json.decode(intake.body_for(replica, self._tenant), type=dict[str, Raw]))
         is_chat = intake.endpoint == "chat"
-        if not story.prompt_ids or story.is_parsed or (is_chat and intake.asked.logprobs) or _STATEFUL & fields.keys():
+        if not story.prompt_ids or story.is_parsed or (is_chat and intake.asked.logprobs) or _looks_back(fields):
             raise CannotResume
-        # Where stop strings hold text back, only the text itself shows how far it goes.
-        holds_back = bytes(fields.get("stop", Raw(b"null"))) not in _NO_STOP
-        kept = await self._told_ids(replica) if holds_back else story.token_ids[: story.num_said]
+        kept, skipped = await self._kept(replica)
+        if story.wants_silence and (skipped or len(kept) < len(story.token_ids)):
+            raise CannotResume  # the client has the ids already
         limit = intake.limit
         if limit is None and is_chat:
             limit = await self._room(replica) - len(story.prompt_ids)
         limit = 16 if limit is None else limit  # vLLM's default, and OpenAI's
         told: dict[str, Any] = {"prompt": [*story.prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
-        if "min_tokens" in fields:
+        if _value(fields, "min_tokens"):
             told["min_tokens"] = max(0, msgspec.json.decode(fields["min_tokens"], type=int) - len(kept))
         dropped = _ONLY_CHAT if is_chat else {"echo", "truncate_prompt_tokens", "add_special_tokens"}
         passed = {name: value for name, value in fields.items() if name not in dropped}
         if is_chat:
             passed.pop("logprobs", None)
-        story.resume(kept=len(kept), is_other_kind=is_chat, counts_as_prompt=True)
+        story.resume(kept=len(kept), skipped=skipped, is_other_kind=is_chat, counts_as_prompt=True)
         return msgspec.json.encode({**passed, **told})
 
-    async def _told_ids(self, replica: ReplicaAddress) -> Sequence[int]:
-        """The first of the output's ids, as many as make the text that the client has: its tokenizer is asked."""
+    async def _kept(self, replica: ReplicaAddress) -> tuple[Sequence[int], str]:
+        """The most of the output's ids whose text the client has, and what it has beyond that: the beginning of the
+        next token, which ends in half a letter, or of what a stop string held back. Its tokenizer is asked."""
         ids, text = self._story.token_ids, "".join(self._story.texts)
         context = self._story.prompt_ids[-_CONTEXT:]
         before = await self._text(replica, context)
         for dropped in range(min(len(ids), _CONTEXT) + 1):
             kept = ids[: len(ids) - dropped]
-            if await self._text(replica, [*context, *kept]) == before + text:
-                return kept
-            if await self._text(replica, kept) == text:
-                return kept
+            in_context = await self._text(replica, [*context, *kept])
+            if in_context.startswith(before) and text.startswith(said := in_context[len(before) :]):
+                return kept, text[len(said) :]
+            if text.startswith(said := await self._text(replica, kept)):
+                return kept, text[len(said) :]
         raise CannotResume
 
     async def _text(self, replica: ReplicaAddress, ids: Sequence[int]) -> str:
@@ -128,9 +141,26 @@ class Resumer:
         data = b"" if body is None else msgspec.json.encode(body)
         try:
             status, answer = await self._upstream.ask(replica, method, path, data, _ASK_S)
+            if 400 <= status < 500:  # it does not offer this
+                raise CannotResume
+            if status != 200:
+                raise UpstreamFailure("resume", f"{path} of a replica answers {status}.")
             found: dict[str, Any] = msgspec.json.decode(answer, type=dict[str, Any])
         except (OSError, msgspec.MsgspecError) as problem:
             raise UpstreamFailure("resume", f"{path} of a replica failed: {problem}.") from None
-        if status != 200:
-            raise UpstreamFailure("resume", f"{path} of a replica answers {status}.")
         return found
+
+
+def _looks_back(fields: Mapping[str, Raw]) -> bool:
+    """Whether the next token depends on the output in a way that output in the prompt does not carry on."""
+    if any(_value(fields, name) for name in _STATEFUL):
+        return True
+    form = _value(fields, "response_format")
+    has_form = isinstance(form, dict) and form.get("type") != "text"
+    has_tools = bool(_value(fields, "tools")) and _value(fields, "tool_choice") != "none"
+    is_seeded = _value(fields, "seed") is not None and _value(fields, "temperature") != 0
+    return has_form or has_tools or is_seeded
+
+
+def _value(fields: Mapping[str, Raw], name: str) -> Any:
+    return msgspec.json.decode(fields[name]) if name in fields else None

@@ -1,7 +1,7 @@
 """One stream as its client has it, whichever replicas told its parts.
 
-A replica's event becomes what the client is to read: the same bytes less what only the gateway asked for. After another
-replica has taken over, the answer's name, age and model stay those that the client saw first.
+A replica's event becomes what the client is to read: the same fields less what only the gateway asked for, under the
+name that is served. After another replica has taken over, the answer's id and age stay those that the client saw first.
 """
 
 from __future__ import annotations
@@ -10,26 +10,21 @@ from array import array
 from typing import Any
 
 import msgspec
+from msgspec import Raw
 
-from powerband.errors import PowerbandError
+from powerband.gateway.proxy.complaints import RequestFault, complaint_of
 from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.estimates import Estimates, TextCount, call_text
-from powerband.gateway.proxy.events import Choice, Chunk, Usage, read_chunk, without_list
+from powerband.gateway.proxy.events import CHOICES, FIELDS, Choice, Chunk, Delta, Usage, read_chunk
 from powerband.gateway.proxy.intake import Intake
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.streaming import DONE, event
 
-_IDS = b',"token_ids":['
-_PROMPT_IDS = b',"prompt_token_ids":['
-_NO_USAGE = b',"usage":null'
-# What stays the same through a stream.
-_LASTING = ("id", "created", "model", "system_fingerprint")
-
-
-class RequestFault(PowerbandError):
-    """A replica's error in the middle of a stream which is the request's own; another would say the same."""
-
-    http_status = 400
+# What stays the same through a stream, beside the model.
+_LASTING = ("id", "created", "system_fingerprint")
+_ENCODE = msgspec.json.Encoder().encode
+MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no model has a longer context
+_SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
 
 class Story:
@@ -51,19 +46,20 @@ class Story:
         self._model = model
         asked = intake.asked
         self._wants_ids = bool(asked.return_token_ids)
-        self._wants_silence = self._wants_ids or bool(asked.logprobs)  # events that add no text, too
+        self.wants_silence = self._wants_ids or bool(asked.logprobs)  # events of ids without text, too
         self._wants_usage = intake.wants_usage
-        self._strips_ids = False
         self._strips_usage = False  # of chunks that add to a choice: the gateway asked for it, the client did not
         self._usage_of: dict[int, int] | None = None  # output tokens by choice, where that is what chunks say
         self._since_usage = 0  # output tokens that came after the last usage
         self._has_told_usage = False
         self._prompt_sizes: dict[int, int] = {}  # by number of the prompt, where replicas tell its ids
-        self._rename: tuple[bytes, bytes] | None = None
-        self._lasting: dict[str, Any] = {}
+        self._served_model = Raw(_ENCODE(model))
+        self._lasting: dict[str, Raw] = {}
         self._before = 0  # output tokens of the replicas before, where the current one does not count them
         self._is_other_kind = False  # the current replica tells completions where the client asked for chat
         self.keeps_text = False
+        self._skipped = ""
+        self.engine = ""  # of the replicas so far
         self.is_open = False  # the role was told
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
@@ -73,50 +69,60 @@ class Story:
         self.is_parsed = False
         self.texts: list[str] = []
         self.finish_reason = ""
-        self.num_finished = 0
+        self._open: set[int] = set()  # choices that have begun and not ended
+        self._finished: set[int] = set()
         self.usage: Usage | None = None
         self.times_s = array("d")
         self.counts = array("i")
         self.num_tokens = 0
+        self._min_tokens = 0  # that there are at least: ids, and one for each text without any
 
     @property
     def is_finished(self) -> bool:
-        """Every choice has said how it ended."""
-        return self.num_finished >= self._intake.num_choices
+        """Every choice that was asked for has said how it ended."""
+        return len(self._finished) >= self._intake.num_choices
+
+    @property
+    def may_end(self) -> bool:
+        """Every choice that has begun has said how it ended: a server may make fewer than were asked for."""
+        return bool(self._finished) and not self._open
+
+    @property
+    def has_too_many(self) -> bool:
+        """More tokens than may have been asked for."""
+        limit = self._intake.limit
+        per_choice = MAX_TOKENS if limit is None else limit
+        return self._min_tokens > per_choice * self._intake.num_choices + _SLACK_TOKENS
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
-        self._strips_ids = self._intake.tells_ids(replica) and not self._wants_ids
+        self.engine = replica.engine
         tells_usage = self._intake.tells_usage(replica)
         self._strips_usage = tells_usage and not self._intake.wants_continuous_usage
         self._usage_of = {} if tells_usage else None
         self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._intake.can_resume)
-        names = replica.model, self._model
-        encoded = [b'"model":' + msgspec.json.encode(name) for name in names]
-        self._rename = None if names[0] == names[1] else (encoded[0], encoded[1])
-
-    def renamed(self, body: bytes, replica: ReplicaAddress) -> bytes:
-        """A whole answer under the name that is served here."""
-        self.begin(replica)
-        return body if self._rename is None else body.replace(*self._rename, 1)
 
     def take_whole(self, chunk: Chunk, replica: ReplicaAddress) -> None:
-        """An answer that came at once."""
+        """An answer that came at once. Raises UpstreamFailure."""
         self.begin(replica)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
         self._take_usage(chunk, self.num_tokens)
         _, _, self.num_tokens = self.final_usage()
 
-    def resume(self, *, kept: int, is_other_kind: bool = False, counts_as_prompt: bool = False) -> None:
+    def resume(
+        self, *, kept: int, skipped: str = "", is_other_kind: bool = False, counts_as_prompt: bool = False
+    ) -> None:
         """Another replica goes on after the first `kept` tokens. Those that follow are made, and told, again.
 
-        is_other_kind: it tells completions where the client asked for chat. counts_as_prompt: it takes the kept tokens
-        for a part of the prompt.
+        skipped: text that it says first and the client has already. is_other_kind: it tells completions where the
+        client asked for chat. counts_as_prompt: it takes the kept tokens for a part of the prompt.
         """
         self.is_resumed = True
         self._is_other_kind = is_other_kind
+        self._skipped = skipped
         self._before = kept if counts_as_prompt else 0
         self.num_tokens -= len(self.token_ids) - kept
+        self._min_tokens = min(self._min_tokens, kept)
         self.usage, self._since_usage = None, self.num_tokens  # the next replica counts for itself
         del self.token_ids[kept:]
         self.num_said = min(self.num_said, kept)
@@ -124,11 +130,11 @@ class Story:
     def tell(self, data: bytes, now_s: float) -> bytes:
         """What the client reads of an event's data, whole events. Raises UpstreamFailure and RequestFault."""
         chunk = read_chunk(data)
-        if chunk.error is not None:
-            raise _as_failure(data)
+        if chunk.error:
+            raise self.as_failure(chunk.error)
         if not chunk.choices:
             self._take_usage(chunk, 0)
-            return self._end_chunk(data, chunk)
+            return self._told(data, chunk) if chunk.usage is not None and self._wants_usage else b""
         tokens, is_silent = 0, True
         for choice in chunk.choices:
             tokens += self._count(choice)
@@ -140,37 +146,39 @@ class Story:
             self.times_s.append(now_s)
             self.counts.append(tokens)
             self.num_tokens += tokens
-        if is_silent:
-            return b""
-        if self.is_resumed:
-            return self._retold(data)
-        if not self._lasting:
-            self._lasting = _lasting_fields(data, self._model)
-        return event(self._stripped(data, chunk))
+        return b"" if is_silent else self._told(data, chunk)
 
     def _count(self, choice: Choice) -> int:
-        """Tokens that it adds."""
-        text, delta = choice.text, choice.delta or choice.message
+        """Tokens that it adds. Raises UpstreamFailure for a choice that nobody asked for."""
+        index, text, delta = choice.index or 0, choice.text, choice.delta or choice.message
+        if not 0 <= index < self._intake.num_choices:
+            raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._intake.num_choices}.")
+        if self._skipped:
+            text = choice.text = self._after_skipped(text or "", is_last=bool(choice.finish_reason))
         if delta is not None:
             text = delta.content
-            if delta.reasoning_content or delta.reasoning or delta.tool_calls:
-                parsed = (delta.reasoning_content or delta.reasoning or "") + call_text(delta.tool_calls)
-                text, self.is_parsed = (text or "") + parsed, True
-        if choice.finish_reason is not None:
-            self.num_finished += 1
+            if delta.reasoning_content or delta.reasoning or delta.tool_calls or not isinstance(text, str | None):
+                text, self.is_parsed = _parsed_text(delta), True
+        if choice.finish_reason:
+            self._finished.add(index)
+            self._open.discard(index)
             self.finish_reason = choice.finish_reason
+        elif index not in self._finished:
+            self._open.add(index)
         if choice.prompt_token_ids and not self._before:
             self.prompt_ids = choice.prompt_token_ids
-            self._prompt_sizes[choice.index // (self._intake.asked.n or 1)] = len(choice.prompt_token_ids)
+            self._prompt_sizes[index // (self._intake.asked.n or 1)] = len(choice.prompt_token_ids)
         if text and self.keeps_text:
             self.texts.append(text)
         if choice.token_ids:
             self.token_ids.extend(choice.token_ids)
             if text:
                 self.num_said = len(self.token_ids)
+            self._min_tokens += len(choice.token_ids)
             return len(choice.token_ids)
         if text:
             self.has_gap = True
+            self._min_tokens += 1
             return self.text.add(text)
         return 0
 
@@ -184,75 +192,108 @@ class Story:
             return
         if chunk.choices and self._usage_of is not None:
             for choice in chunk.choices:
-                self._usage_of[choice.index] = usage.completion_tokens
+                self._usage_of[choice.index or 0] = usage.completion_tokens
             usage = msgspec.structs.replace(usage, completion_tokens=sum(self._usage_of.values()))
         self.usage, self._since_usage = usage, 0
 
+    def _after_skipped(self, text: str, *, is_last: bool) -> str:
+        """What is new of a text that begins with what the client has. Raises UpstreamFailure when it does not."""
+        skipped = self._skipped
+        size = min(len(text), len(skipped))
+        if text[:size] != skipped[:size] or (is_last and size < len(skipped)):
+            raise UpstreamFailure("resume", "The replica goes on with another text than the client has.")
+        self._skipped = skipped[size:]
+        return text[size:]
+
     def _is_silent(self, choice: Choice) -> bool:
-        """Whether the client needs nothing of it."""
+        """Whether the client needs nothing of it: ids that only the gateway asked for, and what it has already."""
         delta = choice.delta
-        if choice.text or choice.finish_reason is not None:
+        if choice.text or choice.finish_reason:
             return False
         if delta is None:
-            return not self._wants_silence
-        if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls is not None:
+            return choice.token_ids is not None and not self.wants_silence
+        if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
             return False
         if delta.role is not None:
             is_told, self.is_open = self.is_open and self.is_resumed, True
             return is_told
-        return not self._wants_silence
+        return choice.token_ids is not None and not self.wants_silence
 
-    def _stripped(self, data: bytes, chunk: Chunk) -> bytes:
-        if self._strips_ids:
-            data = without_list(data, _IDS)
-            if b"prompt_token_ids" in data:
-                data = without_list(data, _PROMPT_IDS)
-        if not self._wants_usage:
-            data = data.replace(_NO_USAGE, b"") if chunk.usage is None else _without(data, "usage")
-        elif chunk.usage is not None:
-            if chunk.choices and self._strips_usage:
-                data = _without(data, "usage")
-            else:
-                self._has_told_usage = True
-        if self._rename is not None:
-            data = data.replace(*self._rename, 1)
-        return data
-
-    def _end_chunk(self, data: bytes, chunk: Chunk) -> bytes:
-        if chunk.usage is None or not self._wants_usage:
-            return b""
-        self._has_told_usage = True
-        if self.is_resumed:
-            return self._retold(data)
-        return event(self._stripped(data, chunk))
-
-    def _retold(self, data: bytes) -> bytes:
-        """An event of a replica that took over, as if there had been one all along."""
-        value: dict[str, Any] = msgspec.json.decode(data)
-        self._lasting = self._lasting or _lasting_fields(data, self._model)
-        value |= self._lasting
-        value.pop("prompt_token_ids", None)
-        for choice in value.get("choices") or ():
-            choice.pop("prompt_token_ids", None)
-            if not self._wants_ids:
-                choice.pop("token_ids", None)
-            if self._is_other_kind:
-                text, ids = choice.pop("text", ""), choice.get("token_ids")
-                choice["delta"] = {"content": text} if text or ids else {}
-        if self._is_other_kind:
-            value["object"] = "chat.completion.chunk"
-        if not self._wants_usage or (value.get("choices") and self._strips_usage):
-            value.pop("usage", None)
-        elif value.get("usage"):
+    def _told(self, data: bytes, chunk: Chunk) -> bytes:
+        """The event as the client is to read it: the very bytes that came, if they may stay so."""
+        if not self._lasting:
+            first = FIELDS.decode(data)
+            self._lasting = {name: first[name] for name in _LASTING if name in first}
+        tells_usage = self._wants_usage and not (chunk.choices and self._strips_usage)
+        if tells_usage and chunk.usage is not None:
             self._has_told_usage = True
-            if self._before:
-                self._add_before(value["usage"])
-        return event(msgspec.json.encode(value))
+        if not (self.is_resumed or chunk.model != self._model or self._has_too_much(chunk, tells_usage)):
+            return event(data)
+        fields: dict[str, Any] = FIELDS.decode(data)
+        fields["model"] = self._served_model
+        if chunk.choices:
+            choices = fields["choices"] = CHOICES.decode(fields["choices"])
+            for read, choice in zip(chunk.choices, choices, strict=True):
+                if self.is_resumed and "text" in choice:
+                    choice["text"] = read.text  # less what the client has
+                self._retell(choice)
+        if not self._wants_ids or self.is_resumed:
+            fields.pop("prompt_token_ids", None)
+        if not tells_usage:
+            fields.pop("usage", None)
+        if self.is_resumed:
+            fields |= self._lasting
+            if self._is_other_kind:
+                fields["object"] = "chat.completion.chunk"
+            if chunk.usage is not None and self._before and tells_usage:
+                fields["usage"] = self._with_before(fields["usage"], chunk.usage)
+        return event(_ENCODE(fields))
 
-    def _add_before(self, usage: dict[str, Any]) -> None:
+    def _has_too_much(self, chunk: Chunk, tells_usage: bool) -> bool:
+        """Whether it has what only the gateway asked for, or an empty finish_reason where null is meant."""
+        if chunk.usage is not None and not tells_usage:
+            return True
+        if chunk.prompt_token_ids is not None and not self._wants_ids:
+            return True
+        for choice in chunk.choices or ():
+            if choice.finish_reason == "":
+                return True
+            if not self._wants_ids and (choice.token_ids is not None or choice.prompt_token_ids is not None):
+                return True
+        return False
+
+    def _retell(self, choice: dict[str, Any]) -> None:
+        """Change a choice to what the client is to read."""
+        if not self._wants_ids or self.is_resumed:
+            choice.pop("prompt_token_ids", None)
+        if "finish_reason" in choice and bytes(choice["finish_reason"]) == b'""':
+            choice["finish_reason"] = None
+        if self._is_other_kind:
+            text = choice.pop("text", None)
+            choice["delta"] = {"content": text} if text or "token_ids" in choice else {}
+        if not self._wants_ids:
+            choice.pop("token_ids", None)
+
+    def _with_before(self, data: Raw, usage: Usage) -> dict[str, Any]:
         """Its prompt held output that came before."""
-        usage["prompt_tokens"] -= self._before
-        usage["completion_tokens"] += self._before
+        counted = {
+            "prompt_tokens": max(0, (usage.prompt_tokens or 0) - self._before),
+            "completion_tokens": (usage.completion_tokens or 0) + self._before,
+        }
+        return {**FIELDS.decode(data), **counted}
+
+    def as_failure(self, error: Any) -> Exception:
+        """An error in a stream: the replica's own, which another may be free of, or the request's."""
+        complaint = complaint_of(error)
+        if complaint.is_about_request:
+            return RequestFault(complaint)
+        return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")
+
+    def whole(self, body: bytes, chunk: Chunk) -> bytes:
+        """A whole answer under the name that is served."""
+        if chunk.model == self._model:
+            return body
+        return _ENCODE({**FIELDS.decode(body), "model": self._served_model})
 
     def final_usage(self) -> tuple[int, int, int]:
         """Prompt, cached and output tokens: as replicas said; else as far as they were seen, see `is_estimate`."""
@@ -288,10 +329,14 @@ class Story:
 
     def finish(self) -> bytes:
         """The event that says how the answer ended, when that is all that was lost of it."""
-        self.num_finished += 1
-        self.finish_reason = "length" if len(self.token_ids) == self._intake.limit else "stop"
+        self._finished.add(0)
+        self.finish_reason = "length" if self._has_all else "stop"
         said: dict[str, Any] = {"delta": {}} if self._intake.endpoint == "chat" else {"text": ""}
         return self._made([{"index": 0, **said, "logprobs": None, "finish_reason": self.finish_reason}])
+
+    @property
+    def _has_all(self) -> bool:
+        return len(self._intake.resumed_ids) + len(self.token_ids) == self._intake.limit
 
     def closing(self) -> bytes:
         """The end, and before it what a replica left out that told everything else: the usage, if it was wanted."""
@@ -303,26 +348,10 @@ class Story:
 
     def _made(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._intake.endpoint == "chat" else "text_completion"
-        return event(msgspec.json.encode({**self._lasting, "object": kind, "choices": choices, **more}))
+        return event(_ENCODE({**self._lasting, "model": self._model, "object": kind, "choices": choices, **more}))
 
 
-def _lasting_fields(data: bytes, model: str) -> dict[str, Any]:
-    value: dict[str, Any] = msgspec.json.decode(data)
-    return {name: value[name] for name in _LASTING if name in value} | {"model": model}
-
-
-def _without(data: bytes, name: str) -> bytes:
-    value: dict[str, Any] = msgspec.json.decode(data)
-    value.pop(name, None)
-    return msgspec.json.encode(value)
-
-
-def _as_failure(data: bytes) -> Exception:
-    """An error in a stream: the replica's own, which another may be free of, or the request's."""
-    error = msgspec.json.decode(data).get("error")
-    if not isinstance(error, dict):
-        return UpstreamFailure("error", "The replica met an error.")
-    message, code, kind = (str(error.get(name) or "") for name in ("message", "code", "type"))
-    if kind.lower().startswith("invalid_request") or kind == "BadRequestError":
-        return RequestFault(message[:500], code=code[:80], param=error.get("param"))
-    return UpstreamFailure(code[:80] or "error", f"The replica met an error: {message[:500]}")
+def _parsed_text(delta: Delta) -> str:
+    """What a delta says, thoughts and calls of tools among it; not empty."""
+    said = [delta.content, delta.reasoning_content, delta.reasoning]
+    return "".join(one for one in said if isinstance(one, str)) + call_text(delta.tool_calls) or "..."

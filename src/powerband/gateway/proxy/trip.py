@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
-from typing import Literal
-
-import msgspec
+from typing import Literal, NoReturn
 
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import NO_REPLICA_RETRY_S, Lease, NoReplica, Pool
+from powerband.gateway.proxy.complaints import Complaint, RequestFault, phrase, read_complaint
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
-from powerband.gateway.proxy.events import NO_JSON
+from powerband.gateway.proxy.intake import PATHS
+from powerband.gateway.proxy.retry_after import retry_after_s
 from powerband.gateway.proxy.upstream import Upstream
 from powerband.gateway.proxy.verdict import Verdict
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.timeouts import Timeouts
-from powerband.web.errors import ErrorBody, HttpError
+from powerband.web.errors import HttpError
+
+logger = logging.getLogger(__name__)
 
 MAX_REFUSALS = 8
 MAX_ERROR_BYTES = 64 << 10
+_ERROR_BODY_S = 5.0
 _SHORTEST_PAUSE_S = 0.02
 _VERDICT_S = 2.0  # by when probes have found out that a replica is dead
 # Codes of our own replicas that take nothing now: the request has not reached an engine.
 _ABSENT = ("starting", "not_ready", "draining", "engine_unavailable")
+_SHORT_S = 2.0  # a replica that wants no more than so long is asked once more
+_TOKENS_OF_A_GOOD_TRY = 32
+# Of the gateway's key for the replica; of what this server has at all.
+_KEY_STATUSES = (401, 402, 403, 407)
+_MISSING_STATUSES = (404, 405, 410, 501)
 # The path and body that a replica is to be sent.
 Plan = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
-_BODY = msgspec.json.Decoder(ErrorBody)
 
 
 class ReplicaError(PowerbandError):
@@ -58,19 +68,21 @@ class Trip:
         self._verdict = Verdict()
         self._avoid: list[str] = []
         self._num_failures = 0
-        self._num_refusals = 0
+        self._num_refusals: dict[str, int] = {}  # by replica
+        self._retry_after_s = 0.0
         self._absent_since_s: float | None = None
         self.exchange: Exchange | None = None
         self.replicas: list[str] = []
         self.broken: list[tuple[str, str]] = []  # replica and code of tries that failed, without refusals
         self.queue_s = 0.0
         self.sent_s = 0.0
-        self.has_begun = False  # the client has a part of the answer: from then on the budget alone counts tries
+        self.has_begun = False  # the client has a part of the answer
 
     async def go(self, plan: Plan, timeouts: Timeouts) -> tuple[ReplicaAddress, Exchange]:
-        """With the head of an answer that is the client's: any status but those of a replica in trouble.
+        """With the head of an answer with status 200.
 
-        Raises what the pool refuses with, and ReplicaError when enough replicas failed.
+        Raises RequestFault for what a replica says against the request, what the pool refuses with, and ReplicaError
+        when enough replicas failed.
         """
         while True:
             lease = self._lease = await self._pool.lease(self.request, avoid=tuple(self._avoid))
@@ -88,60 +100,80 @@ class Trip:
                     headers=_headers(self.request),
                     on_sent=partial(_tie, lease),
                 )
-                status = exchange.status
-                if status < 429 or 429 < status < 500:
+                if exchange.status == 200:
                     self._verdict.settle()
                     return replica, exchange
-                await self._raise_trouble(exchange)
+                await self._raise_trouble(exchange, replica)
             except UpstreamFailure as problem:
                 await self.failed(problem)
 
-    async def _raise_trouble(self, exchange: Exchange) -> None:
-        status = exchange.status
-        try:
-            error = _BODY.decode(await exchange.read_all(MAX_ERROR_BYTES)).error
-            code, message = error.code or "", error.message
-        except (*NO_JSON, UpstreamFailure):
-            code, message = "", ""
-        is_refusal = status == 429 or (status == 503 and code != "engine_dead")
-        is_absence = is_refusal and code in _ABSENT
-        raise UpstreamFailure(
-            code or f"http_{status}",
-            message[:500] or f"HTTP {status}.",
-            is_refusal=is_refusal and not is_absence,
-            is_absence=is_absence,
-        )
+    async def _raise_trouble(self, exchange: Exchange, replica: ReplicaAddress) -> NoReturn:
+        """Raise RequestFault for what the replica says against the request, UpstreamFailure for all else."""
+        status, body = exchange.status, b""
+        with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
+            async with asyncio.timeout(_ERROR_BODY_S):
+                body = await exchange.read_all(MAX_ERROR_BYTES)
+        complaint = _under_served_name(read_complaint(body), replica.model, self.request.model)
+        shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
+        code = complaint.code or f"http_{status}"
+        if status == 503 and code in _ABSENT:
+            raise UpstreamFailure(code, shown, is_absence=True)
+        if status in (429, 503) and code != "engine_dead":
+            raise UpstreamFailure(code, shown, is_refusal=True, retry_after_s=retry_after_s(exchange.headers))
+        if status in _KEY_STATUSES:  # its words may quote the key
+            problem = f"The replica refuses the gateway's key (HTTP {phrase(status)})."
+            self._log(replica, f"{problem} Is its api_key in the routes right?")
+            raise UpstreamFailure(f"http_{status}", problem, is_lasting=True)
+        if status in _MISSING_STATUSES:
+            self._log(replica, f"It has no {PATHS[self.request.endpoint]} for model {replica.model!r} (HTTP {status}).")
+            raise UpstreamFailure(code, f"The replica does not offer this: {shown}", counts=False, is_lasting=True)
+        if 400 <= status < 500 and status not in (408, 421, 425):
+            self._verdict.settle()
+            self.close("ok")
+            raise RequestFault(complaint, status)
+        raise UpstreamFailure(code, shown)
 
-    async def failed(self, problem: UpstreamFailure) -> None:
-        """The replica failed with this request, or refused it. Returns when another may be tried; else raises."""
+    def _log(self, replica: ReplicaAddress, what: str) -> None:
+        if self._pool.may_log(replica.id):
+            logger.warning("replica %s: %s", replica.id, what)
+
+    async def failed(self, problem: UpstreamFailure, num_tokens: int = 0) -> None:
+        """The replica failed with this request, or refused it. Returns when another may be tried; else raises.
+
+        num_tokens: that it had told before.
+        """
         self._end_exchange()
         lease, self._lease = self._lease, None
         if lease is None:
-            raise _error(problem, len(self.replicas))
+            raise self._error(problem)
+        id = lease.replica.id
+        if id not in self._avoid:
+            self._avoid.append(id)
         if problem.is_refusal:
-            lease.close("refused")
-        else:
-            self.broken.append((lease.replica.id, problem.code))
-            if problem.is_absence:
-                lease.close("absent")
-            elif self._verdict.failed(lease, problem.code):
-                raise _poison(problem, are_well=self._pool.are_well(id for id, _ in self.broken))
-        if lease.replica.id not in self._avoid:
-            self._avoid.append(lease.replica.id)
+            # Ours says when there may be a place for this request, others when any may come again.
+            is_ours = lease.replica.engine == "powerband"
+            lease.close("refused", pause_s=0.0 if is_ours else problem.retry_after_s or 0.0)
+            self._refused(id, problem)
+            return
+        self.broken.append((id, problem.code))
         if problem.is_absence:
+            lease.close("absent")
             self._check_absence(problem)
             return
-        if problem.is_refusal:
-            self._num_refusals += 1
-            if self._num_refusals > MAX_REFUSALS:
-                raise _error(problem, len(self.replicas))
-            if self._num_refusals > 1:  # all are as full; the pool learns from each refusal
-                await asyncio.sleep(_SHORTEST_PAUSE_S * 2**self._num_refusals)
-            return
-        self._num_failures += 1
-        is_enough = self._num_failures >= self._max_tries and not self.has_begun
-        if is_enough or not await self._may_retry(lease):
-            raise _error(problem, len(self.replicas))
+        if self._is_poison(lease, problem):
+            raise _poison(problem, are_well=self._pool.are_well(id for id, _ in self.broken))
+        if problem.is_lasting and not self._pool.has_others(self._avoid):
+            raise self._error(problem)
+        self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
+        if self._num_failures >= self._max_tries or (problem.counts and not await self._may_retry(lease)):
+            raise self._error(problem)
+
+    def _is_poison(self, lease: Lease, problem: UpstreamFailure) -> bool:
+        """Close the lease, and say whether the request itself is at fault."""
+        if problem.is_lasting or not problem.counts:  # it says nothing of this request
+            lease.close("failed" if problem.counts else "left")
+            return False
+        return self._verdict.failed(lease, problem.code)
 
     def _check_absence(self, problem: UpstreamFailure) -> None:
         """Nothing was run, so that this is no try. The pool knows now, and the request waits there for a replica, but
@@ -150,7 +182,7 @@ class Trip:
         if self._absent_since_s is None:
             self._absent_since_s = now_s
         if now_s - self._absent_since_s > self._pool.options.longest_wait_s:
-            raise _error(problem, len(self.replicas))
+            raise self._error(problem)
 
     async def _may_retry(self, lease: Lease) -> bool:
         """Where the budget is used up, probes have the last word: the victims of a replica that has died are free."""
@@ -158,6 +190,29 @@ class Trip:
         while not (is_free := self._pool.may_retry(lease)) and time.monotonic() < deadline_s:
             await asyncio.sleep(_SHORTEST_PAUSE_S)
         return is_free
+
+    def _refused(self, id: str, problem: UpstreamFailure) -> None:
+        """Go on to another replica, or to the same one once more if that is soon; else raise."""
+        self._num_refusals[id] = self._num_refusals.get(id, 0) + 1
+        asks_for_s = problem.retry_after_s or 0.0
+        self._retry_after_s = min(self._retry_after_s, asks_for_s) if self._retry_after_s else asks_for_s
+        is_done = sum(self._num_refusals.values()) > MAX_REFUSALS
+        has_others = self._pool.has_others(self._num_refusals)
+        if is_done or not (has_others or (asks_for_s <= _SHORT_S and self._num_refusals[id] <= 2)):
+            raise self._error(problem)
+
+    def _error(self, problem: UpstreamFailure) -> PowerbandError:
+        tries, replicas = len(self.replicas), len(set(self.replicas))
+        shown = f"{problem} ({tries} {'try' if tries == 1 else 'tries'} at {replicas} replica{'s'[: replicas > 1]}.)"
+        if problem.is_refusal:
+            error = HttpError(503, "replicas_busy", shown)
+            error.retry_after_s = max(1.0, self._retry_after_s)
+            return error
+        if problem.is_absence:
+            return NoReplica(shown, retry_after_s=NO_REPLICA_RETRY_S)
+        if problem.code == "timeout":
+            return HttpError(504, "upstream_timeout", shown)
+        return ReplicaError(shown)
 
     def progress(self) -> None:
         if self._lease is not None:
@@ -199,22 +254,16 @@ def _tie(lease: Lease, exchange: Exchange) -> None:
     lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
 
 
+def _under_served_name(complaint: Complaint, model: str, served: str) -> Complaint:
+    """What the model is called behind the gateway concerns no client."""
+    if model == served or not model:
+        return complaint
+    return replace(complaint, message=complaint.message.replace(model, served))
+
+
 def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:
     """For a request with which two replicas fail in the same way. are_well: they answer others meanwhile."""
     shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
     if not are_well:
         return ReplicaError(shown)
     return PoisonRequest(shown, hint="They answer others; another try would fail, too: change the request.")
-
-
-def _error(problem: UpstreamFailure, tries: int) -> PowerbandError:
-    told = f"{problem} ({'1 replica was' if tries == 1 else f'{tries} replicas were'} tried.)"
-    if problem.is_refusal:
-        error = HttpError(503, "replicas_busy", told)
-        error.retry_after_s = 1.0
-        return error
-    if problem.is_absence:
-        return NoReplica(told, retry_after_s=NO_REPLICA_RETRY_S)
-    if problem.code == "timeout":
-        return HttpError(504, "upstream_timeout", told)
-    return ReplicaError(told)

@@ -1,0 +1,78 @@
+"""Pages of metrics are read as Prometheus reads them, whatever stands in them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from powerband.bench.server_metrics import understand
+from powerband.fleet.watch.replica_metrics import read_figures
+from powerband.gateway.engine_names import ENGINE_NAMES, Load, read_load
+from powerband.metrics.exposition import label, samples, total
+
+LABEL_TEXT = st.text(
+    st.characters(codec="utf-8", exclude_characters="\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"), max_size=8
+)
+
+
+@given(st.lists(st.tuples(LABEL_TEXT, st.floats(-1e9, 1e9), st.none() | st.integers(0, 2**40)), min_size=1, max_size=6))
+def test_samples_are_those_that_prometheus_reads(rows: list[tuple[str, float, int | None]]) -> None:
+    page = "# TYPE m gauge\n"
+    for text, value, timestamp in rows:
+        escaped = text.replace("\\", r"\\").replace('"', r"\"")
+        page += f'm{{a="{escaped}",le="1"}} {value}{"" if timestamp is None else f" {timestamp}"}\n'
+    page += "mm 7\n"
+    family, *_ = text_string_to_metric_families(page)
+    expected = [sample.value for sample in family.samples if sample.name == "m"]
+    found = list(samples(page.encode(), b"m"))
+    assert [value for _, value in found] == expected
+    assert {label(labels, b"le") for labels, _ in found} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("m 3", 3),
+        ("m\t3 1712345678000", 3),
+        ('m{a="}"} 3 1712345678000', 3),
+        ('m{a="b"} 3 # {trace_id="c"} 0.67 1.5', 3),
+        ("m 3\r", 3),
+        ("m NaN", None),
+        ("m +Inf", None),
+        ("m", None),
+        ("m ", None),
+        ('m{a="b} 3', None),
+        ("m three", None),
+        ("mm 3", None),
+        ("m 1e308\nm 1e308", None),
+        ("m NaN\nm 2", 2),
+    ],
+)
+def test_what_can_be_read_counts_and_nothing_else(line: str, value: float | None) -> None:
+    assert total(f"# HELP m x\n{line}\n".encode(), b"m") == value
+    assert total(line.encode(), b"m") == value
+
+
+@given(st.binary(max_size=60), st.sampled_from((" ", "{", '{le="', '{a="b"} ')))
+def test_no_page_makes_a_reader_fail(noise: bytes, opening: str) -> None:
+    names = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "powerband_step_residual_ratio_bucket")
+    page = b"".join(f"\n{name}{opening}".encode() + noise for name in names)
+    load = read_load(page, ENGINE_NAMES["vllm"])
+    figures = read_figures(page.decode(errors="replace"))
+    assert all(math.isfinite(value) for value in (*understand(page).values(), *figures.values.values()))
+    assert isinstance(load, Load)
+
+
+def test_a_sum_beyond_all_numbers_is_no_figure() -> None:
+    page = b"vllm:num_requests_running 1e308\nvllm:num_requests_running 1e308\n"
+    assert read_load(page, ENGINE_NAMES["vllm"]) == Load()
+
+
+def test_the_first_name_of_a_figure_that_is_there_counts() -> None:
+    page = b"vllm:gpu_cache_usage_perc 0.25\nvllm:num_requests_running 4 1712345678000\n"
+    assert understand(page) == {"kv_usage": 0.25, "running": 4.0}
+    assert read_figures(page.decode()).values == {"kv_usage": 0.25, "running": 4.0}
