@@ -28,7 +28,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("top_p", 1.01, "top_p is 1.01; it must be between 0 and 1."),
     ("min_p", -0.5, "min_p is -0.5; it must be between 0 and 1."),
     ("repetition_penalty", 0.0, "repetition_penalty is 0; it must be greater than 0."),
-    ("repetition_penalty", math.inf, "repetition_penalty is inf; it must be between 0 and 100."),
+    ("repetition_penalty", math.inf, "repetition_penalty is inf; it must be between 0.01 and 100."),
     ("presence_penalty", 2.1, "presence_penalty is 2.1; it must be between -2 and 2."),
     ("frequency_penalty", -3, "frequency_penalty is -3; it must be between -2 and 2."),
     ("seed", 2**63, f"seed is {2**63}; it must be between {-(2**63)} and {2**63 - 1}."),

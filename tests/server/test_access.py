@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import RunningServer
+from servers_for_tests import RunningServer
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.server.app import make_app, operations

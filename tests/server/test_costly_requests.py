@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+from servers_for_tests import RunningServer, running_server
 
-from conftest import RunningServer, running_server
 from powerband.engine.process import SocketInbox
 from powerband.server.generation import MAX_OUTPUT_LOGPROBS, MAX_PROMPT_LOGPROBS
 

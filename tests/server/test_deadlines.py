@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RunningServer, running_server
+from servers_for_tests import RunningServer, running_server
 
 from powerband.cli.calibrate import write_profile
 from powerband.folders import cache_directory

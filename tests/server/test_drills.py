@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import SERVE_FAKE, RunningServer, free_port, running_server
+from servers_for_tests import SERVE_FAKE, RunningServer, free_port, running_server
 
 LONG = {"prompt": "a b c", "max_tokens": 450, "stream": True}
 

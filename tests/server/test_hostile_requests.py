@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from conftest import RunningServer
+from servers_for_tests import RunningServer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LIMIT_S = 0.1

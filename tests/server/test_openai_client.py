@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from conftest import RunningServer
 from openai_client_check import check
+from servers_for_tests import RunningServer
 
 
 def test_the_official_client(server: RunningServer) -> None:

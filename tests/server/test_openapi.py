@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import schemathesis
-from conftest import RunningServer
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -17,6 +16,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from servers_for_tests import RunningServer
 
 from powerband.server.app import operations
 from powerband.server.openapi import describe

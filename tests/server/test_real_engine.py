@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import RunningServer, running_server
+from servers_for_tests import RunningServer, running_server
 
 from powerband import LLM, SamplingParams
 

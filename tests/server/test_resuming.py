@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import RunningServer, running_server
+from servers_for_tests import RunningServer, running_server
 
 COMMAND = ("-m", "powerband", "serve", "demo", "--port")
 # In float32: where sixteen bits round two tokens to nearly the same score, reading a text at once and token by token

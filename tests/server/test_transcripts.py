@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import RunningServer
+from servers_for_tests import RunningServer
 
 USER = {"role": "user", "content": "hi there"}
 
