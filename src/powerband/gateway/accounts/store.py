@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from powerband.errors import EnvironmentFault, PowerbandError
+from powerband.files import make_private_folder
 from powerband.gateway.accounts.schema import CHANGES, SCHEMA, VERSION
 
 logger = logging.getLogger(__name__)
@@ -314,7 +315,7 @@ def _open(path: Path) -> sqlite3.Connection:
 def _lock(path: Path) -> int:
     """Keeps a second gateway away: two would not see each other's reservations."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(path.parent)
         file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise EnvironmentFault(f"The gateway's books {path} cannot be opened: {error}.") from error
