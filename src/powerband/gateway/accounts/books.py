@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from powerband.errors import EnvironmentFault
 from powerband.files import write_atomically
-from powerband.gateway.accounts.audit import Audit
+from powerband.gateway.accounts.audit import Audit, Head
 from powerband.gateway.accounts.content import Content
 from powerband.gateway.accounts.feedback import Feedback
 from powerband.gateway.accounts.keys import SCOPES, Key, Keys
@@ -91,6 +91,11 @@ class Books:
     def audit(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
         """Note what an administrator did. what: plain values, no secrets. Raises StoreUnavailable."""
         self._audit.note(actor, action, what)
+
+    @property
+    def audit_head(self) -> Head:
+        """The last entry of the audit that is sure to be there."""
+        return self._audit.head
 
     def figures(self) -> BooksFigures:
         buffer, failing_since = self.ledger.buffer, self.store.failing_since

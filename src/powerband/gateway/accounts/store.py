@@ -219,6 +219,15 @@ class Store:
                 self._closing.wait(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         with contextlib.suppress(sqlite3.Error):
+            self._close_connection()
+
+    def _close_connection(self) -> None:
+        """The file alone has everything then. Those beside it stay, empty, since a full disk could not give the next
+        start new ones: the last to close deletes them, and one that can only read cannot.
+        """
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with contextlib.closing(connect_read_only(self.path)) as last:
+            last.execute("SELECT count(*) FROM audit").fetchone()
             self._connection.close()
 
     def _write_all(self) -> None:
