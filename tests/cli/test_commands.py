@@ -83,7 +83,7 @@ def test_mistakes_end_with_2_and_one_plain_message(capsys: Output, arguments: li
 
 def test_missing_settings_file_ends_with_3(capsys: Output, tmp_path: Path) -> None:
     assert main(["config", "show", "--config", str(tmp_path / "none.yaml")]) == 3
-    assert "Cannot read the settings file" in capsys.readouterr().err
+    assert "none.yaml: No such file" in capsys.readouterr().err
 
 
 def test_serve_has_at_most_40_options(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from gateways_for_tests import RunningGateway, gateway_before, until
 from powerband.bench.script import Script
 from powerband.cli.main import main
 from powerband.gateway.accounts.books import Books
+from powerband.metrics.logging import set_up_logging
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
@@ -130,3 +132,17 @@ def test_books_that_nobody_can_administer_get_a_key_for_this_user(tmp_path: Path
         assert books.keys.authenticate([b"Bearer " + file.read_bytes().strip()]) != key
     finally:
         books.close()
+
+
+def test_no_text_that_somebody_sent_makes_a_second_log_line() -> None:
+    stream = io.StringIO()
+    logger = set_up_logging("info", "text", stream)
+    logger.info("audit 1: %s by %s", "note\n12:00:00.000 INFO    gateway: forged", "\x1b[2Jroot\r\u2028\x85")
+    try:
+        raise ValueError("a\n12:00:00.000 INFO    gateway: forged")
+    except ValueError:
+        logger.exception("failed")
+    lines = stream.getvalue().splitlines()
+    assert sum(not line.startswith("  | ") for line in lines) == 2
+    assert "\\n12:00:00.000" in lines[0]
+    assert "\x1b" not in stream.getvalue()

@@ -222,6 +222,7 @@ def test_tokens_that_are_looked_up_count_against_the_limits_and_are_in_the_books
     assert (client.row()["refused"], client.row()["prompt_tokens"], client.row()["cost_usd"]) == (6, 300, 0.0)
     other = client_of(gateway, tokens_per_min=90)
     assert other.http.post("/tokenize", json={"prompt": "word " * 100}).status_code == 400
+    until(lambda: other.row().get("refused") == 1)
     assert client_of(gateway, usd=0.0).http.post("/detokenize", json={"tokens": [1]}).status_code == 429
 
 

@@ -28,6 +28,7 @@ from powerband.bench.script import Script, Truth
 from powerband.bench.scripted_process import scripted_process
 from powerband.bench.scripted_server import body_digest
 from powerband.errors import EnvironmentFault
+from powerband.files import write_atomically
 from powerband.folders import cache_directory
 from powerband.metrics.record import percentile
 from powerband.spec.arrivals import ClosedLoop, OpenLoop, Phase
@@ -97,9 +98,7 @@ async def calibrate(climb: RateRamp | None = None, *, requests_s: float = 3.0) -
     found = judge(await measure_levels(climb or RateRamp()), await _requests(requests_s))
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_suffix(".new")
-    made.write_bytes(msgspec.json.encode(found))
-    made.replace(path)
+    write_atomically(path, msgspec.json.encode(found))
     return found
 
 

@@ -17,6 +17,7 @@ from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
 from powerband.cost.steps import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import write_atomically
 from powerband.spec.catalog import here_path, known_here
 from powerband.spec.profile import DeviceProfile
 from powerband.spec.settings import EngineSettings
@@ -117,9 +118,7 @@ def write_profile(profile: DeviceProfile, path: Path) -> None:
     """All or nothing. Raises EnvironmentFault."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_name(f".{path.name}.new")
-        made.write_text(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
-        made.replace(path)
+        write_atomically(path, yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True).encode())
     except OSError as problem:
         raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="out") from None
 

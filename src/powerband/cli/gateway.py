@@ -9,12 +9,15 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import takes_settings
 from powerband.cli.settings import Resolved
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.documents import read_table
+from powerband.errors import UsageError
 from powerband.gateway.engine_names import ServerName
 from powerband.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
     from powerband.gateway.routes import Routes
+
+_MAX_ROUTES_BYTES = 4 << 20
 
 
 @takes_settings(GatewaySettings)
@@ -52,14 +55,6 @@ def gateway(
 
 def read_routes(path: Path) -> Routes:
     """Raises EnvironmentFault and UsageError."""
-    import yaml
-
     from powerband.gateway.routes import Routes
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise EnvironmentFault(f"{path} cannot be read: {problem.strerror}.", param="routes") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(problem).split())}.", param="routes") from None
-    return Routes.from_dict(values or {})
+    return Routes.from_dict(read_table(path, "routes file", max_bytes=_MAX_ROUTES_BYTES, param="routes"))

@@ -8,11 +8,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
-
 from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
 from powerband.cli.memory import config_source
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.documents import read_table
+from powerband.errors import UsageError
 from powerband.spec.arrivals import OpenLoop
 from powerband.spec.catalog import Catalog, load_catalog, read_prices
 from powerband.spec.deployment import ENGINES, EngineName, Quantization, Replica
@@ -28,7 +27,6 @@ from powerband.spec.workload import Workload
 _MANY = 4000  # requests, among which the longest is looked for
 _SOON = OpenLoop.at(1000.0)
 HOURS = {"h": 1.0, "hour": 1.0, "day": 24.0, "month": 730.0}
-_MAX_WORKLOAD_BYTES = 1 << 20
 
 
 def model_of(name: str) -> tuple[ModelSpec, Stored]:
@@ -111,19 +109,10 @@ def dollars_per_hour(text: str) -> float:
 
 
 def _workload_file(path: Path) -> Workload:
-    try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise EnvironmentFault(f"Cannot read {path}: {problem.strerror}.", param="workload") from None
-    if len(content) > _MAX_WORKLOAD_BYTES:
-        raise UsageError(f"{path} is no workload: it is larger than 1 MiB.", param="workload")
-    try:
-        values = yaml.safe_load(content)
-        if isinstance(values, dict) and "trace" in (values.get("requests") or ()):
-            raise UsageError(f"{path} names a trace.", hint="Give that: --workload TRACE.", param="workload")
-        return Workload.from_dict(values)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
-        raise UsageError(f"{path} is no YAML: {str(problem).splitlines()[0]}.", param="workload") from None
+    values = read_table(path, "workload", param="workload")
+    if "trace" in (values.get("requests") or ()):
+        raise UsageError(f"{path} names a trace.", hint="Give that: --workload TRACE.", param="workload")
+    return Workload.from_dict(values)
 
 
 def _distinct(profiles: list[DeviceProfile]) -> list[DeviceProfile]:

@@ -15,8 +15,10 @@ from typing import Any
 
 import msgspec
 
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.documents import read_table
+from powerband.errors import UsageError
 from powerband.server.settings import ServerSettings
+from powerband.spec.fields import shown
 from powerband.spec.settings import EngineSettings, value_types
 
 PREFIX = "POWERBAND_"
@@ -113,26 +115,12 @@ def _from_environment(environment: Mapping[str, str], types: Mapping[str, Any]) 
 
 
 def _from_file(path: Path, types: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EnvironmentFault(f"Cannot read the settings file {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"The settings file {path} holds a {type(content).__name__}, not settings.",
-            hint="Write one 'name: value' per line.",
-        )
+    content = read_table(path, "settings file")
     found: dict[str, tuple[Any, str]] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in types:
-            raise UsageError(f"{key!r} in {path} is not a setting.", hint=nearest(name, types))
+            raise UsageError(f"{shown(key)} in {path} is not a setting.", hint=nearest(name, types))
         if value is not None:
             found[name] = (_convert(value, types[name]), f"file ({path})")
     return found

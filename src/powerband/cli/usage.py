@@ -14,6 +14,7 @@ from powerband.cli.admin_api import AdminKeyFile, Service, Url, find_gateway
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.metrics.logging import one_line
 
 _PAGE = 1000
 _COLUMNS = ("requests", "errors", "refused", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
@@ -67,7 +68,8 @@ def audit(
     if json:
         print(json_format.dumps({**answer, "data": entries}, indent=2))
     else:
-        shown = [[str(one["seq"]), _date(one["at"]), one["actor"], one["action"], one["what"]] for one in entries]
+        told = ("actor", "action", "what")
+        shown = [[str(one["seq"]), _date(one["at"]), *(one_line(one[name]) for name in told)] for one in entries]
         print_table([["number", "time", "who", "action", "what"], *shown])
     if answer["broken_at"] is None:
         return 0

@@ -10,6 +10,7 @@ a drain began), so that a new one goes on where the last one was ended, whenever
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter
@@ -42,6 +43,8 @@ from powerband.fleet.watch.incidents import Incidents
 from powerband.fleet.watch.watcher import Action, Watcher
 from powerband.fleet.watching import Watch, expected_of, with_one_more
 from powerband.gateway.request import Finished
+
+logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 15.0
 GATEWAY_STOP_S = 45.0
@@ -113,7 +116,10 @@ class Controller:
         if release is not None:
             self._watch(desired, release, finished, now_s)
         status = self._status(desired, release, now_s)
-        self.folder.write_status(status)
+        try:
+            self.folder.write_status(status)
+        except OSError as problem:  # it is there for people: the service goes on without it
+            logger.warning("%s cannot write what it sees: %s.", self.folder.path, problem)
         return status.phase != "removed"
 
     # ---- what is

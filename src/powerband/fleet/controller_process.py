@@ -25,7 +25,7 @@ from powerband.fleet.processes import Mark, is_alive, session_leader_with
 from powerband.fleet.state import ServiceFolder, lock
 from powerband.fleet.watch.incidents import Incidents
 from powerband.fleet.watching import Messenger
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.books import Books, has_admin_key
 from powerband.metrics.logging import set_up_logging
 
 logger = logging.getLogger("powerband.fleet.controller_process")  # not __main__, as which it runs
@@ -137,7 +137,7 @@ def _tick(controller: Controller) -> bool:
 
 def _admin_key(folder: ServiceFolder) -> str:
     """The gateway's first admin key, made before its first start."""
-    if not folder.admin_key.exists():
+    if not has_admin_key(folder.admin_key):
         books = Books.open(folder.database)
         try:
             books.make_admin_key(folder.admin_key, "fleet")

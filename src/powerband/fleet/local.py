@@ -6,6 +6,7 @@ controller that dies between the two leaves nothing that the next one could not 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 from powerband.errors import EnvironmentFault
+from powerband.files import make_private_folder
 from powerband.fleet.processes import (
     Identity,
     Mark,
@@ -31,6 +34,8 @@ from powerband.fleet.processes import (
 from powerband.fleet.state import write_json
 from powerband.fleet.target import Gone, Launch, Role, Running
 from powerband.web.listening import free_port
+
+logger = logging.getLogger(__name__)
 
 MARK = "POWERBAND_MEMBER"  # in a member's environment: its record's path
 # Settings of the user's shell are not a plan's: a member gets those of its command line alone.
@@ -66,8 +71,9 @@ class LocalTarget:
         self._members = folder / "members"
         self._logs = folder / "logs"
         for path in (self._members, self._logs):
-            path.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path)
         self._own: dict[str, subprocess.Popen[bytes]] = {}
+        self._unwritten: dict[str, _Record] = {}  # newer than their files: the disk did not take them
         self._gone: list[Gone] = []
 
     def start(self, launch: Launch) -> Running:
@@ -87,7 +93,7 @@ class LocalTarget:
         try:
             process = self._spawn(launch, port)
         except OSError as problem:
-            self._path(launch.id).unlink(missing_ok=True)
+            self._forget(launch.id)
             raise EnvironmentFault(
                 f"Cannot start {launch.command[0]}: {problem.strerror}.", hint="Is it installed?", param="engine"
             ) from None
@@ -99,7 +105,9 @@ class LocalTarget:
 
     def running(self) -> Sequence[Running]:
         found = []
-        for path in sorted(self._members.glob("*.json")):
+        for waiting in tuple(self._unwritten.values()):
+            self._write(waiting)
+        for path in self._paths():
             record = self._read(path)
             if record is None:
                 continue
@@ -142,7 +150,7 @@ class LocalTarget:
     def room_for_one_more(self) -> bool:
         sizes = [
             sum(stat.resident_bytes for stat in session_members(record.process.pid, self._mark(record.id)))
-            for path in self._members.glob("*.json")
+            for path in self._paths()
             if (record := self._read(path)) is not None and record.role == "replica" and record.process is not None
         ]
         return memory_available_bytes() > _MARGIN * max(sizes, default=0)
@@ -156,7 +164,7 @@ class LocalTarget:
             if not name.startswith("POWERBAND_") or name in KEPT_VARIABLES
         }
         command = [part.replace("{port}", str(port)) for part in launch.command]
-        with (self._logs / f"{launch.id}.log").open("ab") as log:
+        with self._open_log(launch.id) as log:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -165,6 +173,14 @@ class LocalTarget:
                 env={**kept, **launch.env, MARK: str(self._path(launch.id))},
                 start_new_session=True,
             )
+
+    def _open_log(self, id: str) -> BinaryIO:
+        """Nowhere, where the disk has no room for one more file: what writes there has to run all the same."""
+        try:
+            return (self._logs / f"{id}.log").open("ab")
+        except OSError as problem:
+            logger.warning("What %s says is lost: %s.", id, problem)
+            return open(os.devnull, "ab")
 
     def _bury(self, record: _Record) -> None:
         """It ended: nothing of it may be left, and whoever asks is told."""
@@ -175,12 +191,12 @@ class LocalTarget:
         if own is not None:
             with suppress(subprocess.TimeoutExpired):
                 exit_code = own.wait(1.0)
-        self._path(record.id).unlink(missing_ok=True)
+        self._forget(record.id)
         self._gone.append(Gone(record.id, exit_code, last_lines(self._logs / f"{record.id}.log")))
 
     def _free_port(self, host: str) -> int:
         """One that the system says is free, and no member has kept."""
-        taken = {record.url.rpartition(":")[2] for path in self._members.glob("*.json") if (record := self._read(path))}
+        taken = {record.url.rpartition(":")[2] for path in self._paths() if (record := self._read(path))}
         while True:
             port = free_port(host)
             if str(port) not in taken:
@@ -194,16 +210,33 @@ class LocalTarget:
     def _mark(self, id: str) -> Mark:
         return Mark(MARK, str(self._path(id)))
 
+    def _paths(self) -> list[Path]:
+        """Of all records, also of those whose file is not there yet."""
+        return sorted({*self._members.glob("*.json"), *map(self._path, self._unwritten)})
+
     def _write(self, record: _Record) -> None:
-        write_json(self._path(record.id), record)
+        """What the disk does not take is kept in memory, and written as soon as it can be."""
+        try:
+            write_json(self._path(record.id), record)
+            self._unwritten.pop(record.id, None)
+        except OSError as problem:
+            if record.id not in self._unwritten:
+                logger.warning("The record of %s is not on disk yet: %s.", record.id, problem)
+            self._unwritten[record.id] = record
+
+    def _forget(self, id: str) -> None:
+        self._unwritten.pop(id, None)
+        self._path(id).unlink(missing_ok=True)
 
     def _read(self, path: Path) -> _Record | None:
         """None: it is gone. A record without its process is completed from the process's own environment."""
+        if (unwritten := self._unwritten.get(path.stem)) is not None and path.parent == self._members:
+            return unwritten
         try:
             record = msgspec.json.decode(path.read_bytes(), type=_Record)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             path.unlink(missing_ok=True)
             return None
         if record.process is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -25,8 +26,11 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import make_private_folder, write_atomically
 from powerband.folders import state_home
 from powerband.spec.deployment import EngineName
+
+logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -238,7 +242,7 @@ class ServiceFolder:
     def make(self) -> None:
         """Raises EnvironmentFault."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private_folder(self.logs)
             self.path.chmod(0o700)
         except OSError as problem:
             raise EnvironmentFault(
@@ -262,8 +266,12 @@ class ServiceFolder:
         write_json(self.path / "status.json", status, durable=False)
 
     def write_desired(self, desired: Desired) -> None:
-        """Only inside `changing`."""
-        write_json(self.path / "desired.json", desired)
+        """Only inside `changing`. Raises EnvironmentFault."""
+        path = self.path / "desired.json"
+        try:
+            write_json(path, desired)
+        except OSError as problem:
+            raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="name") from None
 
     @contextlib.contextmanager
     def changing(self, wait_s: float = _CHANGE_S) -> Iterator[None]:
@@ -304,10 +312,17 @@ class ServiceFolder:
         return self.controller_lock.stat().st_mtime
 
     def next_number(self) -> int:
-        """For the id of the next replica: never the same twice, whatever ends in between. Only the controller asks."""
+        """For the id of the next replica: never the same twice, whatever ends in between. Only the controller asks.
+
+        On a full disk the clock counts: in microseconds it is beyond what any count comes to.
+        """
         path = self.path / "sequence"
-        number = int(path.read_text()) + 1 if path.exists() else 1
-        _write(path, str(number).encode())
+        try:
+            number = int(path.read_text()) + 1 if path.exists() else 1
+            write_atomically(path, str(number).encode(), private=True)
+        except (OSError, ValueError) as problem:
+            logger.warning("%s cannot be written, so the clock numbers what is started: %s.", path, problem)
+            return time.time_ns() // 1000
         return number
 
     def forget(self, *, purge: bool) -> None:
@@ -378,17 +393,8 @@ def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[int]:
 
 def write_json(path: Path, value: object, *, durable: bool = True) -> None:
     """All or nothing; with `durable` also where the machine stops in between."""
-    _write(path, msgspec.json.format(msgspec.json.encode(value), indent=1), durable=durable)
-
-
-def _write(path: Path, content: bytes, *, durable: bool = True) -> None:
-    made = path.with_name(f".{path.name}.new")
-    with made.open("wb") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    made.replace(path)
+    data = msgspec.json.format(msgspec.json.encode(value), indent=1)
+    write_atomically(path, data, durable=durable, private=True)
 
 
 def _read(path: Path, kind: type[Kind]) -> Kind | None:
@@ -396,5 +402,5 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as problem:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
         raise EnvironmentFault(f"{path} is damaged: {problem}.", hint=_DAMAGED, param="name") from None

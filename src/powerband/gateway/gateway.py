@@ -10,7 +10,9 @@ from pathlib import Path
 
 import msgspec
 
+from powerband.documents import read_json_table
 from powerband.errors import PowerbandError, UsageError
+from powerband.files import make_private_folder, write_atomically
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.proxy.estimates import Estimates
@@ -24,6 +26,9 @@ from powerband.gateway.trace_context import Trace, passed_on
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
+
+_STORE_AGAIN_S = 5.0
+_MAX_ROUTES_BYTES = 256 << 20
 
 
 @dataclass(slots=True)
@@ -51,6 +56,7 @@ class Gateway:
         self.routes_changed: Callable[[], None] = lambda: None
         self.sinks: list[Callable[[Finished], None]] = [self.recent.append]
         self._routes_file = routes_file
+        self._storing: asyncio.TimerHandle | None = None  # when routes that could not be written are tried again
         self._served: dict[str, Served] = {}
         self._names: dict[str, Served] = {}
         self._idle = asyncio.Event()
@@ -60,6 +66,8 @@ class Gateway:
         self.upstream.start()
 
     async def close(self) -> None:
+        if self._storing is not None:
+            self._storing.cancel()
         for served in self._served.values():
             served.pool.close()
             served.probing.cancel()
@@ -73,17 +81,16 @@ class Gateway:
         if self._routes_file is None or not self._routes_file.exists():
             return None
         try:
-            values = msgspec.json.decode(self._routes_file.read_bytes())
-        except (OSError, msgspec.DecodeError) as problem:
+            return Routes.from_dict(read_json_table(self._routes_file, "routes file", max_bytes=_MAX_ROUTES_BYTES))
+        except PowerbandError as problem:
             hint = "Remove it, or give --routes."
-            raise UsageError(f"{self._routes_file} cannot be read: {problem}.", hint=hint, param="database") from None
-        return Routes.from_dict(values)
+            raise UsageError(problem.message, hint=hint, param="database") from None
 
     def set_routes(self, routes: Routes, *, store: bool = True) -> None:
         """Replace what is served, as a whole. What stays keeps its state; what runs at a removed replica goes on."""
-        if store and self._routes_file is not None:
-            _write(self._routes_file, msgspec.json.encode(routes.as_dict()))
         self.routes = routes
+        if store:
+            self._store_routes()
         kept = {model.name for model in routes.models}
         for name in [name for name in self._served if name not in kept]:
             gone = self._served.pop(name)
@@ -101,6 +108,21 @@ class Gateway:
         }
         self.routes_changed()
         self.upstream.keep_only({replica.url for model in routes.models for replica in model.replicas})
+
+    def _store_routes(self) -> None:
+        """For the next start; what cannot be written now is tried again, and is in effect all the same."""
+        if self._storing is not None:
+            self._storing.cancel()
+            self._storing = None
+        if self._routes_file is None:
+            return
+        try:
+            make_private_folder(self._routes_file.parent)
+            # It has keys of replicas.
+            write_atomically(self._routes_file, msgspec.json.encode(self.routes.as_dict()), private=True)
+        except OSError as problem:
+            logger.warning("The routes are in effect, but cannot be written to %s: %s.", self._routes_file, problem)
+            self._storing = asyncio.get_running_loop().call_later(_STORE_AGAIN_S, self._store_routes)
 
     def drain_replica(self, id: str, *, draining: bool = True) -> None:
         """Give it nothing new. Raises HttpError 404."""
@@ -184,12 +206,3 @@ class Gateway:
         except TimeoutError:
             return False
         return True
-
-
-def _write(path: Path, data: bytes) -> None:
-    """As a whole, or not at all; keys of replicas are for this user's eyes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.touch(mode=0o600)
-    new.write_bytes(data)
-    new.replace(path)

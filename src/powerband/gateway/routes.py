@@ -11,9 +11,12 @@ from typing import Any
 
 from powerband.errors import UsageError
 from powerband.gateway.engine_names import ServerName
+from powerband.spec.fields import shown
 from powerband.spec.records import as_record, read_record
 from powerband.spec.slo import SLO
 from powerband.web.authority import split_authority
+
+MAX_NAME = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +43,14 @@ class ReplicaAddress:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             hint = "Like http://127.0.0.1:8001."
-            raise UsageError(f"replica {self.id} has url {self.url!r}.", hint=hint, param="url")
+            raise UsageError(f"replica {self.id[:MAX_NAME]} has url {shown(self.url)}.", hint=hint, param="url")
         split_authority(self.url.partition("://")[2].partition("/")[0], 80)
         if not self.url.isascii() or not (self.url + self.api_key).isprintable() or not self.api_key.isascii():
             raise UsageError(f"replica {self.id}: url and api_key are printable ASCII.", param="url")
         if self.max_num_seqs < 1 or self.weight < 0:
             raise UsageError(f"replica {self.id}: max_num_seqs is at least 1, weight not negative.", param="replicas")
+        _check_name("replica's id", self.id)
+        _check_name("replica's model", self.model, may_be_empty=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,10 @@ class ModelRoute:
     slo: SLO | None = None
     usd_per_million_input: float = 0.0
     usd_per_million_output: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.aliases):
+            _check_name("model's name", name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,3 +97,10 @@ class Routes:
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = as_record(self, complete=True)
         return found
+
+
+def _check_name(what: str, name: str, *, may_be_empty: bool = False) -> None:
+    """It stands in metrics, logs and answers. Raises UsageError."""
+    if len(name) > MAX_NAME or not name.isprintable() or not (name or may_be_empty):
+        hint = f"It has 1 to {MAX_NAME} printable characters."
+        raise UsageError(f"A {what} is {shown(name)}.", hint=hint, param="routes")

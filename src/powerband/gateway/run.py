@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import resource
@@ -19,7 +20,7 @@ import uvloop
 from powerband.errors import UsageError
 from powerband.folders import state_home
 from powerband.gateway.access_log import log_request
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.books import Books, has_admin_key
 from powerband.gateway.app import make_app
 from powerband.gateway.discovery import discover
 from powerband.gateway.engine_names import ServerName
@@ -62,8 +63,10 @@ def serve(
     with listen(settings.host, settings.port) as listener:
         books = Books.open(database, settings.books)
         try:
-            if not books.keys.admins():  # or nobody could make keys
-                books.make_admin_key(database.with_name("admin.key"), "first")
+            key_file = database.with_name("admin.key")
+            # Or nobody could make keys.
+            if not books.keys.admins() or (key_file.exists() and not has_admin_key(key_file)):
+                books.make_admin_key(key_file, "first")
             find = partial(discover, urls=replicas, engine=engine) if replicas else None
             return uvloop.run(_serve(settings, listener, books, database, routes, find))
         finally:
@@ -150,5 +153,6 @@ def _show(gateway: Gateway, seconds: float, url: str, database: Path) -> None:
     lines = [f"model      {', '.join((one.name, *one.aliases))}, replicas: {len(one.replicas)}" for one in models]
     lines = lines or ["model      none yet: PUT /admin/routes says what to serve"]
     lines += [f"database   {database}", f"ready      in {seconds:.2f} s", f"URL        {url}"]
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a log on a full disk
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()

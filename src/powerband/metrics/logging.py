@@ -32,6 +32,13 @@ def set_up_logging(
     return logger
 
 
+def one_line(text: str) -> str:
+    """What cannot be printed as an escape: a text that somebody sent makes no second line, and moves no cursor."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class TextFormatter(logging.Formatter):
     """`12:34:56.789 INFO  engine: message`, with the level in colour on a terminal."""
 
@@ -47,9 +54,10 @@ class TextFormatter(logging.Formatter):
         if self._colour:
             level = f"\x1b[{self._COLOURS.get(record.levelname, 0)}m{level}\x1b[0m"
         room = record.name.removeprefix(f"{LOGGER_NAME}.")
-        line = f"{clock}.{int(record.msecs):03d} {level} {room}: {record.getMessage()}"
+        line = f"{clock}.{int(record.msecs):03d} {level} {room}: {one_line(record.getMessage())}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            trace = self.formatException(record.exc_info).splitlines()
+            line += "".join(f"\n  | {one_line(part)}" for part in trace)
         return line
 
 

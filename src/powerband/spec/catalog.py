@@ -16,8 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from powerband.documents import parse_table, read_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.folders import cache_directory
 from powerband.spec.device import detect_cpu
@@ -28,7 +27,6 @@ from powerband.spec.records import read_record
 HERE = "here"
 _CALIBRATE = "'powerband calibrate' does it, in two minutes on a CPU."
 _MAX_BYTES = 4 << 20
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,9 @@ def load_catalog() -> Catalog:
     """The project's own."""
     folder = files("powerband.spec") / "devices"
     entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda e: e.name)
-    profiles = [DeviceProfile.from_dict(_parse(entry.read_bytes(), entry.name), entry.name) for entry in entries]
+    profiles = [
+        DeviceProfile.from_dict(parse_table(entry.read_bytes(), entry.name, "device"), entry.name) for entry in entries
+    ]
     return Catalog({profile.name: profile for profile in profiles})
 
 
@@ -119,7 +119,7 @@ def _machine_name(profile: DeviceProfile) -> str:
 
 def read_profile(path: Path) -> DeviceProfile:
     """Raises EnvironmentFault when it cannot be read, UsageError when it is no profile."""
-    return DeviceProfile.from_dict(_parse(_content(path), str(path)), str(path))
+    return DeviceProfile.from_dict(read_table(path, "device", max_bytes=_MAX_BYTES, param="devices"), str(path))
 
 
 def read_prices(path: Path) -> dict[str, tuple[Price, ...]]:
@@ -129,7 +129,7 @@ def read_prices(path: Path) -> dict[str, tuple[Price, ...]]:
     """
     return {
         str(name): tuple(_price(item, str(name), path) for item in (told if isinstance(told, list) else [told]))
-        for name, told in _parse(_content(path), str(path)).items()
+        for name, told in read_table(path, "list of prices", param="devices").items()
     }
 
 
@@ -166,24 +166,3 @@ def _cheapest(prices: list[Price], replicas: int, devices_each: int) -> tuple[fl
             choices.append((rest + price.usd_per_hour, {**machines, price.where: machines.get(price.where, 0) + 1}))
         best.append(min(choices, key=lambda choice: choice[0]))
     return best[replicas]
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as problem:
-        raise EnvironmentFault(f"Cannot read {path}: {problem.strerror}.", param="devices") from None
-    if len(content) > _MAX_BYTES:
-        raise UsageError(f"{path} is larger than 4 MiB.", param="devices")
-    return content
-
-
-def _parse(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        values = _Loader(content).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
-        raise UsageError(f"{name} is no YAML: {str(problem).splitlines()[0]}.", param="devices") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{name} holds no names and values.", param="devices")
-    return values

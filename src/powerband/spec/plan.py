@@ -20,15 +20,16 @@ from typing import Any, TypeVar
 
 import yaml
 
+from powerband.documents import read_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.arrivals import OpenLoop
 from powerband.spec.deployment import Deployment
+from powerband.spec.fields import shown
 from powerband.spec.records import as_record, read_record
 from powerband.spec.slo import SLO
 from powerband.spec.workload import Trace, Workload
 
 VERSION = 1
-_MAX_BYTES = 1 << 20
 Record = TypeVar("Record")
 
 
@@ -88,9 +89,8 @@ class Plan:
         """Raises UsageError for what is missing, unknown or wrong."""
         unknown = set(values) - {"version", *(item.name for item in fields(cls))}
         if unknown or values.get("version") != VERSION:
-            what = (
-                f"unknown: {', '.join(sorted(map(str, unknown)))}" if unknown else f"version {values.get('version')!r}"
-            )
+            names = ", ".join(sorted(map(shown, unknown))[:8])
+            what = f"unknown: {names}" if unknown else f"version {shown(values.get('version'))}"
             raise UsageError(
                 f"This is no plan: {what}.", hint=f"This is version {VERSION} of the format.", param="plan"
             )
@@ -130,20 +130,7 @@ def _optional(kind: type[Record], values: Mapping[str, Any], name: str) -> Recor
 
 def read_plan(path: Path, trace: Trace | None = None) -> Plan:
     """Raises EnvironmentFault when it cannot be read, UsageError when it is no plan."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as problem:
-        raise EnvironmentFault(f"Cannot read {path}: {problem.strerror}.", param="plan") from None
-    if len(content) > _MAX_BYTES:
-        raise UsageError(f"{path} is no plan: it is larger than 1 MiB.", param="plan")
-    try:
-        values = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
-        raise UsageError(f"{path} is no YAML: {str(problem).splitlines()[0]}.", param="plan") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} is no plan: it holds no names and values.", param="plan")
-    return Plan.from_dict(values, trace)
+    return Plan.from_dict(read_table(path, "plan", param="plan"), trace)
 
 
 def write_plan(plan: Plan, path: Path) -> None:

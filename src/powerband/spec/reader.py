@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.documents import read_json_table
+from powerband.errors import UsageError
 from powerband.spec.checkpoint_files import has_own_head
 from powerband.spec.families import FAMILIES
 from powerband.spec.fields import MAX_POSITIONS, MAX_VOCABULARY, Fields, shown
@@ -131,20 +131,11 @@ def _names_end(tokenizer_config: Path) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The table in a JSON file of a model's folder. Raises EnvironmentFault or UsageError, as read_model_spec."""
-    try:
-        size = path.stat().st_size
-        text = path.read_bytes() if size <= _MAX_CONFIG_BYTES else b""
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        hint = "Give a folder that holds config.json, a Hugging Face id, or 'demo'."
-        raise EnvironmentFault(f"Cannot read {path}: {reason}.", hint=hint, code="model_not_found") from problem
-    if not text:
-        raise UsageError(f"{path}: {size} bytes are no model configuration.", code="bad_model_config")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        reason = str(problem)[:200]
-        raise UsageError(f"{path} is not valid JSON: {reason}.", code="bad_model_config") from problem
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold a JSON object, not {shown(values)}.", code="bad_model_config")
-    return values
+    return read_json_table(
+        path,
+        "model configuration",
+        max_bytes=_MAX_CONFIG_BYTES,
+        code="bad_model_config",
+        missing_code="model_not_found",
+        hint="Give a folder that holds config.json, a Hugging Face id, or 'demo'.",
+    )

@@ -7,13 +7,14 @@ comes back within REOPEN_WITHIN_S is the same one: who is called should be calle
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
+
+from powerband.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +172,8 @@ class Incidents:
         if self._path is None:
             self._is_written = True
             return
-        fresh = self._path.with_suffix(".new")
         try:
-            fresh.write_bytes(msgspec.json.encode(self._all))
-            os.replace(fresh, self._path)
+            write_atomically(self._path, msgspec.json.encode(self._all), durable=False)
             self._is_written = True
         except OSError as problem:
             logger.warning("Incidents cannot be written to %s: %s.", self._path, problem.strerror)

@@ -1,20 +1,28 @@
 """What administrators did, in a chain: each entry's hash covers the one before it, so that a change shows.
 
-Whoever can write the file could make a whole new chain; the log therefore gets every entry's hash as well.
+The number and hash of the last entry also stand in a file beside the books, so that it shows, too, when the newest
+entries are cut off, or all of them. Whoever can write both files could make a whole new chain; the log therefore gets
+every entry's hash as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from powerband.gateway.accounts.store import Store
+import msgspec
+
+from powerband.files import write_atomically
+from powerband.gateway.accounts.store import Run, Store
 
 logger = logging.getLogger(__name__)
 
@@ -36,22 +44,64 @@ class Entry:
     hash: str
 
 
+class Head(msgspec.Struct, frozen=True):
+    """The last entry, as the file beside the books has it."""
+
+    seq: int = 0
+    hash: str = FIRST_HASH
+
+
 class Audit:
-    """Appends; nothing changes or deletes entries."""
+    """Appends; nothing changes or deletes entries. head: the last entry that is sure to be there."""
 
     def __init__(self, store: Store, wall: Callable[[], float] = time.time) -> None:
         self._store = store
         self._wall = wall
+        self._path = head_path(store.path)
         self._last = store.read(_last)
+        kept = read_head(self._path)
+        if kept is not None and kept.seq > self._last.seq:
+            logger.error("The audit log ends at entry %d, but had %d: it was cut off.", self._last.seq, kept.seq)
+            self._last = kept  # the gap stays in the chain
+        self._written = self.head = kept or self._last
+        store.also(self._keep_head)
+        if kept is None and self._last.seq:
+            self.note("powerband", "audit.head", {"file": "missing", "entries": self._last.seq})
 
     def note(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
         """what: plain values, no secrets. Raises StoreUnavailable."""
-        seq, at, told = self._last[0] + 1, self._wall(), json.dumps(what, sort_keys=True, default=str)
+        seq, at, told = self._last.seq + 1, self._wall(), json.dumps(what, sort_keys=True, default=str)
         actor, action = actor[:_LONGEST], action[:_LONGEST]
-        hash = _hash(self._last[1], seq, at, actor, action, told)
-        self._store.write(_INSERT, (seq, at, actor, action, told, hash))
-        self._last = seq, hash
+        hash = _hash(self._last.hash, seq, at, actor, action, told)
+        last = self._last = Head(seq, hash)
+        written = self._store.write(_INSERT, (seq, at, actor, action, told, hash))
+        written.add_done_callback(lambda done: self._note_written(last, done))
         logger.info("audit %d: %s by %s", seq, action, actor, extra={"audit_seq": seq, "audit_hash": hash})
+
+    def _note_written(self, last: Head, done: Future[None]) -> None:
+        """In the writer's thread."""
+        if not done.cancelled() and done.exception() is None:
+            self._written = last
+
+    def _keep_head(self, _run: Run) -> None:
+        """Likewise, after the entries. A disk that does not take it has told of the entries, too."""
+        written = self._written
+        if written.seq > self.head.seq or (written.seq and not self._path.exists()):
+            with contextlib.suppress(OSError):
+                write_atomically(self._path, msgspec.json.encode(written), private=True)
+                self.head = written
+
+
+def head_path(books: Path) -> Path:
+    return books.with_name(f"{books.name}.audit")
+
+
+def read_head(path: Path) -> Head | None:
+    """None: it is not there, or damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Head)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def entries(connection: sqlite3.Connection, after: int = 0, limit: int = -1) -> list[Entry]:
@@ -59,19 +109,22 @@ def entries(connection: sqlite3.Connection, after: int = 0, limit: int = -1) -> 
     return [Entry(*row) for row in connection.execute(_SELECT, (after, limit))]
 
 
-def first_broken(found: Iterable[Entry]) -> int | None:
-    """The number at which the chain from entry 1 on does not hold; None when it does."""
-    before = FIRST_HASH
+def first_broken(found: Iterable[Entry], head: Head | None = None) -> int | None:
+    """The number at which the chain from entry 1 on does not hold, or ends before its head; None when it is whole."""
+    before, seq = FIRST_HASH, 0
     for seq, entry in enumerate(found, 1):
-        before = _hash(before, seq, entry.at, entry.actor, entry.action, entry.what)
-        if (entry.seq, entry.hash) != (seq, before):
+        try:
+            before = _hash(before, seq, entry.at, entry.actor, entry.action, entry.what)
+        except TypeError:  # a value of another kind than any that was written
             return seq
-    return None
+        if (entry.seq, entry.hash) != (seq, before) or (head is not None and seq == head.seq and before != head.hash):
+            return seq
+    return seq + 1 if head is not None and seq < head.seq else None
 
 
-def _last(connection: sqlite3.Connection) -> tuple[int, str]:
+def _last(connection: sqlite3.Connection) -> Head:
     row = connection.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
-    return (row[0], row[1]) if row else (0, FIRST_HASH)
+    return Head(row[0], row[1]) if row else Head()
 
 
 def _hash(before: str, seq: int, at: float, actor: str, action: str, what: str) -> str:

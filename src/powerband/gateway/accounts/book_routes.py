@@ -6,6 +6,7 @@ import math
 import re
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -164,12 +165,16 @@ class ReportRoutes:
         )
 
     async def audit(self, request: Request) -> Response:
-        """With check=1 also broken_at: the number of the first entry that was tampered with; null: the chain holds."""
+        """With check=1 also broken_at: the number of the first entry that was tampered with, or is missing; null: the
+        chain is whole up to its head."""
         after, limit = _number(request, "after", 0), _number(request, "limit", 100)
         found = await self._books.store.query(lambda connection: entries(connection, after, limit))
         answer: dict[str, Any] = {"object": "list", "data": [asdict(entry) for entry in found]}
         if request.query_params.get("check") == "1":
-            answer["broken_at"] = await self._books.store.query(lambda connection: first_broken(entries(connection)))
+            head = self._books.audit_head
+            check = partial(first_broken, head=head)
+            answer["broken_at"] = await self._books.store.query(lambda connection: check(entries(connection)))
+            answer["head"] = {"seq": head.seq, "hash": head.hash}
         return json_response(answer)
 
     async def note(self, request: Request) -> Response:

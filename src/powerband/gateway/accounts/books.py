@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any
 from starlette.requests import Request
 
 from powerband.errors import EnvironmentFault
-from powerband.gateway.accounts.audit import Audit
+from powerband.files import write_atomically
+from powerband.gateway.accounts.audit import Audit, Head
 from powerband.gateway.accounts.content import Content
 from powerband.gateway.accounts.feedback import Feedback
 from powerband.gateway.accounts.keys import SCOPES, Key, Keys
@@ -24,6 +24,12 @@ from powerband.gateway.books_options import BooksOptions
 
 logger = logging.getLogger(__name__)
 _CLAIMED_CHARS = 60
+_SAVED_S = 5.0
+
+
+def has_admin_key(file: Path) -> bool:
+    """Whether there is one in it: a disk that was full may have left it empty."""
+    return file.exists() and file.stat().st_size > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,18 +72,30 @@ class Books:
         return cls(Store(path), options or BooksOptions())
 
     def make_admin_key(self, file: Path, name: str) -> None:
-        """A key with all scopes, kept in a file for this user's eyes. Raises EnvironmentFault."""
-        _, secret = self.keys.create(name, SCOPES)
+        """A key with all scopes, kept in a file for this user's eyes. Raises EnvironmentFault, and leaves nothing then:
+        neither a file without its key nor a key that nobody has.
+        """
+        key, secret = self.keys.create(name, SCOPES)
         try:
-            with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as key_file:
-                key_file.write(f"{secret}\n")
-        except OSError as problem:
-            raise EnvironmentFault(f"The admin key cannot be kept in {file}: {problem.strerror}.") from None
+            write_atomically(file, f"{secret}\n".encode(), private=True)
+            self.store.flush().result(_SAVED_S)
+        except (OSError, TimeoutError) as problem:
+            file.unlink(missing_ok=True)
+            self.keys.revoke(key.id)
+            why = getattr(problem, "strerror", "") or "its books cannot be written"
+            raise EnvironmentFault(
+                f"The admin key cannot be kept in {file}: {why}.", hint="Is the disk full?"
+            ) from None
         logger.info("Made an admin key: it is in %s.", file)
 
     def audit(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
         """Note what an administrator did. what: plain values, no secrets. Raises StoreUnavailable."""
         self._audit.note(actor, action, what)
+
+    @property
+    def audit_head(self) -> Head:
+        """The last entry of the audit that is sure to be there."""
+        return self._audit.head
 
     def figures(self) -> BooksFigures:
         buffer, failing_since = self.ledger.buffer, self.store.failing_since

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from powerband.errors import EnvironmentFault, PowerbandError
+from powerband.files import make_private_folder
 from powerband.gateway.accounts.schema import CHANGES, SCHEMA, VERSION
 
 logger = logging.getLogger(__name__)
@@ -218,6 +219,15 @@ class Store:
                 self._closing.wait(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         with contextlib.suppress(sqlite3.Error):
+            self._close_connection()
+
+    def _close_connection(self) -> None:
+        """The file alone has everything then. Those beside it stay, empty, since a full disk could not give the next
+        start new ones: the last to close deletes them, and one that can only read cannot.
+        """
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with contextlib.closing(connect_read_only(self.path)) as last:
+            last.execute("SELECT count(*) FROM audit").fetchone()
             self._connection.close()
 
     def _write_all(self) -> None:
@@ -314,7 +324,7 @@ def _open(path: Path) -> sqlite3.Connection:
 def _lock(path: Path) -> int:
     """Keeps a second gateway away: two would not see each other's reservations."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(path.parent)
         file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise EnvironmentFault(f"The gateway's books {path} cannot be opened: {error}.") from error

@@ -67,8 +67,7 @@ class TokenRoutes:
         try:
             return await self._counted(told, served, data, key, name)
         except PowerbandError as error:
-            if error.http_status == 429:
-                self._note(told, 0, error.http_status, error.code, "")
+            self._note(told, 0, error.http_status, error.code, "")
             raise
 
     async def _counted(
