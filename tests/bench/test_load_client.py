@@ -135,6 +135,15 @@ def test_without_usage_a_chunk_is_a_token() -> None:
     assert (reading.tokens, reading.output_tokens, reading.counted_by_usage) == ([1, 1, 1], 3, False)
 
 
+def test_usage_of_zeros_counts_nothing() -> None:
+    """LocalAI sends it with every chunk, and an empty finish_reason until the end."""
+    zeros = [event("a", '""', usage=0), event("b", '""', usage=0)]
+    reading = read(chunked(*zeros, event("", '"stop"', usage=0)))
+    assert (reading.tokens, reading.output_tokens, reading.counted_by_usage) == ([1, 1], 2, False)
+    assert read(chunked(*zeros, event("", '"stop"', usage=0), LAST_USAGE)).output_tokens == 7
+    assert read(chunked(*zeros)).problem == "the stream ended before its answer did"
+
+
 def test_the_role_and_the_end_of_a_chat_are_no_tokens() -> None:
     def delta(fields: str, finish: str = "null") -> bytes:
         return f'data: {{"choices":[{{"delta":{{{fields}}},"finish_reason":{finish}}}]}}\n\n'.encode()

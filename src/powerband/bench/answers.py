@@ -89,7 +89,7 @@ def read_answer(answer: Answer) -> Reading:
         if event.usage is not None:
             _take_usage(reading, event.usage)
         for choice in event.choices or ():
-            has_ended = has_ended or choice.finish_reason is not None
+            has_ended = has_ended or bool(choice.finish_reason)  # '' (LocalAI and others) is not an end
             reading.finish_reason = choice.finish_reason or reading.finish_reason
             total = event.usage.completion_tokens if event.usage is not None else None
             chunks.append(_Chunk(time_s, _token_text(choice), total))
@@ -145,17 +145,19 @@ def _token_text(choice: _Choice) -> str | None:
         text = (delta.content or "") + (delta.reasoning_content or delta.reasoning or "")
         if text or delta.tool_calls:
             return text
-        is_silent = delta.role is not None or choice.finish_reason is not None
+        is_silent = delta.role is not None or bool(choice.finish_reason)
         return None if is_silent or delta.content is None else ""
     if choice.text:
         return choice.text
-    return None if choice.text is None or choice.finish_reason is not None else ""
+    return None if choice.text is None or choice.finish_reason else ""
 
 
 def _take_usage(reading: Reading, usage: _Usage) -> None:
-    reading.counted_by_usage = True
-    reading.prompt_tokens = usage.prompt_tokens or 0
-    reading.output_tokens = usage.completion_tokens or 0
+    """Zeros, which some servers send until the end or throughout, count nothing."""
+    reading.prompt_tokens = usage.prompt_tokens or reading.prompt_tokens
+    if usage.completion_tokens:
+        reading.counted_by_usage = True
+        reading.output_tokens = usage.completion_tokens
     if usage.prompt_tokens_details is not None:
         reading.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
 
@@ -164,7 +166,7 @@ def _count(reading: Reading, chunks: list[_Chunk]) -> None:
     """Which chunks carry tokens, and how many: by the usage that each says, so far; else those that carry text, and the
     whole usage spread by the lengths of their texts.
     """
-    if chunks and all(chunk.total is not None for chunk in chunks):
+    if chunks and chunks[-1].total and all(chunk.total is not None for chunk in chunks):
         before = 0
         for chunk in chunks:
             if chunk.total is not None and chunk.total > before:
