@@ -341,7 +341,8 @@ class Generation(Response):
     def _used(self, now_s: float) -> tuple[tuple[int, int, int], bool]:
         """Prompt, cached and output tokens that the request is charged, and whether any of them is an estimate.
 
-        Who leaves, or asks for more than can be held, has made a replica work all the same. What failed is charged as far as its client has it.
+        Who leaves, or asks for more than can be held, has made a replica work all the same. What failed is charged as
+        far as its client has it.
         """
         trip, story, intake = self._trip, self._story, self._intake
         if story.num_tokens or story.usage is not None or (trip.sent_s and self._outcome is Outcome.OK):

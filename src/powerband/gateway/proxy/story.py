@@ -239,7 +239,7 @@ class Story:
             choices = fields["choices"] = CHOICES.decode(fields["choices"])
             for read, choice in zip(chunk.choices, choices, strict=True):
                 if self.is_resumed and "text" in choice:
-                    choice["text"] = read.text  # less what the client has
+                    choice["text"] = Raw(_ENCODE(read.text))  # less what the client has
                 self._retell(choice)
         if not self._wants_ids or self.is_resumed:
             fields.pop("prompt_token_ids", None)

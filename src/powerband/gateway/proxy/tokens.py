@@ -26,6 +26,7 @@ from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError
 
 _ASK_S = 30.0
+_MISSING_STATUSES = (404, 405, 410, 501)
 _REQUEST_STATUSES = (400, 413, 422)  # all others say something of the replica, or of the gateway's key for it
 
 
@@ -102,6 +103,7 @@ class TokenRoutes:
         """
         states = {one.id: one.state for one in served.pool.snapshot().replicas}
         replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
+        lacking = 0
         for replica in replicas:
             body = data if name == replica.model else named(data, replica.model)
             try:
@@ -110,8 +112,11 @@ class TokenRoutes:
                 continue
             if status == 200 and _is_object(answer):
                 return answer, replica.id
+            lacking += status in _MISSING_STATUSES
             if status in _REQUEST_STATUSES:
                 raise RequestFault(under_served_name(read_complaint(answer), replica.model, told.model), status)
+        if replicas and lacking == len(replicas):
+            raise HttpError(404, "not_found", f"The model's engine has no {PATHS[told.endpoint]}.")
         raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[told.endpoint]}.")
 
     def _note(self, told: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
