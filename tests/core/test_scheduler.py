@@ -54,6 +54,17 @@ def test_the_threshold_bounds_a_chunk() -> None:
     assert shape(s.schedule(0.0)) == [("a", 0, 6, False), ("b", 0, 6, False)]
 
 
+def test_prompts_whose_logprobs_are_asked_for_share_a_small_chunk() -> None:
+    s = scheduler(num_blocks=512, max_model_len=1024, max_num_batched_tokens=1024)
+    add(s, "a", 300, prompt_logprobs=1)
+    add(s, "b", 300, first=2, prompt_logprobs=1)
+    assert [shape(s.schedule(0.0)) for _ in range(3)] == [
+        [("a", 0, 256, False)],
+        [("a", 256, 44, True), ("b", 0, 212, False)],
+        [("b", 212, 88, True)],
+    ]
+
+
 def test_a_request_of_the_same_step_shares_what_another_computes_in_it() -> None:
     s = scheduler()
     for id in "ab":

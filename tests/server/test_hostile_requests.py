@@ -105,6 +105,7 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     ("/tokenize", {}, "prompt", "Exactly one"),
     ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt", "no effect"),
     ("/detokenize", {"tokens": [4096]}, "tokens", "ends at 4095"),
+    ("/detokenize", {"tokens": [1] * 100_000}, "tokens", "the limit is the context"),
 ]
 
 

@@ -23,6 +23,10 @@ from powerband.spec.model import RopeSpec
 
 _by_order = attrgetter("order")
 
+# Of prompts whose log-probabilities are asked for, in a step: each token is a row over the whole vocabulary, which
+# takes much longer than its share of a prefill, and all others wait for the step.
+MAX_PROMPT_LOGPROB_TOKENS = 256
+
 
 class Scheduler:
     """Holds all live requests. `running` and `waiting` are sorted by the policy; the last is preempted first.
@@ -57,6 +61,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self._chunk = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
+        self._logprob_tokens_left = MAX_PROMPT_LOGPROB_TOKENS
         self._dropped: list[str] = []
         self._epoch = 0
         self._num_waiting_tokens = 0
@@ -107,6 +112,7 @@ class Scheduler:
         if self.paused:
             return None
         works: list[Work] = []
+        self._logprob_tokens_left = MAX_PROMPT_LOGPROB_TOKENS
         if self.policy.dynamic:
             self._sort(self.running, now)
         budget, preempted = self._continue_running(works)
@@ -135,7 +141,7 @@ class Scheduler:
             n = known - r.num_computed
             drafts: list[int] = []
             if n > 1:
-                n = min(n, self._chunk, budget - decodes_left)
+                n = min(n, self._chunk_of(r), budget - decodes_left)
                 if n <= 0:
                     continue
             else:
@@ -163,6 +169,10 @@ class Scheduler:
             if budget <= 0:
                 break
         return budget, preempted
+
+    def _chunk_of(self, r: Request) -> int:
+        """Tokens of its prompt that this step may still compute, at most."""
+        return self._chunk if r.params.prompt_logprobs is None else min(self._chunk, self._logprob_tokens_left)
 
     def _rotate_again(self) -> None:
         """Preempt the requests that have grown beyond what their keys are rotated for: all keys are computed again."""
@@ -205,6 +215,8 @@ class Scheduler:
 
     def _work(self, r: Request, n: int, drafts: list[int], blocks: list[int]) -> Work:
         """Commit `r` to computing `n` positions, drafts included."""
+        if r.params.prompt_logprobs is not None and n > 1:
+            self._logprob_tokens_left -= n
         start = r.num_computed
         end = r.num_computed = start + n
         samples = end == len(r.tokens) + r.num_pending + len(drafts)
@@ -222,6 +234,8 @@ class Scheduler:
             self._sort(self.waiting, now)
         while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
             r = self.waiting[0]
+            if self._chunk_of(r) <= 0:
+                return
             match = self.kv.match(r)
             # One block each for the running to grow into: starting one more only to preempt it helps nobody.
             if not self.kv.fits(r, match, reserve=len(self.running)):
@@ -231,7 +245,7 @@ class Scheduler:
             self.kv.attach(r, match)
             # The whole prompt gets its blocks now: what is promised to one cannot be given to the next.
             self.kv.allocate(r, len(r.tokens) - r.num_computed)
-            n = min(len(r.tokens) - r.num_computed, budget, self._chunk)
+            n = min(len(r.tokens) - r.num_computed, budget, self._chunk_of(r))
             if r.scheduled_s is None:
                 self._first_start(r, now)
             r.running = True

@@ -45,6 +45,12 @@ class TokenRoutes:
         replica.check_name(body.model)
         model = replica.model
         tokenizer = model.need_tokenizer()
+        if len(body.tokens) > model.info.max_model_len:
+            raise InvalidRequest(
+                f"'tokens' has {len(body.tokens)}; the limit is the context of {model.info.max_model_len}.",
+                hint="Send them in parts.",
+                param="tokens",
+            )
         limit = model.info.vocab_size
         wrong = max(body.tokens, default=0)
         if wrong >= limit:

@@ -9,7 +9,7 @@ proxies in between         a page of HTML, or any text
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -81,6 +81,13 @@ def complaint_of(value: Any) -> Complaint:
         param=param[:_MAX_CODE] if isinstance(param, str) else None,
         status=code if isinstance(code, int) else 0,
     )
+
+
+def under_served_name(complaint: Complaint, model: str, served: str) -> Complaint:
+    """What the model is called behind the gateway concerns no client."""
+    if model == served or not model:
+        return complaint
+    return replace(complaint, message=complaint.message.replace(model, served))
 
 
 def phrase(status: int) -> str:

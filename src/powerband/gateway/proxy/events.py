@@ -39,7 +39,7 @@ class Choice(msgspec.Struct, gc=False):
     """finish_reason: None or '' (LocalAI and others) until the choice has ended."""
 
     index: int | None = 0
-    text: Any = None
+    text: str | None = None
     delta: Delta | None = None
     message: Delta | None = None
     finish_reason: str | None = None
@@ -150,4 +150,4 @@ def _data(block: bytes) -> bytes:
     if block.startswith(b"data:") and b"\n" not in block:
         return block[5:].strip()
     lines = [line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:")]
-    return b"\n".join(lines)
+    return b" ".join(lines)  # JSON has line ends only where it may have blanks, and is passed on in one line

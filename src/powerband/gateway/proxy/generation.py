@@ -174,6 +174,7 @@ class Generation(Response):
     def _read_whole(self, body: bytes, replica: ReplicaAddress) -> bytes:
         """Counted, and under the name that is served here. Raises UpstreamFailure for what is no answer."""
         chunk, story = read_chunk(body), self._story
+        story.begin(replica)
         if chunk.error:
             raise story.as_failure(chunk.error)
         if not chunk.choices:
@@ -340,7 +341,8 @@ class Generation(Response):
     def _used(self, now_s: float) -> tuple[tuple[int, int, int], bool]:
         """Prompt, cached and output tokens that the request is charged, and whether any of them is an estimate.
 
-        Who leaves has made a replica work all the same. What failed is charged as far as its client has it.
+        Who leaves, or asks for more than can be held, has made a replica work all the same. What failed is charged as
+        far as its client has it.
         """
         trip, story, intake = self._trip, self._story, self._intake
         if story.num_tokens or story.usage is not None or (trip.sent_s and self._outcome is Outcome.OK):
@@ -349,7 +351,7 @@ class Generation(Response):
                 seconds = story.times_s[-1] - trip.sent_s
                 self._served.estimates.learn(used[2], intake.num_choices, seconds, story.text.size)
             return used, story.is_estimate
-        if not trip.sent_s or self._error != "client_left":
+        if not trip.sent_s or self._error not in ("client_left", AnswerTooLarge.default_code):
             return (0, 0, 0), False
         output = 0
         if not intake.is_stream:

@@ -55,6 +55,8 @@ class Asked(msgspec.Struct):
     best_of: Annotated[int, Meta(ge=1, le=1024)] | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    n_predict: Any = None
+    n_cmpl: Any = None
     logprobs: bool | int | None = None
     return_token_ids: bool | None = None
     resume_token_ids: list[Annotated[int, Meta(ge=0, le=2**32 - 1)]] | None = None
@@ -69,6 +71,24 @@ class Asked(msgspec.Struct):
         """Output tokens of one choice, at most."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def check(self, endpoint: Endpoint) -> None:
+        """Raise InvalidRequest when engines would not agree on how much may be made: limits and bills go by it."""
+        for name, usual in (("n_predict", "max_tokens"), ("n_cmpl", "n")):
+            if getattr(self, name) is not None:  # llama.cpp's names, which win over the usual ones there
+                raise InvalidRequest(f"'{name}' is not taken.", hint=f"Say '{usual}'.", param=name)
+        if self.max_completion_tokens is None:
+            return
+        if endpoint == "completions":
+            raise InvalidRequest(
+                "'max_completion_tokens' is for chats.", hint="Say 'max_tokens'.", param="max_completion_tokens"
+            )
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise InvalidRequest(
+                f"'max_tokens' is {self.max_tokens} and 'max_completion_tokens' is {self.max_completion_tokens}.",
+                hint="Name one limit.",
+                param="max_tokens",
+            )
+
 
 class Intake:
     """A request that was read. `request`: for queue and limits. `body_for`: what a replica is sent."""
@@ -77,6 +97,7 @@ class Intake:
         """Raises InvalidRequest."""
         self.endpoint = endpoint
         self.asked = decode(data, Asked)
+        self.asked.check(endpoint)
         self.prompt = self._prompt()
         self._data = data
         self._fields: dict[str, Raw] = _FIELDS.decode(data)

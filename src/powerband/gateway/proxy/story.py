@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from powerband.gateway.proxy.complaints import RequestFault, complaint_of
+from powerband.gateway.proxy.complaints import RequestFault, complaint_of, under_served_name
 from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.estimates import Estimates, TextCount, call_text
 from powerband.gateway.proxy.events import CHOICES, FIELDS, Choice, Chunk, Delta, Usage, read_chunk
@@ -24,6 +24,8 @@ from powerband.web.streaming import DONE, event
 _LASTING = ("id", "created", "system_fingerprint")
 _ENCODE = msgspec.json.Encoder().encode
 MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no model has a longer context
+# How engines end an answer that they gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
+_GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
 
@@ -43,7 +45,7 @@ class Story:
         self._intake = intake
         self.text = TextCount(estimates or Estimates())
         self._always_keeps_text = keeps_text
-        self._model = model
+        self._model = self._inner_model = model
         asked = intake.asked
         self._wants_ids = bool(asked.return_token_ids)
         self.wants_silence = self._wants_ids or bool(asked.logprobs)  # events of ids without text, too
@@ -96,7 +98,7 @@ class Story:
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
-        self.engine = replica.engine
+        self.engine, self._inner_model = replica.engine, replica.model
         tells_usage = self._intake.tells_usage(replica)
         self._strips_usage = tells_usage and not self._intake.wants_continuous_usage
         self._usage_of = {} if tells_usage else None
@@ -153,6 +155,8 @@ class Story:
         index, text, delta = choice.index or 0, choice.text, choice.delta or choice.message
         if not 0 <= index < self._intake.num_choices:
             raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._intake.num_choices}.")
+        if choice.finish_reason in _GIVEN_UP:
+            raise UpstreamFailure("truncated", f"The replica gave up: finish_reason {choice.finish_reason!r}.")
         if self._skipped:
             text = choice.text = self._after_skipped(text or "", is_last=bool(choice.finish_reason))
         if delta is not None:
@@ -235,7 +239,7 @@ class Story:
             choices = fields["choices"] = CHOICES.decode(fields["choices"])
             for read, choice in zip(chunk.choices, choices, strict=True):
                 if self.is_resumed and "text" in choice:
-                    choice["text"] = read.text  # less what the client has
+                    choice["text"] = Raw(_ENCODE(read.text))  # less what the client has
                 self._retell(choice)
         if not self._wants_ids or self.is_resumed:
             fields.pop("prompt_token_ids", None)
@@ -284,7 +288,7 @@ class Story:
 
     def as_failure(self, error: Any) -> Exception:
         """An error in a stream: the replica's own, which another may be free of, or the request's."""
-        complaint = complaint_of(error)
+        complaint = under_served_name(complaint_of(error), self._inner_model, self._model)
         if complaint.is_about_request:
             return RequestFault(complaint)
         return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")

@@ -17,6 +17,8 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, Served
+from powerband.gateway.proxy.complaints import RequestFault, read_complaint, under_served_name
+from powerband.gateway.proxy.events import NO_JSON
 from powerband.gateway.proxy.intake import BYTES_PER_TOKEN, PATHS, named
 from powerband.gateway.request import ANONYMOUS, Finished, GatewayRequest
 from powerband.metrics.record import Outcome, RequestRecord
@@ -24,6 +26,8 @@ from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError
 
 _ASK_S = 30.0
+_MISSING_STATUSES = (404, 405, 410, 501)
+_REQUEST_STATUSES = (400, 413, 422)  # all others say something of the replica, or of the gateway's key for it
 
 
 class _Named(msgspec.Struct):
@@ -76,30 +80,43 @@ class TokenRoutes:
         """Raises LimitReached, and HttpError when no replica answers."""
         reservation = self._books.limits.reserve(key and self._books.keys.current(key), told)
         try:
-            status, answer, replica = await self._ask(told, served, data, name)
+            answer, replica = await self._ask(told, served, data, name)
+        except RequestFault as fault:
+            reservation.settle(0, 0, 0.0)
+            self._note(told, 0, fault.http_status, fault.code, "")
+            raise
         except BaseException:
             reservation.cancel()
             raise
-        tokens = 0 if status >= 400 else told.prompt_tokens
-        if told.endpoint == "tokenize" and status < 400:
+        tokens = told.prompt_tokens
+        if told.endpoint == "tokenize":
             tokens = _count(answer) or tokens
         reservation.settle(tokens, 0, 0.0)
-        self._note(told, tokens, status, "" if status < 400 else f"http_{status}", replica)
-        return Response(answer, status, media_type="application/json")
+        self._note(told, tokens, 200, "", replica)
+        return Response(answer, 200, media_type="application/json")
 
-    async def _ask(self, told: GatewayRequest, served: Served, data: bytes, name: str | None) -> tuple[int, bytes, str]:
-        """Any replica that is ready; the next one when it does not answer."""
+    async def _ask(self, told: GatewayRequest, served: Served, data: bytes, name: str | None) -> tuple[bytes, str]:
+        """Any replica that is ready; the next one when it does not answer, or not to the question.
+
+        Raises RequestFault for what a replica says against the request, and HttpError when none answers.
+        """
         states = {one.id: one.state for one in served.pool.snapshot().replicas}
         replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
+        lacking = 0
         for replica in replicas:
             body = data if name == replica.model else named(data, replica.model)
             try:
                 status, answer = await self._gateway.upstream.ask(replica, "POST", PATHS[told.endpoint], body, _ASK_S)
             except OSError:
                 continue
-            if status < 500:
-                return status, answer, replica.id
-        raise HttpError(503, "no_replica", "No replica of the model answers.")
+            if status == 200 and _is_object(answer):
+                return answer, replica.id
+            lacking += status in _MISSING_STATUSES
+            if status in _REQUEST_STATUSES:
+                raise RequestFault(under_served_name(read_complaint(answer), replica.model, told.model), status)
+        if replicas and lacking == len(replicas):
+            raise HttpError(404, "not_found", f"The model's engine has no {PATHS[told.endpoint]}.")
+        raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[told.endpoint]}.")
 
     def _note(self, told: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
         """For usage alone: it has none of the times that metrics and the watcher judge by."""
@@ -114,6 +131,15 @@ class TokenRoutes:
             request=told, record=record, status=status, ended_at=time.time(), error=error, replicas=replicas
         )
         self._books.ledger.note(finished)
+
+
+def _is_object(answer: bytes) -> bool:
+    try:
+        answer.decode()
+        msgspec.json.decode(answer, type=dict[str, msgspec.Raw])
+    except NO_JSON:
+        return False
+    return True
 
 
 def _count(answer: bytes) -> int:

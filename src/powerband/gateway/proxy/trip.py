@@ -7,13 +7,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from typing import Literal, NoReturn
 
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import NO_REPLICA_RETRY_S, Lease, NoReplica, Pool
-from powerband.gateway.proxy.complaints import Complaint, RequestFault, phrase, read_complaint
+from powerband.gateway.proxy.complaints import RequestFault, phrase, read_complaint, under_served_name
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.intake import PATHS
 from powerband.gateway.proxy.retry_after import retry_after_s
@@ -113,7 +112,7 @@ class Trip:
         with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
             async with asyncio.timeout(_ERROR_BODY_S):
                 body = await exchange.read_all(MAX_ERROR_BYTES)
-        complaint = _under_served_name(read_complaint(body), replica.model, self.request.model)
+        complaint = under_served_name(read_complaint(body), replica.model, self.request.model)
         shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
         code = complaint.code or f"http_{status}"
         if status == 503 and code in _ABSENT:
@@ -252,13 +251,6 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
 def _tie(lease: Lease, exchange: Exchange) -> None:
     """The exchange fails when the replica is found to hang or to be gone."""
     lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
-
-
-def _under_served_name(complaint: Complaint, model: str, served: str) -> Complaint:
-    """What the model is called behind the gateway concerns no client."""
-    if model == served or not model:
-        return complaint
-    return replace(complaint, message=complaint.message.replace(model, served))
 
 
 def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:
