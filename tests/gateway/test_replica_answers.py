@@ -216,6 +216,7 @@ def test_retry_after_is_honoured_for_each_replica_and_passed_on(
         for _ in range(4):
             refused = gateway.post("/v1/chat/completions", CHAT)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "replicas_busy")
+            assert refused.json()["error"]["message"].endswith(("replicas).", "replica).", " s.")), "a whole sentence"
             assert 28 <= int(refused.headers["retry-after"]) <= 31
         assert [len(one.posts) for one in replicas] == [1, 1]
 

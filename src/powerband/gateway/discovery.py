@@ -84,7 +84,8 @@ async def _identified(
     model, owner = str(cards[0]["id"]), str(cards[0].get("owned_by", ""))
     why = "as --replica-engine says"
     if engine is None:
-        engine, why = _OWNERS.get(owner.lower(), "openai"), f"its models are owned by {owner!r}"
+        engine = _OWNERS.get(owner.lower(), "openai")
+        why = f"its models are owned by {owner!r}" if owner else "its models name no owner"
         path = ENGINE_NAMES[engine].ready_path
         status, _ = await upstream.fetch(replica, path, _ASK_S)
         if status in (404, 405, 501) and engine != "openai":  # something else that calls itself so

@@ -202,7 +202,8 @@ class Trip:
 
     def _error(self, problem: UpstreamFailure) -> PowerbandError:
         tries, replicas = len(self.replicas), len(set(self.replicas))
-        shown = f"{problem} ({tries} {'try' if tries == 1 else 'tries'} at {replicas} replica{'s'[: replicas > 1]}.)"
+        where = f"{tries} {'try' if tries == 1 else 'tries'} at {replicas} replica{'s'[: replicas > 1]}"
+        shown = f"{str(problem).removesuffix('.')} ({where})."
         if problem.is_refusal:
             error = HttpError(503, "replicas_busy", shown)
             error.retry_after_s = max(1.0, self._retry_after_s)
