@@ -125,6 +125,39 @@ def test_web_pages_do_not_administrate() -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_not_allowed")
 
 
+PAGES: list[tuple[dict[str, str], int]] = [
+    ({"Origin": "https://evil.example"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Origin": "http://localhost:3000"}, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Sec-Fetch-Site": "same-site"}, 403),
+    ({"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}, 503),
+    ({"Sec-Fetch-Site": "none"}, 503),
+    ({}, 503),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize(("headers", "status"), PAGES)
+def test_without_a_key_pages_from_elsewhere_are_refused(path: str, headers: dict[str, str], status: int) -> None:
+    """503: it came in, and the engine has not started."""
+    said = {**headers, "Content-Type": "application/json"}
+    [response] = ask(ServerSettings(), ("POST", path, said))
+    assert response.status_code in ((403,) if status == 403 else (400, 503))
+    [response] = ask(ServerSettings(api_key=KEY), ("POST", path, {**said, "Authorization": f"Bearer {KEY}"}))
+    assert response.status_code != 403
+
+
+def test_without_a_key_a_body_says_that_it_is_json() -> None:
+    for media, status in (
+        ({}, 415),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/json"}, 400),
+    ):
+        [response] = ask(ServerSettings(), ("POST", "/tokenize", {**media, "Content-Length": "2"}))
+        assert response.status_code in (status, 503 if status == 400 else status)
+
+
 def test_the_key_is_not_shown() -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     for response in ask(

@@ -16,6 +16,7 @@ from powerband.web import connection
 from powerband.web.body_budget import BODIES_AT_ONCE, SMALL_BYTES, BodyBudget
 from powerband.web.errors import HttpError
 from powerband.web.framing import MAX_CHUNKS_AT_ONCE, ChunkedFraming
+from powerband.web.line import line_of
 
 CLOSE = "Connection: close"
 
@@ -64,6 +65,34 @@ def test_a_client_that_leaves_is_noticed_whatever_it_has_sent_ahead(ahead: bytes
             writer.transport.abort()
             await until(lambda: app.left == ["/hold"])
             assert app.seen == [("/hold", b"")]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("size", [0, 100, 200_000, 4 << 20])
+def test_a_client_that_leaves_is_noticed_by_who_asks_for_nothing_more(size: int) -> None:
+    """As a gateway does, whose requests wait for a replica; the room of their bodies is free again."""
+    left = 0
+
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal left
+        while (await receive())["more_body"]:
+            pass
+        lost = asyncio.Event()
+        line_of(scope).when_lost(lost.set)
+        await lost.wait()
+        left += 1
+
+    async def scenario() -> None:
+        async with serving(waiting) as port:
+            data = request("/", f"Content-Length: {size}", method="POST", body=b"x" * size)
+            for _ in range(2 * BODIES_AT_ONCE):  # one after the other: each has room
+                _, writer = await connect(port)
+                writer.write(data)
+                await writer.drain()
+                before = left
+                writer.close()
+                await until(lambda before=before: left == before + 1)  # type: ignore[misc]
 
     run(scenario)
 

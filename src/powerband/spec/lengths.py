@@ -163,7 +163,7 @@ def parse_lengths(text: str, *, param: str) -> Lengths:
 
 
 def _parsed(text: str) -> Lengths:
-    if found := re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9}))?\s*", text):
+    if found := re.fullmatch(r"\s*+(\d{1,9})\s*+(?:-\s*+(\d{1,9})\s*+)?", text):
         return Uniform(int(found[1]), int(found[2])) if found[2] else Fixed(int(found[1]))
     kind, _, rest = text.partition(":")
     if kind.strip() != "lognormal":

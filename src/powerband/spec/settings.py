@@ -119,7 +119,7 @@ class EngineSettings:
 
 def memory_bytes(text: str) -> int:
     """'4GiB', '512 MB' or '1000000' as bytes. Raises UsageError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"\s*+(\d++(?:\.\d++)?)\s*+([a-z]*+)\s*+", text, re.IGNORECASE | re.ASCII)
     unit = MEMORY_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None or float(match[1]) == 0:
         raise UsageError(

@@ -83,8 +83,12 @@ class Exchange:
 
     @property
     def is_behind(self) -> bool:
-        """The application has not read what came of the body."""
-        return len(self._body) >= MAX_UNREAD_BYTES and not self.is_answered
+        """The application has not read what came of the body, and more is to come.
+
+        Of a whole body nothing is left to wait for, and an application that asks for no more has to hear of a client
+        that leaves.
+        """
+        return len(self._body) >= MAX_UNREAD_BYTES and not (self.has_whole_body or self.is_answered)
 
     # Called by the connection.
 

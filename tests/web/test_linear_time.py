@@ -1,0 +1,170 @@
+"""Whatever reads what others send takes time in proportion to its length: no text makes it quadratic.
+
+Each reader gets texts that are hard for a scanner of its kind, and then the same, eight times as long. Time is the
+processor's, and the best of some tries, so that a busy machine does not matter; eight times the text may take 24 times
+as long, where something quadratic takes 64 times as long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from powerband.errors import PowerbandError
+from powerband.gateway.accounts.redaction import redact
+from powerband.gateway.proxy.intake import Asked, Intake
+from powerband.gateway.trace_context import continued
+from powerband.server.protocol import ChatRequest, CompletionRequest
+from powerband.spec.lengths import parse_lengths
+from powerband.spec.settings import memory_bytes
+from powerband.spec.slo import SLO
+from powerband.web.body import check_size, decode
+from powerband.web.framing import ChunkedFraming
+from powerband.web.head import parse_head
+
+MAX_GROWTH = 24.0  # of the time, from a text to one that is eight times as long
+LARGE_ENOUGH_S = 0.002
+
+UNITS = [
+    "a",
+    " ",
+    "\n",
+    "\t",
+    '"',
+    "\\",
+    '\\"',
+    '"\\\n',
+    '"",',
+    "[",
+    "[]",
+    "{",
+    '{"a":',
+    "1",
+    "1.",
+    "1-",
+    "- ",
+    ",",
+    ":",
+]
+UNITS += [
+    " - at `$",
+    "`",
+    "a@",
+    "a@b.",
+    "@",
+    "a.",
+    "+",
+    "(1) ",
+    "1 1 ",
+    "1.1.1.1.",
+    "::",
+    "a:",
+    "eyJa.",
+    "eyJ",
+    "sk-a",
+    "%",
+]
+UNITS += [
+    "-----BEGIN PRIVATE KEY-----",
+    "-----BEGIN ",
+    "bearer ",
+    "DE12 ",
+    "DE12345678",
+    "4111 ",
+    "\\u0061",
+    "é",
+    "\ud83d\ude00",
+]
+TRIES = 3
+
+
+def best_s(call: Callable[[], object]) -> float:
+    found = float("inf")
+    for _ in range(TRIES):
+        start_s = time.thread_time()
+        with contextlib.suppress(PowerbandError, ValueError):
+            call()
+        found = min(found, time.thread_time() - start_s)
+    return found
+
+
+def check_growth(read: Callable[[str], object], make: Callable[[int], str], size: int) -> None:
+    """size: of the smallest text, in characters."""
+    small, large = make(size), make(8 * size)
+    large_s = best_s(lambda: read(large))
+    if large_s < LARGE_ENOUGH_S:
+        return
+    small_s = best_s(lambda: read(small))
+    assert large_s < MAX_GROWTH * max(small_s, LARGE_ENOUGH_S / 8), f"{small_s:.4f} s, then {large_s:.4f} s"
+
+
+def chunks(text: str) -> None:
+    data = bytearray(text.encode("utf-8", "replace"))
+    framing = ChunkedFraming()
+    while data and not framing.is_complete:
+        framing.take(data)
+        if not framing.has_more:
+            break
+
+
+def body(text: str, kind: type[object]) -> None:
+    decode(text.encode("utf-8", "replace"), kind)
+
+
+TRACEPARENT = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+READERS: dict[str, Callable[[str], object]] = {
+    "JSON's depth": lambda text: check_size(text.encode("utf-8", "replace")),
+    "JSON's depth, after brackets": lambda text: check_size(("[" * 65 + text).encode("utf-8", "replace")),
+    "JSON's depth, in a string": lambda text: check_size(('["' + "[" * 65 + text).encode("utf-8", "replace")),
+    "a text completion": lambda text: body(
+        msgspec.json.encode({"prompt": "a", "x": text[:0]}).decode() + text, CompletionRequest
+    ),
+    "an unknown field": lambda text: body(
+        msgspec.json.encode({"prompt": "a", printable(text): 1}).decode(), CompletionRequest
+    ),
+    "a wrong value": lambda text: body(
+        msgspec.json.encode({"messages": [{"role": printable(text)}]}).decode(), ChatRequest
+    ),
+    "a key of an object": lambda text: body(
+        msgspec.json.encode({"prompt": "", "logit_bias": {printable(text): 1}}).decode(), CompletionRequest
+    ),
+    "the gateway's intake": lambda text: Intake(
+        msgspec.json.encode({"prompt": printable(text), "x": printable(text)}), "completions"
+    ),
+    "the gateway's fields": lambda text: body('{"prompt": ' + text, Asked),
+    "redaction": lambda text: redact(printable(text)),
+    "redaction, in words": lambda text: redact("a@" + printable(text) + "!"),
+    "amounts of memory": lambda text: memory_bytes(f"1{text}!"),
+    "lengths": lambda text: parse_lengths(f"1{text}!", param="lengths"),
+    "an SLO": lambda text: SLO.parse(f"ttft{text}"),
+    "a trace's header": lambda text: continued({"traceparent": TRACEPARENT + text, "tracestate": text}, share=1.0),
+    "a head": lambda text: parse_head(
+        f"GET /{text} HTTP/1.1\r\nHost: a\r\nX: {text}\r\n\r\n".encode("latin-1", "replace")
+    ),
+    "chunks": chunks,
+    "chunks' extensions": lambda text: chunks("5;" + text),
+    "trailers": lambda text: chunks("0\r\n" + text),
+}
+LIMITED = {"a head": 4096}  # by what a connection lets through
+
+
+def printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_time_grows_with_the_length_and_not_faster(name: str) -> None:
+    read, size = READERS[name], LIMITED.get(name, 16_000)
+    for unit in UNITS:
+        check_growth(read, lambda length, unit=unit: unit * (length // len(unit)), size)  # type: ignore[misc]
+
+
+def test_what_is_quadratic_is_found() -> None:
+    quadratic = re.compile(rb'"(?:[^"\\]|\\.)*+"')  # begins again at every quote when there is no last one
+    with pytest.raises(AssertionError):
+        check_growth(lambda text: quadratic.sub(b"", text.encode()), lambda length: '\\"' * (length // 2), 1000)
