@@ -279,6 +279,7 @@ def test_what_a_replica_lacks_is_asked_of_another_and_ejects_none(gateway: Runni
         (400, '{"error":"just a text"}', "application/json", "just a text"),
         (413, "<html><h1>413</h1></html>", "text/html", "413 Request Entity Too Large"),
         (400, "bad request", "text/plain", "400 Bad Request"),
+        (499, '{"error":{"message":"a status that no list has"}}', "application/json", "a status that no list has"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_told_in_openais_shape(

@@ -274,6 +274,34 @@ def test_heads_are_bounded() -> None:
     run(scenario)
 
 
+def test_a_refusal_reaches_a_client_that_still_sends() -> None:
+    async def scenario() -> None:
+        async with serving(Recorder()) as port:
+            assert statuses(await exchange(port, request("/", "X: " + "x" * (16 << 20)))) == [431]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("status", [299, 420, 499, 529, 599])
+def test_a_status_that_is_not_registered_is_passed_on(status: int) -> None:
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def scenario() -> None:
+        async with serving(application) as port:
+            found = await exchange(port, request("/", CLOSE))
+            client = h11.Connection(h11.CLIENT)
+            client.send(h11.Request(method="GET", target="/", headers=[("Host", "localhost")]))
+            client.receive_data(found)
+            head, body = client.next_event(), client.next_event()
+            assert isinstance(head, h11.Response)
+            assert isinstance(body, h11.Data)
+            assert (head.status_code, bytes(body.data)) == (status, b"ok")
+
+    run(scenario)
+
+
 def test_clients_of_http_1_0_get_no_chunks() -> None:
     async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -299,11 +327,14 @@ def test_an_answer_that_breaks_off_does_not_look_whole() -> None:
         elif scope["path"] == "/short":
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
             await send({"type": "http.response.body", "body": b"some"})
+        elif scope["path"] == "/split":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"y\nset-cookie: z")]})
         raise ValueError("a fault")
 
     async def scenario() -> None:
         async with serving(failing) as port:
             assert statuses(await exchange(port, request("/"))) == [500]
+            assert statuses(await exchange(port, request("/split"))) == [500]
             assert (await exchange(port, request("/begun"))).endswith(b"4\r\nsome\r\n")
             assert b"some" not in await exchange(port, request("/short"))
 

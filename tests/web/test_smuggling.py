@@ -121,6 +121,12 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", 
 LINES = [
     b"GET / HTTP/1.1\r\n",
     b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n",
+    b"GET / HTTP/1.1\r\nHost: a b\r\n",
+    b"GET / HTTP/1.1\r\nHost: a, b\r\n",
+    b"GET / HTTP/1.1\r\nHost: a/b\r\n",
+    b"GET / HTTP/1.1\r\nHost: a@b\r\n",
+    b"GET / HTTP/1.1\r\nHost: a:80:90\r\n",
+    b"GET / HTTP/1.1\r\nHost: [::1\r\n",
     b"GET / HTTP/1.1\nHost: a\r\n",
     b"GET / HTTP/1.1 x\r\nHost: a\r\n",
     b"GET / x HTTP/1.1\r\nHost: a\r\n",
@@ -209,5 +215,15 @@ def test_the_plain_forms_are_taken() -> None:
             async with serving(app) as port:
                 await exchange(port, form(lines + "\r\nConnection: close", body))
             assert app.seen == [("/", INSIDE)]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("host", ["a", "a_b.c-d:80", "127.0.0.1:1", "[::1]:80", "[fe80::1%25eth0]", "a:", ""])
+def test_hosts_of_every_form_are_taken(host: str) -> None:
+    async def scenario() -> None:
+        async with serving(Recorder()) as port:
+            answers = await exchange(port, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        assert answers[9:12] == b"200"
 
     run(scenario)

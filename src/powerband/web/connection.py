@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 
 from powerband.web.body_budget import BodyBudget
 from powerband.web.errors import HttpError, error_response
-from powerband.web.exchange import STATUS_LINES, Exchange
+from powerband.web.exchange import Exchange, status_line
 from powerband.web.framing import Framing, framing_of
 from powerband.web.head import Head, parse_head
 from powerband.web.line import ClientLine, put_line
@@ -161,10 +161,10 @@ class HttpConnection(asyncio.Protocol):
             return
         response = error_response(error)
         lines = [b"%b: %b\r\n" % header for header in (*self._server.default_headers, *response.raw_headers)]
-        lines = [STATUS_LINES[error.http_status], *lines, b"connection: close\r\n\r\n"]
+        lines = [status_line(error.http_status), *lines, b"connection: close\r\n\r\n"]
         self._transport.write(b"".join((*lines, bytes(response.body))))
         self._lose_exchange()
-        self._close()
+        self._close(is_sending=True)
 
     def break_off(self) -> None:
         self._lose_exchange()
@@ -280,8 +280,12 @@ class HttpConnection(asyncio.Protocol):
             self._budget.release(exchange)
             exchange.lose()
 
-    def _close(self) -> None:
-        """After what was written. While the client still sends, it would lose the answer, so that is waited for."""
+    def _close(self, *, is_sending: bool = False) -> None:
+        """After what was written.
+
+        is_sending: the client may still send, such as the rest of a head that was refused. Closed at once, the socket
+        would answer that with a reset, which takes the answer from the client (RFC 9112, 9.6).
+        """
         self._is_closing = True
         self._input.clear()
         if self._transport.is_closing():
@@ -289,7 +293,7 @@ class HttpConnection(asyncio.Protocol):
         if self._is_paused:
             self._is_paused = False
             self._transport.resume_reading()
-        if self._framing is not None and self._transport.can_write_eof():
+        if (is_sending or self._framing is not None) and self._transport.can_write_eof():
             self._transport.write_eof()
         else:
             self._transport.close()

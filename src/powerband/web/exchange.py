@@ -16,7 +16,12 @@ from powerband.web.line import ClientLine
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_BYTES = 64 << 10
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+
+def status_line(status: int) -> bytes:
+    """A status that is not registered, such as a proxy's 499, has no phrase."""
+    return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n".encode()
 
 
 class ClientConnection(Protocol):
@@ -149,9 +154,8 @@ class Exchange:
             raise RuntimeError("An answer goes on after its end.")
 
     def _send_head(self, status: int, headers: Any) -> None:
-        self.has_started = True
         length: int | None = None
-        lines = [STATUS_LINES[status]]
+        lines = [status_line(status)]
         for name, value in (*self._connection.default_headers, *headers):
             if b"\n" in value or b"\r" in value:
                 raise RuntimeError(f"A header's value has a line end: {value[:80]!r}.")
@@ -172,6 +176,7 @@ class Exchange:
         if not self.keeps_connection:
             lines.append(b"connection: close\r\n")
         lines.append(b"\r\n")
+        self.has_started = True  # not before: an answer whose head cannot be written becomes a 500
         if self._left:
             self._unsent = b"".join(lines)
         else:

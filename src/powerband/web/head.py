@@ -16,6 +16,7 @@ from powerband.web.errors import HttpError
 MAX_HEADERS = 200
 _NOT_CONTROLS = bytes({*range(0x20, 0x100), *b"\t\r\n"} - {0x7F})  # the parser wants \r and \n in pairs
 _LENGTH = re.compile(rb"[0-9]{1,15}")
+_HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 _MEANT_FOR_US = frozenset((b"connection", b"content-length", b"expect", b"host", b"transfer-encoding"))
 
 Headers = list[tuple[bytes, bytes]]
@@ -118,6 +119,8 @@ def _check_host(hosts: Sequence[bytes], of_target: bytes | None, headers: Header
     """Exactly one (RFC 9112, 3.2). Where the target has a host of its own, it is the one that counts."""
     if len(hosts) > 1 or (not hosts and version == "1.1"):
         raise _invalid(f"The request has {len(hosts)} Host headers in place of one")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise _invalid("Host is no name or address, with or without a port")
     if of_target is not None:
         headers[:] = [(name, value) for name, value in headers if name != b"host"] + [(b"host", of_target)]
 
