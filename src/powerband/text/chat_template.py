@@ -199,8 +199,9 @@ def _text_of_part(part: Any, param: str) -> str:
 
 
 def _with_parsed_arguments(call: Any) -> Any:
-    """OpenAI's API carries the arguments of a call as a JSON string, empty where there are none; templates write them as
-    JSON themselves.
+    """OpenAI's API carries the arguments of a call as a JSON string, empty where there are none.
+
+    Templates write them as JSON themselves.
     """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
