@@ -94,6 +94,7 @@ def left_over() -> dict[str, Tensors]:
         "a classifier": {"score.weight": torch.ones(2, 64)},
         "scales of an 8-bit cache": {f"{attention}k_scale": one, f"{attention}v_scale": one},
         "scales at projections": {f"{attention}k_proj.output_scale": one, f"{attention}attn.v_scale": one},
+        "scales of attention in 8 bits": {f"{attention}q_scale": one, f"{attention}prob_output_scale": one},
         "a layer more": {"model.layers.3.input_layernorm.weight": torch.ones(64), "model.layers.3.eh_proj.weight": one},
         "biases of zeros": {f"{attention}o_proj.bias": torch.zeros(64), "lm_head.bias": torch.zeros(160)},
         "an image encoder": {"vision_tower.encoder.layers.0.self_attn.q_proj.weight": one},

@@ -69,6 +69,7 @@ CASES = {
     "extra_special_tokens": ({"extra_special_tokens": ["<|turn|>", "<|end|>"]}, {}),
     "extra_special_tokens as objects": ({"extra_special_tokens": [typed("<|turn|>", rstrip=True)]}, {}),
     "extra_special_tokens as a table": ({"extra_special_tokens": {"image_token": "<|img|>"}}, {}),
+    "a table of names of the model's own": ({"model_specific_special_tokens": {"image_token": "<|img|>"}}, {}),
     "a name of the model's own": ({"image_token": "<|img|>", "eos_token": "<|end|>"}, {}),
     "both spellings": ({"extra_special_tokens": ["<|turn|>"], "additional_special_tokens": ["<|end|>"]}, {}),
     "special tokens are split": ({"split_special_tokens": True, "eos_token": "<|end|>"}, {}),

@@ -162,3 +162,42 @@ def test_long_conversations_are_checked_in_linear_time(made):
     assert text.count("|") == 4001
     with pytest.raises(InvalidRequest, match="leaves out message 4000"):
         made(BRANCHES).render([*talk, {"role": "tool", "content": "x"}])
+
+
+CALLING = """{% for m in messages %}{% if 'tool_calls' in m %}{{ m.role }} calls {{ m.tool_calls[0].function.name }}
+{{- m.tool_calls[0].function.arguments|tojson }}|{% else %}{{ m.role }}: {{ m.content|trim }}|{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("nothing", [[], None])
+def test_an_answer_that_called_no_tool_is_no_call(made, nothing):
+    answer = {"role": "assistant", "content": "yes", "tool_calls": nothing, "function_call": None}
+    assert made(CALLING).render([SAFE, answer]) == "user: is this safe|assistant: yes|"
+
+
+@pytest.mark.parametrize("message", [{"role": "assistant", "content": None}, {"role": "assistant"}])
+@pytest.mark.parametrize("source", [CALLING, TEXT, TEXT_PRINTED, OVER_PARTS])
+def test_no_content_is_written_as_nothing(made, source, message):
+    assert made(source).render([SAFE, message, SAFE]).split("|")[1].strip() == "assistant:"
+
+
+def calling(*names, arguments="{}", content=None):
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name in names]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+def test_a_call_without_arguments_has_an_empty_object_of_them(made):
+    assert made(CALLING).render([SAFE, calling("look", arguments="")]) == "user: is this safe|assistant calls look{}|"
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "param"),
+    [
+        (CALLING, calling("look", "listen"), "messages.1.tool_calls.1"),
+        (TEXT, calling("look", content="one moment"), "messages.1.tool_calls.0"),
+    ],
+    ids=["only the first call is written", "only the text is written"],
+)
+def test_a_call_that_would_not_reach_the_model_is_an_error_that_names_it(made, source, message, param):
+    with pytest.raises(InvalidRequest) as caught:
+        made(source).render([SAFE, message])
+    assert (caught.value.code, caught.value.param) == ("message_left_out", param)

@@ -33,11 +33,11 @@ from powerband.spec.model import ModelSpec
 __all__ = ["fill_random", "load_weights", "resolve_model"]
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# What is computed here instead of stored (tables of rotations, causal masks), and scales of an 8-bit KV cache, which
+# What is computed here instead of stored (tables of rotations, causal masks), and scales of attention in 8 bits, which
 # nothing needs that holds keys and values in 16 bits, or scales them itself.
 _LEFT_OVER = re.compile(
     r".*\.(rotary_emb\.\w+|self_attn\.(bias|masked_bias)|position_ids"
-    r"|self_attn\.(\w+\.)?[kvq]{1,2}_(scale|zero_point)|self_attn\.[qkv]_proj\.output_(scale|zero_point))"
+    r"|self_attn\.(\w+\.)?([kvq]{1,2}|prob_output)_(scale|zero_point)|self_attn\.[qkv]_proj\.output_(scale|zero_point))"
 )
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..*")
 

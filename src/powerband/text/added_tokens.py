@@ -96,12 +96,12 @@ def _legacy(table: dict[str, Any], config: dict[str, Any]) -> dict[int, AddedTok
 
 
 def _named(config: dict[str, Any]) -> dict[str, AddedToken]:
-    """Standard names first, then those of the model's own: keys in _token, and extra_special_tokens as a table."""
+    """Standard names first, then those of the model's own: keys in _token, and tables of transformers 4 and 5."""
     own = [name for name in config if name.endswith("_token") and name not in _NAMES]
     found = {name: config[name] for name in (*_NAMES, *own) if _is_token(config.get(name))}
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        found |= {name: value for name, value in extra.items() if _is_token(value)}
+    for table in map(config.get, ("extra_special_tokens", "model_specific_special_tokens")):
+        if isinstance(table, dict):
+            found |= {name: value for name, value in table.items() if _is_token(value)}
     return {name: _token(value, special=True) for name, value in found.items()}
 
 

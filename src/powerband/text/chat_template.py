@@ -142,8 +142,13 @@ def _read(file: Path) -> str:
 
 
 def _plain_message(message: Mapping[str, Any], index: int, reads: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as the template expects it: role and content in the form that it reads, tool arguments as objects."""
-    plain = dict(message)
+    """A message as the template expects it: role and content in the form that it reads, tool arguments as objects.
+
+    Clients send back the answers that they got, fields that are null or empty included. Templates would take
+    `"tool_calls": []` for a call, and write null content as "None".
+    """
+    plain = {key: value for key, value in message.items() if value is not None and (key, value) != ("tool_calls", [])}
+    plain.setdefault("content", None if "tool_calls" in plain else "")
     if plain.get("role") == "developer" and not reads["developer"] and reads["forms"]["system"]:
         plain["role"] = "system"
     forms = reads["forms"].get(plain.get("role"), reads["forms"]["user"])
@@ -170,7 +175,9 @@ def _left_out(messages: Sequence[Mapping[str, Any]], index: int, part: int | Non
     """The error for a message, or a part of one, that would never reach the model."""
     param = f"messages.{index}"
     what = f"message {index}, of the role {messages[index].get('role')!r}"
-    if part is not None:
+    if part is not None and messages[index].get("tool_calls"):
+        param, what = f"{param}.tool_calls.{part}", f"tool call {part} of {what}"
+    elif part is not None:
         param, what = f"{param}.content.{part}", f"part {part} of {what}"
     return InvalidRequest(
         f"The chat template leaves out {what}: the model would not see it.",
@@ -192,12 +199,15 @@ def _text_of_part(part: Any, param: str) -> str:
 
 
 def _with_parsed_arguments(call: Any) -> Any:
-    """OpenAI's API carries the arguments of a call as a JSON string; templates write them as JSON themselves."""
+    """OpenAI's API carries the arguments of a call as a JSON string, empty where there are none.
+
+    Templates write them as JSON themselves.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(function["arguments"].strip() or "{}")
     except (ValueError, RecursionError):
         return call
     if not isinstance(arguments, dict):

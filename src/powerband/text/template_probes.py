@@ -49,9 +49,11 @@ def learn(render: Render) -> dict[str, Any]:
 
 
 def left_out(render: Render, context: dict[str, Any]) -> list[int] | None:
-    """[message] or [message, part] of the first content in `context` that the template leaves out; None: there is none.
+    """[message] or [message, part or call] of the first content in `context` that the template leaves out; None: there
+    is none.
 
-    A message counts as written when its text or one of its tool calls is. A template that refuses marks tells nothing.
+    Text beside calls of tools need not be written: some templates leave it out. A template that refuses marks tells
+    nothing.
     """
     messages, marks = _marked(context["messages"])
     text = render({**context, "messages": messages})
@@ -62,8 +64,8 @@ def left_out(render: Render, context: dict[str, Any]) -> list[int] | None:
         wanted = {*parts, *calls} - {0}
         if wanted and not wanted & found:
             return [index]
-        lost = [place for place, mark in enumerate(parts) if mark and mark not in found]
-        if lost and not calls:
+        lost = [place for place, mark in enumerate(calls or parts) if mark and mark not in found]
+        if lost:
             return [index, lost[0]]
     return None
 
