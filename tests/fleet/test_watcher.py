@@ -320,3 +320,13 @@ def test_the_command_shows_them(
     assert [value["cause"] for value in values] == ["load", "down"]  # type: ignore[index] # parsed from JSON
     assert main(["incidents", "demo", "--all"]) == 0
     assert "over, lasted 40 s" in capsys.readouterr().out
+
+
+DEEP = b'[{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}]"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'["\xff"]', b"7", DEEP], ids=range(6))
+def test_a_damaged_file_of_incidents_holds_none(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "incidents.json"
+    path.write_bytes(content)
+    assert read_incidents(path) == ()

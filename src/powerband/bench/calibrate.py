@@ -106,7 +106,7 @@ def ceiling() -> ClientCapacity | None:
     """What `calibrate` found last, with this processor, Python and version of powerband; None: never."""
     try:
         return msgspec.json.decode(_path().read_bytes(), type=ClientCapacity)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -185,7 +185,7 @@ def read_incidents(path: Path) -> tuple[Incident, ...]:
         return msgspec.json.decode(path.read_bytes(), type=tuple[Incident, ...])
     except FileNotFoundError:
         return ()
-    except (OSError, msgspec.MsgspecError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         logger.warning("Incidents cannot be read from %s: %s.", path, problem)
         return ()
 
