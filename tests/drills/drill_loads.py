@@ -48,8 +48,14 @@ class Told:
     sent_s: float
     status: int = 0
     code: str = ""  # of an error
+    answer: Answer = field(default_factory=Answer)
     reading: Reading = field(default_factory=Reading)
     ended_s: float = 0.0
+
+    @property
+    def is_streaming(self) -> bool:
+        """A token has arrived, and more are to come."""
+        return bool(self.answer.pieces) and not self.ended_s
 
     @property
     def failed(self) -> bool:
@@ -100,13 +106,13 @@ class Load:
             number += 1
 
     async def _one(self, told: Told) -> None:
-        answer = Answer()
         try:
             async with connected(self._target) as connection, asyncio.timeout(self._timeout_s):
-                answer, done = connection.exchange(request(self._target, self._target.path, told.question.body))
+                told.answer, done = connection.exchange(request(self._target, self._target.path, told.question.body))
                 await done
         except (OSError, TimeoutError) as problem:
-            answer.problem = answer.problem or f"{type(problem).__name__}: {problem}"
+            told.answer.problem = told.answer.problem or f"{type(problem).__name__}: {problem}"
+        answer = told.answer
         told.ended_s, told.status = time.monotonic(), answer.status
         if answer.status >= 400:
             with contextlib.suppress(msgspec.MsgspecError, TypeError, KeyError):

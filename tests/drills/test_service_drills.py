@@ -40,8 +40,8 @@ def test_sigkill(service: Service, answers: Answers, figures: Figures) -> None:
     """SIGKILL one of three replicas"""
     victim, pid = sorted(service.pids().items())[0]
 
-    async def disturb() -> float:
-        await _until_in_the_middle(service, victim)
+    async def disturb(load: Load) -> float:
+        await _stop_in_the_middle(service, victim, pid, load)
         os.killpg(pid, signal.SIGKILL)
         return await asyncio.to_thread(service.wait_whole, 3, 30.0, victim)
 
@@ -57,10 +57,8 @@ def test_sigstop(service: Service, answers: Answers, figures: Figures) -> None:
     """SIGSTOP a replica"""
     victim, pid = sorted(service.pids().items())[0]
 
-    async def disturb() -> tuple[float, float]:
-        await _until_in_the_middle(service, victim)
-        start_s = time.monotonic()
-        os.killpg(pid, signal.SIGSTOP)
+    async def disturb(load: Load) -> tuple[float, float]:
+        start_s = await _stop_in_the_middle(service, victim, pid, load)
         while await _has_requests(service, victim):
             await asyncio.sleep(0.02)
         away_s = time.monotonic() - start_s
@@ -79,7 +77,7 @@ def test_rolling_update(service: Service, answers: Answers, figures: Figures) ->
     before = service.pids()
     last_seen: dict[str, tuple[str, int]] = {}  # of each replica before it was told to end: state, running requests
 
-    async def disturb() -> float:
+    async def disturb(_: Load) -> float:
         start_s = time.monotonic()
         deploying = asyncio.create_task(asyncio.to_thread(service.deploy, changed(max_num_seqs=12)))
         while not deploying.done():
@@ -109,7 +107,7 @@ def test_controller_killed(service: Service, answers: Answers, figures: Figures)
     before, controller, gateway = service.pids(), service.status.pid, service.status.gateway.pid
     victim, pid = sorted(before.items())[0]
 
-    async def disturb() -> tuple[float, float]:
+    async def disturb(_: Load) -> tuple[float, float]:
         os.kill(controller, signal.SIGKILL)
         await asyncio.sleep(1.5)
         start_s = time.monotonic()
@@ -160,13 +158,13 @@ def test_soak(service: Service, answers: Answers, figures: Figures) -> None:
 
 
 async def _under_load(
-    service: Service, disturb: Callable[[], Awaitable[Any]]
+    service: Service, disturb: Callable[[Load], Awaitable[Any]]
 ) -> tuple[Any, Load, list[dict[str, Any]]]:
     """What it found out, the load, and the gateway's records of it."""
     seen = (await service.front.ask("/admin/records"))["newest"]
     async with Load(service.front.target(), ASKED, RATE) as load:
         await asyncio.sleep(0.5)
-        found = await disturb()
+        found = await disturb(load)
         await asyncio.sleep(1.0)
     return found, load, await service.front.records(seen)
 
@@ -182,12 +180,27 @@ def _assert_nobody_noticed(load: Load, answers: Answers) -> None:
     assert not load.wrong(answers)
 
 
-async def _until_in_the_middle(service: Service, replica: str) -> None:
-    """It has begun an answer just now."""
+async def _stop_in_the_middle(service: Service, replica: str, pid: int, load: Load) -> float:
+    """SIGSTOP while it streams an answer; when that was, on the monotonic clock.
+
+    Some answer is certain to be cut after its first token, however fast the replica is: the gateway says that the
+    stopped replica has a request, and all requests under way have had a token.
+    """
     async with asyncio.timeout(30.0):
-        while not any(one["inflight"] for one in (await service.front.pool())["replicas"] if one["id"] == replica):
+        while True:
+            if await _inflight(service, replica):
+                start_s = time.monotonic()
+                os.killpg(pid, signal.SIGSTOP)
+                await asyncio.sleep(0.05)
+                running = [told for told in load.told if not told.ended_s]
+                if await _inflight(service, replica) and all(told.is_streaming for told in running):
+                    return start_s
+                os.killpg(pid, signal.SIGCONT)
             await asyncio.sleep(0.01)
-    await asyncio.sleep(0.05)
+
+
+async def _inflight(service: Service, replica: str) -> int:
+    return sum(one["inflight"] for one in (await service.front.pool())["replicas"] if one["id"] == replica)
 
 
 async def _has_requests(service: Service, replica: str) -> bool:
