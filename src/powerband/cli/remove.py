@@ -20,14 +20,14 @@ def remove(
 
     Its keys, usage and audit log are kept for the next one of that name, unless --purge.
     """
-    from powerband.cli.fleet_view import Progress
+    from powerband.cli.fleet_view import ServiceProgress
     from powerband.fleet import changing
     from powerband.fleet.audit import note_action
     from powerband.fleet.state import find_service
 
     folder = find_service(name)
     note_action(folder, "remove", {"purge": purge})
-    changing.remove(folder, Progress(), purge=purge)
+    changing.remove(folder, ServiceProgress(), purge=purge)
     kept = "" if purge else f" Its books are kept: {folder.database}"
     print(f"{folder.name} is removed.{kept}")
     return 0
