@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
-from powerband.cli.scale import scaled
+from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
+from powerband.cli.service.scale import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import releasing
 from powerband.fleet.launching import devices_for_one, pool_revisions, routes_of

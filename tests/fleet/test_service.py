@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
+from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.cli.main import main
 from powerband.fleet.local import MARK
 from powerband.fleet.processes import Mark, session_leader_with

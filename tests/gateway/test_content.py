@@ -9,12 +9,12 @@ import msgspec
 import pytest
 from gateways_for_tests import gateway_before, text_of, until
 
-from powerband.bench.script import Behavior
 from powerband.gateway.accounts import content
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.content import MOST_CHARS, prompt_text, stored
 from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.request import GatewayRequest
+from powerband.mock_server.behavior import Behavior
 
 SECRET = "the-unforgettable-phrase"
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from powerband.bench.http import post
-from powerband.bench.messages import ServerAddress as Address
+from powerband.bench.client.http import post
+from powerband.bench.client.messages import ServerAddress as Address
 from powerband.errors import PowerbandError
 from powerband.fleet.state import ServiceFolder, endpoint
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.http import HTTPPage, get, put
-from powerband.bench.messages import ServerAddress as Address
+from powerband.bench.client.http import HTTPPage, get, put
+from powerband.bench.client.messages import ServerAddress as Address
 from powerband.gateway.request import Finished
 from powerband.gateway.routes import Routes
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot

@@ -13,9 +13,9 @@ from powerband.fleet.engines.adapter import read_key
 from powerband.fleet.state import Front, PoolRelease, Release, ServiceFolder
 from powerband.fleet.target import Launch, Running
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
-from powerband.spec.device import detect_cpu
-from powerband.spec.records import as_record
+from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.slo import SLO
+from powerband.spec.yaml_codec import as_record
 
 POWERBAND = (sys.executable, "-m", "powerband")
 _GATEWAY_READY_PATH = "/livez"

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from powerband.bench.http import get
-from powerband.bench.messages import ServerAddress as Address
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress as Address
 from powerband.fleet.target import Running
 
 EVERY_S = 0.4

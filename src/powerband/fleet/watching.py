@@ -19,7 +19,7 @@ from powerband.fleet.watch.watcher import Action, Watcher
 from powerband.fleet.watch.webhook import Webhook
 from powerband.gateway.request import Finished
 from powerband.spec.plan import Prediction
-from powerband.spec.records import read_record
+from powerband.spec.yaml_codec import read_record
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from powerband.cost.replica_memory import kv_bytes_per_token, layer_weight_bytes
 from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable, read_key
 from powerband.spec.deployment import EngineName
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
 _MOST_OF_A_HOST = 0.2  # of its memory, for one replica's KV cache

@@ -1,0 +1,324 @@
+"""`powerband deploy`: carry a plan out on this machine, and prove its promise."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from powerband.cli.bench.options import MixFlags
+from powerband.cli.flags import Json
+from powerband.cli.plan.plan import NO_PLAN, HardwareFlags, RequirementFlags
+from powerband.errors import EnvironmentFault, UsageError
+
+if TYPE_CHECKING:
+    from powerband.cli.service.view import ServiceProgress
+    from powerband.fleet.releasing import Made
+    from powerband.fleet.state import Desired, Front, Policy, ServiceFolder, Status
+    from powerband.fleet.verify import Verification
+    from powerband.spec.plan import Plan
+
+SLO_BROKEN = 1
+DEFAULT_VERIFY_S = 60.0
+_SERVICE = Group("Service", sort_key=2)
+_PROVING = Group("Proving", sort_key=3)
+
+
+def _flag(group: Group, *names: str, help: str) -> Parameter:
+    # A value may begin with a hyphen: arguments for others do.
+    return Parameter(
+        name=names or None, help=help, group=group, negative="", show_default=False, allow_leading_hyphen=True
+    )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServiceFlags:
+    name: Annotated[str | None, _flag(_SERVICE, help="Of the service; default: the model's")] = None
+    served_model_name: Annotated[str, _flag(_SERVICE, help="Name in the API; default: MODEL as given")] = ""
+    host: Annotated[str, _flag(_SERVICE, help="Address of the gateway; default: 127.0.0.1")] = "127.0.0.1"
+    port: Annotated[int | None, _flag(_SERVICE, help="Of the gateway; default: 8000, or a free one")] = None
+    auth: Annotated[
+        Literal["open", "keys"] | None,
+        _flag(_SERVICE, help="open: no key is needed (default on loopback); keys: every request needs one"),
+    ] = None
+    threads: Annotated[int | None, _flag(_SERVICE, help="CPU threads of a replica; default: a fair part")] = None
+    surge: Annotated[
+        int | None, _flag(_SERVICE, help="Replicas more while one is replaced: 0 or 1; default: 1 if there is memory")
+    ] = None
+    drain_timeout: Annotated[str, _flag(_SERVICE, help="For running requests to end; default: 120s")] = "120s"
+    start_timeout: Annotated[str, _flag(_SERVICE, help="For a replica to become ready; default: 30min")] = "30min"
+    auto: Annotated[bool, _flag(_SERVICE, help="Carry out what the watcher suggests")] = False
+    webhook: Annotated[str, _flag(_SERVICE, help="URL that is told of incidents")] = ""
+    gateway_args: Annotated[
+        str, _flag(_SERVICE, help="Settings of the gateway, e.g. '--default-deadline-s 2'; see 'powerband gateway'")
+    ] = ""
+    engine_command: Annotated[
+        str, _flag(_SERVICE, help="How the engine is started, e.g. '/opt/vllm/bin/vllm'; default: found")
+    ] = ""
+    engine_args: Annotated[str, _flag(_SERVICE, help="Arguments for the engine, after the plan's")] = ""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class VerifyFlags:
+    verify: Annotated[
+        bool | None,
+        Parameter(
+            help="Load the service as the plan says, and compare; default: when something has changed",
+            group=_PROVING,
+            show_default=False,
+        ),
+    ] = None
+    verify_seconds: Annotated[float, _flag(_PROVING, help="How long; default: 60")] = DEFAULT_VERIFY_S
+    strict: Annotated[bool, _flag(_PROVING, help="Go back to what was there when the promise is broken; exit 1")] = (
+        False
+    )
+    report: Annotated[Path | None, _flag(_PROVING, help="Write the load's report: one HTML file, offline")] = None
+    json: Annotated[Json, Parameter(group=_PROVING)] = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingService:
+    """What there was of a service before this call. has_books: of one that was removed, too."""
+
+    is_running: bool
+    has_books: bool
+
+
+def deploy(
+    plan: Annotated[str | None, Parameter(help="Plan in YAML, or a model to plan for first")] = None,
+    /,
+    *,
+    need: RequirementFlags | None = None,
+    requests: MixFlags | None = None,
+    offer: HardwareFlags | None = None,
+    service: ServiceFlags | None = None,
+    proving: VerifyFlags | None = None,
+) -> int:
+    """Carry out a plan on this machine: replicas behind a gateway, the promise verified, the service left running.
+
+    With MODEL instead of a plan it is planned first, with the options of 'powerband plan'.
+    Without either: make sure that every service has a controller.
+    Exits with 1 when nothing keeps the SLO, or when --strict and the promise is broken.
+    """
+    service, proving = service or ServiceFlags(), proving or VerifyFlags()
+    if plan is None:
+        return _ensure_controllers()
+    _check_options(proving)
+    from powerband.cli.service.view import ServiceProgress
+
+    chosen = _resolve_plan(plan, need, requests, offer, quiet=proving.json)
+    if chosen is None:
+        return NO_PLAN
+    return _carry_out(chosen, service, proving, ServiceProgress(quiet=proving.json))
+
+
+def _check_options(proving: VerifyFlags) -> None:
+    """Before anything starts. Raises UsageError and EnvironmentFault."""
+    if not 5 <= proving.verify_seconds <= 86_400:
+        raise UsageError(f"verify-seconds is {proving.verify_seconds:g}.", hint="5 to 86400.", param="verify_seconds")
+    if proving.report is not None and not proving.report.absolute().parent.is_dir():
+        raise EnvironmentFault(f"Cannot write {proving.report}: there is no such folder.", param="report")
+
+
+def _ensure_controllers() -> int:
+    from powerband.fleet.controller_process import ensure_controller
+    from powerband.fleet.state import services
+
+    found = services()
+    if not found:
+        raise UsageError("What is to be deployed?", hint="Like: powerband deploy plan.yaml", param="plan")
+    for folder in found:
+        started = ensure_controller(folder)
+        print(f"{folder.name}: {'a new controller was started' if started else 'its controller is alive'}")
+    return 0
+
+
+def _resolve_plan(
+    text: str, need: RequirementFlags | None, requests: MixFlags | None, offer: HardwareFlags | None, *, quiet: bool
+) -> Plan | None:
+    """None: nothing keeps the SLO; that was told. Raises UsageError for flags that a plan decides."""
+    from powerband.spec.plan import read_plan
+
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml"):
+        if any(flags is not None for flags in (need, requests, offer)):
+            raise UsageError(f"{text} says what is needed and on offer.", hint="Leave these options out.", param="plan")
+        return read_plan(path)
+    from rich.console import Console
+
+    from powerband.cli.plan.plan import plan_from, plan_request_from, search_with_progress
+    from powerband.planner.report.table import plan_table
+
+    plan_request = plan_request_from(text, need or RequirementFlags(), requests or MixFlags(), offer or HardwareFlags())
+    results = search_with_progress(plan_request, None, quiet=quiet)
+    if results.recommended is None:
+        Console(stderr=True).print(plan_table(results))
+        return None
+    return plan_from(plan_request, results.recommended)
+
+
+def _build_release(plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceFolder, key_file: str) -> Made:
+    import shlex
+
+    from powerband.fleet.local import LocalTarget
+    from powerband.fleet.releasing import Making, make_release
+
+    making = Making(
+        served_name=served_name,
+        api_key_file=key_file,
+        executable=tuple(shlex.split(flags.engine_command)),
+        extra=tuple(shlex.split(flags.engine_args)),
+        threads=flags.threads,
+        taken_gpus=LocalTarget(folder.path).taken_devices(),
+    )
+    return make_release(plan, making)
+
+
+def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: ServiceProgress) -> int:
+    from powerband.cli.service.gateway_flags import gateway_spec_from_flags, replica_key_file
+    from powerband.fleet import changing
+    from powerband.fleet.audit import note_action
+    from powerband.fleet.controller_process import ensure_controller
+    from powerband.fleet.releasing import served_name_of
+    from powerband.fleet.state import ServiceFolder
+
+    served_name = flags.served_model_name or served_name_of(plan.model)
+    folder = ServiceFolder.of(flags.name or changing.name_of(served_name))
+    before = ExistingService(is_running=folder.exists(), has_books=folder.database.exists())
+    front = gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, folder.desired())
+    folder.make()
+    made = _build_release(plan, flags, served_name, folder, replica_key_file(folder.path, front.auth))
+    _print_plan(plan, made, folder, front, progress)
+    desired, is_new = changing.apply(folder, made.release, front, _policy(flags))
+    ensure_controller(folder)
+    if not is_new:
+        progress.say("nothing is to be changed")
+    status = changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
+    if status.rejected is not None and status.rejected.generation == desired.generation:
+        raise _failure(folder, status, before=before)
+    if is_new:
+        note_action(folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)})
+    progress.say(f"{folder.name} is ready: {status.gateway.url}/v1")
+    is_asked = is_new if proving.verify is None else proving.verify
+    verified = _verified(plan, desired, status, folder, proving, progress) if is_asked else None
+    kept = verified is None or verified.verdict != "broken"
+    if not kept and proving.strict:
+        _roll_back(folder, progress, before=before)
+    _print_result(folder, status, verified, proving, is_new=is_new)
+    return SLO_BROKEN if not kept and proving.strict else 0
+
+
+def _policy(flags: ServiceFlags) -> Policy:
+    from powerband.fleet.state import Policy
+    from powerband.spec.quantities import seconds
+
+    if flags.surge not in (None, 0, 1):
+        raise UsageError(f"surge is {flags.surge}.", hint="It is 0 or 1.", param="surge")
+    if flags.webhook:
+        from powerband.fleet.watch.webhook import Webhook
+
+        Webhook(flags.webhook).close()  # so that a wrong one is known now
+    return Policy(
+        surge=flags.surge,
+        drain_s=seconds(flags.drain_timeout, param="drain_timeout"),
+        ready_s=seconds(flags.start_timeout, param="start_timeout"),
+        auto=flags.auto,
+        webhook=flags.webhook,
+    )
+
+
+def _print_plan(plan: Plan, made: Made, folder: ServiceFolder, front: Front, progress: ServiceProgress) -> None:
+    from powerband.planner.report.formatting import deployment_text
+
+    if plan.deployment is not None:
+        progress.say(f"plan: {made.release.served_name}, {deployment_text(plan.deployment)}")
+    limits = f"{plan.slo} for {plan.slo.attainment * 100:g} % of requests at {plan.promise.rate:.3g} a second"
+    progress.say(f"promise: {limits}")
+    for note in made.notes:
+        progress.say(note)
+    progress.say(f"service {folder.name}: gateway on {front.host}:{front.port}, state in {folder.path}")
+
+
+def _failure(folder: ServiceFolder, status: Status, *, before: ExistingService) -> EnvironmentFault:
+    """What to tell of a release that did not start, once nothing is left of it."""
+    from powerband.fleet import changing
+
+    rejected = status.rejected
+    why = rejected.why if rejected is not None else ""
+    log = f"\n{rejected.log}" if rejected is not None and rejected.log else ""
+    if before.is_running and changing.go_back(folder) is not None:
+        return EnvironmentFault(f"The new release did not start: {why}.{log}", hint="What ran before goes on running.")
+    changing.remove(folder, lambda _status: None, purge=not before.has_books)
+    return EnvironmentFault(f"{folder.name} did not start: {why}.{log}", hint="Nothing was left running.")
+
+
+def _verified(
+    plan: Plan,
+    desired: Desired,
+    status: Status,
+    folder: ServiceFolder,
+    proving: VerifyFlags,
+    progress: ServiceProgress,
+) -> Verification:
+    from powerband.bench.report.live import LiveView
+    from powerband.fleet.verify import verify
+
+    progress.say(f"verifying the promise: {plan.promise.rate:.3g} requests/s for {proving.verify_seconds:g} s")
+    key = folder.admin_key.read_text().strip()
+    with contextlib.nullcontext() if progress.quiet else LiveView(plan.slo, label=plan.workload.name) as view:
+        return verify(
+            plan,
+            status.gateway.url,
+            model=desired.release.served_name,
+            api_key=key,
+            seconds=proving.verify_seconds,
+            report=proving.report,
+            watch=view,
+        )
+
+
+def _roll_back(folder: ServiceFolder, progress: ServiceProgress, *, before: ExistingService) -> None:
+    from powerband.fleet import changing
+
+    progress.say("the promise is broken: going back")
+    desired = changing.go_back(folder) if before.is_running else None
+    if desired is None:
+        changing.remove(folder, progress, purge=not before.has_books)
+        return
+    changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
+
+
+def _print_result(
+    folder: ServiceFolder,
+    status: Status,
+    verified: Verification | None,
+    proving: VerifyFlags,
+    *,
+    is_new: bool,
+) -> None:
+    if proving.json:
+        from powerband.cli.service.status import status_dict
+
+        told: dict[str, object] = {"service": folder.name, "status": None}
+        if folder.exists():
+            told = status_dict(folder)
+        told["changed"] = is_new
+        told["verification"] = verified.as_dict() if verified is not None else None
+        print(json_format.dumps(told, indent=1))
+        return
+    if verified is not None:
+        from powerband.cli.service.view import print_verification
+
+        print_verification(verified)
+    if not folder.exists():
+        print(f"{folder.name} was removed again.")
+    else:
+        print(f"{folder.name} serves {status.gateway.url}/v1")
+        print("powerband status · powerband logs -f · powerband scale N · powerband remove", file=sys.stderr)
