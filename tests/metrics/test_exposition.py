@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from powerband.bench.server_metrics import understand
-from powerband.fleet.watch.replica_metrics import read_figures
+from powerband.fleet.monitor.replica_metrics import read_figures
 from powerband.gateway.engine_names import ENGINE_NAMES, Load, read_load
 from powerband.metrics.exposition import label, samples, total
 
