@@ -11,7 +11,7 @@ import pytest
 from gateways_for_tests import gateway_before
 from pool_world import VirtualLoop, make_pool, make_ready, replica, request, virtually
 
-from powerband.bench.script import Script
+from powerband.bench.script import Behavior
 from powerband.gateway.dispatch.pool import Pool, Refusal
 from powerband.gateway.routes import ModelRoute
 from powerband.spec.slo import SLO
@@ -152,7 +152,7 @@ models:
       - {{id: b, url: "{1}", model: scripted, engine: vllm, max_num_seqs: 8}}
 """
 MOST_LAG_S = 0.2
-SCRIPT = Script(ttft_s=0.05, tpot_s=0.05, slots=SLOTS)
+SCRIPT = Behavior(ttft_s=0.05, tpot_s=0.05, slots=SLOTS)
 BODY = b'{"model": "scripted", "prompt": "hello", "max_tokens": 10, "stream": true}'
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"

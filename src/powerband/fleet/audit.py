@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from powerband.bench.http import post
-from powerband.bench.messages import Target as Address
+from powerband.bench.messages import ServerAddress as Address
 from powerband.errors import PowerbandError
 from powerband.fleet.service.store import ServiceStore, endpoint
 

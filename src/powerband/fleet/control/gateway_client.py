@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.http import Page, get, put
-from powerband.bench.messages import Target as Address
+from powerband.bench.http import HTTPPage, get, put
+from powerband.bench.messages import ServerAddress as Address
 from powerband.gateway.request import Finished
 from powerband.gateway.routes import Routes
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
@@ -114,7 +114,7 @@ class GatewayClient:
         return Address(base=self.url, endpoint="completions", model="", headers=headers)
 
 
-def _checked(page: Page) -> Page:
+def _checked(page: HTTPPage) -> HTTPPage:
     if page.status != 200:
         raise ConnectionError(f"the gateway answered {page.status}: {page.body[:200].decode(errors='replace')}")
     return page

@@ -18,7 +18,7 @@ from powerband.fleet.monitor.observation import Observation, read_host
 from powerband.fleet.monitor.webhook import Webhook
 from powerband.fleet.service.spec import Release
 from powerband.gateway.request import Finished
-from powerband.spec.plan import Banded
+from powerband.spec.plan import Prediction
 from powerband.spec.records import read_record
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class WebhookNotifier:
 def expected_from(release: Release) -> Expectation:
     """What the release's plan promises, also where its trace is not here."""
     predicted = {
-        name: read_record(Banded, told, f"plan: predicted: {name}")
+        name: read_record(Prediction, told, f"plan: predicted: {name}")
         for name, told in release.plan.get("predicted", {}).items()
     }
     return Expectation(slo=release_slo(release), rate=release.plan["promise"]["rate"], predicted=predicted)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from powerband.bench.http import get
-from powerband.bench.messages import Target as Address
+from powerband.bench.messages import ServerAddress as Address
 from powerband.fleet.targets.base import Instance
 
 PROBE_INTERVAL_S = 0.4

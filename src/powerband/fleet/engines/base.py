@@ -12,12 +12,12 @@ from typing import ClassVar, Protocol
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.catalog import HERE, known_here, load_catalog
+from powerband.spec.catalog import LOCAL, load_catalog, local_profile
 from powerband.spec.deployment import EngineName, Quantization, Replica
-from powerband.spec.engines import ABILITIES
+from powerband.spec.engines import CAPABILITIES
 from powerband.spec.model import ModelSpec
 from powerband.spec.profile import DeviceProfile
-from powerband.spec.stored import Stored, read_for_planning
+from powerband.spec.stored import CheckpointPrecision, read_for_planning
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ModelContext:
     engine: EngineName
 
     @cached_property
-    def _read(self) -> tuple[ModelSpec, Stored]:
+    def _read(self) -> tuple[ModelSpec, CheckpointPrecision]:
         return read_for_planning(_config_of(self.model))
 
     @property
@@ -79,14 +79,14 @@ class ModelContext:
         return self._read[0]
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> CheckpointPrecision:
         return self._read[1]
 
     @cached_property
     def profile(self) -> DeviceProfile:
         """Raises UsageError for a device that nobody knows."""
-        here = known_here()
-        if here is not None and self.replica.device in (HERE, here.name):
+        here = local_profile()
+        if here is not None and self.replica.device in (LOCAL, here.name):
             return here
         return load_catalog().find(self.replica.device)
 
@@ -119,7 +119,7 @@ class ModelContext:
         asked = self.replica.quantization
         if asked == self.stored.quantization:
             return "none"
-        if asked == "none" or asked not in ABILITIES[self.engine].loads:
+        if asked == "none" or asked not in CAPABILITIES[self.engine].loads:
             raise self.cannot("quantization", f"The checkpoint of {self.model} holds {self.stored.quantization}.")
         if self.stored.quantization != "none":
             raise self.cannot("quantization", f"The checkpoint is quantized already: {self.stored.quantization}.")

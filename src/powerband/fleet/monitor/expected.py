@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from powerband.spec.plan import Banded, Plan
+from powerband.spec.plan import Plan, Prediction
 from powerband.spec.slo import SLO
 
 
@@ -16,7 +16,7 @@ class Expectation:
 
     slo: SLO
     rate: float | None = None
-    predicted: Mapping[str, Banded] = field(default_factory=dict)
+    predicted: Mapping[str, Prediction] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Expectation:

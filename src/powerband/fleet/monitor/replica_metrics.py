@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from powerband.bench.server_metrics import figures
+from powerband.bench.server_metrics import known_metrics
 from powerband.metrics.exposition import label, samples
 from powerband.metrics.prometheus import RATIO_BUCKETS
 
@@ -39,7 +39,7 @@ def read_figures(text: str) -> ReplicaFigures:
             bound = float(label(labels, b"le") or "")
             if not math.isnan(bound):
                 residuals[bound] = residuals.get(bound, 0.0) + count
-    return ReplicaFigures(values=figures(page), residuals=residuals if any(residuals.values()) else {})
+    return ReplicaFigures(values=known_metrics(page), residuals=residuals if any(residuals.values()) else {})
 
 
 def steps_between(before: ReplicaFigures, after: ReplicaFigures) -> dict[float, float]:
