@@ -12,7 +12,7 @@ from typing import Literal, NoReturn
 
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import NO_REPLICA_RETRY_S, Lease, NoReplica, Pool
-from powerband.gateway.proxy.complaints import RequestFault, phrase, read_complaint, under_served_name
+from powerband.gateway.proxy.complaints import MAX_BYTES, RequestFault, phrase, read_complaint, under_served_name
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.intake import PATHS
 from powerband.gateway.proxy.retry_after import retry_after_s
@@ -26,7 +26,6 @@ from powerband.web.errors import HttpError
 logger = logging.getLogger(__name__)
 
 MAX_REFUSALS = 8
-MAX_ERROR_BYTES = 64 << 10
 _ERROR_BODY_S = 5.0
 _SHORTEST_PAUSE_S = 0.02
 _VERDICT_S = 2.0  # by when probes have found out that a replica is dead
@@ -111,7 +110,7 @@ class Trip:
         status, body = exchange.status, b""
         with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
             async with asyncio.timeout(_ERROR_BODY_S):
-                body = await exchange.read_all(MAX_ERROR_BYTES)
+                body = await exchange.read_all(MAX_BYTES)
         complaint = under_served_name(read_complaint(body), replica.model, self.request.model)
         shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
         code = complaint.code or f"http_{status}"
@@ -213,6 +212,11 @@ class Trip:
         if problem.code == "timeout":
             return HttpError(504, "upstream_timeout", shown)
         return ReplicaError(shown)
+
+    def warn(self, what: str) -> None:
+        """Log what is wrong with the replica of this try, not too often."""
+        if self._lease is not None:
+            self._log(self._lease.replica, what)
 
     def progress(self) -> None:
         if self._lease is not None:
