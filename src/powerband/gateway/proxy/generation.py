@@ -23,7 +23,7 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_of
-from powerband.gateway.dispatch.prefix import keys_of
+from powerband.gateway.dispatch.prefix import prefix_keys
 from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.proxy.complaints import RequestFault
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
@@ -76,7 +76,7 @@ class GenerationRoutes:
         )
         told.output_tokens = served.estimates.likely(told.output_tokens, told.answers)
         told.trace = self._gateway.trace(request.headers)
-        told.prefix_keys = keys_of(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
+        told.prefix_keys = prefix_keys(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
         return Generation(self._gateway, self._books, served, intake, told, key)
 
 

@@ -11,7 +11,9 @@ from functools import partial
 from typing import Literal, NoReturn
 
 from powerband.errors import PowerbandError
-from powerband.gateway.dispatch.pool import NO_REPLICA_RETRY_S, Lease, NoReplica, Pool
+from powerband.gateway.dispatch.dispatcher import NO_REPLICA_RETRY_S
+from powerband.gateway.dispatch.errors import NoReplicaAvailable
+from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.proxy.complaints import MAX_BYTES, RequestFault, phrase, read_complaint, under_served_name
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.intake import PATHS
@@ -159,7 +161,7 @@ class Trip:
             self._check_absence(problem)
             return
         if self._is_poison(lease, problem):
-            raise _poison(problem, are_well=self._pool.are_well(id for id, _ in self.broken))
+            raise _poison(problem, are_well=self._pool.are_healthy(id for id, _ in self.broken))
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
@@ -179,7 +181,7 @@ class Trip:
         now_s = time.monotonic()
         if self._absent_since_s is None:
             self._absent_since_s = now_s
-        if now_s - self._absent_since_s > self._pool.options.longest_wait_s:
+        if now_s - self._absent_since_s > self._pool.options.max_queue_wait_s:
             raise self._error(problem)
 
     async def _may_retry(self, lease: Lease) -> bool:
@@ -208,7 +210,7 @@ class Trip:
             error.retry_after_s = max(1.0, self._retry_after_s)
             return error
         if problem.is_absence:
-            return NoReplica(shown, retry_after_s=NO_REPLICA_RETRY_S)
+            return NoReplicaAvailable(shown, retry_after_s=NO_REPLICA_RETRY_S)
         if problem.code == "timeout":
             return HttpError(504, "upstream_timeout", shown)
         return ReplicaError(shown)
