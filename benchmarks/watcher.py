@@ -42,10 +42,10 @@ from statistics import fmean, median
 
 from benchmarks.watcher_peers import Peer, enova_rule, three_sigma, ttft_over_slo
 
-from powerband.fleet.watch.expected import Expected
-from powerband.fleet.watch.incidents import Incident
-from powerband.fleet.watch.observation import Observation
-from powerband.fleet.watch.watcher import Action, Watcher
+from powerband.fleet.monitor.expected import Expectation
+from powerband.fleet.monitor.incidents import Incident
+from powerband.fleet.monitor.monitor import Action, Monitor
+from powerband.fleet.monitor.observation import Observation
 from powerband.gateway.request import Finished, GatewayRequest
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import RATIO_BUCKETS, Histogram
@@ -154,8 +154,8 @@ class Bed:
         self.now = 0.0
         self.next_s = 0.0
         self.count = 0
-        self.expected = Expected(slo=SLO_HERE, rate=self.rate)
-        self.watcher = Watcher(self.expected)
+        self.expected = Expectation(slo=SLO_HERE, rate=self.rate)
+        self.watcher = Monitor(self.expected)
         self.actions: list[Action] = []
         self.kept: dict[str, list[int]] = {}  # by kind of event: requests that kept the SLO, and requests
 
@@ -170,7 +170,7 @@ class Bed:
             if any(
                 event.kind == "restart" and event.start_s <= self.now < event.start_s + TICK_S for event in self.events
             ):
-                self.watcher = Watcher(self.expected, self.watcher.incidents)
+                self.watcher = Monitor(self.expected, self.watcher.incidents)
             if tick % round(1 / TICK_S) == 0:
                 self._observe()
         return self.watcher.incidents.all

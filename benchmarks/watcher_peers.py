@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, median, pstdev
 
-from powerband.fleet.watch.observation import Observation
-from powerband.fleet.watch.replica_metrics import read_figures
+from powerband.fleet.monitor.observation import Observation
+from powerband.fleet.monitor.replica_metrics import read_figures
 
 WINDOW_S, CLOSE_S = 10.0, 30.0
 SERVICE = "service"

@@ -11,8 +11,8 @@ from collections import Counter
 from statistics import median
 
 import pytest
-from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
 
+from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
 from powerband.bench.client.messages import Endpoint
 from powerband.bench.load import Live
 from powerband.metrics.record import Outcome, percentile

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from drills_for_tests import Front, wait_until
 
-from powerband.fleet.state import ServiceFolder, Status
+from powerband.fleet.service.status import Status
+from powerband.fleet.service.store import ServiceStore
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
@@ -48,8 +49,8 @@ class Service:
     front: Front
 
     @property
-    def folder(self) -> ServiceFolder:
-        return ServiceFolder(self.home / NAME)
+    def folder(self) -> ServiceStore:
+        return ServiceStore(self.home / NAME)
 
     @property
     def status(self) -> Status:

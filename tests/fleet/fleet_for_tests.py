@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from powerband.fleet.controller import Controller
-from powerband.fleet.front import FrontLink, Heard
-from powerband.fleet.launching import pool_revisions
-from powerband.fleet.probes import Sight
-from powerband.fleet.state import Desired, Front, Policy, PoolRelease, Release, ServiceFolder, Status
-from powerband.fleet.target import Gone, Launch, Running
+from powerband.fleet.control.controller import Controller
+from powerband.fleet.control.gateway_client import GatewayClient, GatewaySnapshot
+from powerband.fleet.control.instance_specs import pool_revisions
+from powerband.fleet.control.probes import ProbeResult
+from powerband.fleet.service.spec import Desired, GatewaySpec, Policy, PoolRelease, Release
+from powerband.fleet.service.status import Status
+from powerband.fleet.service.store import ServiceStore
+from powerband.fleet.targets.base import ExitedInstance, Instance, InstanceSpec
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 
 PLAN = {
@@ -42,7 +44,7 @@ class Life:
     listen. killed: at once.
     """
 
-    running: Running
+    running: Instance
     ready: bool = False
     silent: bool = False
     mute: bool = False
@@ -54,7 +56,7 @@ class Life:
 class World:
     """The target, the probes, and the gateway's answers, all in one. time goes on only when it is told to."""
 
-    folder: ServiceFolder
+    folder: ServiceStore
     now_s: float = 1000.0
     lives: dict[str, Life] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)  # commands that never start
@@ -64,18 +66,18 @@ class World:
     used: set[str] = field(default_factory=set)
     cut_off: int = 0  # requests
     key: str = ""
-    _gone: list[Gone] = field(default_factory=list)
+    _gone: list[ExitedInstance] = field(default_factory=list)
     _commands: dict[str, str] = field(default_factory=dict)
 
     # ---- the target
 
-    def start(self, launch: Launch) -> Running:
+    def start(self, launch: InstanceSpec) -> Instance:
         assert launch.id not in self.used, "an id is never used again"
         self.used.add(launch.id)
         if launch.role == "replica":
             self.started += 1
             assert not self.most or len(self.replicas()) < self.most
-        running = Running(
+        running = Instance(
             id=launch.id,
             role=launch.role,
             revision=launch.revision,
@@ -89,10 +91,10 @@ class World:
         self._maybe_kill()
         return running
 
-    def running(self) -> Sequence[Running]:
+    def running(self) -> Sequence[Instance]:
         return [life.running for life in self.lives.values()]
 
-    def gone(self) -> Sequence[Gone]:
+    def gone(self) -> Sequence[ExitedInstance]:
         found, self._gone = self._gone, []
         return found
 
@@ -124,18 +126,18 @@ class World:
 
     # ---- the probes
 
-    def follow(self, members: Mapping[str, Running]) -> None:
+    def follow(self, members: Mapping[str, Instance]) -> None:
         return
 
-    def sight(self, id: str) -> Sight:
+    def sight(self, id: str) -> ProbeResult:
         life = self.lives.get(id)
         if life is None:
-            return Sight()
+            return ProbeResult()
         if life.mute:
-            return Sight(silences=9)
+            return ProbeResult(silences=9)
         if life.silent:
-            return Sight(ready_s=1.0 if life.ready else None, heard_s=1.0, silences=9, unanswered=9)
-        return Sight(ready_s=self.now_s if life.ready else None, heard_s=self.now_s)
+            return ProbeResult(ready_s=1.0 if life.ready else None, heard_s=1.0, silences=9, unanswered=9)
+        return ProbeResult(ready_s=self.now_s if life.ready else None, heard_s=self.now_s)
 
     # ---- what happens
 
@@ -159,7 +161,7 @@ class World:
 
     def die(self, id: str, exit_code: int = -9) -> None:
         del self.lives[id]
-        self._gone.append(Gone(id, exit_code, "the end of its log"))
+        self._gone.append(ExitedInstance(id, exit_code, "the end of its log"))
 
     def found(self) -> Counter[tuple[int, str]]:
         return Counter((life.running.pool, life.running.revision) for life in self.replicas() if life.ready)
@@ -180,7 +182,7 @@ class Play:
         self.controllers += 1
         self.world.gone()  # nobody was there to be told
         self.controller = Controller(
-            self.world.folder, self.world, self.world, FrontLink("key"), clock=lambda: self.world.now_s
+            self.world.folder, self.world, self.world, GatewayClient("key"), clock=lambda: self.world.now_s
         )
         self.controller.adopt()
 
@@ -200,7 +202,7 @@ class Play:
                 for life in self.world.replicas()
             )
             pools = (PoolSnapshot(model="m", replicas=snapshots),)
-            front.heard = Heard(front.wanted.revision, draining, pools, self.world.now_s)
+            front.heard = GatewaySnapshot(front.wanted.revision, draining, pools, self.world.now_s)
 
     def settle(self, rounds: int = 40) -> Status:
         for _ in range(rounds):
@@ -227,7 +229,7 @@ class Play:
             name=folder.name,
             generation=1 if current is None else current.generation + 1,
             release=made,
-            front=Front(host="127.0.0.1", port=8000),
+            front=GatewaySpec(host="127.0.0.1", port=8000),
             policy=Policy(surge=1, drain_s=60.0, ready_s=20.0),
             previous=previous,
         )
@@ -243,6 +245,6 @@ class Play:
 
 
 def play_in(path: Path) -> Play:
-    folder = ServiceFolder(path)
+    folder = ServiceStore(path)
     folder.make()
     return Play(World(folder))

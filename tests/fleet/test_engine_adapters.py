@@ -13,7 +13,7 @@ import yaml
 
 from powerband.cli.main import main
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.engines import Order, adapter
+from powerband.fleet.engines import LaunchRequest, engine_adapter
 from powerband.spec.deployment import ENGINES, EngineName, Replica
 
 DOCUMENTED = Path(__file__).parent / "documented_options"
@@ -87,7 +87,9 @@ def test_vllm_offloads_a_share_of_the_layers_of_each_gpu(model: str) -> None:
 
 
 def test_vllm_on_a_cpu_gets_threads_and_the_memory_that_its_requests_need(model: str) -> None:
-    invocation = adapter("vllm").command(Order(model=model, replica=CPU, port=8001, served_name="m", threads=2))
+    invocation = engine_adapter("vllm").command(
+        LaunchRequest(model=model, replica=CPU, port=8001, served_name="m", threads=2)
+    )
     options = _options(invocation.command)
     assert invocation.env == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     assert int(options["--kv-cache-memory-bytes"]) == 4 * 128 * 131072  # 128 KiB a token
@@ -97,8 +99,8 @@ def test_vllm_on_a_cpu_gets_threads_and_the_memory_that_its_requests_need(model:
 def test_a_key_is_not_on_vllms_command_line(model: str, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
-    order = Order(model=model, replica=H100, port=1, served_name="m", api_key_file=str(key))
-    invocation = adapter("vllm").command(order)
+    order = LaunchRequest(model=model, replica=H100, port=1, served_name="m", api_key_file=str(key))
+    invocation = engine_adapter("vllm").command(order)
     assert invocation.env["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(invocation.command)
 
@@ -178,8 +180,8 @@ def test_where_the_program_is(model: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_engine_of_a_plan_has_an_adapter() -> None:
-    assert [adapter(engine).name for engine in ENGINES] == list(ENGINES)
-    assert {engine for engine in ENGINES if adapter(engine).resumes} == {"powerband", "vllm"}
+    assert [engine_adapter(engine).name for engine in ENGINES] == list(ENGINES)
+    assert {engine for engine in ENGINES if engine_adapter(engine).resumes} == {"powerband", "vllm"}
 
 
 def _model(folder: Path, **more: Any) -> str:
@@ -189,8 +191,8 @@ def _model(folder: Path, **more: Any) -> str:
 
 
 def _command(engine: EngineName, model: str, replica: Replica, **more: Any) -> tuple[str, ...]:
-    order = Order(model=model, replica=replica, port="{port}", served_name="m", **more)
-    return adapter(engine).command(order).command
+    order = LaunchRequest(model=model, replica=replica, port="{port}", served_name="m", **more)
+    return engine_adapter(engine).command(order).command
 
 
 def _options(command: tuple[str, ...]) -> dict[str, str]:

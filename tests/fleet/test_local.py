@@ -15,9 +15,9 @@ import msgspec
 import pytest
 
 from powerband.errors import EnvironmentFault
-from powerband.fleet.local import LocalTarget, _Record
-from powerband.fleet.processes import identify, stat_of
-from powerband.fleet.target import Launch
+from powerband.fleet.targets.base import InstanceSpec
+from powerband.fleet.targets.local import LocalTarget, _Record
+from powerband.fleet.targets.processes import identify, stat_of
 
 SLEEP = (sys.executable, "-c", "import time; print('here {port}', flush=True); time.sleep(60)")
 STUBBORN = (
@@ -34,8 +34,8 @@ PARENT = (
 )
 
 
-def launch(id: str = "r1", command: tuple[str, ...] = SLEEP, **fields: object) -> Launch:
-    return Launch(id=id, role="replica", revision="a", command=command, **fields)  # type: ignore[arg-type] # of Launch
+def launch(id: str = "r1", command: tuple[str, ...] = SLEEP, **fields: object) -> InstanceSpec:
+    return InstanceSpec(id=id, role="replica", revision="a", command=command, **fields)  # type: ignore[arg-type] # of Launch
 
 
 @pytest.fixture

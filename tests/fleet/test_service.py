@@ -16,9 +16,9 @@ import pytest
 
 from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.cli.main import main
-from powerband.fleet.local import MARK
-from powerband.fleet.processes import Mark, session_leader_with
-from powerband.fleet.state import ServiceFolder, services
+from powerband.fleet.service.store import ServiceStore, services
+from powerband.fleet.targets.local import INSTANCE_TAG
+from powerband.fleet.targets.processes import EnvironmentTag, session_leader_with
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
@@ -60,7 +60,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = READY_S) -> None:
         time.sleep(0.05)
 
 
-def status_of(folder: ServiceFolder) -> Any:
+def status_of(folder: ServiceStore) -> Any:
     found = folder.status()
     assert found is not None
     return found
@@ -82,7 +82,7 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     told = capsys.readouterr()
     assert "promised" in told.out
     assert "SLO attainment" in told.out
-    folder = ServiceFolder.of("demo")
+    folder = ServiceStore.of("demo")
     url = status_of(folder).gateway.url
     assert complete(url) == 200
 
@@ -121,7 +121,7 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     assert main(["remove"]) == 0
     assert services() == []
     assert folder.database.exists(), "keys and usage are kept"
-    assert session_leader_with(Mark(MARK, str(folder.path / "members" / f"{third.id}.json"))) is None
+    assert session_leader_with(EnvironmentTag(INSTANCE_TAG, str(folder.path / "members" / f"{third.id}.json"))) is None
     assert main(["remove"]) == 2
     assert "No service is deployed here" in capsys.readouterr().err
 

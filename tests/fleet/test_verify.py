@@ -11,7 +11,7 @@ from powerband.bench.load import LoadResult
 from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedAddress, RunReport, build_point, utc_now
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
-from powerband.fleet.verify import Verification, judge
+from powerband.fleet.verify import Verification, check_report
 from powerband.metrics.record import Outcome
 from powerband.spec.plan import Plan, Prediction, SLOGuarantee
 from powerband.spec.slo import SLO
@@ -70,7 +70,7 @@ def verified(*samples: Sample) -> Verification:
         cool_down=0.0,
         points=(point,),
     )
-    return judge(PLAN, report, load)
+    return check_report(PLAN, report, load)
 
 
 def line(found: Verification, name: str) -> tuple[str, str, str, str]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from powerband.errors import UsageError
-from powerband.fleet.watch.incidents import Incident
-from powerband.fleet.watch.webhook import Webhook
+from powerband.fleet.monitor.incidents import Incident
+from powerband.fleet.monitor.webhook import Webhook
 
 INCIDENT = Incident(
     id="inc-1", kind="promise", subject="service", cause="load", what="Too much comes.", opened_at=1.0, seen_at=1.0

@@ -14,7 +14,7 @@ import pytest
 from gateways_for_tests import running_gateway
 
 from powerband.errors import EnvironmentFault
-from powerband.fleet.state import ServiceFolder
+from powerband.fleet.service.store import ServiceStore
 from powerband.gateway.accounts.books import Books, has_admin_key
 from powerband.gateway.accounts.store import Store
 
@@ -95,7 +95,7 @@ def test_an_empty_key_file_is_none(tmp_path: Path) -> None:
 
 
 def test_what_is_started_has_a_number_of_its_own_without_a_disk(disk: Path) -> None:
-    folder = ServiceFolder(disk / "service")
+    folder = ServiceStore(disk / "service")
     folder.make()
     first = folder.next_number()
     fill(disk)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from powerband.bench.server_metrics import parse_metrics
-from powerband.fleet.watch.replica_metrics import read_figures
-from powerband.gateway.engine_names import ENGINE_NAMES, Load, read_load
+from powerband.fleet.monitor.replica_metrics import read_figures
+from powerband.gateway.dispatch.backend import ReplicaLoad
+from powerband.gateway.engine_names import ENGINE_NAMES, read_load
 from powerband.metrics.exposition import label, samples, total
 
 LABEL_TEXT = st.text(
@@ -64,12 +65,12 @@ def test_no_page_makes_a_reader_fail(noise: bytes, opening: str) -> None:
     load = read_load(page, ENGINE_NAMES["vllm"])
     figures = read_figures(page.decode(errors="replace"))
     assert all(math.isfinite(value) for value in (*parse_metrics(page).values(), *figures.values.values()))
-    assert isinstance(load, Load)
+    assert isinstance(load, ReplicaLoad)
 
 
 def test_a_sum_beyond_all_numbers_is_no_figure() -> None:
     page = b"vllm:num_requests_running 1e308\nvllm:num_requests_running 1e308\n"
-    assert read_load(page, ENGINE_NAMES["vllm"]) == Load()
+    assert read_load(page, ENGINE_NAMES["vllm"]) == ReplicaLoad()
 
 
 def test_the_first_name_of_a_figure_that_is_there_counts() -> None:

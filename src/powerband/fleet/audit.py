@@ -10,12 +10,12 @@ from typing import Any
 from powerband.bench.client.http import post
 from powerband.bench.client.messages import ServerAddress as Address
 from powerband.errors import PowerbandError
-from powerband.fleet.state import ServiceFolder, endpoint
+from powerband.fleet.service.store import ServiceStore, endpoint
 
 _TIMEOUT_S = 3.0
 
 
-def note_action(folder: ServiceFolder, action: str, what: Mapping[str, Any]) -> None:
+def record_action(folder: ServiceStore, action: str, what: Mapping[str, Any]) -> None:
     """What is done stays done, also where nobody can write it down: a gateway that is gone, say."""
     with suppress(PowerbandError, OSError, TimeoutError, ValueError):
         url, key = endpoint(folder.name)

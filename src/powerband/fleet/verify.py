@@ -21,28 +21,28 @@ from powerband.metrics.shown import NONE, digits, share_text, time_text
 from powerband.spec.plan import Plan, Prediction
 
 # unclear: missed, but by so few requests that chance alone may be the reason.
-LineVerdict = Literal["kept", "broken", "unclear", ""]
+FigureVerdict = Literal["kept", "broken", "unclear", ""]
 RunVerdict = Literal["kept", "broken", "unclear", "invalid"]
 _ASKED_SHARE = 0.97  # of the tokens that were asked for: fewer than promised may have been
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "stall": "stall", "e2e": "E2E"}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class CheckedFigure:
     """One figure. promised, predicted, measured: as texts."""
 
     name: str
     promised: str
     predicted: str
     measured: str
-    verdict: LineVerdict
+    verdict: FigureVerdict
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
     """fault: why the run says nothing about the service, or ''."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[CheckedFigure, ...]
     verdict: RunVerdict
     fault: str
     requests: int
@@ -79,7 +79,7 @@ def verify(
     found = asyncio.run(_run(session))
     if report is not None:
         write_report(found, [load.samples for load in session.loads], report)
-    return judge(plan, found, session.loads[0], str(report or ""))
+    return check_report(plan, found, session.loads[0], str(report or ""))
 
 
 async def _run(session: BenchSession) -> RunReport:
@@ -87,7 +87,7 @@ async def _run(session: BenchSession) -> RunReport:
     return await session.single()
 
 
-def judge(plan: Plan, report: RunReport, load: LoadResult, report_path: str = "") -> Verification:
+def check_report(plan: Plan, report: RunReport, load: LoadResult, report_path: str = "") -> Verification:
     """Of one load at the promised rate."""
     point = report.points[0]
     summary = point.summary
@@ -113,9 +113,9 @@ def judge(plan: Plan, report: RunReport, load: LoadResult, report_path: str = ""
     )
 
 
-def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> Line:
+def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> CheckedFigure:
     promised, measured = plan.slo.attainment, summary.attainment or 0.0
-    verdict: LineVerdict = "kept"
+    verdict: FigureVerdict = "kept"
     if is_saturated:
         verdict = "broken"
     elif measured < promised:
@@ -127,12 +127,12 @@ def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> Line:
         text += f" ({share_text(low).removesuffix(' %')}–{share_text(high)})"
     if is_saturated:
         text += ", and the queue grew to the end"
-    return Line(
+    return CheckedFigure(
         "SLO attainment", f"≥ {promised * 100:g} %", _band(plan.predicted.get("attainment"), share_text), text, verdict
     )
 
 
-def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
+def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure]:
     """Each limit at the promised percentile. Together they are judged by the attainment: a line alone says which."""
     q = plan.slo.attainment * 100
     records = [sample.record() for sample in load.samples]
@@ -141,9 +141,11 @@ def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
     for name, limit in plan.slo.limits.items():
         values = [value for record in answered if (value := getattr(record, f"{name}_s")) is not None]
         measured = percentile(values, q) if values else math.nan
-        verdict: LineVerdict = "kept" if measured <= limit else "unclear" if _may_be_chance(summary, plan) else "broken"
+        verdict: FigureVerdict = (
+            "kept" if measured <= limit else "unclear" if _may_be_chance(summary, plan) else "broken"
+        )
         found.append(
-            Line(
+            CheckedFigure(
                 f"{_LATENCIES[name]} p{q:g}",
                 f"≤ {time_text(limit)}",
                 _band(plan.predicted.get(f"{name}_s"), time_text),
@@ -159,11 +161,11 @@ def _may_be_chance(summary: Summary, plan: Plan) -> bool:
     return interval is not None and interval[1] >= plan.slo.attainment
 
 
-def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
+def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure]:
     answered = summary.outcomes.get(Outcome.OK.value, 0)
     share = answered / summary.scheduled if summary.scheduled else 0.0
     lines = [
-        Line(
+        CheckedFigure(
             "requests/s",
             digits(plan.promise.rate),
             "",
@@ -175,10 +177,10 @@ def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
     if promised is not None:
         reached = summary.output_tokens_per_s
         asked = _asked_per_s(summary, load)
-        verdict: LineVerdict = "kept" if reached >= min(promised, _ASKED_SHARE * asked) else "broken"
+        verdict: FigureVerdict = "kept" if reached >= min(promised, _ASKED_SHARE * asked) else "broken"
         text = digits(reached) + (f" of {digits(asked)} asked for" if reached < promised else "")
         predicted = _band(plan.predicted.get("output_tokens_per_s"), digits)
-        lines.append(Line("output tokens/s", f"≥ {digits(promised)}", predicted, text, verdict))
+        lines.append(CheckedFigure("output tokens/s", f"≥ {digits(promised)}", predicted, text, verdict))
     return lines
 
 

@@ -61,7 +61,7 @@ class AdminApi:
 
 def find_gateway(service: str | None, url: str | None, admin_key_file: Path | None) -> AdminApi:
     """By service, or by URL and key. Raises UsageError and EnvironmentFault."""
-    from powerband.fleet.state import endpoint
+    from powerband.fleet.service.store import endpoint
     from powerband.folders import state_home
 
     if url is None:

@@ -18,8 +18,10 @@ from powerband.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from powerband.cli.service.view import ServiceProgress
-    from powerband.fleet.releasing import Made
-    from powerband.fleet.state import Desired, Front, Policy, ServiceFolder, Status
+    from powerband.fleet.release import BuiltRelease
+    from powerband.fleet.service.spec import Desired, GatewaySpec, Policy
+    from powerband.fleet.service.status import Status
+    from powerband.fleet.service.store import ServiceStore
     from powerband.fleet.verify import Verification
     from powerband.spec.plan import Plan
 
@@ -128,8 +130,8 @@ def _check_options(proving: VerifyFlags) -> None:
 
 
 def _ensure_controllers() -> int:
-    from powerband.fleet.controller_process import ensure_controller
-    from powerband.fleet.state import services
+    from powerband.fleet.control.controller_process import ensure_controller
+    from powerband.fleet.service.store import services
 
     found = services()
     if not found:
@@ -164,13 +166,15 @@ def _resolve_plan(
     return plan_from(plan_request, results.recommended)
 
 
-def _build_release(plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceFolder, key_file: str) -> Made:
+def _build_release(
+    plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceStore, key_file: str
+) -> BuiltRelease:
     import shlex
 
-    from powerband.fleet.local import LocalTarget
-    from powerband.fleet.releasing import Making, make_release
+    from powerband.fleet.release import ReleaseOptions, make_release
+    from powerband.fleet.targets.local import LocalTarget
 
-    making = Making(
+    making = ReleaseOptions(
         served_name=served_name,
         api_key_file=key_file,
         executable=tuple(shlex.split(flags.engine_command)),
@@ -183,28 +187,28 @@ def _build_release(plan: Plan, flags: ServiceFlags, served_name: str, folder: Se
 
 def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: ServiceProgress) -> int:
     from powerband.cli.service.gateway_flags import gateway_spec_from_flags, replica_key_file
-    from powerband.fleet import changing
-    from powerband.fleet.audit import note_action
-    from powerband.fleet.controller_process import ensure_controller
-    from powerband.fleet.releasing import served_name_of
-    from powerband.fleet.state import ServiceFolder
+    from powerband.fleet import operations
+    from powerband.fleet.audit import record_action
+    from powerband.fleet.control.controller_process import ensure_controller
+    from powerband.fleet.release import default_served_name
+    from powerband.fleet.service.store import ServiceStore
 
-    served_name = flags.served_model_name or served_name_of(plan.model)
-    folder = ServiceFolder.of(flags.name or changing.name_of(served_name))
+    served_name = flags.served_model_name or default_served_name(plan.model)
+    folder = ServiceStore.of(flags.name or operations.service_name(served_name))
     before = ExistingService(is_running=folder.exists(), has_books=folder.database.exists())
     front = gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, folder.desired())
     folder.make()
     made = _build_release(plan, flags, served_name, folder, replica_key_file(folder.path, front.auth))
     _print_plan(plan, made, folder, front, progress)
-    desired, is_new = changing.apply(folder, made.release, front, _policy(flags))
+    desired, is_new = operations.apply(folder, made.release, front, _policy(flags))
     ensure_controller(folder)
     if not is_new:
         progress.say("nothing is to be changed")
-    status = changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
+    status = operations.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
     if status.rejected is not None and status.rejected.generation == desired.generation:
         raise _failure(folder, status, before=before)
     if is_new:
-        note_action(folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)})
+        record_action(folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)})
     progress.say(f"{folder.name} is ready: {status.gateway.url}/v1")
     is_asked = is_new if proving.verify is None else proving.verify
     verified = _verified(plan, desired, status, folder, proving, progress) if is_asked else None
@@ -216,13 +220,13 @@ def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: 
 
 
 def _policy(flags: ServiceFlags) -> Policy:
-    from powerband.fleet.state import Policy
+    from powerband.fleet.service.spec import Policy
     from powerband.spec.quantities import seconds
 
     if flags.surge not in (None, 0, 1):
         raise UsageError(f"surge is {flags.surge}.", hint="It is 0 or 1.", param="surge")
     if flags.webhook:
-        from powerband.fleet.watch.webhook import Webhook
+        from powerband.fleet.monitor.webhook import Webhook
 
         Webhook(flags.webhook).close()  # so that a wrong one is known now
     return Policy(
@@ -234,7 +238,9 @@ def _policy(flags: ServiceFlags) -> Policy:
     )
 
 
-def _print_plan(plan: Plan, made: Made, folder: ServiceFolder, front: Front, progress: ServiceProgress) -> None:
+def _print_plan(
+    plan: Plan, made: BuiltRelease, folder: ServiceStore, front: GatewaySpec, progress: ServiceProgress
+) -> None:
     from powerband.planner.report.formatting import deployment_text
 
     if plan.deployment is not None:
@@ -246,16 +252,16 @@ def _print_plan(plan: Plan, made: Made, folder: ServiceFolder, front: Front, pro
     progress.say(f"service {folder.name}: gateway on {front.host}:{front.port}, state in {folder.path}")
 
 
-def _failure(folder: ServiceFolder, status: Status, *, before: ExistingService) -> EnvironmentFault:
+def _failure(folder: ServiceStore, status: Status, *, before: ExistingService) -> EnvironmentFault:
     """What to tell of a release that did not start, once nothing is left of it."""
-    from powerband.fleet import changing
+    from powerband.fleet import operations
 
     rejected = status.rejected
     why = rejected.why if rejected is not None else ""
     log = f"\n{rejected.log}" if rejected is not None and rejected.log else ""
-    if before.is_running and changing.go_back(folder) is not None:
+    if before.is_running and operations.rollback(folder) is not None:
         return EnvironmentFault(f"The new release did not start: {why}.{log}", hint="What ran before goes on running.")
-    changing.remove(folder, lambda _status: None, purge=not before.has_books)
+    operations.remove(folder, lambda _status: None, purge=not before.has_books)
     return EnvironmentFault(f"{folder.name} did not start: {why}.{log}", hint="Nothing was left running.")
 
 
@@ -263,7 +269,7 @@ def _verified(
     plan: Plan,
     desired: Desired,
     status: Status,
-    folder: ServiceFolder,
+    folder: ServiceStore,
     proving: VerifyFlags,
     progress: ServiceProgress,
 ) -> Verification:
@@ -284,19 +290,19 @@ def _verified(
         )
 
 
-def _roll_back(folder: ServiceFolder, progress: ServiceProgress, *, before: ExistingService) -> None:
-    from powerband.fleet import changing
+def _roll_back(folder: ServiceStore, progress: ServiceProgress, *, before: ExistingService) -> None:
+    from powerband.fleet import operations
 
     progress.say("the promise is broken: going back")
-    desired = changing.go_back(folder) if before.is_running else None
+    desired = operations.rollback(folder) if before.is_running else None
     if desired is None:
-        changing.remove(folder, progress, purge=not before.has_books)
+        operations.remove(folder, progress, purge=not before.has_books)
         return
-    changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
+    operations.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
 
 
 def _print_result(
-    folder: ServiceFolder,
+    folder: ServiceStore,
     status: Status,
     verified: Verification | None,
     proving: VerifyFlags,

@@ -11,7 +11,8 @@ from powerband.cli.service.remove import Name
 from powerband.errors import UsageError
 
 if TYPE_CHECKING:
-    from powerband.fleet.state import Desired, Status
+    from powerband.fleet.service.spec import Desired
+    from powerband.fleet.service.status import Status
 
 
 def drain(
@@ -23,26 +24,26 @@ def drain(
     wait: Annotated[bool, Parameter(help="Wait until it has nothing left to do")] = True,
 ) -> int:
     """Give a replica nothing new; what it has goes on. It keeps running, and is not replaced."""
-    from powerband.fleet import changing
-    from powerband.fleet.audit import note_action
-    from powerband.fleet.controller_process import ensure_controller
-    from powerband.fleet.state import find_service
+    from powerband.fleet import operations
+    from powerband.fleet.audit import record_action
+    from powerband.fleet.control.controller_process import ensure_controller
+    from powerband.fleet.service.store import find_service
 
     folder = find_service(name)
 
     def change(current: Desired, status: Status | None) -> dict[str, Any]:
-        found = changing.find_replica(status, replica)
+        found = operations.find_replica(status, replica)
         if undo and found.id not in current.drained:
             raise UsageError(f"{replica} was not drained.", param="replica")
         others = tuple(id for id in current.drained if id != replica)
         return {"drained": others if undo else (*others, replica)}
 
-    desired = changing.change(folder, change)
+    desired = operations.update_desired(folder, change)
     ensure_controller(folder)
-    note_action(folder, "undrain" if undo else "drain", {"replica": replica})
+    record_action(folder, "undrain" if undo else "drain", {"replica": replica})
     _warn_where_nothing_serves(desired, folder.status())
     found = None
-    for status in changing.watched(folder, desired.generation, desired.policy.drain_s):
+    for status in operations.watch_status(folder, desired.generation, desired.policy.drain_s):
         found = next((one for one in status.replicas if one.id == replica), None)
         is_done = found is None or undo or (found.state == "drained" and not found.running)
         if is_done or not wait:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.state import Desired, Front
+from powerband.fleet.service.spec import Desired, GatewaySpec
 
 DEFAULT_PORT = 8000
 _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
@@ -16,7 +16,7 @@ _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
 
 def gateway_spec_from_flags(
     host: str, port: int | None, auth: Literal["open", "keys"] | None, gateway_args: str, current: Desired | None
-) -> Front:
+) -> GatewaySpec:
     """As asked, as before, or where there is room. Raises UsageError, EnvironmentFault."""
     from powerband.web.access import is_loopback
     from powerband.web.listening import free_port
@@ -29,12 +29,12 @@ def gateway_spec_from_flags(
         raise UsageError(f"port is {port}.", hint="1 to 65535; left out, a free one is found.", param="port")
     arguments = _gateway_arguments(gateway_args)
     if current is not None and not current.removed and port in (None, current.front.port):
-        return Front(host=host, port=current.front.port, auth=auth, arguments=arguments)
+        return GatewaySpec(host=host, port=current.front.port, auth=auth, arguments=arguments)
     if port is None:
         port = DEFAULT_PORT if _is_free(host, DEFAULT_PORT) else free_port(host)
     elif not _is_free(host, port):
         raise EnvironmentFault(f"Port {port} on {host} is taken.", hint="Choose another with --port.", param="port")
-    return Front(host=host, port=port, auth=auth, arguments=arguments)
+    return GatewaySpec(host=host, port=port, auth=auth, arguments=arguments)
 
 
 def _gateway_arguments(text: str) -> tuple[str, ...]:

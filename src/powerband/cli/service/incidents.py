@@ -14,8 +14,8 @@ from powerband.cli.flags import Json
 from powerband.cli.service.remove import Name
 
 if TYPE_CHECKING:
-    from powerband.fleet.state import ServiceFolder
-    from powerband.fleet.watch.incidents import Incident
+    from powerband.fleet.monitor.incidents import Incident
+    from powerband.fleet.service.store import ServiceStore
 
 _EVERY_S = 1.0
 _CLEAR = "\x1b[H\x1b[J"
@@ -30,7 +30,7 @@ def incidents(
     json: Json = False,
 ) -> int:
     """Show what puts the promise of a service at risk: since when, the likely cause, and what to do."""
-    from powerband.fleet.state import find_service
+    from powerband.fleet.service.store import find_service
 
     folder = find_service(name)
     while True:
@@ -44,9 +44,9 @@ def incidents(
         time.sleep(_EVERY_S)
 
 
-def _read(folder: ServiceFolder, *, with_closed: bool) -> list[Incident]:
+def _read(folder: ServiceStore, *, with_closed: bool) -> list[Incident]:
     """The newest first."""
-    from powerband.fleet.watch.incidents import read_incidents
+    from powerband.fleet.monitor.incidents import read_incidents
 
     return [one for one in reversed(read_incidents(folder.incidents)) if with_closed or one.is_open]
 

@@ -13,7 +13,7 @@ from powerband.cli.service.remove import Name
 from powerband.errors import UsageError
 
 if TYPE_CHECKING:
-    from powerband.fleet.state import ServiceFolder
+    from powerband.fleet.service.store import ServiceStore
 
 _EVERY_S = 0.3
 
@@ -27,8 +27,8 @@ def logs(
     lines: Annotated[int, Parameter(name=("--lines", "-n"), help="From the end of each")] = 20,
 ) -> int:
     """Print the end of logs, also of replicas that are gone."""
-    from powerband.fleet.local import last_lines
-    from powerband.fleet.state import find_service
+    from powerband.fleet.service.store import find_service
+    from powerband.fleet.targets.local import last_lines
 
     folder = find_service(name)
     if not 0 <= lines <= 1_000_000:
@@ -44,7 +44,7 @@ def logs(
     return 0
 
 
-def _files(folder: ServiceFolder, member: str | None) -> list[Path]:
+def _files(folder: ServiceStore, member: str | None) -> list[Path]:
     """Raises UsageError with those that there are."""
     found = sorted(folder.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
     if member is None:

@@ -21,13 +21,13 @@ def remove(
     Its keys, usage and audit log are kept for the next one of that name, unless --purge.
     """
     from powerband.cli.service.view import ServiceProgress
-    from powerband.fleet import changing
-    from powerband.fleet.audit import note_action
-    from powerband.fleet.state import find_service
+    from powerband.fleet import operations
+    from powerband.fleet.audit import record_action
+    from powerband.fleet.service.store import find_service
 
     folder = find_service(name)
-    note_action(folder, "remove", {"purge": purge})
-    changing.remove(folder, ServiceProgress(), purge=purge)
+    record_action(folder, "remove", {"purge": purge})
+    operations.remove(folder, ServiceProgress(), purge=purge)
     kept = "" if purge else f" Its books are kept: {folder.database}"
     print(f"{folder.name} is removed.{kept}")
     return 0

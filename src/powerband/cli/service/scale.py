@@ -13,7 +13,8 @@ from powerband.errors import EnvironmentFault, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from powerband.fleet.state import Desired, Release, Status
+    from powerband.fleet.service.spec import Desired, Release
+    from powerband.fleet.service.status import Status
 
 MAX_REPLICAS = 1000
 
@@ -28,11 +29,11 @@ def scale(
 ) -> int:
     """Run so many replicas. New ones get requests once they are ready; those that go finish theirs first."""
     from powerband.cli.service.view import ServiceProgress
-    from powerband.fleet import changing
-    from powerband.fleet.audit import note_action
-    from powerband.fleet.controller_process import ensure_controller
-    from powerband.fleet.launching import threads_beyond_cores
-    from powerband.fleet.state import find_service
+    from powerband.fleet import operations
+    from powerband.fleet.audit import record_action
+    from powerband.fleet.control.controller_process import ensure_controller
+    from powerband.fleet.control.instance_specs import excess_threads
+    from powerband.fleet.service.store import find_service
 
     folder = find_service(name)
 
@@ -44,15 +45,15 @@ def scale(
         print(f"{folder.name} has {_counts_text(before.release)} already.")
         return 0
     progress = ServiceProgress()
-    desired = changing.change(folder, change)
+    desired = operations.update_desired(folder, change)
     ensure_controller(folder)
-    note_action(folder, "scale", {"replicas": list(desired.release.counts)})
-    beyond = threads_beyond_cores(desired.release)
+    record_action(folder, "scale", {"replicas": list(desired.release.counts)})
+    beyond = excess_threads(desired.release)
     if beyond:
         progress.say(f"that is more than this machine has: {beyond}")
-    status = changing.wait_for(folder, desired.generation, progress, desired.policy.ready_s + desired.policy.drain_s)
+    status = operations.wait_for(folder, desired.generation, progress, desired.policy.ready_s + desired.policy.drain_s)
     if status.rejected is not None and status.rejected.generation == desired.generation:
-        changing.go_back(folder)
+        operations.rollback(folder)
         raise EnvironmentFault(
             f"{folder.name} could not be scaled: {status.rejected.why}.\n{status.rejected.log}".rstrip(),
             hint="It goes on with as many replicas as before.",

@@ -13,7 +13,7 @@ from powerband.cli.service.remove import NAME_HELP
 from powerband.errors import UsageError
 
 if TYPE_CHECKING:
-    from powerband.fleet.state import ServiceFolder
+    from powerband.fleet.service.store import ServiceStore
 
 _EVERY_S = 1.0
 _CLEAR = "\x1b[H\x1b[J"
@@ -27,8 +27,8 @@ def status(
     json: Json = False,
 ) -> int:
     """Show a service: its replicas, its load, and how much of its promise it keeps."""
-    from powerband.fleet.controller_process import ensure_controller
-    from powerband.fleet.state import find_service, services
+    from powerband.fleet.control.controller_process import ensure_controller
+    from powerband.fleet.service.store import find_service, services
 
     folders = [find_service(name)] if name is not None else services()
     if not folders:
@@ -45,7 +45,7 @@ def status(
         time.sleep(_EVERY_S)
 
 
-def _show(folders: list[ServiceFolder], *, as_json: bool) -> None:
+def _show(folders: list[ServiceStore], *, as_json: bool) -> None:
     from powerband.cli.service.view import print_status
 
     for number, folder in enumerate(folders):
@@ -60,7 +60,7 @@ def _show(folders: list[ServiceFolder], *, as_json: bool) -> None:
         print_status(folder, desired, folder.status())
 
 
-def status_dict(folder: ServiceFolder) -> dict[str, object]:
+def status_dict(folder: ServiceStore) -> dict[str, object]:
     """What --json prints: status.json, with what is desired beside it."""
     import msgspec
 

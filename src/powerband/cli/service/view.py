@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from powerband.cli.tables import print_table
-from powerband.fleet.state import Desired, ReplicaStatus, ServiceFolder, Status
+from powerband.fleet.service.spec import Desired
+from powerband.fleet.service.status import ReplicaStatus, Status
+from powerband.fleet.service.store import ServiceStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +55,7 @@ def _activity(replica: ReplicaStatus) -> str:
     return replica.state
 
 
-def print_status(folder: ServiceFolder, desired: Desired, status: Status | None) -> None:
+def print_status(folder: ServiceStore, desired: Desired, status: Status | None) -> None:
     """On stdout."""
     promise = desired.release.plan["promise"]
     rows = [["service", desired.name], ["model", desired.release.served_name]]
@@ -103,7 +105,7 @@ def promise_text(desired: Desired) -> str:
     return f"{slo} for {slo.attainment * 100:g} % of requests at {promise['rate']:.3g} a second"
 
 
-def _state_text(folder: ServiceFolder, status: Status) -> str:
+def _state_text(folder: ServiceStore, status: Status) -> str:
     state = folder.controller_state()
     if state == "alive":
         return status.phase

@@ -6,14 +6,14 @@ that names it; nothing is left out in silence. The sources of the words stand in
 
 from __future__ import annotations
 
-from powerband.fleet.engines.adapter import EngineAdapter, Invocation, Order
+from powerband.fleet.engines.base import Command, EngineAdapter, LaunchRequest
 from powerband.fleet.engines.powerband import PowerbandAdapter
 from powerband.fleet.engines.sglang import SGLangAdapter
 from powerband.fleet.engines.trtllm import TensorRTAdapter
 from powerband.fleet.engines.vllm import VLLMAdapter
 from powerband.spec.deployment import EngineName
 
-__all__ = ["EngineAdapter", "Invocation", "Order", "adapter"]
+__all__ = ["Command", "EngineAdapter", "LaunchRequest", "engine_adapter"]
 
 _ADAPTERS: dict[EngineName, EngineAdapter] = {
     "powerband": PowerbandAdapter(),
@@ -23,5 +23,5 @@ _ADAPTERS: dict[EngineName, EngineAdapter] = {
 }
 
 
-def adapter(engine: EngineName) -> EngineAdapter:
+def engine_adapter(engine: EngineName) -> EngineAdapter:
     return _ADAPTERS[engine]

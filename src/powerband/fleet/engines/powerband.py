@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from powerband.cost.replica_memory import engine_settings
-from powerband.fleet.engines.adapter import Invocation, Order, Subject
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext
 from powerband.spec.deployment import EngineName
 from powerband.spec.settings import EngineSettings
 
@@ -21,8 +21,8 @@ class PowerbandAdapter:
     ready_path: ClassVar[str] = "/readyz"
     resumes: ClassVar[bool] = True
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
+    def command(self, order: LaunchRequest) -> Command:
+        subject, replica = ModelContext(order.model, order.replica, self.name), order.replica
         subject.refuse(tensor_parallel=1, pipeline_parallel=1, expert_parallel=1, offload_share=0.0, draft_tokens=0)
         if replica.kv_precision == "fp8":
             raise subject.cannot("kv_precision", "It knows 16bit, int8 and float32.")
@@ -38,10 +38,10 @@ class PowerbandAdapter:
         )
         if order.api_key_file is not None:
             command = (*command, f"--api-key-file={order.api_key_file}")
-        return Invocation((*command, *order.extra))
+        return Command((*command, *order.extra))
 
 
-def _settings(subject: Subject, served_name: str, threads: int | None) -> EngineSettings:
+def _settings(subject: ModelContext, served_name: str, threads: int | None) -> EngineSettings:
     """As the planner's memory plan has them. Weights that are stored as asked are not quantized again."""
     replica = subject.replica
     is_stored = subject.to_quantize() == "none"

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from powerband.cost.replica_memory import layer_weight_bytes
 from powerband.errors import UsageError
-from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable, read_key
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext, find_executable, read_key
 from powerband.spec.deployment import EngineName
 
 _KV = {"16bit": "auto", "fp8": "fp8_e4m3"}
@@ -24,8 +24,8 @@ class SGLangAdapter:
     ready_path: ClassVar[str] = "/health"
     resumes: ClassVar[bool] = False
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
+    def command(self, order: LaunchRequest) -> Command:
+        subject, replica = ModelContext(order.model, order.replica, self.name), order.replica
         subject.refuse(long_prefill_token_threshold=0)
         program = find_executable(
             order.executable,
@@ -58,10 +58,10 @@ class SGLangAdapter:
         if key:
             options["--api-key"] = key  # it knows no file and no variable for it
         told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, *start, *told, *flags, *order.extra))
+        return Command((*program, *start, *told, *flags, *order.extra))
 
 
-def _memory(subject: Subject) -> dict[str, str]:
+def _memory(subject: ModelContext) -> dict[str, str]:
     """Its share is that of weights and KV cache alone; the plan's holds activations and the rest as well."""
     parts, replica = subject.memory.parts, subject.replica
     share = (parts["weights"] + parts["kv_cache"]) / subject.profile.memory_bytes
@@ -72,7 +72,7 @@ def _memory(subject: Subject) -> dict[str, str]:
     return found
 
 
-def _drafts(subject: Subject, drafter: str) -> dict[str, str]:
+def _drafts(subject: ModelContext, drafter: str) -> dict[str, str]:
     drafter = subject.drafter(drafter)
     if not drafter:
         return {}

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import yaml
 
 from powerband.errors import UsageError
-from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext, find_executable
 from powerband.folders import cache_directory
 from powerband.spec.deployment import EngineName
 
@@ -27,8 +27,8 @@ class TensorRTAdapter:
     ready_path: ClassVar[str] = "/health"
     resumes: ClassVar[bool] = False
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
+    def command(self, order: LaunchRequest) -> Command:
+        subject, replica = ModelContext(order.model, order.replica, self.name), order.replica
         subject.refuse(long_prefill_token_threshold=0, offload_share=0.0)
         subject.to_quantize()  # it loads what is stored, and nothing else
         if order.api_key_file is not None:
@@ -57,17 +57,17 @@ class TensorRTAdapter:
             "--config": str(_write(_arguments(subject, order.drafter))),
         }
         told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, order.model, *told, "--enable_chunked_prefill", *order.extra))
+        return Command((*program, order.model, *told, "--enable_chunked_prefill", *order.extra))
 
 
-def _kv_share(subject: Subject) -> float:
+def _kv_share(subject: ModelContext) -> float:
     """Of what weights and buffers leave free on a device."""
     parts = subject.memory.parts
     left = subject.profile.memory_bytes - sum(parts.values()) + parts["kv_cache"]
     return parts["kv_cache"] / left
 
 
-def _arguments(subject: Subject, drafter: str) -> dict[str, Any]:
+def _arguments(subject: ModelContext, drafter: str) -> dict[str, Any]:
     replica = subject.replica
     kv = _KV.get(replica.kv_precision)
     if kv is None or (kv == "auto" and subject.stored.kv_precision is not None):

@@ -10,7 +10,7 @@ import json
 from typing import ClassVar
 
 from powerband.cost.replica_memory import kv_bytes_per_token, layer_weight_bytes
-from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable, read_key
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext, find_executable, read_key
 from powerband.spec.deployment import EngineName
 from powerband.spec.hardware.device import detect_cpu
 
@@ -25,8 +25,8 @@ class VLLMAdapter:
     ready_path: ClassVar[str] = "/health"  # it listens only when it can answer
     resumes: ClassVar[bool] = True
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
+    def command(self, order: LaunchRequest) -> Command:
+        subject, replica = ModelContext(order.model, order.replica, self.name), order.replica
         program = find_executable(
             order.executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
         )
@@ -49,10 +49,10 @@ class VLLMAdapter:
         if key:
             env["VLLM_API_KEY"] = key  # as a flag everybody on the machine could read it
         told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, *start, *told, *flags, *order.extra), env)
+        return Command((*program, *start, *told, *flags, *order.extra), env)
 
 
-def _layout(subject: Subject) -> dict[str, str]:
+def _layout(subject: ModelContext) -> dict[str, str]:
     replica = subject.replica
     found = {
         "--tensor-parallel-size": str(replica.tensor_parallel),
@@ -66,7 +66,7 @@ def _layout(subject: Subject) -> dict[str, str]:
     return found
 
 
-def _limits(subject: Subject) -> dict[str, str]:
+def _limits(subject: ModelContext) -> dict[str, str]:
     replica = subject.replica
     found = {
         "--max-model-len": str(replica.max_model_len),
@@ -86,7 +86,7 @@ def _limits(subject: Subject) -> dict[str, str]:
     return found
 
 
-def _drafts(subject: Subject, drafter: str) -> dict[str, str]:
+def _drafts(subject: ModelContext, drafter: str) -> dict[str, str]:
     drafter = subject.drafter(drafter)
     if not drafter:
         return {}

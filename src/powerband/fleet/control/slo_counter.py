@@ -1,0 +1,41 @@
+"""The requests that are over, counted against the promise since the service began."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from powerband.fleet.service.status import ServiceLoad
+from powerband.gateway.promise import verdict
+from powerband.gateway.request import Finished
+from powerband.spec.slo import SLO
+
+
+@dataclass(slots=True)
+class SLOCounter:
+    scheduled: int = 0
+    good: int = 0
+    since: float = 0.0
+
+    def resume(self, load: ServiceLoad) -> None:
+        """Go on where another controller stopped."""
+        self.scheduled, self.good, self.since = load.scheduled, load.good, load.since
+
+    def count(self, finished: Sequence[Finished], slo: SLO) -> None:
+        """What counts, and what keeps the promise, is gateway.promise's to say."""
+        self.since = self.since or time.time()
+        verdicts = [found for one in finished if (found := verdict(one, slo)) is not None]
+        self.scheduled += len(verdicts)
+        self.good += sum(not missed for missed in verdicts)
+
+    def load(self, *, requests_per_s: float, running: int, queued: int, next_record: int) -> ServiceLoad:
+        return ServiceLoad(
+            requests_per_s=requests_per_s,
+            running=running,
+            queued=queued,
+            scheduled=self.scheduled,
+            good=self.good,
+            since=self.since,
+            next_record=next_record,
+        )
