@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from loads_for_tests import is_alive, load, schedule_of, worker_pids
 
+from loads_for_tests import is_alive, load, schedule_of, worker_pids
 from powerband.bench import load as load_module
 from powerband.bench.client.messages import (
     ChainMessage,

@@ -96,7 +96,7 @@ def test_an_empty_key_file_is_none(tmp_path: Path) -> None:
 
 def test_what_is_started_has_a_number_of_its_own_without_a_disk(disk: Path) -> None:
     folder = ServiceStore(disk / "service")
-    folder.make()
+    folder.create()
     first = folder.next_number()
     fill(disk)
     found = [first]

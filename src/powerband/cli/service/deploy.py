@@ -19,8 +19,8 @@ from powerband.errors import EnvironmentFault, UsageError
 if TYPE_CHECKING:
     from powerband.cli.service.view import ServiceProgress
     from powerband.fleet.release import BuiltRelease
-    from powerband.fleet.service.spec import Desired, GatewaySpec, Policy
-    from powerband.fleet.service.status import Status
+    from powerband.fleet.service.spec import GatewaySpec, Policy, ServiceSpec
+    from powerband.fleet.service.status import ServiceStatus
     from powerband.fleet.service.store import ServiceStore
     from powerband.fleet.verify import Verification
     from powerband.spec.plan import Plan
@@ -38,6 +38,11 @@ def _flag(group: Group, *names: str, help: str) -> Parameter:
     )
 
 
+def _old_flag() -> Parameter:
+    """A name that an option had in the version before: it still works, with a warning."""
+    return Parameter(group=_SERVICE, negative="", show=False)
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServiceFlags:
@@ -50,13 +55,15 @@ class ServiceFlags:
         _flag(_SERVICE, help="open: no key is needed (default on loopback); keys: every request needs one"),
     ] = None
     threads: Annotated[int | None, _flag(_SERVICE, help="CPU threads of a replica; default: a fair part")] = None
-    surge: Annotated[
-        int | None, _flag(_SERVICE, help="Replicas more while one is replaced: 0 or 1; default: 1 if there is memory")
+    max_surge: Annotated[
+        int | None, _flag(_SERVICE, help="Extra replicas during a rollout: 0 or 1; default: 1 if memory allows")
     ] = None
+    surge: Annotated[int | None, _old_flag()] = None
     drain_timeout: Annotated[str, _flag(_SERVICE, help="For running requests to end; default: 120s")] = "120s"
     start_timeout: Annotated[str, _flag(_SERVICE, help="For a replica to become ready; default: 30min")] = "30min"
-    auto: Annotated[bool, _flag(_SERVICE, help="Carry out what the watcher suggests")] = False
-    webhook: Annotated[str, _flag(_SERVICE, help="URL that is told of incidents")] = ""
+    auto_remediate: Annotated[bool, _flag(_SERVICE, help="Carry out the actions that the monitor suggests")] = False
+    auto: Annotated[bool, _old_flag()] = False
+    webhook: Annotated[str, _flag(_SERVICE, help="URL for notifications of incidents")] = ""
     gateway_args: Annotated[
         str, _flag(_SERVICE, help="Settings of the gateway, e.g. '--default-deadline-s 2'; see 'powerband gateway'")
     ] = ""
@@ -171,7 +178,7 @@ def _build_release(
 ) -> BuiltRelease:
     import shlex
 
-    from powerband.fleet.release import ReleaseOptions, make_release
+    from powerband.fleet.release import ReleaseOptions, build_release
     from powerband.fleet.targets.local import LocalTarget
 
     making = ReleaseOptions(
@@ -180,35 +187,36 @@ def _build_release(
         executable=tuple(shlex.split(flags.engine_command)),
         extra=tuple(shlex.split(flags.engine_args)),
         threads=flags.threads,
-        taken_gpus=LocalTarget(folder.path).taken_devices(),
+        gpus_in_use=LocalTarget(folder.path).devices_in_use(),
     )
-    return make_release(plan, making)
+    return build_release(plan, making)
 
 
 def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: ServiceProgress) -> int:
     from powerband.cli.service.gateway_flags import gateway_spec_from_flags, replica_key_file
     from powerband.fleet import operations
-    from powerband.fleet.audit import record_action
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.release import default_served_name
     from powerband.fleet.service.store import ServiceStore
 
     served_name = flags.served_model_name or default_served_name(plan.model)
-    folder = ServiceStore.of(flags.name or operations.service_name(served_name))
+    folder = ServiceStore.named(flags.name or operations.service_name(served_name))
     before = ExistingService(is_running=folder.exists(), has_books=folder.database.exists())
-    front = gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, folder.desired())
-    folder.make()
+    front = gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, folder.read_spec())
+    folder.create()
     made = _build_release(plan, flags, served_name, folder, replica_key_file(folder.path, front.auth))
     _print_plan(plan, made, folder, front, progress)
     desired, is_new = operations.apply(folder, made.release, front, _policy(flags))
     ensure_controller(folder)
     if not is_new:
         progress.say("nothing is to be changed")
-    status = operations.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
-    if status.rejected is not None and status.rejected.generation == desired.generation:
+    status = operations.wait_for(folder, desired.generation, progress, desired.policy.start_timeout_s + 60.0)
+    if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
         raise _failure(folder, status, before=before)
     if is_new:
-        record_action(folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)})
+        operations.record_action(
+            folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)}
+        )
     progress.say(f"{folder.name} is ready: {status.gateway.url}/v1")
     is_asked = is_new if proving.verify is None else proving.verify
     verified = _verified(plan, desired, status, folder, proving, progress) if is_asked else None
@@ -219,21 +227,30 @@ def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: 
     return SLO_BROKEN if not kept and proving.strict else 0
 
 
+def _warn_of_old_name(old: str, new: str) -> None:
+    print(f"warning: {old} is now {new}; the old name will go with the next release.", file=sys.stderr)
+
+
 def _policy(flags: ServiceFlags) -> Policy:
     from powerband.fleet.service.spec import Policy
     from powerband.spec.quantities import seconds
 
-    if flags.surge not in (None, 0, 1):
-        raise UsageError(f"surge is {flags.surge}.", hint="It is 0 or 1.", param="surge")
+    if flags.surge is not None:
+        _warn_of_old_name("--surge", "--max-surge")
+    if flags.auto:
+        _warn_of_old_name("--auto", "--auto-remediate")
+    max_surge = flags.max_surge if flags.max_surge is not None else flags.surge
+    if max_surge not in (None, 0, 1):
+        raise UsageError(f"max_surge is {max_surge}.", hint="It is 0 or 1.", param="max_surge")
     if flags.webhook:
         from powerband.fleet.monitor.webhook import Webhook
 
         Webhook(flags.webhook).close()  # so that a wrong one is known now
     return Policy(
-        surge=flags.surge,
-        drain_s=seconds(flags.drain_timeout, param="drain_timeout"),
-        ready_s=seconds(flags.start_timeout, param="start_timeout"),
-        auto=flags.auto,
+        max_surge=max_surge,
+        drain_timeout_s=seconds(flags.drain_timeout, param="drain_timeout"),
+        start_timeout_s=seconds(flags.start_timeout, param="start_timeout"),
+        auto_remediate=flags.auto_remediate or flags.auto,
         webhook=flags.webhook,
     )
 
@@ -252,12 +269,12 @@ def _print_plan(
     progress.say(f"service {folder.name}: gateway on {front.host}:{front.port}, state in {folder.path}")
 
 
-def _failure(folder: ServiceStore, status: Status, *, before: ExistingService) -> EnvironmentFault:
+def _failure(folder: ServiceStore, status: ServiceStatus, *, before: ExistingService) -> EnvironmentFault:
     """What to tell of a release that did not start, once nothing is left of it."""
     from powerband.fleet import operations
 
-    rejected = status.rejected
-    why = rejected.why if rejected is not None else ""
+    rejected = status.failed_rollout
+    why = rejected.reason if rejected is not None else ""
     log = f"\n{rejected.log}" if rejected is not None and rejected.log else ""
     if before.is_running and operations.rollback(folder) is not None:
         return EnvironmentFault(f"The new release did not start: {why}.{log}", hint="What ran before goes on running.")
@@ -267,8 +284,8 @@ def _failure(folder: ServiceStore, status: Status, *, before: ExistingService) -
 
 def _verified(
     plan: Plan,
-    desired: Desired,
-    status: Status,
+    desired: ServiceSpec,
+    status: ServiceStatus,
     folder: ServiceStore,
     proving: VerifyFlags,
     progress: ServiceProgress,
@@ -286,7 +303,7 @@ def _verified(
             api_key=key,
             seconds=proving.verify_seconds,
             report=proving.report,
-            watch=view,
+            on_progress=view,
         )
 
 
@@ -298,12 +315,12 @@ def _roll_back(folder: ServiceStore, progress: ServiceProgress, *, before: Exist
     if desired is None:
         operations.remove(folder, progress, purge=not before.has_books)
         return
-    operations.wait_for(folder, desired.generation, progress, desired.policy.ready_s + 60.0)
+    operations.wait_for(folder, desired.generation, progress, desired.policy.start_timeout_s + 60.0)
 
 
 def _print_result(
     folder: ServiceStore,
-    status: Status,
+    status: ServiceStatus,
     verified: Verification | None,
     proving: VerifyFlags,
     *,
