@@ -74,7 +74,7 @@ class Story:
         self.keeps_text = False
         self._skipped = ""
         self.engine = ""  # of the replicas so far
-        self.is_open = False  # the role was told
+        self._opened: set[int] = set()  # choices whose role was told
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
         self.num_said = 0
@@ -257,7 +257,9 @@ class Story:
         if delta.content or delta.is_parsed:
             return False
         if delta.role is not None:
-            is_told, self.is_open = self.is_open and self.is_resumed, True
+            index = choice.index or 0
+            is_told = self.is_resumed and index in self._opened
+            self._opened.add(index)
             return is_told
         return choice.token_ids is not None and not self.wants_silence
 
@@ -267,7 +269,7 @@ class Story:
             first = FIELDS.decode(data)
             self._lasting = {name: first[name] for name in _LASTING if name in first}
         tells_usage = self._wants_usage and not (chunk.choices and self._strips_usage)
-        if tells_usage and chunk.usage is not None:
+        if tells_usage and chunk.usage is not None and not chunk.choices:
             self._has_told_usage = True
         if not (self.is_resumed or chunk.model != self._model or self._has_too_much(chunk, tells_usage)):
             return event(data)
