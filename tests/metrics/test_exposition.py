@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from powerband.bench.server_metrics import parse_metrics
+from powerband.dispatch.backend import ReplicaLoad
 from powerband.fleet.monitor.replica_metrics import read_metrics
-from powerband.gateway.dispatch.backend import ReplicaLoad
 from powerband.gateway.engine_names import ENGINE_NAMES, read_load
 from powerband.metrics.exposition import label, samples, total
 

@@ -25,14 +25,14 @@ from functools import partial
 from itertools import count, islice
 from typing import Literal
 
-from powerband.gateway.dispatch.backend import Backend, BackendSpec, InFlightRequest, ReplicaLoad
-from powerband.gateway.dispatch.breaker import RetryBudgets
-from powerband.gateway.dispatch.errors import NoReplicaAvailable, PoolError, ReplicasBusy
-from powerband.gateway.dispatch.length_pools import LengthPool, arrange, pool_for
-from powerband.gateway.dispatch.options import DispatchOptions
-from powerband.gateway.dispatch.queue import QueuedRequest
-from powerband.gateway.dispatch.request import DispatchRequest, PriorityLevel
-from powerband.gateway.dispatch.routing import make_router
+from powerband.dispatch.backend import Backend, BackendSpec, InFlightRequest, ReplicaLoad
+from powerband.dispatch.breaker import RetryBudgets
+from powerband.dispatch.errors import NoReplicaAvailable, PoolError, ReplicasBusy
+from powerband.dispatch.length_pools import LengthPool, arrange, pool_for
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.queue import QueuedRequest
+from powerband.dispatch.request import DispatchRequest, PriorityLevel
+from powerband.dispatch.routing import make_router
 
 NO_REPLICA_RETRY_S = 5.0
 TICK_S = 0.05  # between two looks at waiting requests and at backends that do not serve

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from powerband.gateway.dispatch.breaker import CircuitBreaker
-from powerband.gateway.dispatch.options import DispatchOptions
-from powerband.gateway.dispatch.request import DispatchRequest, PriorityLevel
+from powerband.dispatch.breaker import CircuitBreaker
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
 # ready: gets requests. starting: not yet found ready. ejected: probes found it unhealthy. open: its circuit breaker is.
 # draining: keeps what it has, gets nothing new.

@@ -16,10 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from powerband.gateway.dispatch.backend import Backend
-from powerband.gateway.dispatch.options import DispatchOptions
-from powerband.gateway.dispatch.prefix import PrefixIndex
-from powerband.gateway.dispatch.request import DispatchRequest
+from powerband.dispatch.backend import Backend
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.prefix import PrefixIndex
+from powerband.dispatch.request import DispatchRequest
 
 MAX_LOAD_RATIO = 1.5
 _LOAD_WEIGHT = 0.5  # one mean load more weighs as much as half a prompt in the cache

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 
-from powerband.gateway.dispatch.capacity import Capacity, ServiceTime
-from powerband.gateway.dispatch.errors import DeadlineInfeasible, PoolFull, QueueTimeout
-from powerband.gateway.dispatch.options import DispatchOptions
-from powerband.gateway.dispatch.queue import FairQueue
-from powerband.gateway.dispatch.request import DispatchRequest, PriorityLevel
+from powerband.dispatch.capacity import Capacity, ServiceTime
+from powerband.dispatch.errors import DeadlineInfeasible, PoolFull, QueueTimeout
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.queue import FairQueue
+from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
 # Others may go first, and measurements vary: nearly all requests that are accepted must meet their deadline.
 _SAFETY_FACTOR = 1.25

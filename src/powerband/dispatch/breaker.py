@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 
-from powerband.gateway.dispatch.options import DispatchOptions
+from powerband.dispatch.options import DispatchOptions
 
 
 class CircuitBreaker:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 
-from powerband.gateway.dispatch.backend import InFlightRequest
-from powerband.gateway.dispatch.errors import PoolError
-from powerband.gateway.dispatch.request import DispatchRequest, PriorityLevel
+from powerband.dispatch.backend import InFlightRequest
+from powerband.dispatch.errors import PoolError
+from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
 _MAX_IDLE_LEVELS = 64  # priority levels without requests that are remembered
 _MAX_IDLE_TENANTS = 4096  # likewise

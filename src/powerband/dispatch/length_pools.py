@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from powerband.gateway.dispatch.admission import Admission
-from powerband.gateway.dispatch.backend import Backend
-from powerband.gateway.dispatch.options import DispatchOptions
-from powerband.gateway.dispatch.queue import FairQueue
-from powerband.gateway.dispatch.request import DispatchRequest
+from powerband.dispatch.admission import Admission
+from powerband.dispatch.backend import Backend
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.queue import FairQueue
+from powerband.dispatch.request import DispatchRequest
 
 
 class LengthPool:
