@@ -18,7 +18,7 @@ _NOT_ANSWERS = frozenset(
 )
 
 
-class Verdict:
+class PoisonDetector:
     """Of one request's tries."""
 
     def __init__(self) -> None:

@@ -41,19 +41,19 @@ _TELL_USAGE = frozenset(("sglang", "trtllm"))
 _TRUE = Raw(b"true")
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptionFields(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class Asked(msgspec.Struct):
+class RequestFields(msgspec.Struct):
     """The fields that the gateway reads, of both kinds of request."""
 
     model: str | None = None
     prompt: Raw | UnsetType = UNSET
     messages: Raw | UnsetType = UNSET
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptionFields | None = None
     n: Annotated[int, Meta(ge=1, le=1024)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=1024)] | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
@@ -93,14 +93,14 @@ class Asked(msgspec.Struct):
             )
 
 
-class Intake:
-    """A request that was read. `request`: for queue and limits. `body_for`: what a replica is sent."""
+class ClientRequest:
+    """A request that was read. `request`: for queue and limits. `upstream_body`: what a replica is sent."""
 
     def __init__(self, data: bytes, endpoint: Endpoint) -> None:
         """Raises InvalidRequest."""
         self.endpoint = endpoint
-        self.asked = decode(data, Asked)
-        self.asked.check(endpoint)
+        self.fields = decode(data, RequestFields)
+        self.fields.check(endpoint)
         self.prompt = self._prompt()
         self._data = data
         self._fields: dict[str, Raw] = _FIELDS.decode(data)
@@ -118,44 +118,44 @@ class Intake:
 
     def _prompt(self) -> bytes:
         name = "messages" if self.endpoint == "chat" else "prompt"
-        value = getattr(self.asked, name)
+        value = getattr(self.fields, name)
         if value is UNSET:
             raise InvalidRequest(f"'{name}' is missing.", param=name)
         return bytes(value)
 
     @property
     def is_stream(self) -> bool:
-        return bool(self.asked.stream)
+        return bool(self.fields.stream)
 
     @property
     def limit(self) -> int | None:
         """Output tokens of one choice, at most: as asked, or as its key's limits allow; None: as the context allows."""
-        return self.cap if self.asked.limit is None else self.asked.limit
+        return self.cap if self.fields.limit is None else self.fields.limit
 
     @property
     def num_choices(self) -> int:
-        return self.num_prompts * (self.asked.n or 1)
+        return self.num_prompts * (self.fields.n or 1)
 
     @property
     def num_answers(self) -> int:
         """That are computed, of which the best may be all that is answered."""
-        return self.num_prompts * max(self.asked.n or 1, self.asked.best_of or 1)
+        return self.num_prompts * max(self.fields.n or 1, self.fields.best_of or 1)
 
     @property
     def can_resume(self) -> bool:
         """Whether there is one answer, which another replica could go on with."""
-        asked = self.asked
-        return self.num_choices == 1 and (asked.best_of or 1) == 1 and asked.limit != 0
+        fields = self.fields
+        return self.num_choices == 1 and (fields.best_of or 1) == 1 and fields.limit != 0
 
     @property
     def resumed_ids(self) -> list[int]:
         """Output that the client has already, and wants to be gone on with."""
-        return self.asked.resume_token_ids or []
+        return self.fields.resume_token_ids or []
 
     @property
     def max_answer_bytes(self) -> int:
         """More than any right answer to it has; without a limit to its tokens there is no such bound."""
-        limit = self.asked.limit
+        limit = self.fields.limit
         if limit is None:
             return 1 << 62
         has_logprobs = any(name in self._fields for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
@@ -165,12 +165,12 @@ class Intake:
 
     @property
     def wants_usage(self) -> bool:
-        options = self.asked.stream_options
+        options = self.fields.stream_options
         return options is not None and bool(options.include_usage)
 
     @property
     def wants_continuous_usage(self) -> bool:
-        options = self.asked.stream_options
+        options = self.fields.stream_options
         return options is not None and bool(options.continuous_usage_stats)
 
     @property
@@ -188,9 +188,9 @@ class Intake:
         best_priority: int = 0,
     ) -> GatewayRequest:
         """best_priority: nothing that the client writes gets it a better one."""
-        asked, now_s = self.asked, time.monotonic()
+        fields, now_s = self.fields, time.monotonic()
         default = default_output_tokens if self.endpoint == "chat" else COMPLETION_TOKENS
-        most = (default if asked.limit is None else asked.limit) * self.num_answers
+        most = (default if fields.limit is None else fields.limit) * self.num_answers
         return GatewayRequest(
             id=id,
             endpoint=self.endpoint,
@@ -200,24 +200,24 @@ class Intake:
             output_tokens=most,
             max_prompt_tokens=self.max_prompt_tokens,
             max_output_tokens=most,
-            is_open_ended=asked.limit is None and self.endpoint == "chat",
+            is_open_ended=fields.limit is None and self.endpoint == "chat",
             answers=self.num_answers,
             stream=self.is_stream,
-            priority=max(asked.priority or 0, best_priority),
+            priority=max(fields.priority or 0, best_priority),
             arrival_s=now_s,
-            deadline_s=None if asked.deadline_s is None else now_s + asked.deadline_s,
-            session=headers.get("x-session-id", "")[:256] or (asked.prompt_cache_key or "")[:256],
+            deadline_s=None if fields.deadline_s is None else now_s + fields.deadline_s,
+            session=headers.get("x-session-id", "")[:256] or (fields.prompt_cache_key or "")[:256],
         )
 
-    def tells_ids(self, replica: ReplicaAddress) -> bool:
+    def returns_token_ids(self, replica: ReplicaAddress) -> bool:
         """Whether its stream says the ids of all tokens: to resume after them, and to count them."""
-        return self.is_stream and self.asked.limit != 0 and replica.engine in _TELL_IDS
+        return self.is_stream and self.fields.limit != 0 and replica.engine in _TELL_IDS
 
-    def tells_usage(self, replica: ReplicaAddress) -> bool:
+    def returns_usage(self, replica: ReplicaAddress) -> bool:
         """Whether each chunk of its stream says how many tokens its choice has so far."""
         return self.is_stream and replica.engine in _TELL_USAGE
 
-    def body_for(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
+    def upstream_body(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
         """resumed: ids of the output tokens told so far, for our own engine to go on after.
 
         Raises InvalidRequest when the client has some that this replica could not go on after.
@@ -232,39 +232,39 @@ class Intake:
         # Waiting happens here: an engine whose queue knows no priorities would refuse them.
         changed = fields.pop("priority", None) is not None
         changed = fields.pop("deadline_s", None) is not None or changed
-        if self.asked.model != replica.model:
+        if self.fields.model != replica.model:
             fields["model"] = _raw(replica.model)
             changed = True
         if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # nobody takes a key's name
             changed = True
-            self._separate(fields, replica, tenant)
-        if self.cap is not None and self.asked.limit is None:
+            self._set_cache_salt(fields, replica, tenant)
+        if self.cap is not None and self.fields.limit is None:
             fields["max_tokens"] = _raw(self.cap)
             changed = True
         if self.is_stream:
             changed = True
-            options = _FIELDS.decode(fields["stream_options"]) if self.asked.stream_options is not None else {}
+            options = _FIELDS.decode(fields["stream_options"]) if self.fields.stream_options is not None else {}
             options["include_usage"] = _TRUE
-            if self.tells_usage(replica):
+            if self.returns_usage(replica):
                 options["continuous_usage_stats"] = _TRUE
             fields["stream_options"] = _raw(options)
-            if self.tells_ids(replica):
+            if self.returns_token_ids(replica):
                 fields["return_token_ids"] = _TRUE
             if resumed:
                 fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
                 fields.pop("echo", None)  # the client has it
         return msgspec.json.encode(fields) if changed else self._data
 
-    def _separate(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
+    def _set_cache_salt(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
         """Cached prefixes of one key are not found by another."""
         if replica.engine == "powerband":
-            fields["user"] = _raw(f"{tenant}/{self.asked.user}"[:LONGEST_LABEL] if self.asked.user else tenant)
+            fields["user"] = _raw(f"{tenant}/{self.fields.user}"[:LONGEST_LABEL] if self.fields.user else tenant)
         elif replica.engine == "vllm":
-            salt = self.asked.cache_salt
+            salt = self.fields.cache_salt
             fields["cache_salt"] = _raw(f"{tenant}/{salt}" if salt else tenant)
 
 
-def named(data: bytes, model: str) -> bytes:
+def with_model(data: bytes, model: str) -> bytes:
     """A body with this model's name."""
     return msgspec.json.encode({**_FIELDS.decode(data), "model": model})
 

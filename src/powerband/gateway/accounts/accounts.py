@@ -13,14 +13,14 @@ from starlette.requests import Request
 
 from powerband.errors import EnvironmentFault
 from powerband.files import write_atomically
-from powerband.gateway.accounts.audit import Audit, Head
-from powerband.gateway.accounts.content import Content
+from powerband.gateway.accounts.audit import Audit, ChainHead
 from powerband.gateway.accounts.feedback import Feedback
 from powerband.gateway.accounts.keys import SCOPES, Key, Keys
-from powerband.gateway.accounts.ledger import Ledger, spent
 from powerband.gateway.accounts.limits import Limits
 from powerband.gateway.accounts.store import Store
-from powerband.gateway.books_options import BooksOptions
+from powerband.gateway.accounts.transcripts import TranscriptStore
+from powerband.gateway.accounts.usage_log import UsageLog, read_spend
+from powerband.gateway.retention import RetentionOptions
 
 logger = logging.getLogger(__name__)
 _CLAIMED_CHARS = 60
@@ -33,7 +33,7 @@ def has_admin_key(file: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BooksFigures:
+class AccountStats:
     """For metrics. keys_rejected: requests with a wrong key. usage_*: rows; of dropped ones the sums are kept.
 
     failing_s: for how long nothing could be written.
@@ -47,29 +47,29 @@ class BooksFigures:
     failing_s: float
 
 
-class Books:
+class Accounts:
     """One per gateway process; everything but `close` belongs to the event loop's thread."""
 
     def __init__(
         self,
         store: Store,
-        options: BooksOptions,
+        options: RetentionOptions,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
         self.options = options
         self.keys = Keys(store, wall)
-        self.limits = Limits(store.read(lambda connection: spent(connection, wall())), monotonic, wall)
-        self.ledger = Ledger(store, options.usage_retention_days)
-        self.feedback = Feedback(store, self.ledger, options.usage_retention_days)
-        self.content = Content(store, options.store_content, options.content_retention_days)
+        self.limits = Limits(store.read(lambda connection: read_spend(connection, wall())), monotonic, wall)
+        self.usage_log = UsageLog(store, options.usage_retention_days)
+        self.feedback = Feedback(store, self.usage_log, options.usage_retention_days)
+        self.content = TranscriptStore(store, options.store_content, options.content_retention_days)
         self._audit = Audit(store, wall)
 
     @classmethod
-    def open(cls, path: Path, options: BooksOptions | None = None) -> Books:
+    def open(cls, path: Path, options: RetentionOptions | None = None) -> Accounts:
         """Raises EnvironmentFault when the file cannot be used, or another process has it open."""
-        return cls(Store(path), options or BooksOptions())
+        return cls(Store(path), options or RetentionOptions())
 
     def make_admin_key(self, file: Path, name: str) -> None:
         """A key with all scopes, kept in a file for this user's eyes. Raises EnvironmentFault, and leaves nothing then:
@@ -93,13 +93,13 @@ class Books:
         self._audit.note(actor, action, what)
 
     @property
-    def audit_head(self) -> Head:
+    def audit_head(self) -> ChainHead:
         """The last entry of the audit that is sure to be there."""
         return self._audit.head
 
-    def figures(self) -> BooksFigures:
-        buffer, failing_since = self.ledger.buffer, self.store.failing_since
-        return BooksFigures(
+    def figures(self) -> AccountStats:
+        buffer, failing_since = self.usage_log.buffer, self.store.failing_since
+        return AccountStats(
             keys_rejected=self.keys.rejected,
             usage_waiting=len(buffer.rows),
             usage_written=buffer.written,

@@ -10,16 +10,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.metrics import GatewayMetrics, Moment
+from powerband.gateway.metrics import GatewayMetrics, GaugeSnapshot
 from powerband.web.errors import HttpError, json_response
 
 
-class PageRoutes:
-    def __init__(self, gateway: Gateway, books: Books, metrics: GatewayMetrics) -> None:
+class InfoRoutes:
+    def __init__(self, gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> None:
         self._gateway = gateway
-        self._books = books
+        self._accounts = accounts
         self._metrics = metrics
         self._created_s = int(time.time())
 
@@ -46,8 +46,8 @@ class PageRoutes:
         return json_response(self._card(name))
 
     async def metrics(self, _request: Request) -> Response:
-        figures = self._books.figures()
-        moment = Moment(
+        figures = self._accounts.figures()
+        moment = GaugeSnapshot(
             pools=self._gateway.snapshots(),
             in_flight=self._gateway.num_active,
             ledger_rows_buffered=figures.usage_waiting,

@@ -15,7 +15,7 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import PREFIX, SCOPES, Key
 from powerband.gateway.accounts.keys import Scope as KeyScope
 from powerband.gateway.accounts.limits import LimitReached
@@ -42,7 +42,7 @@ INFER = frozenset(
 INFER_BELOW = ("/v1/models/",)
 
 
-class Doorkeeper:
+class ApiKeyMiddleware:
     """Sets `scope["state"]["key"]`: the Key that the request brought, or None.
 
     Decides by `scope["path"]`, the very value that routes are matched with: what a client writes into Host or into an
@@ -50,9 +50,9 @@ class Doorkeeper:
     listen; without a key only this and names that mean this machine are served, unless `any_host`.
     """
 
-    def __init__(self, app: ASGIApp, books: Books, auth: Auth, host: str, *, any_host: bool = False) -> None:
+    def __init__(self, app: ASGIApp, accounts: Accounts, auth: Auth, host: str, *, any_host: bool = False) -> None:
         self._app = app
-        self._books = books
+        self._accounts = accounts
         self._auth = auth
         self._host = host
         self._any_host = any_host
@@ -67,7 +67,7 @@ class Doorkeeper:
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
-                told = [(name.encode(), value.encode()) for name, value in self._books.limits.headers(known).items()]
+                told = [(name.encode(), value.encode()) for name, value in self._accounts.limits.headers(known).items()]
                 message["headers"] = [*message.get("headers", ()), *told]
             await send(message)
 
@@ -82,12 +82,12 @@ class Doorkeeper:
         if needed is None:
             return None
         sent = [value for name, value in scope["headers"] if name == b"authorization"]
-        if self._auth == "open" and needed != "admin" and not any(_is_ours(value) for value in sent):
+        if self._auth == "open" and needed != "admin" and not any(_is_gateway_key(value) for value in sent):
             if not self._any_host:
                 check_host(scope, self._host)
                 check_page(scope)
             return None
-        key = self._books.keys.authenticate(sent)
+        key = self._accounts.keys.authenticate(sent)
         if needed not in key.scopes:
             raise HttpError(
                 403,
@@ -114,7 +114,7 @@ def _is_counted(path: str) -> bool:
     return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
-def _is_ours(value: bytes) -> bool:
+def _is_gateway_key(value: bytes) -> bool:
     return value.partition(b" ")[2].strip().startswith(PREFIX.encode())
 
 

@@ -25,7 +25,7 @@ _REQUEST_STATUSES = (400, 413, 422)
 
 
 @dataclass(frozen=True, slots=True)
-class Complaint:
+class UpstreamError:
     """'' for what it does not say."""
 
     message: str = ""
@@ -40,13 +40,13 @@ class Complaint:
         return self.status in _REQUEST_STATUSES or self.type.lower().startswith(("invalid_request", "badrequest"))
 
 
-class RequestFault(PowerbandError):
+class InvalidUpstreamRequest(PowerbandError):
     """A replica says that the request is wrong: another would say the same."""
 
     http_status = 400
     default_code = "invalid_request"
 
-    def __init__(self, complaint: Complaint, status: int = 400) -> None:
+    def __init__(self, complaint: UpstreamError, status: int = 400) -> None:
         super().__init__(
             complaint.message or f"The replica refuses the request: {phrase(status)}.",
             code=complaint.code,
@@ -55,29 +55,29 @@ class RequestFault(PowerbandError):
         self.http_status = status
 
 
-def read_complaint(body: bytes) -> Complaint:
+def read_upstream_error(body: bytes) -> UpstreamError:
     """From the body of an error. Empty when it is in none of the forms."""
     if len(body) > MAX_BYTES:
-        return Complaint()
+        return UpstreamError()
     try:
-        return complaint_of(msgspec.json.decode(body))
+        return upstream_error_from(msgspec.json.decode(body))
     except NO_JSON:
-        return Complaint()
+        return UpstreamError()
 
 
-def complaint_of(value: Any) -> Complaint:
+def upstream_error_from(value: Any) -> UpstreamError:
     """From a decoded body, or the 'error' of an event."""
     if isinstance(value, dict) and value.get("error"):
         value = value["error"]
     if isinstance(value, str):
-        return Complaint(value[:MAX_MESSAGE])
+        return UpstreamError(value[:MAX_MESSAGE])
     if not isinstance(value, dict):
-        return Complaint()
+        return UpstreamError()
     message, code, param = value.get("message"), value.get("code"), value.get("param")
     if not isinstance(message, str):
         detail = value.get("detail")
         message = detail if isinstance(detail, str) else msgspec.json.encode(detail).decode() if detail else ""
-    return Complaint(
+    return UpstreamError(
         message=message[:MAX_MESSAGE],
         code=code[:_MAX_CODE] if isinstance(code, str) else "",
         type=str(value.get("type") or ""),
@@ -86,7 +86,7 @@ def complaint_of(value: Any) -> Complaint:
     )
 
 
-def under_served_name(complaint: Complaint, model: str, served: str) -> Complaint:
+def with_served_name(complaint: UpstreamError, model: str, served: str) -> UpstreamError:
     """What the model is called behind the gateway concerns no client."""
     if model == served or not model:
         return complaint

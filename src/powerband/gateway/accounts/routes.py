@@ -15,12 +15,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.accounts.audit import entries, first_broken
-from powerband.gateway.accounts.books import Books, actor_of
-from powerband.gateway.accounts.content import stored
-from powerband.gateway.accounts.feedback import given
+from powerband.gateway.accounts.accounts import Accounts, actor_of
+from powerband.gateway.accounts.audit import entries, verify_chain
+from powerband.gateway.accounts.feedback import read_feedback
 from powerband.gateway.accounts.keys import MOST, Key, KeyLimits
 from powerband.gateway.accounts.store import StoreUnavailable
+from powerband.gateway.accounts.transcripts import stored
 from powerband.gateway.accounts.usage import UsageRow, report
 from powerband.gateway.request import ANONYMOUS
 from powerband.web.body import read_json
@@ -46,8 +46,8 @@ class LimitsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     models: list[str] | msgspec.UnsetType = msgspec.UNSET
 
     def applied_to(self, limits: KeyLimits) -> KeyLimits:
-        given = {name: getattr(self, name) for name in self.__struct_fields__}
-        changes = {name: value for name, value in given.items() if value is not msgspec.UNSET}
+        read_feedback = {name: getattr(self, name) for name in self.__struct_fields__}
+        changes = {name: value for name, value in read_feedback.items() if value is not msgspec.UNSET}
         if "models" in changes:
             changes["models"] = tuple(changes["models"])
         return replace(limits, **changes)
@@ -75,9 +75,9 @@ class FeedbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     comment: str = ""
 
 
-def make_routes(books: Books) -> list[Route]:
+def make_routes(accounts: Accounts) -> list[Route]:
     """All of them; the doorkeeper has made sure of the scopes."""
-    keys, reports = KeyRoutes(books), ReportRoutes(books)
+    keys, reports = KeyRoutes(accounts), ReportRoutes(accounts)
     return [
         Route("/admin/keys", keys.list, methods=["GET"]),
         Route("/admin/keys", keys.create, methods=["POST"]),
@@ -95,59 +95,59 @@ def make_routes(books: Books) -> list[Route]:
 
 
 class KeyRoutes:
-    def __init__(self, books: Books) -> None:
-        self._books = books
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
 
     async def list(self, _request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._shown(key) for key in self._books.keys.list()]})
+        return json_response({"object": "list", "data": [self._shown(key) for key in self._accounts.keys.list()]})
 
     async def show(self, request: Request) -> Response:
-        return json_response(self._shown(self._books.keys.get(request.path_params["id"])))
+        return json_response(self._shown(self._accounts.keys.get(request.path_params["id"])))
 
     async def create(self, request: Request) -> Response:
         """The only answer that ever has the key itself, as 'secret'."""
         body = await read_json(request, KeyBody, MOST_BODY_BYTES)
         limits = body.limits.applied_to(KeyLimits())
         expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
-        key, secret = self._books.keys.create(body.name, body.scopes, limits=limits, expires_at=expires_at)
+        key, secret = self._accounts.keys.create(body.name, body.scopes, limits=limits, expires_at=expires_at)
         self._note(request, "keys.create", key, {"scopes": key.scopes, "limits": asdict(limits)})
         try:
-            await self._books.store.saved()
+            await self._accounts.store.saved()
         except StoreUnavailable:
-            self._books.keys.revoke(key.id)  # nobody will ever know its text
+            self._accounts.keys.revoke(key.id)  # nobody will ever know its text
             raise
         return json_response(self._shown(key) | {"secret": secret}, 201, {"cache-control": "no-store"})
 
     async def limit(self, request: Request) -> Response:
         body = await read_json(request, KeyPatch, MOST_BODY_BYTES)
-        before = self._books.keys.get(request.path_params["id"])
-        key = self._books.keys.limit(before.id, body.limits.applied_to(before.limits))
+        before = self._accounts.keys.get(request.path_params["id"])
+        key = self._accounts.keys.limit(before.id, body.limits.applied_to(before.limits))
         self._note(request, "keys.limit", key, {"limits": asdict(key.limits)})
-        await self._books.store.saved()
+        await self._accounts.store.saved()
         return json_response(self._shown(key))
 
     async def revoke(self, request: Request) -> Response:
         """In effect before it is answered; what the key has let in may end."""
-        keys = self._books.keys
+        keys = self._accounts.keys
         key = keys.get(request.path_params["id"])
         if keys.admins() == (key,):
             hint = "Create another one first, and use that."
             raise HttpError(409, "last_admin_key", "This is the last key that can administer the gateway.", hint=hint)
         key = keys.revoke(key.id)
         self._note(request, "keys.revoke", key, {})
-        await self._books.store.saved()
+        await self._accounts.store.saved()
         return json_response(self._shown(key))
 
     def _note(self, request: Request, action: str, key: Key, what: dict[str, Any]) -> None:
-        self._books.audit(actor_of(request), action, {"key": key.id, "name": key.name, **what})
+        self._accounts.audit(actor_of(request), action, {"key": key.id, "name": key.name, **what})
 
     def _shown(self, key: Key) -> dict[str, Any]:
-        return asdict(key) | {"object": "key", "used": self._books.limits.used(key)}
+        return asdict(key) | {"object": "key", "used": self._accounts.limits.used(key)}
 
 
 class ReportRoutes:
-    def __init__(self, books: Books) -> None:
-        self._books = books
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
 
     async def usage(self, request: Request) -> Response:
         by = [name for name in request.query_params.get("by", "key,model").split(",") if name]
@@ -155,11 +155,11 @@ class ReportRoutes:
         since = _since(request, "24h", now)
         if len(set(by)) != len(by):
             raise InvalidRequest(f"'by' is {','.join(by)!r}; each once.", param="by")
-        rows = await self._books.store.query(lambda connection: report(connection, by, since, now))
-        total = await self._books.store.query(lambda connection: report(connection, [], since, now))
-        names = {key.id: key.name for key in self._books.keys.list()}
+        rows = await self._accounts.store.query(lambda connection: report(connection, by, since, now))
+        total = await self._accounts.store.query(lambda connection: report(connection, [], since, now))
+        names = {key.id: key.name for key in self._accounts.keys.list()}
         data = [asdict(row) | {"key_name": names.get(row.key, row.key)} for row in rows]
-        state = asdict(self._books.figures())
+        state = asdict(self._accounts.figures())
         return json_response(
             {"since": since, "by": by, "data": data, "total": asdict(next(iter(total), UsageRow())), "books": state}
         )
@@ -168,44 +168,44 @@ class ReportRoutes:
         """With check=1 also broken_at: the number of the first entry that was tampered with, or is missing; null: the
         chain is whole up to its head."""
         after, limit = _number(request, "after", 0), _number(request, "limit", 100)
-        found = await self._books.store.query(lambda connection: entries(connection, after, limit))
+        found = await self._accounts.store.query(lambda connection: entries(connection, after, limit))
         answer: dict[str, Any] = {"object": "list", "data": [asdict(entry) for entry in found]}
         if request.query_params.get("check") == "1":
-            head = self._books.audit_head
-            check = partial(first_broken, head=head)
-            answer["broken_at"] = await self._books.store.query(lambda connection: check(entries(connection)))
+            head = self._accounts.audit_head
+            check = partial(verify_chain, head=head)
+            answer["broken_at"] = await self._accounts.store.query(lambda connection: check(entries(connection)))
             answer["head"] = {"seq": head.seq, "hash": head.hash}
         return json_response(answer)
 
     async def note(self, request: Request) -> Response:
         body = await read_json(request, AuditBody, MOST_BODY_BYTES)
-        self._books.audit(actor_of(request), body.action, body.what)
-        await self._books.store.saved()
+        self._accounts.audit(actor_of(request), body.action, body.what)
+        await self._accounts.store.saved()
         return json_response({"object": "audit.entry", "action": body.action}, 201)
 
     async def feedback(self, request: Request) -> Response:
         since, limit = _since(request, "7d", time.time()), _number(request, "limit", 100)
-        found = await self._books.store.query(lambda connection: given(connection, since, limit))
+        found = await self._accounts.store.query(lambda connection: read_feedback(connection, since, limit))
         return json_response({"object": "list", "data": found})
 
     async def content(self, request: Request) -> Response:
         id, limit = _key_id(request), _number(request, "limit", 100)
-        self._books.audit(actor_of(request), "content.read", {"key": id})
-        found = await self._books.store.query(lambda connection: stored(connection, id, limit))
+        self._accounts.audit(actor_of(request), "content.read", {"key": id})
+        found = await self._accounts.store.query(lambda connection: stored(connection, id, limit))
         return json_response({"object": "list", "data": found})
 
     async def forget(self, request: Request) -> Response:
         id = _key_id(request)
-        self._books.content.forget(id)
-        self._books.audit(actor_of(request), "content.delete", {"key": id})
-        await self._books.store.saved()
+        self._accounts.content.forget(id)
+        self._accounts.audit(actor_of(request), "content.delete", {"key": id})
+        await self._accounts.store.saved()
         return json_response({"object": "content.deleted", "key": id})
 
     async def give_feedback(self, request: Request) -> Response:
         body = await read_json(request, FeedbackBody, MOST_BODY_BYTES)
         key: Key | None = request.state.key
         tenant = key.id if key else ANONYMOUS
-        await self._books.feedback.note(tenant, body.request_id, body.score, body.comment)
+        await self._accounts.feedback.note(tenant, body.request_id, body.score, body.comment)
         return json_response({"object": "feedback", "request_id": body.request_id, "score": body.score}, 201)
 
 

@@ -11,7 +11,7 @@ from starlette.types import Scope
 _EXTENSION = "powerband.line"
 
 
-class ClientLine:
+class ClientConnection:
     """Of one connection. An answer's head, and its end, go the usual way of ASGI; only pieces in between go here.
 
     is_behind: what was written waits in memory, since the client reads slowly: write no more until `when_writable`.
@@ -71,10 +71,10 @@ class ClientLine:
             call()
 
 
-def put_line(scope: Scope, line: ClientLine) -> None:
+def set_client_connection(scope: Scope, line: ClientConnection) -> None:
     scope["extensions"] = {_EXTENSION: line}
 
 
-def line_of(scope: Scope) -> ClientLine:
+def client_connection(scope: Scope) -> ClientConnection:
     """Of a request that came through our own server."""
-    return cast(ClientLine, scope["extensions"][_EXTENSION])
+    return cast(ClientConnection, scope["extensions"][_EXTENSION])

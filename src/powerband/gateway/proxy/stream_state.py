@@ -12,23 +12,23 @@ from typing import Any, cast
 import msgspec
 from msgspec import Raw
 
-from powerband.gateway.proxy.complaints import RequestFault, read_complaint, under_served_name
+from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
 from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, Estimates, TextCount, call_text
+from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
 from powerband.gateway.proxy.events import (
     CHOICES,
     FIELDS,
     NO_IDS,
-    Choice,
     Chunk,
-    Delta,
-    Usage,
+    ChunkChoice,
+    ChunkDelta,
+    ChunkUsage,
     count_ids,
     has_ids,
     read_chunk,
 )
-from powerband.gateway.proxy.intake import MAX_TOKENS, Intake
-from powerband.gateway.proxy.whole_answer import WholeAnswer
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
+from powerband.gateway.proxy.whole_response import WholeAnswer
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.streaming import DONE, event
 
@@ -41,7 +41,7 @@ _MAKES_SEVERAL = frozenset(("powerband", "vllm", "sglang", "trtllm"))  # choices
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
 
-class Story:
+class StreamState:
     """`tell` takes events; the attributes say how far it has come.
 
     token_ids: of all output, where the replicas tell them. num_said: the text of the first so many is told, too, unless
@@ -51,17 +51,22 @@ class Story:
     """
 
     def __init__(
-        self, intake: Intake, model: str, estimates: Estimates | None = None, *, keeps_text: bool = False
+        self,
+        client_request: ClientRequest,
+        model: str,
+        estimates: TokenEstimates | None = None,
+        *,
+        keeps_text: bool = False,
     ) -> None:
         """estimates: of the model's answers, for tokens that are not counted by the replica."""
-        self._intake = intake
-        self.text = TextCount(estimates or Estimates())
+        self._client_request = client_request
+        self.text = TextTokenCount(estimates or TokenEstimates())
         self._always_keeps_text = keeps_text
         self._model = self._inner_model = model
-        asked = intake.asked
-        self._wants_ids = bool(asked.return_token_ids)
-        self.wants_silence = self._wants_ids or bool(asked.logprobs)  # events of ids without text, too
-        self._wants_usage = intake.wants_usage
+        fields = client_request.fields
+        self._wants_ids = bool(fields.return_token_ids)
+        self.wants_silence = self._wants_ids or bool(fields.logprobs)  # events of ids without text, too
+        self._wants_usage = client_request.wants_usage
         self._strips_usage = False  # of chunks that add to a choice: the gateway asked for it, the client did not
         self._usage_of: dict[int, int] | None = None  # output tokens by choice, where that is what chunks say
         self._since_usage = 0  # output tokens that came after the last usage
@@ -85,7 +90,7 @@ class Story:
         self.finish_reason = ""
         self._open: set[int] = set()  # choices that have begun and not ended
         self._finished: set[int] = set()
-        self.usage: Usage | None = None
+        self.usage: ChunkUsage | None = None
         self.times_s = array("d")
         self.counts = array("q")
         self.num_tokens = 0
@@ -94,7 +99,7 @@ class Story:
     @property
     def is_finished(self) -> bool:
         """Every choice that was asked for has said how it ended."""
-        return len(self._finished) >= self._intake.num_choices
+        return len(self._finished) >= self._client_request.num_choices
 
     @property
     def may_end(self) -> bool:
@@ -104,25 +109,28 @@ class Story:
     def _is_complete(self, indexes: set[int]) -> bool:
         """Whether these are all choices; of a server of which nobody knows whether it makes several: one a prompt."""
         if self.engine in _MAKES_SEVERAL:
-            return len(indexes) >= self._intake.num_choices
-        return len({index // (self._intake.asked.n or 1) for index in indexes}) >= self._intake.num_prompts
+            return len(indexes) >= self._client_request.num_choices
+        return (
+            len({index // (self._client_request.fields.n or 1) for index in indexes})
+            >= self._client_request.num_prompts
+        )
 
     @property
     def has_too_many(self) -> bool:
         """More tokens than may have been asked for."""
-        limit = self._intake.limit
+        limit = self._client_request.limit
         per_choice = MAX_TOKENS if limit is None else limit
-        return self._min_tokens > per_choice * self._intake.num_choices + _SLACK_TOKENS
+        return self._min_tokens > per_choice * self._client_request.num_choices + _SLACK_TOKENS
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
         self.engine, self._inner_model = replica.engine, replica.model
-        tells_usage = self._intake.tells_usage(replica)
-        self._strips_usage = tells_usage and not self._intake.wants_continuous_usage
-        self._usage_of = {} if tells_usage else None
-        self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._intake.can_resume)
+        returns_usage = self._client_request.returns_usage(replica)
+        self._strips_usage = returns_usage and not self._client_request.wants_continuous_usage
+        self._usage_of = {} if returns_usage else None
+        self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._client_request.can_resume)
 
-    def take_whole(self, chunk: Chunk, replica: ReplicaAddress, *, size: int = 0) -> None:
+    def process_whole(self, chunk: Chunk, replica: ReplicaAddress, *, size: int = 0) -> None:
         """An answer that came at once. Raises UpstreamFailure.
 
         size: of one of which `chunk` is the surface, in bytes: its text is not kept, and its tokens are guessed.
@@ -131,7 +139,7 @@ class Story:
         self._check_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
         if not self._is_complete(has := self._finished | self._open):
-            told = f"The replica's answer has {len(has)} of {self._intake.num_choices} choices."
+            told = f"The replica's answer has {len(has)} of {self._client_request.num_choices} choices."
             raise UpstreamFailure("truncated", told)
         if size:
             self.texts = [f"[an answer of {size} bytes]"]
@@ -158,20 +166,20 @@ class Story:
         self.num_said = min(self.num_said, kept)
 
     def tell(self, data: bytes, now_s: float) -> bytes:
-        """What the client reads of an event's data, whole events. Raises UpstreamFailure and RequestFault."""
+        """What the client reads of an event's data, whole events. Raises UpstreamFailure and InvalidUpstreamRequest."""
         chunk = read_chunk(data)
         if chunk.has_error:
             raise self.as_failure(chunk.error)
         self._check_choices(chunk)
         if not chunk.choices:
-            if chunk.usage is None and read_complaint(data).message:  # older vLLM's and TensorRT-LLM's form
+            if chunk.usage is None and read_upstream_error(data).message:  # older vLLM's and TensorRT-LLM's form
                 raise self.as_failure(Raw(data))
             self._take_usage(chunk, 0)
-            return self._told(data, chunk) if chunk.usage is not None and self._wants_usage else b""
+            return self._rewritten(data, chunk) if chunk.usage is not None and self._wants_usage else b""
         tokens, is_silent = 0, True
         for choice in chunk.choices:
             tokens += self._count(choice)
-            is_silent = is_silent and self._is_silent(choice)
+            is_silent = is_silent and self._is_empty(choice)
         self._take_usage(chunk, tokens)
         if has_ids(chunk.prompt_token_ids) and not self._before:
             self.prompt_ids = chunk.prompt_token_ids
@@ -179,19 +187,19 @@ class Story:
             self.times_s.append(now_s)
             self.counts.append(tokens)
             self.num_tokens += tokens
-        return b"" if is_silent else self._told(data, chunk)
+        return b"" if is_silent else self._rewritten(data, chunk)
 
     def _check_choices(self, chunk: Chunk) -> None:
         """Raise UpstreamFailure for more choices than were asked for."""
-        if len(chunk.choices or ()) > self._intake.num_choices:
+        if len(chunk.choices or ()) > self._client_request.num_choices:
             told = f"The replica sent {len(chunk.choices or ())} choices at once"
-            raise UpstreamFailure("garbage", f"{told}; {self._intake.num_choices} were asked for.")
+            raise UpstreamFailure("garbage", f"{told}; {self._client_request.num_choices} were asked for.")
 
-    def _count(self, choice: Choice) -> int:
+    def _count(self, choice: ChunkChoice) -> int:
         """Tokens that it adds. Raises UpstreamFailure for a choice that nobody asked for."""
         index, text, delta = choice.index or 0, choice.text, choice.delta or choice.message
-        if not 0 <= index < self._intake.num_choices:
-            raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._intake.num_choices}.")
+        if not 0 <= index < self._client_request.num_choices:
+            raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._client_request.num_choices}.")
         if choice.finish_reason and choice.finish_reason.lower() in _GIVEN_UP:
             raise UpstreamFailure("truncated", f"The replica gave up: finish_reason {choice.finish_reason!r}.")
         if self._skipped:
@@ -209,7 +217,7 @@ class Story:
             self._open.add(index)
         if has_ids(choice.prompt_token_ids) and not self._before:
             self.prompt_ids = choice.prompt_token_ids
-            self._prompt_sizes[index // (self._intake.asked.n or 1)] = count_ids(choice.prompt_token_ids)
+            self._prompt_sizes[index // (self._client_request.fields.n or 1)] = count_ids(choice.prompt_token_ids)
         if text and self.keeps_text:
             self.texts.append(text)
         if choice.token_ids:
@@ -247,7 +255,7 @@ class Story:
         self._skipped = skipped[size:]
         return text[size:]
 
-    def _is_silent(self, choice: Choice) -> bool:
+    def _is_empty(self, choice: ChunkChoice) -> bool:
         """Whether the client needs nothing of it: ids that only the gateway asked for, and what it has already."""
         delta = choice.delta
         if choice.text or choice.finish_reason:
@@ -263,15 +271,15 @@ class Story:
             return is_told
         return choice.token_ids is not None and not self.wants_silence
 
-    def _told(self, data: bytes, chunk: Chunk) -> bytes:
+    def _rewritten(self, data: bytes, chunk: Chunk) -> bytes:
         """The event as the client is to read it: the very bytes that came, if they may stay so."""
         if not self._lasting:
             first = FIELDS.decode(data)
             self._lasting = {name: first[name] for name in _LASTING if name in first}
-        tells_usage = self._wants_usage and not (chunk.choices and self._strips_usage)
-        if tells_usage and chunk.usage is not None and not chunk.choices:
+        returns_usage = self._wants_usage and not (chunk.choices and self._strips_usage)
+        if returns_usage and chunk.usage is not None and not chunk.choices:
             self._has_told_usage = True
-        if not (self.is_resumed or chunk.model != self._model or self._has_too_much(chunk, tells_usage)):
+        if not (self.is_resumed or chunk.model != self._model or self._has_too_much(chunk, returns_usage)):
             return event(data)
         fields: dict[str, Any] = FIELDS.decode(data)
         fields["model"] = self._served_model
@@ -280,22 +288,22 @@ class Story:
             for read, choice in zip(chunk.choices, choices, strict=True):
                 if self.is_resumed and "text" in choice:
                     choice["text"] = Raw(_ENCODE(read.text))  # less what the client has
-                self._retell(choice)
+                self._rewrite_choice(choice)
         if not self._wants_ids or self.is_resumed:
             fields.pop("prompt_token_ids", None)
-        if not tells_usage:
+        if not returns_usage:
             fields.pop("usage", None)
         if self.is_resumed:
             fields |= self._lasting
             if self._is_other_kind:
                 fields["object"] = "chat.completion.chunk"
-            if chunk.usage is not None and self._before and tells_usage:
-                fields["usage"] = self._with_before(fields["usage"], chunk.usage)
+            if chunk.usage is not None and self._before and returns_usage:
+                fields["usage"] = self._with_earlier_usage(fields["usage"], chunk.usage)
         return event(_ENCODE(fields))
 
-    def _has_too_much(self, chunk: Chunk, tells_usage: bool) -> bool:
+    def _has_too_much(self, chunk: Chunk, returns_usage: bool) -> bool:
         """Whether it has what only the gateway asked for, or an empty finish_reason where null is meant."""
-        if chunk.usage is not None and not tells_usage:
+        if chunk.usage is not None and not returns_usage:
             return True
         if has_ids(chunk.prompt_token_ids) and not self._wants_ids:
             return True
@@ -306,7 +314,7 @@ class Story:
                 return True
         return False
 
-    def _retell(self, choice: dict[str, Any]) -> None:
+    def _rewrite_choice(self, choice: dict[str, Any]) -> None:
         """Change a choice to what the client is to read."""
         if not self._wants_ids or self.is_resumed:
             choice.pop("prompt_token_ids", None)
@@ -318,7 +326,7 @@ class Story:
         if not self._wants_ids:
             choice.pop("token_ids", None)
 
-    def _with_before(self, data: Raw, usage: Usage) -> dict[str, Any]:
+    def _with_earlier_usage(self, data: Raw, usage: ChunkUsage) -> dict[str, Any]:
         """Its prompt held output that came before."""
         counted = {
             "prompt_tokens": max(0, (usage.prompt_tokens or 0) - self._before),
@@ -328,9 +336,9 @@ class Story:
 
     def as_failure(self, error: Raw) -> Exception:
         """An error in an answer: the replica's own, which another may be free of, or the request's."""
-        complaint = under_served_name(read_complaint(bytes(error)), self._inner_model, self._model)
+        complaint = with_served_name(read_upstream_error(bytes(error)), self._inner_model, self._model)
         if complaint.is_about_request:
-            return RequestFault(complaint)
+            return InvalidUpstreamRequest(complaint)
         return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")
 
     def whole(self, answer: WholeAnswer, chunk: Chunk) -> list[bytes]:
@@ -344,7 +352,7 @@ class Story:
         """
         usage = self.usage
         cached = 0 if usage is None else usage.cached_tokens
-        prompt = min(self._prompt_size() or self._intake.prompt_tokens, self._intake.max_prompt_usage)
+        prompt = min(self._prompt_size() or self._client_request.prompt_tokens, self._client_request.max_prompt_usage)
         return prompt, min(cached, prompt), min(self._said_output, self._max_output)
 
     @property
@@ -353,14 +361,16 @@ class Story:
 
     @property
     def _max_output(self) -> int:
-        limit = self._intake.limit
-        return (MAX_TOKENS if limit is None else limit) * self._intake.num_answers
+        limit = self._client_request.limit
+        return (MAX_TOKENS if limit is None else limit) * self._client_request.num_answers
 
     @property
     def is_estimate(self) -> bool:
         """Whether `final_usage` has sizes that no replica counted."""
         is_counted = self._since_usage == 0 or not self.has_gap
-        is_possible = self._prompt_size() <= self._intake.max_prompt_usage and self._said_output <= self._max_output
+        is_possible = (
+            self._prompt_size() <= self._client_request.max_prompt_usage and self._said_output <= self._max_output
+        )
         return not self._prompt_size() or not is_counted or not is_possible
 
     @property
@@ -376,7 +386,7 @@ class Story:
 
     def _prompt_size(self) -> int:
         """Of all prompts; 0: not known. A usage of one choice has one prompt."""
-        prompts, usage = self._intake.num_prompts, self.usage
+        prompts, usage = self._client_request.num_prompts, self.usage
         if len(self._prompt_sizes) == prompts:
             return sum(self._prompt_sizes.values())
         if usage is not None and usage.prompt_tokens and not (self._usage_of and prompts > 1):
@@ -390,29 +400,31 @@ class Story:
     def cut(self, reason: str) -> bytes:
         """The event that ends all choices which have not ended."""
         self.finish_reason = reason
-        said: dict[str, Any] = {"delta": {}} if self._intake.endpoint == "chat" else {"text": ""}
-        left = [index for index in range(self._intake.num_choices) if index not in self._finished]
+        said: dict[str, Any] = {"delta": {}} if self._client_request.endpoint == "chat" else {"text": ""}
+        left = [index for index in range(self._client_request.num_choices) if index not in self._finished]
         self._finished.update(left)
-        return self._made([{"index": index, **said, "logprobs": None, "finish_reason": reason} for index in left])
+        return self._build_chunk(
+            [{"index": index, **said, "logprobs": None, "finish_reason": reason} for index in left]
+        )
 
     @property
     def _has_all(self) -> bool:
-        return len(self._intake.resumed_ids) + len(self.token_ids) == self._intake.limit
+        return len(self._client_request.resumed_ids) + len(self.token_ids) == self._client_request.limit
 
-    def closing(self) -> bytes:
+    def final_events(self) -> bytes:
         """The end, and before it what a replica left out that told everything else: the usage, if it was wanted."""
         if not self._wants_usage or self._has_told_usage:
             return DONE
         prompt, cached, output = self.final_usage()
         usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-        return self._made([], usage={**usage, "prompt_tokens_details": {"cached_tokens": cached}}) + DONE
+        return self._build_chunk([], usage={**usage, "prompt_tokens_details": {"cached_tokens": cached}}) + DONE
 
-    def _made(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        kind = "chat.completion.chunk" if self._intake.endpoint == "chat" else "text_completion"
+    def _build_chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        kind = "chat.completion.chunk" if self._client_request.endpoint == "chat" else "text_completion"
         return event(_ENCODE({**self._lasting, "model": self._model, "object": kind, "choices": choices, **more}))
 
 
-def _parsed_text(delta: Delta) -> str:
+def _parsed_text(delta: ChunkDelta) -> str:
     """What a delta says, thoughts and calls of tools among it; not empty."""
     said = [delta.content, delta.reasoning_content, delta.reasoning]
     calls = call_text(delta.tool_calls) if delta.has_calls else ""

@@ -14,12 +14,18 @@ from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S
 from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.proxy.complaints import MAX_BYTES, RequestFault, phrase, read_complaint, under_served_name
-from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
-from powerband.gateway.proxy.intake import PATHS
+from powerband.gateway.proxy.client_request import PATHS
+from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.poison import PoisonDetector
 from powerband.gateway.proxy.retry_after import retry_after_s
-from powerband.gateway.proxy.upstream import Upstream
-from powerband.gateway.proxy.verdict import Verdict
+from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.proxy.upstream_errors import (
+    MAX_BYTES,
+    InvalidUpstreamRequest,
+    phrase,
+    read_upstream_error,
+    with_served_name,
+)
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.timeouts import Timeouts
@@ -27,7 +33,7 @@ from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
 
-MAX_REFUSALS = 8
+MAX_REJECTIONS = 8
 _ERROR_BODY_S = 5.0
 _SHORTEST_PAUSE_S = 0.02
 _VERDICT_S = 2.0  # by when probes have found out that a replica is dead
@@ -39,7 +45,7 @@ _TOKENS_OF_A_GOOD_TRY = 32
 _KEY_STATUSES = (401, 402, 403, 407)
 _MISSING_STATUSES = (404, 405, 410, 501)
 # The path and body that a replica is to be sent.
-Plan = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
+BuildRequest = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
 
 
 class ReplicaError(PowerbandError):
@@ -56,32 +62,32 @@ class PoisonRequest(PowerbandError):
     default_code = "request_fails"
 
 
-class Trip:
+class UpstreamAttempts:
     """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
 
-    def __init__(self, request: GatewayRequest, pool: Pool, upstream: Upstream, *, max_tries: int) -> None:
+    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_tries: int) -> None:
         self.request = request
         self._pool = pool
         self._upstream = upstream
         self._max_tries = max_tries
         self._lease: Lease | None = None
-        self._verdict = Verdict()
+        self._verdict = PoisonDetector()
         self._avoid: list[str] = []
         self._num_failures = 0
         self._num_refusals: dict[str, int] = {}  # by replica
         self._retry_after_s = 0.0
         self._absent_since_s: float | None = None
-        self.exchange: Exchange | None = None
+        self.exchange: UpstreamExchange | None = None
         self.replicas: list[str] = []
         self.broken: list[tuple[str, str]] = []  # replica and code of tries that failed, without refusals
         self.queue_s = 0.0
         self.sent_s = 0.0
-        self.has_begun = False  # the client has a part of the answer
+        self.response_started = False  # the client has a part of the answer
 
-    async def go(self, plan: Plan, timeouts: Timeouts) -> tuple[ReplicaAddress, Exchange]:
+    async def go(self, plan: BuildRequest, timeouts: Timeouts) -> tuple[ReplicaAddress, UpstreamExchange]:
         """With the head of an answer with status 200.
 
-        Raises RequestFault for what a replica says against the request, what the pool refuses with, and ReplicaError
+        Raises InvalidUpstreamRequest for what a replica says against the request, what the pool refuses with, and ReplicaError
         when enough replicas failed.
         """
         while True:
@@ -98,22 +104,22 @@ class Trip:
                     body,
                     timeouts,
                     headers=_headers(self.request),
-                    on_sent=partial(_tie, lease),
+                    on_sent=partial(_abort_when_lost, lease),
                 )
                 if exchange.status == 200:
                     self._verdict.settle()
                     return replica, exchange
-                await self._raise_trouble(exchange, replica)
+                await self._raise_for_status(exchange, replica)
             except UpstreamFailure as problem:
                 await self.failed(problem)
 
-    async def _raise_trouble(self, exchange: Exchange, replica: ReplicaAddress) -> NoReturn:
-        """Raise RequestFault for what the replica says against the request, UpstreamFailure for all else."""
+    async def _raise_for_status(self, exchange: UpstreamExchange, replica: ReplicaAddress) -> NoReturn:
+        """Raise InvalidUpstreamRequest for what the replica says against the request, UpstreamFailure for all else."""
         status, body = exchange.status, b""
         with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
             async with asyncio.timeout(_ERROR_BODY_S):
                 body = await exchange.read_all(MAX_BYTES)
-        complaint = under_served_name(read_complaint(body), replica.model, self.request.model)
+        complaint = with_served_name(read_upstream_error(body), replica.model, self.request.model)
         shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
         code = complaint.code or f"http_{status}"
         if status == 503 and code in _ABSENT:
@@ -130,7 +136,7 @@ class Trip:
         if 400 <= status < 500 and status not in (408, 421, 425):
             self._verdict.settle()
             self.close("ok")
-            raise RequestFault(complaint, status)
+            raise InvalidUpstreamRequest(complaint, status)
         raise UpstreamFailure(code, shown)
 
     def _log(self, replica: ReplicaAddress, what: str) -> None:
@@ -153,7 +159,7 @@ class Trip:
             # Ours says when there may be a place for this request, others when any may come again.
             is_ours = lease.replica.engine == "powerband"
             lease.close("refused", pause_s=0.0 if is_ours else problem.retry_after_s or 0.0)
-            self._refused(id, problem)
+            self._record_rejection(id, problem)
             return
         self.broken.append((id, problem.code))
         if problem.is_absence:
@@ -191,12 +197,12 @@ class Trip:
             await asyncio.sleep(_SHORTEST_PAUSE_S)
         return is_free
 
-    def _refused(self, id: str, problem: UpstreamFailure) -> None:
+    def _record_rejection(self, id: str, problem: UpstreamFailure) -> None:
         """Go on to another replica, or to the same one once more if that is soon; else raise."""
         self._num_refusals[id] = self._num_refusals.get(id, 0) + 1
         asks_for_s = problem.retry_after_s or 0.0
         self._retry_after_s = min(self._retry_after_s, asks_for_s) if self._retry_after_s else asks_for_s
-        is_done = sum(self._num_refusals.values()) > MAX_REFUSALS
+        is_done = sum(self._num_refusals.values()) > MAX_REJECTIONS
         has_others = self._pool.has_others(self._num_refusals)
         if is_done or not (has_others or (asks_for_s <= _SHORT_S and self._num_refusals[id] <= 2)):
             raise self._error(problem)
@@ -238,7 +244,7 @@ class Trip:
         """Free everything. The connection is kept when nothing but the end of the answer is missing."""
         exchange, self.exchange = self.exchange, None
         if exchange is not None and self._lease is None:
-            self._upstream.let_end(exchange)
+            self._upstream.drain(exchange)
         elif exchange is not None:
             self._upstream.end(exchange)
         self._verdict.settle()
@@ -255,7 +261,7 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
     return told if request.trace is None else {**told, **request.trace.headers}
 
 
-def _tie(lease: Lease, exchange: Exchange) -> None:
+def _abort_when_lost(lease: Lease, exchange: UpstreamExchange) -> None:
     """The exchange fails when the replica is found to hang or to be gone."""
     lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
 

@@ -23,7 +23,7 @@ from powerband.errors import PowerbandError
 from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.events import FIELDS, Chunk, not_understood, read_chunk
 
-MAX_ANSWER_BYTES = 64 << 20
+MAX_RESPONSE_BYTES = 64 << 20
 _LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
 LARGE_BYTES = 1 << 20  # beyond this only the surface is decoded: msgspec takes up to some 20 ms for a MiB
 MAX_SURFACE_BYTES = 4 << 20
@@ -37,13 +37,13 @@ _PLAIN = bytes(byte if byte < 0x80 and byte != ord("\\") else ord("_") for byte 
 _MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("[^"]*"|null)')
 
 
-class AnswerTooLarge(PowerbandError):
+class ResponseTooLarge(PowerbandError):
     """An answer, or an event of a stream, may be right, but is larger than the gateway holds."""
 
     http_status = 502
     default_code = "answer_too_large"
 
-    def __init__(self, what: str = "answer", max_bytes: int = MAX_ANSWER_BYTES, hint: str = _LESS) -> None:
+    def __init__(self, what: str = "answer", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _LESS) -> None:
         super().__init__(f"The {what} is larger than {max_bytes >> 20} MiB.", hint=hint)
 
 

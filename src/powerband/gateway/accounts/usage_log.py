@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from powerband.gateway.accounts.limits import month_of
 from powerband.gateway.accounts.store import BAD_ROW, Row, Run, Store
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class _Sum(NamedTuple):
         return _Sum(max(self[0], other[0]), *map(add, self[1:], other[1:]))
 
 
-class Ledger:
+class UsageLog:
     def __init__(self, store: Store, retention_days: float, most_waiting: int = MOST_WAITING) -> None:
         self._lock = threading.Lock()  # over the sums, which the writer's thread takes away
         self._sums: dict[_Group, _Sum] = {}
@@ -69,7 +69,7 @@ class Ledger:
         store.also(self._write_sums)
         store.also(self._delete_old, every_s=1)
 
-    def note(self, finished: Finished) -> None:
+    def note(self, finished: CompletedRequest) -> None:
         """Never blocks, never raises for what the disk does."""
         request, record = finished.request, finished.record
         row = (
@@ -160,7 +160,7 @@ def _as_row(group: _Group, amounts: _Sum) -> Row:
     return (*known, *tokens, 0.0, None, None, *ends, amounts.cost_usd, amounts.requests, amounts.estimated)
 
 
-def spent(connection: sqlite3.Connection, now: float) -> dict[str, tuple[float, float]]:
+def read_spend(connection: sqlite3.Connection, now: float) -> dict[str, tuple[float, float]]:
     """Key id → (USD in all, USD in this month)."""
     sql = "SELECT key_id, sum(cost_usd), sum(CASE WHEN day >= ? THEN cost_usd ELSE 0 END) FROM daily GROUP BY key_id"
     return {id: (total, month) for id, total, month in connection.execute(sql, (f"{month_of(now)}-01",))}

@@ -18,7 +18,7 @@ HELD_OUT_SHARE = 16  # one exercise in so many is kept for evaluation
 
 
 @dataclass(frozen=True, slots=True)
-class Exercise:
+class EvalTask:
     """One question and its only right answer.
 
     `question` is what a user asks in a chat, `prompt` the same as the start of a text to complete. `working` is what
@@ -58,7 +58,7 @@ def _pairs(text: str) -> object:
     return json.loads(text, object_pairs_hook=lambda pairs: sorted(pairs, key=itemgetter(0)))
 
 
-def exercises(kind: str, seed: int, held_out: bool) -> Iterator[Exercise]:
+def eval_tasks(kind: str, seed: int, held_out: bool) -> Iterator[EvalTask]:
     """An endless stream of one kind of exercise; the same seed gives the same stream.
 
     Raises KeyError when `kind` is not one of KINDS.
@@ -71,7 +71,7 @@ def exercises(kind: str, seed: int, held_out: bool) -> Iterator[Exercise]:
             yield exercise
 
 
-def _is_held_out(exercise: Exercise) -> bool:
+def _is_held_out(exercise: EvalTask) -> bool:
     return hashlib.sha256(exercise.prompt.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
@@ -84,14 +84,14 @@ def _sum_question(rng: random.Random, formula: str) -> str:
     return rng.choice((f"What is {formula}?", f"Calculate {formula}."))
 
 
-def _add(rng: random.Random) -> Exercise:
+def _add(rng: random.Random) -> EvalTask:
     a, b = _operand(rng), _operand(rng)
-    return Exercise("add", _sum_question(rng, f"{a} + {b}"), f"{a} + {b} =", str(a + b), _columns(a, b, 1))
+    return EvalTask("add", _sum_question(rng, f"{a} + {b}"), f"{a} + {b} =", str(a + b), _columns(a, b, 1))
 
 
-def _subtract(rng: random.Random) -> Exercise:
+def _subtract(rng: random.Random) -> EvalTask:
     b, a = sorted((_operand(rng), _operand(rng)))
-    return Exercise("subtract", _sum_question(rng, f"{a} - {b}"), f"{a} - {b} =", str(a - b), _columns(a, b, -1))
+    return EvalTask("subtract", _sum_question(rng, f"{a} - {b}"), f"{a} - {b} =", str(a - b), _columns(a, b, -1))
 
 
 def _columns(a: int, b: int, sign: int) -> str:
@@ -107,9 +107,9 @@ def _columns(a: int, b: int, sign: int) -> str:
     return f"({', '.join(columns)})"
 
 
-def _multiply(rng: random.Random) -> Exercise:
+def _multiply(rng: random.Random) -> EvalTask:
     a, b = rng.randrange(13), rng.randrange(21)
-    return Exercise("multiply", _sum_question(rng, f"{a} * {b}"), f"{a} * {b} =", str(a * b))
+    return EvalTask("multiply", _sum_question(rng, f"{a} * {b}"), f"{a} * {b} =", str(a * b))
 
 
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
@@ -123,10 +123,10 @@ def _name(rng: random.Random) -> str:
     return "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3))).capitalize()
 
 
-def _copy(rng: random.Random) -> Exercise:
+def _copy(rng: random.Random) -> EvalTask:
     item = rng.choice((_word, lambda r: str(r.randrange(10)), lambda r: r.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ")))
     text = " ".join(item(rng) for _ in range(rng.randint(3, 10)))
-    return Exercise("copy", f"Repeat this line:\n{text}", f"A line:\n{text}\nThe same line:\n", text)
+    return EvalTask("copy", f"Repeat this line:\n{text}", f"A line:\n{text}\nThe same line:\n", text)
 
 
 # fmt: off
@@ -137,7 +137,7 @@ _THINGS = (
 # fmt: on
 
 
-def _lookup(rng: random.Random) -> Exercise:
+def _lookup(rng: random.Random) -> EvalTask:
     size = rng.randint(3, 8) if rng.random() < 0.85 else rng.randint(9, 16)
     keys = rng.sample(_THINGS, size)
     numbers = rng.random() < 0.5
@@ -145,7 +145,7 @@ def _lookup(rng: random.Random) -> Exercise:
     wanted = rng.randrange(size)
     table = ", ".join(f"{key} = {value}" for key, value in zip(keys, values, strict=True))
     question = f"Given {table}, what is {keys[wanted]}?"
-    return Exercise("lookup", question, f"{question}\nAnswer:", values[wanted])
+    return EvalTask("lookup", question, f"{question}\nAnswer:", values[wanted])
 
 
 _FIELDS: dict[str, Callable[[random.Random], object]] = {
@@ -162,15 +162,15 @@ _FIELDS: dict[str, Callable[[random.Random], object]] = {
 }
 
 
-def _json(rng: random.Random) -> Exercise:
+def _json(rng: random.Random) -> EvalTask:
     fields = rng.sample(sorted(_FIELDS), rng.randint(2, 5))
     record = {field: _FIELDS[field](rng) for field in fields}
     wish = ", ".join(f"{field} = {json.dumps(value)}" for field, value in record.items())
     question = f"Write JSON with {wish}."
-    return Exercise("json", question, f"{question}\nAnswer:", json.dumps(record))
+    return EvalTask("json", question, f"{question}\nAnswer:", json.dumps(record))
 
 
-_MAKERS: dict[str, Callable[[random.Random], Exercise]] = {
+_MAKERS: dict[str, Callable[[random.Random], EvalTask]] = {
     "add": _add,
     "subtract": _subtract,
     "multiply": _multiply,

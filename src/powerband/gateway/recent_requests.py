@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
 
 MAX_REQUESTS = 20_000
 MAX_CHUNKS = 2_000_000  # times of chunks in all of them: about 64 MB
@@ -13,9 +13,9 @@ MAX_PAGE = 1000
 MAX_PAGE_CHUNKS = 100_000
 
 
-class Recent:
+class RecentRequests:
     def __init__(self) -> None:
-        self._requests: deque[Finished] = deque()
+        self._requests: deque[CompletedRequest] = deque()
         self._chunks = 0
         self._last = 0
 
@@ -24,7 +24,7 @@ class Recent:
         """The number of the newest; 0: none yet."""
         return self._last
 
-    def append(self, finished: Finished) -> None:
+    def append(self, finished: CompletedRequest) -> None:
         """Gives it its number."""
         self._last += 1
         finished.sequence = self._last
@@ -33,9 +33,9 @@ class Recent:
         while len(self._requests) > MAX_REQUESTS or self._chunks > MAX_CHUNKS:
             self._chunks -= len(self._requests.popleft().record.chunk_times_s)
 
-    def after(self, number: int) -> list[Finished]:
+    def after(self, number: int) -> list[CompletedRequest]:
         """Those that ended after the request of this number, oldest first; as many as go into one answer."""
-        found: list[Finished] = []
+        found: list[CompletedRequest] = []
         chunks = 0
         for finished in self._newer(number):
             chunks += len(finished.record.chunk_times_s)
@@ -44,7 +44,7 @@ class Recent:
             found.append(finished)
         return found
 
-    def _newer(self, number: int) -> Iterator[Finished]:
+    def _newer(self, number: int) -> Iterator[CompletedRequest]:
         first = self._last - len(self._requests) + 1
         for place in range(max(0, number + 1 - first), len(self._requests)):
             yield self._requests[place]

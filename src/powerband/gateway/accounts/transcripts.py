@@ -33,7 +33,7 @@ class _Message(msgspec.Struct, gc=False):
 _PROMPT = msgspec.json.Decoder(str | list[str | _Message])
 
 
-class Content:
+class TranscriptStore:
     """on: whether anything is kept at all."""
 
     def __init__(self, store: Store, on: bool, retention_days: float) -> None:

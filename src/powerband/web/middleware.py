@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 _LABEL_CHARS = 128
 
 
-class ClientLeft(Exception):
+class ClientDisconnected(Exception):
     """The client closed its connection; there is nobody to answer."""
 
 
-class Edge:
+class RequestIdMiddleware:
     """`X-Request-Id` in a response is ours, and `scope["state"]["request_id"]`.
 
     One that the client sends is a label for the log, never a key.
@@ -49,7 +49,7 @@ class Edge:
         scope["app"] = self  # makes Starlette's router raise, not answer, for unknown paths and methods
         try:
             await self._app(scope, receive, send_with_id)
-        except ClientLeft:
+        except ClientDisconnected:
             status = 499
         except Exception as error:
             if status:  # too late for another answer: uvicorn closes the connection

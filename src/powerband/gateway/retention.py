@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BooksOptions:
+class RetentionOptions:
     """usage_retention_days: how long single requests and feedback are kept; daily sums stay.
 
     store_content: keep prompts and outputs, redacted, for content_retention_days.
