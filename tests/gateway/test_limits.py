@@ -206,9 +206,9 @@ def test_more_than_estimated_delays_what_comes_later() -> None:
 def test_output_beyond_what_was_taken_counts_while_it_comes() -> None:
     limits, key = limits_at(Clock()), key_with(tokens_per_min=100)
     running = limits.reserve(key, request(10, 10))
-    running.produced(5)
+    running.add_output_tokens(5)
     assert limits.used(key)["tokens_last_min"] == 20
-    running.produced(85)
+    running.add_output_tokens(85)
     assert limits.used(key)["tokens_last_min"] == 95
     assert refusal(limits, key, request(10)) == "tokens_limit"
     running.settle(10, 85, 0.0)

@@ -76,7 +76,7 @@ class FeedbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def make_routes(accounts: Accounts) -> list[Route]:
-    """All of them; the doorkeeper has made sure of the scopes."""
+    """Routes for keys, usage and audit. The middleware has checked the scopes."""
     keys, reports = KeyRoutes(accounts), ReportRoutes(accounts)
     return [
         Route("/admin/keys", keys.list, methods=["GET"]),

@@ -85,10 +85,10 @@ class UpstreamAttempts:
         self.response_started = False  # the client has a part of the answer
 
     async def go(self, plan: BuildRequest, timeouts: Timeouts) -> tuple[ReplicaAddress, UpstreamExchange]:
-        """With the head of an answer with status 200.
+        """The replica, and its response with status 200, of which the body is still to be read.
 
-        Raises InvalidUpstreamRequest for what a replica says against the request, what the pool refuses with, and ReplicaError
-        when enough replicas failed.
+        Raises InvalidUpstreamRequest if a replica rejects the request itself, PoolError if the pool does, and
+        ReplicaError after too many failures.
         """
         while True:
             lease = self._lease = await self._pool.lease(self.request, avoid=tuple(self._avoid))

@@ -24,7 +24,7 @@ from powerband.web.middleware import RequestIdMiddleware
 
 
 class Service:
-    """The routes behind the doorkeeper, asked with an admin's key unless told otherwise."""
+    """The routes behind authentication, called with an admin's key unless told otherwise."""
 
     def __init__(self, path: Path) -> None:
         self.accounts = Accounts.open(path, RetentionOptions(store_content=True))
