@@ -5,9 +5,9 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 from requests_for_tests import finished
 
-from powerband.gateway.metrics import GatewayMetrics, GaugeSnapshot
+from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
+from powerband.gateway.observability.slo import slo_violations
 from powerband.gateway.routes import ModelRoute
-from powerband.gateway.slo import slo_violations
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.record import Outcome
 from powerband.spec.slo import SLO

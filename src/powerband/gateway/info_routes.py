@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.metrics import GatewayMetrics, GaugeSnapshot
+from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
 from powerband.web.errors import HttpError, json_response
 
 

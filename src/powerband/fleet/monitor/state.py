@@ -12,8 +12,8 @@ from powerband.fleet.monitor.recent_traffic import RecentTraffic, RequestSample
 from powerband.fleet.monitor.replica_metrics import ReplicaMetrics, read_metrics
 from powerband.fleet.monitor.residuals import StepResiduals
 from powerband.fleet.monitor.slo_burn import SLOBurn
+from powerband.gateway.observability.slo import slo_violations
 from powerband.gateway.request import CompletedRequest
-from powerband.gateway.slo import slo_violations
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.spec.hardware.device import usable_memory
 from powerband.spec.plan import Plan, Prediction

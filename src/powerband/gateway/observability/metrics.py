@@ -16,9 +16,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from powerband.dispatch.backend import BACKEND_STATES
+from powerband.gateway.observability.slo import has_first_token, slo_violations
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute
-from powerband.gateway.slo import has_first_token, slo_violations
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.metrics.prometheus import LATENCY_BUCKETS_S, Histogram
 from powerband.metrics.record import Outcome
