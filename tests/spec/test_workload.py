@@ -13,6 +13,7 @@ from scipy.stats import chisquare, expon, kstest
 
 from powerband.bench.load import shards
 from powerband.errors import UsageError
+from powerband.spec.workload import workload as workload_module
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
 from powerband.spec.workload.lengths import Empirical, Fixed, LogNormal, Uniform
 from powerband.spec.workload.workload import (
@@ -25,7 +26,6 @@ from powerband.spec.workload.workload import (
     TracedRequest,
     Workload,
 )
-from powerband.spec.workload import workload as workload_module
 
 PLAIN = RequestMix(Uniform(10, 100), LogNormal(50, 1.0, high=400))
 TALKS = RequestMix(

@@ -8,9 +8,9 @@ from typing import Any
 
 from powerband.planner.candidates import SearchSpace
 from powerband.planner.results import Objective
-from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import EngineName, Quantization
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop, Replay

@@ -12,11 +12,11 @@ from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.cli.model.memory import config_source
 from powerband.documents import read_table
 from powerband.errors import UsageError
-from powerband.spec.checkpoint.precision import CheckpointPrecision, read_for_planning
+from powerband.spec.config_reader import shown
 from powerband.spec.deployment import ENGINES, EngineName, Quantization, Replica
 from powerband.spec.hardware.catalog import Catalog, load_catalog, read_prices
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
-from powerband.spec.model.config_reader import shown
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision, read_for_planning
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.quantities import number
 from powerband.spec.settings import EngineSettings

@@ -20,7 +20,7 @@ from powerband.errors import UsageError
 if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
     from powerband.bench.report.results import RunReport
-    from powerband.planner.simulator import Simulation
+    from powerband.planner.simulation.simulator import Simulation
     from powerband.spec.deployment import Deployment
     from powerband.spec.hardware.profile import DeviceProfile
     from powerband.spec.plan import Plan

@@ -23,7 +23,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.workload.arrivals import (
     Arrivals,
     ClosedLoop,
