@@ -104,7 +104,7 @@ def local_profile(path: Path | None = None) -> DeviceProfile | None:
 
 
 def is_local(profile: DeviceProfile) -> bool:
-    """Whether a profile of a CPU was measured on this processor; True if it does not say. Callers compare GPUs by name."""
+    """Whether a profile of a CPU was measured on this processor; True if it does not say. GPUs: compare names."""
     if profile.machine is None or profile.kind != "cpu":
         return True
     cpu = detect_cpu()
