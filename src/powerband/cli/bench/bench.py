@@ -44,7 +44,7 @@ class BenchModeFlags:
     find_rate: Annotated[bool, _mode("Find the highest rate that keeps the --slo")] = False
     plan: Annotated[Path | None, _mode("Check a plan's promise; exit 1 if it is broken")] = None
     compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; no load")] = None
-    measure_client_capacity: Annotated[bool, _mode("Measure what this client can do at most; no load")] = False
+    calibrate: Annotated[bool, _mode("Measure what this client can do at most; no load")] = False
     fault: Annotated[str | None, _mode("Misbehave for a drill: 'list' shows how; loopback only")] = None
     allow_remote: Annotated[bool, _mode("... also towards other machines")] = False
     explain_metrics: Annotated[bool, _mode("Print the definition of every figure")] = False
@@ -87,7 +87,7 @@ def bench(
     if url is not None and base_url is not None:
         raise UsageError("The server is named twice.", param="url")
     _check_modes(modes)
-    is_load = not (modes.explain_metrics or modes.compare is not None or modes.measure_client_capacity)
+    is_load = not (modes.explain_metrics or modes.compare is not None or modes.calibrate)
     if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging)):
         raise UsageError("Nothing is loaded here: the server and its options mean nothing.", hint="Leave them out.")
     if modes.explain_metrics:
@@ -97,7 +97,7 @@ def bench(
         return 0
     if modes.compare is not None:
         return _compare(*modes.compare, as_json=output.json)
-    if modes.measure_client_capacity:
+    if modes.calibrate:
         return _calibrate(as_json=output.json)
     flags = load or LoadFlags(), requests or RequestFlags(), server or TargetFlags(), judging or SLOFlags()
     target = _target(url or base_url or DEFAULT_URL, flags[1], flags[2])
@@ -113,7 +113,7 @@ def _check_modes(modes: BenchModeFlags) -> None:
         "--find-rate": modes.find_rate,
         "--plan": modes.plan is not None,
         "--compare": modes.compare is not None,
-        "--calibrate": modes.measure_client_capacity,
+        "--calibrate": modes.calibrate,
         "--fault": modes.fault is not None,
         "--explain-metrics": modes.explain_metrics,
     }

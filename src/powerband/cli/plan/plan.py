@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,6 +23,7 @@ from powerband.cli.plan.inputs import (
     quantizations,
     read_model,
 )
+from powerband.cli.progress import progress_bar
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import ENGINES
 from powerband.spec.quantities import share
@@ -31,8 +31,7 @@ from powerband.spec.slo import SLO
 
 if TYPE_CHECKING:
     from powerband.planner.plan_request import PlanRequest
-    from powerband.planner.results import Evaluation, PlanResults
-    from powerband.spec.plan import Plan
+    from powerband.planner.results import PlanResults
 
 NO_PLAN = 1
 DEFAULT_SLO = "ttft=2s@p95,tpot=100ms@p95"
@@ -154,18 +153,11 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixFlags, of
 
 def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
     """With its progress on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from powerband.planner.search import search
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as shown:
-        task = shown.add_task("candidates", total=None)
+    with progress_bar(quiet=quiet) as report:
         return search(
-            plan_request,
-            workers=workers,
-            progress=lambda done, total, text: shown.update(task, completed=done, total=total, description=text),
+            plan_request, workers=workers, progress=lambda done, total, text: report(text, done / max(total, 1))
         )
 
 
@@ -175,6 +167,7 @@ def _print_results(results: PlanResults, plan_request: PlanRequest, output: Plan
     from powerband.planner.report.html_report import write_report
     from powerband.planner.report.json_export import results_as_dict
     from powerband.planner.report.table import plan_table
+    from powerband.planner.selection import plan_from
     from powerband.spec.plan import write_plan
 
     if output.html is not None:
@@ -204,31 +197,3 @@ def _check_outputs(output: PlanOutputFlags) -> None:
     for path in (output.out, output.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise EnvironmentFault(f"Cannot write {path}: there is no such folder.", param="out")
-
-
-def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
-    """The promise is what is predicted at the pessimistic edge."""
-    from powerband.spec.hardware.catalog import usd_per_hour
-    from powerband.spec.plan import Plan, PlanCost, SLOGuarantee
-
-    machines: Counter[str] = Counter()
-    prices = {profile.name: profile.prices for profile in plan_request.profiles}
-    for pool in chosen.deployment.pools:
-        found = usd_per_hour(prices[pool.replica.device], pool.count, pool.replica.num_devices)
-        machines.update(found[1] if found is not None else {})
-    cost = None
-    if chosen.usd_per_hour is not None and chosen.usd_per_million_tokens is not None:
-        cost = PlanCost(
-            usd_per_hour=chosen.usd_per_hour,
-            usd_per_million_tokens=chosen.usd_per_million_tokens,
-            machines=dict(machines),
-        )
-    return Plan(
-        model=plan_request.model,
-        workload=plan_request.workload,
-        slo=plan_request.slo,
-        promise=SLOGuarantee(plan_request.rate, chosen.figures["output_tokens_per_s"].low),
-        deployment=chosen.deployment,
-        predicted=dict(chosen.figures),
-        cost=cost,
-    )

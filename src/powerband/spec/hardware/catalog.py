@@ -18,6 +18,7 @@ from typing import Any
 
 from powerband.documents import parse_table, read_table
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import write_atomically
 from powerband.folders import cache_directory
 from powerband.spec.config_reader import shown
 from powerband.spec.hardware.device import detect_cpu
@@ -101,6 +102,17 @@ def local_profile(path: Path | None = None) -> DeviceProfile | None:
     path = path or local_profile_path()
     profile = read_profile(path) if path.exists() else None
     return profile if profile is not None and is_local(profile) else None
+
+
+def write_profile(profile: DeviceProfile, path: Path) -> None:
+    """All or nothing. Raises EnvironmentFault."""
+    import yaml
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True).encode())
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="out") from None
 
 
 def is_local(profile: DeviceProfile) -> bool:
