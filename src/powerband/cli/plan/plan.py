@@ -10,24 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import MixFlags
 from powerband.cli.flags import Json
 from powerband.cli.plan.devices import PRICES_HELP
-from powerband.cli.plan.inputs import (
-    chosen_devices,
-    chosen_workload,
-    dollars_per_hour,
-    engines,
-    max_request_tokens,
-    pinned,
-    quantizations,
-    read_model,
-)
+from powerband.cli.plan.inputs import read_model
 from powerband.cli.progress import progress_bar
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.deployment import ENGINES
-from powerband.spec.quantities import share
+from powerband.spec.deployment import ENGINES, parse_engines, parse_quantizations
+from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
+from powerband.spec.quantities import dollars_per_hour, share
 from powerband.spec.slo import SLO
+from powerband.spec.workload.options import MixOptions, chosen_workload
 
 if TYPE_CHECKING:
     from powerband.planner.plan_request import PlanRequest
@@ -95,7 +87,7 @@ def plan(
     /,
     *,
     need: RequirementFlags | None = None,
-    requests: MixFlags | None = None,
+    requests: MixOptions | None = None,
     offer: HardwareFlags | None = None,
     output: PlanOutputFlags | None = None,
 ) -> int:
@@ -106,15 +98,15 @@ def plan(
     Exits with 1 when nothing keeps the SLO within the budget.
     """
     need, offer, output = need or RequirementFlags(), offer or HardwareFlags(), output or PlanOutputFlags()
-    plan_request = plan_request_from(model, need, requests or MixFlags(), offer)
+    plan_request = plan_request_from(model, need, requests or MixOptions(), offer)
     _check_outputs(output)
     results = search_with_progress(plan_request, output.workers, quiet=output.json)
     return _print_results(results, plan_request, output)
 
 
-def plan_request_from(model: str, need: RequirementFlags, requests: MixFlags, offer: HardwareFlags) -> PlanRequest:
+def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, offer: HardwareFlags) -> PlanRequest:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
-    from powerband.planner.plan_request import PlanRequest
+    from powerband.planner.plan_request import PlanRequest, max_request_tokens
 
     slo = SLO.parse(need.slo)
     if not slo.limits:
@@ -134,19 +126,19 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixFlags, of
         spec=spec,
         stored=stored,
         profiles=profiles,
-        engines=engines(offer.engine),
+        engines=parse_engines(offer.engine),
         workload=workload,
         rate=rate,
         slo=slo,
         budget_usd_per_h=dollars_per_hour(need.budget) if need.budget is not None else None,
         max_devices=offer.max_devices,
         replicas=offer.replicas,
-        quantizations=quantizations(offer.quantization),
+        quantizations=parse_quantizations(offer.quantization),
         max_model_len=offer.max_model_len or max_request_tokens(workload, need.seed, spec, slo.attainment),
         objective=need.objective,
         draft_tokens=offer.draft_tokens,
         draft_acceptance=share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0,
-        pinned=pinned(changes),
+        pinned=pinned_settings(changes),
         seed=need.seed,
     )
 

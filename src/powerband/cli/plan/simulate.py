@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import LoadFlags, MixFlags, RequestedLoad, SLOFlags, requested_load
+from powerband.cli.bench.options import SLOFlags
 from powerband.cli.flags import Json
-from powerband.cli.plan.inputs import chosen_devices, read_model
+from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
+from powerband.spec.hardware.what_if import chosen_devices
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, RequestedLoad, requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
@@ -33,8 +35,8 @@ def simulate(
     plan: Annotated[Path, Parameter(help="A file that 'powerband plan -o' wrote")],
     /,
     *,
-    load: LoadFlags | None = None,
-    requests: MixFlags | None = None,
+    load: ArrivalOptions | None = None,
+    requests: MixOptions | None = None,
     judging: SLOFlags | None = None,
     devices: Annotated[
         str | None,
@@ -59,7 +61,7 @@ def simulate(
     from powerband.spec.plan import read_plan
     from powerband.spec.workload.traces import read_trace
 
-    load, requests, judging = load or LoadFlags(), requests or MixFlags(), judging or SLOFlags()
+    load, requests, judging = load or ArrivalOptions(), requests or MixOptions(), judging or SLOFlags()
     trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
     known = read_plan(plan, trace)
     if known.deployment is None:
@@ -107,12 +109,12 @@ def _profile_finder(deployment: Deployment, devices: str | None, changes: list[s
     return profiles.__getitem__
 
 
-def _requested_load(plan: Plan, load: LoadFlags, requests: MixFlags) -> RequestedLoad:
+def _requested_load(plan: Plan, load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
     """What the flags say; where they say nothing of what or when, the plan's workload and rate."""
     told = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
     asked = requested_load(load, requests)
     says_when = any(value is not None for value in told)
-    says_what = load.trace is not None or requests != MixFlags()
+    says_what = load.trace is not None or requests != MixOptions()
     workload = asked.workload if says_what else replace(asked.workload, name=plan.workload.name)
     if not says_what:
         workload = replace(workload, requests=plan.workload.requests)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import MixFlags
 from powerband.cli.flags import Json
 from powerband.cli.plan.plan import NO_PLAN, HardwareFlags, RequirementFlags
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.workload.options import MixOptions
 
 if TYPE_CHECKING:
     from powerband.fleet.deployment import Deployed, DeploymentOptions
@@ -87,7 +87,7 @@ def deploy(
     /,
     *,
     need: RequirementFlags | None = None,
-    requests: MixFlags | None = None,
+    requests: MixOptions | None = None,
     offer: HardwareFlags | None = None,
     service: ServiceFlags | None = None,
     proving: VerifyFlags | None = None,
@@ -136,7 +136,7 @@ def _ensure_controllers() -> int:
 
 
 def _resolve_plan(
-    text: str, need: RequirementFlags | None, requests: MixFlags | None, offer: HardwareFlags | None, *, quiet: bool
+    text: str, need: RequirementFlags | None, requests: MixOptions | None, offer: HardwareFlags | None, *, quiet: bool
 ) -> Plan | None:
     """None: nothing keeps the SLO; that was told. Raises UsageError for flags that a plan decides."""
     from powerband.spec.plan import read_plan
@@ -152,7 +152,9 @@ def _resolve_plan(
     from powerband.planner.report.table import plan_table
     from powerband.planner.selection import plan_from
 
-    plan_request = plan_request_from(text, need or RequirementFlags(), requests or MixFlags(), offer or HardwareFlags())
+    plan_request = plan_request_from(
+        text, need or RequirementFlags(), requests or MixOptions(), offer or HardwareFlags()
+    )
     results = search_with_progress(plan_request, None, quiet=quiet)
     if results.recommended is None:
         Console(stderr=True).print(plan_table(results))
