@@ -23,7 +23,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = SOURCE / "powerband"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOOR_1 = ("core", "cost", "text", "spec", "metrics", "web")
+FLOOR_1 = ("core", "cost", "dispatch", "text", "spec", "metrics", "web")
 # Room → rooms it may import, besides itself and powerband.errors.
 MAY_IMPORT = {
     "spec": (),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "text": ("spec",),
     "cost": ("spec",),
     "core": ("spec", "metrics"),
+    "dispatch": (),
     "web": ("core",),
     "engine": FLOOR_1,
     "server": ("engine", *FLOOR_1),
@@ -105,8 +106,13 @@ def test_imports_point_to_rooms_below(path: Path) -> None:
     assert not wrong, f"{here} may import {sorted(allowed - {''})}, not {wrong}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=show)
-def test_core_imports_no_third_party(path: Path) -> None:
+PURE = ("core", "dispatch")  # no third-party packages, no clock, no chance, no input or output of their own
+PURE_FILES = sorted(path for room in PURE for path in (PACKAGE / room).glob("*.py"))
+IMPURE = {"time", "random", "secrets", "uuid", "datetime", "asyncio", "socket", "threading", "os", "pathlib"}
+
+
+@pytest.mark.parametrize("path", PURE_FILES, ids=show)
+def test_core_and_dispatch_import_no_third_party(path: Path) -> None:
     foreign = [name for name in imports(path) if name.split(".")[0] not in {*sys.stdlib_module_names, "powerband"}]
     assert not foreign
 
@@ -159,10 +165,10 @@ def test_no_loose_ends(path: Path) -> None:
         assert not prints, "only commands print; everything else logs or returns"
 
 
-def test_the_core_takes_time_and_chance_from_outside() -> None:
-    for path in (PACKAGE / "core").glob("*.py"):
-        own = {"time", "random", "secrets", "uuid", "datetime"} & {name.split(".")[0] for name in imports(path)}
-        assert not own or path.name == "clock.py", f"{path.name} imports {own}"
+@pytest.mark.parametrize("path", PURE_FILES, ids=show)
+def test_core_and_dispatch_take_time_chance_and_input_from_outside(path: Path) -> None:
+    own = IMPURE & {name.split(".")[0] for name in imports(path)}
+    assert not own or path.name == "clock.py", f"it imports {own}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=show)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from drills_for_tests import Front, wait_until
 
-from powerband.fleet.service.status import Status
+from powerband.fleet.service.status import ServiceStatus
 from powerband.fleet.service.store import ServiceStore
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, SLOGuarantee, write_plan
@@ -53,8 +53,8 @@ class Service:
         return ServiceStore(self.home / NAME)
 
     @property
-    def status(self) -> Status:
-        found = self.folder.status()
+    def status(self) -> ServiceStatus:
+        found = self.folder.read_status()
         assert found is not None
         return found
 
@@ -96,7 +96,7 @@ def deployed(home: Path, count: int = 3) -> Iterator[Service]:
 
 def _end(service: Service) -> None:
     """By its own command; and whatever that leaves is killed."""
-    status = service.folder.status()
+    status = service.folder.read_status()
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
         service.run("remove", NAME, "--purge", timeout_s=60.0)
     pids = [] if status is None else [status.pid, status.gateway.pid, *(one.pid for one in status.replicas)]

@@ -46,7 +46,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
     yield tmp_path
     for folder in services():
-        status = folder.status()
+        status = folder.read_status()
         pids = [status.pid, status.gateway.pid, *(one.pid for one in status.replicas)] if status is not None else []
         for pid in filter(None, pids):  # each leads a session of its own
             with contextlib.suppress(ProcessLookupError):
@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = READY_S) -> None:
 
 
 def status_of(folder: ServiceStore) -> Any:
-    found = folder.status()
+    found = folder.read_status()
     assert found is not None
     return found
 
@@ -82,7 +82,7 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     told = capsys.readouterr()
     assert "promised" in told.out
     assert "SLO attainment" in told.out
-    folder = ServiceStore.of("demo")
+    folder = ServiceStore.named("demo")
     url = status_of(folder).gateway.url
     assert complete(url) == 200
 
@@ -123,7 +123,7 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     assert folder.database.exists(), "keys and usage are kept"
     assert session_leader_with(EnvironmentTag(INSTANCE_TAG, str(folder.path / "members" / f"{third.id}.json"))) is None
     assert main(["remove"]) == 2
-    assert "No service is deployed here" in capsys.readouterr().err
+    assert "No service is deployed" in capsys.readouterr().err
 
 
 def test_what_cannot_start_says_why_and_leaves_nothing(

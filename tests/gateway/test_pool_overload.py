@@ -11,7 +11,7 @@ import pytest
 from gateways_for_tests import gateway_before
 from pool_world import VirtualLoop, make_pool, make_ready, replica, request, virtually
 
-from powerband.gateway.dispatch.errors import PoolError
+from powerband.dispatch.errors import PoolError
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.routes import ModelRoute
 from powerband.mock_server.behavior import Behavior

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import pytest
-from loads_for_tests import best_of_three
 
+from loads_for_tests import best_of_three
 from powerband.bench.client.connection import ConnectionPool
 from powerband.bench.client.http import HTTPPage, get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress

@@ -13,11 +13,10 @@ from powerband.bench.load import Live
 from powerband.errors import EnvironmentFault
 from powerband.files import write_atomically
 from powerband.fleet import operations
-from powerband.fleet.audit import record_action
 from powerband.fleet.control.controller_process import ensure_controller
-from powerband.fleet.release import BuiltRelease, ReleaseOptions, default_served_name, make_release
-from powerband.fleet.service.spec import Desired, GatewaySpec, Policy
-from powerband.fleet.service.status import Status
+from powerband.fleet.release import BuiltRelease, ReleaseOptions, build_release, default_served_name
+from powerband.fleet.service.spec import GatewaySpec, Policy, ServiceSpec
+from powerband.fleet.service.status import ServiceStatus
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.local import LocalTarget
 from powerband.fleet.verify import Verification, verify
@@ -30,14 +29,14 @@ _GRACE_S = 60.0  # beyond the time that replicas have to become ready
 class Report(Protocol):
     """Where a deployment reports what it does: lines of text, and the status as it changes."""
 
-    def __call__(self, status: Status) -> None: ...
+    def __call__(self, status: ServiceStatus) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def describe(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentOptions:
-    gateway: Callable[[Desired | None], GatewaySpec]  # from what runs already
+    gateway: Callable[[ServiceSpec | None], GatewaySpec]  # from what runs already
     policy: Policy
     name: str = ""  # of the service; '': from the model's
     served_name: str = ""  # in the API; '': the model's
@@ -56,7 +55,7 @@ class DeploymentOptions:
 @dataclass(frozen=True, slots=True)
 class Deployed:
     store: ServiceStore
-    status: Status
+    status: ServiceStatus
     verification: Verification | None  # None: not asked for
     changed: bool
 
@@ -79,22 +78,24 @@ def deploy_plan(plan: Plan, options: DeploymentOptions, report: Report) -> Deplo
     Raises EnvironmentFault if the release does not start; then what ran before runs again.
     """
     served_name = options.served_name or default_served_name(plan.model)
-    store = ServiceStore.of(options.name or operations.service_name(served_name))
+    store = ServiceStore.named(options.name or operations.service_name(served_name))
     before = _Before(is_running=store.exists(), has_database=store.database.exists())
-    gateway = options.gateway(store.desired())
-    store.make()
-    built = make_release(plan, _release_options(options, served_name, store, gateway))
+    gateway = options.gateway(store.read_spec())
+    store.create()
+    built = build_release(plan, _release_options(options, served_name, store, gateway))
     _report_plan(plan, built, store, gateway, report)
     desired, is_new = operations.apply(store, built.release, gateway, options.policy)
     ensure_controller(store)
     if not is_new:
-        report.say("nothing is to be changed")
-    status = operations.wait_for(store, desired.generation, report, desired.policy.ready_s + _GRACE_S)
-    if status.rejected is not None and status.rejected.generation == desired.generation:
+        report.describe("nothing is to be changed")
+    status = operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)
+    if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
         raise _start_failure(store, status, before)
     if is_new:
-        record_action(store, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)})
-    report.say(f"{store.name} is ready: {status.gateway.url}/v1")
+        operations.record_action(
+            store, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)}
+        )
+    report.describe(f"{store.name} is ready: {status.gateway.url}/v1")
     is_asked = is_new if options.verify is None else options.verify
     verification = _verified(plan, desired, status, store, options, report) if is_asked else None
     deployed = Deployed(store, status, verification, is_new)
@@ -112,7 +113,7 @@ def _release_options(
         executable=options.engine_command,
         extra=options.engine_args,
         threads=options.threads,
-        taken_gpus=LocalTarget(store.path).taken_devices(),
+        gpus_in_use=LocalTarget(store.path).devices_in_use(),
     )
 
 
@@ -126,19 +127,19 @@ def _replica_key_file(folder: Path) -> Path:
 
 def _report_plan(plan: Plan, built: BuiltRelease, store: ServiceStore, gateway: GatewaySpec, report: Report) -> None:
     if plan.deployment is not None:
-        report.say(f"plan: {built.release.served_name}, {deployment_text(plan.deployment)}")
+        report.describe(f"plan: {built.release.served_name}, {deployment_text(plan.deployment)}")
     limits = f"{plan.slo} for {plan.slo.attainment * 100:g} % of requests at {plan.promise.rate:.3g} a second"
-    report.say(f"promise: {limits}")
+    report.describe(f"promise: {limits}")
     for note in built.notes:
-        report.say(note)
-    report.say(f"service {store.name}: gateway on {gateway.host}:{gateway.port}, state in {store.path}")
+        report.describe(note)
+    report.describe(f"service {store.name}: gateway on {gateway.host}:{gateway.port}, state in {store.path}")
 
 
-def _start_failure(store: ServiceStore, status: Status, before: _Before) -> EnvironmentFault:
+def _start_failure(store: ServiceStore, status: ServiceStatus, before: _Before) -> EnvironmentFault:
     """The error about a release that did not start, once nothing of it is left."""
-    rejected = status.rejected
-    why = rejected.why if rejected is not None else ""
-    log = f"\n{rejected.log}" if rejected is not None and rejected.log else ""
+    failed = status.failed_rollout
+    why = failed.reason if failed is not None else ""
+    log = f"\n{failed.log}" if failed is not None and failed.log else ""
     if before.is_running and operations.rollback(store) is not None:
         return EnvironmentFault(f"The new release did not start: {why}.{log}", hint="What ran before goes on running.")
     operations.remove(store, lambda _status: None, purge=not before.has_database)
@@ -146,9 +147,14 @@ def _start_failure(store: ServiceStore, status: Status, before: _Before) -> Envi
 
 
 def _verified(
-    plan: Plan, desired: Desired, status: Status, store: ServiceStore, options: DeploymentOptions, report: Report
+    plan: Plan,
+    desired: ServiceSpec,
+    status: ServiceStatus,
+    store: ServiceStore,
+    options: DeploymentOptions,
+    report: Report,
 ) -> Verification:
-    report.say(f"verifying the promise: {plan.promise.rate:.3g} requests/s for {options.verify_seconds:g} s")
+    report.describe(f"verifying the promise: {plan.promise.rate:.3g} requests/s for {options.verify_seconds:g} s")
     with options.watch as watch:
         return verify(
             plan,
@@ -157,14 +163,14 @@ def _verified(
             api_key=store.admin_key.read_text().strip(),
             seconds=options.verify_seconds,
             report=options.report,
-            watch=watch,
+            on_progress=watch,
         )
 
 
 def _roll_back(store: ServiceStore, before: _Before, report: Report) -> None:
-    report.say("the promise is broken: going back")
+    report.describe("the promise is broken: going back")
     desired = operations.rollback(store) if before.is_running else None
     if desired is None:
         operations.remove(store, report, purge=not before.has_database)
         return
-    operations.wait_for(store, desired.generation, report, desired.policy.ready_s + _GRACE_S)
+    operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)

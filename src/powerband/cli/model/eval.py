@@ -21,7 +21,7 @@ from powerband.cli.tables import print_table
 from powerband.errors import UsageError
 from powerband.evaluation import ModelEvaluation, evaluate_model
 from powerband.spec.settings import EngineSettings
-from powerband.text.exercises import KINDS
+from powerband.text.eval_tasks import KINDS
 
 if TYPE_CHECKING:
     pass

@@ -15,6 +15,7 @@ from cyclopts import Group, Parameter
 from powerband.cli.flags import Json
 from powerband.cli.plan.plan import NO_PLAN, HardwareFlags, RequirementFlags
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.renamed import warn_renamed
 from powerband.spec.workload.options import MixOptions
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def _flag(group: Group, *names: str, help: str) -> Parameter:
     )
 
 
+def _old_flag() -> Parameter:
+    """A name that an option had in the version before: it still works, with a warning."""
+    return Parameter(group=_SERVICE, negative="", show=False)
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServiceFlags:
@@ -47,13 +53,15 @@ class ServiceFlags:
         _flag(_SERVICE, help="open: no key is needed (default on loopback); keys: every request needs one"),
     ] = None
     threads: Annotated[int | None, _flag(_SERVICE, help="CPU threads of a replica; default: a fair part")] = None
-    surge: Annotated[
-        int | None, _flag(_SERVICE, help="Replicas more while one is replaced: 0 or 1; default: 1 if there is memory")
+    max_surge: Annotated[
+        int | None, _flag(_SERVICE, help="Extra replicas during a rollout: 0 or 1; default: 1 if memory allows")
     ] = None
+    surge: Annotated[int | None, _old_flag()] = None
     drain_timeout: Annotated[str, _flag(_SERVICE, help="For running requests to end; default: 120s")] = "120s"
     start_timeout: Annotated[str, _flag(_SERVICE, help="For a replica to become ready; default: 30min")] = "30min"
-    auto: Annotated[bool, _flag(_SERVICE, help="Carry out what the watcher suggests")] = False
-    webhook: Annotated[str, _flag(_SERVICE, help="URL that is told of incidents")] = ""
+    auto_remediate: Annotated[bool, _flag(_SERVICE, help="Carry out the actions that the monitor suggests")] = False
+    auto: Annotated[bool, _old_flag()] = False
+    webhook: Annotated[str, _flag(_SERVICE, help="URL for notifications of incidents")] = ""
     gateway_args: Annotated[
         str, _flag(_SERVICE, help="Settings of the gateway, e.g. '--default-deadline-s 2'; see 'powerband gateway'")
     ] = ""
@@ -189,17 +197,22 @@ def _policy(flags: ServiceFlags) -> Policy:
     from powerband.fleet.service.spec import Policy
     from powerband.spec.quantities import seconds
 
-    if flags.surge not in (None, 0, 1):
-        raise UsageError(f"surge is {flags.surge}.", hint="It is 0 or 1.", param="surge")
+    if flags.surge is not None:
+        warn_renamed("--surge", "--max-surge")
+    if flags.auto:
+        warn_renamed("--auto", "--auto-remediate")
+    max_surge = flags.max_surge if flags.max_surge is not None else flags.surge
+    if max_surge not in (None, 0, 1):
+        raise UsageError(f"max_surge is {max_surge}.", hint="It is 0 or 1.", param="max_surge")
     if flags.webhook:
         from powerband.fleet.monitor.webhook import Webhook
 
         Webhook(flags.webhook).close()  # so that a wrong one is known now
     return Policy(
-        surge=flags.surge,
-        drain_s=seconds(flags.drain_timeout, param="drain_timeout"),
-        ready_s=seconds(flags.start_timeout, param="start_timeout"),
-        auto=flags.auto,
+        max_surge=max_surge,
+        drain_timeout_s=seconds(flags.drain_timeout, param="drain_timeout"),
+        start_timeout_s=seconds(flags.start_timeout, param="start_timeout"),
+        auto_remediate=flags.auto_remediate or flags.auto,
         webhook=flags.webhook,
     )
 

@@ -7,14 +7,14 @@ import socket
 from typing import Literal
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.service.spec import Desired, GatewaySpec
+from powerband.fleet.service.spec import GatewaySpec, ServiceSpec
 
 DEFAULT_PORT = 8000
 _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
 
 
 def gateway_spec_from_flags(
-    host: str, port: int | None, auth: Literal["open", "keys"] | None, gateway_args: str, current: Desired | None
+    host: str, port: int | None, auth: Literal["open", "keys"] | None, gateway_args: str, current: ServiceSpec | None
 ) -> GatewaySpec:
     """As asked, as before, or where there is room. Raises UsageError, EnvironmentFault."""
     from powerband.web.access import is_loopback
@@ -27,8 +27,8 @@ def gateway_spec_from_flags(
     if port is not None and not 1 <= port <= 65535:
         raise UsageError(f"port is {port}.", hint="1 to 65535; left out, a free one is found.", param="port")
     arguments = _gateway_arguments(gateway_args)
-    if current is not None and not current.removed and port in (None, current.front.port):
-        return GatewaySpec(host=host, port=current.front.port, auth=auth, arguments=arguments)
+    if current is not None and not current.removed and port in (None, current.gateway.port):
+        return GatewaySpec(host=host, port=current.gateway.port, auth=auth, arguments=arguments)
     if port is None:
         port = DEFAULT_PORT if _is_free(host, DEFAULT_PORT) else free_port(host)
     elif not _is_free(host, port):

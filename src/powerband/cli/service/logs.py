@@ -48,7 +48,7 @@ def _files(folder: ServiceStore, member: str | None) -> list[Path]:
     """Raises UsageError with those that there are."""
     found = sorted(folder.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
     if member is None:
-        status = folder.status()
+        status = folder.read_status()
         alive = {"controller", *(one.id for one in status.replicas)} if status is not None else set()
         return [path for path in found if path.stem in alive or path.stem.startswith("gateway-")]
     chosen = [path for path in found if path.stem == member]

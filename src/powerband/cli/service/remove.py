@@ -22,11 +22,10 @@ def remove(
     """
     from powerband.cli.service.view import ServiceProgress
     from powerband.fleet import operations
-    from powerband.fleet.audit import record_action
     from powerband.fleet.service.store import find_service
 
     folder = find_service(name)
-    record_action(folder, "remove", {"purge": purge})
+    operations.record_action(folder, "remove", {"purge": purge})
     operations.remove(folder, ServiceProgress(), purge=purge)
     kept = "" if purge else f" Its books are kept: {folder.database}"
     print(f"{folder.name} is removed.{kept}")

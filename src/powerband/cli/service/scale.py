@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -13,8 +12,8 @@ from powerband.errors import EnvironmentFault, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from powerband.fleet.service.spec import Desired, Release
-    from powerband.fleet.service.status import Status
+    from powerband.fleet.service.spec import Release, ServiceSpec
+    from powerband.fleet.service.status import ServiceStatus
 
 MAX_REPLICAS = 1000
 
@@ -30,32 +29,33 @@ def scale(
     """Run so many replicas. New ones get requests once they are ready; those that go finish theirs first."""
     from powerband.cli.service.view import ServiceProgress
     from powerband.fleet import operations
-    from powerband.fleet.audit import record_action
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.control.instance_specs import excess_threads
     from powerband.fleet.service.store import find_service
 
     folder = find_service(name)
 
-    def change(current: Desired, _status: Status | None) -> dict[str, Any]:
+    def change(current: ServiceSpec, _status: ServiceStatus | None) -> dict[str, Any]:
         return {"release": scaled(current.release, replicas)}
 
-    before = folder.desired()
+    before = folder.read_spec()
     if before is not None and scaled(before.release, replicas) == before.release:
         print(f"{folder.name} has {_counts_text(before.release)} already.")
         return 0
     progress = ServiceProgress()
-    desired = operations.update_desired(folder, change)
+    desired = operations.update_spec(folder, change)
     ensure_controller(folder)
-    record_action(folder, "scale", {"replicas": list(desired.release.counts)})
+    operations.record_action(folder, "scale", {"replicas": list(desired.release.counts)})
     beyond = excess_threads(desired.release)
     if beyond:
-        progress.say(f"that is more than this machine has: {beyond}")
-    status = operations.wait_for(folder, desired.generation, progress, desired.policy.ready_s + desired.policy.drain_s)
-    if status.rejected is not None and status.rejected.generation == desired.generation:
+        progress.describe(f"that is more than this machine has: {beyond}")
+    status = operations.wait_for(
+        folder, desired.generation, progress, desired.policy.start_timeout_s + desired.policy.drain_timeout_s
+    )
+    if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
         operations.rollback(folder)
         raise EnvironmentFault(
-            f"{folder.name} could not be scaled: {status.rejected.why}.\n{status.rejected.log}".rstrip(),
+            f"{folder.name} could not be scaled: {status.failed_rollout.reason}.\n{status.failed_rollout.log}".rstrip(),
             hint="It goes on with as many replicas as before.",
         )
     print(f"{folder.name} has {_counts_text(desired.release)}.")
@@ -80,8 +80,7 @@ def scaled(release: Release, asked: Sequence[str]) -> Release:
                 param="replicas",
             )
         counts[index] = int(number)
-    pools = tuple(replace(pool, count=count) for pool, count in zip(release.pools, counts, strict=True))
-    return replace(release, pools=pools)
+    return release.with_counts(counts)
 
 
 def _counts_text(release: Release) -> str:

@@ -32,7 +32,7 @@ def status(
 
     folders = [find_service(name)] if name is not None else services()
     if not folders:
-        raise UsageError("No service is deployed here.", hint="'powerband deploy' starts one.", param="name")
+        raise UsageError("No service is deployed.", hint="'powerband deploy' starts one.", param="name")
     if not watch:
         _show(folders, as_json=json)
         return 0
@@ -49,7 +49,7 @@ def _show(folders: list[ServiceStore], *, as_json: bool) -> None:
     from powerband.cli.service.view import print_status
 
     for number, folder in enumerate(folders):
-        desired = folder.desired()
+        desired = folder.read_spec()
         if desired is None:
             continue
         if as_json:
@@ -57,14 +57,14 @@ def _show(folders: list[ServiceStore], *, as_json: bool) -> None:
             continue
         if number:
             print()
-        print_status(folder, desired, folder.status())
+        print_status(folder, desired, folder.read_status())
 
 
 def status_dict(folder: ServiceStore) -> dict[str, object]:
     """What --json prints: status.json, with what is desired beside it."""
     import msgspec
 
-    desired, found = folder.desired(), folder.status()
+    desired, found = folder.read_spec(), folder.read_status()
     return {
         "service": folder.name,
         "controller_alive": folder.controller_alive(),

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from powerband.cli.tables import print_table
-from powerband.fleet.service.spec import Desired
-from powerband.fleet.service.status import ReplicaStatus, Status
+from powerband.fleet.service.spec import ServiceSpec
+from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
 from powerband.fleet.service.store import ServiceStore
 
 if TYPE_CHECKING:
@@ -33,17 +33,17 @@ class ServiceProgress:
     began_s: float = field(default_factory=time.monotonic)
     _last: dict[str, str] = field(default_factory=dict)
 
-    def __call__(self, status: Status) -> None:
+    def __call__(self, status: ServiceStatus) -> None:
         told: dict[str, str] = {"gateway": status.gateway.state}
         told |= {one.id: _activity(one) for one in status.replicas}
         for id in self._last.keys() - told.keys():
-            self.say(f"{id}: gone")
+            self.describe(f"{id}: gone")
         for id, text in told.items():
             if self._last.get(id) != text:
-                self.say(f"{id}: {text}")
+                self.describe(f"{id}: {text}")
         self._last = told
 
-    def say(self, text: str) -> None:
+    def describe(self, text: str) -> None:
         if not self.quiet:
             print(f"· {time.monotonic() - self.began_s:5.1f} s  {text}", file=sys.stderr, flush=True)
 
@@ -55,7 +55,7 @@ def _activity(replica: ReplicaStatus) -> str:
     return replica.state
 
 
-def print_status(folder: ServiceStore, desired: Desired, status: Status | None) -> None:
+def print_status(folder: ServiceStore, desired: ServiceSpec, status: ServiceStatus | None) -> None:
     """On stdout."""
     promise = desired.release.plan["promise"]
     rows = [["service", desired.name], ["model", desired.release.served_name]]
@@ -71,8 +71,8 @@ def print_status(folder: ServiceStore, desired: Desired, status: Status | None) 
     rows.append(["load", f"{rate}, {load.running} running, {load.queued} queued"])
     rows.append(["attainment", _attainment_text(desired, status)])
     rows += [["note", note] for note in status.notes]
-    if status.rejected is not None:
-        rows.append(["rejected", f"generation {status.rejected.generation}: {status.rejected.why}"])
+    if status.failed_rollout is not None:
+        rows.append(["rejected", f"generation {status.failed_rollout.generation}: {status.failed_rollout.reason}"])
     rows += [["incident", text] for text in status.incidents]
     print_table(rows)
     print()
@@ -98,14 +98,14 @@ def _replica_row(one: ReplicaStatus) -> Sequence[str]:
     ]
 
 
-def promise_text(desired: Desired) -> str:
+def promise_text(desired: ServiceSpec) -> str:
     from powerband.spec.slo import SLO
 
     slo, promise = SLO.from_dict(desired.release.plan["slo"]), desired.release.plan["promise"]
     return f"{slo} for {slo.attainment * 100:g} % of requests at {promise['rate']:.3g} a second"
 
 
-def _state_text(folder: ServiceStore, status: Status) -> str:
+def _state_text(folder: ServiceStore, status: ServiceStatus) -> str:
     state = folder.controller_state()
     if state == "alive":
         return status.phase
@@ -114,7 +114,7 @@ def _state_text(folder: ServiceStore, status: Status) -> str:
     return f"{status.phase} {age} ago; {what} ('powerband deploy' starts another)"
 
 
-def _attainment_text(desired: Desired, status: Status) -> str:
+def _attainment_text(desired: ServiceSpec, status: ServiceStatus) -> str:
     load = status.load
     if load.attainment is None:
         return "no requests yet"

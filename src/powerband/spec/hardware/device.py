@@ -39,20 +39,26 @@ def detect_cpu(root: Path = Path("/"), affinity: Collection[int] | None = None) 
     """
     cpus = set(affinity) if affinity is not None else _affinity()
     processors = _processors(root)
-    total, available = _host_memory(root)
-    for limit, used in _memory_limits(root):
-        total = min(total, limit)
-        available = min(available, max(limit - used, 0))
+    total, available = usable_memory(root)
     first = processors[0] if processors else {}
     present = set((first.get("flags") or first.get("Features") or "").split())
     return Device(
         name=first.get("model name") or platform.processor() or platform.machine() or "CPU",
         kind="cpu",
         memory_bytes=total,
-        available_memory_bytes=min(available, total),
+        available_memory_bytes=available,
         cores=_usable_cores(processors, cpus, _cpu_quota(root)),
         features=tuple(name for name in CPU_FEATURES if name in present),
     )
+
+
+def usable_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """(total, available) in bytes: of the machine, or of this process's control groups where they allow less."""
+    total, available = _host_memory(root)
+    for limit, used in _memory_limits(root):
+        total = min(total, limit)
+        available = min(available, max(limit - used, 0))
+    return total, min(available, total)
 
 
 def _affinity() -> set[int]:
