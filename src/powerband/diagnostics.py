@@ -7,14 +7,11 @@ import re
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 from powerband.calibration.bandwidth import read_bandwidth_bytes_per_s
 from powerband.cost.sizing import readable
-from powerband.spec.hardware.device import detect_cpu
-
-GPU_NODES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+from powerband.spec.hardware.device import detect_cpu, has_gpu_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +100,3 @@ def _weight_cache() -> str:
     files = weight_cache.kept_files()
     size = sum(path.stat().st_size for path in files)
     return f"{weight_cache.folder()}: {len(files)} files, {readable(size)}"
-
-
-def has_gpu_nodes() -> bool:
-    """Whether the system shows a GPU's device file (NVIDIA, AMD, or either under WSL)."""
-    return any(Path(node).exists() for node in GPU_NODES)

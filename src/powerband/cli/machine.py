@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from powerband.diagnostics import has_gpu_nodes
+from powerband.spec.hardware.device import has_gpu_nodes
 from powerband.spec.settings import EngineSettings
 
 
