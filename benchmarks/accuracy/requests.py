@@ -7,7 +7,7 @@ from benchmarks.accuracy import models, tables
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.metrics.record import percentile
-from powerband.planner.simulator import simulate
+from powerband.planner.simulation.simulator import simulate
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
 

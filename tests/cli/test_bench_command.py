@@ -140,7 +140,7 @@ def test_a_client_near_its_ceiling_is_invalid(server: str, environment: dict[str
     small = ClientCapacity(chunks_per_s=5, requests_per_s=5, cpu_us_per_chunk=1, limited_by="client")
     script = (
         "import powerband.calibration.client_capacity as c, dataclasses, sys; from powerband.cli.main import main; "
-        f"c.ceiling = lambda: c.{small}; "
+        f"c.known_client_capacity = lambda: c.{small}; "
         "sys.exit(main(sys.argv[1:]))"
     )
     load = ["bench", server, "--rate", "20", "--duration", "2s", *SHORT, "--out", str(tmp_path)]

@@ -10,11 +10,16 @@ import pytest
 
 from powerband.calibration.measure import with_refinement
 from powerband.cli.main import main
-from powerband.cli.plan.calibrate import write_profile
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault
-from powerband.spec.hardware.catalog import local_profile, local_profile_path, read_local_profile, read_profile
+from powerband.spec.hardware.catalog import (
+    local_profile,
+    local_profile_path,
+    read_local_profile,
+    read_profile,
+    write_profile,
+)
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
 from powerband.spec.model.reader import read_model_spec

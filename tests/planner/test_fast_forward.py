@@ -15,8 +15,8 @@ from plans import NO_HOST, PlainModel, deployment, drawn, played
 
 from powerband.core.loop import EngineCore
 from powerband.errors import PowerbandError
-from powerband.planner import fast_forward, replica, simulator
-from powerband.planner.replica import SimulatedReplica
+from powerband.planner.simulation import fast_forward, replica, simulator
+from powerband.planner.simulation.replica import SimulatedReplica
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.workload.lengths import Fixed, Uniform
 from powerband.spec.workload.workload import Conversation, SharedPrefix

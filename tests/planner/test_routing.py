@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from powerband.planner.routing import ByPromptLength, LeastOutstanding, Sticky
+from powerband.planner.simulation.routing import ByPromptLength, LeastOutstanding, Sticky
 
 
 def test_the_least_outstanding_work_is_next() -> None:

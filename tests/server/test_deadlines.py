@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from servers_for_tests import RunningServer, running_server
 
-from powerband.cli.plan.calibrate import write_profile
 from powerband.folders import cache_directory
+from powerband.spec.hardware.catalog import write_profile
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import (
     DeviceProfile,

@@ -118,7 +118,7 @@ def _timed(
         name = f"{precision}: model {number + 1} of {len(_SHAPES)}"
         report(name, 0.0)
         with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(_config(*shape)))
+            (Path(folder) / "config.json").write_text(json.dumps(small_llama(*shape)))
             settings = EngineSettings(
                 model=folder,
                 load_format="dummy",
@@ -135,7 +135,7 @@ def _timed(
     return found
 
 
-def _config(
+def small_llama(
     hidden: int, inner: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int
 ) -> dict[str, Any]:
     """A Llama."""

@@ -99,7 +99,7 @@ def fit_precision(profile: DeviceProfile, measured: Sequence[ModelSteps]) -> tup
     seen = [sample.seconds for _, sample in test]
     half = _fitted(profile, train)
     models = _models(half, measured)
-    held_out = FitErrors.of([models[id(steps)].step_s(s.works, s.sampled) for steps, s in test], seen)
+    held_out = FitErrors.from_values([models[id(steps)].step_s(s.works, s.sampled) for steps, s in test], seen)
     whole = _fitted(profile, points, error=held_out.p90)
     rates, flops = peak_rates(measured)
     return whole, PrecisionFit(first.quantization, len(points), rates, flops, held_out)

@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace
 from powerband.planner.results import Objective
-from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import EngineName, Quantization
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop, Replay
 from powerband.spec.workload.workload import Schedule, Workload
+
+_SAMPLED_REQUESTS = 4000  # of which the longest counts
+_DENSE_ARRIVALS = OpenLoop.at(1000.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,3 +142,21 @@ def mean_tokens(
         share=count / (of or count),
         turns=turns,
     )
+
+
+def max_request_tokens(workload: Workload, seed: int, model: ModelSpec, attainment: float) -> int:
+    """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
+    knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
+    """
+    drawn = replace(workload, arrivals=_DENSE_ARRIVALS).draw(seed, num_requests=_SAMPLED_REQUESTS)
+    lengths = sorted(request.prompt + request.output for request in request_tokens(drawn))
+    limit = model.max_position
+    share = sum(length > limit for length in lengths) / len(lengths)
+    if share > 1 - attainment:
+        raise UsageError(
+            f"{share:.0%} of the requests are longer than the {limit:,} positions that the model knows, the longest "
+            f"{lengths[-1]:,} tokens: they cannot be served.",
+            hint="Plan for a model with a longer context, or for shorter requests (--prompt-tokens, --turns).",
+            param="workload",
+        )
+    return min(-(-lengths[-1] // 1024) * 1024, limit)

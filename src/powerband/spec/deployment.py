@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from powerband.errors import UsageError
+from powerband.spec.config_reader import shown
 
 # How a replica holds the matrices of its layers, and in what it multiplies:
 # none: 16 bits. fp8: weights and activations in 8-bit floats, scales of activations found at run time; fp8_static: in
@@ -97,3 +98,32 @@ class Deployment:
     @property
     def num_devices(self) -> int:
         return sum(pool.num_devices for pool in self.pools)
+
+
+def parse_quantizations(text: str) -> tuple[Quantization, ...]:
+    """'none,fp8' → both; 'auto' → (): the usual ones. Raises UsageError."""
+    if text == "auto":
+        return ()
+    names = get_args(Quantization)
+    found = tuple(name for part in text.split(",") if (name := part.strip()))
+    wrong = [name for name in found if name not in names]
+    if wrong or not found:
+        raise UsageError(
+            f"There is no quantization {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: auto, {', '.join(names)}.",
+            param="quantization",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names
+
+
+def parse_engines(text: str) -> tuple[EngineName, ...]:
+    """'vllm,sglang' → both. Raises UsageError."""
+    found = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    wrong = [name for name in found if name not in ENGINES]
+    if wrong or not found:
+        raise UsageError(
+            f"There is no engine {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: {', '.join(ENGINES)}.",
+            param="engine",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names

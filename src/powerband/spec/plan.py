@@ -22,8 +22,8 @@ import yaml
 
 from powerband.documents import read_table
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.config_reader import shown
 from powerband.spec.deployment import Deployment
-from powerband.spec.model.config_reader import shown
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.workload import RequestTrace, Workload

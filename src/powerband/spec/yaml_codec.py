@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from powerband.errors import UsageError
 from powerband.renamed import warn_renamed
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 
 Record = TypeVar("Record")
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import LoadFlags, RequestFlags, SLOFlags, TargetFlags, requested_load
+from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.quantities import number, seconds
+from powerband.spec.workload.options import ArrivalOptions, requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.client.messages import ServerAddress
@@ -44,7 +45,7 @@ class BenchModeFlags:
     find_rate: Annotated[bool, _mode("Find the highest rate that keeps the --slo")] = False
     plan: Annotated[Path | None, _mode("Check a plan's promise; exit 1 if it is broken")] = None
     compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; no load")] = None
-    measure_client_capacity: Annotated[bool, _mode("Measure what this client can do at most; no load")] = False
+    calibrate: Annotated[bool, _mode("Measure what this client can do at most; no load")] = False
     fault: Annotated[str | None, _mode("Misbehave for a drill: 'list' shows how; loopback only")] = None
     allow_remote: Annotated[bool, _mode("... also towards other machines")] = False
     explain_metrics: Annotated[bool, _mode("Print the definition of every figure")] = False
@@ -70,8 +71,8 @@ def bench(
     *,
     base_url: Annotated[str | None, Parameter(name=("--base-url", "--target"), help="The same", show=False)] = None,
     modes: BenchModeFlags | None = None,
-    load: LoadFlags | None = None,
-    requests: RequestFlags | None = None,
+    load: ArrivalOptions | None = None,
+    requests: RequestOptions | None = None,
     server: TargetFlags | None = None,
     judging: SLOFlags | None = None,
     output: OutputFlags | None = None,
@@ -87,7 +88,7 @@ def bench(
     if url is not None and base_url is not None:
         raise UsageError("The server is named twice.", param="url")
     _check_modes(modes)
-    is_load = not (modes.explain_metrics or modes.compare is not None or modes.measure_client_capacity)
+    is_load = not (modes.explain_metrics or modes.compare is not None or modes.calibrate)
     if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging)):
         raise UsageError("Nothing is loaded here: the server and its options mean nothing.", hint="Leave them out.")
     if modes.explain_metrics:
@@ -97,9 +98,9 @@ def bench(
         return 0
     if modes.compare is not None:
         return _compare(*modes.compare, as_json=output.json)
-    if modes.measure_client_capacity:
+    if modes.calibrate:
         return _calibrate(as_json=output.json)
-    flags = load or LoadFlags(), requests or RequestFlags(), server or TargetFlags(), judging or SLOFlags()
+    flags = load or ArrivalOptions(), requests or RequestOptions(), server or TargetFlags(), judging or SLOFlags()
     target = _target(url or base_url or DEFAULT_URL, flags[1], flags[2])
     if modes.fault is not None:
         return _fault(modes, target, flags[0], as_json=output.json)
@@ -113,7 +114,7 @@ def _check_modes(modes: BenchModeFlags) -> None:
         "--find-rate": modes.find_rate,
         "--plan": modes.plan is not None,
         "--compare": modes.compare is not None,
-        "--calibrate": modes.measure_client_capacity,
+        "--calibrate": modes.calibrate,
         "--fault": modes.fault is not None,
         "--explain-metrics": modes.explain_metrics,
     }
@@ -128,8 +129,8 @@ def _run(
     modes: BenchModeFlags,
     output: OutputFlags,
     target: ServerAddress,
-    load: LoadFlags,
-    requests: RequestFlags,
+    load: ArrivalOptions,
+    requests: RequestOptions,
     server: TargetFlags,
     judging: SLOFlags,
 ) -> int:
@@ -170,7 +171,7 @@ def _run(
     return _exit_code(report, plan)
 
 
-async def _drive(session: BenchSession, modes: BenchModeFlags, load: LoadFlags, wait_s: float) -> RunReport:
+async def _drive(session: BenchSession, modes: BenchModeFlags, load: ArrivalOptions, wait_s: float) -> RunReport:
     await session.open(wait_s)
     if modes.find_rate:
         return await session.find_rate(load.rate)
@@ -192,8 +193,8 @@ def _experiment(
     modes: BenchModeFlags,
     plan: Plan | None,
     target: ServerAddress,
-    load: LoadFlags,
-    requests: RequestFlags,
+    load: ArrivalOptions,
+    requests: RequestOptions,
     server: TargetFlags,
     judging: SLOFlags,
 ) -> Experiment:
@@ -234,7 +235,7 @@ def _experiment(
     )
 
 
-def _plan(path: Path, load: LoadFlags, requests: RequestFlags, judging: SLOFlags) -> Plan:
+def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: SLOFlags) -> Plan:
     """Raises UsageError for flags that the plan decides."""
     from powerband.spec.plan import read_plan
     from powerband.spec.workload.traces import read_trace
@@ -248,7 +249,7 @@ def _plan(path: Path, load: LoadFlags, requests: RequestFlags, judging: SLOFlags
     return read_plan(path, read_trace(load.trace, format=load.trace_format) if load.trace is not None else None)
 
 
-def _target(url: str, requests: RequestFlags, flags: TargetFlags) -> ServerAddress:
+def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAddress:
     """Raises UsageError."""
     from powerband.bench.client.messages import ServerAddress
     from powerband.bench.client.probe import parse_endpoint, parse_url
@@ -333,7 +334,7 @@ def _calibrate(*, as_json: bool) -> int:
     return 0
 
 
-def _fault(modes: BenchModeFlags, target: ServerAddress, load: LoadFlags, *, as_json: bool) -> int:
+def _fault(modes: BenchModeFlags, target: ServerAddress, load: ArrivalOptions, *, as_json: bool) -> int:
     """Misbehave, and say how the server took it: 1 when it hurt others or no longer answers."""
     import asyncio
 

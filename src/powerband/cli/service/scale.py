@@ -48,7 +48,7 @@ def scale(
     operations.record_action(folder, "scale", {"replicas": list(desired.release.counts)})
     beyond = excess_threads(desired.release)
     if beyond:
-        progress.say(f"that is more than this machine has: {beyond}")
+        progress.describe(f"that is more than this machine has: {beyond}")
     status = operations.wait_for(
         folder, desired.generation, progress, desired.policy.start_timeout_s + desired.policy.drain_timeout_s
     )

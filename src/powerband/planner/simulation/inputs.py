@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.errors import EnvironmentFault
-from powerband.planner.simulator import Simulation, simulate
+from powerband.planner.simulation.simulator import Simulation, simulate
 from powerband.spec.deployment import Deployment
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.model.model_spec import ModelSpec

@@ -9,7 +9,7 @@ from powerband.metrics.record import Outcome, RequestRecord, percentile
 from powerband.metrics.slo import slo_misses
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.simulation.inputs import simulation_inputs
-from powerband.planner.simulator import Simulation
+from powerband.planner.simulation.simulator import Simulation
 from powerband.spec.deployment import Deployment
 
 MAX_REPLICAS = 4  # that are simulated; more equal ones behave like these

@@ -18,10 +18,11 @@ from typing import Any
 
 from powerband.documents import parse_table, read_table
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import write_atomically
 from powerband.folders import cache_directory
+from powerband.spec.config_reader import shown
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
-from powerband.spec.model.config_reader import shown
 from powerband.spec.yaml_codec import read_record
 
 LOCAL = "here"
@@ -89,7 +90,7 @@ def read_local_profile() -> DeviceProfile:
     if not path.exists():
         raise EnvironmentFault("This machine has not been measured yet.", hint=_CALIBRATE, param="devices")
     profile = read_profile(path)
-    if not is_here(profile):
+    if not is_local(profile):
         raise EnvironmentFault(
             f"{path} was measured on another machine ({_machine_name(profile)}).", hint=_CALIBRATE, param="devices"
         )
@@ -97,16 +98,25 @@ def read_local_profile() -> DeviceProfile:
 
 
 def local_profile(path: Path | None = None) -> DeviceProfile | None:
-    """This machine's, if somebody has calibrated it. path: where, if not in the usual place. Raises as read_profile."""
+    """This machine's profile; None: not calibrated. path: of another file than usual. Raises as read_profile."""
     path = path or local_profile_path()
     profile = read_profile(path) if path.exists() else None
-    return profile if profile is not None and is_here(profile) else None
+    return profile if profile is not None and is_local(profile) else None
 
 
-def is_here(profile: DeviceProfile) -> bool:
-    """Whether a CPU's profile was measured on one like this, as far as it says on which. Of a GPU only its name tells,
-    which whoever uses it has to compare.
-    """
+def write_profile(profile: DeviceProfile, path: Path) -> None:
+    """All or nothing. Raises EnvironmentFault."""
+    import yaml
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True).encode())
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="out") from None
+
+
+def is_local(profile: DeviceProfile) -> bool:
+    """Whether a profile of a CPU was measured on this processor; True if it does not say. GPUs: compare names."""
     if profile.machine is None or profile.kind != "cpu":
         return True
     cpu = detect_cpu()

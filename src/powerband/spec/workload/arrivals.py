@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 
 MAX_RATE = 1e6
 MAX_CONCURRENCY = 100_000

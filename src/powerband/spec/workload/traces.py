@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.workload.lengths import MAX_TOKENS
 from powerband.spec.workload.workload import MAX_TURNS, RequestTrace, Segment, TracedRequest
 

@@ -20,10 +20,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any
 
+from powerband.documents import read_table
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.workload.arrivals import (
     Arrivals,
     ClosedLoop,
@@ -387,3 +389,11 @@ def _users(loop: ClosedLoop, conversations: Iterator[list[PlannedRequest]], most
 def _after(request: PlannedRequest, think_s: float) -> PlannedRequest:
     """With the time that its user takes; within a conversation that is said already."""
     return request if request.turn else replace(request, think_s=think_s)
+
+
+def read_workload(path: Path) -> Workload:
+    """A workload in YAML. Raises UsageError or EnvironmentFault."""
+    values = read_table(path, "workload", param="workload")
+    if "trace" in (values.get("requests") or ()):
+        raise UsageError(f"{path} names a trace.", hint="Give that: --workload TRACE.", param="workload")
+    return Workload.from_dict(values)

@@ -12,8 +12,8 @@ from typing import Any
 
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import QUANTIZATION_KEYS
+from powerband.spec.config_reader import shown
 from powerband.spec.deployment import KVPrecision, Quantization
-from powerband.spec.model.config_reader import shown
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import read_model_config, read_model_spec, with_stored_head
 

@@ -19,8 +19,8 @@ from powerband.core.request import Request
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, SimHandle, TraceInbox
 from powerband.core.step import Step, StepResult, TokenOutput, Work
-from powerband.planner.fast_forward import advance, ending, steady_rounds
 from powerband.planner.simulation.clients import output_start
+from powerband.planner.simulation.fast_forward import advance, ending, steady_rounds
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.hardware.profile import HostModel
 
