@@ -15,16 +15,16 @@ from typing import ParamSpec
 
 import msgspec
 
-from powerband.bench.calibrate import digests_of
+from powerband.bench.calibrate import request_digests
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
-from powerband.bench.messages import Endpoint, Sample, Target
-from powerband.bench.script import Script, Truth
+from powerband.bench.messages import Endpoint, Sample, ServerAddress
+from powerband.bench.script import Behavior, ServerRecord
 from powerband.bench.scripted_process import scripted_process
 from powerband.metrics.figures import Summary, Window, summarize
 from powerband.spec.arrivals import Arrivals, OpenLoop
 from powerband.spec.lengths import Fixed
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Mix, Schedule, Workload
+from powerband.spec.workload import RequestMix, Schedule, Workload
 
 
 @dataclass
@@ -32,18 +32,18 @@ class Run:
     """start_at: of the run, on the monotonic clock. truths: the server's, by arrival."""
 
     result: LoadResult
-    target: Target
-    truths: list[Truth]
+    target: ServerAddress
+    records: list[ServerRecord]
     start_at: float
 
     @property
     def samples(self) -> tuple[Sample, ...]:
         return self.result.samples
 
-    def pairs(self) -> list[tuple[Sample, Truth]]:
+    def pairs(self) -> list[tuple[Sample, ServerRecord]]:
         """Of requests that the server knows."""
-        known = {truth.digest: truth for truth in self.truths}
-        digests = digests_of(self.target, self.result.schedule)
+        known = {record.digest: record for record in self.records}
+        digests = request_digests(self.target, self.result.schedule)
         return [(sample, known[digests[sample.index]]) for sample in self.samples if digests[sample.index] in known]
 
     def summary(self, slo: SLO | None = None) -> Summary:
@@ -65,12 +65,12 @@ def schedule_of(
 ) -> Schedule:
     """At a constant rate, unless `arrivals` says otherwise."""
     process = arrivals or OpenLoop.at(rate, burstiness)
-    workload = Workload(name="test", arrivals=process, requests=Mix(Fixed(12), Fixed(output)))
+    workload = Workload(name="test", arrivals=process, requests=RequestMix(Fixed(12), Fixed(output)))
     return workload.draw(1, duration_s=seconds, num_requests=requests)
 
 
 def load(
-    script: Script,
+    script: Behavior,
     schedule: Schedule,
     *,
     endpoint: Endpoint = "completions",
@@ -91,7 +91,7 @@ def load(
             target = msgspec.structs.replace(server.target, endpoint=endpoint)
             chosen = LoadOptions(**({"metrics_url": None, "drain_s": 10.0} | options))  # type: ignore[arg-type]  # by name
             result = await run_load(target, schedule, chosen, watch=note)
-            return Run(result, target, await server.truths(), lives[-1].start_at)
+            return Run(result, target, await server.records(), lives[-1].start_at)
 
     return asyncio.run(run())
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from powerband.bench.calibrate import ClientCapacity, Level, RateRamp, calibrate, ceiling, judge
+from powerband.bench.calibrate import ClientCapacity, RateRamp, RateStep, calibrate, judge, known_client_capacity
 from powerband.errors import EnvironmentFault
 
 
-def level(chunks: int, cpu_s: float, client_ms: float = 0.2, server_ms: float = 0.1) -> Level:
-    return Level(
+def level(chunks: int, cpu_s: float, client_ms: float = 0.2, server_ms: float = 0.1) -> RateStep:
+    return RateStep(
         seconds=1.0, chunks=chunks, cpu_s=cpu_s, client_late_s=client_ms / 1000, server_late_s=server_ms / 1000
     )
 
@@ -43,18 +43,18 @@ def test_where_both_follow_to_the_end_the_cpu_says() -> None:
 
 
 @pytest.mark.parametrize("levels", [[], [level(100, 0.1, client_ms=50)]])
-def test_a_client_that_is_late_at_once_has_none(levels: list[Level]) -> None:
+def test_a_client_that_is_late_at_once_has_none(levels: list[RateStep]) -> None:
     with pytest.raises(EnvironmentFault, match="late even under little load"):
         judge(levels, 1.0)
 
 
 def test_it_is_measured_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
-    assert ceiling() is None
+    assert known_client_capacity() is None
     found = None
     for _ in range(3):  # on a machine that does much else it may be late
         try:
-            found = asyncio.run(calibrate(RateRamp(most_streams=40, levels=2, level_s=2.0), requests_s=0.5))
+            found = asyncio.run(calibrate(RateRamp(max_streams=40, levels=2, level_s=2.0), requests_s=0.5))
             break
         except EnvironmentFault:
             continue
@@ -62,7 +62,7 @@ def test_it_is_measured_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.M
     assert 1 < found.cpu_us_per_chunk < 1000
     assert found.chunks_per_s > 1000
     assert found.requests_per_s > 100
-    assert ceiling() == found
+    assert known_client_capacity() == found
     (kept,) = tmp_path.rglob("*.json")
     kept.write_text("{}")
-    assert ceiling() is None
+    assert known_client_capacity() is None

@@ -9,15 +9,15 @@ import pytest
 
 from powerband.bench.fault_corpus import malformed_requests
 from powerband.bench.faults import FAULTS, FaultResult, run_fault
-from powerband.bench.messages import Target
-from powerband.bench.script import Script
+from powerband.bench.messages import ServerAddress
+from powerband.bench.script import Behavior
 from powerband.bench.scripted_process import scripted_process
 from powerband.errors import UsageError
 
-SOUND = Script(ttft_s=0.005, tpot_s=0.002)
+SOUND = Behavior(ttft_s=0.005, tpot_s=0.002)
 
 
-def inject(kind: str, script: Script = SOUND, *, seconds: float = 0.5, intensity: int = 4) -> FaultResult:
+def inject(kind: str, script: Behavior = SOUND, *, seconds: float = 0.5, intensity: int = 4) -> FaultResult:
     async def run() -> FaultResult:
         async with scripted_process(script) as server:
             return await run_fault(kind, server.target, seconds=seconds, intensity=intensity, probe_patience_s=1.0)
@@ -44,7 +44,7 @@ def test_a_sound_server_survives_every_fault(kind: str) -> None:
 def test_each_wrong_request_is_sent_and_refused() -> None:
     result = inject("malformed", seconds=4.0, intensity=8)
 
-    corpus = malformed_requests(Target(base="http://127.0.0.1:1", endpoint="completions", model="scripted"))
+    corpus = malformed_requests(ServerAddress(base="http://127.0.0.1:1", endpoint="completions", model="scripted"))
     assert set(result.cases) == set(corpus)
     assert len(corpus) > 50
     taken = {name for name, answer in result.cases.items() if answer == "200"}
@@ -70,7 +70,7 @@ def test_clients_that_leave_get_what_they_came_for() -> None:
 
 def test_a_server_that_leaks_is_found_out() -> None:
     """The planted fault: slots of requests that were cancelled stay taken, so after a storm nobody is served."""
-    result = inject("cancel-storm", Script(ttft_s=0.005, tpot_s=0.002, slots=8, leaks_slots=True), seconds=0.3)
+    result = inject("cancel-storm", Behavior(ttft_s=0.005, tpot_s=0.002, slots=8, leaks_slots=True), seconds=0.3)
     assert result.before.failed == 0
     assert not result.still_answers
     assert result.after.failed == result.after.sent
@@ -78,14 +78,14 @@ def test_a_server_that_leaks_is_found_out() -> None:
 
 def test_others_who_are_hurt_are_seen() -> None:
     """Slow streams hold all slots of a small server: probes wait."""
-    result = inject("slow-readers", Script(ttft_s=0.005, tpot_s=0.0005, slots=2), seconds=1.0, intensity=6)
+    result = inject("slow-readers", Behavior(ttft_s=0.005, tpot_s=0.0005, slots=2), seconds=1.0, intensity=6)
     assert result.during.failed or (result.during.worst_s or 0.0) > 0.1 > 5 * (result.before.median_s or 1.0)
 
 
 def test_what_is_unbounded_or_elsewhere_is_refused() -> None:
-    here = Target(base="http://127.0.0.1:1", endpoint="completions", model="m")
+    here = ServerAddress(base="http://127.0.0.1:1", endpoint="completions", model="m")
 
-    def refused(kind: str, target: Target, seconds: float = 1.0, intensity: int = 1) -> str:
+    def refused(kind: str, target: ServerAddress, seconds: float = 1.0, intensity: int = 1) -> str:
         with pytest.raises(UsageError) as problem:
             asyncio.run(run_fault(kind, target, seconds=seconds, intensity=intensity))
         return str(problem.value)
@@ -93,6 +93,6 @@ def test_what_is_unbounded_or_elsewhere_is_refused() -> None:
     assert "There is no fault 'meteor'" in refused("meteor", here)
     assert "At most 1000 connections" in refused("malformed", here, intensity=100_000)
     assert "At most 1000 connections, and 600 s" in refused("malformed", here, seconds=1e9)
-    far = Target(base="http://192.0.2.1:80", endpoint="completions", model="m")
+    far = ServerAddress(base="http://192.0.2.1:80", endpoint="completions", model="m")
     assert "192.0.2.1 is not here" in refused("malformed", far)
     assert "--allow-remote" in refused("malformed", far)

@@ -18,22 +18,22 @@ from loads_for_tests import is_alive, load, schedule_of, worker_pids
 from powerband.bench import load as load_module
 from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
 from powerband.bench.messages import (
-    Done,
+    ChainMessage,
     FromWorker,
-    Planned,
-    PlannedChain,
-    PlannedSegment,
-    Progress,
+    RequestMessage,
+    SegmentMessage,
+    ServerAddress,
     StartSignal,
-    Target,
+    WorkerDone,
     WorkerJob,
+    WorkerProgress,
 )
-from powerband.bench.script import Script
+from powerband.bench.script import Behavior
 from powerband.bench.scripted_process import scripted_process
 from powerband.errors import EnvironmentFault
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds workers by /proc")
-PACED = Script(ttft_s=0.02, tpot_s=0.01)
+PACED = Behavior(ttft_s=0.02, tpot_s=0.01)
 COORDINATOR = """
 import asyncio, sys
 sys.path.insert(0, {folder!r})
@@ -123,9 +123,9 @@ def test_no_process_outlives_its_coordinator(how: signal.Signals) -> None:
 
 def test_what_a_worker_says_last_arrives_whole() -> None:
     """However slowly it is read: the worker ends when the last byte has left it."""
-    requests = tuple(Planned(index, (PlannedSegment("a", 1),), 1, 0, 0.0) for index in range(2000))
-    nowhere = Target(base="http://127.0.0.1:1", endpoint="completions", model="m")
-    chains = tuple(PlannedChain(request.index, 0.0, (request,)) for request in requests)
+    requests = tuple(RequestMessage(index, (SegmentMessage("a", 1),), 1, 0, 0.0) for index in range(2000))
+    nowhere = ServerAddress(base="http://127.0.0.1:1", endpoint="completions", model="m")
+    chains = tuple(ChainMessage(request.index, 0.0, (request,)) for request in requests)
     job = WorkerJob(target=nowhere, chains=chains, end_s=1.0, timeout_s=5.0, drain_s=5.0, progress_s=60.0)
     with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -145,8 +145,8 @@ def test_what_a_worker_says_last_arrives_whole() -> None:
         messages.append(msgspec.msgpack.decode(said[4 : 4 + length], type=FromWorker))
         said = said[4 + length :]
     done = messages[-1]
-    assert isinstance(done, Done)
-    told = [m.samples for m in messages if isinstance(m, Progress)]
+    assert isinstance(done, WorkerDone)
+    told = [m.samples for m in messages if isinstance(m, WorkerProgress)]
     assert sum(map(len, told)) + len(done.progress.samples) == 2000
 
 

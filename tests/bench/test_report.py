@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from samples_for_tests import load, point, report
 
-from powerband.bench.page_data import MOST_SCATTER, page_data, thinned
+from powerband.bench.page_data import MAX_SCATTER_POINTS, page_data, thinned
 from powerband.bench.report import report_html, write_report
 from powerband.bench.results import RunReport
 from powerband.errors import EnvironmentFault
@@ -186,7 +186,7 @@ def test_a_page_stays_small():
 
     # What grows is dots, of which there are at most so many.
     assert size(many) - size(few) < 5_000 * 25
-    assert MOST_SCATTER * 25 < 1_000_000
+    assert MAX_SCATTER_POINTS * 25 < 1_000_000
 
 
 def test_what_others_wrote_is_as_they_wrote_it():

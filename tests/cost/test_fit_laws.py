@@ -9,14 +9,14 @@ from random import Random
 import pytest
 
 from powerband.cost import laws
-from powerband.cost.fit import Errors, fit, spread
-from powerband.cost.laws import Speed
-from powerband.spec.profile import Evidence, GemmLaw, LinkLaw
+from powerband.cost.fit import FitErrors, fit, spread
+from powerband.cost.laws import DeviceSpeed
+from powerband.spec.profile import Evidence, GemmModel, LinkModel
 
 NONE = Evidence(source="", error=0.1)
-SPEED = Speed(989e12, 3.35e12, 132)
-PLANTED = GemmLaw(compute_share=0.81, memory_share=0.86, overhead_s=3.3e-6, sharpness=5.0, fill=0.25, evidence=NONE)
-START = GemmLaw(compute_share=0.5, memory_share=0.6, overhead_s=1e-5, sharpness=2.0, fill=0.1, evidence=NONE)
+SPEED = DeviceSpeed(989e12, 3.35e12, 132)
+PLANTED = GemmModel(compute_share=0.81, memory_share=0.86, overhead_s=3.3e-6, sharpness=5.0, fill=0.25, evidence=NONE)
+START = GemmModel(compute_share=0.5, memory_share=0.6, overhead_s=1e-5, sharpness=2.0, fill=0.1, evidence=NONE)
 BOUNDS = {
     "compute_share": (0.05, 1.0),
     "memory_share": (0.2, 1.0),
@@ -27,7 +27,7 @@ BOUNDS = {
 SHAPES = list(product((1, 64, 256, 1024, 4096), (1024, 6144, 28672), (1024, 4096, 14336)))
 
 
-def gemm_s(law: GemmLaw, shape: tuple[int, int, int]) -> float:
+def gemm_s(law: GemmModel, shape: tuple[int, int, int]) -> float:
     return laws.gemm(law, SPEED, *shape, weight_bytes=2, input_bytes=2).total
 
 
@@ -35,7 +35,7 @@ def test_planted_coefficients_come_back() -> None:
     found = fit(START, BOUNDS, gemm_s, SHAPES, [gemm_s(PLANTED, shape) for shape in SHAPES])
     assert found.errors.mean < 1e-3
     for name in ("compute_share", "memory_share", "overhead_s", "fill"):
-        assert getattr(found.law, name) == pytest.approx(getattr(PLANTED, name), rel=0.03)
+        assert getattr(found.model, name) == pytest.approx(getattr(PLANTED, name), rel=0.03)
 
 
 def test_outliers_are_forgiven() -> None:
@@ -44,28 +44,28 @@ def test_outliers_are_forgiven() -> None:
     for index in (3, 17, 30):
         seconds[index] *= 3
     found = fit(START, BOUNDS, gemm_s, SHAPES, seconds)
-    assert found.law.compute_share == pytest.approx(PLANTED.compute_share, rel=0.05)
-    assert found.law.memory_share == pytest.approx(PLANTED.memory_share, rel=0.05)
+    assert found.model.compute_share == pytest.approx(PLANTED.compute_share, rel=0.05)
+    assert found.model.memory_share == pytest.approx(PLANTED.memory_share, rel=0.05)
     assert found.errors.median < 0.06
 
 
 def test_a_bound_holds() -> None:
     found = fit(START, {**BOUNDS, "compute_share": (0.05, 0.6)}, gemm_s, SHAPES, [gemm_s(PLANTED, s) for s in SHAPES])
-    assert found.law.compute_share <= 0.6
+    assert found.model.compute_share <= 0.6
 
 
 def test_a_link_from_two_sizes() -> None:
-    planted = LinkLaw(latency_s=5e-6, bytes_per_s=2e11, evidence=NONE)
+    planted = LinkModel(latency_s=5e-6, bytes_per_s=2e11, evidence=NONE)
     sizes = [1e3, 1e9]
     start = replace(planted, latency_s=1e-5, bytes_per_s=1e10)
     bounds = {"latency_s": (1e-7, 1e-3), "bytes_per_s": (1e8, 1e12)}
     found = fit(start, bounds, laws.link, sizes, [laws.link(planted, size) for size in sizes])
-    assert found.law.latency_s == pytest.approx(5e-6, rel=1e-3)
-    assert found.law.bytes_per_s == pytest.approx(2e11, rel=1e-3)
+    assert found.model.latency_s == pytest.approx(5e-6, rel=1e-3)
+    assert found.model.bytes_per_s == pytest.approx(2e11, rel=1e-3)
 
 
 def test_errors_by_hand() -> None:
-    errors = Errors.of([1.1, 0.8, 1.0], [1.0, 1.0, 1.0])
+    errors = FitErrors.of([1.1, 0.8, 1.0], [1.0, 1.0, 1.0])
     assert (errors.n, round(errors.median, 6), round(errors.mean, 6), round(errors.bias, 6)) == (3, 0.1, 0.1, -0.033333)
 
 

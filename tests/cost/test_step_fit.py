@@ -9,26 +9,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from powerband.cost.fit import Errors
+from powerband.cost.fit import FitErrors
 from powerband.cost.latency import LatencyModel
 from powerband.cost.least_squares import non_negative
-from powerband.cost.measured_steps import MeasuredSteps
+from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.served_fit import (
-    Journey,
-    busy_cycles,
-    fit_answer,
-    fit_arrival,
-    fit_served,
+    ClientPathTiming,
+    busy_timings,
+    fit_arrival_delay,
+    fit_response_delay,
+    fit_under_load,
     window_errors,
 )
 from powerband.cost.step_fit import fit_steps, held_out_error
 from powerband.cost.steps import StepSample
 from powerband.errors import UsageError
 from powerband.spec.deployment import Replica
-from powerband.spec.profile import DeviceProfile, Evidence, Refinement, StepLaw
+from powerband.spec.profile import DeviceProfile, Evidence, Refinement, StepTimeModel
 from powerband.spec.reader import read_model_spec
 
-LAW = StepLaw(
+LAW = StepTimeModel(
     tokens=(1, 16, 64, 512, 2048),
     token_s=(0.010, 0.012, 0.030, 0.200, 0.800),
     rows=(1, 64),
@@ -43,17 +43,17 @@ LAW = StepLaw(
 Noise = Callable[[], float]
 
 
-def grid(law: StepLaw, noise: Noise = lambda: 1.0) -> list[StepSample]:
+def grid(law: StepTimeModel, noise: Noise = lambda: 1.0) -> list[StepSample]:
     decodes = [(((1, context),) * rows, rows) for context in (16, 500, 1500) for rows in (1, 2, 4, 8, 16, 32, 48, 64)]
     chunks = [(((new, new + cached),), 1) for cached in (0, 900) for new in (8, 32, 64, 128, 256, 512, 1024, 2048)]
     mixed = [(((new, new), *((1, 700),) * rows), rows + 1) for new in (64, 300) for rows in (3, 20)]
-    model = MeasuredSteps(law)
+    model = MeasuredStepTimes(law)
     return [StepSample(works, rows, model.step_s(works, rows) * noise()) for works, rows in [*decodes, *chunks, *mixed]]
 
 
-def error_of(law: StepLaw, samples: Sequence[StepSample]) -> Errors:
-    model = MeasuredSteps(law)
-    return Errors.of([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
+def error_of(law: StepTimeModel, samples: Sequence[StepSample]) -> FitErrors:
+    model = MeasuredStepTimes(law)
+    return FitErrors.of([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
 
 
 def test_steps_without_noise_are_predicted_exactly() -> None:
@@ -76,7 +76,7 @@ def test_a_step_that_something_else_held_up_changes_little() -> None:
 
 def test_more_work_never_takes_less_time() -> None:
     chance = random.Random(2)
-    model = MeasuredSteps(fit_steps(grid(LAW, lambda: chance.uniform(0.7, 1.4))))
+    model = MeasuredStepTimes(fit_steps(grid(LAW, lambda: chance.uniform(0.7, 1.4))))
     for new in (2, 5, 63, 64, 65, 800, 2048, 5000):
         assert model.step_s([(new, 5000)], 1) <= model.step_s([(new + 1, 5000 + 1)], 1) + 1e-12
         assert model.step_s([(1, new)] * 3, 3) <= model.step_s([(1, new)] * 4, 4)
@@ -87,9 +87,9 @@ def test_few_steps_are_refused() -> None:
         fit_steps(grid(LAW)[:3])
 
 
-def served(law: StepLaw, seed: int) -> list[StepSample]:
+def served(law: StepTimeModel, seed: int) -> list[StepSample]:
     """Steps under load: 4 % slower, with the host's work between them and a pause now and then."""
-    model, now, chance, log = MeasuredSteps(law), 0.0, random.Random(seed), []
+    model, now, chance, log = MeasuredStepTimes(law), 0.0, random.Random(seed), []
     for number in range(400):
         works = ((1, 300 + number + 9 * (number // 50)),) * chance.randint(1, 40) + (
             ((200, 200),) if number % 7 == 0 else ()
@@ -102,21 +102,21 @@ def served(law: StepLaw, seed: int) -> list[StepSample]:
 
 
 def test_what_a_load_adds_is_found_in_steps_without_a_pause() -> None:
-    cycles = busy_cycles(served(LAW, 3))
-    law, host = fit_served(grid(LAW), cycles)
-    assert max(window_errors(cycles, law, host)) < 0.01
-    assert max(window_errors(busy_cycles(served(LAW, 4)), law, host)) < 0.01
-    slow, alone = MeasuredSteps(law), MeasuredSteps(LAW)
+    timings = busy_timings(served(LAW, 3))
+    law, host = fit_under_load(grid(LAW), timings)
+    assert max(window_errors(timings, law, host)) < 0.01
+    assert max(window_errors(busy_timings(served(LAW, 4)), law, host)) < 0.01
+    slow, alone = MeasuredStepTimes(law), MeasuredStepTimes(LAW)
     for works in ([(1, 1400)] * 60, [(1500, 1500)]):  # the load had neither
         assert slow.step_s(works, 1) == pytest.approx(1.04 * alone.step_s(works, 1), rel=0.03)
 
 
 def test_the_way_to_the_engine_and_back() -> None:
     steps = [StepSample(((50 + n, 50 + n),), 1, 0.1, float(n), n + 0.1) for n in range(10)]
-    journeys = [Journey(n - 0.01 - 1e-5 * (50 + n), (n + 0.102,), 50 + n) for n in range(1, 10)]
-    arrival_s, token_s = fit_arrival(journeys, steps, step_s=0.002)
+    path_timings = [ClientPathTiming(n - 0.01 - 1e-5 * (50 + n), (n + 0.102,), 50 + n) for n in range(1, 10)]
+    arrival_s, token_s = fit_arrival_delay(path_timings, steps, step_s=0.002)
     assert arrival_s + 55 * token_s == pytest.approx(0.008 + 55e-5, rel=1e-3)
-    assert sum(fit_answer(journeys, steps)) == pytest.approx(0.002)
+    assert sum(fit_response_delay(path_timings, steps)) == pytest.approx(0.002)
 
 
 def test_least_squares_that_are_not_negative() -> None:
@@ -147,7 +147,7 @@ def test_a_refined_model_takes_what_was_measured() -> None:
     )
     model = LatencyModel(spec, profile, Replica(device="here", max_model_len=2048), "powerband")
     works = [(1, 100)] * 4 + [(50, 80)]
-    seconds = MeasuredSteps(LAW).step_s(works, 5)
+    seconds = MeasuredStepTimes(LAW).step_s(works, 5)
     assert model.step_s(works, 5) == seconds
     assert sum(model.parts(works, 5).values()) == pytest.approx(seconds)
     assert sum(model.bounds(works, 5).values()) == pytest.approx(seconds)

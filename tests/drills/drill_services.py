@@ -17,11 +17,11 @@ from drills_for_tests import Front, wait_until
 from powerband.fleet.service.status import ServiceStatus
 from powerband.fleet.service.store import ServiceStore
 from powerband.spec.arrivals import OpenLoop
-from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.lengths import Fixed
-from powerband.spec.plan import Plan, Promise, write_plan
+from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Mix, Workload
+from powerband.spec.workload import RequestMix, Workload
 
 NAME = "drill"
 # Token by token and at once give the same output only without rounding to 16 bits.
@@ -31,13 +31,13 @@ _DEPLOY_S = 120.0
 
 
 def plan_of(replica: Replica = SMALL, *, count: int = 3, rate: float = 4.0) -> Plan:
-    requests = Mix(Fixed(12), Fixed(96))
+    requests = RequestMix(Fixed(12), Fixed(96))
     return Plan(
         model="demo",
         workload=Workload(name="drill", arrivals=OpenLoop.at(rate), requests=requests),
         slo=SLO.parse("ttft=20s@p95"),  # nobody is to be refused while another starts on the same cores
-        promise=Promise(rate),
-        deployment=Deployment(engine="powerband", pools=(Pool(replica=replica, count=count),)),
+        promise=SLOGuarantee(rate),
+        deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=replica, count=count),)),
     )
 
 

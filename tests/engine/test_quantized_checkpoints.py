@@ -102,10 +102,10 @@ def test_weights_are_what_the_checkpoint_stands_for(name: str, tmp_path: Path) -
 
 
 def format_of(config: dict[str, Any]) -> WeightFormat:
-    from powerband.spec.fields import Fields
+    from powerband.spec.fields import ConfigReader
     from powerband.spec.quantization import read_weight_format
 
-    _, found = read_weight_format(Fields({"quantization_config": config}, "config.json"))
+    _, found = read_weight_format(ConfigReader({"quantization_config": config}, "config.json"))
     assert found is not None
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
+from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
 from powerband.cli.scale import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
@@ -15,8 +15,8 @@ from powerband.fleet.control.instance_specs import build_routes, free_devices, p
 from powerband.fleet.release import ReleaseOptions, build_release, default_served_name
 from powerband.fleet.service.spec import Release
 from powerband.fleet.targets.base import Instance
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.plan import Plan, Promise
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, SLOGuarantee
 from powerband.spec.slo import SLO
 
 MAKING = ReleaseOptions(served_name="demo")
@@ -26,10 +26,10 @@ def plan(device: str = "cpu", count: int = 2, **replica: object) -> Plan:
     made = Replica(device=device, **{"max_model_len": 1024, "max_num_seqs": 8, **replica})  # type: ignore[arg-type] # of Replica
     return Plan(
         model="demo",
-        workload=asked_for(LoadFlags(rate=1.0), MixFlags()).workload,
+        workload=requested_load(LoadFlags(rate=1.0), MixFlags()).workload,
         slo=SLO(ttft_s=1.0),
-        promise=Promise(1.0),
-        deployment=Deployment(engine="powerband", pools=(Pool(replica=made, count=count),)),
+        promise=SLOGuarantee(1.0),
+        deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),
     )
 
 

@@ -14,27 +14,27 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
+from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
 from powerband.cli.main import main
 from powerband.fleet.service.store import ServiceStore, services
 from powerband.fleet.targets.local import INSTANCE_TAG
 from powerband.fleet.targets.processes import EnvironmentTag, session_leader_with
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.plan import Plan, Promise, write_plan
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
 
 READY_S = 60.0
 
 
 def plan_file(path: Path, count: int = 1, **replica: Any) -> str:
-    workload = asked_for(LoadFlags(rate=4.0), MixFlags(prompt_tokens="16-32", output_tokens="4-8")).workload
+    workload = requested_load(LoadFlags(rate=4.0), MixFlags(prompt_tokens="16-32", output_tokens="4-8")).workload
     made = Replica(device="cpu", **{"max_model_len": 1024, "max_num_seqs": 8, **replica})
     plan = Plan(
         model="demo",
         workload=workload,
         slo=SLO(ttft_s=20.0, tpot_s=5.0),
-        promise=Promise(4.0, 1.0),
-        deployment=Deployment(engine="powerband", pools=(Pool(replica=made, count=count),)),
+        promise=SLOGuarantee(4.0, 1.0),
+        deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),
     )
     write_plan(plan, path)
     return str(path)

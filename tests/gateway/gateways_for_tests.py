@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from powerband.bench.script import Script
+from powerband.bench.script import Behavior
 from powerband.gateway.accounts.books import Books
 
 PATIENCE_S = 20.0
@@ -88,8 +88,8 @@ def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> float:
 
 
 @contextlib.contextmanager
-def scripted_replica(script: Script | None = None) -> Iterator[ScriptedReplica]:
-    code = msgspec.json.encode(asdict(script or Script())).decode()
+def scripted_replica(script: Behavior | None = None) -> Iterator[ScriptedReplica]:
+    code = msgspec.json.encode(asdict(script or Behavior())).decode()
     command = [sys.executable, "-m", "powerband.bench.scripted_server", "--with-parent", "--script", code]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -152,7 +152,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def gateway_before(
-    folder: Path, *scripts: Script, arguments: Sequence[str] = (), routes: str = "", ready: bool = True
+    folder: Path, *scripts: Behavior, arguments: Sequence[str] = (), routes: str = "", ready: bool = True
 ) -> Iterator[RunningGateway]:
     """A gateway before one scripted replica for each script, all ready. routes: as in a file, with {0} for the first
     one's URL, and so on."""

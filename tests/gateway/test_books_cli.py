@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, until
 
-from powerband.bench.script import Script
+from powerband.bench.script import Behavior
 from powerband.cli.main import main
 from powerband.gateway.accounts.books import Books
 from powerband.metrics.logging import set_up_logging
@@ -21,7 +21,7 @@ CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}],
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    with gateway_before(tmp_path_factory.mktemp("gateway"), Script()) as running:
+    with gateway_before(tmp_path_factory.mktemp("gateway"), Behavior()) as running:
         yield running
 
 

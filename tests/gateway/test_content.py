@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from gateways_for_tests import gateway_before, text_of, until
 
-from powerband.bench.script import Script
+from powerband.bench.script import Behavior
 from powerband.gateway.accounts import content
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.content import MOST_CHARS, prompt_text, stored
@@ -113,7 +113,7 @@ def test_a_prompt_is_kept_as_text_so_that_no_escape_hides_what_is_in_it() -> Non
 
 
 def test_what_a_gateway_kept_is_what_was_asked_and_answered(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(), arguments=("--store-content",)) as gateway:
+    with gateway_before(tmp_path, Behavior(), arguments=("--store-content",)) as gateway:
         said = []
         for stream in (False, True):
             chat = {"model": "scripted", "max_tokens": 5, "messages": [{"role": "user", "content": "I am a@b.example"}]}

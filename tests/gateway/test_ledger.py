@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,11 @@ def test_books_of_the_first_version_go_on(path: Path) -> None:
     [everything] = books.store.read(lambda connection: report(connection, (), 0.0, now))
     assert (everything.requests, everything.errors, everything.cost_usd) == (6, 1, 2.75)
     books.close()
+
+
+def test_a_sum_beyond_64_bits_does_not_end_the_report(books: Books) -> None:
+    most = RequestRecord(scheduled_s=5.0, sent_s=5.0, outcome=Outcome.OK, prompt_tokens=2**63 - 1)
+    for id in ("a", "b"):
+        books.ledger.note(replace(finished(id), record=most))
+    written(books)
+    assert rows(books)[0].prompt_tokens >= 2**63

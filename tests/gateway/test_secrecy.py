@@ -9,7 +9,7 @@ import httpx
 from gateways_for_tests import gateway_before, until
 
 from powerband.bench.prompts import WORDS
-from powerband.bench.script import Script
+from powerband.bench.script import Behavior
 from powerband.gateway.accounts.books import Books
 
 PHRASE = "the-unforgettable-phrase"
@@ -17,7 +17,10 @@ COMMENT = "the-unforgettable-comment"
 
 
 def test_no_key_and_no_prompt_leaves_a_trace(tmp_path: Path) -> None:
-    scripts = Script(fail_every=3, tpot_s=0.002, drop_every=2), Script(tpot_s=0.002, drop_every=3, drop_by="garbage")
+    scripts = (
+        Behavior(fail_every=3, tpot_s=0.002, drop_every=2),
+        Behavior(tpot_s=0.002, drop_every=3, drop_by="garbage"),
+    )
     flags = ("--log-level=debug", "--log-format=json", "--auth=keys")
     with gateway_before(tmp_path, *scripts, arguments=flags) as gateway:
         secrets = []

@@ -16,7 +16,7 @@ import pytest
 from gateways_for_tests import gateway_before, running_gateway, until
 from requests_for_tests import finished
 
-from powerband.bench.script import Script
+from powerband.bench.script import Behavior
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.gateway.access_log import log_request
 from powerband.gateway.trace_context import continued, passed_on
@@ -95,7 +95,7 @@ def logged(request: Any) -> dict[str, Any]:
 
 
 def test_a_gateway_writes_a_line_for_each_request_and_no_text(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(), arguments=["--access-log", "--log-format", "json"]) as gateway:
+    with gateway_before(tmp_path, Behavior(), arguments=["--access-log", "--log-format", "json"]) as gateway:
         body = {"model": "scripted", "prompt": "a secret prompt", "max_tokens": 4}
         answer = gateway.http.post("/v1/completions", json=body, headers=SENT)
         log = tmp_path / "gateway.log"
@@ -253,7 +253,7 @@ def test_a_collector_that_is_away_holds_nobody_up() -> None:
 @needs_otel
 def test_a_gateway_traces_what_goes_through_it(tmp_path: Path, collector: Collector) -> None:
     flags = [f"--otlp-endpoint=http://127.0.0.1:{collector.server_port}"]
-    with gateway_before(tmp_path, Script(), arguments=flags) as gateway:
+    with gateway_before(tmp_path, Behavior(), arguments=flags) as gateway:
         body = {"model": "scripted", "prompt": "hello", "max_tokens": 4}
         gateway.http.post("/v1/completions", json=body, headers=SENT).raise_for_status()
     names = {span.name for span in collector.spans}  # sent at the latest when it ends

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from powerband.planner.formatting import deployment_text, dollars
-from powerband.planner.results import Banded, Evaluation, PlanResults, Pruned
-from powerband.spec.deployment import Deployment, EngineName, Pool, Quantization, Replica
+from powerband.planner.results import Evaluation, PlanResults, Prediction, Pruned
+from powerband.spec.deployment import Deployment, EngineName, Quantization, Replica, ReplicaPool
 from powerband.spec.slo import SLO
 
 SLO_ = SLO.parse("ttft=1s@p95,tpot=60ms@p95")
@@ -25,8 +25,8 @@ BYTES: dict[Quantization, float] = {"none": 2.0, "fp8": 1.0, "int8": 1.0, "int4"
 PROMPT, OUTPUT, PARAMETERS, KV_BYTES = 1155, 211, 8.03e9, 131_072
 
 
-def banded(value: float, band: float = 0.15) -> Banded:
-    return Banded(value, value / (1 + band), value * (1 + band))
+def banded(value: float, band: float = 0.15) -> Prediction:
+    return Prediction(value, value / (1 + band), value * (1 + band))
 
 
 def evaluation(
@@ -66,7 +66,7 @@ def evaluation(
         "ttft_mean_s": banded(ttft_s / 2, 0.2),
         "tpot_mean_s": banded(tpot_s, 0.1),
         "e2e_mean_s": banded(ttft_s / 2 + tpot_s * OUTPUT),
-        "attainment": Banded(kept, kept * 0.97, min(kept * 1.02, 1.0)),
+        "attainment": Prediction(kept, kept * 0.97, min(kept * 1.02, 1.0)),
         "output_tokens_per_s": banded(min(rate, capacity) * OUTPUT, 0.03),
         "capacity": banded(capacity, 0.12),
     }
@@ -81,7 +81,7 @@ def evaluation(
     )
     decode = 0.55 - 0.2 * load
     return Evaluation(
-        deployment=Deployment(engine=engine, pools=(Pool(replica=settings, count=count),)),
+        deployment=Deployment(engine=engine, pools=(ReplicaPool(replica=settings, count=count),)),
         method="simulation" if kept > 0.2 else "closed form",
         figures=figures,
         meets_slo=figures["ttft_s"].high <= 1 and figures["tpot_s"].high <= 0.06,
@@ -105,7 +105,7 @@ def evaluation(
 def mixed() -> Evaluation:
     """Two kinds of devices: requests are divided by the length of their prompts."""
     first, second = evaluation("L4", 3), evaluation("A100-80G", 1, quantization="none")
-    pools = (replace(first.deployment.pools[0], longest_prompt=1500), second.deployment.pools[0])
+    pools = (replace(first.deployment.pools[0], max_prompt_tokens=1500), second.deployment.pools[0])
     return replace(
         second,
         deployment=Deployment(engine="vllm", pools=pools),
@@ -135,7 +135,7 @@ def all_evaluations(engines: tuple[EngineName, ...], limits: tuple[int, ...], ra
                             )
 
 
-def findings(
+def results(
     *,
     engines: tuple[EngineName, ...] = ("vllm",),
     limits: tuple[int, ...] = (256,),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from powerband.bench.connection import Answer
+from powerband.bench.connection import HTTPResponse
 
 MAX_ERROR_CHARS = 300
 
@@ -47,7 +47,7 @@ NO_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 @dataclass(slots=True)
-class Reading:
+class ParsedResponse:
     """times_s on the monotonic clock, of the chunks that carry tokens. problem: why it counts as an error, or ''."""
 
     times_s: list[float] = field(default_factory=list)
@@ -67,9 +67,9 @@ class _Chunk(NamedTuple):
     total: int | None  # output tokens so far, where it says so
 
 
-def read_answer(answer: Answer) -> Reading:
+def parse_response(answer: HTTPResponse) -> ParsedResponse:
     """Of a server that was asked to stream. What it says wrong is told in `problem`."""
-    reading = Reading(problem=answer.problem)
+    reading = ParsedResponse(problem=answer.problem)
     if answer.status != 200:
         reading.problem = answer.problem or error_text(answer.body()) or f"HTTP {answer.status}"
         return reading
@@ -87,7 +87,7 @@ def read_answer(answer: Answer) -> Reading:
         if event.error is not None:
             reading.problem = error_text(data) or "an error in the stream"
         if event.usage is not None:
-            _take_usage(reading, event.usage)
+            _add_usage(reading, event.usage)
         for choice in event.choices or ():
             has_ended = has_ended or bool(choice.finish_reason)  # '' (LocalAI and others) is not an end
             reading.finish_reason = choice.finish_reason or reading.finish_reason
@@ -111,7 +111,7 @@ def error_text(body: bytes) -> str:
     return str(message)[:MAX_ERROR_CHARS]
 
 
-def _events(answer: Answer) -> list[tuple[float, bytes]]:
+def _events(answer: HTTPResponse) -> list[tuple[float, bytes]]:
     """The data of server-sent events, each with the time at which it was whole."""
     found, rest = [], b""
     # What follows the last empty line is whole when the answer is.
@@ -152,7 +152,7 @@ def _token_text(choice: _Choice) -> str | None:
     return None if choice.text is None or choice.finish_reason else ""
 
 
-def _take_usage(reading: Reading, usage: _Usage) -> None:
+def _add_usage(reading: ParsedResponse, usage: _Usage) -> None:
     """Zeros, which some servers send until the end or throughout, count nothing."""
     reading.prompt_tokens = usage.prompt_tokens or reading.prompt_tokens
     if usage.completion_tokens:
@@ -162,7 +162,7 @@ def _take_usage(reading: Reading, usage: _Usage) -> None:
         reading.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
 
 
-def _count(reading: Reading, chunks: list[_Chunk]) -> None:
+def _count(reading: ParsedResponse, chunks: list[_Chunk]) -> None:
     """Which chunks carry tokens, and how many: by the usage that each says, so far; else those that carry text, and the
     whole usage spread by the lengths of their texts.
     """

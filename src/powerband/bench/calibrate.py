@@ -22,23 +22,23 @@ import msgspec
 
 import powerband
 from powerband.bench.load import Live, LoadOptions, run_load
-from powerband.bench.messages import Planned, PlannedSegment, Sample, Target
-from powerband.bench.prompts import PromptMaker, Talk
-from powerband.bench.script import Script, Truth
+from powerband.bench.messages import RequestMessage, Sample, SegmentMessage, ServerAddress
+from powerband.bench.prompts import ConversationPrompts, PromptMaker
+from powerband.bench.script import Behavior, ServerRecord
 from powerband.bench.scripted_process import scripted_process
 from powerband.bench.scripted_server import body_digest
 from powerband.errors import EnvironmentFault
 from powerband.files import write_atomically
 from powerband.folders import cache_directory
 from powerband.metrics.record import percentile
-from powerband.spec.arrivals import ClosedLoop, OpenLoop, Phase
+from powerband.spec.arrivals import ClosedLoop, OpenLoop, RatePhase
 from powerband.spec.device import detect_cpu
 from powerband.spec.lengths import Fixed
-from powerband.spec.workload import Mix, Schedule, Workload
+from powerband.spec.workload import RequestMix, Schedule, Workload
 
-MOST_LATE_S = 0.005
+MAX_LATE_S = 0.005
 _GAP_S, _TOKENS = 0.010, 100
-_WHOLE_CORE = 0.97
+_FULL_CORE = 0.97
 _PROMPT = Fixed(16)
 _USERS = 32
 
@@ -58,7 +58,7 @@ class ClientCapacity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
+class RateStep:
     """The second half of a level, when as many streams end as begin. Lateness: 99th percentiles, in seconds."""
 
     seconds: float
@@ -70,47 +70,47 @@ class Level:
     @property
     def limit(self) -> Limit | None:
         """Who could not follow; None: both could."""
-        if self.cpu_s / self.seconds >= _WHOLE_CORE or self.client_late_s > max(MOST_LATE_S, self.server_late_s):
+        if self.cpu_s / self.seconds >= _FULL_CORE or self.client_late_s > max(MAX_LATE_S, self.server_late_s):
             return "client"
-        return "server" if max(self.server_late_s, self.client_late_s) > MOST_LATE_S else None
+        return "server" if max(self.server_late_s, self.client_late_s) > MAX_LATE_S else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateRamp:
     """How the levels rise. A level lasts at least twice as long as one of its streams: a second."""
 
-    most_streams: int = 960
+    max_streams: int = 960
     levels: int = 8
     level_s: float = 2.0
 
     def schedule(self) -> Schedule:
-        rates = [self.most_streams * (level + 1) / self.levels / (_TOKENS * _GAP_S) for level in range(self.levels)]
-        arrivals = OpenLoop(tuple(Phase(rate, rate, self.level_s) for rate in rates), math.inf)
-        workload = Workload(name="climb", arrivals=arrivals, requests=Mix(_PROMPT, Fixed(_TOKENS)))
+        rates = [self.max_streams * (level + 1) / self.levels / (_TOKENS * _GAP_S) for level in range(self.levels)]
+        arrivals = OpenLoop(tuple(RatePhase(rate, rate, self.level_s) for rate in rates), math.inf)
+        workload = Workload(name="climb", arrivals=arrivals, requests=RequestMix(_PROMPT, Fixed(_TOKENS)))
         return workload.draw(0, duration_s=self.levels * self.level_s)
 
 
 async def calibrate(climb: RateRamp | None = None, *, requests_s: float = 3.0) -> ClientCapacity:
-    """Measure (about 20 s, best on an idle machine) and keep the result for `ceiling`.
+    """Measure (about 20 s, best on an idle machine) and keep the result for `known_client_capacity`.
 
     Raises EnvironmentFault when a process cannot be started, or when the client is late even at the first level.
     """
-    found = judge(await measure_levels(climb or RateRamp()), await _requests(requests_s))
-    path = _path()
+    found = judge(await measure_rate_steps(climb or RateRamp()), await _requests(requests_s))
+    path = _capacity_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, msgspec.json.encode(found))
     return found
 
 
-def ceiling() -> ClientCapacity | None:
+def known_client_capacity() -> ClientCapacity | None:
     """What `calibrate` found last, with this processor, Python and version of powerband; None: never."""
     try:
-        return msgspec.json.decode(_path().read_bytes(), type=ClientCapacity)
+        return msgspec.json.decode(_capacity_path().read_bytes(), type=ClientCapacity)
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def judge(levels: Sequence[Level], requests_per_s: float) -> ClientCapacity:
+def judge(levels: Sequence[RateStep], requests_per_s: float) -> ClientCapacity:
     """From levels that rise to what the client can do: the last that was kept up with counts. One level at which
     somebody was late does not end them, if the next was kept up with: that was another process's doing.
 
@@ -135,7 +135,7 @@ def judge(levels: Sequence[Level], requests_per_s: float) -> ClientCapacity:
     )
 
 
-async def measure_levels(climb: RateRamp) -> list[Level]:
+async def measure_rate_steps(climb: RateRamp) -> list[RateStep]:
     """As far as the client and the server could follow, and the level at which one could not."""
     spent: list[tuple[float, float]] = [(0.0, 0.0)]  # client's CPU seconds by seconds from the run's start
     started_at = 0.0
@@ -145,72 +145,72 @@ async def measure_levels(climb: RateRamp) -> list[Level]:
         started_at = live.start_at
         spent.append((live.elapsed_s, sum(progress.cpu_s for progress in live.workers.values())))
 
-    script = Script(ttft_s=_GAP_S, tpot_s=_GAP_S)
+    script = Behavior(ttft_s=_GAP_S, tpot_s=_GAP_S)
     async with scripted_process(script) as server:
         options = LoadOptions(metrics_url=None, drain_s=5.0)
         result = await run_load(server.target, climb.schedule(), options, watch=watch, stop=_is_exhausted)
-        truths = await server.truths()
-    known = {truth.digest: truth for truth in truths}
-    digests = digests_of(server.target, result.schedule)
+        records = await server.records()
+    known = {record.digest: record for record in records}
+    digests = request_digests(server.target, result.schedule)
     pairs = [(s, known[digests[s.index]]) for s in result.samples if digests[s.index] in known]
     ended_s = max((sample.sent_s for sample, _ in pairs), default=0.0) if result.stopped else math.inf
     windows = [((n + 0.5) * climb.level_s, (n + 1) * climb.level_s) for n in range(climb.levels)]
-    return [_level(pairs, window, script, started_at, spent) for window in windows if window[1] <= ended_s]
+    return [_rate_step(pairs, window, script, started_at, spent) for window in windows if window[1] <= ended_s]
 
 
 def _is_exhausted(live: Live) -> bool:
     """So late that more load would tell nothing new."""
-    return any(sample.sent_s - sample.scheduled_s > 100 * MOST_LATE_S for sample in live.samples[-20:])
+    return any(sample.sent_s - sample.scheduled_s > 100 * MAX_LATE_S for sample in live.samples[-20:])
 
 
-def _level(
-    pairs: Sequence[tuple[Sample, Truth]],
+def _rate_step(
+    pairs: Sequence[tuple[Sample, ServerRecord]],
     window: tuple[float, float],
-    script: Script,
+    script: Behavior,
     started_at: float,
     spent: Sequence[tuple[float, float]],
-) -> Level:
+) -> RateStep:
     """What client and server say about the same chunks, of those written in the window (seconds of the run)."""
     start_s, end_s = window
     client = [s.sent_s - s.scheduled_s for s, _ in pairs if start_s <= s.scheduled_s < end_s]
     server = []
-    for sample, truth in pairs:
+    for sample, record in pairs:
         # A stream that broke has fewer on one side.
-        for number, (written_at, noted_s) in enumerate(zip(truth.written_s, sample.chunk_times_s, strict=False)):
+        for number, (written_at, noted_s) in enumerate(zip(record.written_s, sample.chunk_times_s, strict=False)):
             written_s = written_at - started_at
             if start_s <= written_s < end_s:
                 client.append(noted_s - written_s)
-                server.append(written_at - truth.arrived_s - script.due_s(number))
-    return Level(
+                server.append(written_at - record.arrived_s - script.due_s(number))
+    return RateStep(
         seconds=end_s - start_s,
         chunks=len(server),
-        cpu_s=_at(spent, end_s) - _at(spent, start_s),
+        cpu_s=_interpolated(spent, end_s) - _interpolated(spent, start_s),
         client_late_s=percentile(client, 99) if client else math.inf,
         server_late_s=percentile(server, 99) if server else math.inf,
     )
 
 
-def digests_of(target: Target, schedule: Schedule) -> dict[int, str]:
+def request_digests(target: ServerAddress, schedule: Schedule) -> dict[int, str]:
     """By index, of the bodies of requests that begin a conversation: what the scripted server calls them."""
     maker, found = PromptMaker(target.words_per_token, target.salt), {}
     for chain in schedule.chains:
         for request in chain.requests:
             if request.turn == 0:
-                segments = tuple(PlannedSegment(s.key, s.tokens, s.text) for s in request.segments)
-                planned = Planned(request.index, segments, request.output_tokens, 0, 0.0)
-                found[request.index] = body_digest(Talk(target, maker).body(planned))
+                segments = tuple(SegmentMessage(s.key, s.tokens, s.text) for s in request.segments)
+                planned = RequestMessage(request.index, segments, request.output_tokens, 0, 0.0)
+                found[request.index] = body_digest(ConversationPrompts(target, maker).body(planned))
     return found
 
 
 async def _requests(seconds: float) -> float:
-    mix = Mix(_PROMPT, Fixed(1))
+    mix = RequestMix(_PROMPT, Fixed(1))
     schedule = Workload(name="requests", arrivals=ClosedLoop(_USERS), requests=mix).draw(0, duration_s=seconds)
-    async with scripted_process(Script()) as server:
+    async with scripted_process(Behavior()) as server:
         result = await run_load(server.target, schedule, LoadOptions(metrics_url=None))
     return len(result.samples) / result.wall_s / min(max(result.client_share, 0.01), 1.0)
 
 
-def _at(points: Sequence[tuple[float, float]], time_s: float) -> float:
+def _interpolated(points: Sequence[tuple[float, float]], time_s: float) -> float:
     """Between two points, in a straight line."""
     after = min(max(bisect_right(points, (time_s, math.inf)), 1), len(points) - 1)
     (early_s, low), (late_s, high) = points[after - 1], points[after]
@@ -219,7 +219,7 @@ def _at(points: Sequence[tuple[float, float]], time_s: float) -> float:
     return low + (high - low) * min((time_s - early_s) / (late_s - early_s), 1.0)
 
 
-def _path() -> Path:
+def _capacity_path() -> Path:
     """A name for everything that the figures depend on."""
     told = (detect_cpu().name, powerband.__version__, platform.python_version())
     return cache_directory() / "load-generator" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:20]}.json"

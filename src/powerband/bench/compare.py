@@ -17,11 +17,11 @@ from powerband.bench.result_files import RequestLine, read_requests, read_run
 from powerband.bench.results import Point, RunReport
 from powerband.errors import UsageError
 from powerband.metrics.record import Outcome
-from powerband.metrics.statistics import Interval, Samples, bootstrap, cliffs_delta, fewest_samples
+from powerband.metrics.statistics import Interval, Samples, bootstrap, cliffs_delta, min_samples
 
 SCHEMA = "powerband.bench.compare/1"
 COMPARED = ("ttft", "service_ttft", "tpot", "stall", "e2e")
-FEWEST = 20  # requests on each side, for an interval
+MIN_REQUESTS = 20  # requests on each side, for an interval
 # Cliff's delta in words: Romano et al. 2006.
 EFFECTS = ((0.147, "negligible"), (0.33, "small"), (0.474, "medium"), (math.inf, "large"))
 
@@ -95,7 +95,7 @@ def compare(run_a: Path, run_b: Path) -> Comparison:
     points = []
     for i, j in pairs:
         is_same = _same_requests(a, b, a.points[i], b.points[j])
-        sides = _counted(a.points[i], requests_a, i), _counted(b.points[j], requests_b, j)
+        sides = _judged_requests(a.points[i], requests_a, i), _judged_requests(b.points[j], requests_b, j)
         points.append(_compared(a.points[i], b.points[j], *sides, paired=is_same))
     return Comparison(str(run_a), str(run_b), tuple(warnings), tuple(points))
 
@@ -105,9 +105,9 @@ def compare_samples(first: Sequence[float], second: Sequence[float], *, paired: 
     import numpy as np
 
     def told(q: float) -> Difference:
-        fewest = max(fewest_samples(q), FEWEST)
-        values = [float(np.percentile(side, q)) if len(side) >= fewest_samples(q) else None for side in (first, second)]
-        if min(len(first), len(second)) < fewest:
+        min_requests = max(min_samples(q), MIN_REQUESTS)
+        values = [float(np.percentile(side, q)) if len(side) >= min_samples(q) else None for side in (first, second)]
+        if min(len(first), len(second)) < min_requests:
             return Difference(values[0], values[1], None, "not told")
 
         def difference(a: Samples, b: Samples) -> float:
@@ -167,7 +167,7 @@ def _values(requests: dict[int, RequestLine], figure: str) -> dict[int, float]:
     return {index: value for index, value in values if value is not None}
 
 
-def _counted(point: Point, requests: Sequence[Sequence[RequestLine]], number: int) -> dict[int, RequestLine]:
+def _judged_requests(point: Point, requests: Sequence[Sequence[RequestLine]], number: int) -> dict[int, RequestLine]:
     """Successful requests of the point's window by index, in the order of their arrival."""
     lines = requests[number] if number < len(requests) else ()
     kept = [line for line in lines if line.outcome is Outcome.OK and line.scheduled_s in point.summary.window]

@@ -83,8 +83,8 @@ def _rates(point: PointComparison) -> Table:
     table.columns[0].justify = "left"
     for name, (a, b) in point.rates.items():
         if a is not None or b is not None:
-            told = share_text if name == "attainment" else digits
-            table.add_row(_RATES[name], told(a), told(b), _ratio(b / a if a and b is not None else None))
+            text_of = share_text if name == "attainment" else digits
+            table.add_row(_RATES[name], text_of(a), text_of(b), _ratio(b / a if a and b is not None else None))
     return table
 
 

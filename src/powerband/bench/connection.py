@@ -13,13 +13,13 @@ from typing import cast
 
 import httptools
 
-from powerband.bench.messages import Target
+from powerband.bench.messages import ServerAddress
 from powerband.web.authority import split_authority
 
 MAX_ANSWER_BYTES = 64 << 20
 
 
-class Answer:
+class HTTPResponse:
     """pieces: of the body, each with the monotonic time of its arrival. problem: why it is not whole, or ''."""
 
     __slots__ = ("finished", "pieces", "problem", "size", "status", "times")
@@ -36,22 +36,22 @@ class Answer:
         return b"".join(self.pieces)
 
 
-class Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """One connection, which carries one exchange at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self.answer: Answer | None = None
+        self.answer: HTTPResponse | None = None
         self.is_reusable = True
         self._done: asyncio.Future[None] | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._ends_by_closing = True  # the answer tells no length
 
-    def exchange(self, request: bytes) -> tuple[Answer, asyncio.Future[None]]:
+    def exchange(self, request: bytes) -> tuple[HTTPResponse, asyncio.Future[None]]:
         """Send `request`. The future is done when the answer is whole, or when `problem` says why it will not be."""
         if self._transport is None:
             raise ConnectionError("not connected")
-        self.answer, self._done = Answer(), asyncio.get_running_loop().create_future()
+        self.answer, self._done = HTTPResponse(), asyncio.get_running_loop().create_future()
         self._parser, self._ends_by_closing = httptools.HttpResponseParser(self), True
         self._transport.write(request)
         return self.answer, self._done
@@ -124,18 +124,18 @@ class Connection(asyncio.Protocol):
             done.set_result(None)
 
 
-class Connections:
+class ConnectionPool:
     """Connections to one server: the one that was used last is used next, and a new one is made when none is idle."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: ServerAddress) -> None:
         scheme, _, rest = target.base.partition("://")
         authority, _, _ = rest.partition("/")
         host, port = split_authority(authority, 443 if scheme == "https" else 80)
         self._where = host, port
         self._tls = tls_context(target.insecure) if scheme == "https" else None
-        self._idle: list[Connection] = []
+        self._idle: list[ClientConnection] = []
 
-    async def take(self) -> tuple[Connection, bool]:
+    async def take(self) -> tuple[ClientConnection, bool]:
         """A connection, and whether it was used before. Raises OSError."""
         while self._idle:
             connection = self._idle.pop()
@@ -144,11 +144,11 @@ class Connections:
         host, port = self._where
         server_hostname = host if self._tls is not None else None
         _, connection = await asyncio.get_running_loop().create_connection(
-            Connection, host, port, ssl=self._tls, server_hostname=server_hostname
+            ClientConnection, host, port, ssl=self._tls, server_hostname=server_hostname
         )
         return connection, False
 
-    def put_back(self, connection: Connection) -> None:
+    def put_back(self, connection: ClientConnection) -> None:
         if connection.is_reusable:
             self._idle.append(connection)
         else:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import msgspec
 
-from powerband.bench.messages import Target
+from powerband.bench.messages import ServerAddress
 
 _DEPTH = 100_000
 
 
-def malformed_requests(target: Target) -> dict[str, bytes]:
+def malformed_requests(target: ServerAddress) -> dict[str, bytes]:
     """Whole requests as they go to the socket, by what is wrong with them. Some announce more than they send."""
     made = {name: http_request(target, body) for name, body in _bodies(target)}
     good = _body(target)
@@ -20,33 +20,39 @@ def malformed_requests(target: Target) -> dict[str, bytes]:
 
 
 def http_request(
-    target: Target, body: bytes, *, length: str | None = None, more: str = "", method: str = "POST", path: str = ""
+    target: ServerAddress,
+    body: bytes,
+    *,
+    length: str | None = None,
+    more: str = "",
+    method: str = "POST",
+    path: str = "",
 ) -> bytes:
     """length: what Content-Length says; None: the truth; '': no such header. more: headers, with line ends."""
     authority, _, prefix = target.base.partition("://")[2].partition("/")
     whole = path or (f"/{prefix.rstrip('/')}" if prefix else "") + target.path
-    said = str(len(body)) if length is None else length
+    content = str(len(body)) if length is None else length
     headers = {"Host": authority, "Content-Type": "application/json"} | target.headers
-    if said:
-        headers["Content-Length"] = said
+    if content:
+        headers["Content-Length"] = content
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"{method} {whole} HTTP/1.1\r\n{lines}{more}\r\n".encode() + body
 
 
-def generation_body(target: Target, tokens: int, *, stream: bool = True) -> bytes:
+def generation_body(target: ServerAddress, tokens: int, *, stream: bool = True) -> bytes:
     """A right one, of a short prompt."""
     return _body(target, max_tokens=tokens, stream=stream)
 
 
-def _body(target: Target, **changed: object) -> bytes:
+def _body(target: ServerAddress, **changed: object) -> bytes:
     if target.endpoint == "chat":
-        said: dict[str, object] = {"messages": [{"role": "user", "content": "Say something."}]}
+        content: dict[str, object] = {"messages": [{"role": "user", "content": "Say something."}]}
     else:
-        said = {"prompt": "Say something."}
-    return msgspec.json.encode({"model": target.model, **said, "max_tokens": 4, **changed} | target.extra)
+        content = {"prompt": "Say something."}
+    return msgspec.json.encode({"model": target.model, **content, "max_tokens": 4, **changed} | target.extra)
 
 
-def _bodies(target: Target) -> Iterator[tuple[str, bytes]]:
+def _bodies(target: ServerAddress) -> Iterator[tuple[str, bytes]]:
     good, prompt = _body(target), "messages" if target.endpoint == "chat" else "prompt"
     yield "nothing", b""
     yield "no JSON", b"prompt=hello&max_tokens=4"
@@ -79,7 +85,7 @@ def _bodies(target: Target) -> Iterator[tuple[str, bytes]]:
     yield "UTF-16", good.decode().encode("utf-16")
 
 
-def _messages(target: Target, good: bytes) -> Iterator[tuple[str, bytes]]:
+def _messages(target: ServerAddress, good: bytes) -> Iterator[tuple[str, bytes]]:
     yield "announces more than it sends", http_request(target, good, length=str(len(good) + 100))
     yield "announces less than it sends", http_request(target, good, length=str(len(good) - 5))
     yield "a negative length", http_request(target, good, length="-5")

@@ -20,7 +20,7 @@ from statistics import median
 from powerband.bench.connection import tls_context
 from powerband.bench.fault_corpus import generation_body, http_request, malformed_requests
 from powerband.bench.http import post
-from powerband.bench.messages import Target
+from powerband.bench.messages import ServerAddress
 from powerband.errors import UsageError
 from powerband.web.authority import split_authority
 
@@ -40,7 +40,7 @@ _PIECE = b"x" * (64 << 10)
 
 
 @dataclass(frozen=True, slots=True)
-class Probes:
+class ProbeLatencies:
     """Well-behaved requests. Seconds from connecting to the whole answer, of those that were answered."""
 
     sent: int
@@ -49,7 +49,7 @@ class Probes:
     worst_s: float | None
 
     @classmethod
-    def of(cls, found: Sequence[float | None]) -> Probes:
+    def of(cls, found: Sequence[float | None]) -> ProbeLatencies:
         """None in `found`: it failed."""
         times_s = [time_s for time_s in found if time_s is not None]
         middle_s = median(times_s) if times_s else None
@@ -68,9 +68,9 @@ class FaultResult:
     bytes_sent: int
     answers: dict[str, int]
     cases: dict[str, str]
-    before: Probes
-    during: Probes
-    after: Probes
+    before: ProbeLatencies
+    during: ProbeLatencies
+    after: ProbeLatencies
 
     @property
     def still_answers(self) -> bool:
@@ -91,7 +91,7 @@ class FaultResult:
 
 async def run_fault(
     kind: str,
-    target: Target,
+    target: ServerAddress,
     *,
     seconds: float,
     intensity: int,
@@ -113,11 +113,11 @@ async def run_fault(
             param="intensity",
         )
     if not allow_remote:
-        await _check_is_here(target)
-    before = await _probe_some(target, probe_patience_s)
+        await _check_is_local(target)
+    before = await _probe_several(target, probe_patience_s)
     injection = _Injection(target, time.monotonic() + seconds, malformed_requests(target))
     async with asyncio.TaskGroup() as group:
-        probing = group.create_task(_probe_on(injection, probe_patience_s))
+        probing = group.create_task(_keep_probing(injection, probe_patience_s))
         for _ in range(intensity):
             group.create_task(_repeat(injection, _ONCE[kind]))
     during = probing.result()
@@ -128,9 +128,9 @@ async def run_fault(
         bytes_sent=injection.bytes_sent,
         answers=dict(injection.answers),
         cases=dict(injection.cases),
-        before=Probes.of(before),
-        during=Probes.of(during),
-        after=Probes.of(await _probe_some(target, probe_patience_s)),
+        before=ProbeLatencies.of(before),
+        during=ProbeLatencies.of(during),
+        after=ProbeLatencies.of(await _probe_several(target, probe_patience_s)),
     )
 
 
@@ -138,7 +138,7 @@ async def run_fault(
 class _Injection:
     """What is being done, and what came of it so far. ends_at: on the monotonic clock. corpus: of wrong requests."""
 
-    target: Target
+    target: ServerAddress
     ends_at: float
     corpus: dict[str, bytes]
     sent: int = 0
@@ -152,7 +152,7 @@ class _Injection:
         return self.ends_at - time.monotonic() if self.bytes_sent < MAX_BYTES else 0.0
 
     @contextlib.asynccontextmanager
-    async def connection(self, receive_buffer: int = 0) -> AsyncIterator[_Wire]:
+    async def connection(self, receive_buffer: int = 0) -> AsyncIterator[_RawConnection]:
         """A new one. receive_buffer: of the socket, in bytes; 0: the system's. Raises OSError."""
         scheme, _, rest = self.target.base.partition("://")
         host, port = split_authority(rest.partition("/")[0], 443 if scheme == "https" else 80)
@@ -161,13 +161,13 @@ class _Injection:
         if receive_buffer:
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
-            yield _Wire(self, reader, writer)
+            yield _RawConnection(self, reader, writer)
         finally:
             writer.transport.abort()
 
 
 @dataclass(slots=True)
-class _Wire:
+class _RawConnection:
     """One connection, whose bytes count."""
 
     injection: _Injection
@@ -234,7 +234,7 @@ async def _read_slowly(injection: _Injection) -> str:
     return "held"
 
 
-async def _stay_half_open(injection: _Injection) -> str:
+async def _hold_half_open(injection: _Injection) -> str:
     whole = http_request(injection.target, generation_body(injection.target, 4))
     head = whole.index(b"\r\n\r\n")
     # Nothing, half a head, half a body; and a head that comes byte by byte.
@@ -299,7 +299,7 @@ async def _send_oversized(injection: _Injection) -> str:
             answering.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-async def _come_and_go(injection: _Injection) -> str:
+async def _flood_connections(injection: _Injection) -> str:
     stays_s = injection.chance.random() * 0.2
     async with injection.connection() as wire:
         with contextlib.suppress(TimeoutError):
@@ -311,14 +311,14 @@ async def _come_and_go(injection: _Injection) -> str:
 _ONCE: dict[str, _Once] = {
     "cancel-storm": _cancel,
     "slow-readers": _read_slowly,
-    "half-open": _stay_half_open,
+    "half-open": _hold_half_open,
     "malformed": _send_malformed,
     "oversized": _send_oversized,
-    "connection-flood": _come_and_go,
+    "connection-flood": _flood_connections,
 }
 
 
-async def _probe_on(injection: _Injection, patience_s: float) -> list[float | None]:
+async def _keep_probing(injection: _Injection, patience_s: float) -> list[float | None]:
     """To the fault's end. The last one is waited for: it may be the one that is hurt."""
     found: list[float | None] = []
     while injection.left_s > 0:
@@ -327,7 +327,7 @@ async def _probe_on(injection: _Injection, patience_s: float) -> list[float | No
     return found
 
 
-async def _probe_some(target: Target, patience_s: float) -> list[float | None]:
+async def _probe_several(target: ServerAddress, patience_s: float) -> list[float | None]:
     """In a row, in no more time than the patience for one."""
     found: list[float | None] = []
     ends_at = time.monotonic() + patience_s
@@ -336,19 +336,21 @@ async def _probe_some(target: Target, patience_s: float) -> list[float | None]:
     return found
 
 
-async def _probe(target: Target, patience_s: float) -> float | None:
+async def _probe(target: ServerAddress, patience_s: float) -> float | None:
     """Seconds of one short request, or None when it is not answered as it should be."""
-    said = {"messages": [{"role": "user", "content": "Hello."}]} if target.endpoint == "chat" else {"prompt": "Hello."}
+    content = (
+        {"messages": [{"role": "user", "content": "Hello."}]} if target.endpoint == "chat" else {"prompt": "Hello."}
+    )
     started_s = time.monotonic()
     try:
-        body = {"model": target.model, **said, "max_tokens": 2} | target.extra
+        body = {"model": target.model, **content, "max_tokens": 2} | target.extra
         page = await post(target, target.path, body, timeout_s=patience_s)
     except (OSError, TimeoutError):
         return None
     return time.monotonic() - started_s if page.status == 200 else None
 
 
-async def _check_is_here(target: Target) -> None:
+async def _check_is_local(target: ServerAddress) -> None:
     authority = target.base.partition("://")[2].partition("/")[0]
     host, port = split_authority(authority, 80)
     try:

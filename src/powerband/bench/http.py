@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from powerband.bench.connection import Connections
-from powerband.bench.messages import Target
+from powerband.bench.connection import ConnectionPool
+from powerband.bench.messages import ServerAddress
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class HTTPPage:
     status: int
     body: bytes
 
@@ -24,27 +24,27 @@ class Page:
             return None
 
 
-async def get(target: Target, path: str, *, timeout_s: float = 10.0) -> Page:
+async def get(target: ServerAddress, path: str, *, timeout_s: float = 10.0) -> HTTPPage:
     """path: from the server's root, or a whole URL. Raises OSError and TimeoutError."""
-    return await _ask(target, "GET", path, b"", timeout_s)
+    return await _request(target, "GET", path, b"", timeout_s)
 
 
-async def post(target: Target, path: str, body: object, *, timeout_s: float = 120.0) -> Page:
+async def post(target: ServerAddress, path: str, body: object, *, timeout_s: float = 120.0) -> HTTPPage:
     """body: becomes JSON. Raises OSError and TimeoutError."""
-    return await _ask(target, "POST", path, msgspec.json.encode(body), timeout_s)
+    return await _request(target, "POST", path, msgspec.json.encode(body), timeout_s)
 
 
-async def put(target: Target, path: str, body: object, *, timeout_s: float = 10.0) -> Page:
+async def put(target: ServerAddress, path: str, body: object, *, timeout_s: float = 10.0) -> HTTPPage:
     """body: becomes JSON. Raises OSError and TimeoutError."""
-    return await _ask(target, "PUT", path, msgspec.json.encode(body), timeout_s)
+    return await _request(target, "PUT", path, msgspec.json.encode(body), timeout_s)
 
 
-async def delete(target: Target, path: str, *, timeout_s: float = 10.0) -> Page:
+async def delete(target: ServerAddress, path: str, *, timeout_s: float = 10.0) -> HTTPPage:
     """Raises OSError and TimeoutError."""
-    return await _ask(target, "DELETE", path, b"", timeout_s)
+    return await _request(target, "DELETE", path, b"", timeout_s)
 
 
-async def _ask(target: Target, method: str, path: str, body: bytes, timeout_s: float) -> Page:
+async def _request(target: ServerAddress, method: str, path: str, body: bytes, timeout_s: float) -> HTTPPage:
     if "://" in path:
         scheme, _, rest = path.partition("://")
         authority, _, below = rest.partition("/")
@@ -53,7 +53,7 @@ async def _ask(target: Target, method: str, path: str, body: bytes, timeout_s: f
     headers = {"Host": authority, "Content-Type": "application/json", "Content-Length": str(len(body))} | target.headers
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     whole = f"/{prefix.rstrip('/')}{path}" if prefix else path
-    connections = Connections(target)
+    connections = ConnectionPool(target)
     async with asyncio.timeout(timeout_s):
         connection, _ = await connections.take()
         try:
@@ -63,4 +63,4 @@ async def _ask(target: Target, method: str, path: str, body: bytes, timeout_s: f
             connection.close()
     if answer.problem:
         raise ConnectionError(answer.problem)
-    return Page(answer.status, answer.body())
+    return HTTPPage(answer.status, answer.body())

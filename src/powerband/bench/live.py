@@ -29,18 +29,18 @@ PLAIN_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Recent:
+class RecentLoad:
     """Of the requests that ended in the last RECENT_S; None: none did that could tell."""
 
     output_tokens_per_s: float
     ttft_p50_s: float | None
     ttft_p99_s: float | None
     tpot_p50_s: float | None
-    send_lag_most_s: float | None
+    max_send_lag_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Ended:
+class _CompletedRequest:
     """What is kept of a request for RECENT_S."""
 
     seen_s: float
@@ -70,7 +70,7 @@ class LiveView:
         self._clock = clock
         self._screen: Screen | None = None
         self._load: Live | None = None
-        self._told_s = clock()
+        self._printed_s = clock()
         self._begin()
 
     def __enter__(self) -> LiveView:
@@ -95,8 +95,8 @@ class LiveView:
         now_s = self._clock()
         if self._screen is not None:
             self._screen.update(self._drawn(live), refresh=True)
-        elif now_s - self._told_s >= PLAIN_EVERY_S:
-            self._told_s = now_s
+        elif now_s - self._printed_s >= PLAIN_EVERY_S:
+            self._printed_s = now_s
             self._console.print(Text(self.line(live)), soft_wrap=True)
 
     def line(self, live: Live) -> str:
@@ -104,7 +104,7 @@ class LiveView:
         recent = self._recent(live)
         parts = [
             *([plain(self.label)] if self.label else []),
-            _time_of(live),
+            _time_text(live),
             f"{live.sent:,} sent",
             f"{live.running:,} in flight",
             f"{self._ok:,} ok",
@@ -113,13 +113,13 @@ class LiveView:
             f"TTFT {time_text(recent.ttft_p50_s)} (p99 {time_text(recent.ttft_p99_s)})",
             f"TPOT {time_text(recent.tpot_p50_s)}",
             *([f"SLO kept {share_text(self._attainment())}"] if self._slo is not None else []),
-            f"send lag up to {time_text(recent.send_lag_most_s)}",
+            f"send lag up to {time_text(recent.max_send_lag_s)}",
         ]
         return " · ".join(parts)
 
     def _begin(self) -> None:
         self._taken = self._ok = self._failed = self._good = 0
-        self._recently: deque[_Ended] = deque()
+        self._recently: deque[_CompletedRequest] = deque()
 
     def _take(self, live: Live) -> None:
         """The samples that are new."""
@@ -130,16 +130,16 @@ class LiveView:
             self._failed += not is_ok
             self._good += self._slo is not None and not slo_misses(record, self._slo)
             times = (record.ttft_s, record.tpot_s) if is_ok else (None, None)
-            self._recently.append(_Ended(now_s, record.output_tokens, *times, record.send_lag_s))
+            self._recently.append(_CompletedRequest(now_s, record.output_tokens, *times, record.send_lag_s))
         self._taken = len(live.samples)
         while self._recently and self._recently[0].seen_s < now_s - RECENT_S:
             self._recently.popleft()
 
-    def _recent(self, live: Live) -> Recent:
+    def _recent(self, live: Live) -> RecentLoad:
         ended = self._recently
         first_tokens = [one.ttft_s for one in ended if one.ttft_s is not None]
         per_token = [one.tpot_s for one in ended if one.tpot_s is not None]
-        return Recent(
+        return RecentLoad(
             sum(one.output_tokens for one in ended) / min(max(live.elapsed_s, 1.0), RECENT_S),
             percentile(first_tokens, 50) if first_tokens else None,
             percentile(first_tokens, 99) if first_tokens else None,
@@ -156,11 +156,11 @@ class LiveView:
         total, done = _progress(live, self._taken)
         head = Table.grid(padding=(0, 2))
         label = [Text(plain(self.label), style="bold", no_wrap=True, overflow="ellipsis")] if self.label else []
-        head.add_row(*label, ProgressBar(total=total, completed=done, width=24), _time_of(live))
+        head.add_row(*label, ProgressBar(total=total, completed=done, width=24), _time_text(live))
         of = f" of {live.schedule.num_requests:,}" if _is_counted(live) else ""
         failed = (f"{self._failed:,} failed", "red" if self._failed else "")
         kept = f"   SLO kept by {share_text(self._attainment())}" if self._slo is not None else ""
-        late = f"   sent ≤ {time_text(recent.send_lag_most_s)} late"
+        late = f"   sent ≤ {time_text(recent.max_send_lag_s)} late"
         return Group(
             head,
             _text(f"{live.sent:,}{of} sent, {live.running:,} in flight, {self._ok:,} ok, ", failed, kept, late),
@@ -190,6 +190,6 @@ def _progress(live: Live, ended: int) -> tuple[float, float]:
     return live.schedule.duration_s, min(max(live.elapsed_s, 0.0), live.schedule.duration_s)
 
 
-def _time_of(live: Live) -> str:
+def _time_text(live: Live) -> str:
     elapsed = f"{max(live.elapsed_s, 0.0):.0f}"
     return f"{elapsed} s" if _is_counted(live) else f"{elapsed} of {live.schedule.duration_s:.0f} s"

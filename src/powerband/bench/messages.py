@@ -11,7 +11,7 @@ from powerband.metrics.record import Outcome, RequestRecord
 Endpoint = Literal["completions", "chat"]
 
 
-class Target(msgspec.Struct, frozen=True, kw_only=True):
+class ServerAddress(msgspec.Struct, frozen=True, kw_only=True):
     """Where requests go, and what every body holds. base: 'http://host:port' with what precedes '/v1'."""
 
     base: str
@@ -29,33 +29,33 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         return "/v1/chat/completions" if self.endpoint == "chat" else "/v1/completions"
 
 
-class PlannedSegment(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+class SegmentMessage(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     key: str
     tokens: int
     text: str | None = None
 
 
-class Planned(msgspec.Struct, frozen=True, array_like=True):
+class RequestMessage(msgspec.Struct, frozen=True, array_like=True):
     """As spec.workload.PlannedRequest."""
 
     index: int
-    segments: tuple[PlannedSegment, ...]
+    segments: tuple[SegmentMessage, ...]
     output_tokens: int
     turn: int
     think_s: float
 
 
-class PlannedChain(msgspec.Struct, frozen=True, array_like=True):
+class ChainMessage(msgspec.Struct, frozen=True, array_like=True):
     number: int
     start_s: float
-    requests: tuple[Planned, ...]
+    requests: tuple[RequestMessage, ...]
 
 
 class WorkerJob(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's share of a run. Times in seconds from the run's start."""
 
-    target: Target
-    chains: tuple[PlannedChain, ...]
+    target: ServerAddress
+    chains: tuple[ChainMessage, ...]
     end_s: float  # nothing is scheduled later
     timeout_s: float  # of one request, from its scheduled time
     drain_s: float  # after the last arrival, for what is still being answered
@@ -101,11 +101,11 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
+class WorkerReady(msgspec.Struct, frozen=True, tag=True):
     """The worker has read its job and waits for `Go`."""
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class WorkerProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Where a worker is, several times a second, with the samples since its last message."""
 
     sent: int
@@ -115,17 +115,17 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cpu_s: float = 0.0  # this process has used
 
 
-class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class WorkerDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The last message. unsent: requests of its share that were not due before the end."""
 
-    progress: Progress
+    progress: WorkerProgress
     unsent: int
 
 
-class Failure(msgspec.Struct, frozen=True, tag=True):
+class WorkerFailure(msgspec.Struct, frozen=True, tag=True):
     """The worker cannot go on."""
 
     message: str
 
 
-FromWorker = Ready | Progress | Done | Failure
+FromWorker = WorkerReady | WorkerProgress | WorkerDone | WorkerFailure

@@ -34,12 +34,12 @@ from powerband.metrics.shown import FIGURES, OUTCOMES, digits, plain, share_inte
 from powerband.metrics.slo import slo_misses
 from powerband.spec.slo import SLO
 
-MOST_SCATTER = 20_000  # points in the whole page
-MOST_FAILURES = 1_000
-MOST_BINS = 600
-MOST_GAPS = 2_000_000  # of which the curve of ITL is drawn
+MAX_SCATTER_POINTS = 20_000  # points in the whole page
+MAX_FAILURES = 1_000
+MAX_BINS = 600
+MAX_GAPS = 2_000_000  # of which the curve of ITL is drawn
 SLOWEST = 20
-MOST_CHUNKS = 120  # of one of the slowest requests
+MAX_CHUNKS = 120  # of one of the slowest requests
 # Percentiles of the curves: even to the 99th, then closer.
 GRID = (*(q / 2 for q in range(198)), *(99 + q / 20 for q in range(20)), 100.0)
 _BIN_WIDTHS_S = [base * 10.0**power for power in range(-1, 6) for base in (1, 2, 5)]
@@ -47,7 +47,7 @@ _BIN_WIDTHS_S = [base * 10.0**power for power in range(-1, 6) for base in (1, 2,
 
 def page_data(report: RunReport, samples_by_point: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     """samples_by_point: of the report's points, in their order."""
-    share = MOST_SCATTER // max(len(report.points), 1)
+    share = MAX_SCATTER_POINTS // max(len(report.points), 1)
     slo = report.slo
     return {
         "subject": subject(report),
@@ -97,7 +97,7 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
     ]
 
 
-def _point(point: Point, samples: Sequence[Sample], most_scatter: int) -> dict[str, Any]:
+def _point(point: Point, samples: Sequence[Sample], max_scatter: int) -> dict[str, Any]:
     summary = point.summary
     answered = [sample for sample in samples if sample.outcome is Outcome.OK and sample.scheduled_s in summary.window]
     names = FIGURES | OUTCOMES
@@ -125,7 +125,7 @@ def _point(point: Point, samples: Sequence[Sample], most_scatter: int) -> dict[s
         "window": (summary.window.start_s, summary.window.end_s),
         "quantiles": _quantiles(point, answered),
         "timeline": _timeline(samples),
-        "scatter": _scatter(samples, summary.slo, most_scatter),
+        "scatter": _scatter(samples, summary.slo, max_scatter),
         "server": _server(point),
         "slowest": _slowest(answered, summary.slo),
     }
@@ -145,7 +145,7 @@ def _tiles(point: Point) -> list[tuple[str, str, str]]:
         figure = summary.figures.get(name)
         if figure is not None:
             p99 = figure.percentiles[99.0]
-            note = f"p99 {time_text(p99)}" if p99 is not None else f"{time_text(figure.most)} at most"
+            note = f"p99 {time_text(p99)}" if p99 is not None else f"{time_text(figure.maximum)} at most"
             tiles.append((f"{FIGURES[name]}, median", time_text(figure.percentiles[50.0]), note))
     prompts = f"{digits(summary.prompt_tokens_per_s)} of prompts"
     return [*tiles, ("Output tokens/s", digits(summary.output_tokens_per_s), prompts)]
@@ -161,7 +161,7 @@ def _quantiles(point: Point, answered: Sequence[Sample]) -> dict[str, list[float
             found[name] = _rounded(percentile(ordered, q) for q in GRID)
     itl = point.summary.figures.get("itl")
     if itl is not None:
-        found["itl"] = _rounded([*_itl_quantiles(answered)[:-1], itl.most])
+        found["itl"] = _rounded([*_itl_quantiles(answered)[:-1], itl.maximum])
     return found
 
 
@@ -170,7 +170,7 @@ def _itl_quantiles(answered: Sequence[Sample]) -> list[float]:
     import numpy as np
 
     total = sum(len(sample.chunk_times_s) for sample in answered)
-    chosen = answered[:: math.ceil(total / MOST_GAPS) or 1]
+    chosen = answered[:: math.ceil(total / MAX_GAPS) or 1]
     gaps = [np.diff(np.asarray(sample.chunk_times_s)) for sample in chosen]
     tokens = np.concatenate([np.asarray(sample.chunk_tokens[1:], dtype=np.int64) for sample in chosen])
     pooled = np.repeat(np.concatenate(gaps) / tokens, tokens)
@@ -185,8 +185,8 @@ def _timeline(samples: Sequence[Sample]) -> dict[str, Any]:
     tokens = np.fromiter(chain.from_iterable(sample.chunk_tokens for sample in samples), np.int64)
     scheduled = np.array([sample.scheduled_s for sample in samples])
     end_s = float(max(times.max(initial=0.0), scheduled.max(initial=0.0))) or 1.0
-    least_s = max(min(end_s / 60, 1.0), end_s / MOST_BINS)  # shorter ones show the chance of single arrivals only
-    width_s = next((width for width in _BIN_WIDTHS_S if width >= least_s), least_s)
+    min_bin_s = max(min(end_s / 60, 1.0), end_s / MAX_BINS)  # shorter ones show the chance of single arrivals only
+    width_s = next((width for width in _BIN_WIDTHS_S if width >= min_bin_s), min_bin_s)
     bins = int(end_s / width_s) + 1
     edges = np.arange(bins) * width_s
     spans = [(sample.sent_s, sample.chunk_times_s[-1]) for sample in samples if sample.chunk_times_s]
@@ -219,14 +219,14 @@ def _scatter(samples: Sequence[Sample], slo: SLO | None, most: int) -> dict[str,
     return {
         "kept": thinned(kept, share),
         "missed": thinned(over, most - share),
-        "failed": failed[:: math.ceil(len(failed) / MOST_FAILURES) or 1],
+        "failed": failed[:: math.ceil(len(failed) / MAX_FAILURES) or 1],
     }
 
 
 def _server(point: Point) -> dict[str, Any] | None:
     """Its gauges over time."""
     server = point.server
-    every = math.ceil(len(server.times_s) / MOST_BINS) or 1
+    every = math.ceil(len(server.times_s) / MAX_BINS) or 1
     told: dict[str, Any] = {
         name: server.values[name][::every] for name in ("running", "waiting", "kv_usage") if name in server.values
     }
@@ -253,7 +253,7 @@ def _slowest(answered: Sequence[Sample], slo: SLO | None) -> list[dict[str, Any]
 
 def _chunks(times_s: tuple[float, ...]) -> list[float]:
     """The first, the last, both sides of the longest gap, and evenly chosen others."""
-    every = math.ceil(len(times_s) / MOST_CHUNKS)
+    every = math.ceil(len(times_s) / MAX_CHUNKS)
     longest = max(pairwise(times_s), key=lambda pair: pair[1] - pair[0], default=times_s[:1])
     return sorted({*times_s[::every], times_s[-1], *longest})
 

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from powerband.bench.answers import error_text
-from powerband.bench.http import Page, get, post
-from powerband.bench.messages import Endpoint, Planned, PlannedSegment, Target
-from powerband.bench.prompts import PromptMaker, Talk
+from powerband.bench.http import HTTPPage, get, post
+from powerband.bench.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
+from powerband.bench.prompts import ConversationPrompts, PromptMaker
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.web.authority import split_authority
 
@@ -20,7 +20,7 @@ _PROBE_TOKENS = (32, 288)
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerInfo:
     """kind: 'powerband', 'vllm', 'sglang', 'llama.cpp', 'tensorrt-llm' or 'unknown'."""
 
     kind: str
@@ -49,7 +49,7 @@ def parse_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-async def find_server(target: Target, wait_s: float = 0.0) -> tuple[Target, Server]:
+async def find_server(target: ServerAddress, wait_s: float = 0.0) -> tuple[ServerAddress, ServerInfo]:
     """The target with the model's name filled in, and what serves it. wait_s: how long to wait for a server that is not
     there yet. Raises EnvironmentFault when none answers, UsageError for a model that it does not have.
     """
@@ -85,7 +85,7 @@ async def find_server(target: Target, wait_s: float = 0.0) -> tuple[Target, Serv
     return msgspec.structs.replace(target, model=model), await _identify(target, card)
 
 
-async def calibrate_prompt_words(target: Target) -> Target:
+async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
     """With how many of our words make a token on this server, from two short requests.
 
     Raises EnvironmentFault when it cannot answer them.
@@ -93,8 +93,8 @@ async def calibrate_prompt_words(target: Target) -> Target:
     plain = msgspec.structs.replace(target, words_per_token=1.0)
     maker, counts = PromptMaker(), []
     for tokens in _PROBE_TOKENS:
-        planned = Planned(0, (PlannedSegment(f"probe {tokens} {time.time_ns()}", tokens),), 1, 0, 0.0)
-        body = msgspec.json.decode(Talk(plain, maker).body(planned)) | {"stream": False}
+        planned = RequestMessage(0, (SegmentMessage(f"probe {tokens} {time.time_ns()}", tokens),), 1, 0, 0.0)
+        body = msgspec.json.decode(ConversationPrompts(plain, maker).body(planned)) | {"stream": False}
         body.pop("stream_options")
         try:
             page = await post(target, target.path, body)
@@ -110,7 +110,7 @@ async def calibrate_prompt_words(target: Target) -> Target:
     return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word)
 
 
-def endpoint_of(text: str) -> Endpoint:
+def parse_endpoint(text: str) -> Endpoint:
     """vLLM's and GuideLLM's spellings, too. Raises UsageError."""
     match text.strip("/").removeprefix("v1/").replace("_", "-"):
         case "completions" | "text-completions" | "openai" | "vllm":
@@ -120,13 +120,13 @@ def endpoint_of(text: str) -> Endpoint:
     raise UsageError(f"There is no endpoint '{text}'.", hint="There are: completions, chat.", param="endpoint")
 
 
-def _prompt_tokens(page: Page) -> int:
+def _prompt_tokens(page: HTTPPage) -> int:
     answer = page.json()
     usage = answer.get("usage") if isinstance(answer, dict) else None
     return int(usage.get("prompt_tokens") or 0) if isinstance(usage, dict) else 0
 
 
-async def _identify(target: Target, card: dict[str, object]) -> Server:
+async def _identify(target: ServerAddress, card: dict[str, object]) -> ServerInfo:
     owner = str(card.get("owned_by", ""))
     length = card.get("max_model_len")
     kind = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "powerband": "powerband"}.get(owner, "unknown")
@@ -138,10 +138,10 @@ async def _identify(target: Target, card: dict[str, object]) -> Server:
             version = str(told.get("version", ""))
     except (OSError, TimeoutError):
         pass
-    return Server(kind, version, length if isinstance(length, int) else None)
+    return ServerInfo(kind, version, length if isinstance(length, int) else None)
 
 
-def _silent(target: Target, why: str) -> EnvironmentFault:
+def _silent(target: ServerAddress, why: str) -> EnvironmentFault:
     return EnvironmentFault(
         f"{target.base}{target.path} did not answer a short request: {why}.",
         hint="Does it serve this endpoint (--endpoint chat or completions), and is it ready?",

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from powerband.bench.messages import Planned, PlannedSegment, Target
+from powerband.bench.messages import RequestMessage, SegmentMessage, ServerAddress
 
 _COMMON = """
 the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one
@@ -38,7 +38,7 @@ class PromptMaker:
         generator = random.Random(0)  # noqa: S311 (text, no secret)
         self._stream = generator.choices(WORDS, k=_STREAM_WORDS)
 
-    def text(self, segment: PlannedSegment) -> str:
+    def text(self, segment: SegmentMessage) -> str:
         """With a space at its end, so that it joins what follows between words."""
         if segment.text is not None:
             return segment.text
@@ -56,15 +56,15 @@ class PromptMaker:
         return " ".join(words) + " "
 
 
-class Talk:
+class ConversationPrompts:
     """What a conversation has said so far, as its next request must repeat it."""
 
-    def __init__(self, target: Target, maker: PromptMaker) -> None:
+    def __init__(self, target: ServerAddress, maker: PromptMaker) -> None:
         self._target, self._maker = target, maker
         self._messages: list[dict[str, str]] = []
         self._text = ""
 
-    def body(self, request: Planned) -> bytes:
+    def body(self, request: RequestMessage) -> bytes:
         """JSON of the request. A turn of 0 begins anew."""
         target = self._target
         if request.turn == 0:
@@ -93,7 +93,7 @@ class Talk:
             self._text += text
 
 
-def request_bytes(target: Target, body: bytes) -> bytes:
+def request_bytes(target: ServerAddress, body: bytes) -> bytes:
     """A whole HTTP/1.1 request."""
     authority, _, prefix = target.base.partition("://")[2].partition("/")
     path = (f"/{prefix.rstrip('/')}" if prefix else "") + target.path

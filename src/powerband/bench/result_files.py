@@ -72,7 +72,7 @@ def read_run(folder: Path) -> RunReport:
     """Raises UsageError for what is no run, or one of another schema."""
     path = folder / RUN_FILE
     try:
-        values = msgspec.json.decode(_bytes_of(path), type=dict[str, Any])
+        values = msgspec.json.decode(_read_bytes(path), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
         raise _broken(path, str(problem)) from None
     schema = values.get("schema")
@@ -92,7 +92,7 @@ def read_requests(folder: Path) -> list[list[RequestLine]]:
     """The requests of each point, by index. Raises UsageError for what is no such file."""
     path = folder / REQUESTS_FILE
     points: dict[int, list[RequestLine]] = {}
-    for number, line in enumerate(_bytes_of(path).splitlines(), 1):
+    for number, line in enumerate(_read_bytes(path).splitlines(), 1):
         try:
             request = _LINES.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
@@ -170,7 +170,7 @@ def _conversations(schedule: Schedule) -> set[int]:
     return {request.index - request.turn for request in requests if request.turn}
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as problem:

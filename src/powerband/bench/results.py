@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
-from powerband.bench.load import LoadResult, window_of
-from powerband.bench.messages import Endpoint, Sample, Target
-from powerband.bench.probe import Server
+from powerband.bench.load import LoadResult, steady_window
+from powerband.bench.messages import Endpoint, Sample, ServerAddress
+from powerband.bench.probe import ServerInfo
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.metrics.figures import Summary, summarize
 from powerband.metrics.record import Outcome
@@ -30,7 +30,7 @@ from powerband.spec.workload import Schedule
 
 SCHEMA = "powerband.bench/1"
 # A client that is busier than this share of what it was calibrated to bear delays what it measures.
-MOST_OF_CEILING = 0.7
+MAX_CAPACITY_RATIO = 0.7
 MAX_ERROR_GROUPS = 20
 # Options of the command line whose value is nobody's business.
 SECRET_OPTIONS = ("--api-key", "--header")
@@ -40,14 +40,14 @@ Verdict = Literal["PASS", "MISSED", "INVALID", "MEASURED"]
 
 
 @dataclass(frozen=True, slots=True)
-class Offered:
+class OfferedLoad:
     """The load asked for: requests a second (the mean, where it changes), or users of a closed loop."""
 
     kind: Literal["rate", "concurrency"]
     value: float
 
     @classmethod
-    def of(cls, arrivals: Arrivals, schedule: Schedule) -> Offered:
+    def of(cls, arrivals: Arrivals, schedule: Schedule) -> OfferedLoad:
         if isinstance(arrivals, ClosedLoop):
             return cls("concurrency", arrivals.concurrency)
         if isinstance(arrivals, OpenLoop) and len({rate for p in arrivals.phases for rate in (p.start, p.end)}) == 1:
@@ -110,7 +110,7 @@ class Point:
     """
 
     label: str
-    offered: Offered
+    offered: OfferedLoad
     seed: int
     schedule_digest: str
     summary: Summary
@@ -150,7 +150,7 @@ class FoundRate:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ClientMachine:
     """Where the client ran. system: kind of operating system and its release; nothing that names the computer."""
 
     processor: str
@@ -158,14 +158,14 @@ class Machine:
     system: str
 
     @classmethod
-    def here(cls) -> Machine:
+    def here(cls) -> ClientMachine:
         cpu = detect_cpu()
         system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
         return cls(cpu.name, cpu.cores, system)
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class ReportedAddress:
     """What of a Target is told: no header, no key."""
 
     base: str
@@ -173,7 +173,7 @@ class Address:
     model: str
 
     @classmethod
-    def of(cls, target: Target) -> Address:
+    def of(cls, target: ServerAddress) -> ReportedAddress:
         return cls(target.base, target.endpoint, target.model)
 
 
@@ -186,9 +186,9 @@ class RunReport:
     started_at: str  # UTC, ISO 8601
     command: tuple[str, ...]
     powerband: str  # version
-    machine: Machine
-    target: Address
-    server: Server
+    machine: ClientMachine
+    target: ReportedAddress
+    server: ServerInfo
     workload: dict[str, Any]
     slo: SLO | None
     seed: int
@@ -213,11 +213,11 @@ class RunReport:
         )
 
 
-def point_of(
+def build_point(
     result: LoadResult,
     *,
     label: str,
-    offered: Offered,
+    offered: OfferedLoad,
     warm_up: float,
     cool_down: float,
     slo: SLO | None,
@@ -225,7 +225,7 @@ def point_of(
     saturated: bool = False,
 ) -> Point:
     """The figures of one load. warm_up, cool_down: shares, see load.window_of."""
-    window = window_of(result.samples, warm_up, cool_down)
+    window = steady_window(result.samples, warm_up, cool_down)
     summary = summarize([sample.record() for sample in result.samples], window, slo)
     answered = [sample for sample in result.samples if sample.outcome is Outcome.OK]
     return Point(
@@ -234,7 +234,7 @@ def point_of(
         seed=result.schedule.seed,
         schedule_digest=result.schedule.digest(),
         summary=summary,
-        whole=_whole(answered),
+        whole=_whole_run(answered),
         client=_client(result, summary, ceiling_chunks_per_s),
         server=result.server,
         errors=error_groups(result.samples),
@@ -256,8 +256,8 @@ def error_groups(samples: Sequence[Sample]) -> tuple[ErrorGroup, ...]:
             key = sample.outcome.value, sample.status, re.sub(r"\d+", "#", sample.error)
             counts[key] += 1
             examples.setdefault(key, sample.error)
-    most = counts.most_common(MAX_ERROR_GROUPS)
-    return tuple(ErrorGroup(key[0], key[1], examples[key], count) for key, count in most)
+    common = counts.most_common(MAX_ERROR_GROUPS)
+    return tuple(ErrorGroup(key[0], key[1], examples[key], count) for key, count in common)
 
 
 def without_secrets(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -282,7 +282,7 @@ def powerband_version() -> str:
     return version("powerband")
 
 
-def _whole(answered: Sequence[Sample]) -> Throughput:
+def _whole_run(answered: Sequence[Sample]) -> Throughput:
     seconds = max((sample.chunk_times_s[-1] for sample in answered if sample.chunk_times_s), default=0.0)
     per_s = 1 / seconds if seconds > 0 else 0.0
     return Throughput(
@@ -298,7 +298,7 @@ def _client(result: LoadResult, summary: Summary, ceiling_chunks_per_s: float | 
     fault = summary.client_fault
     if not fault and not summary.scheduled:
         fault = "no request was scheduled in the part that counts"
-    if not fault and ceiling_chunks_per_s and result.chunks_per_s > MOST_OF_CEILING * ceiling_chunks_per_s:
+    if not fault and ceiling_chunks_per_s and result.chunks_per_s > MAX_CAPACITY_RATIO * ceiling_chunks_per_s:
         share = result.chunks_per_s / ceiling_chunks_per_s
-        fault = f"the client received {share:.0%} of the chunks it can bear (at most {MOST_OF_CEILING:.0%} may be)"
+        fault = f"the client received {share:.0%} of the chunks it can bear (at most {MAX_CAPACITY_RATIO:.0%} may be)"
     return ClientFigures(result.client_share, result.chunks_per_s, ceiling_chunks_per_s, fault)

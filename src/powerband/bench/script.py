@@ -22,7 +22,7 @@ _TOKENS = [f" {word}" for word in WORDS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Script:
+class Behavior:
     """Times in seconds; a count of 0 means never, or no limit. The default answers at once, as fast as it can.
 
     Token t (0, 1, …) of a request is due ttft_s + t · tpot_s after its arrival, or after it got a slot; a chunk is due
@@ -41,7 +41,7 @@ class Script:
     drop_after_chunks: int = 2  # … after so many chunks; 0: before it has begun …
     drop_by: DropBy = "reset"  # … in this way
     drop_whole: bool = False  # and so does each so-manieth whole answer
-    most_in_flight: int = 0  # others get a 429 …
+    max_in_flight: int = 0  # others get a 429 …
     retry_after_s: float = 1.0  # … with this advice
     slots: int = 0  # served at the same time; others wait, first come, first served
     leaks_slots: bool = False  # a planted fault: the slot of a request that its client cancelled stays taken
@@ -74,7 +74,7 @@ class Script:
         return self.slots / held_s if self.slots and held_s else math.inf
 
     @classmethod
-    def from_json(cls, text: str) -> Script:
+    def from_json(cls, text: str) -> Behavior:
         """Raises UsageError for what is no script."""
         try:
             values = msgspec.json.decode(text, type=dict[str, object])
@@ -86,7 +86,7 @@ class Script:
             raise UsageError(f"This is no script: {problem}.", param="script") from None
 
 
-class Truth(msgspec.Struct, kw_only=True):
+class ServerRecord(msgspec.Struct, kw_only=True):
     """What the server did with one request. Times on the monotonic clock. status 0: none was sent."""
 
     number: int  # from 0, in the order of arrival
@@ -110,7 +110,7 @@ class _Message(msgspec.Struct):
     content: str | None = None
 
 
-class AskedBody(msgspec.Struct):
+class MockRequest(msgspec.Struct):
     """The part of OpenAI's two bodies that a script needs."""
 
     model: str = ""
@@ -126,17 +126,17 @@ class AskedBody(msgspec.Struct):
     @property
     def output_tokens(self) -> int:
         asked = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return (16 if asked is None else asked) + len(self.told_in_prompt)
+        return (16 if asked is None else asked) + len(self.emitted_in_prompt)
 
     @property
-    def told_in_prompt(self) -> list[int]:
+    def emitted_in_prompt(self) -> list[int]:
         """Ids of output at the end of a prompt, which is to go on."""
         return [id for id in self.prompt if id < FIRST_PROMPT_ID] if isinstance(self.prompt, list) else []
 
     @property
-    def begins_at(self) -> int:
+    def first_index(self) -> int:
         """The first token that is to come."""
-        return len(self.resume_token_ids or self.told_in_prompt)
+        return len(self.resume_token_ids or self.emitted_in_prompt)
 
     @property
     def prompt_tokens(self) -> int:
@@ -147,10 +147,10 @@ class AskedBody(msgspec.Struct):
         return sum(len(text.split()) for text in texts)
 
 
-_BODY = msgspec.json.Decoder(AskedBody)
+_BODY = msgspec.json.Decoder(MockRequest)
 
 
-def read_body(data: bytes, endpoint: Endpoint, script: Script) -> AskedBody:
+def read_body(data: bytes, endpoint: Endpoint, script: Behavior) -> MockRequest:
     """Raises InvalidRequest."""
     try:
         body = _BODY.decode(data)
@@ -160,7 +160,7 @@ def read_body(data: bytes, endpoint: Endpoint, script: Script) -> AskedBody:
         raise InvalidRequest("The body has no prompt.", param="messages" if endpoint == "chat" else "prompt")
     if not 1 <= body.output_tokens <= MAX_OUTPUT_TOKENS:
         raise InvalidRequest(f"{body.output_tokens} output tokens.", hint=f"1 to {MAX_OUTPUT_TOKENS} may be asked for.")
-    known = body.resume_token_ids or body.told_in_prompt
+    known = body.resume_token_ids or body.emitted_in_prompt
     if known != list(range(len(known))):
         raise InvalidRequest("These tokens are not those that were told.", param="resume_token_ids")
     if len(known) >= body.output_tokens:
@@ -170,13 +170,13 @@ def read_body(data: bytes, endpoint: Endpoint, script: Script) -> AskedBody:
     return body
 
 
-class Speaker:
+class ReplyWriter:
     """The bytes of one answer. usage: the most that it tells, see Script."""
 
-    def __init__(self, number: int, body: AskedBody, endpoint: Endpoint, usage: str) -> None:
+    def __init__(self, number: int, body: MockRequest, endpoint: Endpoint, usage: str) -> None:
         self._total, self._prompt, self._is_chat = body.output_tokens, body.prompt_tokens, endpoint == "chat"
-        self._tells_ids, self._begins_at = body.return_token_ids, body.begins_at
-        self._is_resumed, self._uncounted = bool(body.resume_token_ids), len(body.told_in_prompt)
+        self._returns_ids, self._first_index = body.return_token_ids, body.first_index
+        self._is_resumed, self._uncounted = bool(body.resume_token_ids), len(body.emitted_in_prompt)
         options = body.stream_options or _StreamOptions()
         self._usage_ever = options.include_usage and usage != "none"
         self._usage_always = self._usage_ever and options.continuous_usage_stats and usage == "continuous"
@@ -196,25 +196,25 @@ class Speaker:
         """Tokens from `first` to before `after`."""
         text = words(first, after)
         ending = '"length"' if after == self._total else "null"
-        ids = f',"token_ids":[{",".join(map(str, range(first, after)))}]' if self._tells_ids else ""
+        ids = f',"token_ids":[{",".join(map(str, range(first, after)))}]' if self._returns_ids else ""
         if self._is_chat:
             return self._event(f'{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":{ending}{ids}}}', after)
-        ids += self._prompt_ids() if first == self._begins_at else ""
+        ids += self._prompt_ids() if first == self._first_index else ""
         return self._event(f'{{"index":0,"text":"{text}","logprobs":null,"finish_reason":{ending}{ids}}}', after)
 
     def closing(self, *, is_done: bool = True) -> bytes:
         """After the last token, with the end of the message."""
         usage = f"{self._head}],{self._usage(self._total)}}}\n\n" if self._usage_ever else ""
-        return (framed(f"{usage}data: [DONE]\n\n".encode()) if is_done else b"") + END
+        return (chunk_frame(f"{usage}data: [DONE]\n\n".encode()) if is_done else b"") + END
 
     def _prompt_ids(self) -> str:
         ids = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + self._prompt - self._uncounted)
-        return f',"prompt_token_ids":[{",".join(map(str, ids))}]' if self._tells_ids else ""
+        return f',"prompt_token_ids":[{",".join(map(str, ids))}]' if self._returns_ids else ""
 
     def whole(self) -> bytes:
         """All of it, not streamed."""
         text = words(0, self._total)
-        said: Mapping[str, object] = (
+        content: Mapping[str, object] = (
             {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
         )
         usage = {
@@ -222,11 +222,11 @@ class Speaker:
             "completion_tokens": self._total,
             "total_tokens": self._prompt + self._total,
         }
-        return msgspec.json.encode({"choices": [{"index": 0, **said, "finish_reason": "length"}], "usage": usage})
+        return msgspec.json.encode({"choices": [{"index": 0, **content, "finish_reason": "length"}], "usage": usage})
 
     def _event(self, choice: str, tokens: int, more: str = "") -> bytes:
         usage = f"],{self._usage(tokens)}" if self._usage_always else "]"
-        return framed(f"{self._head}{choice}{usage}{more}}}\n\n".encode())
+        return chunk_frame(f"{self._head}{choice}{usage}{more}}}\n\n".encode())
 
     def _usage(self, after: int) -> str:
         tokens = after - self._uncounted
@@ -248,11 +248,11 @@ def words(first: int, after: int) -> str:
     return "".join([_TOKENS[token % len(_TOKENS)] for token in range(first, after)])
 
 
-def text_of(ids: list[int]) -> str:
+def text_from_ids(ids: list[int]) -> str:
     """Of tokens of answers and prompts."""
     return "".join(words(id, id + 1) if id < FIRST_PROMPT_ID else " said" for id in ids)
 
 
-def framed(data: bytes) -> bytes:
+def chunk_frame(data: bytes) -> bytes:
     """As one chunk of HTTP's chunked coding."""
     return b"%x\r\n%b\r\n" % (len(data), data)

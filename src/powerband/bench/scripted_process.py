@@ -11,28 +11,28 @@ from dataclasses import asdict, dataclass
 import msgspec
 
 from powerband.bench.http import delete, get
-from powerband.bench.messages import Target
-from powerband.bench.script import Script, Truth
+from powerband.bench.messages import ServerAddress
+from powerband.bench.script import Behavior, ServerRecord
 from powerband.errors import EnvironmentFault
 
 
 @dataclass(frozen=True, slots=True)
-class ScriptedProcess:
+class MockServerProcess:
     """A scripted server in a process of its own."""
 
-    target: Target
+    target: ServerAddress
     pid: int
 
-    async def truths(self) -> list[Truth]:
+    async def records(self) -> list[ServerRecord]:
         """By arrival. Raises OSError and TimeoutError."""
-        return msgspec.json.decode((await get(self.target, "/truth", timeout_s=30.0)).body, type=list[Truth])
+        return msgspec.json.decode((await get(self.target, "/truth", timeout_s=30.0)).body, type=list[ServerRecord])
 
     async def forget(self) -> None:
         await delete(self.target, "/truth")
 
 
 @contextlib.asynccontextmanager
-async def scripted_process(script: Script) -> AsyncIterator[ScriptedProcess]:
+async def scripted_process(script: Behavior) -> AsyncIterator[MockServerProcess]:
     """Ends with the block, and with this process. Raises EnvironmentFault when it cannot be started."""
     command = (sys.executable, "-m", "powerband.bench.scripted_server", "--with-parent", "--script")
     process = await asyncio.create_subprocess_exec(
@@ -46,7 +46,7 @@ async def scripted_process(script: Script) -> AsyncIterator[ScriptedProcess]:
         address = (await process.stdout.readline()).decode().strip() if process.stdout is not None else ""
         if not address:
             raise EnvironmentFault("The scripted server does not start.", code="no_server")
-        yield ScriptedProcess(Target(base=address, endpoint="completions", model=script.model), process.pid)
+        yield MockServerProcess(ServerAddress(base=address, endpoint="completions", model=script.model), process.pid)
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

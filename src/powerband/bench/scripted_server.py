@@ -24,8 +24,8 @@ import msgspec
 
 from powerband.bench.messages import Endpoint
 from powerband.bench.precise_timer import PreciseTimer
-from powerband.bench.script import Script, Speaker, Truth, read_body, text_of
-from powerband.bench.scripted_stream import ScriptedStream
+from powerband.bench.script import Behavior, ReplyWriter, ServerRecord, read_body, text_from_ids
+from powerband.bench.scripted_stream import MockStream
 from powerband.errors import InvalidRequest, PowerbandError
 
 HOST = "127.0.0.1"
@@ -36,19 +36,19 @@ _REASONS |= {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeo
 _ENDPOINTS: dict[str, Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 
 
-class ScriptedServer:
+class MockServer:
     """Within the running event loop, from `start` to `close`. A stall blocks that loop: see `scripted_process`."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Behavior) -> None:
         self.script = script
         self.deadlines = PreciseTimer()
         self._listening: asyncio.Server | None = None
-        self._connections: set[Connection] = set()
+        self._connections: set[MockConnection] = set()
         self.forget()
 
     async def start(self, port: int = 0) -> str:
         """The address: 'http://127.0.0.1:port'. Raises OSError when the port is taken."""
-        make = partial(Connection, self, self._connections)
+        make = partial(MockConnection, self, self._connections)
         self._listening = await asyncio.get_running_loop().create_server(make, HOST, port, backlog=4096)
         return f"http://{HOST}:{self._listening.sockets[0].getsockname()[1]}"
 
@@ -61,34 +61,34 @@ class ScriptedServer:
 
     def forget(self) -> None:
         """What was, and let the next request be the first. What is being answered goes on, unrecorded."""
-        self.truths: list[Truth] = []
-        self._active: set[ScriptedStream] = set()
-        self._waiting: deque[ScriptedStream] = deque()
+        self.records: list[ServerRecord] = []
+        self._active: set[MockStream] = set()
+        self._waiting: deque[MockStream] = deque()
         self._taken = 0  # slots
         self._is_stall_due = self.script.stall_s > 0
 
-    def arrive(self, connection: Connection, path: str, data: bytes) -> ScriptedStream | None:
+    def arrive(self, connection: MockConnection, path: str, data: bytes) -> MockStream | None:
         """A request to generate. None: it is answered already."""
         script, now_s = self.script, time.monotonic()
-        truth = Truth(number=len(self.truths), digest=body_digest(data), arrived_s=now_s)
-        self.truths.append(truth)
+        record = ServerRecord(number=len(self.records), digest=body_digest(data), arrived_s=now_s)
+        self.records.append(record)
         if self._is_stall_due:
             self._is_stall_due = False
-            self.deadlines.at(now_s + script.stall_at_s, partial(self._stall, self.truths))
+            self.deadlines.at(now_s + script.stall_at_s, partial(self._stall, self.records))
         endpoint = _ENDPOINTS[path]
         try:
             body = read_body(data, endpoint, script)
         except InvalidRequest as problem:
-            connection.refuse(400, str(problem), truth, code=problem.code)
+            connection.refuse(400, str(problem), record, code=problem.code)
             return None
-        if script.fail_every and (truth.number + 1) % script.fail_every == 0:
-            connection.refuse(script.fail_status, "Scripted to fail.", truth)
+        if script.fail_every and (record.number + 1) % script.fail_every == 0:
+            connection.refuse(script.fail_status, "Scripted to fail.", record)
             return None
-        if script.most_in_flight and len(self._active) >= script.most_in_flight:
-            connection.refuse(429, "Scripted to refuse.", truth, f"Retry-After: {script.retry_after_s:g}\r\n")
+        if script.max_in_flight and len(self._active) >= script.max_in_flight:
+            connection.refuse(429, "Scripted to refuse.", record, f"Retry-After: {script.retry_after_s:g}\r\n")
             return None
-        speaker = Speaker(truth.number, body, endpoint, script.usage)
-        stream = ScriptedStream(self, connection, truth, body, speaker)
+        writer = ReplyWriter(record.number, body, endpoint, script.usage)
+        stream = MockStream(self, connection, record, body, writer)
         self._active.add(stream)
         if script.slots and self._taken >= script.slots:
             self._waiting.append(stream)
@@ -96,26 +96,26 @@ class ScriptedServer:
             self._begin(stream)
         return stream
 
-    def leave(self, stream: ScriptedStream) -> None:
+    def leave(self, stream: MockStream) -> None:
         """It is answered, or its client is gone."""
         if stream not in self._active:
             return
         self._active.discard(stream)
-        if stream.truth.begun_s is None:
+        if stream.record.begun_s is None:
             self._waiting.remove(stream)
             return
-        if stream.truth.is_cancelled and self.script.leaks_slots:
+        if stream.record.is_cancelled and self.script.leaks_slots:
             return
         self._taken -= 1
         if self._waiting:
             self._begin(self._waiting.popleft())
 
-    def _begin(self, stream: ScriptedStream) -> None:
+    def _begin(self, stream: MockStream) -> None:
         self._taken += 1
-        stream.begin(time.monotonic() if self.script.slots else stream.truth.arrived_s)
+        stream.begin(time.monotonic() if self.script.slots else stream.record.arrived_s)
 
-    def _stall(self, truths: list[Truth]) -> None:
-        if truths is self.truths:  # else it was told to forget
+    def _stall(self, records: list[ServerRecord]) -> None:
+        if records is self.records:  # else it was told to forget
             # What was written a moment ago is on its way first.
             asyncio.get_running_loop().call_later(0.002, self._stand_still)
 
@@ -129,13 +129,13 @@ class ScriptedServer:
 
     def metrics(self) -> str:
         """Under vLLM's names."""
-        begun = [truth for truth in self.truths if truth.begun_s is not None]
-        first = [truth.written_s[0] - truth.arrived_s for truth in begun if truth.written_s]
-        queued = [(truth.begun_s or 0.0) - truth.arrived_s for truth in begun]
+        begun = [record for record in self.records if record.begun_s is not None]
+        first = [record.written_s[0] - record.arrived_s for record in begun if record.written_s]
+        queued = [(record.begun_s or 0.0) - record.arrived_s for record in begun]
         values = {
             "num_requests_running": len(self._active) - len(self._waiting),
             "num_requests_waiting": len(self._waiting),
-            "generation_tokens_total": sum(truth.tokens for truth in self.truths),
+            "generation_tokens_total": sum(record.tokens for record in self.records),
             "time_to_first_token_seconds_count": len(first),
             "time_to_first_token_seconds_sum": sum(first),
             "request_queue_time_seconds_count": len(queued),
@@ -144,10 +144,10 @@ class ScriptedServer:
         return "".join(f'vllm:{name}{{model_name="{self.script.model}"}} {value}\n' for name, value in values.items())
 
 
-class Connection(asyncio.Protocol):
-    def __init__(self, server: ScriptedServer, connections: set[Connection]) -> None:
+class MockConnection(asyncio.Protocol):
+    def __init__(self, server: MockServer, connections: set[MockConnection]) -> None:
         self._server, self._connections = server, connections
-        self.stream: ScriptedStream | None = None
+        self.stream: MockStream | None = None
         self.is_paused = False
         self._parser = httptools.HttpRequestParser(self)
         self._path = ""
@@ -176,7 +176,7 @@ class Connection(asyncio.Protocol):
         self._connections.discard(self)
         stream, self.stream = self.stream, None
         if stream is not None:
-            stream.truth.is_cancelled, stream.truth.ended_s = True, time.monotonic()
+            stream.record.is_cancelled, stream.record.ended_s = True, time.monotonic()
             self._server.leave(stream)
 
     def pause_writing(self) -> None:
@@ -220,14 +220,16 @@ class Connection(asyncio.Protocol):
         if self.stream is not None:
             self.refuse(400, "One request at a time, please.", None)
         elif path == "/detokenize" and method == b"POST":
-            self.answer(200, msgspec.json.encode({"prompt": text_of(msgspec.json.decode(data).get("tokens", []))}))
+            self.answer(
+                200, msgspec.json.encode({"prompt": text_from_ids(msgspec.json.decode(data).get("tokens", []))})
+            )
         elif path in _ENDPOINTS:
             if method != b"POST":
                 self.answer(405, _error("Post it."))
                 return
             stream = self._server.arrive(self, path, data)
             # What is answered at once has left already.
-            self.stream = stream if stream is not None and stream.truth.ended_s is None else None
+            self.stream = stream if stream is not None and stream.record.ended_s is None else None
         else:
             self._answer_page(method, path)
 
@@ -241,16 +243,16 @@ class Connection(asyncio.Protocol):
         self._transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
     def refuse(
-        self, status: int, message: str, truth: Truth | None, headers: str = "", code: str | None = None
+        self, status: int, message: str, record: ServerRecord | None, headers: str = "", code: str | None = None
     ) -> None:
         """An error object; without a truth the connection ends with it."""
         if self._transport.is_closing():
             return
-        self.answer(status, _error(message, code), headers if truth is not None else f"{headers}Connection: close\r\n")
-        if truth is None:
+        self.answer(status, _error(message, code), headers if record is not None else f"{headers}Connection: close\r\n")
+        if record is None:
             self._transport.close()
         else:
-            truth.status, truth.ended_s = status, time.monotonic()
+            record.status, record.ended_s = status, time.monotonic()
 
     def drop(self) -> None:
         self._transport.abort()
@@ -269,7 +271,7 @@ class Connection(asyncio.Protocol):
             case b"GET", "/health" | "/livez" | "/readyz":
                 self.answer(200, b"{}")
             case b"GET", "/truth":
-                self.answer(200, msgspec.json.encode(self._server.truths))
+                self.answer(200, msgspec.json.encode(self._server.records))
             case b"DELETE", "/truth":
                 self._server.forget()
                 self.answer(200, b"{}")
@@ -285,11 +287,11 @@ def _error(message: str, code: str | None = None) -> bytes:
     return msgspec.json.encode({"error": {"message": message, "type": "scripted", "param": None, "code": code}})
 
 
-async def _serve(script: Script, port: int, with_parent: bool) -> None:
+async def _serve(script: Behavior, port: int, with_parent: bool) -> None:
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
-    server = ScriptedServer(script)
+    server = MockServer(script)
     sys.stdout.write(f"{await server.start(port)}\n")
     sys.stdout.flush()
     gc.freeze()
@@ -311,7 +313,7 @@ def main() -> int:
     import uvloop
 
     try:
-        uvloop.run(_serve(Script.from_json(options.script), options.port, options.with_parent))
+        uvloop.run(_serve(Behavior.from_json(options.script), options.port, options.with_parent))
     except (PowerbandError, OSError) as problem:
         sys.stderr.write(f"{problem}\n")
         return problem.exit_code if isinstance(problem, PowerbandError) else 3

@@ -5,56 +5,61 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from powerband.bench.script import END, GARBAGE, TROUBLE, AskedBody, DropBy, Speaker, Truth, framed
+from powerband.bench.script import END, GARBAGE, TROUBLE, DropBy, MockRequest, ReplyWriter, ServerRecord, chunk_frame
 
 if TYPE_CHECKING:
-    from powerband.bench.scripted_server import Connection, ScriptedServer
+    from powerband.bench.scripted_server import MockConnection, MockServer
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-class ScriptedStream:
+class MockStream:
     """One answer. Streamed, its chunks go out at their times; else it goes out with its last token."""
 
-    __slots__ = ("_body", "_chunks", "_connection", "_is_held", "_server", "_speaker", "begun_s", "truth")
+    __slots__ = ("_body", "_chunks", "_connection", "_is_held", "_server", "_writer", "begun_s", "record")
 
     def __init__(
-        self, server: ScriptedServer, connection: Connection, truth: Truth, body: AskedBody, speaker: Speaker
+        self,
+        server: MockServer,
+        connection: MockConnection,
+        record: ServerRecord,
+        body: MockRequest,
+        writer: ReplyWriter,
     ) -> None:
-        self._server, self._connection, self.truth = server, connection, truth
-        self._body, self._speaker = body, speaker
+        self._server, self._connection, self.record = server, connection, record
+        self._body, self._writer = body, writer
         self._chunks, self._is_held, self.begun_s = 0, False, 0.0
 
     def begin(self, now_s: float) -> None:
-        self.begun_s = self.truth.begun_s = now_s
+        self.begun_s = self.record.begun_s = now_s
         script, total = self._server.script, self._body.output_tokens
         if self._drops and (not script.drop_after_chunks or (script.drop_whole and not self._body.stream)):
             return self._break(script.drop_by)
         if not self._body.stream:
             return self._server.deadlines.at(now_s + script.due_s(script.chunks(total) - 1), self._answer_whole)
-        self.truth.status = 200
-        self._connection.write(_HEAD + self._speaker.opening())
+        self.record.status = 200
+        self._connection.write(_HEAD + self._writer.opening())
         if script.is_instant and not script.drop_every:
-            size, first = script.tokens_per_chunk, self._body.begins_at
-            pieces = [self._speaker.chunk(i, min(i + size, total)) for i in range(first, total, size)]
-            self.truth.written_s, self.truth.tokens = [time.monotonic()] * len(pieces), total - first
+            size, first = script.tokens_per_chunk, self._body.first_index
+            pieces = [self._writer.chunk(i, min(i + size, total)) for i in range(first, total, size)]
+            self.record.written_s, self.record.tokens = [time.monotonic()] * len(pieces), total - first
             self._connection.write(b"".join(pieces))
             return self._end()
         return self._server.deadlines.at(now_s + script.ttft_s, self.advance)
 
     def advance(self) -> None:
         """Send the next chunk, and ask for the one after it."""
-        truth, script, connection = self.truth, self._server.script, self._connection
+        record, script, connection = self.record, self._server.script, self._connection
         if connection.stream is not self:
             return
         if connection.is_paused:
             self._is_held = True  # its client does not read
             return
-        first = self._body.begins_at + truth.tokens
+        first = self._body.first_index + record.tokens
         after = min(first + script.tokens_per_chunk, self._body.output_tokens)
-        connection.write(self._speaker.chunk(first, after))
-        truth.tokens += after - first
-        truth.written_s.append(time.monotonic())
+        connection.write(self._writer.chunk(first, after))
+        record.tokens += after - first
+        record.written_s.append(time.monotonic())
         self._chunks += 1
         if self._drops and self._chunks == script.drop_after_chunks and script.drop_by != "no_done":
             self._break(script.drop_by)
@@ -66,15 +71,15 @@ class ScriptedStream:
     @property
     def _drops(self) -> bool:
         script = self._server.script
-        return bool(script.drop_every) and (self.truth.number + 1) % script.drop_every == 0
+        return bool(script.drop_every) and (self.record.number + 1) % script.drop_every == 0
 
     def _break(self, how: DropBy) -> None:
-        connection, has_head = self._connection, self.truth.status == 200
+        connection, has_head = self._connection, self.record.status == 200
         if how == "reset" or (how == "end" and not has_head):
             connection.drop()
         elif how in ("garbage", "error"):
-            said = GARBAGE if how == "garbage" else TROUBLE
-            connection.write(framed(said) + END if has_head else said)
+            message = GARBAGE if how == "garbage" else TROUBLE
+            connection.write(chunk_frame(message) + END if has_head else message)
             self._leave()
         elif how == "end":
             connection.write(END)
@@ -88,16 +93,16 @@ class ScriptedStream:
 
     def _answer_whole(self) -> None:
         if self._connection.stream is self:
-            self.truth.status, self.truth.tokens = 200, self._body.output_tokens
-            self._connection.answer(200, self._speaker.whole())
+            self.record.status, self.record.tokens = 200, self._body.output_tokens
+            self._connection.answer(200, self._writer.whole())
             self._leave()
 
     def _end(self) -> None:
         is_done = not (self._drops and self._server.script.drop_by == "no_done")
-        self._connection.write(self._speaker.closing(is_done=is_done))
+        self._connection.write(self._writer.closing(is_done=is_done))
         self._leave()
 
     def _leave(self) -> None:
-        self.truth.ended_s = time.monotonic()
+        self.record.ended_s = time.monotonic()
         self._connection.stream = None
         self._server.leave(self)

@@ -25,7 +25,7 @@ from powerband.metrics.shown import (
 )
 
 STYLES = {"PASS": "bold green", "MISSED": "bold red", "INVALID": "bold yellow", "MEASURED": "bold"}
-_MOST_ERRORS = 5
+_MAX_ERRORS = 5
 
 
 def run_table(report: RunReport) -> RenderableType:
@@ -35,7 +35,7 @@ def run_table(report: RunReport) -> RenderableType:
         parts += [Text(report.headline, style="bold"), ""]
     if len(report.points) == 1:
         parts += [*_verdict(report.points[0]), "", Text(subject(report), style="dim")]
-        parts += _whole_point(report.points[0])
+        parts += _full_point(report.points[0])
     else:
         if report.slo is not None and report.slo.limits:
             parts.append(Text(f"SLO: {report.slo} for {report.slo.attainment * 100:g} % of requests"))
@@ -80,7 +80,7 @@ def _verdict(point: Point) -> Iterator[RenderableType]:
     yield line
 
 
-def _whole_point(point: Point) -> Iterator[RenderableType]:
+def _full_point(point: Point) -> Iterator[RenderableType]:
     yield ""
     yield _latencies(point)
     yield ""
@@ -99,12 +99,12 @@ def _whole_point(point: Point) -> Iterator[RenderableType]:
     yield facts
     if point.errors:
         yield Text("Failures of the whole run:", style="bold")
-    for group in point.errors[:_MOST_ERRORS]:
+    for group in point.errors[:_MAX_ERRORS]:
         status = f"HTTP {group.status}, " if group.status else ""
         text = f"{group.count:,} × {OUTCOMES[group.outcome]}: {status}{plain(group.message)}"
         yield Padding(Text(text, style="red"), (0, 0, 0, 2))
-    if len(point.errors) > _MOST_ERRORS:
-        yield Padding(Text(f"… and {len(point.errors) - _MOST_ERRORS} more kinds in run.json"), (0, 0, 0, 2))
+    if len(point.errors) > _MAX_ERRORS:
+        yield Padding(Text(f"… and {len(point.errors) - _MAX_ERRORS} more kinds in run.json"), (0, 0, 0, 2))
 
 
 def _latencies(point: Point) -> Table:
@@ -184,7 +184,9 @@ def misses_text(point: Point) -> str:
 def client_text(point: Point) -> str:
     """How far the client can be trusted."""
     client, lag = point.client, point.summary.figures.get("send_lag")
-    text = f"sent {time_text(lag.percentiles[50.0])} late at the median, {time_text(lag.most)} at most; " if lag else ""
+    text = (
+        f"sent {time_text(lag.percentiles[50.0])} late at the median, {time_text(lag.maximum)} at most; " if lag else ""
+    )
     text += f"{share_text(client.core_share)} of a core, {digits(client.chunks_per_s)} chunks/s"
     if client.ceiling_share is not None:
         text += f", {share_text(client.ceiling_share)} of what it can bear"
@@ -196,9 +198,9 @@ def client_text(point: Point) -> str:
 def server_text(point: Point) -> str:
     """The server's own view, from its metrics; '' where it told nothing."""
     server = point.server
-    most = {name: _most(server.values.get(name)) for name in ("running", "waiting")}
-    parts = [f"{name} {value:,.0f} at most" for name, value in most.items() if value is not None]
-    usage = _most(server.values.get("kv_usage"))
+    peaks = {name: _max_value(server.values.get(name)) for name in ("running", "waiting")}
+    parts = [f"{name} {value:,.0f} at most" for name, value in peaks.items() if value is not None]
+    usage = _max_value(server.values.get("kv_usage"))
     if usage is not None:
         parts.append(f"KV cache {share_text(usage)} full at most")
     queries, hits = server.growth("prefix_queries"), server.growth("prefix_hits")
@@ -215,7 +217,7 @@ def server_text(point: Point) -> str:
     return "; ".join(parts)
 
 
-def _most(values: list[float | None] | None) -> float | None:
+def _max_value(values: list[float | None] | None) -> float | None:
     return max((value for value in values or () if value is not None), default=None)
 
 

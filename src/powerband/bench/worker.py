@@ -20,50 +20,50 @@ import time
 
 import msgspec
 
-from powerband.bench.answers import Reading, read_answer
-from powerband.bench.connection import Answer, Connections
+from powerband.bench.answers import ParsedResponse, parse_response
+from powerband.bench.connection import ConnectionPool, HTTPResponse
 from powerband.bench.messages import (
-    Done,
-    Failure,
+    ChainMessage,
     FromWorker,
-    Planned,
-    PlannedChain,
-    Progress,
-    Ready,
+    RequestMessage,
     Sample,
     StartSignal,
+    WorkerDone,
+    WorkerFailure,
     WorkerJob,
+    WorkerProgress,
+    WorkerReady,
 )
 from powerband.bench.precise_timer import PreciseTimer
-from powerband.bench.prompts import PromptMaker, Talk, request_bytes
+from powerband.bench.prompts import ConversationPrompts, PromptMaker, request_bytes
 from powerband.metrics.record import Outcome
 
-_MOST_SAMPLES = 500  # in one message
+_MAX_SAMPLES = 500  # in one message
 REFUSED = (429, 503)
 
 
-class Worker:
+class LoadWorker:
     """Runs one Job. Call `run` once."""
 
     def __init__(self, job: WorkerJob, start_at: float) -> None:
         self._job, self._start_at = job, start_at
         self._idle_cpu_s = _cpu_s()
         self._deadlines = PreciseTimer()
-        self._connections = Connections(job.target)
+        self._connections = ConnectionPool(job.target)
         self._maker = PromptMaker(job.target.words_per_token, job.target.salt)
         self._samples: list[Sample] = []
-        self._open: dict[int, tuple[Planned, int, float, float]] = {}  # by index: as sent, for what never ends
+        self._open: dict[int, tuple[RequestMessage, int, float, float]] = {}  # by index: as sent, for what never ends
         self._defect: BaseException | None = None
         self._sent = self._running = self._chunks = self._unsent = 0
 
-    async def run(self, send: Sender) -> None:
+    async def run(self, send: MessageWriter) -> None:
         """Until every request is answered, has failed, or is given up on."""
         job = self._job
         reporting = asyncio.create_task(self._report(send))
         tasks: set[asyncio.Task[None]] = set()
         # Started one after the other as they are due, so that the loop is not full of sleepers.
         for position, chain in enumerate(job.chains):
-            talk = Talk(job.target, self._maker)
+            talk = ConversationPrompts(job.target, self._maker)
             ready = request_bytes(job.target, talk.body(chain.requests[0]))
             if chain.start_s > job.end_s:
                 self._unsent += sum(len(late.requests) for late in job.chains[position:])
@@ -72,7 +72,7 @@ class Worker:
             task = asyncio.create_task(self._run_chain(chain, talk, ready))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-            task.add_done_callback(self._note_defect)
+            task.add_done_callback(self._record_defect)
             await asyncio.sleep(0)  # it is sent before the next is made ready
         await self._drain(tasks)
         reporting.cancel()
@@ -80,9 +80,9 @@ class Worker:
             await reporting
         self._connections.close()
         self._deadlines.close()
-        while len(self._samples) > _MOST_SAMPLES:
+        while len(self._samples) > _MAX_SAMPLES:
             await send(self._progress())
-        await send(Done(progress=self._progress(), unsent=self._unsent))
+        await send(WorkerDone(progress=self._progress(), unsent=self._unsent))
 
     async def _drain(self, tasks: set[asyncio.Task[None]]) -> None:
         left_s = self._job.end_s + self._job.drain_s - self._now_s()
@@ -96,12 +96,12 @@ class Worker:
         for planned, chain, due_s, sent_s in list(self._open.values()):
             self._keep(planned, chain, due_s, sent_s, None, Outcome.TIMED_OUT, "not answered when the run ended")
 
-    def _note_defect(self, task: asyncio.Task[None]) -> None:
+    def _record_defect(self, task: asyncio.Task[None]) -> None:
         """What no request can cause is an error in here, and ends the run: without its chain the figures would lie."""
         if not task.cancelled() and self._defect is None:
             self._defect = task.exception()
 
-    async def _run_chain(self, chain: PlannedChain, talk: Talk, ready: bytes) -> None:
+    async def _run_chain(self, chain: ChainMessage, talk: ConversationPrompts, ready: bytes) -> None:
         due_s, is_lost = chain.start_s, False
         for position, planned in enumerate(chain.requests):
             is_lost = is_lost and planned.turn > 0  # a conversation that lost an answer cannot go on
@@ -122,7 +122,9 @@ class Worker:
             else:
                 talk.answered(reading.text)
 
-    async def _run_request(self, planned: Planned, chain: int, due_s: float, ready: bytes) -> Reading | None:
+    async def _run_request(
+        self, planned: RequestMessage, chain: int, due_s: float, ready: bytes
+    ) -> ParsedResponse | None:
         """Send it and wait for the answer. None: there was none."""
         sent_s = self._now_s()
         self._open[planned.index] = planned, chain, due_s, sent_s
@@ -131,7 +133,7 @@ class Worker:
         try:
             async with asyncio.timeout_at(self._start_at + due_s + self._job.timeout_s):
                 answer = await self._exchange(ready)
-            reading = read_answer(answer)
+            reading = parse_response(answer)
             self._chunks += len(answer.pieces)
             outcome = Outcome.OK
             if reading.problem:
@@ -147,7 +149,7 @@ class Worker:
             self._running -= 1
         return None
 
-    async def _exchange(self, ready: bytes) -> Answer:
+    async def _exchange(self, ready: bytes) -> HTTPResponse:
         """A kept connection may be closed just then: what got no answer at all is sent once more on a new one."""
         while True:
             connection, was_used = await self._connections.take()
@@ -164,17 +166,17 @@ class Worker:
 
     def _keep(
         self,
-        planned: Planned,
+        planned: RequestMessage,
         chain: int,
         due_s: float,
         sent_s: float,
-        reading: Reading | None,
+        reading: ParsedResponse | None,
         outcome: Outcome,
         error: str,
         status: int = 0,
     ) -> None:
         self._open.pop(planned.index, None)
-        reading = reading or Reading()
+        reading = reading or ParsedResponse()
         self._samples.append(
             Sample(
                 index=planned.index,
@@ -196,14 +198,14 @@ class Worker:
             )
         )
 
-    async def _report(self, send: Sender) -> None:
+    async def _report(self, send: MessageWriter) -> None:
         while True:
             await asyncio.sleep(self._job.progress_s)
             await send(self._progress())
 
-    def _progress(self) -> Progress:
-        samples, self._samples = self._samples[:_MOST_SAMPLES], self._samples[_MOST_SAMPLES:]
-        return Progress(
+    def _progress(self) -> WorkerProgress:
+        samples, self._samples = self._samples[:_MAX_SAMPLES], self._samples[_MAX_SAMPLES:]
+        return WorkerProgress(
             sent=self._sent,
             running=self._running,
             samples=tuple(samples),
@@ -218,7 +220,7 @@ class Worker:
         await self._deadlines.until(self._start_at + due_s)
 
 
-class Sender:
+class MessageWriter:
     """Messages on stdout. A coordinator that has gone away ends the process."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
@@ -247,23 +249,23 @@ async def _main() -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, sys.stdout)
     transport.set_write_buffer_limits(0)  # what is drained is gone: nothing is left behind when this process ends
-    send = Sender(asyncio.StreamWriter(transport, protocol, None, loop))
+    send = MessageWriter(asyncio.StreamWriter(transport, protocol, None, loop))
     job = msgspec.msgpack.decode(await read_message(reader), type=WorkerJob)
     with contextlib.suppress(OSError):
         os.nice(-10)  # where it may: it needs little, and that at once
     # What a run makes is kept until its end: a collector would find little, and stop the clock while it looks.
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
-    await send(Ready())
+    await send(WorkerReady())
     go = msgspec.msgpack.decode(await read_message(reader), type=StartSignal)
     try:
-        work = asyncio.create_task(Worker(job, go.start_at).run(send))
+        work = asyncio.create_task(LoadWorker(job, go.start_at).run(send))
         gone = asyncio.create_task(reader.read(1))  # the coordinator never says more: this is its end
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             work.result()
     except Exception as problem:
-        await send(Failure(f"{type(problem).__name__}: {problem}"))
+        await send(WorkerFailure(f"{type(problem).__name__}: {problem}"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench_options import JudgingFlags, LoadFlags, RequestFlags, TargetFlags, asked_for
+from powerband.cli.bench_options import LoadFlags, RequestFlags, SLOFlags, TargetFlags, requested_load
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
@@ -21,9 +21,9 @@ from powerband.spec.quantities import number, seconds
 
 if TYPE_CHECKING:
     from powerband.bench.faults import FaultResult
-    from powerband.bench.messages import Target
+    from powerband.bench.messages import ServerAddress
     from powerband.bench.results import Point, RunReport
-    from powerband.bench.session import Experiment, Session
+    from powerband.bench.session import BenchSession, Experiment
     from powerband.spec.plan import Plan
 
 DEFAULT_URL = "http://localhost:8000"
@@ -38,7 +38,7 @@ def _mode(help: str) -> Parameter:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ModeFlags:
+class BenchModeFlags:
     sweep: Annotated[bool, _mode("Rates from light to beyond saturation, one after the other")] = False
     rates: Annotated[str | None, _mode("... these rates, e.g. 1,2,4,8")] = None
     find_rate: Annotated[bool, _mode("Find the highest rate that keeps the --slo")] = False
@@ -69,11 +69,11 @@ def bench(
     /,
     *,
     base_url: Annotated[str | None, Parameter(name=("--base-url", "--target"), help="The same", show=False)] = None,
-    modes: ModeFlags | None = None,
+    modes: BenchModeFlags | None = None,
     load: LoadFlags | None = None,
     requests: RequestFlags | None = None,
     server: TargetFlags | None = None,
-    judging: JudgingFlags | None = None,
+    judging: SLOFlags | None = None,
     output: OutputFlags | None = None,
 ) -> int:
     """Load an OpenAI-compatible server, and report figures that can be trusted.
@@ -83,7 +83,7 @@ def bench(
     Exits with 1 when the SLO or a plan's promise is missed, 3 when the client could
     not drive the load (INVALID), 4 when no request was answered.
     """
-    modes, output = modes or ModeFlags(), output or OutputFlags()
+    modes, output = modes or BenchModeFlags(), output or OutputFlags()
     if url is not None and base_url is not None:
         raise UsageError("The server is named twice.", param="url")
     _check_modes(modes)
@@ -99,14 +99,14 @@ def bench(
         return _compare(*modes.compare, as_json=output.json)
     if modes.calibrate:
         return _calibrate(as_json=output.json)
-    flags = load or LoadFlags(), requests or RequestFlags(), server or TargetFlags(), judging or JudgingFlags()
+    flags = load or LoadFlags(), requests or RequestFlags(), server or TargetFlags(), judging or SLOFlags()
     target = _target(url or base_url or DEFAULT_URL, flags[1], flags[2])
     if modes.fault is not None:
         return _fault(modes, target, flags[0], as_json=output.json)
     return _run(modes, output, target, *flags)
 
 
-def _check_modes(modes: ModeFlags) -> None:
+def _check_modes(modes: BenchModeFlags) -> None:
     """Raises UsageError for two at once."""
     chosen = {
         "--sweep": modes.sweep or modes.rates is not None,
@@ -125,13 +125,13 @@ def _check_modes(modes: ModeFlags) -> None:
 
 
 def _run(
-    modes: ModeFlags,
+    modes: BenchModeFlags,
     output: OutputFlags,
-    target: Target,
+    target: ServerAddress,
     load: LoadFlags,
     requests: RequestFlags,
     server: TargetFlags,
-    judging: JudgingFlags,
+    judging: SLOFlags,
 ) -> int:
     """Load, report, and say by the exit code how it went."""
     import asyncio
@@ -142,7 +142,7 @@ def _run(
     from powerband.bench.report import write_report
     from powerband.bench.result_files import run_as_dict, write_run
     from powerband.bench.results import without_secrets
-    from powerband.bench.session import Session
+    from powerband.bench.session import BenchSession
     from powerband.bench.table import run_table
 
     plan = _plan(modes.plan, load, requests, judging) if modes.plan is not None else None
@@ -152,11 +152,11 @@ def _run(
     view = LiveView(experiment.slo, label=experiment.workload.name)
     several = modes.sweep or modes.rates is not None or modes.find_rate
     with view:
-        session = Session(
+        session = BenchSession(
             experiment,
             command=without_secrets(["powerband", *sys.argv[1:]]),
             watch=view,
-            told=_tell if several else None,
+            told=_print_point if several else None,
         )
         report = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
     write_run(report, session.loads, folder)
@@ -170,7 +170,7 @@ def _run(
     return _exit_code(report, plan)
 
 
-async def _drive(session: Session, modes: ModeFlags, load: LoadFlags, wait_s: float) -> RunReport:
+async def _drive(session: BenchSession, modes: BenchModeFlags, load: LoadFlags, wait_s: float) -> RunReport:
     await session.open(wait_s)
     if modes.find_rate:
         return await session.find_rate(load.rate)
@@ -180,7 +180,7 @@ async def _drive(session: Session, modes: ModeFlags, load: LoadFlags, wait_s: fl
     return await session.single()
 
 
-def _tell(point: Point) -> None:
+def _print_point(point: Point) -> None:
     """One line on stderr as each load of several ends."""
     summary = point.summary
     kept = "" if summary.attainment is None else f", SLO kept by {summary.attainment:.1%} of {summary.scheduled}"
@@ -189,16 +189,16 @@ def _tell(point: Point) -> None:
 
 
 def _experiment(
-    modes: ModeFlags,
+    modes: BenchModeFlags,
     plan: Plan | None,
-    target: Target,
+    target: ServerAddress,
     load: LoadFlags,
     requests: RequestFlags,
     server: TargetFlags,
-    judging: JudgingFlags,
+    judging: SLOFlags,
 ) -> Experiment:
     """Raises UsageError for flags that do not go together."""
-    from powerband.bench.calibrate import ceiling
+    from powerband.bench.calibrate import known_client_capacity
     from powerband.bench.load import LoadOptions
     from powerband.bench.session import Experiment
 
@@ -207,7 +207,7 @@ def _experiment(
     slo = judging.made() if plan is None else plan.slo
     if modes.find_rate and slo is None:
         raise UsageError("--find-rate needs an --slo.", hint="Give one: --slo ttft=500ms,tpot=50ms.", param="slo")
-    asked = asked_for(replace(load, trace=None) if plan is not None else load, requests)
+    asked = requested_load(replace(load, trace=None) if plan is not None else load, requests)
     workload = asked.workload
     if plan is not None:
         workload = replace(plan.workload, arrivals=plan.arrivals)
@@ -216,7 +216,7 @@ def _experiment(
         if given:
             raise UsageError(f"--{given[0]} means nothing where rates are tried.", param=given[0])
     warm_up, cool_down = judging.shares()
-    known = ceiling()
+    known = known_client_capacity()
     url = {None: "", "none": None}.get(server.metrics_url, server.metrics_url)
     return Experiment(
         target=target,
@@ -234,7 +234,7 @@ def _experiment(
     )
 
 
-def _plan(path: Path, load: LoadFlags, requests: RequestFlags, judging: JudgingFlags) -> Plan:
+def _plan(path: Path, load: LoadFlags, requests: RequestFlags, judging: SLOFlags) -> Plan:
     """Raises UsageError for flags that the plan decides."""
     from powerband.spec.plan import read_plan
     from powerband.spec.traces import read_trace
@@ -248,10 +248,10 @@ def _plan(path: Path, load: LoadFlags, requests: RequestFlags, judging: JudgingF
     return read_plan(path, read_trace(load.trace, format=load.trace_format) if load.trace is not None else None)
 
 
-def _target(url: str, requests: RequestFlags, flags: TargetFlags) -> Target:
+def _target(url: str, requests: RequestFlags, flags: TargetFlags) -> ServerAddress:
     """Raises UsageError."""
-    from powerband.bench.messages import Target
-    from powerband.bench.probe import endpoint_of, parse_url
+    from powerband.bench.messages import ServerAddress
+    from powerband.bench.probe import parse_endpoint, parse_url
 
     headers = {}
     for text in flags.header or ():
@@ -268,9 +268,9 @@ def _target(url: str, requests: RequestFlags, flags: TargetFlags) -> Target:
             extra = json_format.loads(flags.extra_body)
         if not isinstance(extra, dict) or not extra:
             raise UsageError("extra-body is no JSON object.", hint='Write it like {"top_p": 0.9}.', param="extra_body")
-    return Target(
+    return ServerAddress(
         base=parse_url(url),
-        endpoint=endpoint_of(flags.endpoint),
+        endpoint=parse_endpoint(flags.endpoint),
         model=flags.model or "",
         headers=headers,
         extra=extra,
@@ -333,7 +333,7 @@ def _calibrate(*, as_json: bool) -> int:
     return 0
 
 
-def _fault(modes: ModeFlags, target: Target, load: LoadFlags, *, as_json: bool) -> int:
+def _fault(modes: BenchModeFlags, target: ServerAddress, load: LoadFlags, *, as_json: bool) -> int:
     """Misbehave, and say how the server took it: 1 when it hurt others or no longer answers."""
     import asyncio
 

@@ -14,13 +14,13 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 
 from powerband.errors import UsageError
-from powerband.spec.arrivals import MAX_RATE, Arrivals, ClosedLoop, OpenLoop, Phase, Replay
+from powerband.spec.arrivals import MAX_RATE, Arrivals, ClosedLoop, OpenLoop, RatePhase, Replay
 from powerband.spec.lengths import parse_lengths
 from powerband.spec.presets import PRESETS, preset
 from powerband.spec.quantities import number, seconds, share
 from powerband.spec.slo import SLO
 from powerband.spec.traces import FORMATS, read_trace
-from powerband.spec.workload import Conversation, Mix, SharedPrefix, Trace, Workload
+from powerband.spec.workload import Conversation, RequestMix, RequestTrace, SharedPrefix, Workload
 
 DEFAULT_DURATION_S = 60.0
 DEFAULT_RATE = 1.0
@@ -123,7 +123,7 @@ class TargetFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class JudgingFlags:
+class SLOFlags:
     slo: Annotated[
         str | None,
         _judging("--slo", "--goodput", help="Limits: ttft=500ms,tpot=50ms; also stall and e2e"),
@@ -155,7 +155,7 @@ class JudgingFlags:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestedLoad:
     """What the flags say to send, and when it ends."""
 
     workload: Workload
@@ -163,7 +163,7 @@ class Asked:
     num_requests: int | None
 
 
-def asked_for(load: LoadFlags, requests: MixFlags) -> Asked:
+def requested_load(load: LoadFlags, requests: MixFlags) -> RequestedLoad:
     """Raises UsageError for flags that contradict each other or mean nothing together."""
     duration_s = seconds(load.duration, param="duration") if load.duration is not None else math.inf
     if load.requests is not None and load.requests < 1:
@@ -180,13 +180,13 @@ def asked_for(load: LoadFlags, requests: MixFlags) -> Asked:
     ):
         duration_s = sum(phase.seconds for phase in arrivals.phases)
     workload = Workload(name=name, arrivals=arrivals, requests=content)
-    return Asked(workload, duration_s, load.requests)
+    return RequestedLoad(workload, duration_s, load.requests)
 
 
-def _content(flags: MixFlags, trace: Trace | None) -> tuple[Mix | Trace, float, str]:
+def _content(flags: MixFlags, trace: RequestTrace | None) -> tuple[RequestMix | RequestTrace, float, str]:
     """The requests, the burstiness that goes with them, and a name."""
     if trace is not None:
-        given = [name for name in _OF_A_MIX if getattr(flags, name) is not None]
+        given = [name for name in _MIX_OPTIONS if getattr(flags, name) is not None]
         if given:
             flag = given[0].replace("_", "-")
             raise UsageError(f"--{flag} means nothing with --trace.", hint="A trace says what its requests are.")
@@ -202,7 +202,7 @@ def _content(flags: MixFlags, trace: Trace | None) -> tuple[Mix | Trace, float, 
     return mix, chosen.burstiness, name if mix == chosen.mix else f"{name}, changed"
 
 
-_OF_A_MIX = ("workload", "prompt_tokens", "output_tokens", "prefix_tokens", "prefix_groups", "turns", "think")
+_MIX_OPTIONS = ("workload", "prompt_tokens", "output_tokens", "prefix_tokens", "prefix_groups", "turns", "think")
 
 
 def _prefix(flags: MixFlags, known: SharedPrefix | None) -> SharedPrefix | None:
@@ -233,7 +233,7 @@ def _conversation(flags: MixFlags, known: Conversation | None) -> Conversation |
     return known
 
 
-def _arrivals(load: LoadFlags, trace: Trace | None, burstiness: float, duration_s: float) -> Arrivals:
+def _arrivals(load: LoadFlags, trace: RequestTrace | None, burstiness: float, duration_s: float) -> Arrivals:
     ways = {"rate": load.rate, "concurrency": load.concurrency, "ramp": load.ramp, "steps": load.steps}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
@@ -250,12 +250,12 @@ def _arrivals(load: LoadFlags, trace: Trace | None, burstiness: float, duration_
             raise UsageError("--ramp needs a --duration.", param="ramp")
         start, end = _pair(load.ramp, "-", "ramp", "1-10")
         return OpenLoop(
-            (Phase(number(start, param="ramp", low=-1), number(end, param="ramp", low=-1), duration_s),), burstiness
+            (RatePhase(number(start, param="ramp", low=-1), number(end, param="ramp", low=-1), duration_s),), burstiness
         )
     if load.steps is not None:
         pairs = [_pair(step, "x", "steps", "1x30s,4x60s") for step in load.steps.split(",")]
         phases = [(number(rate, param="steps", low=-1), seconds(length, param="steps")) for rate, length in pairs]
-        return OpenLoop(tuple(Phase(rate, rate, length_s) for rate, length_s in phases), burstiness)
+        return OpenLoop(tuple(RatePhase(rate, rate, length_s) for rate, length_s in phases), burstiness)
     if trace is not None and load.rate is None:
         if trace.source["format"] == "sharegpt":
             raise UsageError("A ShareGPT trace has no times.", hint="Give --rate or --concurrency.", param="trace")

@@ -12,13 +12,13 @@ import yaml
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import Json, takes_settings
-from powerband.cli.machine import device_of
+from powerband.cli.machine import compute_device
 from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
 from powerband.cost.steps import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.files import write_atomically
-from powerband.spec.catalog import here_path, known_here
+from powerband.spec.catalog import local_profile, local_profile_path
 from powerband.spec.profile import DeviceProfile
 from powerband.spec.settings import EngineSettings
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from powerband.cli.calibration import DeviceFits, ModelFit
 
 DEFAULT_SECONDS = 45.0
-NOT_CALIBRATED = ("step_log", "scheduling_policy", "served_model_name", "chat_template")
-_MACHINE_SHARE = 0.6  # of the time, beside the demo model's
+IGNORED_SETTINGS = ("step_log", "scheduling_policy", "served_model_name", "chat_template")
+_MACHINE_RATIO = 0.6  # of the time, beside the demo model's
 _NAMES = {"none": "16 bits", "int8": "int8", "int4": "int4"}
 _MEASURING = Group("Measuring", sort_key=0)
 
 
-@takes_settings(EngineSettings, without=NOT_CALIBRATED)
+@takes_settings(EngineSettings, without=IGNORED_SETTINGS)
 def calibrate(
     settings: Resolved,
     *,
@@ -59,47 +59,47 @@ def calibrate(
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
         raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
-    path = out or here_path()
+    path = out or local_profile_path()
     if from_log is not None:
-        profile, told = _from_log(from_log, path)
+        profile, report = _from_log(from_log, path)
     else:
-        profile, told = _measure(settings, seconds, path)
+        profile, report = _measure(settings, seconds, path)
     write_profile(profile, path)
-    _print(told, path, time.perf_counter() - began_s, as_json=json)
+    _print(report, path, time.perf_counter() - began_s, as_json=json)
     return 0
 
 
-def _measure(settings: Resolved, seconds: float, path: Path) -> tuple[DeviceProfile, Told]:
+def _measure(settings: Resolved, seconds: float, path: Path) -> tuple[DeviceProfile, CalibrationReport]:
     """The machine, unless MODEL is given and the machine is known; then MODEL, or the demo model in its place."""
     from powerband.cli.calibration import measure_machine, measure_model, with_refinement
 
     engine = settings.engine
-    profile = known_here(path) if "model" in settings.asked else None
-    told = Told()
-    with _Bar() as bar:
+    profile = local_profile(path) if "model" in settings.asked else None
+    report = CalibrationReport()
+    with _ProgressBar() as bar:
         if profile is None:
-            device = device_of(engine)
-            machine = measure_machine(device, engine.threads, _MACHINE_SHARE * seconds, bar)
-            profile, told.machine = machine.profile, machine
-        told.model = measure_model(engine, seconds * (1 if "model" in settings.asked else 1 - _MACHINE_SHARE), bar)
-    host = told.model.refinement.host
-    if told.machine is not None and host is not None:
+            device = compute_device(engine)
+            machine = measure_machine(device, engine.threads, _MACHINE_RATIO * seconds, bar)
+            profile, report.machine = machine.profile, machine
+        report.model = measure_model(engine, seconds * (1 if "model" in settings.asked else 1 - _MACHINE_RATIO), bar)
+    host = report.model.refinement.host
+    if report.machine is not None and host is not None:
         profile = replace(profile, host={**profile.host, "powerband": host})
-    return with_refinement(profile, told.model.refinement), told
+    return with_refinement(profile, report.model.refinement), report
 
 
-def _from_log(log: Path, path: Path) -> tuple[DeviceProfile, Told]:
+def _from_log(log: Path, path: Path) -> tuple[DeviceProfile, CalibrationReport]:
     """Raises UsageError where the log's engine ran on another machine than the profile's."""
-    from powerband.cli.calibration import refined_by, with_refinement
+    from powerband.cli.calibration import fit_step_log, with_refinement
 
-    profile = known_here(path)
+    profile = local_profile(path)
     if profile is None:
         raise EnvironmentFault(
             "A step log refines the profile of this machine, which has not been measured yet.",
             hint="Run 'powerband calibrate' first.",
             param="from",
         )
-    told = Told()
+    report = CalibrationReport()
     for run in read_step_log(log):
         machine = profile.machine
         if machine is not None and (run.form.device_name, run.form.threads) != (machine.name, machine.threads):
@@ -109,9 +109,9 @@ def _from_log(log: Path, path: Path) -> tuple[DeviceProfile, Told]:
                 hint="Calibrate on the machine, and with the threads, on which the engine ran.",
                 param="from",
             )
-        told.model = refined_by(profile, run)
-        profile = with_refinement(profile, told.model.refinement)
-    return profile, told
+        report.model = fit_step_log(profile, run)
+        profile = with_refinement(profile, report.model.refinement)
+    return profile, report
 
 
 def write_profile(profile: DeviceProfile, path: Path) -> None:
@@ -124,7 +124,7 @@ def write_profile(profile: DeviceProfile, path: Path) -> None:
 
 
 @dataclass
-class Told:
+class CalibrationReport:
     """What there is to print."""
 
     machine: DeviceFits | None = None
@@ -148,8 +148,8 @@ class Told:
         return rows
 
 
-def _print(told: Told, path: Path, took_s: float, *, as_json: bool) -> None:
-    rows = told.rows()
+def _print(report: CalibrationReport, path: Path, took_s: float, *, as_json: bool) -> None:
+    rows = report.rows()
     if as_json:
         print(json_format.dumps({"profile": str(path), "seconds": took_s, "measured": rows}, indent=1))
         return
@@ -161,7 +161,7 @@ def _print(told: Told, path: Path, took_s: float, *, as_json: bool) -> None:
         ]
         table.append([row["what"], str(row["steps"]), *rates, *errors])
     print_table(table)
-    host = told.model.refinement.host if told.model is not None else None
+    host = report.model.refinement.host if report.model is not None else None
     if host is not None:
         print(
             f"host: {1e3 * host.step_s:.2f} ms a step and {1e6 * host.per_request_s:.0f} µs a request in it;"
@@ -170,7 +170,7 @@ def _print(told: Told, path: Path, took_s: float, *, as_json: bool) -> None:
     print(f"errors: of steps that the fit had not seen. {took_s:.0f} s; kept in {path}")
 
 
-class _Bar:
+class _ProgressBar:
     """What is being measured, on stderr."""
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class _Bar:
     def __call__(self, what: str, share: float) -> None:
         self._progress.update(self._task, description=what, completed=share)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _ProgressBar:
         self._progress.__enter__()
         return self
 

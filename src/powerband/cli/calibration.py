@@ -15,36 +15,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from powerband.cli.machine import read_bandwidth_bytes_per_s
-from powerband.cost.device_fit import ModelSteps, PrecisionFit, fit_precision, reached
-from powerband.cost.fit import Errors
-from powerband.cost.measured_steps import MeasuredSteps
+from powerband.cost.device_fit import ModelSteps, PrecisionFit, fit_precision, peak_rates
+from powerband.cost.fit import FitErrors
+from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.served_fit import (
-    HostShare,
-    Journey,
-    busy_cycles,
-    fit_answer,
-    fit_arrival,
-    fit_served,
+    ClientPathTiming,
+    HostOverhead,
+    busy_timings,
+    fit_arrival_delay,
+    fit_response_delay,
+    fit_under_load,
     window_errors,
 )
 from powerband.cost.step_fit import fit_steps, held_out_error
-from powerband.cost.steps import Form, Run, StepSample
+from powerband.cost.steps import RunConfiguration, StepLogRun, StepSample
 from powerband.metrics.record import percentile
 from powerband.spec.arrivals import ClosedLoop
 from powerband.spec.device import detect_cpu
 from powerband.spec.lengths import Uniform
-from powerband.spec.profile import DeviceProfile, Evidence, HostLaw, Machine, Refinement, StepLaw
+from powerband.spec.profile import DeviceProfile, Evidence, HostModel, MeasuredMachine, Refinement, StepTimeModel
 from powerband.spec.settings import EngineSettings
-from powerband.spec.workload import Mix, Workload
+from powerband.spec.workload import RequestMix, Workload
 
 if TYPE_CHECKING:
-    from powerband.cli.served import Load
+    from powerband.cli.served import ServedLoad
     from powerband.engine.build import Engine
 
-Own = Literal["none", "int8", "int4"]  # precisions that our engine has
-Told = Callable[[str, float], object]  # what is measured, and the share of it that is done
+OwnPrecision = Literal["none", "int8", "int4"]  # precisions that our engine has
+ReportProgress = Callable[[str, float], object]  # what is measured, and the share of it that is done
 
-PRECISIONS: tuple[Own, ...] = ("none", "int8", "int4")
+PRECISIONS: tuple[OwnPrecision, ...] = ("none", "int8", "int4")
 _SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
     (512, 1536, 6, 8, 4, 64, 8192),
     (1024, 3072, 4, 16, 8, 64, 16384),
@@ -53,12 +53,12 @@ _SHAPES = (  # hidden, MLP, layers, heads, KV heads, head_dim, vocabulary
 _KV_MEMORY = "768MiB"
 _USERS = (2, 6, 16, 32)
 _REQUESTS_ALONE, _REST_S = 100, 0.05  # a machine that had a rest takes longer to wake up
-_LONGEST_PROMPT_ALONE = 1024
-_LONGEST_PROMPT, _LONGEST_ANSWER = 512, 96
-_LEAST_BAND = 0.05
-_MOST_SAMPLES = 2000  # of a log
+_MAX_PROMPT_ALONE = 1024
+_MAX_PROMPT, _MAX_OUTPUT = 512, 96
+_MIN_BAND = 0.05
+_MAX_SAMPLES = 2000  # of a log
 # Until a model has been served here.
-_ASSUMED_HOST = HostLaw(
+_ASSUMED_HOST = HostModel(
     step_s=3e-4,
     per_request_s=3e-5,
     arrival_s=2e-3,
@@ -74,20 +74,20 @@ class ModelFit:
 
     refinement: Refinement
     steps: int
-    errors: Errors
+    errors: FitErrors
     requests: int
 
 
-def measure_machine(device: str, threads: int | None, budget_s: float, told: Told) -> DeviceFits:
+def measure_machine(device: str, threads: int | None, budget_s: float, report: ReportProgress) -> DeviceFits:
     """The laws of this machine's CPU or GPU, from steps of small made-up models within about `budget_s`."""
     fits: list[PrecisionFit] = []
     profile: DeviceProfile | None = None
     precisions = PRECISIONS if device == "cpu" else PRECISIONS[:1]
     for precision in precisions:
-        measured = _timed(device, threads, precision, budget_s / len(precisions), told)
+        measured = _timed(device, threads, precision, budget_s / len(precisions), report)
         if profile is None:
             profile = _facts(measured, threads)
-        told(f"{precision}: fit", 0.5)
+        report(f"{precision}: fit", 0.5)
         profile, found = fit_precision(profile, [steps for steps, _ in measured])
         fits.append(found)
     if profile is None:
@@ -102,14 +102,14 @@ class DeviceFits:
 
 
 def _timed(
-    device: str, threads: int | None, precision: Own, budget_s: float, told: Told
-) -> list[tuple[ModelSteps, Form]]:
+    device: str, threads: int | None, precision: OwnPrecision, budget_s: float, report: ReportProgress
+) -> list[tuple[ModelSteps, RunConfiguration]]:
     from powerband.engine.measure import Steps, grid
 
     found = []
     for number, shape in enumerate(_SHAPES):
         name = f"{precision}: model {number + 1} of {len(_SHAPES)}"
-        told(name, 0.0)
+        report(name, 0.0)
         with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
             (Path(folder) / "config.json").write_text(json.dumps(_config(*shape)))
             settings = EngineSettings(
@@ -122,7 +122,7 @@ def _timed(
             )
             with _engine(settings) as engine:
                 shapes = grid(engine.memory.max_model_len, 2048, 256)
-                samples = Steps(engine).samples(shapes, budget_s / len(_SHAPES) / 2, partial(told, name))
+                samples = Steps(engine).samples(shapes, budget_s / len(_SHAPES) / 2, partial(report, name))
                 form = engine.form
                 found.append((ModelSteps(engine.spec, precision, form.kv_precision, tuple(samples)), form))
     return found
@@ -164,11 +164,11 @@ def _engine(settings: EngineSettings) -> Iterator[Engine]:
         engine.close()
 
 
-def _facts(measured: Sequence[tuple[ModelSteps, Form]], threads: int | None) -> DeviceProfile:
+def _facts(measured: Sequence[tuple[ModelSteps, RunConfiguration]], threads: int | None) -> DeviceProfile:
     """What the laws' shares are of: of a GPU in the catalog what stands there, else the most that was reached."""
     cpu, form = detect_cpu(), measured[0][1]
     machine, source = this_machine(form), f"powerband calibrate, {_today()}"
-    _, flops = reached([steps for steps, _ in measured])
+    _, flops = peak_rates([steps for steps, _ in measured])
     on_cpu = form.device == "cpu"
     memory, processors, bandwidth = cpu.memory_bytes, cpu.cores, 0.0
     if on_cpu:
@@ -200,10 +200,10 @@ def _facts(measured: Sequence[tuple[ModelSteps, Form]], threads: int | None) -> 
     )
 
 
-def this_machine(form: Form) -> Machine:
+def this_machine(form: RunConfiguration) -> MeasuredMachine:
     """As a profile names it."""
     cpu = detect_cpu()
-    return Machine(
+    return MeasuredMachine(
         name=form.device_name,
         features=cpu.features,
         cores=cpu.cores,
@@ -220,29 +220,29 @@ def _today() -> str:
 # One model
 
 
-def measure_model(settings: EngineSettings, budget_s: float, told: Told) -> ModelFit:
+def measure_model(settings: EngineSettings, budget_s: float, report: ReportProgress) -> ModelFit:
     """Steps of the model alone, then loads over HTTP on its server: what the host adds, and the way to its clients."""
     from powerband.engine.measure import Steps, grid
 
-    told(f"{settings.model}: load", 0.0)
+    report(f"{settings.model}: load", 0.0)
     with _engine(settings) as engine:
         limits = engine.scheduler.limits
         shapes = grid(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
         name = f"{settings.model}: steps"
-        samples = Steps(engine).samples(shapes, budget_s / 2, partial(told, name))
-        form, longest, kv_tokens = engine.form, limits.max_model_len, engine.memory.kv_tokens
+        samples = Steps(engine).samples(shapes, budget_s / 2, partial(report, name))
+        form, max_len, kv_tokens = engine.form, limits.max_model_len, engine.memory.kv_tokens
     with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
-        loads, steps = asyncio.run(_serve(settings, Path(folder), longest, kv_tokens, budget_s / 2, told))
-    cycles = busy_cycles(steps)
-    law, share = fit_served(samples, cycles)
-    host = replace(host_law(share, loads, steps), overlapped=form.device != "cpu")
-    band = max(percentile(window_errors(cycles, law, share), 90), _LEAST_BAND)
+        loads, steps = asyncio.run(_serve(settings, Path(folder), max_len, kv_tokens, budget_s / 2, report))
+    timings = busy_timings(steps)
+    step_model, share = fit_under_load(samples, timings)
+    host = replace(host_model(share, loads, steps), overlapped=form.device != "cpu")
+    band = max(percentile(window_errors(timings, step_model, share), 90), _MIN_BAND)
     refinement = Refinement(
         model=form.model,
         name=form.name,
         quantization=form.quantization,
         kv_precision=form.kv_precision,
-        steps=law,
+        steps=step_model,
         host=host,
         evidence=Evidence(source=f"steps and loads, {_today()}", error=band),
     )
@@ -250,45 +250,49 @@ def measure_model(settings: EngineSettings, budget_s: float, told: Told) -> Mode
 
 
 async def _serve(
-    settings: EngineSettings, folder: Path, longest: int, kv_tokens: int, budget_s: float, told: Told
-) -> tuple[list[Load], list[StepSample]]:
-    from powerband.cli.served import serving
+    settings: EngineSettings, folder: Path, max_len: int, kv_tokens: int, budget_s: float, report: ReportProgress
+) -> tuple[list[ServedLoad], list[StepSample]]:
+    from powerband.cli.served import calibration_server
 
-    told(f"{settings.model}: server", 0.0)
-    prompts = Uniform(16, max(min(_LONGEST_PROMPT, longest // 4), 16))
-    answers = Uniform(16, max(min(_LONGEST_ANSWER, longest // 4), 16))
+    report(f"{settings.model}: server", 0.0)
+    prompts = Uniform(16, max(min(_MAX_PROMPT, max_len // 4), 16))
+    answers = Uniform(16, max(min(_MAX_OUTPUT, max_len // 4), 16))
     loads = []
-    async with serving(settings.model, options_of(settings), folder) as served:
+    async with calibration_server(settings.model, serve_options(settings), folder) as served:
         await served.touch(kv_tokens, max(budget_s / 2, 3.0))
-        told(f"{settings.model}: 1 user", 0.0)
-        wide = Uniform(16, max(min(_LONGEST_PROMPT_ALONE, longest // 2), 16))
-        alone = Workload(name="alone", arrivals=ClosedLoop(1, think_s=_REST_S), requests=Mix(wide, Uniform(2, 6)))
+        report(f"{settings.model}: 1 user", 0.0)
+        wide = Uniform(16, max(min(_MAX_PROMPT_ALONE, max_len // 2), 16))
+        alone = Workload(
+            name="alone", arrivals=ClosedLoop(1, think_s=_REST_S), requests=RequestMix(wide, Uniform(2, 6))
+        )
         # However slow the model is: a request that finds the engine at rest is all that tells of the way to it.
         schedule = alone.draw(0, duration_s=max(budget_s / 3, 10.0), num_requests=_REQUESTS_ALONE)
         loads.append(await served.load(schedule))
         for number, users in enumerate((min(users, settings.max_num_seqs) for users in _USERS), 1):
-            told(f"{settings.model}: {users} users", number / (len(_USERS) + 1))
-            workload = Workload(name="calibrate", arrivals=ClosedLoop(users), requests=Mix(prompts, answers))
+            report(f"{settings.model}: {users} users", number / (len(_USERS) + 1))
+            workload = Workload(name="calibrate", arrivals=ClosedLoop(users), requests=RequestMix(prompts, answers))
             loads.append(await served.load(workload.draw(number, duration_s=budget_s / len(_USERS))))
     began_s = loads[0].start_s
     return loads, [sample for run in served.steps() for sample in run.samples if sample.at_s > began_s]
 
 
-def options_of(settings: EngineSettings) -> Mapping[str, object]:
+def serve_options(settings: EngineSettings) -> Mapping[str, object]:
     """The settings that were given, as `powerband serve` takes them."""
     usual = EngineSettings(model=settings.model)
     given = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "model"}
     return {name: value for name, value in given.items() if value != getattr(usual, name)}
 
 
-def host_law(share: HostShare, loads: Sequence[Load], steps: Sequence[StepSample]) -> HostLaw:
+def host_model(share: HostOverhead, loads: Sequence[ServedLoad], steps: Sequence[StepSample]) -> HostModel:
     """With how far the engine is from its clients. loads: the first one of a single user."""
     per_load = [
-        [_journey(sample, load.start_s) for sample in load.result.samples if sample.chunk_times_s] for load in loads
+        [_client_path(sample, load.start_s) for sample in load.result.samples if sample.chunk_times_s] for load in loads
     ]
-    arrival_s, arrival_token_s = fit_arrival(per_load[0], steps, share.step_s)
-    answer_s, answer_request_s = fit_answer([journey for journeys in per_load for journey in journeys], steps)
-    return HostLaw(
+    arrival_s, arrival_token_s = fit_arrival_delay(per_load[0], steps, share.step_s)
+    answer_s, answer_request_s = fit_response_delay(
+        [path_timing for path_timings in per_load for path_timing in path_timings], steps
+    )
+    return HostModel(
         step_s=share.step_s,
         per_request_s=share.per_request_s,
         per_new_s=share.per_new_s,
@@ -301,8 +305,8 @@ def host_law(share: HostShare, loads: Sequence[Load], steps: Sequence[StepSample
     )
 
 
-def _journey(sample: Any, start_s: float) -> Journey:
-    return Journey(
+def _client_path(sample: Any, start_s: float) -> ClientPathTiming:
+    return ClientPathTiming(
         sample.scheduled_s + start_s, tuple(time_s + start_s for time_s in sample.chunk_times_s), sample.prompt_tokens
     )
 
@@ -317,15 +321,15 @@ def with_refinement(profile: DeviceProfile, refinement: Refinement) -> DevicePro
     return replace(profile, refinements=(*others, refinement))
 
 
-def refined_by(profile: DeviceProfile, run: Run) -> ModelFit:
+def fit_step_log(profile: DeviceProfile, run: StepLogRun) -> ModelFit:
     """From a log of real traffic: where it tells nothing, what was known before stands. Raises UsageError for too
     little traffic.
     """
     form, samples = run.form, _thinned(run.samples)
     known = profile.refinement(form.model, "powerband", form.quantization, form.kv_precision)
     if known is not None:
-        samples = [*samples, *_supposed(known.steps)]
-    law = fit_steps(samples)
+        samples = [*samples, *_assumed_samples(known.steps)]
+    step_model = fit_steps(samples)
     errors = held_out_error(samples)
     host = known.host if known is not None else profile.host.get("powerband")
     refinement = Refinement(
@@ -333,24 +337,24 @@ def refined_by(profile: DeviceProfile, run: Run) -> ModelFit:
         name=form.name,
         quantization=form.quantization,
         kv_precision=form.kv_precision,
-        steps=law,
+        steps=step_model,
         host=host,
-        evidence=Evidence(source=f"step log, {_today()}", error=max(errors.p90, _LEAST_BAND)),
+        evidence=Evidence(source=f"step log, {_today()}", error=max(errors.p90, _MIN_BAND)),
     )
     return ModelFit(refinement, len(run.samples), errors, 0)
 
 
 def _thinned(samples: Sequence[StepSample]) -> list[StepSample]:
-    """Equally spaced ones, at most _MOST_SAMPLES."""
-    return list(samples[:: -(-len(samples) // _MOST_SAMPLES)])
+    """Equally spaced ones, at most _MAX_SAMPLES."""
+    return list(samples[:: -(-len(samples) // _MAX_SAMPLES)])
 
 
-def _supposed(law: StepLaw) -> list[StepSample]:
+def _assumed_samples(step_model: StepTimeModel) -> list[StepSample]:
     """Steps that a law predicts, over its range."""
     from powerband.engine.measure import grid
 
-    model = MeasuredSteps(law)
+    model = MeasuredStepTimes(step_model)
     return [
         StepSample(shape.works, shape.sampled, model.step_s(shape.works, shape.sampled))
-        for shape in grid(law.tokens[-1], law.tokens[-1], law.rows[-1])
+        for shape in grid(step_model.tokens[-1], step_model.tokens[-1], step_model.rows[-1])
     ]

@@ -13,11 +13,11 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench_options import MixFlags
 from powerband.cli.flags import Json
-from powerband.cli.plan import NOTHING_MEETS_IT, NeedFlags, OfferFlags
+from powerband.cli.plan import NO_PLAN, HardwareFlags, RequirementFlags
 from powerband.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
-    from powerband.cli.fleet_view import Progress
+    from powerband.cli.fleet_view import ServiceProgress
     from powerband.fleet.release import BuiltRelease
     from powerband.fleet.service.spec import GatewaySpec, Policy, ServiceSpec
     from powerband.fleet.service.status import ServiceStatus
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from powerband.fleet.verify import Verification
     from powerband.spec.plan import Plan
 
-BROKEN = 1
+SLO_BROKEN = 1
 DEFAULT_VERIFY_S = 60.0
 _SERVICE = Group("Service", sort_key=2)
 _PROVING = Group("Proving", sort_key=3)
@@ -75,7 +75,7 @@ class ServiceFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ProvingFlags:
+class VerifyFlags:
     verify: Annotated[
         bool | None,
         Parameter(
@@ -93,7 +93,7 @@ class ProvingFlags:
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
+class ExistingService:
     """What there was of a service before this call. has_books: of one that was removed, too."""
 
     is_running: bool
@@ -104,11 +104,11 @@ def deploy(
     plan: Annotated[str | None, Parameter(help="Plan in YAML, or a model to plan for first")] = None,
     /,
     *,
-    need: NeedFlags | None = None,
+    need: RequirementFlags | None = None,
     requests: MixFlags | None = None,
-    offer: OfferFlags | None = None,
+    offer: HardwareFlags | None = None,
     service: ServiceFlags | None = None,
-    proving: ProvingFlags | None = None,
+    proving: VerifyFlags | None = None,
 ) -> int:
     """Carry out a plan on this machine: replicas behind a gateway, the promise verified, the service left running.
 
@@ -116,19 +116,19 @@ def deploy(
     Without either: make sure that every service has a controller.
     Exits with 1 when nothing keeps the SLO, or when --strict and the promise is broken.
     """
-    service, proving = service or ServiceFlags(), proving or ProvingFlags()
+    service, proving = service or ServiceFlags(), proving or VerifyFlags()
     if plan is None:
-        return _look_after_all()
-    _check(proving)
-    from powerband.cli.fleet_view import Progress
+        return _ensure_controllers()
+    _check_options(proving)
+    from powerband.cli.fleet_view import ServiceProgress
 
-    chosen = _chosen_plan(plan, need, requests, offer, quiet=proving.json)
+    chosen = _resolve_plan(plan, need, requests, offer, quiet=proving.json)
     if chosen is None:
-        return NOTHING_MEETS_IT
-    return _carry_out(chosen, service, proving, Progress(quiet=proving.json))
+        return NO_PLAN
+    return _carry_out(chosen, service, proving, ServiceProgress(quiet=proving.json))
 
 
-def _check(proving: ProvingFlags) -> None:
+def _check_options(proving: VerifyFlags) -> None:
     """Before anything starts. Raises UsageError and EnvironmentFault."""
     if not 5 <= proving.verify_seconds <= 86_400:
         raise UsageError(f"verify-seconds is {proving.verify_seconds:g}.", hint="5 to 86400.", param="verify_seconds")
@@ -136,7 +136,7 @@ def _check(proving: ProvingFlags) -> None:
         raise EnvironmentFault(f"Cannot write {proving.report}: there is no such folder.", param="report")
 
 
-def _look_after_all() -> int:
+def _ensure_controllers() -> int:
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.service.store import services
 
@@ -149,8 +149,8 @@ def _look_after_all() -> int:
     return 0
 
 
-def _chosen_plan(
-    text: str, need: NeedFlags | None, requests: MixFlags | None, offer: OfferFlags | None, *, quiet: bool
+def _resolve_plan(
+    text: str, need: RequirementFlags | None, requests: MixFlags | None, offer: HardwareFlags | None, *, quiet: bool
 ) -> Plan | None:
     """None: nothing keeps the SLO; that was told. Raises UsageError for flags that a plan decides."""
     from powerband.spec.plan import read_plan
@@ -162,18 +162,20 @@ def _chosen_plan(
         return read_plan(path)
     from rich.console import Console
 
-    from powerband.cli.plan import plan_of, question_of, searched
+    from powerband.cli.plan import plan_from, plan_request_from, search_with_progress
     from powerband.planner.table import plan_table
 
-    question = question_of(text, need or NeedFlags(), requests or MixFlags(), offer or OfferFlags())
-    findings = searched(question, None, quiet=quiet)
-    if findings.recommended is None:
-        Console(stderr=True).print(plan_table(findings))
+    plan_request = plan_request_from(text, need or RequirementFlags(), requests or MixFlags(), offer or HardwareFlags())
+    results = search_with_progress(plan_request, None, quiet=quiet)
+    if results.recommended is None:
+        Console(stderr=True).print(plan_table(results))
         return None
-    return plan_of(question, findings.recommended)
+    return plan_from(plan_request, results.recommended)
 
 
-def _made(plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceStore, key_file: str) -> BuiltRelease:
+def _build_release(
+    plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceStore, key_file: str
+) -> BuiltRelease:
     import shlex
 
     from powerband.fleet.release import ReleaseOptions, build_release
@@ -190,8 +192,8 @@ def _made(plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceStor
     return build_release(plan, making)
 
 
-def _carry_out(plan: Plan, flags: ServiceFlags, proving: ProvingFlags, progress: Progress) -> int:
-    from powerband.cli.front_flags import front_of, replica_key_file
+def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: ServiceProgress) -> int:
+    from powerband.cli.front_flags import gateway_spec_from_flags, replica_key_file
     from powerband.fleet import operations
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.release import default_served_name
@@ -199,11 +201,11 @@ def _carry_out(plan: Plan, flags: ServiceFlags, proving: ProvingFlags, progress:
 
     served_name = flags.served_model_name or default_served_name(plan.model)
     folder = ServiceStore.named(flags.name or operations.service_name(served_name))
-    before = Before(is_running=folder.exists(), has_books=folder.database.exists())
-    front = front_of(flags.host, flags.port, flags.auth, flags.gateway_args, folder.read_spec())
+    before = ExistingService(is_running=folder.exists(), has_books=folder.database.exists())
+    front = gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, folder.read_spec())
     folder.create()
-    made = _made(plan, flags, served_name, folder, replica_key_file(folder.path, front.auth))
-    _say_plan(plan, made, folder, front, progress)
+    made = _build_release(plan, flags, served_name, folder, replica_key_file(folder.path, front.auth))
+    _print_plan(plan, made, folder, front, progress)
     desired, is_new = operations.apply(folder, made.release, front, _policy(flags))
     ensure_controller(folder)
     if not is_new:
@@ -220,9 +222,9 @@ def _carry_out(plan: Plan, flags: ServiceFlags, proving: ProvingFlags, progress:
     verified = _verified(plan, desired, status, folder, proving, progress) if is_asked else None
     kept = verified is None or verified.verdict != "broken"
     if not kept and proving.strict:
-        _go_back(folder, progress, before=before)
-    _tell(folder, status, verified, proving, is_new=is_new)
-    return BROKEN if not kept and proving.strict else 0
+        _roll_back(folder, progress, before=before)
+    _print_result(folder, status, verified, proving, is_new=is_new)
+    return SLO_BROKEN if not kept and proving.strict else 0
 
 
 def _warn_of_old_name(old: str, new: str) -> None:
@@ -253,7 +255,9 @@ def _policy(flags: ServiceFlags) -> Policy:
     )
 
 
-def _say_plan(plan: Plan, made: BuiltRelease, folder: ServiceStore, front: GatewaySpec, progress: Progress) -> None:
+def _print_plan(
+    plan: Plan, made: BuiltRelease, folder: ServiceStore, front: GatewaySpec, progress: ServiceProgress
+) -> None:
     from powerband.planner.formatting import deployment_text
 
     if plan.deployment is not None:
@@ -265,7 +269,7 @@ def _say_plan(plan: Plan, made: BuiltRelease, folder: ServiceStore, front: Gatew
     progress.say(f"service {folder.name}: gateway on {front.host}:{front.port}, state in {folder.path}")
 
 
-def _failure(folder: ServiceStore, status: ServiceStatus, *, before: Before) -> EnvironmentFault:
+def _failure(folder: ServiceStore, status: ServiceStatus, *, before: ExistingService) -> EnvironmentFault:
     """What to tell of a release that did not start, once nothing is left of it."""
     from powerband.fleet import operations
 
@@ -283,8 +287,8 @@ def _verified(
     desired: ServiceSpec,
     status: ServiceStatus,
     folder: ServiceStore,
-    proving: ProvingFlags,
-    progress: Progress,
+    proving: VerifyFlags,
+    progress: ServiceProgress,
 ) -> Verification:
     from powerband.bench.live import LiveView
     from powerband.fleet.verify import verify
@@ -303,7 +307,7 @@ def _verified(
         )
 
 
-def _go_back(folder: ServiceStore, progress: Progress, *, before: Before) -> None:
+def _roll_back(folder: ServiceStore, progress: ServiceProgress, *, before: ExistingService) -> None:
     from powerband.fleet import operations
 
     progress.say("the promise is broken: going back")
@@ -314,11 +318,11 @@ def _go_back(folder: ServiceStore, progress: Progress, *, before: Before) -> Non
     operations.wait_for(folder, desired.generation, progress, desired.policy.start_timeout_s + 60.0)
 
 
-def _tell(
+def _print_result(
     folder: ServiceStore,
     status: ServiceStatus,
     verified: Verification | None,
-    proving: ProvingFlags,
+    proving: VerifyFlags,
     *,
     is_new: bool,
 ) -> None:

@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
-from powerband.spec.catalog import known_here, load_catalog, read_prices, usd_per_hour
-from powerband.spec.priors import gemm_law
+from powerband.spec.catalog import load_catalog, local_profile, read_prices, usd_per_hour
+from powerband.spec.priors import gemm_model
 from powerband.spec.profile import DeviceProfile
 
 PRICES_HELP = "YAML: 'L4: 0.71' (dollars per hour), or a list of usd_per_hour, devices, where"
@@ -38,7 +38,7 @@ def devices(
         _print_profile(catalog.find(name), as_json=json)
         return 0
     profiles = list(catalog.profiles.values())
-    if (here := known_here()) is not None:
+    if (here := local_profile()) is not None:
         profiles.insert(0, here)
     if json:
         print(json_format.dumps([profile.as_dict() for profile in profiles], indent=2))
@@ -59,7 +59,7 @@ def _row(profile: DeviceProfile) -> tuple[str, ...]:
     link = profile.link or profile.host_link
     dollars, where = _price(profile)
     law = profile.gemm.get("*", {}).get("none")
-    evidence = (law or gemm_law(profile, "none")).evidence
+    evidence = (law or gemm_model(profile, "none")).evidence
     return (
         profile.name,
         f"{profile.memory_bytes / 2**30:.0f} GiB",

@@ -39,7 +39,7 @@ PIECES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class EvalRow:
     """What was measured at one precision. Accuracy is a share (0..1) per kind of exercise."""
 
     dtype: str
@@ -68,7 +68,7 @@ def evaluate(
     require_model(settings)
     if samples < 1:
         raise UsageError(f"--samples is {samples}; it must be at least 1.", param="samples")
-    rows: list[Row] = []
+    rows: list[EvalRow] = []
     wanted = _dtypes(dtype) if dtype else [settings.engine.dtype]
     while wanted:
         row, stored = _measure(replace(settings.engine, dtype=wanted.pop(0)), samples, seed)
@@ -93,7 +93,7 @@ def _dtypes(text: str) -> list[Dtype]:
     return list(dict.fromkeys(known[name] for name in names))
 
 
-def _measure(settings: EngineSettings, samples: int, seed: int) -> tuple[Row, Dtype]:
+def _measure(settings: EngineSettings, samples: int, seed: int) -> tuple[EvalRow, Dtype]:
     """A row, and the precision of the checkpoint."""
     from rich.console import Console
     from rich.progress import Progress
@@ -116,7 +116,7 @@ def _measure(settings: EngineSettings, samples: int, seed: int) -> tuple[Row, Dt
         perplexity, bits_per_byte, tokens = text_loss(llm)
         seconds = time.monotonic() - start_s
         [stored] = _dtypes(read_model_spec(Path(llm.info.model_folder)).dtype)
-        return Row(llm.info.dtype, accuracy, perplexity, bits_per_byte, tokens, seconds), stored
+        return EvalRow(llm.info.dtype, accuracy, perplexity, bits_per_byte, tokens, seconds), stored
 
 
 def exercise_accuracy(llm: LLM, kind: str, samples: int, seed: int) -> float:
@@ -149,7 +149,7 @@ def _pieces() -> list[str]:
     return every[:: max(1, len(every) // PIECES)][:PIECES]
 
 
-def _table(rows: list[Row]) -> list[list[str]]:
+def _table(rows: list[EvalRow]) -> list[list[str]]:
     table = [["dtype", *KINDS, "perplexity", "bits/byte", "seconds"]]
     for row in rows:
         shares = [f"{row.accuracy[kind]:.0%}" for kind in KINDS]

@@ -26,7 +26,7 @@ _VERDICTS = {
 
 
 @dataclass(slots=True)
-class Progress:
+class ServiceProgress:
     """One line on stderr for each thing that changes, with the seconds since the start."""
 
     quiet: bool = False
@@ -35,7 +35,7 @@ class Progress:
 
     def __call__(self, status: ServiceStatus) -> None:
         told: dict[str, str] = {"gateway": status.gateway.state}
-        told |= {one.id: _doing(one) for one in status.replicas}
+        told |= {one.id: _activity(one) for one in status.replicas}
         for id in self._last.keys() - told.keys():
             self.say(f"{id}: gone")
         for id, text in told.items():
@@ -48,7 +48,7 @@ class Progress:
             print(f"· {time.monotonic() - self.began_s:5.1f} s  {text}", file=sys.stderr, flush=True)
 
 
-def _doing(replica: ReplicaStatus) -> str:
+def _activity(replica: ReplicaStatus) -> str:
     if replica.state == "starting" and replica.note:
         phase = replica.note.removeprefix("The engine is starting (").removesuffix(").")
         return f"starting ({phase})" if phase != replica.note else "starting"
@@ -85,7 +85,7 @@ _HEADINGS = ["replica", "state", "pool", "revision", "pid", "port", "running", "
 def _replica_row(one: ReplicaStatus) -> Sequence[str]:
     return [
         one.id,
-        _doing(one),
+        _activity(one),
         str(one.pool),
         one.revision,
         str(one.pid),

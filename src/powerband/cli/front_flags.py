@@ -14,7 +14,7 @@ DEFAULT_PORT = 8000
 _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
 
 
-def front_of(
+def gateway_spec_from_flags(
     host: str, port: int | None, auth: Literal["open", "keys"] | None, gateway_args: str, current: ServiceSpec | None
 ) -> GatewaySpec:
     """As asked, as before, or where there is room. Raises UsageError, EnvironmentFault."""

@@ -47,7 +47,7 @@ def create(
 ) -> int:
     """Make a key called NAME and print it. It is shown this once: the gateway keeps only its hash."""
     limits = _limits(requests_per_min, tokens_per_min, max_concurrency, usd, usd_period, priority, models)
-    body: dict[str, Any] = {"name": name, "scopes": _words(scopes), "limits": limits}
+    body: dict[str, Any] = {"name": name, "scopes": _split_names(scopes), "limits": limits}
     if expires is not None:
         body["expires_in_s"] = _seconds(expires)
     key = find_gateway(service, url, admin_key_file).call("POST", "/admin/keys", body)
@@ -90,7 +90,7 @@ def limit(
 ) -> int:
     """Change what KEY may use, from its next request on. What is not named stays as it is."""
     limits = _limits(requests_per_min, tokens_per_min, max_concurrency, usd, usd_period, priority, models)
-    for name in _words(lift or ""):
+    for name in _split_names(lift or ""):
         if name not in LIFTABLE:
             raise UsageError(f"--lift has {name!r}; known are {', '.join(LIFTABLE)}.", param="lift")
         if name in limits:
@@ -99,7 +99,7 @@ def limit(
     if not limits:
         raise UsageError("No limit is named.", hint="'powerband keys limit --help' shows what there is.")
     api = find_gateway(service, url, admin_key_file)
-    return _changed(api.call("PATCH", f"/admin/keys/{_id_of(api, key)}", {"limits": limits}), as_json=json)
+    return _changed(api.call("PATCH", f"/admin/keys/{_find_key_id(api, key)}", {"limits": limits}), as_json=json)
 
 
 def revoke(
@@ -113,7 +113,7 @@ def revoke(
 ) -> int:
     """Close KEY at once. Requests that it has let in already may end."""
     api = find_gateway(service, url, admin_key_file)
-    return _changed(api.call("DELETE", f"/admin/keys/{_id_of(api, key)}"), as_json=json)
+    return _changed(api.call("DELETE", f"/admin/keys/{_find_key_id(api, key)}"), as_json=json)
 
 
 def _changed(key: dict[str, Any], *, as_json: bool) -> int:
@@ -124,7 +124,7 @@ def _changed(key: dict[str, Any], *, as_json: bool) -> int:
     return 0
 
 
-def _id_of(api: AdminApi, text: str) -> str:
+def _find_key_id(api: AdminApi, text: str) -> str:
     keys = api.call("GET", "/admin/keys")["data"]
     if any(key["id"] == text for key in keys):
         return text
@@ -152,12 +152,12 @@ def _limits(
         "usd": usd,
         "usd_period": usd_period,
         "priority": priority,
-        "models": None if models is None else _words(models),
+        "models": None if models is None else _split_names(models),
     }
     return {name: value for name, value in limits.items() if value is not None}
 
 
-def _words(text: str) -> list[str]:
+def _split_names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
@@ -182,15 +182,15 @@ def _row(key: dict[str, Any]) -> list[str]:
         f"{key['prefix']}…",
         ",".join(key["scopes"]),
         _state(key),
-        _of(used["requests_last_min"], limits["requests_per_min"]),
-        _of(used["tokens_last_min"], limits["tokens_per_min"]),
-        _of(used["running"], limits["max_concurrency"]),
+        _used_of_limit(used["requests_last_min"], limits["requests_per_min"]),
+        _used_of_limit(used["tokens_last_min"], limits["tokens_per_min"]),
+        _used_of_limit(used["running"], limits["max_concurrency"]),
         spend,
         ",".join(limits["models"]) or "all",
     ]
 
 
-def _of(used: int, limit: int | None) -> str:
+def _used_of_limit(used: int, limit: int | None) -> str:
     return f"{used:,}" if limit is None else f"{used:,} of {limit:,}"
 
 

@@ -40,7 +40,7 @@ def logs(
     while follow:
         time.sleep(_EVERY_S)
         for path in _files(folder, member):
-            _print(path, _more(path, reached), labelled=member is None)
+            _print(path, _read_new(path, reached), labelled=member is None)
     return 0
 
 
@@ -60,7 +60,7 @@ def _files(folder: ServiceStore, member: str | None) -> list[Path]:
     return chosen
 
 
-def _more(path: Path, reached: dict[Path, int]) -> str:
+def _read_new(path: Path, reached: dict[Path, int]) -> str:
     """What was written since the last look, in whole lines."""
     with path.open("rb") as file:
         file.seek(reached.get(path, 0))

@@ -11,7 +11,7 @@ from powerband.spec.settings import EngineSettings
 GPU_NODES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
-def device_of(settings: EngineSettings) -> str:
+def compute_device(settings: EngineSettings) -> str:
     """'cpu' or 'cuda': where an engine with these settings would run. Loads torch only where there is a GPU."""
     if settings.device != "auto":
         return settings.device

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from powerband.cli.flags import Json, takes_settings
-from powerband.cli.machine import device_of
+from powerband.cli.machine import compute_device
 from powerband.cli.settings import Resolved
 from powerband.cost.memory import MemoryPlan, plan_memory
 from powerband.cost.precision import auto_dtype
@@ -53,7 +53,7 @@ def memory(settings: Resolved, *, json: Json = False) -> int:
 def plan_on_this_machine(spec: ModelSpec, settings: EngineSettings) -> MemoryPlan:
     """The plan for the device that the settings choose, with the memory that is free on it now."""
     cpu = detect_cpu()
-    kind: Literal["cpu", "cuda"] = "cpu" if device_of(settings) == "cpu" else "cuda"
+    kind: Literal["cpu", "cuda"] = "cpu" if compute_device(settings) == "cpu" else "cuda"
     total, free = (cpu.memory_bytes, cpu.available_memory_bytes) if kind == "cpu" else _gpu_memory()
     dtype: str = settings.dtype
     if dtype == "auto":

@@ -19,10 +19,10 @@ from powerband.cli.planning import (
     chosen_workload,
     dollars_per_hour,
     engines,
-    longest_request,
-    model_of,
+    max_request_tokens,
     pinned,
     quantizations,
+    read_model,
 )
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import ENGINES
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from powerband.planner.results import Evaluation, PlanResults
     from powerband.spec.plan import Plan
 
-NOTHING_MEETS_IT = 1
+NO_PLAN = 1
 DEFAULT_SLO = "ttft=2s@p95,tpot=100ms@p95"
 _ASKED = Group("What is needed", sort_key=0)
 _OFFERED = Group("What is on offer", sort_key=1)
@@ -47,7 +47,7 @@ def _flag(group: Group, *names: str, help: str) -> Parameter:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class NeedFlags:
+class RequirementFlags:
     rate: Annotated[float | None, _flag(_ASKED, help="Requests a second; default: the trace's own")] = None
     slo: Annotated[str, _flag(_ASKED, help=f"Limits and percentile; default: {DEFAULT_SLO}")] = DEFAULT_SLO
     budget: Annotated[str | None, _flag(_ASKED, help="Dollars: 4/h, 100/day, 2900/month")] = None
@@ -60,7 +60,7 @@ class NeedFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class OfferFlags:
+class HardwareFlags:
     devices: Annotated[
         str, _flag(_OFFERED, help="Of the catalog, 'here', or described in FILE.yaml; default: here")
     ] = "here"
@@ -95,9 +95,9 @@ def plan(
     model: Annotated[str, Parameter(help="Hugging Face id, folder, config.json, or 'demo'")],
     /,
     *,
-    need: NeedFlags | None = None,
+    need: RequirementFlags | None = None,
     requests: MixFlags | None = None,
-    offer: OfferFlags | None = None,
+    offer: HardwareFlags | None = None,
     output: PlanOutputFlags | None = None,
 ) -> int:
     """Predict every sensible deployment of MODEL, and recommend one.
@@ -106,14 +106,14 @@ def plan(
     engine's own scheduler plays the workload on it in virtual time.
     Exits with 1 when nothing keeps the SLO within the budget.
     """
-    need, offer, output = need or NeedFlags(), offer or OfferFlags(), output or PlanOutputFlags()
-    question = question_of(model, need, requests or MixFlags(), offer)
+    need, offer, output = need or RequirementFlags(), offer or HardwareFlags(), output or PlanOutputFlags()
+    plan_request = plan_request_from(model, need, requests or MixFlags(), offer)
     _check_outputs(output)
-    findings = searched(question, output.workers, quiet=output.json)
-    return _tell(findings, question, output)
+    results = search_with_progress(plan_request, output.workers, quiet=output.json)
+    return _print_results(results, plan_request, output)
 
 
-def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFlags) -> PlanRequest:
+def plan_request_from(model: str, need: RequirementFlags, requests: MixFlags, offer: HardwareFlags) -> PlanRequest:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
     from powerband.planner.plan_request import PlanRequest
 
@@ -129,7 +129,7 @@ def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFla
     changes = offer.set or []
     profiles = chosen_devices(offer.devices, offer.prices, changes)
     workload, rate = chosen_workload(requests, rate=need.rate)
-    spec, stored = model_of(model)
+    spec, stored = read_model(model)
     return PlanRequest(
         model=model,
         spec=spec,
@@ -143,7 +143,7 @@ def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFla
         max_devices=offer.max_devices,
         replicas=offer.replicas,
         quantizations=quantizations(offer.quantization),
-        max_model_len=offer.max_model_len or longest_request(workload, need.seed, spec, slo.attainment),
+        max_model_len=offer.max_model_len or max_request_tokens(workload, need.seed, spec, slo.attainment),
         objective=need.objective,
         draft_tokens=offer.draft_tokens,
         draft_acceptance=share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0,
@@ -152,7 +152,7 @@ def question_of(model: str, need: NeedFlags, requests: MixFlags, offer: OfferFla
     )
 
 
-def searched(question: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
+def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
     """With its progress on stderr, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -163,38 +163,38 @@ def searched(question: PlanRequest, workers: int | None, *, quiet: bool) -> Plan
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as shown:
         task = shown.add_task("candidates", total=None)
         return search(
-            question,
+            plan_request,
             workers=workers,
             progress=lambda done, total, text: shown.update(task, completed=done, total=total, description=text),
         )
 
 
-def _tell(findings: PlanResults, question: PlanRequest, output: PlanOutputFlags) -> int:
+def _print_results(results: PlanResults, plan_request: PlanRequest, output: PlanOutputFlags) -> int:
     from rich.console import Console
 
-    from powerband.planner.json_export import findings_as_dict
+    from powerband.planner.json_export import results_as_dict
     from powerband.planner.report import write_report
     from powerband.planner.table import plan_table
     from powerband.spec.plan import write_plan
 
     if output.html is not None:
-        write_report(findings, output.html)
+        write_report(results, output.html)
     if output.json:
-        print(json_format.dumps(findings_as_dict(findings), indent=1))
+        print(json_format.dumps(results_as_dict(results), indent=1))
     else:
-        Console().print(plan_table(findings))
-    if findings.recommended is None:
+        Console().print(plan_table(results))
+    if results.recommended is None:
         if output.out is not None:
             print(f"Nothing was written to {output.out}: no deployment keeps the SLO.", file=sys.stderr)
-        return NOTHING_MEETS_IT
+        return NO_PLAN
     if output.out is not None:
-        write_plan(plan_of(question, findings.recommended), output.out)
+        write_plan(plan_from(plan_request, results.recommended), output.out)
     if output.out is not None or output.html is not None:
-        _say_where(output)
+        _print_paths(output)
     return 0
 
 
-def _say_where(output: PlanOutputFlags) -> None:
+def _print_paths(output: PlanOutputFlags) -> None:
     written = [f"{what}: {path}" for what, path in (("plan", output.out), ("report", output.html)) if path is not None]
     print("\n".join(written), file=sys.stderr if output.json else sys.stdout)
 
@@ -206,28 +206,28 @@ def _check_outputs(output: PlanOutputFlags) -> None:
             raise EnvironmentFault(f"Cannot write {path}: there is no such folder.", param="out")
 
 
-def plan_of(question: PlanRequest, chosen: Evaluation) -> Plan:
+def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
     """The promise is what is predicted at the pessimistic edge."""
     from powerband.spec.catalog import usd_per_hour
-    from powerband.spec.plan import Cost, Plan, Promise
+    from powerband.spec.plan import Plan, PlanCost, SLOGuarantee
 
     machines: Counter[str] = Counter()
-    prices = {profile.name: profile.prices for profile in question.profiles}
+    prices = {profile.name: profile.prices for profile in plan_request.profiles}
     for pool in chosen.deployment.pools:
         found = usd_per_hour(prices[pool.replica.device], pool.count, pool.replica.num_devices)
         machines.update(found[1] if found is not None else {})
     cost = None
     if chosen.usd_per_hour is not None and chosen.usd_per_million_tokens is not None:
-        cost = Cost(
+        cost = PlanCost(
             usd_per_hour=chosen.usd_per_hour,
             usd_per_million_tokens=chosen.usd_per_million_tokens,
             machines=dict(machines),
         )
     return Plan(
-        model=question.model,
-        workload=question.workload,
-        slo=question.slo,
-        promise=Promise(question.rate, chosen.figures["output_tokens_per_s"].low),
+        model=plan_request.model,
+        workload=plan_request.workload,
+        slo=plan_request.slo,
+        promise=SLOGuarantee(plan_request.rate, chosen.figures["output_tokens_per_s"].low),
         deployment=chosen.deployment,
         predicted=dict(chosen.figures),
         cost=cost,

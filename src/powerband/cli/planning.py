@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
+from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
 from powerband.cli.memory import config_source
 from powerband.documents import read_table
 from powerband.errors import UsageError
@@ -18,18 +18,18 @@ from powerband.spec.deployment import ENGINES, EngineName, Quantization, Replica
 from powerband.spec.fields import shown
 from powerband.spec.model import ModelSpec
 from powerband.spec.presets import PRESETS
-from powerband.spec.profile import DeviceProfile, Price
+from powerband.spec.profile import DevicePrice, DeviceProfile
 from powerband.spec.quantities import number
 from powerband.spec.settings import EngineSettings
-from powerband.spec.stored import Stored, read_for_planning
+from powerband.spec.stored import CheckpointPrecision, read_for_planning
 from powerband.spec.workload import Workload
 
-_MANY = 4000  # requests, among which the longest is looked for
-_SOON = OpenLoop.at(1000.0)
+_SAMPLED_REQUESTS = 4000  # requests, among which the longest is looked for
+_DENSE_ARRIVALS = OpenLoop.at(1000.0)
 HOURS = {"h": 1.0, "hour": 1.0, "day": 24.0, "month": 730.0}
 
 
-def model_of(name: str) -> tuple[ModelSpec, Stored]:
+def read_model(name: str) -> tuple[ModelSpec, CheckpointPrecision]:
     """Of a Hugging Face id, a folder, a config.json, or 'demo', whichever engine could load its weights; and the
     precision that they are stored in. Raises UsageError or EnvironmentFault.
     """
@@ -78,14 +78,14 @@ def chosen_workload(requests: MixFlags, *, rate: float | None) -> tuple[Workload
     if text in PRESETS:
         if rate is None:
             raise UsageError("How many requests a second?", hint="Like: --rate 8.", param="rate")
-        asked = asked_for(LoadFlags(rate=rate), requests)
+        asked = requested_load(LoadFlags(rate=rate), requests)
         return asked.workload, rate
     if path.suffix in (".yaml", ".yml"):
         if requests != MixFlags(workload=text):
             raise UsageError(f"{text} says what requests are.", hint="Change it there, not by flags.", param="workload")
         workload = _workload_file(path)
     elif path.exists():
-        workload = asked_for(LoadFlags(trace=path, rate=rate), replace(requests, workload=None)).workload
+        workload = requested_load(LoadFlags(trace=path, rate=rate), replace(requests, workload=None)).workload
     else:
         raise UsageError(
             f"There is no workload {shown(text)}, and no such file.",
@@ -146,8 +146,8 @@ def _changed(
 def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
     if name == "price":
         dollars = number(value, param="set")
-        price = Price(usd_per_hour=dollars, where="--set", source="--set", confidence="user")
-        shared = Price(
+        price = DevicePrice(usd_per_hour=dollars, where="--set", source="--set", confidence="user")
+        shared = DevicePrice(
             usd_per_hour=dollars * profile.devices_per_node,
             devices=profile.devices_per_node,
             where=f"--set, {profile.devices_per_node} devices",
@@ -179,24 +179,24 @@ def _typed(hint: Any, value: str, change: str) -> Any:
     return value
 
 
-def longest_request(workload: Workload, seed: int, model: ModelSpec, attainment: float) -> int:
+def max_request_tokens(workload: Workload, seed: int, model: ModelSpec, attainment: float) -> int:
     """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
     knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
     """
-    from powerband.planner.plan_request import weighed
+    from powerband.planner.plan_request import request_tokens
 
-    drawn = replace(workload, arrivals=_SOON).draw(seed, num_requests=_MANY)
-    lengths = sorted(request.prompt + request.output for request in weighed(drawn))
-    most = model.max_position
-    share = sum(length > most for length in lengths) / len(lengths)
+    drawn = replace(workload, arrivals=_DENSE_ARRIVALS).draw(seed, num_requests=_SAMPLED_REQUESTS)
+    lengths = sorted(request.prompt + request.output for request in request_tokens(drawn))
+    limit = model.max_position
+    share = sum(length > limit for length in lengths) / len(lengths)
     if share > 1 - attainment:
         raise UsageError(
-            f"{share:.0%} of the requests are longer than the {most:,} positions that the model knows, the longest "
+            f"{share:.0%} of the requests are longer than the {limit:,} positions that the model knows, the longest "
             f"{lengths[-1]:,} tokens: they cannot be served.",
             hint="Plan for a model with a longer context, or for shorter requests (--prompt-tokens, --turns).",
             param="workload",
         )
-    return min(-(-lengths[-1] // 1024) * 1024, most)
+    return min(-(-lengths[-1] // 1024) * 1024, limit)
 
 
 def quantizations(text: str) -> tuple[Quantization, ...]:

@@ -20,13 +20,13 @@ def remove(
 
     Its keys, usage and audit log are kept for the next one of that name, unless --purge.
     """
-    from powerband.cli.fleet_view import Progress
+    from powerband.cli.fleet_view import ServiceProgress
     from powerband.fleet import operations
     from powerband.fleet.service.store import find_service
 
     folder = find_service(name)
     operations.record_action(folder, "remove", {"purge": purge})
-    operations.remove(folder, Progress(), purge=purge)
+    operations.remove(folder, ServiceProgress(), purge=purge)
     kept = "" if purge else f" Its books are kept: {folder.database}"
     print(f"{folder.name} is removed.{kept}")
     return 0

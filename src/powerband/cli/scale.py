@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from powerband.fleet.service.spec import Release, ServiceSpec
     from powerband.fleet.service.status import ServiceStatus
 
-MOST = 1000
+MAX_REPLICAS = 1000
 
 
 def scale(
@@ -27,7 +27,7 @@ def scale(
     name: Name = None,
 ) -> int:
     """Run so many replicas. New ones get requests once they are ready; those that go finish theirs first."""
-    from powerband.cli.fleet_view import Progress
+    from powerband.cli.fleet_view import ServiceProgress
     from powerband.fleet import operations
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.control.instance_specs import excess_threads
@@ -40,9 +40,9 @@ def scale(
 
     before = folder.read_spec()
     if before is not None and scaled(before.release, replicas) == before.release:
-        print(f"{folder.name} has {_told(before.release)} already.")
+        print(f"{folder.name} has {_counts_text(before.release)} already.")
         return 0
-    progress = Progress()
+    progress = ServiceProgress()
     desired = operations.update_spec(folder, change)
     ensure_controller(folder)
     operations.record_action(folder, "scale", {"replicas": list(desired.release.counts)})
@@ -58,7 +58,7 @@ def scale(
             f"{folder.name} could not be scaled: {status.failed_rollout.reason}.\n{status.failed_rollout.log}".rstrip(),
             hint="It goes on with as many replicas as before.",
         )
-    print(f"{folder.name} has {_told(desired.release)}.")
+    print(f"{folder.name} has {_counts_text(desired.release)}.")
     return 0
 
 
@@ -73,17 +73,17 @@ def scaled(release: Release, asked: Sequence[str]) -> Release:
         if not 0 <= index < len(counts):
             known = ", ".join(map(str, range(len(counts))))
             raise UsageError(f"There is no pool {pool!r}.", hint=f"Pools: {known}.", param="replicas")
-        if not number.isdecimal() or not 1 <= int(number) <= MOST:
+        if not number.isdecimal() or not 1 <= int(number) <= MAX_REPLICAS:
             raise UsageError(
                 f"{text!r} is no number of replicas.",
-                hint=f"1 to {MOST}; 'powerband remove' ends all.",
+                hint=f"1 to {MAX_REPLICAS}; 'powerband remove' ends all.",
                 param="replicas",
             )
         counts[index] = int(number)
     return release.with_counts(counts)
 
 
-def _told(release: Release) -> str:
+def _counts_text(release: Release) -> str:
     total = sum(release.counts)
     pools = f" ({' + '.join(map(str, release.counts))})" if len(release.counts) > 1 else ""
     return f"{total} replica{'s' if total != 1 else ''}{pools}"

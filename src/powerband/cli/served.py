@@ -22,13 +22,13 @@ import yaml
 
 from powerband.bench.http import get
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
-from powerband.bench.messages import Target
+from powerband.bench.messages import ServerAddress
 from powerband.bench.probe import calibrate_prompt_words, find_server
-from powerband.cost.steps import Run, read_step_log
+from powerband.cost.steps import StepLogRun, read_step_log
 from powerband.errors import EnvironmentFault
 from powerband.spec.arrivals import ClosedLoop
 from powerband.spec.lengths import Fixed
-from powerband.spec.workload import Mix, Schedule, Workload
+from powerband.spec.workload import RequestMix, Schedule, Workload
 from powerband.web.listening import free_port
 
 START_S = 300.0
@@ -38,21 +38,21 @@ _LOG_NAME, _STEPS_NAME, _SETTINGS_NAME = "server.log", "steps.jsonl", "settings.
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class ServedLoad:
     """start_s: of the schedule, on the machine's monotonic clock, which the step log's times are on, too."""
 
     result: LoadResult
     start_s: float
 
 
-class Served:
+class CalibrationServer:
     """A server that has started, and everything it noted."""
 
-    def __init__(self, target: Target, folder: Path) -> None:
+    def __init__(self, target: ServerAddress, folder: Path) -> None:
         self.target = target
         self._folder = folder
 
-    async def load(self, schedule: Schedule, *, timeout_s: float = 600.0, drain_s: float = 600.0) -> Load:
+    async def load(self, schedule: Schedule, *, timeout_s: float = 600.0, drain_s: float = 600.0) -> ServedLoad:
         """Send it, with texts that the server has not seen. Raises as run_load does."""
         started = 0.0
 
@@ -63,22 +63,24 @@ class Served:
         target = msgspec.structs.replace(self.target, salt=f"{time.time_ns()} ")
         options = LoadOptions(timeout_s=timeout_s, drain_s=drain_s)
         result = await run_load(target, schedule, options, watch=watch)
-        return Load(result, started)
+        return ServedLoad(result, started)
 
     async def touch(self, kv_tokens: int, seconds: float) -> None:
         """Fill the KV cache once, as far as `seconds` go: memory that was never written to is slow to write to."""
         each = min(_TOUCHING, kv_tokens)
-        mix = Mix(Fixed(each), Fixed(1))
+        mix = RequestMix(Fixed(each), Fixed(1))
         workload = Workload(name="touch", arrivals=ClosedLoop(4), requests=mix)
         await self.load(workload.draw(0, duration_s=seconds, num_requests=-(-kv_tokens // each) + 4))
 
-    def steps(self) -> list[Run]:
+    def steps(self) -> list[StepLogRun]:
         """What the engine noted. Complete only once the server has ended."""
         return read_step_log(self._folder / _STEPS_NAME)
 
 
 @contextlib.asynccontextmanager
-async def serving(model: str, settings: Mapping[str, object], folder: Path) -> AsyncIterator[Served]:
+async def calibration_server(
+    model: str, settings: Mapping[str, object], folder: Path
+) -> AsyncIterator[CalibrationServer]:
     """Start `powerband serve` on a free port of the loopback, and end it afterwards.
 
     settings: of EngineSettings by name, beside the model. Raises EnvironmentFault with the end of the server's log when
@@ -95,14 +97,14 @@ async def serving(model: str, settings: Mapping[str, object], folder: Path) -> A
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
         )
     try:
-        yield Served(await _ready(process, port, log), folder)
+        yield CalibrationServer(await _ready(process, port, log), folder)
     finally:
         await _stop(process)
 
 
-async def _ready(process: asyncio.subprocess.Process, port: int, log: Path) -> Target:
+async def _ready(process: asyncio.subprocess.Process, port: int, log: Path) -> ServerAddress:
     """The target, once it answers and its words are measured."""
-    asked = Target(base=f"http://127.0.0.1:{port}", endpoint="completions", model="")
+    asked = ServerAddress(base=f"http://127.0.0.1:{port}", endpoint="completions", model="")
     deadline_s = time.monotonic() + START_S
     while time.monotonic() < deadline_s:
         if process.returncode is not None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench_options import Asked, JudgingFlags, LoadFlags, MixFlags, asked_for
+from powerband.cli.bench_options import LoadFlags, MixFlags, RequestedLoad, SLOFlags, requested_load
 from powerband.cli.flags import Json
-from powerband.cli.planning import chosen_devices, model_of
+from powerband.cli.planning import chosen_devices, read_model
 from powerband.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def simulate(
     *,
     load: LoadFlags | None = None,
     requests: MixFlags | None = None,
-    judging: JudgingFlags | None = None,
+    judging: SLOFlags | None = None,
     devices: Annotated[
         str | None,
         Parameter(help="FILE.yaml that describes those that the catalog has not", group=_DEVICES),
@@ -60,7 +60,7 @@ def simulate(
     from powerband.spec.plan import read_plan
     from powerband.spec.traces import read_trace
 
-    load, requests, judging = load or LoadFlags(), requests or MixFlags(), judging or JudgingFlags()
+    load, requests, judging = load or LoadFlags(), requests or MixFlags(), judging or SLOFlags()
     trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
     known = read_plan(plan, trace)
     if known.deployment is None:
@@ -69,16 +69,18 @@ def simulate(
             hint="'powerband plan MODEL -o plan.yaml' writes both.",
             param="plan",
         )
-    asked = _asked(known, load, requests)
+    asked = _requested_load(known, load, requests)
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
-    made = simulation_inputs(model_of(known.model)[0], known.deployment, _finder(known.deployment, devices, set or []))
+    made = simulation_inputs(
+        read_model(known.model)[0], known.deployment, _profile_finder(known.deployment, devices, set or [])
+    )
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
     result = _load_result(schedule, made.simulate(schedule))
     known = replace(known, slo=judging.made() or known.slo)
     return _report(known, asked, load.seed, result, judging, out, as_json=json)
 
 
-def _finder(deployment: Deployment, devices: str | None, changes: list[str]) -> Callable[[str], DeviceProfile]:
+def _profile_finder(deployment: Deployment, devices: str | None, changes: list[str]) -> Callable[[str], DeviceProfile]:
     """From a device's name in the plan to what is known of it. Raises UsageError."""
     named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
     if any(change.startswith("replica.") for change in changes):
@@ -94,10 +96,10 @@ def _finder(deployment: Deployment, devices: str | None, changes: list[str]) -> 
     return profiles.__getitem__
 
 
-def _asked(plan: Plan, load: LoadFlags, requests: MixFlags) -> Asked:
+def _requested_load(plan: Plan, load: LoadFlags, requests: MixFlags) -> RequestedLoad:
     """What the flags say; where they say nothing of what or when, the plan's workload and rate."""
     told = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
-    asked = asked_for(load, requests)
+    asked = requested_load(load, requests)
     says_when = any(value is not None for value in told)
     says_what = load.trace is not None or requests != MixFlags()
     workload = asked.workload if says_what else replace(asked.workload, name=plan.workload.name)
@@ -150,7 +152,14 @@ def _load_result(schedule: Schedule, played: Simulation) -> LoadResult:
 
 
 def _report(
-    plan: Plan, asked: Asked, seed: int, result: LoadResult, judging: JudgingFlags, out: Path | None, *, as_json: bool
+    plan: Plan,
+    asked: RequestedLoad,
+    seed: int,
+    result: LoadResult,
+    judging: SLOFlags,
+    out: Path | None,
+    *,
+    as_json: bool,
 ) -> int:
     from rich.console import Console
 
@@ -174,15 +183,15 @@ def _report(
     return MISSED if point.verdict == "MISSED" else 0
 
 
-def _run_report(plan: Plan, asked: Asked, seed: int, result: LoadResult, judging: JudgingFlags) -> RunReport:
-    from powerband.bench.load import window_of
-    from powerband.bench.probe import Server
+def _run_report(plan: Plan, asked: RequestedLoad, seed: int, result: LoadResult, judging: SLOFlags) -> RunReport:
+    from powerband.bench.load import steady_window
+    from powerband.bench.probe import ServerInfo
     from powerband.bench.results import (
-        Address,
-        Machine,
-        Offered,
+        ClientMachine,
+        OfferedLoad,
+        ReportedAddress,
         RunReport,
-        point_of,
+        build_point,
         powerband_version,
         utc_now,
         without_secrets,
@@ -190,11 +199,11 @@ def _run_report(plan: Plan, asked: Asked, seed: int, result: LoadResult, judging
     from powerband.bench.saturation import is_saturated
 
     warm_up, cool_down = judging.shares()
-    window = window_of(result.samples, warm_up, cool_down)
-    point = point_of(
+    window = steady_window(result.samples, warm_up, cool_down)
+    point = build_point(
         result,
         label="simulation",
-        offered=Offered.of(asked.workload.arrivals, result.schedule),
+        offered=OfferedLoad.of(asked.workload.arrivals, result.schedule),
         warm_up=warm_up,
         cool_down=cool_down,
         slo=plan.slo,
@@ -204,9 +213,9 @@ def _run_report(plan: Plan, asked: Asked, seed: int, result: LoadResult, judging
         started_at=utc_now(),
         command=without_secrets(["powerband", *sys.argv[1:]]),
         powerband=powerband_version(),
-        machine=Machine.here(),
-        target=Address("a simulation", "completions", plan.model),
-        server=Server(plan.deployment.engine if plan.deployment is not None else "unknown", "simulated", None),
+        machine=ClientMachine.here(),
+        target=ReportedAddress("a simulation", "completions", plan.model),
+        server=ServerInfo(plan.deployment.engine if plan.deployment is not None else "unknown", "simulated", None),
         workload=asked.workload.as_dict(),
         slo=plan.slo,
         seed=seed,

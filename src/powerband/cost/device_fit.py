@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from powerband.cost.fit import Bounds, Errors, fit
+from powerband.cost.fit import Bounds, FitErrors, fit
 from powerband.cost.latency import LatencyModel
 from powerband.cost.steps import StepSample
-from powerband.spec.counts import held_parameter_bytes, step_flops
+from powerband.spec.counts import parameter_bytes, step_flops
 from powerband.spec.deployment import KVPrecision, Quantization, Replica
 from powerband.spec.model import ModelSpec
-from powerband.spec.profile import AttentionLaw, DeviceProfile, ElementwiseLaw, Evidence, GemmLaw
-from powerband.spec.quantization import HeldWeights
+from powerband.spec.profile import AttentionModel, DeviceProfile, ElementwiseModel, Evidence, GemmModel
+from powerband.spec.quantization import WeightPrecisions
 
 _BOUNDS: Bounds = {
     "compute_share": (0.05, 6.0),  # 8-bit products may go beyond the 16-bit peak
@@ -60,7 +60,7 @@ class PrecisionFit:
     steps: int
     bytes_per_s: float
     flops_per_s: float
-    held_out: Errors
+    held_out: FitErrors
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,13 @@ class _Coefficients:
     elementwise_share: float = 0.5
 
 
-def reached(measured: Sequence[ModelSteps]) -> tuple[float, float]:
+def peak_rates(measured: Sequence[ModelSteps]) -> tuple[float, float]:
     """(bytes/s of weights, FLOP/s) of the steps that came furthest."""
     rates, flops = [0.0], [0.0]
     for steps in measured:
         quantized = steps.quantization != "none"
-        held = HeldWeights(steps.quantization, "int8") if quantized else HeldWeights()  # type: ignore[arg-type]  # of the engine's
-        weights = held_parameter_bytes(steps.spec, "bfloat16", held)
+        held = WeightPrecisions(steps.quantization, "int8") if quantized else WeightPrecisions()  # type: ignore[arg-type]  # of the engine's
+        weights = parameter_bytes(steps.spec, "bfloat16", held)
         for sample in steps.samples:
             flops.append(step_flops(steps.spec, sample.works, sample.sampled).total / sample.seconds)
             if sample.sampled:
@@ -99,9 +99,9 @@ def fit_precision(profile: DeviceProfile, measured: Sequence[ModelSteps]) -> tup
     seen = [sample.seconds for _, sample in test]
     half = _fitted(profile, train)
     models = _models(half, measured)
-    held_out = Errors.of([models[id(steps)].step_s(s.works, s.sampled) for steps, s in test], seen)
+    held_out = FitErrors.of([models[id(steps)].step_s(s.works, s.sampled) for steps, s in test], seen)
     whole = _fitted(profile, points, error=held_out.p90)
-    rates, flops = reached(measured)
+    rates, flops = peak_rates(measured)
     return whole, PrecisionFit(first.quantization, len(points), rates, flops, held_out)
 
 
@@ -124,7 +124,7 @@ def _fitted(
         return models[id(point[0])].step_s(point[1].works, point[1].sampled)
 
     found = fit(_Coefficients(), bounds, predict, points, [sample.seconds for _, sample in points])
-    return _with(profile, first, found.law, error)
+    return _with(profile, first, found.model, error)
 
 
 def _models(profile: DeviceProfile, measured: Sequence[ModelSteps]) -> dict[int, LatencyModel]:
@@ -133,14 +133,14 @@ def _models(profile: DeviceProfile, measured: Sequence[ModelSteps]) -> dict[int,
 
 def _with(profile: DeviceProfile, of: ModelSteps, found: _Coefficients, error: float) -> DeviceProfile:
     evidence = Evidence(source="steps timed on this machine", error=error)
-    gemm = GemmLaw(
+    gemm = GemmModel(
         compute_share=found.compute_share,
         memory_share=found.memory_share,
         overhead_s=found.overhead_s,
         sharpness=found.sharpness,
         evidence=evidence,
     )
-    attention = AttentionLaw(
+    attention = AttentionModel(
         compute_share=found.prefill_share,
         memory_share=found.decode_share,
         prefill_overhead_s=found.prefill_overhead_s,
@@ -156,5 +156,5 @@ def _with(profile: DeviceProfile, of: ModelSteps, found: _Coefficients, error: f
     )
     if of.quantization != "none":
         return changed
-    small = ElementwiseLaw(kernel_s=found.kernel_s, memory_share=found.elementwise_share, evidence=evidence)
+    small = ElementwiseModel(kernel_s=found.kernel_s, memory_share=found.elementwise_share, evidence=evidence)
     return replace(changed, elementwise={**profile.elementwise, own: small})

@@ -16,18 +16,18 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-Law = TypeVar("Law")
+Model = TypeVar("Model")
 Point = TypeVar("Point")
 Vector = NDArray[np.float64]
 Bounds = Mapping[str, tuple[float, float]]
 
-_FORGIVEN = 0.1  # of a log-ratio: beyond, an error counts linearly
+_SOFT_ERROR = 0.1  # of a log-ratio: beyond, an error counts linearly
 _STEPS = 60
 _EDGE = 1e-4  # a start on a bound is moved inside by so much of the way
 
 
 @dataclass(frozen=True, slots=True)
-class Errors:
+class FitErrors:
     """|predicted − measured| / measured over `n` measurements, as shares; bias: the mean with its sign."""
 
     n: int
@@ -37,7 +37,7 @@ class Errors:
     bias: float
 
     @classmethod
-    def of(cls, predicted: Sequence[float] | Vector, measured: Sequence[float] | Vector) -> Errors:
+    def of(cls, predicted: Sequence[float] | Vector, measured: Sequence[float] | Vector) -> FitErrors:
         """Needs one measurement at least, all above 0."""
         signed = np.asarray(predicted, float) / np.asarray(measured, float) - 1
         size = np.abs(signed)
@@ -51,44 +51,44 @@ class Errors:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted(Generic[Law]):
+class FitResult(Generic[Model]):
     """errors: on the points of the fit."""
 
-    law: Law
-    errors: Errors
+    model: Model
+    errors: FitErrors
 
 
 def fit(
-    law: Law,
+    model: Model,
     bounds: Bounds,
-    predict: Callable[[Law, Point], float],
+    predict: Callable[[Model, Point], float],
     points: Sequence[Point],
     seconds: Sequence[float],
-) -> Fitted[Law]:
-    """The coefficients named in `bounds` (0 < low < high) that fit best, starting from those of `law`.
+) -> FitResult[Model]:
+    """The coefficients named in `bounds` (0 < low < high) that fit best, starting from those of `model`.
 
     law: a dataclass. seconds: measured, above 0, one for each of `points`.
     """
     names, measured = list(bounds), np.log(np.asarray(seconds, float))
 
-    def built(z: Vector) -> Law:
+    def built(z: Vector) -> Model:
         changes = {name: _inside(*bounds[name], x) for name, x in zip(names, z, strict=True)}
-        return cast(Law, replace(cast(Any, law), **changes))
+        return cast(Model, replace(cast(Any, model), **changes))
 
     def residuals(z: Vector) -> Vector:
         candidate = built(z)
         found: Vector = np.log(np.array([predict(candidate, point) for point in points])) - measured
         return found
 
-    z = np.array([_outside(*bounds[name], getattr(law, name)) for name in names])
+    z = np.array([_outside(*bounds[name], getattr(model, name)) for name in names])
     best = built(_solve(residuals, z))
-    return Fitted(best, Errors.of([predict(best, point) for point in points], np.exp(measured)))
+    return FitResult(best, FitErrors.of([predict(best, point) for point in points], np.exp(measured)))
 
 
 def _solve(residuals: Callable[[Vector], Vector], z: Vector) -> Vector:
     damping, current = 1e-2, residuals(z)
     for _ in range(_STEPS):
-        weights = 1 / np.sqrt(1 + (current / _FORGIVEN) ** 2)
+        weights = 1 / np.sqrt(1 + (current / _SOFT_ERROR) ** 2)
         jacobian = np.stack([(residuals(z + 1e-4 * unit) - current) / 1e-4 for unit in np.eye(len(z))], axis=1)
         normal, gradient = jacobian.T @ (weights[:, None] * jacobian), jacobian.T @ (weights * current)
         scale = np.diag(np.maximum(np.diag(normal), 1e-9))
@@ -109,7 +109,7 @@ def _solve(residuals: Callable[[Vector], Vector], z: Vector) -> Vector:
 
 
 def _loss(residuals: Vector) -> float:
-    return float((np.sqrt(1 + (residuals / _FORGIVEN) ** 2) - 1).sum())
+    return float((np.sqrt(1 + (residuals / _SOFT_ERROR) ** 2) - 1).sum())
 
 
 def _inside(low: float, high: float, z: float) -> float:

@@ -15,7 +15,7 @@ from math import ceil, exp, inf
 from typing import NamedTuple
 
 from powerband.spec.counts import visible_pairs
-from powerband.spec.profile import AttentionLaw, ElementwiseLaw, GemmLaw, LinkLaw
+from powerband.spec.profile import AttentionModel, ElementwiseModel, GemmModel, LinkModel
 
 TILE = 128  # rows and columns of a result that one multiprocessor computes at a time
 # Tokens of the fullest of several ranks that divide the experts, beside the mean, where experts are not equally liked:
@@ -23,12 +23,12 @@ TILE = 128  # rows and columns of a result that one multiprocessor computes at a
 IMBALANCE = 1.4
 
 
-class Seconds(NamedTuple):
+class OperatorSeconds(NamedTuple):
     total: float
     computing: bool  # whether compute binds, not bandwidth
 
 
-class Speed(NamedTuple):
+class DeviceSpeed(NamedTuple):
     """Of a device, at one precision."""
 
     flops_per_s: float
@@ -38,8 +38,8 @@ class Speed(NamedTuple):
 
 
 def gemm(
-    law: GemmLaw,
-    speed: Speed,
+    model: GemmModel,
+    speed: DeviceSpeed,
     m: int,
     n: int,
     k: int,
@@ -47,24 +47,24 @@ def gemm(
     weight_bytes: float,
     input_bytes: float,
     dynamic: bool = False,
-) -> Seconds:
+) -> OperatorSeconds:
     """y[m, n] = x[m, k] · W[k, n]; bytes of an element. dynamic: x comes in 16 bits and is quantized first."""
     if m <= 0:
-        return Seconds(0.0, False)
+        return OperatorSeconds(0.0, False)
     rows = _rows(m) if speed.row_tiles else m
-    compute = 2.0 * rows * n * k / (speed.flops_per_s * law.compute_share)
-    compute /= _filled(law.fill, max(1.0, rows / TILE) * ceil(n / TILE), speed.multiprocessors)
-    rate = speed.bytes_per_s * law.memory_share
-    memory = (weight_bytes * n * k + input_bytes * m * k + 2.0 * m * n + law.extra_bytes) / rate
-    extra = law.overhead_s
+    compute = 2.0 * rows * n * k / (speed.flops_per_s * model.compute_share)
+    compute /= _filled(model.fill, max(1.0, rows / TILE) * ceil(n / TILE), speed.multiprocessors)
+    rate = speed.bytes_per_s * model.memory_share
+    memory = (weight_bytes * n * k + input_bytes * m * k + 2.0 * m * n + model.extra_bytes) / rate
+    extra = model.overhead_s
     if dynamic:
-        extra += law.quantize_s + m * k * (2.0 + input_bytes) / rate
-    return Seconds(extra + _knee(compute, memory, law.sharpness), compute > memory)
+        extra += model.quantize_s + m * k * (2.0 + input_bytes) / rate
+    return OperatorSeconds(extra + _smooth_max(compute, memory, model.sharpness), compute > memory)
 
 
 def experts(
-    law: GemmLaw,
-    speed: Speed,
+    model: GemmModel,
+    speed: DeviceSpeed,
     tokens: int,
     *,
     hidden: int,
@@ -74,22 +74,24 @@ def experts(
     ranks: int = 1,
     weight_bytes: float,
     imbalance: float = 1.0,
-) -> Seconds:
+) -> OperatorSeconds:
     """The routed experts of one layer on the fullest of `ranks`, each with whole experts of `width` columns.
 
     A token goes to `chosen` of num_experts. Weights of experts that no token chose are not read.
     """
     if tokens <= 0:
-        return Seconds(0.0, False)
+        return OperatorSeconds(0.0, False)
     touched = touched_experts(tokens, chosen, num_experts) / ranks
     routed = min(tokens * chosen / ranks * imbalance, float(tokens * min(chosen, max(1.0, num_experts / ranks))))
     rows = max(routed, 16.0 * touched)  # tensor cores take 16 rows at least, of each expert
-    compute = 6.0 * rows * hidden * width / (speed.flops_per_s * law.compute_share)
+    compute = 6.0 * rows * hidden * width / (speed.flops_per_s * model.compute_share)
     tiles = max(touched, rows / TILE) * (ceil(2 * width / TILE) + ceil(hidden / TILE)) / 2
-    compute /= _filled(law.fill, tiles, speed.multiprocessors)
+    compute /= _filled(model.fill, tiles, speed.multiprocessors)
     moved = 3.0 * hidden * width * touched * weight_bytes + routed * (2.0 * hidden + 3.0 * width) * 2.0
-    memory = (moved + law.extra_bytes) / (speed.bytes_per_s * law.memory_share)
-    return Seconds(law.overhead_s + law.quantize_s + _knee(compute, memory, law.sharpness), compute > memory)
+    memory = (moved + model.extra_bytes) / (speed.bytes_per_s * model.memory_share)
+    return OperatorSeconds(
+        model.overhead_s + model.quantize_s + _smooth_max(compute, memory, model.sharpness), compute > memory
+    )
 
 
 def touched_experts(tokens: float, chosen: int, num_experts: int) -> float:
@@ -98,7 +100,7 @@ def touched_experts(tokens: float, chosen: int, num_experts: int) -> float:
     return num_experts * (1.0 - idle)
 
 
-class Chunks:
+class PrefillChunks:
     """The attention of a step's prefill chunks in one layer, added up one by one."""
 
     __slots__ = ("flops", "moved", "wait")
@@ -108,27 +110,27 @@ class Chunks:
         self.moved = 0.0  # bytes
         self.wait = 0.0  # FLOPs that the device could have done while the chunk with the fewest tiles held it up
 
-    def add(self, law: AttentionLaw, multiprocessors: int, new: int, context: int, shape: Heads) -> None:
+    def add(self, model: AttentionModel, multiprocessors: int, new: int, context: int, shape: AttentionShape) -> None:
         """`new` tokens whose last one sees `context` tokens, fewer where a window ends."""
         seen = context if shape.window is None else min(context, shape.window + new)
         # A multiprocessor takes half a tile of queries at least, and whole tiles along the diagonal.
         pairs = max(visible_pairs(new, context, shape.window), 0.5 * TILE * seen) + 0.5 * TILE * new
         flops = 4.0 * shape.heads * shape.head_dim * pairs
-        filled = _filled(law.fill, shape.heads * max(1.0, new / TILE), multiprocessors)
+        filled = _filled(model.fill, shape.heads * max(1.0, new / TILE), multiprocessors)
         self.flops += flops
         self.wait = max(self.wait, flops * (1.0 / filled - 1.0))
         self.moved += shape.kv_bytes * context + 4.0 * shape.heads * shape.head_dim * new
 
-    def seconds(self, law: AttentionLaw, speed: Speed) -> Seconds:
+    def seconds(self, model: AttentionModel, speed: DeviceSpeed) -> OperatorSeconds:
         """Of the call that computes them all."""
         if not self.flops:
-            return Seconds(0.0, False)
-        compute = (self.flops + self.wait) / (speed.flops_per_s * law.compute_share)
-        memory = self.moved / (speed.bytes_per_s * (law.prefill_memory_share or law.memory_share))
-        return Seconds(law.prefill_overhead_s + max(compute, memory), compute > memory)
+            return OperatorSeconds(0.0, False)
+        compute = (self.flops + self.wait) / (speed.flops_per_s * model.compute_share)
+        memory = self.moved / (speed.bytes_per_s * (model.prefill_memory_share or model.memory_share))
+        return OperatorSeconds(model.prefill_overhead_s + max(compute, memory), compute > memory)
 
 
-class Heads(NamedTuple):
+class AttentionShape(NamedTuple):
     """Of one rank in one layer."""
 
     heads: int
@@ -137,28 +139,28 @@ class Heads(NamedTuple):
     window: int | None = None
 
 
-def decode(law: AttentionLaw, speed: Speed, positions: float, tokens: float, shape: Heads) -> float:
+def decode(model: AttentionModel, speed: DeviceSpeed, positions: float, tokens: float, shape: AttentionShape) -> float:
     """Decodes of `tokens` in all that read `positions` in all, in one layer."""
     if positions <= 0:
         return 0.0
-    moved = positions * shape.kv_bytes + tokens * 4.0 * shape.heads * shape.head_dim + law.extra_bytes
-    return law.decode_overhead_s + moved / (speed.bytes_per_s * law.memory_share)
+    moved = positions * shape.kv_bytes + tokens * 4.0 * shape.heads * shape.head_dim + model.extra_bytes
+    return model.decode_overhead_s + moved / (speed.bytes_per_s * model.memory_share)
 
 
-def elementwise(law: ElementwiseLaw, speed: Speed, kernels: float, moved_bytes: float) -> float:
-    return kernels * law.kernel_s + moved_bytes / (speed.bytes_per_s * law.memory_share)
+def elementwise(model: ElementwiseModel, speed: DeviceSpeed, kernels: float, moved_bytes: float) -> float:
+    return kernels * model.kernel_s + moved_bytes / (speed.bytes_per_s * model.memory_share)
 
 
-def link(law: LinkLaw, moved_bytes: float, factor: float = 1.0) -> float:
-    return law.latency_s + factor * moved_bytes / law.bytes_per_s
+def link(model: LinkModel, moved_bytes: float, factor: float = 1.0) -> float:
+    return model.latency_s + factor * moved_bytes / model.bytes_per_s
 
 
-def all_reduce(law: LinkLaw, ranks: int, moved_bytes: float) -> float:
+def all_reduce(model: LinkModel, ranks: int, moved_bytes: float) -> float:
     """A sum over `ranks` of vectors of moved_bytes. Each sends 2 (n - 1) / n of it, or all to all others at once."""
-    seconds = link(law, moved_bytes, 2.0 * (ranks - 1) / ranks)
-    if not law.direct_bytes_per_s:
+    seconds = link(model, moved_bytes, 2.0 * (ranks - 1) / ranks)
+    if not model.direct_bytes_per_s:
         return seconds
-    return min(seconds, law.direct_latency_s + (ranks - 1) * moved_bytes / law.direct_bytes_per_s)
+    return min(seconds, model.direct_latency_s + (ranks - 1) * moved_bytes / model.direct_bytes_per_s)
 
 
 def _rows(m: int) -> int:
@@ -173,7 +175,7 @@ def _filled(fill: float, tiles: float, multiprocessors: int) -> float:
     return 1.0 - exp(-tiles / (fill * multiprocessors)) if fill else 1.0
 
 
-def _knee(compute: float, memory: float, sharpness: float) -> float:
+def _smooth_max(compute: float, memory: float, sharpness: float) -> float:
     large, small = max(compute, memory), min(compute, memory)
     if sharpness == inf or not large:
         return large

@@ -1,4 +1,4 @@
-"""From measured steps of one model to its StepLaw.
+"""From measured steps of one model to its StepTimeModel.
 
 Everything is linear in coefficients that are not negative, so that the fit has one answer, more work never takes less
 time, and a minute of steps is enough.
@@ -11,32 +11,32 @@ from itertools import pairwise
 
 import numpy as np
 
-from powerband.cost.fit import Errors
+from powerband.cost.fit import FitErrors
 from powerband.cost.least_squares import Array, robust
-from powerband.cost.measured_steps import MeasuredSteps
+from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.steps import StepSample
 from powerband.errors import UsageError
-from powerband.spec.profile import StepLaw
+from powerband.spec.profile import StepTimeModel
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 ROWS = (1, 4, 16, 64, 256)
 POSITIONS = (0, 2048, 8192, 32768, 131072)
 SCALE = 0.03  # relative: what lies further off counts less
-_FEWEST = 8
-_FEWEST_AT_REST = 3
+_MIN_STEPS = 8
+_MIN_AT_REST = 3
 
 
-def fit_steps(samples: Sequence[StepSample]) -> StepLaw:
+def fit_steps(samples: Sequence[StepSample]) -> StepTimeModel:
     """Raises UsageError for too few samples."""
     _check_count(len(samples))
     tokens, rows = all_knots(samples)
     seconds = np.array([sample.seconds for sample in samples])
     matrix = np.array([features(sample, tokens, rows) for sample in samples]) / seconds[:, None]
-    return law_of(robust(matrix, np.ones(len(samples)), scale=SCALE), tokens, rows)
+    return step_time_model(robust(matrix, np.ones(len(samples)), scale=SCALE), tokens, rows)
 
 
 def _check_count(count: int) -> None:
-    if count < _FEWEST:
+    if count < _MIN_STEPS:
         raise UsageError(f"{count} steps are too few to fit a law to.", hint="Let the engine work for longer.")
 
 
@@ -46,12 +46,12 @@ def all_knots(samples: Sequence[StepSample]) -> tuple[tuple[int, ...], tuple[int
     return tokens, _knots(ROWS, [sample.sampled for sample in samples])
 
 
-def law_of(found: Array, tokens: tuple[int, ...], rows: tuple[int, ...]) -> StepLaw:
+def step_time_model(found: Array, tokens: tuple[int, ...], rows: tuple[int, ...]) -> StepTimeModel:
     """From coefficients in the order of `features`."""
     num_tokens, num_rows = len(tokens), len(rows)
     after = num_tokens + num_rows
     decode_s, chunk_s, pair_s, read_s = map(float, found[after + len(POSITIONS) :])
-    return StepLaw(
+    return StepTimeModel(
         tokens=tokens,
         token_s=_rising(found[:num_tokens]),
         rows=rows,
@@ -65,15 +65,15 @@ def law_of(found: Array, tokens: tuple[int, ...], rows: tuple[int, ...]) -> Step
     )
 
 
-def held_out_error(samples: Sequence[StepSample], folds: int = 4) -> Errors:
+def held_out_error(samples: Sequence[StepSample], folds: int = 4) -> FitErrors:
     """Of laws that were fitted without the steps that they are asked about."""
     predicted, measured = [], []
     for fold in range(folds):
-        law = MeasuredSteps(fit_steps([s for i, s in enumerate(samples) if i % folds != fold]))
+        step_model = MeasuredStepTimes(fit_steps([s for i, s in enumerate(samples) if i % folds != fold]))
         for sample in samples[fold::folds]:
-            predicted.append(law.step_s(sample.works, sample.sampled))
+            predicted.append(step_model.step_s(sample.works, sample.sampled))
             measured.append(sample.seconds)
-    return Errors.of(predicted, measured)
+    return FitErrors.of(predicted, measured)
 
 
 def _knots(places: Sequence[int], seen: Sequence[int]) -> tuple[int, ...]:

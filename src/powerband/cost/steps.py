@@ -20,7 +20,7 @@ _MAX_LINE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
+class RunConfiguration:
     """What ran: which shape of model, in which precisions, on what."""
 
     model: str  # ModelSpec.shape_digest
@@ -58,14 +58,14 @@ class StepSample:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class StepLogRun:
     """One start of an engine, and the steps that it took."""
 
-    form: Form
+    form: RunConfiguration
     samples: tuple[StepSample, ...]
 
 
-class _Line(msgspec.Struct):
+class _StepLine(msgspec.Struct):
     s: float
     at: float
     in_flight_s: float
@@ -77,27 +77,27 @@ class _Line(msgspec.Struct):
 
 class _Header(msgspec.Struct):
     step_log: int
-    form: Form
+    form: RunConfiguration
 
 
-def header_line(form: Form) -> str:
+def header_line(form: RunConfiguration) -> str:
     """The first line of a log."""
     return msgspec.json.encode(_Header(LOG_VERSION, form)).decode()
 
 
-def read_step_log(path: Path) -> list[Run]:
+def read_step_log(path: Path) -> list[StepLogRun]:
     """Every start of an engine that the log tells of, without those that took no step.
 
     A last line that is still being written is left out. Raises EnvironmentFault when the file cannot be read, and
     UsageError, naming the line, when it is no step log or holds no step.
     """
-    runs: list[Run] = []
-    form: Form | None = None
+    runs: list[StepLogRun] = []
+    form: RunConfiguration | None = None
     samples: list[StepSample] = []
     for number, line in _lines(path):
         if line.startswith(b'{"step_log"'):
             if form is not None and samples:
-                runs.append(Run(form, tuple(samples)))
+                runs.append(StepLogRun(form, tuple(samples)))
             form, samples = _decoded(line, _Header, path, number).form, []
         elif form is None:
             raise UsageError(
@@ -105,10 +105,10 @@ def read_step_log(path: Path) -> list[Run]:
                 hint="Write one with 'powerband serve MODEL --step-log FILE'.",
                 param="from",
             )
-        elif (sample := _sample(_decoded(line, _Line, path, number), path, number)) is not None:
+        elif (sample := _sample(_decoded(line, _StepLine, path, number), path, number)) is not None:
             samples.append(sample)
     if form is not None and samples:
-        runs.append(Run(form, tuple(samples)))
+        runs.append(StepLogRun(form, tuple(samples)))
     if not runs:
         raise UsageError(f"{path} holds no steps.", hint="Let the engine answer some requests first.", param="from")
     return runs
@@ -141,7 +141,7 @@ def _decoded(line: bytes, kind: type[Any], path: Path, number: int) -> Any:
     return found
 
 
-def _sample(line: _Line, path: Path, number: int) -> StepSample | None:
+def _sample(line: _StepLine, path: Path, number: int) -> StepSample | None:
     """None for a step that failed."""
     if line.failed:
         return None

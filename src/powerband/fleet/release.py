@@ -10,8 +10,8 @@ from pathlib import Path
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet.engines import LaunchRequest, engine_adapter
 from powerband.fleet.service.spec import PoolRelease, Release
-from powerband.spec.catalog import HERE, known_here, load_catalog
-from powerband.spec.deployment import Deployment, Pool
+from powerband.spec.catalog import LOCAL, load_catalog, local_profile
+from powerband.spec.deployment import Deployment, ReplicaPool
 from powerband.spec.device import detect_cpu
 from powerband.spec.plan import Plan
 from powerband.spec.profile import DeviceProfile
@@ -70,7 +70,9 @@ def default_served_name(model: str) -> str:
     return path.absolute().name if path.is_dir() else model
 
 
-def _pool(deployment: Deployment, pool: Pool, model: str, threads: int | None, options: ReleaseOptions) -> PoolRelease:
+def _pool(
+    deployment: Deployment, pool: ReplicaPool, model: str, threads: int | None, options: ReleaseOptions
+) -> PoolRelease:
     engine = engine_adapter(deployment.engine)
     made = engine.command(
         LaunchRequest(
@@ -91,7 +93,7 @@ def _pool(deployment: Deployment, pool: Pool, model: str, threads: int | None, o
         env=dict(made.env),
         ready_path=engine.ready_path,
         max_num_seqs=pool.replica.max_num_seqs,
-        max_prompt_tokens=pool.longest_prompt,
+        max_prompt_tokens=pool.max_prompt_tokens,
         threads=threads,
         gpus=0 if threads is not None else pool.replica.num_devices,
     )
@@ -103,10 +105,10 @@ def _device(name: str) -> DeviceProfile | None:
     """
     if name == "cpu":
         return None
-    here = known_here()
-    if here is not None and name in (HERE, here.name):
-        return here
-    if name == HERE:
+    local = local_profile()
+    if local is not None and name in (LOCAL, local.name):
+        return local
+    if name == LOCAL:
         raise EnvironmentFault(
             "The plan is for this machine as calibrated, but there is no calibration.",
             hint="Run 'powerband calibrate' first.",

@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from powerband.bench.calibrate import ceiling
+from powerband.bench.calibrate import known_client_capacity
 from powerband.bench.load import Live, LoadOptions, LoadResult
-from powerband.bench.messages import Target as Address
+from powerband.bench.messages import ServerAddress
 from powerband.bench.report import write_report
 from powerband.bench.results import RunReport
-from powerband.bench.session import Experiment, Session
+from powerband.bench.session import BenchSession, Experiment
 from powerband.http_client import bearer
 from powerband.metrics.figures import Summary
 from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import NONE, digits, share_text, time_text
-from powerband.spec.plan import Banded, Plan
+from powerband.spec.plan import Plan, Prediction
 
 # unclear: missed, but by so few requests that it may be chance.
 FigureVerdict = Literal["kept", "broken", "unclear", ""]
@@ -64,23 +64,23 @@ def verify(
     on_progress: Callable[[Live], object] | None = None,
 ) -> Verification:
     """Load the service for `seconds`. Raises EnvironmentFault when it does not respond at all."""
-    capacity = ceiling()
+    capacity = known_client_capacity()
     experiment = Experiment(
-        target=Address(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
+        target=ServerAddress(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
         workload=replace(plan.workload, arrivals=plan.arrivals),
         duration_s=seconds,
         slo=plan.slo,
         options=LoadOptions(timeout_s=600.0),
         ceiling_chunks_per_s=capacity.chunks_per_s if capacity is not None else None,
     )
-    session = Session(experiment, command=("powerband", "deploy"), watch=on_progress)
+    session = BenchSession(experiment, command=("powerband", "deploy"), watch=on_progress)
     found = asyncio.run(_run(session))
     if report is not None:
         write_report(found, [load.samples for load in session.loads], report)
     return check_report(plan, found, session.loads[0], str(report or ""))
 
 
-async def _run(session: Session) -> RunReport:
+async def _run(session: BenchSession) -> RunReport:
     await session.open(10.0)
     return await session.single()
 
@@ -189,7 +189,7 @@ def _asked_per_s(summary: Summary, load: LoadResult) -> float:
     return sum(sample.asked_tokens for sample in within) / seconds if seconds > 0 else 0.0
 
 
-def _band(figure: Banded | None, text: Callable[[float], str]) -> str:
+def _band(figure: Prediction | None, text: Callable[[float], str]) -> str:
     if figure is None:
         return ""
     value, low, high = text(figure.value), text(figure.low), text(figure.high)

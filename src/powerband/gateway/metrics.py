@@ -15,10 +15,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from powerband.gateway.dispatch.backend import BACKEND_STATES
 from powerband.gateway.promise import saw_first_token, verdict
 from powerband.gateway.request import Finished
 from powerband.gateway.routes import ModelRoute
-from powerband.gateway.snapshot import REPLICA_STATES, PoolSnapshot
+from powerband.gateway.snapshot import PoolSnapshot
 from powerband.metrics.prometheus import LATENCY_BUCKETS_S, Histogram
 from powerband.metrics.record import Outcome
 
@@ -252,7 +253,7 @@ class GatewayMetrics(Collector):
         }
         yield _gauges("slo_limit_seconds", "Most seconds of a figure", ("model_name", "figure"), limits)
         replicas = {(pool.model, one.id): one for pool in moment.pools for one in pool.replicas}
-        states = {(*at, state): float(one.state == state) for at, one in replicas.items() for state in REPLICA_STATES}
+        states = {(*at, state): float(one.state == state) for at, one in replicas.items() for state in BACKEND_STATES}
         yield _gauges("replica_state", "1 for the state that a replica is in", (*_REPLICA[:2], "state"), states)
         for field, what in (
             ("inflight", "Requests sent to a replica and not over"),

@@ -22,12 +22,12 @@ _SPAN = 1 << 31  # token ids are 32 bits wide; a text counts up from a number be
 
 
 @lru_cache(maxsize=1 << 16)
-def answer_start(id: str) -> int:
+def output_start(id: str) -> int:
     """The token at position p of a request, where it is part of the answer, has the id `answer_start + p`."""
     return zlib.crc32(b"answer" + id.encode()) % _SPAN
 
 
-def id_of(index: int) -> str:
+def request_id(index: int) -> str:
     """Of requests that come at once, the scheduler serves that with the lower id first."""
     return f"{index:07d}"
 
@@ -62,14 +62,14 @@ class InFlightRequest:
         """From a step's end to here."""
         return self.answer_s + self.answer_request_s * requests
 
-    def hear(self, output: TokenOutput, requests: int) -> None:
+    def on_output(self, output: TokenOutput, requests: int) -> None:
         """requests: in its step."""
         if output.token_ids:
             self.times_s.append(output.time_s + self.lag_s(requests))
             self.chunks.append(len(output.token_ids))
             self.num_cached = output.num_cached_tokens
 
-    def hear_run(self, times_s: Iterable[float], num_cached: int, requests: int) -> None:
+    def on_run(self, times_s: Iterable[float], num_cached: int, requests: int) -> None:
         """One token at each of these times."""
         lag_s = self.lag_s(requests)
         self.times_s.extend(time_s + lag_s for time_s in times_s)
@@ -97,8 +97,8 @@ class ConversationClient:
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
         self.position = 0
-        self._said: list[int] = []
-        self._has_lost = False  # an answer of the conversation: it cannot go on
+        self._history: list[int] = []
+        self._has_failed = False  # an answer of the conversation: it cannot go on
 
     @property
     def next(self) -> PlannedRequest | None:
@@ -115,24 +115,24 @@ class ConversationClient:
     def prompt_tokens(self) -> int:
         """Of the next request."""
         planned = self.chain.requests[self.position]
-        return planned.new_tokens + (len(self._said) if planned.turn else 0)
+        return planned.new_tokens + (len(self._history) if planned.turn else 0)
 
-    def ask(self, arrival_s: float) -> EngineRequest:
+    def next_request(self, arrival_s: float) -> EngineRequest:
         """The next request as an engine takes it, which knows it from `arrival_s` on."""
         planned = self.chain.requests[self.position]
-        prompt = self._said if planned.turn else []
+        prompt = self._history if planned.turn else []
         for segment in planned.segments:
             prompt.extend(segment_tokens(segment))
-        self._said = prompt
+        self._history = prompt
         params = SamplingParams(max_tokens=planned.output_tokens, ignore_eos=True)
-        return EngineRequest(id=id_of(planned.index), token_ids=prompt, params=params, arrival_s=arrival_s)
+        return EngineRequest(id=request_id(planned.index), token_ids=prompt, params=params, arrival_s=arrival_s)
 
-    def heard(self, record: RequestRecord) -> None:
+    def on_complete(self, record: RequestRecord) -> None:
         """The answer is here: on to the next request that can be sent at all."""
         planned = self.chain.requests[self.position]
-        start = answer_start(id_of(planned.index)) + len(self._said)
-        self._said.extend(range(start, start + record.output_tokens))
-        self._has_lost = record.outcome is not Outcome.OK
+        start = output_start(request_id(planned.index)) + len(self._history)
+        self._history.extend(range(start, start + record.output_tokens))
+        self._has_failed = record.outcome is not Outcome.OK
         self.position += 1
-        while self._has_lost and self.next is not None and self.next.turn:
+        while self._has_failed and self.next is not None and self.next.turn:
             self.position += 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from powerband.metrics.shown import time_interval_text, time_text
-from powerband.planner.results import Banded
-from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.planner.results import Prediction
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 
 ENGINE_NAMES = {"powerband": "Powerband", "vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 NEVER_S = 1e6  # so long takes only what never ends
@@ -55,7 +55,7 @@ def precision_text(replica: Replica) -> str:
     return weights if replica.kv_precision == "16bit" else f"{weights}, KV {replica.kv_precision}"
 
 
-def banded_seconds(figure: Banded) -> str:
+def banded_seconds(figure: Prediction) -> str:
     """'620 ms (510–800 ms)'; '∞' where requests pile up."""
     if figure.value >= NEVER_S:
         return brief_seconds(figure.value)
@@ -76,6 +76,6 @@ def dollars(value: float | None) -> str:
     return f"${value:,.2f}" if value >= 0.095 else f"${value:.3g}"
 
 
-def _pool_text(pool: Pool) -> str:
-    prompts = "" if pool.longest_prompt is None else f" for prompts up to {pool.longest_prompt:,} tokens"
+def _pool_text(pool: ReplicaPool) -> str:
+    prompts = "" if pool.max_prompt_tokens is None else f" for prompts up to {pool.max_prompt_tokens:,} tokens"
     return f"{pool.count} × {replica_text(pool.replica)}{prompts}"

@@ -14,8 +14,8 @@ import math
 from typing import Any
 
 from powerband.planner.formatting import NEVER_S, deployment_text
-from powerband.planner.results import Banded, Evaluation, PlanResults
-from powerband.spec.deployment import Pool
+from powerband.planner.results import Evaluation, PlanResults, Prediction
+from powerband.spec.deployment import ReplicaPool
 from powerband.spec.records import as_record
 
 SCHEMA = "powerband.findings/1"
@@ -23,29 +23,29 @@ SCHEMA = "powerband.findings/1"
 _NAMES = {"attainment": "attainment_share", "capacity": "capacity_requests_per_s"}
 
 
-def findings_as_dict(findings: PlanResults) -> dict[str, Any]:
-    numbers = {id(evaluation): number for number, evaluation in enumerate(findings.evaluations)}
+def results_as_dict(results: PlanResults) -> dict[str, Any]:
+    numbers = {id(evaluation): number for number, evaluation in enumerate(results.evaluations)}
 
     def number_of(evaluation: Evaluation | None) -> int | None:
         if evaluation is None:
             return None
         found = numbers.get(id(evaluation))
-        return found if found is not None else findings.evaluations.index(evaluation)
+        return found if found is not None else results.evaluations.index(evaluation)
 
     return {
         "schema": SCHEMA,
-        "model": findings.model,
-        "objective": findings.objective,
-        "rate_requests_per_s": findings.rate,
-        "slo": findings.slo.as_dict(),
-        "budget_usd_per_hour": findings.budget_usd_per_hour,
-        "workload": dict(findings.workload),
-        "seconds": findings.seconds,
-        "reasons": list(findings.reasons),
-        "recommended": number_of(findings.recommended),
-        "alternatives": {name: number_of(one) for name, one in findings.alternatives.items()},
-        "evaluations": [evaluation_as_dict(evaluation) for evaluation in findings.evaluations],
-        "pruned": [as_record(one, complete=True) for one in findings.pruned],
+        "model": results.model,
+        "objective": results.objective,
+        "rate_requests_per_s": results.rate,
+        "slo": results.slo.as_dict(),
+        "budget_usd_per_hour": results.budget_usd_per_hour,
+        "workload": dict(results.workload),
+        "seconds": results.seconds,
+        "reasons": list(results.reasons),
+        "recommended": number_of(results.recommended),
+        "alternatives": {name: number_of(one) for name, one in results.alternatives.items()},
+        "evaluations": [evaluation_as_dict(evaluation) for evaluation in results.evaluations],
+        "pruned": [as_record(one, complete=True) for one in results.pruned],
     }
 
 
@@ -69,15 +69,16 @@ def evaluation_as_dict(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _pool(pool: Pool) -> dict[str, Any]:
+def _pool(pool: ReplicaPool) -> dict[str, Any]:
     return {
         "count": pool.count,
-        "longest_prompt_tokens": pool.longest_prompt,
+        "max_prompt_tokens": pool.max_prompt_tokens,
+        "longest_prompt_tokens": pool.max_prompt_tokens,  # its name in 0.1: for this release
         "replica": as_record(pool.replica, complete=True),
     }
 
 
-def _banded(figure: Banded) -> dict[str, float | None]:
+def _banded(figure: Prediction) -> dict[str, float | None]:
     return {name: finite(getattr(figure, name)) for name in ("value", "low", "high")}
 
 

@@ -24,7 +24,7 @@ from powerband.planner.formatting import (
     dollars,
 )
 from powerband.planner.json_export import finite
-from powerband.planner.results import Banded, Evaluation, PlanResults
+from powerband.planner.results import Evaluation, PlanResults, Prediction
 from powerband.planner.table import (
     LATENCIES,
     detail_text,
@@ -34,46 +34,46 @@ from powerband.planner.table import (
     layout_lines,
     limits_code,
     percentile_text,
+    plan_request,
     precisions_text,
     pruned_by_reason,
-    question,
     share_band_text,
 )
 from powerband.spec.slo import SLO
 
-MOST_PRUNED = 200  # of one reason, that are named
+MAX_PRUNED = 200  # of one reason, that are named
 _DEFINED = ("TTFT", "TPOT", "E2E", "SLO attainment")
 
 
-def page_data(findings: PlanResults) -> dict[str, Any]:
+def page_data(results: PlanResults) -> dict[str, Any]:
     texts: dict[str, int] = {}
-    evaluations = [_evaluation(one, texts) for one in findings.evaluations]
-    numbers = {id(one): number for number, one in enumerate(findings.evaluations)}
-    roles = {name: numbers[id(one)] for name, one in findings.alternatives.items() if id(one) in numbers}
-    chosen = findings.recommended
+    evaluations = [_evaluation(one, texts) for one in results.evaluations]
+    numbers = {id(one): number for number, one in enumerate(results.evaluations)}
+    roles = {name: numbers[id(one)] for name, one in results.alternatives.items() if id(one) in numbers}
+    chosen = results.recommended
     return {
-        "headline": headline(findings),
-        "question": question(findings),
-        "tiles": _tiles(chosen or findings.alternatives.get("nearest"), findings),
-        "reasons": [plain(reason) for reason in findings.reasons],
-        "slo": {"limits": findings.slo.limits, "attainment": findings.slo.attainment},
-        "rate": findings.rate,
-        "budget": findings.budget_usd_per_hour,
-        "percentile": percentile_text(findings.slo),
+        "headline": headline(results),
+        "question": plan_request(results),
+        "tiles": _tiles(chosen or results.alternatives.get("nearest"), results),
+        "reasons": [plain(reason) for reason in results.reasons],
+        "slo": {"limits": results.slo.limits, "attainment": results.slo.attainment},
+        "rate": results.rate,
+        "budget": results.budget_usd_per_hour,
+        "percentile": percentile_text(results.slo),
         "recommended": numbers.get(id(chosen)),
         "roles": roles,
-        "axes": _axes(findings),
-        "facts": _facts(findings),
-        "workload": findings.workload,
+        "axes": _axes(results),
+        "facts": _facts(results),
+        "workload": results.workload,
         "evaluations": evaluations,
         "texts": list(texts),
         "pruned": [
             (
                 plain(reason),
                 sum(one.count for one in members),
-                [(plain(one.what), plain(detail_text(one.reason, reason)), one.count) for one in members[:MOST_PRUNED]],
+                [(plain(one.what), plain(detail_text(one.reason, reason)), one.count) for one in members[:MAX_PRUNED]],
             )
-            for reason, members in pruned_by_reason(findings.pruned)
+            for reason, members in pruned_by_reason(results.pruned)
         ],
         "definitions": [(one.name, one.formula, one.note) for one in DEFINITIONS if one.name in _DEFINED],
     }
@@ -109,19 +109,19 @@ def _evaluation(one: Evaluation, texts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _banded(figure: Banded) -> tuple[float | None, ...] | None:
+def _banded(figure: Prediction) -> tuple[float | None, ...] | None:
     """Value, low, high; None: it never ends."""
     value = finite(figure.value)
     return None if value is None else (_short(value), _short(finite(figure.low)), _short(finite(figure.high)))
 
 
-def _tiles(one: Evaluation | None, findings: PlanResults) -> list[tuple[str, str, str]]:
+def _tiles(one: Evaluation | None, results: PlanResults) -> list[tuple[str, str, str]]:
     """(what, how much, a note) for the top of the page."""
     if one is None:
         return []
-    slo, p = findings.slo, percentile_text(findings.slo)
-    tiles = [("Cost an hour", dollars(one.usd_per_hour), _budget(findings))]
-    tiles.append(("Per million tokens", dollars(one.usd_per_million_tokens), f"of output, at {findings.rate:.3g}/s"))
+    slo, p = results.slo, percentile_text(results.slo)
+    tiles = [("Cost an hour", dollars(one.usd_per_hour), _budget(results))]
+    tiles.append(("Per million tokens", dollars(one.usd_per_million_tokens), f"of output, at {results.rate:.3g}/s"))
     for name, shown in LATENCIES.items():
         figure = one.figures.get(name)
         if figure is not None and (name != "e2e_s" or "e2e" in slo.limits):
@@ -132,43 +132,43 @@ def _tiles(one: Evaluation | None, findings: PlanResults) -> list[tuple[str, str
         must = f"{slo.attainment * 100:g} % must"
         tiles.append(("Keep the SLO", share_text(kept.value), f"{within}; {must}" if within else must))
     if capacity is not None:
-        within = f"{digits(capacity.low)}–{digits(capacity.high)}; {findings.rate:.3g} asked"
+        within = f"{digits(capacity.low)}–{digits(capacity.high)}; {results.rate:.3g} asked"
         tiles.append(("Holds up to", f"{digits(capacity.value)}/s", within))
     return tiles
 
 
-def _latency_note(figure: Banded, name: str, slo: SLO) -> str:
+def _latency_note(figure: Prediction, name: str, slo: SLO) -> str:
     band = banded_seconds(figure).partition("(")[2].removesuffix(")")
     limit = slo.limits.get(name.removesuffix("_s"))
     return f"{band}; limit {brief_seconds(limit)}" if limit is not None else band
 
 
-def _budget(findings: PlanResults) -> str:
-    budget = findings.budget_usd_per_hour
+def _budget(results: PlanResults) -> str:
+    budget = results.budget_usd_per_hour
     return f"budget {dollars(budget)}" if budget is not None else "no budget was set"
 
 
-def _axes(findings: PlanResults) -> tuple[str, str]:
+def _axes(results: PlanResults) -> tuple[str, str]:
     """What the chart shows first: the price, where one is known, and the latency that is limited."""
-    has_prices = any(one.usd_per_hour is not None for one in findings.evaluations)
-    if findings.objective == "throughput":
+    has_prices = any(one.usd_per_hour is not None for one in results.evaluations)
+    if results.objective == "throughput":
         return ("usd_per_hour" if has_prices else "devices"), "capacity"
-    limited = [f"{name}_s" for name in findings.slo.limits if f"{name}_s" in LATENCIES]
+    limited = [f"{name}_s" for name in results.slo.limits if f"{name}_s" in LATENCIES]
     return ("usd_per_hour" if has_prices else "devices"), (limited or ["ttft_s"])[0]
 
 
-def _facts(findings: PlanResults) -> list[tuple[str, str]]:
-    simulated = sum(one.method == "simulation" for one in findings.evaluations)
-    slo = findings.slo
+def _facts(results: PlanResults) -> list[tuple[str, str]]:
+    simulated = sum(one.method == "simulation" for one in results.evaluations)
+    slo = results.slo
     return [
-        ("Model", plain(findings.model)),
-        ("Load", f"{findings.rate:.3g} {findings.unit} of {plain(str(findings.workload.get('name', 'a workload')))}"),
+        ("Model", plain(results.model)),
+        ("Load", f"{results.rate:.3g} {results.unit} of {plain(str(results.workload.get('name', 'a workload')))}"),
         ("SLO", f"{slo} for {slo.attainment * 100:g} % of requests" if slo.limits else "none"),
-        ("Objective", findings.objective),
+        ("Objective", results.objective),
         (
             "Looked at",
-            f"{count_text(len(findings.evaluations), 'deployment')}, {simulated:,} of them simulated, in "
-            f"{findings.seconds:.3g} s",
+            f"{count_text(len(results.evaluations), 'deployment')}, {simulated:,} of them simulated, in "
+            f"{results.seconds:.3g} s",
         ),
     ]
 

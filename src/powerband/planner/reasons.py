@@ -125,10 +125,10 @@ def _none(
 ) -> Iterator[str]:
     meeting = [e for e in evaluations if e.meets_slo and e.usd_per_hour is not None]
     if meeting and budget_usd_per_h is not None:
-        least = min(meeting, key=lambda e: e.usd_per_hour or 0.0)
+        cheapest = min(meeting, key=lambda e: e.usd_per_hour or 0.0)
         yield (
             f"The budget of {dollars(budget_usd_per_h)} an hour is too small: the cheapest deployment that keeps the "
-            f"SLO is {deployment_text(least.deployment)} at {dollars(least.usd_per_hour)}."
+            f"SLO is {deployment_text(cheapest.deployment)} at {dollars(cheapest.usd_per_hour)}."
         )
         return
     if nearest is not None:

@@ -9,10 +9,10 @@ from powerband.planner.page_data import page_data
 from powerband.planner.results import PlanResults
 
 
-def write_report(findings: PlanResults, path: Path) -> None:
+def write_report(results: PlanResults, path: Path) -> None:
     """Raises EnvironmentFault when it cannot be written."""
-    write_page(report_html(findings), path)
+    write_page(report_html(results), path)
 
 
-def report_html(findings: PlanResults) -> str:
-    return page_html("planner", title=f"{findings.model}: powerband plan", data=page_data(findings))
+def report_html(results: PlanResults) -> str:
+    return page_html("planner", title=f"{results.model}: powerband plan", data=page_data(results))

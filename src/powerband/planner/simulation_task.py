@@ -14,7 +14,7 @@ from powerband.spec.deployment import Deployment
 
 MAX_REPLICAS = 4  # that are simulated; more equal ones behave like these
 _WARM_UP = 0.15  # of the time in which requests arrive
-_HOPELESS, _FEWEST_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
+_HOPELESS, _MIN_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
 _BACKLOG = 0.1  # of the requests that may be without a first token when the last one arrives
 
 
@@ -43,27 +43,28 @@ class SimulationSummary:
     short_of_memory: float
 
 
-def play(question: PlanRequest, task: SimulationTask) -> SimulationSummary:
+def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> SimulationSummary:
     """Raises EnvironmentFault or UsageError where the deployment cannot be, see planner.models."""
     deployment, share = _scaled(task.deployment)
-    made = simulation_inputs(question.spec, deployment, question.profile)
-    schedule = question.schedule(task.rate * share, task.num_requests)
-    hopeless = max(_HOPELESS * schedule.num_requests, _FEWEST_HOPELESS)
-    played = made.simulate(schedule, slowdown=task.slowdown, max_waiting=hopeless)
-    last_s = max(record.scheduled_s for record in played.records)
-    counted = [record for record in played.records if record.scheduled_s >= _WARM_UP * last_s] or played.records
-    tokens = _tokens_between(played.records, _WARM_UP * last_s, last_s)
-    figures = _latencies(counted, question.slo.attainment * 100)
-    figures["attainment"] = sum(_is_kept(record, question) for record in counted) / len(counted)
+    made = simulation_inputs(plan_request.spec, deployment, plan_request.profile)
+    schedule = plan_request.schedule(task.rate * share, task.num_requests)
+    hopeless = max(_HOPELESS * schedule.num_requests, _MIN_HOPELESS)
+    simulation = made.simulate(schedule, slowdown=task.slowdown, max_waiting=hopeless)
+    last_s = max(record.scheduled_s for record in simulation.records)
+    counted = [record for record in simulation.records if record.scheduled_s >= _WARM_UP * last_s] or simulation.records
+    tokens = _tokens_between(simulation.records, _WARM_UP * last_s, last_s)
+    figures = _latencies(counted, plan_request.slo.attainment * 100)
+    figures["attainment"] = sum(_meets_slo(record, plan_request) for record in counted) / len(counted)
     figures["output_tokens_per_s"] = tokens / max(last_s * (1 - _WARM_UP), 1e-9) / share
-    steps = played.total("num_steps")
+    steps = simulation.total("num_steps")
     return SimulationSummary(
         task=task,
         figures=figures,
-        operators=_shares(played, "operators"),
-        bounds=_shares(played, "bounds"),
-        keeps_up=not played.gave_up and _backlog(played.records, last_s) <= max(_BACKLOG * len(played.records), 2.0),
-        short_of_memory=played.total("short_of_memory") / steps if steps else 0.0,
+        operators=_time_shares(simulation, "operators"),
+        bounds=_time_shares(simulation, "bounds"),
+        keeps_up=not simulation.gave_up
+        and _backlog(simulation.records, last_s) <= max(_BACKLOG * len(simulation.records), 2.0),
+        short_of_memory=simulation.total("short_of_memory") / steps if steps else 0.0,
     )
 
 
@@ -75,8 +76,8 @@ def _scaled(deployment: Deployment) -> tuple[Deployment, float]:
     return replace(deployment, pools=(replace(pool, count=MAX_REPLICAS),)), MAX_REPLICAS / pool.count
 
 
-def _is_kept(record: RequestRecord, question: PlanRequest) -> bool:
-    return record.outcome is Outcome.OK and not slo_misses(record, question.slo)
+def _meets_slo(record: RequestRecord, plan_request: PlanRequest) -> bool:
+    return record.outcome is Outcome.OK and not slo_misses(record, plan_request.slo)
 
 
 def _latencies(records: Sequence[RequestRecord], at: float) -> dict[str, float]:
@@ -103,10 +104,10 @@ def _backlog(records: Sequence[RequestRecord], time_s: float) -> int:
     return sum(record.scheduled_s <= time_s and (record.chunk_times_s or (time_s,))[0] > time_s for record in records)
 
 
-def _shares(played: Simulation, name: str) -> dict[str, float]:
+def _time_shares(simulation: Simulation, name: str) -> dict[str, float]:
     """Of all replicas together, the largest first."""
     seconds: dict[str, float] = {}
-    for replica in played.replicas:
+    for replica in simulation.replicas:
         for key, value in getattr(replica, name).items():
             seconds[key] = seconds.get(key, 0.0) + value
     whole = sum(seconds.values()) or 1.0

@@ -26,56 +26,56 @@ from powerband.planner.formatting import (
     dollars,
     precision_text,
 )
-from powerband.planner.results import Banded, Evaluation, PlanResults, Pruned
+from powerband.planner.results import Evaluation, PlanResults, Prediction, Pruned
 from powerband.spec.deployment import Deployment, Replica
 from powerband.spec.slo import SLO
 
 MAX_ROWS = 24  # of the frontier
-MOST_REASONS = 8  # of what was left out
+MAX_REASONS = 8  # of what was left out
 _AMOUNT = re.compile(r"\d[\d.,]*(?= (?:[GMk]i?B|tokens)\b)")
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
 
-def plan_table(findings: PlanResults) -> RenderableType:
+def plan_table(results: PlanResults) -> RenderableType:
     """For a rich Console."""
-    parts: list[RenderableType] = [Text(headline(findings), style="bold")]
-    parts += [Text(question(findings), style="dim"), ""]
-    shown = findings.recommended or findings.alternatives.get("nearest")
+    parts: list[RenderableType] = [Text(headline(results), style="bold")]
+    parts += [Text(plan_request(results), style="dim"), ""]
+    shown = results.recommended or results.alternatives.get("nearest")
     if shown is not None:
-        told = "Promise" if findings.recommended else "Prediction"
+        told = "Promise" if results.recommended else "Prediction"
         parts.append(
-            _facts([(told, "\n".join(_promise(shown, findings.slo, findings.rate, findings.unit))), *facts(shown)])
+            _facts([(told, "\n".join(_promise(shown, results.slo, results.rate, results.unit))), *facts(shown)])
         )
-    if findings.reasons:
-        parts += ["", _facts([("Why" if findings.recommended else "Why not", "\n".join(map(plain, findings.reasons)))])]
-    if findings.frontier:
-        parts += ["", *_frontier(findings)]
-    if findings.pruned:
-        parts += ["", *_pruned(findings.pruned)]
+    if results.reasons:
+        parts += ["", _facts([("Why" if results.recommended else "Why not", "\n".join(map(plain, results.reasons)))])]
+    if results.frontier:
+        parts += ["", *_frontier(results)]
+    if results.pruned:
+        parts += ["", *_pruned(results.pruned)]
     return Group(*parts)
 
 
-def headline(findings: PlanResults) -> str:
+def headline(results: PlanResults) -> str:
     """The answer in a sentence."""
-    chosen, nearest = findings.recommended, findings.alternatives.get("nearest")
+    chosen, nearest = results.recommended, results.alternatives.get("nearest")
     if chosen is not None:
         price = f" for {dollars(chosen.usd_per_hour)} an hour" if chosen.usd_per_hour is not None else ""
         return f"{deployment_text(chosen.deployment)}{price} keeps the SLO."
-    within = " within the budget" if findings.budget_usd_per_hour is not None else ""
+    within = " within the budget" if results.budget_usd_per_hour is not None else ""
     near = f" Nearest is {deployment_text(nearest.deployment)}." if nearest is not None else ""
     return f"Nothing on offer keeps the SLO{within}.{near}"
 
 
-def question(findings: PlanResults) -> str:
+def plan_request(results: PlanResults) -> str:
     """What was asked, in a line."""
-    parts = [f"{plain(findings.model)}, {plain(str(findings.workload.get('name', 'a workload')))}"]
-    parts[0] += f" at {findings.rate:.3g} {findings.unit}"
-    limits = str(findings.slo)
-    parts.append(f"{limits} for {findings.slo.attainment * 100:g} % of requests" if limits else "no SLO")
-    if findings.budget_usd_per_hour is not None:
-        parts.append(f"at most {dollars(findings.budget_usd_per_hour)} an hour")
-    searched = f"{count_text(len(findings.evaluations), 'deployment')} in {findings.seconds:.3g} s"
-    return "; ".join([*parts, f"{searched}, for the best {findings.objective}"])
+    parts = [f"{plain(results.model)}, {plain(str(results.workload.get('name', 'a workload')))}"]
+    parts[0] += f" at {results.rate:.3g} {results.unit}"
+    limits = str(results.slo)
+    parts.append(f"{limits} for {results.slo.attainment * 100:g} % of requests" if limits else "no SLO")
+    if results.budget_usd_per_hour is not None:
+        parts.append(f"at most {dollars(results.budget_usd_per_hour)} an hour")
+    searched = f"{count_text(len(results.evaluations), 'deployment')} in {results.seconds:.3g} s"
+    return "; ".join([*parts, f"{searched}, for the best {results.objective}"])
 
 
 def facts(one: Evaluation) -> list[tuple[str, str]]:
@@ -106,7 +106,7 @@ def layout_lines(deployment: Deployment) -> list[str]:
     return [
         f"{pool.count} × {pool.replica.num_devices} {pool.replica.device} (TP {pool.replica.tensor_parallel} × PP "
         f"{pool.replica.pipeline_parallel}), {precision_text(pool.replica)}"
-        + (f", prompts up to {pool.longest_prompt:,} tokens" if pool.longest_prompt else "")
+        + (f", prompts up to {pool.max_prompt_tokens:,} tokens" if pool.max_prompt_tokens else "")
         + f"\n{limits_text(pool.replica)}"
         for pool in deployment.pools
     ]
@@ -131,14 +131,14 @@ def limits_text(replica: Replica) -> str:
     return ", ".join(parts)
 
 
-def share_band_text(figure: Banded) -> str:
+def share_band_text(figure: Prediction) -> str:
     """'98.2 % (96.1–99.0 %)'; '100 %' where nothing else is expected."""
     texts = [share_text(share) for share in (figure.value, figure.low, figure.high)]
     value, low, high = texts
     return value if len(set(texts)) == 1 else f"{value} ({low.removesuffix(' %')}–{high})"
 
 
-def band_text(figure: Banded) -> str:
+def band_text(figure: Prediction) -> str:
     return f"{digits(figure.value)} ({digits(figure.low)}–{digits(figure.high)})"
 
 
@@ -168,17 +168,17 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _frontier(findings: PlanResults) -> Iterator[RenderableType]:
-    roles = {id(one): name for name, one in findings.alternatives.items()}
-    if findings.recommended is not None:
-        roles[id(findings.recommended)] = "chosen"
-    frontier = [one for one in findings.frontier if id(one) not in roles]
-    named = [one for one in findings.evaluations if id(one) in roles]
-    has_good = any(one.meets_slo for one in findings.evaluations)
+def _frontier(results: PlanResults) -> Iterator[RenderableType]:
+    roles = {id(one): name for name, one in results.alternatives.items()}
+    if results.recommended is not None:
+        roles[id(results.recommended)] = "chosen"
+    frontier = [one for one in results.frontier if id(one) not in roles]
+    named = [one for one in results.evaluations if id(one) in roles]
+    has_good = any(one.meets_slo for one in results.evaluations)
     rows = [*named, *(one for one in frontier if one.meets_slo or not has_good)][:MAX_ROWS]
     rows.sort(key=lambda one: (one.usd_per_hour is None, one.usd_per_hour or 0.0, one.figures["ttft_s"].value))
     yield Text("Frontier: no other costs no more and is no slower", style="bold")
-    yield FrontierTable(tuple(rows), roles, findings.slo)
+    yield FrontierTable(tuple(rows), roles, results.slo)
     left = [one for one in frontier if not any(one is row for row in rows)]
     missing = sum(not one.meets_slo for one in left) if has_good else 0
     more = [
@@ -292,7 +292,7 @@ def _money(value: float | None) -> str:
     return NONE if value is None else dollars(value).removeprefix("$")
 
 
-def _range(figure: Banded) -> str:
+def _range(figure: Prediction) -> str:
     return time_interval_text((figure.low, figure.high)) if figure.high < NEVER_S else NONE
 
 
@@ -301,16 +301,16 @@ def _pruned(pruned: Sequence[Pruned]) -> Iterator[RenderableType]:
     groups = pruned_by_reason(pruned)
     total = sum(one.count for one in pruned)
     yield Text(f"Left out: {count_text(total, 'deployment')}", style="bold")
-    for reason, members in groups[:MOST_REASONS]:
+    for reason, members in groups[:MAX_REASONS]:
         first = members[0]
         count = sum(one.count for one in members)
         detail = detail_text(first.reason, reason)
         example = f"{plain(first.what)}{': ' + plain(detail) if detail else ''}"
         others = "for example " if len(members) > 1 else ""
         yield Padding(Text(f"{count:,} × {plain(reason)} ({others}{example})"), (0, 0, 0, 2))
-    if len(groups) > MOST_REASONS:
+    if len(groups) > MAX_REASONS:
         yield Padding(
-            Text(f"… and {len(groups) - MOST_REASONS} more reasons (--html and --json show all)"), (0, 0, 0, 2)
+            Text(f"… and {len(groups) - MAX_REASONS} more reasons (--html and --json show all)"), (0, 0, 0, 2)
         )
 
 

@@ -29,7 +29,7 @@ MAX_BURSTINESS = 1e6  # smoother than anyone can tell from constant
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class RatePhase:
     """`seconds` in which the rate goes from `start` to `end` arrivals a second, in a straight line."""
 
     start: float
@@ -68,7 +68,7 @@ class OpenLoop:
     coefficient of variation is 1/√burstiness), above 1 smoother, infinity constant.
     """
 
-    phases: tuple[Phase, ...]
+    phases: tuple[RatePhase, ...]
     burstiness: float = 1.0
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class OpenLoop:
     @classmethod
     def at(cls, rate: float, burstiness: float = 1.0) -> OpenLoop:
         """At one rate (requests a second) for as long as it is asked."""
-        return cls((Phase(rate, rate),), burstiness)
+        return cls((RatePhase(rate, rate),), burstiness)
 
     def times(self, generator: random.Random) -> Iterator[float]:
         """Arrivals in seconds from the start, without end unless the last phase ends."""
@@ -174,7 +174,9 @@ def arrivals_from_dict(values: Any) -> Arrivals:
         rest = dict(values)
         match rest.pop("kind"):
             case "open":
-                phases = tuple(Phase(**{**phase, "seconds": _or_inf(phase.get("seconds"))}) for phase in rest["phases"])
+                phases = tuple(
+                    RatePhase(**{**phase, "seconds": _or_inf(phase.get("seconds"))}) for phase in rest["phases"]
+                )
                 return OpenLoop(**{**rest, "phases": phases, "burstiness": _or_inf(rest.get("burstiness", 1.0))})
             case "closed":
                 return ClosedLoop(**rest)

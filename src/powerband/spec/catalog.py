@@ -21,10 +21,10 @@ from powerband.errors import EnvironmentFault, UsageError
 from powerband.folders import cache_directory
 from powerband.spec.device import detect_cpu
 from powerband.spec.fields import shown
-from powerband.spec.profile import DeviceProfile, Price
+from powerband.spec.profile import DevicePrice, DeviceProfile
 from powerband.spec.records import read_record
 
-HERE = "here"
+LOCAL = "here"
 _CALIBRATE = "'powerband calibrate' does it, in two minutes on a CPU."
 _MAX_BYTES = 4 << 20
 
@@ -40,8 +40,8 @@ class Catalog:
 
         Raises UsageError for a name that nobody knows, EnvironmentFault where a file or calibration is missing.
         """
-        if name == HERE:
-            return read_here()
+        if name == LOCAL:
+            return read_local_profile()
         if name.endswith((".yaml", ".yml")):
             return read_profile(Path(name))
         wanted = name.casefold()
@@ -57,7 +57,7 @@ class Catalog:
             param="devices",
         )
 
-    def with_prices(self, prices: Mapping[str, tuple[Price, ...]]) -> Catalog:
+    def with_prices(self, prices: Mapping[str, tuple[DevicePrice, ...]]) -> Catalog:
         """With these instead of the known prices. Raises UsageError for a device that is not in the catalog."""
         changed = dict(self.profiles)
         for name, own in prices.items():
@@ -77,15 +77,15 @@ def load_catalog() -> Catalog:
     return Catalog({profile.name: profile for profile in profiles})
 
 
-def here_path() -> Path:
+def local_profile_path() -> Path:
     """Where calibration keeps this machine's profile: $POWERBAND_HERE, else in the cache."""
     named = os.environ.get("POWERBAND_HERE")
     return Path(named) if named else cache_directory() / "profiles" / "here.yaml"
 
 
-def read_here() -> DeviceProfile:
+def read_local_profile() -> DeviceProfile:
     """This machine's. Raises EnvironmentFault when nobody has calibrated it, or when it was another then."""
-    path = here_path()
+    path = local_profile_path()
     if not path.exists():
         raise EnvironmentFault("This machine has not been measured yet.", hint=_CALIBRATE, param="devices")
     profile = read_profile(path)
@@ -96,9 +96,9 @@ def read_here() -> DeviceProfile:
     return profile
 
 
-def known_here(path: Path | None = None) -> DeviceProfile | None:
+def local_profile(path: Path | None = None) -> DeviceProfile | None:
     """This machine's, if somebody has calibrated it. path: where, if not in the usual place. Raises as read_profile."""
-    path = path or here_path()
+    path = path or local_profile_path()
     profile = read_profile(path) if path.exists() else None
     return profile if profile is not None and is_here(profile) else None
 
@@ -122,7 +122,7 @@ def read_profile(path: Path) -> DeviceProfile:
     return DeviceProfile.from_dict(read_table(path, "device", max_bytes=_MAX_BYTES, param="devices"), str(path))
 
 
-def read_prices(path: Path) -> dict[str, tuple[Price, ...]]:
+def read_prices(path: Path) -> dict[str, tuple[DevicePrice, ...]]:
     """A file of `DEVICE: dollars per hour`, or `DEVICE: [{usd_per_hour: 4.6, devices: 4, where: our contract}]`.
 
     Raises EnvironmentFault when it cannot be read, UsageError for what is no price.
@@ -133,16 +133,18 @@ def read_prices(path: Path) -> dict[str, tuple[Price, ...]]:
     }
 
 
-def _price(told: Any, name: str, path: Path) -> Price:
+def _price(told: Any, name: str, path: Path) -> DevicePrice:
     values = told if isinstance(told, dict) else {"usd_per_hour": told}
     common = {"where": path.name, "source": str(path), "confidence": "user"}
-    price = read_record(Price, {**common, **values}, f"{path}: {name}")
+    price = read_record(DevicePrice, {**common, **values}, f"{path}: {name}")
     if not price.usd_per_hour or not price.devices:
         raise UsageError(f"{path}: {shown(told)} is no price of {name}.", hint="Dollars and devices are above 0.")
     return price
 
 
-def usd_per_hour(prices: Iterable[Price], replicas: int, devices_each: int) -> tuple[float, dict[str, int]] | None:
+def usd_per_hour(
+    prices: Iterable[DevicePrice], replicas: int, devices_each: int
+) -> tuple[float, dict[str, int]] | None:
     """The cheapest machines for `replicas` of `devices_each` devices: (dollars per hour, machines by name).
 
     A replica lies on one machine; a machine holds as many as fit. None: no machine with a known price is large enough.
@@ -156,7 +158,7 @@ def usd_per_hour(prices: Iterable[Price], replicas: int, devices_each: int) -> t
     return None
 
 
-def _cheapest(prices: list[Price], replicas: int, devices_each: int) -> tuple[float, dict[str, int]]:
+def _cheapest(prices: list[DevicePrice], replicas: int, devices_each: int) -> tuple[float, dict[str, int]]:
     """Machines that hold at least `replicas`: the unbounded knapsack by dynamic programming."""
     best: list[tuple[float, dict[str, int]]] = [(0.0, {})]
     for wanted in range(1, replicas + 1):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from powerband.errors import UsageError
 from powerband.spec.fields import shown
 from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import Held, HeldWeights
+from powerband.spec.quantization import Held, WeightPrecisions
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -60,7 +60,7 @@ def count_parameters(spec: ModelSpec) -> ParameterCounts:
     )
 
 
-def held_parameter_bytes(spec: ModelSpec, dtype: str, held: HeldWeights) -> int:
+def parameter_bytes(spec: ModelSpec, dtype: str, held: WeightPrecisions) -> int:
     """Bytes of all weights in an engine that holds projections and head as `held` says, and the rest in `dtype`.
 
     8 bits: one float32 scale per output. 4 bits: one per group of inputs of an output, and perhaps a zero point.
@@ -79,7 +79,7 @@ def held_parameter_bytes(spec: ModelSpec, dtype: str, held: HeldWeights) -> int:
     return size
 
 
-def _matrix_bytes(rows: int, columns: int, precision: Held, dtype: str, held: HeldWeights) -> int:
+def _matrix_bytes(rows: int, columns: int, precision: Held, dtype: str, held: WeightPrecisions) -> int:
     if precision == "int8":
         return rows * columns + rows * 4
     if precision == "int4":

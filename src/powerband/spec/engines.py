@@ -14,7 +14,7 @@ from powerband.spec.profile import DeviceKind, DeviceProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Abilities:
+class EngineCapabilities:
     """divides: a model over several devices. offloads: weights to the host's memory. loads: precisions that it makes
     from 16 bits while loading; others need a checkpoint that was quantized so.
     """
@@ -26,11 +26,13 @@ class Abilities:
     loads: tuple[Quantization, ...] = ("none",)
 
 
-ABILITIES: Mapping[EngineName, Abilities] = {
-    "powerband": Abilities(kinds=("cpu", "cuda"), divides=False, speculates=False, loads=("none", "int8", "int4")),
-    "vllm": Abilities(kinds=("cuda", "rocm"), offloads=True, loads=("none", "fp8")),
-    "sglang": Abilities(kinds=("cuda", "rocm"), offloads=True, loads=("none", "fp8")),
-    "trtllm": Abilities(kinds=("cuda",)),
+CAPABILITIES: Mapping[EngineName, EngineCapabilities] = {
+    "powerband": EngineCapabilities(
+        kinds=("cpu", "cuda"), divides=False, speculates=False, loads=("none", "int8", "int4")
+    ),
+    "vllm": EngineCapabilities(kinds=("cuda", "rocm"), offloads=True, loads=("none", "fp8")),
+    "sglang": EngineCapabilities(kinds=("cuda", "rocm"), offloads=True, loads=("none", "fp8")),
+    "trtllm": EngineCapabilities(kinds=("cuda",)),
 }
 # Architectures whose tensor cores, or kernels, take a precision; for all engines but ours.
 _KERNELS: Mapping[Quantization, tuple[str, ...]] = {
@@ -45,12 +47,12 @@ _KERNELS: Mapping[Quantization, tuple[str, ...]] = {
 }
 # What is tried without being asked for: as precise as 16 bits, for most purposes. Four bits cost quality that a planner
 # does not know.
-USUAL: tuple[Quantization, ...] = ("none", "fp8", "int8", "w8a8")
+DEFAULT_QUANTIZATIONS: tuple[Quantization, ...] = ("none", "fp8", "int8", "w8a8")
 
 
-def why_not(engine: EngineName, profile: DeviceProfile, quantization: Quantization) -> str:
+def unsupported_reason(engine: EngineName, profile: DeviceProfile, quantization: Quantization) -> str:
     """Why an engine cannot run on a device in a precision; '' when it can."""
-    abilities = ABILITIES[engine]
+    abilities = CAPABILITIES[engine]
     if profile.kind not in abilities.kinds:
         return f"{engine} on a device of kind {profile.kind} is not modelled"
     if engine == "powerband":

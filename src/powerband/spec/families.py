@@ -13,19 +13,19 @@ from powerband.spec.family_keys import (
     Defaults,
     experts_per_token,
     mixed_layers,
-    num_experts_of,
-    num_layers_of,
     one_rope,
+    read_num_experts,
+    read_num_layers,
     same_layers,
     shared_arguments,
     soft_cap,
 )
-from powerband.spec.fields import MAX_LAYERS, Fields
+from powerband.spec.fields import MAX_LAYERS, ConfigReader
 from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
 from powerband.spec.rope import rope_from_table
 
 
-def _llama(fields: Fields) -> ModelSpec:
+def _llama(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(bos=1, eos=2))
     bias = fields.boolean("attention_bias", False)
     return ModelSpec(
@@ -37,47 +37,47 @@ def _llama(fields: Fields) -> ModelSpec:
     )
 
 
-def _mistral(fields: Fields) -> ModelSpec:
+def _mistral(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(num_kv_heads=8, max_position=131_072, bos=1, eos=2))
     window = fields.nullable_integer("sliding_window", 4096)
     return ModelSpec(**shared, layers=same_layers(fields, window, one_rope(fields, shared)))
 
 
-def _qwen2(fields: Fields) -> ModelSpec:
+def _qwen2(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(num_kv_heads=32, max_position=32_768))
     rope = one_rope(fields, shared)
     return ModelSpec(**shared, layers=_qwen_layers(fields, rope), qkv_bias=True)
 
 
-def _qwen3(fields: Fields) -> ModelSpec:
+def _qwen3(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(num_kv_heads=32, head_dim=128, max_position=32_768))
     rope = one_rope(fields, shared)
     bias = fields.boolean("attention_bias", False)
     return ModelSpec(**shared, layers=_qwen_layers(fields, rope), qkv_bias=bias, output_bias=bias, qk_norm="head")
 
 
-def _qwen_layers(fields: Fields, rope: RopeSpec) -> tuple[LayerSpec, ...]:
+def _qwen_layers(fields: ConfigReader, rope: RopeSpec) -> tuple[LayerSpec, ...]:
     """The first `max_window_layers` layers see everything, the others a window, and only if windows are on."""
     window = fields.nullable_integer("sliding_window", 4096) if fields.boolean("use_sliding_window", False) else None
     first = fields.integer("max_window_layers", 28, low=0)
-    local = [window is not None and i >= first for i in range(num_layers_of(fields))]
+    local = [window is not None and i >= first for i in range(read_num_layers(fields))]
     return mixed_layers(fields, window, local, rope, rope)
 
 
-def _gemma2(fields: Fields) -> ModelSpec:
+def _gemma2(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, _GEMMA, query_scale=True)
     rope = one_rope(fields, shared)
-    local = [i % 2 == 0 for i in range(num_layers_of(fields))]
+    local = [i % 2 == 0 for i in range(read_num_layers(fields))]
     return ModelSpec(
         **shared,
         layers=mixed_layers(fields, fields.nullable_integer("sliding_window", 4096), local, rope, rope),
-        **_gemma_ways(fields, shared["hidden_size"]),
+        **_gemma_arguments(fields, shared["hidden_size"]),
         attention_softcap=soft_cap(fields, "attn_logit_softcapping", 50.0),
         logit_softcap=soft_cap(fields, "final_logit_softcapping", 30.0),
     )
 
 
-def _gemma3(fields: Fields) -> ModelSpec:
+def _gemma3(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, _GEMMA3, query_scale=True)
     if fields.boolean("use_bidirectional_attention", False):
         raise fields.error("it attends in both directions, as encoders do", "use_bidirectional_attention")
@@ -88,7 +88,7 @@ def _gemma3(fields: Fields) -> ModelSpec:
     return ModelSpec(
         **shared,
         layers=mixed_layers(fields, fields.nullable_integer("sliding_window", 4096), local, local_rope, global_rope),
-        **_gemma_ways(fields, shared["hidden_size"]),
+        **_gemma_arguments(fields, shared["hidden_size"]),
         qk_norm="head",
         attention_softcap=soft_cap(fields, "attn_logit_softcapping", None),
         logit_softcap=soft_cap(fields, "final_logit_softcapping", None),
@@ -123,7 +123,7 @@ _GEMMA3 = Defaults(
 )
 
 
-def _gemma_ways(fields: Fields, hidden_size: int) -> dict[str, Any]:
+def _gemma_arguments(fields: ConfigReader, hidden_size: int) -> dict[str, Any]:
     bias = fields.boolean("attention_bias", False)
     return {
         "qkv_bias": bias,
@@ -134,14 +134,14 @@ def _gemma_ways(fields: Fields, hidden_size: int) -> dict[str, Any]:
     }
 
 
-def _gemma3_ropes(fields: Fields, shared: dict[str, Any]) -> tuple[RopeSpec, RopeSpec]:
+def _gemma3_ropes(fields: ConfigReader, shared: dict[str, Any]) -> tuple[RopeSpec, RopeSpec]:
     """(local, global). Scaling applies to global layers; local ones turn with a base frequency of their own."""
-    both = fields.table("rope_parameters") or Fields({}, fields.source)
-    local = both.table("sliding_attention") or Fields({}, fields.source)
-    everywhere = both.table("full_attention") or Fields({}, fields.source)
+    both = fields.table("rope_parameters") or ConfigReader({}, fields.source)
+    local = both.table("sliding_attention") or ConfigReader({}, fields.source)
+    everywhere = both.table("full_attention") or ConfigReader({}, fields.source)
     scaling = fields.table("rope_scaling")
     if scaling is not None:
-        everywhere = Fields({**everywhere.values, **scaling.values}, scaling.source)
+        everywhere = ConfigReader({**everywhere.values, **scaling.values}, scaling.source)
     global_theta = everywhere.number("rope_theta", fields.number("rope_theta", 1_000_000.0, low=1.0), low=1.0)
     size = shared["head_dim"], shared["max_position"]
     local_theta = local.number("rope_theta", fields.number("rope_local_base_freq", 10_000.0, low=1.0), low=1.0)
@@ -151,13 +151,13 @@ def _gemma3_ropes(fields: Fields, shared: dict[str, Any]) -> tuple[RopeSpec, Rop
     )
 
 
-def _phi3(fields: Fields) -> ModelSpec:
+def _phi3(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(max_position=4096, norm_eps=1e-5, bos=1, eos=32_000))
     window = fields.optional_integer("sliding_window")
     return ModelSpec(**shared, layers=same_layers(fields, window, one_rope(fields, shared)))
 
 
-def _olmo2(fields: Fields) -> ModelSpec:
+def _olmo2(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(norm_eps=1e-5, eos=50_279))
     bias = fields.boolean("attention_bias", False)
     return ModelSpec(
@@ -170,19 +170,19 @@ def _olmo2(fields: Fields) -> ModelSpec:
     )
 
 
-def _gpt_oss(fields: Fields) -> ModelSpec:
+def _gpt_oss(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(num_kv_heads=8, head_dim=64, max_position=131_072, norm_eps=1e-5))
     for name, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
         if fields.number(name, value) != value:
             raise fields.error(f"'{name}' other than {value} is not supported ({fields.values[name]})", name)
     if "rope_scaling" not in fields and "rope_parameters" not in fields:
         yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
-        fields = Fields({**fields.values, "rope_scaling": yarn}, fields.source)
+        fields = ConfigReader({**fields.values, "rope_scaling": yarn}, fields.source)
     rope = one_rope(fields, shared, default_theta=150_000.0)
-    local = [i % 2 == 0 for i in range(num_layers_of(fields))]
+    local = [i % 2 == 0 for i in range(read_num_layers(fields))]
     window = fields.nullable_integer("sliding_window", 128)
     bias = fields.boolean("attention_bias", True)
-    num_experts = num_experts_of(fields, 128)
+    num_experts = read_num_experts(fields, 128)
     return ModelSpec(
         **shared,
         layers=mixed_layers(fields, window, local, rope, rope, num_experts),
@@ -197,9 +197,9 @@ def _gpt_oss(fields: Fields) -> ModelSpec:
     )
 
 
-def _mixtral(fields: Fields) -> ModelSpec:
+def _mixtral(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(num_kv_heads=8, max_position=131_072, norm_eps=1e-5, bos=1, eos=2))
-    num_experts = num_experts_of(fields, 8)
+    num_experts = read_num_experts(fields, 8)
     rope = one_rope(fields, shared, default_theta=1_000_000.0)
     return ModelSpec(
         **shared,
@@ -209,19 +209,19 @@ def _mixtral(fields: Fields) -> ModelSpec:
     )
 
 
-def _qwen3_moe(fields: Fields) -> ModelSpec:
+def _qwen3_moe(fields: ConfigReader) -> ModelSpec:
     shared = shared_arguments(fields, Defaults(num_kv_heads=4, max_position=32_768))
     window = fields.nullable_integer("sliding_window", 4096) if fields.boolean("use_sliding_window", False) else None
     rope = one_rope(fields, shared)
     bias = fields.boolean("attention_bias", False)
-    num_experts = num_experts_of(fields, 128)
+    num_experts = read_num_experts(fields, 128)
     every = fields.integer("decoder_sparse_step", 1)
     dense = frozenset(fields.integers("mlp_only_layers"))
     return ModelSpec(
         **shared,
         layers=tuple(
             LayerSpec(window, rope, num_experts if i not in dense and (i + 1) % every == 0 else 0)
-            for i in range(num_layers_of(fields))
+            for i in range(read_num_layers(fields))
         ),
         qkv_bias=bias,
         output_bias=bias,
@@ -232,7 +232,7 @@ def _qwen3_moe(fields: Fields) -> ModelSpec:
     )
 
 
-FAMILIES: dict[str, Callable[[Fields], ModelSpec]] = {
+FAMILIES: dict[str, Callable[[ConfigReader], ModelSpec]] = {
     # by model_type
     "llama": _llama,
     "mistral": _mistral,

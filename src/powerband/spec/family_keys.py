@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from powerband.spec.fields import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, Fields, shown
+from powerband.spec.fields import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, ConfigReader, shown
 from powerband.spec.model import LayerSpec, RopeSpec
 from powerband.spec.quantization import read_weight_format
 from powerband.spec.rope import read_rope
@@ -40,7 +40,7 @@ class Defaults:
     eos: int | None = None
 
 
-def shared_arguments(fields: Fields, defaults: Defaults, *, query_scale: bool = False) -> dict[str, Any]:
+def shared_arguments(fields: ConfigReader, defaults: Defaults, *, query_scale: bool = False) -> dict[str, Any]:
     """The arguments of ModelSpec that every family reads from the same keys."""
     hidden_size = fields.integer("hidden_size", defaults.hidden_size or None)
     num_heads = fields.integer("num_attention_heads", defaults.num_heads or None, high=65_536)
@@ -84,17 +84,17 @@ def shared_arguments(fields: Fields, defaults: Defaults, *, query_scale: bool = 
     }
 
 
-def one_rope(fields: Fields, shared: dict[str, Any], *, default_theta: float = 10_000.0) -> RopeSpec:
+def one_rope(fields: ConfigReader, shared: dict[str, Any], *, default_theta: float = 10_000.0) -> RopeSpec:
     return read_rope(fields, shared["head_dim"], shared["max_position"], default_theta=default_theta)
 
 
-def _eos(fields: Fields, default: int | None) -> tuple[int, ...]:
+def _eos(fields: ConfigReader, default: int | None) -> tuple[int, ...]:
     if "eos_token_id" not in fields.values and default is not None:
         return (default,)
     return fields.integers("eos_token_id", high=MAX_VOCABULARY)
 
 
-def _dtype(fields: Fields) -> str:
+def _dtype(fields: ConfigReader) -> str:
     """`torch_dtype` until transformers 4, `dtype` since 5; float32 when neither says it."""
     key = "dtype" if "dtype" in fields else "torch_dtype"
     name = fields.text(key, "float32").removeprefix("torch.")
@@ -103,20 +103,22 @@ def _dtype(fields: Fields) -> str:
     return name
 
 
-def soft_cap(fields: Fields, name: str, default: float | None) -> float | None:
+def soft_cap(fields: ConfigReader, name: str, default: float | None) -> float | None:
     return fields.optional_number(name) if name in fields.values or default is None else default
 
 
-def num_layers_of(fields: Fields) -> int:
+def read_num_layers(fields: ConfigReader) -> int:
     return fields.integer("num_hidden_layers", high=MAX_LAYERS)
 
 
-def same_layers(fields: Fields, window: int | None, rope: RopeSpec, num_experts: int = 0) -> tuple[LayerSpec, ...]:
-    return (LayerSpec(window, rope, num_experts),) * num_layers_of(fields)
+def same_layers(
+    fields: ConfigReader, window: int | None, rope: RopeSpec, num_experts: int = 0
+) -> tuple[LayerSpec, ...]:
+    return (LayerSpec(window, rope, num_experts),) * read_num_layers(fields)
 
 
 def mixed_layers(
-    fields: Fields,
+    fields: ConfigReader,
     window: int | None,
     local: list[bool],
     local_rope: RopeSpec,
@@ -139,10 +141,10 @@ def mixed_layers(
     return tuple(local_layer if is_local else global_layer for is_local in local)
 
 
-def num_experts_of(fields: Fields, default: int) -> int:
+def read_num_experts(fields: ConfigReader, default: int) -> int:
     name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
     return fields.integer(name, default, high=65_536)
 
 
-def experts_per_token(fields: Fields, default: int, num_experts: int) -> int:
+def experts_per_token(fields: ConfigReader, default: int, num_experts: int) -> int:
     return fields.integer("num_experts_per_tok", default, high=num_experts)

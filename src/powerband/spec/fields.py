@@ -15,7 +15,7 @@ MAX_VOCABULARY = 1 << 26
 MAX_POSITIONS = 1 << 31
 
 
-class Fields:
+class ConfigReader:
     """The keys of one configuration. Absent and null are the same unless a method says otherwise.
 
     Every method raises UsageError when the value has the wrong type or lies outside its bounds.
@@ -82,14 +82,14 @@ class Fields:
             raise self.error(f"'{name}' must be a string, not {shown(value)}", name)
         return value
 
-    def table(self, name: str) -> Fields | None:
+    def table(self, name: str) -> ConfigReader | None:
         """A nested object, as fields of its own."""
         value = self.values.get(name)
         if value is None:
             return None
         if not isinstance(value, Mapping):
             raise self.error(f"'{name}' must be an object, not {shown(value)}", name)
-        return Fields(value, f"{self.source}: {name}")
+        return ConfigReader(value, f"{self.source}: {name}")
 
     def texts(self, name: str) -> list[str] | None:
         value = self.values.get(name)

@@ -30,7 +30,7 @@ class Lengths(Protocol):
     def mean(self) -> float: ...
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         """No length is greater."""
         ...
 
@@ -50,7 +50,7 @@ class Fixed:
         return float(self.tokens)
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         return self.tokens
 
 
@@ -72,7 +72,7 @@ class Uniform:
         return (self.low + self.high) / 2
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         return self.high
 
 
@@ -108,7 +108,7 @@ class LogNormal:
         return self._below(low) * self.low + inside + (1 - self._below(high)) * self.high
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         return self.high
 
     def _below(self, tokens: float, shift: float = 0.0) -> float:
@@ -145,7 +145,7 @@ class Empirical:
         return sum(value * weight for value, weight in zip(self.values, weights, strict=True)) / self._cumulative[-1]
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         return max(self.values)
 
 

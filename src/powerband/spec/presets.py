@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from powerband.errors import UsageError
 from powerband.spec.lengths import Empirical, Fixed, LogNormal, Uniform
-from powerband.spec.workload import Conversation, Mix, SharedPrefix
+from powerband.spec.workload import Conversation, RequestMix, SharedPrefix
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
     """burstiness: of an open loop, see arrivals.OpenLoop."""
 
-    mix: Mix
+    mix: RequestMix
     burstiness: float = 1.0
 
 
@@ -42,7 +42,7 @@ def chat() -> Preset:
     variation, 1.09. That 96 tokens of each prompt are shared is assumed.
     """
     prompts = _observed(_CHAT_PROMPTS, less=_CHAT_SHARED)
-    return Preset(Mix(prompts, _observed(_CHAT_OUTPUTS), SharedPrefix(Fixed(_CHAT_SHARED))), burstiness=0.84)
+    return Preset(RequestMix(prompts, _observed(_CHAT_OUTPUTS), SharedPrefix(Fixed(_CHAT_SHARED))), burstiness=0.84)
 
 
 def conversation() -> Preset:
@@ -54,7 +54,7 @@ def conversation() -> Preset:
     """
     talk = Conversation(Uniform(1, 7), think_s=10.0)
     prompt = LogNormal(median=34, sigma=1.2, high=4096)
-    return Preset(Mix(prompt, LogNormal(median=157, sigma=0.8, high=2048), SharedPrefix(Fixed(256)), talk))
+    return Preset(RequestMix(prompt, LogNormal(median=157, sigma=0.8, high=2048), SharedPrefix(Fixed(256)), talk))
 
 
 def rag() -> Preset:
@@ -63,7 +63,9 @@ def rag() -> Preset:
     Assumed, after the usual set-up of four to ten passages of 256 to 512 tokens (Lewis et al., 2020, retrieve five to
     ten of 100 words): 1,000 to 5,000 tokens of passages and question, 512 of instructions, answers of median 150.
     """
-    return Preset(Mix(Uniform(1000, 5000), LogNormal(median=150, sigma=0.5, high=1024), SharedPrefix(Fixed(512))))
+    return Preset(
+        RequestMix(Uniform(1000, 5000), LogNormal(median=150, sigma=0.5, high=1024), SharedPrefix(Fixed(512)))
+    )
 
 
 def summarization() -> Preset:
@@ -72,7 +74,7 @@ def summarization() -> Preset:
     Means of LongBench as in Zhong et al., DistServe, OSDI 2024, table of workloads: prompts of 1,738 and outputs of
     91 tokens; spreads are assumed.
     """
-    return Preset(Mix(LogNormal(median=1400, sigma=0.66, high=16384), LogNormal(median=80, sigma=0.5, high=512)))
+    return Preset(RequestMix(LogNormal(median=1400, sigma=0.66, high=16384), LogNormal(median=80, sigma=0.5, high=512)))
 
 
 def code() -> Preset:
@@ -82,7 +84,7 @@ def code() -> Preset:
     and median 13 tokens, drawn independently of each other. Gaps between its arrivals vary by a coefficient of 13; 4 is
     used here (burstiness 1/16), because the trace's minutes without any request are not a load.
     """
-    return Preset(Mix(_observed(_CODE_PROMPTS), _observed(_CODE_OUTPUTS)), burstiness=1 / 16)
+    return Preset(RequestMix(_observed(_CODE_PROMPTS), _observed(_CODE_OUTPUTS)), burstiness=1 / 16)
 
 
 def agent() -> Preset:
@@ -95,7 +97,7 @@ def agent() -> Preset:
     talk = Conversation(Uniform(1, 4), think_s=1.0)
     prefix = SharedPrefix(Fixed(1400), groups=8, skew=1.0)
     prompt = LogNormal(median=2140, sigma=1.0, high=32768)
-    return Preset(Mix(prompt, LogNormal(median=122, sigma=0.9, high=2048), prefix, talk))
+    return Preset(RequestMix(prompt, LogNormal(median=122, sigma=0.9, high=2048), prefix, talk))
 
 
 def offline() -> Preset:
@@ -103,7 +105,7 @@ def offline() -> Preset:
 
     512 prompt and 256 output tokens, a common point of comparison; assumed, and the same for every request.
     """
-    return Preset(Mix(Fixed(512), Fixed(256)))
+    return Preset(RequestMix(Fixed(512), Fixed(256)))
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from powerband.spec.profile import (
-    AttentionLaw,
+    AttentionModel,
     DeviceProfile,
-    ElementwiseLaw,
+    ElementwiseModel,
     Evidence,
-    GemmLaw,
-    HostLaw,
-    LinkLaw,
+    GemmModel,
+    HostModel,
+    LinkModel,
 )
 
 # Products: share of the 16-bit peak, share of the bandwidth. Prefill attention: share of the 16-bit peak.
@@ -30,7 +30,7 @@ _PRODUCTS: Mapping[str, tuple[float, float]] = {
 }
 _PREFILL = {"turing": 0.30, "ampere": 0.51, "ada": 0.46, "hopper": 0.56, "blackwell": 0.50, "cdna3": 0.40, "cpu": 0.35}
 _LOW_POWER_WATTS = 80.0  # below, sustained tensor work throttles
-_LOW_POWER_SHARE = 0.8
+_LOW_POWER_RATIO = 0.8
 # Beside how 16-bit products do: share of the own peak that 8- and 4-bit products reach
 _NARROW = {"none": 1.0, "int8": 0.95, "int4": 0.95, "mxfp4": 0.9, "fp8": 0.8, "fp8_static": 0.8, "w8a8": 0.9}
 _QUANTIZE_S = {"fp8": 3.0e-6, "nvfp4": 2.0e-6}
@@ -40,11 +40,11 @@ _NVLINK = {2: (4.5e-6, 0.55), 4: (5.2e-6, 0.60), 8: (6.2e-6, 0.73)}
 _PCIE = {2: (6.0e-6, 0.55), 4: (13e-6, 0.25), 8: (24e-6, 0.15)}
 
 
-def gemm_law(profile: DeviceProfile, quantization: str) -> GemmLaw:
+def gemm_model(profile: DeviceProfile, quantization: str) -> GemmModel:
     compute, memory = _PRODUCTS.get(profile.architecture, (0.5, 0.7))
     compute *= _NARROW.get(quantization, 0.7) * _throttled(profile)
     on_cpu = profile.kind == "cpu"
-    return GemmLaw(
+    return GemmModel(
         compute_share=compute,
         memory_share=memory,
         overhead_s=5e-6 if on_cpu else 3e-6,
@@ -55,10 +55,10 @@ def gemm_law(profile: DeviceProfile, quantization: str) -> GemmLaw:
     )
 
 
-def experts_law(profile: DeviceProfile, quantization: str) -> GemmLaw:
+def experts_model(profile: DeviceProfile, quantization: str) -> GemmModel:
     compute, memory = _PRODUCTS.get(profile.architecture, (0.5, 0.7))
     compute *= _NARROW.get(quantization, 0.7) * _throttled(profile) * 0.6
-    return GemmLaw(
+    return GemmModel(
         compute_share=compute,
         memory_share=memory * 0.85,
         overhead_s=20e-6,
@@ -68,11 +68,11 @@ def experts_law(profile: DeviceProfile, quantization: str) -> GemmLaw:
     )
 
 
-def attention_law(profile: DeviceProfile, kv_precision: str) -> AttentionLaw:
+def attention_model(profile: DeviceProfile, kv_precision: str) -> AttentionModel:
     evidence = _evidence(profile)
     memory = _PRODUCTS.get(profile.architecture, (0.5, 0.7))[1]
     on_cpu = profile.kind == "cpu"
-    return AttentionLaw(
+    return AttentionModel(
         compute_share=_PREFILL.get(profile.architecture, 0.35) * _throttled(profile),
         memory_share=memory * (0.9 if kv_precision in ("fp8", "int8") else 1.0),
         prefill_overhead_s=8e-6,
@@ -83,32 +83,32 @@ def attention_law(profile: DeviceProfile, kv_precision: str) -> AttentionLaw:
     )
 
 
-def elementwise_law(profile: DeviceProfile) -> ElementwiseLaw:
-    return ElementwiseLaw(kernel_s=1.8e-6, memory_share=0.7, evidence=_evidence(profile))
+def elementwise_model(profile: DeviceProfile) -> ElementwiseModel:
+    return ElementwiseModel(kernel_s=1.8e-6, memory_share=0.7, evidence=_evidence(profile))
 
 
-def all_reduce_law(profile: DeviceProfile, ranks: int) -> LinkLaw:
+def all_reduce_model(profile: DeviceProfile, ranks: int) -> LinkModel:
     """By the nearest number of ranks that was measured: over the link between devices, else through the host."""
     table = _NVLINK if profile.link is not None else _PCIE
     link = profile.link or profile.host_link
     latency, share = table[min(table, key=lambda known: abs(known - ranks))]
     rate = link.bytes_per_s if link is not None else profile.bandwidth_bytes_per_s / 4
     error = 0.3 if profile.link is not None else 0.5
-    return LinkLaw(latency_s=latency, bytes_per_s=rate * share, evidence=Evidence(source=_SOURCE, error=error))
+    return LinkModel(latency_s=latency, bytes_per_s=rate * share, evidence=Evidence(source=_SOURCE, error=error))
 
 
-def transfer_law(profile: DeviceProfile) -> LinkLaw:
+def transfer_model(profile: DeviceProfile) -> LinkModel:
     link = profile.link or profile.host_link
     rate = link.bytes_per_s if link is not None else profile.bandwidth_bytes_per_s / 4
-    return LinkLaw(latency_s=15e-6, bytes_per_s=rate * 0.7, evidence=Evidence(source=_SOURCE, error=0.4))
+    return LinkModel(latency_s=15e-6, bytes_per_s=rate * 0.7, evidence=Evidence(source=_SOURCE, error=0.4))
 
 
-def host_transfer_law(profile: DeviceProfile) -> LinkLaw | None:
+def host_transfer_model(profile: DeviceProfile) -> LinkModel | None:
     """From pinned host memory. None: the device is the host."""
     if profile.host_link is None:
         return None
     rate = profile.host_link.bytes_per_s * (0.71 if profile.host_link.bytes_per_s < 4e10 else 0.83)
-    return LinkLaw(latency_s=15e-6, bytes_per_s=rate, evidence=Evidence(source=_SOURCE, error=0.25))
+    return LinkModel(latency_s=15e-6, bytes_per_s=rate, evidence=Evidence(source=_SOURCE, error=0.25))
 
 
 _SOURCE = "prior: no measurement of this device"
@@ -125,9 +125,9 @@ _HOST = {
 }
 
 
-def host_law(engine: str) -> HostLaw:
+def host_model(engine: str) -> HostModel:
     step, request, arrival, front, answer, layer, overlapped = _HOST[engine]
-    return HostLaw(
+    return HostModel(
         step_s=step,
         per_request_s=request,
         arrival_s=arrival,
@@ -142,7 +142,7 @@ def host_law(engine: str) -> HostLaw:
 def _throttled(profile: DeviceProfile) -> float:
     """Small cards cannot hold their clocks under tensor work; Turing's prior has it in it."""
     low = profile.watts is not None and profile.watts < _LOW_POWER_WATTS and profile.architecture != "turing"
-    return _LOW_POWER_SHARE if low else 1.0
+    return _LOW_POWER_RATIO if low else 1.0
 
 
 def _evidence(profile: DeviceProfile) -> Evidence:

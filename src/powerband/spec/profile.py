@@ -22,7 +22,7 @@ DeviceKind = Literal["cpu", "cuda", "rocm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Price:
+class DevicePrice:
     """usd_per_hour: of a whole machine with `devices` devices, without commitment."""
 
     usd_per_hour: float
@@ -34,7 +34,7 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class DeviceLink:
     """Between devices of a node, or between a device and its host. bytes_per_s: in one direction, as printed."""
 
     name: str  # nvlink, pcie3 … pcie5, xgmi
@@ -50,7 +50,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GemmLaw:
+class GemmModel:
     """t = overhead + quantize + (Tc^p + Tm^p)^(1/p); notes in cost/laws.py. Times in seconds, shares of the peak."""
 
     compute_share: float  # of the peak of the precision's own dtype
@@ -64,7 +64,7 @@ class GemmLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionLaw:
+class AttentionModel:
     """Of one layer. compute_share: of the 16-bit peak, for prefills. memory_share: of the bandwidth, for decodes."""
 
     compute_share: float
@@ -80,7 +80,7 @@ class AttentionLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ElementwiseLaw:
+class ElementwiseModel:
     """Norms, rotary, activations, residuals: t = kernel_s for each kernel + bytes / (memory_share · bandwidth)."""
 
     kernel_s: float
@@ -89,7 +89,7 @@ class ElementwiseLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkLaw:
+class LinkModel:
     """t = latency + factor · bytes / bytes_per_s, for collectives of `ranks` devices (2, 4, 8 …) or one transfer.
 
     Small sums are quicker when every rank sends all it has to all others: the lesser of both is taken.
@@ -103,7 +103,7 @@ class LinkLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostLaw:
+class HostModel:
     """What the host adds. step = device + its work, or their maximum if overlapped.
 
     Its work: step_s + per_request_s · requests in the step + per_new_s · those of them that are new.
@@ -123,7 +123,7 @@ class HostLaw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class MeasuredMachine:
     """The machine that a profile was measured on: of another one it says nothing."""
 
     name: str  # of the processor or GPU
@@ -135,7 +135,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepLaw:
+class StepTimeModel:
     """What steps of one model take on one device, fitted to steps of it; cost.measured_steps evaluates it. Seconds.
 
     token_s[i]: of a step of tokens[i] tokens, without its attention and head; row_s[i]: of rows[i] sampled rows.
@@ -168,8 +168,8 @@ class Refinement:
     engine: EngineName = "powerband"
     quantization: Quantization = "none"
     kv_precision: KVPrecision = "16bit"
-    steps: StepLaw
-    host: HostLaw | None = None  # None: the device's
+    steps: StepTimeModel
+    host: HostModel | None = None  # None: the device's
     evidence: Evidence
 
 
@@ -185,24 +185,24 @@ class DeviceProfile:
     peak_flops_per_s: Mapping[str, float]  # dense, by dtype: float32, 16bit, fp8, int8, fp4
     multiprocessors: int  # cores of a CPU
     l2_bytes: int = 0
-    link: Link | None = None  # between devices; None: through the host
-    host_link: Link | None = None  # None: the device is the host
+    link: DeviceLink | None = None  # between devices; None: through the host
+    host_link: DeviceLink | None = None  # None: the device is the host
     devices_per_node: int = 8
     watts: float | None = None
-    prices: tuple[Price, ...] = ()
+    prices: tuple[DevicePrice, ...] = ()
     aliases: tuple[str, ...] = ()
     source: str = ""
     # Laws. Keys: '*' or an engine's name, then the precision (spec.deployment.Quantization, KVPrecision) or the number
     # of ranks. What an engine has no entry for is looked up under '*'.
-    gemm: Mapping[str, Mapping[str, GemmLaw]] = field(default_factory=dict)
-    experts: Mapping[str, Mapping[str, GemmLaw]] = field(default_factory=dict)  # a layer's experts in one product
-    attention: Mapping[str, Mapping[str, AttentionLaw]] = field(default_factory=dict)
-    elementwise: Mapping[str, ElementwiseLaw] = field(default_factory=dict)  # by engine
-    all_reduce: Mapping[str, Mapping[int, LinkLaw]] = field(default_factory=dict)
-    transfer: LinkLaw | None = None  # between two devices, for pipeline stages
-    host_transfer: LinkLaw | None = None  # from the host's memory, for offloaded weights
-    host: Mapping[str, HostLaw] = field(default_factory=dict)  # by engine
-    machine: Machine | None = None  # None: not measured on one
+    gemm: Mapping[str, Mapping[str, GemmModel]] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[str, GemmModel]] = field(default_factory=dict)  # a layer's experts in one product
+    attention: Mapping[str, Mapping[str, AttentionModel]] = field(default_factory=dict)
+    elementwise: Mapping[str, ElementwiseModel] = field(default_factory=dict)  # by engine
+    all_reduce: Mapping[str, Mapping[int, LinkModel]] = field(default_factory=dict)
+    transfer: LinkModel | None = None  # between two devices, for pipeline stages
+    host_transfer: LinkModel | None = None  # from the host's memory, for offloaded weights
+    host: Mapping[str, HostModel] = field(default_factory=dict)  # by engine
+    machine: MeasuredMachine | None = None  # None: not measured on one
     refinements: tuple[Refinement, ...] = ()
 
     def refinement(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerband.errors import UsageError
-from powerband.spec.fields import Fields, shown
+from powerband.spec.fields import ConfigReader, shown
 
 Bits = Literal[4, 8]
 Method = Literal["gptq", "awq", "compressed-tensors"]
@@ -53,7 +53,7 @@ class WeightFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldWeights:
+class WeightPrecisions:
     """What an engine holds projections and head in. Embedding rows, norms and routers are never quantized."""
 
     layers: Held = "none"
@@ -62,10 +62,10 @@ class HeldWeights:
     zeros: bool = False  # int4 with zero points
 
 
-PLAIN = HeldWeights()
+PLAIN = WeightPrecisions()
 
 
-def read_weight_format(fields: Fields) -> tuple[str | None, WeightFormat | None]:
+def read_weight_format(fields: ConfigReader) -> tuple[str | None, WeightFormat | None]:
     """(method, format) from a configuration's `quantization_config`; the format of mxfp4 and unknown methods is None.
 
     Raises UsageError for what is known and not supported, naming it.
@@ -78,7 +78,7 @@ def read_weight_format(fields: Fields) -> tuple[str | None, WeightFormat | None]
     return method, readers[method](table) if method in readers else None
 
 
-def _gptq(table: Fields) -> WeightFormat:
+def _gptq(table: ConfigReader) -> WeightFormat:
     layout = table.text("checkpoint_format", "gptq")
     if table.boolean("is_marlin_format", False):
         layout = "marlin"
@@ -97,7 +97,7 @@ def _gptq(table: Fields) -> WeightFormat:
     )
 
 
-def _awq(table: Fields) -> WeightFormat:
+def _awq(table: ConfigReader) -> WeightFormat:
     layout = table.text("version", "gemm").lower()
     if layout != "gemm":
         raise _unsupported(table, f"AWQ weights in the layout {shown(layout)}", "version")
@@ -110,13 +110,13 @@ def _awq(table: Fields) -> WeightFormat:
     return WeightFormat("awq", bits, group_size, not table.boolean("zero_point", True), ignored=ignored)
 
 
-def _compressed_tensors(table: Fields) -> WeightFormat:
+def _compressed_tensors(table: ConfigReader) -> WeightFormat:
     layout = table.text("format", "dense")
-    groups = table.table("config_groups") or Fields({}, table.source)
+    groups = table.table("config_groups") or ConfigReader({}, table.source)
     if len(groups.values) != 1:
         problem = f"compressed-tensors with {len(groups.values)} groups of modules"
         raise _unsupported(table, problem, "config_groups")
-    group = groups.table(next(iter(groups.values))) or Fields({}, groups.source)
+    group = groups.table(next(iter(groups.values))) or ConfigReader({}, groups.source)
     targets = group.texts("targets") or ["Linear"]
     if targets != ["Linear"]:
         raise _unsupported(table, f"compressed-tensors that names its modules ({shown(targets)})", "targets")
@@ -124,7 +124,7 @@ def _compressed_tensors(table: Fields) -> WeightFormat:
     packed = layout == "pack-quantized"
     if layout not in ("pack-quantized", "int-quantized", "naive-quantized"):
         raise _unsupported(table, f"compressed-tensors in the format {shown(layout)}", "format")
-    weights = group.table("weights") or Fields({}, group.source)
+    weights = group.table("weights") or ConfigReader({}, group.source)
     if weights.text("type", "int") != "int":
         raise _unsupported(table, f"compressed-tensors with weights of type {shown(weights.values['type'])}", "type")
     strategy = weights.text("strategy", "group" if "group_size" in weights else "tensor")
@@ -146,7 +146,7 @@ def _compressed_tensors(table: Fields) -> WeightFormat:
     )
 
 
-def _bits(table: Fields, name: str, method: str) -> Bits:
+def _bits(table: ConfigReader, name: str, method: str) -> Bits:
     bits = table.integer(name, 4)
     if bits == 4:
         return 4
@@ -155,14 +155,14 @@ def _bits(table: Fields, name: str, method: str) -> Bits:
     raise _unsupported(table, f"{method} with {bits} bits", name)
 
 
-def _group_size(table: Fields, name: str = "group_size") -> int:
+def _group_size(table: ConfigReader, name: str = "group_size") -> int:
     """0 for one group of all inputs, which the tools write as -1."""
     if table.values.get(name) in (-1, None):
         return 0
     return table.integer(name)
 
 
-def _patterns(table: Fields, name: str) -> tuple[str, ...]:
+def _patterns(table: ConfigReader, name: str) -> tuple[str, ...]:
     patterns = tuple(table.texts(name) or ())
     if len(patterns) > _MAX_PATTERNS:
         raise table.error(f"'{name}' names {len(patterns)} modules", name)
@@ -185,7 +185,7 @@ def _matches(pattern: str, module: str) -> bool:
     return not pattern.endswith("$") or module.endswith(rest[-1] if rest else first)
 
 
-def _unsupported(table: Fields, what: str, name: str) -> UsageError:
+def _unsupported(table: ConfigReader, what: str, name: str) -> UsageError:
     return UsageError(
         f"{table.source}: {what} cannot be loaded.",
         hint="Use the model's version in 16 bits with --quantization int8 or int4.",

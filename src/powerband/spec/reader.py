@@ -12,7 +12,7 @@ from powerband.documents import read_json_table
 from powerband.errors import UsageError
 from powerband.spec.checkpoint_files import has_own_head
 from powerband.spec.families import FAMILIES
-from powerband.spec.fields import MAX_POSITIONS, MAX_VOCABULARY, Fields, shown
+from powerband.spec.fields import MAX_POSITIONS, MAX_VOCABULARY, ConfigReader, shown
 from powerband.spec.model import ModelSpec
 from powerband.spec.quantization import QUANTIZATION_FILES, QUANTIZATION_KEYS
 from powerband.spec.rope import scaled_context
@@ -64,7 +64,7 @@ def with_stored_head(spec: ModelSpec, config: Path) -> ModelSpec:
 
 
 def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
-    fields = _text_part(Fields(values, source))
+    fields = _text_part(ConfigReader(values, source))
     model_type = fields.values.get("model_type")
     if not isinstance(model_type, str):
         raise fields.error("it has no 'model_type', so its architecture is unknown", "model_type")
@@ -73,7 +73,7 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
     return _with_scaled_context(FAMILIES[model_type](fields), fields)
 
 
-def _with_scaled_context(spec: ModelSpec, fields: Fields) -> ModelSpec:
+def _with_scaled_context(spec: ModelSpec, fields: ConfigReader) -> ModelSpec:
     """Gemma 3 alone has layers of different contexts; its configurations say the longest."""
     ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
     if spec.family == "gemma3":
@@ -86,7 +86,7 @@ def _with_scaled_context(spec: ModelSpec, fields: Fields) -> ModelSpec:
     return replace(spec, max_position=length)
 
 
-def _text_part(fields: Fields) -> Fields:
+def _text_part(fields: ConfigReader) -> ConfigReader:
     """A multimodal Gemma 3 keeps its language model in `text_config`; some keys only stand outside it."""
     inner = fields.table("text_config") if fields.values.get("model_type") == "gemma3" else None
     if inner is None:
@@ -95,10 +95,10 @@ def _text_part(fields: Fields) -> Fields:
     lifted = {key: fields.values[key] for key in outside if fields.values.get(key) is not None}
     if "dtype" in inner or "torch_dtype" in inner:
         lifted = {key: value for key, value in lifted.items() if key not in ("dtype", "torch_dtype")}
-    return Fields({"model_type": "gemma3_text", **inner.values, **lifted}, inner.source)
+    return ConfigReader({"model_type": "gemma3_text", **inner.values, **lifted}, inner.source)
 
 
-def _unknown(fields: Fields, model_type: str) -> UsageError:
+def _unknown(fields: ConfigReader, model_type: str) -> UsageError:
     nearest = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.5)
     near = f"The nearest is '{nearest[0]}'. " if nearest else ""
     why = ""
@@ -113,7 +113,7 @@ def _unknown(fields: Fields, model_type: str) -> UsageError:
 
 
 def _with_ends(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> ModelSpec:
-    names_end = "eos_token_id" in config or "eos_token_id" in _text_part(Fields(config, "")).values
+    names_end = "eos_token_id" in config or "eos_token_id" in _text_part(ConfigReader(config, "")).values
     ends = read_end_token_ids(folder / "generation_config.json")
     if not names_end and (ends or _names_end(folder / "tokenizer_config.json")):
         return replace(spec, eos_token_ids=ends)
@@ -122,7 +122,11 @@ def _with_ends(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> Mode
 
 def read_end_token_ids(file: Path) -> tuple[int, ...]:
     """eos_token_id of a generation_config.json; empty when there is no file. Raises as read_model_spec."""
-    return Fields(read_config(file), str(file)).integers("eos_token_id", high=MAX_VOCABULARY) if file.exists() else ()
+    return (
+        ConfigReader(read_config(file), str(file)).integers("eos_token_id", high=MAX_VOCABULARY)
+        if file.exists()
+        else ()
+    )
 
 
 def _names_end(tokenizer_config: Path) -> bool:

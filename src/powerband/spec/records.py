@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from powerband.errors import UsageError
+from powerband.renamed import warn_renamed
 from powerband.spec.fields import shown
 
 Record = TypeVar("Record")
@@ -24,6 +25,7 @@ def read_record(kind: type[Record], values: object, where: str) -> Record:
     if not isinstance(values, Mapping):
         raise _error(where, f"{shown(values)} is no table of names and values")
     hints = _hints(cast(Any, kind))
+    values = _with_new_names(kind, values, where)
     unknown = [name for name in values if name not in hints]
     if unknown:
         raise UsageError(
@@ -33,6 +35,14 @@ def read_record(kind: type[Record], values: object, where: str) -> Record:
         if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise _error(where, f"'{item.name}' is missing")
     return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _with_new_names(kind: Any, values: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+    """A field's metadata may hold the name that it had in the version before: {"was": "longest_prompt"}."""
+    renamed = {item.metadata["was"]: item.name for item in fields(kind) if "was" in item.metadata}
+    for old in renamed.keys() & values.keys():
+        warn_renamed(f"{where}: '{old}'", f"'{renamed[old]}'")
+    return {renamed.get(name, name): value for name, value in values.items()} if renamed else values
 
 
 def as_record(value: Any, *, complete: bool = False) -> Any:

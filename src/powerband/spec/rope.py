@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 
-from powerband.spec.fields import MAX_POSITIONS, Fields, shown
+from powerband.spec.fields import MAX_POSITIONS, ConfigReader, shown
 from powerband.spec.model import RopeSpec
 
 
-def read_rope(fields: Fields, head_dim: int, max_position: int, *, default_theta: float = 10_000.0) -> RopeSpec:
+def read_rope(fields: ConfigReader, head_dim: int, max_position: int, *, default_theta: float = 10_000.0) -> RopeSpec:
     """The one RopeSpec of a model whose layers all rotate alike. Raises UsageError."""
-    table = fields.table("rope_scaling") or fields.table("rope_parameters") or Fields({}, fields.source)
+    table = fields.table("rope_scaling") or fields.table("rope_parameters") or ConfigReader({}, fields.source)
     theta = table.number("rope_theta", fields.number("rope_theta", default_theta, low=1.0), low=1.0)
     partial = table.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0, high=1.0), high=1.0)
     return rope_from_table(fields, table, head_dim, max_position, theta=theta, partial=partial)
 
 
 def rope_from_table(
-    fields: Fields, table: Fields, head_dim: int, max_position: int, *, theta: float, partial: float = 1.0
+    fields: ConfigReader, table: ConfigReader, head_dim: int, max_position: int, *, theta: float, partial: float = 1.0
 ) -> RopeSpec:
     """A RopeSpec from one table of rope parameters; `fields` may hold the original length. Raises UsageError."""
     nested = [key for key, value in table.values.items() if isinstance(value, dict)]
@@ -56,7 +56,7 @@ def rope_from_table(
     raise table.error(f"rope type {shown(kind)} is not supported", "rope_type", f"Supported: {known}.")
 
 
-def _read_llama3(table: Fields, plain: RopeSpec, original: int) -> RopeSpec:
+def _read_llama3(table: ConfigReader, plain: RopeSpec, original: int) -> RopeSpec:
     low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
     if high <= low:
         raise table.error(f"'high_freq_factor' ({high}) must be above 'low_freq_factor' ({low})", "high_freq_factor")
@@ -71,7 +71,7 @@ def _read_llama3(table: Fields, plain: RopeSpec, original: int) -> RopeSpec:
     )
 
 
-def _read_yarn(table: Fields, plain: RopeSpec, original: int, max_position: int) -> RopeSpec:
+def _read_yarn(table: ConfigReader, plain: RopeSpec, original: int, max_position: int) -> RopeSpec:
     factor = table.number("factor", max_position / original)
     mscale, mscale_all_dim = table.optional_number("mscale"), table.optional_number("mscale_all_dim")
     attention_factor = _yarn_mscale(factor)
@@ -90,7 +90,7 @@ def _read_yarn(table: Fields, plain: RopeSpec, original: int, max_position: int)
     )
 
 
-def _read_longrope(table: Fields, plain: RopeSpec, original: int, max_position: int) -> RopeSpec:
+def _read_longrope(table: ConfigReader, plain: RopeSpec, original: int, max_position: int) -> RopeSpec:
     factor = table.number("factor", max_position / original)
     attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
     return RopeSpec(
@@ -105,7 +105,7 @@ def _read_longrope(table: Fields, plain: RopeSpec, original: int, max_position: 
     )
 
 
-def _original_length(fields: Fields, table: Fields, max_position: int) -> int:
+def _original_length(fields: ConfigReader, table: ConfigReader, max_position: int) -> int:
     """The length trained before scaling: beside the table first (Phi-3), then in it, else the model's length."""
     name = "original_max_position_embeddings"
     if name in fields or fields.values.get("model_type") == "phi3":

@@ -62,12 +62,12 @@ def read_header(path: Path) -> Header:
     """The checked header of the file at `path`. Raises EnvironmentFault when the file is damaged or not there."""
     try:
         with path.open("rb") as file:
-            return header_of(file)
+            return read_header_from(file)
     except (OSError, ValueError) as problem:
         raise unreadable(path, problem) from problem
 
 
-def header_of(file: BinaryIO | FileIO) -> Header:
+def read_header_from(file: BinaryIO | FileIO) -> Header:
     """The checked header of an open file, read from its start. Raises ValueError, saying what is wrong, or OSError."""
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
@@ -88,7 +88,7 @@ def header_of(file: BinaryIO | FileIO) -> Header:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not an object of strings")
-    tensors = {name: _entry(name, entry) for name, entry in entries.items()}
+    tensors = {name: _stored_tensor(name, entry) for name, entry in entries.items()}
     _check_layout(tensors, found.st_size - data_start)
     return Header(tensors, metadata, data_start)
 
@@ -102,7 +102,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(name: str, entry: Any) -> StoredTensor:
+def _stored_tensor(name: str, entry: Any) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{_shown(name)} is not described by dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

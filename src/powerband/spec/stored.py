@@ -19,14 +19,14 @@ from powerband.spec.reader import read_model_config, read_model_spec, with_store
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class CheckpointPrecision:
     """quantization: 'none' is 16 bits. kv_precision: what scales of keys and values are for; None: nothing is said."""
 
     quantization: Quantization = "none"
     kv_precision: KVPrecision | None = None
 
 
-def read_for_planning(path: Path) -> tuple[ModelSpec, Stored]:
+def read_for_planning(path: Path) -> tuple[ModelSpec, CheckpointPrecision]:
     """The model of a config.json, as if it were stored in 16 bits, and what it is stored in.
 
     Raises EnvironmentFault when the file is not there, UsageError when what it says cannot be planned.
@@ -36,18 +36,18 @@ def read_for_planning(path: Path) -> tuple[ModelSpec, Stored]:
     return with_stored_head(read_model_spec(plain), path), stored_precision(config)
 
 
-def stored_precision(config: Mapping[str, Any]) -> Stored:
+def stored_precision(config: Mapping[str, Any]) -> CheckpointPrecision:
     """From what `read_model_config` returns. Raises UsageError for what is none of the known formats."""
     found = next((config[key] for key in QUANTIZATION_KEYS if isinstance(config.get(key), Mapping)), None)
     if found is None:
-        return Stored()
+        return CheckpointPrecision()
     method = str(found.get("quant_method", "compressed-tensors" if "config_groups" in found else "unknown")).lower()
     if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
-        return Stored("int8" if found.get("bits", found.get("w_bit")) == 8 else "int4")
+        return CheckpointPrecision("int8" if found.get("bits", found.get("w_bit")) == 8 else "int4")
     if method == "mxfp4":
-        return Stored("mxfp4")
+        return CheckpointPrecision("mxfp4")
     if method in ("fp8", "fbgemm_fp8"):
-        return Stored("fp8_static" if found.get("activation_scheme") == "static" else "fp8", _kv(found))
+        return CheckpointPrecision("fp8_static" if found.get("activation_scheme") == "static" else "fp8", _kv(found))
     if method == "compressed-tensors":
         return _compressed_tensors(found)
     if method == "modelopt":
@@ -55,7 +55,7 @@ def stored_precision(config: Mapping[str, Any]) -> Stored:
     raise _unknown(f"quant_method {shown(method)}")
 
 
-def _compressed_tensors(found: Mapping[str, Any]) -> Stored:
+def _compressed_tensors(found: Mapping[str, Any]) -> CheckpointPrecision:
     groups = found.get("config_groups")
     group = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
     weights = group.get("weights") if isinstance(group, Mapping) else None
@@ -65,18 +65,18 @@ def _compressed_tensors(found: Mapping[str, Any]) -> Stored:
     kind, bits = weights.get("type", "int"), weights.get("num_bits")
     kv = _kv(found)
     if kind == "float" and bits == 4:
-        return Stored("nvfp4" if inputs else "mxfp4", kv)
+        return CheckpointPrecision("nvfp4" if inputs else "mxfp4", kv)
     if kind == "float" and bits == 8:
         is_static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
-        return Stored("fp8_static" if is_static else "fp8", kv)
+        return CheckpointPrecision("fp8_static" if is_static else "fp8", kv)
     if kind == "int" and bits == 8:
-        return Stored("w8a8" if inputs else "int8", kv)
+        return CheckpointPrecision("w8a8" if inputs else "int8", kv)
     if kind == "int" and bits == 4:
-        return Stored("int4", kv)
+        return CheckpointPrecision("int4", kv)
     raise _unknown(f"compressed-tensors with weights of {shown(bits)} bits, {shown(kind)}")
 
 
-def _modelopt(found: Mapping[str, Any]) -> Stored:
+def _modelopt(found: Mapping[str, Any]) -> CheckpointPrecision:
     table = found.get("quantization", found)
     table = table if isinstance(table, Mapping) else {}
     algorithm = str(table.get("quant_algo", "")).upper()
@@ -90,7 +90,7 @@ def _modelopt(found: Mapping[str, Any]) -> Stored:
     }
     if algorithm not in known:
         raise _unknown(f"modelopt with {shown(algorithm)}")
-    return Stored(known[algorithm], _kv(table))
+    return CheckpointPrecision(known[algorithm], _kv(table))
 
 
 def _kv(table: Mapping[str, Any]) -> KVPrecision | None:

@@ -25,18 +25,18 @@ from typing import Any
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.fields import shown
 from powerband.spec.lengths import MAX_TOKENS
-from powerband.spec.workload import MAX_TURNS, Segment, Trace, TracedRequest
+from powerband.spec.workload import MAX_TURNS, RequestTrace, Segment, TracedRequest
 
 MOONCAKE_BLOCK = 512
 MAX_FILE_BYTES = 1 << 30
 _HEAD_CHARS = 1 << 16
-_MOST_SAID = 300
+_MAX_PROBLEMS = 300
 _TOKENS_PER_BYTE = 0.25  # of English text, where no tokenizer counts
 
 Count = Callable[[str], int]
 
 
-def read_trace(path: Path, *, format: str = "auto", count_tokens: Count | None = None) -> Trace:
+def read_trace(path: Path, *, format: str = "auto", count_tokens: Count | None = None) -> RequestTrace:
     """format: 'auto' or one of FORMATS. count_tokens: of a text, for traces that have text only; default: by length.
 
     Raises EnvironmentFault when the file cannot be read, UsageError when it is not what it should be.
@@ -60,12 +60,12 @@ def read_trace(path: Path, *, format: str = "auto", count_tokens: Count | None =
         else:
             requests = list(_READERS[kind](content))
     except (ValueError, TypeError, RecursionError, csv.Error) as problem:
-        raise _wrong(path, f"read as {kind}, {str(problem)[:_MOST_SAID]}") from None
+        raise _wrong(path, f"read as {kind}, {str(problem)[:_MAX_PROBLEMS]}") from None
     requests.sort(key=lambda request: request.time_s)
     if requests and (first_s := requests[0].time_s):
         requests = [replace(request, time_s=request.time_s - first_s) for request in requests]
     source = {"file": path.name, "format": kind, "sha256": hashlib.sha256(raw).hexdigest()}
-    return Trace(source, tuple(requests))
+    return RequestTrace(source, tuple(requests))
 
 
 def _recognised(content: str) -> str:

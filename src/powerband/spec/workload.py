@@ -123,14 +123,14 @@ class Conversation:
     def __post_init__(self) -> None:
         if not 0 <= self.think_s < math.inf:
             raise UsageError(f"think_s is {shown(self.think_s)}.", hint="It is 0 or more.", param="think_s")
-        if self.turns.most > MAX_TURNS:
+        if self.turns.maximum > MAX_TURNS:
             raise UsageError(
-                f"A conversation of up to {self.turns.most} turns.", hint=f"At most {MAX_TURNS}.", param="turns"
+                f"A conversation of up to {self.turns.maximum} turns.", hint=f"At most {MAX_TURNS}.", param="turns"
             )
 
 
 @dataclass(frozen=True, slots=True)
-class Mix:
+class RequestMix:
     """Requests drawn from distributions. prompt: tokens of a request (of a turn) beyond what it shares."""
 
     prompt: Lengths
@@ -150,7 +150,7 @@ class TracedRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class RequestTrace:
     """Requests as they were recorded, by time. source: the file's name, format and SHA-256."""
 
     source: Mapping[str, str]
@@ -167,12 +167,12 @@ class Workload:
 
     name: str
     arrivals: Arrivals
-    requests: Mix | Trace
+    requests: RequestMix | RequestTrace
 
     def __post_init__(self) -> None:
         if not isinstance(self.arrivals, Replay):
             return
-        if isinstance(self.requests, Mix):
+        if isinstance(self.requests, RequestMix):
             raise UsageError("Only a trace can be replayed.", hint="Name one with --trace.", param="arrivals")
         if len(self.requests.requests) > 1 and self.requests.requests[-1].time_s == 0:
             raise UsageError(
@@ -186,7 +186,7 @@ class Workload:
 
         Raises UsageError when nothing would end it, or when not one request falls into it.
         """
-        if num_requests is None and math.isinf(duration_s) and not isinstance(self.requests, Trace):
+        if num_requests is None and math.isinf(duration_s) and not isinstance(self.requests, RequestTrace):
             raise UsageError("Nothing ends this load.", hint="Give a duration or a number of requests.")
         if not duration_s > 0:
             raise UsageError(f"The load lasts {duration_s:g} s.", hint="It must be above 0.", param="duration")
@@ -194,7 +194,7 @@ class Workload:
             raise UsageError(f"{num_requests} requests.", hint=f"1 to {MAX_REQUESTS}.", param="requests")
         most = num_requests or MAX_REQUESTS + 1
         if isinstance(self.arrivals, ClosedLoop):
-            if num_requests is None and isinstance(self.requests, Mix):
+            if num_requests is None and isinstance(self.requests, RequestMix):
                 most = min(MAX_REQUESTS, max(_OPEN_ENDED, _OPEN_ENDED_EACH * self.arrivals.concurrency))
             chains = _users(self.arrivals, self._conversations(seed), most, seed)
         else:
@@ -214,7 +214,7 @@ class Workload:
                 if steady is not None:
                     return steady.start
                 return sum(phase.arrivals for phase in phases) / sum(phase.seconds for phase in phases)
-            case Replay(speedup), Trace() as trace:
+            case Replay(speedup), RequestTrace() as trace:
                 last_s = trace.requests[-1].time_s
                 return len(_by_conversation(trace)) / last_s * speedup if last_s else None
         return None
@@ -223,7 +223,7 @@ class Workload:
         match self.arrivals, self.requests:
             case OpenLoop() as arrivals, _:
                 times = arrivals.times(_stream(seed, "arrivals"))
-            case Replay(speedup), Trace() as trace:
+            case Replay(speedup), RequestTrace() as trace:
                 times = (group[0].time_s / speedup for group in _by_conversation(trace))
             case _:
                 raise AssertionError("checked in __post_init__, and in draw")
@@ -233,19 +233,21 @@ class Workload:
             yield time_s
 
     def _conversations(self, seed: int) -> Iterator[list[PlannedRequest]]:
-        if isinstance(self.requests, Mix):
+        if isinstance(self.requests, RequestMix):
             return _drawn(self.requests, seed)
         return _traced(self.requests)
 
     def as_dict(self) -> dict[str, Any]:
         """For files. A trace is named, not copied."""
         requests = (
-            mix_as_dict(self.requests) if isinstance(self.requests, Mix) else {"trace": dict(self.requests.source)}
+            mix_as_dict(self.requests)
+            if isinstance(self.requests, RequestMix)
+            else {"trace": dict(self.requests.source)}
         )
         return {"name": self.name, "arrivals": arrivals_as_dict(self.arrivals), "requests": requests}
 
     @classmethod
-    def from_dict(cls, values: Any, trace: Trace | None = None) -> Workload:
+    def from_dict(cls, values: Any, trace: RequestTrace | None = None) -> Workload:
         """The inverse of `as_dict`. trace: where one is named, it, read again. Raises UsageError."""
         try:
             _only(values, ("name", "arrivals", "requests"))
@@ -261,7 +263,7 @@ class Workload:
             raise UsageError(f"This is no workload: {str(problem)[:200]}.", param="workload") from None
 
 
-def _same_trace(source: Mapping[str, str], trace: Trace | None) -> Trace:
+def _same_trace(source: Mapping[str, str], trace: RequestTrace | None) -> RequestTrace:
     """The trace that was read, if it is the one that is meant."""
     if trace is None:
         raise UsageError(f"The workload is the trace {source['file']}.", hint="Name it with --trace.", param="trace")
@@ -274,7 +276,7 @@ def _same_trace(source: Mapping[str, str], trace: Trace | None) -> Trace:
     return trace
 
 
-def mix_as_dict(mix: Mix) -> dict[str, Any]:
+def mix_as_dict(mix: RequestMix) -> dict[str, Any]:
     made: dict[str, Any] = {"prompt": lengths_as_dict(mix.prompt), "output": lengths_as_dict(mix.output)}
     if mix.prefix is not None:
         made["prefix"] = {**asdict(mix.prefix), "tokens": lengths_as_dict(mix.prefix.tokens)}
@@ -283,7 +285,7 @@ def mix_as_dict(mix: Mix) -> dict[str, Any]:
     return made
 
 
-def mix_from_dict(values: Mapping[str, Any]) -> Mix:
+def mix_from_dict(values: Mapping[str, Any]) -> RequestMix:
     """The inverse. Raises UsageError, and KeyError, ValueError or TypeError for what is missing, unknown or wrong."""
     _only(values, ("prompt", "output", "prefix", "conversation"))
     prefix, conversation = values.get("prefix"), values.get("conversation")
@@ -293,7 +295,7 @@ def mix_from_dict(values: Mapping[str, Any]) -> Mix:
         turns = lengths_from_dict(conversation["turns"], param="turns")
         conversation = Conversation(**{**conversation, "turns": turns})
     prompt, output = (lengths_from_dict(values[name], param=name) for name in ("prompt", "output"))
-    return Mix(prompt, output, prefix, conversation)
+    return RequestMix(prompt, output, prefix, conversation)
 
 
 def _only(values: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -308,7 +310,7 @@ def _stream(seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed}/{purpose}")  # noqa: S311 (no secret)
 
 
-def _drawn(mix: Mix, seed: int) -> Iterator[list[PlannedRequest]]:
+def _drawn(mix: RequestMix, seed: int) -> Iterator[list[PlannedRequest]]:
     """Conversations without end, of one request each where the mix has none."""
     prompts, outputs, turns, thinking = (_stream(seed, name) for name in ("prompts", "outputs", "turns", "thinking"))
     prefixes = _prefixes(mix.prefix, seed) if mix.prefix is not None else None
@@ -334,7 +336,7 @@ def _prefixes(prefix: SharedPrefix, seed: int) -> Iterator[tuple[Segment, ...]]:
         yield (texts[chosen],) if has_one else ()
 
 
-def _traced(trace: Trace) -> Iterator[list[PlannedRequest]]:
+def _traced(trace: RequestTrace) -> Iterator[list[PlannedRequest]]:
     """Its conversations, in the order of their first requests. How long people thought between turns is in no trace."""
     first = 0
     for group in _by_conversation(trace):
@@ -342,7 +344,7 @@ def _traced(trace: Trace) -> Iterator[list[PlannedRequest]]:
         first += len(group)
 
 
-def _by_conversation(trace: Trace) -> list[list[TracedRequest]]:
+def _by_conversation(trace: RequestTrace) -> list[list[TracedRequest]]:
     groups: dict[Any, list[TracedRequest]] = {}
     for index, request in enumerate(trace.requests):
         groups.setdefault(index if request.conversation is None else request.conversation, []).append(request)

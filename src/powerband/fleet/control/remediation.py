@@ -18,7 +18,7 @@ from powerband.fleet.monitor.state import Observation, SLOTarget, read_host_load
 from powerband.fleet.service.spec import Release
 from powerband.fleet.service.store import ServiceStore
 from powerband.gateway.request import Finished
-from powerband.spec.plan import Banded
+from powerband.spec.plan import Prediction
 from powerband.spec.records import read_record
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Remediator:
 def slo_target(release: Release) -> SLOTarget:
     """From the release's plan, also if the trace that the plan was made from is not on this machine."""
     predicted = {
-        name: read_record(Banded, figure, f"plan: predicted: {name}")
+        name: read_record(Prediction, figure, f"plan: predicted: {name}")
         for name, figure in release.plan.get("predicted", {}).items()
     }
     return SLOTarget(slo=release.slo, rate=release.plan["promise"]["rate"], predicted=predicted)

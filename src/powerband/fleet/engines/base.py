@@ -12,12 +12,12 @@ from typing import ClassVar, Protocol
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.catalog import HERE, known_here, load_catalog
+from powerband.spec.catalog import LOCAL, load_catalog, local_profile
 from powerband.spec.deployment import EngineName, Quantization, Replica
-from powerband.spec.engines import ABILITIES
+from powerband.spec.engines import CAPABILITIES
 from powerband.spec.model import ModelSpec
 from powerband.spec.profile import DeviceProfile
-from powerband.spec.stored import Stored, read_for_planning
+from powerband.spec.stored import CheckpointPrecision, read_for_planning
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class ModelContext:
     engine: EngineName
 
     @cached_property
-    def _read(self) -> tuple[ModelSpec, Stored]:
+    def _read(self) -> tuple[ModelSpec, CheckpointPrecision]:
         return read_for_planning(_config_of(self.model))
 
     @property
@@ -70,15 +70,15 @@ class ModelContext:
         return self._read[0]
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> CheckpointPrecision:
         return self._read[1]
 
     @cached_property
     def profile(self) -> DeviceProfile:
         """Raises UsageError for an unknown device."""
-        here = known_here()
-        if here is not None and self.replica.device in (HERE, here.name):
-            return here
+        local = local_profile()
+        if local is not None and self.replica.device in (LOCAL, local.name):
+            return local
         return load_catalog().find(self.replica.device)
 
     @property
@@ -110,7 +110,7 @@ class ModelContext:
         desired = self.replica.quantization
         if desired == self.stored.quantization:
             return "none"
-        if desired == "none" or desired not in ABILITIES[self.engine].loads:
+        if desired == "none" or desired not in CAPABILITIES[self.engine].loads:
             raise self.unsupported("quantization", f"The checkpoint of {self.model} holds {self.stored.quantization}.")
         if self.stored.quantization != "none":
             raise self.unsupported("quantization", f"The checkpoint is quantized already: {self.stored.quantization}.")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from powerband.bench.server_metrics import figures
+from powerband.bench.server_metrics import known_metrics
 from powerband.metrics.exposition import label, samples
 from powerband.metrics.prometheus import RATIO_BUCKETS
 
@@ -36,7 +36,7 @@ def read_metrics(text: str) -> ReplicaMetrics:
             bound = float(label(labels, b"le") or "")
             if not math.isnan(bound):
                 residuals[bound] = residuals.get(bound, 0.0) + count
-    return ReplicaMetrics(values=figures(page), step_residuals=residuals if any(residuals.values()) else {})
+    return ReplicaMetrics(values=known_metrics(page), step_residuals=residuals if any(residuals.values()) else {})
 
 
 def steps_between(before: ReplicaMetrics, after: ReplicaMetrics) -> dict[float, float]:

@@ -16,7 +16,7 @@ from powerband.gateway.promise import verdict
 from powerband.gateway.request import Finished
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.spec.device import usable_memory
-from powerband.spec.plan import Banded, Plan
+from powerband.spec.plan import Plan, Prediction
 from powerband.spec.slo import SLO
 
 RECENT_S = 30.0
@@ -31,7 +31,7 @@ class SLOTarget:
 
     slo: SLO
     rate: float | None = None  # requests per second up to which the plan guarantees the SLO; None: there is no plan
-    predicted: Mapping[str, Banded] = field(default_factory=dict)  # as in a Plan
+    predicted: Mapping[str, Prediction] = field(default_factory=dict)  # as in a Plan
 
     @classmethod
     def from_plan(cls, plan: Plan) -> SLOTarget:

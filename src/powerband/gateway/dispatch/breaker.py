@@ -1,4 +1,4 @@
-"""What a replica's own failures say: the circuit breaker of one replica, and the budget of second attempts.
+"""Outlier ejection: the circuit breaker of one backend, which counts its failed requests; and the retry budget.
 
 closed ── failures in a row, or too large a share of them ──► open ── its time is over ──► half-open
    ▲                                                           ▲                              │ one request
@@ -10,63 +10,63 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.dispatch.options import DispatchOptions
 
 
-class Breaker:
-    """`is_closed`: nothing is held against the replica. `ejections`: times that it opened."""
+class CircuitBreaker:
+    """`is_closed`: requests go to the backend. `ejections`: times that it opened."""
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(self, options: DispatchOptions) -> None:
         self.is_closed = True
         self.ejections = 0
         self.open_until_s = 0.0
         self._options = options
-        self._in_a_row = 0
-        self._ended: deque[tuple[float, bool]] = deque()
-        self._failed = 0  # of those
-        self._doublings = 0
-        self._is_trying = False
+        self._num_failed_in_a_row = 0
+        self._results: deque[tuple[float, bool]] = deque()
+        self._num_failed = 0  # of those
+        self._backoff_exponent = 0
+        self._is_trial_running = False
 
     def allows(self, now_s: float) -> bool:
         """Half-open, it lets one request through."""
-        return self.is_closed or (now_s >= self.open_until_s and not self._is_trying)
+        return self.is_closed or (now_s >= self.open_until_s and not self._is_trial_running)
 
     def sent(self) -> bool:
-        """A request goes to the replica. Whether it is the one that tries it out."""
-        self._is_trying = not self.is_closed
-        return self._is_trying
+        """A request goes to the backend. Return whether it is the trial of a half-open breaker."""
+        self._is_trial_running = not self.is_closed
+        return self._is_trial_running
 
     def ended(self, now_s: float, is_ok: bool | None, *, is_trial: bool, may_open: bool) -> None:
-        """A request was answered, or failed through the replica's fault; None: neither, its client left.
+        """A request ended. is_ok: True: it was answered; False: the backend failed; None: neither (its client left).
 
-        may_open: there are enough others. What was sent before the breaker opened says nothing new.
+        may_open: there are enough other backends. What was sent before the breaker opened does not count.
         """
         if is_trial:
-            self._is_trying = False
+            self._is_trial_running = False
             if is_ok is not None and not self.is_closed:
                 self._close(now_s) if is_ok else self._open(now_s)
         elif self.is_closed and is_ok is not None:
-            self._in_a_row = 0 if is_ok else self._in_a_row + 1
+            self._num_failed_in_a_row = 0 if is_ok else self._num_failed_in_a_row + 1
             self._remember(now_s, is_ok)
             if not is_ok and may_open and self._is_at_fault():
                 self._open(now_s)
 
     def trip(self, now_s: float) -> None:
         """Open, whatever was counted."""
-        self._is_trying = False
+        self._is_trial_running = False
         self._open(now_s)
 
     def reset(self) -> None:
-        """The replica is another process now."""
-        self.is_closed, self._is_trying, self._doublings = True, False, 0
+        """The backend is another process now."""
+        self.is_closed, self._is_trial_running, self._backoff_exponent = True, False, 0
         self._forget()
 
     def _open(self, now_s: float) -> None:
         options = self._options
-        if self.ejections and now_s - self.open_until_s > options.longest_eject_s:
-            self._doublings = 0
-        self.open_until_s = now_s + min(options.eject_s * 2**self._doublings, options.longest_eject_s)
-        self._doublings = min(self._doublings + 1, 16)
+        if self.ejections and now_s - self.open_until_s > options.max_ejection_s:
+            self._backoff_exponent = 0
+        self.open_until_s = now_s + min(options.base_ejection_s * 2**self._backoff_exponent, options.max_ejection_s)
+        self._backoff_exponent = min(self._backoff_exponent + 1, 16)
         self.ejections += 1
         self.is_closed = False
         self._forget()
@@ -76,38 +76,40 @@ class Breaker:
         self.open_until_s = now_s
 
     def _forget(self) -> None:
-        self._ended.clear()
-        self._failed = self._in_a_row = 0
+        self._results.clear()
+        self._num_failed = self._num_failed_in_a_row = 0
 
     def _remember(self, now_s: float, is_ok: bool) -> None:
-        self._ended.append((now_s, is_ok))
-        self._failed += not is_ok
-        while self._ended and (self._ended[0][0] < now_s - self._options.eject_window_s or len(self._ended) > 100):
-            self._failed -= not self._ended.popleft()[1]
+        self._results.append((now_s, is_ok))
+        self._num_failed += not is_ok
+        while self._results and (
+            self._results[0][0] < now_s - self._options.eject_window_s or len(self._results) > 100
+        ):
+            self._num_failed -= not self._results.popleft()[1]
 
     def _is_at_fault(self) -> bool:
-        options, total = self._options, len(self._ended)
-        is_share = total >= options.eject_after_requests and self._failed >= options.eject_after_share * total
-        return self._in_a_row >= options.eject_after_failures or is_share
+        options, total = self._options, len(self._results)
+        is_share = total >= options.eject_min_requests and self._num_failed >= options.eject_error_ratio * total
+        return self._num_failed_in_a_row >= options.eject_after_failures or is_share
 
 
 class RetryBudget:
-    """Second attempts must not become the load: a share of what is live, and a few in any case, in each window."""
+    """Retries must not become the load: in each window a share of the live requests, and a few in any case."""
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(self, options: DispatchOptions) -> None:
         self.taken = 0  # since the start
         self._options = options
         self._times_s: deque[float] = deque()
 
     def is_unused(self, now_s: float) -> bool:
-        """Whether nothing was taken in the window before `now_s`."""
+        """Whether no retry was taken in the window before `now_s`."""
         return not self._times_s or self._times_s[-1] <= now_s - self._options.retry_window_s
 
     def take(self, now_s: float, live: int) -> bool:
         options, times_s = self._options, self._times_s
         while times_s and times_s[0] <= now_s - options.retry_window_s:
             times_s.popleft()
-        if len(times_s) >= max(options.fewest_retries, options.retry_share * live):
+        if len(times_s) >= max(options.min_retries, options.retry_budget_ratio * live):
             return False
         times_s.append(now_s)
         self.taken += 1
@@ -115,9 +117,9 @@ class RetryBudget:
 
 
 class RetryBudgets:
-    """A budget for each of several owners, so that nobody's failures use up another's second attempts."""
+    """A retry budget for each owner, so that the failures of one do not use up the retries of another."""
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(self, options: DispatchOptions) -> None:
         self.taken = 0  # since the start, by all
         self._options = options
         self._budgets: dict[Hashable, RetryBudget] = {}

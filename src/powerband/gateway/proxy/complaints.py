@@ -18,6 +18,7 @@ import msgspec
 from powerband.errors import PowerbandError
 from powerband.gateway.proxy.events import NO_JSON
 
+MAX_BYTES = 64 << 10
 MAX_MESSAGE = 500  # characters
 _MAX_CODE = 80
 _REQUEST_STATUSES = (400, 413, 422)
@@ -56,6 +57,8 @@ class RequestFault(PowerbandError):
 
 def read_complaint(body: bytes) -> Complaint:
     """From the body of an error. Empty when it is in none of the forms."""
+    if len(body) > MAX_BYTES:
+        return Complaint()
     try:
         return complaint_of(msgspec.json.decode(body))
     except NO_JSON:

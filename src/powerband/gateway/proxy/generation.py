@@ -23,17 +23,18 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_of
-from powerband.gateway.dispatch.prefix import keys_of
+from powerband.gateway.dispatch.prefix import prefix_keys
 from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.proxy.complaints import RequestFault
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.context_length import context_length
-from powerband.gateway.proxy.events import read_chunk
+from powerband.gateway.proxy.events import MAX_EVENT_BYTES
 from powerband.gateway.proxy.intake import COMPLETION_TOKENS, PATHS, Intake
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import CannotResume, Resumer
 from powerband.gateway.proxy.story import Story
 from powerband.gateway.proxy.trip import ReplicaError, Trip
+from powerband.gateway.proxy.whole_answer import MAX_ANSWER_BYTES, AnswerTooLarge, PiecesResponse, WholeAnswer
 from powerband.gateway.request import ANONYMOUS, Endpoint, Finished, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.metrics.record import Outcome, RequestRecord
@@ -43,20 +44,7 @@ from powerband.web.errors import error_body
 from powerband.web.line import ClientLine, line_of
 from powerband.web.streaming import STREAM_HEADERS, event
 
-MAX_ANSWER_BYTES = 64 << 20
-
-
-class AnswerTooLarge(PowerbandError):
-    """An answer may be right, but is larger than the gateway holds."""
-
-    http_status = 502
-    default_code = "answer_too_large"
-
-    def __init__(self) -> None:
-        super().__init__(
-            f"The answer is larger than {MAX_ANSWER_BYTES} bytes.",
-            hint="Ask for it as a stream, or for fewer choices, tokens or log-probabilities.",
-        )
+_WITHOUT_STREAM = "Ask for it without stream, or for fewer log-probabilities."
 
 
 class GenerationRoutes:
@@ -88,7 +76,7 @@ class GenerationRoutes:
         )
         told.output_tokens = served.estimates.likely(told.output_tokens, told.answers)
         told.trace = self._gateway.trace(request.headers)
-        told.prefix_keys = keys_of(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
+        told.prefix_keys = prefix_keys(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
         return Generation(self._gateway, self._books, served, intake, told, key)
 
 
@@ -150,41 +138,42 @@ class Generation(Response):
         while True:
             replica, exchange = await trip.go(self._first_plan, timeouts)
             try:
-                body = self._read_whole(await self._body(exchange), replica)
+                pieces = self._read_whole(await self._collect(exchange), replica)
                 break
             except UpstreamFailure as problem:
                 await trip.failed(problem)
         self._settle_status(200)
         trip.close("ok", self._story.num_tokens)
-        await Response(body, 200, media_type="application/json")(scope, receive, send)
+        await PiecesResponse(pieces)(scope, receive, send)
 
-    async def _body(self, exchange: Exchange) -> bytes:
+    async def _collect(self, exchange: Exchange) -> WholeAnswer:
         """Raises UpstreamFailure, and AnswerTooLarge for what may be right: another replica would say as much."""
-        max_bytes = min(MAX_ANSWER_BYTES, self._intake.max_answer_bytes)
-        try:
-            return await exchange.read_all(max_bytes)
-        except UpstreamFailure as problem:
-            if problem.code != "too_large":
-                raise
-            if max_bytes < MAX_ANSWER_BYTES:
-                raise UpstreamFailure("garbage", f"{problem} No right answer to this request is.") from None
-            self._trip.close("ok")
-            raise AnswerTooLarge from None
+        answer, max_bytes = WholeAnswer(), self._intake.max_answer_bytes
+        while piece := await exchange.read():
+            answer.add(piece)
+            if answer.size > max_bytes:
+                problem = f"The replica's answer is larger than {max_bytes} bytes. No right answer to this request is."
+                raise UpstreamFailure("garbage", problem)
+            if answer.size > MAX_ANSWER_BYTES:
+                exchange.close()
+                self._trip.close("ok")
+                raise AnswerTooLarge
+        return answer
 
-    def _read_whole(self, body: bytes, replica: ReplicaAddress) -> bytes:
-        """Counted, and under the name that is served here. Raises UpstreamFailure for what is no answer."""
-        chunk, story = read_chunk(body), self._story
+    def _read_whole(self, answer: WholeAnswer, replica: ReplicaAddress) -> list[bytes]:
+        """Counted, and under the name that is served. Raises UpstreamFailure for what is no answer."""
+        chunk, story = answer.read(), self._story
         story.begin(replica)
-        if chunk.error:
+        if chunk.has_error:
             raise story.as_failure(chunk.error)
         if not chunk.choices:
             raise UpstreamFailure("garbage", "The replica sent an answer without choices.")
-        story.take_whole(chunk, replica)
+        story.take_whole(chunk, replica, size=answer.size if answer.is_large else 0)
         story.finish_reason = chunk.choices[0].finish_reason or ""
         if story.num_tokens:
             story.times_s.append(time.monotonic())
             story.counts.append(story.num_tokens)
-        return story.whole(body, chunk)
+        return story.whole(answer, chunk)
 
     async def _first_plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
         return PATHS[self._request.endpoint], self._intake.body_for(replica, self._request.tenant)
@@ -244,11 +233,21 @@ class Generation(Response):
 
     async def _relay_exchange(self, exchange: Exchange, send: Send) -> None:
         """Pass on events until the last. Raises UpstreamFailure when it does not come."""
-        relay = Relay(self._trip, self._story, exchange, self._count_tokens)
-        if not self._trip.has_begun:
-            await self._send(send, await relay.read_opening())
-        if self._line is not None:
-            await relay.pass_on(self._line)
+        max_bytes = min(MAX_EVENT_BYTES, self._intake.max_answer_bytes)
+        relay = Relay(self._trip, self._story, exchange, self._count_tokens, max_bytes)
+        try:
+            if not self._trip.has_begun:
+                await self._send(send, await relay.read_opening())
+            if self._line is not None:
+                await relay.pass_on(self._line)
+        except UpstreamFailure as problem:
+            if problem.code != "too_large":
+                raise
+            if max_bytes < MAX_EVENT_BYTES:
+                raise UpstreamFailure("garbage", f"{problem} No right answer to this request has such.") from None
+            exchange.close()
+            self._trip.close("ok")
+            raise AnswerTooLarge("event of the answer", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
 
     def _count_tokens(self, tokens: int) -> None:
         reservation = self._reservation
@@ -355,7 +354,10 @@ class Generation(Response):
             return (0, 0, 0), False
         output = 0
         if not intake.is_stream:
-            output = self._served.estimates.of_whole(now_s - trip.sent_s, intake.num_answers, intake.asked.limit)
+            limit = intake.limit
+            if limit is None and intake.endpoint == "completions":
+                limit = COMPLETION_TOKENS
+            output = self._served.estimates.of_whole(now_s - trip.sent_s, intake.num_answers, limit)
         return (self._request.prompt_tokens, 0, output), True
 
 

@@ -30,6 +30,9 @@ COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit:
 # character takes six bytes; with log-probabilities it stands there with twenty others.
 _TOKEN_BYTES = 1024
 _TOKEN_BYTES_WITH_LOGPROBS = 64 << 10
+MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no model has a longer context
+_SLACK_PROMPT_TOKENS = 1 << 16
+_PROMPT_BYTES = 32  # of an answer, for each of the prompt: its ids, and itself
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 # Engines that say the ids of what they stream, so that another replica can go on.
 _TELL_IDS = frozenset(("powerband", "vllm"))
@@ -107,6 +110,10 @@ class Intake:
         self.max_prompt_tokens = self.prompt_tokens if is_exact else max(size, self.prompt_tokens)
         if "tools" in self._fields:
             self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
+        # Of its usage, at most, as far as can be told here: templates add text, pictures are fetched by the replica.
+        self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_answers
+        if b"_url" in self.prompt:
+            self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
         self.cap: int | None = None  # on the output of a request that names no limit, see `limit`
 
     def _prompt(self) -> bytes:
@@ -151,9 +158,10 @@ class Intake:
         limit = self.asked.limit
         if limit is None:
             return 1 << 62
-        shown = any(name in self._fields for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
-        num_tokens = (len(self.prompt) + limit) * self.num_choices
-        return (1 << 20) + num_tokens * (_TOKEN_BYTES_WITH_LOGPROBS if shown else _TOKEN_BYTES)
+        has_logprobs = any(name in self._fields for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
+        token_bytes = _TOKEN_BYTES_WITH_LOGPROBS if has_logprobs else _TOKEN_BYTES
+        of_prompt = len(self.prompt) * (_TOKEN_BYTES_WITH_LOGPROBS if has_logprobs else _PROMPT_BYTES)
+        return (1 << 20) + (limit * token_bytes + of_prompt) * self.num_choices
 
     @property
     def wants_usage(self) -> bool:

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Raw
 
 from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.events import TokenIds, has_ids
 from powerband.gateway.proxy.intake import PATHS, Intake
 from powerband.gateway.proxy.story import Story
 from powerband.gateway.proxy.upstream import Upstream
@@ -47,6 +48,7 @@ _STATEFUL = frozenset(
         *("thinking_token_budget", "vllm_xargs"),
     )
 )
+_IDS = msgspec.json.Decoder(TokenIds)
 _CONTEXT = 16  # tokens of the prompt that are decoded with the output, since the first token's text depends on them
 
 
@@ -87,16 +89,22 @@ class Resumer:
         story, intake = self._story, self._intake
         fields = dict(msgspec.json.decode(intake.body_for(replica, self._tenant), type=dict[str, Raw]))
         is_chat = intake.endpoint == "chat"
-        if not story.prompt_ids or story.is_parsed or (is_chat and intake.asked.logprobs) or _looks_back(fields):
+        if (
+            not has_ids(story.prompt_ids)
+            or story.is_parsed
+            or (is_chat and intake.asked.logprobs)
+            or _looks_back(fields)
+        ):
             raise CannotResume
-        kept, skipped = await self._kept(replica)
+        prompt_ids = _decoded(story.prompt_ids)
+        kept, skipped = await self._kept(replica, prompt_ids)
         if story.wants_silence and (skipped or len(kept) < len(story.token_ids)):
             raise CannotResume  # the client has the ids already
         limit = intake.limit
         if limit is None and is_chat:
-            limit = await self._room(replica) - len(story.prompt_ids)
+            limit = await self._room(replica) - len(prompt_ids)
         limit = 16 if limit is None else limit  # vLLM's default, and OpenAI's
-        told: dict[str, Any] = {"prompt": [*story.prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
+        told: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
         if _value(fields, "min_tokens"):
             told["min_tokens"] = max(0, msgspec.json.decode(fields["min_tokens"], type=int) - len(kept))
         dropped = _ONLY_CHAT if is_chat else {"echo", "truncate_prompt_tokens", "add_special_tokens"}
@@ -106,11 +114,11 @@ class Resumer:
         story.resume(kept=len(kept), skipped=skipped, is_other_kind=is_chat, counts_as_prompt=True)
         return msgspec.json.encode({**passed, **told})
 
-    async def _kept(self, replica: ReplicaAddress) -> tuple[Sequence[int], str]:
+    async def _kept(self, replica: ReplicaAddress, prompt_ids: Sequence[int]) -> tuple[Sequence[int], str]:
         """The most of the output's ids whose text the client has, and what it has beyond that: the beginning of the
         next token, which ends in half a letter, or of what a stop string held back. Its tokenizer is asked."""
         ids, text = self._story.token_ids, "".join(self._story.texts)
-        context = self._story.prompt_ids[-_CONTEXT:]
+        context = prompt_ids[-_CONTEXT:]
         before = await self._text(replica, context)
         for dropped in range(min(len(ids), _CONTEXT) + 1):
             kept = ids[: len(ids) - dropped]
@@ -149,6 +157,13 @@ class Resumer:
         except (OSError, msgspec.MsgspecError) as problem:
             raise UpstreamFailure("resume", f"{path} of a replica failed: {problem}.") from None
         return found
+
+
+def _decoded(ids: Raw) -> list[int]:
+    try:
+        return _IDS.decode(ids)
+    except msgspec.MsgspecError as problem:
+        raise CannotResume from problem
 
 
 def _looks_back(fields: Mapping[str, Raw]) -> bool:

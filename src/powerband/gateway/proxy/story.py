@@ -7,23 +7,34 @@ name that is served. After another replica has taken over, the answer's id and a
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from msgspec import Raw
 
-from powerband.gateway.proxy.complaints import RequestFault, complaint_of, under_served_name
+from powerband.gateway.proxy.complaints import RequestFault, read_complaint, under_served_name
 from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.estimates import Estimates, TextCount, call_text
-from powerband.gateway.proxy.events import CHOICES, FIELDS, Choice, Chunk, Delta, Usage, read_chunk
-from powerband.gateway.proxy.intake import Intake
+from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, Estimates, TextCount, call_text
+from powerband.gateway.proxy.events import (
+    CHOICES,
+    FIELDS,
+    NO_IDS,
+    Choice,
+    Chunk,
+    Delta,
+    Usage,
+    count_ids,
+    has_ids,
+    read_chunk,
+)
+from powerband.gateway.proxy.intake import MAX_TOKENS, Intake
+from powerband.gateway.proxy.whole_answer import WholeAnswer
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.streaming import DONE, event
 
 # What stays the same through a stream, beside the model.
 _LASTING = ("id", "created", "system_fingerprint")
 _ENCODE = msgspec.json.Encoder().encode
-MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no model has a longer context
 # How engines end an answer that they gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
 _GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
@@ -66,7 +77,7 @@ class Story:
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
         self.num_said = 0
-        self.prompt_ids: list[int] = []
+        self.prompt_ids = NO_IDS
         self.has_gap = False
         self.is_parsed = False
         self.texts: list[str] = []
@@ -75,7 +86,7 @@ class Story:
         self._finished: set[int] = set()
         self.usage: Usage | None = None
         self.times_s = array("d")
-        self.counts = array("i")
+        self.counts = array("q")
         self.num_tokens = 0
         self._min_tokens = 0  # that there are at least: ids, and one for each text without any
 
@@ -104,10 +115,17 @@ class Story:
         self._usage_of = {} if tells_usage else None
         self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._intake.can_resume)
 
-    def take_whole(self, chunk: Chunk, replica: ReplicaAddress) -> None:
-        """An answer that came at once. Raises UpstreamFailure."""
+    def take_whole(self, chunk: Chunk, replica: ReplicaAddress, *, size: int = 0) -> None:
+        """An answer that came at once. Raises UpstreamFailure.
+
+        size: of one of which `chunk` is the surface, in bytes: its text is not kept, and its tokens are guessed.
+        """
         self.begin(replica)
+        self._check_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
+        if size:
+            self.texts = [f"[an answer of {size} bytes]"]
+            self.num_tokens = min(size // ASCII_PER_TOKEN, self._max_output)
         self._take_usage(chunk, self.num_tokens)
         _, _, self.num_tokens = self.final_usage()
 
@@ -132,8 +150,9 @@ class Story:
     def tell(self, data: bytes, now_s: float) -> bytes:
         """What the client reads of an event's data, whole events. Raises UpstreamFailure and RequestFault."""
         chunk = read_chunk(data)
-        if chunk.error:
+        if chunk.has_error:
             raise self.as_failure(chunk.error)
+        self._check_choices(chunk)
         if not chunk.choices:
             self._take_usage(chunk, 0)
             return self._told(data, chunk) if chunk.usage is not None and self._wants_usage else b""
@@ -142,13 +161,19 @@ class Story:
             tokens += self._count(choice)
             is_silent = is_silent and self._is_silent(choice)
         self._take_usage(chunk, tokens)
-        if chunk.prompt_token_ids and not self._before:
+        if has_ids(chunk.prompt_token_ids) and not self._before:
             self.prompt_ids = chunk.prompt_token_ids
         if tokens:
             self.times_s.append(now_s)
             self.counts.append(tokens)
             self.num_tokens += tokens
         return b"" if is_silent else self._told(data, chunk)
+
+    def _check_choices(self, chunk: Chunk) -> None:
+        """Raise UpstreamFailure for more choices than were asked for."""
+        if len(chunk.choices or ()) > self._intake.num_choices:
+            told = f"The replica sent {len(chunk.choices or ())} choices at once"
+            raise UpstreamFailure("garbage", f"{told}; {self._intake.num_choices} were asked for.")
 
     def _count(self, choice: Choice) -> int:
         """Tokens that it adds. Raises UpstreamFailure for a choice that nobody asked for."""
@@ -160,18 +185,19 @@ class Story:
         if self._skipped:
             text = choice.text = self._after_skipped(text or "", is_last=bool(choice.finish_reason))
         if delta is not None:
-            text = delta.content
-            if delta.reasoning_content or delta.reasoning or delta.tool_calls or not isinstance(text, str | None):
+            if delta.is_parsed:
                 text, self.is_parsed = _parsed_text(delta), True
+            else:
+                text = cast(str | None, delta.content)
         if choice.finish_reason:
             self._finished.add(index)
             self._open.discard(index)
             self.finish_reason = choice.finish_reason
         elif index not in self._finished:
             self._open.add(index)
-        if choice.prompt_token_ids and not self._before:
+        if has_ids(choice.prompt_token_ids) and not self._before:
             self.prompt_ids = choice.prompt_token_ids
-            self._prompt_sizes[index // (self._intake.asked.n or 1)] = len(choice.prompt_token_ids)
+            self._prompt_sizes[index // (self._intake.asked.n or 1)] = count_ids(choice.prompt_token_ids)
         if text and self.keeps_text:
             self.texts.append(text)
         if choice.token_ids:
@@ -216,7 +242,7 @@ class Story:
             return False
         if delta is None:
             return choice.token_ids is not None and not self.wants_silence
-        if delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
+        if delta.content or delta.is_parsed:
             return False
         if delta.role is not None:
             is_told, self.is_open = self.is_open and self.is_resumed, True
@@ -257,12 +283,12 @@ class Story:
         """Whether it has what only the gateway asked for, or an empty finish_reason where null is meant."""
         if chunk.usage is not None and not tells_usage:
             return True
-        if chunk.prompt_token_ids is not None and not self._wants_ids:
+        if has_ids(chunk.prompt_token_ids) and not self._wants_ids:
             return True
         for choice in chunk.choices or ():
             if choice.finish_reason == "":
                 return True
-            if not self._wants_ids and (choice.token_ids is not None or choice.prompt_token_ids is not None):
+            if not self._wants_ids and (choice.token_ids is not None or has_ids(choice.prompt_token_ids)):
                 return True
         return False
 
@@ -286,30 +312,42 @@ class Story:
         }
         return {**FIELDS.decode(data), **counted}
 
-    def as_failure(self, error: Any) -> Exception:
-        """An error in a stream: the replica's own, which another may be free of, or the request's."""
-        complaint = under_served_name(complaint_of(error), self._inner_model, self._model)
+    def as_failure(self, error: Raw) -> Exception:
+        """An error in an answer: the replica's own, which another may be free of, or the request's."""
+        complaint = under_served_name(read_complaint(bytes(error)), self._inner_model, self._model)
         if complaint.is_about_request:
             return RequestFault(complaint)
         return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")
 
-    def whole(self, body: bytes, chunk: Chunk) -> bytes:
+    def whole(self, answer: WholeAnswer, chunk: Chunk) -> list[bytes]:
         """A whole answer under the name that is served."""
-        if chunk.model == self._model:
-            return body
-        return _ENCODE({**FIELDS.decode(body), "model": self._served_model})
+        return answer.pieces() if chunk.model == self._model else answer.renamed(self._model)
 
     def final_usage(self) -> tuple[int, int, int]:
-        """Prompt, cached and output tokens: as replicas said; else as far as they were seen, see `is_estimate`."""
-        usage, seen_ids = self.usage, len(self.token_ids)
+        """Prompt, cached and output tokens: as replicas said; else as far as they were seen, see `is_estimate`.
+
+        Never more than the request can have: its client pays for them.
+        """
+        usage = self.usage
         cached = 0 if usage is None else usage.cached_tokens
-        return self._prompt_size() or self._intake.prompt_tokens, cached, max(self._output_size(), seen_ids)
+        prompt = min(self._prompt_size() or self._intake.prompt_tokens, self._intake.max_prompt_usage)
+        return prompt, min(cached, prompt), min(self._said_output, self._max_output)
+
+    @property
+    def _said_output(self) -> int:
+        return max(self._output_size(), len(self.token_ids))
+
+    @property
+    def _max_output(self) -> int:
+        limit = self._intake.limit
+        return (MAX_TOKENS if limit is None else limit) * self._intake.num_answers
 
     @property
     def is_estimate(self) -> bool:
         """Whether `final_usage` has sizes that no replica counted."""
         is_counted = self._since_usage == 0 or not self.has_gap
-        return not self._prompt_size() or not is_counted
+        is_possible = self._prompt_size() <= self._intake.max_prompt_usage and self._said_output <= self._max_output
+        return not self._prompt_size() or not is_counted or not is_possible
 
     @property
     def counted_prompt(self) -> int:
@@ -329,14 +367,19 @@ class Story:
             return sum(self._prompt_sizes.values())
         if usage is not None and usage.prompt_tokens and not (self._usage_of and prompts > 1):
             return max(0, usage.prompt_tokens - self._before)
-        return len(self.prompt_ids) if prompts == 1 else 0
+        return count_ids(self.prompt_ids) if prompts == 1 else 0
 
     def finish(self) -> bytes:
         """The event that says how the answer ended, when that is all that was lost of it."""
-        self._finished.add(0)
-        self.finish_reason = "length" if self._has_all else "stop"
+        return self.cut("length" if self._has_all else "stop")
+
+    def cut(self, reason: str) -> bytes:
+        """The event that ends all choices which have not ended."""
+        self.finish_reason = reason
         said: dict[str, Any] = {"delta": {}} if self._intake.endpoint == "chat" else {"text": ""}
-        return self._made([{"index": 0, **said, "logprobs": None, "finish_reason": self.finish_reason}])
+        left = [index for index in range(self._intake.num_choices) if index not in self._finished]
+        self._finished.update(left)
+        return self._made([{"index": index, **said, "logprobs": None, "finish_reason": reason} for index in left])
 
     @property
     def _has_all(self) -> bool:
@@ -358,4 +401,5 @@ class Story:
 def _parsed_text(delta: Delta) -> str:
     """What a delta says, thoughts and calls of tools among it; not empty."""
     said = [delta.content, delta.reasoning_content, delta.reasoning]
-    return "".join(one for one in said if isinstance(one, str)) + call_text(delta.tool_calls) or "..."
+    calls = call_text(delta.tool_calls) if delta.has_calls else ""
+    return "".join(one for one in said if isinstance(one, str)) + calls or "..."

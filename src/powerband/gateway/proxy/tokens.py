@@ -20,12 +20,16 @@ from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.proxy.complaints import RequestFault, read_complaint, under_served_name
 from powerband.gateway.proxy.events import NO_JSON
 from powerband.gateway.proxy.intake import BYTES_PER_TOKEN, PATHS, named
+from powerband.gateway.proxy.whole_answer import MAX_ANSWER_BYTES, AnswerTooLarge, PiecesResponse, WholeAnswer
 from powerband.gateway.request import ANONYMOUS, Finished, GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.timeouts import Timeouts
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError
 
 _ASK_S = 30.0
+_SLACK_TOKENS = 4096  # that a chat template adds
 _MISSING_STATUSES = (404, 405, 410, 501)
 _REQUEST_STATUSES = (400, 413, 422)  # all others say something of the replica, or of the gateway's key for it
 
@@ -90,12 +94,14 @@ class TokenRoutes:
             raise
         tokens = told.prompt_tokens
         if told.endpoint == "tokenize":
-            tokens = _count(answer) or tokens
+            tokens = min(_count(answer.surface()), len(data) + _SLACK_TOKENS) or tokens
         reservation.settle(tokens, 0, 0.0)
         self._note(told, tokens, 200, "", replica)
-        return Response(answer, 200, media_type="application/json")
+        return PiecesResponse(answer.pieces())
 
-    async def _ask(self, told: GatewayRequest, served: Served, data: bytes, name: str | None) -> tuple[bytes, str]:
+    async def _ask(
+        self, told: GatewayRequest, served: Served, data: bytes, name: str | None
+    ) -> tuple[WholeAnswer, str]:
         """Any replica that is ready; the next one when it does not answer, or not to the question.
 
         Raises RequestFault for what a replica says against the request, and HttpError when none answers.
@@ -106,17 +112,32 @@ class TokenRoutes:
         for replica in replicas:
             body = data if name == replica.model else named(data, replica.model)
             try:
-                status, answer = await self._gateway.upstream.ask(replica, "POST", PATHS[told.endpoint], body, _ASK_S)
+                status, answer = await self._call(replica, PATHS[told.endpoint], body)
+                said = answer.surface()
             except OSError:
                 continue
-            if status == 200 and _is_object(answer):
+            if status == 200 and _is_object(said):
                 return answer, replica.id
             lacking += status in _MISSING_STATUSES
             if status in _REQUEST_STATUSES:
-                raise RequestFault(under_served_name(read_complaint(answer), replica.model, told.model), status)
+                raise RequestFault(under_served_name(read_complaint(said), replica.model, told.model), status)
         if replicas and lacking == len(replicas):
             raise HttpError(404, "not_found", f"The model's engine has no {PATHS[told.endpoint]}.")
         raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[told.endpoint]}.")
+
+    async def _call(self, replica: ReplicaAddress, path: str, body: bytes) -> tuple[int, WholeAnswer]:
+        """Raises OSError, and AnswerTooLarge for what may be right: another replica would say as much."""
+        timeouts = Timeouts(connect_s=_ASK_S, first_byte_s=_ASK_S, between_s=_ASK_S, whole_s=_ASK_S)
+        exchange = await self._gateway.upstream.open(replica, path, body, timeouts)
+        try:
+            answer = WholeAnswer(depth=1)
+            while piece := await exchange.read():
+                answer.add(piece)
+                if answer.size > MAX_ANSWER_BYTES:
+                    raise AnswerTooLarge(hint="Send less text at a time.")
+            return exchange.status, answer
+        finally:
+            self._gateway.upstream.end(exchange)
 
     def _note(self, told: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
         """For usage alone: it has none of the times that metrics and the watcher judge by."""

@@ -11,8 +11,10 @@ from functools import partial
 from typing import Literal, NoReturn
 
 from powerband.errors import PowerbandError
-from powerband.gateway.dispatch.pool import NO_REPLICA_RETRY_S, Lease, NoReplica, Pool
-from powerband.gateway.proxy.complaints import RequestFault, phrase, read_complaint, under_served_name
+from powerband.gateway.dispatch.dispatcher import NO_REPLICA_RETRY_S
+from powerband.gateway.dispatch.errors import NoReplicaAvailable
+from powerband.gateway.dispatch.pool import Lease, Pool
+from powerband.gateway.proxy.complaints import MAX_BYTES, RequestFault, phrase, read_complaint, under_served_name
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
 from powerband.gateway.proxy.intake import PATHS
 from powerband.gateway.proxy.retry_after import retry_after_s
@@ -26,7 +28,6 @@ from powerband.web.errors import HttpError
 logger = logging.getLogger(__name__)
 
 MAX_REFUSALS = 8
-MAX_ERROR_BYTES = 64 << 10
 _ERROR_BODY_S = 5.0
 _SHORTEST_PAUSE_S = 0.02
 _VERDICT_S = 2.0  # by when probes have found out that a replica is dead
@@ -111,7 +112,7 @@ class Trip:
         status, body = exchange.status, b""
         with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
             async with asyncio.timeout(_ERROR_BODY_S):
-                body = await exchange.read_all(MAX_ERROR_BYTES)
+                body = await exchange.read_all(MAX_BYTES)
         complaint = under_served_name(read_complaint(body), replica.model, self.request.model)
         shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
         code = complaint.code or f"http_{status}"
@@ -160,7 +161,7 @@ class Trip:
             self._check_absence(problem)
             return
         if self._is_poison(lease, problem):
-            raise _poison(problem, are_well=self._pool.are_well(id for id, _ in self.broken))
+            raise _poison(problem, are_well=self._pool.are_healthy(id for id, _ in self.broken))
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
@@ -180,7 +181,7 @@ class Trip:
         now_s = time.monotonic()
         if self._absent_since_s is None:
             self._absent_since_s = now_s
-        if now_s - self._absent_since_s > self._pool.options.longest_wait_s:
+        if now_s - self._absent_since_s > self._pool.options.max_queue_wait_s:
             raise self._error(problem)
 
     async def _may_retry(self, lease: Lease) -> bool:
@@ -209,10 +210,15 @@ class Trip:
             error.retry_after_s = max(1.0, self._retry_after_s)
             return error
         if problem.is_absence:
-            return NoReplica(shown, retry_after_s=NO_REPLICA_RETRY_S)
+            return NoReplicaAvailable(shown, retry_after_s=NO_REPLICA_RETRY_S)
         if problem.code == "timeout":
             return HttpError(504, "upstream_timeout", shown)
         return ReplicaError(shown)
+
+    def warn(self, what: str) -> None:
+        """Log what is wrong with the replica of this try, not too often."""
+        if self._lease is not None:
+            self._log(self._lease.replica, what)
 
     def progress(self) -> None:
         if self._lease is not None:

@@ -14,7 +14,7 @@ from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.timeouts import Timeouts
 from powerband.web.authority import split_authority
 
-MAX_PAGE_BYTES = 16 << 20
+MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
 MAX_IDLE = 128  # connections to one replica that are kept for later
 IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
 _LAST_WORDS_S = 1.0

@@ -9,7 +9,7 @@ One replica that fails may be broken. Two that fail with the same request in the
 
 from __future__ import annotations
 
-from powerband.gateway.dispatch.lease import Lease
+from powerband.gateway.dispatch.pool import Lease
 
 # What a connection's end or a dead engine is called, and what can strike any request. All other codes are a replica's
 # own words about this one.
@@ -30,7 +30,7 @@ class Verdict:
             lease.close("failed")
             return False
         lease.close("suspected")
-        is_poison = any(code == other and lease.member is not one.member for one, other in self._suspected)
+        is_poison = any(code == other and lease.replica.id != one.replica.id for one, other in self._suspected)
         self._suspected.append((lease, code))
         if is_poison:
             self._suspected.clear()
