@@ -29,20 +29,20 @@ from typing import Any
 from benchmarks.cpu.checkpoint import write_tokenizer
 from benchmarks.cpu.shapes import QWEN3_06B
 
-from powerband.cli.served import CalibrationServer, calibration_server
+from powerband.calibration.server import CalibrationServer, calibration_server
 from powerband.cost.latency import LatencyModel
 from powerband.cost.memory import plan_memory
 from powerband.metrics.record import Outcome, RequestRecord, percentile
-from powerband.planner.simulation_inputs import SimulationInputs
-from powerband.spec.arrivals import ClosedLoop, OpenLoop
-from powerband.spec.catalog import read_profile
+from powerband.planner.simulation.inputs import SimulationInputs
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.device import detect_cpu
-from powerband.spec.lengths import Fixed, Uniform
-from powerband.spec.presets import preset
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import read_profile
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
-from powerband.spec.workload import RequestMix, Schedule, SharedPrefix, Workload
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.lengths import Fixed, Uniform
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import RequestMix, Schedule, SharedPrefix, Workload
 
 RESULT = Path(__file__).parent / "results" / "accuracy-own.json"
 SHARES = (0.3, 0.6, 0.9)  # of the capacity

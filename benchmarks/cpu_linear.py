@@ -26,8 +26,8 @@ from powerband.engine.kernels.cpu import library
 from powerband.engine.layers.packed import PackedBf16
 from powerband.engine.layers.quantized import quantize_int4, quantize_int8
 from powerband.engine.layers.quantized_linear import QuantizedLinear
-from powerband.spec.device import detect_cpu
-from powerband.spec.quantization import DEFAULT_GROUP
+from powerband.spec.checkpoint.quantization import DEFAULT_GROUP
+from powerband.spec.hardware.device import detect_cpu
 
 SHAPES = "1024x4096,2048x1024,1024x6144,3072x1024,1024x151936"  # inputs x outputs: Qwen3-0.6B's projections and head
 ROWS = "1,4,8,16,32,64,128,512"

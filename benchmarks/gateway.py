@@ -33,15 +33,15 @@ from typing import Any
 import msgspec
 from gateway_peers import MODEL, Proxy, proxy, versions
 
+from powerband.bench.client.messages import Sample, ServerAddress
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
-from powerband.bench.messages import Sample, ServerAddress
-from powerband.bench.script import Behavior
-from powerband.bench.scripted_process import scripted_process
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import Arrivals, ClosedLoop, OpenLoop
-from powerband.spec.device import detect_cpu
-from powerband.spec.lengths import Fixed
-from powerband.spec.workload import RequestMix, Workload
+from powerband.mock_server.behavior import Behavior
+from powerband.mock_server.process import mock_server_process
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.workload.arrivals import Arrivals, ClosedLoop, OpenLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Workload
 
 RESULTS = Path(__file__).parent / "results" / "gateway.json"
 PERCENTILES = (50, 95, 99)
@@ -115,7 +115,7 @@ async def load(
 
 async def with_replicas(script: Behavior, act: Callable[[list[str]], Any]) -> Any:
     async with AsyncExitStack() as stack:
-        started = [await stack.enter_async_context(scripted_process(script)) for _ in range(CLIENTS)]
+        started = [await stack.enter_async_context(mock_server_process(script)) for _ in range(CLIENTS)]
         return await act([one.target.base for one in started])
 
 

@@ -28,15 +28,15 @@ from powerband.cost.replica_memory import plan_replica
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.search import search
 from powerband.planner.simulator import Simulation, simulate
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.catalog import load_catalog
+from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.model import ModelSpec
-from powerband.spec.presets import preset
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.slo import SLO
-from powerband.spec.stored import CheckpointPrecision
-from powerband.spec.workload import Schedule, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import Schedule, Workload
 
 SEED, REQUESTS = 0, 1000
 DEVICES, RATE = ("L4", "A10G", "L40S", "A100-80G", "H100", "H200"), 8.0

@@ -18,7 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
-from powerband.gateway.dispatch.options import ROUTINGS, Routing
+from powerband.dispatch.options import ROUTINGS, Routing
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.accuracy import capacity, closed_loop, open_loop, operators, requests, saturation, tables
 
 from powerband import __version__
-from powerband.cost.fit import FitErrors
+from powerband.calibration.curve_fit import FitErrors
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "accuracy.json"
 

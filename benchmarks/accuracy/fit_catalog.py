@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import yaml
 from benchmarks.accuracy import fits, tables
 
-from powerband.cost.fit import FitErrors
-from powerband.spec.profile import AttentionModel, DeviceProfile, ElementwiseModel, Evidence, LinkModel
-from powerband.spec.records import as_record
+from powerband.calibration.curve_fit import FitErrors
+from powerband.spec.hardware.profile import AttentionModel, DeviceProfile, ElementwiseModel, Evidence, LinkModel
+from powerband.spec.yaml_codec import as_record
 
 CATALOG = Path(__file__).resolve().parents[2] / "src" / "powerband" / "spec" / "devices"
-MARK = "# Laws: written by benchmarks/accuracy/fit_catalog.py; what they mean: cost/laws.py.\n"
+MARK = "# Laws: written by benchmarks/accuracy/fit_catalog.py; what they mean: cost/operator_models.py.\n"
 _AIC = "AIConfigurator tables"
 # Between two kernels of a CUDA graph, 1 to 1.5 us; tables of whole layers have kernels only.
 _GAP_S = 1.2e-6

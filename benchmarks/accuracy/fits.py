@@ -9,9 +9,16 @@ from typing import TypeVar
 
 from benchmarks.accuracy import tables
 
-from powerband.cost import laws
-from powerband.cost.fit import Bounds, FitResult, fit, spread
-from powerband.spec.profile import AttentionModel, DeviceProfile, ElementwiseModel, Evidence, GemmModel, LinkModel
+from powerband.calibration.curve_fit import Bounds, FitResult, fit, spread
+from powerband.cost import operator_models as laws
+from powerband.spec.hardware.profile import (
+    AttentionModel,
+    DeviceProfile,
+    ElementwiseModel,
+    Evidence,
+    GemmModel,
+    LinkModel,
+)
 
 Model = TypeVar("Model")
 Point = TypeVar("Point")

@@ -17,9 +17,9 @@ from benchmarks.accuracy import models, tables
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.simulator import simulate
-from powerband.spec.catalog import load_catalog
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.workload import Chain, PlannedRequest, Schedule, Segment
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
 
 _MODELS = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.accuracy import fits, tables
 
-from powerband.spec.profile import DeviceProfile, LinkModel
+from powerband.spec.hardware.profile import DeviceProfile, LinkModel
 
 
 @dataclass(frozen=True, slots=True)

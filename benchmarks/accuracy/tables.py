@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from powerband.cost import laws
-from powerband.cost.laws import AttentionShape, DeviceSpeed, PrefillChunks
+from powerband.cost import operator_models as laws
+from powerband.cost.operator_models import AttentionShape, DeviceSpeed, PrefillChunks
 from powerband.cost.shapes import FORMATS
-from powerband.spec.catalog import load_catalog
-from powerband.spec.profile import AttentionModel, DeviceProfile, ElementwiseModel, GemmModel, LinkModel
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.hardware.profile import AttentionModel, DeviceProfile, ElementwiseModel, GemmModel, LinkModel
 
 # The tables' names of devices → the catalog's.
 DEVICES = {

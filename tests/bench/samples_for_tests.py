@@ -7,16 +7,16 @@ import math
 import random
 from dataclasses import replace
 
+from powerband.bench.client.messages import Sample
+from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult
-from powerband.bench.messages import Sample
-from powerband.bench.probe import ServerInfo
-from powerband.bench.results import ClientMachine, OfferedLoad, Point, ReportedAddress, RunReport, build_point
+from powerband.bench.report.results import ClientMachine, OfferedLoad, Point, ReportedAddress, RunReport, build_point
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import Arrivals, OpenLoop
-from powerband.spec.lengths import LogNormal
 from powerband.spec.slo import SLO
-from powerband.spec.workload import PlannedRequest, RequestMix, Schedule, SharedPrefix, Workload
+from powerband.spec.workload.arrivals import Arrivals, OpenLoop
+from powerband.spec.workload.lengths import LogNormal
+from powerband.spec.workload.workload import PlannedRequest, RequestMix, Schedule, SharedPrefix, Workload
 
 LIMITS = SLO(ttft_s=0.5, tpot_s=0.05, attainment=0.95)
 MIX = RequestMix(LogNormal(median=300, sigma=0.8, high=4096), LogNormal(median=60, sigma=0.6, high=256))

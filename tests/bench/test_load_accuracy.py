@@ -11,15 +11,15 @@ from collections import Counter
 from statistics import median
 
 import pytest
-from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
 
+from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
+from powerband.bench.client.messages import Endpoint
 from powerband.bench.load import Live
-from powerband.bench.messages import Endpoint
-from powerband.bench.script import Behavior
 from powerband.metrics.record import Outcome, percentile
-from powerband.spec.arrivals import ClosedLoop
+from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Segment
+from powerband.spec.workload.arrivals import ClosedLoop
+from powerband.spec.workload.workload import Segment
 
 CLOSE_S = 0.001
 PACED = Behavior(ttft_s=0.060, tpot_s=0.008)

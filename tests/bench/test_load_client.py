@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from powerband.bench.answers import ParsedResponse, parse_response, spread
-from powerband.bench.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.messages import Sample, ServerAddress
+from powerband.bench.client.responses import ParsedResponse, parse_response, spread
 from powerband.bench.load import LoadOptions, run_load
-from powerband.bench.messages import Sample, ServerAddress
 from powerband.errors import UsageError
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop
-from powerband.spec.lengths import Fixed
-from powerband.spec.workload import RequestMix, Workload
+from powerband.spec.workload.arrivals import ClosedLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Workload
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from loads_for_tests import is_alive, load, schedule_of, worker_pids
 
+from loads_for_tests import is_alive, load, schedule_of, worker_pids
 from powerband.bench import load as load_module
-from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
-from powerband.bench.messages import (
+from powerband.bench.client.messages import (
     ChainMessage,
     FromWorker,
     RequestMessage,
@@ -28,9 +27,10 @@ from powerband.bench.messages import (
     WorkerJob,
     WorkerProgress,
 )
-from powerband.bench.script import Behavior
-from powerband.bench.scripted_process import scripted_process
+from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
 from powerband.errors import EnvironmentFault
+from powerband.mock_server.behavior import Behavior
+from powerband.mock_server.process import mock_server_process
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds workers by /proc")
 PACED = Behavior(ttft_s=0.02, tpot_s=0.01)
@@ -87,7 +87,7 @@ def test_a_worker_that_is_stopped_is_an_error_that_says_so(monkeypatch: pytest.M
 
 def test_a_cancelled_run_leaves_no_worker() -> None:
     async def run() -> list[int]:
-        async with scripted_process(PACED) as server:
+        async with mock_server_process(PACED) as server:
             options = LoadOptions(workers=2, metrics_url=None)
             sending = asyncio.Event()
             watch = lambda live: sending.set() if live.sent else None  # noqa: E731 (shorter than a function)
@@ -152,7 +152,7 @@ def test_what_a_worker_says_last_arrives_whole() -> None:
 
 def test_a_stop_ends_the_run_early() -> None:
     async def run() -> tuple[bool, float]:
-        async with scripted_process(PACED) as server:
+        async with mock_server_process(PACED) as server:
             options = LoadOptions(metrics_url=None)
             result = await run_load(server.target, schedule_of(20, 60), options, stop=lambda live: live.elapsed_s > 0.5)
             return result.stopped, result.wall_s

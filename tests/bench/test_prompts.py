@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from powerband.bench.messages import RequestMessage, SegmentMessage, ServerAddress
-from powerband.bench.prompts import WORDS, ConversationPrompts, PromptMaker, request_bytes
+from powerband.bench.client.messages import RequestMessage, SegmentMessage, ServerAddress
+from powerband.bench.client.prompts import WORDS, ConversationPrompts, PromptMaker, request_bytes
 
 DEMO = Path(__file__).resolve().parents[2] / "src" / "powerband" / "demo" / "tokenizer.json"
 # Where `make bench-cpu` keeps the model that it measures: a vocabulary of 150,000 with other words than ours.

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from samples_for_tests import LIMITS, MIX, load, played, point, report, shared, workload
 
-from powerband.bench.messages import ServerAddress
-from powerband.bench.result_files import read_requests, read_run, write_run
-from powerband.bench.results import (
+from powerband.bench.client.messages import ServerAddress
+from powerband.bench.report.result_files import read_requests, read_run, write_run
+from powerband.bench.report.results import (
     ClientMachine,
     FoundRate,
     OfferedLoad,
@@ -22,11 +22,11 @@ from powerband.bench.results import (
 )
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
-from powerband.spec.lengths import Fixed
 from powerband.spec.slo import SLO
-from powerband.spec.traces import read_trace
-from powerband.spec.workload import Conversation, Workload
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.traces import read_trace
+from powerband.spec.workload.workload import Conversation, Workload
 
 
 def test_a_run_is_read_back_as_it_was_written(tmp_path: Path):

@@ -10,17 +10,17 @@ from collections.abc import Callable
 
 import pytest
 
+from powerband.bench.client.messages import Sample
 from powerband.bench.load import Live, LoadResult, steady_window
-from powerband.bench.messages import Sample
 from powerband.bench.saturation import is_saturated
 from powerband.bench.search import RESOLUTION, CapacityResult, Searcher, missed_slo_time_s
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.errors import UsageError
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.lengths import Fixed
 from powerband.spec.slo import SLO
-from powerband.spec.workload import RequestMix, Schedule, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Schedule, Workload
 
 SERVICE_S, SLOTS = 0.5, 4  # so that it serves 8 requests a second and no more
 CAPACITY = SLOTS / SERVICE_S

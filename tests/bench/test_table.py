@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from samples_for_tests import LIMITS, load, point, report, workload
 
-from powerband.bench.live import LiveView
+from powerband.bench.client.messages import WorkerProgress
 from powerband.bench.load import Live
-from powerband.bench.messages import WorkerProgress
-from powerband.bench.results import ErrorGroup, Point, RunReport
-from powerband.bench.table import run_table
+from powerband.bench.report.live import LiveView
+from powerband.bench.report.results import ErrorGroup, Point, RunReport
+from powerband.bench.report.table import run_table
 from powerband.metrics.shown import digits, plain, share_text, time_interval_text, time_text
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.calibrate import write_profile
-from powerband.cli.calibration import with_refinement
+from powerband.calibration.measure import with_refinement
 from powerband.cli.main import main
+from powerband.cli.plan.calibrate import write_profile
 from powerband.cost.measured_steps import MeasuredStepTimes
-from powerband.cost.steps import RunConfiguration, header_line
+from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault
-from powerband.spec.catalog import local_profile, local_profile_path, read_local_profile, read_profile
-from powerband.spec.device import detect_cpu
-from powerband.spec.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import local_profile, local_profile_path, read_local_profile, read_profile
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.hardware.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
+from powerband.spec.model.reader import read_model_spec
 
 CPU = detect_cpu()
 KNOWN = DeviceProfile(
@@ -46,7 +46,7 @@ FORM = RunConfiguration(
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles of these tests are this machine's, but not for anybody else."""
-    monkeypatch.setattr("powerband.spec.catalog.local_profile_path", lambda: tmp_path / "here.yaml")
+    monkeypatch.setattr("powerband.spec.hardware.catalog.local_profile_path", lambda: tmp_path / "here.yaml")
 
 
 def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from powerband.cli.main import main
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.catalog import load_catalog
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import load_catalog
 from powerband.spec.plan import Plan, SLOGuarantee, write_plan
-from powerband.spec.presets import preset
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import Workload
 
 LLAMA_8B = {
     "model_type": "llama",

@@ -12,9 +12,9 @@ import pytest
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.spec.deployment import Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceLink, DeviceProfile
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.profile import DeviceLink, DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 
 LLAMA_8B = {
     "model_type": "llama",

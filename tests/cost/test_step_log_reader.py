@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cost.steps import RunConfiguration, StepSample, header_line, read_step_log
+from powerband.cost.step_log import RunConfiguration, StepSample, header_line, read_step_log
 from powerband.errors import EnvironmentFault, UsageError
 
 FORM = RunConfiguration(

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.answers import ParsedResponse, parse_response
-from powerband.bench.connection import ClientConnection, ConnectionPool, HTTPResponse
-from powerband.bench.http import HTTPPage
-from powerband.bench.messages import ServerAddress
+from powerband.bench.client.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.http import HTTPPage
+from powerband.bench.client.messages import ServerAddress
+from powerband.bench.client.responses import ParsedResponse, parse_response
 
 SERVED = "demo"
 
@@ -150,7 +150,7 @@ async def answers_of(target: ServerAddress, asked: Sequence[Question]) -> dict[s
 
 
 async def put(target: ServerAddress, path: str, body: object) -> HTTPPage:
-    """What powerband.bench.http has no verb for."""
+    """What powerband.bench.client.http has no verb for."""
     return await ask(target, "PUT", path, msgspec.json.encode(body))
 
 

@@ -16,12 +16,12 @@ from drills_for_tests import Front, wait_until
 
 from powerband.fleet.service.status import ServiceStatus
 from powerband.fleet.service.store import ServiceStore
-from powerband.spec.arrivals import OpenLoop
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.lengths import Fixed
 from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
-from powerband.spec.workload import RequestMix, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Workload
 
 NAME = "drill"
 # Token by token and at once give the same output only without rounding to 16 bits.

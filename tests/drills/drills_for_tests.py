@@ -23,11 +23,11 @@ from typing import Any
 
 from drill_loads import SERVED, put
 
-from powerband.bench.http import HTTPPage, delete, get, post
-from powerband.bench.messages import ServerAddress
-from powerband.bench.script import Behavior
+from powerband.bench.client.http import HTTPPage, delete, get, post
+from powerband.bench.client.messages import ServerAddress
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.mock_server.behavior import Behavior
 
 PYTHON = (sys.executable, "-m")
 # Token by token and at once give the same output only without rounding to 16 bits.
@@ -107,7 +107,7 @@ def start_demo(folder: Path, *flags: str, port: int | None = None) -> Member:
 def start_scripted(folder: Path, script: Behavior, port: int | None = None) -> Member:
     port = port or free_port()
     told = json.dumps(dataclasses.asdict(dataclasses.replace(script, model=SERVED)))
-    command = ("powerband.bench.scripted_server", f"--port={port}", f"--script={told}")
+    command = ("powerband.mock_server.server", f"--port={port}", f"--script={told}")
     return start(command, f"http://127.0.0.1:{port}", folder / f"scripted-{port}.log")
 
 

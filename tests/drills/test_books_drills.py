@@ -17,9 +17,9 @@ from typing import Any
 from drill_loads import Load, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted
 
-from powerband.bench.connection import ClientConnection
-from powerband.bench.messages import ServerAddress
-from powerband.bench.script import Behavior
+from powerband.bench.client.connection import ClientConnection
+from powerband.bench.client.messages import ServerAddress
+from powerband.mock_server.behavior import Behavior
 
 PACED = Behavior(ttft_s=0.05, tpot_s=0.01)
 ASKED = questions(8, 16)

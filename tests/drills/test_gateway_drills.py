@@ -17,8 +17,8 @@ from pathlib import Path
 from drill_loads import Load, Question, Told, answers_of, ask, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, cpu_s, gateway, members, start_scripted, wait_until
 
-from powerband.bench.messages import ServerAddress
-from powerband.bench.script import Behavior
+from powerband.bench.client.messages import ServerAddress
+from powerband.mock_server.behavior import Behavior
 
 SLOTS, TOKENS = 4, 16
 PACED = Behavior(ttft_s=0.05, tpot_s=0.01, slots=SLOTS)

@@ -28,8 +28,8 @@ from drills_for_tests import (
 )
 from hostile_clients import ATTACKS, LIAR, Attack, Doors, Liar, held_open
 
-from powerband.bench.http import get
-from powerband.bench.messages import ServerAddress
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 
 HELD_S = float(os.environ.get("DRILLS_HELD_S", "0"))  # longer than every time-out of a connection; 0: not tried

@@ -20,8 +20,8 @@ from drill_loads import Load, Told, answers_of, questions
 from drill_services import Service, deployed
 from drills_for_tests import Figures, engines_of
 
-from powerband.bench.http import get
-from powerband.bench.messages import ServerAddress
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
 from powerband.fleet.targets.processes import ProcessId, identify, is_alive
 
 SEED = int(os.environ.get("DRILLS_SEED", "13"))

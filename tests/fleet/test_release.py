@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
-from powerband.cli.scale import scaled
+from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
+from powerband.cli.service.scale import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
 from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions

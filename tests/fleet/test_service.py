@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
+from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.cli.main import main
 from powerband.fleet.service.store import ServiceStore, services
 from powerband.fleet.targets.local import INSTANCE_TAG

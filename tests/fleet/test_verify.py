@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from powerband.bench.client.messages import Sample, ServerAddress
+from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult
-from powerband.bench.messages import Sample, ServerAddress
-from powerband.bench.probe import ServerInfo
-from powerband.bench.results import ClientMachine, OfferedLoad, ReportedAddress, RunReport, build_point, utc_now
+from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedAddress, RunReport, build_point, utc_now
 from powerband.bench.server_metrics import ServerMetrics
-from powerband.cli.bench_options import LoadFlags, MixFlags, requested_load
+from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.fleet.verify import Verification, check_report
 from powerband.metrics.record import Outcome
 from powerband.spec.plan import Plan, Prediction, SLOGuarantee

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import msgspec
 
-from powerband.bench.script import Behavior
 from powerband.gateway.accounts.books import Books
+from powerband.mock_server.behavior import Behavior
 
 PATIENCE_S = 20.0
 
@@ -90,7 +90,7 @@ def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> float:
 @contextlib.contextmanager
 def scripted_replica(script: Behavior | None = None) -> Iterator[ScriptedReplica]:
     code = msgspec.json.encode(asdict(script or Behavior())).decode()
-    command = [sys.executable, "-m", "powerband.bench.scripted_server", "--with-parent", "--script", code]
+    command = [sys.executable, "-m", "powerband.mock_server.server", "--with-parent", "--script", code]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

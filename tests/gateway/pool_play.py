@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from pool_world import VirtualLoop, replica, request, virtually
 
-from powerband.gateway.dispatch.backend import ReplicaLoad
-from powerband.gateway.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
+from powerband.dispatch.backend import ReplicaLoad
+from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest

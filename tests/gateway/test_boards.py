@@ -24,11 +24,11 @@ from gateways_for_tests import gateway_before
 from prometheus_client.parser import text_string_to_metric_families
 from requests_for_tests import finished
 
-from powerband.bench.script import Behavior
 from powerband.gateway.metrics import GatewayMetrics, Moment
 from powerband.gateway.routes import ModelRoute
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import EngineMetrics
+from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, until
 
-from powerband.bench.script import Behavior
 from powerband.cli.main import main
 from powerband.gateway.accounts.books import Books
 from powerband.metrics.logging import set_up_logging
+from powerband.mock_server.behavior import Behavior
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 

@@ -169,3 +169,21 @@ def test_estimates_are_corrected_by_what_replicas_count() -> None:
 def test_calls_of_tools_of_no_known_form_are_counted_all_the_same() -> None:
     assert call_text(Raw(b'[{"function": {"name": "f", "arguments": "{}"}}, {}]')) == "f{}"
     assert call_text(Raw(b'["x"]')) == '["x"]'
+
+
+def test_usage_comes_last_also_where_chunks_have_it_and_its_own_is_lost() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    story = story_of("vllm", stream_options=options)
+    story.tell(chunk({"content": "a"}, usage={"prompt_tokens": 1, "completion_tokens": 1}, finish_reason="stop"), 0.0)
+    assert b'"completion_tokens":1' in story.closing()
+    story.tell(chunk(None, usage={"prompt_tokens": 1, "completion_tokens": 1}), 0.0)
+    assert b"usage" not in story.closing()
+
+
+def test_each_choice_is_opened_once_also_when_all_is_begun_again() -> None:
+    story = story_of("vllm", n=2)
+    opening = {"role": "assistant", "content": ""}
+    assert story.tell(chunk(opening, index=0), 0.0)
+    story.resume(kept=0)
+    assert story.tell(chunk(opening, index=0), 0.0) == b""
+    assert story.tell(chunk(opening, index=1), 0.0)

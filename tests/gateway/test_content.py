@@ -9,12 +9,12 @@ import msgspec
 import pytest
 from gateways_for_tests import gateway_before, text_of, until
 
-from powerband.bench.script import Behavior
 from powerband.gateway.accounts import content
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.content import MOST_CHARS, prompt_text, stored
 from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.request import GatewayRequest
+from powerband.mock_server.behavior import Behavior
 
 SECRET = "the-unforgettable-phrase"
 
@@ -110,6 +110,7 @@ def test_a_prompt_is_kept_as_text_so_that_no_escape_hides_what_is_in_it() -> Non
     assert prompt_text(messages) == "user: I am jane@example.com\nb"
     assert prompt_text(b'["a","b"]') == "a\nb"
     assert prompt_text(b"[1,2,3]") == ""
+    assert prompt_text(b'["a",1,2]') == ""
 
 
 def test_what_a_gateway_kept_is_what_was_asked_and_answered(tmp_path: Path) -> None:

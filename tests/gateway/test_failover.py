@@ -12,7 +12,7 @@ import openai
 import pytest
 from gateways_for_tests import RunningGateway, ScriptedReplica, running_gateway, scripted_replica, text_of, until
 
-from powerband.bench.script import Behavior, DropBy, words
+from powerband.mock_server.behavior import Behavior, DropBy, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 40}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40}

@@ -16,9 +16,9 @@ from gateways_for_tests import RunningGateway, gateway_before, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from powerband.bench.fault_corpus import malformed_requests
-from powerband.bench.messages import ServerAddress
-from powerband.bench.script import Behavior, words
+from powerband.bench.client.messages import ServerAddress
+from powerband.fault_injection.corpus import malformed_requests
+from powerband.mock_server.behavior import Behavior, words
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}

@@ -12,7 +12,7 @@ from gateways_for_tests import RunningGateway, gateway_before
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from powerband.bench.script import Behavior
+from powerband.mock_server.behavior import Behavior
 
 sys.path.append(str(Path(__file__).parents[1] / "server"))
 from test_openapi import description

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, running_gateway, scripted_replica, text_of, until
 
-from powerband.bench.script import Behavior, words
+from powerband.mock_server.behavior import Behavior, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 3}
 SLOW = Behavior(tpot_s=0.01)

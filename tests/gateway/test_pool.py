@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from pool_world import VirtualLoop, make_pool, make_ready, replica, request, settle, virtually
 
-from powerband.gateway.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
+from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.routes import ModelRoute
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
 
-from powerband.gateway.dispatch.backend import ReplicaLoad
-from powerband.gateway.dispatch.breaker import CircuitBreaker, RetryBudget
-from powerband.gateway.dispatch.errors import QueueTimeout
+from powerband.dispatch.backend import ReplicaLoad
+from powerband.dispatch.breaker import CircuitBreaker, RetryBudget
+from powerband.dispatch.errors import QueueTimeout
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.engine_names import ENGINE_NAMES, read_load

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from gateways_for_tests import RunningGateway, gateway_before, scripted_replica, text_of, until
 
-from powerband.bench.script import Behavior, words
+from powerband.mock_server.behavior import Behavior, words
 
 
 @dataclass

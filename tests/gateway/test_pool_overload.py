@@ -11,10 +11,10 @@ import pytest
 from gateways_for_tests import gateway_before
 from pool_world import VirtualLoop, make_pool, make_ready, replica, request, virtually
 
-from powerband.bench.script import Behavior
-from powerband.gateway.dispatch.errors import PoolError
+from powerband.dispatch.errors import PoolError
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.routes import ModelRoute
+from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
 
 SLO_TTFT_S = 1.0

@@ -10,12 +10,12 @@ import pytest
 from pool_play import play
 
 from planted_faults import Fault, Faults, assert_caught, changed, does_nothing
-from powerband.gateway.dispatch.admission import Admission
-from powerband.gateway.dispatch.backend import Backend
-from powerband.gateway.dispatch.dispatcher import Dispatcher, _without
-from powerband.gateway.dispatch.length_pools import arrange, pool_for
+from powerband.dispatch.admission import Admission
+from powerband.dispatch.backend import Backend
+from powerband.dispatch.dispatcher import Dispatcher, _without
+from powerband.dispatch.length_pools import arrange, pool_for
+from powerband.dispatch.queue import FairQueue, _PriorityClass
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.dispatch.queue import FairQueue, _PriorityClass
 
 FAULTS = Faults()
 UNLIMITED = 10**9

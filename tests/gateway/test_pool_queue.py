@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
 
-from powerband.gateway.dispatch.capacity import Capacity
-from powerband.gateway.dispatch.queue import FairQueue, QueuedRequest
+from powerband.dispatch.capacity import Capacity
+from powerband.dispatch.queue import FairQueue, QueuedRequest
 
 
 def ticket(tenant: str, tokens: int = 10, priority: int = 0) -> QueuedRequest:

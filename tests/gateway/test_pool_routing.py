@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import VirtualLoop, make_pool, replica, request, virtually
 
+from powerband.dispatch.prefix import PrefixIndex, prefix_bytes, prefix_keys
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.dispatch.prefix import PrefixIndex, prefix_bytes, prefix_keys
 from powerband.gateway.request import GatewayRequest
 
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, text_of
 
-from powerband.bench.script import Behavior, words
+from powerband.mock_server.behavior import Behavior, words
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}]}
 TEXT = {"model": "scripted", "prompt": "one two three"}

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 from gateways_for_tests import gateway_before, until
 
-from powerband.bench.prompts import WORDS
-from powerband.bench.script import Behavior
+from powerband.bench.client.prompts import WORDS
 from powerband.gateway.accounts.books import Books
+from powerband.mock_server.behavior import Behavior
 
 PHRASE = "the-unforgettable-phrase"
 COMMENT = "the-unforgettable-comment"

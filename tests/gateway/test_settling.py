@@ -13,7 +13,7 @@ import httpx
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, running_gateway, until
 
-from powerband.bench.script import Behavior
+from powerband.mock_server.behavior import Behavior
 
 WORDS = "word " * 400  # about 500 tokens by its bytes
 

@@ -16,13 +16,13 @@ import pytest
 from gateways_for_tests import gateway_before, running_gateway, until
 from requests_for_tests import finished
 
-from powerband.bench.script import Behavior
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.gateway.access_log import log_request
 from powerband.gateway.trace_context import continued, passed_on
 from powerband.gateway.tracing import Tracing
 from powerband.metrics.logging import JsonFormatter
 from powerband.metrics.record import Outcome
+from powerband.mock_server.behavior import Behavior
 
 HAS_OTEL = importlib.util.find_spec("opentelemetry") is not None
 needs_otel = pytest.mark.skipif(not HAS_OTEL, reason="powerband[otel] is not installed")

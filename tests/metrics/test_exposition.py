@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from powerband.bench.server_metrics import parse_metrics
+from powerband.dispatch.backend import ReplicaLoad
 from powerband.fleet.monitor.replica_metrics import read_metrics
-from powerband.gateway.dispatch.backend import ReplicaLoad
 from powerband.gateway.engine_names import ENGINE_NAMES, read_load
 from powerband.metrics.exposition import label, samples, total
 
@@ -63,8 +63,8 @@ def test_no_page_makes_a_reader_fail(noise: bytes, opening: str) -> None:
     names = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "powerband_step_residual_ratio_bucket")
     page = b"".join(f"\n{name}{opening}".encode() + noise for name in names)
     load = read_load(page, ENGINE_NAMES["vllm"])
-    figures = read_metrics(page.decode(errors="replace"))
-    assert all(math.isfinite(value) for value in (*parse_metrics(page).values(), *figures.values.values()))
+    metrics = read_metrics(page.decode(errors="replace"))
+    assert all(math.isfinite(value) for value in (*parse_metrics(page).values(), *metrics.values.values()))
     assert isinstance(load, ReplicaLoad)
 
 

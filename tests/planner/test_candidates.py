@@ -9,10 +9,10 @@ import pytest
 from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace, replica_options
 from powerband.planner.results import Pruned
-from powerband.spec.catalog import load_catalog
-from powerband.spec.model import ModelSpec
-from powerband.spec.reader import read_model_spec
-from powerband.spec.stored import CheckpointPrecision, stored_precision
+from powerband.spec.checkpoint.precision import CheckpointPrecision, stored_precision
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 
 
 def llama(hidden: int, layers: int, heads: int, kv_heads: int, width: int, vocabulary: int) -> ModelSpec:

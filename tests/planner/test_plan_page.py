@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from findings_for_tests import SLO_, evaluation, results
+from results_for_tests import SLO_, evaluation, results
 
 from powerband.errors import EnvironmentFault
-from powerband.planner.json_export import results_as_dict
-from powerband.planner.report import report_html, write_report
+from powerband.planner.report.html_report import report_html, write_report
+from powerband.planner.report.json_export import results_as_dict
 from powerband.planner.results import PlanResults, Pruned
 from powerband.spec.slo import SLO
 
-PAGE = files("powerband.planner").joinpath("page")
+PAGE = files("powerband.planner.report").joinpath("page")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>[[data]]'\"&"
 OURS = ("report.html", "report.css", "charts.js", "report.js")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -85,7 +85,7 @@ def test_nothing_is_fetched(page: str):
 
 
 def test_the_page_is_part_of_the_package():
-    assert '"planner/page/*"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"planner/report/page/*"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_the_policy_allows_what_is_inlined_and_nothing_else(page: str):

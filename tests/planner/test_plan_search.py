@@ -18,15 +18,15 @@ from powerband.planner.mixed_pools import mixed_deployments
 from powerband.planner.plan_request import PlanRequest, mean_turns, request_tokens
 from powerband.planner.results import PlanResults
 from powerband.planner.search import search
-from powerband.planner.simulation_task import SimulationTask, run_simulation_task
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.catalog import load_catalog
+from powerband.planner.simulation.task import SimulationTask, run_simulation_task
+from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.lengths import Fixed, LogNormal, Uniform
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.slo import SLO
-from powerband.spec.stored import CheckpointPrecision
-from powerband.spec.workload import Conversation, RequestMix, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.lengths import Fixed, LogNormal, Uniform
+from powerband.spec.workload.workload import Conversation, RequestMix, Workload
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,12 +9,12 @@ import re
 from dataclasses import replace
 
 import pytest
-from findings_for_tests import evaluation, results
+from results_for_tests import evaluation, results
 from rich.console import Console
 
-from powerband.planner.json_export import results_as_dict
+from powerband.planner.report.json_export import results_as_dict
+from powerband.planner.report.table import MAX_ROWS, plan_table, pruned_by_reason
 from powerband.planner.results import Evaluation, PlanResults, Prediction, Pruned
-from powerband.planner.table import MAX_ROWS, plan_table, pruned_by_reason
 from powerband.spec.slo import SLO
 
 HOSTILE = "\x1b[31mmodel\x07 [red] \u202ebackwards"

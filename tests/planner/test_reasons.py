@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from powerband.planner.formatting import deployment_text
-from powerband.planner.reasons import reasons
+from powerband.planner.report.formatting import deployment_text
+from powerband.planner.report.reasons import reasons
 from powerband.planner.results import Evaluation, Prediction
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.slo import SLO

@@ -10,10 +10,10 @@ from plans import NO_HOST, PlainModel, deployment, drawn, played
 
 from powerband.metrics.figures import Window, summarize
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.lengths import Fixed, LogNormal, Uniform
-from powerband.spec.workload import Conversation, SharedPrefix
+from powerband.spec.workload.arrivals import ClosedLoop
+from powerband.spec.workload.lengths import Fixed, LogNormal, Uniform
+from powerband.spec.workload.workload import Conversation, SharedPrefix
 
 
 def constant(step_s: float) -> PlainModel:

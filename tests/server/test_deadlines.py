@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 from servers_for_tests import RunningServer, running_server
 
-from powerband.cli.calibrate import write_profile
+from powerband.cli.plan.calibrate import write_profile
 from powerband.folders import cache_directory
-from powerband.spec.device import detect_cpu
-from powerband.spec.profile import DeviceProfile, Evidence, HostModel, MeasuredMachine, Refinement, StepTimeModel
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.hardware.profile import (
+    DeviceProfile,
+    Evidence,
+    HostModel,
+    MeasuredMachine,
+    Refinement,
+    StepTimeModel,
+)
+from powerband.spec.model.reader import read_model_spec
 
 # A demo model that takes ten milliseconds for each token.
 STEPS = StepTimeModel(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, expon, gamma, kstest
 
 from powerband.errors import UsageError
-from powerband.spec.arrivals import (
+from powerband.spec.workload.arrivals import (
     MAX_CONCURRENCY,
     ClosedLoop,
     OpenLoop,

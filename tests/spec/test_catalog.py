@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.catalog import load_catalog, read_prices, read_profile, usd_per_hour
-from powerband.spec.profile import DevicePrice
+from powerband.spec.hardware.catalog import load_catalog, read_prices, read_profile, usd_per_hour
+from powerband.spec.hardware.profile import DevicePrice
 
 
 def price(dollars: float, devices: int, where: str, confidence: str = "high") -> DevicePrice:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest, lognorm
 
 from powerband.errors import UsageError
-from powerband.spec.lengths import (
+from powerband.spec.workload.lengths import (
     MAX_TOKENS,
     Empirical,
     Fixed,

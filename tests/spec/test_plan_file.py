@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from powerband.errors import UsageError
-from powerband.spec.arrivals import OpenLoop
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, PlanCost, Prediction, SLOGuarantee, read_plan, write_plan
-from powerband.spec.presets import preset
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import Workload
 
 SMALL = Replica(device="L4", quantization="int8", max_model_len=4096, max_num_seqs=64)
 LARGE = Replica(device="H100", tensor_parallel=2, max_model_len=8192)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from powerband.spec.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
+from powerband.spec.model.reader import read_model_spec
 
 STEPS = StepTimeModel(
     tokens=(1, 64),

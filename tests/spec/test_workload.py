@@ -13,10 +13,10 @@ from scipy.stats import chisquare, expon, kstest
 
 from powerband.bench.load import shards
 from powerband.errors import UsageError
-from powerband.spec import workload as workload_module
-from powerband.spec.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
-from powerband.spec.lengths import Empirical, Fixed, LogNormal, Uniform
-from powerband.spec.workload import (
+from powerband.spec.workload import workload as workload_module
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
+from powerband.spec.workload.lengths import Empirical, Fixed, LogNormal, Uniform
+from powerband.spec.workload.workload import (
     MAX_REQUESTS,
     Conversation,
     RequestMix,

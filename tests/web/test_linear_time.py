@@ -20,9 +20,9 @@ from powerband.gateway.accounts.redaction import redact
 from powerband.gateway.proxy.intake import Asked, Intake
 from powerband.gateway.trace_context import continued
 from powerband.server.protocol import ChatRequest, CompletionRequest
-from powerband.spec.lengths import parse_lengths
 from powerband.spec.settings import memory_bytes
 from powerband.spec.slo import SLO
+from powerband.spec.workload.lengths import parse_lengths
 from powerband.web.body import check_size, decode
 from powerband.web.framing import ChunkedFraming
 from powerband.web.head import parse_head

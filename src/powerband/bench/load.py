@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.messages import (
+from powerband.bench.client.messages import (
     ChainMessage,
     FromWorker,
     RequestMessage,
@@ -27,13 +27,13 @@ from powerband.bench.messages import (
     WorkerProgress,
     WorkerReady,
 )
+from powerband.bench.client.worker import read_message
 from powerband.bench.server_metrics import ServerMetrics, scrape
-from powerband.bench.worker import read_message
 from powerband.errors import EnvironmentFault
 from powerband.metrics.figures import Window
-from powerband.spec.workload import Schedule
+from powerband.spec.workload.workload import Schedule
 
-COMMAND = (sys.executable, "-m", "powerband.bench.worker")
+COMMAND = (sys.executable, "-m", "powerband.bench.client.worker")
 _START_S = 0.1  # from the word to go to the run's start, so that every worker has read it
 _NO_END_S = 1e9
 _SILENT_S = 60.0  # that a worker may be, until it counts as stopped

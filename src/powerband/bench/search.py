@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from powerband.bench.client.messages import Sample
 from powerband.bench.load import Live, LoadResult, steady_window
-from powerband.bench.messages import Sample
 from powerband.bench.saturation import is_saturated
 from powerband.errors import UsageError
 from powerband.metrics.figures import Summary, summarize

@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from powerband.bench.http import get
-from powerband.bench.messages import ServerAddress
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
 from powerband.metrics.exposition import total
 
 INTERVAL_S = 1.0

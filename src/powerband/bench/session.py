@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from powerband.bench.http import get
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
+from powerband.bench.client.probe import ServerInfo, calibrate_prompt_words, find_server
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load, steady_window
-from powerband.bench.messages import ServerAddress
-from powerband.bench.probe import ServerInfo, calibrate_prompt_words, find_server
-from powerband.bench.results import (
+from powerband.bench.report.results import (
     ClientMachine,
     FoundRate,
     OfferedLoad,
@@ -30,9 +30,9 @@ from powerband.bench.search import CapacityResult, Searcher, Trial
 from powerband.bench.server_metrics import parse_metrics
 from powerband.errors import EnvironmentFault
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Workload
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.workload import Workload
 
 SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # of the throughput under a full closed loop
 _FULL_LOAD = 64  # users, to see what a server can do at most

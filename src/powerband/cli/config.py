@@ -39,7 +39,7 @@ def show(settings: Resolved, *, json: Json = False) -> int:
 def _checkpoint_settings(settings: EngineSettings) -> dict[str, tuple[Any, str]]:
     """name → (value, origin) of what counts where a request says nothing; max_tokens None: what the context holds."""
     from powerband.engine.generation_config import SAMPLING_FIELDS, end_token_ids, sampling_defaults, sampling_file
-    from powerband.spec.reader import read_model_spec
+    from powerband.spec.model.reader import read_model_spec
     from powerband.text.tokenizer import Tokenizer
 
     names = ("eos_token_ids", *SAMPLING_FIELDS)

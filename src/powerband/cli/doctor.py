@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+from powerband.calibration.bandwidth import read_bandwidth_bytes_per_s
 from powerband.cli import machine
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
 from powerband.cost.sizing import readable
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 EXIT_ENVIRONMENT = 3
 
@@ -78,7 +79,7 @@ def _machine_report() -> dict[str, Any]:
         "cores": cpu.cores,
         "memory_bytes": cpu.memory_bytes,
         "available_memory_bytes": cpu.available_memory_bytes,
-        "read_bandwidth_bytes_per_s": machine.read_bandwidth_bytes_per_s(cpu.cores),
+        "read_bandwidth_bytes_per_s": read_bandwidth_bytes_per_s(cpu.cores),
         "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
     }
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.effects import check_effects
+from powerband.cli.ineffective_options import check_effects
 from powerband.cli.machine import compute_device
 from powerband.cli.settings import resolve
 from powerband.gateway.settings import GatewaySettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from powerband.spec.profile import HostModel
+from powerband.spec.hardware.profile import HostModel
 
 
 class StepTimeEstimator(Protocol):

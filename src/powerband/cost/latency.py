@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from typing import NamedTuple, TypeVar
 
-from powerband.cost import laws
-from powerband.cost.laws import DeviceSpeed
+from powerband.cost import operator_models as laws
 from powerband.cost.measured_steps import MeasuredStepTimes
+from powerband.cost.operator_models import DeviceSpeed
 from powerband.cost.shapes import FORMATS, PLAIN, GemmFormat, GemmShape, RankShapes
 from powerband.errors import UsageError
-from powerband.spec import priors
 from powerband.spec.deployment import EngineName, Quantization, Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile, GemmModel, HostModel, Refinement
+from powerband.spec.hardware import architecture_defaults as priors
+from powerband.spec.hardware.profile import DeviceProfile, GemmModel, HostModel, Refinement
+from powerband.spec.model.model_spec import ModelSpec
 
 OPERATORS = (
     "projections",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from powerband.spec.profile import StepTimeModel
+from powerband.spec.hardware.profile import StepTimeModel
 
 _MAX_CACHED = 4096
 _GOLDEN = (5**0.5 - 1) / 2

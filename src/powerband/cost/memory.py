@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from powerband.cost.advice import explain_out_of_memory
+from powerband.cost.memory_advice import explain_out_of_memory
 from powerband.cost.sizing import LABELS, Sizing, as_option, readable
 from powerband.errors import UsageError
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import WeightPrecisions
+from powerband.spec.checkpoint.quantization import WeightPrecisions
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Literal
 
 from powerband.errors import UsageError
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import DEFAULT_GROUP, PLAIN, WeightPrecisions
+from powerband.spec.checkpoint.quantization import DEFAULT_GROUP, PLAIN, WeightPrecisions
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
 # CPU features with which products of bfloat16 are faster than products of float32.

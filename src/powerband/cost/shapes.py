@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from powerband.cost.laws import AttentionShape
+from powerband.cost.operator_models import AttentionShape
 from powerband.errors import UsageError
 from powerband.spec.deployment import KVPrecision, Quantization, Replica
-from powerband.spec.model import ModelSpec
+from powerband.spec.model.model_spec import ModelSpec
 
 
 class GemmFormat(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Literal
 
 from powerband.cost.footprint import activation_bytes, attention_bytes, runtime_bytes, sampling_bytes
 from powerband.cost.precision import kv_dtype, weight_precisions
-from powerband.spec.counts import kv_bytes_per_token, parameter_bytes
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import WeightPrecisions
+from powerband.spec.checkpoint.quantization import WeightPrecisions
+from powerband.spec.model.counts import kv_bytes_per_token, parameter_bytes
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings, memory_bytes
 
 LABELS = {

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from powerband.cost.first_token import FirstTokenEstimate
 from powerband.cost.latency import LatencyModel
 from powerband.cost.memory import MemoryPlan
-from powerband.cost.steps import RunConfiguration
+from powerband.cost.step_log import RunConfiguration
 from powerband.errors import PowerbandError
-from powerband.spec.catalog import load_catalog, local_profile
 from powerband.spec.deployment import Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
+from powerband.spec.hardware.catalog import load_catalog, local_profile
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 

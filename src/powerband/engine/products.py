@@ -24,7 +24,7 @@ from powerband.engine.layers.quantized_linear import (
 )
 from powerband.engine.models.decoder import Decoder
 from powerband.errors import UsageError
-from powerband.spec.quantization import PLAIN, Held, WeightPrecisions
+from powerband.spec.checkpoint.quantization import PLAIN, Held, WeightPrecisions
 
 
 class Products:

@@ -16,8 +16,8 @@ from types import TracebackType
 import torch
 
 from powerband.errors import UsageError
-from powerband.spec.device import detect_cpu
-from powerband.spec.safetensors import read_header_from, unreadable
+from powerband.spec.checkpoint.safetensors import read_header_from, unreadable
+from powerband.spec.hardware.device import detect_cpu
 
 _DTYPES = {
     "F64": torch.float64,

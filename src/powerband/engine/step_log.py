@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from powerband.core.loop import StepRecord
-from powerband.cost.steps import RunConfiguration, header_line
+from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault
 
 DEFAULT_LIMIT_BYTES = 64 << 20

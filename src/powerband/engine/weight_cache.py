@@ -38,8 +38,8 @@ from powerband.engine.products import Products, parts_of
 from powerband.engine.safetensors_file import SafetensorsFile, checksums, stored_name
 from powerband.errors import PowerbandError
 from powerband.folders import cache_directory
-from powerband.spec.checkpoint_files import weight_files
-from powerband.spec.safetensors import LENGTH_BYTES, read_header_from
+from powerband.spec.checkpoint.files import weight_files
+from powerband.spec.checkpoint.safetensors import LENGTH_BYTES, read_header_from
 
 logger = logging.getLogger(__name__)
 

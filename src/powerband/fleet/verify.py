@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from powerband.bench.calibrate import known_client_capacity
+from powerband.bench.client.messages import ServerAddress
 from powerband.bench.load import Live, LoadOptions, LoadResult
-from powerband.bench.messages import ServerAddress
-from powerband.bench.report import write_report
-from powerband.bench.results import RunReport
+from powerband.bench.report.html_report import write_report
+from powerband.bench.report.results import RunReport
 from powerband.bench.session import BenchSession, Experiment
+from powerband.calibration.client_capacity import known_client_capacity
 from powerband.http_client import bearer
 from powerband.metrics.figures import Summary
 from powerband.metrics.record import Outcome, percentile

@@ -14,7 +14,7 @@ from powerband.errors import InvalidRequest, PowerbandError, UsageError
 from powerband.gateway.accounts.books import Books, actor_of
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.routes import Routes
-from powerband.spec.records import as_record
+from powerband.spec.yaml_codec import as_record
 from powerband.web.access import refuse_browsers
 from powerband.web.body import decode, read_body
 from powerband.web.errors import json_response

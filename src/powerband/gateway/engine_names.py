@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from powerband.gateway.dispatch.backend import ReplicaLoad
+from powerband.dispatch.backend import ReplicaLoad
 from powerband.metrics.exposition import total
 from powerband.spec.deployment import EngineName
 

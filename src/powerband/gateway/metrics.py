@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from powerband.gateway.dispatch.backend import BACKEND_STATES
+from powerband.dispatch.backend import BACKEND_STATES
 from powerband.gateway.promise import saw_first_token, verdict
 from powerband.gateway.request import Finished
 from powerband.gateway.routes import ModelRoute

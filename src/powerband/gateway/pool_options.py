@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from powerband.gateway.dispatch.options import DispatchOptions
+from powerband.dispatch.options import DispatchOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from powerband.gateway.dispatch.request import ANONYMOUS, DispatchRequest
+from powerband.dispatch.request import ANONYMOUS, DispatchRequest
 from powerband.gateway.trace_context import Trace
 from powerband.metrics.record import RequestRecord
 

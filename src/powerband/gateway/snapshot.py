@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from powerband.gateway.dispatch.backend import BackendState
+from powerband.dispatch.backend import BackendState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

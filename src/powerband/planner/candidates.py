@@ -15,13 +15,13 @@ from typing import Any
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import UsageError
-from powerband.planner.formatting import layout_text
+from powerband.planner.report.formatting import layout_text
 from powerband.planner.results import Pruned
+from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import EngineName, KVPrecision, Quantization, Replica
-from powerband.spec.engines import CAPABILITIES, DEFAULT_QUANTIZATIONS, kv_precisions, unsupported_reason
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
-from powerband.spec.stored import CheckpointPrecision
+from powerband.spec.engine_capabilities import CAPABILITIES, DEFAULT_QUANTIZATIONS, kv_precisions, unsupported_reason
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
 
 _OFFLOAD_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

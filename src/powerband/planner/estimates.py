@@ -12,8 +12,8 @@ from powerband.planner.candidates import ReplicaOption
 from powerband.planner.closed_form import ClosedForm, StepTimes
 from powerband.planner.plan_request import PlanRequest, WorkloadStats, mean_tokens
 from powerband.planner.results import Bound, Evaluation, Prediction
-from powerband.spec.catalog import usd_per_hour
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import usd_per_hour
 
 # (max_num_seqs, max_num_batched_tokens): the default first.
 LIMITS = ((256, 2048), (64, 2048), (256, 512), (256, 8192))

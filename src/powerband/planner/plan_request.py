@@ -8,13 +8,13 @@ from typing import Any
 
 from powerband.planner.candidates import SearchSpace
 from powerband.planner.results import Objective
-from powerband.spec.arrivals import OpenLoop, Replay
+from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import EngineName, Quantization
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.slo import SLO
-from powerband.spec.stored import CheckpointPrecision
-from powerband.spec.workload import Schedule, Workload
+from powerband.spec.workload.arrivals import OpenLoop, Replay
+from powerband.spec.workload.workload import Schedule, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

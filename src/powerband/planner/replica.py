@@ -19,10 +19,10 @@ from powerband.core.request import Request
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, SimHandle, TraceInbox
 from powerband.core.step import Step, StepResult, TokenOutput, Work
-from powerband.planner.clients import output_start
 from powerband.planner.fast_forward import advance, ending, steady_rounds
+from powerband.planner.simulation.clients import output_start
 from powerband.spec.deployment import EngineName, Replica
-from powerband.spec.profile import HostModel
+from powerband.spec.hardware.profile import HostModel
 
 _AT_ONCE = 64  # rounds of a run that are planned before others get their turn
 _MAX_SHAPES = 128  # of steps that are kept to tell where the time goes

@@ -21,15 +21,15 @@ from powerband.errors import UsageError
 from powerband.planner.candidates import replica_options
 from powerband.planner.correction import corrected
 from powerband.planner.estimates import LIMITS, estimate, replica_counts, sized_replicas
-from powerband.planner.formatting import deployment_text
 from powerband.planner.mixed_pools import mixed_deployments
 from powerband.planner.plan_request import PlanRequest, mean_turns, request_tokens
-from powerband.planner.reasons import reasons
+from powerband.planner.report.formatting import deployment_text
+from powerband.planner.report.reasons import reasons
 from powerband.planner.results import Bound, Evaluation, PlanResults, Prediction, Pruned
 from powerband.planner.selection import alternatives, marked, order, price, recommended, within_budget
-from powerband.planner.simulation_task import MAX_REPLICAS, SimulationSummary, SimulationTask, run_simulation_task
+from powerband.planner.simulation.task import MAX_REPLICAS, SimulationSummary, SimulationTask, run_simulation_task
 from powerband.spec.deployment import Deployment
-from powerband.spec.workload import RequestMix
+from powerband.spec.workload.workload import RequestMix
 
 Progress = Callable[[int, int, str], object]  # done, of how many, of what
 

@@ -20,11 +20,11 @@ from powerband.core.loop import Add
 from powerband.core.request import Request
 from powerband.core.step import TokenOutput
 from powerband.metrics.record import RequestRecord
-from powerband.planner.clients import ConversationClient, InFlightRequest
 from powerband.planner.replica import SimulatedReplica, StepModel
 from powerband.planner.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
+from powerband.planner.simulation.clients import ConversationClient, InFlightRequest
 from powerband.spec.deployment import Deployment
-from powerband.spec.workload import Schedule
+from powerband.spec.workload.workload import Schedule
 
 
 @dataclass(frozen=True, slots=True)

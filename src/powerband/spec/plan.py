@@ -22,12 +22,12 @@ import yaml
 
 from powerband.documents import read_table
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.arrivals import OpenLoop
 from powerband.spec.deployment import Deployment
-from powerband.spec.fields import shown
-from powerband.spec.records import as_record, read_record
+from powerband.spec.model.config_reader import shown
 from powerband.spec.slo import SLO
-from powerband.spec.workload import RequestTrace, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.workload import RequestTrace, Workload
+from powerband.spec.yaml_codec import as_record, read_record
 
 VERSION = 1
 Record = TypeVar("Record")

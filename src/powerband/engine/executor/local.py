@@ -27,9 +27,9 @@ from powerband.engine.warm_up import warm_up
 from powerband.engine.weight_cache import WeightCache
 from powerband.engine.weights import fill_random, load_weights
 from powerband.errors import UsageError
-from powerband.spec.device import detect_cpu
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import PLAIN, WeightPrecisions
+from powerband.spec.checkpoint.quantization import PLAIN, WeightPrecisions
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.model.model_spec import ModelSpec
 
 Progress = Callable[[str, float], None]
 

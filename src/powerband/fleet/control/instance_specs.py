@@ -14,8 +14,8 @@ from powerband.fleet.service.spec import GatewaySpec, PoolRelease, Release
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.base import Instance, InstanceSpec
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
-from powerband.spec.device import detect_cpu
-from powerband.spec.records import as_record
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.yaml_codec import as_record
 
 POWERBAND = (sys.executable, "-m", "powerband")
 _GATEWAY_READY_PATH = "/livez"

@@ -19,7 +19,7 @@ from powerband.fleet.service.spec import Release
 from powerband.fleet.service.store import ServiceStore
 from powerband.gateway.request import Finished
 from powerband.spec.plan import Prediction
-from powerband.spec.records import read_record
+from powerband.spec.yaml_codec import read_record
 
 logger = logging.getLogger(__name__)
 

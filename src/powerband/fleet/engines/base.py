@@ -12,12 +12,12 @@ from typing import ClassVar, Protocol
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.catalog import LOCAL, load_catalog, local_profile
+from powerband.spec.checkpoint.precision import CheckpointPrecision, read_for_planning
 from powerband.spec.deployment import EngineName, Quantization, Replica
-from powerband.spec.engines import CAPABILITIES
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
-from powerband.spec.stored import CheckpointPrecision, read_for_planning
+from powerband.spec.engine_capabilities import CAPABILITIES
+from powerband.spec.hardware.catalog import LOCAL, load_catalog, local_profile
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)

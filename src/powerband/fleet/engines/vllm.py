@@ -12,7 +12,7 @@ from typing import ClassVar
 from powerband.cost.replica_memory import kv_bytes_per_token, layer_weight_bytes
 from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext, find_executable, read_key
 from powerband.spec.deployment import EngineName
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
 _MAX_HOST_MEMORY_RATIO = 0.2  # for one replica's KV cache

@@ -15,7 +15,7 @@ from powerband.fleet.monitor.slo_burn import SLOBurn
 from powerband.gateway.promise import verdict
 from powerband.gateway.request import Finished
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
-from powerband.spec.device import usable_memory
+from powerband.spec.hardware.device import usable_memory
 from powerband.spec.plan import Plan, Prediction
 from powerband.spec.slo import SLO
 

@@ -33,7 +33,7 @@ from powerband.fleet.targets.processes import (
     session_processes,
     signal_session,
 )
-from powerband.spec.device import usable_memory
+from powerband.spec.hardware.device import usable_memory
 from powerband.web.listening import free_port
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,18 @@ _INSERT = "INSERT OR IGNORE INTO content (request_id, at, key_id, prompt, output
 _FIELDS = ("request_id", "at", "key_id", "prompt", "output")
 
 
+class _Part(msgspec.Struct, gc=False):
+    text: str | None = None
+
+
+class _Message(msgspec.Struct, gc=False):
+    role: str = ""
+    content: str | list[_Part] | None = None
+
+
+_PROMPT = msgspec.json.Decoder(str | list[str | _Message])
+
+
 class Content:
     """on: whether anything is kept at all."""
 
@@ -56,18 +68,18 @@ def stored(connection: sqlite3.Connection, key_id: str, limit: int) -> list[dict
 
 def prompt_text(prompt: bytes) -> str:
     """A prompt for reading: 'role: content' of each message, and the texts inside; token ids are left out."""
+    try:
+        found = _PROMPT.decode(prompt)
+    except msgspec.ValidationError:  # token ids, or nothing that a replica would take
+        return ""
     lines: list[str] = []
-    waiting: list[Any] = [msgspec.json.decode(prompt)]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            lines.append(value)
-        elif isinstance(value, list):
-            waiting.extend(reversed(value))
-        elif isinstance(value, dict) and isinstance(value.get("content"), str):
-            lines.append(f"{value.get('role', '')}: {value['content']}")
-        elif isinstance(value, dict):
-            waiting.extend(value[name] for name in ("text", "content") if name in value)
+    for one in [found] if isinstance(found, str) else found:
+        if isinstance(one, str):
+            lines.append(one)
+        elif isinstance(one.content, str):
+            lines.append(f"{one.role}: {one.content}")
+        else:
+            lines.extend(part.text for part in one.content or () if part.text is not None)
     return "\n".join(lines)
 
 

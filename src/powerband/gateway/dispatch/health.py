@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from powerband.gateway.dispatch.backend import Backend
+from powerband.dispatch.backend import Backend
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.engine_names import ENGINE_NAMES, read_load
 from powerband.gateway.routes import ReplicaAddress

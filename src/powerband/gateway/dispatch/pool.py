@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 
-from powerband.gateway.dispatch.backend import Backend, BackendSpec, InFlightRequest, ReplicaLoad
-from powerband.gateway.dispatch.dispatcher import Dispatcher, Outcome
-from powerband.gateway.dispatch.errors import PoolError
-from powerband.gateway.dispatch.queue import QueuedRequest
+from powerband.dispatch.backend import Backend, BackendSpec, InFlightRequest, ReplicaLoad
+from powerband.dispatch.dispatcher import Dispatcher, Outcome
+from powerband.dispatch.errors import PoolError
+from powerband.dispatch.queue import QueuedRequest
 from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress

@@ -19,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from powerband.core.loop import error_info
 from powerband.core.request import OUTPUT_COMPLETE
+from powerband.dispatch.prefix import prefix_keys
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_of
-from powerband.gateway.dispatch.prefix import prefix_keys
 from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.proxy.complaints import RequestFault
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure

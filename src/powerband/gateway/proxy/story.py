@@ -37,6 +37,7 @@ _LASTING = ("id", "created", "system_fingerprint")
 _ENCODE = msgspec.json.Encoder().encode
 # How engines end an answer that they gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
 _GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
+_MAKES_SEVERAL = frozenset(("powerband", "vllm", "sglang", "trtllm"))  # choices, where n asks for them
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
 
@@ -73,7 +74,7 @@ class Story:
         self.keeps_text = False
         self._skipped = ""
         self.engine = ""  # of the replicas so far
-        self.is_open = False  # the role was told
+        self._opened: set[int] = set()  # choices whose role was told
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
         self.num_said = 0
@@ -97,8 +98,14 @@ class Story:
 
     @property
     def may_end(self) -> bool:
-        """Every choice that has begun has said how it ended: a server may make fewer than were asked for."""
-        return bool(self._finished) and not self._open
+        """Every choice that has begun has said how it ended, and none is missing."""
+        return not self._open and self._is_complete(self._finished)
+
+    def _is_complete(self, indexes: set[int]) -> bool:
+        """Whether these are all choices; of a server of which nobody knows whether it makes several: one a prompt."""
+        if self.engine in _MAKES_SEVERAL:
+            return len(indexes) >= self._intake.num_choices
+        return len({index // (self._intake.asked.n or 1) for index in indexes}) >= self._intake.num_prompts
 
     @property
     def has_too_many(self) -> bool:
@@ -123,6 +130,9 @@ class Story:
         self.begin(replica)
         self._check_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
+        if not self._is_complete(has := self._finished | self._open):
+            told = f"The replica's answer has {len(has)} of {self._intake.num_choices} choices."
+            raise UpstreamFailure("truncated", told)
         if size:
             self.texts = [f"[an answer of {size} bytes]"]
             self.num_tokens = min(size // ASCII_PER_TOKEN, self._max_output)
@@ -154,6 +164,8 @@ class Story:
             raise self.as_failure(chunk.error)
         self._check_choices(chunk)
         if not chunk.choices:
+            if chunk.usage is None and read_complaint(data).message:  # older vLLM's and TensorRT-LLM's form
+                raise self.as_failure(Raw(data))
             self._take_usage(chunk, 0)
             return self._told(data, chunk) if chunk.usage is not None and self._wants_usage else b""
         tokens, is_silent = 0, True
@@ -180,7 +192,7 @@ class Story:
         index, text, delta = choice.index or 0, choice.text, choice.delta or choice.message
         if not 0 <= index < self._intake.num_choices:
             raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._intake.num_choices}.")
-        if choice.finish_reason in _GIVEN_UP:
+        if choice.finish_reason and choice.finish_reason.lower() in _GIVEN_UP:
             raise UpstreamFailure("truncated", f"The replica gave up: finish_reason {choice.finish_reason!r}.")
         if self._skipped:
             text = choice.text = self._after_skipped(text or "", is_last=bool(choice.finish_reason))
@@ -245,7 +257,9 @@ class Story:
         if delta.content or delta.is_parsed:
             return False
         if delta.role is not None:
-            is_told, self.is_open = self.is_open and self.is_resumed, True
+            index = choice.index or 0
+            is_told = self.is_resumed and index in self._opened
+            self._opened.add(index)
             return is_told
         return choice.token_ids is not None and not self.wants_silence
 
@@ -255,7 +269,7 @@ class Story:
             first = FIELDS.decode(data)
             self._lasting = {name: first[name] for name in _LASTING if name in first}
         tells_usage = self._wants_usage and not (chunk.choices and self._strips_usage)
-        if tells_usage and chunk.usage is not None:
+        if tells_usage and chunk.usage is not None and not chunk.choices:
             self._has_told_usage = True
         if not (self.is_resumed or chunk.model != self._model or self._has_too_much(chunk, tells_usage)):
             return event(data)

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Literal, NoReturn
 
+from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S
+from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
-from powerband.gateway.dispatch.dispatcher import NO_REPLICA_RETRY_S
-from powerband.gateway.dispatch.errors import NoReplicaAvailable
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.proxy.complaints import MAX_BYTES, RequestFault, phrase, read_complaint, under_served_name
 from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
