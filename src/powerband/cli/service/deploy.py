@@ -39,7 +39,7 @@ def _flag(group: Group, *names: str, help: str) -> Parameter:
 
 
 def _old_flag() -> Parameter:
-    """A name that an option had in the version before: it still works, with a warning."""
+    """The name of an option in the version before: it still works, with a warning."""
     return Parameter(group=_SERVICE, negative="", show=False)
 
 
@@ -227,25 +227,22 @@ def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: 
     return SLO_BROKEN if not kept and proving.strict else 0
 
 
-def _warn_of_old_name(old: str, new: str) -> None:
-    print(f"warning: {old} is now {new}; the old name will go with the next release.", file=sys.stderr)
-
-
 def _policy(flags: ServiceFlags) -> Policy:
     from powerband.fleet.service.spec import Policy
+    from powerband.renamed import warn_renamed
     from powerband.spec.quantities import seconds
 
     if flags.surge is not None:
-        _warn_of_old_name("--surge", "--max-surge")
+        warn_renamed("--surge", "--max-surge")
     if flags.auto:
-        _warn_of_old_name("--auto", "--auto-remediate")
+        warn_renamed("--auto", "--auto-remediate")
     max_surge = flags.max_surge if flags.max_surge is not None else flags.surge
     if max_surge not in (None, 0, 1):
         raise UsageError(f"max_surge is {max_surge}.", hint="It is 0 or 1.", param="max_surge")
     if flags.webhook:
         from powerband.fleet.monitor.webhook import Webhook
 
-        Webhook(flags.webhook).close()  # so that a wrong one is known now
+        Webhook(flags.webhook).close()  # raises an error now for an invalid URL
     return Policy(
         max_surge=max_surge,
         drain_timeout_s=seconds(flags.drain_timeout, param="drain_timeout"),
