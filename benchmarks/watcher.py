@@ -45,7 +45,7 @@ from benchmarks.watcher_peers import Peer, enova_rule, three_sigma, ttft_over_sl
 from powerband.fleet.monitor.incidents import Incident
 from powerband.fleet.monitor.monitor import Action, Monitor
 from powerband.fleet.monitor.state import Observation, SLOTarget
-from powerband.gateway.request import Finished, GatewayRequest
+from powerband.gateway.request import CompletedRequest, GatewayRequest
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import RATIO_BUCKETS, Histogram
 from powerband.metrics.record import Outcome, RequestRecord
@@ -149,7 +149,7 @@ class Bed:
         self.replicas = [_Replica(f"r{n}", self.chance.uniform(0, 2 * math.pi)) for n in range(replicas)]
         self.rate = RATE * replicas
         self.queue: deque[_Request] = deque()
-        self.finished: list[Finished] = []
+        self.finished: list[CompletedRequest] = []
         self.now = 0.0
         self.next_s = 0.0
         self.count = 0
@@ -307,7 +307,7 @@ class Bed:
                 kept[0] += is_good
                 kept[1] += 1
         self.finished.append(
-            Finished(
+            CompletedRequest(
                 request=GatewayRequest(id=f"req-{request.number}", endpoint="chat", model="demo", stream=True),
                 record=record,
                 status=status,

@@ -25,7 +25,7 @@ from drill_loads import SERVED, put
 
 from powerband.bench.client.http import HTTPPage, delete, get, post
 from powerband.bench.client.messages import ServerAddress
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.mock_server.behavior import Behavior
 
@@ -196,9 +196,9 @@ def address(member: Member, **more: Any) -> ReplicaAddress:
 def gateway(folder: Path, replicas: Sequence[ReplicaAddress] = (), *flags: str) -> Iterator[Gateway]:
     """In front of replicas that are there already, and ready to answer."""
     folder.mkdir(parents=True, exist_ok=True)
-    books = Books.open(folder / "gateway.db")
-    key = books.keys.create("drill", ("infer", "metrics", "admin"))[1]
-    books.close()
+    accounts = Accounts.open(folder / "gateway.db")
+    key = accounts.keys.create("drill", ("infer", "metrics", "admin"))[1]
+    accounts.close()
     member = _start_gateway(folder, free_port(), flags)
     found = Gateway(member.url, key, member, folder, flags)
     try:

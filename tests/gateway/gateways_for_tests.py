@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.mock_server.behavior import Behavior
 
 PATIENCE_S = 20.0
@@ -112,9 +112,9 @@ def running_gateway(folder: Path, *arguments: str, timeout_s: float = PATIENCE_S
     Returns when it listens; whether replicas are ready is another matter, see `until`.
     """
     database = folder / "gateway.db"
-    books = Books.open(database)
-    _, secret = books.keys.create("admin", scopes=("admin", "infer", "metrics"))
-    books.close()
+    accounts = Accounts.open(database)
+    _, secret = accounts.keys.create("admin", scopes=("admin", "infer", "metrics"))
+    accounts.close()
     command = [sys.executable, "-m", "powerband", "gateway", "--port=0", f"--database={database}", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POWERBAND_")}
     log = (folder / "gateway.log").open("ab")

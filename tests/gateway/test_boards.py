@@ -24,7 +24,7 @@ from gateways_for_tests import gateway_before
 from prometheus_client.parser import text_string_to_metric_families
 from requests_for_tests import finished
 
-from powerband.gateway.metrics import GatewayMetrics, Moment
+from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
 from powerband.gateway.routes import ModelRoute
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import EngineMetrics
@@ -50,7 +50,7 @@ def shown_names() -> set[str]:
     gateway.serve([ModelRoute(name="demo", rate=3.0, slo=SLO(ttft_s=0.5))])
     gateway.observe(finished())
     replica = ReplicaSnapshot(id="r1", state="ready")
-    text = gateway.render(Moment(pools=(PoolSnapshot(model="demo", replicas=(replica,)),)))
+    text = gateway.render(GaugeSnapshot(pools=(PoolSnapshot(model="demo", replicas=(replica,)),)))
     pages = text.decode(), EngineMetrics("demo").render().decode()
     return {
         sample.name for page in pages for family in text_string_to_metric_families(page) for sample in family.samples

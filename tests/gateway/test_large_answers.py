@@ -19,7 +19,7 @@ from powerband.gateway.proxy import relay as relaying
 from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.events import MAX_EVENT_BYTES, read_chunk
 from powerband.gateway.proxy.relay import Relay
-from powerband.gateway.proxy.whole_answer import MAX_ANSWER_BYTES
+from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES
 
 UNLIMITED = {name: value for name, value in CHAT.items() if name != "max_tokens"}
 
@@ -42,7 +42,7 @@ def test_a_large_whole_answer_comes_through_under_the_served_name(gateway: Runni
 
 def test_what_is_too_large_is_run_once_and_counts_against_no_replica(gateway: RunningGateway) -> None:
     event = chunk({"content": "a" * (MAX_EVENT_BYTES + (1 << 20))})
-    for said, is_stream in ((answer(whole(x="y" * MAX_ANSWER_BYTES)), False), (stream([event]), True)):
+    for said, is_stream in ((answer(whole(x="y" * MAX_RESPONSE_BYTES)), False), (stream([event]), True)):
         with serving(gateway, says(said), says(said)) as replicas:
             for number in range(1, 6):
                 told = gateway.post("/v1/chat/completions", {**UNLIMITED, "stream": is_stream})
@@ -52,7 +52,7 @@ def test_what_is_too_large_is_run_once_and_counts_against_no_replica(gateway: Ru
 
 
 def test_a_large_token_look_up_is_answered_and_a_larger_one_asked_for_once(gateway: RunningGateway) -> None:
-    for size, status in ((1 << 20, 200), (MAX_ANSWER_BYTES // 5, 502)):
+    for size, status in ((1 << 20, 200), (MAX_RESPONSE_BYTES // 5, 502)):
         said = answer(b'{"count":7,"tokens":[%b]}' % b",".join([b"12345"] * size))
         with serving(gateway, says(said), says(said)) as replicas:
             told = gateway.post("/tokenize", {"prompt": "a", "model": "public"})
@@ -72,7 +72,7 @@ class Exchange:
     async def read(self) -> bytes:
         return self._pieces.pop() if self._pieces else b""
 
-    async def pass_to(self, take: Callable[[bytes], bool]) -> None:
+    async def stream_to(self, take: Callable[[bytes], bool]) -> None:
         while self._pieces and take(self._pieces.pop()):
             pass
 
@@ -105,7 +105,7 @@ class Line:
 
 def test_events_that_come_at_once_are_told_in_turns() -> None:
     piece = stream([*[chunk({"content": " a"})] * 5000, STOP], head=b"")
-    story, line, turns = story_of("openai", n=1), Line(), 0
+    state, line, turns = story_of("openai", n=1), Line(), 0
 
     async def count_turns() -> None:
         nonlocal turns
@@ -115,9 +115,9 @@ def test_events_that_come_at_once_are_told_in_turns() -> None:
 
     async def relay() -> None:
         others = asyncio.create_task(count_turns())
-        told: Any = Relay(Trip(), story, Exchange(piece), lambda _: None, 1 << 20)  # type: ignore[arg-type]
-        line.write_chunk(await told.read_opening())
-        await told.pass_on(line)
+        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None, 1 << 20)  # type: ignore[arg-type]
+        line.write_chunk(await told.read_first_events())
+        await told.forward(line)
         others.cancel()
 
     asyncio.run(relay())
@@ -132,14 +132,14 @@ def test_more_choices_than_were_asked_for_are_refused_before_they_are_read_one_b
 
 @pytest.mark.parametrize("tokens", [2**40, 10**6])
 def test_usage_that_no_request_can_have_is_not_charged(tokens: int) -> None:
-    story = story_of(max_tokens=5)
+    state = story_of(max_tokens=5)
     usage = {"prompt_tokens": tokens, "completion_tokens": tokens}
     body = {"choices": [{"index": 0, "text": "a"}], "usage": usage}
-    story.take_whole(read_chunk(msgspec.json.encode(body)), replica("vllm"))
-    prompt, _, output = story.final_usage()
+    state.process_whole(read_chunk(msgspec.json.encode(body)), replica("vllm"))
+    prompt, _, output = state.final_usage()
     assert output == 5
     assert prompt < 100_000
-    assert story.is_estimate
+    assert state.is_estimate
 
 
 def test_an_impossible_count_of_tokens_is_charged_as_what_was_sent(gateway: RunningGateway) -> None:

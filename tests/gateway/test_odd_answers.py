@@ -12,7 +12,7 @@ from gateways_for_tests import RunningGateway, running_gateway, text_of
 from test_replica_answers import CALM, CHAT, CHUNKED, STOP, TEXT, WHOLE, WORDS, chunk, log, says, serving, stream
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.proxy.intake import Intake
+from powerband.gateway.proxy.client_request import ClientRequest
 from powerband.gateway.request import Endpoint
 
 
@@ -99,7 +99,7 @@ def test_a_request_with_two_limits_of_which_an_engine_may_take_either_is_refused
     """What was reserved would not be what is made, and a replica that made more would be taken for one that lies."""
     body = {"model": "public", "messages": [], "prompt": "a", **fields}
     with pytest.raises(InvalidRequest):
-        Intake(json.dumps(body).encode(), endpoint)
+        ClientRequest(json.dumps(body).encode(), endpoint)
 
 
 ENDED = {"index": 0, "text": "a", "finish_reason": "stop"}

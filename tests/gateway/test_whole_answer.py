@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerband.gateway.proxy import whole_answer
+from powerband.gateway.proxy import whole_response
 from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.whole_answer import WholeAnswer
+from powerband.gateway.proxy.whole_response import WholeAnswer
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
 VALUES = st.recursive(
@@ -47,8 +47,8 @@ def test_a_large_answer_is_read_as_a_small_one_and_renamed_in_place(
 ) -> None:
     data = json.dumps(answer, indent=indent, ensure_ascii=is_ascii).encode(errors="replace")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole_answer, "LARGE_BYTES", 0)
-        patch.setattr(whole_answer, "_SLICE_BYTES", 16)
+        patch.setattr(whole_response, "LARGE_BYTES", 0)
+        patch.setattr(whole_response, "_SLICE_BYTES", 16)
         read = WholeAnswer()
         for piece in in_pieces(data, size):
             read.add(piece)
@@ -83,7 +83,7 @@ def test_of_a_large_answer_little_is_decoded(monkeypatch: pytest.MonkeyPatch) ->
         decoded.append(len(data))
         return msgspec.json.decode(data)
 
-    monkeypatch.setattr(whole_answer, "read_chunk", read_chunk)
+    monkeypatch.setattr(whole_response, "read_chunk", read_chunk)
     assert read_in_pieces(large()).is_large
     assert decoded[0] < 1000
 

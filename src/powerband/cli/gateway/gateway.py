@@ -11,7 +11,7 @@ from powerband.cli.flags import takes_settings
 from powerband.cli.settings import Resolved
 from powerband.documents import read_table
 from powerband.errors import UsageError
-from powerband.gateway.engine_names import ServerName
+from powerband.gateway.engine_endpoints import ServerName
 from powerband.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:

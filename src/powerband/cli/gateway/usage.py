@@ -121,16 +121,16 @@ def _seconds(value: float | None) -> str:
     return "–" if value is None else f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _warn(books: dict[str, Any]) -> None:
+def _warn(accounts: dict[str, Any]) -> None:
     """What the figures above do not have."""
-    if books["failing_s"]:
-        waiting = f"{books['usage_waiting']:,} requests wait to be written"
+    if accounts["failing_s"]:
+        waiting = f"{accounts['usage_waiting']:,} requests wait to be written"
         print(
-            f"warning: the gateway's books could not be written for {books['failing_s']:.0f} s; {waiting}.",
+            f"warning: the gateway's books could not be written for {accounts['failing_s']:.0f} s; {waiting}.",
             file=sys.stderr,
         )
-    if books["usage_dropped"]:
-        lost = f"the details of {books['usage_dropped']:,} requests since the gateway's start"
+    if accounts["usage_dropped"]:
+        lost = f"the details of {accounts['usage_dropped']:,} requests since the gateway's start"
         print(
             f"warning: there was no room for {lost}: their sums are counted, their latencies are not.", file=sys.stderr
         )

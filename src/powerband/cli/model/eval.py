@@ -26,7 +26,7 @@ from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 from powerband.text.corpus import held_out_documents
-from powerband.text.exercises import KINDS, exercises
+from powerband.text.eval_tasks import KINDS, eval_tasks
 
 if TYPE_CHECKING:
     from powerband.engine.llm import LLM
@@ -121,7 +121,7 @@ def _measure(settings: EngineSettings, samples: int, seed: int) -> tuple[EvalRow
 
 def exercise_accuracy(llm: LLM, kind: str, samples: int, seed: int) -> float:
     """Share of `samples` held-out exercises of one kind that the model answers right, greedily, in a chat."""
-    asked = list(islice(exercises(kind, seed, held_out=True), samples))
+    asked = list(islice(eval_tasks(kind, seed, held_out=True), samples))
     conversations: list[list[dict[str, Any]]] = [[{"role": "user", "content": e.question}] for e in asked]
     params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
     replies = llm.chat(conversations, params, use_tqdm=False)

@@ -26,7 +26,7 @@ from powerband.fleet.monitor.webhook import WebhookNotifier
 from powerband.fleet.service.store import ServiceStore, lock
 from powerband.fleet.targets.local import LocalTarget, last_lines
 from powerband.fleet.targets.processes import EnvironmentTag, is_alive, session_leader_with
-from powerband.gateway.accounts.books import Books, has_admin_key
+from powerband.gateway.accounts.accounts import Accounts, has_admin_key
 from powerband.metrics.logging import set_up_logging
 
 logger = logging.getLogger("powerband.fleet.control.controller_process")  # as a process it is __main__
@@ -142,11 +142,11 @@ def _tick(controller: Controller) -> bool:
 def _admin_key(store: ServiceStore) -> str:
     """The gateway's first admin key, created before the gateway's first start."""
     if not has_admin_key(store.admin_key):
-        books = Books.open(store.database)
+        accounts = Accounts.open(store.database)
         try:
-            books.make_admin_key(store.admin_key, "fleet")
+            accounts.make_admin_key(store.admin_key, "fleet")
         finally:
-            books.close()
+            accounts.close()
     return store.admin_key.read_text().strip()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import Routes
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.http_client import Response, bearer, request
@@ -44,7 +44,7 @@ class _RecordsPage(msgspec.Struct):
     """Of GET /admin/records."""
 
     next: int
-    records: tuple[Finished, ...] = ()
+    records: tuple[CompletedRequest, ...] = ()
 
 
 @dataclass(slots=True)
@@ -57,14 +57,14 @@ class GatewayClient:
     snapshot: GatewaySnapshot | None = None  # None: the gateway has not responded yet
     error: str = ""  # of the last poll
     next_record: int = 0
-    _completed: list[Finished] = field(default_factory=list)
+    _completed: list[CompletedRequest] = field(default_factory=list)
     _completed_at: deque[float] = field(default_factory=deque)  # time.time()
 
     def connect_to(self, url: str) -> None:
         """A gateway that has just been started: nothing is known of it, and it numbers its records from 0."""
         self.url, self.snapshot, self.next_record = url, None, 0
 
-    def take_completed(self) -> Sequence[Finished]:
+    def take_completed(self) -> Sequence[CompletedRequest]:
         """Requests that completed since the last call."""
         taken, self._completed = self._completed, []
         return taken

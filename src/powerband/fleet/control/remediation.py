@@ -17,7 +17,7 @@ from powerband.fleet.monitor.monitor import Action, Monitor
 from powerband.fleet.monitor.state import Observation, SLOTarget, read_host_load
 from powerband.fleet.service.spec import Release
 from powerband.fleet.service.store import ServiceStore
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
 from powerband.spec.plan import Prediction
 from powerband.spec.yaml_codec import read_record
 
@@ -36,12 +36,12 @@ class Remediator:
         self._monitor: Monitor | None = None
         self._release: Release | None = None
         self._observed_s = -INTERVAL_S
-        self._completed: list[Finished] = []
+        self._completed: list[CompletedRequest] = []
 
     def run(
         self,
         release: Release,
-        completed: Sequence[Finished],
+        completed: Sequence[CompletedRequest],
         snapshot: GatewaySnapshot | None,
         instances: Mapping[str, InstanceState],
         *,

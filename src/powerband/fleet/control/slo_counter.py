@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerband.fleet.service.status import ServiceLoad
-from powerband.gateway.promise import verdict
-from powerband.gateway.request import Finished
+from powerband.gateway.observability.slo import slo_violations
+from powerband.gateway.request import CompletedRequest
 from powerband.spec.slo import SLO
 
 
@@ -22,10 +22,10 @@ class SLOCounter:
         """Continue the counts of the controller before."""
         self.scheduled, self.good, self.since = load.scheduled, load.good, load.since
 
-    def count(self, completed: Sequence[Finished], slo: SLO) -> None:
+    def count(self, completed: Sequence[CompletedRequest], slo: SLO) -> None:
         """gateway.promise decides which requests count, and which meet the SLO."""
         self.since = self.since or time.time()
-        verdicts = [missed for one in completed if (missed := verdict(one, slo)) is not None]
+        verdicts = [missed for one in completed if (missed := slo_violations(one, slo)) is not None]
         self.scheduled += len(verdicts)
         self.good += sum(not missed for missed in verdicts)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from powerband.gateway.promise import saw_first_token
-from powerband.gateway.request import Finished
+from powerband.gateway.observability.slo import has_first_token
+from powerband.gateway.request import CompletedRequest
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.metrics.record import Outcome
 
@@ -36,9 +36,9 @@ class RequestSample:
     tpot_s: float | None
 
     @classmethod
-    def from_completed(cls, completed: Finished, time_s: float) -> RequestSample:
+    def from_completed(cls, completed: CompletedRequest, time_s: float) -> RequestSample:
         record, tried = completed.record, completed.replicas
-        is_streamed = saw_first_token(completed)
+        is_streamed = has_first_token(completed)
         failures = completed.failed
         if record.outcome in _FAILED and tried and tried[-1] not in dict(failures):
             failures = (*failures, (tried[-1], completed.error or record.outcome.value))

@@ -12,8 +12,8 @@ from powerband.fleet.monitor.recent_traffic import RecentTraffic, RequestSample
 from powerband.fleet.monitor.replica_metrics import ReplicaMetrics, read_metrics
 from powerband.fleet.monitor.residuals import StepResiduals
 from powerband.fleet.monitor.slo_burn import SLOBurn
-from powerband.gateway.promise import verdict
-from powerband.gateway.request import Finished
+from powerband.gateway.observability.slo import slo_violations
+from powerband.gateway.request import CompletedRequest
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.spec.hardware.device import usable_memory
 from powerband.spec.plan import Plan, Prediction
@@ -61,7 +61,7 @@ class Observation:
 
     now_s: float  # time.time()
     clock_s: float  # time.monotonic(), which the windows use
-    completed: tuple[Finished, ...] = ()  # requests, since the last observation
+    completed: tuple[CompletedRequest, ...] = ()  # requests, since the last observation
     pools: tuple[PoolSnapshot, ...] | None = ()  # None: the gateway does not respond
     metrics: Mapping[str, str] = field(default_factory=dict)  # /metrics of the replicas that responded, by id
     host: HostLoad | None = None
@@ -134,7 +134,7 @@ class MonitorState:
         samples = []
         for completed in observation.completed:
             time_s = self.clock_s - max(observation.now_s - completed.ended_at, 0.0)
-            misses = verdict(completed, self.target.slo)
+            misses = slo_violations(completed, self.target.slo)
             if misses is not None:
                 self.burn.add(time_s, misses)
             sample = RequestSample.from_completed(completed, time_s)

@@ -35,7 +35,7 @@ class _Call(msgspec.Struct, gc=False):
 _CALLS = msgspec.json.Decoder(list[_Call])
 
 
-class Estimates:
+class TokenEstimates:
     """What is known of the answers of one model. text_factor: tokens for each that `text_tokens` finds. output_tokens:
     of one answer, usually.
     """
@@ -69,10 +69,10 @@ class Estimates:
         return choices * (each if limit is None else min(each, limit))
 
 
-class TextCount:
+class TextTokenCount:
     """Tokens of text that comes in pieces: by its size, and at least one for each piece."""
 
-    def __init__(self, estimates: Estimates) -> None:
+    def __init__(self, estimates: TokenEstimates) -> None:
         self.size = 0.0  # in tokens, before the factor
         self._factor = estimates.text_factor
         self._pieces = 0

@@ -37,7 +37,7 @@ class Part(msgspec.Struct, gc=False):
 Text = str | list[Part] | None
 
 
-class Delta(msgspec.Struct, gc=False):
+class ChunkDelta(msgspec.Struct, gc=False):
     """What is only passed on, whatever its shape, is not built: `Raw`."""
 
     role: str | None = None
@@ -56,26 +56,26 @@ class Delta(msgspec.Struct, gc=False):
         return bool(self.reasoning_content or self.reasoning or self.has_calls) or isinstance(self.content, list)
 
 
-class Choice(msgspec.Struct, gc=False):
+class ChunkChoice(msgspec.Struct, gc=False):
     """finish_reason: None or '' (LocalAI and others) until the choice has ended."""
 
     index: int | None = 0
     text: str | None = None
-    delta: Delta | None = None
-    message: Delta | None = None
+    delta: ChunkDelta | None = None
+    message: ChunkDelta | None = None
     finish_reason: str | None = None
     token_ids: TokenIds | None = None
     prompt_token_ids: Raw = NO_IDS  # decoded only to resume
 
 
-class Details(msgspec.Struct, gc=False):
+class ChunkUsageDetails(msgspec.Struct, gc=False):
     cached_tokens: Count | None = None
 
 
-class Usage(msgspec.Struct, gc=False):
+class ChunkUsage(msgspec.Struct, gc=False):
     prompt_tokens: Count | None = 0
     completion_tokens: Count | None = 0
-    prompt_tokens_details: Details | None = None
+    prompt_tokens_details: ChunkUsageDetails | None = None
 
     @property
     def cached_tokens(self) -> int:
@@ -86,8 +86,8 @@ class Chunk(msgspec.Struct, gc=False):
     """A chunk of either kind, and a whole answer, too, as far as it is counted."""
 
     model: str | None = None
-    choices: list[Choice] | None = None
-    usage: Usage | None = None
+    choices: list[ChunkChoice] | None = None
+    usage: ChunkUsage | None = None
     error: Raw = _NULL
     prompt_token_ids: Raw = NO_IDS
 
@@ -133,7 +133,7 @@ def _check_brackets(data: bytes) -> None:
         raise UpstreamFailure("garbage", f"The replica's answer has {num_brackets} brackets in {len(data)} bytes.")
 
 
-class Splitter:
+class EventSplitter:
     """Bytes as they come → the data of events that are whole. num_events: so far, comments among them."""
 
     __slots__ = ("_after_cr", "_ends_line", "_has_begun", "_max_bytes", "_rest", "_rest_bytes", "num_events")
