@@ -69,7 +69,7 @@ class Observation:
 
 @dataclass(slots=True)
 class MonitorState:
-    """Times on the clock of the observations. By replica id where nothing else is said."""
+    """Times on the clock of the observations. Dictionaries are by replica id, except `baseline`."""
 
     target: SLOTarget
     burn: SLOBurn

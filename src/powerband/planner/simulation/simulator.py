@@ -124,10 +124,10 @@ class _Simulator:
         self._replicas, self._pools = replicas, pools
         self._front_free_s = [0.0] * len(self._replicas)  # when each replica's front end can take the next request
         self._clients = [ConversationClient(chain) for chain in schedule.chains]
-        self._open: dict[str, InFlightRequest] = {}
+        self._open: dict[str, SimulatedRequest] = {}
         self._records: dict[int, RequestRecord] = {}
         # (time, chain, answered): a request that is due, or one whose answer is complete. A chain has one at most.
-        self._events: list[tuple[float, int, InFlightRequest | None]] = []
+        self._events: list[tuple[float, int, SimulatedRequest | None]] = []
         self._end_s = 0.0
         for number, talk in enumerate(self._clients):
             self._plan(talk.chain.start_s, number)
@@ -157,7 +157,7 @@ class _Simulator:
             self._waiting > self._max_waiting,
         )
 
-    def _push(self, time_s: float, chain: int, answered: InFlightRequest | None) -> None:
+    def _push(self, time_s: float, chain: int, answered: SimulatedRequest | None) -> None:
         heapq.heappush(self._events, (time_s, chain, answered))
 
     def _plan(self, time_s: float, number: int) -> None:
@@ -165,7 +165,7 @@ class _Simulator:
         if time_s <= self._duration_s:
             self._push(time_s, number, None)
 
-    def _happen(self, now: float, number: int, answered: InFlightRequest | None) -> None:
+    def _happen(self, now: float, number: int, answered: SimulatedRequest | None) -> None:
         if answered is not None:
             self._routing.answered(answered.replica, answered.tokens)
             planned = self._clients[number].next
@@ -184,7 +184,7 @@ class _Simulator:
         self._front_free_s[index] = begin_s + host.front_s * self._slowdown
         request = talk.next_request(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
         lags_s = host.answer_s * self._slowdown, host.answer_request_s * self._slowdown
-        opened = InFlightRequest(planned, number, now, tokens, index, *lags_s)
+        opened = SimulatedRequest(planned, number, now, tokens, index, *lags_s)
         self._open[request.id] = opened
         self._waiting += 1
         self._routing.sent(index, opened.tokens)
