@@ -18,8 +18,9 @@ import statistics
 import time
 from pathlib import Path
 
-from powerband.gateway.dispatch.pool import Lease, Pool, PoolOptions
-from powerband.gateway.pool_options import ROUTINGS, Routing
+from powerband.dispatch.options import ROUTINGS, Routing
+from powerband.gateway.dispatch.pool import Lease, Pool
+from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 
@@ -36,9 +37,9 @@ def make_pool(routing: Routing, num_replicas: int, max_num_seqs: int) -> Pool:
         for i in range(num_replicas)
     )
     pool.update(ModelRoute(name="m", replicas=tuple(addresses)))
-    for member in pool.members:
-        member.probed_well(time.monotonic())
-        pool.changed(member)
+    for backend in pool.backends:
+        backend.probed_well(time.monotonic())
+        pool.changed(backend)
     return pool
 
 
@@ -74,7 +75,7 @@ async def measure(routing: Routing, num_replicas: int) -> Costs:
 async def measure_full(routing: Routing, num_replicas: int) -> Costs:
     """Every place is taken, and each that becomes free goes to who waits. The first cost is of joining the queue."""
     pool = make_pool(routing, num_replicas, UNDER_WAY // num_replicas)
-    places = sum(member.most for member in pool.members)
+    places = sum(backend.max_in_flight for backend in pool.backends)
     live = [await pool.lease(request(i)) for i in range(places)]
     gc.collect()
     start = time.process_time()
@@ -82,7 +83,7 @@ async def measure_full(routing: Routing, num_replicas: int) -> Costs:
     await asyncio.sleep(0)
     joined = time.process_time() - start
     ended = 0.0
-    while pool.queued:
+    while pool.dispatcher.queued:
         start = time.process_time()
         for lease in live:
             end(lease)

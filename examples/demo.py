@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 SERVICE = "demo"
 FOLDER = Path("build/demo")

@@ -23,7 +23,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = SOURCE / "powerband"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOOR_1 = ("core", "cost", "text", "spec", "metrics", "web")
+FLOOR_1 = ("core", "cost", "dispatch", "text", "spec", "metrics", "web")
 # Room → rooms it may import, besides itself and powerband.errors.
 MAY_IMPORT = {
     "spec": (),
@@ -31,19 +31,28 @@ MAY_IMPORT = {
     "text": ("spec",),
     "cost": ("spec",),
     "core": ("spec", "metrics"),
+    "dispatch": (),
     "web": ("core",),
     "engine": FLOOR_1,
     "server": ("engine", *FLOOR_1),
     "bench": FLOOR_1,
+    "mock_server": ("bench", *FLOOR_1),
+    "fault_injection": ("bench", *FLOOR_1),
+    "calibration": ("engine", "bench", "mock_server", *FLOOR_1),
     "planner": FLOOR_1,
     "gateway": FLOOR_1,
-    "fleet": ("gateway", "planner", "bench", *FLOOR_1),
-    "cli": ("fleet", "gateway", "server", "engine", "bench", "planner", *FLOOR_1),
+    "fleet": ("gateway", "planner", "bench", "calibration", *FLOOR_1),
+    "cli": ("fleet", "gateway", "server", "engine", "calibration", "bench", "fault_injection", "planner", *FLOOR_1),
 }
 # The server talks to an engine through these and nothing else of it.
 ENGINE_DOOR = ("messages", "supervisor", "channel", "stream", "health", "output")
-NO_TORCH = ["powerband", "powerband.cli.main"]
-NO_TORCH += [f"powerband.{room}" for room in ("server", "engine", "bench", "planner", "gateway", "fleet", *FLOOR_1)]
+LIGHT = ("server", "mock_server", "bench", "fault_injection", "calibration", "planner", "gateway", "fleet")
+NO_TORCH = [
+    "powerband",
+    "powerband.cli.main",
+    "powerband.engine",
+    *(f"powerband.{room}" for room in (*LIGHT, *FLOOR_1)),
+]
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load")
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "transformers", "fastapi")
 # Work left undone, and checks that are switched off without saying why.
@@ -108,10 +117,14 @@ def test_imports_point_to_rooms_below() -> None:
     fail_with(wrong)
 
 
-def test_core_imports_no_third_party() -> None:
+PURE = ("core", "dispatch")  # no third-party packages, no clock, no chance, no input or output of their own
+PURE_FILES = sorted(path for name in PURE for path in (PACKAGE / name).glob("*.py"))
+IMPURE = {"time", "random", "secrets", "uuid", "datetime", "asyncio", "socket", "threading", "os", "pathlib"}
+
+
+def test_core_and_dispatch_import_no_third_party() -> None:
     own = {*sys.stdlib_module_names, "powerband"}
-    paths = (PACKAGE / "core").rglob("*.py")
-    fail_with([f"{show(path)}: {name}" for path in paths for name in imports(path) if name.split(".")[0] not in own])
+    fail_with([f"{show(p)}: {name}" for p in PURE_FILES for name in imports(p) if name.split(".")[0] not in own])
 
 
 def test_server_uses_only_the_door_of_the_engine() -> None:
@@ -121,7 +134,7 @@ def test_server_uses_only_the_door_of_the_engine() -> None:
 
 def test_no_cheap_room_loads_torch() -> None:
     """Import every module that must stay light in one fresh interpreter, and look at what came with them."""
-    rooms = (*FLOOR_1, "server", "bench", "planner", "gateway", "fleet", "cli")
+    rooms = (*FLOOR_1, *LIGHT, "cli")
     light = [m for m in map(module_name, FILES) if room(m) in rooms] + NO_TORCH
     light += [f"powerband.engine.{name}" for name in ENGINE_DOOR if (PACKAGE / "engine" / f"{name}.py").exists()]
     light.remove("powerband.__main__") if "powerband.__main__" in light else None
@@ -168,10 +181,9 @@ def test_only_commands_print() -> None:
     fail_with([f"{show(path)}:{call.lineno}: print" for path, call in calls if dotted(call.func) == "print"])
 
 
-def test_the_core_takes_time_and_chance_from_outside() -> None:
-    for path in (PACKAGE / "core").glob("*.py"):
-        own = {"time", "random", "secrets", "uuid", "datetime"} & {name.split(".")[0] for name in imports(path)}
-        assert not own or path.name == "clock.py", f"{path.name} imports {own}"
+def test_core_and_dispatch_take_time_chance_and_input_from_outside() -> None:
+    wrong = [(path, IMPURE & {name.split(".")[0] for name in imports(path)}) for path in PURE_FILES]
+    fail_with([f"{show(path)} imports {own}" for path, own in wrong if own and path.name != "clock.py"])
 
 
 def test_first_line_says_what_the_module_is_for() -> None:

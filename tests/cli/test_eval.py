@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import powerband
-from powerband.cli import eval as command
 from powerband.cli.main import main
+from powerband.cli.model import eval as command
 
 DEMO = Path(powerband.__file__).parent / "demo"
 

@@ -20,8 +20,8 @@ from drill_loads import Load, Told, answers_of, questions
 from drill_services import Service, deployed
 from drills_for_tests import Figures, engines_of
 
-from powerband.bench.http import get
-from powerband.bench.messages import Target
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
 from powerband.fleet.targets.processes import ProcessId, identify, is_alive
 
 SEED = int(os.environ.get("DRILLS_SEED", "13"))
@@ -153,7 +153,7 @@ async def _is_whole(service: Service, victims: Sequence[ProcessId]) -> bool:
         return False
     with suppress(OSError, TimeoutError, AssertionError, IndexError):
         async with asyncio.timeout(1.0):
-            doors = [Target(base=one.url, endpoint="completions", model="") for one in replicas]
+            doors = [ServerAddress(base=one.url, endpoint="completions", model="") for one in replicas]
             are_ready = [(await get(door, "/readyz")).status == 200 for door in doors]
             return all(are_ready) and set(await service.front.ready_replicas()) == {one.id for one in replicas}
     return False

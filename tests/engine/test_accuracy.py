@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.eval import text_loss
+from powerband.cli.model.eval import text_loss
 from powerband.engine.kernels.cpu import library
 from powerband.engine.llm import LLM
 

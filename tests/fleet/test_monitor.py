@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerband.cli.main import main
-from powerband.fleet.monitor.expected import Expectation
 from powerband.fleet.monitor.incidents import Finding, Incident, Incidents, read_incidents
 from powerband.fleet.monitor.monitor import Monitor
-from powerband.fleet.monitor.observation import HostLoad, Observation, read_host
-from powerband.fleet.monitor.replica_metrics import median_ratio, read_figures, steps_between
+from powerband.fleet.monitor.replica_metrics import median_ratio, read_metrics, steps_between
 from powerband.fleet.monitor.residuals import Cusum, distance_from_peers
 from powerband.fleet.monitor.slo_burn import SLOBurn
+from powerband.fleet.monitor.state import HostLoad, Observation, SLOTarget, read_host_load
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import EngineMetrics
 from powerband.spec.slo import SLO
@@ -72,8 +71,8 @@ def kept(good: int, bad: int, *, seconds: int = 60, slo: SLO = SLO_HERE) -> SLOB
 
 def test_burn_is_one_when_the_promise_is_just_kept() -> None:
     attainment = kept(950, 50)
-    assert attainment.over(1000, 60).attainment == 0.95
-    assert attainment.burn(1000, 60) == pytest.approx(1.0)
+    assert attainment.window(1000, 60).attainment == 0.95
+    assert attainment.burn_rate(1000, 60) == pytest.approx(1.0)
     assert attainment.alert(1000) is None
 
 
@@ -113,7 +112,7 @@ def test_windows_count_what_ended_in_them(ends: list[tuple[float, bool]], window
     now_s = ends[-1][0] if ends else 0.0
     # Seconds are counted as a whole.
     inside = [good for time_s, good in ends if int(time_s) >= now_s - window_s]
-    share = attainment.over(now_s, window_s)
+    share = attainment.window(now_s, window_s)
     assert (share.good, share.total) == (sum(inside), len(inside))
 
 
@@ -158,19 +157,19 @@ def test_peers_are_the_others() -> None:
 
 def test_a_replicas_own_exposition_is_understood() -> None:
     metrics = EngineMetrics("demo")
-    before = read_figures(metrics.render().decode())
+    before = read_metrics(metrics.render().decode())
     for ratio in (1.9, 2.0, 2.0, 2.1, 2.2):
         metrics.observe_residual(ratio)
     metrics.observe_first_tokens(2, ttft_s=0.1, prompt_tokens=7)
-    after = read_figures(metrics.render().decode())
-    assert after.tokens == 9
+    after = read_metrics(metrics.render().decode())
+    assert after.processed_tokens == 9
     assert median_ratio(steps_between(before, after)) == pytest.approx(2.0, abs=0.2)
     assert steps_between(after, before) == {}  # it began anew
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", 'powerband_step_residual_ratio_bucket{le="x"} 1', "vllm:x{} NaN"])
 def test_what_is_no_exposition_tells_nothing(text: str) -> None:
-    assert read_figures(text).tokens is None
+    assert read_metrics(text).processed_tokens is None
 
 
 # ---- invariants and the host
@@ -190,7 +189,7 @@ def looked(
 
 
 def test_silence_with_requests_in_hand_is_a_hang() -> None:
-    watcher = Monitor(Expectation(slo=SLO(ttft_s=1.0)))
+    watcher = Monitor(SLOTarget(slo=SLO(ttft_s=1.0)))
     busy = "powerband_generation_tokens_total 100"  # and stays there
     looked(watcher, 9, lambda s: ReplicaSnapshot(id="r1", state="ready", inflight=2, silent_s=float(s)), busy)
     (incident,) = watcher.incidents.open
@@ -198,7 +197,7 @@ def test_silence_with_requests_in_hand_is_a_hang() -> None:
 
 
 def test_long_answers_that_are_not_streamed_are_no_hang() -> None:
-    watcher = Monitor(Expectation(slo=SLO(ttft_s=1.0)))
+    watcher = Monitor(SLOTarget(slo=SLO(ttft_s=1.0)))
     for second in range(60):
         pools = (
             PoolSnapshot(
@@ -212,7 +211,7 @@ def test_long_answers_that_are_not_streamed_are_no_hang() -> None:
 
 
 def test_kv_cache_in_use_without_requests_is_a_leak() -> None:
-    watcher = Monitor(Expectation(slo=SLO(ttft_s=1.0)))
+    watcher = Monitor(SLOTarget(slo=SLO(ttft_s=1.0)))
     idle = "powerband_requests_running 0\npowerband_requests_waiting 0\npowerband_kv_cache_usage_ratio {}"
     looked(watcher, 30, lambda s: ReplicaSnapshot(id="r1", state="ready"), idle.format(0.0))
     assert watcher.incidents.open == ()
@@ -221,30 +220,30 @@ def test_kv_cache_in_use_without_requests_is_a_leak() -> None:
 
 
 def test_a_machine_without_memory_is_an_incident_and_a_busy_one_is_not() -> None:
-    busy = HostLoad(load=20.0, cores=2, cpu_waiting=0.9, memory_bytes=1000, memory_available_bytes=500)
-    watcher = Monitor(Expectation(slo=SLO(ttft_s=1.0)))
+    busy = HostLoad(load=20.0, cores=2, cpu_pressure=0.9, memory_bytes=1000, available_memory_bytes=500)
+    watcher = Monitor(SLOTarget(slo=SLO(ttft_s=1.0)))
     looked(watcher, 20, lambda s: ReplicaSnapshot(id="r1", state="ready"), None, host=busy)
     assert watcher.incidents.open == ()
-    full = HostLoad(load=0.1, cores=2, memory_bytes=1000, memory_available_bytes=10)
+    full = HostLoad(load=0.1, cores=2, memory_bytes=1000, available_memory_bytes=10)
     looked(watcher, 20, lambda s: ReplicaSnapshot(id="r1", state="ready"), None, host=full)
     assert [(one.kind, one.cause) for one in watcher.incidents.open] == [("host", "memory")]
 
 
 def test_this_machine_tells_its_load(tmp_path: Path) -> None:
-    assert read_host(tmp_path) is None
-    (tmp_path / "loadavg").write_text("1.50 1.0 0.9 1/100 42\n")
-    (tmp_path / "meminfo").write_text("MemTotal:  2048 kB\nMemAvailable:  1024 kB\n")
-    (tmp_path / "pressure").mkdir()
-    (tmp_path / "pressure" / "cpu").write_text("some avg10=12.50 avg60=1.0 avg300=0.5 total=1\n")
-    host = read_host(tmp_path)
+    assert read_host_load(tmp_path) is None
+    (tmp_path / "proc" / "pressure").mkdir(parents=True)
+    (tmp_path / "proc" / "loadavg").write_text("1.50 1.0 0.9 1/100 42\n")
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  2048 kB\nMemAvailable:  1024 kB\n")
+    (tmp_path / "proc" / "pressure" / "cpu").write_text("some avg10=12.50 avg60=1.0 avg300=0.5 total=1\n")
+    host = read_host_load(tmp_path)
     assert host is not None
-    assert (host.load, host.cpu_waiting, host.memory_stalled) == (1.5, 0.125, None)
-    assert (host.memory_bytes, host.memory_available_bytes) == (2 << 20, 1 << 20)
+    assert (host.load, host.cpu_pressure, host.memory_pressure) == (1.5, 0.125, None)
+    assert (host.memory_bytes, host.available_memory_bytes) == (2 << 20, 1 << 20)
 
 
 def test_actions_come_one_at_a_time_and_never_take_the_last_replica() -> None:
     away = tuple(ReplicaSnapshot(id=f"r{n}", state="ejected") for n in range(3))
-    watcher = Monitor(Expectation(slo=SLO(ttft_s=1.0)))
+    watcher = Monitor(SLOTarget(slo=SLO(ttft_s=1.0)))
     taken = []
     for second in range(40):
         seen = Observation(now_s=EPOCH + second, clock_s=second, pools=(PoolSnapshot(model="demo", replicas=away),))
@@ -261,7 +260,7 @@ def test_incidents_survive_a_restart_and_close_when_over(tmp_path: Path) -> None
     path = tmp_path / "incidents.json"
     first = Incidents(path, lambda change, incident: told.append((change, incident.id)))
     (opened,) = first.update(1000.0, [FINDING])
-    first.note(opened.id, "restarted")
+    first.record_action(opened.id, "restarted")
     first.update(1001.0, [FINDING])
     second = Incidents(path, lambda change, incident: told.append((change, incident.id)))
     assert second.open[0].done == ("restarted",)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
-from powerband.cli.scale import scaled
+from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
+from powerband.cli.service.scale import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
 from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions
-from powerband.fleet.release import ReleaseOptions, default_served_name, make_release
+from powerband.fleet.release import ReleaseOptions, build_release, default_served_name
 from powerband.fleet.service.spec import Release
 from powerband.fleet.targets.base import Instance
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.plan import Plan, Promise
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, SLOGuarantee
 from powerband.spec.slo import SLO
 
 MAKING = ReleaseOptions(served_name="demo")
@@ -26,26 +26,26 @@ def plan(device: str = "cpu", count: int = 2, **replica: object) -> Plan:
     made = Replica(device=device, **{"max_model_len": 1024, "max_num_seqs": 8, **replica})  # type: ignore[arg-type] # of Replica
     return Plan(
         model="demo",
-        workload=asked_for(LoadFlags(rate=1.0), MixFlags()).workload,
+        workload=requested_load(LoadFlags(rate=1.0), MixFlags()).workload,
         slo=SLO(ttft_s=1.0),
-        promise=Promise(1.0),
-        deployment=Deployment(engine="powerband", pools=(Pool(replica=made, count=count),)),
+        promise=SLOGuarantee(1.0),
+        deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),
     )
 
 
 def made(**fields: object) -> Release:
-    return make_release(plan(**fields), MAKING).release  # type: ignore[arg-type] # of plan
+    return build_release(plan(**fields), MAKING).release  # type: ignore[arg-type] # of plan
 
 
 def test_cores_are_divided_among_the_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = replace(release.detect_cpu(), cores=8)
     monkeypatch.setattr(release, "detect_cpu", lambda: cpu)
-    found = make_release(plan(count=3), MAKING)
+    found = build_release(plan(count=3), MAKING)
     assert found.release.pools[0].threads == 2
     assert "--threads=2" in found.release.pools[0].command
     assert found.notes == ("2 of 8 cores for each of 3 replicas",)
-    many = make_release(plan(count=3), replace(MAKING, threads=4))
-    assert "that is more than there are: 12 threads on 8 cores" in many.notes
+    many = build_release(plan(count=3), replace(MAKING, threads=4))
+    assert "more threads than cores: 12 on 8" in many.notes
 
 
 def test_the_number_of_replicas_does_not_change_what_one_is() -> None:
@@ -60,24 +60,24 @@ def test_the_number_of_replicas_does_not_change_what_one_is() -> None:
 def test_a_plan_for_another_machine_is_refused(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "gpu_names", tuple)
     with pytest.raises(UsageError, match=message):
-        make_release(plan(device), MAKING)
+        build_release(plan(device), MAKING)
 
 
 def test_each_gpu_replica_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "gpu_names", lambda: ("NVIDIA L4", "Tesla T4", "NVIDIA L4"))
-    made = make_release(plan("L4"), MAKING).release
+    made = build_release(plan("L4"), MAKING).release
     assert made.gpus == (0, 2)
     first = Instance(id="r1", role="replica", revision="a", pool=0, url="", pid=1, started_at=0.0, devices=(0,))
     assert free_devices(made, 0, []) == (0,)
     assert free_devices(made, 0, [first]) == (2,)
     assert free_devices(made, 0, [first, replace(first, devices=(2,))]) is None
     with pytest.raises(EnvironmentFault, match="1 are free"):
-        make_release(plan("L4"), replace(MAKING, taken_gpus=frozenset({0})))
+        build_release(plan("L4"), replace(MAKING, gpus_in_use=frozenset({0})))
 
 
 def test_a_plan_that_only_promises_is_refused() -> None:
-    with pytest.raises(UsageError, match="not what to run"):
-        make_release(replace(plan(), deployment=None), MAKING)
+    with pytest.raises(UsageError, match="no deployment"):
+        build_release(replace(plan(), deployment=None), MAKING)
 
 
 def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from powerband.fleet import operations
 from powerband.fleet.control import controller_process
 from powerband.fleet.control.controller_process import ensure_controller
 from powerband.fleet.service import store
-from powerband.fleet.service.spec import Desired, GatewaySpec, PoolRelease, Release
-from powerband.fleet.service.status import Status
+from powerband.fleet.service.spec import GatewaySpec, PoolRelease, Release, ServiceSpec
+from powerband.fleet.service.status import ServiceStatus
 from powerband.fleet.service.store import ServiceStore, lock
 from powerband.fleet.targets.processes import EnvironmentTag, identify, is_alive, session_leader_with
 
@@ -28,12 +28,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServiceStore:
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
     monkeypatch.setattr(store, "HEARTBEAT_TIMEOUT_S", 1.0)
     monkeypatch.setattr(controller_process, "_HANG_CHECK_S", 0.5)
-    made = ServiceStore.of("demo")
-    made.make()
+    made = ServiceStore.named("demo")
+    made.create()
     pool = PoolRelease(count=0, engine="powerband", command=("true",))
-    front = GatewaySpec(host="127.0.0.1", port=1, arguments=("--no-such-setting",))
+    gateway = GatewaySpec(host="127.0.0.1", port=1, arguments=("--no-such-setting",))
     release = Release(plan=PLAN, served_name="m", pools=(pool,))
-    made.write_desired(Desired(name="demo", generation=1, release=release, front=front))
+    made.write_spec(ServiceSpec(name="demo", generation=1, release=release, gateway=gateway))
     return made
 
 
@@ -80,7 +80,7 @@ def test_a_controller_that_only_slept_is_left_alone(folder: ServiceStore) -> Non
 def test_a_hung_controller_that_cannot_be_found_is_an_error_that_says_what_to_do(folder: ServiceStore) -> None:
     with lock(folder.controller_lock):
         os.utime(folder.controller_lock, (0, 0))
-        with pytest.raises(EnvironmentFault, match="hangs, and could not be ended") as caught:
+        with pytest.raises(EnvironmentFault, match="is hung and could not be killed") as caught:
             ensure_controller(folder)
     assert "kill -9" in caught.value.hint
 
@@ -89,7 +89,7 @@ def test_a_command_that_was_stopped_in_the_middle_of_a_change_does_not_stop_the_
     with (
         lock(folder.path / "desired.lock"),
         pytest.raises(EnvironmentFault, match="Another command has been changing demo"),
-        folder.changing(wait_s=0.1),
+        folder.lock_spec(wait_s=0.1),
     ):
         pass
 
@@ -98,7 +98,7 @@ def test_who_waits_for_a_status_that_never_changes_waits_no_longer_than_asked(
     folder: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ServiceStore, "controller_alive", lambda _folder: True)
-    told: list[Status] = []
+    told: list[ServiceStatus] = []
     with pytest.raises(EnvironmentFault, match="was not ready within 0 s"):
         operations.wait_for(folder, 1, told.append, 0.3)
     assert not told

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from pool_world import VirtualLoop, replica, request, virtually
 
-from powerband.gateway.dispatch.pool import DeadlineInfeasible, Expired, Lease, NoReplica, Pool, PoolFull, PoolOptions
-from powerband.gateway.engine_names import Load
+from powerband.dispatch.backend import ReplicaLoad
+from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
+from powerband.gateway.dispatch.pool import Lease, Pool
+from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 
@@ -18,7 +20,7 @@ LONGEST_WAIT_S = 20.0
 TICK_S = 0.05
 BUSY_S = 0.5
 SHORT = 100  # tokens; longer prompts do not go to replicas of the short lane
-REFUSALS = (PoolFull, DeadlineInfeasible, Expired, NoReplica)
+REFUSALS = (PoolFull, DeadlineInfeasible, QueueTimeout, NoReplicaAvailable)
 
 
 @dataclass(eq=False)
@@ -76,7 +78,7 @@ class World:
             routing=self.routing,  # type: ignore[arg-type]  # one of its names
             max_queued_requests=30,
             max_queued_tokens=4000,
-            longest_wait_s=LONGEST_WAIT_S,
+            max_queue_wait_s=LONGEST_WAIT_S,
         )
         self.pool = Pool(options, clock=self.loop.time)
 
@@ -141,14 +143,14 @@ class World:
         self.route(*addresses)
 
     def probe(self, name: str, is_good: bool) -> None:
-        member, known, now_s = next(m for m in self.pool.members if m.id == name), self.known[name], self.loop.time()
+        backend, known, now_s = next(m for m in self.pool.backends if m.id == name), self.known[name], self.loop.time()
         if is_good:
             known.bad, known.good = 0, known.good + 1
             is_well = known.good >= 2 and now_s >= known.out_until_s
             if not known.is_up and (is_well or not known.was_up):
                 known.is_up, known.was_up, known.changed_s = True, True, now_s
-            if member.probed_well(now_s):
-                self.pool.changed(member)
+            if backend.probed_well(now_s):
+                self.pool.changed(backend)
         else:
             known.bad, known.good = known.bad + 1, 0
             if known.is_up and known.bad == 2:
@@ -156,14 +158,14 @@ class World:
                 if known.falls > 1:
                     known.out_until_s = now_s + min(5 * 2 ** (known.falls - 2), 60)
                 known.is_up, known.changed_s = False, now_s
-            if member.probed_badly(now_s, "http_503"):
-                self.pool.changed(member)
-        assert member.is_ready == known.is_up, f"{name} is judged wrongly"
+            if backend.probed_badly(now_s, "http_503"):
+                self.pool.changed(backend)
+        assert backend.is_ready == known.is_up, f"{name} is judged wrongly"
 
     def report(self, name: str) -> None:
-        member = next(m for m in self.pool.members if m.id == name)
+        backend = next(m for m in self.pool.backends if m.id == name)
         running, waiting = self.rng.randrange(4), self.rng.choice((0, 0, 0, 1, 2, 5))
-        self.pool.reported(member, Load(running=running, waiting=waiting))
+        self.pool.reported(backend, ReplicaLoad(running=running, waiting=waiting))
 
     async def move(self) -> None:
         rng, names = self.rng, list(self.known)
@@ -191,7 +193,6 @@ class World:
         else:
             for _ in range(rng.randrange(1, 60)):
                 await asyncio.sleep(TICK_S)
-                self.pool.tick()
                 await self.look()
 
     # What must be so.
@@ -226,7 +227,7 @@ class World:
             assert not asked.avoid, "a second attempt is refused"
         if isinstance(problem, DeadlineInfeasible):
             assert asked.request.deadline_s is not None
-        if isinstance(problem, NoReplica):
+        if isinstance(problem, NoReplicaAvailable):
             assert not any(known.is_up and not known.address.draining for known in self.known.values())
 
     def granted(self, asked: Asked, lease: Lease, before: list[Asked], just_asked: Asked | None) -> None:
@@ -271,7 +272,7 @@ class World:
         by_replica: dict[str, list[Asked]] = {}
         for lease, asked in self.live.items():
             by_replica.setdefault(lease.replica.id, []).append(asked)
-        members = {member.id: member for member in self.pool.members}
+        members = {backend.id: backend for backend in self.pool.backends}
         for state in shown.replicas:
             there = by_replica.get(state.id, [])
             assert state.inflight == len(there), "a place is lost or given twice"
@@ -287,9 +288,9 @@ class World:
             for known in self.lane(asked):
                 if behind or known.address.id in asked.avoid:
                     continue
-                member = members[known.address.id]
-                is_idle = len(member.stays) < member.limit and now_s >= self.busy.get(member.id, 0.0)
-                assert not (is_idle and member.breaker.is_closed), "it waits though there is a place"
+                backend = members[known.address.id]
+                is_idle = len(backend.in_flight) < backend.limit and now_s >= self.busy.get(backend.id, 0.0)
+                assert not (is_idle and backend.breaker.is_closed), "it waits though there is a place"
 
     async def end(self) -> None:
         for asked in list(self.waiting):
@@ -303,7 +304,7 @@ class World:
                 self.live.pop(lease)
                 lease.close("ok")
         self.check()
-        assert not any(member.outstanding or member.stays for member in self.pool.members)
+        assert not any(backend.outstanding or backend.in_flight for backend in self.pool.backends)
 
 
 def play(seed: int, moves: int = 400, routing: str = "least-outstanding") -> World:

@@ -7,7 +7,8 @@ import selectors
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from powerband.gateway.dispatch.pool import Pool, PoolOptions
+from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 
@@ -58,10 +59,10 @@ def make_pool(loop: VirtualLoop, *replicas: ReplicaAddress, ready: bool = True, 
 
 
 def make_ready(pool: Pool, *names: str) -> None:
-    for member in pool.members:
-        if not names or member.id in names:
-            member.probed_well(pool.clock())
-            pool.changed(member)
+    for backend in pool.backends:
+        if not names or backend.id in names:
+            backend.probed_well(pool.clock())
+            pool.changed(backend)
 
 
 def request(name: str = "r", **more: Any) -> GatewayRequest:

@@ -13,23 +13,25 @@ import httpx
 import pytest
 from starlette.routing import Router
 
-from powerband.gateway.accounts.audit import entries, first_broken
-from powerband.gateway.accounts.book_routes import make_routes
-from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.doorkeeper import Doorkeeper
-from powerband.gateway.books_options import BooksOptions
-from powerband.gateway.request import Finished, GatewayRequest
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.audit import entries, verify_chain
+from powerband.gateway.accounts.auth import ApiKeyMiddleware
+from powerband.gateway.accounts.routes import make_routes
+from powerband.gateway.request import CompletedRequest, GatewayRequest
+from powerband.gateway.retention import RetentionOptions
 from powerband.metrics.record import RequestRecord
-from powerband.web.edge import Edge
+from powerband.web.middleware import RequestIdMiddleware
 
 
 class Service:
     """The routes behind the doorkeeper, asked with an admin's key unless told otherwise."""
 
     def __init__(self, path: Path) -> None:
-        self.books = Books.open(path, BooksOptions(store_content=True))
-        self.admin, self.secret = self.books.keys.create("root", ["admin"])
-        self.app = Edge(Doorkeeper(Router(make_routes(self.books)), self.books, "open", "127.0.0.1"))
+        self.accounts = Accounts.open(path, RetentionOptions(store_content=True))
+        self.admin, self.secret = self.accounts.keys.create("root", ["admin"])
+        self.app = RequestIdMiddleware(
+            ApiKeyMiddleware(Router(make_routes(self.accounts)), self.accounts, "open", "127.0.0.1")
+        )
 
     def ask(self, method: str, path: str, body: Any = None, secret: str | None = None) -> httpx.Response:
         async def scenario() -> httpx.Response:
@@ -45,15 +47,17 @@ class Service:
     def finish(self, id: str, tenant: str) -> None:
         request = GatewayRequest(id=id, endpoint="chat", model="demo", tenant=tenant)
         record = RequestRecord(scheduled_s=0.0, sent_s=0.0, prompt_tokens=10, output_tokens=5)
-        told = Finished(request=request, record=record, status=200, ended_at=time.time(), replicas=("r",), cost_usd=0.5)
-        self.books.ledger.note(told)
+        told = CompletedRequest(
+            request=request, record=record, status=200, ended_at=time.time(), replicas=("r",), cost_usd=0.5
+        )
+        self.accounts.usage_log.note(told)
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
     made = Service(tmp_path / "gateway.db")
     yield made
-    made.books.close()
+    made.accounts.close()
 
 
 def error_of(answer: httpx.Response) -> tuple[int, str]:
@@ -97,7 +101,7 @@ def test_a_key_from_its_making_to_its_end(service: Service) -> None:
 def test_nonsense_is_refused_with_its_field(service: Service, body: dict[str, Any], param: str) -> None:
     answer = service.ask("POST", "/admin/keys", body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
-    assert len(service.books.keys.list()) == 1
+    assert len(service.accounts.keys.list()) == 1
 
 
 def test_the_last_admin_key_stays(service: Service) -> None:
@@ -124,9 +128,9 @@ def test_every_admin_action_is_in_the_chain_and_tampering_shows(service: Service
     assert key["secret"] not in found.text
 
     for sql in ("UPDATE audit SET actor = 'nobody' WHERE seq = 2", "DELETE FROM audit WHERE seq = 2"):
-        with sqlite3.connect(service.books.store.path) as connection:
+        with sqlite3.connect(service.accounts.store.path) as connection:
             connection.execute(sql)
-            assert first_broken(entries(connection)) == 2
+            assert verify_chain(entries(connection)) == 2
             connection.rollback()
     assert len(service.ask("GET", "/admin/audit?after=2&limit=1").json()["data"]) == 1
 
@@ -135,7 +139,7 @@ def test_usage_names_keys_and_says_what_was_lost(service: Service) -> None:
     key = service.ask("POST", "/admin/keys", {"name": "app"}).json()
     for index in range(3):
         service.finish(f"r{index}", key["id"])
-    service.books.store.flush().result(10)
+    service.accounts.store.flush().result(10)
     answer = service.ask("GET", "/admin/usage?by=key&since=1h").json()
     assert [(row["key_name"], row["requests"], row["cost_usd"]) for row in answer["data"]] == [("app", 3, 1.5)]
     assert answer["total"]["output_tokens"] == 15
@@ -154,12 +158,12 @@ def test_feedback_is_for_ones_own_requests(service: Service) -> None:
     assert error_of(service.ask("POST", "/v1/feedback", feedback, secret=other["secret"])) == (404, "request_not_found")
     assert error_of(service.ask("POST", "/v1/feedback", feedback, secret="")) == (404, "request_not_found")
     assert service.ask("POST", "/v1/feedback", {"request_id": "open", "score": -1}, secret="").status_code == 201
-    service.books.store.flush().result(10)
-    service.books.ledger._recent.clear()  # as after a restart
+    service.accounts.store.flush().result(10)
+    service.accounts.usage_log._recent.clear()  # as after a restart
     assert service.ask("POST", "/v1/feedback", feedback | {"score": 0.5}, secret=app["secret"]).status_code == 201
     for wrong in ({"score": 2}, {"score": "good"}, {"comment": "x" * 2001}):
         assert service.ask("POST", "/v1/feedback", feedback | wrong, secret=app["secret"]).status_code == 400
-    service.books.store.flush().result(10)
+    service.accounts.store.flush().result(10)
     given = service.ask("GET", "/admin/feedback").json()["data"]
     assert {(one["request_id"], one["score"], one["comment"]) for one in given} == {
         ("mine", 0.5, "thanks, [e-mail]"),
@@ -169,10 +173,10 @@ def test_feedback_is_for_ones_own_requests(service: Service) -> None:
 
 
 def test_content_is_shown_and_deleted_by_key(service: Service) -> None:
-    service.books.content.note(
+    service.accounts.content.note(
         GatewayRequest(id="r1", endpoint="chat", model="demo", tenant="key_1"), b'"hello"', ["hi"]
     )
-    service.books.store.flush().result(10)
+    service.accounts.store.flush().result(10)
     assert [row["prompt"] for row in service.ask("GET", "/admin/content?key=key_1").json()["data"]] == ["hello"]
     assert service.ask("DELETE", "/admin/content").status_code == 400
     assert service.ask("DELETE", "/admin/content?key=key_1").status_code == 200
@@ -180,10 +184,10 @@ def test_content_is_shown_and_deleted_by_key(service: Service) -> None:
 
 
 def test_when_nothing_can_be_written_a_key_is_not_handed_out(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = service.books.store.saved
-    monkeypatch.setattr(service.books.store, "saved", lambda: saved(0.2))
-    with sqlite3.connect(service.books.store.path, isolation_level=None) as other:
+    saved = service.accounts.store.saved
+    monkeypatch.setattr(service.accounts.store, "saved", lambda: saved(0.2))
+    with sqlite3.connect(service.accounts.store.path, isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
         assert error_of(service.ask("POST", "/admin/keys", {"name": "app"})) == (503, "store_unavailable")
         other.execute("ROLLBACK")
-    assert [key.revoked_at is None for key in service.books.keys.list()] == [True, False]
+    assert [key.revoked_at is None for key in service.accounts.keys.list()] == [True, False]

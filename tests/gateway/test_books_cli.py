@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, until
 
-from powerband.bench.script import Script
 from powerband.cli.main import main
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.metrics.logging import set_up_logging
+from powerband.mock_server.behavior import Behavior
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    with gateway_before(tmp_path_factory.mktemp("gateway"), Script()) as running:
+    with gateway_before(tmp_path_factory.mktemp("gateway"), Behavior()) as running:
         yield running
 
 
@@ -119,19 +119,19 @@ def test_without_a_deployed_service_the_commands_say_what_to_name(
 
 
 def test_books_that_nobody_can_administer_get_a_key_for_this_user(tmp_path: Path) -> None:
-    books, file = Books.open(tmp_path / "gateway.db"), tmp_path / "admin.key"
+    accounts, file = Accounts.open(tmp_path / "gateway.db"), tmp_path / "admin.key"
     try:
-        assert not books.keys.admins()
-        books.make_admin_key(file, "first")
-        (key,) = books.keys.admins()
+        assert not accounts.keys.admins()
+        accounts.make_admin_key(file, "first")
+        (key,) = accounts.keys.admins()
         assert file.stat().st_mode & 0o077 == 0
-        assert books.keys.authenticate([b"Bearer " + file.read_bytes().strip()]) == key
-        books.keys.revoke(key.id)
-        assert not books.keys.admins()
-        books.make_admin_key(file, "another")
-        assert books.keys.authenticate([b"Bearer " + file.read_bytes().strip()]) != key
+        assert accounts.keys.authenticate([b"Bearer " + file.read_bytes().strip()]) == key
+        accounts.keys.revoke(key.id)
+        assert not accounts.keys.admins()
+        accounts.make_admin_key(file, "another")
+        assert accounts.keys.authenticate([b"Bearer " + file.read_bytes().strip()]) != key
     finally:
-        books.close()
+        accounts.close()
 
 
 def test_no_text_that_somebody_sent_makes_a_second_log_line() -> None:

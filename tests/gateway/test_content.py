@@ -9,12 +9,12 @@ import msgspec
 import pytest
 from gateways_for_tests import gateway_before, text_of, until
 
-from powerband.bench.script import Script
-from powerband.gateway.accounts import content
-from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.content import MOST_CHARS, prompt_text, stored
-from powerband.gateway.books_options import BooksOptions
+from powerband.gateway.accounts import transcripts
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.transcripts import MOST_CHARS, prompt_text, stored
 from powerband.gateway.request import GatewayRequest
+from powerband.gateway.retention import RetentionOptions
+from powerband.mock_server.behavior import Behavior
 
 SECRET = "the-unforgettable-phrase"
 
@@ -23,85 +23,85 @@ def request(id: str, tenant: str = "key_1") -> GatewayRequest:
     return GatewayRequest(id=id, endpoint="chat", model="demo", tenant=tenant)
 
 
-def note(books: Books, id: str, prompt: str, output: str, tenant: str = "key_1") -> None:
-    books.content.note(request(id, tenant), msgspec.json.encode(prompt), [output])
+def note(accounts: Accounts, id: str, prompt: str, output: str, tenant: str = "key_1") -> None:
+    accounts.content.note(request(id, tenant), msgspec.json.encode(prompt), [output])
 
 
 def on_disk(path: Path) -> bytes:
     return b"".join(file.read_bytes() for file in path.parent.iterdir())
 
 
-def kept(books: Books, key_id: str = "key_1") -> list[tuple[str, str]]:
-    books.store.flush().result(10)
-    found = books.store.read(lambda connection: stored(connection, key_id, 100))
+def kept(accounts: Accounts, key_id: str = "key_1") -> list[tuple[str, str]]:
+    accounts.store.flush().result(10)
+    found = accounts.store.read(lambda connection: stored(connection, key_id, 100))
     return [(row["prompt"], row["output"]) for row in found]
 
 
 def test_nothing_is_kept_by_default(tmp_path: Path) -> None:
-    books = Books.open(tmp_path / "gateway.db")
-    note(books, "r1", SECRET, SECRET)
-    assert kept(books) == []
-    books.close()
-    assert SECRET.encode() not in on_disk(books.store.path)
+    accounts = Accounts.open(tmp_path / "gateway.db")
+    note(accounts, "r1", SECRET, SECRET)
+    assert kept(accounts) == []
+    accounts.close()
+    assert SECRET.encode() not in on_disk(accounts.store.path)
 
 
 def test_what_is_kept_is_redacted_before_it_reaches_the_disk(tmp_path: Path) -> None:
-    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
-    note(books, "r1", "I am jane@example.com", "Call +49 30 1234567")
-    assert kept(books) == [("I am [e-mail]", "Call [phone]")]
-    assert b"jane@example.com" not in on_disk(books.store.path)
-    books.close()
+    accounts = Accounts.open(tmp_path / "gateway.db", RetentionOptions(store_content=True))
+    note(accounts, "r1", "I am jane@example.com", "Call +49 30 1234567")
+    assert kept(accounts) == [("I am [e-mail]", "Call [phone]")]
+    assert b"jane@example.com" not in on_disk(accounts.store.path)
+    accounts.close()
 
 
 def test_long_texts_are_cut_where_nothing_is_cut_in_half(tmp_path: Path) -> None:
-    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
+    accounts = Accounts.open(tmp_path / "gateway.db", RetentionOptions(store_content=True))
     filler = "word " * (MOST_CHARS // 5)
-    note(books, "r1", filler[:-10] + " jane.doe@example.com", "DE89 3704 0044 0532 0130 00 " * 2000)
-    [(prompt, output)] = kept(books)
+    note(accounts, "r1", filler[:-10] + " jane.doe@example.com", "DE89 3704 0044 0532 0130 00 " * 2000)
+    [(prompt, output)] = kept(accounts)
     assert len(prompt) <= MOST_CHARS + 10
     assert "jane" not in prompt
     assert prompt.endswith("…[cut]")
     assert set(output.split()) <= {"[iban]", "…[cut]", "DE89", "3704", "0044", "0532", "0130", "00"}
     assert output.count("DE89") <= 1
-    books.close()
+    accounts.close()
 
 
 def test_a_keys_content_is_deleted_on_demand_and_leaves_no_trace(tmp_path: Path) -> None:
-    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
+    accounts = Accounts.open(tmp_path / "gateway.db", RetentionOptions(store_content=True))
     for index in range(20):
-        note(books, f"r{index}", SECRET, SECRET)
-    note(books, "other", "kept", "kept", "key_2")
-    assert len(kept(books)) == 20
-    note(books, "last", SECRET, SECRET)
-    books.content.forget("key_1")
-    assert kept(books) == []
-    assert kept(books, "key_2") == [("kept", "kept")]
-    assert SECRET.encode() not in on_disk(books.store.path)
-    books.close()
+        note(accounts, f"r{index}", SECRET, SECRET)
+    note(accounts, "other", "kept", "kept", "key_2")
+    assert len(kept(accounts)) == 20
+    note(accounts, "last", SECRET, SECRET)
+    accounts.content.forget("key_1")
+    assert kept(accounts) == []
+    assert kept(accounts, "key_2") == [("kept", "kept")]
+    assert SECRET.encode() not in on_disk(accounts.store.path)
+    accounts.close()
 
 
 def test_content_is_deleted_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True, content_retention_days=7))
-    assert kept(books) == []
+    accounts = Accounts.open(tmp_path / "gateway.db", RetentionOptions(store_content=True, content_retention_days=7))
+    assert kept(accounts) == []
     long_ago = time.time() - 7.1 * 86400
     with monkeypatch.context() as patched:
-        patched.setattr(content.time, "time", lambda: long_ago)
-        note(books, "old", SECRET, SECRET)
-    note(books, "new", "kept", "kept")
-    assert len(kept(books)) == 2
-    books.close()
-    again = Books.open(tmp_path / "gateway.db")  # switched off now: what is old goes all the same
+        patched.setattr(transcripts.time, "time", lambda: long_ago)
+        note(accounts, "old", SECRET, SECRET)
+    note(accounts, "new", "kept", "kept")
+    assert len(kept(accounts)) == 2
+    accounts.close()
+    again = Accounts.open(tmp_path / "gateway.db")  # switched off now: what is old goes all the same
     assert kept(again) == [("kept", "kept")]
     assert SECRET.encode() not in on_disk(again.store.path)
     again.close()
 
 
 def test_too_much_at_once_is_counted_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    books = Books.open(tmp_path / "gateway.db", BooksOptions(store_content=True))
-    monkeypatch.setattr(books.content.buffer, "limit", 0)
-    note(books, "r1", "a", "b")
-    assert (kept(books), books.figures().content_dropped) == ([], 1)
-    books.close()
+    accounts = Accounts.open(tmp_path / "gateway.db", RetentionOptions(store_content=True))
+    monkeypatch.setattr(accounts.content.buffer, "limit", 0)
+    note(accounts, "r1", "a", "b")
+    assert (kept(accounts), accounts.figures().content_dropped) == ([], 1)
+    accounts.close()
 
 
 def test_a_prompt_is_kept_as_text_so_that_no_escape_hides_what_is_in_it() -> None:
@@ -110,10 +110,11 @@ def test_a_prompt_is_kept_as_text_so_that_no_escape_hides_what_is_in_it() -> Non
     assert prompt_text(messages) == "user: I am jane@example.com\nb"
     assert prompt_text(b'["a","b"]') == "a\nb"
     assert prompt_text(b"[1,2,3]") == ""
+    assert prompt_text(b'["a",1,2]') == ""
 
 
 def test_what_a_gateway_kept_is_what_was_asked_and_answered(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(), arguments=("--store-content",)) as gateway:
+    with gateway_before(tmp_path, Behavior(), arguments=("--store-content",)) as gateway:
         said = []
         for stream in (False, True):
             chat = {"model": "scripted", "max_tokens": 5, "messages": [{"role": "user", "content": "I am a@b.example"}]}

@@ -13,32 +13,34 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
-from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.doorkeeper import Auth, Doorkeeper
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.auth import ApiKeyMiddleware, Auth
 from powerband.gateway.accounts.keys import KeyLimits
 from powerband.gateway.request import GatewayRequest
-from powerband.web.edge import Edge
+from powerband.web.middleware import RequestIdMiddleware
 
 PATHS = ("/livez", "/metrics", "/v1/models", "/v1/models/a/b", "/v1/chat/completions", "/v1/new", "/new", "/admin/keys")
 
 
 @pytest.fixture
-def books(tmp_path: Path) -> Iterator[Books]:
-    opened = Books.open(tmp_path / "gateway.db")
+def accounts(tmp_path: Path) -> Iterator[Accounts]:
+    opened = Accounts.open(tmp_path / "gateway.db")
     yield opened
     opened.close()
 
 
-def app_of(books: Books, auth: Auth) -> Edge:
+def app_of(accounts: Accounts, auth: Auth) -> RequestIdMiddleware:
     async def answer(request: Request) -> Response:
         key = request.state.key
         asked = GatewayRequest(id="r", endpoint="chat", model="demo", prompt_tokens=10)
         if request.url.path == "/v1/completions":
-            books.limits.reserve(key, asked).settle(10, 0, 0.0)
+            accounts.limits.reserve(key, asked).settle(10, 0, 0.0)
         return PlainTextResponse(key.name if key else "nobody")
 
     paths = (*PATHS, "/v1/completions")
-    return Edge(Doorkeeper(Router([Route(path, answer) for path in paths]), books, auth, "127.0.0.1"))
+    return RequestIdMiddleware(
+        ApiKeyMiddleware(Router([Route(path, answer) for path in paths]), accounts, auth, "127.0.0.1")
+    )
 
 
 def ask(
@@ -57,9 +59,9 @@ def statuses(app: Any, secret: str = "") -> dict[str, int]:
     return dict(zip(PATHS, [answer.status_code for answer in ask(app, *PATHS, secret=secret)], strict=True))
 
 
-def test_with_keys_every_path_asks_for_its_scope(books: Books) -> None:
-    app = app_of(books, "keys")
-    secrets = {scope: books.keys.create(scope, [scope])[1] for scope in ("infer", "metrics", "admin")}
+def test_with_keys_every_path_asks_for_its_scope(accounts: Accounts) -> None:
+    app = app_of(accounts, "keys")
+    secrets = {scope: accounts.keys.create(scope, [scope])[1] for scope in ("infer", "metrics", "admin")}
     assert statuses(app) == {path: 200 if path == "/livez" else 401 for path in PATHS}
     opened = {
         scope: {p for p, status in statuses(app, secret).items() if status == 200} for scope, secret in secrets.items()
@@ -71,35 +73,35 @@ def test_with_keys_every_path_asks_for_its_scope(books: Books) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "scope_missing")
 
 
-def test_an_open_gateway_asks_for_keys_only_behind_its_table(books: Books) -> None:
-    app = app_of(books, "open")
+def test_an_open_gateway_asks_for_keys_only_behind_its_table(accounts: Accounts) -> None:
+    app = app_of(accounts, "open")
     closed = {"/v1/new", "/new", "/admin/keys"}
     assert statuses(app) == {path: 401 if path in closed else 200 for path in PATHS}
     assert statuses(app, "EMPTY") == statuses(app)  # clients whose library wants some key
-    _, secret = books.keys.create("app")
+    _, secret = accounts.keys.create("app")
     assert ask(app, "/v1/models", secret=secret)[0].text == "app"
     assert ask(app, "/v1/models", secret="pb-made-up")[0].status_code == 401
 
 
-def test_an_open_gateway_answers_to_names_of_this_machine_only(books: Books) -> None:
-    app = app_of(books, "open")
+def test_an_open_gateway_answers_to_names_of_this_machine_only(accounts: Accounts) -> None:
+    app = app_of(accounts, "open")
     assert ask(app, "/v1/models", host="evil.example")[0].json()["error"]["code"] == "host_not_allowed"
     assert ask(app, "/v1/models", host="10.0.0.7:8000")[0].status_code == 200
-    _, secret = books.keys.create("app")
+    _, secret = accounts.keys.create("app")
     assert ask(app, "/v1/models", host="llm.example", secret=secret)[0].status_code == 200
 
 
 @pytest.mark.parametrize(
     "path", ["//admin/keys", "/admin//keys", "/ADMIN/keys", "/livez/", "/livez/../admin/keys", "/v1/models%2f..%2fnew"]
 )
-def test_odd_paths_open_nothing(books: Books, path: str) -> None:
-    app = app_of(books, "open")
+def test_odd_paths_open_nothing(accounts: Accounts, path: str) -> None:
+    app = app_of(accounts, "open")
     assert ask(app, path)[0].status_code in (401, 404)
 
 
-def test_answers_carry_what_is_left_and_refusals_when_to_come_back(books: Books) -> None:
-    app = app_of(books, "keys")
-    _, secret = books.keys.create("app", limits=KeyLimits(requests_per_min=2, tokens_per_min=1000))
+def test_answers_carry_what_is_left_and_refusals_when_to_come_back(accounts: Accounts) -> None:
+    app = app_of(accounts, "keys")
+    _, secret = accounts.keys.create("app", limits=KeyLimits(requests_per_min=2, tokens_per_min=1000))
     first, second, third = ask(app, "/v1/completions", "/v1/completions", "/v1/completions", secret=secret)
     assert (first.status_code, second.status_code, third.status_code) == (200, 200, 429)
     assert [answer.headers["x-ratelimit-remaining-requests"] for answer in (first, second, third)] == ["1", "0", "0"]
@@ -109,19 +111,19 @@ def test_answers_carry_what_is_left_and_refusals_when_to_come_back(books: Books)
     assert 59 <= int(third.headers["retry-after"]) <= 61
 
 
-def test_what_never_fits_again_has_no_time_to_come_back(books: Books) -> None:
-    _, secret = books.keys.create("app", limits=KeyLimits(usd=0.0, usd_period="total", requests_per_min=9))
-    refused = ask(app_of(books, "keys"), "/v1/completions", secret=secret)[0]
+def test_what_never_fits_again_has_no_time_to_come_back(accounts: Accounts) -> None:
+    _, secret = accounts.keys.create("app", limits=KeyLimits(usd=0.0, usd_period="total", requests_per_min=9))
+    refused = ask(app_of(accounts, "keys"), "/v1/completions", secret=secret)[0]
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "spend_limit")
     assert "retry-after" not in refused.headers
 
 
-def test_no_key_is_in_a_message_or_a_log(books: Books, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_key_is_in_a_message_or_a_log(accounts: Accounts, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
-    key, secret = books.keys.create("app")
-    books.keys.revoke(key.id)
+    key, secret = accounts.keys.create("app")
+    accounts.keys.revoke(key.id)
     made_up = "pb-made-up-but-secret"
-    app = app_of(books, "keys")
+    app = app_of(accounts, "keys")
     for sent in (secret, made_up):
         for answer in ask(app, *PATHS, secret=sent):
             assert sent not in answer.text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from powerband.gateway.proxy.intake import Intake
+from powerband.gateway.proxy.client_request import ClientRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.spec.deployment import EngineName
@@ -17,14 +17,16 @@ BODY = {"model": "demo", "prompt": "hello", "seed": 7, "an_extra": {"deep": [1.5
 
 def sent(body: dict[str, Any], tenant: str = ANONYMOUS, engine: EngineName = "powerband") -> dict[str, Any]:
     replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo", engine=engine)
-    found: dict[str, Any] = json.loads(Intake(json.dumps(body).encode(), "completions").body_for(replica, tenant))
+    found: dict[str, Any] = json.loads(
+        ClientRequest(json.dumps(body).encode(), "completions").upstream_body(replica, tenant)
+    )
     return found
 
 
 def test_what_needs_no_change_is_passed_on_as_it_came() -> None:
     data = json.dumps(BODY, indent=3).encode()
     replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
-    assert Intake(data, "completions").body_for(replica, ANONYMOUS) == data
+    assert ClientRequest(data, "completions").upstream_body(replica, ANONYMOUS) == data
 
 
 @pytest.mark.parametrize(("engine", "name"), [("powerband", "user"), ("vllm", "cache_salt")])
@@ -44,14 +46,14 @@ def test_a_stream_is_asked_for_what_going_on_elsewhere_needs() -> None:
 
 def test_a_replica_that_goes_on_is_told_what_the_client_has() -> None:
     replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
-    intake = Intake(json.dumps({**BODY, "stream": True, "echo": True}).encode(), "completions")
-    body = json.loads(intake.body_for(replica, ANONYMOUS, [3, 1, 4]))
+    client_request = ClientRequest(json.dumps({**BODY, "stream": True, "echo": True}).encode(), "completions")
+    body = json.loads(client_request.upstream_body(replica, ANONYMOUS, [3, 1, 4]))
     assert body["resume_token_ids"] == [3, 1, 4]
     assert "echo" not in body, "the prompt was echoed by the replica before"
 
 
 def told(data: bytes, endpoint: Endpoint = "chat") -> GatewayRequest:
-    return Intake(data, endpoint).request("req_1", "demo", ANONYMOUS, {}, 256)
+    return ClientRequest(data, endpoint).request("req_1", "demo", ANONYMOUS, {}, 256)
 
 
 @pytest.mark.parametrize("asked", [-(2**31), -1, 0, 5])
@@ -80,7 +82,7 @@ def test_what_names_no_limit_says_so() -> None:
 def test_a_cap_is_sent_where_the_client_named_none() -> None:
     replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
     for named, wanted in (({}, 90), ({"max_tokens": 7}, 7)):
-        intake = Intake(json.dumps({"messages": [], **named}).encode(), "chat")
-        intake.cap = 90
-        assert json.loads(intake.body_for(replica, ANONYMOUS))["max_tokens"] == wanted
-        assert intake.limit == wanted
+        client_request = ClientRequest(json.dumps({"messages": [], **named}).encode(), "chat")
+        client_request.cap = 90
+        assert json.loads(client_request.upstream_body(replica, ANONYMOUS))["max_tokens"] == wanted
+        assert client_request.limit == wanted

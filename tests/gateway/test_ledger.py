@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.ledger import Ledger
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.usage import UsageRow, report
-from powerband.gateway.books_options import BooksOptions
-from powerband.gateway.request import Finished, GatewayRequest
+from powerband.gateway.accounts.usage_log import UsageLog
+from powerband.gateway.request import CompletedRequest, GatewayRequest
+from powerband.gateway.retention import RetentionOptions
 from powerband.metrics.record import Outcome, RequestRecord
 
 DAY_S = 86400
@@ -30,15 +31,15 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def books(path: Path) -> Iterator[Books]:
-    opened = Books.open(path)
+def accounts(path: Path) -> Iterator[Accounts]:
+    opened = Accounts.open(path)
     yield opened
     opened.close()
 
 
 def finished(
     id: str, *, tenant: str = "key_1", model: str = "demo", ago_s: float = 0.0, ttft_s: float = 0.1, **values: Any
-) -> Finished:
+) -> CompletedRequest:
     outcome = values.pop("outcome", Outcome.OK)
     request = GatewayRequest(id=id, endpoint="chat", model=model, tenant=tenant)
     record = RequestRecord(
@@ -52,7 +53,7 @@ def finished(
         output_tokens=7,
     )
     status = 200 if outcome is Outcome.OK else 502
-    return Finished(
+    return CompletedRequest(
         request=request,
         record=record,
         status=status,
@@ -62,13 +63,13 @@ def finished(
     )
 
 
-def written(books: Books) -> None:
-    books.store.flush().result(10)
+def written(accounts: Accounts) -> None:
+    accounts.store.flush().result(10)
 
 
-def rows(books: Books, by: tuple[str, ...] = (), ago_s: float = 3600) -> list[UsageRow]:
+def rows(accounts: Accounts, by: tuple[str, ...] = (), ago_s: float = 3600) -> list[UsageRow]:
     now = time.time()
-    return books.store.read(lambda connection: report(connection, by, now - ago_s, now))
+    return accounts.store.read(lambda connection: report(connection, by, now - ago_s, now))
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
@@ -78,50 +79,50 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_rows_are_summed_by_what_is_asked(books: Books) -> None:
+def test_rows_are_summed_by_what_is_asked(accounts: Accounts) -> None:
     for index in range(3):
-        books.ledger.note(finished(f"a{index}"))
-    books.ledger.note(finished("b", tenant="key_2", outcome=Outcome.ERROR, cost_usd=0.0))
-    written(books)
-    [everything] = rows(books)
+        accounts.usage_log.note(finished(f"a{index}"))
+    accounts.usage_log.note(finished("b", tenant="key_2", outcome=Outcome.ERROR, cost_usd=0.0))
+    written(accounts)
+    [everything] = rows(accounts)
     assert (everything.requests, everything.errors, everything.cost_usd) == (4, 1, 0.75)
     assert (everything.prompt_tokens, everything.cached_tokens, everything.output_tokens) == (400, 160, 28)
-    assert [(row.key, row.requests) for row in rows(books, ("key",))] == [("key_1", 3), ("key_2", 1)]
-    assert [(row.model, row.key) for row in rows(books, ("model", "key"))] == [("demo", "key_1"), ("demo", "key_2")]
+    assert [(row.key, row.requests) for row in rows(accounts, ("key",))] == [("key_1", 3), ("key_2", 1)]
+    assert [(row.model, row.key) for row in rows(accounts, ("model", "key"))] == [("demo", "key_1"), ("demo", "key_2")]
     with pytest.raises(InvalidRequest, match="known are key, model, day"):
-        rows(books, ("1; DROP TABLE usage",))
+        rows(accounts, ("1; DROP TABLE usage",))
 
 
-def test_latencies_are_numpys_percentiles(books: Books) -> None:
+def test_latencies_are_numpys_percentiles(accounts: Accounts) -> None:
     samples = {
         model: np.random.default_rng(size).random(size).tolist() for model, size in (("a", 1), ("b", 2), ("c", 37))
     }
     for model, values in samples.items():
         for index, ttft_s in enumerate(values):
-            books.ledger.note(finished(f"{model}{index}", model=model, ttft_s=ttft_s))
-    written(books)
-    for row in rows(books, ("model",)):
+            accounts.usage_log.note(finished(f"{model}{index}", model=model, ttft_s=ttft_s))
+    written(accounts)
+    for row in rows(accounts, ("model",)):
         assert [row.ttft_p50_s, row.ttft_p95_s] == pytest.approx(np.percentile(samples[row.model], [50, 95]))
 
 
-def test_the_same_request_is_billed_once(books: Books, path: Path) -> None:
+def test_the_same_request_is_billed_once(accounts: Accounts, path: Path) -> None:
     for _ in range(3):
-        books.ledger.note(finished("same"))
-    books.close()
-    again = Books.open(path)
-    again.ledger.note(finished("same"))
+        accounts.usage_log.note(finished("same"))
+    accounts.close()
+    again = Accounts.open(path)
+    again.usage_log.note(finished("same"))
     written(again)
     assert (rows(again)[0].requests, rows(again, ago_s=30 * DAY_S)[0].cost_usd) == (1, 0.25)
     again.close()
 
 
 def test_spend_survives_a_restart_and_retention(path: Path) -> None:
-    books = Books.open(path)
-    key, _ = books.keys.create("app")
+    accounts = Accounts.open(path)
+    key, _ = accounts.keys.create("app")
     for index, ago_s in enumerate((0, 200 * DAY_S)):
-        books.ledger.note(finished(f"r{index}", tenant=key.id, ago_s=ago_s))
-    books.close()
-    again = Books.open(path, BooksOptions(usage_retention_days=30))
+        accounts.usage_log.note(finished(f"r{index}", tenant=key.id, ago_s=ago_s))
+    accounts.close()
+    again = Accounts.open(path, RetentionOptions(usage_retention_days=30))
     try:
         written(again)
         assert again.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()) == (1,)
@@ -131,77 +132,77 @@ def test_spend_survives_a_restart_and_retention(path: Path) -> None:
         again.close()
 
 
-def test_a_locked_file_delays_rows_and_loses_none(books: Books, path: Path) -> None:
+def test_a_locked_file_delays_rows_and_loses_none(accounts: Accounts, path: Path) -> None:
     with sqlite3.connect(path, isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
         for index in range(500):
-            books.ledger.note(finished(f"r{index}"))
-        key, secret = books.keys.create("made meanwhile")
-        assert books.keys.authenticate([f"Bearer {secret}".encode()]) == key
-        eventually(lambda: books.figures().failing_s > 0)
-        assert books.figures().usage_waiting == 500
+            accounts.usage_log.note(finished(f"r{index}"))
+        key, secret = accounts.keys.create("made meanwhile")
+        assert accounts.keys.authenticate([f"Bearer {secret}".encode()]) == key
+        eventually(lambda: accounts.figures().failing_s > 0)
+        assert accounts.figures().usage_waiting == 500
         other.execute("ROLLBACK")
-    written(books)
-    assert books.figures().usage_written == rows(books)[0].requests == 500
-    eventually(lambda: books.figures().failing_s == 0)
+    written(accounts)
+    assert accounts.figures().usage_written == rows(accounts)[0].requests == 500
+    eventually(lambda: accounts.figures().failing_s == 0)
 
 
 def test_a_full_disk_keeps_sums_when_it_can_keep_no_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(Ledger, most_waiting=50)
-    monkeypatch.setattr("powerband.gateway.accounts.books.Ledger", small)
-    books = Books.open(path)
-    books.store.flush().result(10)
+    small = functools.partial(UsageLog, most_waiting=50)
+    monkeypatch.setattr("powerband.gateway.accounts.accounts.Ledger", small)
+    accounts = Accounts.open(path)
+    accounts.store.flush().result(10)
     full = threading.Event()
     full.set()
-    real = books.store._execute
+    real = accounts.store._execute
 
     def refuse(sql: str, values: Any) -> None:
         if full.is_set():
             raise sqlite3.OperationalError("database or disk is full")
         real(sql, values)
 
-    monkeypatch.setattr(books.store, "_execute", refuse)
+    monkeypatch.setattr(accounts.store, "_execute", refuse)
     for index in range(120):
-        books.ledger.note(finished(f"r{index}", tenant=f"key_{index % 2}"))
-    figures = books.figures()
+        accounts.usage_log.note(finished(f"r{index}", tenant=f"key_{index % 2}"))
+    figures = accounts.figures()
     assert (figures.usage_waiting, figures.usage_dropped) == (50, 70)
-    eventually(lambda: books.figures().failing_s > 0)
+    eventually(lambda: accounts.figures().failing_s > 0)
     full.clear()
-    written(books)
-    assert books.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()) == (
+    written(accounts)
+    assert accounts.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()) == (
         52,
     )  # and a sum for each key
-    [everything] = rows(books, ago_s=30 * DAY_S)
+    [everything] = rows(accounts, ago_s=30 * DAY_S)
     assert (everything.requests, everything.cost_usd) == (120, 30.0)
-    books.close()
+    accounts.close()
 
 
-def test_a_row_that_the_database_refuses_does_not_stop_the_others(books: Books) -> None:
+def test_a_row_that_the_database_refuses_does_not_stop_the_others(accounts: Accounts) -> None:
     for id in ("good 1", "lone surrogate \ud800", "good 2"):
-        books.ledger.note(finished(id))
-    written(books)
-    assert (books.figures().usage_written, books.figures().usage_dropped) == (2, 1)
+        accounts.usage_log.note(finished(id))
+    written(accounts)
+    assert (accounts.figures().usage_written, accounts.figures().usage_dropped) == (2, 1)
 
 
-def test_noting_costs_the_event_loop_next_to_nothing(books: Books) -> None:
+def test_noting_costs_the_event_loop_next_to_nothing(accounts: Accounts) -> None:
     made = [finished(f"r{index}") for index in range(2000)]
     start_s = time.thread_time()
     for one in made:
-        books.ledger.note(one)
+        accounts.usage_log.note(one)
     assert (time.thread_time() - start_s) / len(made) < 100e-6
 
 
-def test_refusals_are_summed_and_fill_no_disk(books: Books) -> None:
+def test_refusals_are_summed_and_fill_no_disk(accounts: Accounts) -> None:
     for index in range(1000):
         refused = finished(f"r{index}", outcome=Outcome.REFUSED, cost_usd=0.0)
         refused.replicas, refused.status, refused.error = (), 429, "requests_limit"
-        books.ledger.note(refused)
-    books.ledger.note(finished("left", outcome=Outcome.ABORTED))
-    written(books)
+        accounts.usage_log.note(refused)
+    accounts.usage_log.note(finished("left", outcome=Outcome.ABORTED))
+    written(accounts)
     for ago_s in (60, 30 * DAY_S):
-        [everything] = rows(books, ago_s=ago_s)
+        [everything] = rows(accounts, ago_s=ago_s)
         assert (everything.requests, everything.refused, everything.errors) == (1001, 1000, 0)
-    assert books.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()[0]) < 100
+    assert accounts.store.read(lambda c: c.execute("SELECT count(*) FROM usage").fetchone()[0]) < 100
 
 
 def test_books_of_the_first_version_go_on(path: Path) -> None:
@@ -219,10 +220,18 @@ def test_books_of_the_first_version_go_on(path: Path) -> None:
             "PRAGMA user_version = 1",
         ):
             old.execute(sql)
-    books = Books.open(path)
-    books.ledger.note(finished("new"))
-    written(books)
+    accounts = Accounts.open(path)
+    accounts.usage_log.note(finished("new"))
+    written(accounts)
     now = time.time()
-    [everything] = books.store.read(lambda connection: report(connection, (), 0.0, now))
+    [everything] = accounts.store.read(lambda connection: report(connection, (), 0.0, now))
     assert (everything.requests, everything.errors, everything.cost_usd) == (6, 1, 2.75)
-    books.close()
+    accounts.close()
+
+
+def test_a_sum_beyond_64_bits_does_not_end_the_report(accounts: Accounts) -> None:
+    most = RequestRecord(scheduled_s=5.0, sent_s=5.0, outcome=Outcome.OK, prompt_tokens=2**63 - 1)
+    for id in ("a", "b"):
+        accounts.usage_log.note(replace(finished(id), record=most))
+    written(accounts)
+    assert rows(accounts)[0].prompt_tokens >= 2**63

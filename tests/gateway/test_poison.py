@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from gateways_for_tests import RunningGateway, running_gateway, until
 
-from powerband.gateway.dispatch.breaker import RetryBudgets
+from powerband.dispatch.breaker import RetryBudgets
 from powerband.gateway.pool_options import PoolOptions
 
 NUM_REPLICAS = 4

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from pool_world import VirtualLoop, make_pool, make_ready, replica, request, settle, virtually
 
-from powerband.gateway.dispatch.pool import DeadlineInfeasible, Expired, Lease, NoReplica, Pool, PoolFull
+from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
+from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.routes import ModelRoute
 
 
@@ -109,10 +110,10 @@ def test_the_queue_is_bounded_in_requests_and_tokens() -> None:
 
 def test_nobody_waits_longer_than_the_longest_wait() -> None:
     async def test(loop: VirtualLoop) -> None:
-        pool = make_pool(loop, replica("a", 1), longest_wait_s=7.0)
+        pool = make_pool(loop, replica("a", 1), max_queue_wait_s=7.0)
         await fill(pool, 3)
         started_s = loop.time()
-        with pytest.raises(Expired, match=r"It waited 7\.0 s"):
+        with pytest.raises(QueueTimeout, match=r"within 7\.0 s"):
             await pool.lease(request())
         assert loop.time() - started_s == pytest.approx(7.0, abs=0.01)
 
@@ -130,7 +131,7 @@ def test_a_deadline_out_of_reach_is_refused_at_once() -> None:
             await pool.lease(request(deadline_s=loop.time() + 4.5))
         assert refusal.value.http_status == 503
         accepted = asyncio.ensure_future(pool.lease(request(deadline_s=loop.time() + 8.0)))
-        with pytest.raises(Expired):
+        with pytest.raises(QueueTimeout):
             await accepted
         for task in waiting:
             task.cancel()
@@ -141,7 +142,7 @@ def test_a_deadline_out_of_reach_is_refused_at_once() -> None:
 def test_without_replicas_requests_are_refused() -> None:
     async def test(loop: VirtualLoop) -> None:
         pool = make_pool(loop)
-        with pytest.raises(NoReplica):
+        with pytest.raises(NoReplicaAvailable):
             await pool.lease(request())
         pool.update(ModelRoute(name="m", replicas=(replica("a"),)))
         waiting = asyncio.ensure_future(pool.lease(request()))  # it is starting

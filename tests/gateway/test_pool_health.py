@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 import pytest
 from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
 
-from powerband.gateway.dispatch.breaker import Breaker, RetryBudget
+from powerband.dispatch.backend import ReplicaLoad
+from powerband.dispatch.breaker import CircuitBreaker, RetryBudget
+from powerband.dispatch.errors import QueueTimeout
 from powerband.gateway.dispatch.health import Prober
-from powerband.gateway.dispatch.pool import Expired, Lease, Pool, PoolOptions
-from powerband.gateway.engine_names import ENGINE_NAMES, Load, read_load
+from powerband.gateway.dispatch.pool import Lease, Pool
+from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
+from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 
 
@@ -107,7 +110,7 @@ def test_a_stopped_replica_is_left_within_three_seconds_and_its_streams_are_told
         site.machines["a"].state = "stopped"
         assert await site.until("a", "ejected", 3.0) < 2.1
         assert told == ["a"] * 3
-        assert [lease.lost for lease in leases] == [lease.replica.id == "a" for lease in leases]
+        assert [lease.is_lost for lease in leases] == [lease.replica.id == "a" for lease in leases]
         assert (await site.pool.lease(request())).replica.id == "b"
         site.machines["a"].state = "ready"
         assert await site.until("a", "ready", 3.0) >= 0.5  # two good probes
@@ -122,7 +125,7 @@ def test_a_stopped_replica_without_streams_is_left_within_three_seconds() -> Non
         assert waiting.replica.id == "a"
         site.machines["a"].state = "stopped"
         assert await site.until("a", "ejected", 3.0) <= 2.1
-        assert waiting.lost
+        assert waiting.is_lost
 
     on_site(test)
 
@@ -157,7 +160,7 @@ def test_an_unready_replica_ends_what_it_has() -> None:
         site.machines["a"].state = "unready"
         await site.until("a", "ejected", 1.5)
         await asyncio.sleep(5)
-        assert not any(lease.lost for lease in leases)
+        assert not any(lease.is_lost for lease in leases)
 
     on_site(test)
 
@@ -168,9 +171,9 @@ def test_an_unready_replica_from_which_nothing_comes_is_given_up() -> None:
         machine = site.machines[lease.replica.id]
         machine.state, machine.emits = "unready", False
         await asyncio.sleep(4)
-        assert not lease.lost
+        assert not lease.is_lost
         await asyncio.sleep(2)
-        assert lease.lost
+        assert lease.is_lost
 
     on_site(test)
 
@@ -181,7 +184,7 @@ def test_another_engine_that_hangs_though_it_answers_probes_is_noticed() -> None
         site.machines["v"].emits = False
         await asyncio.sleep(6)
         hung = next(lease for lease in leases if lease.replica.id == "v")
-        assert hung.lost
+        assert hung.is_lost
         assert site.state("v") == "open"
         hung.close("failed")
         assert (await site.pool.lease(request())).replica.id == "b"
@@ -197,7 +200,7 @@ def test_another_engine_that_still_counts_tokens_does_not_hang() -> None:
         for tokens in range(20):  # it computes a long prompt
             machine.metrics = f'vllm:prompt_tokens_total{{model_name="m"}} {tokens}\n'
             await asyncio.sleep(1)
-        assert not lease.lost
+        assert not lease.is_lost
 
     on_site(test, replica("v", engine="vllm"))
 
@@ -234,7 +237,7 @@ def test_streams_survive_that_this_process_was_held_up() -> None:
             await asyncio.sleep(2)
             site.loop.now_s += 10.0
             site.prober.step()  # before anything that came meanwhile is read
-        assert not any(lease.lost for lease in leases)
+        assert not any(lease.is_lost for lease in leases)
 
     on_site(test, replica("v", engine="vllm"))
 
@@ -290,10 +293,10 @@ vllm:num_requests_waiting{engine="0",model_name="m}{"} 4.0 1700000000
 vllm:kv_cache_usage_perc{engine="0"} 0.5
 vllm:generation_tokens_total{engine="0"} 1e+06
 vllm:prompt_tokens_total NaN"""
-    assert read_load(text, ENGINE_NAMES["vllm"]) == Load(running=5, waiting=4, kv_usage=0.5, tokens=1e6)
-    assert read_load(b"sglang:num_queue_reqs 2\n", ENGINE_NAMES["sglang"]) == Load(waiting=2)
+    assert read_load(text, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad(running=5, waiting=4, kv_usage=0.5, tokens=1e6)
+    assert read_load(b"sglang:num_queue_reqs 2\n", ENGINE_ENDPOINTS["sglang"]) == ReplicaLoad(waiting=2)
     for garbage in (b"", b"\n\n", b"vllm:num_requests_running", b"vllm:num_requests_running{ x\n", b"\xff" * 100):
-        assert read_load(garbage, ENGINE_NAMES["vllm"]) == Load()
+        assert read_load(garbage, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad()
 
 
 def test_our_own_metrics_are_read() -> None:
@@ -305,20 +308,20 @@ def test_our_own_metrics_are_read() -> None:
     metrics.update({"num_running": 5, "num_waiting": 2, "cache": cache, **zeros})
     metrics.observe_tokens(7, gap_s=0.1)
     for engine in ("powerband", "vllm"):
-        found = read_load(metrics.render(), ENGINE_NAMES[engine])  # type: ignore[index]  # names of engines
-        assert found == Load(running=5, waiting=2, kv_usage=0.25, tokens=7)
+        found = read_load(metrics.render(), ENGINE_ENDPOINTS[engine])  # type: ignore[index]  # names of engines
+        assert found == ReplicaLoad(running=5, waiting=2, kv_usage=0.25, tokens=7)
 
 
 # The breaker, and the budget of second attempts.
 
 
-def fail(breaker: Breaker, now_s: float, times: int = 1, *, may_open: bool = True) -> None:
+def fail(breaker: CircuitBreaker, now_s: float, times: int = 1, *, may_open: bool = True) -> None:
     for _ in range(times):
         breaker.ended(now_s, False, is_trial=breaker.sent(), may_open=may_open)
 
 
 def test_a_breaker_opens_longer_each_time_and_tries_one_request() -> None:
-    breaker = Breaker(PoolOptions())
+    breaker = CircuitBreaker(PoolOptions())
     fail(breaker, 100.0, 2)
     assert breaker.is_closed
     fail(breaker, 100.0)
@@ -341,7 +344,7 @@ def test_a_breaker_opens_longer_each_time_and_tries_one_request() -> None:
 
 
 def test_a_breaker_opens_when_half_of_the_requests_fail() -> None:
-    breaker = Breaker(PoolOptions())
+    breaker = CircuitBreaker(PoolOptions())
     for i in range(9):
         breaker.ended(100.0 + i / 10, bool(i % 2), is_trial=False, may_open=True)
     assert breaker.is_closed
@@ -350,7 +353,7 @@ def test_a_breaker_opens_when_half_of_the_requests_fail() -> None:
 
 
 def test_a_client_that_leaves_says_nothing_of_the_replica() -> None:
-    breaker = Breaker(PoolOptions())
+    breaker = CircuitBreaker(PoolOptions())
     fail(breaker, 100.0, 3)
     is_trial = breaker.sent()
     breaker.ended(106.0, None, is_trial=is_trial, may_open=True)
@@ -430,7 +433,7 @@ def test_where_all_are_absent_a_request_waits_no_longer_than_its_deadline() -> N
         for _ in range(2):
             (await site.pool.lease(request())).close("absent")
         began_s = site.loop.time()
-        with pytest.raises(Expired):
+        with pytest.raises(QueueTimeout):
             await site.pool.lease(request(deadline_s=began_s + 2.0), avoid=("a",))
         assert site.loop.time() - began_s == pytest.approx(2.0, abs=0.1)
 
@@ -445,12 +448,12 @@ def test_a_replica_that_is_left_out_keeps_its_streams() -> None:
         await site.until("c", "ready", 1.0)
         assert (await site.pool.lease(request())).replica.id == "c"
         await asyncio.sleep(3)
-        assert not lease.lost
+        assert not lease.is_lost
         site.machines[lease.replica.id].state = "stopped"
         await asyncio.sleep(3)
-        assert lease.lost
+        assert lease.is_lost
         lease.close("failed")
         await asyncio.sleep(0.1)
-        assert [member.id for member in site.pool.members] == ["c"]
+        assert [backend.id for backend in site.pool.backends] == ["c"]
 
     on_site(test)

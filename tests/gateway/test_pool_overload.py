@@ -11,9 +11,10 @@ import pytest
 from gateways_for_tests import gateway_before
 from pool_world import VirtualLoop, make_pool, make_ready, replica, request, virtually
 
-from powerband.bench.script import Script
-from powerband.gateway.dispatch.pool import Pool, Refusal
+from powerband.dispatch.errors import PoolError
+from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.routes import ModelRoute
+from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
 
 SLO_TTFT_S = 1.0
@@ -32,7 +33,7 @@ async def ask(pool: Pool, loop: VirtualLoop, number: int, told: list[Told]) -> N
     start_s = loop.time()
     try:
         lease = await pool.lease(request(str(number), tenant=f"t{number % 3}", arrival_s=start_s))
-    except Refusal:
+    except PoolError:
         told.append(Told(start_s, loop.time(), None))
         return
     await asyncio.sleep(0.1)
@@ -60,8 +61,6 @@ def test_goodput_does_not_collapse(how: str) -> None:
             for i in range(phase_s * rate_per_s):
                 tasks.append(asyncio.ensure_future(ask(pool, loop, i, told)))
                 await asyncio.sleep(1 / rate_per_s)
-                if i % 2 == 0:
-                    pool.tick()
         await asyncio.gather(*tasks)
 
         def goodput(begin_s: float, end_s: float) -> float:
@@ -93,12 +92,11 @@ def test_nobody_is_refused_while_a_replica_is_replaced() -> None:
         for i in range(600):
             tasks.append(asyncio.ensure_future(ask(pool, loop, i, told)))
             await asyncio.sleep(1 / 12)
-            pool.tick()
             if i == 200:
-                for member in pool.members:
-                    member.probed_badly(loop.time(), "http_503")
-                    member.probed_badly(loop.time(), "http_503")
-                    pool.changed(member)
+                for backend in pool.backends:
+                    backend.probed_badly(loop.time(), "http_503")
+                    backend.probed_badly(loop.time(), "http_503")
+                    pool.changed(backend)
             if i == 248:  # four seconds
                 make_ready(pool)
                 make_ready(pool)
@@ -119,7 +117,7 @@ def test_who_comes_back_when_told_is_served() -> None:
             for attempt in range(1, 50):
                 try:
                     lease = await pool.lease(request(str(number)))
-                except Refusal as refusal:
+                except PoolError as refusal:
                     await asyncio.sleep(refusal.retry_after_s or 0.0)
                     continue
                 await asyncio.sleep(SERVICE_S)
@@ -152,7 +150,7 @@ models:
       - {{id: b, url: "{1}", model: scripted, engine: vllm, max_num_seqs: 8}}
 """
 MOST_LAG_S = 0.2
-SCRIPT = Script(ttft_s=0.05, tpot_s=0.05, slots=SLOTS)
+SCRIPT = Behavior(ttft_s=0.05, tpot_s=0.05, slots=SLOTS)
 BODY = b'{"model": "scripted", "prompt": "hello", "max_tokens": 10, "stream": true}'
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"

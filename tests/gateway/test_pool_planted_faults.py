@@ -10,12 +10,12 @@ import pytest
 from pool_play import play
 
 from planted_faults import Fault, Faults, assert_caught, changed, does_nothing
-from powerband.gateway.dispatch.admission import Admission
-from powerband.gateway.dispatch.lanes import arrange, lane_of
-from powerband.gateway.dispatch.lease import Lease
-from powerband.gateway.dispatch.member import Member
-from powerband.gateway.dispatch.pool import Pool, _without
-from powerband.gateway.dispatch.queue import FairQueue, _Class
+from powerband.dispatch.admission import Admission
+from powerband.dispatch.backend import Backend
+from powerband.dispatch.dispatcher import Dispatcher, _without
+from powerband.dispatch.length_pools import arrange, pool_for
+from powerband.dispatch.queue import FairQueue, _PriorityClass
+from powerband.gateway.dispatch.pool import Pool
 
 FAULTS = Faults()
 UNLIMITED = 10**9
@@ -29,106 +29,101 @@ def play_often() -> None:
 # One replica: its places and its health
 
 
-@FAULTS.add("a replica that keeps failing is back as fast as one that failed once", Member.probed_badly)
-def _(right: Any, member: Any, *arguments: Any) -> Any:
-    ejected = right(member, *arguments)
-    member._out_until_s = 0.0
+@FAULTS.add("a replica that keeps failing is back as fast as one that failed once", Backend.probed_badly)
+def _(right: Any, backend: Any, *arguments: Any) -> Any:
+    ejected = right(backend, *arguments)
+    backend.ejected_until_s = 0.0
     return ejected
 
 
-@FAULTS.add("one place too many", Member.has_place)
-def _(right: Any, member: Any, now_s: float) -> Any:
-    with changed(member, limit=member.limit + 1):
-        return right(member, now_s)
+@FAULTS.add("one place too many", Backend.has_place)
+def _(right: Any, backend: Any, now_s: float) -> Any:
+    with changed(backend, limit=backend.limit + 1):
+        return right(backend, now_s)
 
 
-@FAULTS.add("a replica that refused one gets the next at once", Member.has_place)
-def _(right: Any, member: Any, now_s: float) -> Any:
-    with changed(member, busy_until_s=0.0):
-        return right(member, now_s)
+@FAULTS.add("a replica that refused one gets the next at once", Backend.has_place)
+def _(right: Any, backend: Any, now_s: float) -> Any:
+    with changed(backend, paused_until_s=0.0):
+        return right(backend, now_s)
 
 
-@FAULTS.add("draining replicas get more", Member.takes_new)
-def _(_right: Any, member: Any) -> Any:
-    return member.is_ready and not member.is_removed
+@FAULTS.add("draining replicas get more", Backend.is_serving)
+def _(_right: Any, backend: Any) -> Any:
+    return backend.is_ready and not backend.is_removed
 
 
-@FAULTS.add("one bad probe is enough", Member.probed_badly)
-def _(right: Any, member: Any, *arguments: Any) -> Any:
-    with changed(member, options=replace(member.options, fall=1)):
-        return right(member, *arguments)
+@FAULTS.add("one bad probe is enough", Backend.probed_badly)
+def _(right: Any, backend: Any, *arguments: Any) -> Any:
+    with changed(backend, options=replace(backend.options, unhealthy_threshold=1)):
+        return right(backend, *arguments)
 
 
-@FAULTS.add("one good probe is enough", Member.probed_well)
-def _(right: Any, member: Any, *arguments: Any, **more: Any) -> Any:
-    with changed(member, options=replace(member.options, rise=1)):
-        return right(member, *arguments, **more)
+@FAULTS.add("one good probe is enough", Backend.probed_well)
+def _(right: Any, backend: Any, *arguments: Any, **more: Any) -> Any:
+    with changed(backend, options=replace(backend.options, healthy_threshold=1)):
+        return right(backend, *arguments, **more)
 
 
-@FAULTS.add("good probes need not follow each other", Member.probed_badly)
-def _(right: Any, member: Any, *arguments: Any) -> Any:
-    good = member._good
-    ejected = right(member, *arguments)
-    member._good = good
+@FAULTS.add("good probes need not follow each other", Backend.probed_badly)
+def _(right: Any, backend: Any, *arguments: Any) -> Any:
+    good = backend._num_good
+    ejected = right(backend, *arguments)
+    backend._num_good = good
     return ejected
 
 
 # Who gets a place
 
 
-@FAULTS.add("a new replica takes nothing from the queue", Pool.changed)
-def _(right: Any, pool: Any, member: Any) -> None:
-    with changed(pool, _dispatch=does_nothing):
-        right(pool, member)
+@FAULTS.add("a new replica takes nothing from the queue", Dispatcher._rearrange)
+def _(right: Any, dispatcher: Any, now_s: float) -> None:
+    with changed(dispatcher, _dispatch=does_nothing):
+        right(dispatcher, now_s)
 
 
-@FAULTS.add("a free place is not given away", Pool.release)
-def _(right: Any, pool: Any, *arguments: Any) -> None:
-    with changed(pool, _dispatch=does_nothing):
-        right(pool, *arguments)
+@FAULTS.add("a free place is not given away", Dispatcher.release)
+def _(right: Any, dispatcher: Any, *arguments: Any, **more: Any) -> None:
+    with changed(dispatcher, _dispatch=does_nothing):
+        right(dispatcher, *arguments, **more)
 
 
-@FAULTS.add("a cancelled request stays", Pool._abandon)
-def _(right: Any, pool: Any, ticket: Any) -> None:
-    if not ticket.is_queued:
-        right(pool, ticket)
+FAULTS.add("a cancelled request stays", Dispatcher.cancel)(does_nothing)
 
 
 @FAULTS.add("a request that is cancelled as it gets a place keeps it", Pool._abandon)
-def _(right: Any, pool: Any, ticket: Any) -> None:
-    if ticket.is_queued:
-        right(pool, ticket)
+def _(right: Any, pool: Any, queued: Any, future: Any) -> None:
+    if queued in pool._futures:
+        right(pool, queued, future)
 
 
-@FAULTS.add("a place for a request that is gone", Pool._serve)
-def _(right: Any, pool: Any, ticket: Any, *arguments: Any) -> None:
-    if ticket.future.done():
-        with changed(ticket, future=ticket.future.get_loop().create_future()):
-            right(pool, ticket, *arguments)
-    else:
-        right(pool, ticket, *arguments)
+@FAULTS.add("a place for a request that is gone", Dispatcher.release)
+def _(right: Any, dispatcher: Any, sent: Any, outcome: str, *arguments: Any, **more: Any) -> None:
+    if outcome != "unsent":
+        right(dispatcher, sent, outcome, *arguments, **more)
 
 
-FAULTS.add("expired requests stay", Pool._expire)(does_nothing)
+FAULTS.add("expired requests stay", Dispatcher._expire)(does_nothing)
+FAULTS.add("no timer is set for requests that wait", Dispatcher.next_deadline)(does_nothing)
 
 
-@FAULTS.add("closing twice frees twice", Lease.close)
-def _(right: Any, lease: Any, *arguments: Any, **more: Any) -> None:
-    right(lease, *arguments, **more)
-    lease._is_closed = False
+@FAULTS.add("closing twice frees twice", Dispatcher.release)
+def _(right: Any, dispatcher: Any, sent: Any, *arguments: Any, **more: Any) -> None:
+    right(dispatcher, sent, *arguments, **more)
+    sent.is_released = False
 
 
-@FAULTS.add("prompts count until the end", Pool.first_token_came)
-def _(right: Any, pool: Any, lease: Any, ttft_s: float) -> None:
-    outstanding = lease.member.outstanding
-    right(pool, lease, ttft_s)
-    lease.member.outstanding = outstanding
+@FAULTS.add("prompts count until the end", Dispatcher.first_token)
+def _(right: Any, dispatcher: Any, sent: Any, *arguments: Any) -> None:
+    outstanding = sent.backend.outstanding
+    right(dispatcher, sent, *arguments)
+    sent.backend.outstanding = outstanding
 
 
-@FAULTS.add("a request that ends takes its prompt off a second time", Pool.release)
-def _(right: Any, pool: Any, lease: Any, *arguments: Any) -> None:
-    with changed(lease.stay, tokens=lease.tokens):
-        right(pool, lease, *arguments)
+@FAULTS.add("a request that ends takes its prompt off a second time", Dispatcher.release)
+def _(right: Any, dispatcher: Any, sent: Any, *arguments: Any, **more: Any) -> None:
+    with changed(sent, outstanding=sent.tokens):
+        right(dispatcher, sent, *arguments, **more)
 
 
 # Second attempts
@@ -139,27 +134,27 @@ def _(_right: Any, _avoid: Any, free: Any, _serving: Any) -> Any:
     return free
 
 
-@FAULTS.add("second attempts are refused", Pool._queue)
-def _(right: Any, pool: Any, request: Any, lane: Any, level: Any, avoid: Any, now_s: float) -> Any:
-    lane.admission.admit(request, level, lane.queue, now_s, (pool.queued, pool.queued_tokens))
-    return right(pool, request, lane, level, avoid, now_s)
+@FAULTS.add("second attempts are refused", Dispatcher._enqueue)
+def _(right: Any, dispatcher: Any, request: Any, pool: Any, level: Any, avoid: Any, now_s: float) -> Any:
+    pool.admission.admit(request, level, pool.queue, now_s, (dispatcher.queued, dispatcher.queued_tokens))
+    return right(dispatcher, request, pool, level, avoid, now_s)
 
 
 # Replicas for short prompts
 
 
-@FAULTS.add("long prompts go anywhere", lane_of)
-def _(_right: Any, _request: Any, lanes: Any) -> Any:
-    return lanes[0]
+@FAULTS.add("long prompts go anywhere", pool_for)
+def _(_right: Any, _request: Any, pools: Any) -> Any:
+    return pools[0]
 
 
 @FAULTS.add("short prompts wait for replicas of their own", arrange)
 def _(right: Any, *arguments: Any) -> Any:
-    lanes = right(*arguments)
-    for lane in lanes:
-        if any((member.address.longest_prompt or float("inf")) != lane.longest_prompt for member in lane.serving):
-            lane.serving = []
-    return lanes
+    pools = right(*arguments)
+    for pool in pools:
+        if any((one.spec.max_prompt_tokens or float("inf")) != pool.max_prompt_tokens for one in pool.serving):
+            pool.serving = []
+    return pools
 
 
 @FAULTS.add("waiting requests are lost when pools change", arrange)
@@ -171,9 +166,9 @@ def _(right: Any, *arguments: Any) -> Any:
 # The order of the queue
 
 
-@FAULTS.add("last come, first served", Pool._pick)
-def _(right: Any, pool: Any, free: Any, serving: Any, tickets: Any) -> Any:
-    return right(pool, free, serving, list(tickets)[::-1])
+@FAULTS.add("last come, first served", Dispatcher._pick)
+def _(right: Any, dispatcher: Any, free: Any, serving: Any, requests: Any) -> Any:
+    return right(dispatcher, free, serving, list(requests)[::-1])
 
 
 @FAULTS.add("priorities are upside down", FairQueue._level)
@@ -184,20 +179,20 @@ def _(right: Any, queue: Any, name: Any) -> Any:
 
 
 @FAULTS.add("waiting tokens are never taken off", FairQueue._left)
-def _(right: Any, queue: Any, ticket: Any) -> None:
+def _(right: Any, queue: Any, queued: Any) -> None:
     tokens = queue.tokens
-    right(queue, ticket)
+    right(queue, queued)
     queue.tokens = tokens
 
 
-@FAULTS.add("a tenant that is passed over is lost", _Class.pop)
+@FAULTS.add("a tenant that is passed over is lost", _PriorityClass.pop)
 def _(right: Any, waiting: Any, choose: Any) -> Any:
     passed = set()
 
-    def chosen(tickets: Any) -> Any:
-        found = choose(tickets)
+    def chosen(queueds: Any) -> Any:
+        found = choose(queueds)
         if found is None:
-            passed.add(next(iter(tickets)).request.tenant)
+            passed.add(next(iter(queueds)).request.tenant)
         return found
 
     found = right(waiting, chosen)
@@ -206,9 +201,9 @@ def _(right: Any, waiting: Any, choose: Any) -> Any:
     return found
 
 
-@FAULTS.add("a tenant whose tokens are corrected is lost", _Class._changed)
+@FAULTS.add("a tenant whose tokens are corrected is lost", _PriorityClass._changed)
 def _(right: Any, waiting: Any, tenant: str) -> None:
-    if tenant not in waiting.flows:
+    if tenant not in waiting.tenants:
         right(waiting, tenant)
 
 
@@ -237,4 +232,4 @@ def test_play_catches(fault: Fault) -> None:
 def test_a_pool_does_what_a_plain_model_says(routing: str) -> None:
     worlds = [play(seed, routing=routing) for seed in range(100, 105)]
     assert sum(world.grants for world in worlds) > 200
-    assert {name for world in worlds for name in world.refused} >= {"PoolFull", "DeadlineInfeasible", "Expired"}
+    assert {name for world in worlds for name in world.refused} >= {"PoolFull", "DeadlineInfeasible", "QueueTimeout"}

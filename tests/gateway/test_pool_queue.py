@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any, cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
 
-from powerband.gateway.dispatch.capacity import Capacity
-from powerband.gateway.dispatch.queue import FairQueue, Ticket
-
-NOBODY = cast(Any, None)  # pure: nobody waits for these
+from powerband.dispatch.capacity import Capacity
+from powerband.dispatch.queue import FairQueue, QueuedRequest
 
 
-def ticket(tenant: str, tokens: int = 10, priority: int = 0) -> Ticket:
-    return Ticket(request(tenant=tenant), tokens, (1, priority), 0.0, frozenset(), NOBODY)
+def ticket(tenant: str, tokens: int = 10, priority: int = 0) -> QueuedRequest:
+    return QueuedRequest(request(tenant=tenant), tokens, (1, priority), 0.0)
 
 
-def take(queue: FairQueue) -> Ticket | None:
+def take(queue: FairQueue) -> QueuedRequest | None:
     return queue.pop(lambda tickets: next(iter(tickets)))
 
 
@@ -98,7 +95,7 @@ def test_a_tenant_that_floods_waits_longer_and_nobody_else_does() -> None:
     """Through the pool: one place, a second for each request; the flood is refused when its own wait is too long."""
 
     async def test(loop: VirtualLoop) -> None:
-        pool = make_pool(loop, replica("a", 1), longest_wait_s=30.0)
+        pool = make_pool(loop, replica("a", 1), max_queue_wait_s=30.0)
         waits: dict[str, list[float]] = {"flood": [], "calm": []}
 
         async def one(tenant: str) -> None:
@@ -125,7 +122,7 @@ def test_predictions_come_true() -> None:
     """Two places of two seconds: what is predicted when a request comes is what it then waits, within a few seconds."""
 
     async def test(loop: VirtualLoop) -> None:
-        pool = make_pool(loop, replica("a", 2), max_waiting_per_replica=0, longest_wait_s=100.0)
+        pool = make_pool(loop, replica("a", 2), max_waiting_per_replica=0, max_queue_wait_s=100.0)
         errors = []
 
         async def one(i: int) -> None:
@@ -158,7 +155,7 @@ MOVES = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(MOVES)
 def test_nothing_is_lost_and_the_least_served_is_next(moves: list[tuple[str, int, int]]) -> None:
-    queue, waiting = FairQueue(), list[Ticket]()
+    queue, waiting = FairQueue(), list[QueuedRequest]()
     for move, who, tokens in moves:
         tenant, priority = f"t{who}", who % 2
         if move == "push":
@@ -214,7 +211,7 @@ def test_memory_of_tenants_is_bounded() -> None:
 
 def test_an_expired_request_leaves_nothing_behind() -> None:
     async def test(loop: VirtualLoop) -> None:
-        pool = make_pool(loop, replica("a", 1), longest_wait_s=2.0)
+        pool = make_pool(loop, replica("a", 1), max_queue_wait_s=2.0)
         held = [await pool.lease(request()) for _ in range(3)]
         tasks = [asyncio.ensure_future(pool.lease(request())) for _ in range(50)]
         await asyncio.sleep(3)

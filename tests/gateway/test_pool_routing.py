@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import VirtualLoop, make_pool, replica, request, virtually
 
+from powerband.dispatch.prefix import PrefixIndex, prefix_bytes, prefix_keys
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.dispatch.prefix import PrefixIndex, bytes_of, keys_of
 from powerband.gateway.request import GatewayRequest
 
 
@@ -22,14 +22,14 @@ from powerband.gateway.request import GatewayRequest
 @given(st.binary(max_size=3000), st.binary(max_size=3000), st.binary(max_size=3000))
 def test_prompts_share_keys_exactly_as_far_as_they_begin_alike(common: bytes, one: bytes, other: bytes) -> None:
     first, second = common + one, common + other
-    keys, others = keys_of("chat", first, "t"), keys_of("chat", second, "t")
+    keys, others = prefix_keys("chat", first, "t"), prefix_keys("chat", second, "t")
     alike = next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
-    shared = sum(bytes_of(i + 1) <= alike for i in range(min(len(keys), len(others))))
+    shared = sum(prefix_bytes(i + 1) <= alike for i in range(min(len(keys), len(others))))
     assert keys[:shared] == others[:shared]
     assert not set(keys[shared:]) & set(others[shared:])
-    assert bytes_of(len(keys)) <= len(first)
+    assert prefix_bytes(len(keys)) <= len(first)
 
 
 def test_tenants_salts_and_endpoints_share_no_keys() -> None:
@@ -41,18 +41,18 @@ def test_tenants_salts_and_endpoints_share_no_keys() -> None:
         ("chat", "a", b"b"),
         ("chat", "", b"a"),
     ]
-    keys = [keys_of(endpoint, prompt, tenant, salt) for endpoint, tenant, salt in variants]  # type: ignore[arg-type]  # both are endpoints
+    keys = [prefix_keys(endpoint, prompt, tenant, salt) for endpoint, tenant, salt in variants]  # type: ignore[arg-type]  # both are endpoints
     assert len({key for one in keys for key in one}) == sum(len(one) for one in keys)
 
 
 def test_a_long_prompt_has_few_keys() -> None:
-    assert len(keys_of("chat", b"x" * (1 << 16), "t")) == 65
-    assert len(keys_of("chat", b"x" * (8 << 20), "t")) == 128
+    assert len(prefix_keys("chat", b"x" * (1 << 16), "t")) == 65
+    assert len(prefix_keys("chat", b"x" * (8 << 20), "t")) == 128
 
 
 def test_a_conversation_s_next_turn_begins_as_the_last() -> None:
     turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i} " * 40} for i in range(6)]
-    first, second = (keys_of("chat", json.dumps(turns[:n]).encode(), "t") for n in (3, 5))
+    first, second = (prefix_keys("chat", json.dumps(turns[:n]).encode(), "t") for n in (3, 5))
     assert len(first) >= 3
     assert second[: len(first)] == first
 
@@ -68,12 +68,12 @@ def test_the_index_knows_what_a_plain_memory_would(sent: list[tuple[int, int]], 
             plain[key] = None
         while len(plain) > most:
             plain.popitem(last=False)
-        index.sent("r", keys)
+        index.add("r", keys)
     for family in range(6):
         keys = [b"%d %d" % (family, i) for i in range(12)]
         matched = next((i for i, key in enumerate(keys) if key not in plain), 12)
-        assert index.share("r", keys) == pytest.approx(bytes_of(matched) / bytes_of(12))
-        assert index.share("other", keys) == 0
+        assert index.cached_share("r", keys) == pytest.approx(prefix_bytes(matched) / prefix_bytes(12))
+        assert index.cached_share("other", keys) == 0
 
 
 def test_a_session_stays_while_its_replica_has_a_place() -> None:
@@ -111,7 +111,7 @@ def test_weights_share_the_tokens() -> None:
         for _ in range(400):
             asked = request(output_tokens=rng.randrange(1, 500))
             lease = await pool.lease(asked)
-            sent[lease.replica.id] += lease.tokens
+            sent[lease.replica.id] += lease.in_flight.tokens
             lease.close("ok")
         assert sent["a"] / sent["b"] == pytest.approx(3.0, rel=0.05)
         assert sent["spare"] == 0
@@ -140,8 +140,8 @@ class Fleet:
         start_s = self.loop.time()
         lease = await self.pool.lease(one)
         cache = self.caches.setdefault(lease.replica.id, PrefixIndex(CACHED_BLOCKS))
-        share = cache.share(lease.replica.id, one.prefix_keys)
-        cache.sent(lease.replica.id, one.prefix_keys)
+        share = cache.cached_share(lease.replica.id, one.prefix_keys)
+        cache.add(lease.replica.id, one.prefix_keys)
         self.asked += one.prompt_tokens
         self.found += share * one.prompt_tokens
         await asyncio.sleep(one.prompt_tokens * (1 - share) / PREFILL_TOKENS_PER_S)
@@ -174,7 +174,7 @@ def conversations(rng: random.Random, count: int) -> list[tuple[float, GatewayRe
         for turn in range(6):
             text += f"chat {chat} turn {turn} ".encode() * rng.randrange(40, 120)
             tokens = len(text) // BYTES_PER_TOKEN
-            keys = keys_of("chat", text, "t")
+            keys = prefix_keys("chat", text, "t")
             made = request(
                 f"{chat}.{turn}", prompt_tokens=tokens, output_tokens=200, session=f"{chat}", prefix_keys=keys
             )
@@ -185,7 +185,7 @@ def conversations(rng: random.Random, count: int) -> list[tuple[float, GatewayRe
 
 def one_hot_prefix(rng: random.Random, count: int) -> list[tuple[float, GatewayRequest]]:
     """Everybody asks the same document something."""
-    keys = keys_of("chat", b"the document " * 1000, "t")
+    keys = prefix_keys("chat", b"the document " * 1000, "t")
     made = [request(str(i), prompt_tokens=3300, output_tokens=200, prefix_keys=keys) for i in range(count)]
     return [(i / 12, one) for i, one in enumerate(made)]
 

@@ -17,9 +17,9 @@ from powerband.core.loop import EngineCore
 from powerband.errors import PowerbandError
 from powerband.planner import fast_forward, replica, simulator
 from powerband.planner.replica import SimulatedReplica
-from powerband.spec.arrivals import ClosedLoop, OpenLoop
-from powerband.spec.lengths import Fixed, Uniform
-from powerband.spec.workload import Conversation, SharedPrefix
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.lengths import Fixed, Uniform
+from powerband.spec.workload.workload import Conversation, SharedPrefix
 
 
 def story(seed: int, *, fast: bool) -> Any:

@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+from powerband.calibration.bandwidth import read_bandwidth_bytes_per_s
 from powerband.cli import machine
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
 from powerband.cost.sizing import readable
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 EXIT_ENVIRONMENT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Problem:
     """One thing that is missing or slower than it need be. A fatal one keeps Powerband from serving."""
 
     problem: str
@@ -60,10 +61,10 @@ def package_versions() -> dict[str, str | None]:
     return found
 
 
-def missing_packages(versions: dict[str, str | None]) -> list[Finding]:
+def missing_packages(versions: dict[str, str | None]) -> list[Problem]:
     """A fatal finding for each package that is not installed."""
     return [
-        Finding(f"The package {name} is not installed.", f"pip install {name}", fatal=True)
+        Problem(f"The package {name} is not installed.", f"pip install {name}", fatal=True)
         for name, found in versions.items()
         if found is None
     ]
@@ -78,18 +79,18 @@ def _machine_report() -> dict[str, Any]:
         "cores": cpu.cores,
         "memory_bytes": cpu.memory_bytes,
         "available_memory_bytes": cpu.available_memory_bytes,
-        "read_bandwidth_bytes_per_s": machine.read_bandwidth_bytes_per_s(cpu.cores),
+        "read_bandwidth_bytes_per_s": read_bandwidth_bytes_per_s(cpu.cores),
         "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
     }
 
 
-def _compute_report(findings: list[Finding]) -> dict[str, Any]:
+def _compute_report(findings: list[Problem]) -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     if not gpus and machine.has_gpu_nodes():
         findings.append(
-            Finding(
+            Problem(
                 f"This machine has a GPU, but torch {torch.__version__} cannot use it.",
                 "Install a torch build for this GPU: https://pytorch.org/get-started/locally/",
             )
@@ -101,7 +102,7 @@ def _compute_report(findings: list[Finding]) -> dict[str, Any]:
     kernels = library.load()
     if kernels.tier is None and not gpus:
         findings.append(
-            Finding(
+            Problem(
                 f"Without C++ kernels plain torch computes, several times slower: {kernels.reason}",
                 "Install g++ 11 or newer (Debian: apt install g++); the kernels are compiled at the next start.",
             )
@@ -126,7 +127,7 @@ def _weight_cache() -> str:
     return f"{weight_cache.folder()}: {len(files)} files, {readable(size)}"
 
 
-def _print(report: dict[str, Any], findings: list[Finding]) -> None:
+def _print(report: dict[str, Any], findings: list[Problem]) -> None:
     for title in ("machine", "compute", "versions"):
         if title in report:
             print(title)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.effects import check_effects
-from powerband.cli.machine import device_of
+from powerband.cli.ineffective_options import check_effects
+from powerband.cli.machine import compute_device
 from powerband.cli.settings import resolve
 from powerband.gateway.settings import GatewaySettings
 from powerband.server.settings import ServerSettings
@@ -45,7 +45,7 @@ def takes_settings(*classes: type, without: tuple[str, ...] = ()) -> Callable[[C
                 given["model"] = model
             settings = resolve(classes, KNOWN_SETTINGS, given, os.environ, config)
             if has_model:
-                check_effects(settings, lambda: device_of(settings.engine))
+                check_effects(settings, lambda: compute_device(settings.engine))
             return command(settings, **options)
 
         parameters = [*([_model_parameter()] if has_model else ()), *own, _config_parameter(), *flags]

@@ -1,138 +1,148 @@
-"""Changes of what is desired, and waiting until they are carried out: what the commands share."""
+"""What the commands do to a service: change its desired state, and wait until the controller has carried it out."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.errors import EnvironmentFault, PowerbandError, UsageError
 from powerband.fleet.control.controller_process import ensure_controller
-from powerband.fleet.service.spec import Desired, GatewaySpec, Policy, Release
-from powerband.fleet.service.status import ReplicaStatus, Status
-from powerband.fleet.service.store import ServiceStore
+from powerband.fleet.service.spec import GatewaySpec, Policy, Release, ServiceSpec
+from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
+from powerband.fleet.service.store import ServiceStore, endpoint
+from powerband.http_client import bearer, request_sync
 
-POLL_S = 0.1
-_REMOVE_S = 120.0
+POLL_INTERVAL_S = 0.1
+_REMOVE_TIMEOUT_S = 120.0
+_AUDIT_TIMEOUT_S = 3.0
 
 
 def service_name(served_name: str) -> str:
-    """Of a service that serves a model of this name."""
+    """The default name of a service that serves a model of this name."""
     return re.sub(r"[^a-z0-9._-]+", "-", served_name.lower()).strip("-._")[:63] or "service"
 
 
-def apply(folder: ServiceStore, release: Release, front: GatewaySpec, policy: Policy) -> tuple[Desired, bool]:
-    """Write down what should be; False: it was so already. Raises UsageError for another model under the same name."""
-    with folder.changing():
-        current = folder.desired()
+def apply(store: ServiceStore, release: Release, gateway: GatewaySpec, policy: Policy) -> tuple[ServiceSpec, bool]:
+    """Write the desired state. Returns False if it is the same already. Raises UsageError for another model."""
+    with store.lock_spec():
+        current = store.read_spec()
         if current is None or current.removed:
-            made = Desired(name=folder.name, generation=1, release=release, front=front, policy=policy)
-            folder.write_desired(made)
-            return made, True
+            spec = ServiceSpec(name=store.name, generation=1, release=release, gateway=gateway, policy=policy)
+            store.write_spec(spec)
+            return spec, True
         if current.release.served_name != release.served_name:
             raise UsageError(
-                f"The service {folder.name} serves {current.release.served_name}, not {release.served_name}.",
+                f"The service {store.name} serves {current.release.served_name}, not {release.served_name}.",
                 hint="Deploy it as another service, with --name.",
                 param="name",
             )
-        status = folder.status()
-        is_rejected = _is_rejected(status, current.generation)
-        if not is_rejected and (current.release, current.front, current.policy) == (release, front, policy):
+        status = store.read_status()
+        has_failed = status is not None and status.has_failed(current.generation)
+        if not has_failed and (current.release, current.gateway, current.policy) == (release, gateway, policy):
             return current, False
-        made = with_changes(current, status, release=release, front=front, policy=policy)
-        folder.write_desired(made)
-        return made, True
+        spec = _with_changes(current, status, release=release, gateway=gateway, policy=policy)
+        store.write_spec(spec)
+        return spec, True
 
 
-def update_desired(folder: ServiceStore, make: Callable[[Desired, Status | None], dict[str, Any]]) -> Desired:
-    """Change some of what is desired. make: the fields that differ. Raises UsageError when there is no such service."""
-    with folder.changing():
-        current = folder.desired()
+def update_spec(
+    store: ServiceStore, change: Callable[[ServiceSpec, ServiceStatus | None], dict[str, Any]]
+) -> ServiceSpec:
+    """change: returns the fields that differ. Raises UsageError if there is no such service."""
+    with store.lock_spec():
+        current = store.read_spec()
         if current is None:
-            raise UsageError(f"There is no service {folder.name!r}.", param="name")
-        status = folder.status()
-        made = with_changes(current, status, **make(current, status))
-        folder.write_desired(made)
-        return made
+            raise UsageError(f"There is no service {store.name!r}.", param="name")
+        status = store.read_status()
+        spec = _with_changes(current, status, **change(current, status))
+        store.write_spec(spec)
+        return spec
 
 
-def with_changes(current: Desired, status: Status | None, **fields: Any) -> Desired:
-    """The next generation. What runs and is all ready is what one could go back to."""
-    is_whole = status is not None and status.established >= current.generation
-    previous = current.release if is_whole else current.previous
-    return replace(current, generation=current.generation + 1, **{"previous": previous, **fields})
-
-
-def rollback(folder: ServiceStore) -> Desired | None:
-    """To the release before, which runs or is started again; None: there is none."""
-    with folder.changing():
-        current = folder.desired()
+def rollback(store: ServiceStore) -> ServiceSpec | None:
+    """Back to the last release that was ready. None: there is none."""
+    with store.lock_spec():
+        current = store.read_spec()
         if current is None or current.previous is None:
             return None
-        made = replace(current, generation=current.generation + 1, release=current.previous)
-        folder.write_desired(made)
-        return made
+        spec = current.updated(release=current.previous)
+        store.write_spec(spec)
+        return spec
 
 
-def watch_status(folder: ServiceStore, generation: int, timeout_s: float) -> Iterator[Status]:
-    """The status as it changes, from the controller that knows this generation on, until `timeout_s` have passed.
+def watch_status(store: ServiceStore, generation: int, timeout_s: float) -> Iterator[ServiceStatus]:
+    """Each new status, beginning with the first that knows this generation, for `timeout_s` at most.
 
-    A controller that dies or hangs is replaced. Raises EnvironmentFault where that fails.
+    Replaces a controller that has crashed or hangs. Raises EnvironmentFault if that fails.
     """
     last_at, deadline_s = 0.0, time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        status = folder.status()
+        status = store.read_status()
         if status is not None and status.generation >= generation and status.at != last_at:
             last_at = status.at
             yield status
-        elif not folder.controller_alive():
-            ensure_controller(folder)
-        time.sleep(POLL_S)
+        elif not store.controller_alive():
+            ensure_controller(store)
+        time.sleep(POLL_INTERVAL_S)
 
 
-def wait_for(folder: ServiceStore, generation: int, told: Callable[[Status], object], timeout_s: float) -> Status:
-    """Until the generation is carried out, or given up (then `rejected` says why). Raises EnvironmentFault."""
-    for status in watch_status(folder, generation, timeout_s):
-        told(status)
-        if _is_rejected(status, generation):
+def wait_for(
+    store: ServiceStore, generation: int, on_status: Callable[[ServiceStatus], object], timeout_s: float
+) -> ServiceStatus:
+    """Until the generation is ready, or has failed (`has_failed`). Raises EnvironmentFault after `timeout_s`."""
+    for status in watch_status(store, generation, timeout_s):
+        on_status(status)
+        if status.has_failed(generation):
             return status
         if status.established >= generation and status.phase == "ready":
             return status
     raise EnvironmentFault(
-        f"{folder.name} was not ready within {timeout_s:.0f} s.",
-        hint="'powerband status' and 'powerband logs' tell more; 'powerband remove' ends it.",
+        f"{store.name} was not ready within {timeout_s:.0f} s.",
+        hint="See 'powerband status' and 'powerband logs'; 'powerband remove' stops it.",
     )
 
 
-def remove(folder: ServiceStore, told: Callable[[Status], object], *, purge: bool) -> None:
-    """End everything and forget it. Raises EnvironmentFault when something does not end."""
-    desired = update_desired(folder, lambda _current, _status: {"removed": True})
-    ensure_controller(folder)
-    deadline_s = time.monotonic() + _REMOVE_S + desired.policy.drain_s
+def remove(store: ServiceStore, on_status: Callable[[ServiceStatus], object], *, purge: bool) -> None:
+    """Stop everything and delete the state. Raises EnvironmentFault if something does not stop."""
+    spec = update_spec(store, lambda _current, _status: {"removed": True})
+    ensure_controller(store)
+    deadline_s = time.monotonic() + _REMOVE_TIMEOUT_S + spec.policy.drain_timeout_s
     while time.monotonic() < deadline_s:
-        status = folder.status()
-        if status is not None and status.generation >= desired.generation:
-            told(status)
-            if status.phase == "removed" and not folder.controller_alive():
-                folder.forget(purge=purge)
+        status = store.read_status()
+        if status is not None and status.generation >= spec.generation:
+            on_status(status)
+            if status.phase == "removed" and not store.controller_alive():
+                store.delete(purge=purge)
                 return
-        if not folder.controller_alive() and (status is None or status.phase != "removed"):
-            ensure_controller(folder)
-        time.sleep(POLL_S)
-    raise EnvironmentFault(f"{folder.name} did not end in time.", hint="'powerband status' shows what still runs.")
+        if not store.controller_alive() and (status is None or status.phase != "removed"):
+            ensure_controller(store)
+        time.sleep(POLL_INTERVAL_S)
+    raise EnvironmentFault(f"{store.name} did not stop in time.", hint="'powerband status' shows what still runs.")
 
 
-def find_replica(status: Status | None, id: str) -> ReplicaStatus:
-    """Raises UsageError with those that there are."""
+def find_replica(status: ServiceStatus | None, id: str) -> ReplicaStatus:
+    """Raises UsageError that lists the replicas."""
     replicas = status.replicas if status is not None else ()
     for replica in replicas:
         if replica.id == id:
             return replica
     known = ", ".join(replica.id for replica in replicas) or "none"
-    raise UsageError(f"There is no replica {id!r}.", hint=f"There are: {known}.", param="replica")
+    raise UsageError(f"There is no replica {id!r}.", hint=f"Replicas: {known}.", param="replica")
 
 
-def _is_rejected(status: Status | None, generation: int) -> bool:
-    return status is not None and status.rejected is not None and status.rejected.generation == generation
+def record_action(store: ServiceStore, action: str, details: Mapping[str, Any]) -> None:
+    """Write a user's action to the gateway's audit log. Without a gateway, the action succeeds unrecorded."""
+    with suppress(PowerbandError, OSError, ValueError):
+        url, key = endpoint(store.name)
+        body = {"action": f"fleet.{action}", "what": dict(details)}
+        request_sync("POST", f"{url}/admin/audit", json=body, headers=bearer(key), timeout_s=_AUDIT_TIMEOUT_S)
+
+
+def _with_changes(current: ServiceSpec, status: ServiceStatus | None, **fields: Any) -> ServiceSpec:
+    """The next generation. A release that was all ready becomes the one for a rollback."""
+    is_established = status is not None and status.established >= current.generation
+    previous = current.release if is_established else current.previous
+    return current.updated(**{"previous": previous, **fields})

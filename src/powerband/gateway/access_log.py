@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from powerband.gateway.promise import saw_first_token
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
+from powerband.gateway.slo import has_first_token
 from powerband.metrics.record import Outcome
 
 logger = logging.getLogger(__name__)
 
 
-def log_request(finished: Finished) -> None:
+def log_request(finished: CompletedRequest) -> None:
     """A sink of the gateway."""
     request, record = finished.request, finished.record
     told = {
@@ -30,8 +30,8 @@ def log_request(finished: Finished) -> None:
         "cached_tokens": record.cached_tokens,
         "output_tokens": record.output_tokens,
         "queue_s": _rounded(finished.queue_s),
-        "ttft_s": _rounded(record.ttft_s if saw_first_token(finished) else None),
-        "tpot_s": _rounded(record.tpot_s if saw_first_token(finished) else None),
+        "ttft_s": _rounded(record.ttft_s if has_first_token(finished) else None),
+        "tpot_s": _rounded(record.tpot_s if has_first_token(finished) else None),
         "seconds": _rounded(finished.seconds),
         "cost_usd": finished.cost_usd,
         "is_estimate": finished.is_estimate,

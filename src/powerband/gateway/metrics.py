@@ -15,10 +15,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from powerband.gateway.promise import saw_first_token, verdict
-from powerband.gateway.request import Finished
+from powerband.dispatch.backend import BACKEND_STATES
+from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute
-from powerband.gateway.snapshot import REPLICA_STATES, PoolSnapshot
+from powerband.gateway.slo import has_first_token, slo_violations
+from powerband.gateway.snapshot import PoolSnapshot
 from powerband.metrics.prometheus import LATENCY_BUCKETS_S, Histogram
 from powerband.metrics.record import Outcome
 
@@ -73,7 +74,7 @@ _REPLICA = ("model_name", "replica", "outcome")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
+class GaugeSnapshot:
     """What is true at a scrape. in_flight: requests that are not over. ledger_rows: of usage."""
 
     pools: tuple[PoolSnapshot, ...] = ()
@@ -97,7 +98,7 @@ class GatewayMetrics(Collector):
         self._refused = dict.fromkeys(REFUSED_REASONS, 0)
         self._histograms: dict[_Labels, Histogram] = {}
         self._otel: dict[str, dict[_Labels, Histogram]] = {name: {} for name in _OTEL}
-        self._moment = Moment()
+        self._moment = GaugeSnapshot()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -115,7 +116,7 @@ class GatewayMetrics(Collector):
                 self._verdicts[name, kept] += 0
             self._requests[name, "chat", "200", Outcome.OK.value] += 0
 
-    def observe(self, finished: Finished) -> None:
+    def observe(self, finished: CompletedRequest) -> None:
         """A request that is over. One for a model that is not served counts as a refusal only."""
         record, request = finished.record, finished.request
         if record.outcome is Outcome.REFUSED:
@@ -139,7 +140,7 @@ class GatewayMetrics(Collector):
         if finished.replicas:
             self._by_replica[name, finished.replicas[-1], record.outcome.value] += 1
         slo = self._routes[name].slo
-        if slo is not None and (missed := verdict(finished, slo)) is not None:
+        if slo is not None and (missed := slo_violations(finished, slo)) is not None:
             self._verdicts[name, "false" if missed else "true"] += 1
         self._observe_times(finished)
         self._observe_otel(finished, status)
@@ -148,10 +149,10 @@ class GatewayMetrics(Collector):
         """A request was refused, maybe before it was known what it asks for; `code` is the error's."""
         self._refused[code if code in self._refused else OTHER] += 1
 
-    def render(self, moment: Moment) -> bytes:
+    def render(self, snapshot: GaugeSnapshot) -> bytes:
         """The text that /metrics answers (content type: prometheus_client.CONTENT_TYPE_LATEST)."""
-        self._moment = moment
-        present = {(pool.model, replica.id) for pool in moment.pools for replica in pool.replicas}
+        self._moment = snapshot
+        present = {(pool.model, replica.id) for pool in snapshot.pools for replica in pool.replicas}
         for labels in [labels for labels in self._by_replica if labels[:2] not in present]:
             del self._by_replica[labels]
         return generate_latest(self._registry)
@@ -167,9 +168,9 @@ class GatewayMetrics(Collector):
             yield family
         yield from self._otel_families()
 
-    def _observe_times(self, finished: Finished) -> None:
+    def _observe_times(self, finished: CompletedRequest) -> None:
         record, name = finished.record, finished.request.model
-        is_seen = saw_first_token(finished)
+        is_seen = has_first_token(finished)
         values = {
             "ttft_seconds": record.ttft_s if is_seen else None,
             "tpot_seconds": record.tpot_s if is_seen else None,
@@ -184,7 +185,7 @@ class GatewayMetrics(Collector):
             if value is not None:
                 self._histograms[name, figure].observe(value)
 
-    def _observe_otel(self, finished: Finished, status: str) -> None:
+    def _observe_otel(self, finished: CompletedRequest, status: str) -> None:
         record, request = finished.record, finished.request
         is_ok = record.outcome is Outcome.OK
         # An attribute that is absent is an empty label to Prometheus.
@@ -203,7 +204,7 @@ class GatewayMetrics(Collector):
         if finished.replicas:
             sent_after_s = record.sent_s - record.scheduled_s
             observe("gen_ai_client_operation_duration_seconds", max(finished.seconds - sent_after_s, 0.0))
-        if is_ok and saw_first_token(finished):
+        if is_ok and has_first_token(finished):
             observe("gen_ai_server_time_to_first_token_seconds", record.ttft_s)
             observe("gen_ai_server_time_per_output_token_seconds", record.tpot_s)
         if record.prompt_tokens:
@@ -227,13 +228,13 @@ class GatewayMetrics(Collector):
         yield _counters("ledger_rows_lost", "Rows of usage that could not be written", (), lost)
 
     def _gauge_families(self) -> Iterator[Metric]:
-        moment, model = self._moment, ("model_name",)
-        yield _gauges("in_flight", "Requests that are not over", (), {(): moment.in_flight})
+        snapshot, model = self._moment, ("model_name",)
+        yield _gauges("in_flight", "Requests that are not over", (), {(): snapshot.in_flight})
         what = "Rows of usage that wait to be written"
-        yield _gauges("ledger_rows_buffered", what, (), {(): moment.ledger_rows_buffered})
+        yield _gauges("ledger_rows_buffered", what, (), {(): snapshot.ledger_rows_buffered})
         what = "For how long nothing could be written to the database; 0: it can"
-        yield _gauges("ledger_failing_seconds", what, (), {(): moment.ledger_failing_s})
-        pools = {(pool.model,): pool for pool in moment.pools}
+        yield _gauges("ledger_failing_seconds", what, (), {(): snapshot.ledger_failing_s})
+        pools = {(pool.model,): pool for pool in snapshot.pools}
         yield _gauges("queued", "Requests that wait for a place", model, {at: p.queued for at, p in pools.items()})
         tokens = {at: p.queued_tokens for at, p in pools.items()}
         yield _gauges("queued_tokens", "Tokens that these may take", model, tokens)
@@ -251,8 +252,8 @@ class GatewayMetrics(Collector):
             for figure, limit in route.slo.limits.items()
         }
         yield _gauges("slo_limit_seconds", "Most seconds of a figure", ("model_name", "figure"), limits)
-        replicas = {(pool.model, one.id): one for pool in moment.pools for one in pool.replicas}
-        states = {(*at, state): float(one.state == state) for at, one in replicas.items() for state in REPLICA_STATES}
+        replicas = {(pool.model, one.id): one for pool in snapshot.pools for one in pool.replicas}
+        states = {(*at, state): float(one.state == state) for at, one in replicas.items() for state in BACKEND_STATES}
         yield _gauges("replica_state", "1 for the state that a replica is in", (*_REPLICA[:2], "state"), states)
         for field, what in (
             ("inflight", "Requests sent to a replica and not over"),

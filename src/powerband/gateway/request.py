@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from powerband.gateway.trace_context import Trace
+from powerband.dispatch.request import ANONYMOUS, DispatchRequest
+from powerband.gateway.trace_context import TraceContext
 from powerband.metrics.record import RequestRecord
 
+__all__ = ["ANONYMOUS", "CompletedRequest", "Endpoint", "GatewayRequest"]
+
 Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
-ANONYMOUS = "anonymous"
 
 
 @dataclass(slots=True, kw_only=True)
-class GatewayRequest:
+class GatewayRequest(DispatchRequest):
     """One request to generate, from its arrival to its end. Times on time.monotonic().
 
-    prompt_tokens, output_tokens: what it is likely to take, estimated before any replica has seen it, for queues: from
-    the size of the prompt, from max_tokens times n, and from what answers of the model usually have.
+    tenant: the key's id. prompt_tokens, output_tokens: likely numbers, estimated before any replica has seen the
+    request, for the queue: from the size of the prompt, from max_tokens times n, and from usual answers of the model.
     max_prompt_tokens, max_output_tokens: what it can take, for limits; None: no more than that. is_open_ended: it names
     no limit of its own, so that its output ends where the context does. answers: that are computed.
     """
@@ -25,24 +27,15 @@ class GatewayRequest:
     id: str
     endpoint: Endpoint
     model: str  # the served name, aliases resolved
-    tenant: str = ANONYMOUS  # whose share of the pool it takes: the key's id
-    prompt_tokens: int = 1
-    output_tokens: int = 1
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
     is_open_ended: bool = False
     answers: int = 1
-    stream: bool = False
-    priority: int = 0  # lower is served first
-    arrival_s: float = 0.0
-    deadline_s: float | None = None  # by which the first token is wanted
-    session: str = ""  # requests with the same one build on each other
-    trace: Trace | None = None  # to hand on to replicas
-    prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see gateway.dispatch.prefix
+    trace: TraceContext | None = None  # to hand on to replicas
 
 
 @dataclass(slots=True, kw_only=True)
-class Finished:
+class CompletedRequest:
     """A request that is over, for usage, metrics, logs, traces and the watcher.
 
     record: times as the gateway saw them, on time.monotonic(); `scheduled_s` is the arrival, `sent_s` when a replica

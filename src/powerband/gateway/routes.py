@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from powerband.errors import UsageError
-from powerband.gateway.engine_names import ServerName
-from powerband.spec.fields import shown
-from powerband.spec.records import as_record, read_record
+from powerband.gateway.engine_endpoints import ServerName
+from powerband.spec.model.config_reader import shown
 from powerband.spec.slo import SLO
+from powerband.spec.yaml_codec import as_record, read_record
 from powerband.web.authority import split_authority
 
 MAX_NAME = 256

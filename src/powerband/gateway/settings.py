@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-from powerband.gateway.books_options import BooksOptions
 from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.retention import RetentionOptions
 from powerband.gateway.timeouts import Timeouts
 from powerband.spec.settings import check_values, setting
 
@@ -108,8 +108,8 @@ class GatewaySettings:
         check_values(self)
 
     @property
-    def books(self) -> BooksOptions:
-        return BooksOptions(
+    def accounts(self) -> RetentionOptions:
+        return RetentionOptions(
             usage_retention_days=self.usage_retention_days,
             store_content=self.store_content,
             content_retention_days=self.content_retention_days,
@@ -117,8 +117,17 @@ class GatewaySettings:
 
     @property
     def pool(self) -> PoolOptions:
-        names = {field.name for field in fields(PoolOptions)} & {field.name for field in fields(self)}
-        return PoolOptions(**{name: getattr(self, name) for name in names})
+        return PoolOptions(
+            routing=self.routing,
+            max_waiting_per_replica=self.max_waiting_per_replica,
+            max_queued_requests=self.max_queued_requests,
+            max_queued_tokens=self.max_queued_tokens,
+            max_queue_wait_s=self.longest_wait_s,
+            default_deadline_s=self.default_deadline_s,
+            retry_budget_ratio=self.retry_share,
+            probe_interval_s=self.probe_every_s,
+            probe_timeout_s=self.probe_timeout_s,
+        )
 
     @property
     def stream_timeouts(self) -> Timeouts:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-# ready: gets requests. starting: not yet found ready. ejected: found at fault, for a while. open: its circuit breaker
-# is. draining: keeps what it has, gets nothing new.
-ReplicaState = Literal["ready", "starting", "ejected", "open", "draining"]
-REPLICA_STATES: tuple[ReplicaState, ...] = get_args(ReplicaState)
+from powerband.dispatch.backend import BackendState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """running, waiting: requests, as the replica says where it does. inflight: what the gateway has sent and not heard
-    the end of. silent_s: seconds since a byte of any of those came; 0 when there are none. ejected_for_s: seconds that
-    it stays ejected. last_errors: codes, newest last.
+    """state: see dispatch.backend. running, waiting: requests, as the replica reports where it does. inflight: requests
+    that the gateway has sent and that have not ended. silent_s: seconds since a byte of any of those came; 0 when there
+    are none. ejected_for_s: seconds that it stays ejected. last_errors: codes, newest last.
     """
 
     id: str
-    state: ReplicaState
+    state: BackendState
     inflight: int = 0
     running: int = 0
     waiting: int = 0

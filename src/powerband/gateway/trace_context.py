@@ -17,7 +17,7 @@ _MAX_STATE = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
+class TraceContext:
     """Ids in hexadecimal. parent_id: the client's span, '' for none. span_id: the gateway's. exchange_id: of its
     exchange with a replica, which the replica's is below. state: `tracestate`, handed on unread.
     """
@@ -36,13 +36,13 @@ class Trace:
         return {**found, "tracestate": self.state} if self.state else found
 
 
-def passed_on(headers: Mapping[str, str]) -> Trace | None:
+def forwarded_trace(headers: Mapping[str, str]) -> TraceContext | None:
     """The client's own context; None: it sent none that is valid."""
     sent = _read(headers)
     if sent is None:
         return None
     trace_id, parent_id, is_sampled = sent
-    return Trace(
+    return TraceContext(
         trace_id=trace_id,
         parent_id=parent_id,
         span_id=parent_id,
@@ -52,13 +52,13 @@ def passed_on(headers: Mapping[str, str]) -> Trace | None:
     )
 
 
-def continued(headers: Mapping[str, str], share: float = 1.0) -> Trace:
+def continue_trace(headers: Mapping[str, str], share: float = 1.0) -> TraceContext:
     """With spans of our own below the client's; a new trace where it sent none. share: of new ones that are sampled."""
     sent = _read(headers)
     if sent is None:
         sent = f"{random.getrandbits(128) or 1:032x}", "", random.random() < share  # noqa: S311 (ids, no secrets)
     trace_id, parent_id, is_sampled = sent
-    return Trace(
+    return TraceContext(
         trace_id=trace_id,
         parent_id=parent_id,
         span_id=new_span_id(),

@@ -10,8 +10,8 @@ import logging
 from typing import Any
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.gateway.promise import saw_first_token
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
+from powerband.gateway.slo import has_first_token
 from powerband.gateway.trace_context import new_span_id
 from powerband.metrics.record import Outcome
 
@@ -54,7 +54,7 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_END_S)))
         self._tracer = self._provider.get_tracer(SCOPE)
 
-    def note(self, finished: Finished) -> None:
+    def note(self, finished: CompletedRequest) -> None:
         """A sink of the gateway. Requests that are not sampled leave nothing."""
         told = finished.request.trace
         if told is None or not told.is_sampled:
@@ -111,7 +111,7 @@ class Tracing:
         span.end(end_time=max(end_ns, start_ns))
 
 
-def _attributes(finished: Finished) -> dict[str, Any]:
+def _attributes(finished: CompletedRequest) -> dict[str, Any]:
     request, record = finished.request, finished.record
     told: dict[str, Any] = {
         "gen_ai.operation.name": _OPERATIONS[request.endpoint],
@@ -129,14 +129,14 @@ def _attributes(finished: Finished) -> dict[str, Any]:
     }
     if finished.finish_reason:
         told["gen_ai.response.finish_reasons"] = [finished.finish_reason]
-    if saw_first_token(finished) and record.ttft_s is not None:
+    if has_first_token(finished) and record.ttft_s is not None:
         told["gen_ai.response.time_to_first_chunk"] = record.ttft_s
     if failure := _failure(finished):
         told["error.type"] = failure
     return told
 
 
-def _failure(finished: Finished) -> str:
+def _failure(finished: CompletedRequest) -> str:
     """Its code, or ''."""
     outcome = finished.record.outcome
     return "" if outcome is Outcome.OK else finished.error or outcome.value

@@ -19,10 +19,10 @@ from powerband.core.request import Request
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, SimHandle, TraceInbox
 from powerband.core.step import Step, StepResult, TokenOutput, Work
-from powerband.planner.clients import answer_start
 from powerband.planner.fast_forward import advance, ending, steady_rounds
+from powerband.planner.simulation.clients import output_start
 from powerband.spec.deployment import EngineName, Replica
-from powerband.spec.profile import HostLaw
+from powerband.spec.hardware.profile import HostModel
 
 _AT_ONCE = 64  # rounds of a run that are planned before others get their turn
 _MAX_SHAPES = 128  # of steps that are kept to tell where the time goes
@@ -32,14 +32,14 @@ _DRAFT = -1  # a draft's value does not matter: chance accepts it
 Shape = tuple[list[tuple[int, int]], int]  # a step's (new tokens, context after them) of each request, rows sampled
 
 # A request, one of so many, got a token at each of these times.
-Hear = Callable[[Request, "array[float]", int], None]
+OnRun = Callable[[Request, "array[float]", int], None]
 
 
 class StepModel(Protocol):
     """What a step costs on a replica. cost.latency.LatencyModel is one; tests use constants."""
 
     num_stages: int
-    host: HostLaw
+    host: HostModel
 
     @property
     def band(self) -> float: ...
@@ -99,7 +99,7 @@ class ModelExecutor(SimExecutor):
 
     def tokens_of(self, r: Request, start: int, end: int) -> range:
         """The answer's tokens at positions [start, end)."""
-        first = answer_start(r.id)
+        first = output_start(r.id)
         return range(first + start, first + end)
 
     @property
@@ -113,7 +113,7 @@ class ModelExecutor(SimExecutor):
 
     def _sample(self, work: Work) -> list[int]:
         """As many drafts as chance accepts, and a token of the model's own."""
-        first = answer_start(work.id) + work.start + work.num_tokens
+        first = output_start(work.id) + work.start + work.num_tokens
         if not work.drafts:
             return [first]
         drawn = hashlib.blake2b(f"{self._seed}/{work.id}/{work.start}".encode(), digest_size=8).digest()
@@ -142,7 +142,7 @@ class FastForward:
         self.starts_s: list[float] = []
         self.seconds: list[float] = []  # of the device
         self.ends_s: list[float] = []  # on the device
-        self.told_s = array("d")  # when its tokens, or in overlap those of the round before, are known
+        self.known_s = array("d")  # when its tokens, or in overlap those of the round before, are known
 
     def cut_s(self, due_s: float | None) -> float:
         """When the next round begins, if not one before it hears of a command that is due at `due_s`."""
@@ -169,16 +169,16 @@ class FastForward:
             # As in SimExecutor.submit and SimHandle.result, to the last bit.
             submitted_s = self.now_s + host_s
             end_s = max(submitted_s, self._free_s) + seconds
-            told_s = max(submitted_s, previous_s if overlap else end_s)
+            known_s = max(submitted_s, previous_s if overlap else end_s)
             self.starts_s.append(self.now_s)
             self.seconds.append(seconds)
             self.ends_s.append(end_s)
-            self.told_s.append(told_s)
-            self.now_s, self._free_s, previous_s = told_s, end_s, end_s
+            self.known_s.append(known_s)
+            self.now_s, self._free_s, previous_s = known_s, end_s, end_s
             self.left -= 1
         self._contexts = contexts
 
-    def finish(self, core: EngineCore, due_s: float, hear: Hear) -> tuple[int, list[TokenOutput]]:
+    def finish(self, core: EngineCore, due_s: float, on_output: OnRun) -> tuple[int, list[TokenOutput]]:
         """Do the rounds that begin before `due_s`; return how many, and what is told of requests that have ended."""
         rounds = bisect_left(self.starts_s, due_s)
         if rounds == 0:
@@ -196,9 +196,9 @@ class FastForward:
             places = [(r, len(r.tokens) + rounds) for r in running]
             tokens = {r.id: list(executor.tokens_of(r, place, place + 1)) for r, place in places}
             inflight = SimHandle(executor, self.ends_s[rounds - 1], StepResult(tokens)), submitted_s
-        times_s = self.told_s[:rounds]
+        times_s = self.known_s[:rounds]
         for r in running:
-            hear(r, times_s, len(running))
+            on_output(r, times_s, len(running))
         executor.last_tokens = len(first)
         executor.clock.wait_until(times_s[-1])
         executor.stage_free_s = self.ends_s[rounds - 1]
@@ -254,8 +254,8 @@ class SimulatedReplica:
             return self.clock.now()
         return math.inf if due_s is None else max(due_s, self.clock.now())
 
-    def advance(self, until_s: float, hear: Hear) -> list[TokenOutput]:
-        """One round of the engine's loop, or several that are alike, as far as `until_s`, of which `hear` is told."""
+    def advance(self, until_s: float, on_output: OnRun) -> list[TokenOutput]:
+        """One round of the engine's loop, or several equal ones until `until_s`, reported to `on_output`."""
         next_s = self.inbox.next_time()
         due_s = math.inf if next_s is None else next_s
         if (
@@ -274,7 +274,7 @@ class SimulatedReplica:
             return []
         # Nobody acts before `now_s` any more, so nothing can come that would have cut it shorter.
         running = len(self.scheduler.running)
-        rounds, outputs = self._run.finish(self.core, due_s, hear)
+        rounds, outputs = self._run.finish(self.core, due_s, on_output)
         self._run = None
         if rounds:
             self._count_shortage()

@@ -20,11 +20,11 @@ from powerband.core.loop import Add
 from powerband.core.request import Request
 from powerband.core.step import TokenOutput
 from powerband.metrics.record import RequestRecord
-from powerband.planner.clients import ConversationClient, InFlightRequest
 from powerband.planner.replica import SimulatedReplica, StepModel
 from powerband.planner.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
+from powerband.planner.simulation.clients import ConversationClient, InFlightRequest
 from powerband.spec.deployment import Deployment
-from powerband.spec.workload import Schedule
+from powerband.spec.workload.workload import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def simulate(
 def routing_for(deployment: Deployment) -> RoutingPolicy:
     """By prompt length between pools; sticky, else least outstanding tokens, within a pool."""
     pools = [LeastOutstanding(pool.count) for pool in deployment.pools]
-    longest = [pool.longest_prompt for pool in deployment.pools if pool.longest_prompt is not None]
+    longest = [pool.max_prompt_tokens for pool in deployment.pools if pool.max_prompt_tokens is not None]
     return Sticky(ByPromptLength(longest, pools) if longest else pools[0])
 
 
@@ -123,13 +123,13 @@ class _Simulator:
         self._max_waiting, self._waiting = max_waiting, 0  # for their first token
         self._replicas, self._pools = replicas, pools
         self._front_free_s = [0.0] * len(self._replicas)  # when each replica's front end can take the next request
-        self._talks = [ConversationClient(chain) for chain in schedule.chains]
+        self._clients = [ConversationClient(chain) for chain in schedule.chains]
         self._open: dict[str, InFlightRequest] = {}
         self._records: dict[int, RequestRecord] = {}
         # (time, chain, answered): a request that is due, or one whose answer is complete. A chain has one at most.
         self._events: list[tuple[float, int, InFlightRequest | None]] = []
         self._end_s = 0.0
-        for number, talk in enumerate(self._talks):
+        for number, talk in enumerate(self._clients):
             self._plan(talk.chain.start_s, number)
 
     def play(self) -> None:
@@ -141,9 +141,9 @@ class _Simulator:
                     return
                 self._happen(*heapq.heappop(self._events))
             else:
-                outputs = replica.advance(event_s, self._hear_run)
+                outputs = replica.advance(event_s, self._on_run)
                 for output in outputs:
-                    self._hear(output, len(outputs))
+                    self._on_output(output, len(outputs))
 
     def result(self) -> Simulation:
         for opened in self._open.values():  # where it gave up
@@ -153,7 +153,7 @@ class _Simulator:
             sorted(self._records),
             tuple(_figures(replica, pool) for replica, pool in zip(self._replicas, self._pools, strict=True)),
             self._end_s,
-            sum(len(talk.chain.requests) for talk in self._talks) - len(self._records),
+            sum(len(talk.chain.requests) for talk in self._clients) - len(self._records),
             self._waiting > self._max_waiting,
         )
 
@@ -168,11 +168,11 @@ class _Simulator:
     def _happen(self, now: float, number: int, answered: InFlightRequest | None) -> None:
         if answered is not None:
             self._routing.answered(answered.replica, answered.tokens)
-            planned = self._talks[number].next
+            planned = self._clients[number].next
             if planned is not None:
                 self._plan(now + planned.think_s, number)
             return
-        talk = self._talks[number]
+        talk = self._clients[number]
         planned = talk.next
         if planned is None:
             return
@@ -182,7 +182,7 @@ class _Simulator:
         host = replica.model.host
         begin_s = max(now, self._front_free_s[index])
         self._front_free_s[index] = begin_s + host.front_s * self._slowdown
-        request = talk.ask(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
+        request = talk.next_request(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
         lags_s = host.answer_s * self._slowdown, host.answer_request_s * self._slowdown
         opened = InFlightRequest(planned, number, now, tokens, index, *lags_s)
         self._open[request.id] = opened
@@ -190,15 +190,15 @@ class _Simulator:
         self._routing.sent(index, opened.tokens)
         replica.inbox.send(request.arrival_s, Add(request))
 
-    def _hear_run(self, r: Request, times_s: array[float], requests: int) -> None:
+    def _on_run(self, r: Request, times_s: array[float], requests: int) -> None:
         opened = self._open[r.id]
         self._waiting -= not opened.times_s
-        opened.hear_run(times_s, r.num_cached, requests)
+        opened.on_run(times_s, r.num_cached, requests)
 
-    def _hear(self, output: TokenOutput, requests: int) -> None:
+    def _on_output(self, output: TokenOutput, requests: int) -> None:
         opened = self._open[output.id]
         was_waiting = not opened.times_s
-        opened.hear(output, requests)
+        opened.on_output(output, requests)
         self._waiting -= was_waiting and bool(opened.times_s or output.finish_reason)
         if output.finish_reason is None:
             return
@@ -206,7 +206,7 @@ class _Simulator:
         record = self._records[opened.planned.index] = opened.record(output.finish_reason)
         end_s = output.time_s + opened.lag_s(requests)
         self._end_s = max(self._end_s, end_s)
-        self._talks[opened.chain].heard(record)
+        self._clients[opened.chain].on_complete(record)
         self._push(end_s, opened.chain, opened)
 
 

@@ -7,7 +7,7 @@ Names are those of EngineSettings where there are such; `quantization` and `kv_c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from powerband.errors import UsageError
@@ -60,12 +60,13 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Equal replicas. longest_prompt: they take requests with prompts up to so many tokens; None: any."""
+class ReplicaPool:
+    """Equal replicas that serve the same requests."""
 
     replica: Replica
     count: int = 1
-    longest_prompt: int | None = None
+    # Of the requests that it serves; None: no limit.
+    max_prompt_tokens: int | None = field(default=None, metadata={"was": "longest_prompt"})
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -78,13 +79,13 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """An engine on pools of replicas. Pools are ordered by longest_prompt; the last takes any prompt."""
+    """An engine on pools of replicas. Pools are ordered by max_prompt_tokens; the last one serves any prompt."""
 
     engine: EngineName
-    pools: tuple[Pool, ...]
+    pools: tuple[ReplicaPool, ...]
 
     def __post_init__(self) -> None:
-        limits = [pool.longest_prompt for pool in self.pools]
+        limits = [pool.max_prompt_tokens for pool in self.pools]
         bounds = [limit for limit in limits[:-1] if limit is not None]
         if not limits or limits[-1] is not None or len(bounds) != len(limits) - 1 or bounds != sorted(set(bounds)):
             raise UsageError(

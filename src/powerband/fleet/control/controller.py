@@ -1,11 +1,11 @@
-"""Keeps a service as it is desired: one look at what is, one set of moves, several times a second.
+"""Keeps a service as its spec says: observes what runs, decides what to change, and acts, several times a second.
 
-    desired.json ───┐                         ┌──► target: start, stop
-    target ─────────┼──► tick ──► next_moves ─┼──► gateway: routes
-    probes, gateway ┘                         └──► status.json
+    desired.json ───┐                                    ┌──► target: start, stop, kill
+    target ─────────┼──► observe ──► decide ──► act ─────┼──► gateway: routes
+    probes, gateway ┘                                    └──► status.json
 
-A tick waits for nothing. What a controller remembers beyond the files is only for pace (pauses after deaths, time since
-a drain began), so that a new one goes on where the last one was ended, whenever that was.
+A tick waits for nothing. What the controller remembers beyond the files only sets the pace (back-off after crashes, the
+beginning of a drain), so a new controller recovers from the files, the target and the gateway alone.
 """
 
 from __future__ import annotations
@@ -14,374 +14,354 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from powerband.errors import PowerbandError, UsageError
+from powerband.errors import PowerbandError
 from powerband.fleet.control.crash_backoff import CrashBackoff
 from powerband.fleet.control.gateway_client import GatewayClient
 from powerband.fleet.control.instance_specs import (
     build_routes,
-    excess_threads,
     free_devices,
     gateway_revision,
     gateway_spec,
     pool_revisions,
     release_revision,
-    release_slo,
     replica_key,
     replica_spec,
 )
-from powerband.fleet.control.monitoring import MonitorDriver, expected_from, with_one_more
-from powerband.fleet.control.probes import ProbeSource
-from powerband.fleet.control.replica_state import ReplicaState
-from powerband.fleet.control.rollout import DesiredReplicas, next_actions
+from powerband.fleet.control.instance_state import InstanceState
+from powerband.fleet.control.probes import HealthProber
+from powerband.fleet.control.remediation import Remediator
+from powerband.fleet.control.rollout import Actions, DesiredReplicas, next_actions
 from powerband.fleet.control.slo_counter import SLOCounter
 from powerband.fleet.control.status import replica_status, service_phase
 from powerband.fleet.monitor.incidents import Incidents
-from powerband.fleet.monitor.monitor import Action, Monitor
-from powerband.fleet.service.spec import Desired, Release
-from powerband.fleet.service.status import FailedRollout, GatewayStatus, Status
+from powerband.fleet.service.spec import Release, ServiceSpec
+from powerband.fleet.service.status import FailedRollout, GatewayStatus, ServiceStatus
 from powerband.fleet.service.store import ServiceStore
-from powerband.fleet.targets.base import ExitedInstance, Instance, Target
-from powerband.gateway.request import Finished
+from powerband.fleet.targets.base import ExitedInstance, Instance, Role, Target
 
 logger = logging.getLogger(__name__)
 
-REPLICA_GRACE_S = 15.0
+REPLICA_GRACE_S = 15.0  # from the request to stop until it is killed
 GATEWAY_GRACE_S = 45.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What a tick changes. release: the one in force; None: nothing is to run."""
+
+    release: Release | None
+    replicas: Actions
+    kill_gateways: tuple[str, ...] = ()
+    stop_gateways: tuple[str, ...] = ()
+    start_gateway: bool = False
 
 
 @dataclass(slots=True)
 class Controller:
-    """probes and front are tended by others in the same event loop; `clock` is time.monotonic() but in tests."""
+    """prober and gateway do their work in the same event loop. clock: time.monotonic(), except in tests."""
 
-    folder: ServiceStore
+    store: ServiceStore
     target: Target
-    probes: ProbeSource
-    front: GatewayClient
+    prober: HealthProber
+    gateway: GatewayClient
     clock: Callable[[], float] = time.monotonic
-    incidents: Incidents | None = None  # None: not kept
-    traffic: SLOCounter = field(default_factory=SLOCounter)
-    webhook: str = ""  # as desired at the last look
-    _known: dict[str, ReplicaState] = field(default_factory=dict)
-    _deaths: CrashBackoff = field(default_factory=CrashBackoff)
-    _generation: int = 0  # that was looked at last
+    incidents: Incidents | None = None  # None: kept in memory only
+    slo_counter: SLOCounter = field(default_factory=SLOCounter)
+    webhook: str = ""  # as the spec had it at the last tick
+    _instances: dict[str, InstanceState] = field(default_factory=dict)
+    _backoff: CrashBackoff = field(default_factory=CrashBackoff)
+    _generation: int = 0  # of the spec at the last tick
     _established: int = 0
-    _rejected: FailedRollout | None = None
-    _vacant: list[int] = field(default_factory=list)  # restarts of the places that are to be filled anew
+    _failed: FailedRollout | None = None
+    _open_places: list[int] = field(default_factory=list)  # restarts so far of each place that a new replica takes
     _gateway_restarts: int = 0
-    _notes: list[str] = field(default_factory=list)
-    _watching: MonitorDriver | None = None
+    _notes: list[str] = field(default_factory=list)  # of this tick
+    _remediator: Remediator = field(init=False)
 
-    def adopt(self) -> None:
-        """Take over what another controller left: what was ready is taken to be."""
-        status = self.folder.status()
+    def __post_init__(self) -> None:
+        self._remediator = Remediator(self.store, self.incidents)
+
+    def recover(self) -> None:
+        """Continue where another controller stopped. What was ready is taken to be ready."""
+        status = self.store.read_status()
         if status is None:
             return
-        self._established, self._rejected = status.established, status.rejected
+        self._established, self._failed = status.established, status.failed_rollout
         self._gateway_restarts = status.gateway.restarts
-        self.traffic.resume(status.load)
-        self.front.url, self.front.next_record = status.gateway.url, status.load.next_record
+        self.slo_counter.resume(status.load)
+        self.gateway.url, self.gateway.next_record = status.gateway.url, status.load.next_record
         now_s = self.clock()
-        before = {replica.id: replica for replica in status.replicas}
-        for running in self.target.running():
-            known = self._known[running.id] = ReplicaState(running, now_s, leaving=running.stopping)
-            if running.id in before:
-                known.restarts = before[running.id].restarts
-                known.ready_s = now_s if before[running.id].ready_at is not None else None
-            elif running.role == "gateway" and running.pid == status.gateway.pid:
-                known.ready_s = now_s if status.gateway.ready_at is not None else None
+        replicas = {replica.id: replica for replica in status.replicas}
+        for instance in self.target.list_instances():
+            state = InstanceState(instance=instance, first_seen_s=now_s, exit_expected=instance.stopping)
+            self._instances[instance.id] = state
+            if instance.id in replicas:
+                state.restarts = replicas[instance.id].restarts
+                state.ready_s = now_s if replicas[instance.id].ready_at is not None else None
+            elif instance.role == "gateway" and instance.pid == status.gateway.pid:
+                state.ready_s = now_s if status.gateway.ready_at is not None else None
 
     def tick(self) -> bool:
-        """One look and its moves. False: the service was removed, and nothing of it runs any more."""
-        desired = self.folder.desired()
-        if desired is None:
+        """False: the service was removed, and nothing of it runs any more."""
+        spec = self.store.read_spec()
+        if spec is None:
             return False
-        self._notes = []
-        if desired.generation != self._generation:
-            self._generation = desired.generation
-            self._deaths.try_anew()
         now_s = self.clock()
-        self.webhook = desired.policy.webhook
-        self.probes.key = replica_key(desired.release.api_key_file)
-        self._look(now_s)
-        self._judge(desired)
-        release = None if desired.removed else desired.previous if self._is_rejected(desired) else desired.release
-        draining = self._move(desired, release, now_s)
-        self._tend_gateway(desired, release, now_s)
-        if release is not None:
-            kept = [one for one in self._of("replica") if not one.stopping]
-            self.front.wanted = build_routes(release, kept, draining)
-        finished = self.front.take()
-        self.traffic.count(finished, release_slo(desired.release))
-        if release is not None:
-            self._watch(desired, release, finished, now_s)
-        status = self._status(desired, release, now_s)
-        try:
-            self.folder.write_status(status)
-        except OSError as problem:  # it is there for people: the service goes on without it
-            logger.warning("%s cannot write what it sees: %s.", self.folder.path, problem)
-        return status.phase != "removed"
+        self._observe(spec, now_s)
+        decision = self._decide(spec, now_s)
+        self._act(spec, decision, now_s)
+        return self._report(spec, decision, now_s).phase != "removed"
 
-    # ---- what is
+    # ---- observe
 
-    def _look(self, now_s: float) -> None:
-        """Who lives, who died, who became ready."""
-        members = self.target.running()
-        for gone in self.target.gone():
-            self._note_death(gone, now_s)
-        self.probes.follow({one.id: one for one in members})
-        for running in members:
-            known = self._known.setdefault(running.id, ReplicaState(running, now_s))
-            known.running = running
-            if known.look(self.probes.sight(running.id), now_s):
-                self._deaths.became_ready(running.revision)
+    def _observe(self, spec: ServiceSpec, now_s: float) -> None:
+        """Which instances run, which exited, which became ready or hung."""
+        self._notes = []
+        if spec.generation != self._generation:
+            self._generation = spec.generation
+            self._backoff.reset()
+        self.webhook = spec.policy.webhook
+        self.prober.api_key = replica_key(spec.release.api_key_file)
+        instances = self.target.list_instances()
+        for exited in self.target.take_exited():
+            self._record_exit(exited, now_s)
+        self.prober.set_targets({instance.id: instance for instance in instances})
+        for instance in instances:
+            state = self._instances.setdefault(instance.id, InstanceState(instance=instance, first_seen_s=now_s))
+            state.is_cordoned = instance.id in spec.drained
+            state.is_idle = self._is_idle(instance.id)
+            if state.observe(instance, self.prober.result(instance.id), spec.policy, now_s):
+                self._backoff.record_ready(instance.revision)
 
-    def _note_death(self, gone: ExitedInstance, now_s: float) -> None:
-        known = self._known.pop(gone.id, None)
-        if known is None or known.leaving:
+    def _record_exit(self, exited: ExitedInstance, now_s: float) -> None:
+        state = self._instances.pop(exited.id, None)
+        if state is None or state.exit_expected:
             return
-        ready_for_s = None if known.ready_s is None else now_s - known.ready_s
-        self._deaths.note(known.running.revision, gone, now_s, ready_for_s=ready_for_s)
-        if known.running.role == "gateway":
+        ready_for_s = None if state.ready_s is None else now_s - state.ready_s
+        self._backoff.record_crash(state.revision, exited, now_s, ready_for_s=ready_for_s)
+        if state.instance.role == "gateway":
             self._gateway_restarts += 1
         else:
-            self._vacate(known)
+            self._open_place(state)
 
-    def _vacate(self, known: ReplicaState) -> None:
-        """Whoever is started next takes its place."""
-        if not known.vacated:
-            known.vacated = True
-            self._vacant.append(known.restarts + 1)
+    def _open_place(self, state: InstanceState) -> None:
+        """The next replica that starts takes its place."""
+        if not state.is_replaced:
+            state.is_replaced = True
+            self._open_places.append(state.restarts + 1)
 
-    def _judge(self, desired: Desired) -> None:
-        """Whether this generation is all there; give it up if it never was and does not start."""
-        if desired.removed or desired.generation <= self._established or self._is_rejected(desired):
-            return
-        revisions = pool_revisions(desired.release)
-        ready = [known.running for known in self._known.values() if known.ready_s is not None]
-        found = [(one.pool, one.revision) for one in ready if one.role == "replica"]
-        is_whole = all(
-            found.count((pool, revision)) >= count
-            for pool, (count, revision) in enumerate(zip(desired.release.counts, revisions, strict=True))
+    def _is_idle(self, id: str) -> bool:
+        """Whether the gateway has stopped dispatching to the replica, and no request runs there any more."""
+        snapshot = self.gateway.snapshot
+        if snapshot is None or id not in snapshot.draining:
+            return False
+        replica = snapshot.replica(id)
+        return replica is None or replica.inflight == 0
+
+    def _states(self, role: Role) -> list[InstanceState]:
+        return [state for state in self._instances.values() if state.instance.role == role]
+
+    def _replicas(self) -> list[Instance]:
+        return [state.instance for state in self._states("replica")]
+
+    # ---- decide
+
+    def _decide(self, spec: ServiceSpec, now_s: float) -> Decision:
+        self._check_rollout(spec)
+        release = None if spec.removed else spec.previous if self._has_failed(spec) else spec.release
+        gateways = self._states("gateway")
+        if release is None:  # the gateway goes first: as long as it runs, it may dispatch to any replica
+            for state in self._states("replica"):
+                state.is_idle = not gateways
+        revision = gateway_revision(spec.gateway)
+        killed = [one.id for one in gateways if one.is_hung]
+        stopped = [one.id for one in gateways if not one.is_hung and (release is None or one.revision != revision)]
+        may_start = release is not None and not gateways and revision not in self._backoff.backing_off(now_s)
+        return Decision(
+            release=release,
+            replicas=next_actions(self._desired_replicas(spec, release, now_s), self._states("replica"), now_s),
+            kill_gateways=tuple(killed),
+            stop_gateways=tuple(stopped),
+            start_gateway=may_start,
         )
-        front = gateway_revision(desired.front)
-        if is_whole and any(one.revision == front for one in ready if one.role == "gateway"):
-            self._established = desired.generation
+
+    def _check_rollout(self, spec: ServiceSpec) -> None:
+        """Note that this generation has become ready; or give it up if it never was, and does not start."""
+        if spec.removed or spec.generation <= self._established or self._has_failed(spec):
             return
-        for revision in (*revisions, front):
-            gone = self._deaths.last(revision)
-            if gone is not None and self._deaths.is_lost(revision):
-                code = "" if gone.exit_code is None else f" (exit code {gone.exit_code})"
-                self._reject(desired, f"{gone.id} ended before it was ready{code}", gone)
+        revisions, gateway = pool_revisions(spec.release), gateway_revision(spec.gateway)
+        replicas = Counter((one.pool, one.revision) for one in self._states("replica") if one.ready_s is not None)
+        counts = enumerate(zip(spec.release.counts, revisions, strict=True))
+        has_replicas = all(replicas[pool, revision] >= count for pool, (count, revision) in counts)
+        has_gateway = any(one.revision == gateway for one in self._states("gateway") if one.ready_s is not None)
+        if has_replicas and has_gateway:
+            self._established = spec.generation
+            return
+        for revision in (*revisions, gateway):
+            exited = self._backoff.last_crash(revision)
+            if exited is not None and self._backoff.is_failed(revision):
+                code = "" if exited.exit_code is None else f" (exit code {exited.exit_code})"
+                self._failed = FailedRollout(
+                    generation=spec.generation,
+                    reason=f"{exited.id} exited before it was ready{code}",
+                    replica=exited.id,
+                    log=exited.log,
+                    exit_code=exited.exit_code,
+                )
                 return
 
-    def _reject(self, desired: Desired, why: str, gone: ExitedInstance | None = None) -> None:
-        self._rejected = FailedRollout(generation=desired.generation, why=why)
-        if gone is not None:
-            self._rejected = FailedRollout(
-                generation=desired.generation, why=why, replica=gone.id, log=gone.log, exit_code=gone.exit_code
-            )
+    def _has_failed(self, spec: ServiceSpec) -> bool:
+        return self._failed is not None and self._failed.generation == spec.generation
 
-    def _is_rejected(self, desired: Desired) -> bool:
-        return self._rejected is not None and self._rejected.generation == desired.generation
-
-    def _of(self, role: str) -> list[Instance]:
-        return [known.running for known in self._known.values() if known.running.role == role]
-
-    # ---- replicas
-
-    def _move(self, desired: Desired, release: Release | None, now_s: float) -> frozenset[str]:
-        """Returns the replicas that get nothing new."""
-        replicas = [known for known in self._known.values() if known.running.role == "replica"]
-        members = [
-            known.member(
-                self.probes.sight(known.running.id),
-                desired.policy,
-                now_s,
-                set_aside=known.running.id in desired.drained,
-                empty=self._is_empty(known.running.id, release),
-            )
-            for known in replicas
-        ]
-        moves = next_actions(self._want(desired, release, now_s), members)
-        for known in replicas:
-            id = known.running.id
-            known.draining_s = (known.draining_s or now_s) if id in moves.drain else None
-            if id in moves.kill:
-                if not known.leaving:
-                    self._vacate(known)
-                self.target.stop(id, 0.0)
-            elif id in moves.stop:
-                known.leaving = True
-                self.target.stop(id, REPLICA_GRACE_S)
-        if release is not None:
-            for pool in moves.start:
-                self._start(desired, release, pool, now_s)
-        return moves.drain
-
-    def _is_empty(self, id: str, release: Release | None) -> bool:
-        """Whether the gateway knows that the replica is to get nothing new, and has nothing there any more."""
+    def _desired_replicas(self, spec: ServiceSpec, release: Release | None, now_s: float) -> DesiredReplicas:
+        timeout_s = spec.policy.drain_timeout_s
         if release is None:
-            return not self._of("gateway")
-        heard = self.front.heard
-        if heard is None or id not in heard.draining:
-            return False
-        snapshot = heard.replica(id)
-        return snapshot is None or snapshot.inflight == 0
-
-    def _want(self, desired: Desired, release: Release | None, now_s: float) -> DesiredReplicas:
-        if release is None:
-            return DesiredReplicas(counts=(), revisions=())
-        revisions, surge = pool_revisions(release), desired.policy.surge
-        if surge is None:
-            existing = Counter((one.pool, one.revision) for one in self._of("replica"))
-            wanted = Counter({(i, revisions[i]): count for i, count in enumerate(release.counts)})
-            # Who exceeds the number already has the room; where all is well nobody needs it.
-            is_free = existing == wanted or existing.total() > wanted.total()
-            surge = 1 if is_free or self._has_room(release) else 0
-        return DesiredReplicas(counts=release.counts, revisions=revisions, surge=surge, held=self._deaths.held(now_s))
+            return DesiredReplicas(counts=(), revisions=(), drain_timeout_s=timeout_s)
+        revisions, max_surge = pool_revisions(release), spec.policy.max_surge
+        if max_surge is None:
+            existing = Counter((one.pool, one.revision) for one in self._states("replica"))
+            desired = Counter({(i, revisions[i]): count for i, count in enumerate(release.counts)})
+            # More than desired: the room for one more is taken already. Exactly as desired: none is needed.
+            is_certain = existing == desired or existing.total() > desired.total()
+            max_surge = 1 if is_certain or self._has_room(release) else 0
+        return DesiredReplicas(
+            counts=release.counts,
+            revisions=revisions,
+            max_surge=max_surge,
+            drain_timeout_s=timeout_s,
+            backing_off=self._backoff.backing_off(now_s),
+        )
 
     def _has_room(self, release: Release) -> bool:
-        has_devices = all(self._devices(release, pool) is not None for pool in range(len(release.counts)))
-        return has_devices and self.target.room_for_one_more()
+        has_devices = all(self._free_devices(release, pool) is not None for pool in range(len(release.counts)))
+        return has_devices and self.target.has_room_for_replica()
 
-    def _devices(self, release: Release, pool: int) -> tuple[int, ...] | None:
-        others = self.target.taken_devices() if release.gpus else frozenset[int]()
-        return free_devices(release, pool, self._of("replica"), others)
+    def _free_devices(self, release: Release, pool: int) -> tuple[int, ...] | None:
+        in_use = self.target.devices_in_use() if release.gpus else frozenset[int]()
+        return free_devices(release, pool, self._replicas(), in_use)
 
-    def _start(self, desired: Desired, release: Release, pool: int, now_s: float) -> None:
-        devices = self._devices(release, pool)
+    # ---- act
+
+    def _act(self, spec: ServiceSpec, decision: Decision, now_s: float) -> None:
+        actions, release = decision.replicas, decision.release
+        for state in self._states("replica"):
+            state.draining_s = (state.draining_s or now_s) if state.id in actions.drain else None
+            if state.id in actions.kill:
+                if not state.exit_expected:
+                    self._open_place(state)
+                self.target.stop(state.id, 0.0)
+            elif state.id in actions.stop:
+                state.exit_expected = True
+                self.target.stop(state.id, REPLICA_GRACE_S)
+        for id in decision.kill_gateways:
+            self.target.stop(id, 0.0)
+        for id in decision.stop_gateways:
+            self._instances[id].exit_expected = True
+            self.target.stop(id, GATEWAY_GRACE_S)
+        if release is None:
+            return
+        for pool in actions.start:
+            self._start_replica(spec, release, pool, now_s)
+        if decision.start_gateway:
+            self._start_gateway(spec, now_s)
+        replicas = [one for one in self._replicas() if not one.stopping]
+        self.gateway.desired_routes = build_routes(release, replicas, actions.drain)
+
+    def _start_replica(self, spec: ServiceSpec, release: Release, pool: int, now_s: float) -> None:
+        devices = self._free_devices(release, pool)
         if devices is None:
-            self._notes.append("There are no free devices for one more replica.")
+            self._notes.append("No free devices for one more replica.")
             return
         try:
-            id = f"r{self.folder.next_number()}"
-            running = self.target.start(replica_spec(release, pool, id, devices))
-        except PowerbandError as problem:
-            self._notes.append(str(problem))
-            if desired.generation > self._established:
-                self._reject(desired, str(problem))
+            id = f"r{self.store.next_number()}"
+            instance = self.target.start(replica_spec(release, pool, id, devices))
+        except PowerbandError as error:
+            self._notes.append(str(error))
+            if spec.generation > self._established:
+                self._failed = FailedRollout(generation=spec.generation, reason=str(error))
             return
-        self._known[id] = ReplicaState(running, now_s, restarts=self._vacant.pop(0) if self._vacant else 0)
+        restarts = self._open_places.pop(0) if self._open_places else 0
+        self._instances[id] = InstanceState(instance=instance, first_seen_s=now_s, restarts=restarts)
 
-    # ---- the gateway
-
-    def _tend_gateway(self, desired: Desired, release: Release | None, now_s: float) -> None:
-        """One, on its port; it goes before the replicas when all has to go."""
-        revision = gateway_revision(desired.front)
-        gateways = self._of("gateway")
-        for one in gateways:
-            known = self._known[one.id]
-            if known.is_hung(self.probes.sight(one.id), desired.policy, now_s):
-                self.target.stop(one.id, 0.0)
-            elif release is None or one.revision != revision:
-                known.leaving = True
-                self.target.stop(one.id, GATEWAY_GRACE_S)
-        if gateways or release is None or revision in self._deaths.held(now_s):
-            return
-        id = f"gateway-{self.folder.next_number()}"
+    def _start_gateway(self, spec: ServiceSpec, now_s: float) -> None:
+        id = f"gateway-{self.store.next_number()}"
         try:
-            running = self.target.start(gateway_spec(desired.front, self.folder, id))
-        except PowerbandError as problem:
-            self._notes.append(str(problem))
+            instance = self.target.start(gateway_spec(spec.gateway, self.store, id))
+        except PowerbandError as error:
+            self._notes.append(str(error))
             return
-        self._known[id] = ReplicaState(running, now_s)
-        self.front.turn_to(running.url)
+        self._instances[id] = InstanceState(instance=instance, first_seen_s=now_s)
+        self.gateway.connect_to(instance.url)
 
-    def _gateway_status(self, desired: Desired, now_s: float) -> GatewayStatus:
-        gateways = self._of("gateway")
-        if not gateways:
-            url = f"http://{desired.front.host}:{desired.front.port}"
-            return GatewayStatus(state="down", url=url, restarts=self._gateway_restarts)
-        one = gateways[0]
-        known = self._known[one.id]
-        # Ready to be used: it listens, and it knows where to send requests.
-        heard, wanted = self.front.heard, self.front.wanted
-        knows = heard is not None and wanted is not None and heard.revision != ""
-        return GatewayStatus(
-            state="ready" if known.ready_s is not None and knows and not one.stopping else "starting",
-            url=one.url,
-            pid=one.pid,
-            started_at=one.started_at,
-            ready_at=None if known.ready_s is None else known.ready_s + time.time() - now_s,
-            restarts=self._gateway_restarts,
-            note=known.note or self.front.problem,
-        )
+    # ---- report
 
-    # ---- the watcher
-
-    def _watch(self, desired: Desired, release: Release, finished: Sequence[Finished], now_s: float) -> None:
-        if self._watching is None:
-            self._watching = MonitorDriver(Monitor(expected_from(release), self.incidents), self._carry_out)
-        metrics = {id: text for id in self._known if (text := self.probes.sight(id).metrics)}
-        auto = desired.policy.auto and desired.generation <= self._established
-        self._watching.look(release, finished, self.front.heard, metrics, auto=auto, now_s=now_s)
-
-    def _carry_out(self, action: Action) -> str:
-        """Raises UsageError where there is no room."""
-        if action.kind == "add_replica":
-            return self._add_replica()
-        known = self._known.get(action.replica)
-        if known is None:
-            raise UsageError(f"{action.replica} is gone.")
-        known.condemned = True
-        return f"{action.replica} is drained, another takes its place"
-
-    def _add_replica(self) -> str:
-        with self.folder.changing(wait_s=0.0):  # a look waits for nobody; the next one tries again
-            desired = self.folder.desired()
-            if desired is None or desired.removed or not self._has_room(desired.release):
-                raise UsageError("There is no room for one more replica here.")
-            if excess_threads(with_one_more(desired.release, {})):
-                raise UsageError("All cores of this machine compute already.")
-            loads: Counter[int] = Counter()
-            for running in self._of("replica"):
-                heard = self.front.heard.replica(running.id) if self.front.heard is not None else None
-                loads[running.pool] += heard.inflight if heard is not None else 0
-            release = with_one_more(desired.release, loads)
-            self.folder.write_desired(
-                replace(desired, generation=desired.generation + 1, release=release, previous=desired.release)
-            )
-        return f"one more replica: {' + '.join(map(str, release.counts))}"
-
-    # ---- what is told
-
-    def _status(self, desired: Desired, release: Release | None, now_s: float) -> Status:
-        heard = self.front.heard
-        replicas = tuple(
-            replica_status(
-                known,
-                self.probes.sight(known.running.id),
-                heard.replica(known.running.id) if heard is not None else None,
-                set_aside=known.running.id in desired.drained,
+    def _report(self, spec: ServiceSpec, decision: Decision, now_s: float) -> ServiceStatus:
+        completed = self.gateway.take_completed()
+        self.slo_counter.count(completed, spec.release.slo)
+        if decision.release is not None:
+            self._remediator.run(
+                decision.release,
+                completed,
+                self.gateway.snapshot,
+                self._instances,
+                allowed=spec.policy.auto_remediate and spec.generation <= self._established,
+                has_room=self._has_room,
                 now_s=now_s,
-                clock_offset_s=time.time() - now_s,
             )
-            for known in self._known.values()
-            if known.running.role == "replica"
+        status = self._status(spec, decision.release, now_s)
+        try:
+            self.store.write_status(status)
+        except OSError as error:  # the status is for people: the service runs without it
+            logger.warning("Cannot write the status to %s: %s.", self.store.path, error)
+        return status
+
+    def _status(self, spec: ServiceSpec, release: Release | None, now_s: float) -> ServiceStatus:
+        snapshot, offset_s = self.gateway.snapshot, time.time() - now_s
+        replicas = tuple(
+            replica_status(state, snapshot.replica(state.id) if snapshot is not None else None, offset_s)
+            for state in self._states("replica")
         )
-        gateway = self._gateway_status(desired, now_s)
-        established = desired.generation <= self._established
-        load = self.traffic.load(
-            requests_per_s=self.front.requests_per_s(),
-            running=sum(one.running for one in replicas),
-            queued=sum(pool.queued for pool in heard.pools) if heard is not None else 0,
-            next_record=self.front.next_record,
-        )
-        return Status(
+        gateway = self._gateway_status(spec, offset_s)
+        is_established = spec.generation <= self._established
+        return ServiceStatus(
             at=time.time(),
             pid=os.getpid(),
-            generation=desired.generation,
-            phase=service_phase(desired, release, replicas, gateway, established=established),
+            generation=spec.generation,
+            phase=service_phase(spec, release, replicas, gateway, established=is_established),
             revision=release_revision(release) if release is not None else "",
             gateway=gateway,
             replicas=replicas,
             established=self._established,
-            rejected=self._rejected,
-            load=load,
-            notes=(*self._notes, *self._deaths.told()),
-            incidents=self._watching.told() if self._watching is not None else (),
-            watcher=self._watching.report() if self._watching is not None else {},
+            failed_rollout=self._failed,
+            load=self.slo_counter.load(
+                requests_per_s=self.gateway.requests_per_s(),
+                running=sum(one.running for one in replicas),
+                queued=sum(pool.queued for pool in snapshot.pools) if snapshot is not None else 0,
+                next_record=self.gateway.next_record,
+            ),
+            notes=(*self._notes, *self._backoff.messages()),
+            incidents=self._remediator.open_incidents(),
+            monitor=self._remediator.report(),
+        )
+
+    def _gateway_status(self, spec: ServiceSpec, offset_s: float) -> GatewayStatus:
+        state = next(iter(self._states("gateway")), None)
+        if state is None:
+            url = f"http://{spec.gateway.host}:{spec.gateway.port}"
+            return GatewayStatus(state="down", url=url, restarts=self._gateway_restarts)
+        snapshot = self.gateway.snapshot
+        # Ready to be used: it listens, and it has routes.
+        has_routes = snapshot is not None and snapshot.routes_revision != "" and self.gateway.desired_routes is not None
+        is_ready = state.ready_s is not None and has_routes and not state.instance.stopping
+        return GatewayStatus(
+            state="ready" if is_ready else "starting",
+            url=state.instance.url,
+            pid=state.instance.pid,
+            started_at=state.instance.started_at,
+            ready_at=None if state.ready_s is None else state.ready_s + offset_s,
+            restarts=self._gateway_restarts,
+            note=state.probe.note or self.gateway.error,
         )

@@ -1,8 +1,8 @@
-"""What is remembered about replicas that die: when to try again, and when to give a new release up.
+"""Back-off after crashes: when a crashed replica is replaced, and when a new release is given up.
 
-The first replacement starts at once. Where one keeps dying, the pauses double: up to half a minute where it dies before
-it is ready, up to a few seconds where it dies after that, since each one serves for a while. One that has lived for a
-minute ends the series.
+The first replacement starts at once. If replicas keep crashing, the delays double: up to half a minute for those that
+crash before they are ready, up to a few seconds for those that crash later, since each of them serves for a while. A
+replica that was ready for a minute resets the delay.
 """
 
 from __future__ import annotations
@@ -14,70 +14,69 @@ from powerband.fleet.targets.base import ExitedInstance
 INITIAL_BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
 MAX_BACKOFF_AFTER_READY_S = 2.0
 STABLE_AFTER_S = 60.0
-MAX_FAILED_STARTS = 2  # a port may be taken in between, once
-# Our engine says so by its exit code: the same command would fail again.
-PERMANENT_EXIT_CODES = (2, 3)
+MAX_FAILED_STARTS = 2  # one failure may be chance: another process took the port
+PERMANENT_EXIT_CODES = (2, 3)  # our own engine reports a usage or an environment error: a retry would fail again
 
 
 @dataclass(slots=True)
 class _CrashHistory:
-    """Deaths in a row, of replicas of one revision."""
+    """Consecutive crashes of replicas of one revision."""
 
-    deaths: int = 0
+    crashes: int = 0
     failed_starts: int = 0
-    next_try_s: float = 0.0
+    next_start_s: float = 0.0
     last: ExitedInstance | None = None
-    hopeless: bool = False
+    is_permanent: bool = False
 
 
 @dataclass(slots=True)
 class CrashBackoff:
-    """By revision. Times on one clock, in seconds."""
+    """By revision. Times in seconds, on one clock."""
 
-    _series: dict[str, _CrashHistory] = field(default_factory=dict)
+    _histories: dict[str, _CrashHistory] = field(default_factory=dict)
 
-    def note(self, revision: str, gone: ExitedInstance, now_s: float, *, ready_for_s: float | None) -> None:
-        """A replica died unasked. ready_for_s: since it was ready; None: it never was."""
-        series = self._series.setdefault(revision, _CrashHistory())
+    def record_crash(self, revision: str, exited: ExitedInstance, now_s: float, *, ready_for_s: float | None) -> None:
+        """ready_for_s: how long the instance had been ready; None: it never was."""
+        history = self._histories.setdefault(revision, _CrashHistory())
         if ready_for_s is not None and ready_for_s >= STABLE_AFTER_S:
-            series.deaths = 0
-        series.deaths += 1
-        series.last = gone
+            history.crashes = 0
+        history.crashes += 1
+        history.last = exited
         if ready_for_s is None:
-            series.failed_starts += 1
-            series.hopeless = gone.exit_code in PERMANENT_EXIT_CODES
-        max_pause_s = MAX_BACKOFF_S if ready_for_s is None else MAX_BACKOFF_AFTER_READY_S
-        pause_s = 0.0 if series.deaths == 1 else min(INITIAL_BACKOFF_S * 2 ** min(series.deaths - 2, 16), max_pause_s)
-        series.next_try_s = now_s + pause_s
+            history.failed_starts += 1
+            history.is_permanent = exited.exit_code in PERMANENT_EXIT_CODES
+        max_s = MAX_BACKOFF_S if ready_for_s is None else MAX_BACKOFF_AFTER_READY_S
+        doublings = min(history.crashes - 2, 16)
+        history.next_start_s = now_s + (0.0 if doublings < 0 else min(INITIAL_BACKOFF_S * 2**doublings, max_s))
 
-    def became_ready(self, revision: str) -> None:
-        if revision in self._series:
-            self._series[revision].failed_starts = 0
+    def record_ready(self, revision: str) -> None:
+        if revision in self._histories:
+            self._histories[revision].failed_starts = 0
 
-    def try_anew(self) -> None:
-        """Somebody changed what is desired: what failed before may work now."""
-        self._series.clear()
+    def reset(self) -> None:
+        """The desired state has changed: what failed before may work now."""
+        self._histories.clear()
 
-    def held(self, now_s: float) -> set[str]:
-        """Revisions of which none is to be started yet."""
-        return {revision for revision, series in self._series.items() if now_s < series.next_try_s}
+    def backing_off(self, now_s: float) -> set[str]:
+        """Revisions of which no instance may be started yet."""
+        return {revision for revision, history in self._histories.items() if now_s < history.next_start_s}
 
-    def is_lost(self, revision: str) -> bool:
-        """Whether a release that never was ready should be given up."""
-        series = self._series.get(revision)
-        return series is not None and (series.failed_starts >= MAX_FAILED_STARTS or series.hopeless)
+    def is_failed(self, revision: str) -> bool:
+        """Whether a release that never became ready should be given up."""
+        history = self._histories.get(revision)
+        return history is not None and (history.failed_starts >= MAX_FAILED_STARTS or history.is_permanent)
 
-    def last(self, revision: str) -> ExitedInstance | None:
-        series = self._series.get(revision)
-        return series.last if series is not None else None
+    def last_crash(self, revision: str) -> ExitedInstance | None:
+        history = self._histories.get(revision)
+        return history.last if history is not None else None
 
-    def told(self) -> list[str]:
-        """A sentence for each revision whose replicas keep dying."""
+    def messages(self) -> list[str]:
+        """One sentence for each revision that keeps crashing."""
         found = []
-        for revision, series in self._series.items():
-            if series.deaths > 1 and series.last is not None:
-                last_line = series.last.log.strip().rpartition("\n")[2]
+        for revision, history in self._histories.items():
+            if history.crashes > 1 and history.last is not None:
+                last_line = history.last.log.strip().rpartition("\n")[2]
                 found.append(
-                    f"{revision} died {series.deaths} times in a row, last {series.last.id}: {last_line[:200]}"
+                    f"{revision} crashed {history.crashes} times in a row, last {history.last.id}: {last_line[:200]}"
                 )
         return found

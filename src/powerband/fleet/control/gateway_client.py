@@ -1,4 +1,4 @@
-"""The controller's line to the gateway: sends it the routes, and hears what its pools say and what is over."""
+"""The controller's client of the gateway: sends it the routes, and reads its pools and completed requests."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.http import Page, get, put
-from powerband.bench.messages import Target as Address
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import Routes
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
+from powerband.http_client import Response, bearer, request
 
 POLL_INTERVAL_S = 0.4
 _TIMEOUT_S = 3.0
@@ -23,98 +22,96 @@ _RATE_WINDOW_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class GatewaySnapshot:
-    """What the gateway said at once: the routes that it has, and each pool. at_s: on time.monotonic()."""
+    """What the gateway reported: the routes that are in force, and its pools."""
 
-    revision: str
-    draining: frozenset[str]
+    routes_revision: str
+    draining: frozenset[str]  # ids of the replicas to which it dispatches no new requests
     pools: tuple[PoolSnapshot, ...]
-    at_s: float
+    taken_s: float  # time.monotonic()
 
     def replica(self, id: str) -> ReplicaSnapshot | None:
         return next((one for pool in self.pools for one in pool.replicas if one.id == id), None)
 
 
-class _Routes(msgspec.Struct):
-    """Of GET /admin/routes, what is needed here."""
+class _RoutesPage(msgspec.Struct):
+    """Of GET /admin/routes, the part that is needed here."""
 
     routes: dict[str, object]
     pools: tuple[PoolSnapshot, ...] = ()
 
 
-class _Records(msgspec.Struct):
+class _RecordsPage(msgspec.Struct):
+    """Of GET /admin/records."""
+
     next: int
-    records: tuple[Finished, ...] = ()
+    records: tuple[CompletedRequest, ...] = ()
 
 
 @dataclass(slots=True)
 class GatewayClient:
-    """Inside a running event loop; `keep_talking` does the work, the rest is for the controller to read and to set.
-
-    wanted: the routes that the gateway should have. fresh: what is over and was not yet taken.
-    """
+    """`poll_forever` runs in the controller's event loop; the controller reads and sets the fields in between."""
 
     admin_key: str
-    url: str = ""
-    wanted: Routes | None = None
-    heard: GatewaySnapshot | None = None
-    problem: str = ""
-    fresh: list[Finished] = field(default_factory=list)
-    arrivals: deque[float] = field(default_factory=deque)
+    url: str = ""  # '': there is no gateway
+    desired_routes: Routes | None = None
+    snapshot: GatewaySnapshot | None = None  # None: the gateway has not responded yet
+    error: str = ""  # of the last poll
     next_record: int = 0
+    _completed: list[CompletedRequest] = field(default_factory=list)
+    _completed_at: deque[float] = field(default_factory=deque)  # time.time()
 
-    def turn_to(self, url: str) -> None:
-        """Another gateway, or the same begun anew: nothing is known of it, and it counts from the beginning."""
-        self.url, self.heard, self.next_record = url, None, 0
+    def connect_to(self, url: str) -> None:
+        """A gateway that has just been started: nothing is known of it, and it numbers its records from 0."""
+        self.url, self.snapshot, self.next_record = url, None, 0
 
-    def take(self) -> Sequence[Finished]:
-        taken, self.fresh = self.fresh, []
+    def take_completed(self) -> Sequence[CompletedRequest]:
+        """Requests that completed since the last call."""
+        taken, self._completed = self._completed, []
         return taken
 
     def requests_per_s(self) -> float:
-        """Of the last minute."""
+        """Over the last minute."""
         now = time.time()
-        while self.arrivals and self.arrivals[0] < now - _RATE_WINDOW_S:
-            self.arrivals.popleft()
-        return len(self.arrivals) / _RATE_WINDOW_S
+        while self._completed_at and self._completed_at[0] < now - _RATE_WINDOW_S:
+            self._completed_at.popleft()
+        return len(self._completed_at) / _RATE_WINDOW_S
 
-    async def keep_talking(self) -> None:
+    async def poll_forever(self) -> None:
         while True:
             if self.url:
                 try:
-                    await self._talk()
-                    self.problem = ""
-                except (OSError, TimeoutError, ValueError) as problem:
-                    self.problem = str(problem) or "no answer"
+                    await self._poll()
+                    self.error = ""
+                except (OSError, ValueError) as error:
+                    self.error = str(error) or "no response"
             await asyncio.sleep(POLL_INTERVAL_S)
 
-    async def _talk(self) -> None:
+    async def _poll(self) -> None:
         url = self.url
-        heard = await self._ask_routes()
-        if self.wanted is not None and heard.revision != self.wanted.revision:
-            _checked(await put(self._address, "/admin/routes", self.wanted.as_dict(), timeout_s=_TIMEOUT_S))
-            heard = await self._ask_routes()
-        if url == self.url:
-            self.heard = heard
-        page = await get(self._address, f"/admin/records?after={self.next_record}", timeout_s=_TIMEOUT_S)
-        records = msgspec.json.decode(_checked(page).body, type=_Records)
-        self.next_record = records.next
-        self.fresh += records.records
-        self.arrivals += (one.ended_at for one in records.records)
+        snapshot = await self._read_snapshot()
+        if self.desired_routes is not None and snapshot.routes_revision != self.desired_routes.revision:
+            await self._request("PUT", "/admin/routes", self.desired_routes.as_dict())
+            snapshot = await self._read_snapshot()
+        if url == self.url:  # no other gateway was started meanwhile
+            self.snapshot = snapshot
+        response = await self._request("GET", f"/admin/records?after={self.next_record}")
+        page = msgspec.json.decode(response.body, type=_RecordsPage)
+        self.next_record = page.next
+        self._completed += page.records
+        self._completed_at += (one.ended_at for one in page.records)
 
-    async def _ask_routes(self) -> GatewaySnapshot:
-        page = _checked(await get(self._address, "/admin/routes", timeout_s=_TIMEOUT_S))
-        found = msgspec.json.decode(page.body, type=_Routes)
-        routes = Routes.from_dict(found.routes)
+    async def _read_snapshot(self) -> GatewaySnapshot:
+        response = await self._request("GET", "/admin/routes")
+        page = msgspec.json.decode(response.body, type=_RoutesPage)
+        routes = Routes.from_dict(page.routes)
         draining = frozenset(replica.id for model in routes.models for replica in model.replicas if replica.draining)
-        return GatewaySnapshot(routes.revision, draining, found.pools, time.monotonic())
+        return GatewaySnapshot(routes.revision, draining, page.pools, time.monotonic())
 
-    @property
-    def _address(self) -> Address:
-        headers = {"Authorization": f"Bearer {self.admin_key}", "X-Powerband-Actor": "controller"}
-        return Address(base=self.url, endpoint="completions", model="", headers=headers)
-
-
-def _checked(page: Page) -> Page:
-    if page.status != 200:
-        raise ConnectionError(f"the gateway answered {page.status}: {page.body[:200].decode(errors='replace')}")
-    return page
+    async def _request(self, method: str, path: str, body: object = None) -> Response:
+        """Raises OSError for a status other than 200, too."""
+        headers = {**bearer(self.admin_key), "X-Powerband-Actor": "controller"}
+        response = await request(method, f"{self.url}{path}", json=body, headers=headers, timeout_s=_TIMEOUT_S)
+        if response.status != 200:
+            text = response.body[:200].decode(errors="replace")
+            raise ConnectionError(f"the gateway responded with {response.status}: {text}")
+        return response

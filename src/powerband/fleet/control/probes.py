@@ -1,4 +1,4 @@
-"""Asking every member whether it is ready, each at its own pace, so that a silent one delays nobody."""
+"""Health probes: each instance is asked whether it is ready, in a task of its own: a hung one delays no other."""
 
 from __future__ import annotations
 
@@ -8,101 +8,88 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
-from powerband.bench.http import get
-from powerband.bench.messages import Target as Address
 from powerband.fleet.targets.base import Instance
+from powerband.http_client import Response, bearer, request
 
 PROBE_INTERVAL_S = 0.4
 _TIMEOUT_S = 2.0
-_PROBES_PER_METRICS_READ = 3  # looks until /metrics is read again
+_PROBES_PER_METRICS_READ = 3
+_MAX_NOTE_CHARACTERS = 200
 
 
 @dataclass(slots=True)
 class ProbeResult:
-    """What is known of a member. Times on time.monotonic(). ready_s: it last said that it is; heard_s: it last said
-    anything. silences: requests in a row without an answer; unanswered: of these in a row those for which it took a
-    connection. says: why it is not ready. metrics: its /metrics, lately.
-    """
+    """What the probes of an instance have found so far. Times on time.monotonic()."""
 
-    ready_s: float | None = None
-    heard_s: float | None = None
-    silences: int = 0
-    unanswered: int = 0
-    says: str = ""
-    metrics: str = ""
-
-
-class ProbeSource(Protocol):
-    """Something that looks at members. key: what replicas want to be asked with."""
-
-    key: str
-
-    def follow(self, members: Mapping[str, Instance]) -> None:
-        """Look at exactly these from now on, by id."""
-        ...
-
-    def sight(self, id: str) -> ProbeResult:
-        """Of a member; nothing is known of one that is not followed."""
-        ...
+    ready_s: float | None = None  # when it last reported that it is ready
+    response_s: float | None = None  # when it last responded at all
+    failures: int = 0  # probes in a row without a response
+    timeouts: int = 0  # of these, the last in a row that timed out: it may accept connections and be hung
+    note: str = ""  # why it is not ready
+    metrics: str = ""  # its /metrics page, as last read
 
 
 class HealthProber:
-    """Over HTTP, inside a running event loop. key: what replicas want; it may be set later."""
+    """Runs in the controller's event loop. api_key: what replicas ask for; it may be set at any time."""
 
     def __init__(self) -> None:
-        self.key = ""
-        self._sights: dict[str, ProbeResult] = {}
+        self.api_key = ""
+        self._results: dict[str, ProbeResult] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def follow(self, members: Mapping[str, Instance]) -> None:
-        for id in self._tasks.keys() - members.keys():
+    def set_targets(self, instances: Mapping[str, Instance]) -> None:
+        """Probe exactly these instances from now on. instances: by id."""
+        for id in self._tasks.keys() - instances.keys():
             self._tasks.pop(id).cancel()
-            del self._sights[id]
-        for id in members.keys() - self._tasks.keys():
-            self._sights[id] = ProbeResult()
-            self._tasks[id] = asyncio.create_task(self._look(self._sights[id], members[id]), name=f"probe {id}")
+            del self._results[id]
+        for id in instances.keys() - self._tasks.keys():
+            result = self._results[id] = ProbeResult()
+            self._tasks[id] = asyncio.create_task(self._probe_forever(result, instances[id]), name=f"probe {id}")
 
-    def sight(self, id: str) -> ProbeResult:
-        return self._sights.get(id) or ProbeResult()
+    def result(self, id: str) -> ProbeResult:
+        """An empty result for an instance that is not probed."""
+        return self._results.get(id) or ProbeResult()
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
-        self.follow({})
+        self.set_targets({})
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _look(self, sight: ProbeResult, member: Instance) -> None:
-        for turn in itertools.count():
-            await self._ask(sight, member)
-            if member.role == "replica" and turn % _PROBES_PER_METRICS_READ == 0 and sight.ready_s is not None:
-                await self._read_metrics(sight, member)
-            await asyncio.sleep(0.0 if sight.unanswered else PROBE_INTERVAL_S)  # a time-out was pause enough
+    async def _probe_forever(self, result: ProbeResult, instance: Instance) -> None:
+        for count in itertools.count():
+            await self._probe(result, instance)
+            if instance.role == "replica" and count % _PROBES_PER_METRICS_READ == 0 and result.ready_s is not None:
+                await self._read_metrics(result, instance)
+            await asyncio.sleep(0.0 if result.timeouts else PROBE_INTERVAL_S)  # a timeout was pause enough
 
-    async def _ask(self, sight: ProbeResult, member: Instance) -> None:
+    async def _probe(self, result: ProbeResult, instance: Instance) -> None:
         try:
-            page = await get(self._address(member), member.ready_path, timeout_s=_TIMEOUT_S)
-        except (OSError, TimeoutError, ValueError) as problem:
-            sight.silences += 1
-            sight.unanswered = sight.unanswered + 1 if isinstance(problem, TimeoutError) else 0
-            sight.says = str(problem) or "no answer"
+            response = await self._get(instance, instance.ready_path)
+        except (OSError, ValueError) as error:
+            result.failures += 1
+            result.timeouts = result.timeouts + 1 if isinstance(error, TimeoutError) else 0
+            result.note = str(error) or "no response"
             return
-        sight.silences = sight.unanswered = 0
-        sight.heard_s = time.monotonic()
-        sight.says = ""
-        if page.status == 200:
-            sight.ready_s = sight.heard_s
-            return
-        told = page.json()
-        with suppress(KeyError, TypeError):
-            sight.says = str(told["error"]["message"])[:200]  # type: ignore[index] # whatever it is not is suppressed
+        result.failures = result.timeouts = 0
+        result.response_s = time.monotonic()
+        if response.status == 200:
+            result.ready_s = result.response_s
+        result.note = "" if response.status == 200 else _error_message(response)
 
-    async def _read_metrics(self, sight: ProbeResult, member: Instance) -> None:
-        sight.metrics = ""
-        with suppress(OSError, TimeoutError, ValueError):
-            page = await get(self._address(member), "/metrics", timeout_s=_TIMEOUT_S)
-            sight.metrics = page.body.decode(errors="replace") if page.status == 200 else ""
+    async def _read_metrics(self, result: ProbeResult, instance: Instance) -> None:
+        result.metrics = ""
+        with suppress(OSError, ValueError):
+            response = await self._get(instance, "/metrics")
+            result.metrics = response.body.decode(errors="replace") if response.status == 200 else ""
 
-    def _address(self, member: Instance) -> Address:
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key and member.role == "replica" else {}
-        return Address(base=member.url, endpoint="completions", model="", headers=headers)
+    async def _get(self, instance: Instance, path: str) -> Response:
+        headers = bearer(self.api_key) if instance.role == "replica" else {}
+        return await request("GET", f"{instance.url}{path}", headers=headers, timeout_s=_TIMEOUT_S)
+
+
+def _error_message(response: Response) -> str:
+    body = response.json()
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message", "") if isinstance(error, dict) else ""
+    return str(message)[:_MAX_NOTE_CHARACTERS]

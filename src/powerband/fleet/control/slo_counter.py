@@ -1,4 +1,4 @@
-"""The requests that are over, counted against the promise since the service began."""
+"""Counts completed requests against the SLO since the service was deployed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerband.fleet.service.status import ServiceLoad
-from powerband.gateway.promise import verdict
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
+from powerband.gateway.slo import slo_violations
 from powerband.spec.slo import SLO
 
 
@@ -16,16 +16,16 @@ from powerband.spec.slo import SLO
 class SLOCounter:
     scheduled: int = 0
     good: int = 0
-    since: float = 0.0
+    since: float = 0.0  # time.time()
 
     def resume(self, load: ServiceLoad) -> None:
-        """Go on where another controller stopped."""
+        """Continue the counts of the controller before."""
         self.scheduled, self.good, self.since = load.scheduled, load.good, load.since
 
-    def count(self, finished: Sequence[Finished], slo: SLO) -> None:
-        """What counts, and what keeps the promise, is gateway.promise's to say."""
+    def count(self, completed: Sequence[CompletedRequest], slo: SLO) -> None:
+        """gateway.promise decides which requests count, and which meet the SLO."""
         self.since = self.since or time.time()
-        verdicts = [found for one in finished if (found := verdict(one, slo)) is not None]
+        verdicts = [missed for one in completed if (missed := slo_violations(one, slo)) is not None]
         self.scheduled += len(verdicts)
         self.good += sum(not missed for missed in verdicts)
 

@@ -1,7 +1,7 @@
-"""Engines as plug-ins: from a plan's replica to the command line and the environment of the engine that it names.
+"""Engine adapters: from a plan's replica to the command line and environment of its engine.
 
-An adapter says everything that the plan says in the engine's own words. What the engine cannot be told is a UsageError
-that names it; nothing is left out in silence. The sources of the words stand in each adapter's file.
+An adapter translates every setting of the plan into the engine's options. A setting that the engine does not support is
+a UsageError that names it, never left out in silence. Each adapter's file gives the sources of the options.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Whether the promise is kept and predictions still hold: windows, residuals, signs, incidents."""
+"""Whether a service meets its SLO and whether predictions still hold: windows, residuals, checks, incidents."""

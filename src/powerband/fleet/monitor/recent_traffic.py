@@ -1,4 +1,4 @@
-"""What the last minute of traffic looked like: arrivals, failures, caches, lengths, latencies. Times on one clock."""
+"""The last minute of traffic: arrivals, failures, cache hits, lengths and latencies. Times on one clock."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from powerband.gateway.promise import saw_first_token
-from powerband.gateway.request import Finished
+from powerband.gateway.request import CompletedRequest
+from powerband.gateway.slo import has_first_token
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.metrics.record import Outcome
 
-KEPT_S = 60.0
+MAX_AGE_S = 60.0
 _FAILED = (Outcome.ERROR, Outcome.TIMED_OUT)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSample:
-    """What is kept of a request. failed: replicas that failed it, with codes; others may have answered it after all."""
+    """What is kept of a completed request."""
 
     time_s: float
     outcome: Outcome
     status: int
     error: str
-    replica: str
-    failed: tuple[tuple[str, str], ...]
-    alone: bool  # one replica answered it from start to end
+    replica: str  # the last one; '': none
+    failures: tuple[tuple[str, str], ...]  # replicas that failed it, with error codes; a retry may have succeeded
+    is_single_replica: bool  # one replica answered it from start to end
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
@@ -36,86 +36,87 @@ class RequestSample:
     tpot_s: float | None
 
     @classmethod
-    def of(cls, finished: Finished, time_s: float) -> RequestSample:
-        record, tried = finished.record, finished.replicas
-        is_seen = saw_first_token(finished)
-        failed = finished.failed
-        if record.outcome in _FAILED and tried and tried[-1] not in dict(failed):
-            failed = (*failed, (tried[-1], finished.error or record.outcome.value))
+    def from_completed(cls, completed: CompletedRequest, time_s: float) -> RequestSample:
+        record, tried = completed.record, completed.replicas
+        is_streamed = has_first_token(completed)
+        failures = completed.failed
+        if record.outcome in _FAILED and tried and tried[-1] not in dict(failures):
+            failures = (*failures, (tried[-1], completed.error or record.outcome.value))
         return cls(
             time_s,
             record.outcome,
-            finished.status,
-            finished.error,
+            completed.status,
+            completed.error,
             tried[-1] if tried else "",
-            failed,
+            failures,
             len(tried) == 1,
             record.prompt_tokens,
             record.cached_tokens,
             record.output_tokens,
-            finished.queue_s,
-            record.ttft_s if is_seen else None,
-            record.tpot_s if is_seen else None,
+            completed.queue_s,
+            record.ttft_s if is_streamed else None,
+            record.tpot_s if is_streamed else None,
         )
 
 
 @dataclass(slots=True)
 class RecentTraffic:
-    _seen: deque[RequestSample] = field(default_factory=deque)
-    _outstanding: deque[tuple[float, int]] = field(default_factory=deque)  # requests that are not over, by time
-    _since_s: float | None = None
+    _samples: deque[RequestSample] = field(default_factory=deque)
+    _in_system: deque[tuple[float, int]] = field(default_factory=deque)  # (time, requests queued or in flight)
+    _first_s: float | None = None
 
-    def add(self, seen: Iterable[RequestSample], pools: Iterable[PoolSnapshot], clock_s: float) -> None:
-        if self._since_s is None:
-            self._since_s = clock_s
-        self._seen.extend(seen)
-        inside = sum(pool.queued + sum(replica.inflight for replica in pool.replicas) for pool in pools)
-        self._outstanding.append((clock_s, inside))
-        while self._seen and self._seen[0].time_s < clock_s - KEPT_S:
-            self._seen.popleft()
-        while self._outstanding[0][0] < clock_s - KEPT_S:
-            self._outstanding.popleft()
+    def add(self, samples: Iterable[RequestSample], pools: Iterable[PoolSnapshot], clock_s: float) -> None:
+        if self._first_s is None:
+            self._first_s = clock_s
+        self._samples.extend(samples)
+        in_system = sum(pool.queued + sum(replica.inflight for replica in pool.replicas) for pool in pools)
+        self._in_system.append((clock_s, in_system))
+        while self._samples and self._samples[0].time_s < clock_s - MAX_AGE_S:
+            self._samples.popleft()
+        while self._in_system[0][0] < clock_s - MAX_AGE_S:
+            self._in_system.popleft()
 
     def within(self, clock_s: float, window_s: float) -> Iterator[RequestSample]:
-        """Requests that ended in the last seconds, the latest first."""
-        for seen in reversed(self._seen):
-            if seen.time_s < clock_s - window_s:
+        """Requests that completed in the window, the latest first."""
+        for sample in reversed(self._samples):
+            if sample.time_s < clock_s - window_s:
                 return
-            yield seen
+            yield sample
 
     def arrivals(self, clock_s: float, window_s: float) -> tuple[int, float]:
-        """Requests that came in the last seconds, and how many these are: fewer after the start. Those that ended, and
-        by how many those that have not became more.
+        """(requests that arrived in the window, its length in seconds, which is less soon after the start).
+
+        Arrivals are completions plus the growth of the number of requests in the system.
         """
-        first_s = max(clock_s - window_s, self._since_s if self._since_s is not None else clock_s)
-        inside = [count for time_s, count in self._outstanding if time_s >= first_s]
-        growth = inside[-1] - inside[0] if inside else 0
-        ended = sum(1 for _ in self.within(clock_s, clock_s - first_s))
-        return max(ended + growth, 0), clock_s - first_s
+        first_s = max(clock_s - window_s, self._first_s if self._first_s is not None else clock_s)
+        counts = [count for time_s, count in self._in_system if time_s >= first_s]
+        growth = counts[-1] - counts[0] if counts else 0
+        completed = sum(1 for _ in self.within(clock_s, clock_s - first_s))
+        return max(completed + growth, 0), clock_s - first_s
 
     def failures(self, clock_s: float, window_s: float) -> tuple[Counter[str], Counter[str]]:
-        """By replica: requests that it failed, and requests that it had."""
+        """By replica: the requests that it failed, and all that it was sent."""
         failed: Counter[str] = Counter()
-        had: Counter[str] = Counter()
-        for seen in self.within(clock_s, window_s):
-            broken = {replica for replica, _ in seen.failed}
-            failed.update(broken)
-            had.update({*broken, *([seen.replica] if seen.replica else [])})
-        return failed, had
+        sent: Counter[str] = Counter()
+        for sample in self.within(clock_s, window_s):
+            failing = {replica for replica, _ in sample.failures}
+            failed.update(failing)
+            sent.update({*failing, *([sample.replica] if sample.replica else [])})
+        return failed, sent
 
     def figures(self, clock_s: float, window_s: float) -> dict[str, float]:
-        """Means and medians of answered requests; what none tells is not there."""
-        answered = [seen for seen in self.within(clock_s, window_s) if seen.outcome is Outcome.OK]
-        prompts = sum(seen.prompt_tokens for seen in answered)
-        ttfts = [seen.ttft_s for seen in answered if seen.ttft_s is not None]
-        tpots = [seen.tpot_s for seen in answered if seen.tpot_s is not None]
-        told = {
+        """Means and medians over the successful requests. Figures without data are left out."""
+        answered = [sample for sample in self.within(clock_s, window_s) if sample.outcome is Outcome.OK]
+        prompts = sum(sample.prompt_tokens for sample in answered)
+        ttfts = [sample.ttft_s for sample in answered if sample.ttft_s is not None]
+        tpots = [sample.tpot_s for sample in answered if sample.tpot_s is not None]
+        found = {
             "prompt_tokens": prompts / len(answered) if answered else math.nan,
-            "output_tokens": fmean(seen.output_tokens for seen in answered) if answered else math.nan,
-            "cached_share": sum(seen.cached_tokens for seen in answered) / prompts if prompts else math.nan,
-            "queue_s": fmean(seen.queue_s for seen in answered) if answered else math.nan,
+            "output_tokens": fmean(sample.output_tokens for sample in answered) if answered else math.nan,
+            "cached_share": sum(sample.cached_tokens for sample in answered) / prompts if prompts else math.nan,
+            "queue_s": fmean(sample.queue_s for sample in answered) if answered else math.nan,
             "ttft_s": median(ttfts) if ttfts else math.nan,
             "tpot_s": median(tpots) if tpots else math.nan,
             "answered": float(len(answered)),
         }
-        return {name: value for name, value in told.items() if not math.isnan(value)}
+        return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -1,9 +1,10 @@
-"""How well the promise was kept over sliding windows, and how fast that burns the budget of misses.
+"""SLO attainment over sliding windows, and how fast misses burn the error budget.
 
-A promise of 95 % lets 5 % of requests miss. Burning at 1 uses that up exactly; at 4, four times as fast. An alert wants
-a fast burn over a long window (it matters) and over a short one (it is still so), and more misses than chance explains.
-The pairs are shorter than those for monthly budgets (Google's 14.4 over an hour and 5 minutes), for two reasons: a
-budget of 5 % can burn at 20 at most, and a service that was started ten minutes ago should be watched, too.
+An SLO of 95 % lets 5 % of requests miss: the error budget. A burn rate of 1 uses it up exactly, 4 four times as fast.
+An alert needs a high burn rate over a long window (it matters) and over a short one (it is still so), and more misses
+than chance explains. The windows are shorter than those for monthly budgets (Google's SRE workbook: 14.4 over an hour
+and 5 minutes), for two reasons: a budget of 5 % can burn at 20 at most, and a service that was started ten minutes ago
+should be monitored, too.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from powerband.metrics.statistics import wilson
 from powerband.spec.slo import SLO
 
 WINDOWS_S = (60, 300, 3600)
-_KEPT_S = 2 * 3600
+_MAX_AGE_S = 2 * 3600
 _CONFIDENCE = 0.999
-_NOW_S = 60
-_MIN_ERROR_BUDGET = 0.001  # a promise of all requests has a budget, too, or one miss would be an alert
+_CURRENT_S = 60
+_MIN_ERROR_BUDGET = 0.001  # for an SLO of 100 %, or a single miss would be an alert
+_MAX_MISS_RATIO = 0.9  # that an alert may ask for; with an SLO of 50 %, that is a burn rate of 1.8
 
 
 @dataclass(frozen=True, slots=True)
 class BurnRateWindows:
-    """An alert when the budget burns at least so fast over both windows, in seconds."""
+    """An alert when the budget burns at least this fast over both windows, in seconds."""
 
     name: str
     long_s: int
     short_s: int
-    burn: float
+    burn_rate: float
 
 
 BURN_RATE_WINDOWS = (
@@ -40,8 +42,8 @@ BURN_RATE_WINDOWS = (
 
 
 @dataclass(frozen=True, slots=True)
-class AttainmentRatio:
-    """Requests of a window that count, and those that kept the SLO."""
+class WindowCounts:
+    """Requests of a window: those that count towards the SLO, and those of them that met it."""
 
     good: int
     total: int
@@ -53,69 +55,68 @@ class AttainmentRatio:
 
 @dataclass(slots=True)
 class SLOBurn:
-    """Counts by second, cumulative. Times on a monotonic clock; what is told late counts where it is told."""
+    """Cumulative counts by second. Times on a monotonic clock; a request counts in the second it is reported."""
 
     slo: SLO
     _seconds: list[int] = field(default_factory=list)
     _good: list[int] = field(default_factory=list)
     _total: list[int] = field(default_factory=list)
-    _misses: list[Counter[str]] = field(default_factory=list)  # of that second
+    _misses: list[Counter[str]] = field(default_factory=list)  # of that second alone
 
     def add(self, time_s: float, misses: list[str]) -> None:
-        """A request that is over; `misses`: as `verdict` says."""
+        """A completed request, with the objectives that it missed."""
         second = int(time_s)
         if not self._seconds or second > self._seconds[-1]:
             self._seconds.append(second)
             self._good.append(self._good[-1] if self._good else 0)
             self._total.append(self._total[-1] if self._total else 0)
             self._misses.append(Counter())
-            self._forget(second)
+            self._drop_old(second)
         self._total[-1] += 1
         self._good[-1] += not misses
         self._misses[-1].update(misses)
 
-    def over(self, now_s: float, window_s: float) -> AttainmentRatio:
-        """Of what ended in the last `window_s` seconds."""
+    def window(self, now_s: float, window_s: float) -> WindowCounts:
+        """The requests of the last `window_s` seconds."""
         if not self._seconds:
-            return AttainmentRatio(0, 0)
+            return WindowCounts(0, 0)
         first = bisect_left(self._seconds, now_s - window_s)
         if first == len(self._seconds):
-            return AttainmentRatio(0, 0)
-        before_good, before_total = (self._good[first - 1], self._total[first - 1]) if first else (0, 0)
-        return AttainmentRatio(self._good[-1] - before_good, self._total[-1] - before_total)
+            return WindowCounts(0, 0)
+        good, total = (self._good[first - 1], self._total[first - 1]) if first else (0, 0)
+        return WindowCounts(self._good[-1] - good, self._total[-1] - total)
 
     def misses(self, now_s: float, window_s: float) -> dict[str, int]:
-        """Why requests missed the SLO, the most frequent reason first."""
+        """Requests by the objective that they missed, the most frequent first."""
         first = bisect_left(self._seconds, now_s - window_s)
         return dict(sum(self._misses[first:], Counter()).most_common())
 
-    def burn(self, now_s: float, window_s: float) -> float | None:
-        """How fast the budget of misses is used up; 1: just so that the promise is kept. None: no requests."""
-        attained = self.over(now_s, window_s).attainment
-        return None if attained is None else (1 - attained) / self.budget
+    def burn_rate(self, now_s: float, window_s: float) -> float | None:
+        """None: there were no requests."""
+        attained = self.window(now_s, window_s).attainment
+        return None if attained is None else (1 - attained) / self.error_budget
 
     @property
-    def budget(self) -> float:
-        """The share of requests that may miss."""
+    def error_budget(self) -> float:
+        """The fraction of requests that may miss the SLO."""
         return max(1 - self.slo.attainment, _MIN_ERROR_BUDGET)
 
     def alert(self, now_s: float) -> BurnRateWindows | None:
         """The first pair of windows over both of which the budget burns too fast."""
         for pair in BURN_RATE_WINDOWS:
-            long, short = self.over(now_s, pair.long_s), self.over(now_s, pair.short_s)
-            most = 1 - min(pair.burn * self.budget, 0.9)  # attainment; of a promise of half the requests, a burn of 1.8
-            if any(share.attainment is None or share.attainment > most for share in (long, short)):
+            long, short = self.window(now_s, pair.long_s), self.window(now_s, pair.short_s)
+            max_attainment = 1 - min(pair.burn_rate * self.error_budget, _MAX_MISS_RATIO)
+            if any(counts.attainment is None or counts.attainment > max_attainment for counts in (long, short)):
                 continue
-            if (self.burn(now_s, min(pair.short_s, _NOW_S)) or 0.0) < 1:  # it is over
+            if (self.burn_rate(now_s, min(pair.short_s, _CURRENT_S)) or 0.0) < 1:  # it is over
                 continue
-            if wilson(long.good, long.total, _CONFIDENCE)[1] < 1 - self.budget:
+            if wilson(long.good, long.total, _CONFIDENCE)[1] < 1 - self.error_budget:
                 return pair
         return None
 
-    def _forget(self, now: int) -> None:
-        if now - self._seconds[0] > 2 * _KEPT_S:
-            first = bisect_left(self._seconds, now - _KEPT_S)
-            # The last one that is forgotten stays: what follows is counted from it.
-            first = max(first - 1, 0)
-            for kept in (self._seconds, self._good, self._total, self._misses):
-                del kept[:first]
+    def _drop_old(self, now: int) -> None:
+        if now - self._seconds[0] > 2 * _MAX_AGE_S:
+            first = bisect_left(self._seconds, now - _MAX_AGE_S)
+            first = max(first - 1, 0)  # keep one more: later counts are relative to it
+            for column in (self._seconds, self._good, self._total, self._misses):
+                del column[:first]

@@ -1,88 +1,91 @@
-"""What a service should be: the release it runs, its gateway, and the policy for changes. Stored in desired.json."""
+"""What a service should be: the release that it runs, its gateway, and how changes are carried out (desired.json).
+
+`name=` keeps the field names of the file, so that a controller and a command of different versions understand it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import msgspec
+
 from powerband.spec.deployment import EngineName
+from powerband.spec.slo import SLO
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolRelease:
-    """Equal replicas, and how one is started: by the adapter of its engine, when the release was made.
-
-    command: with the word {port}. threads: that one computes with on a CPU; None: the engine's choice. gpus: that one
-    takes. max_num_seqs, longest_prompt: as the plan has them.
-    """
+class PoolRelease(msgspec.Struct, frozen=True, kw_only=True):
+    """Equal replicas, and the command that starts one: written by the engine's adapter when the release was built."""
 
     count: int
     engine: EngineName
-    command: tuple[str, ...]
-    env: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...]  # with {port} where the port goes
+    env: dict[str, str] = {}
     ready_path: str = "/readyz"
     max_num_seqs: int = 256
-    longest_prompt: int | None = None
-    threads: int | None = None
-    gpus: int = 0
+    max_prompt_tokens: int | None = msgspec.field(default=None, name="longest_prompt")
+    threads: int | None = None  # of one replica on a CPU; None: the engine's choice
+    gpus: int = 0  # of one replica
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
-    """What a service runs. plan: Plan.as_dict(). gpus: indices of those that the replicas may use; none on a CPU.
-    api_key_file: of the key that they want; '': none.
-    """
+class Release(msgspec.Struct, frozen=True, kw_only=True):
+    """A version of the service: what its replicas run."""
 
-    plan: dict[str, Any]
+    plan: dict[str, Any]  # Plan.as_dict()
     served_name: str
     pools: tuple[PoolRelease, ...]
-    gpus: tuple[int, ...] = ()
-    api_key_file: str = ""
+    gpus: tuple[int, ...] = ()  # indices that the replicas may use; none on a CPU
+    api_key_file: str = ""  # holds the key that replicas ask for; '': they ask for none
 
     @property
     def counts(self) -> tuple[int, ...]:
+        """Replicas of each pool."""
         return tuple(pool.count for pool in self.pools)
 
+    @property
+    def slo(self) -> SLO:
+        return SLO.from_dict(self.plan["slo"])
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewaySpec:
-    """How the gateway listens. arguments: more of its settings, as its command takes them."""
+    def with_counts(self, counts: Sequence[int]) -> Release:
+        """The same release with other numbers of replicas. counts: of each pool."""
+        pools = [msgspec.structs.replace(pool, count=count) for pool, count in zip(self.pools, counts, strict=True)]
+        return msgspec.structs.replace(self, pools=tuple(pools))
+
+
+class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the gateway listens, and its settings."""
 
     host: str
     port: int
     auth: Literal["open", "keys"] = "open"
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()  # more options of `powerband gateway`
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """surge: replicas beyond the asked number while one is replaced; 0: the old one ends first; None: 1 where memory
-    and devices allow. Seconds: drain_s, for running requests to end; ready_s, for a replica to become ready; hung_s,
-    without an answer until a replica counts as hung; unready_s, that it may say that it is not ready.
-    auto: carry out what the watcher suggests. webhook: a URL that is told of incidents.
-    """
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """How changes are carried out and failures handled. Times in seconds."""
 
-    surge: int | None = None
-    drain_s: float = 120.0
-    ready_s: float = 1800.0
-    hung_s: float = 6.0
-    unready_s: float = 30.0
-    auto: bool = False
-    webhook: str = ""
+    # Extra replicas during a rollout; 0: an old one stops first; None: 1 if memory and devices allow.
+    max_surge: int | None = msgspec.field(default=None, name="surge")
+    drain_timeout_s: float = msgspec.field(default=120.0, name="drain_s")  # for running requests to finish
+    start_timeout_s: float = msgspec.field(default=1800.0, name="ready_s")  # for a replica to become ready
+    hang_timeout_s: float = msgspec.field(default=6.0, name="hung_s")  # without a response
+    unready_timeout_s: float = msgspec.field(default=30.0, name="unready_s")  # responding, but not ready
+    auto_remediate: bool = msgspec.field(default=False, name="auto")  # carry out the actions that the monitor suggests
+    webhook: str = ""  # URL that incidents are sent to
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Desired:
-    """What a service should be. generation: counts the changes. previous: what ran before this release, to go back to.
-
-    drained: replicas that get nothing new until they are brought back.
-    """
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The desired state of a service."""
 
     name: str
-    generation: int
+    generation: int  # grows by 1 with each change
     release: Release
-    front: GatewaySpec
-    policy: Policy = field(default_factory=Policy)
-    previous: Release | None = None
-    drained: tuple[str, ...] = ()
+    gateway: GatewaySpec = msgspec.field(name="front")
+    policy: Policy = Policy()
+    previous: Release | None = None  # the last release that was ready, for a rollback
+    drained: tuple[str, ...] = ()  # replicas that get no new requests until undone
     removed: bool = False
+
+    def updated(self, **fields: Any) -> ServiceSpec:
+        """The next generation, with other values in these fields."""
+        return msgspec.structs.replace(self, generation=self.generation + 1, **fields)

@@ -1,11 +1,11 @@
-"""Where a service's state lies, and what stands in it: one folder a service, one writer a file.
+"""The folder of a service: its files, their locks, and who writes which.
 
-desired.json     what should be          written by commands, under desired.lock
-status.json      what is                 written by the controller
-controller.lock  held by the controller that is alive
-members/         what the local target started (fleet.targets.local)
-admin.key        the gateway's first admin key, for this user only
-gateway.db       keys, usage, audit: the gateway's
+desired.json     the desired state       written under desired.lock, by commands (and by the controller's remediation)
+status.json      the observed state      written by the controller
+controller.lock  held by the running controller; its modification time is the last heartbeat
+members/         the instances that the local target started (fleet.targets.local)
+admin.key        the gateway's first admin key, readable by this user only
+gateway.db       the gateway's keys, usage and audit log
 logs/            of the gateway, the controller and every replica
 """
 
@@ -27,15 +27,17 @@ import msgspec
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.files import make_private_folder, write_atomically
-from powerband.fleet.service.spec import Desired
-from powerband.fleet.service.status import Status
+from powerband.fleet.service.spec import ServiceSpec
+from powerband.fleet.service.status import ServiceStatus
 from powerband.folders import state_home
 
 logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-HEARTBEAT_TIMEOUT_S = 8.0  # without a heartbeat, until a controller counts as hung; it beats several times a second
+HEARTBEAT_TIMEOUT_S = (
+    8.0  # a controller without a heartbeat for so long counts as hung; it beats several times a second
+)
 _LOCK_POLL_S = 0.02
 _LOCK_TIMEOUT_S = 20.0  # for another command to finish its change
 _DAMAGED = "Remove the service with 'powerband remove', or delete the file."
@@ -48,12 +50,12 @@ class ServiceStore:
     path: Path
 
     @classmethod
-    def of(cls, name: str) -> ServiceStore:
-        """Raises UsageError for what is no name."""
+    def named(cls, name: str) -> ServiceStore:
+        """Raises UsageError for an invalid name."""
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"{name!r} is no name of a service.",
-                hint="Small letters, digits, '.', '_' and '-', at most 63 of them.",
+                f"Invalid service name {name!r}.",
+                hint="Use lower-case letters, digits, '.', '_' and '-', at most 63 characters.",
                 param="name",
             )
         return cls(state_home() / name)
@@ -78,8 +80,8 @@ class ServiceStore:
     def incidents(self) -> Path:
         return self.path / "incidents.json"
 
-    def make(self) -> None:
-        """Raises EnvironmentFault."""
+    def create(self) -> None:
+        """Make the folder. Raises EnvironmentFault."""
         try:
             make_private_folder(self.logs)
             self.path.chmod(0o700)
@@ -93,29 +95,30 @@ class ServiceStore:
     def exists(self) -> bool:
         return (self.path / "desired.json").exists()
 
-    def desired(self) -> Desired | None:
+    def read_spec(self) -> ServiceSpec | None:
         """None: there is no such service. Raises EnvironmentFault when the file is damaged."""
-        return _read(self.path / "desired.json", Desired)
+        return _read(self.path / "desired.json", ServiceSpec)
 
-    def status(self) -> Status | None:
-        """None: no controller has written yet."""
-        return _read(self.path / "status.json", Status)
+    def read_status(self) -> ServiceStatus | None:
+        """None: no controller has written a status yet. Raises EnvironmentFault when the file is damaged."""
+        return _read(self.path / "status.json", ServiceStatus)
 
-    def write_status(self, status: Status) -> None:
+    def write_status(self, status: ServiceStatus) -> None:
+        """Raises OSError."""
         write_json(self.path / "status.json", status, durable=False)
 
-    def write_desired(self, desired: Desired) -> None:
-        """Only inside `changing`. Raises EnvironmentFault."""
+    def write_spec(self, spec: ServiceSpec) -> None:
+        """Only while holding `lock_spec`. Raises EnvironmentFault."""
         path = self.path / "desired.json"
         try:
-            write_json(path, desired)
+            write_json(path, spec)
         except OSError as problem:
             raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="name") from None
 
     @contextlib.contextmanager
-    def changing(self, wait_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
-        """One command at a time. Raises EnvironmentFault when another one does not finish within `wait_s`."""
-        self.make()
+    def lock_spec(self, wait_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
+        """One change at a time. Raises EnvironmentFault when another command holds the lock for more than `wait_s`."""
+        self.create()
         path = self.path / "desired.lock"
         with contextlib.ExitStack() as held:
             try:
@@ -133,39 +136,39 @@ class ServiceStore:
         return self.path / "controller.lock"
 
     def controller_state(self) -> Literal["alive", "hung", "none"]:
-        """hung: a process holds the controller's lock, but has sent no heartbeat for CONTROLLER_SILENT_S."""
+        """hung: a process holds the controller's lock, but has sent no heartbeat for HEARTBEAT_TIMEOUT_S."""
         if not self.controller_lock.exists():
             return "none"
         try:
             with lock(self.controller_lock):
                 return "none"
         except BlockingIOError:
-            is_silent = abs(time.time() - self.controller_beat()) > HEARTBEAT_TIMEOUT_S
-            return "hung" if is_silent else "alive"
+            is_hung = abs(time.time() - self.last_heartbeat()) > HEARTBEAT_TIMEOUT_S
+            return "hung" if is_hung else "alive"
 
     def controller_alive(self) -> bool:
         return self.controller_state() == "alive"
 
-    def controller_beat(self) -> float:
-        """When the controller's last heartbeat was, on time.time()."""
+    def last_heartbeat(self) -> float:
+        """The time of the controller's last heartbeat, on time.time()."""
         return self.controller_lock.stat().st_mtime
 
     def next_number(self) -> int:
-        """For the id of the next replica: never the same twice, whatever ends in between. Only the controller asks.
+        """For the id of the next instance; never returns the same number twice. Called by the controller only.
 
-        On a full disk the clock counts: in microseconds it is beyond what any count comes to.
+        On a full disk the number comes from the clock: in microseconds it is larger than any count.
         """
         path = self.path / "sequence"
         try:
             number = int(path.read_text()) + 1 if path.exists() else 1
             write_atomically(path, str(number).encode(), private=True)
         except (OSError, ValueError) as problem:
-            logger.warning("%s cannot be written, so the clock numbers what is started: %s.", path, problem)
+            logger.warning("Cannot write %s; numbering instances by the clock instead: %s.", path, problem)
             return time.time_ns() // 1000
         return number
 
-    def forget(self, *, purge: bool) -> None:
-        """Delete the state of a service that was removed; the gateway's books only with `purge`."""
+    def delete(self, *, purge: bool) -> None:
+        """Delete the state of a removed service; the gateway's database only with `purge`."""
         if purge:
             shutil.rmtree(self.path, ignore_errors=True)
             return
@@ -176,43 +179,43 @@ class ServiceStore:
 
 
 def services() -> list[ServiceStore]:
-    """All that are there, by name."""
+    """All services of this user, by name."""
     home = state_home()
     found = [ServiceStore(path) for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
     return sorted((folder for folder in found if folder.exists()), key=lambda folder: folder.name)
 
 
 def find_service(name: str | None) -> ServiceStore:
-    """The one with this name; without a name the only one. Raises UsageError with what there is."""
+    """The service with this name; without a name, the only one. Raises UsageError that lists the services."""
     known = services()
     names = ", ".join(folder.name for folder in known)
     if name is None:
         if len(known) == 1:
             return known[0]
         if not known:
-            raise UsageError("No service is deployed here.", hint="'powerband deploy' starts one.", param="name")
+            raise UsageError("No service is deployed.", hint="'powerband deploy' starts one.", param="name")
         raise UsageError(f"There are several services: {names}.", hint="Name one with --name.", param="name")
-    folder = ServiceStore.of(name)
+    folder = ServiceStore.named(name)
     if not folder.exists():
-        hint = f"Deployed here: {names}." if names else "Nothing is deployed here."
+        hint = f"Deployed: {names}." if names else "No service is deployed."
         raise UsageError(f"There is no service {name!r}.", hint=hint, param="name")
     return folder
 
 
 def endpoint(name: str | None) -> tuple[str, str]:
-    """A service's gateway and its admin key. Raises as find_service, and EnvironmentFault too early."""
+    """URL of a service's gateway, and its admin key. Raises as find_service, and EnvironmentFault before its start."""
     folder = find_service(name)
-    status = folder.status()
+    status = folder.read_status()
     if status is None or not folder.admin_key.exists():
-        raise EnvironmentFault(f"The gateway of {folder.name} was not started yet.", param="name")
+        raise EnvironmentFault(f"The gateway of {folder.name} has not started yet.", param="name")
     return status.gateway.url, folder.admin_key.read_text().strip()
 
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[int]:
-    """Hold the file's lock; the kernel releases it when the process ends, however it does.
+    """Hold the file's lock; the kernel releases it when the process ends.
 
-    Raises BlockingIOError when it is still taken after `wait_s`: its holder may be stopped, and wait for ever.
+    Raises BlockingIOError when another process still holds it after `wait_s`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline_s = time.monotonic() + wait_s
@@ -231,7 +234,7 @@ def lock(path: Path, *, wait_s: float = 0.0) -> Iterator[int]:
 
 
 def write_json(path: Path, value: object, *, durable: bool = True) -> None:
-    """All or nothing; with `durable` also where the machine stops in between."""
+    """Atomically; with `durable` also across a power loss. Raises OSError."""
     data = msgspec.json.format(msgspec.json.encode(value), indent=1)
     write_atomically(path, data, durable=durable, private=True)
 

@@ -1,6 +1,6 @@
-"""What a fleet asks of the place where its members run: this machine's processes today, a cluster's pods as well.
+"""What the controller needs from the place where its instances run: today processes of this machine, later pods.
 
-A member is a replica or the gateway. A target keeps no wishes: it starts, finds anew, and stops.
+An instance is a replica or the gateway. A target keeps no desired state: it starts, lists and stops.
 """
 
 from __future__ import annotations
@@ -15,80 +15,72 @@ Role = Literal["replica", "gateway"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSpec:
-    """One member to start. id: unique, never used again. revision: names what it runs. `{port}` in the command becomes
-    the port that the target chose, where `port` does not say one. ready_path: answers 200 when it is ready. devices:
-    accelerators that it has to itself.
-    """
+    """An instance to start."""
 
-    id: str
+    id: str  # unique, never used again
     role: Role
-    revision: str
-    command: tuple[str, ...]
+    revision: str  # identifies what it runs
+    command: tuple[str, ...]  # {port} in it becomes the port
     env: Mapping[str, str] = field(default_factory=dict)
     pool: int = 0
     host: str = "127.0.0.1"
-    port: int | None = None
-    ready_path: str = "/readyz"
-    devices: tuple[int, ...] = ()
+    port: int | None = None  # None: the target chooses a free one
+    ready_path: str = "/readyz"  # responds with 200 when the instance is ready
+    devices: tuple[int, ...] = ()  # accelerators that no other instance uses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """A member that was started and has not been found to be gone. stopping: it was asked to end.
-
-    pid: 0 where the target has none. started_at: time.time().
-    """
+    """An instance that was started and has not exited, as far as the target knows."""
 
     id: str
     role: Role
     revision: str
     pool: int
     url: str
-    pid: int
-    started_at: float
-    stopping: bool = False
+    pid: int  # 0: the target has no process ids
+    started_at: float  # time.time()
+    stopping: bool = False  # it was asked to stop
     ready_path: str = "/readyz"
     devices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ExitedInstance:
-    """A member that ended. exit_code: None where nobody was told. log: the end of what it said."""
-
     id: str
-    exit_code: int | None
-    log: str
+    exit_code: int | None  # None: not known
+    log: str  # the last lines of its log
 
 
 class Target(Protocol):
-    """Every method returns at once; nothing here waits for a member."""
+    """No method waits for an instance."""
 
-    def start(self, launch: InstanceSpec) -> Instance:
-        """Raises EnvironmentFault when it cannot be started at all. Once it returns, `running` knows the member, also
-        after a crash of whoever called.
+    def start(self, spec: InstanceSpec) -> Instance:
+        """Raises EnvironmentFault when the instance cannot be started. Once this returns, `list_instances` includes the
+        instance, even if the caller crashes right after.
         """
         ...
 
-    def running(self) -> Sequence[Instance]:
-        """All members of this service, whoever started them, found anew."""
+    def list_instances(self) -> Sequence[Instance]:
+        """All instances of this service, including those that another controller started."""
         ...
 
-    def gone(self) -> Sequence[ExitedInstance]:
-        """Members that ended since the last call, asked or not."""
+    def take_exited(self) -> Sequence[ExitedInstance]:
+        """Instances that exited since the last call, whether they were asked to or not."""
         ...
 
     def stop(self, id: str, grace_s: float) -> None:
-        """Ask it to end, and insist after `grace_s`; asking again changes nothing, but for a shorter grace."""
+        """Ask an instance to stop, and kill it after `grace_s`. A second call can only shorten the grace period."""
         ...
 
     def log(self, id: str) -> Path | None:
-        """What it says, where that is a file."""
+        """The instance's log, if it is a file."""
         ...
 
-    def taken_devices(self) -> frozenset[int]:
-        """Accelerators that members of other services have."""
+    def devices_in_use(self) -> frozenset[int]:
+        """Accelerators that instances of other services use."""
         ...
 
-    def room_for_one_more(self) -> bool:
-        """Whether a replica like those that run would fit beside them, as far as can be known."""
+    def has_room_for_replica(self) -> bool:
+        """Whether one more replica like the running ones would fit into memory, as far as the target can tell."""
         ...

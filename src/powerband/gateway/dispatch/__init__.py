@@ -1,1 +1,1 @@
-"""Which replica a request goes to, and when: the queue, the replicas as they are, routing, breakers, probes."""
+"""The dispatcher of each served model on an event loop, and the probes of its replicas."""

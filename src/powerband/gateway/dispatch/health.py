@@ -20,9 +20,9 @@ from typing import Any
 
 import msgspec
 
-from powerband.gateway.dispatch.member import Member
+from powerband.dispatch.backend import Backend
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.engine_names import ENGINE_NAMES, read_load
+from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
 from powerband.gateway.routes import ReplicaAddress
 
 logger = logging.getLogger(__name__)
@@ -72,23 +72,22 @@ class Prober:
         """Begin what is due."""
         pool, options, now_s = self._pool, self._pool.options, self._pool.clock()
         self._note_delay(now_s)
-        members = {member.id: member for member in pool.members}
+        backends = {backend.id: backend for backend in pool.backends}
         for due_s in (self._due_s, self._load_due_s):
-            for gone in due_s.keys() - members.keys():
+            for gone in due_s.keys() - backends.keys():
                 del due_s[gone]
-        for member in members.values():
-            if now_s >= self._due_s.get(member.id, 0.0) and self._begin("probe", member, self._probe):
-                self._due_s[member.id] = now_s + options.probe_every_s
-            is_due = member.is_ready and now_s >= self._load_due_s.get(member.id, 0.0)
-            if is_due and self._begin("load", member, self._read_load):
-                self._load_due_s[member.id] = now_s + options.load_every_s
+        for backend in backends.values():
+            if now_s >= self._due_s.get(backend.id, 0.0) and self._begin("probe", backend, self._probe):
+                self._due_s[backend.id] = now_s + options.probe_interval_s
+            is_due = backend.is_ready and now_s >= self._load_due_s.get(backend.id, 0.0)
+            if is_due and self._begin("load", backend, self._read_load):
+                self._load_due_s[backend.id] = now_s + options.metrics_interval_s
             # A long step is no fault, and our own /readyz tells one from an engine that hangs.
-            is_trusted = member.address.engine == "powerband" and member.is_ready
+            is_trusted = pool.address(backend).engine == "powerband" and backend.is_ready
             is_awake = now_s - self._held_up_s > options.probe_timeout_s  # long enough to have read what came meanwhile
-            if is_awake and not is_trusted and member.is_silent(now_s, options.hung_after_s):
-                logger.warning("replica %s is silent: %d requests go elsewhere", member.id, len(member.stays))
-                pool.hung(member)
-        pool.tick()
+            if is_awake and not is_trusted and backend.is_silent(now_s):
+                logger.warning("replica %s is silent: %d requests go elsewhere", backend.id, len(backend.in_flight))
+                pool.hung(backend)
 
     def _note_delay(self, now_s: float) -> None:
         """Was this process held up? Then silence says nothing of others."""
@@ -96,12 +95,14 @@ class Prober:
             self._held_up_s = now_s
         self._step_s = now_s
 
-    def _begin(self, what: str, member: Member, function: Callable[[Member], Coroutine[Any, Any, None]]) -> bool:
+    def _begin(
+        self, what: str, backend: Backend, function: Callable[[Backend, ReplicaAddress], Coroutine[Any, Any, None]]
+    ) -> bool:
         """Unless the one before still runs."""
-        name = (what, member.id)
+        name = (what, backend.id)
         if name in self._tasks:
             return False
-        task = self._tasks[name] = asyncio.create_task(function(member))
+        task = self._tasks[name] = asyncio.create_task(function(backend, self._pool.address(backend)))
         task.add_done_callback(partial(self._ended, name))
         return True
 
@@ -110,76 +111,76 @@ class Prober:
         if not task.cancelled() and (problem := task.exception()) is not None:
             logger.error("%s of replica %s: %r", *name, problem)
 
-    async def _probe(self, member: Member) -> None:
-        pool, names = self._pool, ENGINE_NAMES[member.address.engine]
-        sent_s, timeout_s = pool.clock(), pool.options.probe_timeout_s / (2 if member.is_in_doubt else 1)
+    async def _probe(self, backend: Backend, address: ReplicaAddress) -> None:
+        pool, names = self._pool, ENGINE_ENDPOINTS[address.engine]
+        sent_s, timeout_s = pool.clock(), pool.options.probe_timeout_s / (2 if backend.is_in_doubt else 1)
         try:
-            status, body = await self._fetch(member.address, names.ready_path, timeout_s)
+            status, body = await self._fetch(address, names.ready_path, timeout_s)
         except OSError as problem:
             if isinstance(problem, TimeoutError) or getattr(problem, "code", "") == "timeout":
-                self._timed_out(member, sent_s)
-            elif member.probed_badly(pool.clock(), type(problem).__name__):
-                self._gone(member, "unreachable")
+                self._timed_out(backend, sent_s)
+            elif backend.probed_badly(pool.clock(), type(problem).__name__):
+                self._gone(backend, "unreachable")
         else:
             if status == 200 and not (names.ready_path == "/v1/models" and _is_empty_list(body)):
-                self._well(member, body)
+                self._well(backend, address, body)
                 return
-            self._explain(member, names.ready_path, status)
-            if member.probed_badly(pool.clock(), f"http_{status}"):
-                logger.warning("replica %s is not ready (HTTP %d)", member.id, status)
-                pool.changed(member)  # what it has, it may still end
+            self._explain(backend, address, status)
+            if backend.probed_badly(pool.clock(), f"http_{status}"):
+                logger.warning("replica %s is not ready (HTTP %d)", backend.id, status)
+                pool.changed(backend)  # what it has, it may still end
 
-    def _explain(self, member: Member, path: str, status: int) -> None:
+    def _explain(self, backend: Backend, address: ReplicaAddress, status: int) -> None:
         """Say why a replica will not become ready by waiting."""
-        now_s = self._pool.clock()
-        if status in (401, 403) and member.may_log(now_s):
-            logger.warning("replica %s refuses the gateway's key: GET %s answers %d", member.id, path, status)
-        elif status in (404, 405, 501) and member.may_log(now_s):
+        now_s, path = self._pool.clock(), ENGINE_ENDPOINTS[address.engine].ready_path
+        if status in (401, 403) and backend.may_log(now_s):
+            logger.warning("replica %s refuses the gateway's key: GET %s answers %d", backend.id, path, status)
+        elif status in (404, 405, 501) and backend.may_log(now_s):
             logger.warning(
                 "replica %s is not ready: GET %s answers %d; is its engine %r? 'openai' is any server",
-                *(member.id, path, status, member.address.engine),
+                *(backend.id, path, status, address.engine),
             )
 
-    def _well(self, member: Member, body: bytes) -> None:
-        if member.address.engine == "powerband":
+    def _well(self, backend: Backend, address: ReplicaAddress, body: bytes) -> None:
+        if address.engine == "powerband":
             with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
                 restarts = msgspec.json.decode(body, type=_Ready).engine_restarts
-                if member.restarts not in (None, restarts):
-                    self._pool.restarted(member)
-                member.restarts = restarts
-        if member.probed_well(self._pool.clock(), is_needed=not self._pool.is_ready):
-            logger.info("replica %s is ready", member.id)
-            self._pool.changed(member)
+                if backend.restarts not in (None, restarts):
+                    self._pool.restarted(backend)
+                backend.restarts = restarts
+        if backend.probed_well(self._pool.clock(), is_needed=not self._pool.is_ready):
+            logger.info("replica %s is ready", backend.id)
+            self._pool.changed(backend)
 
-    def _timed_out(self, member: Member, sent_s: float) -> None:
+    def _timed_out(self, backend: Backend, sent_s: float) -> None:
         now_s = self._pool.clock()
         self._note_delay(now_s)
         if self._held_up_s >= sent_s:
             return  # it may have answered in time
-        if member.stays and now_s - member.bytes_s < self._pool.options.probe_timeout_s / 2:
+        if backend.in_flight and now_s - backend.bytes_s < self._pool.options.probe_timeout_s / 2:
             return  # slow to answer, but it works
-        if member.probed_badly(now_s, "probe_timeout"):
-            self._gone(member, "stopped")
+        if backend.probed_badly(now_s, "probe_timeout"):
+            self._gone(backend, "stopped")
 
-    def _gone(self, member: Member, why: str) -> None:
+    def _gone(self, backend: Backend, why: str) -> None:
         """Nothing will come from it any more."""
-        logger.warning("replica %s is %s: %d requests go elsewhere", member.id, why, len(member.stays))
-        self._pool.changed(member)
-        member.lose_all()
+        logger.warning("replica %s is %s: %d requests go elsewhere", backend.id, why, len(backend.in_flight))
+        self._pool.changed(backend)
+        backend.lose_all()
 
-    async def _read_load(self, member: Member) -> None:
-        names = ENGINE_NAMES[member.address.engine]
+    async def _read_load(self, backend: Backend, address: ReplicaAddress) -> None:
+        names = ENGINE_ENDPOINTS[address.engine]
         if not names.metrics_path:
             return
         try:
-            status, page = await self._fetch(member.address, names.metrics_path, _LOAD_TIMEOUT_S)
+            status, page = await self._fetch(address, names.metrics_path, _LOAD_TIMEOUT_S)
         except OSError:
             return  # the probe judges
         if status == 200:
             load = read_load(page, names)
-            if load.tokens is not None and (member.load.tokens or 0.0) < load.tokens:
-                member.bytes_s = max(member.bytes_s, self._pool.clock() - _LOAD_TIMEOUT_S)
-            self._pool.reported(member, load)
+            if load.tokens is not None and (backend.load.tokens or 0.0) < load.tokens:
+                backend.bytes_s = max(backend.bytes_s, self._pool.clock() - _LOAD_TIMEOUT_S)
+            self._pool.reported(backend, load)
 
 
 def _is_empty_list(body: bytes) -> bool:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from powerband.gateway.proxy.upstream import Upstream
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
 
 if TYPE_CHECKING:
-    from powerband.gateway.gateway import Served
+    from powerband.gateway.gateway import ServedModel
 
 _ASK_S = 2.0
 
@@ -28,7 +28,7 @@ class _Cards(msgspec.Struct):
 _CARDS = msgspec.json.Decoder(_Cards)
 
 
-async def context_length(served: Served, upstream: Upstream) -> int | None:
+async def context_length(served: ServedModel, upstream: UpstreamClient) -> int | None:
     """In tokens, of the replica that takes the least; None: none of them says."""
     known = served.context_lengths
     replicas = served.route.replicas
@@ -37,7 +37,7 @@ async def context_length(served: Served, upstream: Upstream) -> int | None:
     return min(lengths, default=None)
 
 
-async def _ask(known: dict[str, int | None], upstream: Upstream, replica: ReplicaAddress) -> None:
+async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: ReplicaAddress) -> None:
     """One that does not answer is asked again the next time."""
     try:
         status, body = await upstream.ask(replica, "GET", "/v1/models", b"", _ASK_S)

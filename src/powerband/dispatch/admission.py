@@ -1,0 +1,135 @@
+"""Whether a request may wait, and until when: refuse at once, with a time to come back, rather than late.
+
+A request's deadline is the one it names, or the operator's default, or the SLO's TTFT. The SLO counts only during an
+overload that lasts: the queue absorbs a spike of a few seconds, and a longer one while a replica is replaced. In a
+lasting overload, a request that has missed its SLO adds nothing to goodput and would make all others late.
+"""
+
+from __future__ import annotations
+
+import math
+
+from powerband.dispatch.capacity import Capacity, ServiceTime
+from powerband.dispatch.errors import DeadlineInfeasible, PoolFull, QueueTimeout
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.queue import FairQueue
+from powerband.dispatch.request import DispatchRequest, PriorityLevel
+
+# Others may go first, and measurements vary: nearly all requests that are accepted must meet their deadline.
+_SAFETY_FACTOR = 1.25
+
+
+class Admission:
+    """Of one length pool. slo_ttft_s: the SLO's seconds to the first token; None: it has none. is_overloaded: for long
+    enough that the SLO counts as a deadline."""
+
+    def __init__(self, options: DispatchOptions) -> None:
+        self.capacity = Capacity()
+        self.service = ServiceTime()
+        self.slo_ttft_s: float | None = None
+        self.is_overloaded = False
+        self._options = options
+        self._late_since_s: float | None = None
+        self._incomplete_s = -math.inf  # when a backend was missing, last
+
+    def watch(self, queue: FairQueue, now_s: float, *, is_complete: bool) -> None:
+        """Find out whether there is an overload: called several times a second. is_complete: every backend serves."""
+        if not is_complete:
+            self._incomplete_s = now_s
+        if self.slo_ttft_s is None:
+            self._late_since_s, self.is_overloaded = None, False
+            return
+        allowed_s = max(self.slo_ttft_s - self.service.bound_s, 0.0)
+        wait_s = self.capacity.wait_s(queue.tokens, queue.requests) if queue.requests else 0.0
+        if wait_s is not None and wait_s <= (allowed_s / 2 if self.is_overloaded else allowed_s):
+            self._late_since_s, self.is_overloaded = None, False
+            return
+        if self._late_since_s is None:
+            self._late_since_s = now_s
+        options = self._options
+        is_recovering = now_s - self._incomplete_s < options.recovery_grace_s
+        grace_s = options.recovery_grace_s if is_recovering else options.overload_grace_s
+        self.is_overloaded = self.is_overloaded or now_s - self._late_since_s >= grace_s
+
+    def is_late(self, request: DispatchRequest, now_s: float) -> bool:
+        """Whether the first token would miss the deadline if the request were dispatched now."""
+        deadline_s = self._deadline_s(request, now_s)
+        return deadline_s is not None and now_s + self.service.bound_s > deadline_s
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `watch` would change nothing while no request waits."""
+        return self._late_since_s is None and not self.is_overloaded
+
+    def check_late(self, request: DispatchRequest, now_s: float) -> None:
+        """For a request that need not wait. Raises DeadlineInfeasible if its deadline has passed."""
+        deadline_s = self._deadline_s(request, now_s)
+        if deadline_s is not None and now_s >= deadline_s:
+            raise self._infeasible(now_s - deadline_s)
+
+    def admit(
+        self, request: DispatchRequest, level: PriorityLevel, queue: FairQueue, now_s: float, waiting: tuple[int, int]
+    ) -> float:
+        """When its wait ends at the latest. waiting: requests and tokens in the queues of all length pools.
+
+        Raises PoolFull and DeadlineInfeasible.
+        """
+        wait_s = self._predicted_wait_s(request, level, queue)
+        self._check_room(request, wait_s, *waiting)
+        latest_s = now_s + self._options.max_queue_wait_s
+        deadline_s = self._deadline_s(request, now_s)
+        if deadline_s is None:
+            return latest_s
+        # A request that leaves the queue at its deadline would get its first token after it.
+        latest_s = min(latest_s, deadline_s - self.service.bound_s)
+        late_s = now_s + _SAFETY_FACTOR * (wait_s or 0.0) - latest_s
+        if late_s > 0:
+            raise self._infeasible(late_s)
+        return latest_s
+
+    def timeout(self, waited_s: float) -> QueueTimeout:
+        return QueueTimeout(
+            f"No replica became available within {waited_s:.1f} s.",
+            retry_after_s=self.capacity.retry_after_s(None),
+            hint="All replicas are busy. Try again later.",
+        )
+
+    def _predicted_wait_s(self, request: DispatchRequest, level: PriorityLevel, queue: FairQueue) -> float | None:
+        """Until a new request is dispatched, after all that are ahead of it."""
+        ahead = queue.tokens_ahead(level, request.tenant)
+        requests = queue.requests * ahead / queue.tokens if queue.tokens else 0.0
+        return self.capacity.wait_s(ahead + request.prompt_tokens + request.output_tokens, requests + 1)
+
+    def _check_room(self, request: DispatchRequest, wait_s: float | None, requests: int, tokens: int) -> None:
+        options, capacity = self._options, self.capacity
+        own = request.prompt_tokens + request.output_tokens
+        over = tokens + own - options.max_queued_tokens
+        if requests >= options.max_queued_requests:
+            what = f"{requests} requests are waiting; the limit is {options.max_queued_requests}"
+            until_room_s = capacity.wait_s(tokens / requests, 1)
+        elif requests and over > 0:  # an empty queue takes any request
+            what = f"{tokens} tokens are waiting and this takes up to {own}; the limit is {options.max_queued_tokens}"
+            until_room_s = capacity.wait_s(over, requests * over / tokens)
+        elif wait_s is not None and wait_s > options.max_queue_wait_s:
+            what = f"the wait would be {wait_s:.0f} s; the limit is {options.max_queue_wait_s:g} s"
+            until_room_s = wait_s - options.max_queue_wait_s
+        else:
+            return
+        retry_after_s = capacity.retry_after_s(until_room_s)
+        hint = f"Try again in {retry_after_s:.1f} s, or add replicas."
+        raise PoolFull(f"All replicas are busy: {what}.", retry_after_s=retry_after_s, hint=hint)
+
+    def _infeasible(self, late_s: float) -> DeadlineInfeasible:
+        return DeadlineInfeasible(
+            f"The first token would come {late_s:.2f} s after the deadline.",
+            retry_after_s=self.capacity.retry_after_s(late_s),
+            hint="Allow more time, or try again later.",
+        )
+
+    def _deadline_s(self, request: DispatchRequest, now_s: float) -> float | None:
+        if request.deadline_s is not None:
+            return request.deadline_s
+        allowed_s = self._options.default_deadline_s
+        if allowed_s is None and self.is_overloaded:
+            allowed_s = self.slo_ttft_s
+        return None if allowed_s is None else (request.arrival_s or now_s) + allowed_s

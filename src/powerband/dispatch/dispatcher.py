@@ -1,0 +1,470 @@
+"""Which backend a request goes to, and when: requests wait here, and nowhere else, until a backend has a place.
+
+    submit ─► admitted? ─► a place is free ────────────► InFlightRequest ── release ─► its place goes to the next
+                 │ no       └ none: queue (fair, bounded) ──┘
+                 └─► PoolFull, DeadlineInfeasible, …         … or QueueTimeout
+
+A backend has max_num_seqs places and a few more, so that it never runs dry; a request that still waits can go to any
+backend, also to one that is added later.
+
+No clock, no input or output, nothing random: the caller passes the time of every event, never an earlier one than
+before, collects with `take_decided` what became of queued requests, and calls `tick` at `next_deadline`. The gateway
+does so with sockets and timers, the planner's simulator in virtual time.
+
+    dispatcher = Dispatcher()
+    dispatcher.update([BackendSpec(id="a")], now_s=0.0)
+    placed = dispatcher.submit(DispatchRequest(prompt_tokens=10, output_tokens=20), now_s=0.0)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+from itertools import count, islice
+from typing import Literal
+
+from powerband.dispatch.backend import Backend, BackendSpec, InFlightRequest, ReplicaLoad
+from powerband.dispatch.breaker import RetryBudgets
+from powerband.dispatch.errors import NoReplicaAvailable, PoolError, ReplicasBusy
+from powerband.dispatch.length_pools import LengthPool, arrange, pool_for
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.queue import QueuedRequest
+from powerband.dispatch.request import DispatchRequest, PriorityLevel
+from powerband.dispatch.routing import make_router
+
+NO_REPLICA_RETRY_S = 5.0
+TICK_S = 0.05  # between two looks at waiting requests and at backends that do not serve
+_HEALTHY_S = 60.0  # for which a completed request shows a backend to be healthy
+_MAX_PAUSE_S = 5.0  # that a request waits for replicas which asked for a pause; else its client is told to wait
+_REPLACEMENT_S = 15.0  # for which a replica is expected while there is none
+
+# How a request ended. ok: answered. failed: through the backend's fault. suspected: maybe through its own fault;
+# `blame` may follow. refused: the backend turned it away (429, 503). absent: nothing there could have run it. left: its
+# client left. unsent: its client left before it was sent.
+Outcome = Literal["ok", "failed", "suspected", "refused", "absent", "left", "unsent"]
+
+
+class Dispatcher:
+    """The queue before the replicas of one model, and what is known of them."""
+
+    def __init__(self, options: DispatchOptions | None = None) -> None:
+        self.options = options or DispatchOptions()
+        self._backends: dict[str, Backend] = {}
+        self._leaving: list[Backend] = []  # removed, but still answering
+        self._pools = arrange((), (), self.options)
+        self._router = make_router(self.options)
+        self._retries = RetryBudgets(self.options)
+        self._num_in_flight: Counter[str] = Counter()  # by tenant
+        self._had_backend_s = -_REPLACEMENT_S
+        self._decided: list[QueuedRequest] = []
+        self._expiries: list[tuple[float, int, QueuedRequest]] = []  # a heap; holds some that wait no more
+        self._order = count()
+        self._tick_due_s: float | None = None
+
+    # Requests.
+
+    def submit(
+        self, request: DispatchRequest, now_s: float, *, avoid: Collection[str] = ()
+    ) -> InFlightRequest | QueuedRequest:
+        """Send it to a backend, or queue it. avoid: backends that failed with it, used only if there are no others.
+
+        Raises PoolFull, DeadlineInfeasible, NoReplicaAvailable and ReplicasBusy.
+        """
+        pool = pool_for(request, self._pools)
+        # A request that was accepted before does not go to the end of the line.
+        level = (0 if avoid else 1, request.priority)
+        sent = None if pool.queue.requests else self._send_at_once(request, avoid, pool, level, now_s)
+        return sent or self._enqueue(request, pool, level, frozenset(avoid), now_s)
+
+    def take_decided(self) -> Sequence[QueuedRequest]:
+        """Queued requests that were sent or refused since the last call, in this order: see their `outcome`."""
+        if not self._decided:
+            return ()
+        decided, self._decided = self._decided, []
+        return decided
+
+    def cancel(self, queued: QueuedRequest, now_s: float) -> None:
+        """Its client left while it waited."""
+        self._remove(queued, now_s)
+
+    def first_token(self, in_flight: InFlightRequest, now_s: float, prompt_tokens: int | None = None) -> None:
+        """The prompt is computed. prompt_tokens: as the backend counted them. Only the first call counts."""
+        in_flight.backend.progressed(in_flight, now_s)
+        if in_flight.has_first_token or in_flight.is_released:
+            return
+        in_flight.has_first_token = True
+        request = in_flight.request
+        in_flight.prompt_tokens = request.prompt_tokens if prompt_tokens is None else prompt_tokens
+        in_flight.outstanding -= request.prompt_tokens
+        in_flight.backend.outstanding -= request.prompt_tokens
+        pool_for(request, self._pools).admission.service.observe(now_s - in_flight.sent_s)
+
+    def release(
+        self,
+        in_flight: InFlightRequest,
+        outcome: Outcome,
+        now_s: float,
+        *,
+        output_tokens: int = 0,
+        pause_s: float = 0.0,
+    ) -> None:
+        """It ended; its place goes to the next. Only the first call counts. output_tokens: that were generated.
+        pause_s: the backend gets no new request for so long.
+        """
+        if in_flight.is_released:
+            return
+        in_flight.is_released, in_flight.on_lost = True, None
+        in_flight.is_suspected = outcome == "suspected"
+        backend, request = in_flight.backend, in_flight.request
+        if pause_s:
+            backend.paused_until_s = max(backend.paused_until_s, now_s + pause_s)
+        pool = pool_for(request, self._pools)
+        self._num_in_flight[request.tenant] -= 1
+        if not self._num_in_flight[request.tenant]:
+            del self._num_in_flight[request.tenant]
+        backend.in_flight.discard(in_flight)
+        backend.outstanding -= in_flight.outstanding
+        is_done = outcome in ("ok", "left")
+        if is_done:
+            pool.observe(now_s)
+            pool.admission.capacity.ended(in_flight.tokens, now_s - in_flight.sent_s)
+            backend.answered()
+            if outcome == "ok":
+                backend.answered_s = now_s
+        elif outcome == "refused":
+            backend.refused(now_s)
+        elif outcome == "absent":
+            if backend.found_absent(now_s, "absent"):
+                self.changed(backend, now_s)
+        elif outcome == "failed":
+            backend.errors.append("failed")
+        # A tenant does not pay for what it did not get.
+        paid = in_flight.prompt_tokens + output_tokens if is_done else 0
+        pool.queue.settle(in_flight.level, request.tenant, paid - in_flight.tokens)
+        # The probes of a backend that was found dead have counted that already.
+        is_ok = True if outcome == "ok" else False if outcome == "failed" else None
+        self._count(in_flight, None if in_flight.is_lost else is_ok, now_s)
+        if self.queued:
+            self._dispatch(now_s)
+
+    def blame(self, in_flight: InFlightRequest, now_s: float) -> None:
+        """A request that was released as suspected succeeds elsewhere: its backend was at fault."""
+        in_flight.backend.errors.append("failed")
+        self._count(in_flight, False, now_s)
+
+    def may_retry(self, in_flight: InFlightRequest, now_s: float) -> bool:
+        """Take another attempt from the budget of the request's tenant, after this one failed.
+
+        Requests that may be at fault themselves have a budget of their own. Where the backend is known to be gone, the
+        attempt is free: a replica's death costs one retry each, and makes no storm.
+        """
+        backend = in_flight.backend
+        if not backend.is_serving or not backend.breaker.is_closed:
+            self._retries.taken += 1
+            return True
+        tenant = in_flight.request.tenant
+        return self._retries.take(now_s, self._num_in_flight[tenant], (tenant, in_flight.is_suspected))
+
+    # Backends.
+
+    def update(
+        self,
+        specs: Iterable[BackendSpec],
+        now_s: float,
+        *,
+        planned_rate: float | None = None,
+        slo_ttft_s: float | None = None,
+    ) -> None:
+        """These are the backends now; those that stay keep their state, and queued requests may go to any.
+
+        planned_rate: requests a second that all are planned for. slo_ttft_s: the SLO's TTFT. None: not known.
+        """
+        if any(not backend.spec.draining for backend in self._backends.values()):
+            self._had_backend_s = now_s
+        backends: dict[str, Backend] = {}
+        for spec in specs:
+            backend = self._backends.pop(spec.id, None) or Backend(spec, self.options, now_s)
+            has_grown = backend.spec.max_num_seqs != spec.max_num_seqs
+            backend.spec = spec
+            if has_grown:
+                backend.limit = backend.max_in_flight
+            backends[spec.id] = backend
+        for backend in self._backends.values():
+            backend.is_removed = True
+            self._router.forget(backend.id)
+        self._leaving = [one for one in (*self._leaving, *self._backends.values()) if one.in_flight]
+        self._backends = backends
+        self._rearrange(now_s)
+        for pool in self._pools:
+            pool.admission.capacity.planned = planned_rate / len(backends) if planned_rate and backends else None
+            pool.admission.slo_ttft_s = slo_ttft_s
+
+    @property
+    def backends(self) -> list[Backend]:
+        """Also those that were removed and still answer requests."""
+        return [*self._backends.values(), *(backend for backend in self._leaving if backend.in_flight)]
+
+    @property
+    def current(self) -> Iterable[Backend]:
+        """Without those that were removed."""
+        return self._backends.values()
+
+    def changed(self, backend: Backend, now_s: float) -> None:
+        """A probe made it ready, or ejected it."""
+        self._rearrange(now_s)
+        if not backend.is_ready:
+            self._router.forget(backend.id)
+
+    def restarted(self, backend: Backend) -> None:
+        """Its engine is another process now."""
+        backend.restarted()
+        self._router.forget(backend.id)
+
+    def hung(self, backend: Backend, now_s: float) -> None:
+        """Its probes are good, but nothing comes."""
+        backend.errors.append("hung")
+        if backend.is_ready and self._may_open():
+            backend.breaker.trip(now_s)
+            self._schedule_tick(now_s)
+        backend.lose_all()
+
+    def reported(self, backend: Backend, load: ReplicaLoad, now_s: float) -> None:
+        """What its metrics show."""
+        before = backend.load.tokens
+        if load.tokens is not None and before is not None and load.tokens < before:  # its counters began again
+            self.restarted(backend)
+        backend.reported(load)
+        self._dispatch(now_s)
+
+    def are_healthy(self, ids: Iterable[str], now_s: float) -> bool:
+        """Whether each of these backends completed a request in the last minute."""
+        since_s = now_s - _HEALTHY_S
+        backends = [self._backends.get(id) for id in ids]
+        return all(one is not None and one.answered_s is not None and one.answered_s >= since_s for one in backends)
+
+    def has_others(self, than: Collection[str]) -> bool:
+        """Whether any other backend takes requests."""
+        return any(backend.is_serving and backend.id not in than for backend in self._backends.values())
+
+    def may_log(self, id: str, now_s: float) -> bool:
+        """Whether another line about this backend's responses is due."""
+        backend = self._backends.get(id)
+        return backend is not None and backend.may_log(now_s)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any backend takes requests."""
+        return any(backend.is_serving for backend in self._backends.values())
+
+    # The queue.
+
+    @property
+    def queued(self) -> int:
+        return sum(pool.queue.requests for pool in self._pools)
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(pool.queue.tokens for pool in self._pools)
+
+    @property
+    def num_retries(self) -> int:
+        """Since the start."""
+        return self._retries.taken
+
+    @property
+    def predicted_wait_s(self) -> float:
+        """Of all that wait, in the slowest length pool; 0 where it is not known."""
+        waits = (pool.admission.capacity.wait_s(pool.queue.tokens, pool.queue.requests) for pool in self._pools)
+        return max(wait_s or 0.0 for wait_s in waits)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is to be called, if nothing happens before; None: not at all."""
+        expiries = self._expiries
+        while expiries and not expiries[0][2].is_queued:
+            heapq.heappop(expiries)
+        if not expiries:
+            return self._tick_due_s
+        expires_s = expiries[0][0]
+        return expires_s if self._tick_due_s is None else min(expires_s, self._tick_due_s)
+
+    def tick(self, now_s: float) -> None:
+        """Time has passed: waits may be over, and pauses of backends too."""
+        while self._expiries and self._expiries[0][0] <= now_s:
+            self._expire(heapq.heappop(self._expiries)[2], now_s)
+        if self._tick_due_s is None or now_s < self._tick_due_s:
+            return
+        self._tick_due_s = None
+        is_complete = self._is_complete
+        for pool in self._pools:
+            pool.admission.watch(pool.queue, now_s, is_complete=is_complete)
+            if pool.admission.is_overloaded:  # some were queued before it was
+                for queued in tuple(pool.queue):
+                    if not queued.avoid and pool.admission.is_late(queued.request, now_s):
+                        self._expire(queued, now_s)
+        if self.queued:
+            if self._is_hopeless(now_s):
+                self.refuse_all("No replica is ready, and none is expected.", now_s)
+            self._dispatch(now_s)
+        self._schedule_tick(now_s)
+
+    def refuse_all(self, why: str, now_s: float) -> None:
+        """Refuse every queued request with NoReplicaAvailable."""
+        for queued in [queued for pool in self._pools for queued in pool.queue]:
+            self._remove(queued, now_s)
+            self._decide(queued, NoReplicaAvailable(why, retry_after_s=NO_REPLICA_RETRY_S))
+
+    # Who goes where.
+
+    def _rearrange(self, now_s: float) -> None:
+        self._pools = arrange(self._pools, self._backends.values(), self.options)
+        self._dispatch(now_s)
+        self._schedule_tick(now_s)
+
+    def _dispatch(self, now_s: float) -> None:
+        for pool in self._pools:
+            while pool.queue.requests:
+                free = [backend for backend in pool.serving if backend.has_place(now_s)]
+                queued = pool.queue.pop(partial(self._pick, free, pool.serving)) if free else None
+                if queued is None:
+                    break
+                among = _without(queued.avoid, free, pool.serving)
+                backend = self._router.choose(queued.request, among, pool.serving)
+                sent = self._send(queued.request, backend, pool, queued.level, now_s)
+                sent.queue_s = now_s - queued.queued_s
+                self._decide(queued, sent)
+            pool.observe(now_s)
+
+    def _pick(
+        self, free: list[Backend], serving: list[Backend], requests: Iterable[QueuedRequest]
+    ) -> QueuedRequest | None:
+        """Of one tenant's requests the first, or one soon after it that suits the only free backend better."""
+        first = next(iter(requests))
+        if not _without(first.avoid, free, serving):
+            return None
+        lookahead = self.options.affinity_lookahead
+        if len(free) > 1 or len(serving) == 1 or first.num_passed >= lookahead:
+            return first
+        best, gain = first, self._router.affinity(first.request, free[0])
+        for queued in islice(requests, 1, lookahead):
+            if gain < 1 and not queued.avoid and (better := self._router.affinity(queued.request, free[0])) > gain:
+                best, gain = queued, better
+        if best is not first:
+            first.num_passed += 1
+        return best
+
+    def _send(
+        self, request: DispatchRequest, backend: Backend, pool: LengthPool, level: PriorityLevel, now_s: float
+    ) -> InFlightRequest:
+        sent = InFlightRequest(backend, request, level, now_s)
+        backend.in_flight.add(sent)
+        backend.outstanding += sent.tokens
+        self._num_in_flight[request.tenant] += 1
+        self._router.dispatched(request, backend)
+        pool.admission.capacity.dispatched()
+        return sent
+
+    def _send_at_once(
+        self, request: DispatchRequest, avoid: Collection[str], pool: LengthPool, level: PriorityLevel, now_s: float
+    ) -> InFlightRequest | None:
+        free = _without(avoid, [backend for backend in pool.serving if backend.has_place(now_s)], pool.serving)
+        if not free:
+            return None
+        if not avoid:
+            pool.admission.check_late(request, now_s)
+        backend = self._router.choose(request, free, pool.serving)
+        pool.queue.charge(level, request.tenant, request.prompt_tokens + request.output_tokens)
+        return self._send(request, backend, pool, level, now_s)
+
+    def _count(self, in_flight: InFlightRequest, is_ok: bool | None, now_s: float) -> None:
+        """For the breaker of its backend."""
+        may_open = is_ok is False and self._may_open()
+        in_flight.backend.breaker.ended(now_s, is_ok, is_trial=in_flight.is_trial, may_open=may_open)
+        if is_ok is False:
+            self._schedule_tick(now_s)
+
+    def _may_open(self) -> bool:
+        """One more breaker: at most half of the backends may be out for their failures, and never all."""
+        serving = [backend for backend in self._backends.values() if backend.is_serving]
+        num_open = sum(not backend.breaker.is_closed for backend in serving)
+        return num_open + 1 <= len(serving) // 2
+
+    # Requests that wait, and how that ends.
+
+    def _enqueue(
+        self, request: DispatchRequest, pool: LengthPool, level: PriorityLevel, avoid: frozenset[str], now_s: float
+    ) -> QueuedRequest:
+        """Raises what refuses it. A request that was accepted before is refused only when no replica is left."""
+        if self._is_hopeless(now_s):
+            why = "No replica is ready, and none is expected."
+            raise NoReplicaAvailable(why, retry_after_s=NO_REPLICA_RETRY_S)
+        _check_pauses(pool, avoid, now_s)
+        if avoid:
+            expires_s = now_s + self.options.max_queue_wait_s
+            if request.deadline_s is not None:
+                expires_s = min(expires_s, max(request.deadline_s, now_s))
+        else:
+            waiting = (self.queued, self.queued_tokens)
+            expires_s = pool.admission.admit(request, level, pool.queue, now_s, waiting)
+        queued = QueuedRequest(request, request.prompt_tokens + request.output_tokens, level, now_s, avoid)
+        pool.queue.push(queued)
+        heapq.heappush(self._expiries, (expires_s, next(self._order), queued))
+        if len(self._expiries) > 64 + 2 * self.queued:
+            self._expiries = [entry for entry in self._expiries if entry[2].is_queued]
+            heapq.heapify(self._expiries)
+        self._dispatch(now_s)
+        self._schedule_tick(now_s)
+        return queued
+
+    def _is_hopeless(self, now_s: float) -> bool:
+        """Whether no backend takes requests, and none has begun to start, or to recover, recently."""
+        staying = [backend for backend in self._backends.values() if not backend.spec.draining]
+        if any(one.is_ready or now_s - one.since_s < self.options.max_queue_wait_s for one in staying):
+            return False
+        return bool(staying) or now_s - self._had_backend_s > _REPLACEMENT_S
+
+    def _expire(self, queued: QueuedRequest, now_s: float) -> None:
+        if queued.is_queued:
+            pool = self._remove(queued, now_s)
+            self._decide(queued, pool.admission.timeout(now_s - queued.queued_s))
+
+    def _remove(self, queued: QueuedRequest, now_s: float) -> LengthPool:
+        pool = pool_for(queued.request, self._pools)
+        pool.queue.remove(queued)
+        pool.observe(now_s)
+        return pool
+
+    def _decide(self, queued: QueuedRequest, outcome: InFlightRequest | PoolError) -> None:
+        queued.outcome = outcome
+        self._decided.append(queued)
+
+    @property
+    def _is_complete(self) -> bool:
+        return all(backend.is_serving and backend.breaker.is_closed for backend in self._backends.values())
+
+    def _schedule_tick(self, now_s: float) -> None:
+        """Ticks are needed while requests wait, an overload is not over, or a backend does not serve."""
+        if self._tick_due_s is None and (
+            self.queued or not self._is_complete or not all(pool.admission.is_settled for pool in self._pools)
+        ):
+            self._tick_due_s = now_s + TICK_S
+
+
+def _check_pauses(pool: LengthPool, avoid: Collection[str], now_s: float) -> None:
+    """Raise ReplicasBusy when every backend has asked for a longer pause than a request waits for."""
+    pauses_s = [backend.paused_until_s - now_s for backend in _without(avoid, pool.serving, pool.serving)]
+    if pauses_s and (pause_s := min(pauses_s)) > _MAX_PAUSE_S:
+        raise ReplicasBusy(
+            f"Every replica has asked for a pause (Retry-After); the shortest ends in {pause_s:.0f} s.",
+            retry_after_s=pause_s,
+        )
+
+
+def _without(avoid: Collection[str], free: list[Backend], serving: list[Backend]) -> list[Backend]:
+    """The free ones that are not to be avoided; if all that serve should be avoided, the free ones."""
+    if not avoid:
+        return free
+    if all(backend.id in avoid for backend in serving):
+        return free
+    return [backend for backend in free if backend.id not in avoid]

@@ -1,0 +1,43 @@
+"""Why a dispatcher does not take a request. All are 503 with a time to come back; 429 is for the limits of a key."""
+
+from __future__ import annotations
+
+from powerband.errors import PowerbandError
+
+
+class PoolError(PowerbandError):
+    http_status = 503
+
+    def __init__(self, message: str, *, retry_after_s: float, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class PoolFull(PoolError):
+    """The queue is at its limit, or the wait would be longer than any request may wait."""
+
+    default_code = "pool_full"
+
+
+class DeadlineInfeasible(PoolError):
+    """The first token cannot come by the request's deadline."""
+
+    default_code = "deadline_infeasible"
+
+
+class QueueTimeout(PoolError):
+    """No replica became available by the request's deadline, or within the longest wait that is allowed."""
+
+    default_code = "queue_timeout"
+
+
+class NoReplicaAvailable(PoolError):
+    """No replica is ready, and none is expected to be."""
+
+    default_code = "no_replica"
+
+
+class ReplicasBusy(PoolError):
+    """Every replica has asked for a pause (Retry-After)."""
+
+    default_code = "replicas_busy"

@@ -1,0 +1,180 @@
+"""Which of the backends with a free place gets a request.
+
+policy             next                                                good for
+prefix             most of the prompt in its cache, against its load   chats, agents, shared system prompts
+least-outstanding  the fewest tokens left to compute                   prompts with nothing in common
+session            the one that has the session; else the least work   clients that name their sessions
+weighted           the fewest tokens sent so far, by weight            replicas of different strength
+
+`prefix` is the default: it is least-outstanding where prompts have nothing in common, costs some microseconds, and
+passes over backends with more than 1.5 times the mean load: one popular prefix spreads over as many as it needs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from powerband.dispatch.backend import Backend
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.prefix import PrefixIndex
+from powerband.dispatch.request import DispatchRequest
+
+MAX_LOAD_RATIO = 1.5
+_LOAD_WEIGHT = 0.5  # one mean load more weighs as much as half a prompt in the cache
+_MIN_LOAD = 0.125  # requests for each place: below that, load is not worth balancing
+
+
+class Router(Protocol):
+    """`free`: backends that may get the request, at least one. `serving`: these and the ones that are full now."""
+
+    def choose(self, request: DispatchRequest, free: Sequence[Backend], serving: Sequence[Backend]) -> Backend: ...
+
+    def affinity(self, request: DispatchRequest, backend: Backend) -> float:
+        """How much is gained, 0 to 1, if this backend gets the request and no other does."""
+        ...
+
+    def dispatched(self, request: DispatchRequest, backend: Backend) -> None: ...
+
+    def forget(self, backend: str) -> None:
+        """It is gone, or has lost its cache."""
+        ...
+
+
+def make_router(options: DispatchOptions) -> Router:
+    match options.routing:
+        case "prefix":
+            return PrefixAware(options.max_prefix_blocks)
+        case "session":
+            return SessionAffinity(options.max_sessions)
+        case "weighted":
+            return WeightedShares()
+        case _:
+            return LeastOutstanding()
+
+
+class LeastOutstanding:
+    """By tokens for each request it computes at once (max_num_seqs); ties go to the one chosen least recently."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def choose(self, _request: DispatchRequest, free: Sequence[Backend], _serving: Sequence[Backend]) -> Backend:
+        if len(free) == 1:
+            return free[0]
+        return min(free, key=_by_outstanding)
+
+    def affinity(self, _request: DispatchRequest, _backend: Backend) -> float:
+        return 0.0
+
+    def dispatched(self, _request: DispatchRequest, backend: Backend) -> None:
+        self._turn += 1
+        backend.turn = self._turn
+
+    def forget(self, _backend: str) -> None:
+        """There is nothing to forget."""
+
+
+def _by_outstanding(backend: Backend) -> tuple[float, int]:
+    return backend.outstanding / backend.max_num_seqs, backend.turn
+
+
+class WeightedShares(LeastOutstanding):
+    """Shares of all tokens by weight; a backend with weight 0 gets what no other can take."""
+
+    def choose(self, _request: DispatchRequest, free: Sequence[Backend], serving: Sequence[Backend]) -> Backend:
+        # A new backend does not make up for what the others got before it came.
+        floor = min((b.sent_tokens / b.spec.weight for b in serving if b.spec.weight and b.turn), default=0.0)
+        for backend in free:
+            backend.sent_tokens = max(backend.sent_tokens, floor * backend.spec.weight if not backend.turn else 0.0)
+        return min(free, key=_weighted_order)
+
+    def dispatched(self, request: DispatchRequest, backend: Backend) -> None:
+        super().dispatched(request, backend)
+        backend.sent_tokens += request.prompt_tokens + request.output_tokens
+
+
+def _weighted_order(backend: Backend) -> tuple[bool, float, int]:
+    weight = backend.spec.weight
+    return (not weight, backend.sent_tokens / weight if weight else backend.outstanding, backend.turn)
+
+
+class SessionAffinity(LeastOutstanding):
+    """A session stays with its backend while that has a place. Beyond max_sessions the least recent are forgotten."""
+
+    def __init__(self, max_sessions: int) -> None:
+        super().__init__()
+        self._max_sessions = max_sessions
+        self._backend_of: OrderedDict[str, str] = OrderedDict()
+
+    def choose(self, request: DispatchRequest, free: Sequence[Backend], serving: Sequence[Backend]) -> Backend:
+        kept = self._backend_of.get(_session_key(request)) if request.session else None
+        for backend in free:
+            if backend.id == kept:
+                return backend
+        return super().choose(request, free, serving)
+
+    def affinity(self, request: DispatchRequest, backend: Backend) -> float:
+        return float(bool(request.session) and self._backend_of.get(_session_key(request)) == backend.id)
+
+    def dispatched(self, request: DispatchRequest, backend: Backend) -> None:
+        super().dispatched(request, backend)
+        if request.session:
+            session = _session_key(request)
+            self._backend_of[session] = backend.id
+            self._backend_of.move_to_end(session)
+            if len(self._backend_of) > self._max_sessions:
+                self._backend_of.popitem(last=False)
+
+
+def _session_key(request: DispatchRequest) -> str:
+    """Two tenants may use the same session name."""
+    return f"{request.tenant} {request.session}"
+
+
+def _loads(request: DispatchRequest, serving: Sequence[Backend]) -> Callable[[Backend], float]:
+    """A backend's load over the mean: in outstanding tokens or in requests, whichever is more, for each place."""
+    places = sum(backend.max_num_seqs for backend in serving)
+    mean_tokens = sum(backend.outstanding for backend in serving) / places
+    mean_requests = sum(len(backend.in_flight) for backend in serving) / places
+    tokens = max(mean_tokens, (request.prompt_tokens + request.output_tokens) * len(serving) / places)
+    requests = max(mean_requests, _MIN_LOAD)
+    return lambda backend: max(backend.outstanding / tokens, len(backend.in_flight) / requests) / backend.max_num_seqs
+
+
+class PrefixAware(LeastOutstanding):
+    """Highest cached share of the prompt less half the load ratio, among those with at most 1.5 times the mean load."""
+
+    def __init__(self, max_blocks: int) -> None:
+        super().__init__()
+        self._index = PrefixIndex(max_blocks)
+        self.looked_up = 0  # prompts with keys
+        self.found = 0.0  # shares of them, summed
+
+    def choose(self, request: DispatchRequest, free: Sequence[Backend], serving: Sequence[Backend]) -> Backend:
+        keys = request.prefix_keys
+        if not keys or len(serving) == 1:
+            return super().choose(request, free, serving)
+        load = _loads(request, serving)
+        chosen = super().choose(request, free, serving)
+        best_score = self._index.cached_share(chosen.id, keys) - _LOAD_WEIGHT * load(chosen)
+        for backend in free:
+            if backend is not chosen and (own_load := load(backend)) <= MAX_LOAD_RATIO:
+                share = self._index.cached_share(backend.id, keys)
+                if share and share - _LOAD_WEIGHT * own_load > best_score:
+                    chosen, best_score = backend, share - _LOAD_WEIGHT * own_load
+        return chosen
+
+    def affinity(self, request: DispatchRequest, backend: Backend) -> float:
+        return self._index.cached_share(backend.id, request.prefix_keys)
+
+    def dispatched(self, request: DispatchRequest, backend: Backend) -> None:
+        super().dispatched(request, backend)
+        if request.prefix_keys:
+            self.looked_up += 1
+            self.found += self._index.cached_share(backend.id, request.prefix_keys)
+            self._index.add(backend.id, request.prefix_keys)
+
+    def forget(self, backend: str) -> None:
+        self._index.forget(backend)
