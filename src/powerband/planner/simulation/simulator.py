@@ -20,7 +20,7 @@ from powerband.core.loop import Add
 from powerband.core.request import Request
 from powerband.core.step import TokenOutput
 from powerband.metrics.record import RequestRecord
-from powerband.planner.simulation.clients import ConversationClient
+from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
 from powerband.planner.simulation.replica import SimulatedReplica, StepModel
 from powerband.planner.simulation.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
 from powerband.spec.deployment import Deployment
