@@ -39,7 +39,7 @@ def segment_tokens(segment: Segment) -> range:
 
 
 @dataclass(slots=True)
-class InFlightRequest:
+class SimulatedRequest:
     """A request that is under way. Times as the client sees them."""
 
     planned: PlannedRequest
