@@ -188,12 +188,12 @@ def _facts(measured: Sequence[tuple[ModelSteps, RunConfiguration]], threads: int
 
         known = catalog_device(form.device_name)
         if known is not None:
-            return replace(known, name="here", aliases=(), source=source, machine=machine)
+            return replace(known, name="local", aliases=(), source=source, machine=machine)
         device = torch.device(form.device)
         memory, bandwidth = torch.cuda.mem_get_info(device)[1], copy_bytes_per_s(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     return DeviceProfile(
-        name="here",
+        name="local",
         kind="cpu" if on_cpu else "cuda",
         architecture="cpu" if on_cpu else "cuda",
         memory_bytes=memory,

@@ -45,7 +45,7 @@ class ModelSteps:
     @property
     def replica(self) -> Replica:
         return Replica(
-            device="here",
+            device="local",
             quantization=self.quantization,
             kv_precision=self.kv_precision,
             max_model_len=self.spec.max_position,

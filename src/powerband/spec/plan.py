@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import yaml
 from powerband.documents import read_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.config_reader import shown
-from powerband.spec.deployment import Deployment
+from powerband.spec.deployment import Deployment, local_name
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.workload import RequestTrace, Workload
@@ -100,7 +100,7 @@ class Plan:
                 workload=Workload.from_dict(values["workload"], trace),
                 slo=SLO.from_dict(values["slo"]),
                 promise=SLOGuarantee(**values["promise"]),
-                deployment=_optional(Deployment, values, "deployment"),
+                deployment=_deployment(values),
                 predicted={
                     str(name): read_record(Prediction, told, f"plan: predicted: {name}")
                     for name, told in values.get("predicted", {}).items()
@@ -122,6 +122,17 @@ class Plan:
             "cost": as_record(self.cost),
         }
         return {name: value for name, value in values.items() if value}
+
+
+def _deployment(values: Mapping[str, Any]) -> Deployment | None:
+    deployment = _optional(Deployment, values, "deployment")
+    if deployment is None:
+        return None
+    pools = (
+        replace(pool, replica=replace(pool.replica, device=local_name(pool.replica.device)))
+        for pool in deployment.pools
+    )
+    return replace(deployment, pools=tuple(pools))
 
 
 def _optional(kind: type[Record], values: Mapping[str, Any], name: str) -> Record | None:

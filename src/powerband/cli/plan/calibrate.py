@@ -42,7 +42,7 @@ def calibrate(
     ] = None,
     json: Annotated[Json, Parameter(group=_MEASURING)] = False,
 ) -> int:
-    """Measure this machine, and keep what was found as the device 'here'.
+    """Measure this machine, and keep the result as the device 'local'.
 
     Without MODEL: its laws for any model, by timing small made-up ones in each precision.
     With MODEL: its own steps too, alone and under load behind its API, which is much nearer.

@@ -53,8 +53,8 @@ class RequirementFlags:
 @dataclass(frozen=True, kw_only=True)
 class HardwareFlags:
     devices: Annotated[
-        str, _flag(_OFFERED, help="Of the catalog, 'here', or described in FILE.yaml; default: here")
-    ] = "here"
+        str, _flag(_OFFERED, help="Names in the catalog, local (this machine), or FILE.yaml; default: local")
+    ] = "local"
     max_devices: Annotated[int, _flag(_OFFERED, help="Of all kinds together; default: 8")] = 8
     replicas: Annotated[int | None, _flag(_OFFERED, help="Exactly so many, instead of as few as keep the SLO")] = None
     engine: Annotated[str, _flag(_OFFERED, help=f"{', '.join(ENGINES)}; default: powerband,vllm")] = "powerband,vllm"
