@@ -105,7 +105,7 @@ def test_a_step_log_refines_the_profile(tmp_path: Path, capsys: pytest.CaptureFi
     ("lines", "code", "told"),
     [
         ([], 2, "holds no steps"),
-        (["nonsense"], 2, "it is no step log"),
+        (["nonsense"], 2, "so it is not a step log"),
         ([header_line(FORM), *steps(3)], 2, "2 steps are too few"),
         ([header_line(replace(FORM, device_name="EPYC")), *steps(50)], 2, "is of EPYC with"),
     ],

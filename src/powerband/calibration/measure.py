@@ -77,11 +77,11 @@ _ASSUMED_HOST = HostModel(
 
 @dataclass(frozen=True, slots=True)
 class ModelFit:
-    """What was found about one model. errors: of steps that the law had not seen."""
+    """The fit of one model."""
 
     refinement: Refinement
     steps: int
-    errors: FitErrors
+    errors: FitErrors  # on steps that the fit had not seen
     requests: int
 
 

@@ -122,7 +122,7 @@ def parse_quantizations(text: str) -> tuple[Quantization, ...]:
     wrong = [name for name in found if name not in names]
     if wrong or not found:
         raise UsageError(
-            f"There is no quantization {shown(wrong[0] if wrong else text)}.",
+            f"Unknown quantization {shown(wrong[0] if wrong else text)}.",
             hint=f"Known: auto, {', '.join(names)}.",
             param="quantization",
         )
@@ -135,7 +135,7 @@ def parse_engines(text: str) -> tuple[EngineName, ...]:
     wrong = [name for name in found if name not in ENGINES]
     if wrong or not found:
         raise UsageError(
-            f"There is no engine {shown(wrong[0] if wrong else text)}.",
+            f"Unknown engine {shown(wrong[0] if wrong else text)}.",
             hint=f"Known: {', '.join(ENGINES)}.",
             param="engine",
         )
