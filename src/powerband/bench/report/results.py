@@ -133,7 +133,7 @@ class FoundRate:
     """The result of a search for the highest rate."""
 
     requests_per_s: float  # 0: none meets the SLO
-    # From the highest rate that certainly meets the SLO to the lowest that certainly does not; None: no trial was that high.
+    # From the highest rate that certainly meets the SLO to the lowest that does not; None: no trial was that high.
     interval: tuple[float, float | None]
     attainment: float
     attainment_interval: Interval
