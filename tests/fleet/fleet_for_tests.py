@@ -67,7 +67,7 @@ class World:
     cut_off: int = 0  # requests
     api_key: str = ""
     _exited: list[ExitedInstance] = field(default_factory=list)
-    _commands: dict[str, str] = field(default_factory=dict)
+    commands: dict[str, str] = field(default_factory=dict)
 
     # ---- the target
 
@@ -87,7 +87,7 @@ class World:
             started_at=self.now_s,
         )
         self.lives[spec.id] = Life(instance)
-        self._commands[spec.id] = spec.command[0]
+        self.commands[spec.id] = spec.command[0]
         self._maybe_kill()
         return instance
 
@@ -154,7 +154,7 @@ class World:
             if life.killed or (life.instance.stopping and not life.silent):
                 self.die(id, exit_code=0)
             elif not life.ready and not life.silent and not life.mute:
-                if self._commands[id] in self.broken:
+                if self.commands[id] in self.broken:
                     self.die(id, exit_code=1)
                 else:
                     life.ready = True

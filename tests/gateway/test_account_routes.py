@@ -17,8 +17,8 @@ from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.audit import entries, verify_chain
 from powerband.gateway.accounts.auth import ApiKeyMiddleware
 from powerband.gateway.accounts.routes import make_routes
+from powerband.gateway.options import RetentionOptions
 from powerband.gateway.request import CompletedRequest, GatewayRequest
-from powerband.gateway.retention import RetentionOptions
 from powerband.metrics.record import RequestRecord
 from powerband.web.middleware import RequestIdMiddleware
 

@@ -94,8 +94,8 @@ def test_mistakes_are_named(flags: list[str], capsys: pytest.CaptureFixture[str]
         (["usage", "--by", "secret", *flags], 2, "known are key, model, day"),
         (["usage", "--since", "yesterday", *flags], 2, "such as 24h"),
         (["usage", *url, "--admin-key-file", str(tmp_path / "none")], 3, "cannot be read"),
-        (["usage", "--url", "http://127.0.0.1:9", *flags[2:]], 3, "No gateway answers"),
-        (["usage", "--url", "nowhere", *flags[2:]], 2, "is no URL"),
+        (["usage", "--url", "http://127.0.0.1:9", *flags[2:]], 3, "No gateway at http://127.0.0.1:9"),
+        (["usage", "--url", "nowhere", *flags[2:]], 2, "Invalid URL"),
     ):
         found, told = complaint(capsys, *arguments)
         assert (found, message in told) == (code, True), told

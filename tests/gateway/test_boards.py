@@ -24,7 +24,7 @@ from gateways_for_tests import gateway_before
 from prometheus_client.parser import text_string_to_metric_families
 from requests_for_tests import finished
 
-from powerband.gateway.metrics import GatewayMetrics, GaugeSnapshot
+from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
 from powerband.gateway.routes import ModelRoute
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import EngineMetrics

@@ -17,9 +17,9 @@ from gateways_for_tests import gateway_before, running_gateway, until
 from requests_for_tests import finished
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.gateway.access_log import log_request
-from powerband.gateway.trace_context import continue_trace, forwarded_trace
-from powerband.gateway.tracing import Tracing
+from powerband.gateway.observability.access_log import log_request
+from powerband.gateway.observability.trace_context import continue_trace, forwarded_trace
+from powerband.gateway.observability.tracing import Tracing
 from powerband.metrics.logging import JsonFormatter
 from powerband.metrics.record import Outcome
 from powerband.mock_server.behavior import Behavior
@@ -83,7 +83,7 @@ def logged(request: Any) -> dict[str, Any]:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign] # keeps them
-    logger = logging.getLogger("powerband.gateway.access_log")
+    logger = logging.getLogger("powerband.gateway.observability.access_log")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -12,8 +12,8 @@ from gateways_for_tests import gateway_before, text_of, until
 from powerband.gateway.accounts import transcripts
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.transcripts import MOST_CHARS, prompt_text, stored
+from powerband.gateway.options import RetentionOptions
 from powerband.gateway.request import GatewayRequest
-from powerband.gateway.retention import RetentionOptions
 from powerband.mock_server.behavior import Behavior
 
 SECRET = "the-unforgettable-phrase"

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.connection import MAX_UNREAD_BYTES, UpstreamFailure
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.timeouts import Timeouts
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -18,8 +18,8 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.usage import UsageRow, report
 from powerband.gateway.accounts.usage_log import UsageLog
+from powerband.gateway.options import RetentionOptions
 from powerband.gateway.request import CompletedRequest, GatewayRequest
-from powerband.gateway.retention import RetentionOptions
 from powerband.metrics.record import Outcome, RequestRecord
 
 DAY_S = 86400

@@ -105,9 +105,9 @@ def _device(name: str) -> DeviceProfile | None:
     """
     if name == "cpu":
         return None
-    here = local_profile()
-    if here is not None and name in (LOCAL, here.name):
-        return here
+    local = local_profile()
+    if local is not None and name in (LOCAL, local.name):
+        return local
     if name == LOCAL:
         raise EnvironmentFault(
             "The plan is for this machine as calibrated, but there is no calibration.",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from powerband.bench.client.messages import ServerAddress as Address
+from powerband.bench.client.messages import ServerAddress
 from powerband.bench.load import Live, LoadOptions, LoadResult
 from powerband.bench.report.html_report import write_report
 from powerband.bench.report.results import RunReport
@@ -66,7 +66,7 @@ def verify(
     """Load the service for `seconds`. Raises EnvironmentFault when it does not respond at all."""
     capacity = known_client_capacity()
     experiment = Experiment(
-        target=Address(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
+        target=ServerAddress(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
         workload=replace(plan.workload, arrivals=plan.arrivals),
         duration_s=seconds,
         slo=plan.slo,

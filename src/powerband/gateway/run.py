@@ -19,18 +19,18 @@ import uvloop
 
 from powerband.errors import UsageError
 from powerband.folders import state_home
-from powerband.gateway.access_log import log_request
 from powerband.gateway.accounts.accounts import Accounts, has_admin_key
 from powerband.gateway.app import make_app
 from powerband.gateway.discovery import discover
 from powerband.gateway.engine_endpoints import ServerName
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.metrics import GatewayMetrics
+from powerband.gateway.observability.access_log import log_request
+from powerband.gateway.observability.metrics import GatewayMetrics
+from powerband.gateway.observability.trace_context import continue_trace
+from powerband.gateway.observability.tracing import Tracing
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import Routes
 from powerband.gateway.settings import GatewaySettings
-from powerband.gateway.trace_context import continue_trace
-from powerband.gateway.tracing import Tracing
 from powerband.metrics.logging import set_up_logging
 from powerband.web.access import is_loopback
 from powerband.web.listening import Signals, listen, make_server, url_of

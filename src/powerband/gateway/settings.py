@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from powerband.gateway.options import RetentionOptions, Timeouts
 from powerband.gateway.pool_options import PoolOptions
-from powerband.gateway.retention import RetentionOptions
-from powerband.gateway.timeouts import Timeouts
 from powerband.spec.settings import check_values, setting
 
 

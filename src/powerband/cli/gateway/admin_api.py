@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,42 +19,36 @@ AdminKeyFile = Annotated[
 
 
 class AdminApi:
-    """Blocking. Raises PowerbandError: what the gateway says, or EnvironmentFault when there is none."""
+    """Blocking. Raises PowerbandError: the gateway's own error, or EnvironmentFault when it does not respond."""
 
     def __init__(self, url: str, key: str) -> None:
-        import urllib.parse
+        from powerband.http_client import split_url
 
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is no URL.", hint="Like http://127.0.0.1:8080.", param="url")
-        self._parts = parts
-        self._url = url
+        try:
+            split_url(url)
+        except ValueError:
+            raise UsageError(f"Invalid URL {url!r}.", hint="Like http://127.0.0.1:8080.", param="url") from None
+        self._url = url.rstrip("/")
         self._key = key
 
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The decoded JSON of the answer."""
-        import http.client
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """The decoded JSON of the response."""
+        from powerband.http_client import bearer, request_sync
 
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=TIMEOUT_S)
-        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-        headers["X-Powerband-Actor"] = _user()
-        data = None if body is None else json.dumps(body).encode()
+        headers = {**bearer(self._key), "X-Powerband-Actor": _user()}
         try:
-            connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
-            answer = connection.getresponse()
-            status, text = answer.status, answer.read()
-        except (OSError, http.client.HTTPException) as error:
+            response = request_sync(method, self._url + path, json=body, headers=headers, timeout_s=TIMEOUT_S)
+        except OSError as error:
+            reason = str(error) or f"no response within {TIMEOUT_S:.0f} s"
             hint = "'powerband status' shows deployed services, '--url' names another gateway."
-            raise EnvironmentFault(f"No gateway answers at {self._url}: {error}.", hint=hint, param="url") from None
-        finally:
-            connection.close()
-        try:
-            found = json.loads(text)
-        except ValueError:
-            raise EnvironmentFault(f"What answers at {self._url} is no gateway.", param="url") from None
-        if status >= 400:
-            raise _as_error(status, found)
+            raise EnvironmentFault(f"No gateway at {self._url}: {reason}.", hint=hint, param="url") from None
+        except ValueError as error:  # a key or a path that no header can carry
+            raise UsageError(f"Cannot send the request: {error}.", param="admin_key_file") from None
+        found = response.json()
+        if found is None:
+            raise EnvironmentFault(f"The server at {self._url} is not a gateway.", param="url")
+        if response.status >= 400:
+            raise _as_error(response.status, found)
         return found
 
 
@@ -89,8 +82,8 @@ def _user() -> str:
     try:
         name = getpass.getuser()
     except (OSError, KeyError):
-        return "somebody"
-    return name if name.isascii() and name.isprintable() else "somebody"
+        return "unknown"
+    return name if name.isascii() and name.isprintable() else "unknown"
 
 
 def _as_error(status: int, body: Any) -> PowerbandError:

@@ -37,7 +37,7 @@ def _flag(group: Group, *names: str, help: str) -> Parameter:
 
 
 def _old_flag() -> Parameter:
-    """A name that an option had in the version before: it still works, with a warning."""
+    """The name of an option in the version before: it still works, with a warning."""
     return Parameter(group=_SERVICE, negative="", show=False)
 
 
@@ -207,7 +207,7 @@ def _policy(flags: ServiceFlags) -> Policy:
     if flags.webhook:
         from powerband.fleet.monitor.webhook import Webhook
 
-        Webhook(flags.webhook).close()  # so that a wrong one is known now
+        Webhook(flags.webhook).close()  # raises an error now for an invalid URL
     return Policy(
         max_surge=max_surge,
         drain_timeout_s=seconds(flags.drain_timeout, param="drain_timeout"),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerband.fleet.service.status import ServiceLoad
+from powerband.gateway.observability.slo import slo_violations
 from powerband.gateway.request import CompletedRequest
-from powerband.gateway.slo import slo_violations
 from powerband.spec.slo import SLO
 
 

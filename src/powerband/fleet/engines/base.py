@@ -76,9 +76,9 @@ class ModelContext:
     @cached_property
     def profile(self) -> DeviceProfile:
         """Raises UsageError for an unknown device."""
-        here = local_profile()
-        if here is not None and self.replica.device in (LOCAL, here.name):
-            return here
+        local = local_profile()
+        if local is not None and self.replica.device in (LOCAL, local.name):
+            return local
         return load_catalog().find(self.replica.device)
 
     @property

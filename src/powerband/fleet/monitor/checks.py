@@ -227,7 +227,7 @@ def _explain(
     order: list[Cause] = ["hang", "errors", "down", "slow_replica"]
     load = _explain_by_load(overload)
     if load is not None and "planned_rate" in load.evidence:
-        # The plan guarantees nothing for so much load, and replicas that fail under it are no cause of their own.
+        # The plan guarantees nothing for this load, and it may be the reason that replicas fail.
         return _with_explanation(finding, load)
     culprits = sorted((one for one in of_replicas if one.cause in order), key=lambda one: order.index(one.cause))
     if culprits:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from powerband.gateway.observability.slo import has_first_token
 from powerband.gateway.request import CompletedRequest
-from powerband.gateway.slo import has_first_token
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.metrics.record import Outcome
 

@@ -16,7 +16,7 @@ from typing import Literal
 from powerband.fleet.monitor.replica_metrics import ReplicaMetrics, median_ratio, steps_between
 
 WINDOW_S = 10.0
-SLACK = 0.10  # CUSUM's k: a residual up to this is no change
+SLACK = 0.10  # CUSUM's k: residuals up to this are ignored
 THRESHOLD = 0.5  # CUSUM's h: steps that take twice as long reach it in two windows, 1.35 times in three
 _MIN_STEPS = 5
 _MIN_RESPONSES = 3
@@ -69,7 +69,7 @@ class SlowReplica:
 
 @dataclass(slots=True)
 class StepResiduals:
-    """Of all replicas. slack: for the model, at least SLACK: the band of its predictions is no change."""
+    """Of all replicas. slack: for the model, at least SLACK: its predictions have a band."""
 
     slack: float = SLACK
     latest_ratio: dict[str, float] = field(default_factory=dict)  # by replica, of the last window with enough steps

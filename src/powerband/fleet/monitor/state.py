@@ -12,8 +12,8 @@ from powerband.fleet.monitor.recent_traffic import RecentTraffic, RequestSample
 from powerband.fleet.monitor.replica_metrics import ReplicaMetrics, read_metrics
 from powerband.fleet.monitor.residuals import StepResiduals
 from powerband.fleet.monitor.slo_burn import SLOBurn
+from powerband.gateway.observability.slo import slo_violations
 from powerband.gateway.request import CompletedRequest
-from powerband.gateway.slo import slo_violations
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.spec.hardware.device import usable_memory
 from powerband.spec.plan import Plan, Prediction
@@ -69,7 +69,7 @@ class Observation:
 
 @dataclass(slots=True)
 class MonitorState:
-    """Times on the clock of the observations. By replica id where nothing else is said."""
+    """Times on the clock of the observations. Dictionaries are by replica id, except `baseline`."""
 
     target: SLOTarget
     burn: SLOBurn

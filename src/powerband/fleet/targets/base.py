@@ -82,5 +82,5 @@ class Target(Protocol):
         ...
 
     def has_room_for_replica(self) -> bool:
-        """Whether one more replica like the running ones would fit into memory, as far as the target can tell."""
+        """Whether one more replica like the running ones would fit into memory, as far as the target knows."""
         ...

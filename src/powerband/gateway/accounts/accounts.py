@@ -20,7 +20,7 @@ from powerband.gateway.accounts.limits import Limits
 from powerband.gateway.accounts.store import Store
 from powerband.gateway.accounts.transcripts import TranscriptStore
 from powerband.gateway.accounts.usage_log import UsageLog, read_spend
-from powerband.gateway.retention import RetentionOptions
+from powerband.gateway.options import RetentionOptions
 
 logger = logging.getLogger(__name__)
 _CLAIMED_CHARS = 60

@@ -14,21 +14,21 @@ from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S
 from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
+from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS
 from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
-from powerband.gateway.proxy.retry_after import retry_after_s
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.proxy.upstream_errors import (
     MAX_BYTES,
     InvalidUpstreamRequest,
     phrase,
     read_upstream_error,
+    retry_after_s,
     with_served_name,
 )
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.timeouts import Timeouts
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)

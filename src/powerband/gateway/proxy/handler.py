@@ -24,11 +24,11 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_from
+from powerband.gateway.context_length import context_length
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
 from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
-from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.events import MAX_EVENT_BYTES
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import CannotResume, Resumer

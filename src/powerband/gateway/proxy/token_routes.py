@@ -17,13 +17,13 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, ServedModel
+from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import BYTES_PER_TOKEN, PATHS, with_model
 from powerband.gateway.proxy.events import NO_JSON
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
 from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.timeouts import Timeouts
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError

@@ -9,9 +9,9 @@ import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
 
+from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.connection import ConnectionOwner, UpstreamConnection, UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.timeouts import Timeouts
 from powerband.web.authority import split_authority
 
 MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB

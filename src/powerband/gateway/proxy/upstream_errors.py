@@ -9,7 +9,10 @@ proxies in between         a page of HTML, or any text
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -20,6 +23,7 @@ from powerband.gateway.proxy.events import NO_JSON
 
 MAX_BYTES = 64 << 10
 MAX_MESSAGE = 500  # characters
+MAX_RETRY_AFTER_S = 3600.0  # a replica that asks for more is asked again after so long
 _MAX_CODE = 80
 _REQUEST_STATUSES = (400, 413, 422)
 
@@ -99,3 +103,18 @@ def phrase(status: int) -> str:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
         return str(status)
+
+
+def retry_after_s(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
+    """The Retry-After header (RFC 9110, section 10.2.3) in seconds from now, 0 to MAX_RETRY_AFTER_S; None: missing, or
+    invalid.
+    """
+    value = next((value for name, value in headers if name == b"retry-after"), b"").decode("latin-1").strip()
+    if value.replace(".", "", 1).isdecimal() and value.isascii():  # some servers say fractions
+        seconds = float(value)
+    else:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)

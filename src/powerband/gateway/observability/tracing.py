@@ -10,9 +10,9 @@ import logging
 from typing import Any
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.gateway.observability.slo import has_first_token
+from powerband.gateway.observability.trace_context import new_span_id
 from powerband.gateway.request import CompletedRequest
-from powerband.gateway.slo import has_first_token
-from powerband.gateway.trace_context import new_span_id
 from powerband.metrics.record import Outcome
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from powerband.gateway.observability.slo import has_first_token
 from powerband.gateway.request import CompletedRequest
-from powerband.gateway.slo import has_first_token
 from powerband.metrics.record import Outcome
 
 logger = logging.getLogger(__name__)
