@@ -15,10 +15,11 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
 from powerband.cli.flags import Json
+from powerband.cli.load_options import ArrivalOptions
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.quantities import number, seconds
-from powerband.spec.workload.options import ArrivalOptions, requested_load
+from powerband.spec.workload.options import requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.client.messages import ServerAddress

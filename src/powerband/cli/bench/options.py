@@ -9,12 +9,11 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import add_flags
+from powerband.cli.load_options import REQUESTS, MixOptions
 from powerband.errors import UsageError
 from powerband.spec.quantities import share
 from powerband.spec.slo import SLO
-from powerband.spec.workload.options import ArrivalOptions, MixOptions, option
-
-_REQUESTS = Group("Requests: what they are", sort_key=2)
+from powerband.spec.workload.options import option
 
 
 def _flag(group: Group, *names: str, help: str) -> Parameter:
@@ -30,9 +29,7 @@ class RequestOptions(MixOptions):
     respect_eos: bool = option(False, "Let the model end its answers; default: always the requested length")
 
 
-add_flags(ArrivalOptions, Group("Load: when requests arrive", sort_key=1))
-add_flags(MixOptions, _REQUESTS)
-add_flags(RequestOptions, _REQUESTS)
+add_flags(RequestOptions, REQUESTS)
 
 
 @Parameter(name="*")

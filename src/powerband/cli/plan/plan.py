@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import Json
+from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.devices import PRICES_HELP
 from powerband.cli.plan.inputs import read_model
 from powerband.cli.progress import progress_bar
@@ -19,7 +20,7 @@ from powerband.spec.deployment import ENGINES, parse_engines, parse_quantization
 from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
 from powerband.spec.quantities import dollars_per_hour, share
 from powerband.spec.slo import SLO
-from powerband.spec.workload.options import MixOptions, chosen_workload
+from powerband.spec.workload.options import chosen_workload
 
 if TYPE_CHECKING:
     from powerband.planner.plan_request import PlanRequest

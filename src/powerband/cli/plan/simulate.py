@@ -14,10 +14,11 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench.options import SLOFlags
 from powerband.cli.flags import Json
+from powerband.cli.load_options import ArrivalOptions, MixOptions
 from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
 from powerband.spec.hardware.what_if import chosen_devices
-from powerband.spec.workload.options import ArrivalOptions, MixOptions, RequestedLoad, requested_load
+from powerband.spec.workload.options import RequestedLoad, requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
