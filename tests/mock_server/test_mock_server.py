@@ -199,7 +199,7 @@ def test_a_wrong_script_is_named() -> None:
         Behavior.from_json('{"speed": 1}')
     with pytest.raises(UsageError, match="ttft_s is -1"):
         Behavior.from_json('{"ttft_s": -1}')
-    with pytest.raises(UsageError, match="This is no script"):
+    with pytest.raises(UsageError, match="This is not a valid behavior"):
         Behavior.from_json("[]")
     command = [sys.executable, "-m", "powerband.mock_server.server", "--script", '{"speed": 1}']
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
