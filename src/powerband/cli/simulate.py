@@ -51,8 +51,9 @@ def simulate(
 ) -> int:
     """Play a load through a PLAN's deployment without running it.
 
-    Without options: the plan's own workload at the promised rate, judged by its SLO. The engine's own
-    scheduler decides every step; a model of the devices says how long it takes.
+    Without options: the plan's own workload at the promised rate, judged by its SLO. The gateway's own
+    dispatcher decides where and when each request goes, and the engine's own scheduler every step; a model
+    of the devices says how long it takes.
     Writes run.json, requests.jsonl and report.html like 'powerband bench', which compares with them.
     Exits with 1 when the SLO is missed.
     """
@@ -73,7 +74,9 @@ def simulate(
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
     made = simulation_inputs(model_of(known.model)[0], known.deployment, _finder(known.deployment, devices, set or []))
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
-    result = _load_result(schedule, made.simulate(schedule))
+    # The service of this plan knows its promise and its SLO, whatever SLO the load is judged by.
+    played = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)
+    result = _load_result(schedule, played)
     known = replace(known, slo=judging.made() or known.slo)
     return _report(known, asked, load.seed, result, judging, out, as_json=json)
 

@@ -15,7 +15,7 @@ from powerband.spec.deployment import Deployment
 MAX_REPLICAS = 4  # that are simulated; more equal ones behave like these
 _WARM_UP = 0.15  # of the time in which requests arrive
 _HOPELESS, _FEWEST_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
-_BACKLOG = 0.1  # of the requests that may be without a first token when the last one arrives
+_MAX_UNSERVED = 0.1  # of the requests: refused, or without a first token when the last one arrives
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class SimulationTask:
 class SimulationSummary:
     """figures: see planner.outcome.Evaluation. Shares of a replica's busy time by operator and by what binds.
 
-    keeps_up: whether the queue does not grow. short_of_memory: share of steps in which a request waited for blocks.
+    keeps_up: whether the queue does not grow, and the gateway refuses few. short_of_memory: share of steps in which a
+    request waited for blocks.
     """
 
     task: SimulationTask
@@ -49,20 +50,27 @@ def play(question: PlanRequest, task: SimulationTask) -> SimulationSummary:
     made = simulation_inputs(question.spec, deployment, question.profile)
     schedule = question.schedule(task.rate * share, task.num_requests)
     hopeless = max(_HOPELESS * schedule.num_requests, _FEWEST_HOPELESS)
-    played = made.simulate(schedule, slowdown=task.slowdown, max_waiting=hopeless)
+    played = made.simulate(
+        schedule,
+        slowdown=task.slowdown,
+        planned_rate=task.rate * share,
+        slo_ttft_s=question.slo.ttft_s,
+        max_waiting=hopeless,
+    )
     last_s = max(record.scheduled_s for record in played.records)
     counted = [record for record in played.records if record.scheduled_s >= _WARM_UP * last_s] or played.records
     tokens = _tokens_between(played.records, _WARM_UP * last_s, last_s)
     figures = _latencies(counted, question.slo.attainment * 100)
     figures["attainment"] = sum(_is_kept(record, question) for record in counted) / len(counted)
     figures["output_tokens_per_s"] = tokens / max(last_s * (1 - _WARM_UP), 1e-9) / share
+    unserved = played.num_refused + _backlog(played.records, last_s)
     steps = played.total("num_steps")
     return SimulationSummary(
         task=task,
         figures=figures,
         operators=_shares(played, "operators"),
         bounds=_shares(played, "bounds"),
-        keeps_up=not played.gave_up and _backlog(played.records, last_s) <= max(_BACKLOG * len(played.records), 2.0),
+        keeps_up=not played.gave_up and unserved <= max(_MAX_UNSERVED * len(played.records), 2.0),
         short_of_memory=played.total("short_of_memory") / steps if steps else 0.0,
     )
 
@@ -99,7 +107,7 @@ def _tokens_between(records: Sequence[RequestRecord], start_s: float, end_s: flo
 
 
 def _backlog(records: Sequence[RequestRecord], time_s: float) -> int:
-    """Requests without a first token at a time."""
+    """Requests that wait for their first token at a time."""
     return sum(record.scheduled_s <= time_s and (record.chunk_times_s or (time_s,))[0] > time_s for record in records)
 
 

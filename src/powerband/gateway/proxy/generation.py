@@ -86,7 +86,7 @@ class GenerationRoutes:
             settings.default_output_tokens,
             KeyLimits().priority if key is None else key.limits.priority,  # without a key: as one that was given none
         )
-        told.output_tokens = served.estimates.likely(told.output_tokens, told.answers)
+        told.output_tokens = served.estimates.output.likely(told.output_tokens, told.answers)
         told.trace = self._gateway.trace(request.headers)
         told.prefix_keys = prefix_keys(endpoint, intake.prompt, told.tenant, intake.prompt_salt)
         return Generation(self._gateway, self._books, served, intake, told, key)

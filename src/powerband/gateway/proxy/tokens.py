@@ -13,13 +13,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.books import Books
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, Served
 from powerband.gateway.proxy.complaints import RequestFault, read_complaint, under_served_name
 from powerband.gateway.proxy.events import NO_JSON
-from powerband.gateway.proxy.intake import BYTES_PER_TOKEN, PATHS, named
+from powerband.gateway.proxy.intake import PATHS, named
 from powerband.gateway.request import ANONYMOUS, Finished, GatewayRequest
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.web.body import decode, read_body
