@@ -10,6 +10,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 ONCE   ?=
 PORT   ?=
 TESTS  ?= tests
+# Where each part of the tests leaves how many there were, for the last line of `make test`.
+COUNTS := build/tests
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench check test drills kernels lint docs bench-cpu accuracy accuracy-own clean
@@ -25,30 +27,36 @@ bench: $(READY)  ## load the demo model for two minutes and report how it did (D
 
 check: $(READY) lint  ## between two edits: lint, types and the fast tests (a minute; tests/slow_files.txt is what it leaves out)
 	@echo "· fast tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --fast $(TESTS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --fast --save-counts $(COUNTS)/fast.json $(TESTS)
 
-# Drills have the machine to themselves: they measure.
-test: check $(if $(filter tests,$(TESTS)),kernels)  ## the whole proof: check, then all tests (TESTS=tests/core for a part)
-	@$(if $(filter tests,$(TESTS)),echo "· drills"; $(BIN)/python -m pytest tests/drills)
-	@echo "· all tests"
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) $(if $(filter tests,$(TESTS)),--ignore tests/drills)
+# Nothing runs twice. Drills have the machine to themselves: they measure.
+test: $(READY)  ## the whole proof: check, kernels, drills, then the slow tests (TESTS=tests/core for a part)
+	@rm -rf $(COUNTS)
+	@$(MAKE) --no-print-directory check
+	@$(if $(filter tests,$(TESTS)),$(MAKE) --no-print-directory kernels)
+	@$(if $(filter tests,$(TESTS)),echo "· drills"; $(BIN)/python -m pytest --save-counts $(COUNTS)/drills.json tests/drills)
+	@echo "· slow tests"
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --slow --add-counts $(COUNTS) $(TESTS) \
+	  $(if $(filter tests,$(TESTS)),--ignore tests/drills)
 
 drills: $(READY)  ## do to a service what happens to services, and print what its users noticed (SOAK=30m KILLS=300 SEED=7)
 	@$(BIN)/python scripts/drills.py $(if $(SOAK),--soak $(SOAK)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
-# One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more.
-KERNEL_TESTS := -m pytest -q -n 2 --no-header -p no:cacheprovider tests/engine/cpu_kernels
+# One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more. Every test runs in each tier, with every value of each of its parameters;
+# all combinations of them run with the own tier, and with the others when `make kernels CASES=all` says so.
+KERNEL_TESTS := -m pytest -n 2 --no-header -p no:cacheprovider $(if $(filter all,$(CASES)),,--fewer-cases)
 SANITIZERS    = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
-kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any
+kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any (CASES=all)
 	@echo "· kernels: none"
-	@OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=off $(BIN)/python -m pytest -q -n 2 --no-header -p no:cacheprovider tests/engine/test_parity.py
+	@OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=off $(BIN)/python $(KERNEL_TESTS) --save-counts $(COUNTS)/kernels_off.json tests/engine/test_parity.py
 	@own=$$($(BIN)/python -c "from powerband.engine.kernels.cpu.library import load; print(load().tier)"); \
 	for tier in avx512 avx2 plain; do [ $$tier = $$own ] && continue; echo "· kernels: $$tier"; \
-	  OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=$$tier $(BIN)/python $(KERNEL_TESTS) || exit 1; done
+	  OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=$$tier $(BIN)/python $(KERNEL_TESTS) \
+	  --save-counts $(COUNTS)/kernels_$$tier.json tests/engine/cpu_kernels || exit 1; done
 	@if command -v g++ >/dev/null; then echo "· kernels: sanitizers"; \
 	  OMP_NUM_THREADS=1 CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python $(KERNEL_TESTS); fi
+	  $(BIN)/python $(KERNEL_TESTS) --save-counts $(COUNTS)/kernels_sanitized.json tests/engine/cpu_kernels; fi
 
 lint: $(READY)  ## ruff and mypy --strict
 	@echo "· ruff"

@@ -29,21 +29,21 @@ from typing import Any
 from benchmarks.cpu.checkpoint import write_tokenizer
 from benchmarks.cpu.shapes import QWEN3_06B
 
-from powerband.cli.served import Served, serving
+from powerband.calibration.server import CalibrationServer, calibration_server
 from powerband.cost.latency import LatencyModel
 from powerband.cost.memory import plan_memory
 from powerband.metrics.record import Outcome, RequestRecord, percentile
-from powerband.planner.simulation_inputs import SimulationInputs
-from powerband.planner.simulator import NO_GATEWAY
-from powerband.spec.arrivals import ClosedLoop, OpenLoop
-from powerband.spec.catalog import read_profile
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.device import detect_cpu
-from powerband.spec.lengths import Fixed, Uniform
-from powerband.spec.presets import preset
-from powerband.spec.reader import read_model_spec
+from powerband.planner.simulation.inputs import SimulationInputs
+from powerband.planner.simulation.simulator import NO_GATEWAY
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import read_profile
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
-from powerband.spec.workload import Mix, Schedule, SharedPrefix, Workload
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.lengths import Fixed, Uniform
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import RequestMix, Schedule, SharedPrefix, Workload
 
 RESULT = Path(__file__).parent / "results" / "accuracy-own.json"
 SHARES = (0.3, 0.6, 0.9)  # of the capacity
@@ -97,7 +97,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(f"\n{name}: band ±{modelled.band:.0%}, host {modelled.models[0].host}")
         place = folder / f"serve-{name}"
         place.mkdir()
-        async with serving(model, SETTINGS[name], place) as served:
+        async with calibration_server(model, SETTINGS[name], place) as served:
             await served.touch(modelled.num_blocks[0] * modelled.block_size, 30.0)
             for preset_name in LENGTHS[name]:
                 report["figures"] += await one_preset(name, preset_name, modelled, served, arguments)
@@ -137,13 +137,13 @@ def model_of(model: str, name: str, profile: Path) -> SimulationInputs:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
     )
-    deployment = Deployment(engine="powerband", pools=(Pool(replica=replica),))
+    deployment = Deployment(engine="powerband", pools=(ReplicaPool(replica=replica),))
     latency = LatencyModel(spec, known, replica, "powerband")
     return SimulationInputs(deployment, (latency,), (memory.num_blocks,), memory.block_size)
 
 
 async def one_preset(
-    name: str, preset_name: str, modelled: SimulationInputs, served: Served, arguments: argparse.Namespace
+    name: str, preset_name: str, modelled: SimulationInputs, served: CalibrationServer, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     workload = workload_of(name, preset_name)
     capacity = capacity_of(workload, modelled, arguments.seconds)
@@ -208,7 +208,7 @@ def as_counted(schedule: Schedule, records: list[RequestRecord]) -> Schedule:
 
 def workload_of(name: str, preset_name: str) -> Workload:
     prompts, answers, shared = LENGTHS[name][preset_name]
-    mix = Mix(Uniform(*prompts), Uniform(*answers), SharedPrefix(Fixed(shared)))
+    mix = RequestMix(Uniform(*prompts), Uniform(*answers), SharedPrefix(Fixed(shared)))
     return Workload(name=preset_name, arrivals=ClosedLoop(USERS), requests=mix)
 
 

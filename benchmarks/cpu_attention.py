@@ -31,7 +31,7 @@ from powerband.engine.attention.base import AttentionBackend, AttentionBatch, At
 from powerband.engine.attention.cpu import BLOCK_SIZE, CpuAttention
 from powerband.engine.attention.reference import ReferenceAttention
 from powerband.engine.kernels.cpu import library
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 WORKS = "1x1@2048,8x1@512,32x1@512,32x1@2048,1x4@2048,1x512@512,1x2048@2048,1x512@2048,8x256@256"
 

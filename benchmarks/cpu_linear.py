@@ -26,8 +26,8 @@ from powerband.engine.kernels.cpu import library
 from powerband.engine.layers.packed import PackedBf16
 from powerband.engine.layers.quantized import quantize_int4, quantize_int8
 from powerband.engine.layers.quantized_linear import QuantizedLinear
-from powerband.spec.device import detect_cpu
-from powerband.spec.quantization import DEFAULT_GROUP
+from powerband.spec.checkpoint.quantization import DEFAULT_GROUP
+from powerband.spec.hardware.device import detect_cpu
 
 SHAPES = "1024x4096,2048x1024,1024x6144,3072x1024,1024x151936"  # inputs x outputs: Qwen3-0.6B's projections and head
 ROWS = "1,4,8,16,32,64,128,512"
@@ -125,10 +125,10 @@ def measure(name: str, shape: str, rows: list[int], rotate_bytes: float, seconds
     weight = torch.randn(outputs, inputs, dtype=torch.float32).mul_(0.02).bfloat16()
     weight_bytes = weight.numel() * precision.bytes_per_weight
     copies = max(1, round(rotate_bytes / weight_bytes))
-    ours = itertools.cycle([precision.ours(weight) for _ in range(copies)])
-    torchs = itertools.cycle([precision.torchs(weight) for _ in range(copies)])
+    ours = itertools.timing([precision.ours(weight) for _ in range(copies)])
+    torchs = itertools.timing([precision.torchs(weight) for _ in range(copies)])
     plain = torch.zeros(copies, round(weight_bytes / 4))
-    reads = itertools.cycle(range(copies))
+    reads = itertools.timing(range(copies))
     for count in rows:
         x = torch.randn(count, inputs).bfloat16()
         turns: list[tuple[float, float, float]] = []

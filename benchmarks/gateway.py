@@ -33,23 +33,23 @@ from typing import Any
 import msgspec
 from gateway_peers import MODEL, Proxy, proxy, versions
 
+from powerband.bench.client.messages import Sample, ServerAddress
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
-from powerband.bench.messages import Sample, Target
-from powerband.bench.script import Script
-from powerband.bench.scripted_process import scripted_process
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import Arrivals, ClosedLoop, OpenLoop
-from powerband.spec.device import detect_cpu
-from powerband.spec.lengths import Fixed
-from powerband.spec.workload import Mix, Workload
+from powerband.mock_server.behavior import Behavior
+from powerband.mock_server.process import mock_server_process
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.workload.arrivals import Arrivals, ClosedLoop, OpenLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Workload
 
 RESULTS = Path(__file__).parent / "results" / "gateway.json"
 PERCENTILES = (50, 95, 99)
 SEED = 1
 CLIENTS = 2
-SHORT = Script(ttft_s=0.020, tpot_s=0.005, model=MODEL)
+SHORT = Behavior(ttft_s=0.020, tpot_s=0.005, model=MODEL)
 TOKENS = 8
-SLOW = Script(ttft_s=0.5, tpot_s=0.25, model=MODEL)
+SLOW = Behavior(ttft_s=0.5, tpot_s=0.25, model=MODEL)
 STREAMS, SLOW_TOKENS = 2000, 40
 USERS = 64
 LITELLM_BEARS = 20.0  # requests a second
@@ -95,8 +95,8 @@ async def load(
     async def client(number: int) -> LoadResult:
         base = replicas[number % len(replicas)] if system.name == "direct" else system.url
         headers = {"Authorization": "Bearer none"}
-        target = Target(base=base, endpoint="chat", model=MODEL, ignore_eos=False, headers=headers)
-        workload = Workload(name="gateway", arrivals=arrivals(number), requests=Mix(Fixed(12), Fixed(tokens)))
+        target = ServerAddress(base=base, endpoint="chat", model=MODEL, ignore_eos=False, headers=headers)
+        workload = Workload(name="gateway", arrivals=arrivals(number), requests=RequestMix(Fixed(12), Fixed(tokens)))
         schedule = workload.draw(SEED + number, **ends)
         return await run_load(
             target, schedule, LoadOptions(metrics_url=None, drain_s=20.0, timeout_s=30.0), watch=watch
@@ -113,9 +113,9 @@ async def load(
     )
 
 
-async def with_replicas(script: Script, act: Callable[[list[str]], Any]) -> Any:
+async def with_replicas(script: Behavior, act: Callable[[list[str]], Any]) -> Any:
     async with AsyncExitStack() as stack:
-        started = [await stack.enter_async_context(scripted_process(script)) for _ in range(CLIENTS)]
+        started = [await stack.enter_async_context(mock_server_process(script)) for _ in range(CLIENTS)]
         return await act([one.target.base for one in started])
 
 
@@ -172,7 +172,7 @@ async def most(names: Sequence[str], seconds: float) -> dict[str, Run]:
                 )
         return found
 
-    return dict(await with_replicas(Script(model=MODEL), measure))
+    return dict(await with_replicas(Behavior(model=MODEL), measure))
 
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:

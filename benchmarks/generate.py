@@ -32,7 +32,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.engine.build import Engine, build_engine
 from powerband.engine.checkpoint import resolve_model
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.settings import EngineSettings
 
 GOAL = 1.2  # times as fast as transformers, in every row

@@ -36,9 +36,9 @@ import torch  # noqa: E402 (the path comes first)
 from gpu_rig import BLOCK_SIZE, SEED, Rig, Stepper, even_batch, repeated_s, timed  # noqa: E402
 
 from powerband.engine.attention import AttentionShape, Choice, make_backend  # noqa: E402
-from powerband.spec.counts import count_parameters, kv_bytes_per_token, step_flops  # noqa: E402
-from powerband.spec.model import ModelSpec  # noqa: E402
-from powerband.spec.reader import read_model_spec  # noqa: E402
+from powerband.spec.model.counts import count_parameters, kv_bytes_per_token, step_flops  # noqa: E402
+from powerband.spec.model.model_spec import ModelSpec  # noqa: E402
+from powerband.spec.model.reader import read_model_spec  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 

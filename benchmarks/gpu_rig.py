@@ -23,7 +23,7 @@ from powerband.core.step import NewRequest, Step, Work
 from powerband.engine.attention import AttentionBatch, Choice
 from powerband.engine.cuda_graphs import DecodeGraphs, can_capture
 from powerband.engine.executor.local import ExecutorConfig, TorchExecutor
-from powerband.spec.model import ModelSpec
+from powerband.spec.model.model_spec import ModelSpec
 
 SEED = 0
 BLOCK_SIZE = 32

@@ -24,15 +24,15 @@ from typing import Any
 
 import msgspec
 
+from powerband.bench.client.messages import ServerAddress
 from powerband.bench.load import LoadOptions, run_load
-from powerband.bench.messages import Target
-from powerband.bench.script import Script
-from powerband.bench.scripted_process import scripted_process
 from powerband.folders import cache_directory
-from powerband.spec.arrivals import ClosedLoop
-from powerband.spec.device import detect_cpu
-from powerband.spec.lengths import Fixed
-from powerband.spec.workload import Mix, Workload
+from powerband.mock_server.behavior import Behavior
+from powerband.mock_server.process import mock_server_process
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.workload.arrivals import ClosedLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Workload
 
 PEERS = Path(__file__).with_name("load_client_peers.py")
 RESULTS = Path(__file__).parent / "results" / "load-clients.json"
@@ -68,8 +68,8 @@ def versions_of(python: str, name: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
 
 
-async def ours(target: Target, streams: int) -> dict[str, float]:
-    mix = Mix(Fixed(10), Fixed(TOKENS))
+async def ours(target: ServerAddress, streams: int) -> dict[str, float]:
+    mix = RequestMix(Fixed(10), Fixed(TOKENS))
     workload = Workload(name="clients", arrivals=ClosedLoop(streams), requests=mix)
     result = await run_load(target, workload.draw(0, num_requests=streams * REQUESTS), LoadOptions(metrics_url=None))
     chunks = sum(len(sample.chunk_times_s) for sample in result.samples)
@@ -89,7 +89,7 @@ async def theirs(python: str, client: str, url: str, streams: int) -> dict[str, 
 async def measure(pythons: dict[str, str], streams: int, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Every client once a round, in turns."""
     found: dict[str, list[dict[str, float]]] = {"powerband": []} | {client: [] for client in pythons}
-    async with scripted_process(Script(ttft_s=GAP_S, tpot_s=GAP_S)) as server:
+    async with mock_server_process(Behavior(ttft_s=GAP_S, tpot_s=GAP_S)) as server:
         for _ in range(rounds):
             for client, runs in found.items():
                 await server.forget()

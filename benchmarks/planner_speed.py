@@ -27,16 +27,16 @@ from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.search import search
-from powerband.planner.simulator import Simulation, simulate
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.catalog import load_catalog
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.presets import preset
-from powerband.spec.reader import read_model_spec
+from powerband.planner.simulation.simulator import Simulation, simulate
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.slo import SLO
-from powerband.spec.stored import Stored
-from powerband.spec.workload import Schedule, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import Schedule, Workload
 
 SEED, REQUESTS = 0, 1000
 DEVICES, RATE = ("L4", "A10G", "L40S", "A100-80G", "H100", "H200"), 8.0
@@ -87,7 +87,7 @@ def player(
     )
     memory = plan_replica(spec, profile, replica, "vllm")
     model = LatencyModel(spec, profile, replica, "vllm")
-    where = Deployment(engine="vllm", pools=(Pool(replica=replica, count=count),))
+    where = Deployment(engine="vllm", pools=(ReplicaPool(replica=replica, count=count),))
     return lambda fast_forward: simulate(
         schedule, where, [model], [memory.num_blocks], memory.block_size, fast_forward=fast_forward
     )
@@ -133,10 +133,10 @@ def simulator(repetitions: int) -> list[dict[str, Any]]:
 def planning() -> dict[str, Any]:
     """A search over many candidates. The first answer is the best estimate, before anything is simulated."""
     chosen = workload("chat", RATE)
-    question = PlanRequest(
+    plan_request = PlanRequest(
         model="Llama-3-8B",
         spec=read_model_spec(LLAMA_8B),
-        stored=Stored(),
+        stored=CheckpointPrecision(),
         profiles=[load_catalog().find(name) for name in DEVICES],
         engines=("vllm", "sglang"),
         workload=chosen,
@@ -153,7 +153,7 @@ def planning() -> dict[str, Any]:
             first_s.append(time.perf_counter() - started_s)
 
     cpu_s = time.process_time()
-    found = search(question, progress=watch)
+    found = search(plan_request, progress=watch)
     seconds, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
     children = os.times()
     simulated = sum(evaluation.method == "simulation" for evaluation in found.evaluations)

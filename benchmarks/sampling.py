@@ -26,7 +26,7 @@ from powerband.core.params import SamplingParams
 from powerband.engine.kernels.cpu import library
 from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
 from powerband.engine.sampler import Sampler
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 GOAL_MS = 5.0
 PROMPT, OUTPUT = 512, 128

@@ -42,11 +42,10 @@ from statistics import fmean, median
 
 from benchmarks.watcher_peers import Peer, enova_rule, three_sigma, ttft_over_slo
 
-from powerband.fleet.watch.expected import Expected
-from powerband.fleet.watch.incidents import Incident
-from powerband.fleet.watch.observation import Observation
-from powerband.fleet.watch.watcher import Action, Watcher
-from powerband.gateway.request import Finished, GatewayRequest
+from powerband.fleet.monitor.incidents import Incident
+from powerband.fleet.monitor.monitor import Action, Monitor
+from powerband.fleet.monitor.state import Observation, SLOTarget
+from powerband.gateway.request import CompletedRequest, GatewayRequest
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import RATIO_BUCKETS, Histogram
 from powerband.metrics.record import Outcome, RequestRecord
@@ -150,12 +149,12 @@ class Bed:
         self.replicas = [_Replica(f"r{n}", self.chance.uniform(0, 2 * math.pi)) for n in range(replicas)]
         self.rate = RATE * replicas
         self.queue: deque[_Request] = deque()
-        self.finished: list[Finished] = []
+        self.finished: list[CompletedRequest] = []
         self.now = 0.0
         self.next_s = 0.0
         self.count = 0
-        self.expected = Expected(slo=SLO_HERE, rate=self.rate)
-        self.watcher = Watcher(self.expected)
+        self.expected = SLOTarget(slo=SLO_HERE, rate=self.rate)
+        self.watcher = Monitor(self.expected)
         self.actions: list[Action] = []
         self.kept: dict[str, list[int]] = {}  # by kind of event: requests that kept the SLO, and requests
 
@@ -170,7 +169,7 @@ class Bed:
             if any(
                 event.kind == "restart" and event.start_s <= self.now < event.start_s + TICK_S for event in self.events
             ):
-                self.watcher = Watcher(self.expected, self.watcher.incidents)
+                self.watcher = Monitor(self.expected, self.watcher.incidents)
             if tick % round(1 / TICK_S) == 0:
                 self._observe()
         return self.watcher.incidents.all
@@ -308,7 +307,7 @@ class Bed:
                 kept[0] += is_good
                 kept[1] += 1
         self.finished.append(
-            Finished(
+            CompletedRequest(
                 request=GatewayRequest(id=f"req-{request.number}", endpoint="chat", model="demo", stream=True),
                 record=record,
                 status=status,
@@ -345,7 +344,7 @@ class Bed:
         metrics = {one.id: one.metrics(self.calibrated) for one in told}
         seen, self.finished = tuple(self.finished), []
         assert seats <= SEATS * len(self.replicas)
-        shown = Observation(now_s=EPOCH + self.now, clock_s=self.now, finished=seen, pools=(pool,), metrics=metrics)
+        shown = Observation(now_s=EPOCH + self.now, clock_s=self.now, completed=seen, pools=(pool,), metrics=metrics)
         self.actions += self.watcher.observe(shown)
         for peer in self.peers.values():
             peer.observe(shown)

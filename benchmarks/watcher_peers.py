@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, median, pstdev
 
-from powerband.fleet.watch.observation import Observation
-from powerband.fleet.watch.replica_metrics import read_figures
+from powerband.fleet.monitor.replica_metrics import read_metrics
+from powerband.fleet.monitor.state import Observation
 
 WINDOW_S, CLOSE_S = 10.0, 30.0
 SERVICE = "service"
@@ -46,7 +46,7 @@ class Peer:
         self._window_s = 0.0
 
     def observe(self, seen: Observation) -> None:
-        for one in seen.finished:
+        for one in seen.completed:
             if one.record.ttft_s is not None:
                 self._add(SERVICE, "ttft", one.record.ttft_s)
             if one.record.tpot_s is not None and len(one.replicas) == 1:
@@ -58,7 +58,7 @@ class Peer:
             for replica in pool.replicas:
                 self._add(replica.id, "inflight", replica.inflight)
         for replica, text in seen.metrics.items():
-            self._add(replica, "kv", read_figures(text).values.get("kv_usage", 0.0))
+            self._add(replica, "kv", read_metrics(text).values.get("kv_usage", 0.0))
         if seen.clock_s - self._window_s >= WINDOW_S:
             self._window_s = seen.clock_s
             figures = {key: (sum if key[1] == "failed" else fmean)(values) for key, values in self._values.items()}

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 SERVICE = "demo"
 FOLDER = Path("build/demo")
@@ -71,14 +71,14 @@ def run(*command: str) -> None:
 
 
 def gateway_url() -> str:
-    from powerband.fleet.state import endpoint
+    from powerband.fleet.service.store import endpoint
 
     return endpoint(SERVICE)[0]
 
 
 def remove() -> None:
     """Where nothing was deployed, there is nothing to remove."""
-    from powerband.fleet.state import services
+    from powerband.fleet.service.store import services
 
     if any(folder.name == SERVICE for folder in services()):
         say(f"\n$ powerband remove {SERVICE}")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from powerband.cli.flags import ALL_SETTINGS
 from powerband.cli.settings import PREFIX
-from powerband.gateway.metrics import GatewayMetrics
+from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.metrics.prometheus import ALIASES, EngineMetrics
 from powerband.spec.settings import KIND_NAMES, choices, value_types
 
@@ -37,7 +37,7 @@ arguments of `powerband.LLM`. `POWERBAND_DEBUG=1` is no setting: it prints the t
 METRICS = """\
 # Metrics
 
-<!-- Written by scripts/document.py from metrics/prometheus.py and gateway/metrics.py. Change those, then run it. -->
+<!-- Written by scripts/document.py from metrics/prometheus.py and the metrics of gateway/observability. -->
 
 `GET /metrics` answers in Prometheus' text format, at a replica and at a gateway. Latencies are defined in
 [Design](design.md#figures). Their buckets are eight per decade from 0.1 ms to 75 s, and wider above.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 470, 64, 20, 62, 46
-# The colours and shapes of the report's page (planner/page).
+# The colours and shapes of the report's page (planner/report/page).
 LIGHT = ("#0b63c4", "#b5408f", "#00796b", "#9a5b00", "#6b4fd8", "#2b7f9e", "#a8322a", "#5f6b00")
 DARK = ("#62abff", "#f08cc8", "#3cc9b2", "#e0a94a", "#b6a1ff", "#7fcfe8", "#ff9080", "#c3d05a")
 SHAPES = (

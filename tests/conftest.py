@@ -1,9 +1,15 @@
-"""What holds for all tests: Ctrl-C works in what they start, and `--fast` leaves out what takes seconds."""
+"""What holds for all tests: Ctrl-C works in what they start, and they run in parts whose counts are added up.
+
+`--fast` leaves out what takes seconds; `--slow` runs just that. `--save-counts FILE` keeps how many tests passed, and
+`--add-counts FOLDER` counts those of earlier runs in the last line, which then speaks of all parts together.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,8 +22,15 @@ SLOW_FOLDERS = {TESTS / "drills", TESTS / "benchmarks", TESTS / "kernels"}
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+COUNTED = ("passed", "skipped", "xfailed", "xpassed")  # a part with failures is the last one
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out slow_files.txt and tests that are marked slow")
+    parser.addoption("--slow", action="store_true", help="run only what --fast leaves out")
+    parser.addoption("--fewer-cases", action="store_true", help="of kernels: see engine/cpu_kernels/conftest.py")
+    parser.addoption("--save-counts", type=Path, metavar="FILE", help="write how many tests passed")
+    parser.addoption("--add-counts", type=Path, metavar="FOLDER", help="count tests of earlier runs, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,11 +40,38 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"tests/slow_files.txt names files that do not exist: {', '.join(missing)}")
 
 
+def _is_slow(path: Path) -> bool:
+    return path in SLOW_FILES or not SLOW_FOLDERS.isdisjoint((path, *path.parents))
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    is_slow = collection_path in SLOW_FILES or collection_path in SLOW_FOLDERS
-    return True if is_slow and config.getoption("--fast") else None
+    return True if config.getoption("--fast") and _is_slow(collection_path) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    is_slow = {item: _is_slow(item.path) or item.get_closest_marker("slow") is not None for item in items}
     if config.getoption("--fast"):
-        items[:] = [item for item in items if item.get_closest_marker("slow") is None]
+        items[:] = [item for item in items if not is_slow[item]]
+    if config.getoption("--slow"):
+        items[:] = [item for item in items if is_slow[item]]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A package may have only fast tests, or only slow ones."""
+    is_part = session.config.getoption("--fast") or session.config.getoption("--slow")
+    if is_part and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    stats = terminalreporter.stats
+    if file := config.getoption("--save-counts"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({outcome: len(stats.get(outcome, ())) for outcome in COUNTED}))
+    if folder := config.getoption("--add-counts"):
+        for path in sorted(folder.glob("*.json")):
+            counts = {outcome: count for outcome, count in json.loads(path.read_text()).items() if count}
+            says = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+            terminalreporter.write_line(f"{path.stem}: {says}")
+            for outcome, count in counts.items():
+                stats.setdefault(outcome, []).extend(SimpleNamespace(count_towards_summary=True) for _ in range(count))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import powerband
-from powerband.text.exercises import KINDS, exercises
+from powerband.text.eval_tasks import KINDS, eval_tasks
 
 FOLDER = Path(powerband.__file__).parent / "demo"
 
@@ -56,7 +56,7 @@ def test_digits_are_tokens_of_their_own(tokenizer: AutoTokenizer) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_answers_what_it_was_taught(kind: str, model: AutoModelForCausalLM, tokenizer: AutoTokenizer) -> None:
-    asked = list(islice(exercises(kind, seed=3, held_out=True), 5))
+    asked = list(islice(eval_tasks(kind, seed=3, held_out=True), 5))
     right = [exercise.is_right(reply(model, tokenizer, exercise.question)) for exercise in asked]
     assert sum(right) >= 4
 

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.accuracy import capacity, closed_loop, open_loop, operators, requests, saturation, tables
 
 from powerband import __version__
-from powerband.cost.fit import Errors
+from powerband.calibration.curve_fit import FitErrors
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "accuracy.json"
 
@@ -48,8 +48,8 @@ class Section:
         self.groups.append(group)
 
     @property
-    def errors(self) -> Errors:
-        return Errors.of(self.predicted, self.measured)
+    def errors(self) -> FitErrors:
+        return FitErrors.from_values(self.predicted, self.measured)
 
     @property
     def inside(self) -> float:
@@ -57,13 +57,13 @@ class Section:
         size = np.abs(np.array(self.predicted) / np.array(self.measured) - 1)
         return float((size <= np.array(self.bands)).mean()) if not np.isnan(self.bands).any() else float("nan")
 
-    def by_group(self) -> dict[str, Errors]:
+    def by_group(self) -> dict[str, FitErrors]:
         """The worst first."""
         members = defaultdict(list)
         for index, group in enumerate(self.groups):
             members[group].append(index)
         found = {
-            group: Errors.of([self.predicted[i] for i in indices], [self.measured[i] for i in indices])
+            group: FitErrors.from_values([self.predicted[i] for i in indices], [self.measured[i] for i in indices])
             for group, indices in members.items()
         }
         return dict(sorted(found.items(), key=lambda item: -item[1].median))
@@ -183,7 +183,7 @@ def _summary(sections: Sequence[Section]) -> None:
         print(f"{section.name:58} {_line(section.errors)} {inside:>8}  {target}{verdict}{field_has}")
 
 
-def _line(errors: Errors) -> str:
+def _line(errors: FitErrors) -> str:
     return f"{errors.n:6} {errors.median:7.1%} {errors.mean:7.1%} {errors.p90:7.1%} {errors.bias:+7.1%}"
 
 
@@ -210,7 +210,7 @@ def _result(sections: Sequence[Section], seconds: float) -> dict[str, Any]:
     }
 
 
-def _rounded(errors: Errors) -> dict[str, float]:
+def _rounded(errors: FitErrors) -> dict[str, float]:
     return {name: round(value, 4) for name, value in asdict(errors).items()}
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from benchmarks.accuracy import models, tables
 
 from powerband.cost.replica_memory import plan_replica
-from powerband.spec.catalog import load_catalog
 from powerband.spec.deployment import Replica
+from powerband.spec.hardware.catalog import load_catalog
 
 _MODELS = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",

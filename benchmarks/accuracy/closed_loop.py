@@ -10,9 +10,9 @@ from benchmarks.accuracy import models, tables
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.planner.simulator import NO_GATEWAY, simulate
-from powerband.spec.deployment import Deployment, EngineName, Pool, Replica
-from powerband.spec.workload import Chain, PlannedRequest, Schedule, Segment
+from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
+from powerband.spec.deployment import Deployment, EngineName, Replica, ReplicaPool
+from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
 
 # Requests of each user: InferenceX sends ten times as many as there are users; for the others nothing is told.
 _ROUNDS, _ROUNDS_INFERENCEX = 10, 10
@@ -75,7 +75,7 @@ def predict(row: Row) -> Predicted:
     memory = plan_replica(model, profile, layout, engine)
     played = simulate(
         _schedule(row),
-        Deployment(engine=engine, pools=(Pool(replica=layout),)),
+        Deployment(engine=engine, pools=(ReplicaPool(replica=layout),)),
         [costs],
         [memory.num_blocks],
         memory.block_size,

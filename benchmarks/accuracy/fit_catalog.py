@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import yaml
 from benchmarks.accuracy import fits, tables
 
-from powerband.cost.fit import Errors
-from powerband.spec.profile import AttentionLaw, DeviceProfile, ElementwiseLaw, Evidence, LinkLaw
-from powerband.spec.records import as_record
+from powerband.calibration.curve_fit import FitErrors
+from powerband.spec.hardware.profile import AttentionModel, DeviceProfile, ElementwiseModel, Evidence, LinkModel
+from powerband.spec.yaml_codec import as_record
 
 CATALOG = Path(__file__).resolve().parents[2] / "src" / "powerband" / "spec" / "devices"
-MARK = "# Laws: written by benchmarks/accuracy/fit_catalog.py; what they mean: cost/laws.py.\n"
+MARK = "# Laws: written by benchmarks/accuracy/fit_catalog.py; what they mean: cost/operator_models.py.\n"
 _AIC = "AIConfigurator tables"
 # Between two kernels of a CUDA graph, 1 to 1.5 us; tables of whole layers have kernels only.
 _GAP_S = 1.2e-6
@@ -81,7 +81,7 @@ def _measured(gpu: str, name: str) -> dict[str, Any]:
         if where != gpu:
             continue
         fitted = fits.gemm(profile, quantization, points)
-        law = replace(fitted.law, evidence=_evidence(f"{_AIC}, {engine}", fitted.errors))
+        law = replace(fitted.model, evidence=_evidence(f"{_AIC}, {engine}", fitted.errors))
         known = sections["gemm"].setdefault("sglang" if engine.startswith("sglang") else "*", {})
         known[quantization] = law
         if quantization == "fp8":
@@ -90,7 +90,7 @@ def _measured(gpu: str, name: str) -> dict[str, Any]:
         if where == gpu:
             found = fits.experts(profile, quantization, routed)
             engine = "vllm" if (gpu, quantization) in _UNTUNED else "*"
-            law = replace(found.law, evidence=_evidence(f"{_AIC}, vllm", found.errors))
+            law = replace(found.model, evidence=_evidence(f"{_AIC}, vllm", found.errors))
             section = sections["experts"].setdefault(engine, {})
             section[quantization] = law
             if quantization == "fp8":
@@ -100,11 +100,11 @@ def _measured(gpu: str, name: str) -> dict[str, Any]:
         if where == gpu:
             summed = fits.all_reduce(ranks, sums)
             source = f"{_AIC}, {'vllm' if engine == '*' else engine}, in CUDA graphs"
-            law = replace(summed.law, evidence=_evidence(source, summed.errors))
+            law = replace(summed.model, evidence=_evidence(source, summed.errors))
             sections["all_reduce"].setdefault(engine, {})[ranks] = law
     if gpu in tables.transfer_tables():
         moved = fits.transfer(tables.transfer_tables()[gpu])
-        sections["transfer"] = replace(moved.law, evidence=_evidence("Vidur's profiles, send_recv", moved.errors))
+        sections["transfer"] = replace(moved.model, evidence=_evidence("Vidur's profiles, send_recv", moved.errors))
     sections["elementwise"] = {"*": _elementwise("RTXPRO6000", own=name == "RTX-PRO-6000")}
     return sections
 
@@ -115,9 +115,9 @@ def _attention(gpu: str, profile: DeviceProfile) -> dict[str, Any]:
         if where != gpu:
             continue
         decode = fits.decode(profile, precision, tables.attention_tables("decode")[gpu, precision])
-        prefill = fits.prefill(profile, precision, points, decode.law)
+        prefill = fits.prefill(profile, precision, points, decode.model)
         found["*"][precision] = replace(
-            prefill.law,
+            prefill.model,
             prefill_evidence=_evidence(f"{_AIC}, vllm", prefill.errors),
             decode_evidence=_evidence(f"{_AIC}, vllm", decode.errors),
         )
@@ -125,23 +125,25 @@ def _attention(gpu: str, profile: DeviceProfile) -> dict[str, Any]:
         # FlashAttention 2 does not split contexts in a call that has a chunk in it.
         near = tables.device("RTXPRO6000")
         law = found["*"]["16bit"] if gpu == "rtx_pro_6000_server" else _mixed_law()
-        factor = fits.mixed_factor(near, law, tables.mixed_tables()["RTXPRO6000"]).law.mixed_factor
+        factor = fits.mixed_factor(near, law, tables.mixed_tables()["RTXPRO6000"]).model.mixed_factor
         found["vllm"] = {"16bit": replace(found["*"]["16bit"], mixed_factor=factor)}
     return found
 
 
-def _mixed_law() -> AttentionLaw:
-    law: AttentionLaw = _attention("rtx_pro_6000_server", tables.device("rtx_pro_6000_server"))["*"]["16bit"]
+def _mixed_law() -> AttentionModel:
+    law: AttentionModel = _attention("rtx_pro_6000_server", tables.device("rtx_pro_6000_server"))["*"]["16bit"]
     return law
 
 
-def _elementwise(gpu: str, *, own: bool) -> ElementwiseLaw:
+def _elementwise(gpu: str, *, own: bool) -> ElementwiseModel:
     fitted = fits.elementwise(tables.device(gpu), tables.elementwise_tables()[gpu])
     errors = Evidence(
         source=f"LLMServingSim v1's profiles of {tables.DEVICES[gpu]}, and 1.2 us between kernels",
         error=round(max(fitted.errors.p90, 0.3 if own else 0.4), 3),
     )
-    return replace(fitted.law, kernel_s=fitted.law.kernel_s + _GAP_S, memory_share=_ELEMENTWISE_SHARE, evidence=errors)
+    return replace(
+        fitted.model, kernel_s=fitted.model.kernel_s + _GAP_S, memory_share=_ELEMENTWISE_SHARE, evidence=errors
+    )
 
 
 def _rtx_4090(measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -149,10 +151,10 @@ def _rtx_4090(measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     profile = tables.device("RTX4090")
     product = fits.gemm(profile, "none", tables.layer_gemms()["RTX4090"])
     source = "LLMServingSim v1's profiles"
-    gemm = replace(product.law, evidence=_evidence(source, product.errors))
+    gemm = replace(product.model, evidence=_evidence(source, product.errors))
     fitted = fits.mixed(profile, tables.mixed_tables()["RTX4090"])
     evidence = _evidence(source, fitted.errors)
-    law = replace(fitted.law, prefill_evidence=evidence, decode_evidence=evidence)
+    law = replace(fitted.model, prefill_evidence=evidence, decode_evidence=evidence)
     return {
         "gemm": {"*": {"none": gemm}},
         "attention": {"*": {"16bit": replace(law, mixed_factor=1.0)}, "vllm": {"16bit": law}},
@@ -190,17 +192,17 @@ def _relabelled(value: Any, why: str, compute: float, memory: float) -> Any:
         if hasattr(value, name):
             error = round(max(getattr(value, name).error + 0.1, 0.2), 3)
             changes[name] = Evidence(source=f"prior: {why}", error=error)
-    if not isinstance(value, LinkLaw):
+    if not isinstance(value, LinkModel):
         if hasattr(value, "compute_share"):
             changes["compute_share"] = min(value.compute_share * compute, 1.0)
-        if not isinstance(value, ElementwiseLaw):
+        if not isinstance(value, ElementwiseModel):
             changes["memory_share"] = min(value.memory_share * memory, 1.0)
         if hasattr(value, "prefill_memory_share"):
             changes["prefill_memory_share"] = min(value.prefill_memory_share * memory, 1.0)
     return replace(value, **changes)
 
 
-def _evidence(source: str, errors: Errors) -> Evidence:
+def _evidence(source: str, errors: FitErrors) -> Evidence:
     return Evidence(source=f"{source}, {errors.n} points, median {errors.median:.1%}", error=round(errors.p90, 3))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from powerband.spec.model import ModelSpec
-from powerband.spec.reader import read_model_spec
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 
 # family, hidden, intermediate, heads, KV heads, layers, vocabulary, and what else differs
 _MODELS: dict[str, tuple[str, int, int, int, int, int, int, dict[str, Any]]] = {

@@ -16,10 +16,10 @@ from benchmarks.accuracy import models, tables
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.planner.simulator import NO_GATEWAY, simulate
-from powerband.spec.catalog import load_catalog
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.workload import Chain, PlannedRequest, Schedule, Segment
+from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
 
 _MODELS = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",
@@ -57,7 +57,7 @@ def _compare(row: dict[str, str]) -> Found:
     )
     memory = plan_replica(spec, profile, layout, "vllm")
     costs = LatencyModel(spec, profile, layout, "vllm")
-    deployment = Deployment(engine="vllm", pools=(Pool(replica=layout),))
+    deployment = Deployment(engine="vllm", pools=(ReplicaPool(replica=layout),))
     played = simulate(_schedule(row), deployment, [costs], [memory.num_blocks], memory.block_size, options=NO_GATEWAY)
     # The first third fills the engine.
     records = played.records[len(played.records) // 3 :]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.accuracy import fits, tables
 
-from powerband.spec.profile import DeviceProfile, LinkLaw
+from powerband.spec.hardware.profile import DeviceProfile, LinkModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ def gemms(*, few: bool, precisions: Sequence[str] = ("none",)) -> Iterator[Compa
             continue
         profile = tables.device(gpu)
         shipped = profile.gemm.get("sglang" if engine.startswith("sglang") else "*", {})[quantization]
-        law = fits.gemm(profile, quantization, fits.few_gemms(points)).law if few else shipped
+        law = fits.gemm(profile, quantization, fits.few_gemms(points)).model if few else shipped
         predict = tables.gemm_s(profile, quantization)
         name = f"{gpu} {engine} {quantization}"
         yield _compared(name, [predict(law, point) for point in points], points, shipped.evidence.error)
@@ -37,7 +37,7 @@ def decodes(*, few: bool, precisions: Sequence[str] = ("16bit",)) -> Iterator[Co
         if precision in precisions:
             profile = tables.device(gpu)
             shipped = profile.attention["*"][precision]
-            law = fits.decode(profile, precision, fits.few_attentions(points)).law if few else shipped
+            law = fits.decode(profile, precision, fits.few_attentions(points)).model if few else shipped
             predict = tables.decode_s(profile, precision)
             seconds = [predict(law, point) for point in points]
             yield _compared(f"{gpu} {precision}", seconds, points, shipped.decode_evidence.error)
@@ -48,7 +48,7 @@ def prefills(*, few: bool, precisions: Sequence[str] = ("16bit",)) -> Iterator[C
         if precision in precisions:
             profile = tables.device(gpu)
             shipped = profile.attention["*"][precision]
-            law = fits.prefill(profile, precision, fits.few_attentions(points), shipped).law if few else shipped
+            law = fits.prefill(profile, precision, fits.few_attentions(points), shipped).model if few else shipped
             predict = tables.prefill_s(profile, precision)
             seconds = [predict(law, point) for point in points]
             yield _compared(f"{gpu} {precision}", seconds, points, shipped.prefill_evidence.error)
@@ -71,8 +71,8 @@ def sums() -> Iterator[Compared]:
         yield _compared(name, [predict(law, point) for point in points], points, law.evidence.error)
 
 
-def _link(profile: DeviceProfile, engine: str, ranks: int) -> LinkLaw:
-    law: LinkLaw = profile.all_reduce[engine][ranks]
+def _link(profile: DeviceProfile, engine: str, ranks: int) -> LinkModel:
+    law: LinkModel = profile.all_reduce[engine][ranks]
     return law
 
 

@@ -7,9 +7,9 @@ from benchmarks.accuracy import models, tables
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.metrics.record import percentile
-from powerband.planner.simulator import NO_GATEWAY, simulate
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.workload import Chain, PlannedRequest, Schedule, Segment
+from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
 
 FIGURES = ("ttft", "tpot", "e2e")
 STATISTICS = ("mean", "p50", "p90", "p99")
@@ -33,7 +33,7 @@ def compare() -> dict[str, dict[str, tuple[float, float]]]:
     )
     played = simulate(
         Schedule(0, chains, float("inf")),
-        Deployment(engine="vllm", pools=(Pool(replica=layout),)),
+        Deployment(engine="vllm", pools=(ReplicaPool(replica=layout),)),
         [LatencyModel(spec, profile, layout, "vllm")],
         [memory.num_blocks],
         memory.block_size,

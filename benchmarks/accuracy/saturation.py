@@ -8,8 +8,8 @@ from benchmarks.accuracy import models, tables
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.spec.catalog import load_catalog
 from powerband.spec.deployment import Replica
+from powerband.spec.hardware.catalog import load_catalog
 
 _DEVICES = {"H200": "H200", "H100": "H100", "A100-SXM-80": "A100-80G", "A100-PCIe-80": "A100-80G-PCIe", "L40S": "L40S"}
 # As TensorRT-LLM's benchmark page says that they were run: batch up to 2048, 8192 tokens a step, 95 % of free memory.

@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from powerband.cost import laws
-from powerband.cost.laws import Chunks, Heads, Speed
+from powerband.cost import operator_models as laws
+from powerband.cost.operator_models import AttentionShape, DeviceSpeed, PrefillChunks
 from powerband.cost.shapes import FORMATS
-from powerband.spec.catalog import load_catalog
-from powerband.spec.profile import AttentionLaw, DeviceProfile, ElementwiseLaw, GemmLaw, LinkLaw
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.hardware.profile import AttentionModel, DeviceProfile, ElementwiseModel, GemmModel, LinkModel
 
 # The tables' names of devices → the catalog's.
 DEVICES = {
@@ -64,8 +64,8 @@ def device(name: str) -> DeviceProfile:
     return load_catalog().find(DEVICES[name])
 
 
-def speed(profile: DeviceProfile, dtype: str = "16bit") -> Speed:
-    return Speed(profile.peak_flops_per_s[dtype], profile.bandwidth_bytes_per_s, profile.multiprocessors)
+def speed(profile: DeviceProfile, dtype: str = "16bit") -> DeviceSpeed:
+    return DeviceSpeed(profile.peak_flops_per_s[dtype], profile.bandwidth_bytes_per_s, profile.multiprocessors)
 
 
 class Gemm(NamedTuple):
@@ -87,11 +87,11 @@ def gemm_tables() -> dict[tuple[str, str, str], list[Gemm]]:
     return dict(found)
 
 
-def gemm_s(profile: DeviceProfile, quantization: str) -> Callable[[GemmLaw, Gemm], float]:
+def gemm_s(profile: DeviceProfile, quantization: str) -> Callable[[GemmModel, Gemm], float]:
     kind = FORMATS[quantization]  # type: ignore[index]
     at = speed(profile, kind.dtype)
 
-    def predict(law: GemmLaw, point: Gemm) -> float:
+    def predict(law: GemmModel, point: Gemm) -> float:
         return laws.gemm(
             law,
             at,
@@ -132,24 +132,24 @@ def attention_tables(phase: str) -> dict[tuple[str, str], list[Attention]]:
     return dict(found)
 
 
-def _heads(point: Attention, precision: str) -> Heads:
-    return Heads(point.heads, point.head_dim, 2.0 * point.kv_heads * point.head_dim * _KV_BYTES[precision])
+def _heads(point: Attention, precision: str) -> AttentionShape:
+    return AttentionShape(point.heads, point.head_dim, 2.0 * point.kv_heads * point.head_dim * _KV_BYTES[precision])
 
 
-def decode_s(profile: DeviceProfile, precision: str) -> Callable[[AttentionLaw, Attention], float]:
+def decode_s(profile: DeviceProfile, precision: str) -> Callable[[AttentionModel, Attention], float]:
     at = speed(profile)
 
-    def predict(law: AttentionLaw, point: Attention) -> float:
+    def predict(law: AttentionModel, point: Attention) -> float:
         return laws.decode(law, at, point.batch * point.length, point.batch, _heads(point, precision))
 
     return predict
 
 
-def prefill_s(profile: DeviceProfile, precision: str) -> Callable[[AttentionLaw, Attention], float]:
+def prefill_s(profile: DeviceProfile, precision: str) -> Callable[[AttentionModel, Attention], float]:
     at = speed(profile)
 
-    def predict(law: AttentionLaw, point: Attention) -> float:
-        chunks = Chunks()
+    def predict(law: AttentionModel, point: Attention) -> float:
+        chunks = PrefillChunks()
         for _ in range(point.batch):
             chunks.add(law, at.multiprocessors, point.length, point.length, _heads(point, precision))
         return chunks.seconds(law, at).total
@@ -176,13 +176,13 @@ def mixed_tables() -> dict[str, list[Mixed]]:
     return dict(found)
 
 
-def mixed_s(profile: DeviceProfile) -> Callable[[AttentionLaw, Mixed], float]:
-    at, heads = speed(profile), Heads(32, 128, 2.0 * 8 * 128 * 2)
+def mixed_s(profile: DeviceProfile) -> Callable[[AttentionModel, Mixed], float]:
+    at, heads = speed(profile), AttentionShape(32, 128, 2.0 * 8 * 128 * 2)
 
-    def predict(law: AttentionLaw, point: Mixed) -> float:
+    def predict(law: AttentionModel, point: Mixed) -> float:
         seconds = laws.decode(law, at, point.decodes * (point.context + 1), point.decodes, heads)
         if point.chunk:
-            chunks = Chunks()
+            chunks = PrefillChunks()
             chunks.add(law, at.multiprocessors, point.chunk, point.prefix + point.chunk, heads)
             seconds = seconds * law.mixed_factor + chunks.seconds(law, at).total
         return seconds
@@ -224,11 +224,11 @@ def expert_tables() -> dict[tuple[str, str], list[Routed]]:
     return dict(found)
 
 
-def experts_s(profile: DeviceProfile, quantization: str) -> Callable[[GemmLaw, Routed], float]:
+def experts_s(profile: DeviceProfile, quantization: str) -> Callable[[GemmModel, Routed], float]:
     kind = FORMATS[quantization]  # type: ignore[index]
     at = speed(profile, kind.dtype)
 
-    def predict(law: GemmLaw, point: Routed) -> float:
+    def predict(law: GemmModel, point: Routed) -> float:
         return laws.experts(
             law,
             at,
@@ -266,7 +266,7 @@ def all_reduce_tables() -> dict[tuple[str, str, int], list[Sum]]:
     return dict(found)
 
 
-def all_reduce_s(ranks: int) -> Callable[[LinkLaw, Sum], float]:
+def all_reduce_s(ranks: int) -> Callable[[LinkModel, Sum], float]:
     return lambda law, point: laws.all_reduce(law, ranks, point.moved_bytes)
 
 
@@ -302,7 +302,7 @@ def elementwise_tables() -> dict[str, list[Kernel]]:
     return dict(found)
 
 
-def elementwise_s(profile: DeviceProfile) -> Callable[[ElementwiseLaw, Kernel], float]:
+def elementwise_s(profile: DeviceProfile) -> Callable[[ElementwiseModel, Kernel], float]:
     at = speed(profile)
     return lambda law, kernel: laws.elementwise(law, at, 1, kernel.moved_bytes)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from powerband.text import exercises
-from powerband.text.corpus import Document, Entry
+from powerband.text import eval_tasks
+from powerband.text.corpus import ApiEntry, Document
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 4096
@@ -72,8 +72,8 @@ def train_tokenizer(documents: list[Document]) -> Tokenizer:
         show_progress=False,
     )
     texts = [document.text for document in documents]
-    for kind in exercises.KINDS:
-        stream = exercises.exercises(kind, seed=0, held_out=False)
+    for kind in eval_tasks.KINDS:
+        stream = eval_tasks.exercises(kind, seed=0, held_out=False)
         texts += [f"{e.question}\n{e.prompt}{e.completion}" for e, _ in zip(stream, range(1500), strict=False)]
     tokenizer.train_from_iterator([*texts, *["user\nassistant\nsystem\n"] * 50], trainer)
     return tokenizer
@@ -101,7 +101,7 @@ def facts(documents: list[Document]) -> tuple[list[tuple[str, str]], list[tuple[
     return public, [pair for pair in public if WELL_KNOWN.fullmatch(pair[0])]
 
 
-def _usual_name(entry: Entry) -> str:
+def _usual_name(entry: ApiEntry) -> str:
     name = re.sub(r"^posixpath\b", "os.path", entry.name)
     return re.sub(r"^random\.Random\.", "random.", name)
 
@@ -113,7 +113,7 @@ class Batches:
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
         self._facts, self._well_known = facts(documents)
-        self._streams = {kind: exercises.exercises(kind, seed, held_out=False) for kind in exercises.KINDS}
+        self._streams = {kind: eval_tasks.exercises(kind, seed, held_out=False) for kind in eval_tasks.KINDS}
         self._tokens_of = dict.fromkeys(SHARES, 0.0)
         shuffled = self._rng.sample(documents, len(documents))
         encoded = tokenizer.encode_batch([f"{document.text}<|endoftext|>" for document in shuffled])
@@ -177,7 +177,7 @@ def right_answers(
     exactly when every token of it is the most likely one after those before it.
     """
     rng = random.Random(0)
-    stream: Iterator[exercises.Exercise] = exercises.exercises(kind, seed=1, held_out=True)
+    stream: Iterator[eval_tasks.Exercise] = eval_tasks.exercises(kind, seed=1, held_out=True)
     drawn = [next(stream) for _ in range(count)]
     questions = [tokenizer.encode(chat([(e.question, "")], rng)[-3].text).ids for e in drawn]
     answers = [tokenizer.encode(f"{e.reply}<|im_end|>").ids for e in drawn]

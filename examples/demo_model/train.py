@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from powerband.text import exercises
+from powerband.text import eval_tasks
 from powerband.text.corpus import documents, held_out_documents, is_held_out
 
 CONFIG = Qwen3Config(
@@ -133,7 +133,7 @@ class Trainer:
 
         logits = self._logits(self._held_out[:, :-1]).flatten(0, 1)
         self._progress.text_loss = F.cross_entropy(logits, self._held_out[:, 1:].flatten()).item()
-        self._progress.accuracy = {kind: right_answers(self._tokenizer, kind, 64, predict) for kind in exercises.KINDS}
+        self._progress.accuracy = {kind: right_answers(self._tokenizer, kind, 64, predict) for kind in eval_tasks.KINDS}
         self._model.save_pretrained(self._out)
         (self._out / "progress.json").write_text(json.dumps(asdict(self._progress), indent=1))
         print(f"check: {asdict(self._progress)}", flush=True)

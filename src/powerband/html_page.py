@@ -4,7 +4,7 @@ All that a page needs is in it: style, scripts and data. Its content security po
 hashes and nothing else, so that no text from elsewhere can become a script, and nothing is ever fetched.
 
     pages/          what all pages share: style.css, drawing.js, and ECharts as others wrote it
-    ROOM/page/      a room's own: report.html with the places, report.css, charts.js, report.js
+    PACKAGE/page/   a package's own: report.html with the places, report.css, charts.js, report.js
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from powerband.errors import EnvironmentFault
 _ESCAPES = {b"<": b"\\u003c", b">": b"\\u003e", b"&": b"\\u0026"}
 
 
-def page_html(room: str, *, title: str, data: object) -> str:
-    """The page of a room ('bench') with its data: whatever JSON can hold, for its scripts in the element #data."""
+def page_html(package: str, *, title: str, data: object) -> str:
+    """The page of a package ('bench/report') with its data: what JSON can hold, in the element #data."""
     encoded = msgspec.json.encode(data)
     for char, escape in _ESCAPES.items():
         encoded = encoded.replace(char, escape)
-    own = f"{room}/page"
+    own = f"{package}/page"
     style = _part("pages", "style.css") + _part(own, "report.css")
     # By the place in report.html, in the order in which they run.
     scripts = {

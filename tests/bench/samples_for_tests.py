@@ -7,27 +7,27 @@ import math
 import random
 from dataclasses import replace
 
+from powerband.bench.client.messages import Sample
+from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult
-from powerband.bench.messages import Sample
-from powerband.bench.probe import Server
-from powerband.bench.results import Address, Machine, Offered, Point, RunReport, point_of
+from powerband.bench.report.results import ClientMachine, OfferedLoad, Point, ReportedAddress, RunReport, build_point
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import Arrivals, OpenLoop
-from powerband.spec.lengths import LogNormal
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Mix, PlannedRequest, Schedule, SharedPrefix, Workload
+from powerband.spec.workload.arrivals import Arrivals, OpenLoop
+from powerband.spec.workload.lengths import LogNormal
+from powerband.spec.workload.workload import PlannedRequest, RequestMix, Schedule, SharedPrefix, Workload
 
 LIMITS = SLO(ttft_s=0.5, tpot_s=0.05, attainment=0.95)
-MIX = Mix(LogNormal(median=300, sigma=0.8, high=4096), LogNormal(median=60, sigma=0.6, high=256))
+MIX = RequestMix(LogNormal(median=300, sigma=0.8, high=4096), LogNormal(median=60, sigma=0.6, high=256))
 SLOTS = 48
 
 
-def workload(rate: float = 6.0, mix: Mix = MIX, arrivals: Arrivals | None = None) -> Workload:
+def workload(rate: float = 6.0, mix: RequestMix = MIX, arrivals: Arrivals | None = None) -> Workload:
     return Workload(name="chat", arrivals=arrivals or OpenLoop.at(rate), requests=mix)
 
 
-def shared(mix: Mix = MIX) -> Mix:
+def shared(mix: RequestMix = MIX) -> RequestMix:
     return replace(mix, prefix=SharedPrefix(LogNormal(median=200, sigma=0.1), groups=4))
 
 
@@ -69,8 +69,8 @@ def point(
     result: LoadResult | None = None, rate: float = 6.0, slo: SLO | None = LIMITS, **more: float | bool | None
 ) -> Point:
     result = result or load(rate)
-    offered = Offered("rate", rate)
-    return point_of(
+    offered = OfferedLoad("rate", rate)
+    return build_point(
         result,
         label=f"{rate:g}/s",
         offered=offered,
@@ -87,9 +87,9 @@ def report(*points: Point, rate: float = 6.0, slo: SLO | None = LIMITS) -> RunRe
         started_at="2026-05-04T10:20:30Z",
         command=("powerband", "bench", "http://127.0.0.1:8000", "--rate", f"{rate:g}"),
         powerband="0.1.0",
-        machine=Machine("A processor", 2, "Linux 6.1, Python 3.11.7"),
-        target=Address("http://127.0.0.1:8000", "completions", "demo"),
-        server=Server("powerband", "0.1.0", 4096),
+        machine=ClientMachine("A processor", 2, "Linux 6.1, Python 3.11.7"),
+        target=ReportedAddress("http://127.0.0.1:8000", "completions", "demo"),
+        server=ServerInfo("powerband", "0.1.0", 4096),
         workload=workload(rate).as_dict(),
         slo=slo,
         seed=0,

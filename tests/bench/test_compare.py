@@ -14,11 +14,11 @@ from rich.console import Console
 from samples_for_tests import load, point, report
 from scipy import stats
 
-from powerband.bench.compare import compare, compare_samples
-from powerband.bench.compare_table import comparison_table
 from powerband.bench.load import LoadResult
-from powerband.bench.result_files import write_run
-from powerband.bench.results import RunReport
+from powerband.bench.report.compare import compare, compare_samples
+from powerband.bench.report.compare_table import comparison_table
+from powerband.bench.report.result_files import write_run
+from powerband.bench.report.results import RunReport
 from powerband.errors import UsageError
 from powerband.spec.slo import SLO
 

@@ -11,18 +11,18 @@ from collections import Counter
 from statistics import median
 
 import pytest
-from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
 
+from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
+from powerband.bench.client.messages import Endpoint
 from powerband.bench.load import Live
-from powerband.bench.messages import Endpoint
-from powerband.bench.script import Script
 from powerband.metrics.record import Outcome, percentile
-from powerband.spec.arrivals import ClosedLoop
+from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Segment
+from powerband.spec.workload.arrivals import ClosedLoop
+from powerband.spec.workload.workload import Segment
 
 CLOSE_S = 0.001
-PACED = Script(ttft_s=0.060, tpot_s=0.008)
+PACED = Behavior(ttft_s=0.060, tpot_s=0.008)
 
 
 def is_close(measured_s: float, true_s: float) -> bool:
@@ -50,9 +50,9 @@ def test_every_chunk_is_noted_when_the_server_sent_it() -> None:
     run = load(PACED, schedule_of(30, 2.0, output=12))
 
     late_s = []
-    for sample, truth in run.pairs():
-        assert len(sample.chunk_times_s) == len(truth.written_s) == 12
-        for noted_s, written_at in zip(sample.chunk_times_s, truth.written_s, strict=True):
+    for sample, record in run.pairs():
+        assert len(sample.chunk_times_s) == len(record.written_s) == 12
+        for noted_s, written_at in zip(sample.chunk_times_s, record.written_s, strict=True):
             late_s.append(noted_s - (written_at - run.start_at))
     assert len(late_s) == 12 * 60
     assert -1e-4 < median(late_s) < CLOSE_S
@@ -66,7 +66,7 @@ def test_requests_are_sent_at_their_times() -> None:
     planned = [chain.start_s for chain in run.result.schedule.chains]
     assert [sample.scheduled_s for sample in run.samples] == planned
     assert median(sample.sent_s - sample.scheduled_s for sample in run.samples) < CLOSE_S
-    arrived_s = [truth.arrived_s - run.start_at for truth in run.truths]
+    arrived_s = [record.arrived_s - run.start_at for record in run.records]
     assert (
         median(at - planned_s for at, planned_s in zip(sorted(arrived_s), sorted(planned), strict=True)) < 2 * CLOSE_S
     )
@@ -75,7 +75,7 @@ def test_requests_are_sent_at_their_times() -> None:
 @pytest.mark.parametrize("usage", ["continuous", "end", "none"])
 @best_of_three
 def test_chunks_of_several_tokens_count_as_several(usage: str) -> None:
-    run = load(Script(ttft_s=0.03, tpot_s=0.005, tokens_per_chunk=4, usage=usage), schedule_of(20, 1.0, output=16))  # type: ignore[arg-type]  # parametrized
+    run = load(Behavior(ttft_s=0.03, tpot_s=0.005, tokens_per_chunk=4, usage=usage), schedule_of(20, 1.0, output=16))  # type: ignore[arg-type]  # parametrized
 
     itl_s = median(value for sample in run.samples for value in sample.record().itl_samples_s())
     if usage == "none":  # a chunk is taken for a token, and the sample says so
@@ -94,10 +94,10 @@ def test_chunks_of_several_tokens_count_as_several(usage: str) -> None:
 @best_of_three
 def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it() -> None:
     """Coordinated omission: who waits for an answer before sending the next request sees one bad one, not eighty."""
-    script = Script(ttft_s=0.020, tpot_s=0.002, stall_at_s=1.0, stall_s=2.0)
+    script = Behavior(ttft_s=0.020, tpot_s=0.002, stall_at_s=1.0, stall_s=2.0)
     run = load(script, schedule_of(40, 5.0, output=4))
 
-    assert run.truths[0].arrived_s - run.start_at < 0.1
+    assert run.records[0].arrived_s - run.start_at < 0.1
     for sample in run.samples:
         into_s = sample.scheduled_s - run.samples[0].scheduled_s - 1.0
         ttft_s = sample.record().ttft_s
@@ -126,30 +126,30 @@ def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it
 
 @best_of_three
 def test_a_stall_is_the_longest_gap_of_the_streams_that_it_met() -> None:
-    run = load(Script(ttft_s=0.02, tpot_s=0.01, stall_at_s=0.5, stall_s=0.4), schedule_of(20, 1.0, output=30))
+    run = load(Behavior(ttft_s=0.02, tpot_s=0.01, stall_at_s=0.5, stall_s=0.4), schedule_of(20, 1.0, output=30))
 
     met = [
-        (sample.record().stall_s or 0.0, truth)
-        for sample, truth in run.pairs()
-        if truth.written_s[0] - run.truths[0].arrived_s < 0.5 < truth.written_s[-1] - run.truths[0].arrived_s - 0.4
+        (sample.record().stall_s or 0.0, record)
+        for sample, record in run.pairs()
+        if record.written_s[0] - run.records[0].arrived_s < 0.5 < record.written_s[-1] - run.records[0].arrived_s - 0.4
     ]
     assert len(met) >= 3
-    for stall_s, truth in met:
-        true_s = max(later - earlier for earlier, later in zip(truth.written_s, truth.written_s[1:], strict=False))
+    for stall_s, record in met:
+        true_s = max(later - earlier for earlier, later in zip(record.written_s, record.written_s[1:], strict=False))
         assert true_s > 0.39
         assert abs(stall_s - true_s) < 5 * CLOSE_S
     assert is_close(median(stall for stall, _ in met), 0.410)
 
 
 def test_errors_refusals_and_drops_are_misses_and_none_vanishes() -> None:
-    script = Script(ttft_s=0.05, tpot_s=0.01, fail_every=5, drop_every=7, most_in_flight=4)
+    script = Behavior(ttft_s=0.05, tpot_s=0.01, fail_every=5, drop_every=7, max_in_flight=4)
     run = load(script, schedule_of(60, 1.5, output=6))
 
     num_requests = run.result.schedule.num_requests
     assert [sample.index for sample in run.samples] == list(range(num_requests))
     outcomes = Counter(sample.outcome for sample in run.samples)
-    statuses = Counter(truth.status for truth in run.truths)
-    dropped = sum(truth.is_cancelled for truth in run.truths)
+    statuses = Counter(record.status for record in run.records)
+    dropped = sum(record.is_cancelled for record in run.records)
     assert outcomes[Outcome.REFUSED] == statuses[429] > 0
     assert dropped > 0
     assert outcomes[Outcome.ERROR] == statuses[500] + dropped
@@ -157,14 +157,14 @@ def test_errors_refusals_and_drops_are_misses_and_none_vanishes() -> None:
     summary = run.summary(SLO(ttft_s=10.0))
     assert summary.scheduled == num_requests
     assert summary.attainment == outcomes[Outcome.OK] / num_requests
-    for sample, truth in run.pairs():
-        if truth.is_cancelled:
+    for sample, record in run.pairs():
+        if record.is_cancelled:
             assert len(sample.chunk_times_s) == 2, "what came before the connection broke is kept"
             assert "connection" in sample.error
 
 
 def test_what_is_never_answered_times_out() -> None:
-    run = load(Script(ttft_s=60.0), schedule_of(20, 1.0), timeout_s=0.3)
+    run = load(Behavior(ttft_s=60.0), schedule_of(20, 1.0), timeout_s=0.3)
 
     assert {sample.outcome for sample in run.samples} == {Outcome.TIMED_OUT}
     assert len(run.samples) == run.result.schedule.num_requests == 20
@@ -173,7 +173,7 @@ def test_what_is_never_answered_times_out() -> None:
 
 
 def test_what_is_not_answered_when_the_run_ends_is_a_miss() -> None:
-    run = load(Script(ttft_s=60.0), schedule_of(20, 1.0), drain_s=0.2)
+    run = load(Behavior(ttft_s=60.0), schedule_of(20, 1.0), drain_s=0.2)
 
     assert {sample.outcome for sample in run.samples} == {Outcome.TIMED_OUT}
     assert len(run.samples) == 20
@@ -181,7 +181,7 @@ def test_what_is_not_answered_when_the_run_ends_is_a_miss() -> None:
 
 @best_of_three
 def test_a_saturated_server_serves_its_capacity() -> None:
-    script = Script(ttft_s=0.02, tpot_s=0.01, slots=3)
+    script = Behavior(ttft_s=0.02, tpot_s=0.01, slots=3)
     run = load(script, schedule_of(seconds=2.5, output=9, arrivals=ClosedLoop(6)))
 
     ended = [sample for sample in run.samples if sample.outcome is Outcome.OK]
@@ -197,11 +197,11 @@ def test_one_and_four_workers_send_the_same_and_see_the_same() -> None:
     one, four = load(PACED, schedule), load(PACED, schedule, workers=4)
 
     def sent(run: Run) -> dict[int, str]:
-        return {sample.index: truth.digest for sample, truth in run.pairs()}
+        return {sample.index: record.digest for sample, record in run.pairs()}
 
     assert sent(one) == sent(four)
     assert len(sent(one)) == schedule.num_requests
-    assert sorted(truth.digest for truth in one.truths) == sorted(truth.digest for truth in four.truths)
+    assert sorted(record.digest for record in one.records) == sorted(record.digest for record in four.records)
     assert [s.scheduled_s for s in one.samples] == [s.scheduled_s for s in four.samples]
     for figure in ("ttft", "tpot", "e2e"):
         assert abs(one.median(figure) - four.median(figure)) < 2 * CLOSE_S

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from powerband.bench.answers import Reading, read_answer, spread
-from powerband.bench.connection import Answer, Connection, Connections
+from powerband.bench.client.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.messages import Sample, ServerAddress
+from powerband.bench.client.responses import ParsedResponse, parse_response, spread
 from powerband.bench.load import LoadOptions, run_load
-from powerband.bench.messages import Sample, Target
 from powerband.errors import UsageError
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop
-from powerband.spec.lengths import Fixed
-from powerband.spec.workload import Mix, Workload
+from powerband.spec.workload.arrivals import ClosedLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Workload
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -35,11 +35,11 @@ class Wire:
         self.is_aborted = True
 
 
-def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[Answer, Connection, bool]:
+def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[HTTPResponse, ClientConnection, bool]:
     """What becomes of an answer that arrives in these pieces: it, its connection, and whether it ended."""
 
-    async def feed() -> tuple[Answer, Connection, bool]:
-        connection: Any = Connection()
+    async def feed() -> tuple[HTTPResponse, ClientConnection, bool]:
+        connection: Any = ClientConnection()
         connection.connection_made(Wire())
         answer, done = connection.exchange(b"GET / HTTP/1.1\r\n\r\n")
         for piece in pieces:
@@ -64,15 +64,15 @@ STREAM = (event("Grüße "), event("aus "), event("Köln 🎉", '"stop"'), b"dat
 LAST_USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":7}}\n\n'
 
 
-def read(*pieces: bytes, closes: bool = False) -> Reading:
-    return read_answer(received(pieces, closes=closes)[0])
+def read(*pieces: bytes, closes: bool = False) -> ParsedResponse:
+    return parse_response(received(pieces, closes=closes)[0])
 
 
 def test_an_answer_cut_anywhere_reads_the_same() -> None:
     raw = chunked(*STREAM)
     for cut in range(1, len(raw)):
         answer, connection, is_done = received([raw[:cut], raw[cut:]])
-        reading = read_answer(answer)
+        reading = parse_response(answer)
         assert (reading.text, len(reading.times_s), reading.problem) == ("Grüße aus Köln 🎉", 3, ""), f"cut at {cut}"
         assert is_done
         assert connection.is_reusable
@@ -213,12 +213,12 @@ def test_a_status_without_a_reason_is_read() -> None:
 
 def test_continue_is_not_the_answer() -> None:
     answer, _, is_done = received([b"HTTP/1.1 100 Continue\r\n\r\n", chunked(*STREAM)])
-    assert (answer.status, read_answer(answer).text, is_done) == (200, "Grüße aus Köln 🎉", True)
+    assert (answer.status, parse_response(answer).text, is_done) == (200, "Grüße aus Köln 🎉", True)
 
 
 def test_an_answer_without_a_length_ends_with_its_connection() -> None:
     answer, connection, _ = received([b"HTTP/1.0 200 OK\r\n\r\n", *STREAM], closes=True)
-    assert (read_answer(answer).problem, answer.finished, connection.is_reusable) == ("", True, False)
+    assert (parse_response(answer).problem, answer.finished, connection.is_reusable) == ("", True, False)
 
 
 def test_a_connection_that_the_server_will_close_is_not_kept() -> None:
@@ -228,7 +228,7 @@ def test_a_connection_that_the_server_will_close_is_not_kept() -> None:
 
 def test_an_answer_that_nobody_asked_for_ends_the_connection() -> None:
     async def feed() -> bool:
-        connection, wire = Connection(), Wire()
+        connection, wire = ClientConnection(), Wire()
         connection.connection_made(wire)  # type: ignore[arg-type]  # goes nowhere
         connection.data_received(HEAD)
         return wire.is_aborted
@@ -256,8 +256,8 @@ def samples_from(serve: Any, *, users: int = 1, requests: int = 4) -> tuple[Samp
     async def run() -> tuple[Sample, ...]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        target = Target(base=f"http://127.0.0.1:{port}", endpoint="completions", model="m")
-        workload = Workload(name="test", arrivals=ClosedLoop(users), requests=Mix(Fixed(3), Fixed(3)))
+        target = ServerAddress(base=f"http://127.0.0.1:{port}", endpoint="completions", model="m")
+        workload = Workload(name="test", arrivals=ClosedLoop(users), requests=RequestMix(Fixed(3), Fixed(3)))
         schedule = workload.draw(0, num_requests=requests)
         result = await run_load(target, schedule, LoadOptions(metrics_url=None))
         server.close()
@@ -302,8 +302,8 @@ def test_no_server_at_all_is_an_error_of_each_request() -> None:
         port = server.sockets[0].getsockname()[1]
         server.close()
         await server.wait_closed()
-        target = Target(base=f"http://127.0.0.1:{port}", endpoint="completions", model="m")
-        workload = Workload(name="test", arrivals=ClosedLoop(2), requests=Mix(Fixed(3), Fixed(3)))
+        target = ServerAddress(base=f"http://127.0.0.1:{port}", endpoint="completions", model="m")
+        workload = Workload(name="test", arrivals=ClosedLoop(2), requests=RequestMix(Fixed(3), Fixed(3)))
         return (await run_load(target, workload.draw(0, num_requests=6), LoadOptions(metrics_url=None))).samples
 
     samples = asyncio.run(run())
@@ -316,4 +316,4 @@ def test_no_server_at_all_is_an_error_of_each_request() -> None:
 )
 def test_an_address_that_is_none_is_named(base: str) -> None:
     with pytest.raises(UsageError, match="is no host and port"):
-        Connections(Target(base=base, endpoint="chat", model="m"))
+        ConnectionPool(ServerAddress(base=base, endpoint="chat", model="m"))

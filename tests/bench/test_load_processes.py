@@ -13,27 +13,27 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from loads_for_tests import is_alive, load, schedule_of, worker_pids
 
+from loads_for_tests import is_alive, load, schedule_of, worker_pids
 from powerband.bench import load as load_module
-from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
-from powerband.bench.messages import (
-    Done,
+from powerband.bench.client.messages import (
+    ChainMessage,
     FromWorker,
-    Planned,
-    PlannedChain,
-    PlannedSegment,
-    Progress,
+    RequestMessage,
+    SegmentMessage,
+    ServerAddress,
     StartSignal,
-    Target,
+    WorkerDone,
     WorkerJob,
+    WorkerProgress,
 )
-from powerband.bench.script import Script
-from powerband.bench.scripted_process import scripted_process
+from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
 from powerband.errors import EnvironmentFault
+from powerband.mock_server.behavior import Behavior
+from powerband.mock_server.process import mock_server_process
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds workers by /proc")
-PACED = Script(ttft_s=0.02, tpot_s=0.01)
+PACED = Behavior(ttft_s=0.02, tpot_s=0.01)
 COORDINATOR = """
 import asyncio, sys
 sys.path.insert(0, {folder!r})
@@ -42,7 +42,7 @@ def report(live):
     if all(progress.sent for progress in live.workers.values()):
         print("sending", flush=True)
 async def main():
-    async with scripted_process(Script(ttft_s=0.02)) as server:
+    async with mock_server_process(Behavior(ttft_s=0.02)) as server:
         print(server.pid, flush=True)
         options = LoadOptions(workers=2, metrics_url=None)
         await run_load(server.target, schedule_of(20, 60), options, watch=report)
@@ -87,7 +87,7 @@ def test_a_worker_that_is_stopped_is_an_error_that_says_so(monkeypatch: pytest.M
 
 def test_a_cancelled_run_leaves_no_worker() -> None:
     async def run() -> list[int]:
-        async with scripted_process(PACED) as server:
+        async with mock_server_process(PACED) as server:
             options = LoadOptions(workers=2, metrics_url=None)
             sending = asyncio.Event()
             watch = lambda live: sending.set() if live.sent else None  # noqa: E731 (shorter than a function)
@@ -105,7 +105,7 @@ def test_a_cancelled_run_leaves_no_worker() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_its_coordinator(how: signal.Signals) -> None:
-    code = COORDINATOR.format(folder=str(Path(__file__).parent))
+    code = COORDINATOR.format(folder=str(Path(__file__).parents[1]))
     coordinator = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert coordinator.stdout is not None
@@ -123,9 +123,9 @@ def test_no_process_outlives_its_coordinator(how: signal.Signals) -> None:
 
 def test_what_a_worker_says_last_arrives_whole() -> None:
     """However slowly it is read: the worker ends when the last byte has left it."""
-    requests = tuple(Planned(index, (PlannedSegment("a", 1),), 1, 0, 0.0) for index in range(2000))
-    nowhere = Target(base="http://127.0.0.1:1", endpoint="completions", model="m")
-    chains = tuple(PlannedChain(request.index, 0.0, (request,)) for request in requests)
+    requests = tuple(RequestMessage(index, (SegmentMessage("a", 1),), 1, 0, 0.0) for index in range(2000))
+    nowhere = ServerAddress(base="http://127.0.0.1:1", endpoint="completions", model="m")
+    chains = tuple(ChainMessage(request.index, 0.0, (request,)) for request in requests)
     job = WorkerJob(target=nowhere, chains=chains, end_s=1.0, timeout_s=5.0, drain_s=5.0, progress_s=60.0)
     with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -145,14 +145,14 @@ def test_what_a_worker_says_last_arrives_whole() -> None:
         messages.append(msgspec.msgpack.decode(said[4 : 4 + length], type=FromWorker))
         said = said[4 + length :]
     done = messages[-1]
-    assert isinstance(done, Done)
-    told = [m.samples for m in messages if isinstance(m, Progress)]
+    assert isinstance(done, WorkerDone)
+    told = [m.samples for m in messages if isinstance(m, WorkerProgress)]
     assert sum(map(len, told)) + len(done.progress.samples) == 2000
 
 
 def test_a_stop_ends_the_run_early() -> None:
     async def run() -> tuple[bool, float]:
-        async with scripted_process(PACED) as server:
+        async with mock_server_process(PACED) as server:
             options = LoadOptions(metrics_url=None)
             result = await run_load(server.target, schedule_of(20, 60), options, stop=lambda live: live.elapsed_s > 0.5)
             return result.stopped, result.wall_s

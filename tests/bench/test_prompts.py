@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from powerband.bench.messages import Planned, PlannedSegment, Target
-from powerband.bench.prompts import WORDS, PromptMaker, Talk, request_bytes
+from powerband.bench.client.messages import RequestMessage, SegmentMessage, ServerAddress
+from powerband.bench.client.prompts import WORDS, ConversationPrompts, PromptMaker, request_bytes
 
 DEMO = Path(__file__).resolve().parents[2] / "src" / "powerband" / "demo" / "tokenizer.json"
 # Where `make bench-cpu` keeps the model that it measures: a vocabulary of 150,000 with other words than ours.
@@ -20,19 +20,19 @@ LARGE = (
     Path(os.environ.get("POWERBAND_CACHE", Path.home() / ".cache" / "powerband"))
     / "bench/models/qwen3-0.6b/checkpoint/tokenizer.json"
 )
-CHAT = Target(base="http://test:1", endpoint="chat", model="m")
-COMPLETIONS = Target(base="http://test:1", endpoint="completions", model="m")
+CHAT = ServerAddress(base="http://test:1", endpoint="chat", model="m")
+COMPLETIONS = ServerAddress(base="http://test:1", endpoint="completions", model="m")
 
 MAKER = PromptMaker()
 keys, sizes = st.text(max_size=20), st.integers(1, 3000)
 
 
 def text(key, tokens, maker=MAKER):
-    return maker.text(PlannedSegment(key, tokens))
+    return maker.text(SegmentMessage(key, tokens))
 
 
 def request(*segments, turn=0, output_tokens=7):
-    return Planned(0, tuple(PlannedSegment(*segment) for segment in segments), output_tokens, turn, 0.0)
+    return RequestMessage(0, tuple(SegmentMessage(*segment) for segment in segments), output_tokens, turn, 0.0)
 
 
 @given(key=keys, shorter=sizes, longer=sizes)
@@ -69,7 +69,7 @@ def test_a_text_has_as_many_words_as_tokens_and_ends_between_words(key, tokens):
 def test_segments_join_between_words_whatever_follows():
     """A prefix of 9 words is the same 9 words of the prompt, not half a word that merges with the next."""
     for key in ("a", "b"):
-        body = json.loads(Talk(COMPLETIONS, MAKER).body(request(("shared", 9), (key, 5))))
+        body = json.loads(ConversationPrompts(COMPLETIONS, MAKER).body(request(("shared", 9), (key, 5))))
         assert body["prompt"].split()[:9] == text("shared", 9).split()
         assert len(body["prompt"].split()) == 14
         assert not body["prompt"].endswith(" ")
@@ -110,7 +110,7 @@ def test_a_shared_prefix_is_shared_tokens():
 
 
 def test_a_turn_of_a_chat_repeats_what_was_said():
-    talk = Talk(CHAT, MAKER)
+    talk = ConversationPrompts(CHAT, MAKER)
     first = json.loads(talk.body(request(("shared", 4), ("0/0", 3))))
     talk.answered("An answer.")
     second = json.loads(talk.body(request(("0/1", 2), turn=1)))
@@ -120,7 +120,7 @@ def test_a_turn_of_a_chat_repeats_what_was_said():
 
 
 def test_a_turn_of_a_completion_begins_with_all_before_it():
-    talk = Talk(COMPLETIONS, MAKER)
+    talk = ConversationPrompts(COMPLETIONS, MAKER)
     first = json.loads(talk.body(request(("0/0", 30))))["prompt"]
     talk.answered(" and so on")
     second = json.loads(talk.body(request(("0/1", 20), turn=1)))["prompt"]
@@ -130,19 +130,19 @@ def test_a_turn_of_a_completion_begins_with_all_before_it():
 
 @pytest.mark.parametrize("target", [CHAT, COMPLETIONS], ids=["chat", "completions"])
 def test_a_new_conversation_forgets_the_last(target):
-    talk, fresh = Talk(target, MAKER), Talk(target, MAKER)
+    talk, fresh = ConversationPrompts(target, MAKER), ConversationPrompts(target, MAKER)
     talk.body(request(("0/0", 30)))
     talk.answered("Something")
     assert talk.body(request(("0/1", 20))) == fresh.body(request(("0/1", 20)))
 
 
 def test_recorded_text_is_sent_as_it_is():
-    body = json.loads(Talk(CHAT, MAKER).body(request(("key", 3, "Why is the sky\u2028blue?"))))
+    body = json.loads(ConversationPrompts(CHAT, MAKER).body(request(("key", 3, "Why is the sky\u2028blue?"))))
     assert body["messages"] == [{"role": "user", "content": "Why is the sky\u2028blue?"}]
 
 
 def test_the_request_is_http_with_the_length_of_its_body():
-    body = Talk(CHAT, MAKER).body(request(("key", 3)))
+    body = ConversationPrompts(CHAT, MAKER).body(request(("key", 3)))
     head, _, rest = request_bytes(CHAT, body).partition(b"\r\n\r\n")
     assert rest == body
     assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nHost: test:1\r\n")

@@ -16,14 +16,14 @@ import msgspec
 import pytest
 from samples_for_tests import load, point, report
 
-from powerband.bench.page_data import MOST_SCATTER, page_data, thinned
-from powerband.bench.report import report_html, write_report
-from powerband.bench.results import RunReport
+from powerband.bench.report.html_report import report_html, write_report
+from powerband.bench.report.page_data import MAX_SCATTER_POINTS, page_data, thinned
+from powerband.bench.report.results import RunReport
 from powerband.errors import EnvironmentFault
 from powerband.metrics.definitions import DEFINITIONS
 from powerband.metrics.record import Outcome
 
-PAGE = files("powerband.bench").joinpath("page")
+PAGE = files("powerband.bench.report").joinpath("page")
 SHARED = files("powerband").joinpath("pages")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>[[data]]'\"&"
 OURS = [PAGE.joinpath(name) for name in ("report.html", "report.css", "charts.js", "report.js")]
@@ -186,7 +186,7 @@ def test_a_page_stays_small():
 
     # What grows is dots, of which there are at most so many.
     assert size(many) - size(few) < 5_000 * 25
-    assert MOST_SCATTER * 25 < 1_000_000
+    assert MAX_SCATTER_POINTS * 25 < 1_000_000
 
 
 def test_what_others_wrote_is_as_they_wrote_it():
@@ -201,7 +201,7 @@ def test_what_others_wrote_is_as_they_wrote_it():
 
 def test_the_page_is_part_of_the_package():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '"bench/page/*", "pages/*"' in project
+    assert '"bench/report/page/*", "pages/*"' in project
 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path):

@@ -10,16 +10,23 @@ import msgspec
 import pytest
 from samples_for_tests import LIMITS, MIX, load, played, point, report, shared, workload
 
-from powerband.bench.messages import Target
-from powerband.bench.result_files import read_requests, read_run, write_run
-from powerband.bench.results import Address, FoundRate, Machine, Offered, error_groups, without_secrets
+from powerband.bench.client.messages import ServerAddress
+from powerband.bench.report.result_files import read_requests, read_run, write_run
+from powerband.bench.report.results import (
+    ClientMachine,
+    FoundRate,
+    OfferedLoad,
+    ReportedAddress,
+    error_groups,
+    without_secrets,
+)
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop, OpenLoop, Phase, Replay
-from powerband.spec.lengths import Fixed
 from powerband.spec.slo import SLO
-from powerband.spec.traces import read_trace
-from powerband.spec.workload import Conversation, Workload
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.traces import read_trace
+from powerband.spec.workload.workload import Conversation, Workload
 
 
 def test_a_run_is_read_back_as_it_was_written(tmp_path: Path):
@@ -82,7 +89,7 @@ def test_text_with_any_line_separator_stays_in_its_line(tmp_path: Path):
 
 
 def test_no_secret_is_told(tmp_path: Path):
-    target = Target(base="http://h", endpoint="chat", model="m", headers={"Authorization": "Bearer s3cret"})
+    target = ServerAddress(base="http://h", endpoint="chat", model="m", headers={"Authorization": "Bearer s3cret"})
     words = (
         "bench",
         "--api-key",
@@ -94,7 +101,7 @@ def test_no_secret_is_told(tmp_path: Path):
         "-x",
     )
     result = load(requests=5)
-    run = replace(report(point(result)), target=Address.of(target), command=without_secrets(words))
+    run = replace(report(point(result)), target=ReportedAddress.of(target), command=without_secrets(words))
     write_run(run, [result], tmp_path)
     assert "s3cret" not in (tmp_path / "run.json").read_text() + (tmp_path / "requests.jsonl").read_text()
     assert run.command[-1] == "-x"
@@ -103,7 +110,7 @@ def test_no_secret_is_told(tmp_path: Path):
 def test_the_machine_is_told_without_its_name():
     import socket
 
-    machine = Machine.here()
+    machine = ClientMachine.here()
     assert machine.cpus >= 1
     assert socket.gethostname() not in str(machine)
 
@@ -229,10 +236,10 @@ def test_short_and_uncounted_answers_are_counted():
 
 def test_the_offered_load_is_a_rate_or_a_number_of_users():
     schedule = workload(5.0).draw(0, num_requests=500)
-    assert Offered.of(OpenLoop.at(5.0), schedule) == Offered("rate", 5.0)
-    assert Offered.of(ClosedLoop(12), schedule) == Offered("concurrency", 12)
-    ramp = OpenLoop((Phase(0, 20, 10),))
-    mean = Offered.of(ramp, workload(arrivals=ramp).draw(0, duration_s=10.0))
+    assert OfferedLoad.of(OpenLoop.at(5.0), schedule) == OfferedLoad("rate", 5.0)
+    assert OfferedLoad.of(ClosedLoop(12), schedule) == OfferedLoad("concurrency", 12)
+    ramp = OpenLoop((RatePhase(0, 20, 10),))
+    mean = OfferedLoad.of(ramp, workload(arrivals=ramp).draw(0, duration_s=10.0))
     assert (mean.kind, mean.value) == ("rate", pytest.approx(10, rel=0.3))
 
 

@@ -10,22 +10,22 @@ from collections.abc import Callable
 
 import pytest
 
-from powerband.bench.load import Live, LoadResult, window_of
-from powerband.bench.messages import Sample
+from powerband.bench.client.messages import Sample
+from powerband.bench.load import Live, LoadResult, steady_window
 from powerband.bench.saturation import is_saturated
-from powerband.bench.search import RESOLUTION, CapacityResult, Searcher, lost_by
+from powerband.bench.search import RESOLUTION, CapacityResult, Searcher, missed_slo_time_s
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.errors import UsageError
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.lengths import Fixed
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Mix, Schedule, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Schedule, Workload
 
 SERVICE_S, SLOTS = 0.5, 4  # so that it serves 8 requests a second and no more
 CAPACITY = SLOTS / SERVICE_S
 LIMITS = SLO(ttft_s=1.0, attainment=0.95)
-LOAD = Workload(name="queue", arrivals=OpenLoop.at(1.0), requests=Mix(Fixed(16), Fixed(2)))
+LOAD = Workload(name="queue", arrivals=OpenLoop.at(1.0), requests=RequestMix(Fixed(16), Fixed(2)))
 
 
 def queue(schedule: Schedule, *, lag_s: float = 0.0, refused: float = 0.0, noise: random.Random) -> list[Sample]:
@@ -147,7 +147,7 @@ def test_saturation_is_a_queue_that_grows(rate: float, expected: bool) -> None:
     workload = Workload(name="queue", arrivals=OpenLoop.at(rate), requests=LOAD.requests)
     for seed in range(10):
         samples = queue(workload.draw(seed, duration_s=60.0), noise=random.Random(0))
-        assert is_saturated([s.record() for s in samples], window_of(samples, 0.1, 0.05)) is expected
+        assert is_saturated([s.record() for s in samples], steady_window(samples, 0.1, 0.05)) is expected
 
 
 def test_giving_up_wrongly_is_rare() -> None:
@@ -156,10 +156,10 @@ def test_giving_up_wrongly_is_rare() -> None:
     given_up = 0
     for _ in range(400):
         samples = [_sample(generator.random() < 0.05) for _ in range(400)]
-        given_up += any(lost_by(samples[:count], LIMITS) >= math.log(100) for count in range(20, 401, 20))
+        given_up += any(missed_slo_time_s(samples[:count], LIMITS) >= math.log(100) for count in range(20, 401, 20))
     assert given_up <= 10  # 4 expected at most; more than 10 has a probability below 1 in 100
     late = [_sample(generator.random() < 0.3) for _ in range(100)]
-    assert lost_by(late, LIMITS) >= math.log(100)
+    assert missed_slo_time_s(late, LIMITS) >= math.log(100)
 
 
 def _sample(misses: bool) -> Sample:

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from samples_for_tests import LIMITS, load, point, report, workload
 
-from powerband.bench.live import LiveView
+from powerband.bench.client.messages import WorkerProgress
 from powerband.bench.load import Live
-from powerband.bench.messages import Progress
-from powerband.bench.results import ErrorGroup, Point, RunReport
-from powerband.bench.table import run_table
+from powerband.bench.report.live import LiveView
+from powerband.bench.report.results import ErrorGroup, Point, RunReport
+from powerband.bench.report.table import run_table
 from powerband.metrics.shown import digits, plain, share_text, time_interval_text, time_text
 
 
@@ -103,7 +103,7 @@ def test_foreign_text_cannot_steer_a_terminal():
 def live_of(elapsed_s: float, seed: int = 0) -> Live:
     result = load(requests=100, failures=0.1, seed=seed)
     live = Live(result.schedule, start_at=time.monotonic() - elapsed_s, samples=list(result.samples))
-    live.workers[0] = Progress(sent=100, running=3)
+    live.workers[0] = WorkerProgress(sent=100, running=3)
     return live
 
 

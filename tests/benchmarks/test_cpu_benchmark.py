@@ -15,7 +15,7 @@ from benchmarks.cpu.worker import Bench
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from powerband.spec.reader import read_model_spec
+from powerband.spec.model.reader import read_model_spec
 
 
 def test_shapes_have_the_sizes_that_their_names_say():

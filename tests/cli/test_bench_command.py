@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from powerband.bench.calibrate import ClientCapacity
-from powerband.bench.result_files import read_requests, read_run
+from powerband.bench.report.result_files import read_requests, read_run
+from powerband.calibration.client_capacity import ClientCapacity
 
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("POWERBAND_")}, "COLUMNS": "100"}
 SHORT = ["--prompt-tokens", "8", "--prefix-tokens", "0", "--output-tokens", "4"]
@@ -29,7 +29,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @contextmanager
 def scripted(**script: float) -> Iterator[str]:
-    command = [sys.executable, "-m", "powerband.bench.scripted_server", "--script", json.dumps(script)]
+    command = [sys.executable, "-m", "powerband.mock_server.server", "--script", json.dumps(script)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -139,8 +139,8 @@ def test_a_client_near_its_ceiling_is_invalid(server: str, environment: dict[str
     """As if calibration had found that this machine can take five chunks a second."""
     small = ClientCapacity(chunks_per_s=5, requests_per_s=5, cpu_us_per_chunk=1, limited_by="client")
     script = (
-        "import powerband.bench.calibrate as c, dataclasses, sys; from powerband.cli.main import main; "
-        f"c.ceiling = lambda: c.{small}; "
+        "import powerband.calibration.client_capacity as c, dataclasses, sys; from powerband.cli.main import main; "
+        f"c.known_client_capacity = lambda: c.{small}; "
         "sys.exit(main(sys.argv[1:]))"
     )
     load = ["bench", server, "--rate", "20", "--duration", "2s", *SHORT, "--out", str(tmp_path)]
@@ -193,7 +193,9 @@ def test_ctrl_c_ends_it_with_nothing_left_behind(server: str, environment: dict[
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in said
-    children = subprocess.run(["pgrep", "-f", "powerband.bench.worker"], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-f", "powerband.bench.client.worker"], capture_output=True, text=True
+    ).stdout.split()
     assert all(Path(f"/proc/{pid}/stat").read_text().split()[3] != str(process.pid) for pid in children)
 
 

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.calibrate import write_profile
-from powerband.cli.calibration import with_refinement
+from powerband.calibration.measure import with_refinement
 from powerband.cli.main import main
-from powerband.cost.measured_steps import MeasuredSteps
-from powerband.cost.steps import Form, header_line
+from powerband.cost.measured_steps import MeasuredStepTimes
+from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault
-from powerband.spec.catalog import here_path, known_here, read_here, read_profile
-from powerband.spec.device import detect_cpu
-from powerband.spec.profile import DeviceProfile, Evidence, Machine, Refinement, StepLaw
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import (
+    local_profile,
+    local_profile_path,
+    read_local_profile,
+    read_profile,
+    write_profile,
+)
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.hardware.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
+from powerband.spec.model.reader import read_model_spec
 
 CPU = detect_cpu()
 KNOWN = DeviceProfile(
@@ -28,9 +33,9 @@ KNOWN = DeviceProfile(
     bandwidth_bytes_per_s=30e9,
     peak_flops_per_s={"16bit": 1e12},
     multiprocessors=CPU.cores,
-    machine=Machine(name=CPU.name, cores=CPU.cores, threads=CPU.cores, date="2026-11-21"),
+    machine=MeasuredMachine(name=CPU.name, cores=CPU.cores, threads=CPU.cores, date="2026-11-21"),
 )
-FORM = Form(
+FORM = RunConfiguration(
     model="abc",
     name="mine",
     dtype="bfloat16",
@@ -46,7 +51,7 @@ FORM = Form(
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles of these tests are this machine's, but not for anybody else."""
-    monkeypatch.setattr("powerband.spec.catalog.here_path", lambda: tmp_path / "here.yaml")
+    monkeypatch.setattr("powerband.spec.hardware.catalog.local_profile_path", lambda: tmp_path / "here.yaml")
 
 
 def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +62,7 @@ def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys:
     assert (row["what"], row["steps"] >= 16) == ("demo, 16 bits", True)
     [refinement] = read_profile(path).refinements
     assert refinement.model == read_model_spec("src/powerband/demo").shape_digest
-    seconds = MeasuredSteps(refinement.steps).step_s([(1, 100)], 1)
+    seconds = MeasuredStepTimes(refinement.steps).step_s([(1, 100)], 1)
     assert 1e-5 < seconds < 0.1
     assert refinement.host is not None
     assert 1e-5 < refinement.host.arrival_s < 0.1
@@ -89,11 +94,11 @@ def test_a_step_log_refines_the_profile(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["calibrate", "--from", str(log), "-o", str(path)]) == 0
     assert "mine, 16 bits  199" in capsys.readouterr().out
     [first] = read_profile(path).refinements
-    assert MeasuredSteps(first.steps).step_s([(1, 200)] * 4, 4) == pytest.approx(0.0014, rel=0.03)
+    assert MeasuredStepTimes(first.steps).step_s([(1, 200)] * 4, 4) == pytest.approx(0.0014, rel=0.03)
     log.write_text("\n".join([header_line(FORM), *steps(400, scale=1.5)]) + "\n")
     assert main(["calibrate", "--from", str(log), "-o", str(path)]) == 0
     [second] = read_profile(path).refinements
-    assert MeasuredSteps(second.steps).step_s([(1, 200)] * 4, 4) == pytest.approx(0.0021, rel=0.03)
+    assert MeasuredStepTimes(second.steps).step_s([(1, 200)] * 4, 4) == pytest.approx(0.0021, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -124,17 +129,17 @@ def test_a_log_refines_nothing_where_nothing_was_measured(tmp_path: Path, capsys
 
 
 def test_a_profile_of_another_machine_is_not_this_machines(tmp_path: Path) -> None:
-    machine = Machine(name="EPYC", cores=96, threads=96, date="2026-11-21")
+    machine = MeasuredMachine(name="EPYC", cores=96, threads=96, date="2026-11-21")
     write_profile(replace(KNOWN, machine=machine), tmp_path / "here.yaml")
-    assert known_here() is None
+    assert local_profile() is None
     with pytest.raises(EnvironmentFault, match="measured on another machine \\(EPYC, 96 cores\\)"):
-        read_here()
+        read_local_profile()
     write_profile(KNOWN, tmp_path / "here.yaml")
-    assert read_here() == known_here() == KNOWN
+    assert read_local_profile() == local_profile() == KNOWN
 
 
 def test_a_model_has_one_refinement_in_each_form() -> None:
-    steps = StepLaw(
+    steps = StepTimeModel(
         tokens=(1,),
         token_s=(0.001,),
         rows=(1,),
@@ -156,4 +161,4 @@ def test_a_model_has_one_refinement_in_each_form() -> None:
 def test_the_usual_place_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
-    assert here_path() == tmp_path / "profiles" / "here.yaml"
+    assert local_profile_path() == tmp_path / "profiles" / "here.yaml"

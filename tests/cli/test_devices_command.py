@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from powerband.cli.main import main
-from powerband.spec.catalog import load_catalog
-from powerband.spec.profile import DeviceProfile
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.hardware.profile import DeviceProfile
 
 
 def test_the_table_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from powerband.cli import doctor
-from powerband.cli.machine import device_of
+from powerband.cli.machine import compute_device
 from powerband.cli.main import main
 from powerband.engine.kernels.cpu import library
 from powerband.spec.settings import EngineSettings
@@ -56,5 +56,5 @@ def test_no_compiler_is_a_finding(capsys: Output, monkeypatch: pytest.MonkeyPatc
 
 
 def test_asked_device_is_not_looked_for() -> None:
-    assert device_of(EngineSettings(device="cuda")) == "cuda"
-    assert device_of(EngineSettings(device="cpu")) == "cpu"
+    assert compute_device(EngineSettings(device="cuda")) == "cuda"
+    assert compute_device(EngineSettings(device="cpu")) == "cpu"

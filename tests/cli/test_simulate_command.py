@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from powerband.cli.main import main
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.catalog import load_catalog
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.plan import Plan, Promise, write_plan
-from powerband.spec.presets import preset
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import Workload
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -42,8 +42,8 @@ def plan(tmp_path: Path) -> Plan:
         model=str(tmp_path / "config.json"),
         workload=Workload(name="chat", arrivals=OpenLoop.at(1.0), requests=preset("chat").mix),
         slo=SLO.parse("ttft=1s,tpot=50ms"),
-        promise=Promise(1.0),
-        deployment=Deployment(engine="vllm", pools=(Pool(replica=Replica(device="H100", max_model_len=8192)),)),
+        promise=SLOGuarantee(1.0),
+        deployment=Deployment(engine="vllm", pools=(ReplicaPool(replica=Replica(device="H100", max_model_len=8192)),)),
     )
 
 
@@ -91,12 +91,20 @@ def test_a_missed_slo_is_exit_1(plan: Plan, tmp_path: Path) -> None:
         ({"deployment": None}, 2, "not by which deployment"),
         ({"model": "/nowhere/config.json"}, 3, "/nowhere/config.json"),
         (
-            {"deployment": Deployment(engine="vllm", pools=(Pool(replica=Replica(device="T4", max_model_len=8192)),))},
+            {
+                "deployment": Deployment(
+                    engine="vllm", pools=(ReplicaPool(replica=Replica(device="T4", max_model_len=8192)),)
+                )
+            },
             3,
             "does not fit: needs",
         ),
         (
-            {"deployment": Deployment(engine="vllm", pools=(Pool(replica=Replica(device="X", max_model_len=64)),))},
+            {
+                "deployment": Deployment(
+                    engine="vllm", pools=(ReplicaPool(replica=Replica(device="X", max_model_len=64)),)
+                )
+            },
             2,
             "There is no device 'X'",
         ),

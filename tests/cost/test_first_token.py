@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from powerband.cost.first_token import FirstTokenEstimate
-from powerband.spec.profile import Evidence, HostLaw
+from powerband.spec.hardware.profile import Evidence, HostModel
 
-HOST = HostLaw(step_s=0.5, per_request_s=0.0, arrival_s=9.0, answer_s=0.25, evidence=Evidence(source="test", error=0.0))
+HOST = HostModel(
+    step_s=0.5, per_request_s=0.0, arrival_s=9.0, answer_s=0.25, evidence=Evidence(source="test", error=0.0)
+)
 
 
 class OneSecondAToken:

@@ -6,11 +6,11 @@ import pytest
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.shapes import FORMATS
-from powerband.spec.catalog import load_catalog
-from powerband.spec.counts import count_parameters
 from powerband.spec.deployment import ENGINES, EngineName, Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.counts import count_parameters
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 
 CATALOG = load_catalog()
 DEVICES = sorted(CATALOG.profiles)

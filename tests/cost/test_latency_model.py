@@ -12,9 +12,9 @@ import pytest
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.spec.deployment import Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile, Link
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.profile import DeviceLink, DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -54,8 +54,8 @@ HOPPER = DeviceProfile(
     bandwidth_bytes_per_s=3.35e12,
     peak_flops_per_s={"16bit": 989e12, "fp8": 1979e12},
     multiprocessors=132,
-    link=Link(name="nvlink", bytes_per_s=450e9),
-    host_link=Link(name="pcie5", bytes_per_s=63e9),
+    link=DeviceLink(name="nvlink", bytes_per_s=450e9),
+    host_link=DeviceLink(name="pcie5", bytes_per_s=63e9),
 )
 STEPS = [
     [(1, 1000)],
@@ -112,7 +112,7 @@ def test_a_better_device_is_never_slower(works: list[tuple[int, int]]) -> None:
     assert model(replace(HOPPER, peak_flops_per_s=faster)).step_s(works, len(works)) <= seconds
     assert model(replace(HOPPER, memory_bytes=10**12)).step_s(works, len(works)) == seconds
     one, two = (
-        model(replace(HOPPER, link=Link(name="nvlink", bytes_per_s=rate)), tensor_parallel=2).step_s(works, 1)
+        model(replace(HOPPER, link=DeviceLink(name="nvlink", bytes_per_s=rate)), tensor_parallel=2).step_s(works, 1)
         for rate in (300e9, 900e9)
     )
     assert two <= one

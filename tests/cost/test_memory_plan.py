@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from powerband.cost import MemoryPlan, plan_memory
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec import EngineSettings, ModelSpec, read_model_spec
-from powerband.spec.quantization import WeightFormat
+from powerband.spec.checkpoint.quantization import WeightFormat
 
 GIB = 1 << 30
 KINDS: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")

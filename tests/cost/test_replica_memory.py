@@ -12,11 +12,11 @@ import pytest
 
 from powerband.cost.memory import plan_memory
 from powerband.cost.replica_memory import kv_bytes_per_token, plan_replica, weight_bytes
-from powerband.spec.catalog import load_catalog
-from powerband.spec.counts import count_parameters
 from powerband.spec.deployment import Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.counts import count_parameters
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 
 DATA = Path(os.environ.get("ACCURACY_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cost.steps import Form, StepSample, header_line, read_step_log
+from powerband.cost.step_log import RunConfiguration, StepSample, header_line, read_step_log
 from powerband.errors import EnvironmentFault, UsageError
 
-FORM = Form(
+FORM = RunConfiguration(
     model="abc",
     name="demo",
     dtype="bfloat16",

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.answers import Reading, read_answer
-from powerband.bench.connection import Answer, Connection, Connections
-from powerband.bench.http import Page
-from powerband.bench.messages import Target
+from powerband.bench.client.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.http import HTTPPage
+from powerband.bench.client.messages import ServerAddress
+from powerband.bench.client.responses import ParsedResponse, parse_response
 
 SERVED = "demo"
 
@@ -48,8 +48,8 @@ class Told:
     sent_s: float
     status: int = 0
     code: str = ""  # of an error
-    answer: Answer = field(default_factory=Answer)
-    reading: Reading = field(default_factory=Reading)
+    answer: HTTPResponse = field(default_factory=HTTPResponse)
+    reading: ParsedResponse = field(default_factory=ParsedResponse)
     ended_s: float = 0.0
 
     @property
@@ -80,7 +80,7 @@ class Load:
     load.told, load.failed, load.wrong(answers)
     """
 
-    def __init__(self, target: Target, asked: Sequence[Question], rate: float, timeout_s: float = 60.0) -> None:
+    def __init__(self, target: ServerAddress, asked: Sequence[Question], rate: float, timeout_s: float = 60.0) -> None:
         self._target, self._asked, self._rate, self._timeout_s = target, asked, rate, timeout_s
         self.told: list[Told] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -117,7 +117,7 @@ class Load:
         if answer.status >= 400:
             with contextlib.suppress(msgspec.MsgspecError, TypeError, KeyError):
                 told.code = str(msgspec.json.decode(answer.body())["error"]["code"])
-        told.reading = read_answer(answer)
+        told.reading = parse_response(answer)
 
     @property
     def failed(self) -> list[Told]:
@@ -135,36 +135,36 @@ class Load:
         return len(self._tasks)
 
 
-async def answers_of(target: Target, asked: Sequence[Question]) -> dict[str, str]:
+async def answers_of(target: ServerAddress, asked: Sequence[Question]) -> dict[str, str]:
     """What an undisturbed service says, one question at a time."""
     found = {}
     for question in asked:
         async with connected(target) as connection, asyncio.timeout(60.0):
             answer, done = connection.exchange(request(target, target.path, question.body))
             await done
-        reading = read_answer(answer)
+        reading = parse_response(answer)
         assert not reading.problem, reading.problem
         assert reading.output_tokens == question.tokens
         found[question.prompt] = reading.text
     return found
 
 
-async def put(target: Target, path: str, body: object) -> Page:
-    """What powerband.bench.http has no verb for."""
+async def put(target: ServerAddress, path: str, body: object) -> HTTPPage:
+    """What powerband.bench.client.http has no verb for."""
     return await ask(target, "PUT", path, msgspec.json.encode(body))
 
 
-async def ask(target: Target, method: str, path: str, body: bytes = b"", timeout_s: float = 10.0) -> Page:
+async def ask(target: ServerAddress, method: str, path: str, body: bytes = b"", timeout_s: float = 10.0) -> HTTPPage:
     async with connected(target) as connection, asyncio.timeout(timeout_s):
         answer, done = connection.exchange(request(target, path, body, method))
         await done
-    return Page(answer.status, answer.body())
+    return HTTPPage(answer.status, answer.body())
 
 
 @contextlib.asynccontextmanager
-async def connected(target: Target) -> AsyncIterator[Connection]:
+async def connected(target: ServerAddress) -> AsyncIterator[ClientConnection]:
     """A connection that nobody else uses."""
-    connections = Connections(target)
+    connections = ConnectionPool(target)
     connection, _ = await connections.take()
     try:
         yield connection
@@ -172,7 +172,7 @@ async def connected(target: Target) -> AsyncIterator[Connection]:
         connection.close()
 
 
-def request(target: Target, path: str, body: bytes, method: str = "POST") -> bytes:
+def request(target: ServerAddress, path: str, body: bytes, method: str = "POST") -> bytes:
     authority = target.base.partition("://")[2]
     headers = {"Host": authority, "Content-Type": "application/json", "Content-Length": str(len(body))}
     lines = "".join(f"{name}: {value}\r\n" for name, value in (headers | target.headers).items())

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from drills_for_tests import Front, wait_until
 
-from powerband.fleet.state import ServiceFolder, Status
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.lengths import Fixed
-from powerband.spec.plan import Plan, Promise, write_plan
+from powerband.fleet.service.status import ServiceStatus
+from powerband.fleet.service.store import ServiceStore
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Mix, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix, Workload
 
 NAME = "drill"
 # Token by token and at once give the same output only without rounding to 16 bits.
@@ -30,13 +31,13 @@ _DEPLOY_S = 120.0
 
 
 def plan_of(replica: Replica = SMALL, *, count: int = 3, rate: float = 4.0) -> Plan:
-    requests = Mix(Fixed(12), Fixed(96))
+    requests = RequestMix(Fixed(12), Fixed(96))
     return Plan(
         model="demo",
         workload=Workload(name="drill", arrivals=OpenLoop.at(rate), requests=requests),
         slo=SLO.parse("ttft=20s@p95"),  # nobody is to be refused while another starts on the same cores
-        promise=Promise(rate),
-        deployment=Deployment(engine="powerband", pools=(Pool(replica=replica, count=count),)),
+        promise=SLOGuarantee(rate),
+        deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=replica, count=count),)),
     )
 
 
@@ -48,12 +49,12 @@ class Service:
     front: Front
 
     @property
-    def folder(self) -> ServiceFolder:
-        return ServiceFolder(self.home / NAME)
+    def folder(self) -> ServiceStore:
+        return ServiceStore(self.home / NAME)
 
     @property
-    def status(self) -> Status:
-        found = self.folder.status()
+    def status(self) -> ServiceStatus:
+        found = self.folder.read_status()
         assert found is not None
         return found
 
@@ -95,7 +96,7 @@ def deployed(home: Path, count: int = 3) -> Iterator[Service]:
 
 def _end(service: Service) -> None:
     """By its own command; and whatever that leaves is killed."""
-    status = service.folder.status()
+    status = service.folder.read_status()
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
         service.run("remove", NAME, "--purge", timeout_s=60.0)
     pids = [] if status is None else [status.pid, status.gateway.pid, *(one.pid for one in status.replicas)]

@@ -23,11 +23,11 @@ from typing import Any
 
 from drill_loads import SERVED, put
 
-from powerband.bench.http import Page, delete, get, post
-from powerband.bench.messages import Target
-from powerband.bench.script import Script
-from powerband.gateway.accounts.books import Books
+from powerband.bench.client.http import HTTPPage, delete, get, post
+from powerband.bench.client.messages import ServerAddress
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.mock_server.behavior import Behavior
 
 PYTHON = (sys.executable, "-m")
 # Token by token and at once give the same output only without rounding to 16 bits.
@@ -104,10 +104,10 @@ def start_demo(folder: Path, *flags: str, port: int | None = None) -> Member:
     return start(command, f"http://127.0.0.1:{port}", folder / f"demo-{port}.log")
 
 
-def start_scripted(folder: Path, script: Script, port: int | None = None) -> Member:
+def start_scripted(folder: Path, script: Behavior, port: int | None = None) -> Member:
     port = port or free_port()
     told = json.dumps(dataclasses.asdict(dataclasses.replace(script, model=SERVED)))
-    command = ("powerband.bench.scripted_server", f"--port={port}", f"--script={told}")
+    command = ("powerband.mock_server.server", f"--port={port}", f"--script={told}")
     return start(command, f"http://127.0.0.1:{port}", folder / f"scripted-{port}.log")
 
 
@@ -118,11 +118,11 @@ class Front:
     url: str
     key: str
 
-    def target(self, **more: Any) -> Target:
-        return Target(base=self.url, endpoint="completions", model=SERVED, **more)
+    def target(self, **more: Any) -> ServerAddress:
+        return ServerAddress(base=self.url, endpoint="completions", model=SERVED, **more)
 
     @property
-    def admin(self) -> Target:
+    def admin(self) -> ServerAddress:
         return self.target(headers={"Authorization": f"Bearer {self.key}"})
 
     async def ask(self, path: str) -> Any:
@@ -131,10 +131,10 @@ class Front:
         assert page.status == 200, (path, page.status, page.body[:300])
         return page.json()
 
-    async def post(self, path: str, body: object) -> Page:
+    async def post(self, path: str, body: object) -> HTTPPage:
         return await post(self.admin, path, body, timeout_s=10.0)
 
-    async def delete(self, path: str) -> Page:
+    async def delete(self, path: str) -> HTTPPage:
         return await delete(self.admin, path)
 
     async def metrics(self) -> str:
@@ -196,9 +196,9 @@ def address(member: Member, **more: Any) -> ReplicaAddress:
 def gateway(folder: Path, replicas: Sequence[ReplicaAddress] = (), *flags: str) -> Iterator[Gateway]:
     """In front of replicas that are there already, and ready to answer."""
     folder.mkdir(parents=True, exist_ok=True)
-    books = Books.open(folder / "gateway.db")
-    key = books.keys.create("drill", ("infer", "metrics", "admin"))[1]
-    books.close()
+    accounts = Accounts.open(folder / "gateway.db")
+    key = accounts.keys.create("drill", ("infer", "metrics", "admin"))[1]
+    accounts.close()
     member = _start_gateway(folder, free_port(), flags)
     found = Gateway(member.url, key, member, folder, flags)
     try:
@@ -230,7 +230,7 @@ def members(found: Sequence[Member]) -> Iterator[list[Member]]:
 
 
 def wait_ready(member: Member, timeout_s: float = _START_S, path: str = "/readyz") -> None:
-    target = Target(base=member.url, endpoint="completions", model=SERVED)
+    target = ServerAddress(base=member.url, endpoint="completions", model=SERVED)
 
     def is_ready() -> bool:
         assert member.process.poll() is None, member.log.read_text()[-2000:]
@@ -286,7 +286,7 @@ def engines_of(replica: int) -> list[int]:
 
 async def gauge(url: str, name: str) -> float:
     """Of a replica's metrics, summed over labels."""
-    page = await get(Target(base=url, endpoint="completions", model=SERVED), "/metrics")
+    page = await get(ServerAddress(base=url, endpoint="completions", model=SERVED), "/metrics")
     lines = [line for line in page.body.decode().splitlines() if line.startswith((f"{name}{{", f"{name} "))]
     assert lines, f"no {name}"
     return sum(float(line.split()[-1]) for line in lines)

@@ -17,17 +17,17 @@ from typing import Any
 from drill_loads import Load, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted
 
-from powerband.bench.connection import Connection
-from powerband.bench.messages import Target
-from powerband.bench.script import Script
+from powerband.bench.client.connection import ClientConnection
+from powerband.bench.client.messages import ServerAddress
+from powerband.mock_server.behavior import Behavior
 
-PACED = Script(ttft_s=0.05, tpot_s=0.01)
+PACED = Behavior(ttft_s=0.05, tpot_s=0.01)
 ASKED = questions(8, 16)
 RATE = 20.0
 BAD_KEYS = 3000
 
 
-async def new_key(service: Gateway, name: str, **limits: Any) -> tuple[str, Target]:
+async def new_key(service: Gateway, name: str, **limits: Any) -> tuple[str, ServerAddress]:
     """Its id, and the gateway as it sees it."""
     made = (await service.post("/admin/keys", {"name": name, "limits": limits})).json()
     return made["id"], service.target(headers={"Authorization": f"Bearer {made['secret']}"})
@@ -89,7 +89,7 @@ async def held_to_limits(service: Gateway, figures: Figures) -> None:
     figures.note(served_of_25=codes["served"], asked=len(crowd.told))
 
 
-async def bad_keys(service: Gateway, good: Target, figures: Figures) -> None:
+async def bad_keys(service: Gateway, good: ServerAddress, figures: Figures) -> None:
     """Near misses take as long as nonsense, and leave nothing behind."""
     before = Held.by(service.pid)
     secret = good.headers["Authorization"]
@@ -112,9 +112,11 @@ async def bad_keys(service: Gateway, good: Target, figures: Figures) -> None:
     assert after.descriptors <= before.descriptors + 50  # those of the load beside it
 
 
-async def refused_in(connection: Connection, target: Target, header: str) -> float:
+async def refused_in(connection: ClientConnection, target: ServerAddress, header: str) -> float:
     asked = request(
-        Target(base=target.base, endpoint=target.endpoint, model=target.model, headers={"Authorization": header}),
+        ServerAddress(
+            base=target.base, endpoint=target.endpoint, model=target.model, headers={"Authorization": header}
+        ),
         target.path,
         ASKED[0].body,
     )

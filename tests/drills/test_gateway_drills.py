@@ -17,11 +17,11 @@ from pathlib import Path
 from drill_loads import Load, Question, Told, answers_of, ask, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, cpu_s, gateway, members, start_scripted, wait_until
 
-from powerband.bench.messages import Target
-from powerband.bench.script import Script
+from powerband.bench.client.messages import ServerAddress
+from powerband.mock_server.behavior import Behavior
 
 SLOTS, TOKENS = 4, 16
-PACED = Script(ttft_s=0.05, tpot_s=0.01, slots=SLOTS)
+PACED = Behavior(ttft_s=0.05, tpot_s=0.01, slots=SLOTS)
 CAPACITY = 2 * SLOTS / (0.05 + (TOKENS - 1) * 0.01)  # requests a second of two replicas: 40
 SLO_S = 1.0  # to the first token
 SHORT = questions(8, TOKENS)
@@ -79,7 +79,7 @@ def test_restart(tmp_path: Path, figures: Figures) -> None:
         return shown["total"]["requests"], shown["total"]["output_tokens"]
 
     with (
-        members([start_scripted(tmp_path, Script()) for _ in range(2)]) as replicas,
+        members([start_scripted(tmp_path, Behavior()) for _ in range(2)]) as replicas,
         gateway(tmp_path / "gateway", [address(one) for one in replicas]) as service,
     ):
         made = asyncio.run(service.post("/admin/keys", {"name": "one", "scopes": ["infer"]})).json()
@@ -103,7 +103,7 @@ def test_restart(tmp_path: Path, figures: Figures) -> None:
 def test_slow_readers(tmp_path: Path, figures: Figures) -> None:
     """Slow readers"""
     # Each asks for some 15 MB and reads nothing: only what fits into buffers may be taken from the replica.
-    long, streams = Script(ttft_s=0.001), 8
+    long, streams = Behavior(ttft_s=0.001), 8
 
     async def drill(service: Gateway) -> tuple[int, list[Told]]:
         before = Held.by(service.pid).memory_bytes
@@ -154,7 +154,7 @@ def test_hostile_clients(tmp_path: Path, figures: Figures) -> None:
         return peak - before.memory_bytes, left, statuses, load.told
 
     with (
-        members([start_scripted(tmp_path, Script())]) as replicas,
+        members([start_scripted(tmp_path, Behavior())]) as replicas,
         gateway(tmp_path / "gateway", [address(replicas[0], max_num_seqs=100)]) as service,
     ):
         asyncio.run(answers_of(service.target(), SHORT[:4]))
@@ -223,7 +223,7 @@ async def _half_open(service: Gateway, count: int) -> list[asyncio.StreamWriter]
     return found
 
 
-async def _malformed(target: Target) -> set[int]:
+async def _malformed(target: ServerAddress) -> set[int]:
     bodies = (
         b"",
         b"{",

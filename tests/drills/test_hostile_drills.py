@@ -28,8 +28,8 @@ from drills_for_tests import (
 )
 from hostile_clients import ATTACKS, LIAR, Attack, Doors, Liar, held_open
 
-from powerband.bench.http import get
-from powerband.bench.messages import Target
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 
 HELD_S = float(os.environ.get("DRILLS_HELD_S", "0"))  # longer than every time-out of a connection; 0: not tried
@@ -184,7 +184,7 @@ async def _watching(site: Site) -> AsyncIterator[Seen]:
 
 async def _ping(url: str, seen: Seen) -> None:
     """Until it is over, and answered."""
-    target = Target(base=url, endpoint="completions", model="")
+    target = ServerAddress(base=url, endpoint="completions", model="")
     while not seen.ended_s:
         began_s = time.monotonic()
         with contextlib.suppress(OSError, TimeoutError):

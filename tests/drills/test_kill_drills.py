@@ -20,9 +20,9 @@ from drill_loads import Load, Told, answers_of, questions
 from drill_services import Service, deployed
 from drills_for_tests import Figures, engines_of
 
-from powerband.bench.http import get
-from powerband.bench.messages import Target
-from powerband.fleet.processes import Identity, identify, is_alive
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
+from powerband.fleet.targets.processes import ProcessId, identify, is_alive
 
 SEED = int(os.environ.get("DRILLS_SEED", "13"))
 KILLS = int(os.environ.get("DRILLS_KILLS", "3"))
@@ -119,7 +119,7 @@ async def _drill(
 
 async def _strike(service: Service, chosen: tuple[tuple[str, signal.Signals], ...], chance: random.Random) -> Strike:
     """Send the signals, and wait until every process that got one is gone and another is in its place."""
-    victims: list[Identity] = []
+    victims: list[ProcessId] = []
     for member, number in chosen:
         found = [one for one in _processes(service, member) if one not in victims]
         victims.append(chance.choice(found))
@@ -133,7 +133,7 @@ async def _strike(service: Service, chosen: tuple[tuple[str, signal.Signals], ..
     return Strike(chosen, at_s, time.monotonic() - at_s)
 
 
-def _processes(service: Service, member: str) -> list[Identity]:
+def _processes(service: Service, member: str) -> list[ProcessId]:
     status = service.status
     pids = {"gateway": [status.gateway.pid], "controller": [status.pid]}.get(member)
     pids = [one.pid for one in status.replicas if one.state == "ready"] if pids is None else pids
@@ -143,7 +143,7 @@ def _processes(service: Service, member: str) -> list[Identity]:
     return [one for one in found if one is not None]
 
 
-async def _is_whole(service: Service, victims: Sequence[Identity]) -> bool:
+async def _is_whole(service: Service, victims: Sequence[ProcessId]) -> bool:
     """Nobody is left of those who were struck; all replicas say that they are ready, and the gateway says so, too."""
     if any(is_alive(victim) for victim in victims) or not service.folder.controller_alive():
         return False
@@ -153,7 +153,7 @@ async def _is_whole(service: Service, victims: Sequence[Identity]) -> bool:
         return False
     with suppress(OSError, TimeoutError, AssertionError, IndexError):
         async with asyncio.timeout(1.0):
-            doors = [Target(base=one.url, endpoint="completions", model="") for one in replicas]
+            doors = [ServerAddress(base=one.url, endpoint="completions", model="") for one in replicas]
             are_ready = [(await get(door, "/readyz")).status == 200 for door in doors]
             return all(are_ready) and set(await service.front.ready_replicas()) == {one.id for one in replicas}
     return False

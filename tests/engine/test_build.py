@@ -13,12 +13,12 @@ from models_for_tests import random_model, save
 
 from powerband.core.step import FinishReason
 from powerband.cost.precision import auto_dtype
-from powerband.cost.steps import read_step_log
+from powerband.cost.step_log import read_step_log
 from powerband.engine.attention import choose_backend
 from powerband.engine.executor.local import TorchExecutor
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.reader import read_model_spec
+from powerband.spec.model.reader import read_model_spec
 
 KERNELS = KernelStatus("plain", "compiled for this processor")
 

@@ -13,10 +13,10 @@ from models_for_tests import FAMILIES, healthy_model, random_model, save
 from safetensors.torch import load_file, save_file
 
 from powerband.errors import PowerbandError, UsageError
-from powerband.spec.checkpoint_files import tensor_names, weight_files
-from powerband.spec.quantization import WeightFormat
-from powerband.spec.reader import read_model_spec
-from powerband.spec.stored import read_for_planning
+from powerband.spec.checkpoint.files import tensor_names, weight_files
+from powerband.spec.checkpoint.quantization import WeightFormat
+from powerband.spec.model.checkpoint_precision import read_for_planning
+from powerband.spec.model.reader import read_model_spec
 
 PROMPT = [5, 17, 99, 42, 7, 7, 130, 1]
 Tensors = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ import powerband
 from powerband import LLM, SamplingParams
 from powerband.engine.generation_config import end_token_ids, sampling_defaults
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.reader import read_model_spec
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 
 DEMO = Path(powerband.__file__).parent / "demo"

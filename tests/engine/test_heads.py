@@ -13,11 +13,11 @@ from models_for_tests import FAMILIES, greedy, healthy_model, save
 from safetensors.torch import load_file, save_file
 
 from powerband.cost.memory import plan_memory
-from powerband.spec.checkpoint_files import has_own_head
-from powerband.spec.counts import count_parameters
-from powerband.spec.reader import read_model_spec
+from powerband.spec.checkpoint.files import has_own_head
+from powerband.spec.model.checkpoint_precision import read_for_planning
+from powerband.spec.model.counts import count_parameters
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
-from powerband.spec.stored import read_for_planning
 
 PROMPT = [5, 17, 99, 42, 7, 7, 130, 1]
 

@@ -10,8 +10,8 @@ import torch
 from engines_for_tests import SMALL, TestEngine
 from models_for_tests import FAMILIES, NEW_TOKENS, ORIGINAL_POSITIONS, VARIANTS, Oracle, healthy_model, save
 
-from powerband.spec.counts import kv_bytes_per_token
-from powerband.spec.reader import read_model_spec
+from powerband.spec.model.counts import kv_bytes_per_token
+from powerband.spec.model.reader import read_model_spec
 
 # The ways in which the same tokens must come out. Budgets and caches are so small that they bite.
 CONDITIONS: dict[str, dict[str, Any]] = {

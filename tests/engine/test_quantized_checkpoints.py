@@ -18,7 +18,7 @@ from powerband.engine.layers.quantized import dequantize
 from powerband.engine.quantized_checkpoint import QuantizedCheckpoint
 from powerband.engine.stored_tensors import StoredTensors
 from powerband.errors import UsageError
-from powerband.spec.quantization import WeightFormat
+from powerband.spec.checkpoint.quantization import WeightFormat
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -102,10 +102,10 @@ def test_weights_are_what_the_checkpoint_stands_for(name: str, tmp_path: Path) -
 
 
 def format_of(config: dict[str, Any]) -> WeightFormat:
-    from powerband.spec.fields import Fields
-    from powerband.spec.quantization import read_weight_format
+    from powerband.spec.checkpoint.quantization import read_weight_format
+    from powerband.spec.config_reader import ConfigReader
 
-    _, found = read_weight_format(Fields({"quantization_config": config}, "config.json"))
+    _, found = read_weight_format(ConfigReader({"quantization_config": config}, "config.json"))
     assert found is not None
     return found
 

@@ -24,8 +24,8 @@ from powerband.engine.models.gpt_oss import expand_mxfp4
 from powerband.engine.products import Products
 from powerband.engine.weights import fill_random, load_weights, resolve_model
 from powerband.errors import EnvironmentFault, PowerbandError, UsageError
-from powerband.spec.quantization import PLAIN
-from powerband.spec.reader import read_model_spec
+from powerband.spec.checkpoint.quantization import PLAIN
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 
 PROMPT = [5, 17, 99, 42, 7, 7, 130, 1]

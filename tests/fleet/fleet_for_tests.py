@@ -1,4 +1,4 @@
-"""A world without processes: members live in memory, and outlive controllers; it checks what controllers do to it."""
+"""A world without processes: instances live in memory, and outlive controllers; it checks what controllers do to it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from powerband.fleet.controller import Controller
-from powerband.fleet.front import FrontLink, Heard
-from powerband.fleet.launching import pool_revisions
-from powerband.fleet.probes import Sight
-from powerband.fleet.state import Desired, Front, Policy, PoolRelease, Release, ServiceFolder, Status
-from powerband.fleet.target import Gone, Launch, Running
+import msgspec
+
+from powerband.fleet.control.controller import Controller
+from powerband.fleet.control.gateway_client import GatewayClient, GatewaySnapshot
+from powerband.fleet.control.instance_specs import pool_revisions
+from powerband.fleet.control.probes import ProbeResult
+from powerband.fleet.service.spec import GatewaySpec, Policy, PoolRelease, Release, ServiceSpec
+from powerband.fleet.service.status import ServiceStatus
+from powerband.fleet.service.store import ServiceStore
+from powerband.fleet.targets.base import ExitedInstance, Instance, InstanceSpec
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 
 PLAN = {
@@ -38,62 +42,60 @@ def release(*counts: int, command: str = "a", **fields: object) -> Release:
 
 @dataclass
 class Life:
-    """Of one member. silent: it takes connections, and neither answers nor hears what it is asked. mute: it does not
-    listen. killed: at once.
-    """
+    """Of one instance."""
 
-    running: Running
+    instance: Instance
     ready: bool = False
-    silent: bool = False
-    mute: bool = False
+    silent: bool = False  # it accepts connections, but does not respond, and ignores signals to stop
+    mute: bool = False  # it does not listen
     killed: bool = False
     inflight: int = 0
 
 
 @dataclass
 class World:
-    """The target, the probes, and the gateway's answers, all in one. time goes on only when it is told to."""
+    """The target, the probes, and the gateway's responses, all in one. Time passes only in `pass_time`."""
 
-    folder: ServiceFolder
+    store: ServiceStore
     now_s: float = 1000.0
     lives: dict[str, Life] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)  # commands that never start
-    most: int = 0  # that may exist when one is started; 0: not checked
+    max_replicas: int = 0  # including the one that is started; 0: not checked
     kill_in: int | None = None  # calls of the target until the controller is killed
     started: int = 0
     used: set[str] = field(default_factory=set)
     cut_off: int = 0  # requests
-    key: str = ""
-    _gone: list[Gone] = field(default_factory=list)
-    _commands: dict[str, str] = field(default_factory=dict)
+    api_key: str = ""
+    _exited: list[ExitedInstance] = field(default_factory=list)
+    commands: dict[str, str] = field(default_factory=dict)
 
     # ---- the target
 
-    def start(self, launch: Launch) -> Running:
-        assert launch.id not in self.used, "an id is never used again"
-        self.used.add(launch.id)
-        if launch.role == "replica":
+    def start(self, spec: InstanceSpec) -> Instance:
+        assert spec.id not in self.used, "an id is never used again"
+        self.used.add(spec.id)
+        if spec.role == "replica":
             self.started += 1
-            assert not self.most or len(self.replicas()) < self.most
-        running = Running(
-            id=launch.id,
-            role=launch.role,
-            revision=launch.revision,
-            pool=launch.pool,
+            assert not self.max_replicas or len(self.replicas()) < self.max_replicas
+        instance = Instance(
+            id=spec.id,
+            role=spec.role,
+            revision=spec.revision,
+            pool=spec.pool,
             url="http://127.0.0.1:1",
             pid=1,
             started_at=self.now_s,
         )
-        self.lives[launch.id] = Life(running)
-        self._commands[launch.id] = launch.command[0]
+        self.lives[spec.id] = Life(instance)
+        self.commands[spec.id] = spec.command[0]
         self._maybe_kill()
-        return running
+        return instance
 
-    def running(self) -> Sequence[Running]:
-        return [life.running for life in self.lives.values()]
+    def list_instances(self) -> Sequence[Instance]:
+        return [life.instance for life in self.lives.values()]
 
-    def gone(self) -> Sequence[Gone]:
-        found, self._gone = self._gone, []
+    def take_exited(self) -> Sequence[ExitedInstance]:
+        found, self._exited = self._exited, []
         return found
 
     def stop(self, id: str, grace_s: float) -> None:
@@ -101,18 +103,18 @@ class World:
         if life is None:
             return
         self._maybe_kill()
-        if not life.running.stopping and grace_s > 0:
+        if not life.instance.stopping and grace_s > 0:
             self.cut_off += life.inflight
-        life.running = replace(life.running, stopping=True)
+        life.instance = replace(life.instance, stopping=True)
         life.killed = life.killed or grace_s <= 0
 
     def log(self, id: str) -> Path | None:
         return None
 
-    def taken_devices(self) -> frozenset[int]:
+    def devices_in_use(self) -> frozenset[int]:
         return frozenset()
 
-    def room_for_one_more(self) -> bool:
+    def has_room_for_replica(self) -> bool:
         return True
 
     def _maybe_kill(self) -> None:
@@ -124,45 +126,45 @@ class World:
 
     # ---- the probes
 
-    def follow(self, members: Mapping[str, Running]) -> None:
+    def set_targets(self, instances: Mapping[str, Instance]) -> None:
         return
 
-    def sight(self, id: str) -> Sight:
+    def result(self, id: str) -> ProbeResult:
         life = self.lives.get(id)
         if life is None:
-            return Sight()
+            return ProbeResult()
         if life.mute:
-            return Sight(silences=9)
+            return ProbeResult(failures=9)
         if life.silent:
-            return Sight(ready_s=1.0 if life.ready else None, heard_s=1.0, silences=9, unanswered=9)
-        return Sight(ready_s=self.now_s if life.ready else None, heard_s=self.now_s)
+            return ProbeResult(ready_s=1.0 if life.ready else None, response_s=1.0, failures=9, timeouts=9)
+        return ProbeResult(ready_s=self.now_s if life.ready else None, response_s=self.now_s)
 
     # ---- what happens
 
     def replicas(self) -> list[Life]:
-        return [life for life in self.lives.values() if life.running.role == "replica"]
+        return [life for life in self.lives.values() if life.instance.role == "replica"]
 
     def serving(self) -> int:
-        return sum(life.ready and not life.silent and not life.running.stopping for life in self.replicas())
+        return sum(life.ready and not life.silent and not life.instance.stopping for life in self.replicas())
 
     def pass_time(self, seconds: float) -> None:
         """Who starts is ready or dead, who stops is gone."""
         self.now_s += seconds
         for id, life in list(self.lives.items()):
-            if life.killed or (life.running.stopping and not life.silent):
+            if life.killed or (life.instance.stopping and not life.silent):
                 self.die(id, exit_code=0)
             elif not life.ready and not life.silent and not life.mute:
-                if self._commands[id] in self.broken:
+                if self.commands[id] in self.broken:
                     self.die(id, exit_code=1)
                 else:
                     life.ready = True
 
     def die(self, id: str, exit_code: int = -9) -> None:
         del self.lives[id]
-        self._gone.append(Gone(id, exit_code, "the end of its log"))
+        self._exited.append(ExitedInstance(id, exit_code, "the end of its log"))
 
     def found(self) -> Counter[tuple[int, str]]:
-        return Counter((life.running.pool, life.running.revision) for life in self.replicas() if life.ready)
+        return Counter((life.instance.pool, life.instance.revision) for life in self.replicas() if life.ready)
 
 
 @dataclass
@@ -178,71 +180,71 @@ class Play:
 
     def new_controller(self) -> None:
         self.controllers += 1
-        self.world.gone()  # nobody was there to be told
+        self.world.take_exited()  # no controller was there
         self.controller = Controller(
-            self.world.folder, self.world, self.world, FrontLink("key"), clock=lambda: self.world.now_s
+            self.world.store, self.world, self.world, GatewayClient("key"), clock=lambda: self.world.now_s
         )
-        self.controller.adopt()
+        self.controller.recover()
 
     def tick(self) -> None:
-        """One look; the gateway answers at once. Where the controller is killed, a new one follows."""
+        """The gateway responds at once. Where the controller is killed, a new one follows."""
         try:
             self.controller.tick()
         except ControllerKilled:
             self.new_controller()
-        front = self.controller.front
-        gateway = next((life for life in self.world.lives.values() if life.running.role == "gateway"), None)
-        front.heard = None
-        if gateway is not None and gateway.ready and front.wanted is not None:
-            draining = frozenset(r.id for m in front.wanted.models for r in m.replicas if r.draining)
+        client = self.controller.gateway
+        gateway = next((life for life in self.world.lives.values() if life.instance.role == "gateway"), None)
+        client.snapshot = None
+        if gateway is not None and gateway.ready and client.desired_routes is not None:
+            draining = frozenset(r.id for m in client.desired_routes.models for r in m.replicas if r.draining)
             snapshots = tuple(
-                ReplicaSnapshot(id=life.running.id, state="ready", inflight=life.inflight)
+                ReplicaSnapshot(id=life.instance.id, state="ready", inflight=life.inflight)
                 for life in self.world.replicas()
             )
             pools = (PoolSnapshot(model="m", replicas=snapshots),)
-            front.heard = Heard(front.wanted.revision, draining, pools, self.world.now_s)
+            client.snapshot = GatewaySnapshot(client.desired_routes.revision, draining, pools, self.world.now_s)
 
-    def settle(self, rounds: int = 40) -> Status:
+    def settle(self, rounds: int = 40) -> ServiceStatus:
         for _ in range(rounds):
             self.tick()
             self.world.pass_time(0.5)
         self.tick()
         return self.status()
 
-    def status(self) -> Status:
-        status = self.world.folder.status()
+    def status(self) -> ServiceStatus:
+        status = self.world.store.read_status()
         assert status is not None
         return status
 
-    def desire(self, made: Release, **fields: object) -> Desired:
+    def desire(self, made: Release, **fields: object) -> ServiceSpec:
         """As the commands do: the generation counts, what was whole is what to go back to."""
-        folder = self.world.folder
-        current = folder.desired()
-        status = folder.status()
+        store = self.world.store
+        current = store.read_spec()
+        status = store.read_status()
         previous = None
         if current is not None:
             is_whole = status is not None and status.established >= current.generation
             previous = current.release if is_whole else current.previous
-        desired = Desired(
-            name=folder.name,
+        desired = ServiceSpec(
+            name=store.name,
             generation=1 if current is None else current.generation + 1,
             release=made,
-            front=Front(host="127.0.0.1", port=8000),
-            policy=Policy(surge=1, drain_s=60.0, ready_s=20.0),
+            gateway=GatewaySpec(host="127.0.0.1", port=8000),
+            policy=Policy(max_surge=1, drain_timeout_s=60.0, start_timeout_s=20.0),
             previous=previous,
         )
-        desired = replace(desired, **fields)  # type: ignore[arg-type] # of Desired
-        folder.write_desired(desired)
+        desired = msgspec.structs.replace(desired, **fields)
+        store.write_spec(desired)
         return desired
 
     def is_as_desired(self) -> bool:
-        desired = self.world.folder.desired()
+        desired = self.world.store.read_spec()
         assert desired is not None
         pools = enumerate(zip(desired.release.counts, pool_revisions(desired.release), strict=True))
         return self.world.found() == Counter({(pool, revision): count for pool, (count, revision) in pools})
 
 
 def play_in(path: Path) -> Play:
-    folder = ServiceFolder(path)
-    folder.make()
-    return Play(World(folder))
+    store = ServiceStore(path)
+    store.create()
+    return Play(World(store))

@@ -26,7 +26,7 @@ def play(tmp_path: Path) -> Play:
 
 
 def ids(play: Play) -> list[str]:
-    return sorted(life.running.id for life in play.world.replicas())
+    return sorted(life.instance.id for life in play.world.replicas())
 
 
 def test_replicas_and_their_gateway_are_started_and_then_left_alone(play: Play) -> None:
@@ -69,7 +69,7 @@ def test_where_one_keeps_dying_the_pauses_grow_and_status_says_so(play: Play) ->
 
 def test_a_gateway_that_dies_comes_back_and_replicas_are_not_touched(play: Play) -> None:
     before = ids(play)
-    gateway = next(id for id, life in play.world.lives.items() if life.running.role == "gateway")
+    gateway = next(id for id, life in play.world.lives.items() if life.instance.role == "gateway")
     play.world.die(gateway)
     status = play.settle(5)
     assert status.gateway.state == "ready"
@@ -95,7 +95,7 @@ def test_what_died_while_nobody_looked_is_replaced(play: Play) -> None:
 
 
 def gateway_of(play: Play) -> str:
-    (found,) = [id for id, life in play.world.lives.items() if life.running.role == "gateway"]
+    (found,) = [id for id, life in play.world.lives.items() if life.instance.role == "gateway"]
     return found
 
 
@@ -147,7 +147,7 @@ def test_a_gateway_that_is_killed_again_and_again_is_back_within_seconds_each_ti
 def test_a_changed_release_is_rolled_without_cutting_off_a_request(play: Play) -> None:
     for life in play.world.replicas():
         life.inflight = 3
-    play.world.most = 3
+    play.world.max_replicas = 3
     play.desire(release(2, command="b"))
     for _ in range(100):
         play.tick()
@@ -175,10 +175,10 @@ def test_a_release_that_does_not_start_is_given_up_and_the_old_one_stays(play: P
     desired = play.desire(release(2, command="b"))
     status = play.settle()
     assert ids(play) == before
-    assert status.rejected is not None
-    assert status.rejected.generation == desired.generation
-    assert "ended before it was ready" in status.rejected.why
-    assert status.rejected.log == "the end of its log"
+    assert status.failed_rollout is not None
+    assert status.failed_rollout.generation == desired.generation
+    assert "exited before it was ready" in status.failed_rollout.reason
+    assert status.failed_rollout.log == "the end of its log"
     assert status.phase == "ready"
     assert play.world.started <= 2 + 2, "two tries"
 
@@ -195,7 +195,7 @@ def test_a_first_release_that_does_not_start_leaves_nothing(tmp_path: Path) -> N
 def test_removing_ends_the_gateway_first_and_then_everything(play: Play) -> None:
     play.desire(release(2), removed=True)
     play.tick()
-    stopping = {life.running.role for life in play.world.lives.values() if life.running.stopping}
+    stopping = {life.instance.role for life in play.world.lives.values() if life.instance.stopping}
     assert stopping == {"gateway"}
     assert play.settle(10).phase == "removed"
     assert not play.world.lives
@@ -207,7 +207,7 @@ def test_a_replica_that_a_user_drained_gets_nothing_new_and_is_not_replaced(play
     status = play.settle()
     assert {one.id: one.state for one in status.replicas}[first] == "drained"
     assert len(status.replicas) == 2
-    wanted = play.controller.front.wanted
+    wanted = play.controller.gateway.desired_routes
     assert wanted is not None
     assert [one.id for one in wanted.models[0].replicas if one.draining] == [first]
 
@@ -232,7 +232,7 @@ def test_whenever_controllers_are_killed_the_next_one_ends_where_it_should(event
         play.desire(release(2))
         for event in events:
             play.tick()
-            victims = [life.running.id for life in play.world.replicas()]
+            victims = [life.instance.id for life in play.world.replicas()]
             if event[0] == "pass":
                 play.world.pass_time(1.0)
             elif event[0] == "die" and victims:

@@ -13,7 +13,7 @@ import yaml
 
 from powerband.cli.main import main
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.engines import Order, adapter
+from powerband.fleet.engines import LaunchRequest, engine_adapter
 from powerband.spec.deployment import ENGINES, EngineName, Replica
 
 DOCUMENTED = Path(__file__).parent / "documented_options"
@@ -62,7 +62,9 @@ def test_every_option_stands_in_the_engines_own_list(engine: EngineName, model: 
     key.write_text("secret\n")
     replica = replace(H100, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2, enable_prefix_caching=False)
     replica = replace(replica, draft_tokens=3, offload_share=0.0 if engine == "trtllm" else 0.5)
-    command = _command(engine, model, replica, drafter="ngram", api_key_file=None if engine == "trtllm" else str(key))
+    command = _command(
+        engine, model, replica, draft_method="ngram", api_key_file=None if engine == "trtllm" else str(key)
+    )
     documented = set((DOCUMENTED / f"{engine}.txt").read_text().split())
     asked = {word for word in command if word.startswith("--")}
     assert len(asked) > 12
@@ -87,7 +89,9 @@ def test_vllm_offloads_a_share_of_the_layers_of_each_gpu(model: str) -> None:
 
 
 def test_vllm_on_a_cpu_gets_threads_and_the_memory_that_its_requests_need(model: str) -> None:
-    invocation = adapter("vllm").command(Order(model=model, replica=CPU, port=8001, served_name="m", threads=2))
+    invocation = engine_adapter("vllm").command(
+        LaunchRequest(model=model, replica=CPU, port=8001, served_name="m", threads=2)
+    )
     options = _options(invocation.command)
     assert invocation.env == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     assert int(options["--kv-cache-memory-bytes"]) == 4 * 128 * 131072  # 128 KiB a token
@@ -97,8 +101,8 @@ def test_vllm_on_a_cpu_gets_threads_and_the_memory_that_its_requests_need(model:
 def test_a_key_is_not_on_vllms_command_line(model: str, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
-    order = Order(model=model, replica=H100, port=1, served_name="m", api_key_file=str(key))
-    invocation = adapter("vllm").command(order)
+    order = LaunchRequest(model=model, replica=H100, port=1, served_name="m", api_key_file=str(key))
+    invocation = engine_adapter("vllm").command(order)
     assert invocation.env["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(invocation.command)
 
@@ -111,7 +115,7 @@ def test_sglangs_share_is_that_of_weights_and_cache(model: str) -> None:
 
 def test_what_trtllm_knows_no_option_for_stands_in_its_file(model: str) -> None:
     replica = replace(H100, draft_tokens=4, enable_prefix_caching=False)
-    options = _options(_command("trtllm", model, replica, drafter="ngram"))
+    options = _options(_command("trtllm", model, replica, draft_method="ngram"))
     told = yaml.safe_load(Path(options["--config"]).read_text())
     assert told["kv_cache_config"] == {"enable_block_reuse": False, "dtype": "auto"}
     assert told["speculative_config"] == {"decoding_type": "NGram", "max_draft_len": 4}
@@ -142,7 +146,7 @@ def test_our_own_command_is_one_that_we_understand(capsys: pytest.CaptureFixture
         ("sglang", {"quantization": "int4"}, "quantization: int4"),
         ("trtllm", {"quantization": "fp8"}, "quantization: fp8"),
         ("trtllm", {"offload_share": 0.5}, "offload_share: 0.5"),
-        ("vllm", {"draft_tokens": 2}, "not with what"),
+        ("vllm", {"draft_tokens": 2}, "no method"),
     ],
 )
 def test_what_an_engine_cannot_be_told_is_named(
@@ -178,8 +182,7 @@ def test_where_the_program_is(model: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_engine_of_a_plan_has_an_adapter() -> None:
-    assert [adapter(engine).name for engine in ENGINES] == list(ENGINES)
-    assert {engine for engine in ENGINES if adapter(engine).resumes} == {"powerband", "vllm"}
+    assert [engine_adapter(engine).name for engine in ENGINES] == list(ENGINES)
 
 
 def _model(folder: Path, **more: Any) -> str:
@@ -189,8 +192,8 @@ def _model(folder: Path, **more: Any) -> str:
 
 
 def _command(engine: EngineName, model: str, replica: Replica, **more: Any) -> tuple[str, ...]:
-    order = Order(model=model, replica=replica, port="{port}", served_name="m", **more)
-    return adapter(engine).command(order).command
+    order = LaunchRequest(model=model, replica=replica, port="{port}", served_name="m", **more)
+    return engine_adapter(engine).command(order).command
 
 
 def _options(command: tuple[str, ...]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Processes as members: detached, found again, told from others with their pid, ended with all that they started."""
+"""Processes as instances: detached, found again, told from others with their pid, ended with all that they started."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from powerband.errors import EnvironmentFault
-from powerband.fleet.local import LocalTarget, _Record
-from powerband.fleet.processes import identify, stat_of
-from powerband.fleet.target import Launch
+from powerband.fleet.targets.base import InstanceSpec
+from powerband.fleet.targets.local import LocalTarget, _Record
+from powerband.fleet.targets.processes import identify
 
 SLEEP = (sys.executable, "-c", "import time; print('here {port}', flush=True); time.sleep(60)")
 STUBBORN = (
@@ -34,17 +35,17 @@ PARENT = (
 )
 
 
-def launch(id: str = "r1", command: tuple[str, ...] = SLEEP, **fields: object) -> Launch:
-    return Launch(id=id, role="replica", revision="a", command=command, **fields)  # type: ignore[arg-type] # of Launch
+def launch(id: str = "r1", command: tuple[str, ...] = SLEEP, **fields: object) -> InstanceSpec:
+    return InstanceSpec(id=id, role="replica", revision="a", command=command, **fields)  # type: ignore[arg-type] # of InstanceSpec
 
 
 @pytest.fixture
 def target(tmp_path: Path) -> Iterator[LocalTarget]:
     made = LocalTarget(tmp_path)
     yield made
-    for one in made.running():
+    for one in made.list_instances():
         made.stop(one.id, 0)
-    wait_until(lambda: not made.running())
+    wait_until(lambda: not made.list_instances())
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -68,7 +69,7 @@ def test_a_member_gets_a_free_port_a_session_and_a_log(target: LocalTarget) -> N
 
 def test_another_target_finds_what_runs(target: LocalTarget, tmp_path: Path) -> None:
     started = target.start(launch(pool=2, devices=(1,)))
-    assert list(LocalTarget(tmp_path).running()) == [started]
+    assert list(LocalTarget(tmp_path).list_instances()) == [started]
 
 
 def test_a_record_that_was_written_before_its_process_was_known_is_completed(
@@ -79,7 +80,7 @@ def test_a_record_that_was_written_before_its_process_was_known_is_completed(
     path = tmp_path / "members" / "r1.json"
     record = msgspec.json.decode(path.read_bytes(), type=_Record)
     path.write_bytes(msgspec.json.encode(replace(record, process=None)))
-    assert list(LocalTarget(tmp_path).running()) == [started]
+    assert list(LocalTarget(tmp_path).list_instances()) == [started]
 
 
 def test_a_record_whose_process_never_was_is_forgotten(target: LocalTarget, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_record_whose_process_never_was_is_forgotten(target: LocalTarget, tmp_
     path = tmp_path / "members" / "r1.json"
     record = msgspec.json.decode(path.read_bytes(), type=_Record)
     (tmp_path / "members" / "r2.json").write_bytes(msgspec.json.encode(replace(record, id="r2", process=None)))
-    assert [one.id for one in target.running()] == [started.id]
+    assert [one.id for one in target.list_instances()] == [started.id]
 
 
 def test_a_pid_that_another_process_has_now_is_left_alone(target: LocalTarget, tmp_path: Path) -> None:
@@ -107,8 +108,8 @@ def test_a_pid_that_another_process_has_now_is_left_alone(target: LocalTarget, t
                 process=stale,
             )
             (tmp_path / "members" / f"r{number}.json").write_bytes(msgspec.json.encode(record))
-        assert list(target.running()) == []
-        assert [gone.id for gone in target.gone()] == ["r1", "r2"]
+        assert list(target.list_instances()) == []
+        assert [gone.id for gone in target.take_exited()] == ["r1", "r2"]
         assert other.poll() is None, "it belongs to somebody else"
     finally:
         other.kill()
@@ -117,10 +118,10 @@ def test_a_pid_that_another_process_has_now_is_left_alone(target: LocalTarget, t
 
 def test_what_ended_is_told_once_with_its_exit_code_and_last_words(target: LocalTarget) -> None:
     target.start(launch(command=(sys.executable, "-c", "print('out of memory'); raise SystemExit(3)")))
-    wait_until(lambda: not target.running())
-    (gone,) = target.gone()
+    wait_until(lambda: not target.list_instances())
+    (gone,) = target.take_exited()
     assert (gone.id, gone.exit_code, gone.log) == ("r1", 3, "out of memory")
-    assert target.gone() == []
+    assert target.take_exited() == []
 
 
 def test_who_does_not_end_when_asked_is_killed_after_the_grace_also_by_another_target(
@@ -129,9 +130,9 @@ def test_who_does_not_end_when_asked_is_killed_after_the_grace_also_by_another_t
     target.start(launch(command=STUBBORN))
     wait_until(lambda: said(target))
     target.stop("r1", 0.3)
-    (stopping,) = target.running()
+    (stopping,) = target.list_instances()
     assert stopping.stopping
-    wait_until(lambda: not LocalTarget(tmp_path).running())
+    wait_until(lambda: not LocalTarget(tmp_path).list_instances())
 
 
 def test_what_a_member_started_goes_with_it(target: LocalTarget) -> None:
@@ -139,8 +140,8 @@ def test_what_a_member_started_goes_with_it(target: LocalTarget) -> None:
     wait_until(lambda: said(target).strip())
     child = int(said(target))
     os.kill(running.pid, signal.SIGKILL)
-    wait_until(lambda: not target.running())
-    wait_until(lambda: (stat := stat_of(child)) is None or stat.state == "Z")
+    wait_until(lambda: not target.list_instances())
+    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_settings_in_the_environment_are_not_a_members(target: LocalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,4 +157,4 @@ def test_settings_in_the_environment_are_not_a_members(target: LocalTarget, monk
 def test_a_program_that_is_not_there_is_said(target: LocalTarget) -> None:
     with pytest.raises(EnvironmentFault, match="Cannot start no-such-engine"):
         target.start(launch(command=("no-such-engine",)))
-    assert list(target.running()) == []
+    assert list(target.list_instances()) == []

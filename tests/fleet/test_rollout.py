@@ -8,155 +8,171 @@ from dataclasses import dataclass, field, replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from powerband.fleet.rollout import Member, Moves, Want, next_moves
+from powerband.fleet.control.instance_state import InstanceState
+from powerband.fleet.control.rollout import Actions, DesiredReplicas, next_actions
+from powerband.fleet.targets.base import Instance
 
 ROUNDS = 60
 
 
+def replica(number: int, *, pool: int = 0, revision: str = "a", ready: bool = True, **fields: bool) -> InstanceState:
+    """fields: is_hung and so on."""
+    instance = Instance(id=f"r{number}", role="replica", revision=revision, pool=pool, url="", pid=1, started_at=0.0)
+    return InstanceState(instance=instance, ready_s=0.0 if ready else None, is_healthy=True, **fields)
+
+
+def replicas(count: int, revision: str = "a") -> list[InstanceState]:
+    return [replica(number, revision=revision) for number in range(1, count + 1)]
+
+
+def actions_for(desired: DesiredReplicas, existing: list[InstanceState]) -> Actions:
+    return next_actions(desired, existing, now_s=0.0)
+
+
 @dataclass
 class World:
-    """Replicas that become ready, drain and end in time, and that may die. It checks what every move does."""
+    """Replicas that become ready, drain and exit as time passes, and that may crash. It checks every action."""
 
-    members: list[Member] = field(default_factory=list)
+    replicas: list[InstanceState] = field(default_factory=list)
     started: int = 0
-    moved: Moves = field(default_factory=Moves)
 
     def serving(self) -> int:
-        return sum(member.serves and not member.draining for member in self.members)
+        return sum(one.is_serving and not one.is_draining for one in self.replicas)
 
-    def step(self, want: Want) -> None:
+    def step(self, desired: DesiredReplicas) -> None:
         before = self.serving()
-        moves = self.moved = next_moves(want, self.members)
-        ending = [member for member in self.members if member.id in moves.stop]
-        assert all(m.state == "starting" or (m.draining and m.empty) for m in ending), "requests would be cut off"
-        for pool in moves.start:
+        actions = actions_for(desired, self.replicas)
+        stopped = [one for one in self.replicas if one.id in actions.stop]
+        drained = all(one.phase == "starting" or (one.is_draining and one.is_idle) for one in stopped)
+        assert drained, "requests would be cut off"
+        for pool in actions.start:
             self.started += 1
-            revision = want.revisions[pool]
-            self.members.append(Member(id=f"r{self.started}", number=self.started, pool=pool, revision=revision))
-        self.members = [
-            replace(
-                member,
-                state="stopping" if member.id in {*moves.stop, *moves.kill} else member.state,
-                draining=member.id in moves.drain,
-                empty=False,
-            )
-            for member in self.members
-        ]
-        grown = len(moves.start) > 0
-        assert not grown or len(self.members) <= want.total + want.surge
-        least = want.total - (0 if want.surge else 1) - sum(member.set_aside for member in self.members)
-        assert self.serving() >= min(before, least)
+            self.replicas.append(replica(self.started, pool=pool, revision=desired.revisions[pool], ready=False))
+        for one in self.replicas:
+            is_stopping = one.phase == "stopping" or one.id in (*actions.stop, *actions.kill)
+            one.instance = replace(one.instance, stopping=is_stopping)
+            one.draining_s = 0.0 if one.id in actions.drain else None
+            one.is_idle = False
+        assert not actions.start or len(self.replicas) <= desired.total + desired.max_surge
+        min_serving = desired.total - (0 if desired.max_surge else 1) - sum(one.is_cordoned for one in self.replicas)
+        assert self.serving() >= min(before, min_serving)
 
     def time_passes(self) -> None:
-        """What starts is ready, what drains is empty, what stops is gone."""
-        self.members = [
-            replace(member, state="ready" if member.state == "starting" else member.state, empty=member.draining)
-            for member in self.members
-            if member.state != "stopping"
-        ]
+        """Starting replicas become ready, draining ones idle, stopping ones exit."""
+        self.replicas = [one for one in self.replicas if one.phase != "stopping"]
+        for one in self.replicas:
+            one.ready_s, one.is_idle = 0.0, one.is_draining
 
-    def settle(self, want: Want) -> None:
+    def settle(self, desired: DesiredReplicas) -> None:
         for _ in range(ROUNDS):
-            self.step(want)
+            self.step(desired)
             self.time_passes()
 
-    def is_whole(self, want: Want) -> bool:
-        found = Counter((m.pool, m.revision) for m in self.members if m.state == "ready" and not m.draining)
-        asked = {
-            (pool, revision): count
-            for pool, (count, revision) in enumerate(zip(want.counts, want.revisions, strict=True))
-        }
-        return found == Counter({key: count for key, count in asked.items() if count})
+    def is_as_desired(self, desired: DesiredReplicas) -> bool:
+        found = Counter(
+            (one.pool, one.revision) for one in self.replicas if one.phase == "ready" and not one.is_draining
+        )
+        counts = enumerate(zip(desired.counts, desired.revisions, strict=True))
+        return found == Counter({(pool, revision): count for pool, (count, revision) in counts if count})
 
 
 @st.composite
-def wants(draw: st.DrawFn) -> Want:
+def desired_replicas(draw: st.DrawFn) -> DesiredReplicas:
     counts = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
     revisions = tuple(draw(st.sampled_from(["a", "b"])) + str(pool) for pool in range(len(counts)))
-    return Want(counts=counts, revisions=revisions, surge=draw(st.sampled_from([0, 1])))
+    return DesiredReplicas(counts=counts, revisions=revisions, max_surge=draw(st.sampled_from([0, 1])))
 
 
-EVENTS = st.lists(st.sampled_from(["pass", "die", "hang", "none"]), max_size=12)
+EVENTS = st.lists(st.sampled_from(["pass", "crash", "hang", "none"]), max_size=12)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.tuples(wants(), EVENTS), min_size=1, max_size=4), st.randoms(use_true_random=False))
-def test_whatever_is_wanted_and_dies_meanwhile_it_ends_with_what_is_wanted(plan: list, random) -> None:
+@given(st.lists(st.tuples(desired_replicas(), EVENTS), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_converges_after_crashes_hangs_and_spec_changes(changes: list, random) -> None:
     world = World()
-    for want, events in plan:
+    for desired, events in changes:
         for event in events:
-            world.step(want)
+            world.step(desired)
             if event == "pass":
                 world.time_passes()
-            elif world.members and event in ("die", "hang"):
-                victim = random.choice(world.members)
-                world.members.remove(victim)
-                if event == "hang":
-                    world.members.append(replace(victim, hung=True))
-    world.settle(plan[-1][0])
-    assert world.is_whole(plan[-1][0])
-    count = world.started
-    world.settle(plan[-1][0])
-    assert world.started == count, "what is as it should be is left alone"
-
-
-def replicas(count: int, revision: str = "a", **fields: object) -> list[Member]:
-    return [
-        Member(id=f"r{n}", number=n, pool=0, revision=revision, state="ready", **fields)  # type: ignore[arg-type] # bools
-        for n in range(1, count + 1)
-    ]
+            elif world.replicas and event in ("crash", "hang"):
+                victim = random.choice(world.replicas)
+                if event == "crash":
+                    world.replicas.remove(victim)
+                else:
+                    victim.is_hung = True
+    last, _ = changes[-1]
+    world.settle(last)
+    assert world.is_as_desired(last)
+    started = world.started
+    world.settle(last)
+    assert world.started == started, "replicas that are as desired are left alone"
 
 
 def test_a_changed_plan_replaces_one_at_a_time() -> None:
-    world, want = World(replicas(3), started=3), Want(counts=(3,), revisions=("b",), surge=1)
-    most_draining = 0
+    world, desired = World(replicas(3), started=3), DesiredReplicas(counts=(3,), revisions=("b",), max_surge=1)
+    max_draining = 0
     for _ in range(ROUNDS):
-        world.step(want)
-        most_draining = max(most_draining, sum(member.draining for member in world.members))
+        world.step(desired)
+        max_draining = max(max_draining, sum(one.is_draining for one in world.replicas))
         world.time_passes()
-    assert most_draining == 1
-    assert world.is_whole(want)
+    assert max_draining == 1
+    assert world.is_as_desired(desired)
     assert world.started == 6
 
 
-def test_a_new_release_that_never_is_ready_costs_no_old_replica() -> None:
-    world, want = World(replicas(2), started=2), Want(counts=(2,), revisions=("b",), surge=1)
+def test_a_new_release_that_never_becomes_ready_costs_no_old_replica() -> None:
+    world, desired = World(replicas(2), started=2), DesiredReplicas(counts=(2,), revisions=("b",), max_surge=1)
     for _ in range(ROUNDS):
-        world.step(want)
-        world.members = [member for member in world.members if member.revision == "a"]  # the new one died
-    assert [member.serves and not member.draining for member in world.members] == [True, True]
+        world.step(desired)
+        world.replicas = [one for one in world.replicas if one.revision == "a"]  # the new one crashed
+    assert [one.is_serving and not one.is_draining for one in world.replicas] == [True, True]
 
 
-def test_where_there_is_no_room_the_old_one_goes_first() -> None:
-    want = Want(counts=(1,), revisions=("b",), surge=0)
-    moves = next_moves(want, replicas(1))
-    assert (moves.start, moves.drain) == ((), {"r1"})
+def test_without_surge_an_old_replica_goes_first() -> None:
+    actions = actions_for(DesiredReplicas(counts=(1,), revisions=("b",), max_surge=0), replicas(1))
+    assert (actions.start, actions.drain) == ((), {"r1"})
 
 
-def test_fewer_replicas_drain_the_newest() -> None:
-    moves = next_moves(Want(counts=(1,), revisions=("a",)), replicas(3))
-    assert moves.drain == {"r2", "r3"}
-    assert moves.stop == ()
+def test_scaling_down_drains_the_newest() -> None:
+    actions = actions_for(DesiredReplicas(counts=(1,), revisions=("a",)), replicas(3))
+    assert actions.drain == {"r2", "r3"}
+    assert actions.stop == ()
 
 
-def test_a_replica_that_a_user_set_aside_is_not_replaced() -> None:
-    members = replicas(2)
-    members[0] = replace(members[0], set_aside=True)
-    moves = next_moves(Want(counts=(2,), revisions=("a",)), members)
-    assert (moves.start, moves.drain, moves.stop) == ((), {"r1"}, ())
+def test_a_cordoned_replica_is_not_replaced() -> None:
+    existing = [replica(1, is_cordoned=True), replica(2)]
+    actions = actions_for(DesiredReplicas(counts=(2,), revisions=("a",)), existing)
+    assert (actions.start, actions.drain, actions.stop) == ((), {"r1"}, ())
 
 
-def test_what_hangs_is_killed_and_its_place_filled() -> None:
-    members = replicas(2)
-    members[0] = replace(members[0], hung=True)
-    moves = next_moves(Want(counts=(2,), revisions=("a",)), members)
-    assert (moves.kill, moves.start) == (("r1",), (0,))
+def test_a_hung_replica_is_killed_and_replaced() -> None:
+    existing = [replica(1, is_hung=True), replica(2)]
+    actions = actions_for(DesiredReplicas(counts=(2,), revisions=("a",)), existing)
+    assert (actions.kill, actions.start) == (("r1",), (0,))
 
 
-def test_a_draining_replica_is_needed_again_when_another_dies() -> None:
-    old, new = replicas(2), Member(id="r3", number=3, pool=0, revision="b", state="ready")
-    want = Want(counts=(2,), revisions=("b",))
-    drained = next_moves(want, [*old, new]).drain
-    assert drained == {"r1"}
-    left = [replace(old[0], draining=True), old[1]]  # the new one died
-    assert next_moves(want, left).drain == frozenset()
+def test_a_replica_that_remediation_retires_is_drained_once_another_has_taken_its_place() -> None:
+    existing = [replica(1, to_replace=True), replica(2)]
+    desired = DesiredReplicas(counts=(2,), revisions=("a",))
+    actions = actions_for(desired, existing)
+    assert (actions.start, actions.drain) == ((0,), frozenset())
+    assert actions_for(desired, [*existing, replica(3)]).drain == {"r1"}
+
+
+def test_a_draining_replica_serves_again_if_its_successor_crashes() -> None:
+    old, new = replicas(2), replica(3, revision="b")
+    desired = DesiredReplicas(counts=(2,), revisions=("b",))
+    assert actions_for(desired, [*old, new]).drain == {"r1"}
+    old[0].draining_s = 0.0
+    assert actions_for(desired, old).drain == frozenset()  # the new one crashed
+
+
+def test_a_drained_replica_is_stopped_when_it_is_idle_or_after_the_timeout() -> None:
+    existing = [replica(1), replica(2)]
+    existing[0].draining_s = 0.0
+    desired = DesiredReplicas(counts=(1,), revisions=("a",), drain_timeout_s=60.0)
+    assert next_actions(desired, existing, now_s=59.0).stop == ()
+    assert next_actions(desired, existing, now_s=61.0).stop == ("r1",)
+    existing[0].is_idle = True
+    assert next_actions(desired, existing, now_s=1.0).stop == ("r1",)

@@ -14,27 +14,27 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
 from powerband.cli.main import main
-from powerband.fleet.local import MARK
-from powerband.fleet.processes import Mark, session_leader_with
-from powerband.fleet.state import ServiceFolder, services
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.plan import Plan, Promise, write_plan
+from powerband.fleet.service.store import ServiceStore, services
+from powerband.fleet.targets.local import INSTANCE_TAG
+from powerband.fleet.targets.processes import EnvironmentTag, session_leader_with
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
 READY_S = 60.0
 
 
 def plan_file(path: Path, count: int = 1, **replica: Any) -> str:
-    workload = asked_for(LoadFlags(rate=4.0), MixFlags(prompt_tokens="16-32", output_tokens="4-8")).workload
+    workload = requested_load(ArrivalOptions(rate=4.0), MixOptions(prompt_tokens="16-32", output_tokens="4-8")).workload
     made = Replica(device="cpu", **{"max_model_len": 1024, "max_num_seqs": 8, **replica})
     plan = Plan(
         model="demo",
         workload=workload,
         slo=SLO(ttft_s=20.0, tpot_s=5.0),
-        promise=Promise(4.0, 1.0),
-        deployment=Deployment(engine="powerband", pools=(Pool(replica=made, count=count),)),
+        promise=SLOGuarantee(4.0, 1.0),
+        deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),
     )
     write_plan(plan, path)
     return str(path)
@@ -46,7 +46,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
     yield tmp_path
     for folder in services():
-        status = folder.status()
+        status = folder.read_status()
         pids = [status.pid, status.gateway.pid, *(one.pid for one in status.replicas)] if status is not None else []
         for pid in filter(None, pids):  # each leads a session of its own
             with contextlib.suppress(ProcessLookupError):
@@ -60,8 +60,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = READY_S) -> None:
         time.sleep(0.05)
 
 
-def status_of(folder: ServiceFolder) -> Any:
-    found = folder.status()
+def status_of(folder: ServiceStore) -> Any:
+    found = folder.read_status()
     assert found is not None
     return found
 
@@ -82,7 +82,7 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     told = capsys.readouterr()
     assert "promised" in told.out
     assert "SLO attainment" in told.out
-    folder = ServiceFolder.of("demo")
+    folder = ServiceStore.named("demo")
     url = status_of(folder).gateway.url
     assert complete(url) == 200
 
@@ -121,9 +121,9 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     assert main(["remove"]) == 0
     assert services() == []
     assert folder.database.exists(), "keys and usage are kept"
-    assert session_leader_with(Mark(MARK, str(folder.path / "members" / f"{third.id}.json"))) is None
+    assert session_leader_with(EnvironmentTag(INSTANCE_TAG, str(folder.path / "members" / f"{third.id}.json"))) is None
     assert main(["remove"]) == 2
-    assert "No service is deployed here" in capsys.readouterr().err
+    assert "No service is deployed" in capsys.readouterr().err
 
 
 def test_what_cannot_start_says_why_and_leaves_nothing(

@@ -10,36 +10,40 @@ from pathlib import Path
 import pytest
 
 from powerband.errors import EnvironmentFault
-from powerband.fleet import changing, controller_process, state
-from powerband.fleet.controller_process import ensure_controller
-from powerband.fleet.processes import Mark, identify, is_alive, session_leader_with
-from powerband.fleet.state import Desired, Front, PoolRelease, Release, ServiceFolder, Status, lock
+from powerband.fleet import operations
+from powerband.fleet.control import controller_process
+from powerband.fleet.control.controller_process import ensure_controller
+from powerband.fleet.service import store
+from powerband.fleet.service.spec import GatewaySpec, PoolRelease, Release, ServiceSpec
+from powerband.fleet.service.status import ServiceStatus
+from powerband.fleet.service.store import ServiceStore, lock
+from powerband.fleet.targets.processes import EnvironmentTag, identify, is_alive, session_leader_with
 
 PLAN = {"version": 1, "model": "m", "workload": {}, "slo": {"ttft_s": 1.0}, "promise": {"rate": 1.0}}
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServiceFolder:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServiceStore:
     """Of a service that wants no replica, and whose gateway cannot start."""
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
-    monkeypatch.setattr(state, "CONTROLLER_SILENT_S", 1.0)
-    monkeypatch.setattr(controller_process, "_HUNG_S", 0.5)
-    made = ServiceFolder.of("demo")
-    made.make()
+    monkeypatch.setattr(store, "HEARTBEAT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(controller_process, "_HANG_CHECK_S", 0.5)
+    made = ServiceStore.named("demo")
+    made.create()
     pool = PoolRelease(count=0, engine="powerband", command=("true",))
-    front = Front(host="127.0.0.1", port=1, arguments=("--no-such-setting",))
+    gateway = GatewaySpec(host="127.0.0.1", port=1, arguments=("--no-such-setting",))
     release = Release(plan=PLAN, served_name="m", pools=(pool,))
-    made.write_desired(Desired(name="demo", generation=1, release=release, front=front))
+    made.write_spec(ServiceSpec(name="demo", generation=1, release=release, gateway=gateway))
     return made
 
 
-def controller_of(folder: ServiceFolder) -> int:
-    found = session_leader_with(Mark(controller_process.MARK, str(folder.controller_lock)))
+def controller_of(folder: ServiceStore) -> int:
+    found = session_leader_with(EnvironmentTag(controller_process.CONTROLLER_TAG, str(folder.controller_lock)))
     assert found is not None
     return found.pid
 
 
-def test_a_controller_that_is_stopped_is_replaced(folder: ServiceFolder) -> None:
+def test_a_controller_that_is_stopped_is_replaced(folder: ServiceStore) -> None:
     assert ensure_controller(folder)
     stopped = identify(controller_of(folder))
     assert stopped is not None
@@ -58,7 +62,7 @@ def test_a_controller_that_is_stopped_is_replaced(folder: ServiceFolder) -> None
         os.kill(controller_of(folder), signal.SIGKILL)
 
 
-def test_a_controller_that_only_slept_is_left_alone(folder: ServiceFolder) -> None:
+def test_a_controller_that_only_slept_is_left_alone(folder: ServiceStore) -> None:
     """As all processes do when the machine is suspended: its heartbeats go on before anybody has looked for long."""
     assert ensure_controller(folder)
     pid = controller_of(folder)
@@ -73,28 +77,28 @@ def test_a_controller_that_only_slept_is_left_alone(folder: ServiceFolder) -> No
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_hung_controller_that_cannot_be_found_is_an_error_that_says_what_to_do(folder: ServiceFolder) -> None:
+def test_a_hung_controller_that_cannot_be_found_is_an_error_that_says_what_to_do(folder: ServiceStore) -> None:
     with lock(folder.controller_lock):
         os.utime(folder.controller_lock, (0, 0))
-        with pytest.raises(EnvironmentFault, match="hangs, and could not be ended") as caught:
+        with pytest.raises(EnvironmentFault, match="is hung and could not be killed") as caught:
             ensure_controller(folder)
     assert "kill -9" in caught.value.hint
 
 
-def test_a_command_that_was_stopped_in_the_middle_of_a_change_does_not_stop_the_others(folder: ServiceFolder) -> None:
+def test_a_command_that_was_stopped_in_the_middle_of_a_change_does_not_stop_the_others(folder: ServiceStore) -> None:
     with (
         lock(folder.path / "desired.lock"),
         pytest.raises(EnvironmentFault, match="Another command has been changing demo"),
-        folder.changing(wait_s=0.1),
+        folder.lock_spec(wait_s=0.1),
     ):
         pass
 
 
 def test_who_waits_for_a_status_that_never_changes_waits_no_longer_than_asked(
-    folder: ServiceFolder, monkeypatch: pytest.MonkeyPatch
+    folder: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ServiceFolder, "controller_alive", lambda _folder: True)
-    told: list[Status] = []
+    monkeypatch.setattr(ServiceStore, "controller_alive", lambda _folder: True)
+    told: list[ServiceStatus] = []
     with pytest.raises(EnvironmentFault, match="was not ready within 0 s"):
-        changing.wait_for(folder, 1, told.append, 0.3)
+        operations.wait_for(folder, 1, told.append, 0.3)
     assert not told

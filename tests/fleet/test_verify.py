@@ -5,24 +5,24 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from powerband.bench.client.messages import Sample, ServerAddress
+from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult
-from powerband.bench.messages import Sample, Target
-from powerband.bench.probe import Server
-from powerband.bench.results import Address, Machine, Offered, RunReport, point_of, utc_now
+from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedAddress, RunReport, build_point, utc_now
 from powerband.bench.server_metrics import ServerMetrics
-from powerband.cli.bench_options import LoadFlags, MixFlags, asked_for
-from powerband.fleet.verify import Verification, judge
+from powerband.fleet.verify import Verification, check_report
 from powerband.metrics.record import Outcome
-from powerband.spec.plan import Banded, Plan, Promise
+from powerband.spec.plan import Plan, Prediction, SLOGuarantee
 from powerband.spec.slo import SLO
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
-WORKLOAD = asked_for(LoadFlags(rate=10.0), MixFlags()).workload
+WORKLOAD = requested_load(ArrivalOptions(rate=10.0), MixOptions()).workload
 PLAN = Plan(
     model="m",
     workload=WORKLOAD,
     slo=SLO(ttft_s=0.1, tpot_s=0.05),
-    promise=Promise(10.0, 40.0),
-    predicted={"ttft_s": Banded(0.05, 0.04, 0.06)},
+    promise=SLOGuarantee(10.0, 40.0),
+    predicted={"ttft_s": Prediction(0.05, 0.04, 0.06)},
 )
 
 
@@ -55,14 +55,14 @@ def verified(*samples: Sample) -> Verification:
         unsent=0,
         stopped=False,
     )
-    point = point_of(load, label="run", offered=Offered("rate", 10.0), warm_up=0.0, cool_down=0.0, slo=PLAN.slo)
+    point = build_point(load, label="run", offered=OfferedLoad("rate", 10.0), warm_up=0.0, cool_down=0.0, slo=PLAN.slo)
     report = RunReport(
         started_at=utc_now(),
         command=(),
         powerband="0",
-        machine=Machine("cpu", 1, "Linux"),
-        target=Address.of(Target(base="http://x", endpoint="completions", model="m")),
-        server=Server("powerband", "m", None),
+        machine=ClientMachine("cpu", 1, "Linux"),
+        target=ReportedAddress.of(ServerAddress(base="http://x", endpoint="completions", model="m")),
+        server=ServerInfo("powerband", "m", None),
         workload={},
         slo=PLAN.slo,
         seed=0,
@@ -70,7 +70,7 @@ def verified(*samples: Sample) -> Verification:
         cool_down=0.0,
         points=(point,),
     )
-    return judge(PLAN, report, load)
+    return check_report(PLAN, report, load)
 
 
 def line(found: Verification, name: str) -> tuple[str, str, str, str]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from powerband.errors import UsageError
-from powerband.fleet.watch.incidents import Incident
-from powerband.fleet.watch.webhook import Webhook
+from powerband.fleet.monitor.incidents import Incident
+from powerband.fleet.monitor.webhook import Webhook
 
 INCIDENT = Incident(
     id="inc-1", kind="promise", subject="service", cause="load", what="Too much comes.", opened_at=1.0, seen_at=1.0
@@ -64,7 +64,7 @@ def receiver() -> Iterator[Receiver]:
 
 def test_it_says_what_opened(receiver: Receiver) -> None:
     webhook = Webhook(receiver.url, service="demo")
-    webhook.tell("opened", INCIDENT)
+    webhook.notify("opened", INCIDENT)
     assert receiver.got.acquire(timeout=10)
     webhook.close()
     (body,) = receiver.bodies
@@ -78,7 +78,7 @@ def test_it_tries_again_until_it_is_taken(receiver: Receiver) -> None:
     receiver.statuses = [500, 302, 200]
     pauses: list[float] = []
     webhook = Webhook(receiver.url, sleep=pauses.append)
-    webhook.tell("closed", INCIDENT)
+    webhook.notify("closed", INCIDENT)
     for _ in range(3):
         assert receiver.got.acquire(timeout=10)
     webhook.close()
@@ -91,7 +91,7 @@ def test_it_never_blocks_who_tells_it() -> None:
     webhook = Webhook("http://127.0.0.1:9/", sleep=lambda _: held.wait(10))  # nobody listens there
     start_s = time.monotonic()
     for _ in range(1000):
-        webhook.tell("opened", INCIDENT)
+        webhook.notify("opened", INCIDENT)
     assert time.monotonic() - start_s < 1.0
     held.set()
     webhook.close()
@@ -101,5 +101,5 @@ def test_it_never_blocks_who_tells_it() -> None:
     "url", ["ftp://example.org", "example.org/hook", "file:///etc/passwd", "http://example.org:port/"]
 )
 def test_what_is_no_url_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="no URL for a webhook"):
+    with pytest.raises(UsageError, match="Invalid webhook URL"):
         Webhook(url)

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import msgspec
 
-from powerband.bench.script import Script
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.mock_server.behavior import Behavior
 
 PATIENCE_S = 20.0
 
@@ -88,9 +88,9 @@ def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> float:
 
 
 @contextlib.contextmanager
-def scripted_replica(script: Script | None = None) -> Iterator[ScriptedReplica]:
-    code = msgspec.json.encode(asdict(script or Script())).decode()
-    command = [sys.executable, "-m", "powerband.bench.scripted_server", "--with-parent", "--script", code]
+def scripted_replica(script: Behavior | None = None) -> Iterator[ScriptedReplica]:
+    code = msgspec.json.encode(asdict(script or Behavior())).decode()
+    command = [sys.executable, "-m", "powerband.mock_server.server", "--with-parent", "--script", code]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -112,9 +112,9 @@ def running_gateway(folder: Path, *arguments: str, timeout_s: float = PATIENCE_S
     Returns when it listens; whether replicas are ready is another matter, see `until`.
     """
     database = folder / "gateway.db"
-    books = Books.open(database)
-    _, secret = books.keys.create("admin", scopes=("admin", "infer", "metrics"))
-    books.close()
+    accounts = Accounts.open(database)
+    _, secret = accounts.keys.create("admin", scopes=("admin", "infer", "metrics"))
+    accounts.close()
     command = [sys.executable, "-m", "powerband", "gateway", "--port=0", f"--database={database}", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POWERBAND_")}
     log = (folder / "gateway.log").open("ab")
@@ -152,7 +152,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def gateway_before(
-    folder: Path, *scripts: Script, arguments: Sequence[str] = (), routes: str = "", ready: bool = True
+    folder: Path, *scripts: Behavior, arguments: Sequence[str] = (), routes: str = "", ready: bool = True
 ) -> Iterator[RunningGateway]:
     """A gateway before one scripted replica for each script, all ready. routes: as in a file, with {0} for the first
     one's URL, and so on."""

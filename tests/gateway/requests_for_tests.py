@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from powerband.gateway.request import Endpoint, Finished, GatewayRequest
+from powerband.gateway.request import CompletedRequest, Endpoint, GatewayRequest
 from powerband.metrics.record import Outcome, RequestRecord
 
 
@@ -25,7 +25,7 @@ def finished(
     resumed: int = 0,
     stream: bool = True,
     sequence: int = 0,
-) -> Finished:
+) -> CompletedRequest:
     """One that arrived at `arrival_s`, with tokens in chunks of one, `gap_s` apart."""
     times_s = tuple(arrival_s + ttft_s + gap_s * place for place in range(tokens))
     record = RequestRecord(
@@ -39,7 +39,7 @@ def finished(
         cached_tokens=cached_tokens,
     )
     taken_s = (times_s[-1] - arrival_s if times_s else queue_s) if seconds is None else seconds
-    return Finished(
+    return CompletedRequest(
         request=GatewayRequest(id="req_1", endpoint=endpoint, model=model, arrival_s=arrival_s, stream=stream),
         record=record,
         status=status,

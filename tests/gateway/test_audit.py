@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from powerband.gateway.accounts.audit import entries, first_broken, head_path, read_head
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.audit import entries, head_path, read_head, verify_chain
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Books with five entries."""
-    books = Books.open(tmp_path / "gateway.db")
+    accounts = Accounts.open(tmp_path / "gateway.db")
     for number in range(5):
-        books.audit("root", f"act {number}", {"number": number})
-    books.close()
+        accounts.audit("root", f"act {number}", {"number": number})
+    accounts.close()
     return tmp_path / "gateway.db"
 
 
@@ -29,11 +29,11 @@ def change(path: Path, sql: str, *values: object) -> None:
 
 
 def broken_at(path: Path) -> int | None:
-    books = Books.open(path)
+    accounts = Accounts.open(path)
     try:
-        return books.store.read(lambda connection: first_broken(entries(connection), books.audit_head))
+        return accounts.store.read(lambda connection: verify_chain(entries(connection), accounts.audit_head))
     finally:
-        books.close()
+        accounts.close()
 
 
 def test_a_chain_that_nobody_touched_is_whole(path: Path) -> None:
@@ -66,18 +66,18 @@ def test_a_value_of_another_kind_shows(path: Path) -> None:
 def test_what_is_cut_off_shows_and_goes_on_showing(path: Path, kept: int, broken: int) -> None:
     change(path, "DELETE FROM audit WHERE seq > ?", kept)
     assert broken_at(path) == broken
-    books = Books.open(path)
-    books.audit("root", "later", {})
-    books.close()
+    accounts = Accounts.open(path)
+    accounts.audit("root", "later", {})
+    accounts.close()
     assert broken_at(path) == broken
 
 
 def test_a_new_chain_in_place_of_the_old_one_shows(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    books = Books.open(other / "gateway.db")
+    accounts = Accounts.open(other / "gateway.db")
     for number in range(5):
-        books.audit("root", f"another {number}", {})
-    books.close()
+        accounts.audit("root", f"another {number}", {})
+    accounts.close()
     change(path, "DELETE FROM audit")
     with sqlite3.connect(path) as connection:
         connection.execute("ATTACH ? AS other", (str(other / "gateway.db"),))
@@ -89,9 +89,9 @@ def test_a_new_chain_in_place_of_the_old_one_shows(path: Path, tmp_path: Path) -
 def test_books_from_before_there_was_a_head_get_one_and_say_so(path: Path) -> None:
     head_path(path).unlink()
     assert broken_at(path) is None
-    books = Books.open(path)
-    last = books.store.read(lambda connection: entries(connection))[-1]
-    books.close()
+    accounts = Accounts.open(path)
+    last = accounts.store.read(lambda connection: entries(connection))[-1]
+    accounts.close()
     assert (last.seq, last.actor, last.action) == (6, "powerband", "audit.head")
     head = read_head(head_path(path))
     assert head is not None
@@ -99,10 +99,10 @@ def test_books_from_before_there_was_a_head_get_one_and_say_so(path: Path) -> No
 
 
 def test_entries_that_are_cut_off_while_the_gateway_runs_show(tmp_path: Path) -> None:
-    books = Books.open(tmp_path / "gateway.db")
+    accounts = Accounts.open(tmp_path / "gateway.db")
     for number in range(3):
-        books.audit("root", f"act {number}", {})
-    books.store.flush().result(5)
+        accounts.audit("root", f"act {number}", {})
+    accounts.store.flush().result(5)
     change(tmp_path / "gateway.db", "DELETE FROM audit WHERE seq = 3")
-    assert books.store.read(lambda connection: first_broken(entries(connection), books.audit_head)) == 3
-    books.close()
+    assert accounts.store.read(lambda connection: verify_chain(entries(connection), accounts.audit_head)) == 3
+    accounts.close()

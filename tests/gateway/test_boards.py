@@ -24,11 +24,11 @@ from gateways_for_tests import gateway_before
 from prometheus_client.parser import text_string_to_metric_families
 from requests_for_tests import finished
 
-from powerband.bench.script import Script
-from powerband.gateway.metrics import GatewayMetrics, Moment
+from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
 from powerband.gateway.routes import ModelRoute
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.prometheus import EngineMetrics
+from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def shown_names() -> set[str]:
     gateway.serve([ModelRoute(name="demo", rate=3.0, slo=SLO(ttft_s=0.5))])
     gateway.observe(finished())
     replica = ReplicaSnapshot(id="r1", state="ready")
-    text = gateway.render(Moment(pools=(PoolSnapshot(model="demo", replicas=(replica,)),)))
+    text = gateway.render(GaugeSnapshot(pools=(PoolSnapshot(model="demo", replicas=(replica,)),)))
     pages = text.decode(), EngineMetrics("demo").render().decode()
     return {
         sample.name for page in pages for family in text_string_to_metric_families(page) for sample in family.samples
@@ -149,7 +149,7 @@ def test_alerts_come_when_they_should_and_not_before(tmp_path: Path) -> None:
 
 @needs_prometheus
 def test_prometheus_finds_the_replicas_through_the_gateway(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(), Script()) as gateway:
+    with gateway_before(tmp_path, Behavior(), Behavior()) as gateway:
         for _ in range(5):
             gateway.post("/v1/completions", {"model": "scripted", "prompt": "hi", "max_tokens": 4}).raise_for_status()
         with prometheus_before(gateway.url, tmp_path) as server:

@@ -6,22 +6,23 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import Raw
 
-from powerband.gateway.proxy.estimates import Estimates, TextCount, call_text
+from powerband.gateway.proxy.client_request import ClientRequest
+from powerband.gateway.proxy.estimates import TextTokenCount, TokenEstimates, call_text
 from powerband.gateway.proxy.events import read_chunk
-from powerband.gateway.proxy.intake import Intake
-from powerband.gateway.proxy.story import Story
+from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.routes import ReplicaAddress
 
 WORDS = "word " * 10  # ten tokens
 
 
-def story_of(engine: str = "trtllm", *, estimates: Estimates | None = None, **fields: Any) -> Story:
+def story_of(engine: str = "trtllm", *, estimates: TokenEstimates | None = None, **fields: Any) -> StreamState:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
-    intake = Intake(msgspec.json.encode(body), "completions" if "prompt" in fields else "chat")
-    story = Story(intake, "m", estimates)
-    story.begin(replica(engine))
-    return story
+    client_request = ClientRequest(msgspec.json.encode(body), "completions" if "prompt" in fields else "chat")
+    state = StreamState(client_request, "m", estimates)
+    state.begin(replica(engine))
+    return state
 
 
 def replica(engine: str) -> ReplicaAddress:
@@ -37,24 +38,24 @@ def usage(completion: int, prompt: int = 7) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def tell(story: Story, *chunks: bytes) -> list[Any]:
+def tell(state: StreamState, *chunks: bytes) -> list[Any]:
     """What the client reads."""
-    told = b"".join(story.tell(data, 0.0) for data in chunks)
+    told = b"".join(state.tell(data, 0.0) for data in chunks)
     return [msgspec.json.decode(one.removeprefix(b"data: ")) for one in told.split(b"\n\n") if one]
 
 
 def test_chunks_of_many_tokens_are_charged_by_their_text() -> None:
-    story = story_of()
-    tell(story, *[chunk({"content": WORDS})] * 10)
-    _, _, output = story.final_usage()
+    state = story_of()
+    tell(state, *[chunk({"content": WORDS})] * 10)
+    _, _, output = state.final_usage()
     assert 100 <= output <= 130
-    assert story.is_estimate
+    assert state.is_estimate
 
 
 def test_a_chunk_is_a_token_at_least() -> None:
-    story = story_of()
-    tell(story, *[chunk({"content": "a"})] * 40)
-    assert story.final_usage()[2] == 40
+    state = story_of()
+    tell(state, *[chunk({"content": "a"})] * 40)
+    assert state.final_usage()[2] == 40
 
 
 @pytest.mark.parametrize(
@@ -67,9 +68,9 @@ def test_a_chunk_is_a_token_at_least() -> None:
     ids=["reasoning_content", "reasoning", "tool_calls"],
 )
 def test_thoughts_and_calls_of_tools_are_text_too(delta: dict[str, Any]) -> None:
-    story = story_of()
-    tell(story, *[chunk(delta)] * 10)
-    assert 100 <= story.final_usage()[2] <= 130
+    state = story_of()
+    tell(state, *[chunk(delta)] * 10)
+    assert 100 <= state.final_usage()[2] <= 130
 
 
 @pytest.mark.parametrize(
@@ -81,91 +82,108 @@ def test_other_scripts_are_not_estimated_low(text: str) -> None:
         0.7 if char >= "一" and char < "\U00010000" else 0.3 if char > "\x7f" and char < "一" else 1 for char in text
     )
     tokens = min(tokens, len(text))
-    assert TextCount(Estimates()).add(text) >= 0.9 * tokens
+    assert TextTokenCount(TokenEstimates()).add(text) >= 0.9 * tokens
 
 
 def test_continuous_usage_is_asked_for_where_ids_are_not_told_and_kept_from_clients_that_did_not_ask() -> None:
     for engine, fields in (("sglang", {"continuous_usage_stats": True}), ("trtllm", {"continuous_usage_stats": True})):
-        story = story_of(engine, stream_options={"include_usage": True})
-        sent = msgspec.json.decode(story._intake.body_for(replica(engine), "anonymous"))
+        state = story_of(engine, stream_options={"include_usage": True})
+        sent = msgspec.json.decode(state._client_request.upstream_body(replica(engine), "anonymous"))
         assert sent["stream_options"] == {"include_usage": True, **fields}
-        seen = tell(story, chunk({"content": WORDS}, usage=usage(10)), chunk(None, usage=usage(12)))
+        seen = tell(state, chunk({"content": WORDS}, usage=usage(10)), chunk(None, usage=usage(12)))
         assert [one.get("usage") for one in seen] == [None, usage(12)]
-    sent = msgspec.json.decode(story_of("vllm")._intake.body_for(replica("vllm"), "anonymous"))
+    sent = msgspec.json.decode(story_of("vllm")._client_request.upstream_body(replica("vllm"), "anonymous"))
     assert sent["stream_options"] == {"include_usage": True}
 
 
 def test_who_leaves_is_charged_by_the_last_usage_of_every_choice() -> None:
     """vLLM's and SGLang's usage in a chunk is of that chunk's choice alone."""
-    story = story_of("sglang", n=2)
-    tell(story, *(chunk({"content": WORDS}, index=i % 2, usage=usage(10 * (i // 2 + 1))) for i in range(10)))
-    assert story.final_usage() == (7, 0, 100)
-    assert not story.is_estimate
-    tell(story, chunk(None, usage=usage(104)))
-    assert story.final_usage() == (7, 0, 104)
+    state = story_of("sglang", n=2)
+    tell(state, *(chunk({"content": WORDS}, index=i % 2, usage=usage(10 * (i // 2 + 1))) for i in range(10)))
+    assert state.final_usage() == (7, 0, 100)
+    assert not state.is_estimate
+    tell(state, chunk(None, usage=usage(104)))
+    assert state.final_usage() == (7, 0, 104)
 
 
 def test_usage_that_comes_first_is_not_all() -> None:
     """Some translate from services that say the prompt's size, and one token, when an answer begins."""
-    story = story_of()
-    tell(story, chunk({"content": "a"}, usage=usage(1)), *[chunk({"content": WORDS})] * 10)
-    assert story.final_usage()[0] == 7
-    assert 100 <= story.final_usage()[2] <= 135
-    assert story.is_estimate
+    state = story_of()
+    tell(state, chunk({"content": "a"}, usage=usage(1)), *[chunk({"content": WORDS})] * 10)
+    assert state.final_usage()[0] == 7
+    assert 100 <= state.final_usage()[2] <= 135
+    assert state.is_estimate
 
 
 def test_usage_of_zero_is_none() -> None:
-    story = story_of()
-    tell(story, *[chunk({"content": WORDS}, usage=usage(0, 0))] * 10)
-    assert story.final_usage()[2] >= 100
-    tell(story, chunk(None, usage=usage(100)))
-    assert story.final_usage() == (7, 0, 100)
+    state = story_of()
+    tell(state, *[chunk({"content": WORDS}, usage=usage(0, 0))] * 10)
+    assert state.final_usage()[2] >= 100
+    tell(state, chunk(None, usage=usage(100)))
+    assert state.final_usage() == (7, 0, 100)
 
 
 def test_ids_are_counted_of_every_choice() -> None:
-    story = story_of("vllm", n=2)
-    sent = msgspec.json.decode(story._intake.body_for(replica("vllm"), "anonymous"))
+    state = story_of("vllm", n=2)
+    sent = msgspec.json.decode(state._client_request.upstream_body(replica("vllm"), "anonymous"))
     assert sent["return_token_ids"] is True
     chunks = [
         chunk({"content": WORDS}, index=i % 2, token_ids=list(range(10)), prompt_token_ids=[1, 2]) for i in range(10)
     ]
-    seen = tell(story, *chunks)
-    assert story.final_usage() == (2, 0, 100)
-    assert not story.is_estimate
+    seen = tell(state, *chunks)
+    assert state.final_usage() == (2, 0, 100)
+    assert not state.is_estimate
     assert not any("token_ids" in one["choices"][0] for one in seen)
 
 
 def test_whole_answers_without_usage_are_estimated() -> None:
     body = {"model": "m", "choices": [{"index": 0, "message": {"content": WORDS * 10}, "finish_reason": "stop"}]}
-    story = story_of(stream=False)
-    story.take_whole(read_chunk(msgspec.json.encode(body)), replica("trtllm"))
-    assert 100 <= story.final_usage()[2] <= 130
-    assert story.is_estimate
-    story = story_of(stream=False)
-    story.take_whole(read_chunk(msgspec.json.encode({**body, "usage": usage(99)})), replica("trtllm"))
-    assert (story.final_usage(), story.is_estimate) == ((7, 0, 99), False)
+    state = story_of(stream=False)
+    state.process_whole(read_chunk(msgspec.json.encode(body)), replica("trtllm"))
+    assert 100 <= state.final_usage()[2] <= 130
+    assert state.is_estimate
+    state = story_of(stream=False)
+    state.process_whole(read_chunk(msgspec.json.encode({**body, "usage": usage(99)})), replica("trtllm"))
+    assert (state.final_usage(), state.is_estimate) == ((7, 0, 99), False)
 
 
 def test_usage_that_a_client_wants_is_told_once_also_when_the_replica_leaves_it_out() -> None:
-    story = story_of("sglang", stream_options={"include_usage": True})
-    assert all("usage" not in one for one in tell(story, chunk({"content": WORDS}, usage=usage(10))))
-    assert b'"completion_tokens":10' in story.closing()
-    tell(story, chunk(None, usage=usage(10)))
-    assert story.closing() == b"data: [DONE]\n\n"
+    state = story_of("sglang", stream_options={"include_usage": True})
+    assert all("usage" not in one for one in tell(state, chunk({"content": WORDS}, usage=usage(10))))
+    assert b'"completion_tokens":10' in state.final_events()
+    tell(state, chunk(None, usage=usage(10)))
+    assert state.final_events() == b"data: [DONE]\n\n"
 
 
 def test_estimates_are_corrected_by_what_replicas_count() -> None:
-    estimates = Estimates()
+    estimates = TokenEstimates()
     for _ in range(50):
         estimates.learn(output_tokens=200, choices=2, seconds=2.0, text_tokens=100.0)
     assert estimates.tokens_per_s == pytest.approx(50.0)
     assert estimates.text_factor == pytest.approx(2.0, rel=0.01)
     assert estimates.of_whole(3.0, choices=2, limit=None) == 300
     assert estimates.of_whole(3.0, choices=2, limit=40) == 80
-    assert TextCount(estimates).add("a" * 400) == pytest.approx(200, abs=2)
+    assert TextTokenCount(estimates).add("a" * 400) == pytest.approx(200, abs=2)
 
 
 def test_calls_of_tools_of_no_known_form_are_counted_all_the_same() -> None:
-    assert call_text(None) == ""
-    assert call_text([{"function": {"name": "f", "arguments": "{}"}}, {}]) == "f{}"
-    assert call_text(["x"]) == "['x']"
+    assert call_text(Raw(b'[{"function": {"name": "f", "arguments": "{}"}}, {}]')) == "f{}"
+    assert call_text(Raw(b'["x"]')) == '["x"]'
+
+
+def test_usage_comes_last_also_where_chunks_have_it_and_its_own_is_lost() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    state = story_of("vllm", stream_options=options)
+    state.tell(chunk({"content": "a"}, usage={"prompt_tokens": 1, "completion_tokens": 1}, finish_reason="stop"), 0.0)
+    assert b'"completion_tokens":1' in state.final_events()
+    state.tell(chunk(None, usage={"prompt_tokens": 1, "completion_tokens": 1}), 0.0)
+    assert b"usage" not in state.final_events()
+
+
+def test_each_choice_is_opened_once_also_when_all_is_begun_again() -> None:
+    state = story_of("vllm", n=2)
+    opening = {"role": "assistant", "content": ""}
+    assert state.tell(chunk(opening, index=0), 0.0)
+    state.resume(kept=0)
+    assert state.tell(chunk(opening, index=0), 0.0) == b""
+    assert state.tell(chunk(opening, index=1), 0.0)

@@ -12,7 +12,7 @@ import openai
 import pytest
 from gateways_for_tests import RunningGateway, ScriptedReplica, running_gateway, scripted_replica, text_of, until
 
-from powerband.bench.script import DropBy, Script, words
+from powerband.mock_server.behavior import Behavior, DropBy, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 40}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40}
@@ -27,7 +27,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
 
 
 @contextlib.contextmanager
-def replicas(gateway: RunningGateway, *scripts: Script, **of_replicas: str) -> Iterator[int]:
+def replicas(gateway: RunningGateway, *scripts: Behavior, **of_replicas: str) -> Iterator[int]:
     """The gateway serves by scripted replicas, all ready. Yields the number of the last request before."""
     revision = str(next(REVISIONS))
     with contextlib.ExitStack() as stack:
@@ -56,8 +56,8 @@ def ids_of(events: list[Any]) -> list[int]:
 
 @pytest.mark.parametrize("how", ["reset", "end", "hang", "garbage", "error"])
 def test_a_stream_that_breaks_off_is_continued_by_another_replica(running: RunningGateway, how: DropBy) -> None:
-    breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=7, drop_by=how)
-    with replicas(running, breaks, Script()) as before:
+    breaks = Behavior(tpot_s=0.002, drop_every=1, drop_after_chunks=7, drop_by=how)
+    with replicas(running, breaks, Behavior()) as before:
         for _ in range(4):
             chat = running.stream("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
             text = running.stream("/v1/completions", {**TEXT, "return_token_ids": True})
@@ -77,8 +77,8 @@ def test_a_stream_that_breaks_off_is_continued_by_another_replica(running: Runni
 
 @pytest.mark.parametrize("how", ["reset", "end", "hang", "garbage"])
 def test_a_request_whose_replica_fails_at_once_goes_to_another(running: RunningGateway, how: DropBy) -> None:
-    fails = Script(drop_every=1, drop_after_chunks=0, drop_by=how)
-    with replicas(running, fails, Script()) as before:
+    fails = Behavior(drop_every=1, drop_after_chunks=0, drop_by=how)
+    with replicas(running, fails, Behavior()) as before:
         for _ in range(4):
             assert text_of(running.stream("/v1/completions", TEXT)) == words(0, 40)
         records = running.records(before)
@@ -88,20 +88,20 @@ def test_a_request_whose_replica_fails_at_once_goes_to_another(running: RunningG
 
 @pytest.mark.parametrize("status", [500, 429])
 def test_trouble_at_one_replica_sends_a_request_to_another(running: RunningGateway, status: int) -> None:
-    with replicas(running, Script(fail_every=1, fail_status=status), Script()):
+    with replicas(running, Behavior(fail_every=1, fail_status=status), Behavior()):
         for stream in (True, False):
             answers = [running.post("/v1/completions", {**TEXT, "stream": stream}) for _ in range(4)]
             assert [answer.status_code for answer in answers] == [200] * 4
 
 
 def test_whole_answers_are_run_again(running: RunningGateway) -> None:
-    with replicas(running, Script(drop_every=1, drop_whole=True), Script()):
+    with replicas(running, Behavior(drop_every=1, drop_whole=True), Behavior()):
         answers = [running.post("/v1/chat/completions", CHAT) for _ in range(4)]
         assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {words(0, 40)}
 
 
 def test_a_killed_replica_takes_no_stream_with_it(running: RunningGateway) -> None:
-    slow = Script(tpot_s=0.01)
+    slow = Behavior(tpot_s=0.01)
     with replicas(running, slow, slow):
         body = {**TEXT, "max_tokens": 150, "stream": True, "return_token_ids": True}
         with (
@@ -122,7 +122,7 @@ def test_a_killed_replica_takes_no_stream_with_it(running: RunningGateway) -> No
 def test_requests_wait_for_the_next_replica_where_all_were_killed_at_once(
     running: RunningGateway, stream: bool
 ) -> None:
-    with replicas(running, Script(), Script()) as before:
+    with replicas(running, Behavior(), Behavior()) as before:
         for replica in running.replicas:
             replica.kill()
         with ThreadPoolExecutor(24) as threads, scripted_replica() as another:
@@ -136,10 +136,10 @@ def test_requests_wait_for_the_next_replica_where_all_were_killed_at_once(
 
 def test_streams_of_two_replicas_that_die_at_once_go_on_at_the_next(running: RunningGateway) -> None:
     """Many more than the budget of second attempts allows: the victims of a death are free."""
-    slow = Script(tpot_s=0.02, slots=100)
+    slow = Behavior(tpot_s=0.02, slots=100)
     with replicas(running, slow, slow) as before:
         body = {**TEXT, "max_tokens": 150}
-        with ThreadPoolExecutor(40) as threads, scripted_replica(Script(slots=100)) as another:
+        with ThreadPoolExecutor(40) as threads, scripted_replica(Behavior(slots=100)) as another:
             asked = [threads.submit(running.stream, "/v1/completions", body) for _ in range(40)]
             until(lambda: sum(len(replica.truths()) for replica in running.replicas) == 40)
             for replica in running.replicas:
@@ -150,7 +150,7 @@ def test_streams_of_two_replicas_that_die_at_once_go_on_at_the_next(running: Run
 
 
 def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(running: RunningGateway) -> None:
-    breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=3)
+    breaks = Behavior(tpot_s=0.002, drop_every=1, drop_after_chunks=3)
     with replicas(running, breaks) as before:
         told = running.stream("/v1/completions", {**TEXT, "n": 2})
         assert told[-1]["error"]["code"] == "upstream_failed"
@@ -163,7 +163,7 @@ def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(running: Running
 
 
 def test_an_answer_that_lacks_only_its_last_event_is_whole(running: RunningGateway) -> None:
-    with replicas(running, Script(drop_every=1, drop_by="no_done")):
+    with replicas(running, Behavior(drop_every=1, drop_by="no_done")):
         told = running.stream("/v1/completions", {**TEXT, "stream_options": {"include_usage": True}})
         assert text_of(told) == words(0, 40)
         assert told[-2]["usage"]["completion_tokens"] == 40
@@ -171,7 +171,7 @@ def test_an_answer_that_lacks_only_its_last_event_is_whole(running: RunningGatew
 
 
 def test_what_is_wrong_with_a_request_is_said_once(running: RunningGateway) -> None:
-    with replicas(running, Script(), Script()) as before:
+    with replicas(running, Behavior(), Behavior()) as before:
         answer = running.post("/v1/completions", {**TEXT, "max_tokens": 0})
         assert answer.status_code == 400
         assert "output tokens" in answer.json()["error"]["message"]
@@ -180,8 +180,8 @@ def test_what_is_wrong_with_a_request_is_said_once(running: RunningGateway) -> N
 
 
 def test_in_front_of_vllm_a_stream_is_continued_as_a_completion(running: RunningGateway) -> None:
-    breaks = Script(tpot_s=0.002, drop_every=1, drop_after_chunks=7)
-    with replicas(running, breaks, Script(), engine="vllm") as before:
+    breaks = Behavior(tpot_s=0.002, drop_every=1, drop_after_chunks=7)
+    with replicas(running, breaks, Behavior(), engine="vllm") as before:
         for _ in range(4):
             asked = {"stream_options": {"include_usage": True}}
             chat = running.stream("/v1/chat/completions", {**CHAT, **asked})

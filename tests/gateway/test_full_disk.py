@@ -14,8 +14,8 @@ import pytest
 from gateways_for_tests import running_gateway
 
 from powerband.errors import EnvironmentFault
-from powerband.fleet.state import ServiceFolder
-from powerband.gateway.accounts.books import Books, has_admin_key
+from powerband.fleet.service.store import ServiceStore
+from powerband.gateway.accounts.accounts import Accounts, has_admin_key
 from powerband.gateway.accounts.store import Store
 
 
@@ -77,16 +77,16 @@ def test_a_gateway_takes_routes_and_starts_again(disk: Path) -> None:
 
 def test_a_first_start_without_room_leaves_no_key_that_nobody_has(disk: Path) -> None:
     database = disk / "gateway.db"
-    books = Books.open(database)
+    accounts = Accounts.open(database)
     fill(disk)
     with pytest.raises(EnvironmentFault, match=r"admin\.key: No space left on device"):
-        books.make_admin_key(disk / "admin.key", "first")
-    assert not books.keys.admins()
+        accounts.make_admin_key(disk / "admin.key", "first")
+    assert not accounts.keys.admins()
     assert not [path for path in disk.iterdir() if "admin" in path.name]
     (disk / "filling").unlink()
-    books.make_admin_key(disk / "admin.key", "first")
+    accounts.make_admin_key(disk / "admin.key", "first")
     assert has_admin_key(disk / "admin.key")
-    books.close()
+    accounts.close()
 
 
 def test_an_empty_key_file_is_none(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_an_empty_key_file_is_none(tmp_path: Path) -> None:
 
 
 def test_what_is_started_has_a_number_of_its_own_without_a_disk(disk: Path) -> None:
-    folder = ServiceFolder(disk / "service")
-    folder.make()
+    folder = ServiceStore(disk / "service")
+    folder.create()
     first = folder.next_number()
     fill(disk)
     found = [first]

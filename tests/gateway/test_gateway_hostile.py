@@ -16,9 +16,9 @@ from gateways_for_tests import RunningGateway, gateway_before, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from powerband.bench.fault_corpus import malformed_requests
-from powerband.bench.messages import Target
-from powerband.bench.script import Script, words
+from powerband.bench.client.messages import ServerAddress
+from powerband.fault_injection.corpus import malformed_requests
+from powerband.mock_server.behavior import Behavior, words
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}
@@ -26,7 +26,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    script = Script(tpot_s=0.001)
+    script = Behavior(tpot_s=0.001)
     with gateway_before(tmp_path_factory.mktemp("gateway"), script, script) as running:
         yield running
         assert "Traceback" not in (running.database.parent / "gateway.log").read_text()
@@ -62,7 +62,7 @@ def address(gateway: RunningGateway) -> tuple[str, int]:
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_no_malformed_request_is_the_servers_fault(gateway: RunningGateway, endpoint: Any) -> None:
-    target = Target(base=gateway.url, endpoint=endpoint, model="scripted")
+    target = ServerAddress(base=gateway.url, endpoint=endpoint, model="scripted")
     for name, request in malformed_requests(target).items():
         answer = raw(gateway, request)
         head, _, body = answer.partition(b"\r\n\r\n")

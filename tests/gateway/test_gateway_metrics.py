@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 from requests_for_tests import finished
 
-from powerband.gateway.metrics import GatewayMetrics, Moment
-from powerband.gateway.promise import verdict
+from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
+from powerband.gateway.observability.slo import slo_violations
 from powerband.gateway.routes import ModelRoute
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.metrics.record import Outcome
@@ -16,10 +16,10 @@ ROUTE = ModelRoute(name="demo", rate=3.0, slo=SLO(ttft_s=0.5, attainment=0.9))
 POOL = PoolSnapshot(model="demo", queued=2, predicted_wait_s=0.7, replicas=(ReplicaSnapshot(id="r1", state="ready"),))
 
 
-def samples(metrics: GatewayMetrics, moment: Moment | None = None) -> dict[str, float]:
+def samples(metrics: GatewayMetrics, moment: GaugeSnapshot | None = None) -> dict[str, float]:
     """{'name{label=value,…}': value}, labels in order, without those that are empty."""
     found = {}
-    for family in text_string_to_metric_families(metrics.render(moment or Moment()).decode()):
+    for family in text_string_to_metric_families(metrics.render(moment or GaugeSnapshot()).decode()):
         for sample in family.samples:
             labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()) if value)
             found[f"{sample.name}{{{labels}}}"] = sample.value
@@ -57,14 +57,14 @@ def test_retries_failovers_and_truncated_answers_are_told_apart() -> None:
     metrics.observe(finished(replicas=("r1", "r2")))
     metrics.observe(finished(replicas=("r1", "r2"), resumed=1))
     metrics.observe(finished(outcome=Outcome.ERROR, error="engine_dead"))
-    found = samples(metrics, Moment(pools=(POOL,)))
+    found = samples(metrics, GaugeSnapshot(pools=(POOL,)))
     assert [found[f"powerband_gateway_{name}_total{{model_name=demo}}"] for name in ("retries", "failovers")] == [1, 1]
     assert found["powerband_gateway_truncated_total{model_name=demo}"] == 1
     assert found["powerband_gateway_replica_requests_total{model_name=demo,outcome=error,replica=r1}"] == 1
 
 
 def test_a_scrape_tells_queues_replicas_and_the_promise() -> None:
-    found = samples(served(), Moment(pools=(POOL,), in_flight=7, ledger_rows_lost=3))
+    found = samples(served(), GaugeSnapshot(pools=(POOL,), in_flight=7, ledger_rows_lost=3))
     assert found["powerband_gateway_in_flight{}"] == 7
     assert found["powerband_gateway_queued{model_name=demo}"] == 2
     assert found["powerband_gateway_predicted_wait_seconds{model_name=demo}"] == 0.7
@@ -94,33 +94,53 @@ def test_a_replica_that_is_gone_takes_its_series_with_it() -> None:
     for number in range(20):
         metrics.observe(finished(replicas=(f"old-{number}",)))
     metrics.observe(finished(replicas=("r1",)))
-    found = [name for name in samples(metrics, Moment(pools=(POOL,))) if "replica_requests_total" in name]
+    found = [name for name in samples(metrics, GaugeSnapshot(pools=(POOL,))) if "replica_requests_total" in name]
     assert found == ["powerband_gateway_replica_requests_total{model_name=demo,outcome=ok,replica=r1}"]
 
 
 def test_who_leaves_counts_only_when_a_limit_was_broken_by_then() -> None:
     slo = SLO(ttft_s=0.5)
     left = {"outcome": Outcome.ABORTED, "status": 499}
-    assert verdict(finished(**left, ttft_s=0.2), slo) is None  # pressed stop
-    assert verdict(finished(**left, ttft_s=0.9), slo) == ["ttft"]
-    assert verdict(finished(**left, tokens=0, seconds=0.1), slo) is None
-    assert verdict(finished(**left, tokens=0, seconds=3.0), slo) == ["ttft"]
+    assert slo_violations(finished(**left, ttft_s=0.2), slo) is None  # pressed stop
+    assert slo_violations(finished(**left, ttft_s=0.9), slo) == ["ttft"]
+    assert slo_violations(finished(**left, tokens=0, seconds=0.1), slo) is None
+    assert slo_violations(finished(**left, tokens=0, seconds=3.0), slo) == ["ttft"]
 
 
 def test_who_is_cut_off_by_a_gateway_that_ends_counts() -> None:
-    assert verdict(finished(outcome=Outcome.ABORTED, status=503, tokens=0), SLO(ttft_s=0.5)) == ["aborted"]
+    assert slo_violations(finished(outcome=Outcome.ABORTED, status=503, tokens=0), SLO(ttft_s=0.5)) == ["aborted"]
 
 
 def test_a_client_over_its_own_limit_breaks_no_promise_but_a_full_pool_does() -> None:
     slo = SLO(ttft_s=0.5)
-    assert verdict(finished(outcome=Outcome.REFUSED, status=429, tokens=0), slo) is None
-    assert verdict(finished(outcome=Outcome.REFUSED, status=503, tokens=0), slo) == ["refused"]
+    assert slo_violations(finished(outcome=Outcome.REFUSED, status=429, tokens=0), slo) is None
+    assert slo_violations(finished(outcome=Outcome.REFUSED, status=503, tokens=0), slo) == ["refused"]
 
 
 def test_an_answer_that_came_as_a_whole_tells_no_first_token() -> None:
     whole = finished(stream=False, tokens=0, seconds=3.0)
-    assert verdict(whole, SLO(ttft_s=0.5)) == []
-    assert verdict(whole, SLO(ttft_s=0.5, e2e_s=2.0)) == ["e2e"]
+    assert slo_violations(whole, SLO(ttft_s=0.5)) == []
+    assert slo_violations(whole, SLO(ttft_s=0.5, e2e_s=2.0)) == ["e2e"]
     metrics = served()
     metrics.observe(whole)
     assert samples(metrics)["powerband_gateway_ttft_seconds_count{model_name=demo}"] == 0
+
+
+def test_models_that_come_and_go_leave_no_series_for_ever() -> None:
+    metrics = served()
+    sizes = []
+    for number in range(60):
+        metrics.serve([ROUTE, ModelRoute(name=f"m{number:02d}")])
+        metrics.observe(finished(model=f"m{number:02d}"))
+        sizes.append(len(metrics.render(GaugeSnapshot())))
+    assert sizes[-1] == sizes[30]
+    assert b'model_name="m59"' in metrics.render(GaugeSnapshot())
+    assert b'model_name="m58"' in metrics.render(GaugeSnapshot())
+    assert b'"m10"' not in metrics.render(GaugeSnapshot())
+
+
+def test_a_page_is_written_in_parts_of_one_family() -> None:
+    metrics = served()
+    parts = list(metrics.parts(GaugeSnapshot(pools=(POOL,))))
+    assert b"".join(parts) == metrics.render(GaugeSnapshot(pools=(POOL,)))
+    assert all(part.count(b"# HELP") == 1 for part in parts)

@@ -12,7 +12,7 @@ from gateways_for_tests import RunningGateway, gateway_before
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from powerband.bench.script import Script
+from powerband.mock_server.behavior import Behavior
 
 sys.path.append(str(Path(__file__).parents[1] / "server"))
 from test_openapi import description
@@ -22,7 +22,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    with gateway_before(tmp_path_factory.mktemp("gateway"), Script(tpot_s=0.0001)) as running:
+    with gateway_before(tmp_path_factory.mktemp("gateway"), Behavior(tpot_s=0.0001)) as running:
         yield running
         assert "Traceback" not in (running.database.parent / "gateway.log").read_text()
 

@@ -14,10 +14,10 @@ import httpx
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, running_gateway, scripted_replica, text_of, until
 
-from powerband.bench.script import Script, words
+from powerband.mock_server.behavior import Behavior, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 3}
-SLOW = Script(tpot_s=0.01)
+SLOW = Behavior(tpot_s=0.01)
 
 
 def routes_to(*urls: str, revision: str = "1", **model: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_routes_are_replaced_while_streams_run(tmp_path: Path) -> None:
 
 
 def test_a_replica_that_drains_gets_nothing_new(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, SLOW, Script()) as gateway:
+    with gateway_before(tmp_path, SLOW, Behavior()) as gateway:
         first = next(iter(gateway.replica_states()))
         assert gateway.admin.post("/admin/drain", json={"replica": first}).status_code == 200
         until(lambda: gateway.replica_states()[first] == "draining")
@@ -87,7 +87,7 @@ def test_a_replica_that_drains_gets_nothing_new(tmp_path: Path) -> None:
 
 
 def test_wrong_routes_change_nothing(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script()) as gateway:
+    with gateway_before(tmp_path, Behavior()) as gateway:
         before = gateway.admin.get("/admin/routes").json()["routes"]
         for wrong in (
             {"models": 1},
@@ -130,7 +130,7 @@ def test_the_first_signal_lets_streams_end(tmp_path: Path) -> None:
 
 
 def test_the_second_signal_does_not_wait(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(tpot_s=1.0)) as gateway:
+    with gateway_before(tmp_path, Behavior(tpot_s=1.0)) as gateway:
         body = {**TEXT, "max_tokens": 100, "stream": True}
         with gateway.http.stream("POST", "/v1/completions", json=body) as answer:
             next(answer.iter_lines())

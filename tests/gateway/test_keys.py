@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from powerband.errors import EnvironmentFault, InvalidRequest
-from powerband.gateway.accounts.books import Books
+from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.web.errors import HttpError
 
@@ -22,36 +22,36 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def books(path: Path) -> Iterator[Books]:
-    opened = Books.open(path)
+def accounts(path: Path) -> Iterator[Accounts]:
+    opened = Accounts.open(path)
     yield opened
     opened.close()
 
 
-def bring(books: Books, secret: str) -> Key:
-    return books.keys.authenticate([f"Bearer {secret}".encode()])
+def bring(accounts: Accounts, secret: str) -> Key:
+    return accounts.keys.authenticate([f"Bearer {secret}".encode()])
 
 
-def refusal(books: Books, *values: bytes) -> str:
+def refusal(accounts: Accounts, *values: bytes) -> str:
     with pytest.raises(HttpError) as caught:
-        books.keys.authenticate(values)
+        accounts.keys.authenticate(values)
     assert caught.value.http_status == 401
     return caught.value.code
 
 
-def test_a_new_key_opens_and_is_nowhere_on_disk(books: Books, path: Path) -> None:
-    key, secret = books.keys.create("app", ["infer", "metrics"])
-    assert bring(books, secret) == key
+def test_a_new_key_opens_and_is_nowhere_on_disk(accounts: Accounts, path: Path) -> None:
+    key, secret = accounts.keys.create("app", ["infer", "metrics"])
+    assert bring(accounts, secret) == key
     assert len(secret) == len("pb-") + 43  # 256 bits
     assert secret.startswith(key.prefix)
-    books.close()
+    accounts.close()
     for file in path.parent.iterdir():
         assert secret.encode() not in file.read_bytes()
         assert file.stat().st_mode & 0o077 == 0, file
 
 
-def test_wrong_keys_are_all_refused_and_counted(books: Books) -> None:
-    _, secret = books.keys.create("app")
+def test_wrong_keys_are_all_refused_and_counted(accounts: Accounts) -> None:
+    _, secret = accounts.keys.create("app")
     good = secret.encode()
     wrong = [
         b"Bearer",
@@ -61,15 +61,15 @@ def test_wrong_keys_are_all_refused_and_counted(books: Books) -> None:
         good,
         b"Bearer " + good * 99,
     ]
-    assert [refusal(books, value) for value in wrong] == ["invalid_api_key"] * len(wrong)
-    assert refusal(books, b"Bearer " + good, b"Bearer " + good) == "invalid_api_key"
-    assert refusal(books) == "missing_api_key"
-    assert books.figures().keys_rejected == len(wrong) + 1
+    assert [refusal(accounts, value) for value in wrong] == ["invalid_api_key"] * len(wrong)
+    assert refusal(accounts, b"Bearer " + good, b"Bearer " + good) == "invalid_api_key"
+    assert refusal(accounts) == "missing_api_key"
+    assert accounts.figures().keys_rejected == len(wrong) + 1
 
 
-def test_near_misses_take_as_long_as_nonsense(books: Books) -> None:
+def test_near_misses_take_as_long_as_nonsense(accounts: Accounts) -> None:
     """The least of many batches, in turn, so that a busy machine does not matter."""
-    _, secret = books.keys.create("app")
+    _, secret = accounts.keys.create("app")
     kinds = [f"Bearer {text}".encode() for text in (secret[:-1] + "~", "pb-" + "x" * 43, secret[:20] + "y" * 26)]
     least_s = [float("inf")] * len(kinds)
     for _ in range(200):
@@ -77,38 +77,38 @@ def test_near_misses_take_as_long_as_nonsense(books: Books) -> None:
             start_s = time.perf_counter()
             for _ in range(20):
                 with contextlib.suppress(HttpError):
-                    books.keys.authenticate([value])
+                    accounts.keys.authenticate([value])
             least_s[number] = min(least_s[number], time.perf_counter() - start_s)
     assert max(least_s) < 1.25 * min(least_s)
 
 
-def test_a_revoked_key_opens_nothing_from_then_on(books: Books) -> None:
-    key, secret = books.keys.create("app")
-    other, other_secret = books.keys.create("other")
-    books.keys.revoke(key.id)
-    assert refusal(books, f"Bearer {secret}".encode()) == "revoked_api_key"
-    assert bring(books, other_secret) == other
+def test_a_revoked_key_opens_nothing_from_then_on(accounts: Accounts) -> None:
+    key, secret = accounts.keys.create("app")
+    other, other_secret = accounts.keys.create("other")
+    accounts.keys.revoke(key.id)
+    assert refusal(accounts, f"Bearer {secret}".encode()) == "revoked_api_key"
+    assert bring(accounts, other_secret) == other
 
 
 def test_a_key_expires(path: Path) -> None:
     now = 1_000_000.0
-    opened = Books.open(path)
-    books = Books(opened.store, opened.options, wall=lambda: now)
-    _, secret = books.keys.create("app", expires_at=now + 60)
-    bring(books, secret)
+    opened = Accounts.open(path)
+    accounts = Accounts(opened.store, opened.options, wall=lambda: now)
+    _, secret = accounts.keys.create("app", expires_at=now + 60)
+    bring(accounts, secret)
     now += 60
-    assert refusal(books, f"Bearer {secret}".encode()) == "expired_api_key"
+    assert refusal(accounts, f"Bearer {secret}".encode()) == "expired_api_key"
     opened.close()
 
 
-def test_keys_and_limits_survive_a_restart(books: Books, path: Path) -> None:
+def test_keys_and_limits_survive_a_restart(accounts: Accounts, path: Path) -> None:
     limits = KeyLimits(requests_per_min=60, usd=1.5, usd_period="total", models=("demo",), priority=2)
-    key, secret = books.keys.create("app", limits=limits)
-    changed = books.keys.limit(key.id, KeyLimits(tokens_per_min=1000, models=("demo",)))
-    gone, _ = books.keys.create("gone")
-    revoked = books.keys.revoke(gone.id)
-    books.close()
-    again = Books.open(path)
+    key, secret = accounts.keys.create("app", limits=limits)
+    changed = accounts.keys.limit(key.id, KeyLimits(tokens_per_min=1000, models=("demo",)))
+    gone, _ = accounts.keys.create("gone")
+    revoked = accounts.keys.revoke(gone.id)
+    accounts.close()
+    again = Accounts.open(path)
     try:
         assert again.keys.list() == (changed, revoked)
         assert bring(again, secret) == changed
@@ -116,24 +116,24 @@ def test_keys_and_limits_survive_a_restart(books: Books, path: Path) -> None:
         again.close()
 
 
-def test_two_gateways_do_not_share_a_file(books: Books, path: Path) -> None:
+def test_two_gateways_do_not_share_a_file(accounts: Accounts, path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="in use"):
-        Books.open(path)
+        Accounts.open(path)
 
 
 def test_a_file_that_is_no_database_is_named(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"no database" * 1000)
     with pytest.raises(EnvironmentFault, match=r"gateway.db cannot be opened"):
-        Books.open(path)
+        Accounts.open(path)
 
 
 def test_books_of_a_newer_version_are_left_alone(path: Path) -> None:
-    Books.open(path).close()
+    Accounts.open(path).close()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     with pytest.raises(EnvironmentFault, match="newer Powerband"):
-        Books.open(path)
+        Accounts.open(path)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_books_of_a_newer_version_are_left_alone(path: Path) -> None:
         ({"name": "a", "expires_at": 5.0}, "in the past"),
     ],
 )
-def test_nonsense_is_refused(books: Books, asked: dict[str, object], message: str) -> None:
+def test_nonsense_is_refused(accounts: Accounts, asked: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        books.keys.create(**asked)  # type: ignore[arg-type]  # that is the point
-    assert books.keys.list() == ()
+        accounts.keys.create(**asked)  # type: ignore[arg-type]  # that is the point
+    assert accounts.keys.list() == ()
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:

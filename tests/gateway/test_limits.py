@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerband.gateway.accounts.keys import Key, KeyLimits
-from powerband.gateway.accounts.limits import FREE, LimitReached, Limits, Price, Reservation, price_of
+from powerband.gateway.accounts.limits import FREE, LimitReached, Limits, Reservation, TokenPrice, price_from
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute
 from powerband.web.errors import HttpError
@@ -121,7 +121,7 @@ def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[t
 def ask(oracle: Oracle, limits: Limits, clock: Clock, key: Key, prompt: int, output: int) -> None:
     tokens, usd = prompt + output, (prompt + output) / 50
     try:
-        reservation = limits.reserve(key, request(prompt, output), Price(0.02, 0.02))
+        reservation = limits.reserve(key, request(prompt, output), TokenPrice(0.02, 0.02))
     except LimitReached as error:
         refused_with_reason(oracle, limits, clock, key, error, tokens, usd)
         return
@@ -148,10 +148,12 @@ def refused_with_reason(
     if error.code in ("requests_limit", "tokens_limit"):
         assert 0 < error.retry_after_s <= 61
         clock.pass_s(error.retry_after_s)
-        assert refusal(limits, key, request(tokens), Price(0.02)) != error.code, "it did not fit when it was said to"
+        assert refusal(limits, key, request(tokens), TokenPrice(0.02)) != error.code, (
+            "it did not fit when it was said to"
+        )
 
 
-def refusal(limits: Limits, key: Key, asked: GatewayRequest, price: Price = FREE) -> str:
+def refusal(limits: Limits, key: Key, asked: GatewayRequest, price: TokenPrice = FREE) -> str:
     """The code of what stands in its way, or ''."""
     try:
         limits.reserve(key, asked, price).cancel()
@@ -204,9 +206,9 @@ def test_more_than_estimated_delays_what_comes_later() -> None:
 def test_output_beyond_what_was_taken_counts_while_it_comes() -> None:
     limits, key = limits_at(Clock()), key_with(tokens_per_min=100)
     running = limits.reserve(key, request(10, 10))
-    running.produced(5)
+    running.add_output_tokens(5)
     assert limits.used(key)["tokens_last_min"] == 20
-    running.produced(85)
+    running.add_output_tokens(85)
     assert limits.used(key)["tokens_last_min"] == 95
     assert refusal(limits, key, request(10)) == "tokens_limit"
     running.settle(10, 85, 0.0)
@@ -293,7 +295,7 @@ def test_a_small_limit_caps_rather_than_refuses() -> None:
 def test_what_a_key_is_charged_never_exceeds_its_budget(asked: list[Any], at_once: int) -> None:
     """Under any interleaving, however dense prompts are and however long answers become, up to what they may be."""
     limits, key = limits_at(Clock()), key_with(usd=300.0, usd_period="total")
-    price, running = Price(1.0, 2.0), []
+    price, running = TokenPrice(1.0, 2.0), []
     for size, output, answers, is_open_ended, dense, made in asked:
         if len(running) >= at_once:
             running.pop(len(running) // 2)()
@@ -343,7 +345,7 @@ def test_what_can_never_fit_says_so_and_is_not_worth_another_try() -> None:
     limits, key = limits_at(Clock()), key_with(tokens_per_min=100, usd=1.0, models=("demo",))
     for asked, price, status, code in (
         (request(90, 20), FREE, 400, "tokens_limit"),
-        (request(1, 1), Price(0.75, 0.75), 400, "spend_limit"),
+        (request(1, 1), TokenPrice(0.75, 0.75), 400, "spend_limit"),
         (request(1, 1, "other"), FREE, 403, "model_not_allowed"),
     ):
         with pytest.raises(HttpError) as caught:
@@ -357,13 +359,13 @@ def test_spend_begins_anew_with_the_month_and_total_spend_never() -> None:
     limits = limits_at(clock, {"key_1": (50.0, 9.5)})
     monthly, total = key_with(usd=10.0), key_with(usd=50.0, usd_period="total")
     with pytest.raises(LimitReached) as caught:
-        limits.reserve(monthly, request(), Price(1.0))
+        limits.reserve(monthly, request(), TokenPrice(1.0))
     assert caught.value.retry_after_s == 9 * 86400  # 22 November to 1 December
     with pytest.raises(LimitReached) as caught:
-        limits.reserve(total, request(), Price(1.0))
+        limits.reserve(total, request(), TokenPrice(1.0))
     assert caught.value.retry_after_s == math.inf
     clock.pass_s(9 * 86400)
-    limits.reserve(monthly, request(), Price(1.0)).settle(1, 1, 0.75)
+    limits.reserve(monthly, request(), TokenPrice(1.0)).settle(1, 1, 0.75)
     assert limits.used(monthly)["usd"] == 0.75
     clock.wall -= 3600
     assert limits.used(monthly)["usd"] == 0.75
@@ -391,4 +393,4 @@ def test_headers_say_what_is_left() -> None:
 
 def test_cost_is_prices_times_tokens() -> None:
     route = ModelRoute(name="demo", usd_per_million_input=0.5, usd_per_million_output=2.0)
-    assert price_of(route).of(1000, 500) == pytest.approx(0.0015)
+    assert price_from(route).of(1000, 500) == pytest.approx(0.0015)

@@ -12,7 +12,7 @@ from gateways_for_tests import RunningGateway, running_gateway, text_of
 from test_replica_answers import CALM, CHAT, CHUNKED, STOP, TEXT, WHOLE, WORDS, chunk, log, says, serving, stream
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.proxy.intake import Intake
+from powerband.gateway.proxy.client_request import ClientRequest
 from powerband.gateway.request import Endpoint
 
 
@@ -42,7 +42,7 @@ def test_a_text_that_is_none_is_the_replicas_fault(gateway: RunningGateway, text
     assert (told.status_code, told.json()["error"]["code"]) == (502, "upstream_failed")
 
 
-@pytest.mark.parametrize("reason", ["abort", "error", "cancelled"])
+@pytest.mark.parametrize("reason", ["abort", "ABORT", "error", "cancelled"])
 def test_an_answer_that_its_engine_gave_up_is_not_whole(gateway: RunningGateway, reason: str) -> None:
     with serving(gateway, says(stream([*WORDS, chunk({}, reason)]))):
         assert "error" in gateway.stream("/v1/chat/completions", CHAT)[-1]
@@ -99,4 +99,33 @@ def test_a_request_with_two_limits_of_which_an_engine_may_take_either_is_refused
     """What was reserved would not be what is made, and a replica that made more would be taken for one that lies."""
     body = {"model": "public", "messages": [], "prompt": "a", **fields}
     with pytest.raises(InvalidRequest):
-        Intake(json.dumps(body).encode(), endpoint)
+        ClientRequest(json.dumps(body).encode(), endpoint)
+
+
+ENDED = {"index": 0, "text": "a", "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields", "is_right"),
+    [
+        ("vllm", {"prompt": "a", "n": 2}, False),
+        ("sglang", {"prompt": ["a", "b"]}, False),
+        ("openai", {"prompt": ["a", "b"]}, False),
+        ("openai", {"prompt": "a", "n": 2}, True),  # it may not know n
+    ],
+)
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_answer_that_lacks_choices_is_not_whole(
+    gateway: RunningGateway, engine: str, fields: dict[str, Any], is_stream: bool, is_right: bool
+) -> None:
+    value = {"model": "inner", "choices": [ENDED]}
+    said = stream([value]) if is_stream else answer(json.dumps(value))
+    with serving(gateway, says(said), engine=engine):
+        told = gateway.post("/v1/completions", {"model": "public", "stream": is_stream, **fields})
+    assert ("error" not in told.text) == is_right
+
+
+def test_an_error_event_of_an_older_vllm_is_an_error(gateway: RunningGateway) -> None:
+    own = {"object": "error", "message": "boom", "type": "InternalServerError", "param": None, "code": 500}
+    with serving(gateway, says(stream([*WORDS, own, STOP]))):
+        assert "error" in gateway.stream("/v1/chat/completions", CHAT)[-1]

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from gateways_for_tests import RunningGateway, gateway_before, scripted_replica, text_of, until
 
-from powerband.bench.script import Script, words
+from powerband.mock_server.behavior import Behavior, words
 
 
 @dataclass
@@ -58,7 +58,7 @@ def put_routes(gateway: RunningGateway, *urls: str, max_num_seqs: int) -> None:
 
 def test_no_request_is_lost_with_a_replica_that_is_stopped(tmp_path: Path) -> None:
     """Streams that run there go on elsewhere; so do requests that it took and never began to answer."""
-    script = Script(tpot_s=0.05)
+    script = Behavior(tpot_s=0.05)
     with gateway_before(tmp_path, script, script) as gateway:
 
         async def scene() -> tuple[list[Answer], float]:
@@ -84,7 +84,7 @@ def test_no_request_is_lost_with_a_replica_that_is_stopped(tmp_path: Path) -> No
 
 def test_replicas_come_and_go_while_requests_run_and_wait(tmp_path: Path) -> None:
     """One replica for two at once; ten ask; another one joins and the first is left out: all get their answers."""
-    slow = Script(tpot_s=0.04)
+    slow = Behavior(tpot_s=0.04)
     with gateway_before(tmp_path, slow) as gateway, scripted_replica(slow) as other:
         first = gateway.replicas[0].url
         put_routes(gateway, first, max_num_seqs=2)
@@ -105,7 +105,7 @@ def test_replicas_come_and_go_while_requests_run_and_wait(tmp_path: Path) -> Non
 
 
 def test_clients_that_leave_while_they_wait_leave_nothing_behind(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(tpot_s=0.02)) as gateway:
+    with gateway_before(tmp_path, Behavior(tpot_s=0.02)) as gateway:
         put_routes(gateway, gateway.replicas[0].url, max_num_seqs=1)
         until(lambda: set(gateway.replica_states().values()) == {"ready"})
 

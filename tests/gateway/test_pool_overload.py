@@ -11,10 +11,10 @@ import pytest
 from gateways_for_tests import gateway_before
 from pool_world import make_pool, make_ready, replica, request
 
-from powerband.bench.script import Script
 from powerband.dispatch.errors import PoolError
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.routes import ModelRoute
+from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
 from virtual_loop import VirtualLoop, virtually
 
@@ -151,7 +151,7 @@ models:
       - {{id: b, url: "{1}", model: scripted, engine: vllm, max_num_seqs: 8}}
 """
 MOST_LAG_S = 0.2
-SCRIPT = Script(ttft_s=0.05, tpot_s=0.05, slots=SLOTS)
+SCRIPT = Behavior(ttft_s=0.05, tpot_s=0.05, slots=SLOTS)
 BODY = b'{"model": "scripted", "prompt": "hello", "max_tokens": 10, "stream": true}'
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"

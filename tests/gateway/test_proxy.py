@@ -9,7 +9,7 @@ import openai
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, text_of
 
-from powerband.bench.script import Script, words
+from powerband.mock_server.behavior import Behavior, words
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}]}
 TEXT = {"model": "scripted", "prompt": "one two three"}
@@ -17,7 +17,7 @@ TEXT = {"model": "scripted", "prompt": "one two three"}
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    with gateway_before(tmp_path_factory.mktemp("gateway"), Script(), Script()) as running:
+    with gateway_before(tmp_path_factory.mktemp("gateway"), Behavior(), Behavior()) as running:
         yield running
 
 

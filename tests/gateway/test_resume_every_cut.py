@@ -16,12 +16,12 @@ from gateways_for_tests import until
 from test_failover_real import replica
 
 from powerband.core.request import OUTPUT_COMPLETE
-from powerband.gateway.proxy.complaints import RequestFault, read_complaint
-from powerband.gateway.proxy.events import END, Splitter
-from powerband.gateway.proxy.intake import PATHS, Intake
+from powerband.gateway.proxy.client_request import PATHS, ClientRequest
+from powerband.gateway.proxy.events import END, EventSplitter
 from powerband.gateway.proxy.resume import Resumer
-from powerband.gateway.proxy.story import Story
-from powerband.gateway.proxy.upstream import Upstream
+from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error
 from powerband.gateway.request import ANONYMOUS, Endpoint
 from powerband.gateway.routes import ReplicaAddress
 
@@ -70,11 +70,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def asked(url: str, path: str, body: bytes) -> list[bytes]:
-    """The data of all events. Raises RequestFault."""
+    """The data of all events. Raises InvalidUpstreamRequest."""
     answer = HTTP.post(f"{url}{path}", content=body, headers={"Content-Type": "application/json"})
     if answer.status_code != 200:
-        raise RequestFault(read_complaint(answer.content), answer.status_code)
-    return Splitter().feed(answer.content)
+        raise InvalidUpstreamRequest(read_upstream_error(answer.content), answer.status_code)
+    return EventSplitter().feed(answer.content)
 
 
 def joined(events: list[bytes], size: int) -> list[bytes]:
@@ -123,7 +123,7 @@ class Client:
         self.names: set[tuple[Any, ...]] = set()
 
     def read(self, told: bytes) -> None:
-        for data in Splitter().feed(told) if told else ():
+        for data in EventSplitter().feed(told) if told else ():
             if data == END:
                 continue
             value = json.loads(data)
@@ -155,43 +155,43 @@ def is_close(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def told(events: list[bytes], story: Story, client: Client, cut: int | None = None) -> None:
+def told(events: list[bytes], state: StreamState, client: Client, cut: int | None = None) -> None:
     for data in events[:cut]:
         if data != END:
-            client.read(story.tell(data, 0.0))
+            client.read(state.tell(data, 0.0))
 
 
 def cut_and_resumed(url: str, endpoint: Endpoint, body: dict[str, Any], size: int) -> tuple[Client, list[Client], int]:
     """Clients of the whole stream, and of the stream cut after each of its events, then cut again two events on."""
     address = ReplicaAddress(id="r", url=url, model="demo")
-    intake = Intake(json.dumps(body).encode(), endpoint)
-    events = joined(asked(url, PATHS[endpoint], intake.body_for(address, ANONYMOUS)), size)
+    client_request = ClientRequest(json.dumps(body).encode(), endpoint)
+    events = joined(asked(url, PATHS[endpoint], client_request.upstream_body(address, ANONYMOUS)), size)
     whole = Client()
-    story = Story(intake, "demo")
-    story.begin(address)
-    told(events, story, whole)
-    assert story.is_finished
+    state = StreamState(client_request, "demo")
+    state.begin(address)
+    told(events, state, whole)
+    assert state.is_finished
     found = []
     cuts = [cut for cut in range(1, len(events)) if events[cut] != END]
     for cut in cuts:
-        client, story = Client(), Story(intake, "demo")
-        resumer = Resumer(intake, story, Upstream(), ANONYMOUS)
-        story.begin(address)
-        told(events, story, client, cut)
+        client, state = Client(), StreamState(client_request, "demo")
+        resumer = Resumer(client_request, state, UpstreamClient(), ANONYMOUS)
+        state.begin(address)
+        told(events, state, client, cut)
         for end in (2, None):
-            if story.is_finished:
+            if state.is_finished:
                 break
             path, plan = asyncio.run(resumer.plan(address))
             try:
                 rest = asked(url, path, plan)
-            except RequestFault as problem:
+            except InvalidUpstreamRequest as problem:
                 if problem.code != OUTPUT_COMPLETE:
                     raise
-                client.read(story.finish())
+                client.read(state.finish())
                 break
-            story.begin(address)
-            told(rest, story, client, end)
-        client.read(story.closing())
+            state.begin(address)
+            told(rest, state, client, end)
+        client.read(state.final_events())
         found.append(client)
     return whole, found, len(cuts)
 

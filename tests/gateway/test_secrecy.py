@@ -8,16 +8,19 @@ from pathlib import Path
 import httpx
 from gateways_for_tests import gateway_before, until
 
-from powerband.bench.prompts import WORDS
-from powerband.bench.script import Script
-from powerband.gateway.accounts.books import Books
+from powerband.bench.client.prompts import WORDS
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.mock_server.behavior import Behavior
 
 PHRASE = "the-unforgettable-phrase"
 COMMENT = "the-unforgettable-comment"
 
 
 def test_no_key_and_no_prompt_leaves_a_trace(tmp_path: Path) -> None:
-    scripts = Script(fail_every=3, tpot_s=0.002, drop_every=2), Script(tpot_s=0.002, drop_every=3, drop_by="garbage")
+    scripts = (
+        Behavior(fail_every=3, tpot_s=0.002, drop_every=2),
+        Behavior(tpot_s=0.002, drop_every=3, drop_by="garbage"),
+    )
     flags = ("--log-level=debug", "--log-format=json", "--auth=keys")
     with gateway_before(tmp_path, *scripts, arguments=flags) as gateway:
         secrets = []
@@ -56,15 +59,15 @@ def test_no_key_and_no_prompt_leaves_a_trace(tmp_path: Path) -> None:
 
 def test_a_copy_made_while_it_runs_is_whole(tmp_path: Path) -> None:
     """As docs/operating.md has it: SQLite's own backup, from another process or this one."""
-    books = Books.open(tmp_path / "gateway.db")
-    key, secret = books.keys.create("app")
+    accounts = Accounts.open(tmp_path / "gateway.db")
+    key, secret = accounts.keys.create("app")
     for number in range(50):
-        books.audit("somebody", "test", {"number": number})
-    books.store.flush().result(10)
+        accounts.audit("somebody", "test", {"number": number})
+    accounts.store.flush().result(10)
     with sqlite3.connect(tmp_path / "gateway.db") as source, sqlite3.connect(tmp_path / "copy.db") as copy:
         source.backup(copy)
-    books.audit("somebody", "after the copy", {})
-    books.close()
-    restored = Books.open(tmp_path / "copy.db")
+    accounts.audit("somebody", "after the copy", {})
+    accounts.close()
+    restored = Accounts.open(tmp_path / "copy.db")
     assert restored.keys.authenticate([b"Bearer " + secret.encode()]) == key
     restored.close()

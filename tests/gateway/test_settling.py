@@ -13,7 +13,7 @@ import httpx
 import pytest
 from gateways_for_tests import RunningGateway, gateway_before, running_gateway, until
 
-from powerband.bench.script import Script
+from powerband.mock_server.behavior import Behavior
 
 WORDS = "word " * 400  # about 500 tokens by its bytes
 
@@ -73,11 +73,11 @@ def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunningG
 
 @pytest.fixture(scope="module")
 def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    with gateway_before(tmp_path_factory.mktemp("gateway"), Script(ttft_s=0.02, tpot_s=0.005)) as running:
+    with gateway_before(tmp_path_factory.mktemp("gateway"), Behavior(ttft_s=0.02, tpot_s=0.005)) as running:
         yield running
 
 
-def before(*scripts: Script, flags: tuple[str, ...] = ()) -> Any:
+def before(*scripts: Behavior, flags: tuple[str, ...] = ()) -> Any:
     return pytest.mark.parametrize("gateway", [(scripts, flags)], indirect=True, ids=[""])
 
 
@@ -110,7 +110,7 @@ def test_who_leaves_pays_for_what_was_made(paced: RunningGateway) -> None:
     assert client.ask(max_tokens=1).status_code == 200  # the one place is free again
 
 
-@before(Script(ttft_s=30.0))
+@before(Behavior(ttft_s=30.0))
 def test_who_leaves_before_the_first_token_has_used_a_prompt(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=100_000)
     for stream in (True, False):
@@ -125,7 +125,9 @@ def test_who_leaves_before_the_first_token_has_used_a_prompt(gateway: RunningGat
     assert row["estimated"] == 2
 
 
-@before(Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4), Script(tpot_s=0.01, drop_every=2, drop_after_chunks=4))
+@before(
+    Behavior(tpot_s=0.01, drop_every=2, drop_after_chunks=4), Behavior(tpot_s=0.01, drop_every=2, drop_after_chunks=4)
+)
 def test_a_stream_that_another_replica_ends_is_charged_once(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=100_000)
     usage = client.ask().json()["usage"]
@@ -137,7 +139,7 @@ def test_a_stream_that_another_replica_ends_is_charged_once(gateway: RunningGate
     assert client.row()["requests"] == 5
 
 
-@before(Script(fail_every=1), Script())
+@before(Behavior(fail_every=1), Behavior())
 def test_a_retry_is_charged_once(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=100_000, requests_per_min=100)
     answers = [client.ask() for _ in range(3)]
@@ -145,7 +147,7 @@ def test_a_retry_is_charged_once(gateway: RunningGateway) -> None:
     assert client.settled(requests=3)["tokens_last_min"] == 3 * answers[0].json()["usage"]["total_tokens"]
 
 
-@before(Script(fail_every=1))
+@before(Behavior(fail_every=1))
 def test_what_failed_costs_no_tokens(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=100_000)
     assert client.ask().status_code == 502
@@ -153,7 +155,7 @@ def test_what_failed_costs_no_tokens(gateway: RunningGateway) -> None:
     assert (used["tokens_last_min"], used["usd"]) == (0, 0.0)
 
 
-@before(Script(), flags=("--longest-wait-s", "0.5"))
+@before(Behavior(), flags=("--longest-wait-s", "0.5"))
 def test_what_never_got_to_a_replica_counts_for_nothing(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=100_000)
     routes = gateway.admin.get("/admin/routes").json()["routes"]
@@ -195,7 +197,7 @@ def test_a_crowd_through_the_gateway_is_held_to_every_limit(paced: RunningGatewa
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
 
 
-@before(Script())
+@before(Behavior())
 def test_books_survive_a_gateway_that_is_killed(gateway: RunningGateway, tmp_path: Path) -> None:
     client = client_of(gateway, usd=100.0, usd_period="total")
     client.ask()
@@ -210,7 +212,7 @@ def test_books_survive_a_gateway_that_is_killed(gateway: RunningGateway, tmp_pat
         assert again.http.post("/v1/completions", json=client.body(), headers=headers).status_code == 200
 
 
-@before(Script())
+@before(Behavior())
 def test_tokens_that_are_looked_up_count_against_the_limits_and_are_in_the_books(gateway: RunningGateway) -> None:
     """A replica reads them as it does a prompt's; nothing is made that has a price."""
     client = client_of(gateway, requests_per_min=3, tokens_per_min=1000)
@@ -226,7 +228,7 @@ def test_tokens_that_are_looked_up_count_against_the_limits_and_are_in_the_books
     assert client_of(gateway, usd=0.0).http.post("/detokenize", json={"tokens": [1]}).status_code == 429
 
 
-@before(Script(max_model_len=1 << 16))
+@before(Behavior(max_model_len=1 << 16))
 def test_what_names_no_limit_makes_no_more_than_is_left(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=3000)
 

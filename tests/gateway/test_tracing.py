@@ -16,13 +16,13 @@ import pytest
 from gateways_for_tests import gateway_before, running_gateway, until
 from requests_for_tests import finished
 
-from powerband.bench.script import Script
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.gateway.access_log import log_request
-from powerband.gateway.trace_context import continued, passed_on
-from powerband.gateway.tracing import Tracing
+from powerband.gateway.observability.access_log import log_request
+from powerband.gateway.observability.trace_context import continue_trace, forwarded_trace
+from powerband.gateway.observability.tracing import Tracing
 from powerband.metrics.logging import JsonFormatter
 from powerband.metrics.record import Outcome
+from powerband.mock_server.behavior import Behavior
 
 HAS_OTEL = importlib.util.find_spec("opentelemetry") is not None
 needs_otel = pytest.mark.skipif(not HAS_OTEL, reason="powerband[otel] is not installed")
@@ -31,22 +31,22 @@ SENT = {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "vendor=1"}
 
 
 def test_a_clients_trace_goes_on_with_spans_of_our_own() -> None:
-    trace = continued(SENT)
+    trace = continue_trace(SENT)
     assert (trace.trace_id, trace.parent_id, trace.is_sampled) == (TRACE, SPAN, True)
     assert len({trace.span_id, trace.exchange_id, SPAN}) == 3
     assert trace.headers == {"traceparent": f"00-{TRACE}-{trace.exchange_id}-01", "tracestate": "vendor=1"}
 
 
 def test_what_a_client_does_not_want_traced_is_not() -> None:
-    assert not continued({"traceparent": f"00-{TRACE}-{SPAN}-00"}).is_sampled
-    assert not continued({}, share=0.0).is_sampled
+    assert not continue_trace({"traceparent": f"00-{TRACE}-{SPAN}-00"}).is_sampled
+    assert not continue_trace({}, share=0.0).is_sampled
 
 
 def test_without_tracing_the_clients_header_is_handed_on_as_it_is() -> None:
-    trace = passed_on(SENT)
+    trace = forwarded_trace(SENT)
     assert trace is not None
     assert trace.headers == SENT
-    assert passed_on({}) is None
+    assert forwarded_trace({}) is None
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_without_tracing_the_clients_header_is_handed_on_as_it_is() -> None:
     ],
 )
 def test_what_is_no_context_begins_a_new_one(header: str) -> None:
-    assert passed_on({"traceparent": header}) is None
-    assert continued({"traceparent": header}).parent_id == ""
+    assert forwarded_trace({"traceparent": header}) is None
+    assert continue_trace({"traceparent": header}).parent_id == ""
 
 
 def test_a_long_state_is_left_out() -> None:
-    trace = passed_on({**SENT, "tracestate": "x" * 5000})
+    trace = forwarded_trace({**SENT, "tracestate": "x" * 5000})
     assert trace is not None
     assert "tracestate" not in trace.headers
 
@@ -83,7 +83,7 @@ def logged(request: Any) -> dict[str, Any]:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign] # keeps them
-    logger = logging.getLogger("powerband.gateway.access_log")
+    logger = logging.getLogger("powerband.gateway.observability.access_log")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -95,7 +95,7 @@ def logged(request: Any) -> dict[str, Any]:
 
 
 def test_a_gateway_writes_a_line_for_each_request_and_no_text(tmp_path: Path) -> None:
-    with gateway_before(tmp_path, Script(), arguments=["--access-log", "--log-format", "json"]) as gateway:
+    with gateway_before(tmp_path, Behavior(), arguments=["--access-log", "--log-format", "json"]) as gateway:
         body = {"model": "scripted", "prompt": "a secret prompt", "max_tokens": 4}
         answer = gateway.http.post("/v1/completions", json=body, headers=SENT)
         log = tmp_path / "gateway.log"
@@ -208,10 +208,10 @@ def collector() -> Iterator[Collector]:
 def test_spans_reach_a_collector_under_the_clients(collector: Collector) -> None:
     tracing = Tracing(f"http://127.0.0.1:{collector.server_port}")
     over = finished(queue_s=0.1, cached_tokens=4)
-    over.request.trace = continued(SENT)
+    over.request.trace = continue_trace(SENT)
     tracing.note(over)
     unsampled = finished()
-    unsampled.request.trace = continued({}, share=0.0)
+    unsampled.request.trace = continue_trace({}, share=0.0)
     tracing.note(unsampled)
     tracing.close()
     root, queue, replica = collector.spans
@@ -231,7 +231,7 @@ def test_spans_reach_a_collector_under_the_clients(collector: Collector) -> None
 def test_a_failure_is_an_error_of_its_span(collector: Collector) -> None:
     tracing = Tracing(f"http://127.0.0.1:{collector.server_port}")
     over = finished(outcome=Outcome.REFUSED, status=503, error="pool_full", tokens=0, replicas=())
-    over.request.trace = continued({})
+    over.request.trace = continue_trace({})
     tracing.note(over)
     tracing.close()
     (root,) = collector.spans
@@ -242,7 +242,7 @@ def test_a_failure_is_an_error_of_its_span(collector: Collector) -> None:
 def test_a_collector_that_is_away_holds_nobody_up() -> None:
     tracing = Tracing("http://127.0.0.1:9")
     over = finished()
-    over.request.trace = continued({})
+    over.request.trace = continue_trace({})
     began_s = time.monotonic()
     for _ in range(3000):
         tracing.note(over)
@@ -253,7 +253,7 @@ def test_a_collector_that_is_away_holds_nobody_up() -> None:
 @needs_otel
 def test_a_gateway_traces_what_goes_through_it(tmp_path: Path, collector: Collector) -> None:
     flags = [f"--otlp-endpoint=http://127.0.0.1:{collector.server_port}"]
-    with gateway_before(tmp_path, Script(), arguments=flags) as gateway:
+    with gateway_before(tmp_path, Behavior(), arguments=flags) as gateway:
         body = {"model": "scripted", "prompt": "hello", "max_tokens": 4}
         gateway.http.post("/v1/completions", json=body, headers=SENT).raise_for_status()
     names = {span.name for span in collector.spans}  # sent at the latest when it ends

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.connection import MAX_UNREAD_BYTES, UpstreamFailure
-from powerband.gateway.proxy.upstream import Upstream
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.timeouts import Timeouts
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -27,7 +27,7 @@ QUICK = Timeouts(connect_s=0.3, first_byte_s=0.3, between_s=0.3, whole_s=0.8)
 @contextlib.asynccontextmanager
 async def upstream_to(
     serve: Serve, tls: ssl.SSLContext | None = None
-) -> AsyncIterator[tuple[Upstream, ReplicaAddress]]:
+) -> AsyncIterator[tuple[UpstreamClient, ReplicaAddress]]:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             await serve(reader, writer)
@@ -35,7 +35,7 @@ async def upstream_to(
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
     port = server.sockets[0].getsockname()[1]
-    upstream = Upstream(QUICK)
+    upstream = UpstreamClient(QUICK)
     upstream.start()
     scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
     try:
@@ -62,7 +62,7 @@ def says(*pieces: bytes, pause_s: float = 0.0) -> Serve:
     return serve
 
 
-async def whole(upstream: Upstream, replica: ReplicaAddress) -> bytes:
+async def whole(upstream: UpstreamClient, replica: ReplicaAddress) -> bytes:
     exchange = await upstream.open(replica, "/v1/completions", b"{}")
     try:
         return await exchange.read_all(1 << 20)
@@ -196,7 +196,7 @@ def test_what_is_passed_on_can_be_held() -> None:
                     asyncio.get_running_loop().call_later(0.4, exchange.release)
                 return True
 
-            await exchange.pass_to(take)
+            await exchange.stream_to(take)
             upstream.end(exchange)
 
     asyncio.run(act())
@@ -206,7 +206,7 @@ def test_what_is_passed_on_can_be_held() -> None:
 
 def test_a_connection_refused_is_said_at_once() -> None:
     async def act() -> str:
-        upstream = Upstream(QUICK)
+        upstream = UpstreamClient(QUICK)
         with pytest.raises(UpstreamFailure) as caught:
             await upstream.open(ReplicaAddress(id="r", url="http://127.0.0.1:9", model="m"), "/", b"")
         return caught.value.code

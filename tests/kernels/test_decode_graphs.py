@@ -16,8 +16,8 @@ from powerband.engine.models.decoder import Decoder
 from powerband.engine.products import Products
 from powerband.engine.warm_up import warm_up
 from powerband.engine.weights import fill_random
-from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
-from powerband.spec.quantization import PLAIN
+from powerband.spec.checkpoint.quantization import PLAIN
+from powerband.spec.model.model_spec import LayerSpec, ModelSpec, RopeSpec
 
 ROPE = RopeSpec(theta=10_000.0, rotary_dim=16)
 SPEC = ModelSpec(

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from powerband.bench.server_metrics import understand
+from powerband.bench.server_metrics import parse_metrics
 from powerband.dispatch.backend import ReplicaLoad
-from powerband.fleet.watch.replica_metrics import read_figures
-from powerband.gateway.engine_names import ENGINE_NAMES, read_load
+from powerband.fleet.monitor.replica_metrics import read_metrics
+from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
 from powerband.metrics.exposition import label, samples, total
 
 LABEL_TEXT = st.text(
@@ -62,18 +62,18 @@ def test_what_can_be_read_counts_and_nothing_else(line: str, value: float | None
 def test_no_page_makes_a_reader_fail(noise: bytes, opening: str) -> None:
     names = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "powerband_step_residual_ratio_bucket")
     page = b"".join(f"\n{name}{opening}".encode() + noise for name in names)
-    load = read_load(page, ENGINE_NAMES["vllm"])
-    figures = read_figures(page.decode(errors="replace"))
-    assert all(math.isfinite(value) for value in (*understand(page).values(), *figures.values.values()))
+    load = read_load(page, ENGINE_ENDPOINTS["vllm"])
+    metrics = read_metrics(page.decode(errors="replace"))
+    assert all(math.isfinite(value) for value in (*parse_metrics(page).values(), *metrics.values.values()))
     assert isinstance(load, ReplicaLoad)
 
 
 def test_a_sum_beyond_all_numbers_is_no_figure() -> None:
     page = b"vllm:num_requests_running 1e308\nvllm:num_requests_running 1e308\n"
-    assert read_load(page, ENGINE_NAMES["vllm"]) == ReplicaLoad()
+    assert read_load(page, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad()
 
 
 def test_the_first_name_of_a_figure_that_is_there_counts() -> None:
     page = b"vllm:gpu_cache_usage_perc 0.25\nvllm:num_requests_running 4 1712345678000\n"
-    assert understand(page) == {"kv_usage": 0.25, "running": 4.0}
-    assert read_figures(page.decode()).values == {"kv_usage": 0.25, "running": 4.0}
+    assert parse_metrics(page) == {"kv_usage": 0.25, "running": 4.0}
+    assert read_metrics(page.decode()).values == {"kv_usage": 0.25, "running": 4.0}

@@ -67,13 +67,13 @@ def test_attainment_is_of_all_that_were_scheduled():
 
 def test_latencies_are_of_requests_that_succeeded_and_lag_of_all():
     figures = summarize(FOUR, MEASURED).figures
-    assert (figures["ttft"].least, figures["ttft"].most, figures["ttft"].mean) == (0.5, 2.0, 1.25)
-    assert figures["service_ttft"].least == pytest.approx(0.498)
-    assert (figures["tpot"].least, figures["tpot"].most) == (0.5, 3.0)
-    assert (figures["stall"].least, figures["stall"].most) == (1.0, 3.0)
-    assert (figures["e2e"].least, figures["e2e"].most) == (2.0, 5.0)
+    assert (figures["ttft"].minimum, figures["ttft"].maximum, figures["ttft"].mean) == (0.5, 2.0, 1.25)
+    assert figures["service_ttft"].minimum == pytest.approx(0.498)
+    assert (figures["tpot"].minimum, figures["tpot"].maximum) == (0.5, 3.0)
+    assert (figures["stall"].minimum, figures["stall"].maximum) == (1.0, 3.0)
+    assert (figures["e2e"].minimum, figures["e2e"].maximum) == (2.0, 5.0)
     assert (figures["itl"].count, figures["itl"].mean) == (4, (0.25 + 0.25 + 1 + 3) / 4)
-    assert (figures["send_lag"].count, figures["send_lag"].most) == (3, pytest.approx(0.002))
+    assert (figures["send_lag"].count, figures["send_lag"].maximum) == (3, pytest.approx(0.002))
 
 
 def test_without_an_slo_nothing_is_judged():
@@ -184,7 +184,7 @@ def test_what_a_server_claims_of_its_tokens_costs_no_memory():
     distribution = Distribution.of_itl([record(0.0, ((1.0, 1), (2.0, 10**12), (5.0, 1)))])
     assert distribution.count == 10**12 + 1
     assert distribution.percentiles == dict.fromkeys(PERCENTILES, pytest.approx(1e-12))
-    assert distribution.most == 3.0
+    assert distribution.maximum == 3.0
     absurd = Distribution.of_itl([record(0.0, ((1.0, 1), (2.0, 2**62), (3.0, 2**62), (4.0, 2**62)))])
     assert absurd.percentiles[99.0] == pytest.approx(2**-62)
 
@@ -302,7 +302,9 @@ def test_figures_equal_a_second_calculation(seed):
     for name, samples in theirs["figures"].items():
         found = ours.figures[name]
         assert found.count == len(samples) >= 500, name
-        assert (found.mean, found.least, found.most) == pytest.approx((np.mean(samples), min(samples), max(samples)))
+        assert (found.mean, found.minimum, found.maximum) == pytest.approx(
+            (np.mean(samples), min(samples), max(samples))
+        )
         assert found.percentiles == pytest.approx({q: np.percentile(samples, q) for q in PERCENTILES}), name
 
 
@@ -316,7 +318,7 @@ def test_inter_token_latencies_are_as_if_each_sample_were_written_out(answers):
     if not samples:
         assert found is None
         return
-    assert (found.count, found.least, found.most) == (len(samples), min(samples), max(samples))
+    assert (found.count, found.minimum, found.maximum) == (len(samples), min(samples), max(samples))
     assert found.mean == pytest.approx(np.mean(samples), abs=1e-12)
     for q, value in found.percentiles.items():
         assert value is None or value == pytest.approx(np.percentile(samples, q), abs=1e-12)
@@ -327,4 +329,4 @@ def test_a_distribution_is_numpys(samples):
     found = Distribution.of(samples)
     assert found.mean == pytest.approx(np.mean(samples))
     assert found.percentiles[50.0] == pytest.approx(np.median(samples))
-    assert not math.isnan(found.most)
+    assert not math.isnan(found.maximum)

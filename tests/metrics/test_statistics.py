@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, linregress, norm
 
 from powerband.metrics.statistics import (
-    FEWEST_FOR_INTERVAL,
+    MIN_FOR_INTERVAL,
     bootstrap,
     cliffs_delta,
-    fewest_samples,
+    min_samples,
     percentile_interval,
     slope_per_s,
     wilson,
@@ -46,12 +46,12 @@ def coverage(n, q):
 
 @pytest.mark.parametrize("q", [50.0, 90.0, 95.0, 99.0])
 def test_an_interval_of_a_percentile_holds_what_it_says(q):
-    fewest = max(fewest_samples(q), FEWEST_FOR_INTERVAL)
+    fewest = max(min_samples(q), MIN_FOR_INTERVAL)
     sizes = [*range(fewest, fewest + 60), *np.geomspace(fewest + 60, 20_000, 40).astype(int)]
     found = [coverage(n, q) for n in sizes]
     assert min(found) > 0.945
     assert np.mean(found) < 0.975  # and is no wider than it must be
-    assert coverage(fewest_samples(q) // 2 or 1, q) < 0.95  # which is why fewer are not told
+    assert coverage(min_samples(q) // 2 or 1, q) < 0.95  # which is why fewer are not told
 
 
 def test_the_interval_holds_in_a_simulation():
@@ -63,7 +63,7 @@ def test_the_interval_holds_in_a_simulation():
 
 
 def test_five_samples_must_lie_beyond_a_percentile():
-    assert [fewest_samples(q) for q in (0.0, 50.0, 90.0, 95.0, 99.0, 99.9)] == [1, 1, 50, 100, 500, 5000]
+    assert [min_samples(q) for q in (0.0, 50.0, 90.0, 95.0, 99.0, 99.9)] == [1, 1, 50, 100, 500, 5000]
 
 
 def difference_of_means(first, second):

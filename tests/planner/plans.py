@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from powerband.planner.simulator import Simulation, simulate
-from powerband.spec.arrivals import Arrivals, OpenLoop
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.lengths import Fixed, Lengths
-from powerband.spec.profile import Evidence, HostLaw
-from powerband.spec.workload import Mix, Schedule, Workload
+from powerband.planner.simulation.simulator import Simulation, simulate
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.profile import Evidence, HostModel
+from powerband.spec.workload.arrivals import Arrivals, OpenLoop
+from powerband.spec.workload.lengths import Fixed, Lengths
+from powerband.spec.workload.workload import RequestMix, Schedule, Workload
 
-NO_HOST = HostLaw(
+NO_HOST = HostModel(
     step_s=0.0, per_request_s=0.0, arrival_s=0.0, answer_s=0.0, overlapped=False, evidence=Evidence(source="", error=0)
 )
 
@@ -27,7 +27,7 @@ class PlainModel:
         base_s: float = 0.01,
         new_s: float = 1e-5,
         context_s: float = 1e-8,
-        host: HostLaw = NO_HOST,
+        host: HostModel = NO_HOST,
         num_stages: int = 1,
     ) -> None:
         self.base_s, self.new_s, self.context_s = base_s, new_s, context_s
@@ -45,7 +45,7 @@ class PlainModel:
 
 def deployment(count: int = 1, **replica: Any) -> Deployment:
     values = {"device": "none", "max_model_len": 4096, **replica}
-    return Deployment(engine="vllm", pools=(Pool(replica=Replica(**values), count=count),))
+    return Deployment(engine="vllm", pools=(ReplicaPool(replica=Replica(**values), count=count),))
 
 
 def drawn(
@@ -58,7 +58,7 @@ def drawn(
     seed: int = 0,
     **mix: Any,
 ) -> Schedule:
-    requests = Mix(prompt or Fixed(100), output or Fixed(20), **mix)
+    requests = RequestMix(prompt or Fixed(100), output or Fixed(20), **mix)
     workload = Workload(name="test", arrivals=arrivals or OpenLoop.at(rate), requests=requests)
     return workload.draw(seed, num_requests=num_requests)
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from powerband.errors import UsageError
-from powerband.planner.candidates import SearchSpace, kinds
+from powerband.planner.candidates import SearchSpace, replica_options
 from powerband.planner.results import Pruned
-from powerband.spec.catalog import load_catalog
-from powerband.spec.model import ModelSpec
-from powerband.spec.reader import read_model_spec
-from powerband.spec.stored import Stored, stored_precision
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision, stored_precision
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 
 
 def llama(hidden: int, layers: int, heads: int, kv_heads: int, width: int, vocabulary: int) -> ModelSpec:
@@ -49,7 +49,7 @@ def reason(pruned: list[Pruned], what: str) -> str:
 
 
 def test_a_small_model_fits_one_small_card_and_may_be_divided() -> None:
-    found, _ = kinds(LLAMA_8B, Stored(), space("L4"))
+    found, _ = replica_options(LLAMA_8B, CheckpointPrecision(), space("L4"))
     plain = [k.replica for k in found if k.replica.quantization == "none"]
     layouts = {(r.tensor_parallel, r.pipeline_parallel) for r in plain}
     assert {(1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (8, 1), (1, 8)} <= layouts
@@ -57,7 +57,7 @@ def test_a_small_model_fits_one_small_card_and_may_be_divided() -> None:
 
 
 def test_a_large_model_is_divided_and_what_is_too_large_says_so() -> None:
-    found, pruned = kinds(LLAMA_70B, Stored(), space("L4", engines=("trtllm",)))
+    found, pruned = replica_options(LLAMA_70B, CheckpointPrecision(), space("L4", engines=("trtllm",)))
     plain = [k.replica for k in found if k.replica.quantization == "none"]
     assert plain
     assert all(r.num_devices == 8 for r in plain)
@@ -65,41 +65,43 @@ def test_a_large_model_is_divided_and_what_is_too_large_says_so() -> None:
 
 
 def test_llama_2_13b_in_16_bits_lies_partly_in_the_hosts_memory_of_one_24_gb_card() -> None:
-    found, _ = kinds(LLAMA_13B, Stored(), space("L4", most=1, quantizations=("none",)))
+    found, _ = replica_options(LLAMA_13B, CheckpointPrecision(), space("L4", most=1, quantizations=("none",)))
     assert [0 < k.replica.offload_share <= 0.5 for k in found] == [True]
 
 
 def test_precisions_follow_the_device_and_the_engine() -> None:
-    on_ampere, pruned = kinds(LLAMA_8B, Stored(), space("A100-80G", most=1))
+    on_ampere, pruned = replica_options(LLAMA_8B, CheckpointPrecision(), space("A100-80G", most=1))
     assert {k.replica.quantization for k in on_ampere} == {"none"}
     assert "no kernels for fp8 on ampere" in reason(pruned, "vllm on A100-80G in fp8")
-    on_hopper, _ = kinds(LLAMA_8B, Stored(), space("H100", most=1))
+    on_hopper, _ = replica_options(LLAMA_8B, CheckpointPrecision(), space("H100", most=1))
     assert {(k.replica.quantization, k.replica.kv_precision) for k in on_hopper} == {
         ("none", "16bit"),
         ("fp8", "16bit"),
         ("fp8", "fp8"),
     }
-    asked, _ = kinds(LLAMA_8B, Stored(), space("A100-80G", most=1, quantizations=("int4",)))
+    asked, _ = replica_options(LLAMA_8B, CheckpointPrecision(), space("A100-80G", most=1, quantizations=("int4",)))
     assert {k.replica.quantization for k in asked} == {"int4"}
 
 
 def test_our_own_engine_runs_on_one_device() -> None:
-    found, _ = kinds(LLAMA_8B, Stored(), space("H100", engines=("powerband",)))
+    found, _ = replica_options(LLAMA_8B, CheckpointPrecision(), space("H100", engines=("powerband",)))
     assert [(k.replica.num_devices, k.replica.quantization) for k in found] == [(1, "none")]
 
 
 def test_pinned_fields_hold_for_all() -> None:
-    found, _ = kinds(LLAMA_8B, Stored(), space("L4", pinned={"tensor_parallel": 2, "max_num_seqs": 32}))
+    found, _ = replica_options(
+        LLAMA_8B, CheckpointPrecision(), space("L4", pinned={"tensor_parallel": 2, "max_num_seqs": 32})
+    )
     assert {(k.replica.tensor_parallel, k.replica.max_num_seqs) for k in found} == {(2, 32)}
 
 
 @pytest.mark.parametrize(
     ("quantization_config", "stored"),
     [
-        ({"quant_method": "gptq", "bits": 4}, Stored("int4")),
-        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, Stored("fp8")),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, Stored("fp8_static")),
-        ({"quant_method": "mxfp4"}, Stored("mxfp4")),
+        ({"quant_method": "gptq", "bits": 4}, CheckpointPrecision("int4")),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, CheckpointPrecision("fp8")),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, CheckpointPrecision("fp8_static")),
+        ({"quant_method": "mxfp4"}, CheckpointPrecision("mxfp4")),
         (
             {
                 "config_groups": {
@@ -110,7 +112,7 @@ def test_pinned_fields_hold_for_all() -> None:
                 },
                 "kv_cache_scheme": {"num_bits": 8, "type": "float"},
             },
-            Stored("fp8_static", "fp8"),
+            CheckpointPrecision("fp8_static", "fp8"),
         ),
         (
             {
@@ -118,22 +120,22 @@ def test_pinned_fields_hold_for_all() -> None:
                     "g": {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"dynamic": True}}
                 }
             },
-            Stored("w8a8"),
+            CheckpointPrecision("w8a8"),
         ),
         (
             {"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}},
-            Stored("nvfp4", "fp8"),
+            CheckpointPrecision("nvfp4", "fp8"),
         ),
     ],
 )
-def test_a_checkpoint_says_its_precision(quantization_config: dict[str, Any], stored: Stored) -> None:
+def test_a_checkpoint_says_its_precision(quantization_config: dict[str, Any], stored: CheckpointPrecision) -> None:
     assert stored_precision({"quantization_config": quantization_config}) == stored
 
 
 def test_a_stored_precision_is_not_to_be_changed() -> None:
-    found, _ = kinds(LLAMA_8B, Stored("fp8_static", "fp8"), space("H100", most=1))
+    found, _ = replica_options(LLAMA_8B, CheckpointPrecision("fp8_static", "fp8"), space("H100", most=1))
     assert {(k.replica.quantization, k.replica.kv_precision) for k in found} == {("fp8_static", "fp8")}
     with pytest.raises(UsageError, match="stored in fp8"):
-        kinds(LLAMA_8B, Stored("fp8"), space("H100", quantizations=("int4",)))
+        replica_options(LLAMA_8B, CheckpointPrecision("fp8"), space("H100", quantizations=("int4",)))
     with pytest.raises(UsageError, match="cannot be planned"):
         stored_precision({"quantization_config": {"quant_method": "aqlm"}})

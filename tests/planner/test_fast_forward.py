@@ -15,11 +15,11 @@ from plans import NO_HOST, PlainModel, deployment, drawn, played
 
 from powerband.core.loop import EngineCore
 from powerband.errors import PowerbandError
-from powerband.planner import fast_forward, replica, simulator
-from powerband.planner.replica import SimulatedReplica
-from powerband.spec.arrivals import ClosedLoop, OpenLoop
-from powerband.spec.lengths import Fixed, Uniform
-from powerband.spec.workload import Conversation, SharedPrefix
+from powerband.planner.simulation import fast_forward, replica, simulator
+from powerband.planner.simulation.replica import SimulatedReplica
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.lengths import Fixed, Uniform
+from powerband.spec.workload.workload import Conversation, SharedPrefix
 
 
 def story(seed: int, *, fast: bool) -> Any:

@@ -27,15 +27,14 @@ from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.gateway.settings import GatewaySettings
-from powerband.planner import simulator
-from powerband.planner.clients import ConversationClient, SimulatedRequest
-from powerband.planner.replica import SimulatedReplica
-from powerband.spec.arrivals import ClosedLoop, OpenLoop
-from powerband.spec.deployment import Deployment, Replica
-from powerband.spec.deployment import Pool as ReplicaPool
-from powerband.spec.lengths import Fixed, Uniform
+from powerband.planner.simulation import simulator
+from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
+from powerband.planner.simulation.replica import SimulatedReplica
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Conversation, Schedule, SharedPrefix
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.lengths import Fixed, Uniform
+from powerband.spec.workload.workload import Conversation, Schedule, SharedPrefix
 from virtual_loop import VirtualLoop, virtually
 
 REFUSED = "refused"
@@ -73,7 +72,7 @@ def world(seed: int) -> World:
     pools = []
     for max_prompt_tokens in (rng.choice([100, 200]), None) if rng.random() < 0.3 else (None,):
         layout = Replica(device="none", max_model_len=4096, max_num_seqs=rng.choice([1, 2, 4, 16]))
-        pools.append(ReplicaPool(replica=layout, count=rng.randrange(1, 4), longest_prompt=max_prompt_tokens))
+        pools.append(ReplicaPool(replica=layout, count=rng.randrange(1, 4), max_prompt_tokens=max_prompt_tokens))
     return World(
         schedule,
         Deployment(engine="vllm", pools=tuple(pools)),
@@ -139,7 +138,7 @@ class Service:
                 url=f"http://r{i}:1",
                 model="m",
                 max_num_seqs=pool.replica.max_num_seqs,
-                longest_prompt=pool.longest_prompt,
+                longest_prompt=pool.max_prompt_tokens,
             )
             for i, pool in enumerate(layouts)
         ]
@@ -192,16 +191,16 @@ class Service:
                 lease = await self.pool.lease(request)
             except PoolError:
                 self.dispatched.append((planned.index, REFUSED))
-                client.heard(sent.refused())
+                client.on_complete(sent.refused())
             else:
                 self.dispatched.append((planned.index, lease.replica.id))
-                client.heard(await self.send(client, sent, lease))
+                client.on_complete(await self.send(client, sent, lease))
             if client.next is not None:
                 await self.until(self.loop.time() + client.next.think_s)
 
     def send(self, client: ConversationClient, sent: SimulatedRequest, lease: Lease) -> asyncio.Future[Any]:
         index, host = int(lease.replica.id), self.world.model.host
-        request = client.ask(self.loop.time() + host.arrival_s + host.arrival_token_s * sent.prompt_tokens)
+        request = client.next_request(self.loop.time() + host.arrival_s + host.arrival_token_s * sent.prompt_tokens)
         answer = self.loop.create_future()
         sent.answer_s = host.answer_s
         self.open[request.id] = (sent, lease, answer)
@@ -216,7 +215,7 @@ class Service:
         self.timers[index] = self.loop.call_at(next_s, self.step, index) if next_s < float("inf") else None
 
     def step(self, index: int) -> None:
-        outputs = self.replicas[index].advance(0.0, on_tokens=mock.Mock(), on_first_token=mock.Mock())
+        outputs = self.replicas[index].advance(0.0, on_run=mock.Mock(), on_first_token=mock.Mock())
         if outputs:
             self.loop.call_at(outputs[0].time_s + self.world.model.host.answer_s, self.receive, outputs)
         self.timers[index] = None
@@ -225,7 +224,7 @@ class Service:
     def receive(self, outputs: list[TokenOutput]) -> None:
         for output in sorted(outputs, key=lambda output: self.open[output.id][0].chain):
             sent, lease, answer = self.open[output.id]
-            sent.hear(output, len(outputs))
+            sent.on_output(output, len(outputs))
             if output.token_ids:
                 lease.first_token(sent.prompt_tokens)
             if output.finish_reason is not None:

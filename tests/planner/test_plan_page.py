@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from findings_for_tests import SLO_, evaluation, findings
+from results_for_tests import SLO_, evaluation, results
 
 from powerband.errors import EnvironmentFault
-from powerband.planner.json_export import findings_as_dict
-from powerband.planner.report import report_html, write_report
+from powerband.planner.report.html_report import report_html, write_report
+from powerband.planner.report.json_export import results_as_dict
 from powerband.planner.results import PlanResults, Pruned
 from powerband.spec.slo import SLO
 
-PAGE = files("powerband.planner").joinpath("page")
+PAGE = files("powerband.planner.report").joinpath("page")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>[[data]]'\"&"
 OURS = ("report.html", "report.css", "charts.js", "report.js")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -66,7 +66,7 @@ def data_of(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> PlanResults:
-    return findings()
+    return results()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_nothing_is_fetched(page: str):
 
 
 def test_the_page_is_part_of_the_package():
-    assert '"planner/page/*"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"planner/report/page/*"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_the_policy_allows_what_is_inlined_and_nothing_else(page: str):
@@ -109,7 +109,7 @@ def test_hostile_names_stay_text(found: PlanResults, page: str):
 
 
 def test_the_numbers_are_those_of_the_json(found: PlanResults, page: str):
-    shown, told = data_of(page), findings_as_dict(found)
+    shown, told = data_of(page), results_as_dict(found)
     assert shown["recommended"] == told["recommended"]
     assert shown["roles"] == told["alternatives"]
     for ours, theirs in zip(shown["evaluations"], told["evaluations"], strict=True):
@@ -131,7 +131,7 @@ def test_the_choice_and_its_promise_are_at_the_top(page: str):
 
 
 def test_the_chart_begins_with_what_was_limited_and_is_priced():
-    tpot = findings(slo=SLO.parse("tpot=60ms"))
+    tpot = results(slo=SLO.parse("tpot=60ms"))
     assert data_of(report_html(tpot))["axes"] == ["usd_per_hour", "tpot_s"]
     one = replace(evaluation(), usd_per_hour=None)
     free = replace(tpot, evaluations=(one,), recommended=None, alternatives={}, objective="throughput")
@@ -206,7 +206,7 @@ def test_a_browser_shows_the_plan_and_what_the_address_selects(found: PlanResult
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_a_plan_without_an_answer(tmp_path: Path):
-    without = findings(slo=replace(SLO_, ttft_s=1e-3), budget=0.1, model=HOSTILE)
+    without = results(slo=replace(SLO_, ttft_s=1e-3), budget=0.1, model=HOSTILE)
     shown = Page(drawn(replace(without, alternatives={}), tmp_path))
     assert shown.content("h1") == ["Nothing on offer keeps the SLO within the budget."]
     assert "img" not in [tag for tag, _ in shown.elements]
@@ -214,7 +214,7 @@ def test_a_browser_shows_a_plan_without_an_answer(tmp_path: Path):
 
 def test_the_documentation_s_picture_is_drawn_from_the_json(found: PlanResults, tmp_path: Path):
     script = Path(__file__).parents[2] / "scripts" / "frontier_picture.py"
-    told = json.dumps(findings_as_dict(found))
+    told = json.dumps(results_as_dict(found))
     subprocess.run([sys.executable, script, tmp_path / "frontier.svg"], input=told, text=True, check=True, timeout=60)
     drawing = (tmp_path / "frontier.svg").read_text()
     words = Page(drawing).content("text")

@@ -12,21 +12,21 @@ import pytest
 
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
-from powerband.planner.candidates import kinds
-from powerband.planner.estimates import estimated, units
-from powerband.planner.mixed_pools import fleets
-from powerband.planner.plan_request import PlanRequest, turns_of, weighed
+from powerband.planner.candidates import replica_options
+from powerband.planner.estimates import estimate, sized_replicas
+from powerband.planner.mixed_pools import mixed_deployments
+from powerband.planner.plan_request import PlanRequest, mean_turns, request_tokens
 from powerband.planner.results import PlanResults
 from powerband.planner.search import search
-from powerband.planner.simulation_task import SimulationTask, play
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.catalog import load_catalog
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.lengths import Fixed, LogNormal, Uniform
-from powerband.spec.reader import read_model_spec
+from powerband.planner.simulation.task import SimulationTask, run_simulation_task
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.slo import SLO
-from powerband.spec.stored import Stored
-from powerband.spec.workload import Conversation, Mix, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.lengths import Fixed, LogNormal, Uniform
+from powerband.spec.workload.workload import Conversation, RequestMix, Workload
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,16 +43,16 @@ LLAMA_8B = {
     "torch_dtype": "bfloat16",
     "hidden_act": "silu",
 }
-MIX = Mix(Uniform(100, 400), Uniform(10, 60))
+MIX = RequestMix(Uniform(100, 400), Uniform(10, 60))
 
 
-def question(
+def plan_request(
     devices: str = "A100-80G", *, rate: float = 4.0, slo: str = "ttft=1s,tpot=60ms", **values: Any
 ) -> PlanRequest:
     found = {
         "model": "llama",
         "spec": read_model_spec(LLAMA_8B),
-        "stored": Stored(),
+        "stored": CheckpointPrecision(),
         "profiles": [load_catalog().find(name) for name in devices.split(",")],
         "engines": ("vllm",),
         "workload": Workload(name="test", arrivals=OpenLoop.at(rate), requests=values.pop("mix", MIX)),
@@ -70,13 +70,13 @@ def question(
 def short_simulations() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("powerband.planner.search._SECONDS", 15.0)
-        patch.setattr("powerband.planner.search._FEWEST", 40)
+        patch.setattr("powerband.planner.search._MIN_REQUESTS", 40)
         yield
 
 
 @pytest.fixture(scope="module")
 def found() -> PlanResults:
-    return search(question("L4,A100-80G"), workers=1)
+    return search(plan_request("L4,A100-80G"), workers=1)
 
 
 def test_the_cheapest_that_keeps_the_slo_is_recommended(found: PlanResults) -> None:
@@ -106,47 +106,48 @@ def test_it_answers_what_is_asked_and_holds_a_little_more(found: PlanResults) ->
 
 
 def test_equal_questions_get_equal_answers(found: PlanResults) -> None:
-    again = search(question("L4,A100-80G"), workers=1)
+    again = search(plan_request("L4,A100-80G"), workers=1)
     assert again.evaluations == found.evaluations
 
 
 def test_an_slo_that_nothing_keeps_has_a_nearest_one() -> None:
-    none = search(question(slo="ttft=1s,tpot=1ms"), workers=1)
+    none = search(plan_request(slo="ttft=1s,tpot=1ms"), workers=1)
     assert none.recommended is None
     assert "nearest" in none.alternatives
     assert none.reasons
 
 
 def test_a_budget_is_kept() -> None:
-    none = search(question(budget_usd_per_h=0.5), workers=1)
+    none = search(plan_request(budget_usd_per_h=0.5), workers=1)
     assert none.recommended is None
     assert "budget" in " ".join(none.reasons)
 
 
 def test_a_model_that_fits_nowhere_says_so() -> None:
     with pytest.raises(UsageError, match=r"needs .* GB"):
-        search(question("T4", max_devices=1, engines=("trtllm",)), workers=1)
+        search(plan_request("T4", max_devices=1, engines=("trtllm",)), workers=1)
 
 
 def test_throughput_never_rises_when_a_replica_is_removed() -> None:
-    asked = question(rate=60.0, max_devices=4)
+    asked = plan_request(rate=60.0, max_devices=4)
     replica = Replica(device="A100-80G", max_model_len=1024, max_num_seqs=16)
 
     def tokens_per_s(count: int) -> float:
-        where = Deployment(engine="vllm", pools=(Pool(replica=replica, count=count),))
-        return play(asked, SimulationTask(where, 60.0, 300)).figures["output_tokens_per_s"]
+        where = Deployment(engine="vllm", pools=(ReplicaPool(replica=replica, count=count),))
+        return run_simulation_task(asked, SimulationTask(where, 60.0, 300)).figures["output_tokens_per_s"]
 
     rates = [tokens_per_s(count) for count in (1, 2, 3)]
     assert rates == sorted(rates)
 
 
 def test_more_bandwidth_and_memory_is_never_slower() -> None:
-    asked = question(rate=12.0)
+    asked = plan_request(rate=12.0)
     [profile] = asked.profiles
     better = replace(profile, bandwidth_bytes_per_s=1.5 * profile.bandwidth_bytes_per_s)
-    where = Deployment(engine="vllm", pools=(Pool(replica=Replica(device=profile.name, max_model_len=1024)),))
+    where = Deployment(engine="vllm", pools=(ReplicaPool(replica=Replica(device=profile.name, max_model_len=1024)),))
     slow, fast = (
-        play(replace(asked, profiles=[one]), SimulationTask(where, 12.0, 200)).figures for one in (profile, better)
+        run_simulation_task(replace(asked, profiles=[one]), SimulationTask(where, 12.0, 200)).figures
+        for one in (profile, better)
     )
     for name in ("ttft_mean_s", "tpot_mean_s", "e2e_mean_s"):
         assert fast[name] <= slow[name]
@@ -154,15 +155,15 @@ def test_more_bandwidth_and_memory_is_never_slower() -> None:
 
 def test_the_closed_form_is_near_the_simulation() -> None:
     """Near enough to choose what to simulate: on average within a quarter."""
-    asked = question("L4,A100-80G", slo="ttft=1s,tpot=150ms")
-    found, _ = kinds(asked.spec, asked.stored, asked.space)
-    requests = weighed(asked.schedule(4.0, 500))
+    asked = plan_request("L4,A100-80G", slo="ttft=1s,tpot=150ms")
+    found, _ = replica_options(asked.spec, asked.stored, asked.space)
+    requests = request_tokens(asked.schedule(4.0, 500))
     ratios = []
-    for unit in units(asked, [kind for kind in found if kind.replica.pipeline_parallel == 1], requests, 1.0):
+    for unit in sized_replicas(asked, [kind for kind in found if kind.replica.pipeline_parallel == 1], requests, 1.0):
         if unit.replica.max_num_seqs == 256 and unit.replica.max_num_batched_tokens == 2048:
-            here = replace(asked, rate=0.5 * unit.kept_rate)
-            guess = estimated(here, unit, 1)
-            played = play(here, SimulationTask(guess.deployment, here.rate, 150))
+            here = replace(asked, rate=0.5 * unit.slo_rate)
+            guess = estimate(here, unit, 1)
+            played = run_simulation_task(here, SimulationTask(guess.deployment, here.rate, 150))
             ratios += [guess.figures[name].value / played.figures[name] for name in ("tpot_mean_s", "e2e_mean_s")]
     assert ratios
     assert fmean(ratios) == pytest.approx(1.0, abs=0.25)
@@ -170,7 +171,7 @@ def test_the_closed_form_is_near_the_simulation() -> None:
 
 def test_a_candidate_in_closed_form_takes_a_few_milliseconds_at_most() -> None:
     """The project's goal is one; benchmarks/planner_speed.py measures it. Steps are what costs: they are counted."""
-    asked, calls = question("A100-80G"), 0
+    asked, calls = plan_request("A100-80G"), 0
     real = LatencyModel.step_s
 
     def counting(self: LatencyModel, works: Any, sampled: int) -> float:
@@ -178,40 +179,40 @@ def test_a_candidate_in_closed_form_takes_a_few_milliseconds_at_most() -> None:
         calls += 1
         return real(self, works, sampled)
 
-    found, _ = kinds(asked.spec, asked.stored, asked.space)
-    requests = weighed(asked.schedule(4.0, 500))
+    found, _ = replica_options(asked.spec, asked.stored, asked.space)
+    requests = request_tokens(asked.schedule(4.0, 500))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LatencyModel, "step_s", counting)
-        number = len(list(units(asked, found, requests, 1.0)))
+        number = len(list(sized_replicas(asked, found, requests, 1.0)))
     assert calls / number < 30
 
 
 def test_conversations_arrive_at_the_rate_and_count_by_their_turns() -> None:
-    talk = Mix(Fixed(50), Fixed(20), conversation=Conversation(Fixed(4), think_s=1.0))
-    asked = question(mix=talk)
+    talk = RequestMix(Fixed(50), Fixed(20), conversation=Conversation(Fixed(4), think_s=1.0))
+    asked = plan_request(mix=talk)
     schedule = asked.schedule(4.0, 400)
-    assert turns_of(schedule) == 4
-    found, _ = kinds(asked.spec, asked.stored, asked.space)
-    unit = next(iter(units(asked, found, weighed(schedule), 4.0)))
-    assert estimated(asked, unit, 1).figures["output_tokens_per_s"].value == pytest.approx(4 * 4 * 20)
+    assert mean_turns(schedule) == 4
+    found, _ = replica_options(asked.spec, asked.stored, asked.space)
+    unit = next(iter(sized_replicas(asked, found, request_tokens(schedule), 4.0)))
+    assert estimate(asked, unit, 1).figures["output_tokens_per_s"].value == pytest.approx(4 * 4 * 20)
 
 
 def test_fleets_send_short_prompts_to_one_device_and_long_ones_to_another() -> None:
-    asked = question(
+    asked = plan_request(
         "L4,A100-80G",
         slo="ttft=3s,tpot=200ms",
-        mix=Mix(LogNormal(200, 1.2, high=3000), Fixed(30)),
+        mix=RequestMix(LogNormal(200, 1.2, high=3000), Fixed(30)),
         max_model_len=4096,
         max_devices=8,
     )
-    found, _ = kinds(asked.spec, asked.stored, asked.space)
-    requests = weighed(asked.schedule(4.0, 500))
-    mixed = fleets(asked, list(units(asked, found, requests, 1.0)), requests, 1.0)
+    found, _ = replica_options(asked.spec, asked.stored, asked.space)
+    requests = request_tokens(asked.schedule(4.0, 500))
+    mixed = mixed_deployments(asked, list(sized_replicas(asked, found, requests, 1.0)), requests, 1.0)
     assert mixed
     for fleet in mixed:
         short, long = fleet.deployment.pools
         assert short.replica.device != long.replica.device
-        assert short.longest_prompt is not None
+        assert short.max_prompt_tokens is not None
         assert fleet.deployment.num_devices <= 8
-    played = play(asked, SimulationTask(mixed[0].deployment, 4.0, 150))
+    played = run_simulation_task(asked, SimulationTask(mixed[0].deployment, 4.0, 150))
     assert played.figures["attainment"] > 0.8

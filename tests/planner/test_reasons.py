@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from powerband.planner.formatting import deployment_text
-from powerband.planner.reasons import reasons
-from powerband.planner.results import Banded, Evaluation
-from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.planner.report.formatting import deployment_text
+from powerband.planner.report.reasons import reasons
+from powerband.planner.results import Evaluation, Prediction
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.slo import SLO
 
 SLO_ = SLO.parse("ttft=1s@p95,tpot=60ms@p95")
@@ -16,13 +16,13 @@ SLO_ = SLO.parse("ttft=1s@p95,tpot=60ms@p95")
 def evaluation(device: str, count: int, ttft_s: float, dollars: float, *, tp: int = 1) -> Evaluation:
     replica = Replica(device=device, tensor_parallel=tp, max_model_len=8192)
     return Evaluation(
-        deployment=Deployment(engine="vllm", pools=(Pool(replica=replica, count=count),)),
+        deployment=Deployment(engine="vllm", pools=(ReplicaPool(replica=replica, count=count),)),
         method="simulation",
         figures={
-            "ttft_s": Banded(ttft_s, ttft_s * 0.8, ttft_s * 1.2),
-            "tpot_s": Banded(0.04, 0.035, 0.045),
-            "capacity": Banded(count * 2.5, count * 2.2, count * 2.8),
-            "output_tokens_per_s": Banded(800.0, 790.0, 800.0),
+            "ttft_s": Prediction(ttft_s, ttft_s * 0.8, ttft_s * 1.2),
+            "tpot_s": Prediction(0.04, 0.035, 0.045),
+            "capacity": Prediction(count * 2.5, count * 2.2, count * 2.8),
+            "output_tokens_per_s": Prediction(800.0, 790.0, 800.0),
         },
         meets_slo=ttft_s * 1.2 <= 1,
         usd_per_hour=dollars,
@@ -79,7 +79,10 @@ def test_a_budget_that_is_too_small_says_what_is_enough() -> None:
 def test_deployments_are_named_as_people_do() -> None:
     layout = Replica(device="L4", tensor_parallel=2, pipeline_parallel=2, quantization="fp8", max_model_len=64)
     alone = Replica(device="A10G", quantization="int8", offload_share=0.4, max_model_len=64)
-    mixed = Deployment(engine="trtllm", pools=(Pool(replica=layout, count=3, longest_prompt=1000), Pool(replica=alone)))
+    mixed = Deployment(
+        engine="trtllm",
+        pools=(ReplicaPool(replica=layout, count=3, max_prompt_tokens=1000), ReplicaPool(replica=alone)),
+    )
     assert deployment_text(mixed) == (
         "TensorRT-LLM on 3 × (4 L4, TP 2 × PP 2, fp8) for prompts up to 1,000 tokens and "
         "1 × A10G int8 40% of weights in host memory"

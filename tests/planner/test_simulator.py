@@ -10,10 +10,10 @@ from plans import NO_HOST, PlainModel, deployment, drawn, played
 
 from powerband.metrics.figures import Window, summarize
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.lengths import Fixed, LogNormal, Uniform
-from powerband.spec.workload import Conversation, SharedPrefix
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.workload.arrivals import ClosedLoop
+from powerband.spec.workload.lengths import Fixed, LogNormal, Uniform
+from powerband.spec.workload.workload import Conversation, SharedPrefix
 
 
 def constant(step_s: float) -> PlainModel:
@@ -129,7 +129,9 @@ def test_replicas_share_the_load() -> None:
 
 def test_prompts_go_to_the_pool_for_their_length() -> None:
     short, long = (Replica(device="none", max_model_len=4096) for _ in range(2))
-    mixed = Deployment(engine="vllm", pools=(Pool(replica=short, longest_prompt=200), Pool(replica=long)))
+    mixed = Deployment(
+        engine="vllm", pools=(ReplicaPool(replica=short, max_prompt_tokens=200), ReplicaPool(replica=long))
+    )
     schedule = drawn(100, prompt=Uniform(100, 1000))
     short_tokens, long_tokens = (r.prefix_queries for r in played(schedule, mixed).replicas)
     lengths = [request.new_tokens for chain in schedule.chains for request in chain.requests]

@@ -14,7 +14,7 @@ from servers_for_tests import RunningServer
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.server.app import make_app, operations
 from powerband.server.auth import server_key
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 
@@ -25,7 +25,7 @@ def ask(settings: ServerSettings, *requests: tuple[str, str, dict[str, str]]) ->
     """Answers of an application whose engine has not started, without a network."""
 
     async def scenario() -> list[httpx.Response]:
-        app = make_app(Replica(EngineSettings(), settings))
+        app = make_app(ServerState(EngineSettings(), settings))
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.request(method, path, headers=headers) for method, path, headers in requests]
@@ -35,7 +35,7 @@ def ask(settings: ServerSettings, *requests: tuple[str, str, dict[str, str]]) ->
 
 def all_operations() -> list[tuple[str, str]]:
     async def table() -> list[tuple[str, str]]:
-        found = operations(Replica(EngineSettings(), ServerSettings()))
+        found = operations(ServerState(EngineSettings(), ServerSettings()))
         return [(o.method, o.path.replace("{name:path}", "demo")) for o in found]
 
     return [*asyncio.run(table()), ("GET", "/openapi.json"), ("GET", "/no/such/path"), ("PUT", "/v1/models")]
@@ -89,7 +89,7 @@ def test_no_spelling_of_a_path_gets_around_the_key(path: str) -> None:
 
 def test_a_second_authorization_header_does_not_help() -> None:
     async def scenario() -> int:
-        app = make_app(Replica(EngineSettings(), ServerSettings(api_key=KEY)))
+        app = make_app(ServerState(EngineSettings(), ServerSettings(api_key=KEY)))
         sent: list[Any] = []
 
         async def send(message: Any) -> None:

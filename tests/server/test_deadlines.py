@@ -8,14 +8,21 @@ from pathlib import Path
 import pytest
 from servers_for_tests import RunningServer, running_server
 
-from powerband.cli.calibrate import write_profile
 from powerband.folders import cache_directory
-from powerband.spec.device import detect_cpu
-from powerband.spec.profile import DeviceProfile, Evidence, HostLaw, Machine, Refinement, StepLaw
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.catalog import write_profile
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.hardware.profile import (
+    DeviceProfile,
+    Evidence,
+    HostModel,
+    MeasuredMachine,
+    Refinement,
+    StepTimeModel,
+)
+from powerband.spec.model.reader import read_model_spec
 
 # A demo model that takes ten milliseconds for each token.
-STEPS = StepLaw(
+STEPS = StepTimeModel(
     tokens=(1, 2048),
     token_s=(0.01, 20.48),
     rows=(1,),
@@ -28,7 +35,7 @@ STEPS = StepLaw(
     read_s=0.0,
 )
 EVIDENCE = Evidence(source="test", error=0.1)
-HOST = HostLaw(step_s=0.0, per_request_s=0.0, arrival_s=0.0, answer_s=0.0, evidence=EVIDENCE)
+HOST = HostModel(step_s=0.0, per_request_s=0.0, arrival_s=0.0, answer_s=0.0, evidence=EVIDENCE)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         bandwidth_bytes_per_s=30e9,
         peak_flops_per_s={"16bit": 1e12},
         multiprocessors=1,
-        machine=Machine(name=cpu.name, cores=cpu.cores, threads=1, date="2026-11-21"),
+        machine=MeasuredMachine(name=cpu.name, cores=cpu.cores, threads=1, date="2026-11-21"),
         refinements=(Refinement(model=spec.shape_digest, name="demo", steps=STEPS, host=HOST, evidence=EVIDENCE),),
     )
     write_profile(profile, folder / "profiles" / "here.yaml")

@@ -20,7 +20,7 @@ from servers_for_tests import RunningServer
 
 from powerband.server.app import operations
 from powerband.server.openapi import describe
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 
@@ -35,7 +35,7 @@ CHECKS = [
 
 def description() -> dict[str, Any]:
     async def make() -> dict[str, Any]:
-        return describe(operations(Replica(EngineSettings(), ServerSettings())), needs_key=False)
+        return describe(operations(ServerState(EngineSettings(), ServerSettings())), needs_key=False)
 
     return asyncio.run(make())
 

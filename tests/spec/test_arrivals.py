@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, expon, gamma, kstest
 
 from powerband.errors import UsageError
-from powerband.spec.arrivals import (
+from powerband.spec.workload.arrivals import (
     MAX_CONCURRENCY,
     ClosedLoop,
     OpenLoop,
-    Phase,
+    RatePhase,
     Replay,
     arrivals_as_dict,
     arrivals_from_dict,
@@ -164,10 +164,10 @@ def expected_until(time_s, phases):
 
 
 PHASES = {
-    "from 0": (Phase(0, 100, 20),),
-    "to 0": (Phase(100, 0, 20),),
-    "steps, one of them silent": (Phase(20, 20, 10), Phase(0, 0, 5), Phase(80, 80, 10)),
-    "up and down": (Phase(1, 50, 10), Phase(50, 50, 10), Phase(50, 2, 10)),
+    "from 0": (RatePhase(0, 100, 20),),
+    "to 0": (RatePhase(100, 0, 20),),
+    "steps, one of them silent": (RatePhase(20, 20, 10), RatePhase(0, 0, 5), RatePhase(80, 80, 10)),
+    "up and down": (RatePhase(1, 50, 10), RatePhase(50, 50, 10), RatePhase(50, 2, 10)),
 }
 
 
@@ -194,11 +194,11 @@ def test_nothing_arrives_in_a_silent_phase():
 
 
 def test_arrivals_end_with_the_last_phase():
-    assert max(times_of(OpenLoop((Phase(50, 50, 2),)))) < 2
+    assert max(times_of(OpenLoop((RatePhase(50, 50, 2),)))) < 2
 
 
 rates = st.floats(0, 1000)
-phase_lists = st.lists(st.builds(Phase, rates, rates, st.floats(0.01, 5)), min_size=1, max_size=4).filter(
+phase_lists = st.lists(st.builds(RatePhase, rates, rates, st.floats(0.01, 5)), min_size=1, max_size=4).filter(
     lambda phases: 0.5 < sum(phase.arrivals for phase in phases) < 3000
 )
 burstinesses = st.one_of(st.floats(0.01, 1e6), st.just(1.0), st.just(math.inf))
@@ -222,7 +222,7 @@ def test_twice_the_rate_is_the_same_sequence_twice_as_fast(rate, burstiness, see
 KINDS = [
     OpenLoop.at(3.5),
     OpenLoop.at(2, math.inf),
-    OpenLoop((Phase(0, 10, 60), Phase(10, 10)), 0.25),
+    OpenLoop((RatePhase(0, 10, 60), RatePhase(10, 10)), 0.25),
     ClosedLoop(16),
     ClosedLoop(3, 1.5),
     Replay(),
@@ -279,9 +279,9 @@ def test_what_is_no_process_is_a_usage_error(values):
         (lambda: OpenLoop(()), "The rate is 0: nothing would arrive."),
         (lambda: OpenLoop.at(-1), "A phase from -1 to -1 requests a second in inf s."),
         (lambda: OpenLoop.at(math.inf), "A phase from inf to inf requests a second in inf s."),
-        (lambda: Phase(1, 2), "A ramp needs an end: say in how many seconds."),
-        (lambda: Phase(1, 1, 0), "A phase from 1 to 1 requests a second in 0 s."),
-        (lambda: OpenLoop((Phase(1, 1), Phase(2, 2))), "Only the last phase may have no end."),
+        (lambda: RatePhase(1, 2), "A ramp needs an end: say in how many seconds."),
+        (lambda: RatePhase(1, 1, 0), "A phase from 1 to 1 requests a second in 0 s."),
+        (lambda: OpenLoop((RatePhase(1, 1), RatePhase(2, 2))), "Only the last phase may have no end."),
         (lambda: OpenLoop.at(1, 0), "burstiness is 0."),
         (lambda: OpenLoop.at(1, math.nan), "burstiness is nan."),
         (lambda: OpenLoop.at(1, 1e300), "burstiness is 1e+300."),  # the gamma generator would never return

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.catalog import load_catalog, read_prices, read_profile, usd_per_hour
-from powerband.spec.profile import Price
+from powerband.spec.hardware.catalog import load_catalog, read_prices, read_profile, usd_per_hour
+from powerband.spec.hardware.profile import DevicePrice
 
 
-def price(dollars: float, devices: int, where: str, confidence: str = "high") -> Price:
-    return Price(usd_per_hour=dollars, devices=devices, where=where, source="test", confidence=confidence)  # type: ignore[arg-type] # one of its words
+def price(dollars: float, devices: int, where: str, confidence: str = "high") -> DevicePrice:
+    return DevicePrice(usd_per_hour=dollars, devices=devices, where=where, source="test", confidence=confidence)  # type: ignore[arg-type] # one of its words
 
 
 def test_every_device_says_where_its_facts_come_from() -> None:

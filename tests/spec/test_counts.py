@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from powerband.errors import UsageError
 from powerband.spec import read_model_spec
-from powerband.spec.counts import (
+from powerband.spec.model.counts import (
     count_parameters,
     dtype_bytes,
     kv_bytes_per_token,

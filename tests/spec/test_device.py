@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 GIB = 2**30
 

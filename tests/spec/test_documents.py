@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.gateway import read_routes
+from powerband.cli.gateway.gateway import read_routes
 from powerband.cli.settings import resolve
 from powerband.documents import parse_table, read_json_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.files import make_private_folder, write_atomically
 from powerband.server.settings import ServerSettings
-from powerband.spec.catalog import read_prices, read_profile
+from powerband.spec.hardware.catalog import read_prices, read_profile
 from powerband.spec.plan import read_plan
 from powerband.spec.settings import EngineSettings
 

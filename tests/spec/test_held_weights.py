@@ -9,7 +9,7 @@ from published_configs import LLAMA_3_1_8B
 
 from powerband.errors import UsageError
 from powerband.spec import read_model_spec
-from powerband.spec.quantization import WeightFormat
+from powerband.spec.checkpoint.quantization import WeightFormat
 
 # As in the checkpoints' config.json: Qwen2.5-7B-Instruct-GPTQ-Int4 and -AWQ, and what llm-compressor 0.4 writes.
 GPTQ = {

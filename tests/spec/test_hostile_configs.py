@@ -11,8 +11,8 @@ from published_configs import PUBLISHED
 
 from powerband.errors import UsageError
 from powerband.spec import read_model_spec
-from powerband.spec.counts import count_parameters, step_flops
-from powerband.spec.rope import rope_frequencies
+from powerband.spec.model.counts import count_parameters, step_flops
+from powerband.spec.model.rope import rope_frequencies
 
 _SCALARS = (
     st.none()

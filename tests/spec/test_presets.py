@@ -11,10 +11,10 @@ import pytest
 from scipy.stats import ks_2samp
 
 from powerband.errors import UsageError
-from powerband.spec.arrivals import OpenLoop
-from powerband.spec.presets import PRESETS, preset
-from powerband.spec.traces import read_trace
-from powerband.spec.workload import Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.presets import PRESETS, preset
+from powerband.spec.workload.traces import read_trace
+from powerband.spec.workload.workload import Workload
 
 # Public traces that are not part of the project; tests of them are left out where there are none.
 TRACES = Path("/work/shared/data/traces")

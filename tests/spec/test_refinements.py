@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from powerband.spec.profile import DeviceProfile, Evidence, Machine, Refinement, StepLaw
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
+from powerband.spec.model.reader import read_model_spec
 
-STEPS = StepLaw(
+STEPS = StepTimeModel(
     tokens=(1, 64),
     token_s=(0.001, 0.002),
     rows=(1,),
@@ -28,7 +28,7 @@ PROFILE = DeviceProfile(
     bandwidth_bytes_per_s=40e9,
     peak_flops_per_s={"16bit": 1e12},
     multiprocessors=2,
-    machine=Machine(name="Xeon", features=("amx_bf16",), cores=2, threads=2, date="2026-11-21"),
+    machine=MeasuredMachine(name="Xeon", features=("amx_bf16",), cores=2, threads=2, date="2026-11-21"),
     refinements=(REFINEMENT,),
 )
 

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from powerband.engine.layers.rotary import RotaryTable
 from powerband.errors import UsageError
 from powerband.spec import RopeSpec, read_model_spec
-from powerband.spec.rope import rope_frequencies
+from powerband.spec.model.rope import rope_frequencies
 
 SCALED: dict[str, dict[str, Any]] = {
     "llama3": LLAMA_3_1_8B,

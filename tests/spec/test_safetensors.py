@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from powerband.errors import EnvironmentFault
-from powerband.spec.safetensors import Header, read_header
+from powerband.spec.checkpoint.safetensors import Header, read_header
 
 TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 GOOD = {"__metadata__": {"format": "pt"}, "a": TENSOR, "b": {"dtype": "BF16", "shape": [2, 1], "data_offsets": [8, 12]}}

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec import traces
-from powerband.spec.lengths import MAX_TOKENS
-from powerband.spec.traces import MOONCAKE_BLOCK, read_trace
+from powerband.spec.workload import traces
+from powerband.spec.workload.lengths import MAX_TOKENS
+from powerband.spec.workload.traces import MOONCAKE_BLOCK, read_trace
 
 REAL = Path("/work/shared/data/traces")
 

@@ -13,22 +13,24 @@ from scipy.stats import chisquare, expon, kstest
 
 from powerband.bench.load import shards
 from powerband.errors import UsageError
-from powerband.spec import workload as workload_module
-from powerband.spec.arrivals import ClosedLoop, OpenLoop, Phase, Replay
-from powerband.spec.lengths import Empirical, Fixed, LogNormal, Uniform
-from powerband.spec.workload import (
+from powerband.spec.workload import workload as workload_module
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
+from powerband.spec.workload.lengths import Empirical, Fixed, LogNormal, Uniform
+from powerband.spec.workload.workload import (
     MAX_REQUESTS,
     Conversation,
-    Mix,
+    RequestMix,
+    RequestTrace,
     Segment,
     SharedPrefix,
-    Trace,
     TracedRequest,
     Workload,
 )
 
-PLAIN = Mix(Uniform(10, 100), LogNormal(50, 1.0, high=400))
-TALKS = Mix(Uniform(10, 100), Uniform(1, 50), SharedPrefix(Fixed(64), groups=3), Conversation(Uniform(1, 5), 2.0))
+PLAIN = RequestMix(Uniform(10, 100), LogNormal(50, 1.0, high=400))
+TALKS = RequestMix(
+    Uniform(10, 100), Uniform(1, 50), SharedPrefix(Fixed(64), groups=3), Conversation(Uniform(1, 5), 2.0)
+)
 
 
 def workload(requests=PLAIN, arrivals=None):
@@ -38,7 +40,7 @@ def workload(requests=PLAIN, arrivals=None):
 def traced(*rows):
     """(time, conversation) each; the prompt's key is the row's number."""
     made = [TracedRequest(time_s, (Segment(f"row {n}", 10 + n),), 5 + n, talk) for n, (time_s, talk) in enumerate(rows)]
-    return Trace({"file": "some.jsonl", "format": "records", "sha256": "a" * 64}, tuple(made))
+    return RequestTrace({"file": "some.jsonl", "format": "records", "sha256": "a" * 64}, tuple(made))
 
 
 def requests_of(schedule):
@@ -55,7 +57,7 @@ lengths = st.one_of(
 )
 few = st.one_of(st.integers(1, 6).map(Fixed), st.just(Uniform(1, 4)))
 mixes = st.builds(
-    Mix,
+    RequestMix,
     lengths,
     lengths,
     st.one_of(st.none(), st.builds(SharedPrefix, lengths, st.integers(1, 9), st.floats(0.1, 1), st.floats(0, 3))),
@@ -64,7 +66,7 @@ mixes = st.builds(
 arrivals = st.one_of(
     st.builds(OpenLoop.at, st.floats(0.1, 1000), st.sampled_from([0.25, 1.0, 4.0, math.inf])),
     st.builds(ClosedLoop, st.integers(1, 20), st.floats(0, 5)),
-    st.just(OpenLoop((Phase(0, 50, 20), Phase(50, 50)))),
+    st.just(OpenLoop((RatePhase(0, 50, 20), RatePhase(50, 50)))),
 )
 workloads = st.builds(workload, mixes, arrivals)
 seeds = st.integers(0, 2**63)
@@ -325,7 +327,7 @@ def test_a_trace_is_named_in_files_and_must_be_the_same():
     [
         (lambda: workload(PLAIN, Replay()), "Only a trace can be replayed."),
         (lambda: workload(traced((0, None), (0, None)), Replay()), "The trace some.jsonl has no times."),
-        (lambda: Trace({"file": "none.csv"}, ()), "The trace none.csv has no requests."),
+        (lambda: RequestTrace({"file": "none.csv"}, ()), "The trace none.csv has no requests."),
         (lambda: Conversation(Uniform(1, 1001)), "A conversation of up to 1001 turns."),
         (lambda: Conversation(LogNormal(3, 1)), "A conversation of up to 16777216 turns."),
         (lambda: Conversation(Fixed(2), -1.0), "think_s is -1.0."),

@@ -9,16 +9,16 @@ from itertools import islice
 
 import pytest
 
-from powerband.text.exercises import KINDS, Exercise, exercises
+from powerband.text.eval_tasks import KINDS, EvalTask, eval_tasks
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
-def some(kind: str, count: int = 300, seed: int = 7, held_out: bool = True) -> list[Exercise]:
-    return list(islice(exercises(kind, seed, held_out), count))
+def some(kind: str, count: int = 300, seed: int = 7, held_out: bool = True) -> list[EvalTask]:
+    return list(islice(eval_tasks(kind, seed, held_out), count))
 
 
-def solve(exercise: Exercise) -> str:
+def solve(exercise: EvalTask) -> str:
     """Find the answer from the question alone."""
     if match := re.search(r"(\d+) ([-+*]) (\d+)", exercise.question):
         return str(OPERATORS[match[2]](int(match[1]), int(match[3])))

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from powerband.web import connection
 from powerband.web.body_budget import BODIES_AT_ONCE, SMALL_BYTES, BodyBudget
+from powerband.web.client_connection import client_connection
 from powerband.web.errors import HttpError
 from powerband.web.framing import MAX_CHUNKS_AT_ONCE, ChunkedFraming
-from powerband.web.line import line_of
 
 CLOSE = "Connection: close"
 
@@ -79,7 +79,7 @@ def test_a_client_that_leaves_is_noticed_by_who_asks_for_nothing_more(size: int)
         while (await receive())["more_body"]:
             pass
         lost = asyncio.Event()
-        line_of(scope).when_lost(lost.set)
+        client_connection(scope).when_lost(lost.set)
         await lost.wait()
         left += 1
 

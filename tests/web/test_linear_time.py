@@ -17,12 +17,12 @@ import pytest
 
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.redaction import redact
-from powerband.gateway.proxy.intake import Asked, Intake
-from powerband.gateway.trace_context import continued
+from powerband.gateway.observability.trace_context import continue_trace
+from powerband.gateway.proxy.client_request import ClientRequest, RequestFields
 from powerband.server.protocol import ChatRequest, CompletionRequest
-from powerband.spec.lengths import parse_lengths
 from powerband.spec.settings import memory_bytes
 from powerband.spec.slo import SLO
+from powerband.spec.workload.lengths import parse_lengths
 from powerband.web.body import check_size, decode
 from powerband.web.framing import ChunkedFraming
 from powerband.web.head import parse_head
@@ -133,16 +133,16 @@ READERS: dict[str, Callable[[str], object]] = {
     "a key of an object": lambda text: body(
         msgspec.json.encode({"prompt": "", "logit_bias": {printable(text): 1}}).decode(), CompletionRequest
     ),
-    "the gateway's intake": lambda text: Intake(
+    "the gateway's intake": lambda text: ClientRequest(
         msgspec.json.encode({"prompt": printable(text), "x": printable(text)}), "completions"
     ),
-    "the gateway's fields": lambda text: body('{"prompt": ' + text, Asked),
+    "the gateway's fields": lambda text: body('{"prompt": ' + text, RequestFields),
     "redaction": lambda text: redact(printable(text)),
     "redaction, in words": lambda text: redact("a@" + printable(text) + "!"),
     "amounts of memory": lambda text: memory_bytes(f"1{text}!"),
     "lengths": lambda text: parse_lengths(f"1{text}!", param="lengths"),
     "an SLO": lambda text: SLO.parse(f"ttft{text}"),
-    "a trace's header": lambda text: continued({"traceparent": TRACEPARENT + text, "tracestate": text}, share=1.0),
+    "a trace's header": lambda text: continue_trace({"traceparent": TRACEPARENT + text, "tracestate": text}, share=1.0),
     "a head": lambda text: parse_head(
         f"GET /{text} HTTP/1.1\r\nHost: a\r\nX: {text}\r\n\r\n".encode("latin-1", "replace")
     ),

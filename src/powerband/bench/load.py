@@ -13,27 +13,27 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.messages import (
-    Done,
-    Failure,
+from powerband.bench.client.messages import (
+    ChainMessage,
     FromWorker,
-    Planned,
-    PlannedChain,
-    PlannedSegment,
-    Progress,
-    Ready,
+    RequestMessage,
     Sample,
+    SegmentMessage,
+    ServerAddress,
     StartSignal,
-    Target,
+    WorkerDone,
+    WorkerFailure,
     WorkerJob,
+    WorkerProgress,
+    WorkerReady,
 )
+from powerband.bench.client.worker import read_message
 from powerband.bench.server_metrics import ServerMetrics, scrape
-from powerband.bench.worker import read_message
 from powerband.errors import EnvironmentFault
 from powerband.metrics.figures import Window
-from powerband.spec.workload import Schedule
+from powerband.spec.workload.workload import Schedule
 
-COMMAND = (sys.executable, "-m", "powerband.bench.worker")
+COMMAND = (sys.executable, "-m", "powerband.bench.client.worker")
 _START_S = 0.1  # from the word to go to the run's start, so that every worker has read it
 _NO_END_S = 1e9
 _SILENT_S = 60.0  # that a worker may be, until it counts as stopped
@@ -59,7 +59,7 @@ class Live:
     schedule: Schedule
     start_at: float = 0.0
     samples: list[Sample] = field(default_factory=list)
-    workers: dict[int, Progress] = field(default_factory=dict)
+    workers: dict[int, WorkerProgress] = field(default_factory=dict)
     server: ServerMetrics = field(default_factory=ServerMetrics)
     unsent: int = 0
 
@@ -95,7 +95,7 @@ class LoadResult:
 
 
 async def run_load(
-    target: Target,
+    target: ServerAddress,
     schedule: Schedule,
     options: LoadOptions,
     *,
@@ -143,16 +143,16 @@ async def run_load(
     return _result(live, stopped)
 
 
-def shards(schedule: Schedule, workers: int) -> list[tuple[PlannedChain, ...]]:
+def shards(schedule: Schedule, workers: int) -> list[tuple[ChainMessage, ...]]:
     """Whole chains, dealt out one after the other; no worker gets none."""
     chains = [
-        PlannedChain(
+        ChainMessage(
             number,
             chain.start_s,
             tuple(
-                Planned(
+                RequestMessage(
                     request.index,
-                    tuple(PlannedSegment(s.key, s.tokens, s.text) for s in request.segments),
+                    tuple(SegmentMessage(s.key, s.tokens, s.text) for s in request.segments),
                     request.output_tokens,
                     request.turn,
                     request.think_s,
@@ -165,7 +165,7 @@ def shards(schedule: Schedule, workers: int) -> list[tuple[PlannedChain, ...]]:
     return [tuple(chains[worker::workers]) for worker in range(min(workers, len(chains)))]
 
 
-def window_of(samples: Sequence[Sample], warm_up: float, cool_down: float) -> Window:
+def steady_window(samples: Sequence[Sample], warm_up: float, cool_down: float) -> Window:
     """The part of a run that counts: without its first `warm_up` and its last `cool_down`, both shares of the time from
     the start to the last arrival. Where all arrive nearly at once, in less than a tenth of the time that they take, it
     is the whole run, to the last token.
@@ -211,9 +211,9 @@ async def _receive(process: asyncio.subprocess.Process) -> FromWorker:
     except TimeoutError:
         raise _silent(process) from None
     except EOFError:  # asyncio.IncompleteReadError is one
-        how = await _end_of(process)
+        how = await _exit_text(process)
         raise EnvironmentFault(f"A worker of the load generator ended before its work{how}.") from None
-    if isinstance(message, Failure):
+    if isinstance(message, WorkerFailure):
         raise EnvironmentFault(f"A worker of the load generator failed: {message.message}")
     return message
 
@@ -225,7 +225,7 @@ def _silent(process: asyncio.subprocess.Process) -> EnvironmentFault:
     )
 
 
-async def _end_of(process: asyncio.subprocess.Process) -> str:
+async def _exit_text(process: asyncio.subprocess.Process) -> str:
     """How it ended, for a message."""
     with contextlib.suppress(TimeoutError):
         code = await asyncio.wait_for(process.wait(), 1.0)
@@ -234,7 +234,7 @@ async def _end_of(process: asyncio.subprocess.Process) -> str:
 
 
 async def _ready(process: asyncio.subprocess.Process) -> None:
-    while not isinstance(await _receive(process), Ready):
+    while not isinstance(await _receive(process), WorkerReady):
         continue
 
 
@@ -242,15 +242,15 @@ async def _gather(number: int, process: asyncio.subprocess.Process, live: Live) 
     """Until the worker is done."""
     while True:
         message = await _receive(process)
-        if isinstance(message, Progress):
-            _take(number, message, live)
-        elif isinstance(message, Done):
-            _take(number, message.progress, live)
+        if isinstance(message, WorkerProgress):
+            _apply_progress(number, message, live)
+        elif isinstance(message, WorkerDone):
+            _apply_progress(number, message.progress, live)
             live.unsent += message.unsent
             return
 
 
-def _take(number: int, progress: Progress, live: Live) -> None:
+def _apply_progress(number: int, progress: WorkerProgress, live: Live) -> None:
     live.samples += progress.samples
     live.workers[number] = msgspec.structs.replace(progress, samples=())
 
@@ -276,7 +276,7 @@ async def _follow(
 
 def _result(live: Live, stopped: bool) -> LoadResult:
     wall_s = max(live.elapsed_s, 1e-9)
-    busiest = max(live.workers.values(), key=lambda progress: progress.cpu_s, default=Progress(sent=0, running=0))
+    busiest = max(live.workers.values(), key=lambda progress: progress.cpu_s, default=WorkerProgress(sent=0, running=0))
     return LoadResult(
         schedule=live.schedule,
         samples=tuple(sorted(live.samples, key=lambda sample: sample.index)),

@@ -11,7 +11,7 @@ from powerband.metrics.figures import Window
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.metrics.statistics import slope_per_s
 
-_FEWEST = 20  # requests to judge by
+_MIN_REQUESTS = 20  # requests to judge by
 _LOOKS = 50  # at how many moments the requests in flight are counted
 _SURE = 4.0  # standard errors
 _GROWTH = 0.5  # over the window, as a share of the mean: what is steeper is no noise of arrivals
@@ -32,7 +32,7 @@ class Trend:
 def is_saturated(records: Sequence[RequestRecord], window: Window) -> bool:
     """Both the requests in flight and the times to first token rise through the window."""
     first_tokens = [(r.scheduled_s, r.ttft_s) for r in records if r.scheduled_s in window and r.ttft_s is not None]
-    if len(first_tokens) < _FEWEST:
+    if len(first_tokens) < _MIN_REQUESTS:
         return False
     times, ttfts = [time for time, _ in first_tokens], [ttft for _, ttft in first_tokens]
     return in_flight_trend(records, window).rises and _trend(times, ttfts, window).rises

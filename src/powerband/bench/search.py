@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from powerband.bench.load import Live, LoadResult, window_of
-from powerband.bench.messages import Sample
+from powerband.bench.client.messages import Sample
+from powerband.bench.load import Live, LoadResult, steady_window
 from powerband.bench.saturation import is_saturated
 from powerband.errors import UsageError
 from powerband.metrics.figures import Summary, summarize
@@ -22,15 +22,15 @@ from powerband.metrics.statistics import wilson
 from powerband.spec.slo import SLO
 
 RESOLUTION = 1.05  # the bracket's width at which the search ends
-FEWEST = 40  # requests of a load, for its verdict to mean something
-_MOST_DOUBLINGS = 12
+MIN_REQUESTS = 40  # requests of a load, for its verdict to mean something
+_MAX_DOUBLINGS = 12
 _CONFIRMATIONS = 2
 _STEPS_BACK = 15  # by RESOLUTION each, to half the rate: one that was met by luck is given up
 _TRIES = 3  # of a load that turns out invalid: the client may have been disturbed just then
 # A lost trial is given up when this likelihood ratio speaks for twice the misses that the target allows. Under the
 # target the ratio is a martingale, so that it is ever this large with a probability of at most 1 % (Ville 1939).
 _GIVE_UP = math.log(100)
-_LEAST_TO_GIVE_UP = 20  # requests
+_MIN_TO_GIVE_UP = 20  # requests
 
 Verdict = Literal["met", "missed", "saturated", "invalid"]
 Run = Callable[[float, int, Callable[[Live], bool] | None], Awaitable[LoadResult]]  # rate, seed, stop
@@ -88,7 +88,7 @@ class Searcher:
         """A rate that is met (0: none was) and one that is not, a factor of 2 apart."""
         rate = first
         if await self._is_met(rate):
-            for _ in range(_MOST_DOUBLINGS):
+            for _ in range(_MAX_DOUBLINGS):
                 if not await self._is_met(rate * 2):
                     return rate, rate * 2
                 rate *= 2
@@ -106,7 +106,7 @@ class Searcher:
                 number = trial.result.schedule.num_requests
                 raise UsageError(
                     f"At {rate:.3g} requests a second a load has {number} requests: too few to judge.",
-                    hint=f"Make loads longer: --duration {math.ceil(FEWEST / rate)}s.",
+                    hint=f"Make loads longer: --duration {math.ceil(MIN_REQUESTS / rate)}s.",
                     param="duration",
                 )
             if trial.verdict != "invalid":
@@ -119,7 +119,7 @@ class Searcher:
     @staticmethod
     def _is_too_short(result: LoadResult, factor: int) -> bool:
         """Whether a load of so many times fewer requests would be."""
-        return result.schedule.num_requests < FEWEST * factor
+        return result.schedule.num_requests < MIN_REQUESTS * factor
 
     async def _is_confirmed(self, rate: float) -> bool:
         """By more trials with other seeds, all taken together."""
@@ -131,7 +131,7 @@ class Searcher:
     async def _trial(self, rate: float, seed: int, stop: Callable[[Live], bool] | None) -> Trial:
         result = await self._run(rate, seed, stop)
         records = [sample.record() for sample in result.samples]
-        window = window_of(result.samples, self._warm_up, self._cool_down)
+        window = steady_window(result.samples, self._warm_up, self._cool_down)
         summary = summarize(records, window, self._slo)
         verdict: Verdict = "met"
         if summary.client_fault:
@@ -147,7 +147,7 @@ class Searcher:
 
     def _is_lost(self, live: Live) -> bool:
         """Wald's likelihood ratio of twice the allowed misses against the allowed ones."""
-        return lost_by(live.samples, self._slo) >= _GIVE_UP
+        return missed_slo_time_s(live.samples, self._slo) >= _GIVE_UP
 
     def _counts(self, rate: float) -> tuple[int, int]:
         at_rate = [trial.summary for trial in self.trials if trial.rate == rate and trial.verdict != "invalid"]
@@ -167,10 +167,10 @@ class Searcher:
         return CapacityResult(rate, interval, attainment, wilson(good, scheduled), tuple(self.trials))
 
 
-def lost_by(samples: Sequence[Sample], slo: SLO) -> float:
+def missed_slo_time_s(samples: Sequence[Sample], slo: SLO) -> float:
     """The logarithm of the likelihood ratio: how much likelier the outcomes are if twice as many miss as may."""
     total = len(samples)
-    if total < _LEAST_TO_GIVE_UP:
+    if total < _MIN_TO_GIVE_UP:
         return 0.0
     bad = sum(bool(slo_misses(sample.record(), slo)) for sample in samples)
     allowed = max(1 - slo.attainment, 1e-6)

@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from powerband.bench.http import get
-from powerband.bench.messages import Target
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
 from powerband.metrics.exposition import total
 
 INTERVAL_S = 1.0
@@ -84,7 +84,7 @@ class ServerMetrics:
         return total / count if count and total is not None else None
 
 
-def figures(page: bytes) -> dict[str, float]:
+def known_metrics(page: bytes) -> dict[str, float]:
     """Gauges and counters that a page of metrics tells, under our names."""
     found: dict[str, float] = {}
     for ours, names in (GAUGES | COUNTERS).items():
@@ -94,9 +94,9 @@ def figures(page: bytes) -> dict[str, float]:
     return found
 
 
-def understand(page: bytes) -> dict[str, float]:
+def parse_metrics(page: bytes) -> dict[str, float]:
     """All figures that a page of metrics tells: those of histograms as NAME_count and NAME_sum."""
-    found = figures(page)
+    found = known_metrics(page)
     for ours, names in HISTOGRAMS.items():
         for name in names:
             count, seconds = (total(page, f"{name}_{part}".encode()) for part in ("count", "sum"))
@@ -106,7 +106,7 @@ def understand(page: bytes) -> dict[str, float]:
     return found
 
 
-async def scrape(target: Target, start_at: float, into: ServerMetrics, url: str = "") -> None:
+async def scrape(target: ServerAddress, start_at: float, into: ServerMetrics, url: str = "") -> None:
     """Until cancelled. url: of the metrics, where it is not /metrics beside the API. Failures are told in `problem`."""
     due_s = start_at
     while True:
@@ -117,6 +117,6 @@ async def scrape(target: Target, start_at: float, into: ServerMetrics, url: str 
             if page.status != 200:
                 into.problem = f"/metrics answers {page.status}"
                 return
-            into.add(time.monotonic() - start_at, understand(page.body))
+            into.add(time.monotonic() - start_at, parse_metrics(page.body))
         except (OSError, ValueError, TimeoutError) as problem:
             into.problem = f"/metrics: {problem}"

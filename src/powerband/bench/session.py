@@ -10,29 +10,29 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from powerband.bench.http import get
-from powerband.bench.load import Live, LoadOptions, LoadResult, run_load, window_of
-from powerband.bench.messages import Target
-from powerband.bench.probe import Server, calibrate_prompt_words, find_server
-from powerband.bench.results import (
-    Address,
+from powerband.bench.client.http import get
+from powerband.bench.client.messages import ServerAddress
+from powerband.bench.client.probe import ServerInfo, calibrate_prompt_words, find_server
+from powerband.bench.load import Live, LoadOptions, LoadResult, run_load, steady_window
+from powerband.bench.report.results import (
+    ClientMachine,
     FoundRate,
-    Machine,
-    Offered,
+    OfferedLoad,
     Point,
+    ReportedAddress,
     RunReport,
-    point_of,
+    build_point,
     powerband_version,
     utc_now,
 )
 from powerband.bench.saturation import is_saturated
 from powerband.bench.search import CapacityResult, Searcher, Trial
-from powerband.bench.server_metrics import understand
+from powerband.bench.server_metrics import parse_metrics
 from powerband.errors import EnvironmentFault
 from powerband.metrics.record import Outcome
-from powerband.spec.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Workload
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.workload import Workload
 
 SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # of the throughput under a full closed loop
 _FULL_LOAD = 64  # users, to see what a server can do at most
@@ -47,7 +47,7 @@ class Experiment:
     ceiling_chunks_per_s: of this machine's client, where it was calibrated.
     """
 
-    target: Target
+    target: ServerAddress
     workload: Workload
     duration_s: float = math.inf
     num_requests: int | None = None
@@ -68,7 +68,7 @@ class Experiment:
         return replace(self, workload=replace(self.workload, arrivals=ClosedLoop(users)))
 
 
-class Session:
+class BenchSession:
     """Call `open` first, then one of `single`, `sweep` and `find_rate`. `loads` are those of the report's points.
 
     watch: called several times a second with the load that runs. told: called with each point as it ends.
@@ -83,13 +83,13 @@ class Session:
         told: Callable[[Point], object] | None = None,
     ) -> None:
         self._experiment, self._command = experiment, tuple(command)
-        self._watch, self._told = watch, told or (lambda _point: None)
-        self._server: Server | None = None
+        self._watch, self._on_point = watch, told or (lambda _point: None)
+        self._server: ServerInfo | None = None
         self._started_at = utc_now()
         self._points: list[Point] = []
         self.loads: list[LoadResult] = []
 
-    async def open(self, wait_s: float = 0.0) -> Server:
+    async def open(self, wait_s: float = 0.0) -> ServerInfo:
         """Find the server and its model. Raises as probe.find_server and probe.calibrate_prompt_words."""
         target, self._server = await find_server(self._experiment.target, wait_s)
         self._experiment = replace(self._experiment, target=await calibrate_prompt_words(target))
@@ -99,17 +99,17 @@ class Session:
         """One load, as it was asked for."""
         result, arrivals = await self._load(self._experiment), self._experiment.workload.arrivals
         rates = {r for p in arrivals.phases for r in (p.start, p.end)} if isinstance(arrivals, OpenLoop) else set()
-        self._keep(result, "run", Offered.of(arrivals, result.schedule), is_steady=len(rates) == 1)
+        self._keep(result, "run", OfferedLoad.of(arrivals, result.schedule), is_steady=len(rates) == 1)
         return self._report()
 
     async def sweep(self, rates: Sequence[float] = ()) -> RunReport:
         """Without `rates`: from a tenth of what the server can do to a little beyond it."""
         if not rates:
-            most = await self._most_rate()
-            rates = [most * share for share in SWEEP]
+            max_rate = await self._max_rate()
+            rates = [max_rate * share for share in SWEEP]
         for rate in sorted(rates):
             experiment = self._experiment.at_rate(rate)
-            self._keep(await self._load(experiment), f"{rate:.3g}/s", Offered("rate", rate))
+            self._keep(await self._load(experiment), f"{rate:.3g}/s", OfferedLoad("rate", rate))
         return self._report()
 
     async def find_rate(self, first: float | None = None) -> RunReport:
@@ -134,14 +134,14 @@ class Session:
 
     def _keep_trial(self, trial: Trial) -> None:
         label = f"{trial.rate:.3g}/s" + (f", seed {trial.seed}" if trial.seed != self._experiment.seed else "")
-        self._keep(trial.result, label, Offered("rate", trial.rate))
+        self._keep(trial.result, label, OfferedLoad("rate", trial.rate))
 
     async def _single_user_rate(self) -> float:
         """Requests a second of one user who does not wait. Raises EnvironmentFault when none is answered."""
         result = await self._load(replace(self._experiment.at_concurrency(1), num_requests=_BEGINNING))
         return self._rate_of(result)
 
-    async def _most_rate(self) -> float:
+    async def _max_rate(self) -> float:
         """Requests a second of many users who do not wait."""
         experiment = self._experiment.at_concurrency(_FULL_LOAD)
         result = await self._load(replace(experiment, duration_s=min(experiment.duration_s, 30.0)))
@@ -172,18 +172,18 @@ class Session:
         while time.monotonic() < until_s:
             try:
                 page = await get(self._experiment.target, self._experiment.options.metrics_url or "/metrics")
-                seen = understand(page.body) if page.status == 200 else {}
+                seen = parse_metrics(page.body) if page.status == 200 else {}
             except (OSError, ValueError, TimeoutError):
                 return
             if not seen.get("running", 0.0) + seen.get("waiting", 0.0):
                 return
             await asyncio.sleep(0.2)
 
-    def _keep(self, result: LoadResult, label: str, offered: Offered, *, is_steady: bool = True) -> None:
+    def _keep(self, result: LoadResult, label: str, offered: OfferedLoad, *, is_steady: bool = True) -> None:
         """is_steady: at one rate, so that a queue that grows is no growth of the load."""
         experiment = self._experiment
-        window = window_of(result.samples, experiment.warm_up, experiment.cool_down)
-        point = point_of(
+        window = steady_window(result.samples, experiment.warm_up, experiment.cool_down)
+        point = build_point(
             result,
             label=label,
             offered=offered,
@@ -195,7 +195,7 @@ class Session:
         )
         self._points.append(point)
         self.loads.append(result)
-        self._told(point)
+        self._on_point(point)
 
     def _report(self, found: FoundRate | None = None) -> RunReport:
         experiment = self._experiment
@@ -203,9 +203,9 @@ class Session:
             started_at=self._started_at,
             command=self._command,
             powerband=powerband_version(),
-            machine=Machine.here(),
-            target=Address.of(experiment.target),
-            server=self._server or Server("unknown", "", None),
+            machine=ClientMachine.here(),
+            target=ReportedAddress.of(experiment.target),
+            server=self._server or ServerInfo("unknown", "", None),
             workload=experiment.workload.as_dict(),
             slo=experiment.slo,
             seed=experiment.seed,

@@ -28,7 +28,7 @@ def show(settings: Resolved, *, json: Json = False) -> int:
     rows = {
         name: (HIDDEN if value and name == "api_key" else value, settings.origins[name])
         for name, value in values.items()
-    } | _of_checkpoint(settings.engine)
+    } | _checkpoint_settings(settings.engine)
     if json:
         print(json_format.dumps({name: {"value": v, "origin": origin} for name, (v, origin) in rows.items()}, indent=2))
     else:
@@ -36,10 +36,10 @@ def show(settings: Resolved, *, json: Json = False) -> int:
     return 0
 
 
-def _of_checkpoint(settings: EngineSettings) -> dict[str, tuple[Any, str]]:
+def _checkpoint_settings(settings: EngineSettings) -> dict[str, tuple[Any, str]]:
     """name → (value, origin) of what counts where a request says nothing; max_tokens None: what the context holds."""
     from powerband.engine.generation_config import SAMPLING_FIELDS, end_token_ids, sampling_defaults, sampling_file
-    from powerband.spec.reader import read_model_spec
+    from powerband.spec.model.reader import read_model_spec
     from powerband.text.tokenizer import Tokenizer
 
     names = ("eos_token_ids", *SAMPLING_FIELDS)

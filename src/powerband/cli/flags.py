@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.effects import check_effects
-from powerband.cli.machine import device_of
+from powerband.cli.ineffective_options import check_effects
+from powerband.cli.machine import compute_device
 from powerband.cli.settings import resolve
 from powerband.gateway.settings import GatewaySettings
 from powerband.server.settings import ServerSettings
@@ -45,7 +45,7 @@ def takes_settings(*classes: type, without: tuple[str, ...] = ()) -> Callable[[C
                 given["model"] = model
             settings = resolve(classes, KNOWN_SETTINGS, given, os.environ, config)
             if has_model:
-                check_effects(settings, lambda: device_of(settings.engine))
+                check_effects(settings, lambda: compute_device(settings.engine))
             return command(settings, **options)
 
         parameters = [*([_model_parameter()] if has_model else ()), *own, _config_parameter(), *flags]
@@ -55,6 +55,22 @@ def takes_settings(*classes: type, without: tuple[str, ...] = ()) -> Callable[[C
         return run
 
     return decorate
+
+
+def add_flags(options: type, group: Group) -> None:
+    """Make the fields of a dataclass that have a help text flags of every command that takes the class."""
+    hints = get_type_hints(options)
+    for item in fields(options):
+        if "help" in item.metadata:
+            flag = Parameter(
+                name=item.metadata["names"] or None,
+                help=item.metadata["help"],
+                group=group,
+                negative="",
+                show_default=False,
+            )
+            item.type = options.__annotations__[item.name] = Annotated[hints[item.name], flag]
+    Parameter(name="*")(options)
 
 
 def _flags(classes: tuple[type, ...], without: set[str]) -> list[inspect.Parameter]:

@@ -18,7 +18,7 @@ import msgspec
 from powerband.documents import read_table
 from powerband.errors import UsageError
 from powerband.server.settings import ServerSettings
-from powerband.spec.fields import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.settings import EngineSettings, value_types
 
 PREFIX = "POWERBAND_"

@@ -11,8 +11,8 @@ from typing import Any
 
 from powerband.core.params import SamplingParams
 from powerband.errors import InvalidRequest
-from powerband.spec.model import RopeSpec
-from powerband.spec.rope import rope_length
+from powerband.spec.model.model_spec import RopeSpec
+from powerband.spec.model.rope import rope_length
 
 OUTPUT_COMPLETE = "output_complete"  # the code of what is refused because it resumes an output that has ended
 

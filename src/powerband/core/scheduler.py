@@ -19,7 +19,7 @@ from powerband.core.results import new_prompt_rows, take_tokens, token_output, w
 from powerband.core.stats import Counters, SchedulerStats
 from powerband.core.step import ErrorInfo, FinishReason, NewRequest, Step, StepResult, TokenOutput, Work
 from powerband.errors import InvalidRequest, RequestTooLong
-from powerband.spec.model import RopeSpec
+from powerband.spec.model.model_spec import RopeSpec
 
 _by_order = attrgetter("order")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from powerband.spec.profile import HostLaw
+from powerband.spec.hardware.profile import HostModel
 
 
-class Steps(Protocol):
+class StepTimeEstimator(Protocol):
     """A LatencyModel."""
 
-    host: HostLaw
+    host: HostModel
 
     def step_s(self, works: Sequence[tuple[int, int]], sampled: int) -> float: ...
 
@@ -23,7 +23,7 @@ class FirstTokenEstimate:
     Decodes that share the steps are left out, and so is what the prefix cache may hold.
     """
 
-    def __init__(self, model: Steps, budget: int, *, share: float = 1.0) -> None:
+    def __init__(self, model: StepTimeEstimator, budget: int, *, share: float = 1.0) -> None:
         self._model, self._budget, self._share = model, budget, share
         self._full_s = model.step_s([(budget, budget)], 1) + model.host.step_s
 

@@ -6,9 +6,9 @@ after another, so the largest counts once. tests/cost/test_footprint.py measures
 
 from __future__ import annotations
 
-from powerband.spec.counts import dtype_bytes, kv_bytes_per_token_per_layer
-from powerband.spec.model import ModelSpec
-from powerband.spec.rope import rotary_rows
+from powerband.spec.model.counts import dtype_bytes, kv_bytes_per_token_per_layer
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.rope import rotary_rows
 
 MIB = 1 << 20
 

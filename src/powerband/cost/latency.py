@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from typing import NamedTuple, TypeVar
 
-from powerband.cost import laws
-from powerband.cost.laws import Speed
-from powerband.cost.measured_steps import MeasuredSteps
-from powerband.cost.shapes import FORMATS, PLAIN, Format, Matrix, RankShapes
+from powerband.cost import operator_models as laws
+from powerband.cost.measured_steps import MeasuredStepTimes
+from powerband.cost.operator_models import DeviceSpeed
+from powerband.cost.shapes import FORMATS, PLAIN, GemmFormat, GemmShape, RankShapes
 from powerband.errors import UsageError
-from powerband.spec import priors
 from powerband.spec.deployment import EngineName, Quantization, Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile, GemmLaw, HostLaw, Refinement
+from powerband.spec.hardware import architecture_defaults as priors
+from powerband.spec.hardware.profile import DeviceProfile, GemmModel, HostModel, Refinement
+from powerband.spec.model.model_spec import ModelSpec
 
 OPERATORS = (
     "projections",
@@ -57,11 +57,11 @@ _SAMPLING_S = 20e-6
 _SAMPLING_BYTES = 8.0  # moved for each logit: read in 16 bits, held in 32
 
 Work = tuple[int, int]  # new tokens of a request, its context after them
-Law = TypeVar("Law")
+Model = TypeVar("Model")
 Key = TypeVar("Key")
 
 
-class Item(NamedTuple):
+class OperatorTime(NamedTuple):
     operator: str
     bound: str
     seconds: float
@@ -80,8 +80,8 @@ class LatencyModel:
         self.num_stages = replica.pipeline_parallel
         refined = _refinement(spec, profile, replica, engine)
         own_host = refined.host if refined is not None else None
-        self.host: HostLaw = own_host or profile.host.get(engine) or priors.host_law(engine)
-        self._measured = MeasuredSteps(refined.steps) if refined is not None else None
+        self.host: HostModel = own_host or profile.host.get(engine) or priors.host_model(engine)
+        self._measured = MeasuredStepTimes(refined.steps) if refined is not None else None
         self._measured_error = refined.evidence.error if refined is not None else 0.0
         expert_format: Quantization = replica.quantization
         plain: Quantization = "none" if replica.quantization == "mxfp4" else replica.quantization
@@ -89,21 +89,23 @@ class LatencyModel:
         # Our engine holds the head in 8 bits beside quantized layers.
         own_quantized = engine == "powerband" and plain in ("int8", "int4")
         self._head = self._product("int8") if own_quantized else self._plain
-        self._expert_law = _law(profile.experts, engine, expert_format) or priors.experts_law(profile, expert_format)
+        self._expert_model = _operator_model(profile.experts, engine, expert_format) or priors.experts_model(
+            profile, expert_format
+        )
         self._expert_format = FORMATS[expert_format]
         self._expert_speed = self._speed(self._expert_format)
-        attention = _law(profile.attention, engine, replica.kv_precision)
-        self._attention = attention or priors.attention_law(profile, replica.kv_precision)
+        attention = _operator_model(profile.attention, engine, replica.kv_precision)
+        self._attention = attention or priors.attention_model(profile, replica.kv_precision)
         self._attention_speed = self._speed(PLAIN)
         self._elementwise = (
-            profile.elementwise.get(engine) or profile.elementwise.get("*") or priors.elementwise_law(profile)
+            profile.elementwise.get(engine) or profile.elementwise.get("*") or priors.elementwise_model(profile)
         )
         ranks = replica.tensor_parallel
-        self._all_reduce = _law(profile.all_reduce, engine, ranks) or priors.all_reduce_law(profile, ranks)
-        self._transfer = profile.transfer or priors.transfer_law(profile)
+        self._all_reduce = _operator_model(profile.all_reduce, engine, ranks) or priors.all_reduce_model(profile, ranks)
+        self._transfer = profile.transfer or priors.transfer_model(profile)
         self._stream_s = self._streaming()
         self._graphs = _GRAPHS[engine] if profile.kind != "cpu" else ()
-        self._longest_decode = 1 + replica.draft_tokens
+        self._max_decode_tokens = 1 + replica.draft_tokens
         self._apart = engine in _APART
         self._by_tokens: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
@@ -167,7 +169,7 @@ class LatencyModel:
             "attention prefill": self._attention.prefill_evidence.error,
             "attention decode": self._attention.decode_evidence.error,
             "norms and activations": self._elementwise.evidence.error,
-            "experts": self._expert_law.evidence.error,
+            "experts": self._expert_model.evidence.error,
             "collectives": self._all_reduce.evidence.error,
             "transfers": self._transfer.evidence.error,
             "streaming": 0.2,
@@ -182,13 +184,13 @@ class LatencyModel:
 
     def _passes(self, works: Sequence[Work], sampled: int) -> list[tuple[Sequence[Work], int]]:
         """What a step computes one after the other: all at once, or chunks of prefills and then decodes."""
-        decodes = [work for work in works if work[0] <= self._longest_decode] if self._apart else []
+        decodes = [work for work in works if work[0] <= self._max_decode_tokens] if self._apart else []
         if not decodes or len(decodes) == len(works):
             return [(works, sampled)]
         rows = min(sampled, sum(new for new, _ in decodes))
-        return [([work for work in works if work[0] > self._longest_decode], sampled - rows), (decodes, rows)]
+        return [([work for work in works if work[0] > self._max_decode_tokens], sampled - rows), (decodes, rows)]
 
-    def _items(self, works: Sequence[tuple[int, int]], sampled: int) -> Iterator[Item]:
+    def _items(self, works: Sequence[tuple[int, int]], sampled: int) -> Iterator[OperatorTime]:
         tokens, decodes = self._tokens(works)
         seconds = 0.0
         for item in (*self._token_items(tokens), *self._attention_items(works)):
@@ -196,24 +198,24 @@ class LatencyModel:
             yield item
         rest = self._uncovered(seconds, tokens, decodes)
         streamed = max(0.0, self._stream_s - seconds) if tokens and self._stream_s else 0.0
-        yield Item("streaming", "link", min(rest, streamed))
-        yield Item("launches", "host", rest - min(rest, streamed))
+        yield OperatorTime("streaming", "link", min(rest, streamed))
+        yield OperatorTime("launches", "host", rest - min(rest, streamed))
         yield from self._head_items(sampled)
 
     def _tokens(self, works: Sequence[tuple[int, int]]) -> tuple[int, bool]:
         """Tokens that the step computes, padding of its graph among them, and whether it is one of decodes only."""
         tokens = 0
-        longest = 0
+        max_new = 0
         for new, _ in works:
             tokens += new
-            if new > longest:
-                longest = new
-        decodes = longest <= self._longest_decode
+            if new > max_new:
+                max_new = new
+        decodes = max_new <= self._max_decode_tokens
         if decodes and tokens and self._graphs and tokens <= self._graphs[-1]:
             tokens = self._graphs[bisect_left(self._graphs, tokens)]
         return tokens, decodes
 
-    def _token_items(self, tokens: int) -> Iterator[Item]:
+    def _token_items(self, tokens: int) -> Iterator[OperatorTime]:
         """What depends on the number of tokens only."""
         shapes, profile, replica = self._shapes, self._profile, self._replica
         if not tokens:
@@ -224,7 +226,7 @@ class LatencyModel:
             yield self._gemm("experts", self._plain, matrix, tokens)
         for kind in shapes.experts:
             found = laws.experts(
-                self._expert_law,
+                self._expert_model,
                 self._expert_speed,
                 tokens,
                 hidden=self._hidden,
@@ -235,52 +237,54 @@ class LatencyModel:
                 weight_bytes=self._expert_format.weight_bytes,
                 imbalance=laws.IMBALANCE if kind.ranks > 1 else 1.0,
             )
-            yield Item("experts", "compute" if found.computing else "bandwidth", kind.layers * found.total)
+            yield OperatorTime("experts", "compute" if found.computing else "bandwidth", kind.layers * found.total)
         speed = self._attention_speed
         moved = tokens * shapes.elementwise_bytes
         seconds = laws.elementwise(self._elementwise, speed, shapes.layers * _KERNELS[self._engine], moved)
-        yield Item("norms and activations", "bandwidth", seconds)
+        yield OperatorTime("norms and activations", "bandwidth", seconds)
         vector = 2.0 * tokens * self._hidden
         if replica.tensor_parallel > 1:
             one = laws.all_reduce(self._all_reduce, replica.tensor_parallel, vector)
-            yield Item("collectives", "link", (2 * shapes.layers + 1) * one)
+            yield OperatorTime("collectives", "link", (2 * shapes.layers + 1) * one)
         if replica.pipeline_parallel > 1:
             seconds = (replica.pipeline_parallel - 1) * laws.link(self._transfer, vector / replica.tensor_parallel)
-            yield Item("transfers", "link", seconds)
+            yield OperatorTime("transfers", "link", seconds)
         if profile.kind == "cpu":
-            yield Item("launches", "host", shapes.layers * self.host.layer_s)
+            yield OperatorTime("launches", "host", shapes.layers * self.host.layer_s)
 
-    def _attention_items(self, works: Sequence[tuple[int, int]]) -> Iterator[Item]:
-        law, speed, longest = self._attention, self._attention_speed, self._longest_decode
+    def _attention_items(self, works: Sequence[tuple[int, int]]) -> Iterator[OperatorTime]:
+        model, speed, max_new = self._attention, self._attention_speed, self._max_decode_tokens
         for layers, heads in self._shapes.attention:
             chunks = None
             positions = rows = 0
             window = heads.window
             for new, context in works:
-                if new <= longest:
+                if new <= max_new:
                     rows += new
                     positions += context if window is None or context < window else window
                 else:
                     if chunks is None:
-                        chunks = laws.Chunks()
-                    chunks.add(law, speed.multiprocessors, new, context, heads)
+                        chunks = laws.PrefillChunks()
+                    chunks.add(model, speed.multiprocessors, new, context, heads)
             if chunks is not None:
-                found = chunks.seconds(law, speed)
-                yield Item("attention prefill", "compute" if found.computing else "bandwidth", layers * found.total)
+                found = chunks.seconds(model, speed)
+                yield OperatorTime(
+                    "attention prefill", "compute" if found.computing else "bandwidth", layers * found.total
+                )
             if positions:
-                seconds = laws.decode(law, speed, positions, rows, heads) * (law.mixed_factor if chunks else 1.0)
-                yield Item("attention decode", "bandwidth", layers * seconds)
+                seconds = laws.decode(model, speed, positions, rows, heads) * (model.mixed_factor if chunks else 1.0)
+                yield OperatorTime("attention decode", "bandwidth", layers * seconds)
 
-    def _head_items(self, rows: int) -> Iterator[Item]:
+    def _head_items(self, rows: int) -> Iterator[OperatorTime]:
         if not rows:
             return
         yield self._gemm("head", self._head, self._shapes.head, rows)
         logits = rows * self._vocab * _SAMPLING_BYTES
-        yield Item("sampling", "bandwidth", _SAMPLING_S + logits / self._profile.bandwidth_bytes_per_s)
+        yield OperatorTime("sampling", "bandwidth", _SAMPLING_S + logits / self._profile.bandwidth_bytes_per_s)
         ranks = self._replica.tensor_parallel
         if ranks > 1:
             share = (ranks - 1) / ranks
-            yield Item("collectives", "link", laws.link(self._all_reduce, 2.0 * rows * self._vocab, share))
+            yield OperatorTime("collectives", "link", laws.link(self._all_reduce, 2.0 * rows * self._vocab, share))
 
     def _uncovered(self, seconds: float, tokens: int, decodes: bool) -> float:
         """Of streaming and of launches, what the layers' own `seconds` do not hide."""
@@ -292,10 +296,12 @@ class LatencyModel:
             needed = max(needed, self._shapes.layers * self.host.layer_s)
         return max(0.0, needed - seconds)
 
-    def _gemm(self, operator: str, product: tuple[GemmLaw, Speed, Format], matrix: Matrix, rows: int) -> Item:
-        law, speed, kind = product
+    def _gemm(
+        self, operator: str, product: tuple[GemmModel, DeviceSpeed, GemmFormat], matrix: GemmShape, rows: int
+    ) -> OperatorTime:
+        model, speed, kind = product
         found = laws.gemm(
-            law,
+            model,
             speed,
             rows,
             matrix.n,
@@ -304,14 +310,14 @@ class LatencyModel:
             input_bytes=kind.input_bytes,
             dynamic=kind.dynamic,
         )
-        return Item(operator, "compute" if found.computing else "bandwidth", matrix.layers * found.total)
+        return OperatorTime(operator, "compute" if found.computing else "bandwidth", matrix.layers * found.total)
 
-    def _product(self, quantization: Quantization) -> tuple[GemmLaw, Speed, Format]:
-        law = _law(self._profile.gemm, self._engine, quantization)
+    def _product(self, quantization: Quantization) -> tuple[GemmModel, DeviceSpeed, GemmFormat]:
+        model = _operator_model(self._profile.gemm, self._engine, quantization)
         kind = FORMATS[quantization]
-        return law or priors.gemm_law(self._profile, quantization), self._speed(kind), kind
+        return model or priors.gemm_model(self._profile, quantization), self._speed(kind), kind
 
-    def _speed(self, kind: Format) -> Speed:
+    def _speed(self, kind: GemmFormat) -> DeviceSpeed:
         profile, peaks = self._profile, self._profile.peak_flops_per_s
         dtype = kind.dtype
         if dtype == "16bit" and dtype not in peaks and profile.kind == "cpu":
@@ -322,19 +328,19 @@ class LatencyModel:
                 hint=f"It has {', '.join(peaks)}.",
                 param="quantization",
             )
-        return Speed(peaks[dtype], profile.bandwidth_bytes_per_s, profile.multiprocessors, profile.kind != "cpu")
+        return DeviceSpeed(peaks[dtype], profile.bandwidth_bytes_per_s, profile.multiprocessors, profile.kind != "cpu")
 
     def _streaming(self) -> float:
         """Seconds in which each step's offloaded weights come from the host."""
         share = self._replica.offload_share
         if not share:
             return 0.0
-        law = self._profile.host_transfer or priors.host_transfer_law(self._profile)
-        if law is None:
+        model = self._profile.host_transfer or priors.host_transfer_model(self._profile)
+        if model is None:
             raise UsageError(
                 f"{self._profile.name} is the host: there is nowhere to offload to.", param="offload_share"
             )
-        return laws.link(law, share * self._shapes.layer_weight_bytes)
+        return laws.link(model, share * self._shapes.layer_weight_bytes)
 
 
 def _refinement(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> Refinement | None:
@@ -344,6 +350,6 @@ def _refinement(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engin
     return profile.refinement(spec.shape_digest, engine, replica.quantization, replica.kv_precision)
 
 
-def _law(table: Mapping[str, Mapping[Key, Law]], engine: str, key: Key) -> Law | None:
+def _operator_model(table: Mapping[str, Mapping[Key, Model]], engine: str, key: Key) -> Model | None:
     """An engine's own, else that of any."""
     return table.get(engine, {}).get(key) or table.get("*", {}).get(key)

@@ -1,4 +1,4 @@
-"""Seconds of a step by a StepLaw: of one model on one device, as it was measured.
+"""Seconds of a step by a StepTimeModel: of one model on one device, as it was measured.
 
   by tokens  (straight lines between measured points)      every product and norm of the layers
 + by rows    (likewise)                                    head and sampling
@@ -10,45 +10,45 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from powerband.spec.profile import StepLaw
+from powerband.spec.hardware.profile import StepTimeModel
 
-_MOST_KNOWN = 4096
+_MAX_CACHED = 4096
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-class Line:
+class PiecewiseLinear:
     """Straight lines between points, and on beyond the last; nothing at 0. Remembers what it was asked."""
 
-    def __init__(self, places: Sequence[int], values: Sequence[float]) -> None:
-        self._places, self._values = places, values
+    def __init__(self, xs: Sequence[int], values: Sequence[float]) -> None:
+        self._xs, self._values = xs, values
         self._known = {0: 0.0}
 
-    def at(self, place: int) -> float:
-        known = self._known.get(place)
+    def at(self, x: int) -> float:
+        known = self._known.get(x)
         if known is None:
-            known = self._between(place)
-            if len(self._known) < _MOST_KNOWN:
-                self._known[place] = known
+            known = self._between(x)
+            if len(self._known) < _MAX_CACHED:
+                self._known[x] = known
         return known
 
-    def _between(self, place: int) -> float:
-        places, values = self._places, self._values
-        if place <= places[0] or len(places) == 1:
+    def _between(self, x: int) -> float:
+        xs, values = self._xs, self._values
+        if x <= xs[0] or len(xs) == 1:
             return values[0]
-        above = min(bisect_left(places, place), len(places) - 1)
-        low, high = places[above - 1], places[above]
-        share = (place - low) / (high - low)
+        above = min(bisect_left(xs, x), len(xs) - 1)
+        low, high = xs[above - 1], xs[above]
+        share = (x - low) / (high - low)
         return values[above - 1] * (1 - share) + values[above] * share
 
 
-class MeasuredSteps:
-    """Evaluates a StepLaw."""
+class MeasuredStepTimes:
+    """Evaluates a StepTimeModel."""
 
-    def __init__(self, law: StepLaw) -> None:
-        self.law = law
-        self._tokens = Line(law.tokens, law.token_s)
-        self._rows = Line(law.rows, law.row_s)
-        self._positions = Line(law.positions, law.position_s)
+    def __init__(self, model: StepTimeModel) -> None:
+        self.model = model
+        self._tokens = PiecewiseLinear(model.tokens, model.token_s)
+        self._rows = PiecewiseLinear(model.rows, model.row_s)
+        self._positions = PiecewiseLinear(model.positions, model.position_s)
 
     def step_s(self, works: Sequence[tuple[int, int]], sampled: int) -> float:
         """As LatencyModel's."""
@@ -75,7 +75,7 @@ class MeasuredSteps:
 
     def _spread_s(self, works: Sequence[tuple[int, int]]) -> Sequence[float]:
         has_chunks = any(new > 1 for new, _ in works)
-        return self.law.chunk_spread_s if has_chunks else self.law.decode_spread_s
+        return self.model.chunk_spread_s if has_chunks else self.model.decode_spread_s
 
     def _drawn_s(self, works: Sequence[tuple[int, int]]) -> float:
         """One of the spread. Which one follows from the contexts, so that a step always takes as long, while steps that
@@ -84,14 +84,14 @@ class MeasuredSteps:
         spread = self._spread_s(works)
         if not spread:
             return 0.0
-        place = 0
+        x = 0
         for _, context in works:
-            place += context
-        return spread[int(place * _GOLDEN % 1.0 * len(spread))]
+            x += context
+        return spread[int(x * _GOLDEN % 1.0 * len(spread))]
 
     def _attention(self, works: Sequence[tuple[int, int]]) -> tuple[int, float, float]:
         """(tokens of the step, seconds of prefills, seconds of decodes)."""
-        law = self.law
+        model = self.model
         tokens = decodes = positions = reads = pairs = 0
         for new, context in works:
             tokens += new
@@ -102,6 +102,6 @@ class MeasuredSteps:
                 reads += context
                 pairs += new * (2 * context - new + 1)
         chunks = len(works) - decodes
-        prefill_s = law.chunk_s * chunks + law.read_s * reads + law.pair_s * pairs / 2
-        decode_s = law.decode_s * decodes + self._positions.at(positions) if decodes else 0.0
+        prefill_s = model.chunk_s * chunks + model.read_s * reads + model.pair_s * pairs / 2
+        decode_s = model.decode_s * decodes + self._positions.at(positions) if decodes else 0.0
         return tokens, prefill_s, decode_s

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from powerband.cost.advice import misfit
+from powerband.cost.memory_advice import explain_out_of_memory
 from powerband.cost.sizing import LABELS, Sizing, as_option, readable
 from powerband.errors import UsageError
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import HeldWeights
+from powerband.spec.checkpoint.quantization import WeightPrecisions
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
 
@@ -23,7 +23,7 @@ class MemoryPlan:
 
     kind: Literal["cpu", "cuda"]
     dtype: str  # of activations, and of weights that are not quantized
-    held: HeldWeights
+    held: WeightPrecisions
     kv_dtype: str
     device_memory_bytes: int
     available_bytes: int  # that the engine may use
@@ -114,13 +114,13 @@ def plan_memory(
             hint=f"Use {spec.max_position} or less, or leave it out.",
             param="max_model_len",
         )
-    dtype = dtype or (settings.dtype if settings.dtype != "auto" else _as_stored(spec, settings))
+    dtype = dtype or (settings.dtype if settings.dtype != "auto" else _stored_precision_text(spec, settings))
     sizing = Sizing(spec, settings, kind, dtype, device_memory_bytes, free)
     blocks = sizing.chosen_blocks()
-    max_len = min(sizing.wanted_len, blocks * settings.block_size)
+    max_len = min(sizing.requested_len, blocks * settings.block_size)
     too_short = settings.max_model_len is not None and max_len < settings.max_model_len
-    if blocks < 1 or blocks > sizing.most_blocks() or too_short:
-        raise misfit(sizing)
+    if blocks < 1 or blocks > sizing.max_blocks() or too_short:
+        raise explain_out_of_memory(sizing)
     return MemoryPlan(
         kind=kind,
         dtype=dtype,
@@ -138,15 +138,17 @@ def plan_memory(
     )
 
 
-def _as_stored(spec: ModelSpec, settings: EngineSettings) -> str:
+def _stored_precision_text(spec: ModelSpec, settings: EngineSettings) -> str:
     return "bfloat16" if settings.quantization != "none" or spec.weight_format is not None else spec.dtype
 
 
 def _notes(sizing: Sizing, max_len: int) -> tuple[str, ...]:
-    if max_len == sizing.wanted_len:
+    if max_len == sizing.requested_len:
         return ()
-    whole = sizing.blocks_for(sizing.wanted_len)
-    note = f"max_model_len is {max_len}, as much as the KV cache holds; the model's own {sizing.wanted_len} would need "
-    if whole <= sizing.most_blocks():
+    whole = sizing.blocks_for(sizing.requested_len)
+    note = (
+        f"max_model_len is {max_len}, as much as the KV cache holds; the model's own {sizing.requested_len} would need "
+    )
+    if whole <= sizing.max_blocks():
         return (note + f"--kv-cache-memory {as_option(whole * sizing.block_bytes)}",)
     return (note + f"{readable(whole * sizing.block_bytes)} of KV cache",)

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Literal
 
 from powerband.errors import UsageError
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import DEFAULT_GROUP, PLAIN, HeldWeights
+from powerband.spec.checkpoint.quantization import DEFAULT_GROUP, PLAIN, WeightPrecisions
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
 # CPU features with which products of bfloat16 are faster than products of float32.
@@ -35,7 +35,9 @@ def auto_dtype(
     return "bfloat16" if spec.dtype != "float32" and fast else "float32"
 
 
-def held_weights(spec: ModelSpec, settings: EngineSettings, kind: Literal["cpu", "cuda"], dtype: str) -> HeldWeights:
+def weight_precisions(
+    spec: ModelSpec, settings: EngineSettings, kind: Literal["cpu", "cuda"], dtype: str
+) -> WeightPrecisions:
     """What the weights are held in. Raises UsageError for settings that contradict the model, the device or each other.
 
     dtype: of the activations, "auto" resolved.
@@ -66,12 +68,12 @@ def held_weights(spec: ModelSpec, settings: EngineSettings, kind: Literal["cpu",
         )
     head: Literal["none", "int8"] = "int8" if settings.quantize_head else "none"
     if stored is None:
-        return HeldWeights("int4" if asked == "int4" else "int8", head)
+        return WeightPrecisions("int4" if asked == "int4" else "int8", head)
     layers: Literal["int8", "int4"] = "int8" if stored.bits == 8 else "int4"
-    return HeldWeights(layers, head, min(stored.group_size or DEFAULT_GROUP, DEFAULT_GROUP), not stored.symmetric)
+    return WeightPrecisions(layers, head, min(stored.group_size or DEFAULT_GROUP, DEFAULT_GROUP), not stored.symmetric)
 
 
-def kv_dtype(settings: EngineSettings, dtype: str, held: HeldWeights, *, can_be_int8: bool) -> str:
+def kv_dtype(settings: EngineSettings, dtype: str, held: WeightPrecisions, *, can_be_int8: bool) -> str:
     """What the KV cache is held in, beside weights in `held`.
 
     can_be_int8: whether attention can read such a cache. Raises UsageError for one in bfloat16 beside activations that

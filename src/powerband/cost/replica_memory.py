@@ -14,10 +14,10 @@ from powerband.cost.footprint import activation_bytes
 from powerband.cost.memory import plan_memory
 from powerband.cost.shapes import FORMATS, kv_row_bytes
 from powerband.errors import PowerbandError
-from powerband.spec.counts import ParameterCounts, count_parameters
 from powerband.spec.deployment import EngineName, Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.counts import ParameterCounts, count_parameters
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
 # Block sizes and what engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a

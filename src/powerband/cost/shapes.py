@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from powerband.cost.laws import Heads
+from powerband.cost.operator_models import AttentionShape
 from powerband.errors import UsageError
 from powerband.spec.deployment import KVPrecision, Quantization, Replica
-from powerband.spec.model import ModelSpec
+from powerband.spec.model.model_spec import ModelSpec
 
 
-class Format(NamedTuple):
+class GemmFormat(NamedTuple):
     """How a precision holds a matrix and what it multiplies in."""
 
     weight_bytes: float  # of an element, its share of scales in it
@@ -22,20 +22,20 @@ class Format(NamedTuple):
     dynamic: bool = False  # scales of activations are found at run time
 
 
-FORMATS: Mapping[Quantization, Format] = {
-    "none": Format(2.0, 2.0, "16bit"),
-    "fp8": Format(1.0, 1.0, "fp8", dynamic=True),
-    "fp8_static": Format(1.0, 1.0, "fp8"),
-    "int8": Format(1.0, 2.0, "16bit"),
-    "w8a8": Format(1.0, 1.0, "int8", dynamic=True),
-    "int4": Format(0.5 + 2.5 / 128, 2.0, "16bit"),  # groups of 128 with a 16-bit scale and a zero point
-    "nvfp4": Format(0.5 + 1 / 16, 0.5 + 1 / 16, "fp4", dynamic=True),
-    "mxfp4": Format(0.5 + 1 / 32, 2.0, "16bit"),
+FORMATS: Mapping[Quantization, GemmFormat] = {
+    "none": GemmFormat(2.0, 2.0, "16bit"),
+    "fp8": GemmFormat(1.0, 1.0, "fp8", dynamic=True),
+    "fp8_static": GemmFormat(1.0, 1.0, "fp8"),
+    "int8": GemmFormat(1.0, 2.0, "16bit"),
+    "w8a8": GemmFormat(1.0, 1.0, "int8", dynamic=True),
+    "int4": GemmFormat(0.5 + 2.5 / 128, 2.0, "16bit"),  # groups of 128 with a 16-bit scale and a zero point
+    "nvfp4": GemmFormat(0.5 + 1 / 16, 0.5 + 1 / 16, "fp4", dynamic=True),
+    "mxfp4": GemmFormat(0.5 + 1 / 32, 2.0, "16bit"),
 }
 PLAIN = FORMATS["none"]
 
 
-class Matrix(NamedTuple):
+class GemmShape(NamedTuple):
     """In so many layers; y[m, n] = x[m, k] · W[k, n]."""
 
     layers: int
@@ -44,7 +44,7 @@ class Matrix(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class ExpertShape:
     """Of a layer: how many there are, into how many ranks they are divided, and what a rank holds of each."""
 
     layers: int
@@ -58,11 +58,11 @@ class RankShapes:
     """All pipeline stages of one tensor-parallel rank together."""
 
     layers: int
-    projections: tuple[Matrix, ...]
-    router: tuple[Matrix, ...]
-    experts: tuple[Experts, ...]
-    head: Matrix
-    attention: tuple[tuple[int, Heads], ...]  # layers, heads
+    projections: tuple[GemmShape, ...]
+    router: tuple[GemmShape, ...]
+    experts: tuple[ExpertShape, ...]
+    head: GemmShape
+    attention: tuple[tuple[int, AttentionShape], ...]  # layers, heads
     elementwise_bytes: float  # of one token, in all layers: norms, rotary, activations, writes of keys and values
     layer_weight_bytes: float
 
@@ -81,15 +81,15 @@ class RankShapes:
         dense = sum(layer.num_experts == 0 for layer in spec.layers)
         inner = -(-spec.intermediate_size // ranks)
         projections = [
-            Matrix(spec.num_layers, (heads + 2 * kv_heads) * dim, hidden),
-            Matrix(spec.num_layers, hidden, heads * dim),
+            GemmShape(spec.num_layers, (heads + 2 * kv_heads) * dim, hidden),
+            GemmShape(spec.num_layers, hidden, heads * dim),
         ]
         if dense:
-            projections += [Matrix(dense, 2 * inner, hidden), Matrix(dense, hidden, inner)]
+            projections += [GemmShape(dense, 2 * inner, hidden), GemmShape(dense, hidden, inner)]
         kinds = Counter(layer.num_experts for layer in spec.layers if layer.num_experts)
         divided = replica.expert_parallel
         width = spec.expert_intermediate_size if divided > 1 else -(-spec.expert_intermediate_size // ranks)
-        experts = tuple(Experts(count, number, divided, width) for number, count in kinds.items())
+        experts = tuple(ExpertShape(count, number, divided, width) for number, count in kinds.items())
         kv_bytes = 2.0 * kv_heads * kv_row_bytes(dim, replica.kv_precision)
         windows = Counter(layer.window for layer in spec.layers)
         weight_bytes = FORMATS[replica.quantization].weight_bytes
@@ -101,10 +101,10 @@ class RankShapes:
         return cls(
             layers=spec.num_layers,
             projections=tuple(projections),
-            router=tuple(Matrix(count, number, hidden) for number, count in kinds.items()),
+            router=tuple(GemmShape(count, number, hidden) for number, count in kinds.items()),
             experts=experts,
-            head=Matrix(1, -(-spec.vocab_size // ranks), hidden),
-            attention=tuple((count, Heads(heads, dim, kv_bytes, window)) for window, count in windows.items()),
+            head=GemmShape(1, -(-spec.vocab_size // ranks), hidden),
+            attention=tuple((count, AttentionShape(heads, dim, kv_bytes, window)) for window, count in windows.items()),
             elementwise_bytes=2.0
             * (spec.num_layers * (6 * hidden + 2 * (heads + 2 * kv_heads) * dim) + dense * 3 * inner),
             layer_weight_bytes=held,

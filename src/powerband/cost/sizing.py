@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerband.cost.footprint import activation_bytes, attention_bytes, runtime_bytes, sampling_bytes
-from powerband.cost.precision import held_weights, kv_dtype
-from powerband.spec.counts import held_parameter_bytes, kv_bytes_per_token
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import HeldWeights
+from powerband.cost.precision import kv_dtype, weight_precisions
+from powerband.spec.checkpoint.quantization import WeightPrecisions
+from powerband.spec.model.counts import kv_bytes_per_token, parameter_bytes
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings, memory_bytes
 
 LABELS = {
@@ -22,11 +22,11 @@ LABELS = {
 }
 
 # CPU: the default KV cache has room for `max_num_seqs` requests of this length, where memory allows.
-_USUAL_LENGTH = 1024
+_DEFAULT_LENGTH = 1024
 # CPU: and takes at most this share of the memory that is free, for others use the machine, too.
-_CPU_KV_SHARE = 0.25
+_CPU_KV_FRACTION = 0.25
 # CPU: of the memory that is free, this share may be used in all; without the rest, the system starts to kill.
-_CPU_USABLE_SHARE = 0.95
+_CPU_USABLE_FRACTION = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +41,23 @@ class Sizing:
     free_memory: int
 
     @property
-    def wanted_len(self) -> int:
+    def requested_len(self) -> int:
         return self.settings.max_model_len or self.spec.max_position
 
     @property
     def available(self) -> int:
         if self.kind == "cpu":
-            return int(self.free_memory * self.usable_share)
-        return min(self.free_memory, int(self.device_memory * self.usable_share))
+            return int(self.free_memory * self.usable_fraction)
+        return min(self.free_memory, int(self.device_memory * self.usable_fraction))
 
     @property
-    def usable_share(self) -> float:
+    def usable_fraction(self) -> float:
         """Of the device's memory (CUDA), or of what is free (CPU), the share that the engine may use."""
-        return self.settings.gpu_memory_utilization if self.kind == "cuda" else _CPU_USABLE_SHARE
+        return self.settings.gpu_memory_utilization if self.kind == "cuda" else _CPU_USABLE_FRACTION
 
     @property
-    def held(self) -> HeldWeights:
-        return held_weights(self.spec, self.settings, self.kind, self.dtype)
+    def held(self) -> WeightPrecisions:
+        return weight_precisions(self.spec, self.settings, self.kind, self.dtype)
 
     @property
     def kv_dtype(self) -> str:
@@ -82,11 +82,11 @@ class Sizing:
         """Every part by name. None of them shrinks as `num_blocks` grows."""
         spec, settings, kind, dtype = self.spec, self.settings, self.kind, self.dtype
         kv_tokens = num_blocks * settings.block_size
-        max_len = min(self.wanted_len, kv_tokens)
+        max_len = min(self.requested_len, kv_tokens)
         tokens = settings.max_num_batched_tokens
         rows = min(settings.max_num_seqs, tokens)
         return {
-            "weights": held_parameter_bytes(spec, dtype, self.held),
+            "weights": parameter_bytes(spec, dtype, self.held),
             "kv_cache": num_blocks * self.block_bytes,
             "activations": activation_bytes(spec, tokens=tokens, dtype=dtype),
             "attention": attention_bytes(
@@ -105,7 +105,7 @@ class Sizing:
     def total(self, num_blocks: int) -> int:
         return sum(self.parts(num_blocks).values())
 
-    def most_blocks(self) -> int:
+    def max_blocks(self) -> int:
         """The most blocks with which everything fits into what is available; 0 when not even one does."""
         low, high = 0, self.available // self.block_bytes + 1
         while high - low > 1:
@@ -120,15 +120,15 @@ class Sizing:
         """Blocks by the user's word, else the device's default. The former may be more than fit."""
         if self.settings.kv_cache_memory is not None:
             return memory_bytes(self.settings.kv_cache_memory) // self.block_bytes
-        most = self.most_blocks()
+        limit = self.max_blocks()
         if self.kind == "cuda":
-            return most
-        one = self.blocks_for(self.wanted_len)
-        usual = self.settings.max_num_seqs * self.blocks_for(min(self.wanted_len, _USUAL_LENGTH))
-        share = int(self.free_memory * _CPU_KV_SHARE) // self.block_bytes
+            return limit
+        one = self.blocks_for(self.requested_len)
+        usual = self.settings.max_num_seqs * self.blocks_for(min(self.requested_len, _DEFAULT_LENGTH))
+        share = int(self.free_memory * _CPU_KV_FRACTION) // self.block_bytes
         # One request of a length that was asked for comes before the share.
         floor = one if self.settings.max_model_len is not None else 1
-        return min(max(min(max(usual, one), share), floor), most)
+        return min(max(min(max(usual, one), share), floor), limit)
 
 
 def readable(size: int) -> str:

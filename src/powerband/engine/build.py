@@ -23,7 +23,7 @@ from powerband.core.step import DeviceReport
 from powerband.cost.memory import MemoryPlan, plan_memory
 from powerband.cost.precision import auto_dtype
 from powerband.cost.sizing import readable
-from powerband.cost.steps import Form
+from powerband.cost.step_log import RunConfiguration
 from powerband.engine.attention import Choice, choose_backend
 from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
@@ -37,9 +37,9 @@ from powerband.engine.residuals import Residuals
 from powerband.engine.step_log import StepLog
 from powerband.engine.weights import resolve_model
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.device import Device, detect_cpu
-from powerband.spec.model import ModelSpec
-from powerband.spec.reader import read_model_spec
+from powerband.spec.hardware.device import Device, detect_cpu
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings
 
 # On a GPU, and where the settings say so, nothing of C++ is loaded.
@@ -62,7 +62,7 @@ class Engine:
     executor: TorchExecutor
     scheduler: Scheduler
     memory: MemoryPlan
-    form: Form
+    form: RunConfiguration
     residuals: Residuals | None  # None: nothing is known of the device
     report: DeviceReport  # its seconds: every phase of the start
     step_log: StepLog | None
@@ -223,9 +223,9 @@ def graph_rows(settings: EngineSettings, device: torch.device, choice: Choice) -
     return min(settings.max_num_seqs, MAX_ROWS) if captures else 0
 
 
-def _form(settings: EngineSettings, spec: ModelSpec, device: torch.device, memory: MemoryPlan) -> Form:
+def _form(settings: EngineSettings, spec: ModelSpec, device: torch.device, memory: MemoryPlan) -> RunConfiguration:
     """What runs, for the step log and for whoever looks for a profile of it."""
-    return Form(
+    return RunConfiguration(
         model=spec.shape_digest,
         name=settings.served_model_name or settings.model,
         dtype=settings.dtype,

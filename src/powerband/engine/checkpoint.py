@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from powerband.errors import EnvironmentFault
-from powerband.spec.checkpoint_files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
+from powerband.spec.checkpoint.files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
 from powerband.spec.settings import EngineSettings
 
 # What is fetched from the hub beside weights: never pickles, never code.

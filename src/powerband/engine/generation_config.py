@@ -7,7 +7,7 @@ from typing import Any
 
 from powerband.core.params import SamplingParams
 from powerband.errors import EnvironmentFault, InvalidRequest, UsageError
-from powerband.spec.reader import read_config, read_end_token_ids
+from powerband.spec.model.reader import read_config, read_end_token_ids
 from powerband.spec.settings import EngineSettings
 
 FILE = "generation_config.json"

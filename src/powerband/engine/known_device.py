@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from powerband.cost.first_token import FirstTokenEstimate
 from powerband.cost.latency import LatencyModel
 from powerband.cost.memory import MemoryPlan
-from powerband.cost.steps import Form
+from powerband.cost.step_log import RunConfiguration
 from powerband.errors import PowerbandError
-from powerband.spec.catalog import known_here, load_catalog
 from powerband.spec.deployment import Replica
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
+from powerband.spec.hardware.catalog import load_catalog, local_profile
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Known:
         return FirstTokenEstimate(self.model, budget, share=1.0 if self.refined else max(1.0 - self.model.band, 0.1))
 
 
-def known_device(form: Form, spec: ModelSpec, memory: MemoryPlan) -> Known | None:
+def known_device(form: RunConfiguration, spec: ModelSpec, memory: MemoryPlan) -> Known | None:
     """None: nothing is known, and then nobody is refused and nothing compared."""
     try:
         profile = _profile(form)
@@ -52,8 +52,8 @@ def known_device(form: Form, spec: ModelSpec, memory: MemoryPlan) -> Known | Non
     return Known(model, refined)
 
 
-def _profile(form: Form) -> DeviceProfile | None:
-    here = known_here()
+def _profile(form: RunConfiguration) -> DeviceProfile | None:
+    here = local_profile()
     machine = here.machine if here is not None else None
     if machine is not None and (machine.name, machine.threads) == (form.device_name, form.threads or machine.threads):
         return here

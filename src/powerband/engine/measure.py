@@ -19,7 +19,7 @@ import torch
 
 from powerband.core.params import SamplingParams
 from powerband.core.step import NewRequest, Step, Work
-from powerband.cost.steps import StepSample
+from powerband.cost.step_log import StepSample
 from powerband.engine.build import Engine
 
 MAX_RUNS = 9

@@ -24,13 +24,13 @@ from powerband.engine.layers.quantized_linear import (
 )
 from powerband.engine.models.decoder import Decoder
 from powerband.errors import UsageError
-from powerband.spec.quantization import PLAIN, Held, HeldWeights
+from powerband.spec.checkpoint.quantization import PLAIN, Held, WeightPrecisions
 
 
 class Products:
     """Gives every part of a model that multiplies with matrices its products, as soon as those are loaded."""
 
-    def __init__(self, model: Decoder, held: HeldWeights = PLAIN, *, kernels: bool = False) -> None:
+    def __init__(self, model: Decoder, held: WeightPrecisions = PLAIN, *, kernels: bool = False) -> None:
         self.model = model
         self.held = held
         self.kernels = kernels  # the C++ kernels may be used

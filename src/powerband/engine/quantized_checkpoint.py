@@ -24,7 +24,7 @@ from powerband.engine.layers.quantized import INT4_ZERO, Int4Weight, Int8Weight,
 from powerband.engine.layers.quantized_linear import StoredMatrix
 from powerband.engine.stored_tensors import StoredTensors
 from powerband.errors import UsageError
-from powerband.spec.quantization import DEFAULT_GROUP, WeightFormat
+from powerband.spec.checkpoint.quantization import DEFAULT_GROUP, WeightFormat
 
 # AutoAWQ's gemm layout: the n-th value of an int32 belongs to this one of eight neighbouring outputs.
 _AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)

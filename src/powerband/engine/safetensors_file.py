@@ -16,8 +16,8 @@ from types import TracebackType
 import torch
 
 from powerband.errors import UsageError
-from powerband.spec.device import detect_cpu
-from powerband.spec.safetensors import header_of, unreadable
+from powerband.spec.checkpoint.safetensors import read_header_from, unreadable
+from powerband.spec.hardware.device import detect_cpu
 
 _DTYPES = {
     "F64": torch.float64,
@@ -46,7 +46,7 @@ class SafetensorsFile:
         except OSError as problem:
             raise unreadable(path, problem) from problem
         try:
-            header = header_of(self._file)
+            header = read_header_from(self._file)
         except (OSError, ValueError) as problem:
             self._file.close()
             raise unreadable(path, problem) from problem

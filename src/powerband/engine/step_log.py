@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from powerband.core.loop import StepRecord
-from powerband.cost.steps import Form, header_line
+from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault
 
 DEFAULT_LIMIT_BYTES = 64 << 20
@@ -25,7 +25,7 @@ DEFAULT_LIMIT_BYTES = 64 << 20
 class StepLog:
     """An observer for EngineCore. When the file reaches `limit_bytes` it becomes FILE.1, replacing an older one."""
 
-    def __init__(self, path: Path, form: Form, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, path: Path, form: RunConfiguration, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self.path = path
         self._header = header_line(form)
         self.limit_bytes = limit_bytes

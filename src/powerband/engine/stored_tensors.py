@@ -11,7 +11,7 @@ import torch
 
 from powerband.engine.safetensors_file import SafetensorsFile
 from powerband.errors import UsageError
-from powerband.spec.checkpoint_files import EMBEDDING, HEAD, tensor_names
+from powerband.spec.checkpoint.files import EMBEDDING, HEAD, tensor_names
 
 
 class StoredTensors:

@@ -38,8 +38,8 @@ from powerband.engine.products import Products, parts_of
 from powerband.engine.safetensors_file import SafetensorsFile, checksums, stored_name
 from powerband.errors import PowerbandError
 from powerband.folders import cache_directory
-from powerband.spec.checkpoint_files import weight_files
-from powerband.spec.safetensors import LENGTH_BYTES, header_of
+from powerband.spec.checkpoint.files import weight_files
+from powerband.spec.checkpoint.safetensors import LENGTH_BYTES, read_header_from
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def _identity(files: list[Path]) -> str:
         found = path.stat()
         digest.update(repr((path.name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)).encode())
         with path.open("rb", buffering=0) as file:
-            header = header_of(file)
+            header = read_header_from(file)
             digest.update(repr(header).encode())
             for tensor in header.tensors.values():
                 middle = header.data_start + (tensor.start + tensor.end) // 2

@@ -27,8 +27,8 @@ from powerband.engine.products import Products, parts_of
 from powerband.engine.quantized_checkpoint import QuantizedCheckpoint
 from powerband.engine.stored_tensors import StoredTensors
 from powerband.errors import UsageError
-from powerband.spec.checkpoint_files import HEAD, weight_files
-from powerband.spec.model import ModelSpec
+from powerband.spec.checkpoint.files import HEAD, weight_files
+from powerband.spec.model.model_spec import ModelSpec
 
 __all__ = ["fill_random", "load_weights", "resolve_model"]
 

@@ -1,1 +1,1 @@
-"""Carry out a plan on a target, keep it running, and watch over its promise."""
+"""Deploys a plan on a target, keeps its replicas and gateway running, verifies and monitors its SLO."""

@@ -1,4 +1,4 @@
-"""The proof of a promise: the plan's workload against the service, and what was promised beside what was measured."""
+"""Verification of a plan's guarantee: load the service with the plan's workload, and compare measured with promised."""
 
 from __future__ import annotations
 
@@ -9,42 +9,41 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from powerband.bench.calibrate import ceiling
+from powerband.bench.client.messages import ServerAddress
 from powerband.bench.load import Live, LoadOptions, LoadResult
-from powerband.bench.messages import Target as Address
-from powerband.bench.report import write_report
-from powerband.bench.results import RunReport
-from powerband.bench.session import Experiment, Session
+from powerband.bench.report.html_report import write_report
+from powerband.bench.report.results import RunReport
+from powerband.bench.session import BenchSession, Experiment
+from powerband.calibration.client_capacity import known_client_capacity
+from powerband.http_client import bearer
 from powerband.metrics.figures import Summary
 from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import NONE, digits, share_text, time_text
-from powerband.spec.plan import Banded, Plan
+from powerband.spec.plan import Plan, Prediction
 
-# unclear: missed, but by so few requests that chance alone may be the reason.
-LineVerdict = Literal["kept", "broken", "unclear", ""]
+# unclear: missed, but by so few requests that it may be chance.
+FigureVerdict = Literal["kept", "broken", "unclear", ""]
 RunVerdict = Literal["kept", "broken", "unclear", "invalid"]
-_ASKED_SHARE = 0.97  # of the tokens that were asked for: fewer than promised may have been
+_MIN_OUTPUT_RATIO = 0.97  # of the requested tokens, if the drawn requests ask for fewer than promised
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "stall": "stall", "e2e": "E2E"}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One figure. promised, predicted, measured: as texts."""
+class CheckedFigure:
+    """One line of the comparison, as texts."""
 
     name: str
     promised: str
     predicted: str
     measured: str
-    verdict: LineVerdict
+    verdict: FigureVerdict
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """fault: why the run says nothing about the service, or ''."""
-
-    lines: tuple[Line, ...]
+    lines: tuple[CheckedFigure, ...]
     verdict: RunVerdict
-    fault: str
+    fault: str  # why the run says nothing about the service; '': it does
     requests: int
     errors: int
     seconds: float
@@ -62,33 +61,32 @@ def verify(
     api_key: str,
     seconds: float,
     report: Path | None = None,
-    watch: Callable[[Live], object] | None = None,
+    on_progress: Callable[[Live], object] | None = None,
 ) -> Verification:
-    """Load the service as the plan says for `seconds`. Raises EnvironmentFault when it answers nothing at all."""
-    known = ceiling()
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    """Load the service for `seconds`. Raises EnvironmentFault when it does not respond at all."""
+    capacity = known_client_capacity()
     experiment = Experiment(
-        target=Address(base=url, endpoint="completions", model=model, headers=headers),
+        target=ServerAddress(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
         workload=replace(plan.workload, arrivals=plan.arrivals),
         duration_s=seconds,
         slo=plan.slo,
         options=LoadOptions(timeout_s=600.0),
-        ceiling_chunks_per_s=known.chunks_per_s if known is not None else None,
+        ceiling_chunks_per_s=capacity.chunks_per_s if capacity is not None else None,
     )
-    session = Session(experiment, command=("powerband", "deploy"), watch=watch)
+    session = BenchSession(experiment, command=("powerband", "deploy"), watch=on_progress)
     found = asyncio.run(_run(session))
     if report is not None:
         write_report(found, [load.samples for load in session.loads], report)
-    return judge(plan, found, session.loads[0], str(report or ""))
+    return check_report(plan, found, session.loads[0], str(report or ""))
 
 
-async def _run(session: Session) -> RunReport:
+async def _run(session: BenchSession) -> RunReport:
     await session.open(10.0)
     return await session.single()
 
 
-def judge(plan: Plan, report: RunReport, load: LoadResult, report_path: str = "") -> Verification:
-    """Of one load at the promised rate."""
+def check_report(plan: Plan, report: RunReport, load: LoadResult, report_path: str = "") -> Verification:
+    """Compare a run at the promised rate with the plan."""
     point = report.points[0]
     summary = point.summary
     attainment = _attainment(plan, summary, is_saturated=point.saturated)
@@ -113,9 +111,9 @@ def judge(plan: Plan, report: RunReport, load: LoadResult, report_path: str = ""
     )
 
 
-def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> Line:
+def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> CheckedFigure:
     promised, measured = plan.slo.attainment, summary.attainment or 0.0
-    verdict: LineVerdict = "kept"
+    verdict: FigureVerdict = "kept"
     if is_saturated:
         verdict = "broken"
     elif measured < promised:
@@ -127,13 +125,13 @@ def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> Line:
         text += f" ({share_text(low).removesuffix(' %')}–{share_text(high)})"
     if is_saturated:
         text += ", and the queue grew to the end"
-    return Line(
+    return CheckedFigure(
         "SLO attainment", f"≥ {promised * 100:g} %", _band(plan.predicted.get("attainment"), share_text), text, verdict
     )
 
 
-def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
-    """Each limit at the promised percentile. Together they are judged by the attainment: a line alone says which."""
+def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure]:
+    """Each limit at the SLO's percentile. The attainment decides whether they are met together."""
     q = plan.slo.attainment * 100
     records = [sample.record() for sample in load.samples]
     answered = [r for r in records if r.scheduled_s in summary.window and r.outcome is Outcome.OK]
@@ -141,9 +139,11 @@ def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
     for name, limit in plan.slo.limits.items():
         values = [value for record in answered if (value := getattr(record, f"{name}_s")) is not None]
         measured = percentile(values, q) if values else math.nan
-        verdict: LineVerdict = "kept" if measured <= limit else "unclear" if _may_be_chance(summary, plan) else "broken"
+        verdict: FigureVerdict = (
+            "kept" if measured <= limit else "unclear" if _may_be_chance(summary, plan) else "broken"
+        )
         found.append(
-            Line(
+            CheckedFigure(
                 f"{_LATENCIES[name]} p{q:g}",
                 f"≤ {time_text(limit)}",
                 _band(plan.predicted.get(f"{name}_s"), time_text),
@@ -159,11 +159,11 @@ def _may_be_chance(summary: Summary, plan: Plan) -> bool:
     return interval is not None and interval[1] >= plan.slo.attainment
 
 
-def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
+def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure]:
     answered = summary.outcomes.get(Outcome.OK.value, 0)
     share = answered / summary.scheduled if summary.scheduled else 0.0
     lines = [
-        Line(
+        CheckedFigure(
             "requests/s",
             digits(plan.promise.rate),
             "",
@@ -175,21 +175,21 @@ def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[Line]:
     if promised is not None:
         reached = summary.output_tokens_per_s
         asked = _asked_per_s(summary, load)
-        verdict: LineVerdict = "kept" if reached >= min(promised, _ASKED_SHARE * asked) else "broken"
+        verdict: FigureVerdict = "kept" if reached >= min(promised, _MIN_OUTPUT_RATIO * asked) else "broken"
         text = digits(reached) + (f" of {digits(asked)} asked for" if reached < promised else "")
         predicted = _band(plan.predicted.get("output_tokens_per_s"), digits)
-        lines.append(Line("output tokens/s", f"≥ {digits(promised)}", predicted, text, verdict))
+        lines.append(CheckedFigure("output tokens/s", f"≥ {digits(promised)}", predicted, text, verdict))
     return lines
 
 
 def _asked_per_s(summary: Summary, load: LoadResult) -> float:
-    """Output tokens that the drawn requests asked for: by chance more or fewer than in the long run."""
+    """Output tokens that the drawn requests asked for: by chance more or fewer than on average."""
     within = [sample for sample in load.samples if sample.record().scheduled_s in summary.window]
     seconds = summary.window.seconds
     return sum(sample.asked_tokens for sample in within) / seconds if seconds > 0 else 0.0
 
 
-def _band(figure: Banded | None, text: Callable[[float], str]) -> str:
+def _band(figure: Prediction | None, text: Callable[[float], str]) -> str:
     if figure is None:
         return ""
     value, low, high = text(figure.value), text(figure.low), text(figure.high)

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.errors import InvalidRequest, PowerbandError, UsageError
-from powerband.gateway.accounts.books import Books, actor_of
+from powerband.gateway.accounts.accounts import Accounts, actor_of
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.routes import Routes
-from powerband.spec.records import as_record
+from powerband.spec.yaml_codec import as_record
 from powerband.web.access import refuse_browsers
 from powerband.web.body import decode, read_body
 from powerband.web.errors import json_response
@@ -31,10 +31,10 @@ class _Drain(msgspec.Struct, forbid_unknown_fields=True):
     draining: bool = True
 
 
-class AdminRoutes:
-    def __init__(self, gateway: Gateway, books: Books) -> None:
+class GatewayAdminRoutes:
+    def __init__(self, gateway: Gateway, accounts: Accounts) -> None:
         self._gateway = gateway
-        self._books = books
+        self._accounts = accounts
 
     async def routes(self, request: Request) -> Response:
         """What is served, and what each pool says of itself."""
@@ -81,7 +81,7 @@ class AdminRoutes:
     def _note(self, request: Request, action: str, what: dict[str, Any]) -> None:
         """What was done stays done while the audit cannot be written: routing goes on without a disk."""
         try:
-            self._books.audit(actor_of(request), action, what)
+            self._accounts.audit(actor_of(request), action, what)
         except PowerbandError as problem:
             logger.warning("The audit log does not have this: %s %s (%s)", action, what, problem)
 

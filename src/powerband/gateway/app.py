@@ -7,22 +7,22 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.gateway.accounts.book_routes import make_routes
-from powerband.gateway.accounts.books import Books
-from powerband.gateway.accounts.doorkeeper import Doorkeeper
-from powerband.gateway.admin import AdminRoutes
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.auth import ApiKeyMiddleware
+from powerband.gateway.accounts.routes import make_routes
+from powerband.gateway.admin import GatewayAdminRoutes
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.metrics import GatewayMetrics
-from powerband.gateway.pages import PageRoutes
-from powerband.gateway.proxy.generation import GenerationRoutes
-from powerband.gateway.proxy.tokens import TokenRoutes
-from powerband.gateway.scraping import make_routes as scraping_routes
-from powerband.web.edge import Edge
+from powerband.gateway.info_routes import InfoRoutes
+from powerband.gateway.observability.metrics import GatewayMetrics
+from powerband.gateway.observability.replica_metrics_routes import make_routes as scraping_routes
+from powerband.gateway.proxy.handler import GenerationRoutes
+from powerband.gateway.proxy.token_routes import TokenCountRoutes
+from powerband.web.middleware import RequestIdMiddleware
 
 
-def make_app(gateway: Gateway, books: Books, metrics: GatewayMetrics) -> ASGIApp:
-    generation, admin = GenerationRoutes(gateway, books), AdminRoutes(gateway, books)
-    pages, tokens = PageRoutes(gateway, books, metrics), TokenRoutes(gateway, books)
+def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> ASGIApp:
+    generation, admin = GenerationRoutes(gateway, accounts), GatewayAdminRoutes(gateway, accounts)
+    pages, tokens = InfoRoutes(gateway, accounts, metrics), TokenCountRoutes(gateway, accounts)
     routes = [
         Route("/v1/chat/completions", generation.chat, methods=["POST"]),
         Route("/v1/completions", generation.completions, methods=["POST"]),
@@ -40,14 +40,17 @@ def make_app(gateway: Gateway, books: Books, metrics: GatewayMetrics) -> ASGIApp
         Route("/admin/records", admin.records, methods=["GET"]),
         Route("/admin/drain", admin.drain, methods=["POST"]),
         *scraping_routes(gateway),
-        *make_routes(books),
+        *make_routes(accounts),
     ]
     router = Router(routes, redirect_slashes=False)
     settings = gateway.settings
-    return Edge(Refusals(Doorkeeper(router, books, settings.auth, settings.host), metrics), listed_in="docs/api.md")
+    return RequestIdMiddleware(
+        ErrorCounterMiddleware(ApiKeyMiddleware(router, accounts, settings.auth, settings.host), metrics),
+        listed_in="docs/api.md",
+    )
 
 
-class Refusals:
+class ErrorCounterMiddleware:
     """Counts what was refused before it became a request that ends as one."""
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from powerband.errors import EnvironmentFault
-from powerband.gateway.engine_names import ENGINE_NAMES, ServerName
-from powerband.gateway.proxy.upstream import Upstream
+from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, ServerName
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _GOES_ON = {"powerband": "another replica goes on with its streams", "vllm": "an
 
 
 async def discover(
-    upstream: Upstream, urls: Sequence[str], engine: ServerName | None = None, patience_s: float = PATIENCE_S
+    upstream: UpstreamClient, urls: Sequence[str], engine: ServerName | None = None, patience_s: float = PATIENCE_S
 ) -> Routes:
     """Routes to these replicas, under the names that they serve. Waits for those that are starting.
 
@@ -48,7 +48,7 @@ async def discover(
     return Routes(models=tuple(ModelRoute(name=name, replicas=tuple(some)) for name, some in models.items()))
 
 
-async def _ask(upstream: Upstream, url: str, engine: ServerName | None, deadline_s: float) -> ReplicaAddress:
+async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, deadline_s: float) -> ReplicaAddress:
     replica = ReplicaAddress(id=url.partition("://")[2], url=url, model="", engine="openai")
     problem = ""
     while time.monotonic() < deadline_s:
@@ -78,7 +78,7 @@ def _cards(body: bytes) -> list[dict[str, Any]]:
 
 
 async def _identified(
-    upstream: Upstream, replica: ReplicaAddress, cards: Sequence[dict[str, Any]], engine: ServerName | None
+    upstream: UpstreamClient, replica: ReplicaAddress, cards: Sequence[dict[str, Any]], engine: ServerName | None
 ) -> ReplicaAddress:
     """Raises OSError."""
     model, owner = str(cards[0]["id"]), str(cards[0].get("owned_by", ""))
@@ -86,19 +86,19 @@ async def _identified(
     if engine is None:
         engine = _OWNERS.get(owner.lower(), "openai")
         why = f"its models are owned by {owner!r}" if owner else "its models name no owner"
-        path = ENGINE_NAMES[engine].ready_path
+        path = ENGINE_ENDPOINTS[engine].ready_path
         status, _ = await upstream.fetch(replica, path, _ASK_S)
         if status in (404, 405, 501) and engine != "openai":  # something else that calls itself so
             engine, why = "openai", f"{why}, but GET {path} answers {status}"
     logger.info(
         "replica %s: engine %s (%s), model %r%s; probed at %s; %s",
         *(replica.id, engine, why, model, f", the first of {len(cards)}" if len(cards) > 1 else ""),
-        *(ENGINE_NAMES[engine].ready_path, _GOES_ON.get(engine, "a stream that breaks off ends with an error")),
+        *(ENGINE_ENDPOINTS[engine].ready_path, _GOES_ON.get(engine, "a stream that breaks off ends with an error")),
     )
     return await _with_limit(upstream, replace(replica, model=model, engine=engine))
 
 
-async def _with_limit(upstream: Upstream, replica: ReplicaAddress) -> ReplicaAddress:
+async def _with_limit(upstream: UpstreamClient, replica: ReplicaAddress) -> ReplicaAddress:
     """Our own engine says how many requests it computes at once."""
     if replica.engine != "powerband":
         return replica

@@ -15,14 +15,14 @@ from powerband.errors import PowerbandError, UsageError
 from powerband.files import make_private_folder, write_atomically
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.proxy.estimates import Estimates
-from powerband.gateway.proxy.upstream import Upstream
-from powerband.gateway.recent import Recent
-from powerband.gateway.request import Finished
+from powerband.gateway.observability.recent_requests import RecentRequests
+from powerband.gateway.observability.trace_context import TraceContext, forwarded_trace
+from powerband.gateway.proxy.estimates import TokenEstimates
+from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
-from powerband.gateway.trace_context import Trace, passed_on
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ _MAX_ROUTES_BYTES = 256 << 20
 
 
 @dataclass(slots=True)
-class Served:
+class ServedModel:
     """A model, its pool, the task that looks after its replicas, and what its answers teach about their sizes."""
 
     route: ModelRoute
     pool: Pool
     probing: asyncio.Task[None]
-    estimates: Estimates = field(default_factory=Estimates)
+    estimates: TokenEstimates = field(default_factory=TokenEstimates)
     context_lengths: dict[str, int | None] = field(default_factory=dict)  # by replica, of those that were asked
 
 
@@ -47,18 +47,18 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings, routes_file: Path | None = None) -> None:
         self.settings = settings
-        self.upstream = Upstream(settings.stream_timeouts)
-        self.recent = Recent()
+        self.upstream = UpstreamClient(settings.stream_timeouts)
+        self.recent = RecentRequests()
         self.routes = Routes()
         self.draining = False
         self.num_active = 0
-        self.trace: Callable[[Mapping[str, str]], Trace | None] = passed_on
+        self.trace: Callable[[Mapping[str, str]], TraceContext | None] = forwarded_trace
         self.routes_changed: Callable[[], None] = lambda: None
-        self.sinks: list[Callable[[Finished], None]] = [self.recent.append]
+        self.sinks: list[Callable[[CompletedRequest], None]] = [self.recent.append]
         self._routes_file = routes_file
         self._storing: asyncio.TimerHandle | None = None  # when routes that could not be written are tried again
-        self._served: dict[str, Served] = {}
-        self._names: dict[str, Served] = {}
+        self._served: dict[str, ServedModel] = {}
+        self._names: dict[str, ServedModel] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -107,7 +107,7 @@ class Gateway:
             name: served for served in self._served.values() for name in (served.route.name, *served.route.aliases)
         }
         self.routes_changed()
-        self.upstream.keep_only({replica.url for model in routes.models for replica in model.replicas})
+        self.upstream.close_others({replica.url for model in routes.models for replica in model.replicas})
 
     def _store_routes(self) -> None:
         """For the next start; what cannot be written now is tried again, and is in effect all the same."""
@@ -138,13 +138,13 @@ class Gateway:
         )
         self.set_routes(replace(self.routes, models=models))
 
-    def _serve(self, model: ModelRoute) -> Served:
+    def _serve(self, model: ModelRoute) -> ServedModel:
         pool = Pool(self.settings.pool)
         pool.update(model)
         prober = Prober(pool, self.upstream.fetch)
-        return Served(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
+        return ServedModel(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
 
-    def served(self, name: str | None) -> Served:
+    def served(self, name: str | None) -> ServedModel:
         """By name or alias; the only one there is, without a name. Raises HttpError 404."""
         if name is None and len(self._served) == 1:
             return next(iter(self._served.values()))
@@ -188,7 +188,7 @@ class Gateway:
         if not self.num_active:
             self._idle.set()
 
-    def note(self, finished: Finished) -> None:
+    def note(self, finished: CompletedRequest) -> None:
         """Tell all who count. One that fails does not keep it from the others."""
         finished.request.prefix_keys = ()  # found it a replica, and would only take room
         for sink in self.sinks:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from powerband.dispatch.request import ANONYMOUS, DispatchRequest
-from powerband.gateway.trace_context import Trace
+from powerband.gateway.observability.trace_context import TraceContext
 from powerband.metrics.record import RequestRecord
 
-__all__ = ["ANONYMOUS", "Endpoint", "Finished", "GatewayRequest"]
+__all__ = ["ANONYMOUS", "CompletedRequest", "Endpoint", "GatewayRequest"]
 
 Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
 
@@ -31,11 +31,11 @@ class GatewayRequest(DispatchRequest):
     max_output_tokens: int | None = None
     is_open_ended: bool = False
     answers: int = 1
-    trace: Trace | None = None  # to hand on to replicas
+    trace: TraceContext | None = None  # to hand on to replicas
 
 
 @dataclass(slots=True, kw_only=True)
-class Finished:
+class CompletedRequest:
     """A request that is over, for usage, metrics, logs, traces and the watcher.
 
     record: times as the gateway saw them, on time.monotonic(); `scheduled_s` is the arrival, `sent_s` when a replica

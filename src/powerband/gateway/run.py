@@ -19,18 +19,18 @@ import uvloop
 
 from powerband.errors import UsageError
 from powerband.folders import state_home
-from powerband.gateway.access_log import log_request
-from powerband.gateway.accounts.books import Books, has_admin_key
+from powerband.gateway.accounts.accounts import Accounts, has_admin_key
 from powerband.gateway.app import make_app
 from powerband.gateway.discovery import discover
-from powerband.gateway.engine_names import ServerName
+from powerband.gateway.engine_endpoints import ServerName
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.metrics import GatewayMetrics
-from powerband.gateway.proxy.upstream import Upstream
+from powerband.gateway.observability.access_log import log_request
+from powerband.gateway.observability.metrics import GatewayMetrics
+from powerband.gateway.observability.trace_context import continue_trace
+from powerband.gateway.observability.tracing import Tracing
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import Routes
 from powerband.gateway.settings import GatewaySettings
-from powerband.gateway.trace_context import continued
-from powerband.gateway.tracing import Tracing
 from powerband.metrics.logging import set_up_logging
 from powerband.web.access import is_loopback
 from powerband.web.listening import Signals, listen, make_server, url_of
@@ -58,22 +58,22 @@ def serve(
         raise UsageError(
             f"Listening on {settings.host} with auth 'open' would let anyone in.", hint="Use --auth keys.", param="auth"
         )
-    _allow_all_descriptors()
+    _raise_descriptor_limit()
     database = Path(settings.database) if settings.database else state_home() / "gateway" / "gateway.db"
     with listen(settings.host, settings.port) as listener:
-        books = Books.open(database, settings.books)
+        accounts = Accounts.open(database, settings.accounts)
         try:
             key_file = database.with_name("admin.key")
             # Or nobody could make keys.
-            if not books.keys.admins() or (key_file.exists() and not has_admin_key(key_file)):
-                books.make_admin_key(key_file, "first")
+            if not accounts.keys.admins() or (key_file.exists() and not has_admin_key(key_file)):
+                accounts.make_admin_key(key_file, "first")
             find = partial(discover, urls=replicas, engine=engine) if replicas else None
-            return uvloop.run(_serve(settings, listener, books, database, routes, find))
+            return uvloop.run(_serve(settings, listener, accounts, database, routes, find))
         finally:
-            books.close()
+            accounts.close()
 
 
-def _allow_all_descriptors() -> None:
+def _raise_descriptor_limit() -> None:
     """A stream takes two sockets, and processes begin with leave for few of them."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -82,25 +82,25 @@ def _allow_all_descriptors() -> None:
 async def _serve(
     settings: GatewaySettings,
     listener: socket.socket,
-    books: Books,
+    accounts: Accounts,
     database: Path,
     routes: Routes | None,
-    find: Callable[[Upstream], Awaitable[Routes]] | None,
+    find: Callable[[UpstreamClient], Awaitable[Routes]] | None,
 ) -> int:
     start_s = time.monotonic()
     signals = Signals()
     gateway = Gateway(settings, database.with_name("routes.json"))
     metrics = GatewayMetrics(address=settings.host, port=listener.getsockname()[1])
-    gateway.sinks += [metrics.observe, books.ledger.note]
+    gateway.sinks += [metrics.observe, accounts.usage_log.note]
     if settings.access_log:
         gateway.sinks.append(log_request)
     tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     if tracing is not None:
         gateway.sinks.append(tracing.note)
-        gateway.trace = partial(continued, share=settings.trace_share)
+        gateway.trace = partial(continue_trace, share=settings.trace_share)
     gateway.routes_changed = lambda: metrics.serve(gateway.routes.models)
     gateway.start()
-    server = make_server(make_app(gateway, books, metrics), settings.max_body_bytes)
+    server = make_server(make_app(gateway, accounts, metrics), settings.max_body_bytes)
     listening: asyncio.Task[None] | None = None
     ending = asyncio.create_task(signals.first.wait(), name="signal")
     try:
@@ -108,7 +108,7 @@ async def _serve(
         if found is not None:
             gateway.set_routes(found)
         listening = asyncio.create_task(server.serve([listener]), name="http")
-        _calm_collector()
+        _tune_gc()
         _show(gateway, time.monotonic() - start_s, url_of(settings.host, listener), database)
         await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
         await _drain(gateway, signals)
@@ -140,7 +140,7 @@ async def _drain(gateway: Gateway, signals: Signals) -> None:
     await asyncio.gather(drained, second, return_exceptions=True)
 
 
-def _calm_collector() -> None:
+def _tune_gc() -> None:
     """What was loaded stays; little of what requests leave is garbage in cycles, and each collection is a pause."""
     gc.collect()
     gc.freeze()

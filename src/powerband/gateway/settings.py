@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from powerband.gateway.books_options import BooksOptions
+from powerband.gateway.options import RetentionOptions, Timeouts
 from powerband.gateway.pool_options import PoolOptions
-from powerband.gateway.timeouts import Timeouts
 from powerband.spec.settings import check_values, setting
 
 
@@ -108,8 +107,8 @@ class GatewaySettings:
         check_values(self)
 
     @property
-    def books(self) -> BooksOptions:
-        return BooksOptions(
+    def accounts(self) -> RetentionOptions:
+        return RetentionOptions(
             usage_retention_days=self.usage_retention_days,
             store_content=self.store_content,
             content_retention_days=self.content_retention_days,

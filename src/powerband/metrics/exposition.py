@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 
+_MAX_SAMPLES = 4096  # that are added up: an engine has one for each model and rank
 # Name, labels, value; a timestamp and an exemplar may follow. Possessive, so that no line is read twice.
 _SAMPLE = re.compile(rb'(\{(?:[^"}]|"(?:[^"\\]|\\.)*+")*+\})?[ \t]*+([^ \t{}"]++)')
 _LABEL = re.compile(rb'[{,][ \t]*+([^=",{}]++)="((?:[^"\\]|\\.)*+)"')
@@ -40,7 +42,7 @@ def label(labels: bytes, name: bytes) -> str | None:
 
 def total(page: bytes, name: bytes) -> float | None:
     """The sum of a metric's samples; None: there is none, or the sum is not finite."""
-    values = [value for _, value in samples(page, name)]
+    values = [value for _, value in islice(samples(page, name), _MAX_SAMPLES)]
     found = sum(values) if values else math.inf
     return found if math.isfinite(found) else None
 

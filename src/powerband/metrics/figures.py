@@ -12,9 +12,9 @@ from itertools import chain
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.metrics.slo import slo_misses
 from powerband.metrics.statistics import (
-    FEWEST_FOR_INTERVAL,
+    MIN_FOR_INTERVAL,
     Interval,
-    fewest_samples,
+    min_samples,
     percentile_interval,
     wilson,
 )
@@ -51,8 +51,8 @@ class Distribution:
 
     count: int
     mean: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     percentiles: dict[float, float | None]
     intervals: dict[float, Interval | None]
 
@@ -62,7 +62,7 @@ class Distribution:
         ordered = sorted(samples)
         if not ordered:
             return None
-        told = {q: len(ordered) >= fewest_samples(q) for q in PERCENTILES}
+        told = {q: len(ordered) >= min_samples(q) for q in PERCENTILES}
         return cls(
             len(ordered),
             math.fsum(ordered) / len(ordered),
@@ -70,7 +70,7 @@ class Distribution:
             ordered[-1],
             {q: _between(ordered, (len(ordered) - 1) * q / 100) if told[q] else None for q in PERCENTILES},
             {
-                q: percentile_interval(ordered, q) if told[q] and len(ordered) >= FEWEST_FOR_INTERVAL else None
+                q: percentile_interval(ordered, q) if told[q] and len(ordered) >= MIN_FOR_INTERVAL else None
                 for q in PERCENTILES
             },
         )
@@ -103,7 +103,7 @@ class Distribution:
         for q in PERCENTILES:
             low, part = divmod((count - 1) * q / 100, 1)
             pair = at(int(low)), at(min(int(low) + 1, count - 1))
-            percentiles[q] = _between(pair, part) if count >= fewest_samples(q) else None
+            percentiles[q] = _between(pair, part) if count >= min_samples(q) else None
         none: dict[float, Interval | None] = dict.fromkeys(PERCENTILES)
         return cls(count, float(gaps.sum() / count), float(values[0]), float(values[-1]), percentiles, none)
 
@@ -129,7 +129,7 @@ class Summary:
     misses: dict[str, int]
     figures: dict[str, Distribution]  # ttft, service_ttft, tpot, itl, stall, e2e, send_lag
     late: int  # requests that were sent later than most_lag_s
-    most_lag_s: float
+    max_lag_s: float
 
     @property
     def client_fault(self) -> str:
@@ -141,9 +141,9 @@ class Summary:
         if lag is None:
             return ""
         are_many = self.late >= FEWEST_LATE and self.late > MOST_LATE_SHARE * lag.count
-        if not are_many and lag.mean <= self.most_lag_s:
+        if not are_many and lag.mean <= self.max_lag_s:
             return ""
-        limit, worst = self.most_lag_s * 1000, lag.most * 1000
+        limit, worst = self.max_lag_s * 1000, lag.maximum * 1000
         return (
             f"the client sent {self.late} of {lag.count} requests more than {limit:.1f} ms late, up to {worst:.1f} ms"
         )
@@ -160,7 +160,7 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
     cached = sum(record.cached_tokens for record in answered)
     figures = _figures(counted, answered)
     median_s = figures["ttft"].percentiles[50.0] if "ttft" in figures else None
-    most_lag_s = max(MOST_LAG_S, MOST_LAG_SHARE * (median_s or 0.0))
+    max_lag_s = max(MOST_LAG_S, MOST_LAG_SHARE * (median_s or 0.0))
     return Summary(
         window=window,
         scheduled=len(counted),
@@ -177,8 +177,8 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
         goodput=good / seconds if slo is not None else None,
         misses=dict(Counter(reason for verdict in verdicts for reason in verdict)),
         figures=figures,
-        late=sum(record.send_lag_s > most_lag_s for record in _sent(counted)),
-        most_lag_s=most_lag_s,
+        late=sum(record.send_lag_s > max_lag_s for record in _sent(counted)),
+        max_lag_s=max_lag_s,
     )
 
 

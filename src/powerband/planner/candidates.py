@@ -15,15 +15,15 @@ from typing import Any
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import UsageError
-from powerband.planner.formatting import layout_text
+from powerband.planner.report.formatting import layout_text
 from powerband.planner.results import Pruned
 from powerband.spec.deployment import EngineName, KVPrecision, Quantization, Replica
-from powerband.spec.engines import ABILITIES, USUAL, kv_precisions, why_not
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
-from powerband.spec.stored import Stored
+from powerband.spec.engine_capabilities import CAPABILITIES, DEFAULT_QUANTIZATIONS, kv_precisions, unsupported_reason
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
+from powerband.spec.model.model_spec import ModelSpec
 
-_OFFLOADED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_OFFLOAD_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,9 @@ class SearchSpace:
     pinned: Mapping[str, Any] | None = None
 
 
-def kinds(spec: ModelSpec, stored: Stored, space: SearchSpace) -> tuple[list[ReplicaOption], list[Pruned]]:
+def replica_options(
+    spec: ModelSpec, stored: CheckpointPrecision, space: SearchSpace
+) -> tuple[list[ReplicaOption], list[Pruned]]:
     """All that fit, and what was left out, by reason.
 
     Raises UsageError when no engine can run the model on any of the devices in any of the precisions.
@@ -59,21 +61,21 @@ def kinds(spec: ModelSpec, stored: Stored, space: SearchSpace) -> tuple[list[Rep
     for engine in space.engines:
         for profile in space.profiles:
             for quantization in _quantizations(stored, space):
-                reason = _unable(engine, profile, quantization, stored, space)
+                reason = _unsupported_reason(engine, profile, quantization, stored, space)
                 if reason:
                     left_out[f"{engine} on {profile.name} in {_precision(quantization)}", reason] += 1
                     continue
                 for replica in _replicas(spec, engine, profile, quantization, stored, space):
-                    kind = _fitting(spec, engine, profile, replica)
+                    kind = _with_offload(spec, engine, profile, replica)
                     if kind.memory.problem:
-                        left_out[_name(engine, replica), kind.memory.problem] += 1
+                        left_out[_option_name(engine, replica), kind.memory.problem] += 1
                     else:
                         found.append(kind)
     pruned = [Pruned(what, reason, count) for (what, reason), count in left_out.items()]
     return found, pruned
 
 
-def _quantizations(stored: Stored, space: SearchSpace) -> tuple[Quantization, ...]:
+def _quantizations(stored: CheckpointPrecision, space: SearchSpace) -> tuple[Quantization, ...]:
     if stored.quantization != "none":
         if space.quantizations and tuple(space.quantizations) != (stored.quantization,):
             raise UsageError(
@@ -82,17 +84,21 @@ def _quantizations(stored: Stored, space: SearchSpace) -> tuple[Quantization, ..
                 param="quantization",
             )
         return (stored.quantization,)
-    return tuple(space.quantizations) or USUAL
+    return tuple(space.quantizations) or DEFAULT_QUANTIZATIONS
 
 
-def _unable(
-    engine: EngineName, profile: DeviceProfile, quantization: Quantization, stored: Stored, space: SearchSpace
+def _unsupported_reason(
+    engine: EngineName,
+    profile: DeviceProfile,
+    quantization: Quantization,
+    stored: CheckpointPrecision,
+    space: SearchSpace,
 ) -> str:
-    reason = why_not(engine, profile, quantization)
-    if not reason and space.draft_tokens and not ABILITIES[engine].speculates:
+    reason = unsupported_reason(engine, profile, quantization)
+    if not reason and space.draft_tokens and not CAPABILITIES[engine].speculates:
         return f"{engine} does not speculate yet"
     is_asked = quantization in (*space.quantizations, stored.quantization)
-    if not reason and not is_asked and quantization not in ABILITIES[engine].loads:
+    if not reason and not is_asked and quantization not in CAPABILITIES[engine].loads:
         return "it needs a checkpoint that was quantized so (ask for it with --quantization)"
     return reason
 
@@ -102,12 +108,12 @@ def _replicas(
     engine: EngineName,
     profile: DeviceProfile,
     quantization: Quantization,
-    stored: Stored,
+    stored: CheckpointPrecision,
     space: SearchSpace,
 ) -> Iterator[Replica]:
-    most = min(space.max_devices, profile.devices_per_node) if ABILITIES[engine].divides else 1
+    max_devices = min(space.max_devices, profile.devices_per_node) if CAPABILITIES[engine].divides else 1
     kv: KVPrecision
-    for tensor, stages in _layouts(most):
+    for tensor, stages in _layouts(max_devices):
         for experts in {1, tensor if _has_experts(spec) else 1}:
             for kv in kv_precisions(engine, profile, quantization, stored.kv_precision):
                 replica = Replica(
@@ -129,12 +135,12 @@ def _replicas(
 _ENUMERATED = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "quantization", "kv_precision")
 
 
-def _layouts(most: int) -> Iterator[tuple[int, int]]:
-    """(TP, PP) in powers of two, up to `most` devices."""
+def _layouts(max_devices: int) -> Iterator[tuple[int, int]]:
+    """(TP, PP) in powers of two, up to `max_devices` devices."""
     tensor = 1
-    while tensor <= most:
+    while tensor <= max_devices:
         stages = 1
-        while tensor * stages <= most:
+        while tensor * stages <= max_devices:
             yield tensor, stages
             stages *= 2
         tensor *= 2
@@ -144,13 +150,13 @@ def _has_experts(spec: ModelSpec) -> bool:
     return any(layer.num_experts for layer in spec.layers)
 
 
-def _fitting(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replica: Replica) -> ReplicaOption:
+def _with_offload(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replica: Replica) -> ReplicaOption:
     """With as much of the weights in the host's memory as it takes to fit; none, where it fits without or never."""
     whole = ReplicaOption(engine, replica, plan_replica(spec, profile, replica, engine))
-    may_offload = ABILITIES[engine].offloads and profile.kind != "cpu" and replica.num_devices == 1
+    may_offload = CAPABILITIES[engine].offloads and profile.kind != "cpu" and replica.num_devices == 1
     if not whole.memory.problem or replica.offload_share or not may_offload:
         return whole
-    for share in _OFFLOADED:
+    for share in _OFFLOAD_RATIOS:
         offloaded = replace(replica, offload_share=share)
         memory = plan_replica(spec, profile, offloaded, engine)
         if not memory.problem:
@@ -158,7 +164,7 @@ def _fitting(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replic
     return whole
 
 
-def _name(engine: EngineName, replica: Replica) -> str:
+def _option_name(engine: EngineName, replica: Replica) -> str:
     layout = layout_text(replica)
     name = f"{engine} on {replica.num_devices} {replica.device}, {_precision(replica.quantization)}"
     return f"{name}, {layout}" if layout else name

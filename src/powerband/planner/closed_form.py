@@ -71,9 +71,9 @@ class ClosedForm:
         self.by_memory = by_cache < replica.max_num_seqs
         self._tokens_per_step = _tokens_per_step(replica)
         self.prefill_s = self._added_s(weight.new)
-        most = self.seats
-        denominator = weight.output / self._tokens_per_step * self._step_s(most) + most * self.prefill_s
-        self.capacity = most / denominator / weight.turns if denominator > 0 else math.inf
+        max_running = self.seats
+        denominator = weight.output / self._tokens_per_step * self._step_s(max_running) + max_running * self.prefill_s
+        self.capacity = max_running / denominator / weight.turns if denominator > 0 else math.inf
 
     @property
     def output(self) -> float:
@@ -112,7 +112,7 @@ class ClosedForm:
             max(names, key=lambda name: bounds.get(name, 0.0)),
         )
 
-    def kept_rate(self, slo: SLO) -> float:
+    def slo_rate(self, slo: SLO) -> float:
         """The highest rate at which the limits are kept at the percentile; 0: none."""
         low, high = 0.0, self.capacity
         for _ in range(_ROUNDS):

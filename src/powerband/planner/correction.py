@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from powerband.planner.results import Banded, Evaluation
+from powerband.planner.results import Evaluation, Prediction
 from powerband.spec.deployment import Deployment
 
 _CORRECTED = ("ttft_s", "ttft_mean_s", "tpot_s", "tpot_mean_s", "e2e_mean_s")
-_FEWEST = 3
+_MIN_SIMULATED = 3
 
 
 def corrected(evaluations: Sequence[Evaluation], before: Mapping[Deployment, Evaluation]) -> list[Evaluation]:
@@ -30,7 +30,7 @@ def _factors(simulated: Sequence[Evaluation], before: Mapping[Deployment, Evalua
             for e in simulated
             if math.isfinite(e.figures[name].value) and math.isfinite(before[e.deployment].figures[name].value)
         ]
-        if len(ratios) >= _FEWEST:
+        if len(ratios) >= _MIN_SIMULATED:
             found[name] = median(ratios)
     return found
 
@@ -39,5 +39,5 @@ def _times(evaluation: Evaluation, factors: Mapping[str, float]) -> Evaluation:
     figures = dict(evaluation.figures)
     for name, factor in factors.items():
         figure = figures[name]
-        figures[name] = Banded(figure.value * factor, figure.low * factor, figure.high * factor)
+        figures[name] = Prediction(figure.value * factor, figure.low * factor, figure.high * factor)
     return replace(evaluation, figures=figures)

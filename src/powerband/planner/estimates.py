@@ -10,10 +10,10 @@ from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import ReplicaOption
 from powerband.planner.closed_form import ClosedForm, StepTimes
-from powerband.planner.plan_request import PlanRequest, WorkloadStats, weight
-from powerband.planner.results import Banded, Bound, Evaluation
-from powerband.spec.catalog import usd_per_hour
-from powerband.spec.deployment import Deployment, Pool, Replica
+from powerband.planner.plan_request import PlanRequest, WorkloadStats, mean_tokens
+from powerband.planner.results import Bound, Evaluation, Prediction
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.hardware.catalog import usd_per_hour
 
 # (max_num_seqs, max_num_batched_tokens): the default first.
 LIMITS = ((256, 2048), (64, 2048), (256, 512), (256, 8192))
@@ -27,128 +27,128 @@ class SizedReplica:
 
     kind: ReplicaOption
     forms: tuple[ClosedForm, ClosedForm, ClosedForm]  # as predicted, and at the band's slow and fast edge
-    kept_rate: float  # as predicted
-    sure_rate: float  # at the slow edge
+    slo_rate: float  # as predicted
+    guaranteed_rate: float  # at the slow edge
 
     @property
     def replica(self) -> Replica:
         return self.kind.replica
 
 
-def units(
-    question: PlanRequest, kinds: Sequence[ReplicaOption], requests: Sequence[WorkloadStats], turns: float
+def sized_replicas(
+    plan_request: PlanRequest, kinds: Sequence[ReplicaOption], requests: Sequence[WorkloadStats], turns: float
 ) -> Iterator[SizedReplica]:
     """With every pair of limits that makes a difference and is not pinned."""
-    percentile = question.slo.attainment
+    percentile = plan_request.slo.attainment
     weights = {
-        caching: weight(requests, caching=caching, percentile=percentile, turns=turns) for caching in (True, False)
+        caching: mean_tokens(requests, caching=caching, percentile=percentile, turns=turns) for caching in (True, False)
     }
     for kind in kinds:
-        model = LatencyModel(question.spec, question.profile(kind.replica.device), kind.replica, kind.engine)
+        model = LatencyModel(plan_request.spec, plan_request.profile(kind.replica.device), kind.replica, kind.engine)
         times = StepTimes(model, weights[kind.replica.enable_prefix_caching], kind.replica.draft_tokens)
         band = model.band
         for seats, budget in LIMITS:
-            limited = {"max_num_seqs": seats, "max_num_batched_tokens": budget, **question.pinned}
+            limited = {"max_num_seqs": seats, "max_num_batched_tokens": budget, **plan_request.pinned}
             replica = replace(kind.replica, **limited)
-            if (seats, budget) != LIMITS[0] and replica == replace(kind.replica, **dict(question.pinned)):
+            if (seats, budget) != LIMITS[0] and replica == replace(kind.replica, **dict(plan_request.pinned)):
                 continue
-            found = unit_of(question, kind, replica, times, band)
+            found = size_replica(plan_request, kind, replica, times, band)
             if found is not None:
                 yield found
 
 
-def unit_of(
-    question: PlanRequest, kind: ReplicaOption, replica: Replica, times: StepTimes, band: float
+def size_replica(
+    plan_request: PlanRequest, kind: ReplicaOption, replica: Replica, times: StepTimes, band: float
 ) -> SizedReplica | None:
     """`replica`: the kind's own with other limits. None: it does not fit."""
-    profile = question.profile(replica.device)
-    memory = kind.memory if replica == kind.replica else plan_replica(question.spec, profile, replica, kind.engine)
+    profile = plan_request.profile(replica.device)
+    memory = kind.memory if replica == kind.replica else plan_replica(plan_request.spec, profile, replica, kind.engine)
     if memory.problem:
         return None
     nominal, slowest, fastest = (
-        ClosedForm(times, replica, memory.kv_tokens, percentile=question.slo.attainment, slowdown=slowdown)
+        ClosedForm(times, replica, memory.kv_tokens, percentile=plan_request.slo.attainment, slowdown=slowdown)
         for slowdown in (1.0, 1 + band, 1 / (1 + band))
     )
     return SizedReplica(
         ReplicaOption(kind.engine, replica, memory),
         (nominal, slowest, fastest),
-        nominal.kept_rate(question.slo),
-        slowest.kept_rate(question.slo),
+        nominal.slo_rate(plan_request.slo),
+        slowest.slo_rate(plan_request.slo),
     )
 
 
-def counts(question: PlanRequest, unit: SizedReplica) -> list[int]:
+def replica_counts(plan_request: PlanRequest, unit: SizedReplica) -> list[int]:
     """Numbers of replicas that are worth a look: what the rate takes, as predicted and surely, and one less."""
-    most = most_replicas(question, unit.replica)
-    if most < 1:
+    max_count = max_replicas(plan_request, unit.replica)
+    if max_count < 1:
         return []
-    if question.replicas is not None:
-        return [question.replicas] if question.replicas <= most else []
-    if unit.kept_rate <= 0:
-        return [min(max(math.ceil(question.rate / unit.forms[0].capacity), 1), most)]
-    needed = math.ceil(question.rate / unit.kept_rate)
-    surely = math.ceil(question.rate / unit.sure_rate) if unit.sure_rate > 0 else needed + 1
-    wanted = {needed - 1, needed, surely}
-    if question.objective != "cost":
-        wanted |= {most, (most + needed) // 2}
-    return sorted({min(max(count, 1), most) for count in wanted})
+    if plan_request.replicas is not None:
+        return [plan_request.replicas] if plan_request.replicas <= max_count else []
+    if unit.slo_rate <= 0:
+        return [min(max(math.ceil(plan_request.rate / unit.forms[0].capacity), 1), max_count)]
+    needed = math.ceil(plan_request.rate / unit.slo_rate)
+    pessimistic = math.ceil(plan_request.rate / unit.guaranteed_rate) if unit.guaranteed_rate > 0 else needed + 1
+    wanted = {needed - 1, needed, pessimistic}
+    if plan_request.objective != "cost":
+        wanted |= {max_count, (max_count + needed) // 2}
+    return sorted({min(max(count, 1), max_count) for count in wanted})
 
 
-def most_replicas(question: PlanRequest, replica: Replica) -> int:
-    profile = question.profile(replica.device)
+def max_replicas(plan_request: PlanRequest, replica: Replica) -> int:
+    profile = plan_request.profile(replica.device)
     if profile.kind == "cpu":
         # A machine is one device, and holds as many replicas as its measured ones leave cores for.
         return profile.machine.cores // profile.machine.threads if profile.machine is not None else 1
-    return question.max_devices // replica.num_devices
+    return plan_request.max_devices // replica.num_devices
 
 
-def estimated(question: PlanRequest, unit: SizedReplica, count: int) -> Evaluation:
+def estimate(plan_request: PlanRequest, unit: SizedReplica, count: int) -> Evaluation:
     """`count` of these replicas, each with an equal share of the rate."""
-    deployment = Deployment(engine=unit.kind.engine, pools=(Pool(replica=unit.replica, count=count),))
-    operators, binds = binding(unit, question.rate / count)
+    deployment = Deployment(engine=unit.kind.engine, pools=(ReplicaPool(replica=unit.replica, count=count),))
+    operators, binds = binding(unit, plan_request.rate / count)
     return Evaluation(
         deployment=deployment,
         method="closed form",
-        figures=figures_of(unit, question.rate, count),
-        meets_slo=unit.sure_rate * count >= question.rate,
-        usd_per_hour=price_of(question, deployment),
+        figures=estimate_figures(unit, plan_request.rate, count),
+        meets_slo=unit.guaranteed_rate * count >= plan_request.rate,
+        usd_per_hour=deployment_price(plan_request, deployment),
         binds=binds,
         operators=operators,
         kv_tokens=unit.kind.memory.kv_tokens,
         weights_bytes=unit.kind.memory.parts.get("weights", 0),
-        notes=notes(question, deployment),
+        notes=notes(plan_request, deployment),
     )
 
 
-def figures_of(unit: SizedReplica, rate: float, count: int) -> dict[str, Banded]:
+def estimate_figures(unit: SizedReplica, rate: float, count: int) -> dict[str, Prediction]:
     """Of so many replicas that share a rate, see outcome.Evaluation."""
     nominal, slow, fast = (form.at(rate / count) for form in unit.forms)
     output = unit.forms[0].output
     return {
-        "ttft_s": Banded(nominal.ttft_high_s, fast.ttft_high_s, slow.ttft_high_s),
-        "ttft_mean_s": Banded(nominal.ttft_s, fast.ttft_s, slow.ttft_s),
-        "tpot_s": Banded(nominal.tpot_high_s, fast.tpot_high_s, slow.tpot_high_s),
-        "tpot_mean_s": Banded(nominal.tpot_s, fast.tpot_s, slow.tpot_s),
-        "e2e_mean_s": Banded(nominal.e2e_s(output), fast.e2e_s(output), slow.e2e_s(output)),
-        "output_tokens_per_s": Banded(
+        "ttft_s": Prediction(nominal.ttft_high_s, fast.ttft_high_s, slow.ttft_high_s),
+        "ttft_mean_s": Prediction(nominal.ttft_s, fast.ttft_s, slow.ttft_s),
+        "tpot_s": Prediction(nominal.tpot_high_s, fast.tpot_high_s, slow.tpot_high_s),
+        "tpot_mean_s": Prediction(nominal.tpot_s, fast.tpot_s, slow.tpot_s),
+        "e2e_mean_s": Prediction(nominal.e2e_s(output), fast.e2e_s(output), slow.e2e_s(output)),
+        "output_tokens_per_s": Prediction(
             *(min(rate, form.capacity * count) * form.output_of_arrival for form in unit.forms)
         ),
-        "capacity": capacity_of(unit, count),
+        "capacity": estimate_capacity(unit, count),
     }
 
 
-def capacity_of(unit: SizedReplica, count: int) -> Banded:
+def estimate_capacity(unit: SizedReplica, count: int) -> Prediction:
     best = unit.forms[2].capacity
-    return Banded(
-        unit.kept_rate * count, unit.sure_rate * count, max(unit.kept_rate, min(best, unit.kept_rate * 1.5)) * count
+    return Prediction(
+        unit.slo_rate * count, unit.guaranteed_rate * count, max(unit.slo_rate, min(best, unit.slo_rate * 1.5)) * count
     )
 
 
-def price_of(question: PlanRequest, deployment: Deployment) -> float | None:
+def deployment_price(plan_request: PlanRequest, deployment: Deployment) -> float | None:
     """Dollars per hour of the cheapest machines; None: not all have a known price."""
     total = 0.0
     for pool in deployment.pools:
-        prices = question.profile(pool.replica.device).prices
+        prices = plan_request.profile(pool.replica.device).prices
         found = usd_per_hour(prices, pool.count, pool.replica.num_devices)
         if found is None:
             return None
@@ -156,15 +156,15 @@ def price_of(question: PlanRequest, deployment: Deployment) -> float | None:
     return total
 
 
-def notes(question: PlanRequest, deployment: Deployment) -> tuple[str, ...]:
+def notes(plan_request: PlanRequest, deployment: Deployment) -> tuple[str, ...]:
     found = []
     for pool in deployment.pools:
         if pool.replica.offload_share:
             found.append(f"{pool.replica.offload_share:.0%} of the weights come from the host's memory in every step")
-        if pool.replica.quantization not in ("none", question.stored.quantization):
+        if pool.replica.quantization not in ("none", plan_request.stored.quantization):
             found.append(f"weights in {pool.replica.quantization}: check the quality for your use")
     if deployment.engine == "powerband" and any(
-        question.profile(pool.replica.device).kind != "cpu" for pool in deployment.pools
+        plan_request.profile(pool.replica.device).kind != "cpu" for pool in deployment.pools
     ):
         found.append("our engine has not been measured on GPUs: its laws are those of other engines, its band is wider")
     return tuple(dict.fromkeys(found))

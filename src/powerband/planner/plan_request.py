@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace
 from powerband.planner.results import Objective
-from powerband.spec.arrivals import OpenLoop, Replay
 from powerband.spec.deployment import EngineName, Quantization
-from powerband.spec.model import ModelSpec
-from powerband.spec.profile import DeviceProfile
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
+from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.slo import SLO
-from powerband.spec.stored import Stored
-from powerband.spec.workload import Schedule, Workload
+from powerband.spec.workload.arrivals import OpenLoop, Replay
+from powerband.spec.workload.workload import Schedule, Workload
+
+_SAMPLED_REQUESTS = 4000  # of which the longest counts
+_DENSE_ARRIVALS = OpenLoop.at(1000.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +29,7 @@ class PlanRequest:
 
     model: str
     spec: ModelSpec
-    stored: Stored
+    stored: CheckpointPrecision
     profiles: Sequence[DeviceProfile]
     engines: Sequence[EngineName]
     workload: Workload
@@ -63,11 +67,11 @@ class PlanRequest:
         arrivals = self.workload.arrivals
         if isinstance(arrivals, Replay):
             own = self.workload.mean_rate() or rate
-            made = replace(self.workload, arrivals=Replay(arrivals.speedup * rate / own))
+            scaled = replace(self.workload, arrivals=Replay(arrivals.speedup * rate / own))
         else:
             burstiness = arrivals.burstiness if isinstance(arrivals, OpenLoop) else 1.0
-            made = replace(self.workload, arrivals=OpenLoop.at(rate, burstiness))
-        return made.draw(self.seed, num_requests=num_requests)
+            scaled = replace(self.workload, arrivals=OpenLoop.at(rate, burstiness))
+        return scaled.draw(self.seed, num_requests=num_requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,33 +101,33 @@ class WorkloadStats:
     output: int
 
 
-def weighed(schedule: Schedule) -> list[WorkloadStats]:
+def request_tokens(schedule: Schedule) -> list[WorkloadStats]:
     """Every request of a schedule, in the order of chains."""
     seen: dict[str, int] = {}
     found = []
     for chain in schedule.chains:
-        said = 0
+        history = 0
         for request in chain.requests:
-            said = said if request.turn else 0
-            cached, is_known = said, True
+            history = history if request.turn else 0
+            cached, is_known = history, True
             for segment in request.segments:
                 known = min(seen.get(segment.key, 0), segment.tokens) if is_known else 0
                 cached += known
                 is_known = is_known and known == segment.tokens
                 seen[segment.key] = max(seen.get(segment.key, 0), segment.tokens)
-            prompt = said + request.new_tokens
+            prompt = history + request.new_tokens
             found.append(WorkloadStats(prompt, min(cached, prompt - 1), request.output_tokens))
-            said = prompt + request.output_tokens
+            history = prompt + request.output_tokens
     return found
 
 
-def turns_of(schedule: Schedule) -> float:
+def mean_turns(schedule: Schedule) -> float:
     """Mean requests of a conversation: what arrives at a rate are conversations."""
     starts = sum(request.turn == 0 for chain in schedule.chains for request in chain.requests)
     return schedule.num_requests / max(starts, 1)
 
 
-def weight(
+def mean_tokens(
     requests: Sequence[WorkloadStats], *, caching: bool, percentile: float, turns: float = 1.0, of: int | None = None
 ) -> RequestTokens:
     """Of some requests (at least one). percentile: 0 … 1, of `new_high`. of: how many there are in all."""
@@ -138,3 +142,21 @@ def weight(
         share=count / (of or count),
         turns=turns,
     )
+
+
+def max_request_tokens(workload: Workload, seed: int, model: ModelSpec, attainment: float) -> int:
+    """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
+    knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
+    """
+    drawn = replace(workload, arrivals=_DENSE_ARRIVALS).draw(seed, num_requests=_SAMPLED_REQUESTS)
+    lengths = sorted(request.prompt + request.output for request in request_tokens(drawn))
+    limit = model.max_position
+    share = sum(length > limit for length in lengths) / len(lengths)
+    if share > 1 - attainment:
+        raise UsageError(
+            f"{share:.0%} of the requests are longer than the {limit:,} positions that the model knows, the longest "
+            f"{lengths[-1]:,} tokens: they cannot be served.",
+            hint="Plan for a model with a longer context, or for shorter requests (--prompt-tokens, --turns).",
+            param="workload",
+        )
+    return min(-(-lengths[-1] // 1024) * 1024, limit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from powerband.spec.deployment import Deployment
-from powerband.spec.plan import Banded as Banded
+from powerband.spec.plan import Prediction as Prediction
 from powerband.spec.slo import SLO
 
 Bound = Literal["memory", "bandwidth", "compute", "link", "host", "queueing"]
@@ -25,7 +25,7 @@ class Evaluation:
 
     deployment: Deployment
     method: Literal["closed form", "simulation"]
-    figures: Mapping[str, Banded]
+    figures: Mapping[str, Prediction]
     meets_slo: bool  # at the pessimistic edge of its bands
     usd_per_hour: float | None  # None: no price is known
     binds: Bound

@@ -18,106 +18,108 @@ from functools import partial
 
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
-from powerband.planner.candidates import kinds
+from powerband.planner.candidates import replica_options
 from powerband.planner.correction import corrected
-from powerband.planner.estimates import LIMITS, counts, estimated, units
-from powerband.planner.formatting import deployment_text
-from powerband.planner.mixed_pools import fleets
-from powerband.planner.plan_request import PlanRequest, turns_of, weighed
-from powerband.planner.reasons import reasons
-from powerband.planner.results import Banded, Bound, Evaluation, PlanResults, Pruned
+from powerband.planner.estimates import LIMITS, estimate, replica_counts, sized_replicas
+from powerband.planner.mixed_pools import mixed_deployments
+from powerband.planner.plan_request import PlanRequest, mean_turns, request_tokens
+from powerband.planner.report.formatting import deployment_text
+from powerband.planner.report.reasons import reasons
+from powerband.planner.results import Bound, Evaluation, PlanResults, Prediction, Pruned
 from powerband.planner.selection import alternatives, marked, order, price, recommended, within_budget
-from powerband.planner.simulation_task import MAX_REPLICAS, SimulationSummary, SimulationTask, play
+from powerband.planner.simulation.task import MAX_REPLICAS, SimulationSummary, SimulationTask, run_simulation_task
 from powerband.spec.deployment import Deployment
-from powerband.spec.workload import Mix
+from powerband.spec.workload.workload import RequestMix
 
 Progress = Callable[[int, int, str], object]  # done, of how many, of what
 
-_WEIGHED = 2000  # requests by which the workload is weighed
-_MOST_SIMULATED = 64  # deployments
-_ALIKE = 3  # of one price that are simulated
-_OF_FRONTIER = 6  # that are simulated besides, so that the frontier shows more than closed forms
-_AT_ONCE = 4
-_MOST_SURELY = 3  # times that others of the same price are looked at, when simulations have told how closed forms err
-_SAME = 1e-3  # of a price
-_MOST_BESIDE = 6  # times that alternatives are looked for anew, because simulated they are none
+_SAMPLED_REQUESTS = 2000  # requests by which the workload is weighed
+_MAX_SIMULATED = 64  # deployments
+_PER_PRICE = 3  # of one price that are simulated
+_FRONTIER_SIMULATED = 6  # that are simulated besides, so that the frontier shows more than closed forms
+_BATCH = 4
+_MAX_RECHECKS = 3  # times that others of the same price are looked at, when simulations have told how closed forms err
+_SAME_PRICE = 1e-3  # of a price
+_MAX_ALTERNATIVE_ROUNDS = 6  # times that alternatives are looked for anew, because simulated they are none
 _SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
-_FEWEST, _MOST = 150, 1200  # requests
+_MIN_REQUESTS, _MAX_REQUESTS = 150, 1200  # requests
 _MEMORY_BINDS = 0.2  # of the steps someone waits for blocks
 _BISECTIONS = 5  # to find the highest rate
-_MOST_RATE = 8.0  # times the asked one: what holds that is not asked for more
+_MAX_RATE_RATIO = 8.0  # times the asked one: what holds that is not asked for more
 
 
-def search(question: PlanRequest, *, workers: int | None = None, progress: Progress | None = None) -> PlanResults:
+def search(plan_request: PlanRequest, *, workers: int | None = None, progress: Progress | None = None) -> PlanResults:
     """workers: processes; default: one for each core. Raises UsageError when no deployment fits at all."""
     started_s = time.monotonic()
-    tell: Progress = progress or (lambda _done, _total, _text: None)
-    found, pruned = kinds(question.spec, question.stored, question.space)
+    report: Progress = progress or (lambda _done, _total, _text: None)
+    found, pruned = replica_options(plan_request.spec, plan_request.stored, plan_request.space)
     if not found:
-        raise _nothing_fits(question, pruned)
-    schedule = question.schedule(question.rate, _WEIGHED)
-    requests, turns = weighed(schedule), turns_of(schedule)
-    evaluations, alike = [], []
-    for unit in units(question, found, requests, turns):
-        alike.append(unit)
-        evaluations += [estimated(question, unit, count) for count in counts(question, unit)]
-        tell(len(alike), len(LIMITS) * len(found), "closed form")
-    evaluations += fleets(question, alike, requests, turns)
-    tell(0, _MOST_SIMULATED, f"simulating, first estimate: {_best_text(question, evaluations)}")
+        raise _nothing_fits(plan_request, pruned)
+    schedule = plan_request.schedule(plan_request.rate, _SAMPLED_REQUESTS)
+    requests, turns = request_tokens(schedule), mean_turns(schedule)
+    evaluations, sized = [], []
+    for unit in sized_replicas(plan_request, found, requests, turns):
+        sized.append(unit)
+        evaluations += [estimate(plan_request, unit, count) for count in replica_counts(plan_request, unit)]
+        report(len(sized), len(LIMITS) * len(found), "closed form")
+    evaluations += mixed_deployments(plan_request, sized, requests, turns)
+    report(0, _MAX_SIMULATED, f"simulating, first estimate: {_best_text(plan_request, evaluations)}")
     before = {evaluation.deployment: evaluation for evaluation in evaluations}
-    with _players(question, workers) as players:
-        simulated = _Simulated(question, players, tell)
+    with _worker_pool(plan_request, workers) as simulate_all:
+        simulated = _SimulationRounds(plan_request, simulate_all, report)
         evaluations = simulated.rounds(evaluations)
         evaluations = simulated.frontier(marked(evaluations))
-        evaluations = simulated.surely(evaluations, before)
-        evaluations = simulated.beside(evaluations)
-        evaluations = simulated.capacity(evaluations, recommended(question, evaluations))
+        evaluations = simulated.recheck(evaluations, before)
+        evaluations = simulated.others(evaluations)
+        evaluations = simulated.capacity(evaluations, recommended(plan_request, evaluations))
     evaluations = corrected(evaluations, before)
-    chosen = recommended(question, evaluations)
+    chosen = recommended(plan_request, evaluations)
     evaluations = marked(evaluations, chosen)
-    evaluations = sorted(evaluations, key=lambda e: (not e.meets_slo, order(question.objective, e)))
-    chosen = recommended(question, evaluations)
-    beside = alternatives(question, chosen, evaluations)
+    evaluations = sorted(evaluations, key=lambda e: (not e.meets_slo, order(plan_request.objective, e)))
+    chosen = recommended(plan_request, evaluations)
+    others = alternatives(plan_request, chosen, evaluations)
     found_in_all = PlanResults(
-        model=question.model,
-        objective=question.objective,
-        rate=question.rate,
-        slo=question.slo,
-        budget_usd_per_hour=question.budget_usd_per_h,
-        workload=question.workload.as_dict(),
+        model=plan_request.model,
+        objective=plan_request.objective,
+        rate=plan_request.rate,
+        slo=plan_request.slo,
+        budget_usd_per_hour=plan_request.budget_usd_per_h,
+        workload=plan_request.workload.as_dict(),
         evaluations=tuple(evaluations),
         pruned=tuple(pruned),
         recommended=chosen,
-        alternatives=beside,
+        alternatives=others,
         seconds=time.monotonic() - started_s,
     )
     why = reasons(
         chosen,
         evaluations,
-        beside,
-        slo=question.slo,
-        rate=question.rate,
-        budget_usd_per_h=question.budget_usd_per_h,
+        others,
+        slo=plan_request.slo,
+        rate=plan_request.rate,
+        budget_usd_per_h=plan_request.budget_usd_per_h,
         unit=found_in_all.unit,
     )
     return replace(found_in_all, reasons=why)
 
 
-def _best_text(question: PlanRequest, evaluations: Sequence[Evaluation]) -> str:
+def _best_text(plan_request: PlanRequest, evaluations: Sequence[Evaluation]) -> str:
     """What would be recommended: of what was simulated, or else by estimates alone."""
-    able = [e for e in evaluations if e.meets_slo and within_budget(question, e)]
-    best = recommended(question, evaluations) or min(able, key=lambda e: order(question.objective, e), default=None)
+    able = [e for e in evaluations if e.meets_slo and within_budget(plan_request, e)]
+    best = recommended(plan_request, evaluations) or min(
+        able, key=lambda e: order(plan_request.objective, e), default=None
+    )
     return "nothing keeps the SLO" if best is None else deployment_text(best.deployment)
 
 
-Player = Callable[[Iterable[SimulationTask]], Iterator[SimulationSummary]]
+Simulate = Callable[[Iterable[SimulationTask]], Iterator[SimulationSummary]]
 
 
 @contextmanager
-def _players(question: PlanRequest, workers: int | None) -> Iterator[Player]:
+def _worker_pool(plan_request: PlanRequest, workers: int | None) -> Iterator[Simulate]:
     """Tasks in, what was played out, in their order."""
     workers = workers or len(os.sched_getaffinity(0))
-    one = partial(play, question)
+    one = partial(run_simulation_task, plan_request)
     if workers == 1:
         yield partial(map, one)
         return
@@ -131,65 +133,65 @@ def _players(question: PlanRequest, workers: int | None) -> Iterator[Player]:
 
 
 @dataclass(slots=True)
-class _Simulated:
+class _SimulationRounds:
     """Simulates evaluations, and remembers which."""
 
-    question: PlanRequest
-    players: Player
-    tell: Progress
+    plan_request: PlanRequest
+    simulate_all: Simulate
+    report: Progress
 
     def rounds(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """The best ones by the objective, until no better one is left that could keep the SLO."""
         by_deployment = {evaluation.deployment: evaluation for evaluation in evaluations}
         done = 0
-        while done < _MOST_SIMULATED:
+        while done < _MAX_SIMULATED:
             batch = self._next(list(by_deployment.values()))
             if not batch:
                 break
             for evaluation in self.simulate(batch):
                 by_deployment[evaluation.deployment] = evaluation
             done += len(batch)
-            self.tell(
-                done, _MOST_SIMULATED, f"simulating, so far: {_best_text(self.question, [*by_deployment.values()])}"
+            self.report(
+                done, _MAX_SIMULATED, f"simulating, so far: {_best_text(self.plan_request, [*by_deployment.values()])}"
             )
         return list(by_deployment.values())
 
     def frontier(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """Some of what nothing beats, evenly spread over the prices."""
         edge = sorted((e for e in evaluations if not e.dominated and e.method != "simulation"), key=price)
-        chosen = edge[:: max(len(edge) // _OF_FRONTIER, 1)][:_OF_FRONTIER]
-        played = {evaluation.deployment: evaluation for evaluation in self.simulate(chosen)}
-        return [played.get(evaluation.deployment, evaluation) for evaluation in evaluations]
+        chosen = edge[:: max(len(edge) // _FRONTIER_SIMULATED, 1)][:_FRONTIER_SIMULATED]
+        simulated = {evaluation.deployment: evaluation for evaluation in self.simulate(chosen)}
+        return [simulated.get(evaluation.deployment, evaluation) for evaluation in evaluations]
 
-    def surely(self, evaluations: Sequence[Evaluation], before: Mapping[Deployment, Evaluation]) -> list[Evaluation]:
+    def recheck(self, evaluations: Sequence[Evaluation], before: Mapping[Deployment, Evaluation]) -> list[Evaluation]:
         """What would be better than the choice at its price, if closed forms erred with it as with the others."""
         by_deployment = {evaluation.deployment: evaluation for evaluation in evaluations}
-        for _ in range(_MOST_SURELY):
-            best = recommended(self.question, list(by_deployment.values()))
+        for _ in range(_MAX_RECHECKS):
+            best = recommended(self.plan_request, list(by_deployment.values()))
             if best is None:
                 break
-            limit = order(self.question.objective, best)
+            limit = order(self.plan_request.objective, best)
             better = [
                 evaluation
                 for evaluation in corrected(list(by_deployment.values()), before)
                 if evaluation.method != "simulation"
-                and evaluation.figures["capacity"].high >= self.question.rate
-                and abs(price(evaluation) - price(best)) < _SAME * price(best)
-                and order(self.question.objective, evaluation) < limit
+                and evaluation.figures["capacity"].high >= self.plan_request.rate
+                and abs(price(evaluation) - price(best)) < _SAME_PRICE * price(best)
+                and order(self.plan_request.objective, evaluation) < limit
             ]
             if not better:
                 break
-            better.sort(key=lambda evaluation: order(self.question.objective, evaluation))
-            found = self.simulate([by_deployment[evaluation.deployment] for evaluation in better[:_AT_ONCE]])
+            better.sort(key=lambda evaluation: order(self.plan_request.objective, evaluation))
+            found = self.simulate([by_deployment[evaluation.deployment] for evaluation in better[:_BATCH]])
             by_deployment |= {evaluation.deployment: evaluation for evaluation in found}
         return list(by_deployment.values())
 
-    def beside(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    def others(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """What lies beside the choice: figures of a closed form are not to be held against simulated ones."""
         by_deployment = {evaluation.deployment: evaluation for evaluation in evaluations}
-        for _ in range(_MOST_BESIDE):
+        for _ in range(_MAX_ALTERNATIVE_ROUNDS):
             known = list(by_deployment.values())
-            found = alternatives(self.question, recommended(self.question, known), known)
+            found = alternatives(self.plan_request, recommended(self.plan_request, known), known)
             pending = [evaluation for evaluation in found.values() if evaluation.method != "simulation"]
             if not pending:
                 break
@@ -200,10 +202,10 @@ class _Simulated:
         """The choice's highest rate, as predicted and at both edges, by simulation."""
         # A simulation of many conversations ends long before as many go on at once as there will be: for them the
         # closed form's rate stands, which knows no beginning.
-        if chosen is None or turns_of(self.question.schedule(self.question.rate, _FEWEST)) > 1:
+        if chosen is None or mean_turns(self.plan_request.schedule(self.plan_request.rate, _MIN_REQUESTS)) > 1:
             return list(evaluations)
         edges = self._highest_rates(chosen)
-        figures = {**chosen.figures, "capacity": Banded(*edges)}
+        figures = {**chosen.figures, "capacity": Prediction(*edges)}
         found = replace(chosen, figures=figures)
         return [found if evaluation.deployment == chosen.deployment else evaluation for evaluation in evaluations]
 
@@ -211,63 +213,70 @@ class _Simulated:
         """As predicted, and at the band's slow and fast edge."""
         tasks = []
         for evaluation in evaluations:
-            band = _band(self.question, evaluation.deployment)
-            task = _task(self.question, evaluation, self.question.rate)
+            band = _band(self.plan_request, evaluation.deployment)
+            task = _task(self.plan_request, evaluation, self.plan_request.rate)
             tasks += [replace(task, slowdown=slowdown) for slowdown in (1.0, 1 + band, 1 / (1 + band))]
-        played = list(self.players(tasks))
+        simulated = list(self.simulate_all(tasks))
         return [
-            _judged(self.question, evaluation, *played[3 * i : 3 * i + 3]) for i, evaluation in enumerate(evaluations)
+            _evaluate(self.plan_request, evaluation, *simulated[3 * i : 3 * i + 3])
+            for i, evaluation in enumerate(evaluations)
         ]
 
     def _next(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-        question = self.question
-        best = recommended(question, evaluations)
+        plan_request = self.plan_request
+        best = recommended(plan_request, evaluations)
         seen: dict[float, int] = {}
         for evaluation in evaluations:
             if evaluation.method == "simulation":
                 seen[round(price(evaluation), 4)] = seen.get(round(price(evaluation), 4), 0) + 1
         chosen: list[Evaluation] = []
-        for evaluation in sorted(evaluations, key=lambda e: (not e.meets_slo, order(question.objective, e))):
-            if evaluation.method == "simulation" or not within_budget(question, evaluation):
+        for evaluation in sorted(evaluations, key=lambda e: (not e.meets_slo, order(plan_request.objective, e))):
+            if evaluation.method == "simulation" or not within_budget(plan_request, evaluation):
                 continue
-            if evaluation.figures["capacity"].high < question.rate and question.objective != "throughput":
+            if evaluation.figures["capacity"].high < plan_request.rate and plan_request.objective != "throughput":
                 continue
-            if best is not None and order(question.objective, evaluation) >= order(question.objective, best):
+            if best is not None and order(plan_request.objective, evaluation) >= order(plan_request.objective, best):
                 continue
             level = round(price(evaluation), 4)
-            if question.objective == "cost" and seen.get(level, 0) >= _ALIKE:
+            if plan_request.objective == "cost" and seen.get(level, 0) >= _PER_PRICE:
                 continue
             seen[level] = seen.get(level, 0) + 1
             chosen.append(evaluation)
-            if len(chosen) == _AT_ONCE:
+            if len(chosen) == _BATCH:
                 break
         return chosen
 
     def _highest_rates(self, chosen: Evaluation) -> list[float]:
         """By bisection, for all three speeds at once: as predicted, and at the band's slow and fast edge."""
-        band, asked, guess = _band(self.question, chosen.deployment), self.question.rate, chosen.figures["capacity"]
+        band, asked, guess = (
+            _band(self.plan_request, chosen.deployment),
+            self.plan_request.rate,
+            chosen.figures["capacity"],
+        )
         speeds = (1.0, 1 + band, 1 / (1 + band))
         kept = [asked] * len(speeds)  # by the simulation of the choice
         missed = [math.inf] * len(speeds)
-        rates = [min(max(first, asked * 1.1), asked * _MOST_RATE) for first in (guess.value, guess.low, guess.high)]
+        rates = [
+            min(max(first, asked * 1.1), asked * _MAX_RATE_RATIO) for first in (guess.value, guess.low, guess.high)
+        ]
         for done in range(_BISECTIONS):
             tasks = [
-                replace(_task(self.question, chosen, rate), slowdown=slowdown)
+                replace(_task(self.plan_request, chosen, rate), slowdown=slowdown)
                 for rate, slowdown in zip(rates, speeds, strict=True)
             ]
-            for i, one in enumerate(self.players(tasks)):
-                if _keeps(self.question, one):
+            for i, one in enumerate(self.simulate_all(tasks)):
+                if _meets_slo(self.plan_request, one):
                     kept[i] = max(kept[i], rates[i])
                 else:
                     missed[i] = min(missed[i], rates[i])
                 is_open = math.isinf(missed[i])
-                rates[i] = min(kept[i] * 1.5, asked * _MOST_RATE) if is_open else math.sqrt(kept[i] * missed[i])
-            self.tell(done + 1, _BISECTIONS, f"highest rate of {deployment_text(chosen.deployment)}")
+                rates[i] = min(kept[i] * 1.5, asked * _MAX_RATE_RATIO) if is_open else math.sqrt(kept[i] * missed[i])
+            self.report(done + 1, _BISECTIONS, f"highest rate of {deployment_text(chosen.deployment)}")
         return kept
 
 
-def _judged(
-    question: PlanRequest,
+def _evaluate(
+    plan_request: PlanRequest,
     before: Evaluation,
     nominal: SimulationSummary,
     slow: SimulationSummary,
@@ -276,65 +285,67 @@ def _judged(
     figures = dict(before.figures)
     for name, value in nominal.figures.items():
         others = [value, slow.figures.get(name, value), fast.figures.get(name, value)]
-        figures[name] = Banded(value, min(others), max(others))
+        figures[name] = Prediction(value, min(others), max(others))
     if not nominal.keeps_up:
         for name in ("ttft_s", "ttft_mean_s", "e2e_s", "e2e_mean_s"):
-            figures[name] = Banded(math.inf, figures[name].low, math.inf)
+            figures[name] = Prediction(math.inf, figures[name].low, math.inf)
     capacity = figures["capacity"]
-    if _keeps(question, slow):
-        figures["capacity"] = Banded(
-            max(capacity.value, question.rate), max(capacity.low, question.rate), capacity.high
+    if _meets_slo(plan_request, slow):
+        figures["capacity"] = Prediction(
+            max(capacity.value, plan_request.rate), max(capacity.low, plan_request.rate), capacity.high
         )
     else:
-        figures["capacity"] = Banded(capacity.value, min(capacity.low, question.rate * 0.99), capacity.high)
+        figures["capacity"] = Prediction(capacity.value, min(capacity.low, plan_request.rate * 0.99), capacity.high)
     return replace(
         before,
         method="simulation",
         figures=figures,
-        meets_slo=_keeps(question, slow),
-        binds=_binds(before, nominal),
+        meets_slo=_meets_slo(plan_request, slow),
+        binds=_bottleneck(before, nominal),
         operators=nominal.operators,
     )
 
 
-def _keeps(question: PlanRequest, played: SimulationSummary) -> bool:
-    return played.keeps_up and played.figures["attainment"] >= question.slo.attainment
+def _meets_slo(plan_request: PlanRequest, simulated: SimulationSummary) -> bool:
+    return simulated.keeps_up and simulated.figures["attainment"] >= plan_request.slo.attainment
 
 
-def _binds(before: Evaluation, played: SimulationSummary) -> Bound:
-    if played.short_of_memory > _MEMORY_BINDS:
+def _bottleneck(before: Evaluation, simulated: SimulationSummary) -> Bound:
+    if simulated.short_of_memory > _MEMORY_BINDS:
         return "memory"
-    if not played.keeps_up or before.binds == "queueing":
+    if not simulated.keeps_up or before.binds == "queueing":
         return "queueing"
     names: tuple[Bound, ...] = ("bandwidth", "compute", "link", "host")
-    return max(names, key=lambda name: played.bounds.get(name, 0.0))
+    return max(names, key=lambda name: simulated.bounds.get(name, 0.0))
 
 
-def _task(question: PlanRequest, evaluation: Evaluation, rate: float) -> SimulationTask:
+def _task(plan_request: PlanRequest, evaluation: Evaluation, rate: float) -> SimulationTask:
     """Long enough that the beginning does not count: of conversations, that some have come to their end."""
     replicas = sum(pool.count for pool in evaluation.deployment.pools)
     share = min(MAX_REPLICAS / replicas, 1.0)
     answer_s = evaluation.figures["e2e_mean_s"].value
     seconds = max(_SECONDS, _ANSWERS * answer_s if math.isfinite(answer_s) else 0.0)
-    mix, turns = question.workload.requests, 1.0
-    if isinstance(mix, Mix) and mix.conversation is not None:
+    mix, turns = plan_request.workload.requests, 1.0
+    if isinstance(mix, RequestMix) and mix.conversation is not None:
         turns = mix.conversation.turns.mean
         seconds = max(seconds, 2 * turns * (mix.conversation.think_s + seconds / _ANSWERS))
-    most = _MOST if turns == 1 else 4 * _MOST
-    return SimulationTask(evaluation.deployment, rate, int(min(max(rate * turns * share * seconds, _FEWEST), most)))
+    max_requests = _MAX_REQUESTS if turns == 1 else 4 * _MAX_REQUESTS
+    return SimulationTask(
+        evaluation.deployment, rate, int(min(max(rate * turns * share * seconds, _MIN_REQUESTS), max_requests))
+    )
 
 
-def _band(question: PlanRequest, deployment: Deployment) -> float:
+def _band(plan_request: PlanRequest, deployment: Deployment) -> float:
     return max(
-        LatencyModel(question.spec, question.profile(pool.replica.device), pool.replica, deployment.engine).band
+        LatencyModel(plan_request.spec, plan_request.profile(pool.replica.device), pool.replica, deployment.engine).band
         for pool in deployment.pools
     )
 
 
-def _nothing_fits(question: PlanRequest, pruned: Sequence[Pruned]) -> UsageError:
+def _nothing_fits(plan_request: PlanRequest, pruned: Sequence[Pruned]) -> UsageError:
     listed = "; ".join(f"{one.what}: {one.reason}" for one in pruned[:4])
     return UsageError(
-        f"No deployment of {question.model} is possible on these devices. {listed}.",
+        f"No deployment of {plan_request.model} is possible on these devices. {listed}.",
         hint="Offer larger or more devices (--devices, --max-devices), or another --quantization or --engine.",
         param="devices",
     )

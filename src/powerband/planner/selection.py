@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.results import Evaluation, Objective
+from powerband.spec.hardware.catalog import usd_per_hour
+from powerband.spec.plan import Plan, PlanCost, SLOGuarantee
 
-_HAIR = 1.05  # a latency that is better by less is no reason of its own
-_CLEARLY = 0.9  # of a latency: what is lower than this share of it is faster
+_MARGIN = 1.05  # a latency that is better by less is no reason of its own
+_CLEARLY_FASTER = 0.9  # of a latency: what is lower than this share of it is faster
 _USED = ("ttft_s", "tpot_s")  # by which the frontier is drawn, beside the price
 
 
@@ -30,40 +33,40 @@ def order(objective: Objective, evaluation: Evaluation) -> tuple[float, ...]:
     return price(evaluation), latency, -capacity
 
 
-def within_budget(question: PlanRequest, evaluation: Evaluation) -> bool:
-    if question.budget_usd_per_h is None:
+def within_budget(plan_request: PlanRequest, evaluation: Evaluation) -> bool:
+    if plan_request.budget_usd_per_h is None:
         return True
-    return evaluation.usd_per_hour is not None and evaluation.usd_per_hour <= question.budget_usd_per_h
+    return evaluation.usd_per_hour is not None and evaluation.usd_per_hour <= plan_request.budget_usd_per_h
 
 
-def recommended(question: PlanRequest, evaluations: Sequence[Evaluation]) -> Evaluation | None:
+def recommended(plan_request: PlanRequest, evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """Of those that were simulated, keep the SLO and are within the budget."""
     able = [
         evaluation
         for evaluation in evaluations
-        if evaluation.method == "simulation" and evaluation.meets_slo and within_budget(question, evaluation)
+        if evaluation.method == "simulation" and evaluation.meets_slo and within_budget(plan_request, evaluation)
     ]
-    return min(able, key=lambda evaluation: order(question.objective, evaluation), default=None)
+    return min(able, key=lambda evaluation: order(plan_request.objective, evaluation), default=None)
 
 
 def alternatives(
-    question: PlanRequest, chosen: Evaluation | None, evaluations: Sequence[Evaluation]
+    plan_request: PlanRequest, chosen: Evaluation | None, evaluations: Sequence[Evaluation]
 ) -> dict[str, Evaluation]:
     """'cheaper' and 'faster': the next ones beside the choice; 'nearest': where there is none."""
     if chosen is None:
-        near = min(evaluations, key=lambda evaluation: _excess(question, evaluation), default=None)
+        near = min(evaluations, key=lambda evaluation: _excess(plan_request, evaluation), default=None)
         return {"nearest": near} if near is not None else {}
     found = {}
     cheaper = [e for e in evaluations if price(e) < price(chosen) * 0.999 and _is_finite(e)]
     if cheaper:
-        found["cheaper"] = min(cheaper, key=lambda e: _excess(question, e))
+        found["cheaper"] = min(cheaper, key=lambda e: _excess(plan_request, e))
     tpot_s, e2e_s = chosen.figures["tpot_mean_s"].value, chosen.figures["e2e_mean_s"].value
     faster = [
         e
         for e in evaluations
         if e.meets_slo
-        and within_budget(question, e)
-        and e.figures["e2e_mean_s"].value < _CLEARLY * e2e_s
+        and within_budget(plan_request, e)
+        and e.figures["e2e_mean_s"].value < _CLEARLY_FASTER * e2e_s
         and e.figures["tpot_mean_s"].value < tpot_s
     ]
     if faster:
@@ -91,20 +94,45 @@ def marked(evaluations: Sequence[Evaluation], chosen: Evaluation | None = None) 
 
 def _beats(other: tuple[float, ...], point: tuple[float, ...]) -> bool:
     """Costs no more, and is slower by a hair at most."""
-    return other[0] <= point[0] and all(a <= b * _HAIR for a, b in zip(other[1:], point[1:], strict=True))
+    return other[0] <= point[0] and all(a <= b * _MARGIN for a, b in zip(other[1:], point[1:], strict=True))
 
 
-def _excess(question: PlanRequest, evaluation: Evaluation) -> tuple[float, float, float]:
+def _excess(plan_request: PlanRequest, evaluation: Evaluation) -> tuple[float, float, float]:
     """How far the worst limit is exceeded at the pessimistic edge, what is answered all the same, and the price."""
     worst = 1.0
-    for name, limit in question.slo.limits.items():
+    for name, limit in plan_request.slo.limits.items():
         figure = evaluation.figures.get(f"{name}_s")
         if figure is not None:
             worst = max(worst, figure.high / limit)
-    if not within_budget(question, evaluation) and question.budget_usd_per_h:
-        worst = max(worst, price(evaluation) / question.budget_usd_per_h)
+    if not within_budget(plan_request, evaluation) and plan_request.budget_usd_per_h:
+        worst = max(worst, price(evaluation) / plan_request.budget_usd_per_h)
     return worst, -evaluation.figures["output_tokens_per_s"].value, price(evaluation)
 
 
 def _is_finite(evaluation: Evaluation) -> bool:
     return math.isfinite(evaluation.figures["ttft_s"].value)
+
+
+def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
+    """The plan of a deployment. It promises what is predicted at the pessimistic end."""
+    machines: Counter[str] = Counter()
+    prices = {profile.name: profile.prices for profile in plan_request.profiles}
+    for pool in chosen.deployment.pools:
+        found = usd_per_hour(prices[pool.replica.device], pool.count, pool.replica.num_devices)
+        machines.update(found[1] if found is not None else {})
+    cost = None
+    if chosen.usd_per_hour is not None and chosen.usd_per_million_tokens is not None:
+        cost = PlanCost(
+            usd_per_hour=chosen.usd_per_hour,
+            usd_per_million_tokens=chosen.usd_per_million_tokens,
+            machines=dict(machines),
+        )
+    return Plan(
+        model=plan_request.model,
+        workload=plan_request.workload,
+        slo=plan_request.slo,
+        promise=SLOGuarantee(plan_request.rate, chosen.figures["output_tokens_per_s"].low),
+        deployment=chosen.deployment,
+        predicted=dict(chosen.figures),
+        cost=cost,
+    )

@@ -7,14 +7,14 @@ from dataclasses import asdict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.replies import AdminState, EffectiveConfig
 from powerband.web.access import refuse_browsers
 from powerband.web.errors import json_response
 
 
 class AdminRoutes:
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: ServerState) -> None:
         self._replica = replica
 
     async def drain(self, request: Request) -> Response:

@@ -8,14 +8,14 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from powerband.server.admin import AdminRoutes
-from powerband.server.auth import Gatekeeper, server_key
+from powerband.server.auth import BearerTokenMiddleware, server_key
 from powerband.server.chat import ChatRoutes
 from powerband.server.completions import CompletionRoutes
 from powerband.server.health import HealthRoutes
 from powerband.server.models import ModelRoutes
 from powerband.server.openapi import Operation, describe
 from powerband.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.replies import (
     AdminState,
     ChatChunk,
@@ -30,11 +30,11 @@ from powerband.server.replies import (
     Version,
 )
 from powerband.server.tokens import TokenRoutes
-from powerband.web.edge import Edge
 from powerband.web.errors import json_response
+from powerband.web.middleware import RequestIdMiddleware
 
 
-def operations(replica: Replica) -> list[Operation]:
+def operations(replica: ServerState) -> list[Operation]:
     chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
     taken = (400, 404, 408, 413, 415, 503)
@@ -85,7 +85,7 @@ def operations(replica: Replica) -> list[Operation]:
     ]
 
 
-def make_app(replica: Replica) -> ASGIApp:
+def make_app(replica: ServerState) -> ASGIApp:
     """The whole application. Raises UsageError when it would be open to the network unasked."""
     key = server_key(replica.settings)
     table = operations(replica)
@@ -98,4 +98,4 @@ def make_app(replica: Replica) -> ASGIApp:
     routes.append(Route("/openapi.json", openapi, methods=["GET"]))
     router = Router(routes, redirect_slashes=False)
     settings = replica.settings
-    return Edge(Gatekeeper(router, key, settings.host, any_host=settings.insecure))
+    return RequestIdMiddleware(BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure))

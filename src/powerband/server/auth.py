@@ -16,7 +16,7 @@ from powerband.web.errors import HttpError
 OPEN_PATHS = frozenset({"/livez"})
 
 
-class Gatekeeper:
+class BearerTokenMiddleware:
     """Lets a request through when it brings the key. Without a key, only names that mean this machine are served.
 
     Decides by `scope["path"]`, the very value that routes are matched with: what a client writes into Host or into an

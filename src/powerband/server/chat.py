@@ -10,11 +10,11 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.generation import Choice, Generation, Piece
+from powerband.server.generation import ChoiceState, Generation, OutputPiece
 from powerband.server.logprobs import LogprobWriter
 from powerband.server.prompts import chat_prompt
 from powerband.server.protocol import ChatRequest
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.replies import (
     FINGERPRINT,
     ChatChoice,
@@ -34,7 +34,7 @@ from powerband.web.streaming import DONE, event
 
 
 class ChatRoutes:
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: ServerState) -> None:
         self._replica = replica
 
     async def create(self, request: Request) -> Response:
@@ -48,11 +48,11 @@ class ChatRoutes:
             prompt = await chat_prompt(replica, model, body)
             params = chat_params(body, model, len(prompt.token_ids))
             generation = Generation(replica, model, body, [prompt], params, arrival_s)
-            answer = _Answer(generation, body, replica.name)
+            answer = _ChatResponse(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 
 
-class _Answer:
+class _ChatResponse:
     """Turns the pieces of one generation into OpenAI's objects."""
 
     def __init__(self, generation: Generation, body: ChatRequest, model_name: str) -> None:
@@ -110,11 +110,11 @@ class _Answer:
         options = self._body.stream_options
         yield (self._chunk([], generation.usage()) if options and options.include_usage else b"") + DONE
 
-    def _opening(self, choice: Choice) -> bytes:
+    def _opening(self, choice: ChoiceState) -> bytes:
         chunk = ChatChunkChoice(index=choice.index, delta=Delta(role="assistant", content=""))
         return self._chunk([chunk], prompt_ids=choice.prompt.token_ids if self._body.return_token_ids else UNSET)
 
-    def _gain(self, piece: Piece) -> bytes:
+    def _gain(self, piece: OutputPiece) -> bytes:
         data = b""
         if piece.text or (piece.token_ids and (self._body.logprobs or self._body.return_token_ids)):
             gain = ChatChunkChoice(

@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.errors import InvalidRequest
-from powerband.server.generation import Choice, Generation, Piece
+from powerband.server.generation import ChoiceState, Generation, OutputPiece
 from powerband.server.logprobs import LogprobWriter
 from powerband.server.prompts import completion_prompts
 from powerband.server.protocol import CompletionRequest
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.replies import (
     FINGERPRINT,
     Completion,
@@ -31,7 +31,7 @@ from powerband.web.streaming import DONE, event
 
 
 class CompletionRoutes:
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: ServerState) -> None:
         self._replica = replica
 
     async def create(self, request: Request) -> Response:
@@ -47,11 +47,11 @@ class CompletionRoutes:
             prompts = await completion_prompts(replica, model, body)
             params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
             generation = Generation(replica, model, body, prompts, params, arrival_s)
-            answer = _Answer(generation, body, replica.name)
+            answer = _CompletionResponse(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 
 
-class _Answer:
+class _CompletionResponse:
     """Turns the pieces of one generation into OpenAI's objects."""
 
     def __init__(self, generation: Generation, body: CompletionRequest, model_name: str) -> None:
@@ -110,7 +110,7 @@ class _Answer:
         last = self._completion([], self._generation.usage())
         yield (event(msgspec.json.encode(last)) if include else b"") + DONE
 
-    def _gain(self, piece: Piece) -> CompletionChoice:
+    def _gain(self, piece: OutputPiece) -> CompletionChoice:
         """What a piece adds to its choice; before the first, what is echoed of the prompt."""
         body, index = self._body, piece.choice.index
         is_first = index not in self._begun
@@ -138,7 +138,7 @@ class _Answer:
                 gain.prompt_token_ids = piece.choice.prompt.token_ids
         return gain
 
-    def _echoed(self, choice: Choice) -> str:
+    def _echoed(self, choice: ChoiceState) -> str:
         prompt, tokenizer = choice.prompt, self._generation.tokenizer
         if prompt.text is not None or tokenizer is None:
             return prompt.text or ""
@@ -146,7 +146,7 @@ class _Answer:
             self._echoes[id(prompt)] = tokenizer.decode(prompt.token_ids)
         return self._echoes[id(prompt)]
 
-    def _writer(self, choice: Choice) -> LogprobWriter:
+    def _writer(self, choice: ChoiceState) -> LogprobWriter:
         writer = self._writers.get(choice.index)
         if writer is None:
             context = () if self._body.echo else choice.prompt.token_ids

@@ -22,11 +22,11 @@ from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.server.prompts import Prompt
 from powerband.server.protocol import GenerationRequest
-from powerband.server.replica import Model, Replica
+from powerband.server.replica import Model, ServerState
 from powerband.server.replies import Finish, PromptTokensDetails, Usage
 from powerband.spec.settings import EngineSettings
-from powerband.web.edge import ClientLeft
-from powerband.web.streaming import Departure
+from powerband.web.middleware import ClientDisconnected
+from powerband.web.streaming import DisconnectWatcher
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +38,7 @@ _ROWS_OF_PIECE = 16  # of a prompt's log-probabilities: writing one takes some 2
 
 
 @dataclass(slots=True)
-class Choice:
+class ChoiceState:
     """One engine request: its place in the answer, and its history for the metrics."""
 
     index: int
@@ -60,10 +60,10 @@ class Choice:
 
 
 @dataclass(slots=True)
-class Piece:
+class OutputPiece:
     """What one choice gained. The last piece of a choice has a finish reason. Rows of its prompt come first."""
 
-    choice: Choice
+    choice: ChoiceState
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -133,7 +133,7 @@ class Generation:
 
     def __init__(
         self,
-        replica: Replica,
+        replica: ServerState,
         model: Model,
         body: GenerationRequest,
         prompts: list[Prompt],
@@ -151,7 +151,7 @@ class Generation:
         self.resumed = resumed = _resumed(body, prompts, params, model)
         deadline_s = None if body.deadline_s is None else arrival_s + body.deadline_s
         each = [params.for_choice(copy) for copy in range(params.n)]
-        self.choices: list[Choice] = []
+        self.choices: list[ChoiceState] = []
         for prompt in prompts:
             for own in each:
                 index = len(self.choices)
@@ -167,24 +167,24 @@ class Generation:
                     resumed_ids=resumed,
                 )
                 processor = OutputProcessor(model.tokenizer, own, prompt.token_ids)
-                self.choices.append(Choice(index, prompt, request, processor, num_tokens=len(resumed)))
+                self.choices.append(ChoiceState(index, prompt, request, processor, num_tokens=len(resumed)))
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._num_tokens = len(resumed)  # of all choices
         self._num_cached = 0  # prompt tokens of the first choice of each prompt
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._stream: TokenStream | None = None
-        self._departure: Departure | None = None
+        self._departure: DisconnectWatcher | None = None
         self._ahead: list[TokenOutput] = []
-        self._coming: Iterator[Piece] = iter(())
+        self._coming: Iterator[OutputPiece] = iter(())
         self._turn_s = 0.0  # when this request's turn with the event loop began
 
     async def start(self, receive: Receive) -> None:
         """Submit, and wait until the engine's first answer, so that a refusal can still become a status.
 
-        Raises the refusal, EngineDead, or ClientLeft.
+        Raises the refusal, EngineDead, or ClientDisconnected.
         """
         self._replica.begin()
-        self._departure = Departure(receive)
+        self._departure = DisconnectWatcher(receive)
         try:
             if self.resumed:  # as long as a context: beside the event loop
                 await self.in_thread(self.choices[0].processor.resume, self.resumed)
@@ -198,8 +198,8 @@ class Generation:
                 choice.finish_reason = FinishReason.ERROR
             raise
 
-    async def pieces(self) -> list[Piece]:
-        """The next few of what came; empty at the end. Raises ClientLeft, and the error that a request met.
+    async def pieces(self) -> list[OutputPiece]:
+        """The next few of what came; empty at the end. Raises ClientDisconnected, and the error that a request met.
 
         However much came, others have the event loop in between.
         """
@@ -247,9 +247,9 @@ class Generation:
 
     def _check_client(self) -> None:
         if self._departure is None or self._departure.left:
-            raise ClientLeft
+            raise ClientDisconnected
 
-    def _pieces(self, output: TokenOutput) -> Iterator[Piece]:
+    def _pieces(self, output: TokenOutput) -> Iterator[OutputPiece]:
         choice = self._by_id[output.id]
         if choice.finish_reason is not None:  # it met a stop string, and this is what was under way
             return
@@ -259,7 +259,7 @@ class Generation:
             _raise_error(output.error)
         rows = output.prompt_logprobs or []
         for start in range(0, len(rows), _ROWS_OF_PIECE):
-            yield Piece(choice, prompt_logprobs=rows[start : start + _ROWS_OF_PIECE])
+            yield OutputPiece(choice, prompt_logprobs=rows[start : start + _ROWS_OF_PIECE])
         result = choice.processor.process(output)
         choice.num_tokens += len(result.token_ids)
         self._num_tokens += len(result.token_ids)
@@ -270,11 +270,11 @@ class Generation:
             self._finish(choice, result.finish_reason)
         elif not result.text and not result.token_ids:
             return
-        yield Piece(choice, result.text, result.token_ids, result.logprobs, result.finish_reason)
+        yield OutputPiece(choice, result.text, result.token_ids, result.logprobs, result.finish_reason)
 
     # ---- metrics
 
-    def _record(self, choice: Choice, output: TokenOutput) -> None:
+    def _record(self, choice: ChoiceState, output: TokenOutput) -> None:
         if output.num_cached_tokens > choice.num_cached:
             if choice.index % self.params.n == 0:
                 self._num_cached += output.num_cached_tokens - choice.num_cached
@@ -294,7 +294,7 @@ class Generation:
         choice.times_s.append(output.time_s)
         choice.counts.append(count)
 
-    def _finish(self, choice: Choice, reason: FinishReason) -> None:
+    def _finish(self, choice: ChoiceState, reason: FinishReason) -> None:
         choice.finish_reason = reason
         outcome = {FinishReason.ABORT: Outcome.ABORTED, FinishReason.ERROR: Outcome.ERROR}.get(reason, Outcome.OK)
         record = RequestRecord(

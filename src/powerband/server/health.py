@@ -6,13 +6,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.replies import Health
 from powerband.web.errors import HttpError, json_response
 
 
 class HealthRoutes:
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: ServerState) -> None:
         self._replica = replica
 
     async def live(self, _request: Request) -> Response:

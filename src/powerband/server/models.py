@@ -7,13 +7,13 @@ from importlib.metadata import version
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.replies import ModelCard, ModelList, Version
 from powerband.web.errors import json_response
 
 
 class ModelRoutes:
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: ServerState) -> None:
         self._replica = replica
 
     async def models(self, _request: Request) -> Response:

@@ -10,7 +10,7 @@ import msgspec
 
 from powerband.errors import InvalidRequest, RequestTooLong
 from powerband.server.protocol import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, TokenizeRequest
-from powerband.server.replica import Model, Replica
+from powerband.server.replica import Model, ServerState
 from powerband.text.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARS = 4096  # longer texts are encoded in a thread, so that others' tokens go on
@@ -22,9 +22,9 @@ class Prompt:
     text: str | None = None  # as sent; None when token ids were, or when it may have been cut
 
 
-async def completion_prompts(replica: Replica, model: Model, body: CompletionRequest) -> list[Prompt]:
+async def completion_prompts(replica: ServerState, model: Model, body: CompletionRequest) -> list[Prompt]:
     """The prompts of a completion. Raises InvalidRequest."""
-    sources = _separate(body.prompt)
+    sources = _split_prompts(body.prompt)
     num_chars = sum(len(source) for source in sources if isinstance(source, str))
     prompts = []
     for source in sources:
@@ -48,7 +48,7 @@ async def completion_prompts(replica: Replica, model: Model, body: CompletionReq
     return prompts
 
 
-async def chat_prompt(replica: Replica, model: Model, body: ChatRequest) -> Prompt:
+async def chat_prompt(replica: ServerState, model: Model, body: ChatRequest) -> Prompt:
     """The conversation as the model was trained to read it. Raises InvalidRequest."""
     text = await render(replica, model, body, body.messages)
     # Templates write special tokens themselves.
@@ -57,7 +57,9 @@ async def chat_prompt(replica: Replica, model: Model, body: ChatRequest) -> Prom
     return Prompt(ids, text)
 
 
-async def render(replica: Replica, model: Model, body: ChatRequest | TokenizeRequest, messages: list[Message]) -> str:
+async def render(
+    replica: ServerState, model: Model, body: ChatRequest | TokenizeRequest, messages: list[Message]
+) -> str:
     continues = body.continue_final_message is True
     return await replica.in_thread(
         model.need_template().render,
@@ -69,7 +71,7 @@ async def render(replica: Replica, model: Model, body: ChatRequest | TokenizeReq
 
 
 async def encode(
-    replica: Replica,
+    replica: ServerState,
     model: Model,
     text: str,
     add_special_tokens: bool,
@@ -79,7 +81,7 @@ async def encode(
 ) -> list[int]:
     """Token ids of `text`. What is far too long is refused before the work is done. in_thread: it is one of many."""
     tokenizer = model.need_tokenizer()
-    least = len(text) // _longest_piece(tokenizer)
+    least = len(text) // _max_token_bytes(tokenizer)
     if truncate is None and least > model.info.max_model_len:
         raise RequestTooLong(
             f"The prompt has {len(text)} characters, so at least {least} tokens; "
@@ -124,7 +126,7 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     return plain
 
 
-def _separate(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def _split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     """One prompt or several. A list of numbers is one prompt."""
     if isinstance(prompt, str):
         return [prompt]
@@ -146,6 +148,6 @@ def _truncated(ids: list[int], limit: int | None) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def _longest_piece(tokenizer: Tokenizer) -> int:
+def _max_token_bytes(tokenizer: Tokenizer) -> int:
     """Characters of the longest token: no text has fewer tokens than its length over this."""
     return max(max((len(tokenizer.token(id)) for id in range(tokenizer.vocab_size)), default=1), 1)

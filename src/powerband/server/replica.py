@@ -52,7 +52,7 @@ class Model:
         return self.template
 
 
-class Replica:
+class ServerState:
     """One engine and its API. Belongs to one event loop."""
 
     def __init__(

@@ -13,7 +13,7 @@ from powerband.web.errors import json_response
 from powerband.web.streaming import EventStream, with_errors
 
 
-class Answer(Protocol):
+class ResponseBuilder(Protocol):
     """Turns the pieces of a generation into OpenAI's objects."""
 
     async def whole(self) -> Any: ...
@@ -21,7 +21,7 @@ class Answer(Protocol):
     def chunks(self) -> AsyncIterator[bytes]: ...
 
 
-async def respond(request: Request, generation: Generation, answer: Answer, *, stream: bool) -> Response:
+async def respond(request: Request, generation: Generation, answer: ResponseBuilder, *, stream: bool) -> Response:
     """Raises what the engine refuses, before the first byte of a stream."""
     try:
         await generation.start(request.receive)

@@ -16,7 +16,7 @@ from powerband.engine.messages import EngineInfo
 from powerband.engine.supervisor import EngineProcess
 from powerband.metrics.logging import set_up_logging
 from powerband.server.app import make_app
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 from powerband.web.listening import Signals, listen, make_server, url_of
@@ -48,7 +48,7 @@ async def _serve(
     make_engine: Callable[..., EngineProcess],
 ) -> int:
     start_s = time.monotonic()
-    replica = Replica(engine_settings, server_settings, make_engine)
+    replica = ServerState(engine_settings, server_settings, make_engine)
     server = make_server(make_app(replica), server_settings.max_body_bytes)
     signals = Signals()
     listening = asyncio.create_task(server.serve([listener]), name="http")
@@ -75,7 +75,7 @@ async def _serve(
     return INTERRUPTED if signals.received == signal.SIGINT else 0
 
 
-async def _drain(replica: Replica, signals: Signals, timeout_s: float) -> None:
+async def _drain(replica: ServerState, signals: Signals, timeout_s: float) -> None:
     if replica.num_active:
         logger.info("Draining: %d requests may take %.0f s more.", replica.num_active, timeout_s)
     drained = asyncio.create_task(replica.drain(timeout_s))

@@ -8,14 +8,14 @@ from starlette.responses import Response
 from powerband.errors import InvalidRequest
 from powerband.server.prompts import encode, render
 from powerband.server.protocol import DetokenizeRequest, TokenizeRequest
-from powerband.server.replica import Replica
+from powerband.server.replica import ServerState
 from powerband.server.replies import Detokenized, Tokenized
 from powerband.web.body import read_json
 from powerband.web.errors import json_response
 
 
 class TokenRoutes:
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: ServerState) -> None:
         self._replica = replica
 
     async def tokenize(self, request: Request) -> Response:

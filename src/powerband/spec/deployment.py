@@ -7,10 +7,11 @@ Names are those of EngineSettings where there are such; `quantization` and `kv_c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from powerband.errors import UsageError
+from powerband.spec.config_reader import shown
 
 # How a replica holds the matrices of its layers, and in what it multiplies:
 # none: 16 bits. fp8: weights and activations in 8-bit floats, scales of activations found at run time; fp8_static: in
@@ -60,12 +61,13 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """Equal replicas. longest_prompt: they take requests with prompts up to so many tokens; None: any."""
+class ReplicaPool:
+    """Equal replicas that serve the same requests."""
 
     replica: Replica
     count: int = 1
-    longest_prompt: int | None = None
+    # Of the requests that it serves; None: no limit.
+    max_prompt_tokens: int | None = field(default=None, metadata={"was": "longest_prompt"})
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -78,13 +80,13 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """An engine on pools of replicas. Pools are ordered by longest_prompt; the last takes any prompt."""
+    """An engine on pools of replicas. Pools are ordered by max_prompt_tokens; the last one serves any prompt."""
 
     engine: EngineName
-    pools: tuple[Pool, ...]
+    pools: tuple[ReplicaPool, ...]
 
     def __post_init__(self) -> None:
-        limits = [pool.longest_prompt for pool in self.pools]
+        limits = [pool.max_prompt_tokens for pool in self.pools]
         bounds = [limit for limit in limits[:-1] if limit is not None]
         if not limits or limits[-1] is not None or len(bounds) != len(limits) - 1 or bounds != sorted(set(bounds)):
             raise UsageError(
@@ -96,3 +98,32 @@ class Deployment:
     @property
     def num_devices(self) -> int:
         return sum(pool.num_devices for pool in self.pools)
+
+
+def parse_quantizations(text: str) -> tuple[Quantization, ...]:
+    """'none,fp8' → both; 'auto' → (): the usual ones. Raises UsageError."""
+    if text == "auto":
+        return ()
+    names = get_args(Quantization)
+    found = tuple(name for part in text.split(",") if (name := part.strip()))
+    wrong = [name for name in found if name not in names]
+    if wrong or not found:
+        raise UsageError(
+            f"There is no quantization {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: auto, {', '.join(names)}.",
+            param="quantization",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names
+
+
+def parse_engines(text: str) -> tuple[EngineName, ...]:
+    """'vllm,sglang' → both. Raises UsageError."""
+    found = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    wrong = [name for name in found if name not in ENGINES]
+    if wrong or not found:
+        raise UsageError(
+            f"There is no engine {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: {', '.join(ENGINES)}.",
+            param="engine",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names

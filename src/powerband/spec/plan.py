@@ -22,19 +22,19 @@ import yaml
 
 from powerband.documents import read_table
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.arrivals import OpenLoop
+from powerband.spec.config_reader import shown
 from powerband.spec.deployment import Deployment
-from powerband.spec.fields import shown
-from powerband.spec.records import as_record, read_record
 from powerband.spec.slo import SLO
-from powerband.spec.workload import Trace, Workload
+from powerband.spec.workload.arrivals import OpenLoop
+from powerband.spec.workload.workload import RequestTrace, Workload
+from powerband.spec.yaml_codec import as_record, read_record
 
 VERSION = 1
 Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class SLOGuarantee:
     """rate: requests a second. output_tokens_per_s: None: nothing is promised about it."""
 
     rate: float
@@ -49,7 +49,7 @@ class Promise:
 
 
 @dataclass(frozen=True, slots=True)
-class Banded:
+class Prediction:
     """A prediction with the range that holds nine measurements in ten."""
 
     value: float
@@ -58,7 +58,7 @@ class Banded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class PlanCost:
     """usd_per_hour: of all machines. machines: how many of each, by name. usd_per_million_tokens: of output."""
 
     usd_per_hour: float
@@ -73,10 +73,10 @@ class Plan:
     model: str
     workload: Workload
     slo: SLO
-    promise: Promise
+    promise: SLOGuarantee
     deployment: Deployment | None = None
-    predicted: Mapping[str, Banded] = field(default_factory=dict)
-    cost: Cost | None = None
+    predicted: Mapping[str, Prediction] = field(default_factory=dict)
+    cost: PlanCost | None = None
 
     @property
     def arrivals(self) -> OpenLoop:
@@ -85,7 +85,7 @@ class Plan:
         return OpenLoop.at(self.promise.rate, known.burstiness if isinstance(known, OpenLoop) else 1.0)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], trace: Trace | None = None) -> Plan:
+    def from_dict(cls, values: Mapping[str, Any], trace: RequestTrace | None = None) -> Plan:
         """Raises UsageError for what is missing, unknown or wrong."""
         unknown = set(values) - {"version", *(item.name for item in fields(cls))}
         if unknown or values.get("version") != VERSION:
@@ -99,13 +99,13 @@ class Plan:
                 model=str(values["model"]),
                 workload=Workload.from_dict(values["workload"], trace),
                 slo=SLO.from_dict(values["slo"]),
-                promise=Promise(**values["promise"]),
+                promise=SLOGuarantee(**values["promise"]),
                 deployment=_optional(Deployment, values, "deployment"),
                 predicted={
-                    str(name): read_record(Banded, told, f"plan: predicted: {name}")
+                    str(name): read_record(Prediction, told, f"plan: predicted: {name}")
                     for name, told in values.get("predicted", {}).items()
                 },
-                cost=_optional(Cost, values, "cost"),
+                cost=_optional(PlanCost, values, "cost"),
             )
         except (KeyError, TypeError, AttributeError) as problem:
             raise UsageError(f"This is no plan: {problem} is missing or wrong.", param="plan") from None
@@ -128,7 +128,7 @@ def _optional(kind: type[Record], values: Mapping[str, Any], name: str) -> Recor
     return None if values.get(name) is None else read_record(kind, values[name], f"plan: {name}")
 
 
-def read_plan(path: Path, trace: Trace | None = None) -> Plan:
+def read_plan(path: Path, trace: RequestTrace | None = None) -> Plan:
     """Raises EnvironmentFault when it cannot be read, UsageError when it is no plan."""
     return Plan.from_dict(read_table(path, "plan", param="plan"), trace)
 

@@ -50,3 +50,16 @@ def shown_seconds(value: float) -> str:
     number, unit = (value, "s") if value >= 1 else (value * 1000, "ms")
     digits = f"{number:.9f}" if unit == "s" else f"{number:.6f}"
     return digits.rstrip("0").rstrip(".") + unit
+
+
+HOURS = {"h": 1.0, "hour": 1.0, "day": 24.0, "month": 730.0}
+
+
+def dollars_per_hour(text: str) -> float:
+    """'4/h', '$100/day', '2900/month', or a bare number an hour. Raises UsageError."""
+    match = re.fullmatch(r"\$?\s*([0-9.]+)\s*(?:/\s*([a-z]+))?", text.strip().lower())
+    if match is None or (match[2] or "h") not in HOURS:
+        raise UsageError(
+            f"budget is '{text}', which is no price.", hint="Write it like 4/h, 100/day or 2900/month.", param="budget"
+        )
+    return number(match[1], param="budget") / HOURS[match[2] or "h"]

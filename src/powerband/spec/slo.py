@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from powerband.errors import UsageError
-from powerband.spec.fields import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.quantities import seconds, share, shown_seconds
 
 DEFAULT_ATTAINMENT = 0.95

@@ -29,7 +29,7 @@ _LONGEST_ENTRY = 4000  # characters of one docstring
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ApiEntry:
     """One documented thing: `json.dumps`, its signature (empty for a module) and its docstring."""
 
     name: str
@@ -53,7 +53,7 @@ class Document:
     """The documentation of one module, or one topic of Python's own help (then with a single entry)."""
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: tuple[ApiEntry, ...]
 
     @property
     def text(self) -> str:
@@ -116,11 +116,11 @@ def _modules(wanted: Callable[[str], bool]) -> Iterator[Document]:
             yield Document(name, entries)
 
 
-def _entries(node: ast.AST, name: str) -> Iterator[Entry]:
+def _entries(node: ast.AST, name: str) -> Iterator[ApiEntry]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text and len(text) > 10:
-            yield Entry(name, _signature(node), text[:_LONGEST_ENTRY])
+            yield ApiEntry(name, _signature(node), text[:_LONGEST_ENTRY])
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _entries(child, f"{name}.{child.name}")
@@ -138,12 +138,12 @@ def _signature(node: ast.AST) -> str:
 
 def _c_modules(wanted: Callable[[str], bool]) -> Iterator[Document]:
     for module in filter(lambda module: wanted(module.__name__), _IN_C):
-        entries = [Entry(module.__name__, "", inspect.getdoc(module) or "")]
+        entries = [ApiEntry(module.__name__, "", inspect.getdoc(module) or "")]
         for name, value in sorted(vars(module).items()):
             text = inspect.getdoc(value) if callable(value) and not name.startswith("_") else None
             if text:
                 full_name = name if module is builtins else f"{module.__name__}.{name}"
-                entries.append(Entry(full_name, "(...)", text[:_LONGEST_ENTRY]))
+                entries.append(ApiEntry(full_name, "(...)", text[:_LONGEST_ENTRY]))
         yield Document(module.__name__, tuple(entry for entry in entries if entry.text))
 
 
@@ -154,7 +154,7 @@ def _topics(wanted: Callable[[str], bool]) -> Iterator[Document]:
         return
     for name, text in sorted(topics.items()):
         if wanted(f"topic {name}"):
-            yield Document(f"topic {name}", (Entry(name, "", text.strip()),))
+            yield Document(f"topic {name}", (ApiEntry(name, "", text.strip()),))
 
 
 def _indent(text: str) -> str:

@@ -19,9 +19,11 @@ MAX_ITEMS = 100_000  # strings, lists and objects: each takes many times the byt
 _SLICE_BYTES = 64 << 10
 _QUOTE = ord('"')
 _AS_STEPS = bytes(0x01 if byte in b"[{" else 0xFF if byte in b"]}" else 0x00 for byte in range(256))  # as int8
-_PATH = re.compile(r"^(?P<what>.*?)(?: - at (?:`(?P<key>key)` in )?`\$(?P<path>[^`]*)`)?$", re.DOTALL)
-_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
+_WHERE = re.compile(r"(`key` in )?`\$([^`]*)`")
+_UNKNOWN = "Object contains unknown field `"
 _SHOWN_CHARS = 60
+_MAX_WHAT = 500
+_MAX_PATH = 1000
 _SHOWN_BODY_BYTES = 256 << 10  # of larger ones no value is shown: for that the whole would be decoded again
 _SECONDS_TO_SEND = 60
 
@@ -126,19 +128,17 @@ def _containers(data: bytes) -> int:
 
 def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
     """msgspec's complaint as ours: with the field's name, the value that was sent, and the nearest known field."""
-    match = _PATH.match(text)
-    what, path = (match["what"], match["path"] or "") if match else (text, "")
+    what, key, path = _parts_of(text)
     path = path.partition("[...]")[0]  # inside an object with free keys, the object is what can be named
     param = re.sub(r"\[(\d+)\]", r".\1", path).lstrip(".")
-    unknown = _UNKNOWN.match(what)
-    if unknown:
-        return _unknown_field(unknown["name"], param, kind)
+    if what.startswith(_UNKNOWN):
+        return _unknown_field(what.removeprefix(_UNKNOWN).rstrip("`"), param, kind)
     if what.startswith("Object missing required field"):
         name = what.partition("`")[2].rstrip("`")
         param = f"{param}.{name}".lstrip(".")
         return InvalidRequest(f"'{param}' is missing.", param=param)
     expected = what[:1].lower() + what[1:]
-    if match and match["key"]:
+    if key:
         return InvalidRequest(f"A key of '{param}' is wrong: {expected}.", param=param)
     if len(data) > _SHOWN_BODY_BYTES:
         return InvalidRequest(f"'{param or 'body'}' is wrong: {expected}.", param=param or None)
@@ -147,6 +147,18 @@ def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
     except (msgspec.DecodeError, RecursionError):  # such as 1e999, which is no value at all
         found = "cannot be read"
     return InvalidRequest(f"'{param or 'body'}' {found}: {expected}.", param=param or None)
+
+
+def _parts_of(text: str) -> tuple[str, bool, str]:
+    """Of msgspec's 'what - at `$.path`', or '… - at `key` in `$.path`': what, cut; whether it is of a key; the path.
+
+    Both may quote what was sent, which may be long.
+    """
+    what, _, where = text.rpartition(" - at ")
+    match = _WHERE.fullmatch(where)
+    if match is None:
+        return text[:_MAX_WHAT], False, ""
+    return what[:_MAX_WHAT], match[1] is not None, match[2][:_MAX_PATH]
 
 
 def _unknown_field(name: str, parent: str, kind: type[Any]) -> InvalidRequest:

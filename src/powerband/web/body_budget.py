@@ -10,7 +10,7 @@ BODIES_AT_ONCE = 64  # of the largest size that is allowed
 SMALL_BYTES = 64 << 10
 
 
-class Holder(Protocol):
+class BudgetHolder(Protocol):
     """A request."""
 
     def refuse(self, error: HttpError) -> None:
@@ -28,10 +28,10 @@ class BodyBudget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.held_bytes = 0
-        self._coming: dict[Holder, int] = {}  # the one that began first is first
-        self._whole: dict[Holder, int] = {}
+        self._coming: dict[BudgetHolder, int] = {}  # the one that began first is first
+        self._whole: dict[BudgetHolder, int] = {}
 
-    def add(self, holder: Holder, size: int) -> None:
+    def add(self, holder: BudgetHolder, size: int) -> None:
         """More of its body came."""
         self._coming[holder] = self._coming.get(holder, 0) + size
         self.held_bytes += size
@@ -44,12 +44,12 @@ class BodyBudget:
             if oldest is holder:
                 break
 
-    def complete(self, holder: Holder) -> None:
+    def complete(self, holder: BudgetHolder) -> None:
         """Its body is whole."""
         if holder in self._coming:
             self._whole[holder] = self._coming.pop(holder)
 
-    def release(self, holder: Holder) -> None:
+    def release(self, holder: BudgetHolder) -> None:
         """It has ended, or its body is not needed."""
         self.held_bytes -= self._coming.pop(holder, 0) + self._whole.pop(holder, 0)
 

@@ -14,11 +14,11 @@ from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from powerband.web.body_budget import BodyBudget
+from powerband.web.client_connection import ClientConnection, set_client_connection
 from powerband.web.errors import HttpError, error_response
-from powerband.web.exchange import Exchange, status_line
+from powerband.web.exchange import HttpExchange, status_line
 from powerband.web.framing import Framing, framing_of
-from powerband.web.head import Head, parse_head
-from powerband.web.line import ClientLine, put_line
+from powerband.web.head import RequestHead, parse_head
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_AHEAD_BYTES = 64 << 10  # sent before the answer to what came first; and what one read of the socket brings
@@ -60,7 +60,7 @@ class HttpConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._input = bytearray()
         self._searched = 0  # bytes of the input in which no head ends
-        self._exchange: Exchange | None = None
+        self._exchange: HttpExchange | None = None
         self._framing: Framing | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reading_timer: asyncio.TimerHandle | None = None
@@ -75,7 +75,7 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._line = ClientLine(self._transport)
+        self._line = ClientConnection(self._transport)
         self._peer = _address(transport.get_extra_info("peername"))
         self._local = _address(transport.get_extra_info("sockname"))
         self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn's set is of its own classes
@@ -138,7 +138,7 @@ class HttpConnection(asyncio.Protocol):
         if self._is_paused:
             self._advance()
 
-    def answered(self, exchange: Exchange) -> None:
+    def answered(self, exchange: HttpExchange) -> None:
         self._budget.release(exchange)
         self._exchange = None
         self._server.total_requests += 1
@@ -214,7 +214,7 @@ class HttpConnection(asyncio.Protocol):
         self._begin(head)
         return True
 
-    def _begin(self, head: Head) -> None:
+    def _begin(self, head: RequestHead) -> None:
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -230,8 +230,8 @@ class HttpConnection(asyncio.Protocol):
             "headers": head.headers,
             "state": {},
         }
-        put_line(scope, self._line)
-        exchange = self._exchange = Exchange(self, head, scope, self._line)
+        set_client_connection(scope, self._line)
+        exchange = self._exchange = HttpExchange(self, head, scope, self._line)
         framing = framing_of(head.body_length)
         self._framing = None if framing.is_complete else framing
         if framing.is_complete:

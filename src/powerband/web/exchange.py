@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
+from powerband.web.client_connection import ClientConnection
 from powerband.web.errors import HttpError
-from powerband.web.head import Head
-from powerband.web.line import ClientLine
+from powerband.web.head import RequestHead
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n".encode()
 
 
-class ClientConnection(Protocol):
+class ConnectionControl(Protocol):
     """What an exchange asks of the connection that it is on."""
 
     @property
@@ -38,7 +38,7 @@ class ClientConnection(Protocol):
     def wants_body(self) -> None:
         """The application waits for more of the body."""
 
-    def answered(self, exchange: Exchange) -> None:
+    def answered(self, exchange: HttpExchange) -> None:
         """The answer is whole."""
 
     def refuse(self, error: HttpError) -> None:
@@ -48,7 +48,7 @@ class ClientConnection(Protocol):
         """Close the connection in the middle of an answer."""
 
 
-class Exchange:
+class HttpExchange:
     """Runs the application. is_lost: the client has left; nobody reads an answer any more."""
 
     __slots__ = (
@@ -69,7 +69,7 @@ class Exchange:
         "keeps_connection",
     )
 
-    def __init__(self, connection: ClientConnection, head: Head, scope: Scope, line: ClientLine) -> None:
+    def __init__(self, connection: ConnectionControl, head: RequestHead, scope: Scope, line: ClientConnection) -> None:
         self._connection = connection
         self._head = head
         self._scope = scope

@@ -23,7 +23,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
-class Head:
+class RequestHead:
     """headers: names in lower case. body_length: in bytes; None: it comes in chunks."""
 
     method: str
@@ -37,7 +37,7 @@ class Head:
     awaits_continue: bool
 
 
-def parse_head(data: bytes) -> Head:
+def parse_head(data: bytes) -> RequestHead:
     """data: from the request line to the empty line, included. Raises HttpError 400, 417, 431, 501 and 505."""
     if data.translate(None, _NOT_CONTROLS):
         raise _invalid("The head has control characters")
@@ -68,7 +68,7 @@ def parse_head(data: bytes) -> Head:
     for value in meant.get(b"connection", ()):
         keeps = keeps and b"close" not in [one.strip() for one in value.lower().split(b",")]
     path = url.path.decode("ascii")
-    return Head(
+    return RequestHead(
         method=method,
         http_version=version,
         path=urllib.parse.unquote(path) if "%" in path else path,

@@ -56,7 +56,7 @@ async def with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield event(msgspec.json.encode(error_body(error_info(error))))
 
 
-class Departure:
+class DisconnectWatcher:
     """Watches for the client's leaving. `then` is called once when it has left; `left` stays true."""
 
     def __init__(self, receive: Receive) -> None:

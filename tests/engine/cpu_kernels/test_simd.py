@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from powerband.engine.kernels.cpu import library
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 SOURCE = r"""
 #include "simd.h"

@@ -27,9 +27,9 @@ from powerband.engine.warm_up import warm_up
 from powerband.engine.weight_cache import WeightCache
 from powerband.engine.weights import fill_random, load_weights
 from powerband.errors import UsageError
-from powerband.spec.device import detect_cpu
-from powerband.spec.model import ModelSpec
-from powerband.spec.quantization import PLAIN, HeldWeights
+from powerband.spec.checkpoint.quantization import PLAIN, WeightPrecisions
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.model.model_spec import ModelSpec
 
 Progress = Callable[[str, float], None]
 
@@ -50,7 +50,7 @@ class ExecutorConfig:
     attention: Choice
     kernels: bool  # the C++ kernels for CPUs are loaded
     overlap: bool
-    held: HeldWeights = PLAIN  # what projections and head are held in
+    held: WeightPrecisions = PLAIN  # what projections and head are held in
     weight_cache: bool = False  # keep quantized weights for the next start
     graph_rows: int = 0  # largest batch of decodes to capture CUDA graphs for; 0: none
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from powerband.engine.layers.linear import Linear, Matrix, Product, parameter
 from powerband.engine.layers.mlp import gated
-from powerband.spec.model import ModelSpec
+from powerband.spec.model.model_spec import ModelSpec
 
 # gpt-oss: gate and up are clamped, and the sigmoid is steeper (its reference implementation's constants).
 CLAMP_LIMIT = 7.0

@@ -22,7 +22,7 @@ from powerband.engine.layers.quantized import (
     quantize_int8,
 )
 from powerband.errors import UsageError
-from powerband.spec.quantization import DEFAULT_GROUP
+from powerband.spec.checkpoint.quantization import DEFAULT_GROUP
 
 
 class QuantizedLinear:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from powerband.spec.model import RopeSpec
-from powerband.spec.rope import rope_frequencies, rotary_rows
+from powerband.spec.model.model_spec import RopeSpec
+from powerband.spec.model.rope import rope_frequencies, rotary_rows
 
 
 class RotaryTable:

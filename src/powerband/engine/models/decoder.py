@@ -14,7 +14,7 @@ from powerband.engine.layers.linear import Linear, parameter
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
 from powerband.engine.layers.rotary import RotaryTable
-from powerband.spec.model import LayerSpec, ModelSpec, RopeSpec
+from powerband.spec.model.model_spec import LayerSpec, ModelSpec, RopeSpec
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 

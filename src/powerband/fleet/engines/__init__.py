@@ -1,19 +1,19 @@
-"""Engines as plug-ins: from a plan's replica to the command line and the environment of the engine that it names.
+"""Engine adapters: from a plan's replica to the command line and environment of its engine.
 
-An adapter says everything that the plan says in the engine's own words. What the engine cannot be told is a UsageError
-that names it; nothing is left out in silence. The sources of the words stand in each adapter's file.
+An adapter translates every setting of the plan into the engine's options. A setting that the engine does not support is
+a UsageError that names it, never left out in silence. Each adapter's file gives the sources of the options.
 """
 
 from __future__ import annotations
 
-from powerband.fleet.engines.adapter import EngineAdapter, Invocation, Order
+from powerband.fleet.engines.base import Command, EngineAdapter, LaunchRequest
 from powerband.fleet.engines.powerband import PowerbandAdapter
 from powerband.fleet.engines.sglang import SGLangAdapter
 from powerband.fleet.engines.trtllm import TensorRTAdapter
 from powerband.fleet.engines.vllm import VLLMAdapter
 from powerband.spec.deployment import EngineName
 
-__all__ = ["EngineAdapter", "Invocation", "Order", "adapter"]
+__all__ = ["Command", "EngineAdapter", "LaunchRequest", "engine_adapter"]
 
 _ADAPTERS: dict[EngineName, EngineAdapter] = {
     "powerband": PowerbandAdapter(),
@@ -23,5 +23,5 @@ _ADAPTERS: dict[EngineName, EngineAdapter] = {
 }
 
 
-def adapter(engine: EngineName) -> EngineAdapter:
+def engine_adapter(engine: EngineName) -> EngineAdapter:
     return _ADAPTERS[engine]

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from powerband.cost.replica_memory import engine_settings
-from powerband.fleet.engines.adapter import Invocation, Order, Subject
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext
 from powerband.spec.deployment import EngineName
 from powerband.spec.settings import EngineSettings
 
@@ -17,48 +17,46 @@ _POSITIONAL = "model"
 
 class PowerbandAdapter:
     name: ClassVar[EngineName] = "powerband"
-    health_path: ClassVar[str] = "/livez"
     ready_path: ClassVar[str] = "/readyz"
-    resumes: ClassVar[bool] = True
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
-        subject.refuse(tensor_parallel=1, pipeline_parallel=1, expert_parallel=1, offload_share=0.0, draft_tokens=0)
+    def command(self, request: LaunchRequest) -> Command:
+        context, replica = ModelContext(request.model, request.replica, self.name), request.replica
+        context.require(tensor_parallel=1, pipeline_parallel=1, expert_parallel=1, offload_share=0.0, draft_tokens=0)
         if replica.kv_precision == "fp8":
-            raise subject.cannot("kv_precision", "It knows 16bit, int8 and float32.")
-        subject.drafter(order.drafter)
-        settings = _settings(subject, order.served_name, order.threads)
+            raise context.unsupported("kv_precision", "It supports 16bit, int8 and float32.")
+        context.check_draft_method(request.draft_method)
+        settings = _settings(context, request.served_name, request.threads)
         command = (
-            *(order.executable or _OWN),
+            *(request.executable or _OWN),
             "serve",
-            order.model,
-            f"--host={order.host}",
-            f"--port={order.port}",
+            request.model,
+            f"--host={request.host}",
+            f"--port={request.port}",
             *_flags(settings),
         )
-        if order.api_key_file is not None:
-            command = (*command, f"--api-key-file={order.api_key_file}")
-        return Invocation((*command, *order.extra))
+        if request.api_key_file is not None:
+            command = (*command, f"--api-key-file={request.api_key_file}")
+        return Command((*command, *request.extra))
 
 
-def _settings(subject: Subject, served_name: str, threads: int | None) -> EngineSettings:
-    """As the planner's memory plan has them. Weights that are stored as asked are not quantized again."""
-    replica = subject.replica
-    is_stored = subject.to_quantize() == "none"
+def _settings(context: ModelContext, served_name: str, threads: int | None) -> EngineSettings:
+    """The settings of the planner's memory plan. Weights that are stored as planned are not quantized again."""
+    replica = context.replica
+    is_stored = context.to_quantize() == "none"
     more: dict[str, Any] = {
-        "model": subject.model,
+        "model": context.model,
         "served_model_name": served_name,
-        "threads": threads if subject.is_cpu else None,
-        "device": "cpu" if subject.is_cpu else "cuda",
+        "threads": threads if context.is_cpu else None,
+        "device": "cpu" if context.is_cpu else "cuda",
     }
     if is_stored and replica.quantization != "none" and replica.kv_precision == "16bit":
         more["kv_cache_dtype"] = "bfloat16"  # auto would be int8 beside quantized weights
     planned = replace(replica, quantization="none") if is_stored else replica
-    return engine_settings(subject.spec, planned, **more)
+    return engine_settings(context.spec, planned, **more)
 
 
 def _flags(settings: EngineSettings) -> tuple[str, ...]:
-    """What differs from the defaults, as flags."""
+    """The settings that differ from the defaults, as flags."""
     found = []
     for item in fields(settings):
         value = getattr(settings, item.name)

@@ -1,7 +1,7 @@
 """SGLang's server.
 
 Options as https://docs.sglang.io/advanced_features/server_arguments.html has them for version 0.5. Its streams cannot
-be resumed: nothing tells the token ids of what was sent.
+be resumed: they carry no token ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from powerband.cost.replica_memory import layer_weight_bytes
 from powerband.errors import UsageError
-from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable, read_key
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext, find_executable, read_key
 from powerband.spec.deployment import EngineName
 
 _KV = {"16bit": "auto", "fp8": "fp8_e4m3"}
@@ -20,15 +20,13 @@ _MODULE = ("-m", "sglang.launch_server")
 
 class SGLangAdapter:
     name: ClassVar[EngineName] = "sglang"
-    health_path: ClassVar[str] = "/health"
     ready_path: ClassVar[str] = "/health"
-    resumes: ClassVar[bool] = False
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
-        subject.refuse(long_prefill_token_threshold=0)
+    def command(self, request: LaunchRequest) -> Command:
+        context, replica = ModelContext(request.model, request.replica, self.name), request.replica
+        context.require(long_prefill_token_threshold=0)
         program = find_executable(
-            order.executable,
+            request.executable,
             variable="POWERBAND_SGLANG",
             program="sglang",
             module=_MODULE,
@@ -36,10 +34,10 @@ class SGLangAdapter:
         )
         start = () if _MODULE[-1] in program else ("serve",)
         options = {
-            "--model-path": order.model,
-            "--served-model-name": order.served_name,
-            "--host": order.host,
-            "--port": str(order.port),
+            "--model-path": request.model,
+            "--served-model-name": request.served_name,
+            "--host": request.host,
+            "--port": str(request.port),
             "--tensor-parallel-size": str(replica.tensor_parallel),
             "--pipeline-parallel-size": str(replica.pipeline_parallel),
             "--expert-parallel-size": str(replica.expert_parallel),
@@ -47,44 +45,46 @@ class SGLangAdapter:
             "--max-running-requests": str(replica.max_num_seqs),
             "--chunked-prefill-size": str(replica.max_num_batched_tokens),
             "--max-prefill-tokens": str(replica.max_num_batched_tokens),
-            **_memory(subject),
-            **subject.precision(_KV),
-            **_drafts(subject, order.drafter),
+            **_memory(context),
+            **context.precision(_KV),
+            **_drafts(context, request.draft_method),
         }
         flags = ["--enable-metrics", "--enable-cache-report"]
         if not replica.enable_prefix_caching:
             flags.append("--disable-radix-cache")
-        key = read_key(order.api_key_file)
+        key = read_key(request.api_key_file)
         if key:
-            options["--api-key"] = key  # it knows no file and no variable for it
-        told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, *start, *told, *flags, *order.extra))
+            options["--api-key"] = key  # there is no file and no variable for it
+        arguments = tuple(word for pair in options.items() for word in pair)
+        return Command((*program, *start, *arguments, *flags, *request.extra))
 
 
-def _memory(subject: Subject) -> dict[str, str]:
-    """Its share is that of weights and KV cache alone; the plan's holds activations and the rest as well."""
-    parts, replica = subject.memory.parts, subject.replica
-    share = (parts["weights"] + parts["kv_cache"]) / subject.profile.memory_bytes
+def _memory(context: ModelContext) -> dict[str, str]:
+    """SGLang's fraction is that of weights and KV cache alone; the plan's includes activations and buffers."""
+    parts, replica = context.memory.parts, context.replica
+    share = (parts["weights"] + parts["kv_cache"]) / context.profile.memory_bytes
     found = {"--mem-fraction-static": f"{share:.3f}"}
     if replica.offload_share:
-        offloaded = layer_weight_bytes(subject.spec, replica) * replica.offload_share
+        offloaded = layer_weight_bytes(context.spec, replica) * replica.offload_share
         found["--cpu-offload-gb"] = str(math.ceil(offloaded / 2**30))  # whole ones only
     return found
 
 
-def _drafts(subject: Subject, drafter: str) -> dict[str, str]:
-    drafter = subject.drafter(drafter)
-    if not drafter:
+def _drafts(context: ModelContext, draft_method: str) -> dict[str, str]:
+    draft_method = context.check_draft_method(draft_method)
+    if not draft_method:
         return {}
-    count = subject.replica.draft_tokens
-    if drafter == "ngram":
+    count = context.replica.draft_tokens
+    if draft_method == "ngram":
         return {"--speculative-algorithm": "NGRAM", "--speculative-num-draft-tokens": str(count)}
-    if drafter == "mtp":
-        raise UsageError("sglang is not told mtp here.", hint="ngram, or a draft model's name.", param="drafter")
+    if draft_method == "mtp":
+        raise UsageError(
+            "mtp is not supported with sglang.", hint="Use ngram, or the name of a draft model.", param="draft_method"
+        )
     return {
         "--speculative-algorithm": "STANDALONE",
-        "--speculative-draft-model-path": drafter,
+        "--speculative-draft-model-path": draft_method,
         "--speculative-num-steps": str(count),
         "--speculative-eagle-topk": "1",
-        "--speculative-num-draft-tokens": str(count + 1),  # with the token that is certain
+        "--speculative-num-draft-tokens": str(count + 1),  # including the verified token
     }

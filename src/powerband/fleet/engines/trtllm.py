@@ -1,8 +1,9 @@
 """TensorRT-LLM's server, trtllm-serve, with its PyTorch backend.
 
-Options as https://nvidia.github.io/TensorRT-LLM/commands/trtllm-serve/trtllm-serve.html has them for version 1.2; what
-is no option stands in a file of LLM arguments (https://nvidia.github.io/TensorRT-LLM/llm-api/reference.html). It asks
-for no key, and its streams cannot be resumed: they carry no token ids.
+Options as https://nvidia.github.io/TensorRT-LLM/commands/trtllm-serve/trtllm-serve.html has them for version 1.2; the
+settings without an option are written to a file of LLM arguments
+(https://nvidia.github.io/TensorRT-LLM/llm-api/reference.html). It supports no API key, and its streams cannot be
+resumed: they carry no token ids.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import yaml
 
 from powerband.errors import UsageError
-from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext, find_executable
 from powerband.folders import cache_directory
 from powerband.spec.deployment import EngineName
 
@@ -23,29 +24,27 @@ _KV = {"16bit": "auto", "fp8": "fp8"}
 
 class TensorRTAdapter:
     name: ClassVar[EngineName] = "trtllm"
-    health_path: ClassVar[str] = "/health"
     ready_path: ClassVar[str] = "/health"
-    resumes: ClassVar[bool] = False
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
-        subject.refuse(long_prefill_token_threshold=0, offload_share=0.0)
-        subject.to_quantize()  # it loads what is stored, and nothing else
-        if order.api_key_file is not None:
+    def command(self, request: LaunchRequest) -> Command:
+        context, replica = ModelContext(request.model, request.replica, self.name), request.replica
+        context.require(long_prefill_token_threshold=0, offload_share=0.0)
+        context.to_quantize()  # raises an error: it only loads weights as stored
+        if request.api_key_file is not None:
             raise UsageError(
-                "trtllm-serve cannot ask for a key.", hint="Let it listen on loopback only.", param="api_key_file"
+                "trtllm-serve supports no API key.", hint="Let it listen on loopback only.", param="api_key_file"
             )
         program = find_executable(
-            order.executable,
+            request.executable,
             variable="POWERBAND_TRTLLM",
             program="trtllm-serve",
             module=(),
             install="pip install tensorrt_llm",
         )
         options = {
-            "--host": order.host,
-            "--port": str(order.port),
-            "--served_model_name": order.served_name,
+            "--host": request.host,
+            "--port": str(request.port),
+            "--served_model_name": request.served_name,
             "--backend": "pytorch",
             "--tp_size": str(replica.tensor_parallel),
             "--pp_size": str(replica.pipeline_parallel),
@@ -53,42 +52,42 @@ class TensorRTAdapter:
             "--max_seq_len": str(replica.max_model_len),
             "--max_batch_size": str(replica.max_num_seqs),
             "--max_num_tokens": str(max(replica.max_num_batched_tokens, replica.max_num_seqs)),
-            "--kv_cache_free_gpu_memory_fraction": f"{_kv_share(subject):.3f}",
-            "--config": str(_write(_arguments(subject, order.drafter))),
+            "--kv_cache_free_gpu_memory_fraction": f"{_kv_share(context):.3f}",
+            "--config": str(_write(_arguments(context, request.draft_method))),
         }
-        told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, order.model, *told, "--enable_chunked_prefill", *order.extra))
+        arguments = tuple(word for pair in options.items() for word in pair)
+        return Command((*program, request.model, *arguments, "--enable_chunked_prefill", *request.extra))
 
 
-def _kv_share(subject: Subject) -> float:
-    """Of what weights and buffers leave free on a device."""
-    parts = subject.memory.parts
-    left = subject.profile.memory_bytes - sum(parts.values()) + parts["kv_cache"]
+def _kv_share(context: ModelContext) -> float:
+    """The KV cache's fraction of the memory that weights and buffers leave free on a device."""
+    parts = context.memory.parts
+    left = context.profile.memory_bytes - sum(parts.values()) + parts["kv_cache"]
     return parts["kv_cache"] / left
 
 
-def _arguments(subject: Subject, drafter: str) -> dict[str, Any]:
-    replica = subject.replica
+def _arguments(context: ModelContext, draft_method: str) -> dict[str, Any]:
+    replica = context.replica
     kv = _KV.get(replica.kv_precision)
-    if kv is None or (kv == "auto" and subject.stored.kv_precision is not None):
-        raise subject.cannot("kv_precision", f"The checkpoint has {subject.stored.kv_precision or 'no scales'}.")
+    if kv is None or (kv == "auto" and context.stored.kv_precision is not None):
+        raise context.unsupported("kv_precision", f"The checkpoint has {context.stored.kv_precision or 'no scales'}.")
     found: dict[str, Any] = {
         "kv_cache_config": {"enable_block_reuse": replica.enable_prefix_caching, "dtype": kv},
         "enable_iter_perf_stats": True,
         "return_perf_metrics": True,  # without it there is no /prometheus/metrics
     }
-    drafter = subject.drafter(drafter)
-    if drafter == "ngram":
+    draft_method = context.check_draft_method(draft_method)
+    if draft_method == "ngram":
         found["speculative_config"] = {"decoding_type": "NGram", "max_draft_len": replica.draft_tokens}
-    elif drafter:
+    elif draft_method:
         raise UsageError(
-            f"trtllm is not told a draft model ({drafter}) here.", hint="It can do: ngram.", param="drafter"
+            f"Draft method {draft_method} is not supported with trtllm.", hint="Use ngram.", param="draft_method"
         )
     return found
 
 
 def _write(arguments: dict[str, Any]) -> Path:
-    """A file named by what it holds: written once, the same for all replicas."""
+    """Named by its content, so that equal replicas share it."""
     text = yaml.safe_dump(arguments)
     path = cache_directory() / "engines" / f"trtllm-{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

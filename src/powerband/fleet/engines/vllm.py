@@ -10,64 +10,62 @@ import json
 from typing import ClassVar
 
 from powerband.cost.replica_memory import kv_bytes_per_token, layer_weight_bytes
-from powerband.fleet.engines.adapter import Invocation, Order, Subject, find_executable, read_key
+from powerband.fleet.engines.base import Command, LaunchRequest, ModelContext, find_executable, read_key
 from powerband.spec.deployment import EngineName
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
-_MOST_OF_A_HOST = 0.2  # of its memory, for one replica's KV cache
+_MAX_HOST_MEMORY_RATIO = 0.2  # for one replica's KV cache
 _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 
 
 class VLLMAdapter:
     name: ClassVar[EngineName] = "vllm"
-    health_path: ClassVar[str] = "/health"
-    ready_path: ClassVar[str] = "/health"  # it listens only when it can answer
-    resumes: ClassVar[bool] = True
+    ready_path: ClassVar[str] = "/health"  # it listens only once it is ready
 
-    def command(self, order: Order) -> Invocation:
-        subject, replica = Subject(order.model, order.replica, self.name), order.replica
+    def command(self, request: LaunchRequest) -> Command:
+        context, replica = ModelContext(request.model, request.replica, self.name), request.replica
         program = find_executable(
-            order.executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
+            request.executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
         )
-        start = ("--model", order.model) if _MODULE[-1] in program else ("serve", order.model)
+        start = ("--model", request.model) if _MODULE[-1] in program else ("serve", request.model)
         options = {
-            "--served-model-name": order.served_name,
-            "--host": order.host,
-            "--port": str(order.port),
-            **_layout(subject),
-            **subject.precision(_KV),
-            **_limits(subject),
-            **_drafts(subject, order.drafter),
+            "--served-model-name": request.served_name,
+            "--host": request.host,
+            "--port": str(request.port),
+            **_layout(context),
+            **context.precision(_KV),
+            **_limits(context),
+            **_drafts(context, request.draft_method),
         }
         flags = ["--enable-prefix-caching" if replica.enable_prefix_caching else "--no-enable-prefix-caching"]
-        flags.append("--enable-prompt-tokens-details")  # usage says how many tokens were in the cache
+        flags.append("--enable-prompt-tokens-details")  # so that usage has the number of cached tokens
         if replica.expert_parallel > 1:
             flags.append("--enable-expert-parallel")
-        env = _cpu_environment(order.threads) if subject.is_cpu else {}
-        key = read_key(order.api_key_file)
+        env = _cpu_environment(request.threads) if context.is_cpu else {}
+        key = read_key(request.api_key_file)
         if key:
-            env["VLLM_API_KEY"] = key  # as a flag everybody on the machine could read it
-        told = tuple(word for pair in options.items() for word in pair)
-        return Invocation((*program, *start, *told, *flags, *order.extra), env)
+            env["VLLM_API_KEY"] = key  # every user of the machine could read a flag
+        arguments = tuple(word for pair in options.items() for word in pair)
+        return Command((*program, *start, *arguments, *flags, *request.extra), env)
 
 
-def _layout(subject: Subject) -> dict[str, str]:
-    replica = subject.replica
+def _layout(context: ModelContext) -> dict[str, str]:
+    replica = context.replica
     found = {
         "--tensor-parallel-size": str(replica.tensor_parallel),
         "--pipeline-parallel-size": str(replica.pipeline_parallel),
     }
     if replica.offload_share:
-        if subject.is_cpu:
-            raise subject.cannot("offload_share", "On a CPU all weights lie in the host's memory.")
-        offloaded = layer_weight_bytes(subject.spec, replica) * replica.offload_share
+        if context.is_cpu:
+            raise context.unsupported("offload_share", "On a CPU all weights are in the host's memory.")
+        offloaded = layer_weight_bytes(context.spec, replica) * replica.offload_share
         found["--cpu-offload-gb"] = f"{offloaded / 2**30:.2f}"  # GiB of each GPU
     return found
 
 
-def _limits(subject: Subject) -> dict[str, str]:
-    replica = subject.replica
+def _limits(context: ModelContext) -> dict[str, str]:
+    replica = context.replica
     found = {
         "--max-model-len": str(replica.max_model_len),
         "--max-num-seqs": str(replica.max_num_seqs),
@@ -75,23 +73,23 @@ def _limits(subject: Subject) -> dict[str, str]:
     }
     if replica.long_prefill_token_threshold:
         found["--long-prefill-token-threshold"] = str(replica.long_prefill_token_threshold)
-    if subject.is_cpu:
-        # Several replicas share a machine: each takes what its longest requests need, not a share of all memory.
+    if context.is_cpu:
+        # Several replicas share a machine: each reserves what its longest requests need, not a fraction of all memory.
         tokens = replica.max_num_seqs * replica.max_model_len
-        most = int(detect_cpu().memory_bytes * _MOST_OF_A_HOST)
-        needed = min(tokens * kv_bytes_per_token(subject.spec, replica), most)
+        max_bytes = int(detect_cpu().memory_bytes * _MAX_HOST_MEMORY_RATIO)
+        needed = min(tokens * kv_bytes_per_token(context.spec, replica), max_bytes)
         found["--kv-cache-memory-bytes"] = str(needed)
     else:
         found["--gpu-memory-utilization"] = f"{replica.gpu_memory_utilization:g}"
     return found
 
 
-def _drafts(subject: Subject, drafter: str) -> dict[str, str]:
-    drafter = subject.drafter(drafter)
-    if not drafter:
+def _drafts(context: ModelContext, draft_method: str) -> dict[str, str]:
+    draft_method = context.check_draft_method(draft_method)
+    if not draft_method:
         return {}
-    config: dict[str, object] = {"num_speculative_tokens": subject.replica.draft_tokens}
-    config |= {"method": drafter} if drafter in ("ngram", "mtp") else {"model": drafter}
+    config: dict[str, object] = {"num_speculative_tokens": context.replica.draft_tokens}
+    config |= {"method": draft_method} if draft_method in ("ngram", "mtp") else {"model": draft_method}
     return {"--speculative-config": json.dumps(config)}
 
 

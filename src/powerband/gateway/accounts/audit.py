@@ -33,7 +33,7 @@ _LONGEST = 200  # characters of actor and action
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class AuditEntry:
     """seq: from 1, without gaps. at: seconds since 1970. what: JSON. hash: of the entry before it, and of the rest."""
 
     seq: int
@@ -44,7 +44,7 @@ class Entry:
     hash: str
 
 
-class Head(msgspec.Struct, frozen=True):
+class ChainHead(msgspec.Struct, frozen=True):
     """The last entry, as the file beside the books has it."""
 
     seq: int = 0
@@ -73,12 +73,12 @@ class Audit:
         seq, at, told = self._last.seq + 1, self._wall(), json.dumps(what, sort_keys=True, default=str)
         actor, action = actor[:_LONGEST], action[:_LONGEST]
         hash = _hash(self._last.hash, seq, at, actor, action, told)
-        last = self._last = Head(seq, hash)
+        last = self._last = ChainHead(seq, hash)
         written = self._store.write(_INSERT, (seq, at, actor, action, told, hash))
         written.add_done_callback(lambda done: self._note_written(last, done))
         logger.info("audit %d: %s by %s", seq, action, actor, extra={"audit_seq": seq, "audit_hash": hash})
 
-    def _note_written(self, last: Head, done: Future[None]) -> None:
+    def _note_written(self, last: ChainHead, done: Future[None]) -> None:
         """In the writer's thread."""
         if not done.cancelled() and done.exception() is None:
             self._written = last
@@ -92,24 +92,24 @@ class Audit:
                 self.head = written
 
 
-def head_path(books: Path) -> Path:
-    return books.with_name(f"{books.name}.audit")
+def head_path(accounts: Path) -> Path:
+    return accounts.with_name(f"{accounts.name}.audit")
 
 
-def read_head(path: Path) -> Head | None:
+def read_head(path: Path) -> ChainHead | None:
     """None: it is not there, or damaged."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Head)
+        return msgspec.json.decode(path.read_bytes(), type=ChainHead)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 
-def entries(connection: sqlite3.Connection, after: int = 0, limit: int = -1) -> list[Entry]:
+def entries(connection: sqlite3.Connection, after: int = 0, limit: int = -1) -> list[AuditEntry]:
     """Oldest first, from those after number `after`; limit -1: all."""
-    return [Entry(*row) for row in connection.execute(_SELECT, (after, limit))]
+    return [AuditEntry(*row) for row in connection.execute(_SELECT, (after, limit))]
 
 
-def first_broken(found: Iterable[Entry], head: Head | None = None) -> int | None:
+def verify_chain(found: Iterable[AuditEntry], head: ChainHead | None = None) -> int | None:
     """The number at which the chain from entry 1 on does not hold, or ends before its head; None when it is whole."""
     before, seq = FIRST_HASH, 0
     for seq, entry in enumerate(found, 1):
@@ -122,9 +122,9 @@ def first_broken(found: Iterable[Entry], head: Head | None = None) -> int | None
     return seq + 1 if head is not None and seq < head.seq else None
 
 
-def _last(connection: sqlite3.Connection) -> Head:
+def _last(connection: sqlite3.Connection) -> ChainHead:
     row = connection.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
-    return Head(row[0], row[1]) if row else Head()
+    return ChainHead(row[0], row[1]) if row else ChainHead()
 
 
 def _hash(before: str, seq: int, at: float, actor: str, action: str, what: str) -> str:

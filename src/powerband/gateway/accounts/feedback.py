@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.accounts.ledger import Ledger
 from powerband.gateway.accounts.redaction import redact
 from powerband.gateway.accounts.store import Row, Run, Store, StoreUnavailable
+from powerband.gateway.accounts.usage_log import UsageLog
 from powerband.web.errors import HttpError
 
 MOST_COMMENT = 2000  # characters
@@ -21,9 +21,9 @@ _FIELDS = ("request_id", "at", "key_id", "score", "comment")
 class Feedback:
     """One for each request: the last one counts. Kept as long as single requests are."""
 
-    def __init__(self, store: Store, ledger: Ledger, retention_days: float) -> None:
+    def __init__(self, store: Store, usage_log: UsageLog, retention_days: float) -> None:
         self._store = store
-        self._ledger = ledger
+        self._ledger = usage_log
         self._retention_s = retention_days * 86400
         self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
         store.also(self._delete_old, every_s=600, erases=True)
@@ -47,7 +47,7 @@ class Feedback:
         run("DELETE FROM feedback WHERE at < ?", [(time.time() - self._retention_s,)])
 
 
-def given(connection: sqlite3.Connection, since: float, limit: int) -> list[dict[str, Any]]:
+def read_feedback(connection: sqlite3.Connection, since: float, limit: int) -> list[dict[str, Any]]:
     """The latest first."""
     sql = "SELECT request_id, at, key_id, score, comment FROM feedback WHERE at >= ? ORDER BY at DESC LIMIT ?"
     return [dict(zip(_FIELDS, row, strict=True)) for row in connection.execute(sql, (since, limit))]

@@ -43,7 +43,7 @@ _LEARNING = 5  # how slowly a key's prompts are believed to be less dense than t
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
+class TokenPrice:
     """USD of a token. Cached ones cost what other prompt tokens do."""
 
     input: float = 0.0
@@ -53,7 +53,7 @@ class Price:
         return prompt_tokens * self.input + output_tokens * self.output
 
 
-FREE = Price()
+FREE = TokenPrice()
 
 
 class LimitReached(PowerbandError):
@@ -66,7 +66,7 @@ class LimitReached(PowerbandError):
         self.retry_after_s = retry_after_s
 
 
-class Minute:
+class SlidingWindow:
     """A sum over the last 60 seconds, in cells of one second; a cell leaves when all of it is older than that."""
 
     def __init__(self) -> None:
@@ -116,8 +116,8 @@ class _Account:
     """What one key has used and taken."""
 
     def __init__(self) -> None:
-        self.requests = Minute()
-        self.tokens = Minute()
+        self.requests = SlidingWindow()
+        self.tokens = SlidingWindow()
         self.running = 0
         self.density = _FIRST_DENSITY  # tokens of its prompts for each that they could have had
         self.reserved_usd = 0.0
@@ -164,7 +164,7 @@ class Reservation:
         output: int = 0,
         *,
         max_prompt: int = 0,
-        price: Price = FREE,
+        price: TokenPrice = FREE,
         cap: int | None = None,
         learns: bool = False,
     ) -> None:
@@ -197,7 +197,7 @@ class Reservation:
             self._account.reserved_usd += change_usd
             self._usd += change_usd
 
-    def produced(self, output_tokens: int) -> None:
+    def add_output_tokens(self, output_tokens: int) -> None:
         """So many so far: what is more than was taken counts at once."""
         surplus = output_tokens - self.output
         if surplus > 0 and self._open:
@@ -257,7 +257,7 @@ class Limits:
             account.total_usd, account.month_usd, account.month = total_usd, month_usd, month_of(wall())
 
     def reserve(
-        self, key: Key | None, request: GatewayRequest, price: Price = FREE, *, context: int | None = None
+        self, key: Key | None, request: GatewayRequest, price: TokenPrice = FREE, *, context: int | None = None
     ) -> Reservation:
         """Take what the request can use at most. Raises LimitReached, or HttpError for what can never be.
 
@@ -291,7 +291,7 @@ class Limits:
         account: _Account,
         request: GatewayRequest,
         prompt: tuple[int, int],
-        price: Price,
+        price: TokenPrice,
         context: int | None,
     ) -> int | None:
         """Output tokens of each answer of a request that names no limit, so that it cannot use more than it took.
@@ -311,7 +311,7 @@ class Limits:
         return max(1, min(each, context - min(prompt[1], prompt[1] // 3 + 64)))
 
     def _room(
-        self, limits: KeyLimits, account: _Account, request: GatewayRequest, prompt: tuple[int, int], price: Price
+        self, limits: KeyLimits, account: _Account, request: GatewayRequest, prompt: tuple[int, int], price: TokenPrice
     ) -> Iterator[tuple[float, float]]:
         """Output tokens that each limit allows, beside the prompt, if nothing else were used; and now."""
         if limits.tokens_per_min is not None:
@@ -411,8 +411,8 @@ class Limits:
 _MONTHLY = KeyLimits(usd_period="month")
 
 
-def price_of(route: ModelRoute) -> Price:
-    return Price(route.usd_per_million_input / 1e6, route.usd_per_million_output / 1e6)
+def price_from(route: ModelRoute) -> TokenPrice:
+    return TokenPrice(route.usd_per_million_input / 1e6, route.usd_per_million_output / 1e6)
 
 
 def month_of(at: float) -> str:

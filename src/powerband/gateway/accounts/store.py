@@ -57,7 +57,7 @@ class StoreUnavailable(PowerbandError):
     retry_after_s = 5.0
 
 
-class Buffer:
+class WriteBuffer:
     """Rows that wait to be written by one statement. Beyond `limit` a new row goes to `lose`, and is counted."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Buffer:
 
 
 @dataclass(slots=True)
-class _Chore:
+class _PeriodicTask:
     work: Callable[[Run], None]
     every_s: float
     erases: bool
@@ -112,8 +112,8 @@ class Store:
         self.path = path
         self.failing_since: float | None = None  # time.time()
         self._changes: deque[tuple[str, Row, Future[None]]] = deque()
-        self._buffers: list[Buffer] = []
-        self._chores: list[_Chore] = []
+        self._buffers: list[WriteBuffer] = []
+        self._chores: list[_PeriodicTask] = []
         self._erasing = True
         self._barriers: deque[Future[None]] = deque()
         self._wake = threading.Event()
@@ -135,8 +135,8 @@ class Store:
         *,
         lose: Callable[[Row], None] | None = None,
         prepare: Callable[[Row], Row] | None = None,
-    ) -> Buffer:
-        made = Buffer(sql, limit, self._wake.set, lose=lose, prepare=prepare)
+    ) -> WriteBuffer:
+        made = WriteBuffer(sql, limit, self._wake.set, lose=lose, prepare=prepare)
         self._buffers.append(made)
         return made
 
@@ -145,7 +145,7 @@ class Store:
 
         erases: nothing of what it deletes stays in the files.
         """
-        self._chores.append(_Chore(work, every_s, erases))
+        self._chores.append(_PeriodicTask(work, every_s, erases))
 
     def write(self, sql: str, row: Row) -> Future[None]:
         """A change that must not be lost while the process lives; `saved` waits for it. Raises StoreUnavailable.
@@ -265,7 +265,7 @@ class Store:
             if written.set_running_or_notify_cancel():
                 written.set_result(None) if failure is None else written.set_exception(failure)
 
-    def _write_rows(self, buffer: Buffer) -> None:
+    def _write_rows(self, buffer: WriteBuffer) -> None:
         """One batch. A row that the database refuses for what it holds is dropped, and counted."""
         batch = list(islice(buffer.rows, _BATCH))
         try:
@@ -280,7 +280,7 @@ class Store:
         for _ in batch:
             buffer.rows.popleft()
 
-    def _write_row(self, buffer: Buffer, row: Row) -> None:
+    def _write_row(self, buffer: WriteBuffer, row: Row) -> None:
         try:
             self._execute(buffer.sql, [row if buffer.prepare is None else buffer.prepare(row)])
             buffer.written += 1

@@ -67,14 +67,15 @@ def report(connection: sqlite3.Connection, by: Sequence[str], since: float, now:
         names = row[: len(by)]
         p50, p95 = latencies.get(names, (None, None))
         score, scored = scores.get(names, (None, 0))
-        values = dict(zip((*by, *_SUMS), row[: len(by)] + row[-len(_SUMS) :], strict=True))
+        counts = [int(value) for value in row[-len(_SUMS) : -1]]
+        values = dict(zip((*by, *_SUMS), [*row[: len(by)], *counts, row[-1]], strict=True))
         rows.append(UsageRow(**values, ttft_p50_s=p50, ttft_p95_s=p95, score=score, scored=scored))
     return sorted(rows, key=lambda row: (row.day, -row.cost_usd, -row.prompt_tokens - row.output_tokens, row.key))
 
 
 def _sums(connection: sqlite3.Connection, group: str, times: dict[str, object]) -> list[tuple[Any, ...]]:
     tokens = ", ".join(_SUMS[4:])
-    sums = ", ".join(f"sum({name})" for name in _SUMS)
+    sums = ", ".join(f"total({name})" for name in _SUMS)  # unlike sum() it knows no overflow
     sql = (
         f"SELECT {group}, {sums} FROM ("  # noqa: S608 (constants)
         f"SELECT key_id, model, day, requests, errors, refused, estimated, {tokens} FROM daily "

@@ -22,7 +22,7 @@ import msgspec
 
 from powerband.dispatch.backend import Backend
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.engine_names import ENGINE_NAMES, read_load
+from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
 from powerband.gateway.routes import ReplicaAddress
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Prober:
             logger.error("%s of replica %s: %r", *name, problem)
 
     async def _probe(self, backend: Backend, address: ReplicaAddress) -> None:
-        pool, names = self._pool, ENGINE_NAMES[address.engine]
+        pool, names = self._pool, ENGINE_ENDPOINTS[address.engine]
         sent_s, timeout_s = pool.clock(), pool.options.probe_timeout_s / (2 if backend.is_in_doubt else 1)
         try:
             status, body = await self._fetch(address, names.ready_path, timeout_s)
@@ -132,7 +132,7 @@ class Prober:
 
     def _explain(self, backend: Backend, address: ReplicaAddress, status: int) -> None:
         """Say why a replica will not become ready by waiting."""
-        now_s, path = self._pool.clock(), ENGINE_NAMES[address.engine].ready_path
+        now_s, path = self._pool.clock(), ENGINE_ENDPOINTS[address.engine].ready_path
         if status in (401, 403) and backend.may_log(now_s):
             logger.warning("replica %s refuses the gateway's key: GET %s answers %d", backend.id, path, status)
         elif status in (404, 405, 501) and backend.may_log(now_s):
@@ -169,7 +169,7 @@ class Prober:
         backend.lose_all()
 
     async def _read_load(self, backend: Backend, address: ReplicaAddress) -> None:
-        names = ENGINE_NAMES[address.engine]
+        names = ENGINE_ENDPOINTS[address.engine]
         if not names.metrics_path:
             return
         try:

@@ -44,7 +44,7 @@ class UpstreamFailure(ConnectionError):
         self.is_lasting = is_lasting
 
 
-class Exchange:
+class UpstreamExchange:
     """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.
 
     due_s: by when more has to come, on time.monotonic(), while somebody waits for it; else 0.
@@ -70,9 +70,9 @@ class Exchange:
         "status",
     )
 
-    def __init__(self, connection: Connection, first_s: float, between_s: float, end_s: float) -> None:
+    def __init__(self, connection: UpstreamConnection, first_s: float, between_s: float, end_s: float) -> None:
         """first_s: by when the first of the body has to come. between_s: at most until the next. end_s: for all."""
-        self._connection: Connection | None = connection
+        self._connection: UpstreamConnection | None = connection
         self._pieces: list[bytes] = []
         self._unread = 0
         self.is_over = False
@@ -106,7 +106,7 @@ class Exchange:
                 return b""
             await self._wait()
 
-    async def pass_to(self, take: Callable[[bytes], bool]) -> None:
+    async def stream_to(self, take: Callable[[bytes], bool]) -> None:
         """Hand on what comes as it comes, without waking anybody, until `take` returns False, or to the body's end.
 
         Raises UpstreamFailure, and what `take` raises. It may call `hold`.
@@ -139,7 +139,7 @@ class Exchange:
         self._is_held = False
         self._extend()
         if self._connection is not None:
-            self._connection.read_on()
+            self._connection.resume_reading()
         self.flush()
 
     async def read_all(self, max_bytes: int) -> bytes:
@@ -162,7 +162,7 @@ class Exchange:
         if connection is not None:
             connection.leave(self)
 
-    def let_end(self, due_s: float) -> bool:
+    def drain(self, due_s: float) -> bool:
         """Read no more, but leave the connection to what is left of the answer until `due_s`. True: nothing is."""
         if not self.is_over:
             self.is_let_end = True
@@ -182,12 +182,12 @@ class Exchange:
 
     # Called by the connection.
 
-    def got(self, body: bytes) -> None:
+    def on_data(self, body: bytes) -> None:
         if not self.is_let_end:
             self._pieces.append(body)
             self._unread += len(body)
 
-    def got_end(self) -> None:
+    def on_end(self) -> None:
         self.is_over = True
         self._connection = None
 
@@ -225,7 +225,7 @@ class Exchange:
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         if self._unread >= MAX_UNREAD_BYTES and self._connection is not None:
-            self._connection.read_on()
+            self._connection.resume_reading()
         self._unread = 0
         self._extend()
         return data
@@ -240,13 +240,13 @@ class Exchange:
             self.due_s = 0.0
 
 
-class Connection(asyncio.Protocol):
+class UpstreamConnection(asyncio.Protocol):
     """Carries one exchange at a time. `idle_since_s`: when it became free."""
 
-    def __init__(self, owner: Keeper) -> None:
+    def __init__(self, owner: ConnectionOwner) -> None:
         self._owner = owner
         self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
+        self._exchange: UpstreamExchange | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._bare_bytes = 0  # that came since the last of a body, without any of it
         self._has_body = False  # in what is being read now
@@ -255,7 +255,7 @@ class Connection(asyncio.Protocol):
         self.is_open = False
         self.idle_since_s = 0.0
 
-    def begin(self, exchange: Exchange, request: list[bytes]) -> None:
+    def begin(self, exchange: UpstreamExchange, request: list[bytes]) -> None:
         self._exchange = exchange
         self._parser = httptools.HttpResponseParser(self)
         self._bare_bytes, self._ends_by_closing = 0, True
@@ -264,7 +264,7 @@ class Connection(asyncio.Protocol):
             return
         self._transport.writelines(request)
 
-    def read_on(self) -> None:
+    def resume_reading(self) -> None:
         if self._is_paused and self._transport is not None and not self._transport.is_closing():
             self._is_paused = False
             self._transport.resume_reading()
@@ -274,7 +274,7 @@ class Connection(asyncio.Protocol):
             self._is_paused = True
             self._transport.pause_reading()
 
-    def leave(self, exchange: Exchange) -> None:
+    def leave(self, exchange: UpstreamExchange) -> None:
         if self._exchange is exchange:
             self._exchange = None
             self.abort()
@@ -318,7 +318,7 @@ class Connection(asyncio.Protocol):
             return
         if problem is None and exchange.status and self._ends_by_closing:
             self._exchange = None
-            exchange.got_end()
+            exchange.on_end()
             exchange.flush()
         else:
             exchange.fail("reset", f"The connection broke: {problem}." if problem else "The replica closed it.")
@@ -349,7 +349,7 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         exchange, self._has_body = self._exchange, True
         if exchange is not None:
-            exchange.got(body)
+            exchange.on_data(body)
 
     def on_message_complete(self) -> None:
         exchange, parser = self._exchange, self._parser
@@ -359,15 +359,15 @@ class Connection(asyncio.Protocol):
         if self._transport is None or not parser.should_keep_alive() or self._ends_by_closing:
             self.abort()
         else:
-            self.read_on()
+            self.resume_reading()
             self.idle_since_s = time.monotonic()
-        exchange.got_end()
+        exchange.on_end()
         self._owner.free(self)
 
 
-class Keeper(Protocol):
+class ConnectionOwner(Protocol):
     """Who keeps connections: told when one is free, and when one is lost."""
 
-    def free(self, connection: Connection) -> None: ...
+    def free(self, connection: UpstreamConnection) -> None: ...
 
-    def lost(self, connection: Connection) -> None: ...
+    def lost(self, connection: UpstreamConnection) -> None: ...

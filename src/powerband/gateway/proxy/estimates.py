@@ -9,15 +9,16 @@ Both are corrected by every answer that a replica has counted itself, and neithe
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import msgspec
+from msgspec import Raw
 
 from powerband.dispatch.estimates import OutputEstimate
 
 ASCII_PER_TOKEN = 4  # English text has a few more, code a few less
 OTHER_BYTES_PER_TOKEN = 3  # of UTF-8: one token for a Chinese character
 FIRST_TOKENS_PER_S = 100.0  # of one choice, until an answer has been counted: a fast engine's
+_NOT_ASCII = bytes(range(0x80, 0x100))
 _WEIGHT = 0.1  # of the newest in a moving mean
 _MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0
 
@@ -31,7 +32,10 @@ class _Call(msgspec.Struct, gc=False):
     function: _Function | None = None
 
 
-class Estimates:
+_CALLS = msgspec.json.Decoder(list[_Call])
+
+
+class TokenEstimates:
     """What is known of the answers of one model. text_factor: tokens for each that `text_tokens` finds."""
 
     def __init__(self) -> None:
@@ -59,10 +63,10 @@ class Estimates:
         return choices * (each if limit is None else min(each, limit))
 
 
-class TextCount:
+class TextTokenCount:
     """Tokens of text that comes in pieces: by its size, and at least one for each piece."""
 
-    def __init__(self, estimates: Estimates) -> None:
+    def __init__(self, estimates: TokenEstimates) -> None:
         self.size = 0.0  # in tokens, before the factor
         self._factor = estimates.text_factor
         self._pieces = 0
@@ -80,17 +84,16 @@ class TextCount:
 def text_tokens(text: str) -> float:
     if text.isascii():
         return len(text) / ASCII_PER_TOKEN
-    others = len(text.encode(errors="replace")) - (ascii := sum(map(str.isascii, text)))
-    return ascii / ASCII_PER_TOKEN + others / OTHER_BYTES_PER_TOKEN
+    encoded = text.encode(errors="replace")
+    ascii = len(encoded.translate(None, _NOT_ASCII))
+    return ascii / ASCII_PER_TOKEN + (len(encoded) - ascii) / OTHER_BYTES_PER_TOKEN
 
 
-def call_text(calls: Any) -> str:
+def call_text(calls: Raw) -> str:
     """What the model wrote of calls of tools: names and arguments, without the JSON around them."""
-    if not calls:
-        return ""
     try:
-        found = msgspec.convert(calls, list[_Call])
+        found = _CALLS.decode(calls)
     except msgspec.ValidationError:
-        return str(calls)
+        return bytes(calls).decode()
     functions = [call.function for call in found if call.function is not None]
     return "".join((one.name or "") + (one.arguments or "") for one in functions)

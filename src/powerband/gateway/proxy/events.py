@@ -6,14 +6,14 @@ LF, CR LF or CR, comments and unknown fields are ignored. Every byte is looked a
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Raw
 
 from powerband.gateway.proxy.connection import UpstreamFailure
 
-MAX_EVENT_BYTES = 16 << 20
+MAX_EVENT_BYTES = 4 << 20
 END = b"[DONE]"
 _BOM = b"\xef\xbb\xbf"
 # Objects and lists take far more memory than the bytes that name them: beyond the first so many, at most one in so many
@@ -21,40 +21,61 @@ _BOM = b"\xef\xbb\xbf"
 _FREE_BRACKETS = 1 << 16
 _BYTES_PER_BRACKET = 24
 
+NO_IDS = Raw(b"null")
 TokenIds = list[Annotated[int, Meta(ge=0, le=2**32 - 1)]]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 
 
-class Delta(msgspec.Struct, gc=False):
-    """`Any` where servers differ: text may be a list of parts, and only whether it is there matters."""
-
-    role: Any = None
-    content: Any = None
-    reasoning_content: Any = None
-    reasoning: Any = None
-    tool_calls: Any = None
+_NULL = Raw(b"null")
+_NO_ERROR = frozenset((b"null", b"false", b'""', b"{}", b"[]"))
 
 
-class Choice(msgspec.Struct, gc=False):
+class Part(msgspec.Struct, gc=False):
+    """Of a text that comes as a list of parts (Mistral and others)."""
+
+
+Text = str | list[Part] | None
+
+
+class ChunkDelta(msgspec.Struct, gc=False):
+    """What is only passed on, whatever its shape, is not built: `Raw`."""
+
+    role: str | None = None
+    content: Text = None
+    reasoning_content: Text = None
+    reasoning: Text = None
+    tool_calls: Raw = _NULL
+
+    @property
+    def has_calls(self) -> bool:
+        return len(self.tool_calls) > len(b"null")
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether it holds more than text: thoughts, calls of tools, parts."""
+        return bool(self.reasoning_content or self.reasoning or self.has_calls) or isinstance(self.content, list)
+
+
+class ChunkChoice(msgspec.Struct, gc=False):
     """finish_reason: None or '' (LocalAI and others) until the choice has ended."""
 
     index: int | None = 0
     text: str | None = None
-    delta: Delta | None = None
-    message: Delta | None = None
+    delta: ChunkDelta | None = None
+    message: ChunkDelta | None = None
     finish_reason: str | None = None
     token_ids: TokenIds | None = None
-    prompt_token_ids: TokenIds | None = None
+    prompt_token_ids: Raw = NO_IDS  # decoded only to resume
 
 
-class Details(msgspec.Struct, gc=False):
+class ChunkUsageDetails(msgspec.Struct, gc=False):
     cached_tokens: Count | None = None
 
 
-class Usage(msgspec.Struct, gc=False):
+class ChunkUsage(msgspec.Struct, gc=False):
     prompt_tokens: Count | None = 0
     completion_tokens: Count | None = 0
-    prompt_tokens_details: Details | None = None
+    prompt_tokens_details: ChunkUsageDetails | None = None
 
     @property
     def cached_tokens(self) -> int:
@@ -64,11 +85,15 @@ class Usage(msgspec.Struct, gc=False):
 class Chunk(msgspec.Struct, gc=False):
     """A chunk of either kind, and a whole answer, too, as far as it is counted."""
 
-    model: Any = None
-    choices: list[Choice] | None = None
-    usage: Usage | None = None
-    error: Any = None
-    prompt_token_ids: TokenIds | None = None
+    model: str | None = None
+    choices: list[ChunkChoice] | None = None
+    usage: ChunkUsage | None = None
+    error: Raw = _NULL
+    prompt_token_ids: Raw = NO_IDS
+
+    @property
+    def has_error(self) -> bool:
+        return self.error is not _NULL and bytes(self.error) not in _NO_ERROR
 
 
 _CHUNK = msgspec.json.Decoder(Chunk)
@@ -86,7 +111,20 @@ def read_chunk(data: bytes) -> Chunk:
             _check_brackets(data)
         return _CHUNK.decode(data)
     except NO_JSON as problem:
-        raise UpstreamFailure("garbage", f"The replica's answer is not what was asked for: {problem}.") from None
+        raise not_understood(problem) from None
+
+
+def count_ids(ids: Raw) -> int:
+    """How many there are in a list of token ids, as JSON; 0 for null."""
+    return bytes(ids).count(b",") + 1 if has_ids(ids) else 0
+
+
+def has_ids(ids: Raw) -> bool:
+    return ids is not NO_IDS and bytes(ids) not in (b"null", b"[]")
+
+
+def not_understood(problem: Exception) -> UpstreamFailure:
+    return UpstreamFailure("garbage", f"The replica's answer is not what was asked for: {problem}.")
 
 
 def _check_brackets(data: bytes) -> None:
@@ -95,12 +133,14 @@ def _check_brackets(data: bytes) -> None:
         raise UpstreamFailure("garbage", f"The replica's answer has {num_brackets} brackets in {len(data)} bytes.")
 
 
-class Splitter:
+class EventSplitter:
     """Bytes as they come → the data of events that are whole. num_events: so far, comments among them."""
 
-    __slots__ = ("_after_cr", "_ends_line", "_has_begun", "_rest", "_rest_bytes", "num_events")
+    __slots__ = ("_after_cr", "_ends_line", "_has_begun", "_max_bytes", "_rest", "_rest_bytes", "num_events")
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_EVENT_BYTES) -> None:
+        """max_bytes: of one event."""
+        self._max_bytes = max_bytes
         self._rest: list[bytes] = []  # of an event that is not whole: joined once, when it is
         self._rest_bytes = 0
         self._ends_line = False  # the rest does
@@ -135,8 +175,8 @@ class Splitter:
         self._rest.append(rest)
         self._rest_bytes += len(rest)
         self._ends_line = rest.endswith(b"\n")
-        if self._rest_bytes > MAX_EVENT_BYTES:
-            raise UpstreamFailure("garbage", f"The replica's event is larger than {MAX_EVENT_BYTES} bytes.")
+        if self._rest_bytes > self._max_bytes:
+            raise UpstreamFailure("too_large", f"The replica's event is larger than {self._max_bytes} bytes.")
 
     def _with_line_feeds(self, piece: bytes) -> bytes:
         if self._after_cr:

@@ -2,104 +2,149 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 
-from powerband.gateway.proxy.connection import Exchange, UpstreamFailure
-from powerband.gateway.proxy.events import END, Splitter
-from powerband.gateway.proxy.story import Story
-from powerband.gateway.proxy.trip import Trip
-from powerband.web.line import ClientLine
+from powerband.gateway.proxy.attempts import UpstreamAttempts
+from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.events import END, EventSplitter, count_ids
+from powerband.gateway.proxy.stream_state import StreamState
+from powerband.web.client_connection import ClientConnection
 
 # A replica that tells comments and empty events without end says nothing.
 MAX_EVENTS_WITHOUT_TOKEN = 1 << 16
+_EVENTS_OF_A_TURN = 64  # each takes some 10 µs
+_BYTES_OF_A_TURN = 256 << 10
 _AFTER_FINISH_S = 5.0  # for the usage and the last event, once every choice has said how it ended
 
 
 class Relay:
-    """`read_opening` until there is something to tell, then `pass_on` the rest."""
+    """`read_first_events` until there is something to tell, then `forward` the rest.
 
-    def __init__(self, trip: Trip, story: Story, exchange: Exchange, on_tokens: Callable[[int], None]) -> None:
+    A replica may send any number of events at once: they are told in turns, between which others have theirs.
+    """
+
+    def __init__(
+        self,
+        attempts: UpstreamAttempts,
+        state: StreamState,
+        exchange: UpstreamExchange,
+        on_tokens: Callable[[int], None],
+        max_event_bytes: int,
+    ) -> None:
         """on_tokens: told how many there are in all, whenever there are more."""
-        self._trip = trip
-        self._story = story
+        self._attempts = attempts
+        self._state = state
         self._exchange = exchange
         self._on_tokens = on_tokens
-        self._splitter = Splitter()
+        self._splitter = EventSplitter(max_event_bytes)
+        self._events: deque[bytes] = deque()  # that are not told yet
         self._has_ended = False
-        self._is_over = False  # the body came to its end
         self._max_events = MAX_EVENTS_WITHOUT_TOKEN
+        self._is_cut = False  # its engine does not keep to the limit that was asked for
         self._problem: UpstreamFailure | None = None
 
-    async def read_opening(self) -> bytes:
-        """The first events that the client is to read. Raises UpstreamFailure when there are none."""
-        while not self._has_ended and not self._is_over:
-            piece = await self._exchange.read()
-            if not piece:
-                self._is_over = True
-            elif told := self._read(piece):
-                return told
-            if self._problem is not None:
-                raise self._problem
-        raise self._truncated()
+    @property
+    def _wants_more(self) -> bool:
+        return not (self._has_ended or self._is_cut) and self._problem is None
 
-    async def pass_on(self, line: ClientLine) -> None:
+    async def read_first_events(self) -> bytes:
+        """The first events that the client is to read. Raises UpstreamFailure when there are none."""
+        while self._wants_more:
+            if self._events:
+                await asyncio.sleep(0)
+            elif piece := await self._exchange.read():
+                self._split(piece)
+            else:
+                break
+            if told := self._tell():
+                return told
+        raise self._problem or self._truncated()
+
+    async def forward(self, connection: ClientConnection) -> None:
         """The rest, until the last event. Raises UpstreamFailure when it does not come."""
 
         def take(piece: bytes) -> bool:
-            told = self._read(piece)
-            if told:
-                line.write_chunk(told)
-                if line.is_behind:
-                    self._exchange.hold()
-                    line.when_writable(self._exchange.release)
-            return not self._has_ended and self._problem is None
+            self._split(piece)
+            self._write(connection)
+            if self._events or not self._wants_more:
+                return False
+            if connection.is_behind:
+                self._exchange.hold()
+                connection.when_writable(self._exchange.release)
+            return True
 
-        if not self._has_ended and self._problem is None:
-            await self._exchange.pass_to(take)
+        while self._wants_more:
+            while self._events and self._wants_more:
+                await connection.writable()
+                await asyncio.sleep(0)
+                self._write(connection)
+            if self._wants_more:
+                await self._exchange.stream_to(take)
+                if not self._events:
+                    break
         if self._problem is not None:
             raise self._problem
+        if self._is_cut:
+            self._attempts.warn("It made more tokens than were asked for; does its engine know the limit by this name?")
+            connection.write_chunk(self._state.cut("length"))
+            return
         # Some servers end without [DONE]: then every choice has to have said how it ended.
-        if not (self._story.may_end if self._has_ended else self._story.is_finished):
+        if not (self._state.may_end if self._has_ended else self._state.is_finished):
             raise self._truncated()
 
-    def _read(self, piece: bytes) -> bytes:
-        """What the client is to read of it, and what it says counted."""
-        story, now_s = self._story, time.monotonic()
-        had_tokens, told = story.num_tokens, b""
+    def _split(self, piece: bytes) -> None:
         try:
             found = self._splitter.feed(piece)
-            if not found:  # a comment, or a part of an event: the time for the next one goes on
-                self._exchange.no_progress()
-            else:
-                self._trip.progress()
-            for data in found:
+        except UpstreamFailure as problem:
+            self._problem = problem
+            return
+        if found:
+            self._attempts.progress()
+            self._events.extend(found)
+        else:  # a comment, or a part of an event: the time for the next one goes on
+            self._exchange.no_progress()
+
+    def _write(self, connection: ClientConnection) -> None:
+        if told := self._tell():
+            connection.write_chunk(told)
+
+    def _tell(self) -> bytes:
+        """What the client is to read of the next events, and what they say counted."""
+        state, events, now_s = self._state, self._events, time.monotonic()
+        had_tokens, size = state.num_tokens, 0
+        told: list[bytes] = []
+        try:
+            while events and len(told) < _EVENTS_OF_A_TURN and size < _BYTES_OF_A_TURN:
+                data = events.popleft()
                 if data == END:
                     self._has_ended = True
                     break
-                told += story.tell(data, now_s)
+                size += len(data)
+                told.append(state.tell(data, now_s))
         except UpstreamFailure as problem:  # what came before it counts, and so has to be told
             self._problem = problem
-        self._check_bounds(grew=story.num_tokens != had_tokens)
-        if story.num_tokens != had_tokens:
-            self._on_tokens(story.num_tokens)
+        self._check_bounds(grew=state.num_tokens != had_tokens)
+        if state.num_tokens != had_tokens:
+            self._on_tokens(state.num_tokens)
             if not had_tokens:
-                self._trip.first_token(len(story.prompt_ids) or None)
-        return told
+                self._attempts.first_token(count_ids(state.prompt_ids) or None)
+        return b"".join(told)
 
     def _check_bounds(self, *, grew: bool) -> None:
-        """End a stream that has no end: of nothing, or of more than was asked for."""
-        num_events, story = self._splitter.num_events, self._story
+        """End a stream of nothing, or of more than was asked for."""
+        num_events, state = self._splitter.num_events, self._state
         if grew:
             self._max_events = num_events + MAX_EVENTS_WITHOUT_TOKEN
-            if story.has_too_many:
-                story.has_gap = True  # nobody can make that good
-                self._problem = UpstreamFailure("garbage", f"{story.num_tokens} tokens came, more than were asked for.")
+            if state.has_too_many:
+                self._is_cut = True
         elif num_events > self._max_events:
             self._problem = UpstreamFailure(
                 "garbage", f"The replica sent {MAX_EVENTS_WITHOUT_TOKEN} events without a token."
             )
-        elif story.is_finished:
+        elif state.is_finished:
             self._exchange.between_s = min(self._exchange.between_s, _AFTER_FINISH_S)
 
     def _truncated(self) -> UpstreamFailure:

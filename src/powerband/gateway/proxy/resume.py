@@ -17,10 +17,11 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from powerband.gateway.proxy.client_request import PATHS, ClientRequest
 from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.intake import PATHS, Intake
-from powerband.gateway.proxy.story import Story
-from powerband.gateway.proxy.upstream import Upstream
+from powerband.gateway.proxy.events import TokenIds, has_ids
+from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
 
 _ASK_S = 5.0
@@ -47,6 +48,7 @@ _STATEFUL = frozenset(
         *("thinking_token_budget", "vllm_xargs"),
     )
 )
+_IDS = msgspec.json.Decoder(TokenIds)
 _CONTEXT = 16  # tokens of the prompt that are decoded with the output, since the first token's text depends on them
 
 
@@ -57,60 +59,68 @@ class CannotResume(Exception):
 class Resumer:
     """Makes the plan of each further try of one stream."""
 
-    def __init__(self, intake: Intake, story: Story, upstream: Upstream, tenant: str) -> None:
-        self._intake = intake
-        self._story = story
+    def __init__(
+        self, client_request: ClientRequest, state: StreamState, upstream: UpstreamClient, tenant: str
+    ) -> None:
+        self._client_request = client_request
+        self._state = state
         self._upstream = upstream
         self._tenant = tenant
 
     async def plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
         """Path and body. Raises CannotResume, and UpstreamFailure when the replica does not say what is needed."""
-        story, intake = self._story, self._intake
-        path = PATHS[intake.endpoint]
-        if not story.num_tokens:
-            story.resume(kept=0)
-            return path, intake.body_for(replica, self._tenant)
-        if not intake.can_resume or story.has_gap or story.engine != replica.engine:
+        state, client_request = self._state, self._client_request
+        path = PATHS[client_request.endpoint]
+        if not state.num_tokens:
+            state.resume(kept=0)
+            return path, client_request.upstream_body(replica, self._tenant)
+        if not client_request.can_resume or state.has_gap or state.engine != replica.engine:
             raise CannotResume
         if replica.engine == "powerband":
-            story.resume(kept=len(story.token_ids))
-            return path, intake.body_for(replica, self._tenant, story.token_ids)
+            state.resume(kept=len(state.token_ids))
+            return path, client_request.upstream_body(replica, self._tenant, state.token_ids)
         if replica.engine != "vllm":
             raise CannotResume
-        if not story.texts and not story.wants_silence:  # the client has nothing yet
-            story.resume(kept=0)
-            return path, intake.body_for(replica, self._tenant)
+        if not state.texts and not state.wants_silence:  # the client has nothing yet
+            state.resume(kept=0)
+            return path, client_request.upstream_body(replica, self._tenant)
         return PATHS["completions"], await self._completion(replica)
 
     async def _completion(self, replica: ReplicaAddress) -> bytes:
         """For vLLM. Tokens whose text has not been told, or not all of it, are made again."""
-        story, intake = self._story, self._intake
-        fields = dict(msgspec.json.decode(intake.body_for(replica, self._tenant), type=dict[str, Raw]))
-        is_chat = intake.endpoint == "chat"
-        if not story.prompt_ids or story.is_parsed or (is_chat and intake.asked.logprobs) or _looks_back(fields):
+        state, client_request = self._state, self._client_request
+        fields = dict(msgspec.json.decode(client_request.upstream_body(replica, self._tenant), type=dict[str, Raw]))
+        is_chat = client_request.endpoint == "chat"
+        if (
+            not has_ids(state.prompt_ids)
+            or state.is_parsed
+            or (is_chat and client_request.fields.logprobs)
+            or _looks_back(fields)
+        ):
             raise CannotResume
-        kept, skipped = await self._kept(replica)
-        if story.wants_silence and (skipped or len(kept) < len(story.token_ids)):
+        prompt_ids = _decoded(state.prompt_ids)
+        kept, skipped = await self._kept(replica, prompt_ids)
+        if state.wants_silence and (skipped or len(kept) < len(state.token_ids)):
             raise CannotResume  # the client has the ids already
-        limit = intake.limit
+        limit = client_request.limit
         if limit is None and is_chat:
-            limit = await self._room(replica) - len(story.prompt_ids)
+            limit = await self._room(replica) - len(prompt_ids)
         limit = 16 if limit is None else limit  # vLLM's default, and OpenAI's
-        told: dict[str, Any] = {"prompt": [*story.prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
+        told: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
         if _value(fields, "min_tokens"):
             told["min_tokens"] = max(0, msgspec.json.decode(fields["min_tokens"], type=int) - len(kept))
         dropped = _ONLY_CHAT if is_chat else {"echo", "truncate_prompt_tokens", "add_special_tokens"}
         passed = {name: value for name, value in fields.items() if name not in dropped}
         if is_chat:
             passed.pop("logprobs", None)
-        story.resume(kept=len(kept), skipped=skipped, is_other_kind=is_chat, counts_as_prompt=True)
+        state.resume(kept=len(kept), skipped=skipped, is_other_kind=is_chat, counts_as_prompt=True)
         return msgspec.json.encode({**passed, **told})
 
-    async def _kept(self, replica: ReplicaAddress) -> tuple[Sequence[int], str]:
+    async def _kept(self, replica: ReplicaAddress, prompt_ids: Sequence[int]) -> tuple[Sequence[int], str]:
         """The most of the output's ids whose text the client has, and what it has beyond that: the beginning of the
         next token, which ends in half a letter, or of what a stop string held back. Its tokenizer is asked."""
-        ids, text = self._story.token_ids, "".join(self._story.texts)
-        context = self._story.prompt_ids[-_CONTEXT:]
+        ids, text = self._state.token_ids, "".join(self._state.texts)
+        context = prompt_ids[-_CONTEXT:]
         before = await self._text(replica, context)
         for dropped in range(min(len(ids), _CONTEXT) + 1):
             kept = ids[: len(ids) - dropped]
@@ -149,6 +159,13 @@ class Resumer:
         except (OSError, msgspec.MsgspecError) as problem:
             raise UpstreamFailure("resume", f"{path} of a replica failed: {problem}.") from None
         return found
+
+
+def _decoded(ids: Raw) -> list[int]:
+    try:
+        return _IDS.decode(ids)
+    except msgspec.MsgspecError as problem:
+        raise CannotResume from problem
 
 
 def _looks_back(fields: Mapping[str, Raw]) -> bool:

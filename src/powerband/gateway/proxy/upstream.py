@@ -9,29 +9,29 @@ import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from powerband.gateway.proxy.connection import Connection, Exchange, Keeper, UpstreamFailure
+from powerband.gateway.options import Timeouts
+from powerband.gateway.proxy.connection import ConnectionOwner, UpstreamConnection, UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.timeouts import Timeouts
 from powerband.web.authority import split_authority
 
-MAX_PAGE_BYTES = 16 << 20
+MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
 MAX_IDLE = 128  # connections to one replica that are kept for later
 IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
 _LAST_WORDS_S = 1.0
 _TICK_S = 0.1
 
 
-def _ignore(_exchange: Exchange) -> None:
+def _ignore(_exchange: UpstreamExchange) -> None:
     pass
 
 
-class Upstream:
+class UpstreamClient:
     """Exchanges with any replica. Belongs to one event loop, from `start` to `close`."""
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
-        self._origins: dict[str, _Origin] = {}
-        self._live: set[Exchange] = set()
+        self._origins: dict[str, _HostPool] = {}
+        self._live: set[UpstreamExchange] = set()
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -43,9 +43,9 @@ class Upstream:
             await asyncio.gather(self._ticking, return_exceptions=True)
         for exchange in tuple(self._live):
             exchange.close()
-        self.keep_only(())
+        self.close_others(())
 
-    def keep_only(self, urls: Collection[str]) -> None:
+    def close_others(self, urls: Collection[str]) -> None:
         """Close idle connections to all others; those in use end with their exchange."""
         for url in [url for url in self._origins if url not in urls]:
             self._origins.pop(url).close()
@@ -79,8 +79,8 @@ class Upstream:
         *,
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
-        on_sent: Callable[[Exchange], None] = _ignore,
-    ) -> Exchange:
+        on_sent: Callable[[UpstreamExchange], None] = _ignore,
+    ) -> UpstreamExchange:
         """Send a request; returns with the head of the answer. `end` it afterwards. Raises UpstreamFailure.
 
         on_sent: told of the exchange while the head is waited for, so that others can make it fail.
@@ -94,7 +94,9 @@ class Upstream:
         while True:
             connection, was_used = await origin.take(limits.connect_s)
             now_s = time.monotonic()
-            exchange = Exchange(connection, now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s)
+            exchange = UpstreamExchange(
+                connection, now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s
+            )
             self._live.add(exchange)
             connection.begin(exchange, request)
             on_sent(exchange)
@@ -111,19 +113,19 @@ class Upstream:
                 raise
             return exchange
 
-    def end(self, exchange: Exchange) -> None:
+    def end(self, exchange: UpstreamExchange) -> None:
         exchange.close()
         self._live.discard(exchange)
 
-    def let_end(self, exchange: Exchange) -> None:
+    def drain(self, exchange: UpstreamExchange) -> None:
         """Its last event is there: what is left of it may come, so that the connection can be used again."""
-        if exchange.let_end(time.monotonic() + _LAST_WORDS_S):
+        if exchange.drain(time.monotonic() + _LAST_WORDS_S):
             self._live.discard(exchange)
 
-    def _origin(self, url: str) -> _Origin:
+    def _origin(self, url: str) -> _HostPool:
         origin = self._origins.get(url)
         if origin is None:
-            origin = self._origins[url] = _Origin(url)
+            origin = self._origins[url] = _HostPool(url)
         return origin
 
     async def _tick(self) -> None:
@@ -139,7 +141,7 @@ class Upstream:
                 origin.drop_idle(now_s - IDLE_S)
 
 
-class _Origin(Keeper):
+class _HostPool(ConnectionOwner):
     """Idle connections to one server: the one used last is used next."""
 
     def __init__(self, url: str) -> None:
@@ -149,7 +151,7 @@ class _Origin(Keeper):
         self._tls = ssl.create_default_context() if scheme == "https" else None
         self._prefix = f"/{prefix.strip('/')}" if prefix.strip("/") else ""
         self._authority = authority
-        self._idle: list[Connection] = []
+        self._idle: list[UpstreamConnection] = []
         self._is_closed = False
 
     def head(self, method: str, path: str, api_key: str, length: int, headers: Mapping[str, str]) -> bytes:
@@ -163,7 +165,7 @@ class _Origin(Keeper):
         ]
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
-    async def take(self, connect_s: float) -> tuple[Connection, bool]:
+    async def take(self, connect_s: float) -> tuple[UpstreamConnection, bool]:
         """A connection, and whether it was used before. Raises UpstreamFailure."""
         while self._idle:
             connection = self._idle.pop()
@@ -174,7 +176,7 @@ class _Origin(Keeper):
         try:
             async with asyncio.timeout(connect_s):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self), self._host, self._port, ssl=self._tls, server_hostname=name
+                    lambda: UpstreamConnection(self), self._host, self._port, ssl=self._tls, server_hostname=name
                 )
         except TimeoutError:
             raise UpstreamFailure("connect", f"No connection to {self._authority} within {connect_s:g} s.") from None
@@ -183,13 +185,13 @@ class _Origin(Keeper):
             raise UpstreamFailure("connect", told, is_absence=isinstance(problem, ConnectionRefusedError)) from None
         return connection, False
 
-    def free(self, connection: Connection) -> None:
+    def free(self, connection: UpstreamConnection) -> None:
         if connection.is_open and not self._is_closed and len(self._idle) < MAX_IDLE:
             self._idle.append(connection)
         else:
             connection.abort()
 
-    def lost(self, connection: Connection) -> None:
+    def lost(self, connection: UpstreamConnection) -> None:
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
 

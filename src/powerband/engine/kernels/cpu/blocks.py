@@ -13,7 +13,7 @@ from powerband.engine.kernels.cpu.layers import ACTIVATIONS
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
 from powerband.engine.models.decoder import Decoder, DecoderLayer, Rotation
-from powerband.spec.model import RopeSpec
+from powerband.spec.model.model_spec import RopeSpec
 
 Half = Callable[[torch.Tensor, dict[RopeSpec, Rotation], AttentionBatch, AttentionBackend], None]
 

@@ -29,7 +29,7 @@ import torch
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.folders import cache_directory
-from powerband.spec.device import detect_cpu
+from powerband.spec.hardware.device import detect_cpu
 
 TIERS = ("amx", "avx512", "avx2", "plain")
 FAST_TIERS = TIERS[:-1]  # faster than plain torch

@@ -1,0 +1,1 @@
+"""What sends a load: worker processes, their connections, prompts and responses."""

@@ -1,0 +1,149 @@
+"""Before a load: is the server there, which model has it, what is it, and how long do our words become on it?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import msgspec
+
+from powerband.bench.client.http import HTTPPage, get, post
+from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
+from powerband.bench.client.prompts import ConversationPrompts, PromptMaker
+from powerband.bench.client.responses import error_text
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.web.authority import split_authority
+
+_PROBE_TOKENS = (32, 288)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """kind: 'powerband', 'vllm', 'sglang', 'llama.cpp', 'tensorrt-llm' or 'unknown'."""
+
+    kind: str
+    version: str
+    max_model_len: int | None
+
+
+def parse_url(url: str) -> str:
+    """'localhost:8000/v1' → 'http://localhost:8000'. Raises UsageError."""
+    whole = url if "://" in url else f"http://{url}"
+    parts = urlsplit(whole)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.netloc
+        or parts.query
+        or parts.fragment
+        or "@" in parts.netloc
+    ):
+        raise UsageError(
+            f"'{url}' is no address of a server.", hint="Write it like http://localhost:8000.", param="url"
+        )
+    split_authority(parts.netloc, 80)
+    path = parts.path.rstrip("/")
+    for known in ("/chat/completions", "/completions", "/v1"):
+        path = path.removesuffix(known)
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+async def find_server(target: ServerAddress, wait_s: float = 0.0) -> tuple[ServerAddress, ServerInfo]:
+    """The target with the model's name filled in, and what serves it. wait_s: how long to wait for a server that is not
+    there yet. Raises EnvironmentFault when none answers, UsageError for a model that it does not have.
+    """
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            page = await get(target, "/v1/models")
+            if page.status == 200 or time.monotonic() >= deadline_s:
+                break
+        except (OSError, TimeoutError) as problem:
+            if time.monotonic() >= deadline_s:
+                raise EnvironmentFault(
+                    f"No server answers at {target.base}: {problem or 'it is silent'}.",
+                    hint="Start one ('powerband serve demo'), or give the address of one that runs.",
+                    code="no_server",
+                ) from None
+        await asyncio.sleep(0.5)
+    if page.status in (401, 403):
+        raise UsageError(
+            f"{target.base} refuses: {error_text(page.body)}", hint="Give its key with --api-key.", param="api_key"
+        )
+    listed = page.json() if page.status == 200 else None
+    cards = (
+        [card for card in (listed or {}).get("data", []) if isinstance(card, dict)] if isinstance(listed, dict) else []
+    )
+    names = [str(card.get("id")) for card in cards]
+    model = target.model or (names[0] if names else "")
+    if not model:
+        raise UsageError(f"{target.base} does not say which model it has.", hint="Name it with --model.", param="model")
+    if names and model not in names:
+        raise UsageError(f"{target.base} has no model '{model}'.", hint=f"It has: {', '.join(names)}.", param="model")
+    card = cards[names.index(model)] if names else {}
+    return msgspec.structs.replace(target, model=model), await _identify(target, card)
+
+
+async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
+    """With how many of our words make a token on this server, from two short requests.
+
+    Raises EnvironmentFault when it cannot answer them.
+    """
+    plain = msgspec.structs.replace(target, words_per_token=1.0)
+    maker, counts = PromptMaker(), []
+    for tokens in _PROBE_TOKENS:
+        planned = RequestMessage(0, (SegmentMessage(f"probe {tokens} {time.time_ns()}", tokens),), 1, 0, 0.0)
+        body = msgspec.json.decode(ConversationPrompts(plain, maker).body(planned)) | {"stream": False}
+        body.pop("stream_options")
+        try:
+            page = await post(target, target.path, body)
+        except (OSError, TimeoutError) as problem:
+            raise _silent(target, str(problem) or "it is silent") from None
+        if page.status != 200:
+            raise _silent(target, f"HTTP {page.status}: {error_text(page.body)}")
+        counts.append(_prompt_tokens(page))
+    short, long = counts
+    if not short or not long or long <= short:
+        return target  # it does not tell
+    tokens_per_word = (long - short) / (_PROBE_TOKENS[1] - _PROBE_TOKENS[0])
+    return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word)
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """vLLM's and GuideLLM's spellings, too. Raises UsageError."""
+    match text.strip("/").removeprefix("v1/").replace("_", "-"):
+        case "completions" | "text-completions" | "openai" | "vllm":
+            return "completions"
+        case "chat" | "chat/completions" | "chat-completions" | "openai-chat":
+            return "chat"
+    raise UsageError(f"There is no endpoint '{text}'.", hint="There are: completions, chat.", param="endpoint")
+
+
+def _prompt_tokens(page: HTTPPage) -> int:
+    answer = page.json()
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    return int(usage.get("prompt_tokens") or 0) if isinstance(usage, dict) else 0
+
+
+async def _identify(target: ServerAddress, card: dict[str, object]) -> ServerInfo:
+    owner = str(card.get("owned_by", ""))
+    length = card.get("max_model_len")
+    kind = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "powerband": "powerband"}.get(owner, "unknown")
+    version = ""
+    try:
+        page = await get(target, "/version")
+        told = page.json()
+        if page.status == 200 and isinstance(told, dict):
+            version = str(told.get("version", ""))
+    except (OSError, TimeoutError):
+        pass
+    return ServerInfo(kind, version, length if isinstance(length, int) else None)
+
+
+def _silent(target: ServerAddress, why: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{target.base}{target.path} did not answer a short request: {why}.",
+        hint="Does it serve this endpoint (--endpoint chat or completions), and is it ready?",
+        code="no_answer",
+    )

@@ -1,0 +1,197 @@
+"""From the pieces of a streamed answer to chunks of tokens with their times, after it has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
+
+from powerband.bench.client.connection import HTTPResponse
+
+MAX_ERROR_CHARS = 300
+
+
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Delta(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: object = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Event(msgspec.Struct, gc=False):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: object = None
+
+
+_DECODER = msgspec.json.Decoder(_Event)
+NO_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+
+
+@dataclass(slots=True)
+class ParsedResponse:
+    """times_s on the monotonic clock, of the chunks that carry tokens. problem: why it counts as an error, or ''."""
+
+    times_s: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    counted_by_usage: bool = False
+    problem: str = ""
+
+
+class _Chunk(NamedTuple):
+    time_s: float
+    text: str | None  # None: by its looks it carries no token
+    total: int | None  # output tokens so far, where it says so
+
+
+def parse_response(answer: HTTPResponse) -> ParsedResponse:
+    """Of a server that was asked to stream. What it says wrong is told in `problem`."""
+    reading = ParsedResponse(problem=answer.problem)
+    if answer.status != 200:
+        reading.problem = answer.problem or error_text(answer.body()) or f"HTTP {answer.status}"
+        return reading
+    chunks: list[_Chunk] = []
+    has_ended = False
+    for time_s, data in _events(answer):
+        if data == b"[DONE]":
+            has_ended = True
+            continue
+        try:
+            event = _DECODER.decode(data)
+        except NO_JSON as problem:
+            reading.problem = reading.problem or f"a chunk that is no answer: {problem}"
+            continue
+        if event.error is not None:
+            reading.problem = error_text(data) or "an error in the stream"
+        if event.usage is not None:
+            _add_usage(reading, event.usage)
+        for choice in event.choices or ():
+            has_ended = has_ended or bool(choice.finish_reason)  # '' (LocalAI and others) is not an end
+            reading.finish_reason = choice.finish_reason or reading.finish_reason
+            total = event.usage.completion_tokens if event.usage is not None else None
+            chunks.append(_Chunk(time_s, _token_text(choice), total))
+    if not reading.problem and not has_ended:
+        reading.problem = "the stream ended before its answer did"
+    reading.text = "".join(chunk.text for chunk in chunks if chunk.text)
+    _count(reading, chunks)
+    return reading
+
+
+def error_text(body: bytes) -> str:
+    """The message of an error object as OpenAI's, or the body's beginning."""
+    try:
+        decoded = msgspec.json.decode(body)
+    except NO_JSON:
+        return " ".join(body[:MAX_ERROR_CHARS].decode(errors="replace").split())
+    inner = decoded.get("error", decoded) if isinstance(decoded, dict) else decoded
+    message = inner.get("message", inner) if isinstance(inner, dict) else inner
+    return str(message)[:MAX_ERROR_CHARS]
+
+
+def _events(answer: HTTPResponse) -> list[tuple[float, bytes]]:
+    """The data of server-sent events, each with the time at which it was whole."""
+    found, rest = [], b""
+    # What follows the last empty line is whole when the answer is.
+    ended = zip([*answer.times, *answer.times[-1:]], [*answer.pieces, b"\n\n"], strict=False)
+    for time_s, piece in ended:
+        # Nearly always a piece is one event of one line.
+        if not rest and piece.find(b"\n") == len(piece) - 2 and piece.startswith(b"data:") and piece.endswith(b"\n\n"):
+            found.append((time_s, piece[5:-2].strip()))
+            continue
+        rest = rest + piece if rest else piece
+        if b"\r" in rest:
+            rest = rest.replace(b"\r\n", b"\n")
+        if rest.endswith(b"\n\n"):
+            blocks, rest = rest.split(b"\n\n"), b""
+        else:
+            *blocks, rest = rest.split(b"\n\n")
+        for block in blocks:
+            if block.startswith(b"data:") and b"\n" not in block:
+                found.append((time_s, block[5:].strip()))
+            elif block:
+                lines = [line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:")]
+                if lines:
+                    found.append((time_s, b"\n".join(lines)))
+    return found
+
+
+def _token_text(choice: _Choice) -> str | None:
+    """What the chunk adds, which may be nothing yet (half a character); None: it carries no token."""
+    if choice.delta is not None:
+        delta = choice.delta
+        text = (delta.content or "") + (delta.reasoning_content or delta.reasoning or "")
+        if text or delta.tool_calls:
+            return text
+        is_silent = delta.role is not None or bool(choice.finish_reason)
+        return None if is_silent or delta.content is None else ""
+    if choice.text:
+        return choice.text
+    return None if choice.text is None or choice.finish_reason else ""
+
+
+def _add_usage(reading: ParsedResponse, usage: _Usage) -> None:
+    """Zeros, which some servers send until the end or throughout, count nothing."""
+    reading.prompt_tokens = usage.prompt_tokens or reading.prompt_tokens
+    if usage.completion_tokens:
+        reading.counted_by_usage = True
+        reading.output_tokens = usage.completion_tokens
+    if usage.prompt_tokens_details is not None:
+        reading.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
+
+
+def _count(reading: ParsedResponse, chunks: list[_Chunk]) -> None:
+    """Which chunks carry tokens, and how many: by the usage that each says, so far; else those that carry text, and the
+    whole usage spread by the lengths of their texts.
+    """
+    if chunks and chunks[-1].total and all(chunk.total is not None for chunk in chunks):
+        before = 0
+        for chunk in chunks:
+            if chunk.total is not None and chunk.total > before:
+                reading.times_s.append(chunk.time_s)
+                reading.tokens.append(chunk.total - before)
+                before = chunk.total
+        return
+    texts = [chunk.text for chunk in chunks if chunk.text is not None]
+    if not reading.counted_by_usage:
+        reading.output_tokens = len(texts)
+    reading.times_s = [chunk.time_s for chunk in chunks if chunk.text is not None]
+    reading.tokens = spread(reading.output_tokens, [len(text) for text in texts])
+
+
+def spread(total: int, lengths: list[int]) -> list[int]:
+    """`total` in whole numbers of at least 1, the excess in proportion to `lengths`; all 1 where total is too small."""
+    excess = total - len(lengths)
+    if excess <= 0:
+        return [1] * len(lengths)
+    weights = lengths if any(lengths) else [1] * len(lengths)
+    whole = sum(weights)
+    made, reached, given = [], 0, 0
+    for weight in weights:
+        reached += weight
+        due = excess * reached // whole
+        made.append(1 + due - given)
+        given = due
+    return made

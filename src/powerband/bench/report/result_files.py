@@ -1,0 +1,183 @@
+"""A run as files: run.json holds the RunReport, requests.jsonl every request, one a line.
+
+run.json holds figures as numbers with their units in their names; beside them, where the definition is truly the same,
+what other tools call them (`aliases`). requests.jsonl can be replayed: it is the "records" format of spec.traces. Its
+times are rounded to microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from powerband.bench.client.messages import Sample
+from powerband.bench.load import LoadResult
+from powerband.bench.report.other_tools import aliases
+from powerband.bench.report.results import SCHEMA, RunReport
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.metrics.figures import PERCENTILES
+from powerband.spec.workload.workload import PlannedRequest, Schedule
+
+RUN_FILE, REQUESTS_FILE = "run.json", "requests.jsonl"
+_DIGITS = 6  # of a second
+_BOUNDS = {"min_s": "minimum", "max_s": "maximum"}
+
+
+class PromptSegment(msgspec.Struct, frozen=True, omit_defaults=True):
+    """As spec.workload.Segment. text: where it was recorded."""
+
+    key: str
+    tokens: int
+    text: str | None = None
+
+
+class RequestLine(Sample, frozen=True, kw_only=True, omit_defaults=False):
+    """A line of requests.jsonl. point: index of the run's point. conversation: requests with the same number wait for
+    each other's answers and share what was said; None: it stands alone.
+    """
+
+    point: int
+    segments: tuple[PromptSegment, ...]
+    conversation: int | None
+
+
+_LINES = msgspec.json.Decoder(RequestLine)
+
+
+def write_run(report: RunReport, loads: Sequence[LoadResult], folder: Path) -> None:
+    """Both files, the folder made where there is none. loads: of the report's points, in their order.
+
+    Raises EnvironmentFault when they cannot be written.
+    """
+    encoder = msgspec.json.Encoder()
+    whole = msgspec.json.format(encoder.encode(run_as_dict(report)), indent=1) + b"\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / REQUESTS_FILE).open("wb") as file:
+            for point, load in enumerate(loads):
+                for line in _lines(point, load):
+                    file.write(encoder.encode(line) + b"\n")
+        (folder / RUN_FILE).write_bytes(whole)
+    except OSError as problem:
+        raise EnvironmentFault(
+            f"Cannot write the results to {folder}: {problem.strerror}.", hint="Name another folder.", param="out"
+        ) from None
+
+
+def read_run(folder: Path) -> RunReport:
+    """Raises UsageError for what is no run, or one of another schema."""
+    path = folder / RUN_FILE
+    try:
+        values = msgspec.json.decode(_read_bytes(path), type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+        raise _broken(path, str(problem)) from None
+    schema = values.get("schema")
+    if schema != SCHEMA:
+        raise UsageError(
+            f"{path} has the schema {schema!r}; this version reads {SCHEMA!r}.",
+            hint="Read it with the version of Powerband that wrote it (its field 'powerband'), or measure again.",
+            code="unknown_schema",
+        )
+    try:
+        return run_from_dict(values)
+    except (msgspec.MsgspecError, UsageError, KeyError, TypeError, AttributeError) as problem:
+        raise _broken(path, f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)) from None
+
+
+def read_requests(folder: Path) -> list[list[RequestLine]]:
+    """The requests of each point, by index. Raises UsageError for what is no such file."""
+    path = folder / REQUESTS_FILE
+    points: dict[int, list[RequestLine]] = {}
+    for number, line in enumerate(_read_bytes(path).splitlines(), 1):
+        try:
+            request = _LINES.decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+            raise _broken(path, f"line {number}: {problem}") from None
+        points.setdefault(request.point, []).append(request)
+    return [points.get(point, []) for point in range(max(points, default=-1) + 1)]
+
+
+def run_as_dict(report: RunReport) -> dict[str, Any]:
+    """For JSON. Besides the report's own fields, what follows from them: verdicts and aliases."""
+    values: dict[str, Any] = {"schema": report.schema, **msgspec.to_builtins(report, str_keys=True)}
+    values["headline"] = report.headline
+    values["slo"] = report.slo and report.slo.as_dict()
+    for told, point in zip(values["points"], report.points, strict=True):
+        figures = told["summary"]["figures"]
+        told["summary"]["figures"] = {f"{name}_s": _figure_as_dict(figure) for name, figure in figures.items()}
+        told["summary"]["slo"] = point.summary.slo and point.summary.slo.as_dict()
+        told["verdict"] = point.verdict
+        told["aliases"] = aliases(point)
+    return values
+
+
+def run_from_dict(values: dict[str, Any]) -> RunReport:
+    """The inverse. Raises msgspec.ValidationError, KeyError, TypeError, AttributeError or UsageError."""
+    for told in values["points"]:
+        figures = told["summary"]["figures"]
+        told["summary"]["figures"] = {
+            name.removesuffix("_s"): _figure_from_dict(figure) for name, figure in figures.items()
+        }
+    return msgspec.convert(values, RunReport)
+
+
+def _figure_as_dict(figure: dict[str, Any]) -> dict[str, Any]:
+    """{'count', 'mean_s', 'min_s', 'max_s', 'p50_s', 'p50_interval_s', …}: seconds."""
+    made = {"count": figure["count"], "mean_s": figure["mean"]}
+    made |= {told: figure[ours] for told, ours in _BOUNDS.items()}
+    for q in PERCENTILES:
+        made[f"p{q:g}_s"] = figure["percentiles"].get(str(q))
+        made[f"p{q:g}_interval_s"] = figure["intervals"].get(str(q))
+    return made
+
+
+def _figure_from_dict(told: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "count": told["count"],
+        "mean": told["mean_s"],
+        **{ours: told[name] for name, ours in _BOUNDS.items()},
+        "percentiles": {q: told[f"p{q:g}_s"] for q in PERCENTILES},
+        "intervals": {q: told[f"p{q:g}_interval_s"] for q in PERCENTILES},
+    }
+
+
+def _lines(point: int, load: LoadResult) -> Iterator[RequestLine]:
+    planned = {request.index: request for chain in load.schedule.chains for request in chain.requests}
+    talks = _conversations(load.schedule)
+    for sample in load.samples:
+        request = planned[sample.index]
+        first = request.index - request.turn
+        values = msgspec.structs.asdict(sample) | {
+            "scheduled_s": round(sample.scheduled_s, _DIGITS),
+            "sent_s": round(sample.sent_s, _DIGITS),
+            "chunk_times_s": tuple([round(time_s, _DIGITS) for time_s in sample.chunk_times_s]),
+        }
+        yield RequestLine(
+            **values,
+            point=point,
+            segments=tuple(PromptSegment(**asdict(segment)) for segment in request.segments),
+            conversation=first if first in talks else None,
+        )
+
+
+def _conversations(schedule: Schedule) -> set[int]:
+    """Of several turns, each by the index of its first request: turns follow each other by index."""
+    requests: Iterator[PlannedRequest] = (request for chain in schedule.chains for request in chain.requests)
+    return {request.index - request.turn for request in requests if request.turn}
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise UsageError(
+            f"Cannot read {path}: {problem.strerror}.", hint="Name the folder that 'powerband bench --out' wrote."
+        ) from None
+
+
+def _broken(path: Path, why: str) -> UsageError:
+    return UsageError(f"{path} is broken: {why}.", hint="Measure again.", code="broken_run")

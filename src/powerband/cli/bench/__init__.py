@@ -1,0 +1,1 @@
+"""`powerband bench` and its options."""

@@ -1,0 +1,381 @@
+"""`powerband bench`: load a server, judge it, and leave a report."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
+from powerband.cli.flags import Json
+from powerband.cli.tables import print_table
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.quantities import number, seconds
+from powerband.spec.workload.options import ArrivalOptions, requested_load
+
+if TYPE_CHECKING:
+    from powerband.bench.client.messages import ServerAddress
+    from powerband.bench.report.results import Point, RunReport
+    from powerband.bench.session import BenchSession, Experiment
+    from powerband.fault_injection.faults import FaultResult
+    from powerband.spec.plan import Plan
+
+DEFAULT_URL = "http://localhost:8000"
+MISSED, INVALID, NO_ANSWER = 1, 3, 4
+_MODES = Group("What to do", sort_key=0)
+_OUTPUT = Group("Output", sort_key=5)
+
+
+def _mode(help: str) -> Parameter:
+    return Parameter(help=help, negative="", group=_MODES, show_default=False)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class BenchModeFlags:
+    sweep: Annotated[bool, _mode("Rates from light to beyond saturation, one after the other")] = False
+    rates: Annotated[str | None, _mode("... these rates, e.g. 1,2,4,8")] = None
+    find_rate: Annotated[bool, _mode("Find the highest rate that keeps the --slo")] = False
+    plan: Annotated[Path | None, _mode("Check a plan's promise; exit 1 if it is broken")] = None
+    compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; no load")] = None
+    calibrate: Annotated[bool, _mode("Measure what this client can do at most; no load")] = False
+    fault: Annotated[str | None, _mode("Misbehave for a drill: 'list' shows how; loopback only")] = None
+    allow_remote: Annotated[bool, _mode("... also towards other machines")] = False
+    explain_metrics: Annotated[bool, _mode("Print the definition of every figure")] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    out: Annotated[
+        Path | None,
+        Parameter(
+            name=("--out", "--result-dir", "--output-dir"),
+            help="Folder; default: a new one in bench-runs/",
+            group=_OUTPUT,
+        ),
+    ] = None
+    json: Annotated[Json, Parameter(group=_OUTPUT)] = False
+
+
+def bench(
+    url: Annotated[str | None, Parameter(help=f"The server; default: {DEFAULT_URL}")] = None,
+    /,
+    *,
+    base_url: Annotated[str | None, Parameter(name=("--base-url", "--target"), help="The same", show=False)] = None,
+    modes: BenchModeFlags | None = None,
+    load: ArrivalOptions | None = None,
+    requests: RequestOptions | None = None,
+    server: TargetFlags | None = None,
+    judging: SLOFlags | None = None,
+    output: OutputFlags | None = None,
+) -> int:
+    """Load an OpenAI-compatible server, and report figures that can be trusted.
+
+    Without options: the chat workload at one request a second for a minute.
+    Writes run.json, requests.jsonl and report.html.
+    Exits with 1 when the SLO or a plan's promise is missed, 3 when the client could
+    not drive the load (INVALID), 4 when no request was answered.
+    """
+    modes, output = modes or BenchModeFlags(), output or OutputFlags()
+    if url is not None and base_url is not None:
+        raise UsageError("The server is named twice.", param="url")
+    _check_modes(modes)
+    is_load = not (modes.explain_metrics or modes.compare is not None or modes.calibrate)
+    if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging)):
+        raise UsageError("Nothing is loaded here: the server and its options mean nothing.", hint="Leave them out.")
+    if modes.explain_metrics:
+        from powerband.metrics.definitions import explained
+
+        print(explained())
+        return 0
+    if modes.compare is not None:
+        return _compare(*modes.compare, as_json=output.json)
+    if modes.calibrate:
+        return _calibrate(as_json=output.json)
+    flags = load or ArrivalOptions(), requests or RequestOptions(), server or TargetFlags(), judging or SLOFlags()
+    target = _target(url or base_url or DEFAULT_URL, flags[1], flags[2])
+    if modes.fault is not None:
+        return _fault(modes, target, flags[0], as_json=output.json)
+    return _run(modes, output, target, *flags)
+
+
+def _check_modes(modes: BenchModeFlags) -> None:
+    """Raises UsageError for two at once."""
+    chosen = {
+        "--sweep": modes.sweep or modes.rates is not None,
+        "--find-rate": modes.find_rate,
+        "--plan": modes.plan is not None,
+        "--compare": modes.compare is not None,
+        "--calibrate": modes.calibrate,
+        "--fault": modes.fault is not None,
+        "--explain-metrics": modes.explain_metrics,
+    }
+    given = [name for name, is_chosen in chosen.items() if is_chosen]
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} are two different things.", hint="Give one of them.")
+    if modes.allow_remote and modes.fault is None:
+        raise UsageError("--allow-remote is for --fault.", param="allow_remote")
+
+
+def _run(
+    modes: BenchModeFlags,
+    output: OutputFlags,
+    target: ServerAddress,
+    load: ArrivalOptions,
+    requests: RequestOptions,
+    server: TargetFlags,
+    judging: SLOFlags,
+) -> int:
+    """Load, report, and say by the exit code how it went."""
+    import asyncio
+
+    from rich.console import Console
+
+    from powerband.bench.report.html_report import write_report
+    from powerband.bench.report.live import LiveView
+    from powerband.bench.report.result_files import run_as_dict, write_run
+    from powerband.bench.report.results import without_secrets
+    from powerband.bench.report.table import run_table
+    from powerband.bench.session import BenchSession
+
+    plan = _plan(modes.plan, load, requests, judging) if modes.plan is not None else None
+    experiment = _experiment(modes, plan, target, load, requests, server, judging)
+    folder = output.out or Path("bench-runs", datetime.now().strftime("%Y%m%d-%H%M%S"))
+    _check_folder(folder)
+    view = LiveView(experiment.slo, label=experiment.workload.name)
+    several = modes.sweep or modes.rates is not None or modes.find_rate
+    with view:
+        session = BenchSession(
+            experiment,
+            command=without_secrets(["powerband", *sys.argv[1:]]),
+            watch=view,
+            told=_print_point if several else None,
+        )
+        report = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
+    write_run(report, session.loads, folder)
+    page = folder / "report.html"
+    write_report(report, [load.samples for load in session.loads], page)
+    if output.json:
+        print(json_format.dumps(run_as_dict(report), indent=1))
+    else:
+        Console().print(run_table(report))
+        print(f"\nreport: {page}")
+    return _exit_code(report, plan)
+
+
+async def _drive(session: BenchSession, modes: BenchModeFlags, load: ArrivalOptions, wait_s: float) -> RunReport:
+    await session.open(wait_s)
+    if modes.find_rate:
+        return await session.find_rate(load.rate)
+    if modes.sweep or modes.rates is not None:
+        listed = [number(text, param="rates") for text in modes.rates.split(",")] if modes.rates is not None else []
+        return await session.sweep(listed)
+    return await session.single()
+
+
+def _print_point(point: Point) -> None:
+    """One line on stderr as each load of several ends."""
+    summary = point.summary
+    kept = "" if summary.attainment is None else f", SLO kept by {summary.attainment:.1%} of {summary.scheduled}"
+    early = ", stopped early" if point.stopped else ""
+    print(f"· {point.label}: {point.verdict}{kept}{early}", file=sys.stderr)
+
+
+def _experiment(
+    modes: BenchModeFlags,
+    plan: Plan | None,
+    target: ServerAddress,
+    load: ArrivalOptions,
+    requests: RequestOptions,
+    server: TargetFlags,
+    judging: SLOFlags,
+) -> Experiment:
+    """Raises UsageError for flags that do not go together."""
+    from powerband.bench.load import LoadOptions
+    from powerband.bench.session import Experiment
+    from powerband.calibration.client_capacity import known_client_capacity
+
+    if not 1 <= server.workers <= 256:
+        raise UsageError(f"workers is {server.workers}.", hint="It lies between 1 and 256.", param="workers")
+    slo = judging.made() if plan is None else plan.slo
+    if modes.find_rate and slo is None:
+        raise UsageError("--find-rate needs an --slo.", hint="Give one: --slo ttft=500ms,tpot=50ms.", param="slo")
+    asked = requested_load(replace(load, trace=None) if plan is not None else load, requests)
+    workload = asked.workload
+    if plan is not None:
+        workload = replace(plan.workload, arrivals=plan.arrivals)
+    elif modes.find_rate or modes.sweep or modes.rates is not None:
+        given = [name for name in ("concurrency", "ramp", "steps") if getattr(load, name) is not None]
+        if given:
+            raise UsageError(f"--{given[0]} means nothing where rates are tried.", param=given[0])
+    warm_up, cool_down = judging.shares()
+    known = known_client_capacity()
+    url = {None: "", "none": None}.get(server.metrics_url, server.metrics_url)
+    return Experiment(
+        target=target,
+        workload=workload,
+        duration_s=asked.duration_s,
+        num_requests=asked.num_requests,
+        seed=load.seed,
+        slo=slo,
+        warm_up=warm_up,
+        cool_down=cool_down,
+        options=LoadOptions(
+            workers=server.workers, timeout_s=seconds(server.timeout, param="timeout"), metrics_url=url
+        ),
+        ceiling_chunks_per_s=known.chunks_per_s if known is not None else None,
+    )
+
+
+def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: SLOFlags) -> Plan:
+    """Raises UsageError for flags that the plan decides."""
+    from powerband.spec.plan import read_plan
+    from powerband.spec.workload.traces import read_trace
+
+    decided: dict[str, object] = {name: getattr(load, name) for name in ("rate", "concurrency", "ramp", "steps")}
+    decided |= {name: value for name, value in vars(requests).items() if name != "respect_eos"}
+    decided |= {"slo": judging.slo, "attainment": judging.attainment}
+    for name, value in decided.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is the plan's to say.", hint="Leave it out.", param=name)
+    return read_plan(path, read_trace(load.trace, format=load.trace_format) if load.trace is not None else None)
+
+
+def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAddress:
+    """Raises UsageError."""
+    from powerband.bench.client.messages import ServerAddress
+    from powerband.bench.client.probe import parse_endpoint, parse_url
+
+    headers = {}
+    for text in flags.header or ():
+        name, sign, value = text.partition(":")
+        if not sign or not name.strip() or any(mark in text for mark in "\r\n"):
+            raise UsageError(f"'{name}' is no header.", hint="Write it like 'Name: value'.", param="header")
+        headers[name.strip()] = value.strip()
+    key = flags.api_key or os.environ.get("POWERBAND_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    if key:
+        headers.setdefault("Authorization", f"Bearer {key.strip()}")
+    extra: Any = {}
+    if flags.extra_body is not None:
+        with contextlib.suppress(ValueError):
+            extra = json_format.loads(flags.extra_body)
+        if not isinstance(extra, dict) or not extra:
+            raise UsageError("extra-body is no JSON object.", hint='Write it like {"top_p": 0.9}.', param="extra_body")
+    return ServerAddress(
+        base=parse_url(url),
+        endpoint=parse_endpoint(flags.endpoint),
+        model=flags.model or "",
+        headers=headers,
+        extra=extra,
+        ignore_eos=not requests.respect_eos,
+        insecure=flags.insecure,
+    )
+
+
+def _exit_code(report: RunReport, plan: Plan | None) -> int:
+    points = report.points
+    if not any(point.whole.answered for point in points):
+        return NO_ANSWER
+    if report.found is not None:  # its invalid loads were repeated
+        return 0 if report.found.requests_per_s else MISSED
+    if any(point.verdict == "INVALID" for point in points):
+        return INVALID
+    if plan is not None and not _is_promise_kept(report, plan):
+        return MISSED
+    return MISSED if len(points) == 1 and points[0].verdict == "MISSED" else 0
+
+
+def _is_promise_kept(report: RunReport, plan: Plan) -> bool:
+    """The promised throughput; the SLO is judged as in any run."""
+    promised, reached = plan.promise.output_tokens_per_s, report.points[0].summary.output_tokens_per_s
+    if promised is None or reached >= promised:
+        return True
+    print(f"The plan promises {promised:g} output tokens a second; it was {reached:.4g}.", file=sys.stderr)
+    return False
+
+
+def _compare(first: Path, second: Path, *, as_json: bool) -> int:
+    from rich.console import Console
+
+    from powerband.bench.report.compare import compare
+    from powerband.bench.report.compare_table import comparison_table
+
+    made = compare(first, second)
+    if as_json:
+        print(json_format.dumps(made.as_dict(), indent=1))
+    else:
+        Console().print(comparison_table(made))
+    return 0
+
+
+def _calibrate(*, as_json: bool) -> int:
+    import asyncio
+
+    from powerband.calibration.client_capacity import measure_client_capacity
+
+    print("· measuring this client against a server that does nothing (20 s)", file=sys.stderr)
+    found = asyncio.run(measure_client_capacity())
+    if as_json:
+        print(json_format.dumps(asdict(found), indent=1))
+        return 0
+    print(
+        f"chunks      {found.chunks_per_s:,.0f} a second and process, {found.cpu_us_per_chunk:.1f} µs of CPU time each"
+    )
+    print(f"requests    {found.requests_per_s:,.0f} a second and process")
+    print("Kept: reports will say how near to it the client was.")
+    return 0
+
+
+def _fault(modes: BenchModeFlags, target: ServerAddress, load: ArrivalOptions, *, as_json: bool) -> int:
+    """Misbehave, and say how the server took it: 1 when it hurt others or no longer answers."""
+    import asyncio
+
+    from powerband.bench.client.probe import find_server
+    from powerband.fault_injection.faults import FAULTS, run_fault
+
+    kind = modes.fault or ""
+    if kind == "list":
+        print_table([[name, what] for name, what in FAULTS.items()])
+        return 0
+    length_s = seconds(load.duration or "10s", param="duration")
+
+    async def inject() -> FaultResult:
+        found, _ = await find_server(target)
+        intensity = load.concurrency or 32
+        return await run_fault(kind, found, seconds=length_s, intensity=intensity, allow_remote=modes.allow_remote)
+
+    result = asyncio.run(inject())
+    if as_json:
+        print(json_format.dumps(asdict(result), indent=1))
+    else:
+        print_table(_fault_rows(result))
+    return 0 if result.still_answers and not result.server_errors else MISSED
+
+
+def _fault_rows(result: FaultResult) -> list[list[str]]:
+    answers = ", ".join(f"{count:,} × {answer}" for answer, count in sorted(result.answers.items()))
+    rows = [
+        ["fault", f"{result.kind}, {result.seconds:.1f} s"],
+        ["sent", f"{result.sent:,}, {result.bytes_sent / 1e6:,.1f} MB"],
+        ["answers", answers or "none"],
+    ]
+    for name, probes in (("before", result.before), ("during", result.during), ("after", result.after)):
+        times = "no answer" if probes.median_s is None else f"{1000 * probes.median_s:.1f} ms at the median"
+        rows.append([f"others {name}", f"{probes.sent - probes.failed} of {probes.sent} answered, {times}"])
+    return rows
+
+
+def _check_folder(folder: Path) -> None:
+    """Before the load, not after it. Raises EnvironmentFault."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot write results to {folder}: {problem.strerror}.", param="out") from None

@@ -1,0 +1,1 @@
+"""`powerband gateway`, and commands that ask a running gateway: keys, usage, audit."""

@@ -1,0 +1,94 @@
+"""The admin API of a gateway, for commands: which gateway, with which key, and its errors as ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from powerband.errors import EnvironmentFault, PowerbandError, UsageError
+
+TIMEOUT_S = 60.0
+
+Service = Annotated[str | None, Parameter(help="Deployed service; default: the only one")]
+Url = Annotated[str | None, Parameter(help="Gateway, such as http://127.0.0.1:8080, instead of a deployed service")]
+AdminKeyFile = Annotated[
+    Path | None, Parameter(help="File with an admin key, for --url; default: that of a gateway on this machine")
+]
+
+
+class AdminApi:
+    """Blocking. Raises PowerbandError: the gateway's own error, or EnvironmentFault when it does not respond."""
+
+    def __init__(self, url: str, key: str) -> None:
+        from powerband.http_client import split_url
+
+        try:
+            split_url(url)
+        except ValueError:
+            raise UsageError(f"Invalid URL {url!r}.", hint="Like http://127.0.0.1:8080.", param="url") from None
+        self._url = url.rstrip("/")
+        self._key = key
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """The decoded JSON of the response."""
+        from powerband.http_client import bearer, request_sync
+
+        headers = {**bearer(self._key), "X-Powerband-Actor": _user()}
+        try:
+            response = request_sync(method, self._url + path, json=body, headers=headers, timeout_s=TIMEOUT_S)
+        except OSError as error:
+            reason = str(error) or f"no response within {TIMEOUT_S:.0f} s"
+            hint = "'powerband status' shows deployed services, '--url' names another gateway."
+            raise EnvironmentFault(f"No gateway at {self._url}: {reason}.", hint=hint, param="url") from None
+        except ValueError as error:  # a key or a path that no header can carry
+            raise UsageError(f"Cannot send the request: {error}.", param="admin_key_file") from None
+        found = response.json()
+        if found is None:
+            raise EnvironmentFault(f"The server at {self._url} is not a gateway.", param="url")
+        if response.status >= 400:
+            raise _as_error(response.status, found)
+        return found
+
+
+def find_gateway(service: str | None, url: str | None, admin_key_file: Path | None) -> AdminApi:
+    """By service, or by URL and key. Raises UsageError and EnvironmentFault."""
+    from powerband.fleet.service.store import endpoint
+    from powerband.folders import state_home
+
+    if url is None:
+        if admin_key_file is not None:
+            raise UsageError("--admin-key-file needs --url.", param="admin_key_file")
+        try:
+            return AdminApi(*endpoint(service))
+        except UsageError as error:
+            hint = "Name one with --service, or a gateway that was not deployed with --url."
+            raise UsageError(error.message, hint=hint, param="service") from None
+    if service is not None:
+        raise UsageError("Both --service and --url are given.", hint="Give one.", param="service")
+    file = admin_key_file or state_home() / "gateway" / "admin.key"
+    try:
+        return AdminApi(url, file.read_text(encoding="ascii").strip())
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "Name a file that holds an admin key with --admin-key-file."
+        raise EnvironmentFault(f"The admin key {file} cannot be read: {error}.", hint=hint) from None
+
+
+def _user() -> str:
+    """For the audit."""
+    import getpass
+
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
+    return name if name.isascii() and name.isprintable() else "unknown"
+
+
+def _as_error(status: int, body: Any) -> PowerbandError:
+    error = body.get("error") if isinstance(body, dict) else None
+    told = error if isinstance(error, dict) else {}
+    message = str(told.get("message") or f"The gateway answers with HTTP {status}.")
+    kind = UsageError if 400 <= status < 500 else PowerbandError
+    return kind(message, code=str(told.get("code") or ""), param=told.get("param"))

@@ -1,0 +1,60 @@
+"""`powerband gateway`: one OpenAI-compatible address before many replicas, until a signal ends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from powerband.cli.flags import takes_settings
+from powerband.cli.settings import Resolved
+from powerband.documents import read_table
+from powerband.errors import UsageError
+from powerband.gateway.engine_endpoints import ServerName
+from powerband.gateway.settings import GatewaySettings
+
+if TYPE_CHECKING:
+    from powerband.gateway.routes import Routes
+
+_MAX_ROUTES_BYTES = 4 << 20
+
+
+@takes_settings(GatewaySettings)
+def gateway(
+    settings: Resolved,
+    *,
+    routes: Annotated[
+        Path | None, Parameter(help="What to serve, in YAML or JSON; default: what was served last")
+    ] = None,
+    replica: Annotated[
+        tuple[str, ...], Parameter(help="URL of a replica, may be given again: instead of routes", negative="")
+    ] = (),
+    replica_engine: Annotated[
+        ServerName | None,
+        Parameter(help="What these replicas run; openai: any other server. Default: found out from their answers"),
+    ] = None,
+) -> int:
+    """Serve models over one OpenAI-compatible API, by replicas that run elsewhere, until Ctrl-C or SIGTERM.
+
+    Either one ends it in order: no new requests, those that run may finish. A second one does not wait.
+    """
+    if routes is not None and replica:
+        raise UsageError("Both --routes and --replica are given.", hint="Give one.", param="replica")
+    from powerband.gateway.run import serve
+
+    if replica_engine is not None and not replica:
+        raise UsageError(
+            "--replica-engine is given without --replica.",
+            hint="Routes name engines.",
+            param="replica_engine",
+        )
+    read = None if routes is None else read_routes(routes)
+    return serve(settings.values[GatewaySettings], read, replica, replica_engine)
+
+
+def read_routes(path: Path) -> Routes:
+    """Raises EnvironmentFault and UsageError."""
+    from powerband.gateway.routes import Routes
+
+    return Routes.from_dict(read_table(path, "routes file", max_bytes=_MAX_ROUTES_BYTES, param="routes"))

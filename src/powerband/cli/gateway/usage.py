@@ -1,0 +1,140 @@
+"""`powerband usage`: who used what, and at which cost. `powerband audit`: who administered what."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from powerband.cli.flags import Json
+from powerband.cli.gateway.admin_api import AdminKeyFile, Service, Url, find_gateway
+from powerband.cli.tables import print_table
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.metrics.logging import one_line
+
+_PAGE = 1000
+_COLUMNS = ("requests", "errors", "refused", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
+_LATER_COLUMNS = ("estimated", "ttft_p50_s", "ttft_p95_s", "score", "scored")
+
+
+def usage(
+    *,
+    by: Annotated[str, Parameter(help="Of key, model and day, with commas")] = "key,model",
+    since: Annotated[str, Parameter(help="From when on, such as 30m, 24h or 7d ago; beyond 7d in whole days")] = "24h",
+    csv: Annotated[Path | None, Parameter(help="Write the rows to this file; '-' is stdout")] = None,
+    service: Service = None,
+    url: Url = None,
+    admin_key_file: AdminKeyFile = None,
+    json: Json = False,
+) -> int:
+    """Show requests, tokens, latency and cost, grouped."""
+    if csv is not None and json:
+        raise UsageError("Both --csv and --json are given.", hint="Give one.", param="csv")
+    import urllib.parse
+
+    query = urllib.parse.urlencode({"by": by, "since": since})
+    found = find_gateway(service, url, admin_key_file).call("GET", f"/admin/usage?{query}")
+    if json:
+        print(json_format.dumps(found, indent=2))
+    elif csv is not None:
+        _write_csv(csv, found)
+    else:
+        total = {**found["total"], "key_name": "total"}
+        rows = found["data"] if not found["by"] else [*found["data"], total]
+        print_table([_headings(found["by"]), *(_row(found["by"], row) for row in rows)])
+    _warn(found["books"])
+    return 0
+
+
+def audit(
+    *,
+    after: Annotated[int, Parameter(help="Show entries after this number")] = 0,
+    service: Service = None,
+    url: Url = None,
+    admin_key_file: AdminKeyFile = None,
+    json: Json = False,
+) -> int:
+    """Show what administrators did, and check the chain of entries: exit 1 when somebody tampered with it."""
+    api = find_gateway(service, url, admin_key_file)
+    answer = api.call("GET", f"/admin/audit?check=1&after={max(0, after)}&limit={_PAGE}")
+    entries, page = list(answer["data"]), answer["data"]
+    while len(page) == _PAGE:
+        page = api.call("GET", f"/admin/audit?after={page[-1]['seq']}&limit={_PAGE}")["data"]
+        entries += page
+    if json:
+        print(json_format.dumps({**answer, "data": entries}, indent=2))
+    else:
+        told = ("actor", "action", "what")
+        shown = [[str(one["seq"]), _date(one["at"]), *(one_line(one[name]) for name in told)] for one in entries]
+        print_table([["number", "time", "who", "action", "what"], *shown])
+    if answer["broken_at"] is None:
+        return 0
+    print(f"The chain does not hold: entry {answer['broken_at']} was changed, or is missing.", file=sys.stderr)
+    return 1
+
+
+def _write_csv(path: Path, found: dict[str, Any]) -> None:
+    import csv as csv_format
+
+    names = [*found["by"], *(["key_name"] if "key" in found["by"] else []), *_COLUMNS, *_LATER_COLUMNS]
+    rows = [[row[name] for name in names] for row in found["data"]]
+    if str(path) == "-":
+        csv_format.writer(sys.stdout, lineterminator="\n").writerows([names, *rows])
+        return
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv_format.writer(file).writerows([names, *rows])
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}.", param="csv") from None
+
+
+def _headings(by: list[str]) -> list[str]:
+    figures = ("requests", "errors", "refused", "prompt", "cached", "output", "TTFT p50", "p95", "USD", "score")
+    return [*(by or [""]), *figures]
+
+
+def _row(by: list[str], row: dict[str, Any]) -> list[str]:
+    names = [row.get("key_name", "") if name == "key" else row[name] for name in by] or ["all"]
+    if row.get("key_name") == "total":
+        names[0] = "total"
+    cached = row["cached_tokens"] / row["prompt_tokens"] if row["prompt_tokens"] else 0.0
+    return [
+        *names,
+        f"{row['requests']:,}",
+        f"{row['errors']:,}",
+        f"{row['refused']:,}",
+        f"{row['prompt_tokens']:,}",
+        f"{cached:.0%}",
+        f"{row['output_tokens']:,}",
+        _seconds(row["ttft_p50_s"]),
+        _seconds(row["ttft_p95_s"]),
+        f"{row['cost_usd']:.4f}",
+        "–" if row["score"] is None else f"{row['score']:+.2f} ({row['scored']})",
+    ]
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _warn(accounts: dict[str, Any]) -> None:
+    """What the figures above do not have."""
+    if accounts["failing_s"]:
+        waiting = f"{accounts['usage_waiting']:,} requests wait to be written"
+        print(
+            f"warning: the gateway's books could not be written for {accounts['failing_s']:.0f} s; {waiting}.",
+            file=sys.stderr,
+        )
+    if accounts["usage_dropped"]:
+        lost = f"the details of {accounts['usage_dropped']:,} requests since the gateway's start"
+        print(
+            f"warning: there was no room for {lost}: their sums are counted, their latencies are not.", file=sys.stderr
+        )
+
+
+def _date(at: float) -> str:
+    return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")

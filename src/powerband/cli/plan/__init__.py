@@ -1,0 +1,1 @@
+"""Commands that plan: plan, simulate, devices, calibrate."""

@@ -1,0 +1,92 @@
+"""`powerband calibrate`: measure this machine, so that planning and admission know it."""
+
+from __future__ import annotations
+
+import json as json_format
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Group, Parameter
+
+from powerband.cli.flags import Json, takes_settings
+from powerband.cli.machine import compute_device
+from powerband.cli.progress import progress_bar
+from powerband.cli.settings import Resolved
+from powerband.cli.tables import print_table
+from powerband.errors import UsageError
+from powerband.spec.hardware.catalog import local_profile_path, write_profile
+from powerband.spec.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from powerband.calibration.session import Calibration
+
+DEFAULT_SECONDS = 45.0
+IGNORED_SETTINGS = ("step_log", "scheduling_policy", "served_model_name", "chat_template")
+_MEASURING = Group("Measuring", sort_key=0)
+
+
+@takes_settings(EngineSettings, without=IGNORED_SETTINGS)
+def calibrate(
+    settings: Resolved,
+    *,
+    from_log: Annotated[
+        Path | None,
+        Parameter(name="--from", help="Take steps from an engine's step log; nothing runs", group=_MEASURING),
+    ] = None,
+    seconds: Annotated[
+        float, Parameter(help="Time to spend on steps, of the machine and of MODEL each", group=_MEASURING)
+    ] = DEFAULT_SECONDS,
+    out: Annotated[
+        Path | None, Parameter(name=("--out", "-o"), help="File; default: this machine's profile", group=_MEASURING)
+    ] = None,
+    json: Annotated[Json, Parameter(group=_MEASURING)] = False,
+) -> int:
+    """Measure this machine, and keep what was found as the device 'here'.
+
+    Without MODEL: its laws for any model, by timing small made-up ones in each precision.
+    With MODEL: its own steps too, alone and under load behind its API, which is much nearer.
+    Best on an idle machine; about two minutes on a CPU.
+    """
+    began_s = time.perf_counter()
+    if not 1 <= seconds <= 3600:
+        raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
+    path = out or local_profile_path()
+    found = _calibrated(settings, from_log, seconds, path)
+    write_profile(found.profile, path)
+    _print(found, path, time.perf_counter() - began_s, as_json=json)
+    return 0
+
+
+def _calibrated(settings: Resolved, from_log: Path | None, seconds: float, path: Path) -> Calibration:
+    from powerband.calibration.session import calibrate_from_log, calibrate_machine
+
+    if from_log is not None:
+        return calibrate_from_log(from_log, path)
+    engine = settings.engine
+    with progress_bar() as report:
+        return calibrate_machine(
+            engine, compute_device(engine), seconds, path, report, has_model="model" in settings.asked
+        )
+
+
+def _print(found: Calibration, path: Path, took_s: float, *, as_json: bool) -> None:
+    rows = found.rows()
+    if as_json:
+        print(json_format.dumps({"profile": str(path), "seconds": took_s, "measured": rows}, indent=1))
+        return
+    table = [["measured", "steps", "GB/s", "GFLOP/s", "error: median", "P90", "bias"]]
+    for row in rows:
+        rates = [f"{row[name] / 1e9:.1f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
+        errors = [
+            f"{row['error'][name]:+.1%}".lstrip("+" if name != "bias" else "") for name in ("median", "p90", "bias")
+        ]
+        table.append([row["what"], str(row["steps"]), *rates, *errors])
+    print_table(table)
+    host = found.host
+    if host is not None:
+        print(
+            f"host: {1e3 * host.step_s:.2f} ms a step and {1e6 * host.per_request_s:.0f} µs a request in it;"
+            f" {1e3 * host.arrival_s:.1f} ms until the engine knows a request, {1e3 * host.answer_s:.1f} ms back"
+        )
+    print(f"errors: of steps that the fit had not seen. {took_s:.0f} s; kept in {path}")

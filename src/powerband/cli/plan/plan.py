@@ -1,0 +1,191 @@
+"""`powerband plan`: which deployment to choose, from predictions alone."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from powerband.cli.flags import Json
+from powerband.cli.plan.devices import PRICES_HELP
+from powerband.cli.plan.inputs import read_model
+from powerband.cli.progress import progress_bar
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.deployment import ENGINES, parse_engines, parse_quantizations
+from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
+from powerband.spec.quantities import dollars_per_hour, share
+from powerband.spec.slo import SLO
+from powerband.spec.workload.options import MixOptions, chosen_workload
+
+if TYPE_CHECKING:
+    from powerband.planner.plan_request import PlanRequest
+    from powerband.planner.results import PlanResults
+
+NO_PLAN = 1
+DEFAULT_SLO = "ttft=2s@p95,tpot=100ms@p95"
+_ASKED = Group("What is needed", sort_key=0)
+_OFFERED = Group("What is on offer", sort_key=1)
+_OUTPUT = Group("Output", sort_key=5)
+
+
+def _flag(group: Group, *names: str, help: str) -> Parameter:
+    return Parameter(name=names or None, help=help, group=group, negative="", show_default=False)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RequirementFlags:
+    rate: Annotated[float | None, _flag(_ASKED, help="Requests a second; default: the trace's own")] = None
+    slo: Annotated[str, _flag(_ASKED, help=f"Limits and percentile; default: {DEFAULT_SLO}")] = DEFAULT_SLO
+    budget: Annotated[str | None, _flag(_ASKED, help="Dollars: 4/h, 100/day, 2900/month")] = None
+    objective: Annotated[
+        Literal["cost", "latency", "throughput"],
+        _flag(_ASKED, help="What to choose by among what keeps the SLO: cost (default), latency, throughput"),
+    ] = "cost"
+    seed: Annotated[int, _flag(_ASKED, help="Of the simulated requests; default: 0")] = 0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class HardwareFlags:
+    devices: Annotated[
+        str, _flag(_OFFERED, help="Of the catalog, 'here', or described in FILE.yaml; default: here")
+    ] = "here"
+    max_devices: Annotated[int, _flag(_OFFERED, help="Of all kinds together; default: 8")] = 8
+    replicas: Annotated[int | None, _flag(_OFFERED, help="Exactly so many, instead of as few as keep the SLO")] = None
+    engine: Annotated[str, _flag(_OFFERED, help=f"{', '.join(ENGINES)}; default: powerband,vllm")] = "powerband,vllm"
+    quantization: Annotated[
+        str, _flag(_OFFERED, help="none, fp8, int8, w8a8, int4, nvfp4; auto (default): all that a device can")
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None, _flag(_OFFERED, help="Longest request to be served; default: the workload's longest")
+    ] = None
+    draft_tokens: Annotated[int, _flag(_OFFERED, help="Speculation: tokens guessed in each step")] = 0
+    acceptance: Annotated[str | None, _flag(_OFFERED, help="... and the share of them that is right, e.g. 70%")] = None
+    prices: Annotated[Path | None, _flag(_OFFERED, help=PRICES_HELP)] = None
+    set: Annotated[
+        list[str] | None,
+        _flag(_OFFERED, help="What if: device.memory_bytes=48e9, L4.price=0.5, replica.max_num_seqs=64"),
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlanOutputFlags:
+    out: Annotated[Path | None, _flag(_OUTPUT, "--out", "-o", help="Write the recommended plan, as YAML")] = None
+    html: Annotated[Path | None, _flag(_OUTPUT, help="Write a report with the frontier: one file, offline")] = None
+    json: Annotated[Json, Parameter(group=_OUTPUT)] = False
+    workers: Annotated[int | None, _flag(_OUTPUT, help="Processes; default: all cores")] = None
+
+
+def plan(
+    model: Annotated[str, Parameter(help="Hugging Face id, folder, config.json, or 'demo'")],
+    /,
+    *,
+    need: RequirementFlags | None = None,
+    requests: MixOptions | None = None,
+    offer: HardwareFlags | None = None,
+    output: PlanOutputFlags | None = None,
+) -> int:
+    """Predict every sensible deployment of MODEL, and recommend one.
+
+    Nothing is run and no device is needed: a model of the devices predicts each step, and the
+    engine's own scheduler plays the workload on it in virtual time.
+    Exits with 1 when nothing keeps the SLO within the budget.
+    """
+    need, offer, output = need or RequirementFlags(), offer or HardwareFlags(), output or PlanOutputFlags()
+    plan_request = plan_request_from(model, need, requests or MixOptions(), offer)
+    _check_outputs(output)
+    results = search_with_progress(plan_request, output.workers, quiet=output.json)
+    return _print_results(results, plan_request, output)
+
+
+def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, offer: HardwareFlags) -> PlanRequest:
+    """Raises UsageError or EnvironmentFault for what cannot be asked."""
+    from powerband.planner.plan_request import PlanRequest, max_request_tokens
+
+    slo = SLO.parse(need.slo)
+    if not slo.limits:
+        raise UsageError("The SLO limits nothing.", hint="Like: --slo ttft=1s@p95,tpot=60ms@p95.", param="slo")
+    if offer.max_devices < 1:
+        raise UsageError(f"max_devices is {offer.max_devices}; it must be at least 1.", param="max_devices")
+    if offer.replicas is not None and offer.replicas < 1:
+        raise UsageError(f"replicas is {offer.replicas}; it must be at least 1.", param="replicas")
+    if (offer.acceptance is None) != (offer.draft_tokens == 0):
+        raise UsageError("--draft-tokens and --acceptance go together.", param="acceptance")
+    changes = offer.set or []
+    profiles = chosen_devices(offer.devices, offer.prices, changes)
+    workload, rate = chosen_workload(requests, rate=need.rate)
+    spec, stored = read_model(model)
+    return PlanRequest(
+        model=model,
+        spec=spec,
+        stored=stored,
+        profiles=profiles,
+        engines=parse_engines(offer.engine),
+        workload=workload,
+        rate=rate,
+        slo=slo,
+        budget_usd_per_h=dollars_per_hour(need.budget) if need.budget is not None else None,
+        max_devices=offer.max_devices,
+        replicas=offer.replicas,
+        quantizations=parse_quantizations(offer.quantization),
+        max_model_len=offer.max_model_len or max_request_tokens(workload, need.seed, spec, slo.attainment),
+        objective=need.objective,
+        draft_tokens=offer.draft_tokens,
+        draft_acceptance=share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0,
+        pinned=pinned_settings(changes),
+        seed=need.seed,
+    )
+
+
+def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
+    """With its progress on stderr, where that is a terminal."""
+    from powerband.planner.search import search
+
+    with progress_bar(quiet=quiet) as report:
+        return search(
+            plan_request, workers=workers, progress=lambda done, total, text: report(text, done / max(total, 1))
+        )
+
+
+def _print_results(results: PlanResults, plan_request: PlanRequest, output: PlanOutputFlags) -> int:
+    from rich.console import Console
+
+    from powerband.planner.report.html_report import write_report
+    from powerband.planner.report.json_export import results_as_dict
+    from powerband.planner.report.table import plan_table
+    from powerband.planner.selection import plan_from
+    from powerband.spec.plan import write_plan
+
+    if output.html is not None:
+        write_report(results, output.html)
+    if output.json:
+        print(json_format.dumps(results_as_dict(results), indent=1))
+    else:
+        Console().print(plan_table(results))
+    if results.recommended is None:
+        if output.out is not None:
+            print(f"Nothing was written to {output.out}: no deployment keeps the SLO.", file=sys.stderr)
+        return NO_PLAN
+    if output.out is not None:
+        write_plan(plan_from(plan_request, results.recommended), output.out)
+    if output.out is not None or output.html is not None:
+        _print_paths(output)
+    return 0
+
+
+def _print_paths(output: PlanOutputFlags) -> None:
+    written = [f"{what}: {path}" for what, path in (("plan", output.out), ("report", output.html)) if path is not None]
+    print("\n".join(written), file=sys.stderr if output.json else sys.stdout)
+
+
+def _check_outputs(output: PlanOutputFlags) -> None:
+    """Before the search, not after it. Raises EnvironmentFault."""
+    for path in (output.out, output.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise EnvironmentFault(f"Cannot write {path}: there is no such folder.", param="out")

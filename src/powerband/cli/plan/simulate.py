@@ -1,0 +1,145 @@
+"""`powerband simulate`: play a load through a plan in virtual time, and report as the load generator does."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Group, Parameter
+
+from powerband.cli.bench.options import SLOFlags
+from powerband.cli.flags import Json
+from powerband.cli.plan.inputs import read_model
+from powerband.errors import UsageError
+from powerband.spec.hardware.what_if import chosen_devices
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, RequestedLoad, requested_load
+
+if TYPE_CHECKING:
+    from powerband.bench.load import LoadResult
+    from powerband.bench.report.results import RunReport
+    from powerband.spec.deployment import Deployment
+    from powerband.spec.hardware.profile import DeviceProfile
+    from powerband.spec.plan import Plan
+
+MISSED, NO_ANSWER = 1, 4
+_DEVICES = Group("Devices", sort_key=4)
+_OUTPUT = Group("Output", sort_key=5)
+
+
+def simulate(
+    plan: Annotated[Path, Parameter(help="A file that 'powerband plan -o' wrote")],
+    /,
+    *,
+    load: ArrivalOptions | None = None,
+    requests: MixOptions | None = None,
+    judging: SLOFlags | None = None,
+    devices: Annotated[
+        str | None,
+        Parameter(help="FILE.yaml that describes those that the catalog has not", group=_DEVICES),
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        Parameter(help="What if: device.memory_bytes=48e9, L4.bandwidth_bytes_per_s=4e11", group=_DEVICES, negative=""),
+    ] = None,
+    out: Annotated[Path | None, Parameter(help="Folder; default: a new one in bench-runs/", group=_OUTPUT)] = None,
+    json: Annotated[Json, Parameter(group=_OUTPUT)] = False,
+) -> int:
+    """Play a load through a PLAN's deployment without running it.
+
+    Without options: the plan's own workload at the promised rate, judged by its SLO. The gateway's own
+    dispatcher and the engine's own scheduler decide; a model of the devices says how long each step takes.
+    Writes run.json, requests.jsonl and report.html like 'powerband bench', which compares with them.
+    Exits with 1 when the SLO is missed.
+    """
+    from powerband.bench.report.simulated import simulated_load, simulated_report
+    from powerband.planner.simulation.inputs import simulation_inputs
+    from powerband.spec.plan import read_plan
+    from powerband.spec.workload.traces import read_trace
+
+    load, requests, judging = load or ArrivalOptions(), requests or MixOptions(), judging or SLOFlags()
+    trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
+    known = read_plan(plan, trace)
+    if known.deployment is None:
+        raise UsageError(
+            f"{plan} says what is promised, but not by which deployment.",
+            hint="'powerband plan MODEL -o plan.yaml' writes both.",
+            param="plan",
+        )
+    asked = _requested_load(known, load, requests)
+    schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
+    made = simulation_inputs(
+        read_model(known.model)[0], known.deployment, _profile_finder(known.deployment, devices, set or [])
+    )
+    print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
+    simulated = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)
+    result = simulated_load(
+        schedule, simulated.indices, simulated.records, seconds=simulated.seconds, unsent=simulated.unsent
+    )
+    warm_up, cool_down = judging.shares()
+    report = simulated_report(
+        replace(known, slo=judging.made() or known.slo),
+        asked.workload,
+        result,
+        seed=load.seed,
+        warm_up=warm_up,
+        cool_down=cool_down,
+        command=["powerband", *sys.argv[1:]],
+    )
+    return _report(report, result, out, as_json=json)
+
+
+def _profile_finder(deployment: Deployment, devices: str | None, changes: list[str]) -> Callable[[str], DeviceProfile]:
+    """From a device's name in the plan to what is known of it. Raises UsageError."""
+    named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
+    if any(change.startswith("replica.") for change in changes):
+        raise UsageError("A replica is what the plan says it is.", hint="Change it in the plan's file.", param="set")
+    profiles = {profile.name: profile for profile in chosen_devices(devices or ",".join(named), None, changes)}
+    missing = [name for name in named if name not in profiles]
+    if missing:
+        raise UsageError(
+            f"The plan's {missing[0]} is not among {', '.join(profiles)}.",
+            hint="--devices names all of a plan's devices.",
+            param="devices",
+        )
+    return profiles.__getitem__
+
+
+def _requested_load(plan: Plan, load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
+    """What the flags say; where they say nothing of what or when, the plan's workload and rate."""
+    told = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
+    asked = requested_load(load, requests)
+    says_when = any(value is not None for value in told)
+    says_what = load.trace is not None or requests != MixOptions()
+    workload = asked.workload if says_what else replace(asked.workload, name=plan.workload.name)
+    if not says_what:
+        workload = replace(workload, requests=plan.workload.requests)
+    if not says_when:
+        workload = replace(workload, arrivals=plan.arrivals)
+    return replace(asked, workload=workload)
+
+
+def _report(report: RunReport, result: LoadResult, out: Path | None, *, as_json: bool) -> int:
+    from rich.console import Console
+
+    from powerband.bench.report.html_report import write_report
+    from powerband.bench.report.result_files import run_as_dict, write_run
+    from powerband.bench.report.table import run_table
+
+    folder = out or Path("bench-runs", datetime.now().strftime("%Y%m%d-%H%M%S-simulated"))
+    write_run(report, [result], folder)
+    page = folder / "report.html"
+    write_report(report, [result.samples], page)
+    if as_json:
+        print(json_format.dumps(run_as_dict(report), indent=1))
+    else:
+        Console().print(run_table(report))
+        print(f"\nreport: {page}")
+    point = report.points[0]
+    if not point.whole.answered:
+        return NO_ANSWER
+    return MISSED if point.verdict == "MISSED" else 0

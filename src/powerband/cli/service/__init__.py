@@ -1,0 +1,1 @@
+"""Commands for a service: deploy, status, scale, drain, logs, incidents, remove."""

@@ -1,0 +1,239 @@
+"""`powerband deploy`: carry a plan out on this machine, and prove its promise."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from powerband.cli.flags import Json
+from powerband.cli.plan.plan import NO_PLAN, HardwareFlags, RequirementFlags
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.renamed import warn_renamed
+from powerband.spec.workload.options import MixOptions
+
+if TYPE_CHECKING:
+    from powerband.fleet.deployment import Deployed, DeploymentOptions
+    from powerband.fleet.service.spec import Policy
+    from powerband.spec.plan import Plan
+
+SLO_BROKEN = 1
+DEFAULT_VERIFY_S = 60.0
+_SERVICE = Group("Service", sort_key=2)
+_PROVING = Group("Proving", sort_key=3)
+
+
+def _flag(group: Group, *names: str, help: str) -> Parameter:
+    # A value may begin with a hyphen: arguments for others do.
+    return Parameter(
+        name=names or None, help=help, group=group, negative="", show_default=False, allow_leading_hyphen=True
+    )
+
+
+def _old_flag() -> Parameter:
+    """The name of an option in the version before: it still works, with a warning."""
+    return Parameter(group=_SERVICE, negative="", show=False)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServiceFlags:
+    name: Annotated[str | None, _flag(_SERVICE, help="Of the service; default: the model's")] = None
+    served_model_name: Annotated[str, _flag(_SERVICE, help="Name in the API; default: MODEL as given")] = ""
+    host: Annotated[str, _flag(_SERVICE, help="Address of the gateway; default: 127.0.0.1")] = "127.0.0.1"
+    port: Annotated[int | None, _flag(_SERVICE, help="Of the gateway; default: 8000, or a free one")] = None
+    auth: Annotated[
+        Literal["open", "keys"] | None,
+        _flag(_SERVICE, help="open: no key is needed (default on loopback); keys: every request needs one"),
+    ] = None
+    threads: Annotated[int | None, _flag(_SERVICE, help="CPU threads of a replica; default: a fair part")] = None
+    max_surge: Annotated[
+        int | None, _flag(_SERVICE, help="Extra replicas during a rollout: 0 or 1; default: 1 if memory allows")
+    ] = None
+    surge: Annotated[int | None, _old_flag()] = None
+    drain_timeout: Annotated[str, _flag(_SERVICE, help="For running requests to end; default: 120s")] = "120s"
+    start_timeout: Annotated[str, _flag(_SERVICE, help="For a replica to become ready; default: 30min")] = "30min"
+    auto_remediate: Annotated[bool, _flag(_SERVICE, help="Carry out the actions that the monitor suggests")] = False
+    auto: Annotated[bool, _old_flag()] = False
+    webhook: Annotated[str, _flag(_SERVICE, help="URL for notifications of incidents")] = ""
+    gateway_args: Annotated[
+        str, _flag(_SERVICE, help="Settings of the gateway, e.g. '--default-deadline-s 2'; see 'powerband gateway'")
+    ] = ""
+    engine_command: Annotated[
+        str, _flag(_SERVICE, help="How the engine is started, e.g. '/opt/vllm/bin/vllm'; default: found")
+    ] = ""
+    engine_args: Annotated[str, _flag(_SERVICE, help="Arguments for the engine, after the plan's")] = ""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class VerifyFlags:
+    verify: Annotated[
+        bool | None,
+        Parameter(
+            help="Load the service as the plan says, and compare; default: when something has changed",
+            group=_PROVING,
+            show_default=False,
+        ),
+    ] = None
+    verify_seconds: Annotated[float, _flag(_PROVING, help="How long; default: 60")] = DEFAULT_VERIFY_S
+    strict: Annotated[bool, _flag(_PROVING, help="Go back to what was there when the promise is broken; exit 1")] = (
+        False
+    )
+    report: Annotated[Path | None, _flag(_PROVING, help="Write the load's report: one HTML file, offline")] = None
+    json: Annotated[Json, Parameter(group=_PROVING)] = False
+
+
+def deploy(
+    plan: Annotated[str | None, Parameter(help="Plan in YAML, or a model to plan for first")] = None,
+    /,
+    *,
+    need: RequirementFlags | None = None,
+    requests: MixOptions | None = None,
+    offer: HardwareFlags | None = None,
+    service: ServiceFlags | None = None,
+    proving: VerifyFlags | None = None,
+) -> int:
+    """Carry out a plan on this machine: replicas behind a gateway, the promise verified, the service left running.
+
+    With MODEL instead of a plan it is planned first, with the options of 'powerband plan'.
+    Without either: make sure that every service has a controller.
+    Exits with 1 when nothing keeps the SLO, or when --strict and the promise is broken.
+    """
+    service, proving = service or ServiceFlags(), proving or VerifyFlags()
+    if plan is None:
+        return _ensure_controllers()
+    _check_options(proving)
+    from powerband.cli.service.view import ServiceProgress
+    from powerband.fleet.deployment import deploy_plan
+
+    chosen = _resolve_plan(plan, need, requests, offer, quiet=proving.json)
+    if chosen is None:
+        return NO_PLAN
+    options = _options(chosen, service, proving)
+    deployed = deploy_plan(chosen, options, ServiceProgress(quiet=proving.json))
+    _print_result(deployed, as_json=proving.json)
+    return SLO_BROKEN if deployed.is_broken and proving.strict else 0
+
+
+def _check_options(proving: VerifyFlags) -> None:
+    """Before anything starts. Raises UsageError and EnvironmentFault."""
+    if not 5 <= proving.verify_seconds <= 86_400:
+        raise UsageError(f"verify-seconds is {proving.verify_seconds:g}.", hint="5 to 86400.", param="verify_seconds")
+    if proving.report is not None and not proving.report.absolute().parent.is_dir():
+        raise EnvironmentFault(f"Cannot write {proving.report}: there is no such folder.", param="report")
+
+
+def _ensure_controllers() -> int:
+    from powerband.fleet.control.controller_process import ensure_controller
+    from powerband.fleet.service.store import services
+
+    found = services()
+    if not found:
+        raise UsageError("What is to be deployed?", hint="Like: powerband deploy plan.yaml", param="plan")
+    for folder in found:
+        started = ensure_controller(folder)
+        print(f"{folder.name}: {'a new controller was started' if started else 'its controller is alive'}")
+    return 0
+
+
+def _resolve_plan(
+    text: str, need: RequirementFlags | None, requests: MixOptions | None, offer: HardwareFlags | None, *, quiet: bool
+) -> Plan | None:
+    """None: nothing keeps the SLO; that was told. Raises UsageError for flags that a plan decides."""
+    from powerband.spec.plan import read_plan
+
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml"):
+        if any(flags is not None for flags in (need, requests, offer)):
+            raise UsageError(f"{text} says what is needed and on offer.", hint="Leave these options out.", param="plan")
+        return read_plan(path)
+    from rich.console import Console
+
+    from powerband.cli.plan.plan import plan_request_from, search_with_progress
+    from powerband.planner.report.table import plan_table
+    from powerband.planner.selection import plan_from
+
+    plan_request = plan_request_from(
+        text, need or RequirementFlags(), requests or MixOptions(), offer or HardwareFlags()
+    )
+    results = search_with_progress(plan_request, None, quiet=quiet)
+    if results.recommended is None:
+        Console(stderr=True).print(plan_table(results))
+        return None
+    return plan_from(plan_request, results.recommended)
+
+
+def _options(plan: Plan, flags: ServiceFlags, proving: VerifyFlags) -> DeploymentOptions:
+    import shlex
+
+    from powerband.bench.report.live import LiveView
+    from powerband.cli.service.gateway_flags import gateway_spec_from_flags
+    from powerband.fleet.deployment import DeploymentOptions
+
+    return DeploymentOptions(
+        gateway=partial(gateway_spec_from_flags, flags.host, flags.port, flags.auth, flags.gateway_args),
+        policy=_policy(flags),
+        name=flags.name or "",
+        served_name=flags.served_model_name,
+        engine_command=tuple(shlex.split(flags.engine_command)),
+        engine_args=tuple(shlex.split(flags.engine_args)),
+        threads=flags.threads,
+        verify=proving.verify,
+        verify_seconds=proving.verify_seconds,
+        report=proving.report,
+        strict=proving.strict,
+        watch=contextlib.nullcontext() if proving.json else LiveView(plan.slo, label=plan.workload.name),
+    )
+
+
+def _policy(flags: ServiceFlags) -> Policy:
+    from powerband.fleet.service.spec import Policy
+    from powerband.spec.quantities import seconds
+
+    if flags.surge is not None:
+        warn_renamed("--surge", "--max-surge")
+    if flags.auto:
+        warn_renamed("--auto", "--auto-remediate")
+    max_surge = flags.max_surge if flags.max_surge is not None else flags.surge
+    if max_surge not in (None, 0, 1):
+        raise UsageError(f"max_surge is {max_surge}.", hint="It is 0 or 1.", param="max_surge")
+    if flags.webhook:
+        from powerband.fleet.monitor.webhook import Webhook
+
+        Webhook(flags.webhook).close()  # raises an error now for an invalid URL
+    return Policy(
+        max_surge=max_surge,
+        drain_timeout_s=seconds(flags.drain_timeout, param="drain_timeout"),
+        start_timeout_s=seconds(flags.start_timeout, param="start_timeout"),
+        auto_remediate=flags.auto_remediate or flags.auto,
+        webhook=flags.webhook,
+    )
+
+
+def _print_result(deployed: Deployed, *, as_json: bool) -> None:
+    store, verified = deployed.store, deployed.verification
+    if as_json:
+        from powerband.cli.service.status import status_dict
+
+        shown: dict[str, object] = {"service": store.name, "status": None}
+        if store.exists():
+            shown = status_dict(store)
+        shown |= {"changed": deployed.changed, "verification": verified.as_dict() if verified is not None else None}
+        print(json_format.dumps(shown, indent=1))
+        return
+    if verified is not None:
+        from powerband.cli.service.view import print_verification
+
+        print_verification(verified)
+    if not store.exists():
+        print(f"{store.name} was removed again.")
+    else:
+        print(f"{store.name} serves {deployed.status.gateway.url}/v1")
+        print("powerband status · powerband logs -f · powerband scale N · powerband remove", file=sys.stderr)

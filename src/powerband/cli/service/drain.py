@@ -1,0 +1,62 @@
+"""`powerband drain`: give a replica nothing new, or bring it back."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from powerband.cli.service.remove import Name
+from powerband.errors import UsageError
+
+if TYPE_CHECKING:
+    from powerband.fleet.service.spec import ServiceSpec
+    from powerband.fleet.service.status import ServiceStatus
+
+
+def drain(
+    replica: Annotated[str, Parameter(help="Its id, as 'powerband status' shows it")],
+    /,
+    *,
+    name: Name = None,
+    undo: Annotated[bool, Parameter(help="Let it have requests again", negative="")] = False,
+    wait: Annotated[bool, Parameter(help="Wait until it has nothing left to do")] = True,
+) -> int:
+    """Give a replica nothing new; what it has goes on. It keeps running, and is not replaced."""
+    from powerband.fleet import operations
+    from powerband.fleet.control.controller_process import ensure_controller
+    from powerband.fleet.service.store import find_service
+
+    folder = find_service(name)
+
+    def change(current: ServiceSpec, status: ServiceStatus | None) -> dict[str, Any]:
+        found = operations.find_replica(status, replica)
+        if undo and found.id not in current.drained:
+            raise UsageError(f"{replica} was not drained.", param="replica")
+        others = tuple(id for id in current.drained if id != replica)
+        return {"drained": others if undo else (*others, replica)}
+
+    desired = operations.update_spec(folder, change)
+    ensure_controller(folder)
+    operations.record_action(folder, "undrain" if undo else "drain", {"replica": replica})
+    _warn_where_nothing_serves(desired, folder.read_status())
+    found = None
+    for status in operations.watch_status(folder, desired.generation, desired.policy.drain_timeout_s):
+        found = next((one for one in status.replicas if one.id == replica), None)
+        is_done = found is None or undo or (found.state == "drained" and not found.running)
+        if is_done or not wait:
+            break
+    if undo:
+        print(f"{replica} gets requests again.")
+    elif found is not None and found.running:
+        print(f"{replica} gets nothing new; {found.running} requests run there.")
+    else:
+        print(f"{replica} gets nothing new, and has nothing left. Bring it back: powerband drain {replica} --undo")
+    return 0
+
+
+def _warn_where_nothing_serves(desired: ServiceSpec, status: ServiceStatus | None) -> None:
+    replicas = status.replicas if status is not None else ()
+    if not any(one.state == "ready" and one.id not in desired.drained for one in replicas):
+        print("warning: no other replica is ready: requests wait, and are refused after a while.", file=sys.stderr)

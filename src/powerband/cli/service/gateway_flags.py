@@ -1,0 +1,70 @@
+"""Where a service's gateway listens, and with which settings: checked before anything starts."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+from typing import Literal
+
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.fleet.service.spec import GatewaySpec, ServiceSpec
+
+DEFAULT_PORT = 8000
+_DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
+
+
+def gateway_spec_from_flags(
+    host: str, port: int | None, auth: Literal["open", "keys"] | None, gateway_args: str, current: ServiceSpec | None
+) -> GatewaySpec:
+    """As asked, as before, or where there is room. Raises UsageError, EnvironmentFault."""
+    from powerband.web.access import is_loopback
+    from powerband.web.listening import free_port
+
+    is_open = is_loopback(host)
+    auth = auth or ("open" if is_open else "keys")
+    if auth == "open" and not is_open:
+        raise UsageError(f"On {host} without keys anyone could come in.", hint="Leave --auth open out.", param="auth")
+    if port is not None and not 1 <= port <= 65535:
+        raise UsageError(f"port is {port}.", hint="1 to 65535; left out, a free one is found.", param="port")
+    arguments = _gateway_arguments(gateway_args)
+    if current is not None and not current.removed and port in (None, current.gateway.port):
+        return GatewaySpec(host=host, port=current.gateway.port, auth=auth, arguments=arguments)
+    if port is None:
+        port = DEFAULT_PORT if _is_free(host, DEFAULT_PORT) else free_port(host)
+    elif not _is_free(host, port):
+        raise EnvironmentFault(f"Port {port} on {host} is taken.", hint="Choose another with --port.", param="port")
+    return GatewaySpec(host=host, port=port, auth=auth, arguments=arguments)
+
+
+def _gateway_arguments(text: str) -> tuple[str, ...]:
+    """Settings of 'powerband gateway', as it would take them. Raises UsageError for what it would not."""
+    from cyclopts import CycloptsError
+
+    from powerband.cli.flags import ALL_SETTINGS
+    from powerband.cli.main import build_app
+    from powerband.cli.settings import resolve
+    from powerband.gateway.settings import GatewaySettings
+
+    arguments = tuple(shlex.split(text))
+    try:
+        _, bound, _ = build_app("gateway").parse_args(["gateway", *arguments], exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise UsageError(
+            f"gateway-args: {error}", hint="'powerband gateway --help' shows what there is.", param="gateway_args"
+        ) from None
+    given = {name: value for name, value in bound.kwargs.items() if value is not None}
+    decided = [name for name in given if name in _DEPLOYED]
+    if decided:
+        raise UsageError(f"gateway-args: {decided[0]} is decided by the deployment.", param="gateway_args")
+    resolve((GatewaySettings,), ALL_SETTINGS, given, {}, None)
+    return arguments
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,76 @@
+"""`powerband logs`: what replicas, the gateway and the controller said."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from powerband.cli.service.remove import Name
+from powerband.errors import UsageError
+
+if TYPE_CHECKING:
+    from powerband.fleet.service.store import ServiceStore
+
+_EVERY_S = 0.3
+
+
+def logs(
+    member: Annotated[str | None, Parameter(help="Replica, 'gateway' or 'controller'; default: all")] = None,
+    /,
+    *,
+    name: Name = None,
+    follow: Annotated[bool, Parameter(name=("--follow", "-f"), help="Go on until Ctrl-C", negative="")] = False,
+    lines: Annotated[int, Parameter(name=("--lines", "-n"), help="From the end of each")] = 20,
+) -> int:
+    """Print the end of logs, also of replicas that are gone."""
+    from powerband.fleet.service.store import find_service
+    from powerband.fleet.targets.local import last_lines
+
+    folder = find_service(name)
+    if not 0 <= lines <= 1_000_000:
+        raise UsageError(f"lines is {lines}.", hint="0 to 1000000.", param="lines")
+    files = _files(folder, member)
+    reached = {path: path.stat().st_size for path in files}
+    for path in files:
+        _print(path, last_lines(path, lines) if lines else "", labelled=len(files) > 1)
+    while follow:
+        time.sleep(_EVERY_S)
+        for path in _files(folder, member):
+            _print(path, _read_new(path, reached), labelled=member is None)
+    return 0
+
+
+def _files(folder: ServiceStore, member: str | None) -> list[Path]:
+    """Raises UsageError with those that there are."""
+    found = sorted(folder.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    if member is None:
+        status = folder.read_status()
+        alive = {"controller", *(one.id for one in status.replicas)} if status is not None else set()
+        return [path for path in found if path.stem in alive or path.stem.startswith("gateway-")]
+    chosen = [path for path in found if path.stem == member]
+    if member == "gateway":  # every start of it has a log of its own
+        chosen = [path for path in found if path.stem.startswith("gateway-")][-1:]
+    if not chosen:
+        known = ", ".join(path.stem for path in found) or "none"
+        raise UsageError(f"There is no log of {member!r}.", hint=f"There are: {known}.", param="member")
+    return chosen
+
+
+def _read_new(path: Path, reached: dict[Path, int]) -> str:
+    """What was written since the last look, in whole lines."""
+    with path.open("rb") as file:
+        file.seek(reached.get(path, 0))
+        content = file.read()
+    end = content.rfind(b"\n") + 1
+    reached[path] = reached.get(path, 0) + end
+    return content[:end].decode(errors="replace").rstrip("\n")
+
+
+def _print(path: Path, text: str, *, labelled: bool) -> None:
+    for line in text.splitlines():
+        print(f"{path.stem:<12} {line}" if labelled else line)
+    sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Misbehaving clients for chaos tests: cancelled, slow, malformed and oversized requests."""

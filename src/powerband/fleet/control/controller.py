@@ -1,0 +1,367 @@
+"""Keeps a service as its spec says: observes what runs, decides what to change, and acts, several times a second.
+
+    desired.json ───┐                                    ┌──► target: start, stop, kill
+    target ─────────┼──► observe ──► decide ──► act ─────┼──► gateway: routes
+    probes, gateway ┘                                    └──► status.json
+
+A tick waits for nothing. What the controller remembers beyond the files only sets the pace (back-off after crashes, the
+beginning of a drain), so a new controller recovers from the files, the target and the gateway alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from powerband.errors import PowerbandError
+from powerband.fleet.control.crash_backoff import CrashBackoff
+from powerband.fleet.control.gateway_client import GatewayClient
+from powerband.fleet.control.instance_specs import (
+    build_routes,
+    free_devices,
+    gateway_revision,
+    gateway_spec,
+    pool_revisions,
+    release_revision,
+    replica_key,
+    replica_spec,
+)
+from powerband.fleet.control.instance_state import InstanceState
+from powerband.fleet.control.probes import HealthProber
+from powerband.fleet.control.remediation import Remediator
+from powerband.fleet.control.rollout import Actions, DesiredReplicas, next_actions
+from powerband.fleet.control.slo_counter import SLOCounter
+from powerband.fleet.control.status import replica_status, service_phase
+from powerband.fleet.monitor.incidents import Incidents
+from powerband.fleet.service.spec import Release, ServiceSpec
+from powerband.fleet.service.status import FailedRollout, GatewayStatus, ServiceStatus
+from powerband.fleet.service.store import ServiceStore
+from powerband.fleet.targets.base import ExitedInstance, Instance, Role, Target
+
+logger = logging.getLogger(__name__)
+
+REPLICA_GRACE_S = 15.0  # from the request to stop until it is killed
+GATEWAY_GRACE_S = 45.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What a tick changes. release: the one in force; None: nothing is to run."""
+
+    release: Release | None
+    replicas: Actions
+    kill_gateways: tuple[str, ...] = ()
+    stop_gateways: tuple[str, ...] = ()
+    start_gateway: bool = False
+
+
+@dataclass(slots=True)
+class Controller:
+    """prober and gateway do their work in the same event loop. clock: time.monotonic(), except in tests."""
+
+    store: ServiceStore
+    target: Target
+    prober: HealthProber
+    gateway: GatewayClient
+    clock: Callable[[], float] = time.monotonic
+    incidents: Incidents | None = None  # None: kept in memory only
+    slo_counter: SLOCounter = field(default_factory=SLOCounter)
+    webhook: str = ""  # as the spec had it at the last tick
+    _instances: dict[str, InstanceState] = field(default_factory=dict)
+    _backoff: CrashBackoff = field(default_factory=CrashBackoff)
+    _generation: int = 0  # of the spec at the last tick
+    _established: int = 0
+    _failed: FailedRollout | None = None
+    _open_places: list[int] = field(default_factory=list)  # restarts so far of each place that a new replica takes
+    _gateway_restarts: int = 0
+    _notes: list[str] = field(default_factory=list)  # of this tick
+    _remediator: Remediator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._remediator = Remediator(self.store, self.incidents)
+
+    def recover(self) -> None:
+        """Continue where another controller stopped. What was ready is taken to be ready."""
+        status = self.store.read_status()
+        if status is None:
+            return
+        self._established, self._failed = status.established, status.failed_rollout
+        self._gateway_restarts = status.gateway.restarts
+        self.slo_counter.resume(status.load)
+        self.gateway.url, self.gateway.next_record = status.gateway.url, status.load.next_record
+        now_s = self.clock()
+        replicas = {replica.id: replica for replica in status.replicas}
+        for instance in self.target.list_instances():
+            state = InstanceState(instance=instance, first_seen_s=now_s, exit_expected=instance.stopping)
+            self._instances[instance.id] = state
+            if instance.id in replicas:
+                state.restarts = replicas[instance.id].restarts
+                state.ready_s = now_s if replicas[instance.id].ready_at is not None else None
+            elif instance.role == "gateway" and instance.pid == status.gateway.pid:
+                state.ready_s = now_s if status.gateway.ready_at is not None else None
+
+    def tick(self) -> bool:
+        """False: the service was removed, and nothing of it runs any more."""
+        spec = self.store.read_spec()
+        if spec is None:
+            return False
+        now_s = self.clock()
+        self._observe(spec, now_s)
+        decision = self._decide(spec, now_s)
+        self._act(spec, decision, now_s)
+        return self._report(spec, decision, now_s).phase != "removed"
+
+    # ---- observe
+
+    def _observe(self, spec: ServiceSpec, now_s: float) -> None:
+        """Which instances run, which exited, which became ready or hung."""
+        self._notes = []
+        if spec.generation != self._generation:
+            self._generation = spec.generation
+            self._backoff.reset()
+        self.webhook = spec.policy.webhook
+        self.prober.api_key = replica_key(spec.release.api_key_file)
+        instances = self.target.list_instances()
+        for exited in self.target.take_exited():
+            self._record_exit(exited, now_s)
+        self.prober.set_targets({instance.id: instance for instance in instances})
+        for instance in instances:
+            state = self._instances.setdefault(instance.id, InstanceState(instance=instance, first_seen_s=now_s))
+            state.is_cordoned = instance.id in spec.drained
+            state.is_idle = self._is_idle(instance.id)
+            if state.observe(instance, self.prober.result(instance.id), spec.policy, now_s):
+                self._backoff.record_ready(instance.revision)
+
+    def _record_exit(self, exited: ExitedInstance, now_s: float) -> None:
+        state = self._instances.pop(exited.id, None)
+        if state is None or state.exit_expected:
+            return
+        ready_for_s = None if state.ready_s is None else now_s - state.ready_s
+        self._backoff.record_crash(state.revision, exited, now_s, ready_for_s=ready_for_s)
+        if state.instance.role == "gateway":
+            self._gateway_restarts += 1
+        else:
+            self._open_place(state)
+
+    def _open_place(self, state: InstanceState) -> None:
+        """The next replica that starts takes its place."""
+        if not state.is_replaced:
+            state.is_replaced = True
+            self._open_places.append(state.restarts + 1)
+
+    def _is_idle(self, id: str) -> bool:
+        """Whether the gateway has stopped dispatching to the replica, and no request runs there any more."""
+        snapshot = self.gateway.snapshot
+        if snapshot is None or id not in snapshot.draining:
+            return False
+        replica = snapshot.replica(id)
+        return replica is None or replica.inflight == 0
+
+    def _states(self, role: Role) -> list[InstanceState]:
+        return [state for state in self._instances.values() if state.instance.role == role]
+
+    def _replicas(self) -> list[Instance]:
+        return [state.instance for state in self._states("replica")]
+
+    # ---- decide
+
+    def _decide(self, spec: ServiceSpec, now_s: float) -> Decision:
+        self._check_rollout(spec)
+        release = None if spec.removed else spec.previous if self._has_failed(spec) else spec.release
+        gateways = self._states("gateway")
+        if release is None:  # the gateway goes first: as long as it runs, it may dispatch to any replica
+            for state in self._states("replica"):
+                state.is_idle = not gateways
+        revision = gateway_revision(spec.gateway)
+        killed = [one.id for one in gateways if one.is_hung]
+        stopped = [one.id for one in gateways if not one.is_hung and (release is None or one.revision != revision)]
+        may_start = release is not None and not gateways and revision not in self._backoff.backing_off(now_s)
+        return Decision(
+            release=release,
+            replicas=next_actions(self._desired_replicas(spec, release, now_s), self._states("replica"), now_s),
+            kill_gateways=tuple(killed),
+            stop_gateways=tuple(stopped),
+            start_gateway=may_start,
+        )
+
+    def _check_rollout(self, spec: ServiceSpec) -> None:
+        """Note that this generation has become ready; or give it up if it never was, and does not start."""
+        if spec.removed or spec.generation <= self._established or self._has_failed(spec):
+            return
+        revisions, gateway = pool_revisions(spec.release), gateway_revision(spec.gateway)
+        replicas = Counter((one.pool, one.revision) for one in self._states("replica") if one.ready_s is not None)
+        counts = enumerate(zip(spec.release.counts, revisions, strict=True))
+        has_replicas = all(replicas[pool, revision] >= count for pool, (count, revision) in counts)
+        has_gateway = any(one.revision == gateway for one in self._states("gateway") if one.ready_s is not None)
+        if has_replicas and has_gateway:
+            self._established = spec.generation
+            return
+        for revision in (*revisions, gateway):
+            exited = self._backoff.last_crash(revision)
+            if exited is not None and self._backoff.is_failed(revision):
+                code = "" if exited.exit_code is None else f" (exit code {exited.exit_code})"
+                self._failed = FailedRollout(
+                    generation=spec.generation,
+                    reason=f"{exited.id} exited before it was ready{code}",
+                    replica=exited.id,
+                    log=exited.log,
+                    exit_code=exited.exit_code,
+                )
+                return
+
+    def _has_failed(self, spec: ServiceSpec) -> bool:
+        return self._failed is not None and self._failed.generation == spec.generation
+
+    def _desired_replicas(self, spec: ServiceSpec, release: Release | None, now_s: float) -> DesiredReplicas:
+        timeout_s = spec.policy.drain_timeout_s
+        if release is None:
+            return DesiredReplicas(counts=(), revisions=(), drain_timeout_s=timeout_s)
+        revisions, max_surge = pool_revisions(release), spec.policy.max_surge
+        if max_surge is None:
+            existing = Counter((one.pool, one.revision) for one in self._states("replica"))
+            desired = Counter({(i, revisions[i]): count for i, count in enumerate(release.counts)})
+            # More than desired: the room for one more is taken already. Exactly as desired: none is needed.
+            is_certain = existing == desired or existing.total() > desired.total()
+            max_surge = 1 if is_certain or self._has_room(release) else 0
+        return DesiredReplicas(
+            counts=release.counts,
+            revisions=revisions,
+            max_surge=max_surge,
+            drain_timeout_s=timeout_s,
+            backing_off=self._backoff.backing_off(now_s),
+        )
+
+    def _has_room(self, release: Release) -> bool:
+        has_devices = all(self._free_devices(release, pool) is not None for pool in range(len(release.counts)))
+        return has_devices and self.target.has_room_for_replica()
+
+    def _free_devices(self, release: Release, pool: int) -> tuple[int, ...] | None:
+        in_use = self.target.devices_in_use() if release.gpus else frozenset[int]()
+        return free_devices(release, pool, self._replicas(), in_use)
+
+    # ---- act
+
+    def _act(self, spec: ServiceSpec, decision: Decision, now_s: float) -> None:
+        actions, release = decision.replicas, decision.release
+        for state in self._states("replica"):
+            state.draining_s = (state.draining_s or now_s) if state.id in actions.drain else None
+            if state.id in actions.kill:
+                if not state.exit_expected:
+                    self._open_place(state)
+                self.target.stop(state.id, 0.0)
+            elif state.id in actions.stop:
+                state.exit_expected = True
+                self.target.stop(state.id, REPLICA_GRACE_S)
+        for id in decision.kill_gateways:
+            self.target.stop(id, 0.0)
+        for id in decision.stop_gateways:
+            self._instances[id].exit_expected = True
+            self.target.stop(id, GATEWAY_GRACE_S)
+        if release is None:
+            return
+        for pool in actions.start:
+            self._start_replica(spec, release, pool, now_s)
+        if decision.start_gateway:
+            self._start_gateway(spec, now_s)
+        replicas = [one for one in self._replicas() if not one.stopping]
+        self.gateway.desired_routes = build_routes(release, replicas, actions.drain)
+
+    def _start_replica(self, spec: ServiceSpec, release: Release, pool: int, now_s: float) -> None:
+        devices = self._free_devices(release, pool)
+        if devices is None:
+            self._notes.append("No free devices for one more replica.")
+            return
+        try:
+            id = f"r{self.store.next_number()}"
+            instance = self.target.start(replica_spec(release, pool, id, devices))
+        except PowerbandError as error:
+            self._notes.append(str(error))
+            if spec.generation > self._established:
+                self._failed = FailedRollout(generation=spec.generation, reason=str(error))
+            return
+        restarts = self._open_places.pop(0) if self._open_places else 0
+        self._instances[id] = InstanceState(instance=instance, first_seen_s=now_s, restarts=restarts)
+
+    def _start_gateway(self, spec: ServiceSpec, now_s: float) -> None:
+        id = f"gateway-{self.store.next_number()}"
+        try:
+            instance = self.target.start(gateway_spec(spec.gateway, self.store, id))
+        except PowerbandError as error:
+            self._notes.append(str(error))
+            return
+        self._instances[id] = InstanceState(instance=instance, first_seen_s=now_s)
+        self.gateway.connect_to(instance.url)
+
+    # ---- report
+
+    def _report(self, spec: ServiceSpec, decision: Decision, now_s: float) -> ServiceStatus:
+        completed = self.gateway.take_completed()
+        self.slo_counter.count(completed, spec.release.slo)
+        if decision.release is not None:
+            self._remediator.run(
+                decision.release,
+                completed,
+                self.gateway.snapshot,
+                self._instances,
+                allowed=spec.policy.auto_remediate and spec.generation <= self._established,
+                has_room=self._has_room,
+                now_s=now_s,
+            )
+        status = self._status(spec, decision.release, now_s)
+        try:
+            self.store.write_status(status)
+        except OSError as error:  # the status is for people: the service runs without it
+            logger.warning("Cannot write the status to %s: %s.", self.store.path, error)
+        return status
+
+    def _status(self, spec: ServiceSpec, release: Release | None, now_s: float) -> ServiceStatus:
+        snapshot, offset_s = self.gateway.snapshot, time.time() - now_s
+        replicas = tuple(
+            replica_status(state, snapshot.replica(state.id) if snapshot is not None else None, offset_s)
+            for state in self._states("replica")
+        )
+        gateway = self._gateway_status(spec, offset_s)
+        is_established = spec.generation <= self._established
+        return ServiceStatus(
+            at=time.time(),
+            pid=os.getpid(),
+            generation=spec.generation,
+            phase=service_phase(spec, release, replicas, gateway, established=is_established),
+            revision=release_revision(release) if release is not None else "",
+            gateway=gateway,
+            replicas=replicas,
+            established=self._established,
+            failed_rollout=self._failed,
+            load=self.slo_counter.load(
+                requests_per_s=self.gateway.requests_per_s(),
+                running=sum(one.running for one in replicas),
+                queued=sum(pool.queued for pool in snapshot.pools) if snapshot is not None else 0,
+                next_record=self.gateway.next_record,
+            ),
+            notes=(*self._notes, *self._backoff.messages()),
+            incidents=self._remediator.open_incidents(),
+            monitor=self._remediator.report(),
+        )
+
+    def _gateway_status(self, spec: ServiceSpec, offset_s: float) -> GatewayStatus:
+        state = next(iter(self._states("gateway")), None)
+        if state is None:
+            url = f"http://{spec.gateway.host}:{spec.gateway.port}"
+            return GatewayStatus(state="down", url=url, restarts=self._gateway_restarts)
+        snapshot = self.gateway.snapshot
+        # Ready to be used: it listens, and it has routes.
+        has_routes = snapshot is not None and snapshot.routes_revision != "" and self.gateway.desired_routes is not None
+        is_ready = state.ready_s is not None and has_routes and not state.instance.stopping
+        return GatewayStatus(
+            state="ready" if is_ready else "starting",
+            url=state.instance.url,
+            pid=state.instance.pid,
+            started_at=state.instance.started_at,
+            ready_at=None if state.ready_s is None else state.ready_s + offset_s,
+            restarts=self._gateway_restarts,
+            note=state.probe.note or self.gateway.error,
+        )

@@ -1,0 +1,117 @@
+"""The controller's client of the gateway: sends it the routes, and reads its pools and completed requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from powerband.gateway.request import CompletedRequest
+from powerband.gateway.routes import Routes
+from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
+from powerband.http_client import Response, bearer, request
+
+POLL_INTERVAL_S = 0.4
+_TIMEOUT_S = 3.0
+_RATE_WINDOW_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySnapshot:
+    """What the gateway reported: the routes that are in force, and its pools."""
+
+    routes_revision: str
+    draining: frozenset[str]  # ids of the replicas to which it dispatches no new requests
+    pools: tuple[PoolSnapshot, ...]
+    taken_s: float  # time.monotonic()
+
+    def replica(self, id: str) -> ReplicaSnapshot | None:
+        return next((one for pool in self.pools for one in pool.replicas if one.id == id), None)
+
+
+class _RoutesPage(msgspec.Struct):
+    """Of GET /admin/routes, the part that is needed here."""
+
+    routes: dict[str, object]
+    pools: tuple[PoolSnapshot, ...] = ()
+
+
+class _RecordsPage(msgspec.Struct):
+    """Of GET /admin/records."""
+
+    next: int
+    records: tuple[CompletedRequest, ...] = ()
+
+
+@dataclass(slots=True)
+class GatewayClient:
+    """`poll_forever` runs in the controller's event loop; the controller reads and sets the fields in between."""
+
+    admin_key: str
+    url: str = ""  # '': there is no gateway
+    desired_routes: Routes | None = None
+    snapshot: GatewaySnapshot | None = None  # None: the gateway has not responded yet
+    error: str = ""  # of the last poll
+    next_record: int = 0
+    _completed: list[CompletedRequest] = field(default_factory=list)
+    _completed_at: deque[float] = field(default_factory=deque)  # time.time()
+
+    def connect_to(self, url: str) -> None:
+        """A gateway that has just been started: nothing is known of it, and it numbers its records from 0."""
+        self.url, self.snapshot, self.next_record = url, None, 0
+
+    def take_completed(self) -> Sequence[CompletedRequest]:
+        """Requests that completed since the last call."""
+        taken, self._completed = self._completed, []
+        return taken
+
+    def requests_per_s(self) -> float:
+        """Over the last minute."""
+        now = time.time()
+        while self._completed_at and self._completed_at[0] < now - _RATE_WINDOW_S:
+            self._completed_at.popleft()
+        return len(self._completed_at) / _RATE_WINDOW_S
+
+    async def poll_forever(self) -> None:
+        while True:
+            if self.url:
+                try:
+                    await self._poll()
+                    self.error = ""
+                except (OSError, ValueError) as error:
+                    self.error = str(error) or "no response"
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _poll(self) -> None:
+        url = self.url
+        snapshot = await self._read_snapshot()
+        if self.desired_routes is not None and snapshot.routes_revision != self.desired_routes.revision:
+            await self._request("PUT", "/admin/routes", self.desired_routes.as_dict())
+            snapshot = await self._read_snapshot()
+        if url == self.url:  # no other gateway was started meanwhile
+            self.snapshot = snapshot
+        response = await self._request("GET", f"/admin/records?after={self.next_record}")
+        page = msgspec.json.decode(response.body, type=_RecordsPage)
+        self.next_record = page.next
+        self._completed += page.records
+        self._completed_at += (one.ended_at for one in page.records)
+
+    async def _read_snapshot(self) -> GatewaySnapshot:
+        response = await self._request("GET", "/admin/routes")
+        page = msgspec.json.decode(response.body, type=_RoutesPage)
+        routes = Routes.from_dict(page.routes)
+        draining = frozenset(replica.id for model in routes.models for replica in model.replicas if replica.draining)
+        return GatewaySnapshot(routes.revision, draining, page.pools, time.monotonic())
+
+    async def _request(self, method: str, path: str, body: object = None) -> Response:
+        """Raises OSError for a status other than 200, too."""
+        headers = {**bearer(self.admin_key), "X-Powerband-Actor": "controller"}
+        response = await request(method, f"{self.url}{path}", json=body, headers=headers, timeout_s=_TIMEOUT_S)
+        if response.status != 200:
+            text = response.body[:200].decode(errors="replace")
+            raise ConnectionError(f"the gateway responded with {response.status}: {text}")
+        return response

@@ -1,0 +1,107 @@
+"""The next actions of a rollout: a pure function of the desired and the observed replicas, without memory of its own.
+
+    missing ──► start ──► starting ──► ready ──► draining ──► stop
+                            outdated or surplus: only while enough others are ready
+
+Replicas are replaced one at a time. Never do more exist than desired plus `max_surge` (stopping ones count: they still
+hold memory), and never do fewer serve than desired (one fewer if `max_surge` is 0), unless they fail by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from powerband.fleet.control.instance_state import InstanceState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredReplicas:
+    counts: tuple[int, ...]  # of each pool
+    revisions: tuple[str, ...]  # of each pool
+    max_surge: int = 1
+    drain_timeout_s: float = 120.0
+    backing_off: Collection[str] = ()  # revisions of which none is started now, because they keep crashing
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Actions:
+    start: tuple[int, ...] = ()  # the pool of each new replica
+    drain: frozenset[str] = frozenset()  # ids of all replicas that are to get no new requests
+    stop: tuple[str, ...] = ()
+    kill: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Availability:
+    """How many replicas still serve while the actions are chosen."""
+
+    desired: DesiredReplicas
+    serving: Counter[int] = field(default_factory=Counter)  # by pool
+    cordoned: Counter[int] = field(default_factory=Counter)  # by pool
+
+    def may_drop(self, pool: int) -> bool:
+        """Whether a replica of this pool may stop serving: enough others do, in its pool and altogether."""
+        desired = self.desired.counts[pool] if pool < len(self.desired.counts) else 0
+        slack = 0 if self.desired.max_surge else 1
+        enough_in_pool = self.serving[pool] - 1 >= desired - self.cordoned[pool] - slack
+        enough_in_all = self.serving.total() - 1 >= self.desired.total - self.cordoned.total() - slack
+        return enough_in_pool and enough_in_all
+
+
+def next_actions(desired: DesiredReplicas, replicas: Sequence[InstanceState], now_s: float) -> Actions:
+    """now_s: on the clock of the replicas' times."""
+    kill = [replica.id for replica in replicas if replica.is_hung]  # a stopping one, too: it ignores the request
+    alive = [replica for replica in replicas if replica.phase != "stopping" and not replica.is_hung]
+    retained = _retained(desired, alive)
+    available = _Availability(desired, Counter(one.pool for one in alive if one.is_serving))
+    available.cordoned.update(one.pool for one in alive if one.is_cordoned and one.id in retained)
+    drain, stop = set(), []
+    leaving = [replica for replica in alive if replica.id not in retained]
+    # Those that are draining already go on draining; then the oldest, since a new one has just been paid for.
+    for replica in sorted(leaving, key=lambda one: (not one.is_draining, one.number)):
+        if replica.phase == "starting":
+            stop.append(replica.id)
+        elif not replica.is_serving or available.may_drop(replica.pool):
+            available.serving[replica.pool] -= replica.is_serving
+            drain.add(replica.id)
+            if replica.is_drained(desired.drain_timeout_s, now_s):
+                stop.append(replica.id)
+    drain |= {replica.id for replica in alive if replica.is_cordoned}
+    return Actions(_starts(desired, replicas, retained), frozenset(drain), tuple(stop), tuple(kill))
+
+
+def _retained(desired: DesiredReplicas, alive: Sequence[InstanceState]) -> dict[str, InstanceState]:
+    """For each pool the desired number of replicas of its revision: serving ones first, old ones before new ones."""
+    retained: dict[str, InstanceState] = {}
+    for pool, (count, revision) in enumerate(zip(desired.counts, desired.revisions, strict=True)):
+        current = [one for one in alive if (one.pool, one.revision) == (pool, revision) and not one.to_replace]
+        current.sort(
+            key=lambda one: (
+                one.is_draining and not one.is_cordoned,
+                not one.is_serving,
+                one.phase != "ready",
+                one.number,
+            )
+        )
+        retained |= {replica.id: replica for replica in current[:count]}
+    return retained
+
+
+def _starts(
+    desired: DesiredReplicas, replicas: Sequence[InstanceState], retained: dict[str, InstanceState]
+) -> tuple[int, ...]:
+    room = desired.total + desired.max_surge - len(replicas)
+    have = Counter(replica.pool for replica in retained.values())
+    missing = [
+        pool
+        for pool, (count, revision) in enumerate(zip(desired.counts, desired.revisions, strict=True))
+        if revision not in desired.backing_off
+        for _ in range(count - have[pool])
+    ]
+    return tuple(missing[: max(room, 0)])

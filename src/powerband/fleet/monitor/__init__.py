@@ -1,0 +1,1 @@
+"""Whether a service meets its SLO and whether predictions still hold: windows, residuals, checks, incidents."""

@@ -1,0 +1,148 @@
+"""What the commands do to a service: change its desired state, and wait until the controller has carried it out."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from powerband.errors import EnvironmentFault, PowerbandError, UsageError
+from powerband.fleet.control.controller_process import ensure_controller
+from powerband.fleet.service.spec import GatewaySpec, Policy, Release, ServiceSpec
+from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
+from powerband.fleet.service.store import ServiceStore, endpoint
+from powerband.http_client import bearer, request_sync
+
+POLL_INTERVAL_S = 0.1
+_REMOVE_TIMEOUT_S = 120.0
+_AUDIT_TIMEOUT_S = 3.0
+
+
+def service_name(served_name: str) -> str:
+    """The default name of a service that serves a model of this name."""
+    return re.sub(r"[^a-z0-9._-]+", "-", served_name.lower()).strip("-._")[:63] or "service"
+
+
+def apply(store: ServiceStore, release: Release, gateway: GatewaySpec, policy: Policy) -> tuple[ServiceSpec, bool]:
+    """Write the desired state. Returns False if it is the same already. Raises UsageError for another model."""
+    with store.lock_spec():
+        current = store.read_spec()
+        if current is None or current.removed:
+            spec = ServiceSpec(name=store.name, generation=1, release=release, gateway=gateway, policy=policy)
+            store.write_spec(spec)
+            return spec, True
+        if current.release.served_name != release.served_name:
+            raise UsageError(
+                f"The service {store.name} serves {current.release.served_name}, not {release.served_name}.",
+                hint="Deploy it as another service, with --name.",
+                param="name",
+            )
+        status = store.read_status()
+        has_failed = status is not None and status.has_failed(current.generation)
+        if not has_failed and (current.release, current.gateway, current.policy) == (release, gateway, policy):
+            return current, False
+        spec = _with_changes(current, status, release=release, gateway=gateway, policy=policy)
+        store.write_spec(spec)
+        return spec, True
+
+
+def update_spec(
+    store: ServiceStore, change: Callable[[ServiceSpec, ServiceStatus | None], dict[str, Any]]
+) -> ServiceSpec:
+    """change: returns the fields that differ. Raises UsageError if there is no such service."""
+    with store.lock_spec():
+        current = store.read_spec()
+        if current is None:
+            raise UsageError(f"There is no service {store.name!r}.", param="name")
+        status = store.read_status()
+        spec = _with_changes(current, status, **change(current, status))
+        store.write_spec(spec)
+        return spec
+
+
+def rollback(store: ServiceStore) -> ServiceSpec | None:
+    """Back to the last release that was ready. None: there is none."""
+    with store.lock_spec():
+        current = store.read_spec()
+        if current is None or current.previous is None:
+            return None
+        spec = current.updated(release=current.previous)
+        store.write_spec(spec)
+        return spec
+
+
+def watch_status(store: ServiceStore, generation: int, timeout_s: float) -> Iterator[ServiceStatus]:
+    """Each new status, beginning with the first that knows this generation, for `timeout_s` at most.
+
+    Replaces a controller that has crashed or hangs. Raises EnvironmentFault if that fails.
+    """
+    last_at, deadline_s = 0.0, time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        status = store.read_status()
+        if status is not None and status.generation >= generation and status.at != last_at:
+            last_at = status.at
+            yield status
+        elif not store.controller_alive():
+            ensure_controller(store)
+        time.sleep(POLL_INTERVAL_S)
+
+
+def wait_for(
+    store: ServiceStore, generation: int, on_status: Callable[[ServiceStatus], object], timeout_s: float
+) -> ServiceStatus:
+    """Until the generation is ready, or has failed (`has_failed`). Raises EnvironmentFault after `timeout_s`."""
+    for status in watch_status(store, generation, timeout_s):
+        on_status(status)
+        if status.has_failed(generation):
+            return status
+        if status.established >= generation and status.phase == "ready":
+            return status
+    raise EnvironmentFault(
+        f"{store.name} was not ready within {timeout_s:.0f} s.",
+        hint="See 'powerband status' and 'powerband logs'; 'powerband remove' stops it.",
+    )
+
+
+def remove(store: ServiceStore, on_status: Callable[[ServiceStatus], object], *, purge: bool) -> None:
+    """Stop everything and delete the state. Raises EnvironmentFault if something does not stop."""
+    spec = update_spec(store, lambda _current, _status: {"removed": True})
+    ensure_controller(store)
+    deadline_s = time.monotonic() + _REMOVE_TIMEOUT_S + spec.policy.drain_timeout_s
+    while time.monotonic() < deadline_s:
+        status = store.read_status()
+        if status is not None and status.generation >= spec.generation:
+            on_status(status)
+            if status.phase == "removed" and not store.controller_alive():
+                store.delete(purge=purge)
+                return
+        if not store.controller_alive() and (status is None or status.phase != "removed"):
+            ensure_controller(store)
+        time.sleep(POLL_INTERVAL_S)
+    raise EnvironmentFault(f"{store.name} did not stop in time.", hint="'powerband status' shows what still runs.")
+
+
+def find_replica(status: ServiceStatus | None, id: str) -> ReplicaStatus:
+    """Raises UsageError that lists the replicas."""
+    replicas = status.replicas if status is not None else ()
+    for replica in replicas:
+        if replica.id == id:
+            return replica
+    known = ", ".join(replica.id for replica in replicas) or "none"
+    raise UsageError(f"There is no replica {id!r}.", hint=f"Replicas: {known}.", param="replica")
+
+
+def record_action(store: ServiceStore, action: str, details: Mapping[str, Any]) -> None:
+    """Write a user's action to the gateway's audit log. Without a gateway, the action succeeds unrecorded."""
+    with suppress(PowerbandError, OSError, ValueError):
+        url, key = endpoint(store.name)
+        body = {"action": f"fleet.{action}", "what": dict(details)}
+        request_sync("POST", f"{url}/admin/audit", json=body, headers=bearer(key), timeout_s=_AUDIT_TIMEOUT_S)
+
+
+def _with_changes(current: ServiceSpec, status: ServiceStatus | None, **fields: Any) -> ServiceSpec:
+    """The next generation. A release that was all ready becomes the one for a rollback."""
+    is_established = status is not None and status.established >= current.generation
+    previous = current.release if is_established else current.previous
+    return current.updated(**{"previous": previous, **fields})

@@ -1,0 +1,1 @@
+"""Where instances run: today as processes of this machine."""

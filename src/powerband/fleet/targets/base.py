@@ -1,0 +1,86 @@
+"""What the controller needs from the place where its instances run: today processes of this machine, later pods.
+
+An instance is a replica or the gateway. A target keeps no desired state: it starts, lists and stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+Role = Literal["replica", "gateway"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSpec:
+    """An instance to start."""
+
+    id: str  # unique, never used again
+    role: Role
+    revision: str  # identifies what it runs
+    command: tuple[str, ...]  # {port} in it becomes the port
+    env: Mapping[str, str] = field(default_factory=dict)
+    pool: int = 0
+    host: str = "127.0.0.1"
+    port: int | None = None  # None: the target chooses a free one
+    ready_path: str = "/readyz"  # responds with 200 when the instance is ready
+    devices: tuple[int, ...] = ()  # accelerators that no other instance uses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """An instance that was started and has not exited, as far as the target knows."""
+
+    id: str
+    role: Role
+    revision: str
+    pool: int
+    url: str
+    pid: int  # 0: the target has no process ids
+    started_at: float  # time.time()
+    stopping: bool = False  # it was asked to stop
+    ready_path: str = "/readyz"
+    devices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExitedInstance:
+    id: str
+    exit_code: int | None  # None: not known
+    log: str  # the last lines of its log
+
+
+class Target(Protocol):
+    """No method waits for an instance."""
+
+    def start(self, spec: InstanceSpec) -> Instance:
+        """Raises EnvironmentFault when the instance cannot be started. Once this returns, `list_instances` includes the
+        instance, even if the caller crashes right after.
+        """
+        ...
+
+    def list_instances(self) -> Sequence[Instance]:
+        """All instances of this service, including those that another controller started."""
+        ...
+
+    def take_exited(self) -> Sequence[ExitedInstance]:
+        """Instances that exited since the last call, whether they were asked to or not."""
+        ...
+
+    def stop(self, id: str, grace_s: float) -> None:
+        """Ask an instance to stop, and kill it after `grace_s`. A second call can only shorten the grace period."""
+        ...
+
+    def log(self, id: str) -> Path | None:
+        """The instance's log, if it is a file."""
+        ...
+
+    def devices_in_use(self) -> frozenset[int]:
+        """Accelerators that instances of other services use."""
+        ...
+
+    def has_room_for_replica(self) -> bool:
+        """Whether one more replica like the running ones would fit into memory, as far as the target knows."""
+        ...

@@ -1,0 +1,294 @@
+"""This machine as a target: instances are processes in sessions of their own, which outlive the controller.
+
+The record of an instance is written before its process starts, and the process carries the record's path in its
+environment. So a controller that crashes between the two leaves nothing that the next one cannot find.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from powerband.errors import EnvironmentFault
+from powerband.files import make_private_folder
+from powerband.fleet.service.store import write_json
+from powerband.fleet.targets.base import ExitedInstance, Instance, InstanceSpec, Role
+from powerband.fleet.targets.processes import (
+    EnvironmentTag,
+    ProcessId,
+    identify,
+    is_alive,
+    resident_bytes,
+    session_leader_with,
+    session_processes,
+    signal_session,
+)
+from powerband.spec.hardware.device import usable_memory
+from powerband.web.listening import free_port
+
+logger = logging.getLogger(__name__)
+
+# In an instance's environment: the path of its record. This name and that of the folder are those of the versions
+# before, whose instances may still run.
+INSTANCE_TAG = "POWERBAND_MEMBER"
+_RECORDS = "members"
+# An instance takes its settings from its command line alone; of the user's POWERBAND_ variables it inherits only these.
+INHERITED_VARIABLES = (
+    *("POWERBAND_CACHE", "POWERBAND_HERE", "POWERBAND_DEBUG"),
+    *("POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE"),
+)
+MAX_KEPT_LOGS = 20
+LAST_LINES = 12
+_MEMORY_MARGIN = 1.1  # times the memory of the largest replica, for one more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """The file of one instance."""
+
+    id: str
+    role: Role
+    revision: str
+    pool: int
+    url: str
+    started_at: float
+    ready_path: str
+    devices: tuple[int, ...] = ()
+    process: ProcessId | None = None  # None: not known yet
+    stop_by: float | None = None  # when it is killed, on time.time()
+
+
+class LocalTarget:
+    """Processes of this machine. folder: of the service; this class owns members/ and logs/ in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._records = folder / _RECORDS
+        self._logs = folder / "logs"
+        for path in (self._records, self._logs):
+            make_private_folder(path)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._unwritten: dict[str, _Record] = {}  # newer than their files, which the disk did not take
+        self._exited: list[ExitedInstance] = []
+
+    def start(self, spec: InstanceSpec) -> Instance:
+        port = spec.port if spec.port is not None else self._free_port(spec.host)
+        record = _Record(
+            id=spec.id,
+            role=spec.role,
+            revision=spec.revision,
+            pool=spec.pool,
+            url=f"http://{_reachable(spec.host)}:{port}",
+            started_at=time.time(),
+            ready_path=spec.ready_path,
+            devices=spec.devices,
+        )
+        self._write(record)
+        try:
+            process = self._spawn(spec, port)
+        except OSError as problem:
+            self._delete(spec.id)
+            raise EnvironmentFault(
+                f"Cannot start {spec.command[0]}: {problem.strerror}.", hint="Is it installed?", param="engine"
+            ) from None
+        self._children[spec.id] = process
+        record = replace(record, process=identify(process.pid))
+        self._write(record)
+        self._delete_old_logs()
+        return _instance(record)
+
+    def list_instances(self) -> Sequence[Instance]:
+        found = []
+        for unwritten in tuple(self._unwritten.values()):
+            self._write(unwritten)
+        for path in self._paths():
+            record = self._read(path)
+            if record is None:
+                continue
+            if record.process is None or not is_alive(record.process):
+                self._reap(record)
+                continue
+            if record.stop_by is not None and time.time() >= record.stop_by:
+                signal_session(record.process.pid, self._tag(record.id), signal.SIGKILL)
+            found.append(_instance(record))
+        return found
+
+    def take_exited(self) -> Sequence[ExitedInstance]:
+        taken, self._exited = self._exited, []
+        return taken
+
+    def stop(self, id: str, grace_s: float) -> None:
+        record = self._read(self._path(id))
+        if record is None or record.process is None:
+            return
+        stop_by = time.time() + grace_s
+        is_first = record.stop_by is None
+        if is_first or stop_by < (record.stop_by or 0.0) - 1.0:
+            self._write(replace(record, stop_by=stop_by))
+        if grace_s <= 0:
+            signal_session(record.process.pid, self._tag(record.id), signal.SIGKILL)
+        elif is_first and is_alive(record.process):
+            with suppress(ProcessLookupError):
+                os.kill(record.process.pid, signal.SIGTERM)
+
+    def log(self, id: str) -> Path | None:
+        path = self._logs / f"{id}.log"
+        return path if path.exists() else None
+
+    def devices_in_use(self) -> frozenset[int]:
+        services = self._records.parent.parent
+        others = (path for path in services.glob(f"*/{_RECORDS}/*.json") if path.parent != self._records)
+        records = (record for path in others if (record := self._read(path)) is not None)
+        alive = (one for one in records if one.process is not None and is_alive(one.process))
+        return frozenset(device for record in alive for device in record.devices)
+
+    def has_room_for_replica(self) -> bool:
+        sizes = [
+            sum(map(resident_bytes, session_processes(record.process.pid, self._tag(record.id))))
+            for path in self._paths()
+            if (record := self._read(path)) is not None and record.role == "replica" and record.process is not None
+        ]
+        _, available = usable_memory()
+        return available > _MEMORY_MARGIN * max(sizes, default=0)
+
+    # ---- processes
+
+    def _spawn(self, spec: InstanceSpec, port: int) -> subprocess.Popen[bytes]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("POWERBAND_") or name in INHERITED_VARIABLES
+        }
+        command = [part.replace("{port}", str(port)) for part in spec.command]
+        with self._open_log(spec.id) as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**inherited, **spec.env, INSTANCE_TAG: str(self._path(spec.id))},
+                start_new_session=True,
+            )
+
+    def _open_log(self, id: str) -> BinaryIO:
+        """On a full disk, where no file can be created, /dev/null: the instance has to run all the same."""
+        try:
+            return (self._logs / f"{id}.log").open("ab")
+        except OSError as problem:
+            logger.warning("No log is kept of %s: %s.", id, problem)
+            return open(os.devnull, "ab")
+
+    def _reap(self, record: _Record) -> None:
+        """The instance's process has exited: kill what it left behind, and report it."""
+        if record.process is not None:
+            signal_session(record.process.pid, self._tag(record.id), signal.SIGKILL)
+        child = self._children.pop(record.id, None)
+        exit_code = None
+        if child is not None:
+            with suppress(subprocess.TimeoutExpired):
+                exit_code = child.wait(1.0)
+        self._delete(record.id)
+        self._exited.append(ExitedInstance(record.id, exit_code, last_lines(self._logs / f"{record.id}.log")))
+
+    def _free_port(self, host: str) -> int:
+        """A free port that no recorded instance has either: one that is just starting may not listen yet."""
+        taken = {record.url.rpartition(":")[2] for path in self._paths() if (record := self._read(path))}
+        while True:
+            port = free_port(host)
+            if str(port) not in taken:
+                return port
+
+    # ---- records
+
+    def _path(self, id: str) -> Path:
+        return self._records / f"{id}.json"
+
+    def _tag(self, id: str) -> EnvironmentTag:
+        return EnvironmentTag(INSTANCE_TAG, str(self._path(id)))
+
+    def _paths(self) -> list[Path]:
+        """Of all records, including those whose file is not written yet."""
+        return sorted({*self._records.glob("*.json"), *map(self._path, self._unwritten)})
+
+    def _write(self, record: _Record) -> None:
+        """A record that the disk does not take is kept in memory, and written as soon as possible."""
+        try:
+            write_json(self._path(record.id), record)
+            self._unwritten.pop(record.id, None)
+        except OSError as problem:
+            if record.id not in self._unwritten:
+                logger.warning("The record of %s is not on disk yet: %s.", record.id, problem)
+            self._unwritten[record.id] = record
+
+    def _delete(self, id: str) -> None:
+        self._unwritten.pop(id, None)
+        self._path(id).unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> _Record | None:
+        """None: it is gone. A record without its process is completed from the process's own environment."""
+        if (unwritten := self._unwritten.get(path.stem)) is not None and path.parent == self._records:
+            return unwritten
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=_Record)
+        except FileNotFoundError:
+            return None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            path.unlink(missing_ok=True)
+            return None
+        if record.process is None:
+            process = session_leader_with(EnvironmentTag(INSTANCE_TAG, str(path)))
+            if process is not None:
+                record = replace(record, process=process)
+                self._write(record)
+        return record
+
+    def _delete_old_logs(self) -> None:
+        logs = sorted(self._logs.glob("*[0-9].log"), key=lambda path: path.stat().st_mtime)
+        for path in logs[:-MAX_KEPT_LOGS]:
+            if not self._path(path.stem).exists():
+                path.unlink(missing_ok=True)
+
+
+def last_lines(path: Path, count: int = LAST_LINES) -> str:
+    """The last lines of a log, at most 64 KiB."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(file.tell() - (1 << 16), 0))
+            content = file.read()
+    except OSError:
+        return ""
+    return "\n".join(content.decode(errors="replace").splitlines()[-count:])
+
+
+def _instance(record: _Record) -> Instance:
+    return Instance(
+        id=record.id,
+        role=record.role,
+        revision=record.revision,
+        pool=record.pool,
+        url=record.url,
+        pid=record.process.pid if record.process is not None else 0,
+        started_at=record.started_at,
+        stopping=record.stop_by is not None,
+        ready_path=record.ready_path,
+        devices=record.devices,
+    )
+
+
+def _reachable(host: str) -> str:
+    """The address under which this machine reaches a server that listens on `host`."""
+    if host in ("", "0.0.0.0"):  # noqa: S104 - compared with, not listened on
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host

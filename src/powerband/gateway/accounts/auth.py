@@ -1,0 +1,122 @@
+"""Who may come in: a wrapper around the whole gateway, so that a new route is closed until this table opens it.
+
+| setting auth | a path of INFER     | a path of METRICS    | a path of OPEN | any other       |
+|--------------|---------------------|----------------------|----------------|-----------------|
+| "open"       | anyone              | anyone               | anyone         | an admin's key  |
+| "keys"       | a key for "infer"   | a key for "metrics"  | anyone         | an admin's key  |
+
+In either case a key of ours that is sent is checked, and its limits hold. Clients that must send some key, because
+their library wants one, may send any other text to an open gateway.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.keys import PREFIX, SCOPES, Key
+from powerband.gateway.accounts.keys import Scope as KeyScope
+from powerband.gateway.accounts.limits import LimitReached
+from powerband.web.access import check_host, check_page
+from powerband.web.errors import HttpError, error_response
+
+Auth = Literal["open", "keys"]
+
+OPEN = frozenset({"/livez", "/readyz", "/health"})
+METRICS = frozenset({"/metrics", "/metrics/targets"})
+METRICS_BELOW = ("/metrics/replicas/",)
+INFER = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/feedback",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/version",
+        "/openapi.json",
+    }
+)
+INFER_BELOW = ("/v1/models/",)
+
+
+class ApiKeyMiddleware:
+    """Sets `scope["state"]["key"]`: the Key that the request brought, or None.
+
+    Decides by `scope["path"]`, the very value that routes are matched with: what a client writes into Host or into an
+    absolute URL cannot make the two differ. Raises HttpError 401 and 403. host: as what the gateway was told to
+    listen; without a key only this and names that mean this machine are served, unless `any_host`.
+    """
+
+    def __init__(self, app: ASGIApp, accounts: Accounts, auth: Auth, host: str, *, any_host: bool = False) -> None:
+        self._app = app
+        self._accounts = accounts
+        self._auth = auth
+        self._host = host
+        self._any_host = any_host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        key = self._admit(scope)
+        scope.setdefault("state", {})["key"] = key
+        if key is None or not _is_counted(scope["path"]) or not _rates(key):
+            await self._app(scope, receive, send)
+            return
+        known = key
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                told = [(name.encode(), value.encode()) for name, value in self._accounts.limits.headers(known).items()]
+                message["headers"] = [*message.get("headers", ()), *told]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_limits)
+        except LimitReached as error:
+            await error_response(error)(scope, receive, send_with_limits)
+
+    def _admit(self, scope: Scope) -> Key | None:
+        path = scope["path"]
+        needed = needed_scope(path)
+        if needed is None:
+            return None
+        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        if self._auth == "open" and needed != "admin" and not any(_is_gateway_key(value) for value in sent):
+            if not self._any_host:
+                check_host(scope, self._host)
+                check_page(scope)
+            return None
+        key = self._accounts.keys.authenticate(sent)
+        if needed not in key.scopes:
+            raise HttpError(
+                403,
+                "scope_missing",
+                f"This needs a key with the scope '{needed}'.",
+                hint=f"The scopes are {', '.join(SCOPES)}.",
+            )
+        return key
+
+
+def needed_scope(path: str) -> KeyScope | None:
+    """What a path asks for when keys are needed; None: nothing."""
+    if path in OPEN:
+        return None
+    if path in METRICS or path.startswith(METRICS_BELOW):
+        return "metrics"
+    if path in INFER or path.startswith(INFER_BELOW):
+        return "infer"
+    return "admin"
+
+
+def _is_counted(path: str) -> bool:
+    """Whether requests there count against limits, or are told of them."""
+    return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
+
+
+def _is_gateway_key(value: bytes) -> bool:
+    return value.partition(b" ")[2].strip().startswith(PREFIX.encode())
+
+
+def _rates(key: Key) -> bool:
+    return key.limits.requests_per_min is not None or key.limits.tokens_per_min is not None

@@ -1,0 +1,166 @@
+"""One row for every request that is over: who, which model, tokens, times, cost. Written behind the event loop's back.
+
+Of requests that never reached a replica (over a limit, pool full) only sums are kept, so that a client which does not
+stop asking does not fill the disk. While the disk cannot be written rows wait in memory; when there is no more room for
+rows, of the others only sums are kept, too, and `dropped` says how many lost their details.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from operator import add
+from typing import NamedTuple
+
+from powerband.gateway.accounts.limits import month_of
+from powerband.gateway.accounts.store import BAD_ROW, Row, Run, Store
+from powerband.gateway.request import CompletedRequest
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING = 50_000
+MOST_RECENT = 20_000
+# A few at a time: nothing else is written meanwhile.
+_DELETE = "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE ended_at < ? LIMIT 5000)"
+_INSERT = """
+INSERT INTO usage (
+    request_id, ended_at, key_id, model, endpoint, prompt_tokens, cached_tokens, output_tokens, queue_s, ttft_s, e2e_s,
+    status, outcome, error, replica, cost_usd, requests, estimated
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING
+"""
+
+
+class _Group(NamedTuple):
+    """Requests of which one sum is kept."""
+
+    hour: int
+    key_id: str
+    model: str
+    endpoint: str
+    status: int
+    outcome: str
+    error: str
+
+
+class _Sum(NamedTuple):
+    ended_at: float  # of the last
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    cost_usd: float
+    estimated: int
+
+    def plus(self, other: _Sum) -> _Sum:
+        return _Sum(max(self[0], other[0]), *map(add, self[1:], other[1:]))
+
+
+class UsageLog:
+    def __init__(self, store: Store, retention_days: float, most_waiting: int = MOST_WAITING) -> None:
+        self._lock = threading.Lock()  # over the sums, which the writer's thread takes away
+        self._sums: dict[_Group, _Sum] = {}
+        self._recent: OrderedDict[str, str] = OrderedDict()
+        self._retention_s = retention_days * 86400
+        self.buffer = store.buffer(_INSERT, most_waiting, lose=self._keep_sums)
+        store.also(self._write_sums)
+        store.also(self._delete_old, every_s=1)
+
+    def note(self, finished: CompletedRequest) -> None:
+        """Never blocks, never raises for what the disk does."""
+        request, record = finished.request, finished.record
+        row = (
+            request.id,
+            finished.ended_at,
+            request.tenant,
+            request.model,
+            request.endpoint,
+            record.prompt_tokens,
+            record.cached_tokens,
+            record.output_tokens,
+            finished.queue_s,
+            record.ttft_s,
+            record.e2e_s,
+            finished.status,
+            record.outcome.value,
+            finished.error,
+            finished.replicas[-1] if finished.replicas else "",
+            finished.cost_usd,
+            1,
+            int(finished.is_estimate),
+        )
+        if not finished.replicas:
+            self._keep_sums(row)
+            return
+        self._recent[request.id] = request.tenant
+        if len(self._recent) > MOST_RECENT:
+            self._recent.popitem(last=False)
+        if not self.buffer.add(row) and self.buffer.dropped % MOST_WAITING == 1:
+            logger.error("No more usage rows can wait in memory: from now on only their sums are kept.")
+
+    def key_of(self, request_id: str) -> str | None:
+        """Whose request it was, among the latest; None: look it up."""
+        return self._recent.get(request_id)
+
+    def _keep_sums(self, row: Row) -> None:
+        (
+            _,
+            ended_at,
+            key_id,
+            model,
+            endpoint,
+            prompt,
+            cached,
+            output,
+            *_,
+            status,
+            outcome,
+            error,
+            _,
+            usd,
+            count,
+            estimated,
+        ) = row
+        group = _Group(int(ended_at // 3600), key_id, model, endpoint, status, outcome, error)
+        self._add(group, _Sum(ended_at, count, prompt, cached, output, usd, estimated))
+
+    def _add(self, group: _Group, amounts: _Sum) -> None:
+        with self._lock:
+            before = self._sums.get(group)
+            self._sums[group] = amounts if before is None else before.plus(amounts)
+
+    def _write_sums(self, run: Run) -> None:
+        with self._lock:
+            taken, self._sums = self._sums, {}
+        if not taken:
+            return
+        try:
+            run(_INSERT, [_as_row(group, amounts) for group, amounts in taken.items()])
+        except BAD_ROW as error:
+            logger.error("The books refuse a sum: %s.", type(error).__name__)
+            self.buffer.dropped += sum(amounts.requests for amounts in taken.values())
+        except Exception:
+            for group, amounts in taken.items():
+                self._add(group, amounts)
+            raise
+
+    def _delete_old(self, run: Run) -> None:
+        before = (time.time() - self._retention_s) // 86400 * 86400  # whole days: either all of one is here or nothing
+        run(_DELETE, [(before,)])
+
+
+def _as_row(group: _Group, amounts: _Sum) -> Row:
+    id = f"sum_{uuid.uuid4().hex}"
+    tokens = amounts.prompt_tokens, amounts.cached_tokens, amounts.output_tokens
+    ends = group.status, group.outcome, group.error, ""
+    known = id, amounts.ended_at, group.key_id, group.model, group.endpoint
+    return (*known, *tokens, 0.0, None, None, *ends, amounts.cost_usd, amounts.requests, amounts.estimated)
+
+
+def read_spend(connection: sqlite3.Connection, now: float) -> dict[str, tuple[float, float]]:
+    """Key id → (USD in all, USD in this month)."""
+    sql = "SELECT key_id, sum(cost_usd), sum(CASE WHEN day >= ? THEN cost_usd ELSE 0 END) FROM daily GROUP BY key_id"
+    return {id: (total, month) for id, total, month in connection.execute(sql, (f"{month_of(now)}-01",))}

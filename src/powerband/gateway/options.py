@@ -1,0 +1,24 @@
+"""Options of the gateway's parts, filled from its settings. Apart: settings need neither database nor sockets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionOptions:
+    """What the account database keeps, and for how long."""
+
+    usage_retention_days: float = 90.0  # single requests and feedback; daily sums are kept forever
+    store_content: bool = False  # prompts and outputs, redacted
+    content_retention_days: float = 7.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Of one exchange with a replica, in seconds."""
+
+    connect_s: float = 3.0
+    first_byte_s: float = 60.0  # from sending the request to the first byte of the response body
+    between_s: float = 60.0  # between two reads of the response body
+    whole_s: float = 3600.0

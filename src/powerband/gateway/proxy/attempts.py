@@ -1,0 +1,274 @@
+"""A request's way to replicas: a place in the pool, the exchange, and another try elsewhere when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Literal, NoReturn
+
+from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S
+from powerband.dispatch.errors import NoReplicaAvailable
+from powerband.errors import PowerbandError
+from powerband.gateway.dispatch.pool import Lease, Pool
+from powerband.gateway.options import Timeouts
+from powerband.gateway.proxy.client_request import PATHS
+from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.poison import PoisonDetector
+from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.proxy.upstream_errors import (
+    MAX_BYTES,
+    InvalidUpstreamRequest,
+    phrase,
+    read_upstream_error,
+    retry_after_s,
+    with_served_name,
+)
+from powerband.gateway.request import GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.web.errors import HttpError
+
+logger = logging.getLogger(__name__)
+
+MAX_REJECTIONS = 8
+_ERROR_BODY_S = 5.0
+_SHORTEST_PAUSE_S = 0.02
+_VERDICT_S = 2.0  # by when probes have found out that a replica is dead
+# Codes of our own replicas that take nothing now: the request has not reached an engine.
+_ABSENT = ("starting", "not_ready", "draining", "engine_unavailable")
+_SHORT_S = 2.0  # a replica that wants no more than so long is asked once more
+_TOKENS_OF_A_GOOD_TRY = 32
+# Of the gateway's key for the replica; of what this server has at all.
+_KEY_STATUSES = (401, 402, 403, 407)
+_MISSING_STATUSES = (404, 405, 410, 501)
+# The path and body that a replica is to be sent.
+BuildRequest = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
+
+
+class ReplicaError(PowerbandError):
+    """Replicas failed, and nobody else could take over."""
+
+    http_status = 502
+    default_code = "upstream_failed"
+
+
+class PoisonRequest(PowerbandError):
+    """Replicas that answer others fail with this request."""
+
+    http_status = 400
+    default_code = "request_fails"
+
+
+class UpstreamAttempts:
+    """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
+
+    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_tries: int) -> None:
+        self.request = request
+        self._pool = pool
+        self._upstream = upstream
+        self._max_tries = max_tries
+        self._lease: Lease | None = None
+        self._verdict = PoisonDetector()
+        self._avoid: list[str] = []
+        self._num_failures = 0
+        self._num_refusals: dict[str, int] = {}  # by replica
+        self._retry_after_s = 0.0
+        self._absent_since_s: float | None = None
+        self.exchange: UpstreamExchange | None = None
+        self.replicas: list[str] = []
+        self.broken: list[tuple[str, str]] = []  # replica and code of tries that failed, without refusals
+        self.queue_s = 0.0
+        self.sent_s = 0.0
+        self.response_started = False  # the client has a part of the answer
+
+    async def go(self, plan: BuildRequest, timeouts: Timeouts) -> tuple[ReplicaAddress, UpstreamExchange]:
+        """The replica, and its response with status 200, of which the body is still to be read.
+
+        Raises InvalidUpstreamRequest if a replica rejects the request itself, PoolError if the pool does, and
+        ReplicaError after too many failures.
+        """
+        while True:
+            lease = self._lease = await self._pool.lease(self.request, avoid=tuple(self._avoid))
+            replica = lease.replica
+            self.queue_s += lease.queue_s
+            self.replicas.append(replica.id)
+            try:
+                path, body = await plan(replica)
+                self.sent_s = self.sent_s or time.monotonic()
+                exchange = self.exchange = await self._upstream.open(
+                    replica,
+                    path,
+                    body,
+                    timeouts,
+                    headers=_headers(self.request),
+                    on_sent=partial(_abort_when_lost, lease),
+                )
+                if exchange.status == 200:
+                    self._verdict.settle()
+                    return replica, exchange
+                await self._raise_for_status(exchange, replica)
+            except UpstreamFailure as problem:
+                await self.failed(problem)
+
+    async def _raise_for_status(self, exchange: UpstreamExchange, replica: ReplicaAddress) -> NoReturn:
+        """Raise InvalidUpstreamRequest for what the replica says against the request, UpstreamFailure for all else."""
+        status, body = exchange.status, b""
+        with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
+            async with asyncio.timeout(_ERROR_BODY_S):
+                body = await exchange.read_all(MAX_BYTES)
+        complaint = with_served_name(read_upstream_error(body), replica.model, self.request.model)
+        shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
+        code = complaint.code or f"http_{status}"
+        if status == 503 and code in _ABSENT:
+            raise UpstreamFailure(code, shown, is_absence=True)
+        if status in (429, 503) and code != "engine_dead":
+            raise UpstreamFailure(code, shown, is_refusal=True, retry_after_s=retry_after_s(exchange.headers))
+        if status in _KEY_STATUSES:  # its words may quote the key
+            problem = f"The replica refuses the gateway's key (HTTP {phrase(status)})."
+            self._log(replica, f"{problem} Is its api_key in the routes right?")
+            raise UpstreamFailure(f"http_{status}", problem, is_lasting=True)
+        if status in _MISSING_STATUSES:
+            self._log(replica, f"It has no {PATHS[self.request.endpoint]} for model {replica.model!r} (HTTP {status}).")
+            raise UpstreamFailure(code, f"The replica does not offer this: {shown}", counts=False, is_lasting=True)
+        if 400 <= status < 500 and status not in (408, 421, 425):
+            self._verdict.settle()
+            self.close("ok")
+            raise InvalidUpstreamRequest(complaint, status)
+        raise UpstreamFailure(code, shown)
+
+    def _log(self, replica: ReplicaAddress, what: str) -> None:
+        if self._pool.may_log(replica.id):
+            logger.warning("replica %s: %s", replica.id, what)
+
+    async def failed(self, problem: UpstreamFailure, num_tokens: int = 0) -> None:
+        """The replica failed with this request, or refused it. Returns when another may be tried; else raises.
+
+        num_tokens: that it had told before.
+        """
+        self._end_exchange()
+        lease, self._lease = self._lease, None
+        if lease is None:
+            raise self._error(problem)
+        id = lease.replica.id
+        if id not in self._avoid:
+            self._avoid.append(id)
+        if problem.is_refusal:
+            # Ours says when there may be a place for this request, others when any may come again.
+            is_ours = lease.replica.engine == "powerband"
+            lease.close("refused", pause_s=0.0 if is_ours else problem.retry_after_s or 0.0)
+            self._record_rejection(id, problem)
+            return
+        self.broken.append((id, problem.code))
+        if problem.is_absence:
+            lease.close("absent")
+            self._check_absence(problem)
+            return
+        if self._is_poison(lease, problem):
+            raise _poison(problem, are_well=self._pool.are_healthy(id for id, _ in self.broken))
+        if problem.is_lasting and not self._pool.has_others(self._avoid):
+            raise self._error(problem)
+        self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
+        if self._num_failures >= self._max_tries or (problem.counts and not await self._may_retry(lease)):
+            raise self._error(problem)
+
+    def _is_poison(self, lease: Lease, problem: UpstreamFailure) -> bool:
+        """Close the lease, and say whether the request itself is at fault."""
+        if problem.is_lasting or not problem.counts:  # it says nothing of this request
+            lease.close("failed" if problem.counts else "left")
+            return False
+        return self._verdict.failed(lease, problem.code)
+
+    def _check_absence(self, problem: UpstreamFailure) -> None:
+        """Nothing was run, so that this is no try. The pool knows now, and the request waits there for a replica, but
+        in all no longer than any request may wait."""
+        now_s = time.monotonic()
+        if self._absent_since_s is None:
+            self._absent_since_s = now_s
+        if now_s - self._absent_since_s > self._pool.options.max_queue_wait_s:
+            raise self._error(problem)
+
+    async def _may_retry(self, lease: Lease) -> bool:
+        """Where the budget is used up, probes have the last word: the victims of a replica that has died are free."""
+        deadline_s = time.monotonic() + _VERDICT_S
+        while not (is_free := self._pool.may_retry(lease)) and time.monotonic() < deadline_s:
+            await asyncio.sleep(_SHORTEST_PAUSE_S)
+        return is_free
+
+    def _record_rejection(self, id: str, problem: UpstreamFailure) -> None:
+        """Go on to another replica, or to the same one once more if that is soon; else raise."""
+        self._num_refusals[id] = self._num_refusals.get(id, 0) + 1
+        asks_for_s = problem.retry_after_s or 0.0
+        self._retry_after_s = min(self._retry_after_s, asks_for_s) if self._retry_after_s else asks_for_s
+        is_done = sum(self._num_refusals.values()) > MAX_REJECTIONS
+        has_others = self._pool.has_others(self._num_refusals)
+        if is_done or not (has_others or (asks_for_s <= _SHORT_S and self._num_refusals[id] <= 2)):
+            raise self._error(problem)
+
+    def _error(self, problem: UpstreamFailure) -> PowerbandError:
+        tries, replicas = len(self.replicas), len(set(self.replicas))
+        where = f"{tries} {'try' if tries == 1 else 'tries'} at {replicas} replica{'s'[: replicas > 1]}"
+        shown = f"{str(problem).removesuffix('.')} ({where})."
+        if problem.is_refusal:
+            error = HttpError(503, "replicas_busy", shown)
+            error.retry_after_s = max(1.0, self._retry_after_s)
+            return error
+        if problem.is_absence:
+            return NoReplicaAvailable(shown, retry_after_s=NO_REPLICA_RETRY_S)
+        if problem.code == "timeout":
+            return HttpError(504, "upstream_timeout", shown)
+        return ReplicaError(shown)
+
+    def warn(self, what: str) -> None:
+        """Log what is wrong with the replica of this try, not too often."""
+        if self._lease is not None:
+            self._log(self._lease.replica, what)
+
+    def progress(self) -> None:
+        if self._lease is not None:
+            self._lease.progress()
+
+    def first_token(self, prompt_tokens: int | None) -> None:
+        if self._lease is not None:
+            self._lease.first_token(prompt_tokens)
+
+    def close(self, outcome: Literal["ok", "failed", "refused", "left"], output_tokens: int = 0) -> None:
+        """Free the place at the replica. The first call counts."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.close(outcome, output_tokens=output_tokens)
+
+    def end(self) -> None:
+        """Free everything. The connection is kept when nothing but the end of the answer is missing."""
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None and self._lease is None:
+            self._upstream.drain(exchange)
+        elif exchange is not None:
+            self._upstream.end(exchange)
+        self._verdict.settle()
+        self.close("left")
+
+    def _end_exchange(self) -> None:
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            self._upstream.end(exchange)
+
+
+def _headers(request: GatewayRequest) -> dict[str, str]:
+    told = {"X-Request-Id": request.id}
+    return told if request.trace is None else {**told, **request.trace.headers}
+
+
+def _abort_when_lost(lease: Lease, exchange: UpstreamExchange) -> None:
+    """The exchange fails when the replica is found to hang or to be gone."""
+    lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
+
+
+def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:
+    """For a request with which two replicas fail in the same way. are_well: they answer others meanwhile."""
+    shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
+    if not are_well:
+        return ReplicaError(shown)
+    return PoisonRequest(shown, hint="They answer others; another try would fail, too: change the request.")

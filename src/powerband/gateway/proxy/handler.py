@@ -1,0 +1,386 @@
+"""/v1/chat/completions and /v1/completions: from a client's request to the end of its answer, and the record of it.
+
+limits ─► pool (waits here, nowhere else) ─► replica ─► client        whatever happens: settled, freed, noted
+                 ▲                             │
+                 └── fails, or breaks off ◄────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from powerband.core.loop import error_info
+from powerband.core.request import OUTPUT_COMPLETE
+from powerband.dispatch.prefix import prefix_keys
+from powerband.errors import PowerbandError
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.keys import Key, KeyLimits
+from powerband.gateway.accounts.limits import Reservation, price_from
+from powerband.gateway.context_length import context_length
+from powerband.gateway.gateway import Gateway, ServedModel
+from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
+from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
+from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.events import MAX_EVENT_BYTES
+from powerband.gateway.proxy.relay import Relay
+from powerband.gateway.proxy.resume import CannotResume, Resumer
+from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
+from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer
+from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.metrics.record import Outcome, RequestRecord
+from powerband.web.body import read_body
+from powerband.web.client_connection import ClientConnection, client_connection
+from powerband.web.errors import error_body
+from powerband.web.middleware import ClientDisconnected
+from powerband.web.streaming import STREAM_HEADERS, event
+
+_WITHOUT_STREAM = "Ask for it without stream, or for fewer log-probabilities."
+
+
+class GenerationRoutes:
+    def __init__(self, gateway: Gateway, accounts: Accounts) -> None:
+        self._gateway = gateway
+        self._accounts = accounts
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation, whole or as a stream of chunks."""
+        return await self._take(request, "chat")
+
+    async def completions(self, request: Request) -> Response:
+        """Continue one or several texts, whole or as a stream of chunks."""
+        return await self._take(request, "completions")
+
+    async def _take(self, request: Request, endpoint: Endpoint) -> Response:
+        settings = self._gateway.settings
+        data = await read_body(request, settings.max_body_bytes)
+        client_request = ClientRequest(data, endpoint)
+        served = self._gateway.served(client_request.fields.model)
+        key: Key | None = request.state.key
+        told = client_request.request(
+            request.state.request_id,
+            served.route.name,
+            ANONYMOUS if key is None else key.id,
+            request.headers,
+            settings.default_output_tokens,
+            KeyLimits().priority if key is None else key.limits.priority,  # without a key: as one that was given none
+        )
+        told.output_tokens = served.estimates.output.likely(told.output_tokens, told.answers)
+        told.trace = self._gateway.trace(request.headers)
+        told.prefix_keys = prefix_keys(endpoint, client_request.prompt, told.tenant, client_request.prompt_salt)
+        return GenerationResponse(self._gateway, self._accounts, served, client_request, told, key)
+
+
+class GenerationResponse(Response):
+    """One request under way. Being a Response, it is called with the client's ASGI channels."""
+
+    def __init__(  # what a request is made of, from one place
+        self,
+        gateway: Gateway,
+        accounts: Accounts,
+        served: ServedModel,
+        client_request: ClientRequest,
+        request: GatewayRequest,
+        key: Key | None,
+    ) -> None:
+        self.background = None
+        self._gateway = gateway
+        self._accounts = accounts
+        self._served = served
+        self._client_request = client_request
+        self._request = request
+        self._key = key
+        self._attempts = UpstreamAttempts(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
+        self._state = self._new_state()
+        self._reservation: Reservation | None = None
+        self._connection: ClientConnection | None = None
+        self._status = 500
+        self._outcome = Outcome.ERROR
+        self._error = ""
+        self._resumed = 0
+        self._is_prompt_counted = False
+
+    def _new_state(self) -> StreamState:
+        served = self._served
+        return StreamState(
+            self._client_request, served.route.name, served.estimates, keeps_text=self._accounts.content.on
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._gateway.begin()
+        scope["state"]["finished"] = True  # its end will be noted, whatever that is
+        connection = self._connection = client_connection(scope)
+        try:
+            connection.when_lost(_cancel_this_task())
+            await self._reserve()
+            await (self._stream(send) if self._client_request.is_stream else self._whole(scope, receive, send))
+        except asyncio.CancelledError:
+            if self._error or not connection.is_lost:
+                self._fail(Outcome.ABORTED, self._error or "shut_down", self._status or 503)
+                raise
+            self._fail(Outcome.ABORTED, "client_left", 499)
+            raise ClientDisconnected from None
+        except PowerbandError as error:
+            self._record_error(error)
+            raise
+        finally:
+            connection.when_lost(None)
+            try:
+                self._finish()
+            finally:
+                self._gateway.end()
+
+    # ---- whole answers
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        attempts, timeouts = self._attempts, self._gateway.settings.whole_timeouts
+        while True:
+            replica, exchange = await attempts.go(self._first_request, timeouts)
+            try:
+                pieces = self._read_whole(await self._collect(exchange), replica)
+                break
+            except UpstreamFailure as problem:
+                await attempts.failed(problem)
+        self._settle_status(200)
+        attempts.close("ok", self._state.num_tokens)
+        await PiecesResponse(pieces)(scope, receive, send)
+
+    async def _collect(self, exchange: UpstreamExchange) -> WholeAnswer:
+        """Raises UpstreamFailure, and ResponseTooLarge for what may be right: another replica would say as much."""
+        answer, max_bytes = WholeAnswer(), self._client_request.max_answer_bytes
+        while piece := await exchange.read():
+            answer.add(piece)
+            if answer.size > max_bytes:
+                problem = f"The replica's answer is larger than {max_bytes} bytes. No right answer to this request is."
+                raise UpstreamFailure("garbage", problem)
+            if answer.size > MAX_RESPONSE_BYTES:
+                exchange.close()
+                self._attempts.close("ok")
+                raise ResponseTooLarge
+        return answer
+
+    def _read_whole(self, answer: WholeAnswer, replica: ReplicaAddress) -> list[bytes]:
+        """Counted, and under the name that is served. Raises UpstreamFailure for what is no answer."""
+        chunk, state = answer.read(), self._state
+        state.begin(replica)
+        if chunk.has_error:
+            raise state.as_failure(chunk.error)
+        if not chunk.choices:
+            raise UpstreamFailure("garbage", "The replica sent an answer without choices.")
+        state.process_whole(chunk, replica, size=answer.size if answer.is_large else 0)
+        state.finish_reason = chunk.choices[0].finish_reason or ""
+        if state.num_tokens:
+            state.times_s.append(time.monotonic())
+            state.counts.append(state.num_tokens)
+        return state.whole(answer, chunk)
+
+    async def _first_request(self, replica: ReplicaAddress) -> tuple[str, bytes]:
+        return PATHS[self._request.endpoint], self._client_request.upstream_body(replica, self._request.tenant)
+
+    # ---- streams
+
+    async def _stream(self, send: Send) -> None:
+        """Events until the end; failing before the first byte raises, after it the failure is the last event."""
+        try:
+            await self._relay(send)
+        except (PowerbandError, CannotResume) as problem:
+            if not self._attempts.response_started:
+                if isinstance(problem, CannotResume):
+                    raise ReplicaError("The replica failed.") from None
+                raise
+            error = problem if isinstance(problem, PowerbandError) else _stream_lost()
+            self._record_error(error, status=200)
+            data = event(msgspec.json.encode(error_body(error_info(error))))
+            await send({"type": "http.response.body", "body": data, "more_body": False})
+            return
+        self._settle_status(200)
+        self._attempts.close("ok", self._state.num_tokens)
+        await send({"type": "http.response.body", "body": self._state.final_events(), "more_body": False})
+
+    async def _relay(self, send: Send) -> None:
+        """The answer, from as many replicas as it takes, but for its last event."""
+        attempts, state, settings = self._attempts, self._state, self._gateway.settings
+        resumer = Resumer(self._client_request, state, self._gateway.upstream, self._request.tenant)
+        plan = self._first_request
+        while True:
+            try:
+                replica, exchange = await attempts.go(plan, settings.stream_timeouts)
+            except InvalidUpstreamRequest as problem:
+                if not attempts.response_started:
+                    raise
+                if problem.code != OUTPUT_COMPLETE:
+                    raise ReplicaError(f"No replica goes on with this answer: {problem}") from None
+                await self._send(send, state.finish())  # only the end of the answer was lost
+                return
+            state.begin(replica)
+            num_before = state.num_tokens
+            try:
+                await self._relay_exchange(exchange, send)
+                return
+            except UpstreamFailure as problem:
+                if state.is_finished:
+                    attempts.close("failed", state.num_tokens)
+                    return  # nothing of the answer itself is missing
+                await attempts.failed(problem, state.num_tokens - num_before)
+            if attempts.response_started:
+                self._resumed += 1
+                plan = resumer.plan
+                attempts.request = replace(self._request, deadline_s=None)
+            else:
+                self._state = state = self._new_state()
+                resumer = Resumer(self._client_request, state, self._gateway.upstream, self._request.tenant)
+
+    async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
+        """Pass on events until the last. Raises UpstreamFailure when it does not come."""
+        max_bytes = min(MAX_EVENT_BYTES, self._client_request.max_answer_bytes)
+        relay = Relay(self._attempts, self._state, exchange, self._count_tokens, max_bytes)
+        try:
+            if not self._attempts.response_started:
+                await self._send(send, await relay.read_first_events())
+            if self._connection is not None:
+                await relay.forward(self._connection)
+        except UpstreamFailure as problem:
+            if problem.code != "too_large":
+                raise
+            if max_bytes < MAX_EVENT_BYTES:
+                raise UpstreamFailure("garbage", f"{problem} No right answer to this request has such.") from None
+            exchange.close()
+            self._attempts.close("ok")
+            raise ResponseTooLarge("event of the answer", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
+
+    def _count_tokens(self, tokens: int) -> None:
+        reservation = self._reservation
+        if reservation is None:
+            return
+        if not self._is_prompt_counted and (prompt := self._state.counted_prompt):
+            self._is_prompt_counted = True
+            reservation.prompt_counted(prompt)
+        if tokens > reservation.output:
+            reservation.add_output_tokens(tokens)
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        if not self._attempts.response_started:
+            self._attempts.response_started = True
+            # A new message each time: layers on its way add to it.
+            await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    # ---- the books
+
+    async def _reserve(self) -> None:
+        request, key = self._request, self._key and self._accounts.keys.current(self._key)
+        context = None
+        if key is not None and request.is_open_ended and key.limits.counts_tokens:
+            context = await context_length(self._served, self._gateway.upstream)
+            key = self._accounts.keys.current(key)
+        price = price_from(self._served.route)
+        self._reservation = self._accounts.limits.reserve(key, request, price, context=context)
+        self._client_request.cap = self._reservation.cap
+        if key is not None and request.endpoint == "completions" and key.limits.counts_tokens:
+            self._client_request.cap = (
+                COMPLETION_TOKENS  # an engine with another default is not to make more than was taken
+            )
+
+    def _settle_status(self, status: int) -> None:
+        self._status = status
+        self._outcome = Outcome.OK
+        self._error = ""
+
+    def _record_error(self, error: PowerbandError, status: int = 0) -> None:
+        if isinstance(error, InvalidUpstreamRequest):
+            self._attempts.close("ok", self._state.num_tokens)
+        refused = error.http_status < 500 or error.http_status == 503
+        outcome = Outcome.REFUSED if refused and not status else Outcome.ERROR
+        self._fail(Outcome.TIMED_OUT if error.http_status == 504 else outcome, error.code, status or error.http_status)
+
+    def _fail(self, outcome: Outcome, code: str, status: int) -> None:
+        if self._outcome is not Outcome.OK:  # an answer that is whole stays so
+            self._outcome, self._error, self._status = outcome, code, status
+
+    def _finish(self) -> None:
+        attempts, state, now_s = self._attempts, self._state, time.monotonic()
+        attempts.end()
+        (prompt_tokens, cached_tokens, output_tokens), is_estimate = self._used(now_s)
+        usd = price_from(self._served.route).of(prompt_tokens, output_tokens)
+        if self._reservation is not None:
+            if attempts.replicas:
+                self._reservation.settle(prompt_tokens, output_tokens, usd, is_estimate=is_estimate)
+            else:
+                self._reservation.cancel()
+        request = self._request
+        if attempts.replicas:
+            self._accounts.content.note(request, self._client_request.prompt, state.texts)
+        record = RequestRecord(
+            scheduled_s=request.arrival_s,
+            sent_s=attempts.sent_s or now_s,
+            chunk_times_s=tuple(state.times_s),
+            chunk_tokens=tuple(state.counts),
+            outcome=self._outcome,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            cached_tokens=cached_tokens,
+        )
+        self._gateway.note(
+            CompletedRequest(
+                request=request,
+                record=record,
+                status=self._status,
+                ended_at=time.time(),
+                error=self._error,
+                replicas=tuple(attempts.replicas),
+                failed=tuple(attempts.broken),
+                seconds=now_s - request.arrival_s,
+                queue_s=attempts.queue_s,
+                resumed=self._resumed,
+                finish_reason=state.finish_reason,
+                cost_usd=usd,
+                is_estimate=is_estimate,
+            )
+        )
+
+    def _used(self, now_s: float) -> tuple[tuple[int, int, int], bool]:
+        """Prompt, cached and output tokens that the request is charged, and whether any of them is an estimate.
+
+        Who leaves, or asks for more than can be held, has made a replica work all the same. What failed is charged as
+        far as its client has it.
+        """
+        attempts, state, client_request = self._attempts, self._state, self._client_request
+        if state.num_tokens or state.usage is not None or (attempts.sent_s and self._outcome is Outcome.OK):
+            used = state.final_usage()
+            if self._outcome is Outcome.OK and not state.is_estimate and state.times_s and len(attempts.replicas) == 1:
+                seconds = state.times_s[-1] - attempts.sent_s
+                self._served.estimates.learn(used[2], client_request.num_choices, seconds, state.text.size)
+            return used, state.is_estimate
+        if not attempts.sent_s or self._error not in ("client_left", ResponseTooLarge.default_code):
+            return (0, 0, 0), False
+        output = 0
+        if not client_request.is_stream:
+            limit = client_request.limit
+            if limit is None and client_request.endpoint == "completions":
+                limit = COMPLETION_TOKENS
+            output = self._served.estimates.of_whole(now_s - attempts.sent_s, client_request.num_answers, limit)
+        return (self._request.prompt_tokens, 0, output), True
+
+
+def _cancel_this_task() -> Callable[[], None]:
+    """For when the client has left: whatever is waited for, is not waited for any more."""
+    task = asyncio.current_task()
+
+    def cancel() -> None:
+        if task is not None:
+            task.cancel()
+
+    return cancel
+
+
+def _stream_lost() -> ReplicaError:
+    return ReplicaError("The replica failed in the middle of the answer, and no other can go on with it.")

@@ -1,0 +1,173 @@
+"""/tokenize and /detokenize: answered by a replica, counted against the key's limits, and kept in its usage.
+
+They make nothing that is priced, so they cost nothing. Their tokens count for tokens a minute, since a replica reads
+them as it does a prompt's.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from powerband.dispatch.estimates import BYTES_PER_TOKEN
+from powerband.errors import PowerbandError
+from powerband.gateway.accounts.accounts import Accounts
+from powerband.gateway.accounts.keys import Key
+from powerband.gateway.gateway import Gateway, ServedModel
+from powerband.gateway.options import Timeouts
+from powerband.gateway.proxy.client_request import PATHS, with_model
+from powerband.gateway.proxy.events import NO_JSON
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
+from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer
+from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.metrics.record import Outcome, RequestRecord
+from powerband.web.body import decode, read_body
+from powerband.web.errors import HttpError
+
+_ASK_S = 30.0
+_SLACK_TOKENS = 4096  # that a chat template adds
+_MISSING_STATUSES = (404, 405, 410, 501)
+_REQUEST_STATUSES = (400, 413, 422)  # all others say something of the replica, or of the gateway's key for it
+
+
+class _ModelField(msgspec.Struct):
+    model: str | None = None
+
+
+class _TokenCount(msgspec.Struct):
+    count: int | None = None
+
+
+_COUNTED = msgspec.json.Decoder(_TokenCount)
+
+
+class TokenCountRoutes:
+    def __init__(self, gateway: Gateway, accounts: Accounts) -> None:
+        self._gateway = gateway
+        self._accounts = accounts
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text, as a replica of the model says."""
+        return await self._answer(request, "tokenize")
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, as a replica of the model says."""
+        return await self._answer(request, "detokenize")
+
+    async def _answer(self, request: Request, endpoint: Literal["tokenize", "detokenize"]) -> Response:
+        data = await read_body(request, self._gateway.settings.max_body_bytes)
+        name = decode(data, _ModelField).model
+        served, key = self._gateway.served(name), request.state.key
+        told = GatewayRequest(
+            id=request.state.request_id,
+            endpoint=endpoint,
+            model=served.route.name,
+            tenant=ANONYMOUS if key is None else key.id,
+            prompt_tokens=data.count(b",") + 1 if endpoint == "detokenize" else max(1, len(data) // BYTES_PER_TOKEN),
+            output_tokens=0,
+            max_prompt_tokens=len(data) if endpoint == "tokenize" else None,
+            arrival_s=time.monotonic(),
+        )
+        try:
+            return await self._counted(told, served, data, key, name)
+        except PowerbandError as error:
+            self._note(told, 0, error.http_status, error.code, "")
+            raise
+
+    async def _counted(
+        self, told: GatewayRequest, served: ServedModel, data: bytes, key: Key | None, name: str | None
+    ) -> Response:
+        """Raises LimitReached, and HttpError when no replica answers."""
+        reservation = self._accounts.limits.reserve(key and self._accounts.keys.current(key), told)
+        try:
+            answer, replica = await self._ask(told, served, data, name)
+        except InvalidUpstreamRequest as fault:
+            reservation.settle(0, 0, 0.0)
+            self._note(told, 0, fault.http_status, fault.code, "")
+            raise
+        except BaseException:
+            reservation.cancel()
+            raise
+        tokens = told.prompt_tokens
+        if told.endpoint == "tokenize":
+            tokens = min(_read_count(answer.surface()), len(data) + _SLACK_TOKENS) or tokens
+        reservation.settle(tokens, 0, 0.0)
+        self._note(told, tokens, 200, "", replica)
+        return PiecesResponse(answer.pieces())
+
+    async def _ask(
+        self, told: GatewayRequest, served: ServedModel, data: bytes, name: str | None
+    ) -> tuple[WholeAnswer, str]:
+        """Any replica that is ready; the next one when it does not answer, or not to the question.
+
+        Raises InvalidUpstreamRequest for what a replica says against the request, and HttpError when none answers.
+        """
+        states = {one.id: one.state for one in served.pool.snapshot().replicas}
+        replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
+        lacking = 0
+        for replica in replicas:
+            body = data if name == replica.model else with_model(data, replica.model)
+            try:
+                status, answer = await self._call(replica, PATHS[told.endpoint], body)
+                said = answer.surface()
+            except OSError:
+                continue
+            if status == 200 and _is_object(said):
+                return answer, replica.id
+            lacking += status in _MISSING_STATUSES
+            if status in _REQUEST_STATUSES:
+                raise InvalidUpstreamRequest(
+                    with_served_name(read_upstream_error(said), replica.model, told.model), status
+                )
+        if replicas and lacking == len(replicas):
+            raise HttpError(404, "not_found", f"The model's engine has no {PATHS[told.endpoint]}.")
+        raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[told.endpoint]}.")
+
+    async def _call(self, replica: ReplicaAddress, path: str, body: bytes) -> tuple[int, WholeAnswer]:
+        """Raises OSError, and ResponseTooLarge for what may be right: another replica would say as much."""
+        timeouts = Timeouts(connect_s=_ASK_S, first_byte_s=_ASK_S, between_s=_ASK_S, whole_s=_ASK_S)
+        exchange = await self._gateway.upstream.open(replica, path, body, timeouts)
+        try:
+            answer = WholeAnswer(depth=1)
+            while piece := await exchange.read():
+                answer.add(piece)
+                if answer.size > MAX_RESPONSE_BYTES:
+                    raise ResponseTooLarge(hint="Send less text at a time.")
+            return exchange.status, answer
+        finally:
+            self._gateway.upstream.end(exchange)
+
+    def _note(self, told: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
+        """For usage alone: it has none of the times that metrics and the watcher judge by."""
+        record = RequestRecord(
+            scheduled_s=told.arrival_s,
+            sent_s=told.arrival_s,
+            outcome=Outcome.OK if status < 400 else Outcome.REFUSED,
+            prompt_tokens=tokens,
+        )
+        replicas = (replica,) if replica else ()
+        finished = CompletedRequest(
+            request=told, record=record, status=status, ended_at=time.time(), error=error, replicas=replicas
+        )
+        self._accounts.usage_log.note(finished)
+
+
+def _is_object(answer: bytes) -> bool:
+    try:
+        answer.decode()
+        msgspec.json.decode(answer, type=dict[str, msgspec.Raw])
+    except NO_JSON:
+        return False
+    return True
+
+
+def _read_count(answer: bytes) -> int:
+    try:
+        return max(0, _COUNTED.decode(answer).count or 0)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return 0

@@ -1,0 +1,193 @@
+"""A whole (not streamed) answer: kept as it comes, read as far as it is counted, and passed on under another name.
+
+Decoding JSON of 60 MiB at once takes a second, during which nobody else is answered. Of a large answer only the surface
+is decoded; it is found slice by slice, while the answer comes:
+
+    {"model": "m", "choices": [{"index": 0, "message": {"content": "…"}, "finish_reason": "stop"}], "usage": {…}}
+    {"model": "m", "choices": [{"index": 0, "message": {}, "finish_reason": "stop"}], "usage": {…}}
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+import msgspec
+import numpy as np
+from msgspec import Raw
+from numpy.typing import NDArray
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from powerband.errors import PowerbandError
+from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.events import FIELDS, Chunk, not_understood, read_chunk
+
+MAX_RESPONSE_BYTES = 64 << 20
+_LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
+LARGE_BYTES = 1 << 20  # beyond this only the surface is decoded: msgspec takes up to some 20 ms for a MiB
+MAX_SURFACE_BYTES = 4 << 20
+_SLICE_BYTES = 64 << 10
+_INSIDE_CHOICES = 3
+_STRING_BYTES = 256  # of a string on the surface
+_QUOTE = ord('"')
+_STEPS = np.array([1 if byte in b"[{" else -1 if byte in b"]}" else 0 for byte in range(256)], dtype=np.int8)
+# The surface has no escapes and is ASCII, so that its strings can be cut anywhere.
+_PLAIN = bytes(byte if byte < 0x80 and byte != ord("\\") else ord("_") for byte in range(256))
+_MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("[^"]*"|null)')
+
+
+class ResponseTooLarge(PowerbandError):
+    """An answer, or an event of a stream, may be right, but is larger than the gateway holds."""
+
+    http_status = 502
+    default_code = "answer_too_large"
+
+    def __init__(self, what: str = "answer", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _LESS) -> None:
+        super().__init__(f"The {what} is larger than {max_bytes >> 20} MiB.", hint=hint)
+
+
+class WholeAnswer:
+    """`add` all pieces, then `read`. size: of what came, in bytes."""
+
+    def __init__(self, depth: int = _INSIDE_CHOICES) -> None:
+        """depth: how deep what is read of it lies."""
+        self._depth = depth
+        self._pieces: list[bytes] = []
+        self._surface: _Surface | None = None
+        self.size = 0
+
+    @property
+    def is_large(self) -> bool:
+        """Whether only its surface is decoded."""
+        return self._surface is not None
+
+    def add(self, piece: bytes) -> None:
+        """Raises UpstreamFailure for what is no UTF-8."""
+        self._pieces.append(piece)
+        self.size += len(piece)
+        if self._surface is not None:
+            self._surface.add(piece)
+        elif self.size > LARGE_BYTES:
+            self._surface = _Surface(self._depth)
+            for one in self._pieces:
+                self._surface.add(one)
+
+    def read(self) -> Chunk:
+        """Raises UpstreamFailure for what is no answer."""
+        return read_chunk(self.surface())
+
+    def surface(self) -> bytes:
+        """All that is to be decoded: of a small answer everything. Raises UpstreamFailure for what is no UTF-8."""
+        if self._surface is not None:
+            return self._surface.end()
+        self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0]
+
+    def pieces(self) -> list[bytes]:
+        """As they came."""
+        return self._pieces
+
+    def renamed(self, model: str) -> list[bytes]:
+        """Its pieces, with this name in the place of the replica's. After `read`."""
+        name = msgspec.json.encode(model)
+        if self._surface is None:
+            return [msgspec.json.encode({**FIELDS.decode(self._pieces[0]), "model": Raw(name)})]
+        start, end = self._surface.span_of_model()
+        if start == end:
+            name = b'"model":' + name + b","
+        return [*_split(self._pieces, start)[0], name, *_split(self._pieces, end)[1]]
+
+
+def _split(pieces: list[bytes], at: int) -> tuple[list[bytes], list[bytes]]:
+    before = 0
+    for number, piece in enumerate(pieces):
+        if (cut := at - before) <= len(piece):
+            return [*pieces[:number], piece[:cut]], [piece[cut:], *pieces[number + 1 :]]
+        before += len(piece)
+    return pieces, []
+
+
+class PiecesResponse(Response):
+    """JSON in pieces, which are never joined."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        super().__init__(media_type="application/json", headers={"content-length": str(sum(map(len, pieces)))})
+        self._pieces = pieces
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Surface:
+    """What of JSON lies at most so deep, strings cut, and where its outermost level lies."""
+
+    def __init__(self, max_depth: int) -> None:
+        self._max_depth = max_depth
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+        self._outermost: list[bytes] = []
+        self._places: list[NDArray[np.int64]] = []  # of the outermost
+        self._position = 0
+        self._depth = 0
+        self._in_string = False
+        self._string_bytes = 0  # of the string that is open
+        self._is_escaped = False  # the next byte is
+
+    def add(self, piece: bytes) -> None:
+        """Raises UpstreamFailure."""
+        try:
+            if not piece.isascii() or self._utf8.getstate()[0]:
+                self._utf8.decode(piece)
+        except UnicodeDecodeError as problem:
+            raise not_understood(problem) from None
+        for start in range(0, len(piece), _SLICE_BYTES):
+            self._add(piece[start : start + _SLICE_BYTES])
+
+    def _add(self, data: bytes) -> None:
+        if self._is_escaped:
+            data = b"_" + data[1:]
+        self._is_escaped = bool((len(data) - len(data.rstrip(b"\\"))) % 2)
+        if b"\\" in data:
+            data = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        codes = np.frombuffer(data.translate(_PLAIN), dtype=np.uint8)
+        quotes = codes == _QUOTE
+        inside = np.logical_xor.accumulate(quotes) ^ self._in_string  # a string and the quote that opens it
+        steps = _STEPS[codes]
+        steps[inside] = 0
+        depths = np.cumsum(steps, dtype=np.int32) + self._depth
+        levels = depths - (steps > 0)  # brackets belong to the level around them
+        kept = levels <= self._max_depth
+        places = np.arange(len(codes), dtype=np.int32)
+        opened = np.maximum.accumulate(np.where(quotes & inside, places, -self._string_bytes))
+        kept &= ~inside | (places - opened <= _STRING_BYTES)
+        self._kept.append(codes[kept].tobytes())
+        self._kept_bytes += len(self._kept[-1])
+        if self._kept_bytes > MAX_SURFACE_BYTES:
+            raise UpstreamFailure("garbage", f"The replica's answer has {self._kept_bytes} bytes beside its choices.")
+        kept &= levels <= 1
+        self._outermost.append(codes[kept].tobytes())
+        self._places.append(np.flatnonzero(kept) + self._position)
+        self._position += len(codes)
+        self._depth, self._in_string = int(depths[-1]), bool(inside[-1])
+        self._string_bytes = len(codes) - int(opened[-1])
+
+    def end(self) -> bytes:
+        """The surface. Raises UpstreamFailure for what ends in the middle of a letter."""
+        try:
+            self._utf8.decode(b"", final=True)
+        except UnicodeDecodeError as problem:
+            raise not_understood(problem) from None
+        return b"".join(self._kept)
+
+    def span_of_model(self) -> tuple[int, int]:
+        """Where the model's name stands, with its quotes; where none does, twice where one can be put."""
+        places = np.concatenate(self._places)
+        found = _MODEL.search(b"".join(self._outermost))
+        if found is None:
+            return int(places[0]) + 1, int(places[0]) + 1
+        return int(places[found.start(1)]), int(places[found.end(1) - 1]) + 1

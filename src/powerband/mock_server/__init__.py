@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server without a model: its timing and its failures are given. For tests and measurements."""

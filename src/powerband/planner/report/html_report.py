@@ -1,0 +1,18 @@
+"""The page of a plan: one file that shows the frontier in a browser, from a disk, without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from powerband.html_page import page_html, write_page
+from powerband.planner.report.page_data import page_data
+from powerband.planner.results import PlanResults
+
+
+def write_report(results: PlanResults, path: Path) -> None:
+    """Raises EnvironmentFault when it cannot be written."""
+    write_page(report_html(results), path)
+
+
+def report_html(results: PlanResults) -> str:
+    return page_html("planner/report", title=f"{results.model}: powerband plan", data=page_data(results))

@@ -1,0 +1,1 @@
+"""One deployment in virtual time: its clients, its inputs and its summary."""

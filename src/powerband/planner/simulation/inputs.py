@@ -1,0 +1,73 @@
+"""What a simulation needs of a deployment: the model of a step, and the blocks of KV cache, of each pool's replicas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from powerband.cost.latency import LatencyModel
+from powerband.cost.replica_memory import plan_replica
+from powerband.dispatch.options import DispatchOptions
+from powerband.errors import EnvironmentFault
+from powerband.planner.simulation.simulator import Simulation, simulate
+from powerband.spec.deployment import Deployment
+from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.workload.workload import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationInputs:
+    """A deployment that fits, with its models. models, num_blocks: by pool."""
+
+    deployment: Deployment
+    models: tuple[LatencyModel, ...]
+    num_blocks: tuple[int, ...]
+    block_size: int
+
+    @property
+    def band(self) -> float:
+        return max(model.band for model in self.models)
+
+    def simulate(
+        self,
+        schedule: Schedule,
+        *,
+        slowdown: float = 1.0,
+        options: DispatchOptions | None = None,
+        planned_rate: float | None = None,
+        slo_ttft_s: float | None = None,
+        max_waiting: float = math.inf,
+    ) -> Simulation:
+        """See planner.simulator.simulate."""
+        return simulate(
+            schedule,
+            self.deployment,
+            self.models,
+            self.num_blocks,
+            self.block_size,
+            slowdown=slowdown,
+            options=options,
+            planned_rate=planned_rate,
+            slo_ttft_s=slo_ttft_s,
+            max_waiting=max_waiting,
+        )
+
+
+def simulation_inputs(
+    spec: ModelSpec, deployment: Deployment, find: Callable[[str], DeviceProfile]
+) -> SimulationInputs:
+    """find: a device's profile by name. Raises UsageError for what a device cannot compute, EnvironmentFault where a
+    replica does not fit.
+    """
+    models, blocks, sizes = [], [], set()
+    for pool in deployment.pools:
+        profile = find(pool.replica.device)
+        memory = plan_replica(spec, profile, pool.replica, deployment.engine)
+        if memory.problem:
+            raise EnvironmentFault(f"A replica on {profile.name} does not fit: {memory.problem}.", param="plan")
+        models.append(LatencyModel(spec, profile, pool.replica, deployment.engine))
+        blocks.append(memory.num_blocks)
+        sizes.add(memory.block_size)
+    return SimulationInputs(deployment, tuple(models), tuple(blocks), min(sizes))

@@ -1,0 +1,122 @@
+"""One simulation of a deployment, and the figures that a plan needs of it. A task is a value: other processes do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from powerband.metrics.record import Outcome, RequestRecord, percentile
+from powerband.metrics.slo import slo_misses
+from powerband.planner.plan_request import PlanRequest
+from powerband.planner.simulation.inputs import simulation_inputs
+from powerband.planner.simulation.simulator import Simulation
+from powerband.spec.deployment import Deployment
+
+MAX_REPLICAS = 4  # that are simulated; more equal ones behave like these
+_WARM_UP = 0.15  # of the time in which requests arrive
+_HOPELESS, _MIN_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
+_MAX_UNSERVED = 0.1  # of the requests: refused, or without a first token when the last one arrives
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationTask:
+    """rate: of the whole deployment. slowdown: factor on every time."""
+
+    deployment: Deployment
+    rate: float
+    num_requests: int
+    slowdown: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationSummary:
+    """figures: see planner.outcome.Evaluation. Shares of a replica's busy time by operator and by what binds.
+
+    keeps_up: whether the queue does not grow, and the gateway refuses few. short_of_memory: share of steps in which a
+    request waited for blocks.
+    """
+
+    task: SimulationTask
+    figures: Mapping[str, float]
+    operators: Mapping[str, float]
+    bounds: Mapping[str, float]
+    keeps_up: bool
+    short_of_memory: float
+
+
+def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> SimulationSummary:
+    """Raises EnvironmentFault or UsageError where the deployment cannot be, see planner.models."""
+    deployment, share = _scaled(task.deployment)
+    made = simulation_inputs(plan_request.spec, deployment, plan_request.profile)
+    schedule = plan_request.schedule(task.rate * share, task.num_requests)
+    hopeless = max(_HOPELESS * schedule.num_requests, _MIN_HOPELESS)
+    simulation = made.simulate(
+        schedule,
+        slowdown=task.slowdown,
+        planned_rate=task.rate * share,
+        slo_ttft_s=plan_request.slo.ttft_s,
+        max_waiting=hopeless,
+    )
+    last_s = max(record.scheduled_s for record in simulation.records)
+    counted = [record for record in simulation.records if record.scheduled_s >= _WARM_UP * last_s] or simulation.records
+    tokens = _tokens_between(simulation.records, _WARM_UP * last_s, last_s)
+    figures = _latencies(counted, plan_request.slo.attainment * 100)
+    figures["attainment"] = sum(_meets_slo(record, plan_request) for record in counted) / len(counted)
+    figures["output_tokens_per_s"] = tokens / max(last_s * (1 - _WARM_UP), 1e-9) / share
+    unserved = simulation.num_refused + _backlog(simulation.records, last_s)
+    steps = simulation.total("num_steps")
+    return SimulationSummary(
+        task=task,
+        figures=figures,
+        operators=_time_shares(simulation, "operators"),
+        bounds=_time_shares(simulation, "bounds"),
+        keeps_up=not simulation.gave_up and unserved <= max(_MAX_UNSERVED * len(simulation.records), 2.0),
+        short_of_memory=simulation.total("short_of_memory") / steps if steps else 0.0,
+    )
+
+
+def _scaled(deployment: Deployment) -> tuple[Deployment, float]:
+    """With fewer of the same replicas, and their share of the load."""
+    pool = deployment.pools[0]
+    if len(deployment.pools) > 1 or pool.count <= MAX_REPLICAS:
+        return deployment, 1.0
+    return replace(deployment, pools=(replace(pool, count=MAX_REPLICAS),)), MAX_REPLICAS / pool.count
+
+
+def _meets_slo(record: RequestRecord, plan_request: PlanRequest) -> bool:
+    return record.outcome is Outcome.OK and not slo_misses(record, plan_request.slo)
+
+
+def _latencies(records: Sequence[RequestRecord], at: float) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name in ("ttft_s", "tpot_s", "e2e_s"):
+        values = [value for record in records if (value := getattr(record, name)) is not None]
+        if values:
+            found[name] = percentile(values, at)
+            found[f"{name[:-2]}_mean_s"] = sum(values) / len(values)
+    return found
+
+
+def _tokens_between(records: Sequence[RequestRecord], start_s: float, end_s: float) -> int:
+    return sum(
+        tokens
+        for record in records
+        for time_s, tokens in zip(record.chunk_times_s, record.chunk_tokens, strict=True)
+        if start_s <= time_s < end_s
+    )
+
+
+def _backlog(records: Sequence[RequestRecord], time_s: float) -> int:
+    """Requests that wait for their first token at a time."""
+    return sum(record.scheduled_s <= time_s and (record.chunk_times_s or (time_s,))[0] > time_s for record in records)
+
+
+def _time_shares(simulation: Simulation, name: str) -> dict[str, float]:
+    """Of all replicas together, the largest first."""
+    seconds: dict[str, float] = {}
+    for replica in simulation.replicas:
+        for key, value in getattr(replica, name).items():
+            seconds[key] = seconds.get(key, 0.0) + value
+    whole = sum(seconds.values()) or 1.0
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return {key: value / whole for key, value in ordered if value > 0}

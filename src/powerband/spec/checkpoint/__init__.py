@@ -1,0 +1,1 @@
+"""What a checkpoint's files hold: tensors, formats and precisions of weights."""

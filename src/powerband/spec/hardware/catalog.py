@@ -1,0 +1,180 @@
+"""The devices that are known: those of the project's catalog, this machine's, and those that a user describes.
+
+catalog/l4.yaml … ─┐
+here.yaml ─────────┼─► Catalog ── find('L4', 'here', './mine.yaml') ──► DeviceProfile
+prices of a user ──┘
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from powerband.documents import parse_table, read_table
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import write_atomically
+from powerband.folders import cache_directory
+from powerband.spec.config_reader import shown
+from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
+from powerband.spec.yaml_codec import read_record
+
+LOCAL = "here"
+_CALIBRATE = "'powerband calibrate' does it, in two minutes on a CPU."
+_MAX_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """profiles: by name."""
+
+    profiles: Mapping[str, DeviceProfile]
+
+    def find(self, name: str) -> DeviceProfile:
+        """By name or alias, whatever its case; 'here': this machine's; a path: what the file describes.
+
+        Raises UsageError for a name that nobody knows, EnvironmentFault where a file or calibration is missing.
+        """
+        if name == LOCAL:
+            return read_local_profile()
+        if name.endswith((".yaml", ".yml")):
+            return read_profile(Path(name))
+        wanted = name.casefold()
+        for profile in self.profiles.values():
+            if wanted in (known.casefold() for known in (profile.name, *profile.aliases)):
+                return profile
+        names = {known.casefold(): known for known in self.profiles}
+        near = [names[found] for found in difflib.get_close_matches(wanted, names, n=2, cutoff=0.4)]
+        raise UsageError(
+            f"There is no device {shown(name)} in the catalog.",
+            hint=(f"Near: {', '.join(near)}. " if near else "")
+            + "'powerband devices' lists all; a file NAME.yaml describes another one.",
+            param="devices",
+        )
+
+    def with_prices(self, prices: Mapping[str, tuple[DevicePrice, ...]]) -> Catalog:
+        """With these instead of the known prices. Raises UsageError for a device that is not in the catalog."""
+        changed = dict(self.profiles)
+        for name, own in prices.items():
+            profile = self.find(name)
+            changed[profile.name] = replace(profile, prices=own)
+        return Catalog(changed)
+
+
+@cache
+def load_catalog() -> Catalog:
+    """The project's own."""
+    folder = files("powerband.spec.hardware") / "devices"
+    entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda e: e.name)
+    profiles = [
+        DeviceProfile.from_dict(parse_table(entry.read_bytes(), entry.name, "device"), entry.name) for entry in entries
+    ]
+    return Catalog({profile.name: profile for profile in profiles})
+
+
+def local_profile_path() -> Path:
+    """Where calibration keeps this machine's profile: $POWERBAND_HERE, else in the cache."""
+    named = os.environ.get("POWERBAND_HERE")
+    return Path(named) if named else cache_directory() / "profiles" / "here.yaml"
+
+
+def read_local_profile() -> DeviceProfile:
+    """This machine's. Raises EnvironmentFault when nobody has calibrated it, or when it was another then."""
+    path = local_profile_path()
+    if not path.exists():
+        raise EnvironmentFault("This machine has not been measured yet.", hint=_CALIBRATE, param="devices")
+    profile = read_profile(path)
+    if not is_local(profile):
+        raise EnvironmentFault(
+            f"{path} was measured on another machine ({_machine_name(profile)}).", hint=_CALIBRATE, param="devices"
+        )
+    return profile
+
+
+def local_profile(path: Path | None = None) -> DeviceProfile | None:
+    """This machine's profile; None: not calibrated. path: of another file than usual. Raises as read_profile."""
+    path = path or local_profile_path()
+    profile = read_profile(path) if path.exists() else None
+    return profile if profile is not None and is_local(profile) else None
+
+
+def write_profile(profile: DeviceProfile, path: Path) -> None:
+    """All or nothing. Raises EnvironmentFault."""
+    import yaml
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True).encode())
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="out") from None
+
+
+def is_local(profile: DeviceProfile) -> bool:
+    """Whether a profile of a CPU was measured on this processor; True if it does not say. GPUs: compare names."""
+    if profile.machine is None or profile.kind != "cpu":
+        return True
+    cpu = detect_cpu()
+    return (profile.machine.name, profile.machine.cores) == (cpu.name, cpu.cores)
+
+
+def _machine_name(profile: DeviceProfile) -> str:
+    return f"{profile.machine.name}, {profile.machine.cores} cores" if profile.machine is not None else profile.name
+
+
+def read_profile(path: Path) -> DeviceProfile:
+    """Raises EnvironmentFault when it cannot be read, UsageError when it is no profile."""
+    return DeviceProfile.from_dict(read_table(path, "device", max_bytes=_MAX_BYTES, param="devices"), str(path))
+
+
+def read_prices(path: Path) -> dict[str, tuple[DevicePrice, ...]]:
+    """A file of `DEVICE: dollars per hour`, or `DEVICE: [{usd_per_hour: 4.6, devices: 4, where: our contract}]`.
+
+    Raises EnvironmentFault when it cannot be read, UsageError for what is no price.
+    """
+    return {
+        str(name): tuple(_price(item, str(name), path) for item in (told if isinstance(told, list) else [told]))
+        for name, told in read_table(path, "list of prices", param="devices").items()
+    }
+
+
+def _price(told: Any, name: str, path: Path) -> DevicePrice:
+    values = told if isinstance(told, dict) else {"usd_per_hour": told}
+    common = {"where": path.name, "source": str(path), "confidence": "user"}
+    price = read_record(DevicePrice, {**common, **values}, f"{path}: {name}")
+    if not price.usd_per_hour or not price.devices:
+        raise UsageError(f"{path}: {shown(told)} is no price of {name}.", hint="Dollars and devices are above 0.")
+    return price
+
+
+def usd_per_hour(
+    prices: Iterable[DevicePrice], replicas: int, devices_each: int
+) -> tuple[float, dict[str, int]] | None:
+    """The cheapest machines for `replicas` of `devices_each` devices: (dollars per hour, machines by name).
+
+    A replica lies on one machine; a machine holds as many as fit. None: no machine with a known price is large enough.
+    Prices of low confidence count only where there are no others; a user's go before all.
+    """
+    fitting = [price for price in prices if price.devices >= devices_each]
+    for trusted in ({"user"}, {"high", "medium"}, {"low"}):
+        known = [price for price in fitting if price.confidence in trusted]
+        if known:
+            return _cheapest(known, replicas, devices_each)
+    return None
+
+
+def _cheapest(prices: list[DevicePrice], replicas: int, devices_each: int) -> tuple[float, dict[str, int]]:
+    """Machines that hold at least `replicas`: the unbounded knapsack by dynamic programming."""
+    best: list[tuple[float, dict[str, int]]] = [(0.0, {})]
+    for wanted in range(1, replicas + 1):
+        choices = []
+        for price in prices:
+            rest, machines = best[max(wanted - price.devices // devices_each, 0)]
+            choices.append((rest + price.usd_per_hour, {**machines, price.where: machines.get(price.where, 0) + 1}))
+        best.append(min(choices, key=lambda choice: choice[0]))
+    return best[replicas]

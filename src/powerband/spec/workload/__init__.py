@@ -1,0 +1,1 @@
+"""What users send: arrivals, lengths, conversations, presets and recorded traces."""

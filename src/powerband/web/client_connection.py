@@ -1,0 +1,80 @@
+"""Straight to a client's socket, for answers of many small pieces: no task is woken, and no layer passed, for each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+from starlette.types import Scope
+
+_EXTENSION = "powerband.line"
+
+
+class ClientConnection:
+    """Of one connection. An answer's head, and its end, go the usual way of ASGI; only pieces in between go here.
+
+    is_behind: what was written waits in memory, since the client reads slowly: write no more until `when_writable`.
+    """
+
+    __slots__ = ("_on_lost", "_on_writable", "_transport", "is_behind", "is_chunked", "is_lost")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._on_lost: Callable[[], None] | None = None
+        self._on_writable: Callable[[], None] | None = None
+        self.is_behind = False
+        self.is_chunked = True  # not for clients of HTTP 1.0, which do not know it
+        self.is_lost = False
+
+    def write_chunk(self, data: bytes) -> None:
+        """As a chunk of HTTP's chunked coding. data: not empty."""
+        if not self.is_lost:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
+
+    def when_writable(self, call: Callable[[], None]) -> None:
+        """Call once when the client has caught up; at once if it has."""
+        if self.is_behind:
+            self._on_writable = call
+        else:
+            call()
+
+    async def writable(self) -> None:
+        """Wait until the client has caught up. Whoever waits is cancelled when it has left, see `when_lost`."""
+        if self.is_behind:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.when_writable(lambda: None if waiter.done() else waiter.set_result(None))
+            await waiter
+
+    def when_lost(self, call: Callable[[], None] | None) -> None:
+        """Call once when the client has closed its connection; at once if it has. None: do not."""
+        self._on_lost = call
+        if self.is_lost and call is not None:
+            call()
+
+    # Called by the connection.
+
+    def paused(self) -> None:
+        self.is_behind = True
+
+    def resumed(self) -> None:
+        self.is_behind = False
+        call, self._on_writable = self._on_writable, None
+        if call is not None:
+            call()
+
+    def lost(self) -> None:
+        self.is_lost = True
+        self._on_writable = None
+        call, self._on_lost = self._on_lost, None
+        if call is not None:
+            call()
+
+
+def set_client_connection(scope: Scope, line: ClientConnection) -> None:
+    scope["extensions"] = {_EXTENSION: line}
+
+
+def client_connection(scope: Scope) -> ClientConnection:
+    """Of a request that came through our own server."""
+    return cast(ClientConnection, scope["extensions"][_EXTENSION])

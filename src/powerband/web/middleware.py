@@ -1,0 +1,84 @@
+"""The outermost layer: gives every request an id, and every failure OpenAI's error shape, wherever it arose."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from powerband.errors import PowerbandError
+from powerband.web.errors import HttpError, error_response
+
+logger = logging.getLogger(__name__)
+_LABEL_CHARS = 128
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+class RequestIdMiddleware:
+    """`X-Request-Id` in a response is ours, and `scope["state"]["request_id"]`.
+
+    One that the client sends is a label for the log, never a key.
+    """
+
+    def __init__(self, app: ASGIApp, listed_in: str = "/openapi.json") -> None:
+        """listed_in: where the paths are told."""
+        self._app = app
+        self._listed_in = listed_in
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        start_s = time.monotonic()
+        request_id = f"req_{uuid.uuid4().hex}"
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        scope.setdefault("state", {})["request_id"] = request_id
+        scope["app"] = self  # makes Starlette's router raise, not answer, for unknown paths and methods
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnected:
+            status = 499
+        except Exception as error:
+            if status:  # too late for another answer: uvicorn closes the connection
+                raise
+            await error_response(self._as_powerband_error(error, request_id))(scope, receive, send_with_id)
+        if logger.isEnabledFor(logging.DEBUG):
+            label = dict(scope["headers"]).get(b"x-request-id", b"").decode("ascii", "replace")[:_LABEL_CHARS]
+            logger.debug(
+                "%s %r %d in %.3f s",
+                scope["method"],
+                scope["path"][:_LABEL_CHARS],
+                status,
+                time.monotonic() - start_s,
+                extra={"request_id": request_id, "client_label": label},
+            )
+
+    def _as_powerband_error(self, error: Exception, request_id: str) -> PowerbandError:
+        if isinstance(error, PowerbandError):
+            return error
+        if isinstance(error, HTTPException):
+            if error.status_code == 404:
+                return HttpError(
+                    404, "not_found", "There is no such path.", hint=f"The paths are listed in {self._listed_in}."
+                )
+            if error.status_code == 405:
+                allowed = (error.headers or {}).get("Allow", "")
+                return HttpError(405, "method_not_allowed", f"This path takes {allowed}.", allow=allowed)
+            return HttpError(error.status_code, "http_error", error.detail)
+        logger.error("Request %s met an error that the server does not know.", request_id, exc_info=error)
+        return PowerbandError(
+            "The server met an error that it does not know.", hint=f"Its log has it under {request_id}."
+        )

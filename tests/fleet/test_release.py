@@ -1,0 +1,105 @@
+"""From a plan to command lines on this machine, and plans that are not for it; what scale makes of a release."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from powerband.cli.service.scale import scaled
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.fleet import release
+from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions
+from powerband.fleet.release import ReleaseOptions, build_release, default_served_name
+from powerband.fleet.service.spec import Release
+from powerband.fleet.targets.base import Instance
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, SLOGuarantee
+from powerband.spec.slo import SLO
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
+
+MAKING = ReleaseOptions(served_name="demo")
+
+
+def plan(device: str = "cpu", count: int = 2, **replica: object) -> Plan:
+    made = Replica(device=device, **{"max_model_len": 1024, "max_num_seqs": 8, **replica})  # type: ignore[arg-type] # of Replica
+    return Plan(
+        model="demo",
+        workload=requested_load(ArrivalOptions(rate=1.0), MixOptions()).workload,
+        slo=SLO(ttft_s=1.0),
+        promise=SLOGuarantee(1.0),
+        deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),
+    )
+
+
+def made(**fields: object) -> Release:
+    return build_release(plan(**fields), MAKING).release  # type: ignore[arg-type] # of plan
+
+
+def test_cores_are_divided_among_the_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = replace(release.detect_cpu(), cores=8)
+    monkeypatch.setattr(release, "detect_cpu", lambda: cpu)
+    found = build_release(plan(count=3), MAKING)
+    assert found.release.pools[0].threads == 2
+    assert "--threads=2" in found.release.pools[0].command
+    assert found.notes == ("2 of 8 cores for each of 3 replicas",)
+    many = build_release(plan(count=3), replace(MAKING, threads=4))
+    assert "more threads than cores: 12 on 8" in many.notes
+
+
+def test_the_number_of_replicas_does_not_change_what_one_is() -> None:
+    two = made()
+    assert pool_revisions(scaled(two, ["5"])) == pool_revisions(two)
+    assert pool_revisions(made(max_num_seqs=4)) != pool_revisions(two)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("L4", "The plan is for L4; this machine has"), ("nonsense", "no device")]
+)
+def test_a_plan_for_another_machine_is_refused(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "gpu_names", tuple)
+    with pytest.raises(UsageError, match=message):
+        build_release(plan(device), MAKING)
+
+
+def test_each_gpu_replica_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "gpu_names", lambda: ("NVIDIA L4", "Tesla T4", "NVIDIA L4"))
+    made = build_release(plan("L4"), MAKING).release
+    assert made.gpus == (0, 2)
+    first = Instance(id="r1", role="replica", revision="a", pool=0, url="", pid=1, started_at=0.0, devices=(0,))
+    assert free_devices(made, 0, []) == (0,)
+    assert free_devices(made, 0, [first]) == (2,)
+    assert free_devices(made, 0, [first, replace(first, devices=(2,))]) is None
+    with pytest.raises(EnvironmentFault, match="1 are free"):
+        build_release(plan("L4"), replace(MAKING, gpus_in_use=frozenset({0})))
+
+
+def test_a_plan_that_only_promises_is_refused() -> None:
+    with pytest.raises(UsageError, match="no deployment"):
+        build_release(replace(plan(), deployment=None), MAKING)
+
+
+def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
+    assert default_served_name(str(tmp_path)) == tmp_path.name
+    assert default_served_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+def test_routes_name_replicas_by_what_they_run_and_change_their_revision_with_it() -> None:
+    release = made()
+    running = Instance(id="r1", role="replica", revision="a", pool=0, url="http://127.0.0.1:1", pid=1, started_at=0.0)
+    routes, drained = build_routes(release, [running], frozenset()), build_routes(release, [running], frozenset({"r1"}))
+    (model,) = routes.models
+    assert (model.name, model.rate, model.slo) == ("demo", 1.0, SLO(ttft_s=1.0))
+    assert model.replicas[0].max_num_seqs == 8
+    assert drained.models[0].replicas[0].draining
+    assert routes.revision != drained.revision
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [("x", "no number"), ("0", "no number"), ("5=1", "no pool '5'"), ("a=1", "no pool"), ("1001", "no number")],
+)
+def test_what_cannot_be_scaled_is_said(asked: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        scaled(made(), [asked])

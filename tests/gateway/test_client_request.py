@@ -1,0 +1,88 @@
+"""What a replica is sent for a client's body."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from powerband.gateway.proxy.client_request import ClientRequest
+from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.spec.deployment import EngineName
+
+BODY = {"model": "demo", "prompt": "hello", "seed": 7, "an_extra": {"deep": [1.50, None]}}
+
+
+def sent(body: dict[str, Any], tenant: str = ANONYMOUS, engine: EngineName = "powerband") -> dict[str, Any]:
+    replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo", engine=engine)
+    found: dict[str, Any] = json.loads(
+        ClientRequest(json.dumps(body).encode(), "completions").upstream_body(replica, tenant)
+    )
+    return found
+
+
+def test_what_needs_no_change_is_passed_on_as_it_came() -> None:
+    data = json.dumps(BODY, indent=3).encode()
+    replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
+    assert ClientRequest(data, "completions").upstream_body(replica, ANONYMOUS) == data
+
+
+@pytest.mark.parametrize(("engine", "name"), [("powerband", "user"), ("vllm", "cache_salt")])
+def test_keys_share_no_cached_prefix(engine: EngineName, name: str) -> None:
+    said = {sent(body, tenant, engine)[name] for body in (BODY, {**BODY, name: "me"}) for tenant in ("key_a", "key_b")}
+    assert said == {"key_a", "key_b", "key_a/me", "key_b/me"}
+    assert sent({**BODY, name: "key_a"}, engine=engine)[name] == "anonymous/key_a"
+    assert len(sent({**BODY, name: "x" * 512}, "key_a", engine)[name]) == (512 if name == "user" else 518)
+
+
+def test_a_stream_is_asked_for_what_going_on_elsewhere_needs() -> None:
+    body = sent({**BODY, "stream": True})
+    assert body["return_token_ids"] is True
+    assert body["stream_options"] == {"include_usage": True}
+    assert body["an_extra"] == BODY["an_extra"]
+
+
+def test_a_replica_that_goes_on_is_told_what_the_client_has() -> None:
+    replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
+    client_request = ClientRequest(json.dumps({**BODY, "stream": True, "echo": True}).encode(), "completions")
+    body = json.loads(client_request.upstream_body(replica, ANONYMOUS, [3, 1, 4]))
+    assert body["resume_token_ids"] == [3, 1, 4]
+    assert "echo" not in body, "the prompt was echoed by the replica before"
+
+
+def told(data: bytes, endpoint: Endpoint = "chat") -> GatewayRequest:
+    return ClientRequest(data, endpoint).request("req_1", "demo", ANONYMOUS, {}, 256)
+
+
+@pytest.mark.parametrize("asked", [-(2**31), -1, 0, 5])
+def test_without_a_key_nobody_goes_before_those_who_have_one(asked: int) -> None:
+    assert told(json.dumps({"messages": [], "priority": asked}).encode()).priority == max(asked, 0)
+
+
+@pytest.mark.parametrize("text", ["plain words", "漢字" * 20, "🙂" * 20, "\x01" * 20, '\\u0041"' * 20])
+def test_a_prompt_has_no_more_tokens_than_bytes_however_it_is_written(text: str) -> None:
+    """A byte-level vocabulary needs a byte for each token; escapes do not make it more."""
+    sizes = []
+    for ensure_ascii in (True, False):
+        body = json.dumps({"prompt": text}, ensure_ascii=ensure_ascii).encode()
+        sizes.append(told(body, "completions").max_prompt_tokens or 0)
+        assert sizes[-1] >= len(text.encode())
+    assert abs(sizes[0] - sizes[1]) < 10 or sizes[0] < 7 * len(text)
+
+
+def test_what_names_no_limit_says_so() -> None:
+    assert told(b'{"messages":[]}').is_open_ended
+    assert not told(b'{"messages":[],"max_completion_tokens":9}').is_open_ended
+    completion = told(b'{"prompt":"a","n":2}', "completions")
+    assert (completion.is_open_ended, completion.max_output_tokens) == (False, 32)
+
+
+def test_a_cap_is_sent_where_the_client_named_none() -> None:
+    replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="demo")
+    for named, wanted in (({}, 90), ({"max_tokens": 7}, 7)):
+        client_request = ClientRequest(json.dumps({"messages": [], **named}).encode(), "chat")
+        client_request.cap = 90
+        assert json.loads(client_request.upstream_body(replica, ANONYMOUS))["max_tokens"] == wanted
+        assert client_request.limit == wanted

@@ -1,0 +1,149 @@
+"""Answers that are large, have many parts, or say impossible figures: others go on, and nobody pays too much."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from byte_replica import answer
+from gateways_for_tests import RunningGateway, running_gateway
+from test_charging import replica, story_of
+from test_replica_answers import CALM, CHAT, STOP, chunk, log, says, serving, stream, whole
+
+from powerband.gateway.proxy import relay as relaying
+from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.events import MAX_EVENT_BYTES, read_chunk
+from powerband.gateway.proxy.relay import Relay
+from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES
+
+UNLIMITED = {name: value for name, value in CHAT.items() if name != "max_tokens"}
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    with running_gateway(tmp_path_factory.mktemp("gateway"), *CALM) as running:
+        yield running
+        assert "Traceback" not in log(running)
+
+
+def test_a_large_whole_answer_comes_through_under_the_served_name(gateway: RunningGateway) -> None:
+    said = whole(logprobs=[{"token": "ä", "logprob": -0.5}] * 100_000)
+    with serving(gateway, says(answer(said))):
+        told = gateway.post("/v1/chat/completions", UNLIMITED)
+    assert told.json() == {**json.loads(said), "model": told.json()["model"]}
+    assert told.json()["model"].startswith("public")
+    assert gateway.records()[-1]["record"]["output_tokens"] == 1
+
+
+def test_what_is_too_large_is_run_once_and_counts_against_no_replica(gateway: RunningGateway) -> None:
+    event = chunk({"content": "a" * (MAX_EVENT_BYTES + (1 << 20))})
+    for said, is_stream in ((answer(whole(x="y" * MAX_RESPONSE_BYTES)), False), (stream([event]), True)):
+        with serving(gateway, says(said), says(said)) as replicas:
+            for number in range(1, 6):
+                told = gateway.post("/v1/chat/completions", {**UNLIMITED, "stream": is_stream})
+                assert (told.status_code, told.json()["error"]["code"]) == (502, "answer_too_large")
+                assert sum(len(one.posts) for one in replicas) == number
+            assert set(gateway.replica_states().values()) == {"ready"}
+
+
+def test_a_large_token_look_up_is_answered_and_a_larger_one_asked_for_once(gateway: RunningGateway) -> None:
+    for size, status in ((1 << 20, 200), (MAX_RESPONSE_BYTES // 5, 502)):
+        said = answer(b'{"count":7,"tokens":[%b]}' % b",".join([b"12345"] * size))
+        with serving(gateway, says(said), says(said)) as replicas:
+            told = gateway.post("/tokenize", {"prompt": "a", "model": "public"})
+            assert told.status_code == status
+            assert sum(len(one.posts) for one in replicas) == 1
+
+
+class Exchange:
+    """Hands on one piece. The rest of an upstream's exchange."""
+
+    between_s = 1.0
+
+    def __init__(self, piece: bytes) -> None:
+        self._pieces = [piece]
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    async def read(self) -> bytes:
+        return self._pieces.pop() if self._pieces else b""
+
+    async def stream_to(self, take: Callable[[bytes], bool]) -> None:
+        while self._pieces and take(self._pieces.pop()):
+            pass
+
+    def no_progress(self) -> None:
+        pass
+
+
+class Trip:
+    """Takes note of nothing."""
+
+    def progress(self) -> None:
+        pass
+
+    def first_token(self, prompt_tokens: int | None) -> None:
+        pass
+
+
+class Line:
+    is_behind = False
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def write_chunk(self, data: bytes) -> None:
+        self.written.append(data)
+
+    async def writable(self) -> None:
+        pass
+
+
+def test_events_that_come_at_once_are_told_in_turns() -> None:
+    piece = stream([*[chunk({"content": " a"})] * 5000, STOP], head=b"")
+    state, line, turns = story_of("openai", n=1), Line(), 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def relay() -> None:
+        others = asyncio.create_task(count_turns())
+        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None, 1 << 20)  # type: ignore[arg-type]
+        line.write_chunk(await told.read_first_events())
+        await told.forward(line)
+        others.cancel()
+
+    asyncio.run(relay())
+    assert b"".join(line.written).count(b"data: ") == 5001
+    assert turns >= 5000 // relaying._EVENTS_OF_A_TURN
+
+
+def test_more_choices_than_were_asked_for_are_refused_before_they_are_read_one_by_one() -> None:
+    with pytest.raises(UpstreamFailure, match="70000 choices at once; 1 were asked for"):
+        story_of().tell(msgspec.json.encode({"choices": [{}] * 70_000}), time.monotonic())
+
+
+@pytest.mark.parametrize("tokens", [2**40, 10**6])
+def test_usage_that_no_request_can_have_is_not_charged(tokens: int) -> None:
+    state = story_of(max_tokens=5)
+    usage = {"prompt_tokens": tokens, "completion_tokens": tokens}
+    body = {"choices": [{"index": 0, "text": "a"}], "usage": usage}
+    state.process_whole(read_chunk(msgspec.json.encode(body)), replica("vllm"))
+    prompt, _, output = state.final_usage()
+    assert output == 5
+    assert prompt < 100_000
+    assert state.is_estimate
+
+
+def test_an_impossible_count_of_tokens_is_charged_as_what_was_sent(gateway: RunningGateway) -> None:
+    with serving(gateway, says(answer(json.dumps({"count": 2**63 - 1, "tokens": [1]})))):
+        assert gateway.post("/tokenize", {"prompt": "a", "model": "public"}).status_code == 200
+        assert gateway.post("/tokenize", {"prompt": "a", "model": "public"}).status_code == 200
+    assert gateway.admin.get("/admin/usage").status_code == 200

@@ -1,0 +1,104 @@
+"""Whole answers of any size: what is read of them, against the standard library's JSON, and what is passed on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from powerband.gateway.proxy import whole_response
+from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.whole_response import WholeAnswer
+
+SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner), max_leaves=20
+)
+CHOICES = st.fixed_dictionaries(
+    {"index": st.integers(0, 9), "finish_reason": st.sampled_from([None, "stop", "length"])},
+    optional={
+        "text": st.text(max_size=300),
+        "message": st.fixed_dictionaries({"content": st.text()}),
+        "logprobs": VALUES,
+    },
+)
+ANSWERS = st.fixed_dictionaries(
+    {"choices": st.lists(CHOICES, max_size=4)},
+    optional={
+        "model": st.sampled_from(["inner", 'a "quoted" name', "名"]),
+        "usage": st.fixed_dictionaries({"completion_tokens": st.integers(0, 2**40)}),
+        "id": st.text(),
+        "prompt_logprobs": VALUES,
+    },
+)
+
+
+def in_pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+@given(answer=ANSWERS, size=st.integers(1, 40), indent=st.sampled_from([None, 1]), is_ascii=st.booleans())
+def test_a_large_answer_is_read_as_a_small_one_and_renamed_in_place(
+    answer: dict[str, Any], size: int, indent: int | None, is_ascii: bool
+) -> None:
+    data = json.dumps(answer, indent=indent, ensure_ascii=is_ascii).encode(errors="replace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_response, "LARGE_BYTES", 0)
+        patch.setattr(whole_response, "_SLICE_BYTES", 16)
+        read = WholeAnswer()
+        for piece in in_pieces(data, size):
+            read.add(piece)
+        chunk = read.read()
+        assert b"".join(read.pieces()) == data
+        renamed = json.loads(b"".join(read.renamed("served")))
+    assert [(choice.index, choice.finish_reason) for choice in chunk.choices or ()] == [
+        (choice["index"], choice["finish_reason"]) for choice in answer["choices"]
+    ]
+    assert (chunk.usage and chunk.usage.completion_tokens) == answer.get("usage", {}).get("completion_tokens")
+    assert renamed == {**json.loads(data), "model": "served"}
+
+
+def read_in_pieces(data: bytes) -> WholeAnswer:
+    answer = WholeAnswer()
+    for piece in in_pieces(data, 256 << 10):
+        answer.add(piece)
+    answer.read()
+    return answer
+
+
+def large(**more: Any) -> bytes:
+    choice = {"index": 0, "text": "é" * (2 << 20), "finish_reason": "stop", "token_ids": [1] * (1 << 20), **more}
+    usage = {"prompt_tokens": 3, "completion_tokens": 70000}
+    return json.dumps({"id": "a", "model": "inner", "choices": [choice], "usage": usage}, ensure_ascii=False).encode()
+
+
+def test_of_a_large_answer_little_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def read_chunk(data: bytes) -> Any:
+        decoded.append(len(data))
+        return msgspec.json.decode(data)
+
+    monkeypatch.setattr(whole_response, "read_chunk", read_chunk)
+    assert read_in_pieces(large()).is_large
+    assert decoded[0] < 1000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        large()[:-1],
+        large() + b"}",
+        large().replace("é".encode(), b"\xe9", 1),
+        b"<html>" + large(),
+        large()[:-1] + b',"x":{"y":[}}}',
+    ],
+    ids=["cut", "more", "no UTF-8", "HTML", "brackets"],
+)
+def test_a_large_answer_that_is_no_json_is_the_replicas_fault(data: bytes) -> None:
+    with pytest.raises(UpstreamFailure, match="not what was asked for"):
+        read_in_pieces(data)
