@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from powerband.bench.client.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.connection import BenchConnection, ConnectionPool, HTTPResponse
 from powerband.bench.client.messages import Sample, ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response, spread
 from powerband.bench.load import LoadOptions, run_load
@@ -35,11 +35,11 @@ class Wire:
         self.is_aborted = True
 
 
-def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[HTTPResponse, ClientConnection, bool]:
+def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[HTTPResponse, BenchConnection, bool]:
     """What becomes of an answer that arrives in these pieces: it, its connection, and whether it ended."""
 
-    async def feed() -> tuple[HTTPResponse, ClientConnection, bool]:
-        connection: Any = ClientConnection()
+    async def feed() -> tuple[HTTPResponse, BenchConnection, bool]:
+        connection: Any = BenchConnection()
         connection.connection_made(Wire())
         answer, done = connection.exchange(b"GET / HTTP/1.1\r\n\r\n")
         for piece in pieces:
@@ -228,7 +228,7 @@ def test_a_connection_that_the_server_will_close_is_not_kept() -> None:
 
 def test_an_answer_that_nobody_asked_for_ends_the_connection() -> None:
     async def feed() -> bool:
-        connection, wire = ClientConnection(), Wire()
+        connection, wire = BenchConnection(), Wire()
         connection.connection_made(wire)  # type: ignore[arg-type]  # goes nowhere
         connection.data_received(HEAD)
         return wire.is_aborted
