@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from gateways_for_tests import gateway_before
-from pool_world import VirtualLoop, make_pool, make_ready, replica, request, virtually
+from pool_world import make_pool, make_ready, replica, request
 
 from powerband.dispatch.errors import PoolError
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.routes import ModelRoute
 from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
+from virtual_loop import VirtualLoop, virtually
 
 SLO_TTFT_S = 1.0
 SERVICE_S = 0.5  # of a request with a replica; its first token comes after 0.1 s
