@@ -48,7 +48,7 @@ def parse_table(content: bytes, name: str, what: str, *, param: str | None = Non
             scan.take(event)
         values = loader(text).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
-        raise UsageError(f"{name} is not valid YAML: {_said(problem)}.", param=param) from None
+        raise UsageError(f"{name} is not valid YAML: {_one_line(problem)}.", param=param) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -80,7 +80,7 @@ def read_json_table(
         values = json.loads(content.decode("utf-8-sig"), parse_int=_integer)
         _check_depth(values)
     except (ValueError, RecursionError) as problem:
-        raise UsageError(f"{path} is not valid JSON: {_said(problem)}.", code=code, param=param) from None
+        raise UsageError(f"{path} is not valid JSON: {_one_line(problem)}.", code=code, param=param) from None
     if not isinstance(values, dict):
         raise UsageError(_no_table(values, str(path), what, param).message, code=code, param=param)
     return values
@@ -200,7 +200,7 @@ def _no_table(values: Any, name: str, what: str, param: str | None) -> UsageErro
     return UsageError(f"{name} is not a valid {what}: it holds {kind}, not names and values.", hint=hint, param=param)
 
 
-def _said(problem: Exception) -> str:
+def _one_line(problem: Exception) -> str:
     """In one line: what a parser says may quote the file."""
     if isinstance(problem, UnicodeDecodeError):
         return f"byte {problem.start} is not valid UTF-8"

@@ -136,7 +136,9 @@ class FastForward:
         self._last: SimHandle | None = core.inflight[-1].handle if core.inflight else None  # type: ignore[assignment] # ours
         self._contexts = [r.num_computed + 1 for r in running]  # of the next round
         ends = ending(running, rounds)
-        self._stay = [r not in ends for r in running] if self._last and ends else None  # who has a step in the last one
+        self._pending = (
+            [r not in ends for r in running] if self._last and ends else None
+        )  # who has a step in the last one
         self._free_s = executor.stage_free_s
         self.now_s = executor.clock.now()
         self.starts_s: list[float] = []
@@ -160,8 +162,8 @@ class FastForward:
         for _ in range(min(self.left, _AT_ONCE)):
             if self.now_s >= until_s:
                 break
-            if self.left == 1 and self._stay is not None:
-                contexts = list(compress(contexts, self._stay))
+            if self.left == 1 and self._pending is not None:
+                contexts = list(compress(contexts, self._pending))
                 count = len(contexts)
                 host_s = self._executor.host_s(count)
             seconds = model_s([(1, context) for context in contexts], count) * slowdown
@@ -179,16 +181,16 @@ class FastForward:
         self._contexts = contexts
 
     def finish(self, core: EngineCore, due_s: float, on_output: OnRun) -> tuple[int, list[TokenOutput]]:
-        """Do the rounds that begin before `due_s`; return how many, and what is told of requests that have ended."""
+        """Do the rounds that begin before `due_s`; return how many, and the outputs of requests that have ended."""
         rounds = bisect_left(self.starts_s, due_s)
         if rounds == 0:
             return 0, []
         executor, running = self._executor, core.scheduler.running
-        stay = self._stay if self.left == 0 and rounds == len(self.starts_s) else None
+        pending = self._pending if self.left == 0 and rounds == len(self.starts_s) else None
         first = [r.num_computed + 1 for r in running]
         for place, seconds in enumerate(self.seconds[:rounds]):
-            if place == rounds - 1 and stay is not None:
-                first = list(compress(first, stay))
+            if place == rounds - 1 and pending is not None:
+                first = list(compress(first, pending))
             executor.keep(seconds, partial(_decodes, first, place), len(first))
         inflight = None
         if self._last is not None:
@@ -210,7 +212,7 @@ def _decodes(contexts: list[int], later: int) -> list[tuple[int, int]]:
 
 
 class SimulatedReplica:
-    """An engine and what is needed to tell when it acts next. seed: of its chance (acceptance of drafts).
+    """An engine, and when it acts next. seed: for the acceptance of drafts.
 
     fast_forward: apply identical steps at once; the result is the same.
     """

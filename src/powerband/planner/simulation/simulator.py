@@ -101,8 +101,8 @@ def simulate(
 def routing_for(deployment: Deployment) -> RoutingPolicy:
     """By prompt length between pools; sticky, else least outstanding tokens, within a pool."""
     pools = [LeastOutstanding(pool.count) for pool in deployment.pools]
-    longest = [pool.max_prompt_tokens for pool in deployment.pools if pool.max_prompt_tokens is not None]
-    return Sticky(ByPromptLength(longest, pools) if longest else pools[0])
+    limits = [pool.max_prompt_tokens for pool in deployment.pools if pool.max_prompt_tokens is not None]
+    return Sticky(ByPromptLength(limits, pools) if limits else pools[0])
 
 
 class _Simulator:
