@@ -34,6 +34,7 @@ from powerband.cost.latency import LatencyModel
 from powerband.cost.memory import plan_memory
 from powerband.metrics.record import Outcome, RequestRecord, percentile
 from powerband.planner.simulation.inputs import SimulationInputs
+from powerband.planner.simulation.simulator import NO_GATEWAY
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import read_profile
 from powerband.spec.hardware.device import detect_cpu
@@ -161,7 +162,7 @@ async def one_preset(
         measured = figures(records)
         counted = as_counted(schedule, records)
         middle, fast, slow = (
-            figures(modelled.simulate(counted, slowdown=slowdown).records)
+            figures(modelled.simulate(counted, slowdown=slowdown, options=NO_GATEWAY).records)
             for slowdown in (1.0, 1 / (1 + modelled.band), 1 + modelled.band)
         )
         for figure, value in measured.items():
@@ -214,7 +215,7 @@ def workload_of(name: str, preset_name: str) -> Workload:
 def capacity_of(workload: Workload, modelled: SimulationInputs, seconds: float) -> float:
     """Requests a second of users who do not wait."""
     schedule: Schedule = workload.draw(0, duration_s=min(seconds, 30.0))
-    records = modelled.simulate(schedule).records
+    records = modelled.simulate(schedule, options=NO_GATEWAY).records
     return len(records) / max(record.chunk_times_s[-1] for record in records)
 
 

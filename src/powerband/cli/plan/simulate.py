@@ -54,8 +54,8 @@ def simulate(
 ) -> int:
     """Simulate a load on a PLAN's deployment.
 
-    Without options: the plan's own workload and SLO at the promised rate. The engine's own
-    scheduler builds every step; a performance model predicts its time.
+    Without options: the plan's own workload and SLO at the promised rate. The gateway's own dispatcher
+    and the engine's own scheduler decide; a performance model predicts how long each step takes.
     Writes run.json, requests.jsonl and report.html like 'powerband bench', which compares with them.
     Exits with 1 when the SLO is missed.
     """
@@ -68,7 +68,7 @@ def simulate(
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
     made = simulation_inputs(read_model(known.model)[0], deployment, _profile_finder(deployment, devices, set or []))
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
-    simulated = made.simulate(schedule)
+    simulated = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)
     result = simulated_load(
         schedule, simulated.indices, simulated.records, seconds=simulated.seconds, unsent=simulated.unsent
     )

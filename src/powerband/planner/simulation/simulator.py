@@ -1,11 +1,13 @@
-"""A deployment under a schedule, in virtual time: the engine's own core for every replica, the gateway's routing.
+"""A deployment under a schedule, in virtual time: the gateway's own dispatcher, and in each replica the engine's core.
 
-    schedule ──► talks ──► routing ──► replica: EngineCore + model of its steps ──► tokens ──► records
-                   ▲                                                                   │
-                   └────────────────────── the next turn, after thinking ◄─────────────┘
+    schedule ──► clients ──► Dispatcher ──► replica: EngineCore + model of its steps ──► tokens ──► records
+                   ▲             ▲                                                         │
+                   │             └───── first tokens, ends, load reports ◄─────────────────┤
+                   └─────────────────── the next turn, after thinking ◄────────────────────┘
 
-Every replica has a clock of its own, and the one whose next act is earliest always goes first, so that none hears of
-anything late. Equal inputs give equal results.
+The dispatcher knows what it would know in a gateway: prompt tokens, the limit of the output, which prompts begin alike,
+and once a second each replica's load. Every replica has a clock of its own, and the one whose next act is earliest
+always goes first, so that no event comes late. Equal inputs give equal results.
 """
 
 from __future__ import annotations
@@ -19,12 +21,23 @@ from dataclasses import dataclass
 from powerband.core.loop import Add
 from powerband.core.request import Request
 from powerband.core.step import TokenOutput
+from powerband.dispatch.backend import BackendSpec, InFlightRequest
+from powerband.dispatch.dispatcher import Dispatcher
+from powerband.dispatch.errors import PoolError
+from powerband.dispatch.estimates import OutputEstimate
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.queue import QueuedRequest
+from powerband.dispatch.request import DispatchRequest
 from powerband.metrics.record import RequestRecord
 from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
 from powerband.planner.simulation.replica import SimulatedReplica, StepModel
-from powerband.planner.simulation.routing import ByPromptLength, LeastOutstanding, RoutingPolicy, Sticky
 from powerband.spec.deployment import Deployment
 from powerband.spec.workload.workload import Schedule
+
+# An engine without a gateway before it: whatever is sent is queued at the engine.
+NO_GATEWAY = DispatchOptions(max_waiting_per_replica=1 << 40, max_queue_wait_s=math.inf)
+# What happens to a request of a chain, in the order of what happens at once.
+_FIRST_TOKEN, _END, _ARRIVAL = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,7 @@ class ReplicaFigures:
 class Simulation:
     """records: of every request that was sent; indices: theirs. seconds: until the last answer. unsent: later than the
     schedule lasts, or turns of a conversation that lost an answer. gave_up: it was not played to its end.
+    num_refused: requests that the gateway refused, or that waited too long there.
     """
 
     records: list[RequestRecord]
@@ -56,6 +70,7 @@ class Simulation:
     seconds: float
     unsent: int
     gave_up: bool = False
+    num_refused: int = 0
 
     def total(self, name: str) -> float:
         """Of a figure over all replicas."""
@@ -70,7 +85,9 @@ def simulate(
     block_size: int,
     *,
     slowdown: float = 1.0,  # factor on every duration
-    routing: RoutingPolicy | None = None,  # default: routing_for(deployment)
+    options: DispatchOptions | None = None,  # default: those of a gateway without settings of its own
+    planned_rate: float | None = None,  # requests a second that the gateway expects; None: it does not know
+    slo_ttft_s: float | None = None,  # that the gateway refuses requests for in an overload; None: there is none
     fast_forward: bool = True,  # apply identical steps at once: same result, less time
     max_waiting: float = math.inf,
 ) -> Simulation:
@@ -78,9 +95,10 @@ def simulate(
 
     It gives up when more than `max_waiting` requests wait for their first token: those without an answer timed out.
     """
+    pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
     replicas = [
         SimulatedReplica(
-            pool.replica,
+            deployment.pools[index].replica,
             deployment.engine,
             models[index],
             num_blocks=num_blocks[index],
@@ -89,20 +107,33 @@ def simulate(
             seed=schedule.seed,
             fast_forward=fast_forward,
         )
-        for index, pool in enumerate(deployment.pools)
-        for _ in range(pool.count)
+        for index in pools
     ]
-    pools = [index for index, pool in enumerate(deployment.pools) for _ in range(pool.count)]
-    world = _Simulator(schedule, replicas, pools, slowdown, routing or routing_for(deployment), max_waiting)
-    world.play()
-    return world.result()
+    dispatcher = dispatcher_for(deployment, options, planned_rate=planned_rate, slo_ttft_s=slo_ttft_s)
+    simulator = _Simulator(schedule, replicas, pools, slowdown, dispatcher, max_waiting)
+    simulator.play()
+    return simulator.result()
 
 
-def routing_for(deployment: Deployment) -> RoutingPolicy:
-    """By prompt length between pools; sticky, else least outstanding tokens, within a pool."""
-    pools = [LeastOutstanding(pool.count) for pool in deployment.pools]
-    limits = [pool.max_prompt_tokens for pool in deployment.pools if pool.max_prompt_tokens is not None]
-    return Sticky(ByPromptLength(limits, pools) if limits else pools[0])
+def dispatcher_for(
+    deployment: Deployment,
+    options: DispatchOptions | None = None,
+    *,
+    planned_rate: float | None = None,
+    slo_ttft_s: float | None = None,
+) -> Dispatcher:
+    """At the start of a simulation: every replica is ready. Backends are named '0', '1', … through all pools."""
+    dispatcher = Dispatcher(options)
+    pools = [pool for pool in deployment.pools for _ in range(pool.count)]
+    specs = [
+        BackendSpec(id=f"{i}", max_num_seqs=pool.replica.max_num_seqs, max_prompt_tokens=pool.max_prompt_tokens)
+        for i, pool in enumerate(pools)
+    ]
+    dispatcher.update(specs, 0.0, planned_rate=planned_rate, slo_ttft_s=slo_ttft_s)
+    for backend in dispatcher.backends:
+        backend.probed_well(0.0)
+        dispatcher.changed(backend, 0.0)
+    return dispatcher
 
 
 class _Simulator:
@@ -114,100 +145,189 @@ class _Simulator:
         replicas: list[SimulatedReplica],
         pools: list[int],
         slowdown: float,
-        routing: RoutingPolicy,
+        dispatcher: Dispatcher,
         max_waiting: float,
     ) -> None:
         self._duration_s = schedule.duration_s
         self._slowdown = slowdown
-        self._routing = routing
+        self._dispatcher = dispatcher
+        self._outputs = OutputEstimate()
         self._max_waiting, self._waiting = max_waiting, 0  # for their first token
         self._replicas, self._pools = replicas, pools
         self._front_free_s = [0.0] * len(self._replicas)  # when each replica's front end can take the next request
         self._clients = [ConversationClient(chain) for chain in schedule.chains]
-        self._open: dict[str, SimulatedRequest] = {}
+        self._queued: dict[QueuedRequest, SimulatedRequest] = {}
+        self._open: dict[str, SimulatedRequest] = {}  # at a replica
         self._records: dict[int, RequestRecord] = {}
-        # (time, chain, answered): a request that is due, or one whose answer is complete. A chain has one at most.
-        self._events: list[tuple[float, int, SimulatedRequest | None]] = []
+        # (time, chain, kind, request): an arrival, a first token or the end of an answer. A chain has one request open.
+        self._events: list[tuple[float, int, int, SimulatedRequest | None]] = []
+        self._report_s = dispatcher.options.metrics_interval_s  # when replicas next report their load
+        self._deadline_s = math.inf  # of the dispatcher
         self._end_s = 0.0
-        for number, talk in enumerate(self._clients):
-            self._plan(talk.chain.start_s, number)
+        self._num_refused = 0
+        for number, client in enumerate(self._clients):
+            self._plan(client.chain.start_s, number)
 
     def play(self) -> None:
         while self._waiting <= self._max_waiting:
             event_s = self._events[0][0] if self._events else math.inf
+            control_s = min(self._deadline_s, self._report_s)
             replica = min(self._replicas, key=_next_s)
-            if event_s <= replica.next_s:
-                if not self._events:
-                    return
+            next_s = replica.next_s
+            if event_s == next_s == math.inf and not self._queued:
+                return
+            if control_s <= event_s and control_s <= next_s:
+                self._control(control_s)
+            elif event_s <= next_s:
                 self._happen(*heapq.heappop(self._events))
             else:
-                outputs = replica.advance(event_s, self._on_run)
-                for output in outputs:
-                    self._on_output(output, len(outputs))
+                outputs = replica.advance(min(event_s, control_s), self._on_run, self._on_first_token)
+                self._on_outputs(outputs)
 
     def result(self) -> Simulation:
-        for opened in self._open.values():  # where it gave up
+        for opened in (*self._open.values(), *self._queued.values()):  # where it gave up
             self._records[opened.planned.index] = opened.record(None)
         return Simulation(
             [self._records[index] for index in sorted(self._records)],
             sorted(self._records),
             tuple(_figures(replica, pool) for replica, pool in zip(self._replicas, self._pools, strict=True)),
             self._end_s,
-            sum(len(talk.chain.requests) for talk in self._clients) - len(self._records),
+            sum(len(client.chain.requests) for client in self._clients) - len(self._records),
             self._waiting > self._max_waiting,
+            self._num_refused,
         )
-
-    def _push(self, time_s: float, chain: int, answered: SimulatedRequest | None) -> None:
-        heapq.heappush(self._events, (time_s, chain, answered))
 
     def _plan(self, time_s: float, number: int) -> None:
         """The next request of a chain, if there is time for it."""
         if time_s <= self._duration_s:
-            self._push(time_s, number, None)
+            heapq.heappush(self._events, (time_s, number, _ARRIVAL, None))
 
-    def _happen(self, now: float, number: int, answered: SimulatedRequest | None) -> None:
-        if answered is not None:
-            self._routing.answered(answered.replica, answered.tokens)
-            planned = self._clients[number].next
-            if planned is not None:
-                self._plan(now + planned.think_s, number)
+    # What happens at the gateway.
+
+    def _control(self, now: float) -> None:
+        """The dispatcher's timers, and the load that replicas report."""
+        if self._deadline_s <= now:
+            self._dispatcher.tick(now)
+        if self._report_s <= now:
+            self._report_s += self._dispatcher.options.metrics_interval_s
+            for replica, backend in zip(self._replicas, self._dispatcher.backends, strict=True):
+                self._on_outputs(replica.settle(now, self._on_run))
+                self._dispatcher.reported(backend, replica.load, now)
+        self._deliver(now)
+
+    def _happen(self, now: float, number: int, kind: int, opened: SimulatedRequest | None) -> None:
+        if opened is None:
+            self._arrive(now, number)
+        elif opened.placed is None:
             return
-        talk = self._clients[number]
-        planned = talk.next
+        elif kind == _FIRST_TOKEN:
+            self._dispatcher.first_token(opened.placed, now, opened.prompt_tokens)
+        else:
+            output_tokens = sum(opened.chunks)
+            self._outputs.observe(output_tokens)
+            self._dispatcher.release(opened.placed, "ok", now, output_tokens=output_tokens)
+            self._deliver(now)
+            self._plan_next(now, number)
+
+    def _arrive(self, now: float, number: int) -> None:
+        client = self._clients[number]
+        planned = client.next
         if planned is None:
             return
-        tokens = talk.prompt_tokens
-        index = self._routing.choose(tokens, talk.session)
-        replica = self._replicas[index]
+        opened = SimulatedRequest(planned, number, now, client.prompt_tokens)
+        request = DispatchRequest(
+            prompt_tokens=opened.prompt_tokens,
+            output_tokens=self._outputs.likely(planned.output_tokens),
+            stream=True,
+            arrival_s=now,
+            prefix_keys=client.prefix_keys() if len(self._replicas) > 1 else (),  # one replica needs no choice
+        )
+        self._waiting += 1
+        try:
+            placed = self._dispatcher.submit(request, now)
+        except PoolError:
+            self._refuse(opened, now)
+        else:
+            if isinstance(placed, InFlightRequest):
+                self._send(opened, placed, now)
+            else:
+                self._queued[placed] = opened
+        self._deliver(now)
+
+    def _deliver(self, now: float) -> None:
+        """Carry out what the dispatcher has decided."""
+        for queued in self._dispatcher.take_decided():
+            opened, outcome = self._queued.pop(queued), queued.outcome
+            if isinstance(outcome, InFlightRequest):
+                self._send(opened, outcome, now)
+            else:
+                self._refuse(opened, now)
+        deadline_s = self._dispatcher.next_deadline()
+        self._deadline_s = math.inf if deadline_s is None else deadline_s
+
+    def _send(self, opened: SimulatedRequest, placed: InFlightRequest, now: float) -> None:
+        index = int(placed.backend.id)
+        replica, client = self._replicas[index], self._clients[opened.chain]
         host = replica.model.host
         begin_s = max(now, self._front_free_s[index])
         self._front_free_s[index] = begin_s + host.front_s * self._slowdown
-        request = talk.next_request(begin_s + (host.arrival_s + host.arrival_token_s * tokens) * self._slowdown)
-        lags_s = host.answer_s * self._slowdown, host.answer_request_s * self._slowdown
-        opened = SimulatedRequest(planned, number, now, tokens, index, *lags_s)
+        arrival_s = host.arrival_s + host.arrival_token_s * opened.prompt_tokens
+        request = client.next_request(begin_s + arrival_s * self._slowdown)
+        opened.placed = placed
+        opened.answer_s, opened.answer_request_s = (
+            host.answer_s * self._slowdown,
+            host.answer_request_s * self._slowdown,
+        )
         self._open[request.id] = opened
-        self._waiting += 1
-        self._routing.sent(index, opened.tokens)
         replica.inbox.send(request.arrival_s, Add(request))
+
+    def _refuse(self, opened: SimulatedRequest, now: float) -> None:
+        self._waiting -= 1
+        self._num_refused += 1
+        record = self._records[opened.planned.index] = opened.refused()
+        self._end_s = max(self._end_s, now)
+        self._clients[opened.chain].on_complete(record)
+        self._plan_next(now, opened.chain)
+
+    def _plan_next(self, now: float, number: int) -> None:
+        planned = self._clients[number].next
+        if planned is not None:
+            self._plan(now + planned.think_s, number)
+
+    # What happens at replicas.
+
+    def _on_first_token(self, r: Request, time_s: float, requests: int) -> None:
+        self._first_token(self._open[r.id], time_s, requests)
+
+    def _first_token(self, opened: SimulatedRequest, time_s: float, requests: int) -> None:
+        if not opened.has_first_token:
+            opened.has_first_token = True
+            heapq.heappush(self._events, (time_s + opened.lag_s(requests), opened.chain, _FIRST_TOKEN, opened))
 
     def _on_run(self, r: Request, times_s: array[float], requests: int) -> None:
         opened = self._open[r.id]
         self._waiting -= not opened.times_s
         opened.on_run(times_s, r.num_cached, requests)
 
+    def _on_outputs(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            self._on_output(output, len(outputs))
+
     def _on_output(self, output: TokenOutput, requests: int) -> None:
         opened = self._open[output.id]
         was_waiting = not opened.times_s
         opened.on_output(output, requests)
         self._waiting -= was_waiting and bool(opened.times_s or output.finish_reason)
+        if opened.times_s:
+            self._first_token(opened, output.time_s, requests)
         if output.finish_reason is None:
             return
         del self._open[output.id]
         record = self._records[opened.planned.index] = opened.record(output.finish_reason)
-        end_s = output.time_s + opened.lag_s(requests)
+        end_s = opened.times_s[-1] if opened.times_s else output.time_s + opened.lag_s(requests)
         self._end_s = max(self._end_s, end_s)
         self._clients[opened.chain].on_complete(record)
-        self._push(end_s, opened.chain, opened)
+        heapq.heappush(self._events, (end_s, opened.chain, _END, opened))
 
 
 def _next_s(replica: SimulatedReplica) -> float:
