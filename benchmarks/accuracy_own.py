@@ -88,7 +88,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "calibration_s": {},
         "figures": [],
     }
-    profile = arguments.profile or folder / "here.yaml"
+    profile = arguments.profile or folder / "local.yaml"
     for name in arguments.models.split(","):
         model = "demo" if name == "demo" else str(dummy_model(folder / name))
         if arguments.profile is None:
@@ -132,7 +132,7 @@ def model_of(model: str, name: str, profile: Path) -> SimulationInputs:
     settings = EngineSettings(model=model, dtype="bfloat16", **SETTINGS[name])
     memory = plan_memory(spec, settings, known.memory_bytes, kind="cpu", dtype="bfloat16")
     replica = Replica(
-        device="here",
+        device="local",
         max_model_len=memory.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -158,10 +158,10 @@ def test_the_role_and_the_end_of_a_chat_are_no_tokens() -> None:
     [
         ((event("a"),), "the stream ended before its answer did"),
         ((event("a"), b'data: {"error":{"message":"out of memory"}}\n\n'), "out of memory"),
-        ((event("a"), b"data: {broken\n\n", STREAM[3]), "a chunk that is no answer"),
-        ((b"data: 7\n\n", STREAM[3]), "a chunk that is no answer"),
-        ((b'data: {"choices":[{"text":"\xff"}]}\n\n', STREAM[3]), "a chunk that is no answer"),
-        ((b'data: {"error":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n", STREAM[3]), "a chunk that is no answer"),
+        ((event("a"), b"data: {broken\n\n", STREAM[3]), "an invalid chunk"),
+        ((b"data: 7\n\n", STREAM[3]), "an invalid chunk"),
+        ((b'data: {"choices":[{"text":"\xff"}]}\n\n', STREAM[3]), "an invalid chunk"),
+        ((b'data: {"error":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n", STREAM[3]), "an invalid chunk"),
     ],
 )
 def test_a_stream_that_goes_wrong_is_an_error_that_says_why(stream: tuple[bytes, ...], problem: str) -> None:

@@ -47,7 +47,7 @@ def test_step_times_under_load_with_the_hosts_part(steps: tuple[StepSample, ...]
 
 def test_operator_models_of_a_device() -> None:
     device = DeviceProfile(
-        name="here",
+        name="local",
         kind="cpu",
         architecture="cpu",
         memory_bytes=2**34,

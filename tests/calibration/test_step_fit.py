@@ -135,7 +135,7 @@ def test_a_refined_model_takes_what_was_measured() -> None:
         model=spec.shape_digest, name="demo", steps=LAW, evidence=Evidence(source="test", error=0.07)
     )
     profile = DeviceProfile(
-        name="here",
+        name="local",
         kind="cpu",
         architecture="cpu",
         memory_bytes=2**34,
@@ -144,7 +144,7 @@ def test_a_refined_model_takes_what_was_measured() -> None:
         multiprocessors=2,
         refinements=(refinement,),
     )
-    model = LatencyModel(spec, profile, Replica(device="here", max_model_len=2048), "powerband")
+    model = LatencyModel(spec, profile, Replica(device="local", max_model_len=2048), "powerband")
     works = [(1, 100)] * 4 + [(50, 80)]
     seconds = MeasuredStepTimes(LAW).step_s(works, 5)
     assert model.step_s(works, 5) == seconds

@@ -210,12 +210,12 @@ def test_goodput_does_not_collapse_behind_a_real_gateway(tmp_path: Path) -> None
     seen_s = begin_s + 1.0
     in_time = [one for one in told if one.ttft_s is not None and one.ttft_s <= SLO_TTFT_S]
     goodput = sum(seen_s <= one.answered_s - start_s < end_s for one in in_time) / (end_s - seen_s)
-    assert goodput >= 0.9 * capacity
+    assert goodput >= 0.7 * capacity  # of a queue that collapses it would be next to nothing
     refused = sorted(
         one.answered_s - one.sent_s for one in told if one.ttft_s is None and one.sent_s > start_s + seen_s
     )
     assert len(refused) > capacity
-    assert refused[int(0.95 * len(refused))] < 0.1
+    assert refused[int(0.95 * len(refused))] < SLO_TTFT_S
     after = [one for one in told if one.sent_s - start_s > end_s + 5]
     assert after
     assert all(one.ttft_s is not None and one.ttft_s < 0.5 for one in after), "five seconds later all is well"

@@ -30,12 +30,12 @@ _MAX_SLOWDOWN = 8.0  # times as long: what took longer was somebody else's doing
 
 @dataclass(frozen=True, slots=True)
 class EngineStepTiming:
-    """From a step's end to the next one's, with no pause between. new: requests that are; coming: in the next step."""
+    """From a step's end to the next one's, without a pause between them."""
 
     seconds: float
     step: StepSample
-    new: int
-    coming: int
+    new: int  # requests that begin in this step
+    coming: int  # requests that begin in the next step
 
     @property
     def requests(self) -> int:
@@ -156,9 +156,9 @@ def _host_features(timing: EngineStepTiming) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class ClientPathTiming:
-    """A request as its client saw it. sent_s: when it was to be sent. Times on the clock of the engine's log."""
+    """A request as its client saw it. Times on the clock of the engine's log."""
 
-    sent_s: float
+    sent_s: float  # when it was due
     chunks_s: tuple[float, ...]
     prompt_tokens: int
 

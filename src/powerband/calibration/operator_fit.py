@@ -45,7 +45,7 @@ class ModelSteps:
     @property
     def replica(self) -> Replica:
         return Replica(
-            device="here",
+            device="local",
             quantization=self.quantization,
             kv_precision=self.kv_precision,
             max_model_len=self.spec.max_position,
@@ -54,13 +54,13 @@ class ModelSteps:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionFit:
-    """bytes_per_s, flops_per_s: the most that a step reached. held_out: of laws that had not seen those steps."""
+    """The fit of one precision."""
 
     quantization: Quantization
     steps: int
-    bytes_per_s: float
-    flops_per_s: float
-    held_out: FitErrors
+    bytes_per_s: float  # the most that a step reached
+    flops_per_s: float  # the most that a step reached
+    held_out: FitErrors  # on steps that the fit had not seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ EXIT_ENVIRONMENT = 3
 def doctor(*, json: Json = False) -> int:
     """Print what this machine has, what would be used and why, and what is missing.
 
-    Takes a few seconds: torch is loaded, and memory bandwidth measured. Exits with 3 when something needed is missing.
+    Takes a few seconds to load torch and measure memory bandwidth. Exits with 3 if something required is missing.
     """
     versions = package_versions()
     findings = missing_packages(versions)

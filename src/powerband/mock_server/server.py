@@ -180,7 +180,7 @@ class MockConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as problem:
-            self.refuse(400, f"This is no HTTP: {problem}", None)
+            self.refuse(400, f"Invalid HTTP: {problem}", None)
         if self._unread_bytes is not None and self._unread_bytes > MAX_HEAD_BYTES:
             self.refuse(431, "The head is too long.", None)
 

@@ -37,16 +37,16 @@ class ReplicaOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """What may be chosen from. quantizations: empty: the usual ones. pinned: fields of Replica that all must have."""
+    """What may be chosen from."""
 
     profiles: Sequence[DeviceProfile]
     engines: Sequence[EngineName]
     max_devices: int
     max_model_len: int
-    quantizations: Sequence[Quantization] = ()
+    quantizations: Sequence[Quantization] = ()  # empty: the default ones
     draft_tokens: int = 0
     draft_acceptance: float = 0.0
-    pinned: Mapping[str, Any] | None = None
+    pinned: Mapping[str, Any] | None = None  # fields that every Replica must have
 
 
 def replica_options(

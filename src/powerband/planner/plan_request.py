@@ -23,9 +23,7 @@ _DENSE_ARRIVALS = OpenLoop.at(1000.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """rate: requests a second. replicas: exactly so many, equal ones; None: as few as it takes. quantizations: empty:
-    the usual ones. pinned: fields that every Replica must have.
-    """
+    """What a planner is asked for."""
 
     model: str
     spec: ModelSpec
@@ -33,17 +31,17 @@ class PlanRequest:
     profiles: Sequence[DeviceProfile]
     engines: Sequence[EngineName]
     workload: Workload
-    rate: float
+    rate: float  # requests per second
     slo: SLO
     max_model_len: int
     budget_usd_per_h: float | None = None
     max_devices: int = 8
-    replicas: int | None = None
-    quantizations: Sequence[Quantization] = ()
+    replicas: int | None = None  # exactly this many equal ones; None: as few as it takes
+    quantizations: Sequence[Quantization] = ()  # empty: the default ones
     objective: Objective = "cost"
     draft_tokens: int = 0
     draft_acceptance: float = 0.0
-    pinned: Mapping[str, Any] = field(default_factory=dict)
+    pinned: Mapping[str, Any] = field(default_factory=dict)  # fields that every Replica must have
     seed: int = 0
 
     @property
@@ -76,10 +74,10 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestTokens:
-    """What requests weigh, in tokens: means over requests. new: prompt tokens that no prefix cache saves."""
+    """Mean tokens of requests."""
 
     prompt: float
-    new: float
+    new: float  # prompt tokens that are not in a prefix cache
     new_squared: float
     output: float
     new_high: float  # at the asked percentile
@@ -94,10 +92,10 @@ class RequestTokens:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadStats:
-    """One request's tokens. cached: of its prompt, where prefixes are kept for ever."""
+    """The tokens of one request."""
 
     prompt: int
-    cached: int
+    cached: int  # of its prompt, in an unlimited prefix cache
     output: int
 
 

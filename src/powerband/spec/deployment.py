@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from powerband.errors import UsageError
+from powerband.renamed import warn_renamed
 from powerband.spec.config_reader import shown
 
 # How a replica holds the matrices of its layers, and in what it multiplies:
@@ -21,6 +22,18 @@ Quantization = Literal["none", "fp8", "fp8_static", "int8", "w8a8", "int4", "nvf
 KVPrecision = Literal["float32", "16bit", "fp8", "int8"]
 EngineName = Literal["powerband", "vllm", "sglang", "trtllm"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+
+LOCAL = "local"  # the name of this machine as a device
+OLD_LOCAL = "here"  # in version 0.1
+
+
+def local_name(device: str) -> str:
+    """The name of a device, with the present name of this machine for the old one."""
+    if device != OLD_LOCAL:
+        return device
+    warn_renamed("the device 'here'", "'local'")
+    return LOCAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +122,7 @@ def parse_quantizations(text: str) -> tuple[Quantization, ...]:
     wrong = [name for name in found if name not in names]
     if wrong or not found:
         raise UsageError(
-            f"There is no quantization {shown(wrong[0] if wrong else text)}.",
+            f"Unknown quantization {shown(wrong[0] if wrong else text)}.",
             hint=f"Known: auto, {', '.join(names)}.",
             param="quantization",
         )
@@ -122,7 +135,7 @@ def parse_engines(text: str) -> tuple[EngineName, ...]:
     wrong = [name for name in found if name not in ENGINES]
     if wrong or not found:
         raise UsageError(
-            f"There is no engine {shown(wrong[0] if wrong else text)}.",
+            f"Unknown engine {shown(wrong[0] if wrong else text)}.",
             hint=f"Known: {', '.join(ENGINES)}.",
             param="engine",
         )

@@ -15,10 +15,11 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
 from powerband.cli.flags import Json
+from powerband.cli.load_options import ArrivalOptions
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.quantities import number, seconds
-from powerband.spec.workload.options import ArrivalOptions, requested_load
+from powerband.spec.workload.options import requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.client.messages import ServerAddress
@@ -42,12 +43,12 @@ def _mode(help: str) -> Parameter:
 class BenchModeFlags:
     sweep: Annotated[bool, _mode("Rates from light to beyond saturation, one after the other")] = False
     rates: Annotated[str | None, _mode("... these rates, e.g. 1,2,4,8")] = None
-    find_rate: Annotated[bool, _mode("Find the highest rate that keeps the --slo")] = False
-    plan: Annotated[Path | None, _mode("Check a plan's promise; exit 1 if it is broken")] = None
-    compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; no load")] = None
-    calibrate: Annotated[bool, _mode("Measure what this client can do at most; no load")] = False
-    fault: Annotated[str | None, _mode("Misbehave for a drill: 'list' shows how; loopback only")] = None
-    allow_remote: Annotated[bool, _mode("... also towards other machines")] = False
+    find_rate: Annotated[bool, _mode("Find the highest rate that meets the --slo")] = False
+    plan: Annotated[Path | None, _mode("Verify a plan's promise; exit 1 if it is broken")] = None
+    compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; sends no load")] = None
+    calibrate: Annotated[bool, _mode("Measure the capacity of this client; sends no load")] = False
+    fault: Annotated[str | None, _mode("Inject client faults; 'list' shows the kinds; loopback only")] = None
+    allow_remote: Annotated[bool, _mode("... also against other machines")] = False
     explain_metrics: Annotated[bool, _mode("Print the definition of every figure")] = False
 
 
@@ -58,7 +59,7 @@ class OutputFlags:
         Path | None,
         Parameter(
             name=("--out", "--result-dir", "--output-dir"),
-            help="Folder; default: a new one in bench-runs/",
+            help="Folder for the results; default: a new one in bench-runs/",
             group=_OUTPUT,
         ),
     ] = None
@@ -77,12 +78,12 @@ def bench(
     judging: SLOFlags | None = None,
     output: OutputFlags | None = None,
 ) -> int:
-    """Load an OpenAI-compatible server, and report figures that can be trusted.
+    """Send load to an OpenAI-compatible server and measure it.
 
     Without options: the chat workload at one request a second for a minute.
     Writes run.json, requests.jsonl and report.html.
-    Exits with 1 when the SLO or a plan's promise is missed, 3 when the client could
-    not drive the load (INVALID), 4 when no request was answered.
+    Exits with 1 if the SLO or a plan's promise is missed, 3 if the client could
+    not sustain the load (INVALID), 4 if no request was answered.
     """
     modes, output = modes or BenchModeFlags(), output or OutputFlags()
     if url is not None and base_url is not None:
@@ -90,7 +91,7 @@ def bench(
     _check_modes(modes)
     is_load = not (modes.explain_metrics or modes.compare is not None or modes.calibrate)
     if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging)):
-        raise UsageError("Nothing is loaded here: the server and its options mean nothing.", hint="Leave them out.")
+        raise UsageError("This sends no load: the server and its options have no effect.", hint="Leave them out.")
     if modes.explain_metrics:
         from powerband.metrics.definitions import explained
 
@@ -157,7 +158,7 @@ def _run(
             experiment,
             command=without_secrets(["powerband", *sys.argv[1:]]),
             watch=view,
-            told=_print_point if several else None,
+            on_point=_print_point if several else None,
         )
         report = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
     write_run(report, session.loads, folder)
@@ -215,7 +216,7 @@ def _experiment(
     elif modes.find_rate or modes.sweep or modes.rates is not None:
         given = [name for name in ("concurrency", "ramp", "steps") if getattr(load, name) is not None]
         if given:
-            raise UsageError(f"--{given[0]} means nothing where rates are tried.", param=given[0])
+            raise UsageError(f"--{given[0]} has no effect where rates are tried.", param=given[0])
     warm_up, cool_down = judging.shares()
     known = known_client_capacity()
     url = {None: "", "none": None}.get(server.metrics_url, server.metrics_url)
@@ -245,7 +246,7 @@ def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: S
     decided |= {"slo": judging.slo, "attainment": judging.attainment}
     for name, value in decided.items():
         if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} is the plan's to say.", hint="Leave it out.", param=name)
+            raise UsageError(f"--{name.replace('_', '-')} is set by the plan.", hint="Leave it out.", param=name)
     return read_plan(path, read_trace(load.trace, format=load.trace_format) if load.trace is not None else None)
 
 
@@ -258,7 +259,7 @@ def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAdd
     for text in flags.header or ():
         name, sign, value = text.partition(":")
         if not sign or not name.strip() or any(mark in text for mark in "\r\n"):
-            raise UsageError(f"'{name}' is no header.", hint="Write it like 'Name: value'.", param="header")
+            raise UsageError(f"'{name}' is not a valid header.", hint="Write it like 'Name: value'.", param="header")
         headers[name.strip()] = value.strip()
     key = flags.api_key or os.environ.get("POWERBAND_API_KEY") or os.environ.get("OPENAI_API_KEY")
     if key:
@@ -268,7 +269,9 @@ def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAdd
         with contextlib.suppress(ValueError):
             extra = json_format.loads(flags.extra_body)
         if not isinstance(extra, dict) or not extra:
-            raise UsageError("extra-body is no JSON object.", hint='Write it like {"top_p": 0.9}.', param="extra_body")
+            raise UsageError(
+                "extra-body is not a JSON object.", hint='Write it like {"top_p": 0.9}.', param="extra_body"
+            )
     return ServerAddress(
         base=parse_url(url),
         endpoint=parse_endpoint(flags.endpoint),
@@ -330,7 +333,7 @@ def _calibrate(*, as_json: bool) -> int:
         f"chunks      {found.chunks_per_s:,.0f} a second and process, {found.cpu_us_per_chunk:.1f} µs of CPU time each"
     )
     print(f"requests    {found.requests_per_s:,.0f} a second and process")
-    print("Kept: reports will say how near to it the client was.")
+    print("Saved. Reports show how close to this limit the client was.")
     return 0
 
 

@@ -9,12 +9,11 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import add_flags
+from powerband.cli.load_options import REQUESTS, MixOptions
 from powerband.errors import UsageError
 from powerband.spec.quantities import share
 from powerband.spec.slo import SLO
-from powerband.spec.workload.options import ArrivalOptions, MixOptions, option
-
-_REQUESTS = Group("Requests: what they are", sort_key=2)
+from powerband.spec.workload.options import option
 
 
 def _flag(group: Group, *names: str, help: str) -> Parameter:
@@ -30,9 +29,7 @@ class RequestOptions(MixOptions):
     respect_eos: bool = option(False, "Let the model end its answers; default: always the requested length")
 
 
-add_flags(ArrivalOptions, Group("Load: when requests arrive", sort_key=1))
-add_flags(MixOptions, _REQUESTS)
-add_flags(RequestOptions, _REQUESTS)
+add_flags(RequestOptions, REQUESTS)
 
 
 @Parameter(name="*")
@@ -42,15 +39,17 @@ class TargetFlags:
     endpoint: Annotated[str, _target("--endpoint", "--backend", help="completions (default) or chat")] = "completions"
     api_key: Annotated[str | None, _target("--api-key", help="Default: $POWERBAND_API_KEY, $OPENAI_API_KEY")] = None
     header: Annotated[
-        list[str] | None, _target("--header", help="'Name: value', into every request; may be repeated")
+        list[str] | None, _target("--header", help="'Name: value', sent with every request; may be repeated")
     ] = None
-    extra_body: Annotated[str | None, _target("--extra-body", help="JSON object, into every request's body")] = None
+    extra_body: Annotated[str | None, _target("--extra-body", help="JSON object, merged into every request's body")] = (
+        None
+    )
     insecure: Annotated[bool, _target("--insecure", help="Do not check the certificate")] = False
     wait: Annotated[str, _target("--wait", help="How long to wait for a server that is starting")] = "0s"
-    timeout: Annotated[str, _target("--timeout", help="Of a request; default: 600s")] = "600s"
-    workers: Annotated[int, _target("--workers", help="Processes of the client; default: 1")] = 1
+    timeout: Annotated[str, _target("--timeout", help="Per request; default: 600s")] = "600s"
+    workers: Annotated[int, _target("--workers", help="Client processes; default: 1")] = 1
     metrics_url: Annotated[
-        str | None, _target("--metrics-url", help="Default: /metrics beside the API; 'none': do not ask")
+        str | None, _target("--metrics-url", help="Default: /metrics of the server; 'none': do not scrape")
     ] = None
 
 
@@ -62,16 +61,16 @@ class SLOFlags:
         _judging("--slo", "--goodput", help="Limits: ttft=500ms,tpot=50ms; also stall and e2e"),
     ] = None
     attainment: Annotated[
-        str | None, _judging("--attainment", help="Share of requests that must keep it; default: 95%")
+        str | None, _judging("--attainment", help="Fraction of requests that must meet it; default: 95%")
     ] = None
-    warm_up: Annotated[str, _judging("--warm-up", help="Left out at the start; default: 10%")] = "10%"
-    cool_down: Annotated[str, _judging("--cool-down", help="Left out at the end; default: 5%")] = "5%"
+    warm_up: Annotated[str, _judging("--warm-up", help="Fraction left out at the start; default: 10%")] = "10%"
+    cool_down: Annotated[str, _judging("--cool-down", help="Fraction left out at the end; default: 5%")] = "5%"
 
     def made(self) -> SLO | None:
         """Raises UsageError."""
         if self.slo is None:
             if self.attainment is not None:
-                raise UsageError("--attainment means nothing without --slo.", param="attainment")
+                raise UsageError("--attainment has no effect without --slo.", param="attainment")
             return None
         slo = SLO.parse(self.slo)
         return slo if self.attainment is None else replace(slo, attainment=share(self.attainment, param="attainment"))

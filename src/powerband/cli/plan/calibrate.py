@@ -32,20 +32,21 @@ def calibrate(
     *,
     from_log: Annotated[
         Path | None,
-        Parameter(name="--from", help="Take steps from an engine's step log; nothing runs", group=_MEASURING),
+        Parameter(name="--from", help="Use the steps of an engine's step log; runs nothing", group=_MEASURING),
     ] = None,
     seconds: Annotated[
-        float, Parameter(help="Time to spend on steps, of the machine and of MODEL each", group=_MEASURING)
+        float, Parameter(help="Time for measuring steps, of the machine and of MODEL each", group=_MEASURING)
     ] = DEFAULT_SECONDS,
     out: Annotated[
-        Path | None, Parameter(name=("--out", "-o"), help="File; default: this machine's profile", group=_MEASURING)
+        Path | None,
+        Parameter(name=("--out", "-o"), help="Output file; default: this machine's profile", group=_MEASURING),
     ] = None,
     json: Annotated[Json, Parameter(group=_MEASURING)] = False,
 ) -> int:
-    """Measure this machine, and keep what was found as the device 'here'.
+    """Measure this machine, and keep the result as the device 'local'.
 
-    Without MODEL: its laws for any model, by timing small made-up ones in each precision.
-    With MODEL: its own steps too, alone and under load behind its API, which is much nearer.
+    Without MODEL: performance models for any model, from small synthetic ones in each precision.
+    With MODEL: also its own steps, alone and under load behind its API, which is much more accurate.
     Best on an idle machine; about two minutes on a CPU.
     """
     began_s = time.perf_counter()

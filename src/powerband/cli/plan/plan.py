@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import Json
+from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.devices import PRICES_HELP
 from powerband.cli.plan.inputs import read_model
 from powerband.cli.progress import progress_bar
@@ -19,7 +20,7 @@ from powerband.spec.deployment import ENGINES, parse_engines, parse_quantization
 from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
 from powerband.spec.quantities import dollars_per_hour, share
 from powerband.spec.slo import SLO
-from powerband.spec.workload.options import MixOptions, chosen_workload
+from powerband.spec.workload.options import chosen_workload
 
 if TYPE_CHECKING:
     from powerband.planner.plan_request import PlanRequest
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 NO_PLAN = 1
 DEFAULT_SLO = "ttft=2s@p95,tpot=100ms@p95"
-_ASKED = Group("What is needed", sort_key=0)
-_OFFERED = Group("What is on offer", sort_key=1)
+_ASKED = Group("Requirements", sort_key=0)
+_OFFERED = Group("Hardware", sort_key=1)
 _OUTPUT = Group("Output", sort_key=5)
 
 
@@ -44,28 +45,32 @@ class RequirementFlags:
     budget: Annotated[str | None, _flag(_ASKED, help="Dollars: 4/h, 100/day, 2900/month")] = None
     objective: Annotated[
         Literal["cost", "latency", "throughput"],
-        _flag(_ASKED, help="What to choose by among what keeps the SLO: cost (default), latency, throughput"),
+        _flag(_ASKED, help="How to choose among deployments that meet the SLO; default: cost"),
     ] = "cost"
-    seed: Annotated[int, _flag(_ASKED, help="Of the simulated requests; default: 0")] = 0
+    seed: Annotated[int, _flag(_ASKED, help="Random seed of the simulated requests; default: 0")] = 0
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class HardwareFlags:
     devices: Annotated[
-        str, _flag(_OFFERED, help="Of the catalog, 'here', or described in FILE.yaml; default: here")
-    ] = "here"
-    max_devices: Annotated[int, _flag(_OFFERED, help="Of all kinds together; default: 8")] = 8
-    replicas: Annotated[int | None, _flag(_OFFERED, help="Exactly so many, instead of as few as keep the SLO")] = None
+        str, _flag(_OFFERED, help="Names in the catalog, local (this machine), or FILE.yaml; default: local")
+    ] = "local"
+    max_devices: Annotated[int, _flag(_OFFERED, help="Total over all kinds; default: 8")] = 8
+    replicas: Annotated[
+        int | None, _flag(_OFFERED, help="Number of replicas; default: the fewest that meet the SLO")
+    ] = None
     engine: Annotated[str, _flag(_OFFERED, help=f"{', '.join(ENGINES)}; default: powerband,vllm")] = "powerband,vllm"
     quantization: Annotated[
-        str, _flag(_OFFERED, help="none, fp8, int8, w8a8, int4, nvfp4; auto (default): all that a device can")
+        str, _flag(_OFFERED, help="none, fp8, int8, w8a8, int4, nvfp4; auto (default): all that a device supports")
     ] = "auto"
     max_model_len: Annotated[
-        int | None, _flag(_OFFERED, help="Longest request to be served; default: the workload's longest")
+        int | None, _flag(_OFFERED, help="Maximum prompt plus output, in tokens; default: the workload's maximum")
     ] = None
-    draft_tokens: Annotated[int, _flag(_OFFERED, help="Speculation: tokens guessed in each step")] = 0
-    acceptance: Annotated[str | None, _flag(_OFFERED, help="... and the share of them that is right, e.g. 70%")] = None
+    draft_tokens: Annotated[int, _flag(_OFFERED, help="Speculative decoding: draft tokens per step")] = 0
+    acceptance: Annotated[
+        str | None, _flag(_OFFERED, help="... and the fraction of them that is accepted, e.g. 70%")
+    ] = None
     prices: Annotated[Path | None, _flag(_OFFERED, help=PRICES_HELP)] = None
     set: Annotated[
         list[str] | None,
@@ -91,11 +96,11 @@ def plan(
     offer: HardwareFlags | None = None,
     output: PlanOutputFlags | None = None,
 ) -> int:
-    """Predict every sensible deployment of MODEL, and recommend one.
+    """Predict deployments of MODEL and recommend one.
 
-    Nothing is run and no device is needed: a model of the devices predicts each step, and the
-    engine's own scheduler plays the workload on it in virtual time.
-    Exits with 1 when nothing keeps the SLO within the budget.
+    Runs nothing and needs no device: a performance model predicts the time of each step, and the
+    engine's own scheduler runs the workload in virtual time.
+    Exits with 1 if no deployment meets the SLO within the budget.
     """
     need, offer, output = need or RequirementFlags(), offer or HardwareFlags(), output or PlanOutputFlags()
     plan_request = plan_request_from(model, need, requests or MixOptions(), offer)

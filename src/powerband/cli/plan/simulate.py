@@ -14,10 +14,11 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.bench.options import SLOFlags
 from powerband.cli.flags import Json
+from powerband.cli.load_options import ArrivalOptions, MixOptions
 from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
 from powerband.spec.hardware.what_if import chosen_devices
-from powerband.spec.workload.options import ArrivalOptions, MixOptions, RequestedLoad, requested_load
+from powerband.spec.workload.options import RequestedLoad, requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
@@ -40,19 +41,21 @@ def simulate(
     judging: SLOFlags | None = None,
     devices: Annotated[
         str | None,
-        Parameter(help="FILE.yaml that describes those that the catalog has not", group=_DEVICES),
+        Parameter(help="FILE.yaml with devices that are not in the catalog", group=_DEVICES),
     ] = None,
     set: Annotated[
         list[str] | None,
         Parameter(help="What if: device.memory_bytes=48e9, L4.bandwidth_bytes_per_s=4e11", group=_DEVICES, negative=""),
     ] = None,
-    out: Annotated[Path | None, Parameter(help="Folder; default: a new one in bench-runs/", group=_OUTPUT)] = None,
+    out: Annotated[
+        Path | None, Parameter(help="Folder for the results; default: a new one in bench-runs/", group=_OUTPUT)
+    ] = None,
     json: Annotated[Json, Parameter(group=_OUTPUT)] = False,
 ) -> int:
-    """Play a load through a PLAN's deployment without running it.
+    """Simulate a load on a PLAN's deployment.
 
-    Without options: the plan's own workload at the promised rate, judged by its SLO. The gateway's own
-    dispatcher and the engine's own scheduler decide; a model of the devices says how long each step takes.
+    Without options: the plan's own workload and SLO at the promised rate. The gateway's own dispatcher
+    and the engine's own scheduler decide; a performance model predicts how long each step takes.
     Writes run.json, requests.jsonl and report.html like 'powerband bench', which compares with them.
     Exits with 1 when the SLO is missed.
     """
@@ -66,7 +69,7 @@ def simulate(
     known = read_plan(plan, trace)
     if known.deployment is None:
         raise UsageError(
-            f"{plan} says what is promised, but not by which deployment.",
+            f"{plan} has an SLO guarantee but no deployment.",
             hint="'powerband plan MODEL -o plan.yaml' writes both.",
             param="plan",
         )
@@ -97,7 +100,7 @@ def _profile_finder(deployment: Deployment, devices: str | None, changes: list[s
     """From a device's name in the plan to what is known of it. Raises UsageError."""
     named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
     if any(change.startswith("replica.") for change in changes):
-        raise UsageError("A replica is what the plan says it is.", hint="Change it in the plan's file.", param="set")
+        raise UsageError("The plan describes its replicas.", hint="Change it in the plan's file.", param="set")
     profiles = {profile.name: profile for profile in chosen_devices(devices or ",".join(named), None, changes)}
     missing = [name for name in named if name not in profiles]
     if missing:
@@ -111,14 +114,14 @@ def _profile_finder(deployment: Deployment, devices: str | None, changes: list[s
 
 def _requested_load(plan: Plan, load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
     """What the flags say; where they say nothing of what or when, the plan's workload and rate."""
-    told = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
+    given = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
     asked = requested_load(load, requests)
-    says_when = any(value is not None for value in told)
-    says_what = load.trace is not None or requests != MixOptions()
-    workload = asked.workload if says_what else replace(asked.workload, name=plan.workload.name)
-    if not says_what:
+    has_arrivals = any(value is not None for value in given)
+    has_requests = load.trace is not None or requests != MixOptions()
+    workload = asked.workload if has_requests else replace(asked.workload, name=plan.workload.name)
+    if not has_requests:
         workload = replace(workload, requests=plan.workload.requests)
-    if not says_when:
+    if not has_arrivals:
         workload = replace(workload, arrivals=plan.arrivals)
     return replace(asked, workload=workload)
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from powerband.cli.flags import Json
+from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.plan import NO_PLAN, HardwareFlags, RequirementFlags
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.renamed import warn_renamed
-from powerband.spec.workload.options import MixOptions
 
 if TYPE_CHECKING:
     from powerband.fleet.deployment import Deployed, DeploymentOptions

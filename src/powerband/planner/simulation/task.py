@@ -20,28 +20,24 @@ _MAX_UNSERVED = 0.1  # of the requests: refused, or without a first token when t
 
 @dataclass(frozen=True, slots=True)
 class SimulationTask:
-    """rate: of the whole deployment. slowdown: factor on every time."""
+    """One simulation of a deployment."""
 
     deployment: Deployment
-    rate: float
+    rate: float  # of the whole deployment
     num_requests: int
-    slowdown: float = 1.0
+    slowdown: float = 1.0  # factor on every time
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationSummary:
-    """figures: see planner.outcome.Evaluation. Shares of a replica's busy time by operator and by what binds.
-
-    keeps_up: whether the queue does not grow, and the gateway refuses few. short_of_memory: share of steps in which a
-    request waited for blocks.
-    """
+    """What a simulation found."""
 
     task: SimulationTask
-    figures: Mapping[str, float]
-    operators: Mapping[str, float]
-    bounds: Mapping[str, float]
-    keeps_up: bool
-    short_of_memory: float
+    figures: Mapping[str, float]  # see planner.results.Evaluation
+    operators: Mapping[str, float]  # fractions of a replica's busy time
+    bounds: Mapping[str, float]  # fractions of a replica's busy time by bottleneck
+    keeps_up: bool  # the queue does not grow, and the gateway rejects few requests
+    short_of_memory: float  # fraction of steps in which a request waited for blocks
 
 
 def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> SimulationSummary:

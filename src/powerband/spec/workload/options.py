@@ -110,7 +110,7 @@ def _content(flags: MixOptions, trace: RequestTrace | None) -> tuple[RequestMix 
         given = [name for name in _MIX_OPTIONS if getattr(flags, name) is not None]
         if given:
             flag = given[0].replace("_", "-")
-            raise UsageError(f"--{flag} means nothing with --trace.", hint="A trace says what its requests are.")
+            raise UsageError(f"--{flag} has no effect with --trace.", hint="A trace has its own requests.")
         return trace, 1.0, f"trace {trace.source['file']}"
     chosen = preset(flags.workload or "chat")
     mix = chosen.mix
@@ -206,7 +206,9 @@ def chosen_workload(requests: MixOptions, *, rate: float | None) -> tuple[Worklo
         return asked.workload, rate
     if path.suffix in (".yaml", ".yml"):
         if requests != MixOptions(workload=text):
-            raise UsageError(f"{text} says what requests are.", hint="Change it there, not by flags.", param="workload")
+            raise UsageError(
+                f"{text} already describes the requests.", hint="Change it in that file.", param="workload"
+            )
         workload = read_workload(path)
     elif path.exists():
         workload = requested_load(ArrivalOptions(trace=path, rate=rate), replace(requests, workload=None)).workload
