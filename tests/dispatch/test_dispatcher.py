@@ -26,7 +26,7 @@ def request(prompt_tokens: int = 10, **more: object) -> DispatchRequest:
 
 
 def fill(pool: Dispatcher, count: int) -> list[InFlightRequest]:
-    sent = [pool.submit(request(), 0.0) for _ in range(count)]
+    sent = [pool.submit(request(), 0.5) for _ in range(count)]
     return [one for one in sent if isinstance(one, InFlightRequest)]
 
 
@@ -44,6 +44,7 @@ def test_a_request_is_sent_at_once_or_queued_and_sent_when_a_place_becomes_free(
 
 def test_nothing_happens_between_deadlines_and_without_waiting_there_are_none() -> None:
     pool = dispatcher(max_queue_wait_s=7.0)
+    pool.tick(TICK_S)  # the last that was due while the backend was not ready
     assert pool.next_deadline() is None
     sent = fill(pool, 3)
     assert pool.next_deadline() is None
@@ -75,8 +76,8 @@ def test_a_request_that_is_cancelled_is_never_decided() -> None:
 def test_the_first_end_and_the_first_token_count() -> None:
     pool = dispatcher()
     [sent] = fill(pool, 1)
-    for _ in range(2):
-        pool.first_token(sent, 0.5)
+    for time_s in (0.7, 0.8):
+        pool.first_token(sent, time_s)
     assert sent.backend.outstanding == 10
     pool.release(sent, "ok", 1.0)
     pool.release(sent, "failed", 1.0)
@@ -86,7 +87,7 @@ def test_the_first_end_and_the_first_token_count() -> None:
 def test_a_request_that_was_never_sent_teaches_nothing_and_costs_its_tenant_nothing() -> None:
     pool = dispatcher()
     [sent] = fill(pool, 1)
-    pool.release(sent, "unsent", 0.0)
+    pool.release(sent, "unsent", 0.5)
     queues = [length_pool.queue for length_pool in pool._pools]
     assert [level.tags for level in queues[0]._levels.values()] == [{"anonymous": 0.0}]
     assert pool._pools[0].admission.capacity._num_ended == 0
@@ -120,8 +121,8 @@ def test_long_prompts_wait_for_the_backends_that_take_them() -> None:
 def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
     pool = dispatcher(max_queued_requests=1)
     fill(pool, 3)
-    pool.submit(request(), 0.0)
+    pool.submit(request(), 0.5)
     with pytest.raises(PoolFull) as refusal:
-        pool.submit(request(), 0.0)
+        pool.submit(request(), 0.5)
     assert refusal.value.retry_after_s is not None
     assert isinstance(refusal.value, PoolError)

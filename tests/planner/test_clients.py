@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from powerband.core.step import FinishReason
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.dispatch.prefix import BLOCK_ENDS
 from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
@@ -44,13 +45,7 @@ def test_a_later_turn_has_the_keys_of_all_that_was_said() -> None:
     talk = ConversationClient(Chain(0.0, (first, later)))
     talk.prefix_keys()
     talk.next_request(0.0)
-    talk.on_complete(_answered(sent))
+    talk.on_complete(sent.record(FinishReason.LENGTH))
     assert talk.prompt_tokens == 350 + 100 + 200
     assert talk.prefix_keys()[: len(keys)] == keys
     assert len(talk.prefix_keys()) > len(keys)
-
-
-def _answered(sent: SimulatedRequest):  # a record
-    from powerband.core.step import FinishReason
-
-    return sent.record(FinishReason.LENGTH)
