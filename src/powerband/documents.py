@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from powerband.errors import EnvironmentFault, UsageError
 if TYPE_CHECKING:
     from yaml.events import Event
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_HINT = "Run 'git lfs pull' in its folder."
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 100_000  # names and values, each alias counting as all that it stands for
@@ -75,15 +78,32 @@ def read_json_table(
     except EnvironmentFault as problem:
         raise EnvironmentFault(problem.message, hint=hint, code=missing_code, param=param) from None
     except UsageError as problem:
-        raise UsageError(problem.message, code=code, param=param) from None
+        raise UsageError(problem.message, hint=problem.hint, code=code, param=param) from None
     try:
-        values = json.loads(content.decode("utf-8-sig"), parse_int=_integer)
-        _check_depth(values)
-    except (ValueError, RecursionError) as problem:
+        values = parse_json(content)
+    except ValueError as problem:
         raise UsageError(f"{path} is not valid JSON: {_said(problem)}.", code=code, param=param) from None
     if not isinstance(values, dict):
         raise UsageError(_no_table(values, str(path), what, param).message, code=code, param=param)
     return values
+
+
+def parse_json(content: bytes | str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Any JSON within the bounds of depth and digits. Raises ValueError."""
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        values = json.loads(text, parse_int=_integer, object_pairs_hook=object_pairs_hook)
+    except RecursionError as problem:
+        raise _TooMuch(_said(problem)) from None
+    except UnicodeDecodeError as problem:
+        raise _TooMuch(_said(problem)) from None
+    _check_depth(values)
+    return values
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether it is what a clone without Git LFS has in the place of a large file."""
+    return content.startswith(LFS_POINTER)
 
 
 def read_bytes(path: Path, what: str, *, max_bytes: int, param: str | None = None) -> bytes:
@@ -95,6 +115,8 @@ def read_bytes(path: Path, what: str, *, max_bytes: int, param: str | None = Non
         raise EnvironmentFault(f"Cannot read {path}: {problem.strerror or problem}.", param=param) from None
     except ValueError:  # a NUL in its name
         raise UsageError(f"{str(path)[:MAX_NAME]!r} is not a file name.", param=param) from None
+    if is_lfs_pointer(content):
+        raise UsageError(f"{path} is a Git LFS pointer, not the file.", hint=LFS_HINT, param=param)
     if len(content) > max_bytes:
         raise UsageError(f"{path} is not a valid {what}: it is larger than {_size(max_bytes)}.", param=param)
     return content

@@ -187,3 +187,11 @@ def test_each_choice_is_opened_once_also_when_all_is_begun_again() -> None:
     state.resume(kept=0)
     assert state.tell(chunk(opening, index=0), 0.0) == b""
     assert state.tell(chunk(opening, index=1), 0.0)
+
+
+def test_a_huge_id_is_not_repeated_after_a_failover() -> None:
+    state = story_of("vllm")
+    huge = {"id": "i" * 100_000, "model": "m", "choices": [{"index": 0, "delta": {"content": "a"}}]}
+    state.tell(msgspec.json.encode(huge), 0.0)
+    state.resume(kept=0)
+    assert len(state.tell(chunk({"content": "b"}), 0.0)) < 1000

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gateways_for_tests import gateway_before
 
 from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.accounts import Accounts
@@ -21,6 +22,7 @@ from powerband.gateway.accounts.usage_log import UsageLog
 from powerband.gateway.options import RetentionOptions
 from powerband.gateway.request import CompletedRequest, GatewayRequest
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.mock_server.behavior import Behavior
 
 DAY_S = 86400
 
@@ -235,3 +237,13 @@ def test_a_sum_beyond_64_bits_does_not_end_the_report(accounts: Accounts) -> Non
         accounts.usage_log.note(replace(finished(id), record=most))
     written(accounts)
     assert rows(accounts)[0].prompt_tokens >= 2**63
+
+
+def test_what_was_refused_just_before_is_in_the_report(tmp_path: Path) -> None:
+    with gateway_before(tmp_path, Behavior()) as gateway:
+        gateway.replicas[0].kill()
+        for number in range(1, 4):
+            asked = {"model": "scripted", "prompt": "a", "max_tokens": 1, "deadline_s": 0.2}
+            assert gateway.post("/v1/completions", asked).status_code >= 500
+            total = gateway.admin.get("/admin/usage").json()["total"]
+            assert total["refused"] + total["errors"] == number

@@ -10,6 +10,8 @@ import pytest
 from powerband.errors import InvalidRequest
 from powerband.server.protocol import ChatRequest, CompletionRequest
 from powerband.web.body import decode
+from powerband.web.errors import HttpError
+from powerband.web.framing import ChunkedFraming
 
 
 def complaint(data: bytes, kind: type = CompletionRequest) -> InvalidRequest:
@@ -50,3 +52,20 @@ def test_a_complaint_takes_about_as_long_as_what_is_right() -> None:
     text = b" - at `$" * (1 << 18)
     right = cpu_s(b'{"model":"m","prompt":"%b"}' % text)
     assert cpu_s(b'{"model":"m","prompt":"a","%b":1}' % text) < 6 * right
+
+
+def test_a_body_of_tiny_chunks_is_refused_before_long() -> None:
+    small = ChunkedFraming()
+    assert read_all(small, b"1\r\na\r\n" * 10_000 + b"0\r\n\r\n") == b"a" * 10_000
+    with pytest.raises(HttpError, match="more of framing than of content"):
+        read_all(ChunkedFraming(), b"1\r\na\r\n" * 20_000)
+    fair = b"10\r\n" + b"a" * 16 + b"\r\n"
+    assert len(read_all(ChunkedFraming(), fair * 100_000)) == 1_600_000
+
+
+def read_all(framing: ChunkedFraming, data: bytes) -> bytes:
+    left, content = bytearray(data), bytearray()
+    while True:
+        content += framing.take(left)
+        if not framing.has_more:
+            return bytes(content)

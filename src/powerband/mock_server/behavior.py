@@ -82,7 +82,7 @@ class Behavior:
             if unknown:
                 raise UsageError(f"A script has no {', '.join(sorted(unknown))}.", param="script")
             return msgspec.convert(values, cls)
-        except msgspec.MsgspecError as problem:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as problem:
             raise UsageError(f"This is not a valid behavior: {problem}.", param="script") from None
 
 

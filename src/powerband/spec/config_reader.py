@@ -109,6 +109,13 @@ class ConfigReader:
             raise self.error(f"'{name}' must hold integers between {low} and {high}, not {shown(value)}", name)
         return tuple(items)
 
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """One id or a list of them. Some configurations write -1 where there is none, which no token is."""
+        value = self.values.get(name)
+        items = value if isinstance(value, list | tuple) else [value]
+        told = {**self.values, name: [item for item in items if item is not None and item != -1]}
+        return ConfigReader(told, self.source).integers(name, high=MAX_VOCABULARY)
+
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of exactly `length` positive finite numbers."""
         value = self.values.get(name)

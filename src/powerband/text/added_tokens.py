@@ -7,7 +7,6 @@ are the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
-from powerband.errors import EnvironmentFault
+from powerband.documents import parse_json, read_bytes
+from powerband.errors import EnvironmentFault, UsageError
 
 CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MAX_BYTES = 64 << 20
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -138,8 +139,10 @@ def read_table(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_bytes(file, "table of tokens", max_bytes=_MAX_BYTES))
+    except UsageError as error:
+        raise EnvironmentFault(error.message, hint=error.hint, code="tokenizer_format") from error
+    except ValueError as error:
         raise EnvironmentFault(
             f"{file} cannot be read: {error}.", hint="Fetch the file again.", code="tokenizer_format"
         ) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from powerband.documents import LFS_HINT, is_lfs_pointer
 from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
 from powerband.text.pieces import PieceRules, piece_rules
@@ -68,6 +69,11 @@ class Tokenizer:
                 f"T.from_pretrained('{path}').save_pretrained('{path}')\"",
                 code="tokenizer_format",
             )
+        with file.open("rb") as opened:
+            if is_lfs_pointer(opened.read(200)):
+                raise EnvironmentFault(
+                    f"{file} is a Git LFS pointer, not the file.", hint=LFS_HINT, code="tokenizer_format"
+                )
         try:
             rust = RustTokenizer.from_file(str(file))
             tokenizer = cls(rust, read_table(path / CONFIG), path)

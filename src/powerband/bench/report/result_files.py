@@ -73,7 +73,7 @@ def read_run(folder: Path) -> RunReport:
     path = folder / RUN_FILE
     try:
         values = msgspec.json.decode(_read_bytes(path), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
         raise _broken(path, str(problem)) from None
     schema = values.get("schema")
     if schema != SCHEMA:
@@ -95,7 +95,7 @@ def read_requests(folder: Path) -> list[list[RequestLine]]:
     for number, line in enumerate(_read_bytes(path).splitlines(), 1):
         try:
             request = _LINES.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
             raise _broken(path, f"line {number}: {problem}") from None
         points.setdefault(request.point, []).append(request)
     return [points.get(point, []) for point in range(max(points, default=-1) + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -145,6 +146,9 @@ class KeyRoutes:
         return asdict(key) | {"object": "key", "used": self._accounts.limits.used(key)}
 
 
+_WRITE_S = 1.0
+
+
 class ReportRoutes:
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
@@ -155,6 +159,8 @@ class ReportRoutes:
         since = _since(request, "24h", now)
         if len(set(by)) != len(by):
             raise InvalidRequest(f"'by' is {','.join(by)!r}; each once.", param="by")
+        with contextlib.suppress(StoreUnavailable):  # what ended just before is in it, unless the disk is full
+            await self._accounts.store.saved(timeout_s=_WRITE_S)
         rows = await self._accounts.store.query(lambda connection: report(connection, by, since, now))
         total = await self._accounts.store.query(lambda connection: report(connection, [], since, now))
         names = {key.id: key.name for key in self._accounts.keys.list()}

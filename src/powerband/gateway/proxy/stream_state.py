@@ -34,6 +34,7 @@ from powerband.web.streaming import DONE, event
 
 # What stays the same through a stream, beside the model.
 _LASTING = ("id", "created", "system_fingerprint")
+_MAX_LASTING_BYTES = 512  # larger ones would be repeated with every event after a failover
 _ENCODE = msgspec.json.Encoder().encode
 # How engines end an answer that they gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
 _GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
@@ -275,7 +276,9 @@ class StreamState:
         """The event as the client is to read it: the very bytes that came, if they may stay so."""
         if not self._lasting:
             first = FIELDS.decode(data)
-            self._lasting = {name: first[name] for name in _LASTING if name in first}
+            self._lasting = {
+                name: first[name] for name in _LASTING if name in first and len(first[name]) <= _MAX_LASTING_BYTES
+            }
         returns_usage = self._wants_usage and not (chunk.choices and self._strips_usage)
         if returns_usage and chunk.usage is not None and not chunk.choices:
             self._has_told_usage = True

@@ -6,13 +6,13 @@ shards, then whatever safetensors there are, but for copies in other layouts and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from powerband.documents import parse_json, read_bytes
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.checkpoint.safetensors import Header, read_header, unreadable
 
@@ -22,6 +22,7 @@ SINGLE = "model.safetensors"
 SET_ASIDE = ("consolidated*.safetensors", "adapter_*.safetensors", "optimizer*.safetensors", "training_*.safetensors")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+_MAX_INDEX_BYTES = 64 << 20
 _PIECE_BYTES = 8 << 20
 
 
@@ -78,9 +79,9 @@ def weight_files(folder: Path) -> list[Path]:
 def indexed_files(index: Path) -> set[str]:
     """The files that an index names. Raises EnvironmentFault or UsageError."""
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        names = set(parse_json(read_bytes(index, "index", max_bytes=_MAX_INDEX_BYTES))["weight_map"].values())
         inside = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise unreadable(index, problem) from problem
     if not inside:
         raise UsageError(f"{index} names files outside its folder.", code="bad_weights")

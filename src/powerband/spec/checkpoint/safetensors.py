@@ -7,7 +7,6 @@ Everything is checked before anything is believed: a header that passes describe
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -16,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from powerband.documents import LFS_POINTER, parse_json
 from powerband.errors import EnvironmentFault
 
 LENGTH_BYTES = 8  # of the header's length, which stands before it
@@ -72,15 +72,15 @@ def read_header_from(file: BinaryIO | FileIO) -> Header:
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is not a regular file")
-    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    begin = file.read(LENGTH_BYTES)
+    if begin == LFS_POINTER[:LENGTH_BYTES]:
+        raise ValueError("it is a Git LFS pointer, not the file: run 'git lfs pull' in its folder")
+    length = int.from_bytes(begin, "little")
     data_start = LENGTH_BYTES + length
     if found.st_size < LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, found.st_size - LENGTH_BYTES):
         raise ValueError(f"its header should have {length} bytes; the file has {found.st_size}")
-    try:
-        # Decoded here: given bytes, the parser would take other encodings for UTF-8.
-        entries = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except RecursionError:
-        raise ValueError("its header is nested too deeply") from None
+    # Decoded here: what a file begins with is no part of a header, a byte order mark included.
+    entries = parse_json(file.read(length).decode("utf-8"), _no_duplicates)
     if not isinstance(entries, dict):
         raise ValueError("its header is not an object")
     metadata = entries.pop("__metadata__", None)

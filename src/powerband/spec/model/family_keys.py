@@ -91,7 +91,7 @@ def one_rope(fields: ConfigReader, shared: dict[str, Any], *, default_theta: flo
 def _eos(fields: ConfigReader, default: int | None) -> tuple[int, ...]:
     if "eos_token_id" not in fields.values and default is not None:
         return (default,)
-    return fields.integers("eos_token_id", high=MAX_VOCABULARY)
+    return fields.token_ids("eos_token_id")
 
 
 def _dtype(fields: ConfigReader) -> str:

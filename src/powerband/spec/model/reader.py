@@ -12,7 +12,7 @@ from powerband.documents import read_json_table
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.files import has_own_head
 from powerband.spec.checkpoint.quantization import QUANTIZATION_FILES, QUANTIZATION_KEYS
-from powerband.spec.config_reader import MAX_POSITIONS, MAX_VOCABULARY, ConfigReader, shown
+from powerband.spec.config_reader import MAX_POSITIONS, ConfigReader, shown
 from powerband.spec.model.families import FAMILIES
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.rope import scaled_context
@@ -122,11 +122,7 @@ def _with_ends(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> Mode
 
 def read_end_token_ids(file: Path) -> tuple[int, ...]:
     """eos_token_id of a generation_config.json; empty when there is no file. Raises as read_model_spec."""
-    return (
-        ConfigReader(read_config(file), str(file)).integers("eos_token_id", high=MAX_VOCABULARY)
-        if file.exists()
-        else ()
-    )
+    return ConfigReader(read_config(file), str(file)).token_ids("eos_token_id") if file.exists() else ()
 
 
 def _names_end(tokenizer_config: Path) -> bool:

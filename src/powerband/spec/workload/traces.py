@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from powerband.documents import parse_json
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.config_reader import shown
 from powerband.spec.workload.lengths import MAX_TOKENS
@@ -124,7 +124,7 @@ def _sharegpt(content: str, count_tokens: Count) -> Iterator[TracedRequest]:
     """A person's turns are prompts, the model's the lengths of answers. Talks that do not begin with a person are left
     out, and so is what follows an empty turn, or two turns of the same side.
     """
-    talks = json.loads(content)
+    talks = parse_json(content)
     if not isinstance(talks, list):
         raise ValueError("it is not a list of conversations")
     for number, talk in enumerate(talks, 1):
@@ -189,7 +189,7 @@ def _json_lines(content: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             with _place(f"line {number}"):
-                value = json.loads(line)
+                value = parse_json(line)
                 if not isinstance(value, dict):
                     raise ValueError("it is not a JSON object")
             yield number, value
