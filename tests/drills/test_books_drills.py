@@ -18,7 +18,7 @@ from typing import Any
 from drill_loads import Load, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted
 
-from powerband.bench.client.connection import LoadConnection
+from powerband.bench.client.connection import BenchConnection
 from powerband.bench.client.messages import ServerAddress
 from powerband.mock_server.behavior import Behavior
 
@@ -113,7 +113,7 @@ async def bad_keys(service: Gateway, good: ServerAddress, figures: Figures) -> N
     assert after.descriptors <= before.descriptors + 50  # those of the load beside it
 
 
-async def refused_in(connection: LoadConnection, target: ServerAddress, header: str) -> float:
+async def refused_in(connection: BenchConnection, target: ServerAddress, header: str) -> float:
     asked = request(
         ServerAddress(
             base=target.base, endpoint=target.endpoint, model=target.model, headers={"Authorization": header}
