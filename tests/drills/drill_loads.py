@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.client.connection import ConnectionPool, HTTPResponse, BenchConnection
+from powerband.bench.client.connection import BenchConnection, ConnectionPool, HTTPResponse
 from powerband.bench.client.http import HTTPPage
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response

@@ -324,9 +324,9 @@ class Dispatcher:
 
     def _dispatch(self, now_s: float) -> None:
         for pool in self._pools:
-            while pool.queue.requests:
-                free = [backend for backend in pool.serving if backend.has_place(now_s)]
-                queued = pool.queue.pop(partial(self._pick, free, pool.serving)) if free else None
+            free = [one for one in pool.serving if one.has_place(now_s)] if pool.queue.requests else []
+            while free and pool.queue.requests:
+                queued = pool.queue.pop(partial(self._pick, free, pool.serving))
                 if queued is None:
                     break
                 among = _without(queued.avoid, free, pool.serving)
@@ -334,6 +334,7 @@ class Dispatcher:
                 sent = self._send(queued.request, backend, pool, queued.level, now_s)
                 sent.queue_s = now_s - queued.queued_s
                 self._decide(queued, sent)
+                free = [one for one in free if one.has_place(now_s)]
             pool.observe(now_s)
 
     def _pick(

@@ -40,15 +40,14 @@ def simulate(
     requests: MixOptions | None = None,
     judging: SLOFlags | None = None,
     devices: Annotated[
-        str | None,
-        Parameter(help="FILE.yaml with devices that are not in the catalog", group=_DEVICES),
+        str | None, Parameter(help="FILE.yaml with devices that are not in the catalog", group=_DEVICES)
     ] = None,
     set: Annotated[
         list[str] | None,
         Parameter(help="What if: device.memory_bytes=48e9, L4.bandwidth_bytes_per_s=4e11", group=_DEVICES, negative=""),
     ] = None,
     out: Annotated[
-        Path | None, Parameter(help="Folder for the results; default: a new one in bench-runs/", group=_OUTPUT)
+        Path | None, Parameter(help="Results folder; default: a new one in bench-runs/", group=_OUTPUT)
     ] = None,
     json: Annotated[Json, Parameter(group=_OUTPUT)] = False,
 ) -> int:
@@ -66,7 +65,8 @@ def simulate(
     known, deployment = _plan_with_deployment(plan, load)
     asked = _requested_load(known, load, requests)
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
-    made = simulation_inputs(read_model(known.model)[0], deployment, _profile_finder(deployment, devices, set or []))
+    find = _profile_finder(deployment, devices, set or [])
+    made = simulation_inputs(read_model(known.model)[0], deployment, find)
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
     simulated = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)
     result = simulated_load(

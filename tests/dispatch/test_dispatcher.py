@@ -1,0 +1,128 @@
+"""The dispatcher without any event loop: the caller passes the time, and collects what was decided."""
+
+from __future__ import annotations
+
+import pytest
+
+from powerband.dispatch.backend import BackendSpec, InFlightRequest, ReplicaLoad
+from powerband.dispatch.dispatcher import TICK_S, Dispatcher
+from powerband.dispatch.errors import PoolError, PoolFull, QueueTimeout
+from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.queue import QueuedRequest
+from powerband.dispatch.request import DispatchRequest
+
+
+def dispatcher(*specs: BackendSpec, **options: object) -> Dispatcher:
+    made = Dispatcher(DispatchOptions(**options))  # type: ignore[arg-type]  # fields of it
+    made.update(specs or [BackendSpec(id="a", max_num_seqs=1)], 0.0)
+    for backend in made.backends:
+        backend.probed_well(0.0)
+        made.changed(backend, 0.0)
+    return made
+
+
+def request(prompt_tokens: int = 10, **more: object) -> DispatchRequest:
+    return DispatchRequest(prompt_tokens=prompt_tokens, output_tokens=10, **more)  # type: ignore[arg-type]  # fields of it
+
+
+def fill(pool: Dispatcher, count: int) -> list[InFlightRequest]:
+    sent = [pool.submit(request(), 0.5) for _ in range(count)]
+    return [one for one in sent if isinstance(one, InFlightRequest)]
+
+
+def test_a_request_is_sent_at_once_or_queued_and_sent_when_a_place_becomes_free() -> None:
+    pool = dispatcher()
+    sent = fill(pool, 3)  # one runs, two wait at the backend
+    queued = pool.submit(request(), 1.0)
+    assert isinstance(queued, QueuedRequest)
+    assert (pool.queued, list(pool.take_decided())) == (1, [])
+    pool.release(sent[0], "ok", 2.5, output_tokens=10)
+    assert pool.take_decided() == [queued]
+    assert isinstance(queued.outcome, InFlightRequest)
+    assert (queued.outcome.backend.id, queued.outcome.queue_s) == ("a", 1.5)
+
+
+def test_nothing_happens_between_deadlines_and_without_waiting_there_are_none() -> None:
+    pool = dispatcher(max_queue_wait_s=7.0)
+    pool.tick(TICK_S)  # the last that was due while the backend was not ready
+    assert pool.next_deadline() is None
+    sent = fill(pool, 3)
+    assert pool.next_deadline() is None
+    queued = pool.submit(request(), 1.0)
+    assert pool.next_deadline() == 1.0 + TICK_S
+    while (deadline_s := pool.next_deadline()) is not None:
+        pool.tick(deadline_s)
+        if pool.take_decided():
+            break
+    assert deadline_s == pytest.approx(8.0)
+    assert isinstance(queued, QueuedRequest)
+    assert isinstance(queued.outcome, QueueTimeout)
+    pool.release(sent[0], "ok", 9.0)
+    while (deadline_s := pool.next_deadline()) is not None and deadline_s < 10.0:
+        pool.tick(deadline_s)
+    assert pool.next_deadline() is None
+
+
+def test_a_request_that_is_cancelled_is_never_decided() -> None:
+    pool = dispatcher()
+    sent = fill(pool, 3)
+    queued = pool.submit(request(), 1.0)
+    assert isinstance(queued, QueuedRequest)
+    pool.cancel(queued, 2.0)
+    pool.release(sent[0], "ok", 3.0)
+    assert (pool.queued, list(pool.take_decided()), queued.outcome) == (0, [], None)
+
+
+def test_the_first_end_and_the_first_token_count() -> None:
+    pool = dispatcher()
+    [sent] = fill(pool, 1)
+    for time_s in (0.7, 0.8):
+        pool.first_token(sent, time_s)
+    assert sent.backend.outstanding == 10
+    pool.release(sent, "ok", 1.0)
+    pool.release(sent, "failed", 1.0)
+    assert (sent.backend.outstanding, len(sent.backend.in_flight), list(sent.backend.errors)) == (0, 0, [])
+
+
+def test_a_request_that_was_never_sent_teaches_nothing_and_costs_its_tenant_nothing() -> None:
+    pool = dispatcher()
+    [sent] = fill(pool, 1)
+    pool.release(sent, "unsent", 0.5)
+    queues = [length_pool.queue for length_pool in pool._pools]
+    assert [level.tags for level in queues[0]._levels.values()] == [{"anonymous": 0.0}]
+    assert pool._pools[0].admission.capacity._num_ended == 0
+
+
+def test_a_backend_that_reports_more_waiting_than_it_should_gets_fewer() -> None:
+    pool = dispatcher(BackendSpec(id="a", max_num_seqs=8))
+    [backend] = pool.backends
+    fill(pool, 10)
+    queued = pool.submit(request(), 0.5)
+    for time_s in (1.0, 2.0):
+        pool.reported(backend, ReplicaLoad(running=4, waiting=6), time_s)
+    assert backend.limit == 6
+    pool.reported(backend, ReplicaLoad(running=9, waiting=0), 3.0)
+    pool.reported(backend, ReplicaLoad(running=9, waiting=0), 4.0)
+    assert backend.limit == 10
+    assert isinstance(queued, QueuedRequest)
+    assert queued.is_queued
+
+
+def test_long_prompts_wait_for_the_backends_that_take_them() -> None:
+    pool = dispatcher(
+        BackendSpec(id="short", max_num_seqs=8, max_prompt_tokens=100), BackendSpec(id="any", max_num_seqs=1)
+    )
+    sent = [pool.submit(request(tokens), 0.0) for tokens in (100, 101, 101, 101, 101)]
+    placed = [one.backend.id for one in sent if isinstance(one, InFlightRequest)]
+    assert placed == ["short", "any", "any", "any"]
+    assert isinstance(sent[-1], QueuedRequest)
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
+    pool = dispatcher(max_queued_requests=1)
+    fill(pool, 3)
+    pool.submit(request(), 0.5)
+    with pytest.raises(PoolFull) as refusal:
+        pool.submit(request(), 0.5)
+    assert refusal.value.retry_after_s is not None
+    assert isinstance(refusal.value, PoolError)
