@@ -43,10 +43,11 @@ drills: $(READY)  ## do to a service what happens to services, and print what it
 	@$(BIN)/python scripts/drills.py $(if $(SOAK),--soak $(SOAK)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
-# One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more.
-KERNEL_TESTS := -m pytest -q -n 2 --no-header -p no:cacheprovider
+# One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more. Every test runs in each tier, with every value of each of its parameters;
+# all combinations of them run with the own tier, and with the others when `make kernels CASES=all` says so.
+KERNEL_TESTS := -m pytest -n 2 --no-header -p no:cacheprovider $(if $(filter all,$(CASES)),,--fewer-cases)
 SANITIZERS    = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
-kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any
+kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any (CASES=all)
 	@echo "· kernels: none"
 	@OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=off $(BIN)/python $(KERNEL_TESTS) --save-counts $(COUNTS)/kernels_off.json tests/engine/test_parity.py
 	@own=$$($(BIN)/python -c "from powerband.engine.kernels.cpu.library import load; print(load().tier)"); \

@@ -34,6 +34,7 @@ from powerband.cost.latency import LatencyModel
 from powerband.cost.memory import plan_memory
 from powerband.metrics.record import Outcome, RequestRecord, percentile
 from powerband.planner.simulation.inputs import SimulationInputs
+from powerband.planner.simulation.simulator import NO_GATEWAY
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import read_profile
 from powerband.spec.hardware.device import detect_cpu
@@ -87,7 +88,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "calibration_s": {},
         "figures": [],
     }
-    profile = arguments.profile or folder / "here.yaml"
+    profile = arguments.profile or folder / "local.yaml"
     for name in arguments.models.split(","):
         model = "demo" if name == "demo" else str(dummy_model(folder / name))
         if arguments.profile is None:
@@ -131,7 +132,7 @@ def model_of(model: str, name: str, profile: Path) -> SimulationInputs:
     settings = EngineSettings(model=model, dtype="bfloat16", **SETTINGS[name])
     memory = plan_memory(spec, settings, known.memory_bytes, kind="cpu", dtype="bfloat16")
     replica = Replica(
-        device="here",
+        device="local",
         max_model_len=memory.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -161,7 +162,7 @@ async def one_preset(
         measured = figures(records)
         counted = as_counted(schedule, records)
         middle, fast, slow = (
-            figures(modelled.simulate(counted, slowdown=slowdown).records)
+            figures(modelled.simulate(counted, slowdown=slowdown, options=NO_GATEWAY).records)
             for slowdown in (1.0, 1 / (1 + modelled.band), 1 + modelled.band)
         )
         for figure, value in measured.items():
@@ -214,7 +215,7 @@ def workload_of(name: str, preset_name: str) -> Workload:
 def capacity_of(workload: Workload, modelled: SimulationInputs, seconds: float) -> float:
     """Requests a second of users who do not wait."""
     schedule: Schedule = workload.draw(0, duration_s=min(seconds, 30.0))
-    records = modelled.simulate(schedule).records
+    records = modelled.simulate(schedule, options=NO_GATEWAY).records
     return len(records) / max(record.chunk_times_s[-1] for record in records)
 
 

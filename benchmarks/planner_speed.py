@@ -27,10 +27,10 @@ from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.search import search
-from powerband.planner.simulator import Simulation, simulate
-from powerband.spec.checkpoint.precision import CheckpointPrecision
+from powerband.planner.simulation.simulator import Simulation, simulate
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import read_model_spec
 from powerband.spec.slo import SLO

@@ -35,8 +35,8 @@ def main() -> int:
         signal.signal(number, lambda *_: sys.exit(INTERRUPTED))  # so that the service is removed then, too
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    profile, plan = FOLDER / "here.yaml", FOLDER / "plan.yaml"
-    os.environ["POWERBAND_HERE"] = str(profile.absolute())  # beside the user's own measurement, not over it
+    profile, plan = FOLDER / "local.yaml", FOLDER / "plan.yaml"
+    os.environ["POWERBAND_DEVICE_PROFILE"] = str(profile.absolute())  # beside the user's own measurement, not over it
     cores = detect_cpu().cores
     replicas = min(2, cores)
     port = ("--port", str(arguments.port)) if arguments.port else ()

@@ -28,6 +28,7 @@ COUNTED = ("passed", "skipped", "xfailed", "xpassed")  # a part with failures is
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out slow_files.txt and tests that are marked slow")
     parser.addoption("--slow", action="store_true", help="run only what --fast leaves out")
+    parser.addoption("--fewer-cases", action="store_true", help="of kernels: see engine/cpu_kernels/conftest.py")
     parser.addoption("--save-counts", type=Path, metavar="FILE", help="write how many tests passed")
     parser.addoption("--add-counts", type=Path, metavar="FOLDER", help="count tests of earlier runs, too")
 

@@ -49,7 +49,7 @@ class Section:
 
     @property
     def errors(self) -> FitErrors:
-        return FitErrors.of(self.predicted, self.measured)
+        return FitErrors.from_values(self.predicted, self.measured)
 
     @property
     def inside(self) -> float:
@@ -63,7 +63,7 @@ class Section:
         for index, group in enumerate(self.groups):
             members[group].append(index)
         found = {
-            group: FitErrors.of([self.predicted[i] for i in indices], [self.measured[i] for i in indices])
+            group: FitErrors.from_values([self.predicted[i] for i in indices], [self.measured[i] for i in indices])
             for group, indices in members.items()
         }
         return dict(sorted(found.items(), key=lambda item: -item[1].median))

@@ -10,7 +10,7 @@ from benchmarks.accuracy import models, tables
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.planner.simulator import simulate
+from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
 from powerband.spec.deployment import Deployment, EngineName, Replica, ReplicaPool
 from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
 
@@ -79,6 +79,7 @@ def predict(row: Row) -> Predicted:
         [costs],
         [memory.num_blocks],
         memory.block_size,
+        options=NO_GATEWAY,
     )
     return Predicted(
         mean(record.tpot_s or 0.0 for record in played.records),

@@ -16,7 +16,7 @@ from benchmarks.accuracy import models, tables
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
-from powerband.planner.simulator import simulate
+from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog
 from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
@@ -58,7 +58,7 @@ def _compare(row: dict[str, str]) -> Found:
     memory = plan_replica(spec, profile, layout, "vllm")
     costs = LatencyModel(spec, profile, layout, "vllm")
     deployment = Deployment(engine="vllm", pools=(ReplicaPool(replica=layout),))
-    played = simulate(_schedule(row), deployment, [costs], [memory.num_blocks], memory.block_size)
+    played = simulate(_schedule(row), deployment, [costs], [memory.num_blocks], memory.block_size, options=NO_GATEWAY)
     # The first third fills the engine.
     records = played.records[len(played.records) // 3 :]
     return Found(

@@ -7,7 +7,7 @@ from benchmarks.accuracy import models, tables
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.metrics.record import percentile
-from powerband.planner.simulator import simulate
+from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
 
@@ -37,6 +37,7 @@ def compare() -> dict[str, dict[str, tuple[float, float]]]:
         [LatencyModel(spec, profile, layout, "vllm")],
         [memory.num_blocks],
         memory.block_size,
+        options=NO_GATEWAY,
     )
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for figure in FIGURES:

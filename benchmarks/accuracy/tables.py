@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from powerband.cost import operator_models as laws
-from powerband.cost.operator_models import AttentionShape, DeviceSpeed, PrefillChunks
+from powerband.cost.operator_models import AttentionCall, DeviceSpeed, PrefillChunks
 from powerband.cost.shapes import FORMATS
 from powerband.spec.hardware.catalog import load_catalog
 from powerband.spec.hardware.profile import AttentionModel, DeviceProfile, ElementwiseModel, GemmModel, LinkModel
@@ -132,8 +132,8 @@ def attention_tables(phase: str) -> dict[tuple[str, str], list[Attention]]:
     return dict(found)
 
 
-def _heads(point: Attention, precision: str) -> AttentionShape:
-    return AttentionShape(point.heads, point.head_dim, 2.0 * point.kv_heads * point.head_dim * _KV_BYTES[precision])
+def _heads(point: Attention, precision: str) -> AttentionCall:
+    return AttentionCall(point.heads, point.head_dim, 2.0 * point.kv_heads * point.head_dim * _KV_BYTES[precision])
 
 
 def decode_s(profile: DeviceProfile, precision: str) -> Callable[[AttentionModel, Attention], float]:
@@ -177,7 +177,7 @@ def mixed_tables() -> dict[str, list[Mixed]]:
 
 
 def mixed_s(profile: DeviceProfile) -> Callable[[AttentionModel, Mixed], float]:
-    at, heads = speed(profile), AttentionShape(32, 128, 2.0 * 8 * 128 * 2)
+    at, heads = speed(profile), AttentionCall(32, 128, 2.0 * 8 * 128 * 2)
 
     def predict(law: AttentionModel, point: Mixed) -> float:
         seconds = laws.decode(law, at, point.decodes * (point.context + 1), point.decodes, heads)

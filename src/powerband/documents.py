@@ -1,6 +1,6 @@
 """Files in YAML or JSON that people write, or get from others: read within bounds, and with the same messages.
 
-    read_table(path, "plan", param="plan") ──► dict, or UsageError: "plan.yaml is no YAML: line 3: …"
+    read_table(path, "plan", param="plan") ──► dict, or UsageError: "plan.yaml is not valid YAML: line 3: …"
 
 A file is judged before anything is built from it: its bytes, how deep it nests, how many values it has with every alias
 written out, how long a value or a name is. What is within these bounds is small however it is read afterwards.
@@ -48,7 +48,7 @@ def parse_table(content: bytes, name: str, what: str, *, param: str | None = Non
             scan.take(event)
         values = loader(text).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
-        raise UsageError(f"{name} is no YAML: {_said(problem)}.", param=param) from None
+        raise UsageError(f"{name} is not valid YAML: {_said(problem)}.", param=param) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -94,9 +94,9 @@ def read_bytes(path: Path, what: str, *, max_bytes: int, param: str | None = Non
     except OSError as problem:
         raise EnvironmentFault(f"Cannot read {path}: {problem.strerror or problem}.", param=param) from None
     except ValueError:  # a NUL in its name
-        raise UsageError(f"{str(path)[:MAX_NAME]!r} is no name of a file.", param=param) from None
+        raise UsageError(f"{str(path)[:MAX_NAME]!r} is not a file name.", param=param) from None
     if len(content) > max_bytes:
-        raise UsageError(f"{path} is no {what}: it is larger than {_size(max_bytes)}.", param=param)
+        raise UsageError(f"{path} is not a valid {what}: it is larger than {_size(max_bytes)}.", param=param)
     return content
 
 
@@ -197,13 +197,13 @@ def _items(value: dict[str, Any] | list[Any]) -> list[Any]:
 def _no_table(values: Any, name: str, what: str, param: str | None) -> UsageError:
     kind = {list: "a list", str: "a text", bool: "true or false"}.get(type(values), f"a {type(values).__name__}")
     hint = "Write one 'name: value' per line."
-    return UsageError(f"{name} is no {what}: it holds {kind}, not names and values.", hint=hint, param=param)
+    return UsageError(f"{name} is not a valid {what}: it holds {kind}, not names and values.", hint=hint, param=param)
 
 
 def _said(problem: Exception) -> str:
     """In one line: what a parser says may quote the file."""
     if isinstance(problem, UnicodeDecodeError):
-        return f"byte {problem.start} is no UTF-8"
+        return f"byte {problem.start} is not valid UTF-8"
     if isinstance(problem, RecursionError):
         return f"it nests deeper than {MAX_DEPTH} levels"
     text = " ".join(str(problem).split())

@@ -110,7 +110,7 @@ def test_it_is_json(tmp_path: Path):
     told = json.loads(json.dumps(compare(a, b).as_dict(), allow_nan=False))
     assert told["schema"] == "powerband.bench.compare/1"
     assert told["points"][0]["figures"]["tpot"]["median"]["ratio"] > 1
-    assert told["points"][0]["figures"]["tpot"]["p99"]["verdict"] == "not told"
+    assert told["points"][0]["figures"]["tpot"]["p99"]["verdict"] == "too few requests"
 
 
 def test_the_table_fits_in_80_columns(tmp_path: Path):

@@ -12,7 +12,7 @@ from statistics import median
 
 import pytest
 
-from loads_for_tests import Run, best_of_three, load, schedule_of, worker_pids
+from loads_for_tests import Run, best_of_five, close_s, load, schedule_of, worker_pids
 from powerband.bench.client.messages import Endpoint
 from powerband.bench.load import Live
 from powerband.metrics.record import Outcome, percentile
@@ -21,17 +21,16 @@ from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import ClosedLoop
 from powerband.spec.workload.workload import Segment
 
-CLOSE_S = 0.001
 PACED = Behavior(ttft_s=0.060, tpot_s=0.008)
 
 
 def is_close(measured_s: float, true_s: float) -> bool:
-    """Within 1 ms or 1 %."""
-    return abs(measured_s - true_s) <= max(CLOSE_S, 0.01 * true_s)
+    """Within 1 ms (more on a busy machine, see `close_s`) or 1 %."""
+    return abs(measured_s - true_s) <= max(close_s(), 0.01 * true_s)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
-@best_of_three
+@best_of_five
 def test_latencies_are_those_of_the_script(endpoint: Endpoint) -> None:
     run = load(PACED, schedule_of(30, 2.0, output=12), endpoint=endpoint)
 
@@ -45,7 +44,7 @@ def test_latencies_are_those_of_the_script(endpoint: Endpoint) -> None:
     assert {sample.prompt_tokens for sample in run.samples} == {12}
 
 
-@best_of_three
+@best_of_five
 def test_every_chunk_is_noted_when_the_server_sent_it() -> None:
     run = load(PACED, schedule_of(30, 2.0, output=12))
 
@@ -55,25 +54,25 @@ def test_every_chunk_is_noted_when_the_server_sent_it() -> None:
         for noted_s, written_at in zip(sample.chunk_times_s, record.written_s, strict=True):
             late_s.append(noted_s - (written_at - run.start_at))
     assert len(late_s) == 12 * 60
-    assert -1e-4 < median(late_s) < CLOSE_S
-    assert percentile(late_s, 90) < 5 * CLOSE_S  # of a machine that others use, too
+    assert -1e-4 < median(late_s) < close_s()
+    assert percentile(late_s, 90) < 5 * close_s()  # of a machine that others use, too
 
 
-@best_of_three
+@best_of_five
 def test_requests_are_sent_at_their_times() -> None:
     run = load(PACED, schedule_of(50, 2.0, burstiness=1.0))
 
     planned = [chain.start_s for chain in run.result.schedule.chains]
     assert [sample.scheduled_s for sample in run.samples] == planned
-    assert median(sample.sent_s - sample.scheduled_s for sample in run.samples) < CLOSE_S
+    assert median(sample.sent_s - sample.scheduled_s for sample in run.samples) < close_s()
     arrived_s = [record.arrived_s - run.start_at for record in run.records]
     assert (
-        median(at - planned_s for at, planned_s in zip(sorted(arrived_s), sorted(planned), strict=True)) < 2 * CLOSE_S
+        median(at - planned_s for at, planned_s in zip(sorted(arrived_s), sorted(planned), strict=True)) < 2 * close_s()
     )
 
 
 @pytest.mark.parametrize("usage", ["continuous", "end", "none"])
-@best_of_three
+@best_of_five
 def test_chunks_of_several_tokens_count_as_several(usage: str) -> None:
     run = load(Behavior(ttft_s=0.03, tpot_s=0.005, tokens_per_chunk=4, usage=usage), schedule_of(20, 1.0, output=16))  # type: ignore[arg-type]  # parametrized
 
@@ -91,7 +90,7 @@ def test_chunks_of_several_tokens_count_as_several(usage: str) -> None:
         assert is_close(itl_s, 0.005)
 
 
-@best_of_three
+@best_of_five
 def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it() -> None:
     """Coordinated omission: who waits for an answer before sending the next request sees one bad one, not eighty."""
     script = Behavior(ttft_s=0.020, tpot_s=0.002, stall_at_s=1.0, stall_s=2.0)
@@ -124,7 +123,7 @@ def test_a_stall_of_the_server_is_in_the_figures_of_the_requests_that_came_in_it
     assert max(taken) > 1.5
 
 
-@best_of_three
+@best_of_five
 def test_a_stall_is_the_longest_gap_of_the_streams_that_it_met() -> None:
     run = load(Behavior(ttft_s=0.02, tpot_s=0.01, stall_at_s=0.5, stall_s=0.4), schedule_of(20, 1.0, output=30))
 
@@ -137,7 +136,7 @@ def test_a_stall_is_the_longest_gap_of_the_streams_that_it_met() -> None:
     for stall_s, record in met:
         true_s = max(later - earlier for earlier, later in zip(record.written_s, record.written_s[1:], strict=False))
         assert true_s > 0.39
-        assert abs(stall_s - true_s) < 5 * CLOSE_S
+        assert abs(stall_s - true_s) < 5 * close_s()
     assert is_close(median(stall for stall, _ in met), 0.410)
 
 
@@ -179,7 +178,7 @@ def test_what_is_not_answered_when_the_run_ends_is_a_miss() -> None:
     assert len(run.samples) == 20
 
 
-@best_of_three
+@best_of_five
 def test_a_saturated_server_serves_its_capacity() -> None:
     script = Behavior(ttft_s=0.02, tpot_s=0.01, slots=3)
     run = load(script, schedule_of(seconds=2.5, output=9, arrivals=ClosedLoop(6)))
@@ -191,7 +190,7 @@ def test_a_saturated_server_serves_its_capacity() -> None:
     assert run.median("ttft") > 0.1, "who waits for a slot waits"
 
 
-@best_of_three
+@best_of_five
 def test_one_and_four_workers_send_the_same_and_see_the_same() -> None:
     schedule = schedule_of(40, 2.0, output=8, burstiness=1.0)
     one, four = load(PACED, schedule), load(PACED, schedule, workers=4)
@@ -204,7 +203,7 @@ def test_one_and_four_workers_send_the_same_and_see_the_same() -> None:
     assert sorted(record.digest for record in one.records) == sorted(record.digest for record in four.records)
     assert [s.scheduled_s for s in one.samples] == [s.scheduled_s for s in four.samples]
     for figure in ("ttft", "tpot", "e2e"):
-        assert abs(one.median(figure) - four.median(figure)) < 2 * CLOSE_S
+        assert abs(one.median(figure) - four.median(figure)) < 2 * close_s()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the worker by /proc")
@@ -228,7 +227,7 @@ def test_a_client_that_stood_still_makes_the_run_invalid() -> None:
     assert len(run.samples) == run.result.schedule.num_requests
 
 
-@best_of_three
+@best_of_five
 def test_an_honest_client_does_not() -> None:
     assert load(PACED, schedule_of(40, 1.5)).summary().client_fault == ""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from powerband.bench.client.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.connection import BenchConnection, ConnectionPool, HTTPResponse
 from powerband.bench.client.messages import Sample, ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response, spread
 from powerband.bench.load import LoadOptions, run_load
@@ -35,11 +35,11 @@ class Wire:
         self.is_aborted = True
 
 
-def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[HTTPResponse, ClientConnection, bool]:
+def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[HTTPResponse, BenchConnection, bool]:
     """What becomes of an answer that arrives in these pieces: it, its connection, and whether it ended."""
 
-    async def feed() -> tuple[HTTPResponse, ClientConnection, bool]:
-        connection: Any = ClientConnection()
+    async def feed() -> tuple[HTTPResponse, BenchConnection, bool]:
+        connection: Any = BenchConnection()
         connection.connection_made(Wire())
         answer, done = connection.exchange(b"GET / HTTP/1.1\r\n\r\n")
         for piece in pieces:
@@ -158,10 +158,10 @@ def test_the_role_and_the_end_of_a_chat_are_no_tokens() -> None:
     [
         ((event("a"),), "the stream ended before its answer did"),
         ((event("a"), b'data: {"error":{"message":"out of memory"}}\n\n'), "out of memory"),
-        ((event("a"), b"data: {broken\n\n", STREAM[3]), "a chunk that is no answer"),
-        ((b"data: 7\n\n", STREAM[3]), "a chunk that is no answer"),
-        ((b'data: {"choices":[{"text":"\xff"}]}\n\n', STREAM[3]), "a chunk that is no answer"),
-        ((b'data: {"error":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n", STREAM[3]), "a chunk that is no answer"),
+        ((event("a"), b"data: {broken\n\n", STREAM[3]), "an invalid chunk"),
+        ((b"data: 7\n\n", STREAM[3]), "an invalid chunk"),
+        ((b'data: {"choices":[{"text":"\xff"}]}\n\n', STREAM[3]), "an invalid chunk"),
+        ((b'data: {"error":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n", STREAM[3]), "an invalid chunk"),
     ],
 )
 def test_a_stream_that_goes_wrong_is_an_error_that_says_why(stream: tuple[bytes, ...], problem: str) -> None:
@@ -228,7 +228,7 @@ def test_a_connection_that_the_server_will_close_is_not_kept() -> None:
 
 def test_an_answer_that_nobody_asked_for_ends_the_connection() -> None:
     async def feed() -> bool:
-        connection, wire = ClientConnection(), Wire()
+        connection, wire = BenchConnection(), Wire()
         connection.connection_made(wire)  # type: ignore[arg-type]  # goes nowhere
         connection.data_received(HEAD)
         return wire.is_aborted

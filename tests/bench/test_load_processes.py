@@ -42,7 +42,7 @@ def report(live):
     if all(progress.sent for progress in live.workers.values()):
         print("sending", flush=True)
 async def main():
-    async with scripted_process(Script(ttft_s=0.02)) as server:
+    async with mock_server_process(Behavior(ttft_s=0.02)) as server:
         print(server.pid, flush=True)
         options = LoadOptions(workers=2, metrics_url=None)
         await run_load(server.target, schedule_of(20, 60), options, watch=report)
@@ -105,7 +105,7 @@ def test_a_cancelled_run_leaves_no_worker() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_its_coordinator(how: signal.Signals) -> None:
-    code = COORDINATOR.format(folder=str(Path(__file__).parent))
+    code = COORDINATOR.format(folder=str(Path(__file__).parents[1]))
     coordinator = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert coordinator.stdout is not None

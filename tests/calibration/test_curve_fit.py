@@ -65,7 +65,7 @@ def test_a_link_from_two_sizes() -> None:
 
 
 def test_errors_by_hand() -> None:
-    errors = FitErrors.of([1.1, 0.8, 1.0], [1.0, 1.0, 1.0])
+    errors = FitErrors.from_values([1.1, 0.8, 1.0], [1.0, 1.0, 1.0])
     assert (errors.n, round(errors.median, 6), round(errors.mean, 6), round(errors.bias, 6)) == (3, 0.1, 0.1, -0.033333)
 
 

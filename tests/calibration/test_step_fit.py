@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from powerband.calibration.curve_fit import FitErrors
+from powerband.calibration.curve_fit import FitErrors, non_negative
 from powerband.calibration.engine_fit import (
     ClientPathTiming,
     busy_timings,
@@ -18,7 +18,6 @@ from powerband.calibration.engine_fit import (
     fit_under_load,
     window_errors,
 )
-from powerband.calibration.least_squares import non_negative
 from powerband.calibration.step_fit import fit_steps, held_out_error
 from powerband.cost.latency import LatencyModel
 from powerband.cost.measured_steps import MeasuredStepTimes
@@ -53,7 +52,7 @@ def grid(law: StepTimeModel, noise: Noise = lambda: 1.0) -> list[StepSample]:
 
 def error_of(law: StepTimeModel, samples: Sequence[StepSample]) -> FitErrors:
     model = MeasuredStepTimes(law)
-    return FitErrors.of([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
+    return FitErrors.from_values([model.step_s(s.works, s.sampled) for s in samples], [s.seconds for s in samples])
 
 
 def test_steps_without_noise_are_predicted_exactly() -> None:
@@ -119,11 +118,11 @@ def test_the_way_to_the_engine_and_back() -> None:
     assert sum(fit_response_delay(path_timings, steps)) == pytest.approx(0.002)
 
 
-def test_least_squares_that_are_not_negative() -> None:
+def test_coefficients_are_optimal_and_not_negative() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         matrix, wanted = rng.normal(size=(12, 5)), rng.normal(size=12)
-        found = non_negative(matrix, wanted)
+        found = non_negative(matrix, wanted, scale=1e9)
         slope = matrix.T @ (matrix @ found - wanted)  # the Karush-Kuhn-Tucker conditions
         assert found.min() >= 0
         assert slope.min() > -1e-8
@@ -136,7 +135,7 @@ def test_a_refined_model_takes_what_was_measured() -> None:
         model=spec.shape_digest, name="demo", steps=LAW, evidence=Evidence(source="test", error=0.07)
     )
     profile = DeviceProfile(
-        name="here",
+        name="local",
         kind="cpu",
         architecture="cpu",
         memory_bytes=2**34,
@@ -145,7 +144,7 @@ def test_a_refined_model_takes_what_was_measured() -> None:
         multiprocessors=2,
         refinements=(refinement,),
     )
-    model = LatencyModel(spec, profile, Replica(device="here", max_model_len=2048), "powerband")
+    model = LatencyModel(spec, profile, Replica(device="local", max_model_len=2048), "powerband")
     works = [(1, 100)] * 4 + [(50, 80)]
     seconds = MeasuredStepTimes(LAW).step_s(works, 5)
     assert model.step_s(works, 5) == seconds

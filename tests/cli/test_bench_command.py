@@ -94,16 +94,16 @@ def test_other_tools_spellings_are_understood(server: str, environment: dict[str
         (["ftp://x"], 2, "is no address of a server"),
         (["--sweep", "--find-rate"], 2, "two different things"),
         (["--find-rate"], 2, "needs an --slo"),
-        (["--slo", "ttft=fast"], 2, "which is no time"),
-        (["--attainment", "99%"], 2, "means nothing without --slo"),
-        (["--workload", "nonsense"], 2, "There is no workload 'nonsense'"),
+        (["--slo", "ttft=fast"], 2, "which is not a duration"),
+        (["--attainment", "99%"], 2, "has no effect without --slo"),
+        (["--workload", "nonsense"], 2, "Unknown workload 'nonsense'"),
         (["--trace", "no-such-file"], 3, "no-such-file"),
         (["--speedup", "2"], 2, "for a trace"),
         (["--ramp", "1-10"], 0, ""),
         (["--burstiness", "2", "--concurrency", "2"], 2, "open loop"),
         (["--turns", "1", "--think", "2s"], 2, "--think needs --turns"),
-        (["--fault", "nonsense"], 2, "There is no fault 'nonsense'"),
-        (["--header", "no colon"], 2, "is no header"),
+        (["--fault", "nonsense"], 2, "Unknown fault 'nonsense'"),
+        (["--header", "no colon"], 2, "is not a valid header"),
         (["--extra-body", "[1]"], 2, "no JSON object"),
         (["--workers", "0"], 2, "workers is 0"),
         (["--plan", "no-such-plan.yaml"], 3, "no-such-plan.yaml"),
@@ -140,7 +140,7 @@ def test_a_client_near_its_ceiling_is_invalid(server: str, environment: dict[str
     small = ClientCapacity(chunks_per_s=5, requests_per_s=5, cpu_us_per_chunk=1, limited_by="client")
     script = (
         "import powerband.calibration.client_capacity as c, dataclasses, sys; from powerband.cli.main import main; "
-        f"c.ceiling = lambda: c.{small}; "
+        f"c.known_client_capacity = lambda: c.{small}; "
         "sys.exit(main(sys.argv[1:]))"
     )
     load = ["bench", server, "--rate", "20", "--duration", "2s", *SHORT, "--out", str(tmp_path)]
@@ -149,13 +149,13 @@ def test_a_client_near_its_ceiling_is_invalid(server: str, environment: dict[str
 
 
 def test_a_rate_is_found_on_a_server_of_known_capacity(environment: dict[str, str], tmp_path: Path) -> None:
-    """4 slots of 50 ms: 80 requests a second."""
-    with scripted(ttft_s=0.05, slots=4) as url:
-        search = ["--find-rate", "--rate", "40", "--duration", "4s", "--slo", "ttft=150ms"]
+    """4 slots of 200 ms: 20 requests a second, few enough for a machine that others use, too."""
+    with scripted(ttft_s=0.2, slots=4) as url:
+        search = ["--find-rate", "--rate", "10", "--duration", "6s", "--slo", "ttft=800ms"]
         shown = bench(environment, url, *search, *SHORT[:4], "--output-tokens", "1", "--json", "--out", str(tmp_path))
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)["found"]
-    assert 40 <= found["requests_per_s"] <= 84
+    assert 10 <= found["requests_per_s"] <= 22
     assert "MISSED, SLO kept by" in shown.stderr
 
 
@@ -189,14 +189,17 @@ def test_ctrl_c_ends_it_with_nothing_left_behind(server: str, environment: dict[
     assert process.stderr is not None
     while "sent" not in process.stderr.readline():
         assert process.poll() is None
+    workers = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in children_of(task)]
+    assert workers
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in said
-    children = subprocess.run(
-        ["pgrep", "-f", "powerband.bench.client.worker"], capture_output=True, text=True
-    ).stdout.split()
-    assert all(Path(f"/proc/{pid}/stat").read_text().split()[3] != str(process.pid) for pid in children)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def children_of(task: Path) -> list[str]:
+    return (task / "children").read_text().split()
 
 
 def test_runs_that_are_not_there_cannot_be_compared(environment: dict[str, str]) -> None:

@@ -10,18 +10,23 @@ import pytest
 
 from powerband.calibration.measure import with_refinement
 from powerband.cli.main import main
-from powerband.cli.plan.calibrate import write_profile
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault
-from powerband.spec.hardware.catalog import local_profile, local_profile_path, read_local_profile, read_profile
+from powerband.spec.hardware.catalog import (
+    local_profile,
+    local_profile_path,
+    read_local_profile,
+    read_profile,
+    write_profile,
+)
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
 from powerband.spec.model.reader import read_model_spec
 
 CPU = detect_cpu()
 KNOWN = DeviceProfile(
-    name="here",
+    name="local",
     kind="cpu",
     architecture="cpu",
     memory_bytes=2**34,
@@ -46,7 +51,7 @@ FORM = RunConfiguration(
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles of these tests are this machine's, but not for anybody else."""
-    monkeypatch.setattr("powerband.spec.hardware.catalog.local_profile_path", lambda: tmp_path / "here.yaml")
+    monkeypatch.setattr("powerband.spec.hardware.catalog.local_profile_path", lambda: tmp_path / "local.yaml")
 
 
 def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +105,7 @@ def test_a_step_log_refines_the_profile(tmp_path: Path, capsys: pytest.CaptureFi
     ("lines", "code", "told"),
     [
         ([], 2, "holds no steps"),
-        (["nonsense"], 2, "it is no step log"),
+        (["nonsense"], 2, "so it is not a step log"),
         ([header_line(FORM), *steps(3)], 2, "2 steps are too few"),
         ([header_line(replace(FORM, device_name="EPYC")), *steps(50)], 2, "is of EPYC with"),
     ],
@@ -125,11 +130,11 @@ def test_a_log_refines_nothing_where_nothing_was_measured(tmp_path: Path, capsys
 
 def test_a_profile_of_another_machine_is_not_this_machines(tmp_path: Path) -> None:
     machine = MeasuredMachine(name="EPYC", cores=96, threads=96, date="2026-11-21")
-    write_profile(replace(KNOWN, machine=machine), tmp_path / "here.yaml")
+    write_profile(replace(KNOWN, machine=machine), tmp_path / "local.yaml")
     assert local_profile() is None
     with pytest.raises(EnvironmentFault, match="measured on another machine \\(EPYC, 96 cores\\)"):
         read_local_profile()
-    write_profile(KNOWN, tmp_path / "here.yaml")
+    write_profile(KNOWN, tmp_path / "local.yaml")
     assert read_local_profile() == local_profile() == KNOWN
 
 
@@ -156,4 +161,4 @@ def test_a_model_has_one_refinement_in_each_form() -> None:
 def test_the_usual_place_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
-    assert local_profile_path() == tmp_path / "profiles" / "here.yaml"
+    assert local_profile_path() == tmp_path / "profiles" / "local.yaml"

@@ -12,15 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import powerband
+from powerband import evaluation
 from powerband.cli.main import main
-from powerband.cli.model import eval as command
 
 DEMO = Path(powerband.__file__).parent / "demo"
 
 
 @pytest.fixture(autouse=True)
 def few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "PIECES", 2)
+    monkeypatch.setattr(evaluation, "PIECES", 2)
 
 
 def test_a_row_per_precision_with_the_perplexity_that_transformers_finds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +39,7 @@ def test_a_row_per_precision_with_the_perplexity_that_transformers_finds(capsys:
 def perplexity_by_transformers() -> float:
     tokenizer, model = AutoTokenizer.from_pretrained(DEMO), AutoModelForCausalLM.from_pretrained(DEMO, dtype="float32")
     nats, tokens = 0.0, 0
-    for piece in command._pieces():
+    for piece in evaluation._pieces():
         ids = tokenizer(piece, return_tensors="pt").input_ids
         with torch.no_grad():
             nats += model(input_ids=ids, labels=ids).loss.item() * (ids.numel() - 1)

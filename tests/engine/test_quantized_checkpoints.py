@@ -103,7 +103,7 @@ def test_weights_are_what_the_checkpoint_stands_for(name: str, tmp_path: Path) -
 
 def format_of(config: dict[str, Any]) -> WeightFormat:
     from powerband.spec.checkpoint.quantization import read_weight_format
-    from powerband.spec.model.config_reader import ConfigReader
+    from powerband.spec.config_reader import ConfigReader
 
     _, found = read_weight_format(ConfigReader({"quantization_config": config}, "config.json"))
     assert found is not None

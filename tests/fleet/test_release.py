@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.cli.service.scale import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
@@ -18,6 +17,7 @@ from powerband.fleet.targets.base import Instance
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, SLOGuarantee
 from powerband.spec.slo import SLO
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
 MAKING = ReleaseOptions(served_name="demo")
 
@@ -26,7 +26,7 @@ def plan(device: str = "cpu", count: int = 2, **replica: object) -> Plan:
     made = Replica(device=device, **{"max_model_len": 1024, "max_num_seqs": 8, **replica})  # type: ignore[arg-type] # of Replica
     return Plan(
         model="demo",
-        workload=requested_load(LoadFlags(rate=1.0), MixFlags()).workload,
+        workload=requested_load(ArrivalOptions(rate=1.0), MixOptions()).workload,
         slo=SLO(ttft_s=1.0),
         promise=SLOGuarantee(1.0),
         deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),

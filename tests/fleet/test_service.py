@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.cli.main import main
 from powerband.fleet.service.store import ServiceStore, services
 from powerband.fleet.targets.local import INSTANCE_TAG
@@ -22,12 +21,13 @@ from powerband.fleet.targets.processes import EnvironmentTag, session_leader_wit
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, SLOGuarantee, write_plan
 from powerband.spec.slo import SLO
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
 READY_S = 60.0
 
 
 def plan_file(path: Path, count: int = 1, **replica: Any) -> str:
-    workload = requested_load(LoadFlags(rate=4.0), MixFlags(prompt_tokens="16-32", output_tokens="4-8")).workload
+    workload = requested_load(ArrivalOptions(rate=4.0), MixOptions(prompt_tokens="16-32", output_tokens="4-8")).workload
     made = Replica(device="cpu", **{"max_model_len": 1024, "max_num_seqs": 8, **replica})
     plan = Plan(
         model="demo",

@@ -10,13 +10,13 @@ from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult
 from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedAddress, RunReport, build_point, utc_now
 from powerband.bench.server_metrics import ServerMetrics
-from powerband.cli.bench.options import LoadFlags, MixFlags, requested_load
 from powerband.fleet.verify import Verification, check_report
 from powerband.metrics.record import Outcome
 from powerband.spec.plan import Plan, Prediction, SLOGuarantee
 from powerband.spec.slo import SLO
+from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
-WORKLOAD = requested_load(LoadFlags(rate=10.0), MixFlags()).workload
+WORKLOAD = requested_load(ArrivalOptions(rate=10.0), MixOptions()).workload
 PLAN = Plan(
     model="m",
     workload=WORKLOAD,

@@ -6,7 +6,7 @@ import asyncio
 import random
 from dataclasses import dataclass, field, replace
 
-from pool_world import VirtualLoop, replica, request, virtually
+from pool_world import replica, request
 
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
@@ -14,6 +14,7 @@ from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
+from virtual_loop import VirtualLoop, virtually
 
 SPARE = 2  # may wait at a replica
 LONGEST_WAIT_S = 20.0

@@ -1,49 +1,15 @@
-"""A pool in virtual time: an event loop whose clock jumps to the next timer, replicas that a test moves by hand."""
+"""A pool in virtual time, with replicas that a test moves by hand."""
 
 from __future__ import annotations
 
 import asyncio
-import selectors
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
-
-T = TypeVar("T")
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Never waits: when nothing is ready, its time jumps to the next timer."""
-
-    def __init__(self) -> None:
-        super().__init__(_NoWait(self))
-        self.now_s = 1000.0
-
-    def time(self) -> float:
-        return self.now_s
-
-
-class _NoWait(selectors.DefaultSelector):  # type: ignore[misc, valid-type]  # the class differs by platform
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout:
-            self._loop.now_s += timeout
-        return super().select(0)
-
-
-def virtually(test: Callable[[VirtualLoop], Awaitable[T]], *, within_s: float = 3600.0) -> T:
-    """Run a test in virtual time; it must end within so many virtual seconds."""
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(asyncio.wait_for(test(loop), within_s))
-    finally:
-        loop.close()
+from virtual_loop import VirtualLoop
 
 
 def replica(name: str, max_num_seqs: int = 4, **more: Any) -> ReplicaAddress:

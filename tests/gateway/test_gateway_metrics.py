@@ -124,3 +124,23 @@ def test_an_answer_that_came_as_a_whole_tells_no_first_token() -> None:
     metrics = served()
     metrics.observe(whole)
     assert samples(metrics)["powerband_gateway_ttft_seconds_count{model_name=demo}"] == 0
+
+
+def test_models_that_come_and_go_leave_no_series_for_ever() -> None:
+    metrics = served()
+    sizes = []
+    for number in range(60):
+        metrics.serve([ROUTE, ModelRoute(name=f"m{number:02d}")])
+        metrics.observe(finished(model=f"m{number:02d}"))
+        sizes.append(len(metrics.render(GaugeSnapshot())))
+    assert sizes[-1] == sizes[30]
+    assert b'model_name="m59"' in metrics.render(GaugeSnapshot())
+    assert b'model_name="m58"' in metrics.render(GaugeSnapshot())
+    assert b'"m10"' not in metrics.render(GaugeSnapshot())
+
+
+def test_a_page_is_written_in_parts_of_one_family() -> None:
+    metrics = served()
+    parts = list(metrics.parts(GaugeSnapshot(pools=(POOL,))))
+    assert b"".join(parts) == metrics.render(GaugeSnapshot(pools=(POOL,)))
+    assert all(part.count(b"# HELP") == 1 for part in parts)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from pool_world import VirtualLoop, make_pool, make_ready, replica, request, settle, virtually
+from pool_world import make_pool, make_ready, replica, request, settle
 
 from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.routes import ModelRoute
+from virtual_loop import VirtualLoop, virtually
 
 
 async def fill(pool: Pool, count: int) -> list[Lease]:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import pytest
-from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
+from pool_world import make_pool, replica, request, settle
 
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.dispatch.breaker import CircuitBreaker, RetryBudget
@@ -17,6 +17,7 @@ from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
 from powerband.gateway.pool_options import PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
+from virtual_loop import VirtualLoop, virtually
 
 
 @dataclass

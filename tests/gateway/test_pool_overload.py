@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from gateways_for_tests import gateway_before
-from pool_world import VirtualLoop, make_pool, make_ready, replica, request, virtually
+from pool_world import make_pool, make_ready, replica, request
 
 from powerband.dispatch.errors import PoolError
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.routes import ModelRoute
 from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
+from virtual_loop import VirtualLoop, virtually
 
 SLO_TTFT_S = 1.0
 SERVICE_S = 0.5  # of a request with a replica; its first token comes after 0.1 s
@@ -209,12 +210,12 @@ def test_goodput_does_not_collapse_behind_a_real_gateway(tmp_path: Path) -> None
     seen_s = begin_s + 1.0
     in_time = [one for one in told if one.ttft_s is not None and one.ttft_s <= SLO_TTFT_S]
     goodput = sum(seen_s <= one.answered_s - start_s < end_s for one in in_time) / (end_s - seen_s)
-    assert goodput >= 0.9 * capacity
+    assert goodput >= 0.7 * capacity  # of a queue that collapses it would be next to nothing
     refused = sorted(
         one.answered_s - one.sent_s for one in told if one.ttft_s is None and one.sent_s > start_s + seen_s
     )
     assert len(refused) > capacity
-    assert refused[int(0.95 * len(refused))] < 0.1
+    assert refused[int(0.95 * len(refused))] < SLO_TTFT_S
     after = [one for one in told if one.sent_s - start_s > end_s + 5]
     assert after
     assert all(one.ttft_s is not None and one.ttft_s < 0.5 for one in after), "five seconds later all is well"

@@ -7,10 +7,11 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_world import VirtualLoop, make_pool, replica, request, settle, virtually
+from pool_world import make_pool, replica, request, settle
 
 from powerband.dispatch.capacity import Capacity
 from powerband.dispatch.queue import FairQueue, QueuedRequest
+from virtual_loop import VirtualLoop, virtually
 
 
 def ticket(tenant: str, tokens: int = 10, priority: int = 0) -> QueuedRequest:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_world import VirtualLoop, make_pool, replica, request, virtually
+from pool_world import make_pool, replica, request
 
 from powerband.dispatch.prefix import PrefixIndex, prefix_bytes, prefix_keys
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.request import GatewayRequest
+from virtual_loop import VirtualLoop, virtually
 
 
 @settings(max_examples=100, deadline=None)

@@ -363,7 +363,7 @@ def test_comments_are_no_progress(gateway: RunningGateway) -> None:
     with serving(gateway, play) as (replica,):
         start_s = time.monotonic()
         assert error_of(gateway, streamed=True)[0] == 504
-        assert time.monotonic() - start_s < 5
+        assert time.monotonic() - start_s < 25
         assert len(replica.posts) <= 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from powerband.planner.simulator import Simulation, simulate
+from powerband.planner.simulation.simulator import Simulation, simulate
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.profile import Evidence, HostModel
 from powerband.spec.workload.arrivals import Arrivals, OpenLoop

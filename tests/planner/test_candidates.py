@@ -9,8 +9,8 @@ import pytest
 from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace, replica_options
 from powerband.planner.results import Pruned
-from powerband.spec.checkpoint.precision import CheckpointPrecision, stored_precision
 from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision, stored_precision
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import read_model_spec
 

@@ -15,8 +15,8 @@ from plans import NO_HOST, PlainModel, deployment, drawn, played
 
 from powerband.core.loop import EngineCore
 from powerband.errors import PowerbandError
-from powerband.planner import fast_forward, replica, simulator
-from powerband.planner.replica import SimulatedReplica
+from powerband.planner.simulation import fast_forward, replica, simulator
+from powerband.planner.simulation.replica import SimulatedReplica
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.workload.lengths import Fixed, Uniform
 from powerband.spec.workload.workload import Conversation, SharedPrefix
@@ -46,7 +46,13 @@ def story(seed: int, *, fast: bool) -> Any:
         enable_prefix_caching=rng.random() < 0.7,
     )
     host = dataclasses.replace(
-        NO_HOST, step_s=0.001, per_request_s=1e-4, arrival_s=0.004, answer_s=0.01, overlapped=rng.random() < 0.5
+        NO_HOST,
+        step_s=0.001,
+        per_request_s=1e-4,
+        arrival_s=0.004,
+        answer_s=0.01,
+        answer_request_s=1e-3,
+        overlapped=rng.random() < 0.5,
     )
     made: list[SimulatedReplica] = []
 
@@ -57,7 +63,13 @@ def story(seed: int, *, fast: bool) -> Any:
     with mock.patch.object(simulator, "SimulatedReplica", recording):
         model = PlainModel(0.01, 1e-5, rng.choice([0.0, 1e-6]), host)
         found = played(
-            schedule, where, model, num_blocks=rng.choice([14, 20, 40, 400]), fast_forward=fast, slowdown=1.1
+            schedule,
+            where,
+            model,
+            num_blocks=rng.choice([14, 20, 40, 400]),
+            fast_forward=fast,
+            slowdown=1.1,
+            slo_ttft_s=rng.choice([None, 0.3]),
         )
     pools = [made_one.scheduler.kv.pool for made_one in made]
     for one in made:

@@ -19,9 +19,9 @@ from powerband.planner.plan_request import PlanRequest, mean_turns, request_toke
 from powerband.planner.results import PlanResults
 from powerband.planner.search import search
 from powerband.planner.simulation.task import SimulationTask, run_simulation_task
-from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.reader import read_model_spec
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from servers_for_tests import RunningServer, running_server
 
-from powerband.cli.plan.calibrate import write_profile
 from powerband.folders import cache_directory
+from powerband.spec.hardware.catalog import write_profile
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import (
     DeviceProfile,
@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     (folder / "kernels").symlink_to(cache_directory() / "kernels")  # compiled already
     spec = read_model_spec(Path("src/powerband/demo"))
     profile = DeviceProfile(
-        name="here",
+        name="local",
         kind="cpu",
         architecture="cpu",
         memory_bytes=2**34,
@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         machine=MeasuredMachine(name=cpu.name, cores=cpu.cores, threads=1, date="2026-11-21"),
         refinements=(Refinement(model=spec.shape_digest, name="demo", steps=STEPS, host=HOST, evidence=EVIDENCE),),
     )
-    write_profile(profile, folder / "profiles" / "here.yaml")
+    write_profile(profile, folder / "profiles" / "local.yaml")
     flags = ("--threads", "1", "--kv-cache-memory", "16MiB", "--dtype", "bfloat16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POWERBAND_CACHE", str(folder))

@@ -139,7 +139,7 @@ def test_killed_engine_ends_streams_and_comes_back() -> None:
             start_s = time.monotonic()
             while (last := (await stream.take())[-1]).finish_reason is None:
                 pass
-            assert time.monotonic() - start_s < 1
+            assert time.monotonic() - start_s < 8
             assert last.error is not None
             assert "SIGKILL" in last.error.message
             assert not engine.health().ready

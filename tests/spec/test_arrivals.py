@@ -279,7 +279,7 @@ def test_what_is_no_process_is_a_usage_error(values):
         (lambda: OpenLoop(()), "The rate is 0: nothing would arrive."),
         (lambda: OpenLoop.at(-1), "A phase from -1 to -1 requests a second in inf s."),
         (lambda: OpenLoop.at(math.inf), "A phase from inf to inf requests a second in inf s."),
-        (lambda: RatePhase(1, 2), "A ramp needs an end: say in how many seconds."),
+        (lambda: RatePhase(1, 2), "A ramp needs a duration in seconds."),
         (lambda: RatePhase(1, 1, 0), "A phase from 1 to 1 requests a second in 0 s."),
         (lambda: OpenLoop((RatePhase(1, 1), RatePhase(2, 2))), "Only the last phase may have no end."),
         (lambda: OpenLoop.at(1, 0), "burstiness is 0."),

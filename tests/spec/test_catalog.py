@@ -52,7 +52,7 @@ def test_an_unknown_device_names_near_ones() -> None:
 def test_this_machine_has_to_be_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
     with pytest.raises(EnvironmentFault) as problem:
-        load_catalog().find("here")
+        load_catalog().find("local")
     assert "powerband calibrate" in problem.value.hint
 
 

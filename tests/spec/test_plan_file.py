@@ -71,8 +71,8 @@ def test_devices_are_those_of_all_pools() -> None:
 
 
 def test_a_plan_of_version_0_1_0_still_loads(tmp_path: Path) -> None:
-    """plan_0_1_0.yaml was written by `powerband plan` before names changed; only a pool's limit was renamed."""
-    saved = Path(__file__).parent / "plan_0_1_0.yaml"
+    """plan.yaml was written by `powerband plan` before names changed; only a pool's limit was renamed."""
+    saved = Path(__file__).parent / "written_by_0_1_0" / "plan.yaml"
     plan = read_plan(saved)
     assert plan.deployment is not None
     [pool] = plan.deployment.pools

@@ -21,7 +21,7 @@ STEPS = StepTimeModel(
 )
 REFINEMENT = Refinement(model="abc", name="demo", steps=STEPS, evidence=Evidence(source="measured", error=0.1))
 PROFILE = DeviceProfile(
-    name="here",
+    name="local",
     kind="cpu",
     architecture="cpu",
     memory_bytes=2**34,

@@ -31,22 +31,22 @@ def test_an_slo_is_read_as_people_write_it(text, expected):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "'' is no part of an SLO."),
-        ("fast", "'fast' is no part of an SLO."),
-        ("itl=50ms", "'itl=50ms' is no part of an SLO."),
-        ("ttft=500ms,", "'' is no part of an SLO."),
-        ("ttft=soon", "slo ttft is 'soon', which is no time."),
-        ("ttft=", "slo ttft is '', which is no time."),
-        ("ttft=-5", "slo ttft is '-5', which is no time."),
-        ("ttft=nan", "slo ttft is 'nan', which is no time."),
+        ("", "'' is not part of an SLO."),
+        ("fast", "'fast' is not part of an SLO."),
+        ("itl=50ms", "'itl=50ms' is not part of an SLO."),
+        ("ttft=500ms,", "'' is not part of an SLO."),
+        ("ttft=soon", "slo ttft is 'soon', which is not a duration."),
+        ("ttft=", "slo ttft is '', which is not a duration."),
+        ("ttft=-5", "slo ttft is '-5', which is not a duration."),
+        ("ttft=nan", "slo ttft is 'nan', which is not a duration."),
         ("ttft=0", "slo has ttft_s: 0.0."),
         ("ttft=1s,ttft=2s", "The SLO 'ttft=1s,ttft=2s' says ttft twice."),
         ("e2e=1s,e2el=2s", "The SLO 'e2e=1s,e2el=2s' says e2e twice."),
-        ("ttft=1s,attainment=101%", "attainment is '101%', which is no share of a whole."),
+        ("ttft=1s,attainment=101%", "attainment is '101%', which is not a fraction."),
         ("ttft=1s@p99,tpot=1s@p95", "The SLO 'ttft=1s@p99,tpot=1s@p95' names several shares of requests."),
         ("ttft=1s@p99,attainment=95%", "The SLO 'ttft=1s@p99,attainment=95%' names several shares of requests."),
-        ("ttft=1s@px", "slo is 'x%', which is no share of a whole."),
-        ("ttft=1s,attainment=0", "attainment is '0', which is no share of a whole."),
+        ("ttft=1s@px", "slo is 'x%', which is not a fraction."),
+        ("ttft=1s,attainment=0", "attainment is '0', which is not a fraction."),
     ],
 )
 def test_what_is_none_is_told(text, sentence):
@@ -106,14 +106,14 @@ def test_times_have_units(text, expected):
 
 @pytest.mark.parametrize("text", ["", "s", "5 days", "1e3s", "-1s", "5ss", "inf", "9" * 400, "9" * 400 + "h", "1m30s"])
 def test_what_is_no_time_names_the_option(text):
-    with pytest.raises(UsageError, match=r"^duration is '.*', which is no time\.") as caught:
+    with pytest.raises(UsageError, match=r"^duration is '.*', which is not a duration\.") as caught:
         seconds(text, param="duration")
     assert caught.value.param == "duration"
 
 
 def test_a_time_may_have_to_say_its_unit():
     assert seconds("5", param="slo", unit="ms") == 0.005
-    with pytest.raises(UsageError, match="which is no time"):
+    with pytest.raises(UsageError, match="which is not a duration"):
         seconds("5", param="slo", unit=None)
 
 
@@ -141,7 +141,7 @@ def test_shares(text, expected):
 
 @pytest.mark.parametrize("text", ["", "95", "0", "0%", "-5%", "nan", "1.01", "five"])
 def test_what_is_no_share_names_the_option(text):
-    with pytest.raises(UsageError, match=r"^attainment is '.*', which is no share of a whole\."):
+    with pytest.raises(UsageError, match=r"^attainment is '.*', which is not a fraction\."):
         share(text, param="attainment")
 
 

@@ -256,7 +256,7 @@ WRONG = {
     "azure, huge": (HEADER + f"{TIME},{'9' * 5000},6", "line 2: "),
     "azure, second row": (HEADER + f"{TIME},5,6\n{TIME},5,x", "line 3: "),
     "mooncake, broken": (lines(ROW) + "\n{", "line 2: "),
-    "mooncake, no object": (lines(ROW) + "\n5", "line 2: it is no JSON object"),
+    "mooncake, no object": (lines(ROW) + "\n5", "line 2: it is not a JSON object"),
     "mooncake, missing": (lines({"input_length": 5}), "line 1 has no 'output_length'"),
     "mooncake, NaN": (lines({**ROW, "timestamp": math.nan}), "line 1: the time nan"),
     "mooncake, Infinity": (lines({**ROW, "timestamp": math.inf}), "line 1: the time inf"),
@@ -268,7 +268,7 @@ WRONG = {
     "mooncake, huge tokens": (lines({**ROW, "output_length": 10**400}), "line 1: an integer of more than 60 digits"),
     "mooncake, half a token": (lines({**ROW, "output_length": 1.5}), "line 1: 1.5 tokens"),
     "mooncake, true tokens": (lines({**ROW, "output_length": True}), "line 1: True tokens"),
-    "mooncake, ids are null": (lines({**ROW, "hash_ids": None}), "line 1: hash_ids are no list"),
+    "mooncake, ids are null": (lines({**ROW, "hash_ids": None}), "line 1: hash_ids are not a list"),
     "mooncake, ids are text": (lines({**ROW, "hash_ids": ["a", "b"]}), "line 1: 'a' among the hash_ids"),
     "mooncake, ids are lists": (lines({**ROW, "hash_ids": [[1], 2]}), "line 1: [1] among the hash_ids"),
     # Alibaba's Bailian traces look alike, with blocks of 16 tokens and times in seconds.

@@ -380,5 +380,5 @@ def test_what_is_no_workload_is_a_usage_error(change):
 
 @pytest.mark.parametrize("values", [None, 5, [], "chat", {}, {"name": "x"}], ids=str)
 def test_what_is_no_workload_at_all_is_a_usage_error(values):
-    with pytest.raises(UsageError, match="This is no workload"):
+    with pytest.raises(UsageError, match="This is not a valid workload"):
         Workload.from_dict(values)

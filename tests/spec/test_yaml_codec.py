@@ -55,8 +55,8 @@ def test_a_profile_is_read_and_written_without_loss() -> None:
         ({"kind": "gpu"}, "kind: 'gpu' is none of them. Known: cpu, cuda, rocm"),
         ({"name": 4}, "name: 4 is not a text"),
         ({"prices": [{"usd_per_hour": 1, "where": "here"}]}, r"prices\[0\]: 'source' is missing"),
-        ({"prices": 3}, "prices: 3 is no list"),
-        ({"host_link": 31.5}, "host_link: 31.5 is no table"),
+        ({"prices": 3}, "prices: 3 is not a list"),
+        ({"host_link": 31.5}, "host_link: 31.5 is not a table"),
         ({"peak_flops_per_s": {}}, "peak_flops_per_s must name a rate"),
     ],
 )
@@ -66,5 +66,5 @@ def test_what_is_wrong_in_a_profile_is_named(changes: dict[str, Any], message: s
 
 
 def test_a_profile_that_is_no_table_is_refused() -> None:
-    with pytest.raises(UsageError, match="is no table"):
+    with pytest.raises(UsageError, match="is not a table"):
         DeviceProfile.from_dict([1], "mine.yaml")

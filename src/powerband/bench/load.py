@@ -42,14 +42,12 @@ _DECODER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWork
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """timeout_s: of a request, from its scheduled time. drain_s: after the last arrival. metrics_url: of the server's
-    metrics; None: not asked for; '': beside the API.
-    """
+    """How a load is sent."""
 
-    workers: int = 1
-    timeout_s: float = 600.0
-    drain_s: float = 120.0
-    metrics_url: str | None = ""
+    workers: int = 1  # processes
+    timeout_s: float = 600.0  # per request, from its scheduled time
+    drain_s: float = 120.0  # for requests that still run after the last arrival
+    metrics_url: str | None = ""  # of the server; '': /metrics beside the API; None: not scraped
 
 
 @dataclass(slots=True)
@@ -82,16 +80,16 @@ class Live:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadResult:
-    """samples: by index. client_share: of one core, used by the busiest worker. stopped: by `stop`, before its end."""
+    """What became of a load."""
 
     schedule: Schedule
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...]  # by index
     server: ServerMetrics
     wall_s: float
-    client_share: float
+    client_share: float  # of one core, used by the busiest worker
     chunks_per_s: float  # received by the busiest worker
     unsent: int
-    stopped: bool
+    stopped: bool  # by `stop`, before its end
 
 
 async def run_load(

@@ -49,13 +49,12 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class CapacityResult:
-    """rate: the highest at which the SLO was kept, 0 if at none. interval: from the highest rate at which it certainly
-    is to the lowest at which it certainly is not (95 % each), as far as trials tell. attainment: of all at `rate`.
-    """
+    """The highest rate that meets the SLO."""
 
-    rate: float
+    rate: float  # 0: none did
+    # From the highest rate that certainly meets the SLO to the lowest that certainly does not, at 95 % each.
     interval: tuple[float, float]
-    attainment: float
+    attainment: float  # of all trials at `rate`
     attainment_interval: tuple[float, float]
     trials: tuple[Trial, ...]
 

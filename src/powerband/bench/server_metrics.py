@@ -62,9 +62,10 @@ HISTOGRAMS = {
 
 @dataclass(slots=True)
 class ServerMetrics:
-    """times_s: from the run's start. values: for each figure a list as long as times_s; None where it was not told."""
+    """The server's metrics during a run."""
 
-    times_s: list[float] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)  # from the run's start
+    # For each metric as many as times_s; None where it was not reported.
     values: dict[str, list[float | None]] = field(default_factory=dict)
     problem: str = ""
 
@@ -75,8 +76,8 @@ class ServerMetrics:
 
     def growth(self, name: str) -> float | None:
         """Of a counter, from the first scrape to the last."""
-        told = [value for value in self.values.get(name, ()) if value is not None]
-        return told[-1] - told[0] if len(told) > 1 else None
+        values = [value for value in self.values.get(name, ()) if value is not None]
+        return values[-1] - values[0] if len(values) > 1 else None
 
     def mean(self, histogram: str) -> float | None:
         """Of what a histogram counted between the first scrape and the last."""

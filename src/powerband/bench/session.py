@@ -42,10 +42,7 @@ _BEGINNING = 3  # requests, to see how long one takes alone
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """What to send where, and how it is judged. warm_up, cool_down: shares, see load.window_of.
-
-    ceiling_chunks_per_s: of this machine's client, where it was calibrated.
-    """
+    """What to send where, and how it is judged."""
 
     target: ServerAddress
     workload: Workload
@@ -53,10 +50,10 @@ class Experiment:
     num_requests: int | None = None
     seed: int = 0
     slo: SLO | None = None
-    warm_up: float = 0.1
-    cool_down: float = 0.05
+    warm_up: float = 0.1  # fraction left out at the start, see load.steady_window
+    cool_down: float = 0.05  # fraction left out at the end
     options: LoadOptions = field(default_factory=LoadOptions)
-    ceiling_chunks_per_s: float | None = None
+    ceiling_chunks_per_s: float | None = None  # capacity of this machine's client; None: not calibrated
 
     def at_rate(self, rate: float) -> Experiment:
         """The same requests, open loop, at this rate."""
@@ -71,7 +68,7 @@ class Experiment:
 class BenchSession:
     """Call `open` first, then one of `single`, `sweep` and `find_rate`. `loads` are those of the report's points.
 
-    watch: called several times a second with the load that runs. told: called with each point as it ends.
+    watch: called several times a second with the load that runs. on_point: called with each point as it ends.
     """
 
     def __init__(
@@ -80,10 +77,10 @@ class BenchSession:
         *,
         command: Sequence[str] = (),
         watch: Callable[[Live], object] | None = None,
-        told: Callable[[Point], object] | None = None,
+        on_point: Callable[[Point], object] | None = None,
     ) -> None:
         self._experiment, self._command = experiment, tuple(command)
-        self._watch, self._on_point = watch, told or (lambda _point: None)
+        self._watch, self._on_point = watch, on_point or (lambda _point: None)
         self._server: ServerInfo | None = None
         self._started_at = utc_now()
         self._points: list[Point] = []

@@ -47,14 +47,12 @@ Limit = Literal["client", "server", "levels"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientCapacity:
-    """Of one worker, which has a core. limited_by: who could not follow to the next level; 'levels': both could. Where
-    it was not the client, its rate is what its CPU time per chunk allows on a whole core.
-    """
+    """What one worker process on one core can send and receive."""
 
-    chunks_per_s: float
+    chunks_per_s: float  # if the client was not the limit: from its CPU time per chunk
     requests_per_s: float
     cpu_us_per_chunk: float
-    limited_by: Limit
+    limited_by: Limit  # what could not sustain the next step; 'levels': nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,5 +219,5 @@ def _interpolated(points: Sequence[tuple[float, float]], time_s: float) -> float
 
 def _capacity_path() -> Path:
     """A name for everything that the figures depend on."""
-    told = (detect_cpu().name, powerband.__version__, platform.python_version())
-    return cache_directory() / "load-generator" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:20]}.json"
+    environment = (detect_cpu().name, powerband.__version__, platform.python_version())
+    return cache_directory() / "load-generator" / f"{hashlib.sha256(repr(environment).encode()).hexdigest()[:20]}.json"

@@ -1,43 +1,55 @@
-"""Coefficients of laws from measurements: least squares on log(predicted / measured), few outliers forgiven.
+"""Fits of coefficients to measurements, by scipy.optimize, in which few outliers count little.
 
-fitted = fit(law, {"compute_share": (0.05, 1.0), "overhead_s": (1e-7, 1e-4)}, predict, points, seconds)
+fitted = fit(model, {"compute_share": (0.05, 1.0), "overhead_s": (1e-7, 1e-4)}, predict, points, seconds)
 
-Levenberg-Marquardt with a soft-L1 loss (Triggs et al. 2000, "Bundle Adjustment", section 4.3): errors up to about 10 %
-count squared, larger ones linearly. Bounds hold by construction: log(coefficient) is a sigmoid of what is solved for.
+scipy is needed to calibrate and for nothing else; it is imported by the first fit (pip install 'powerband[calibrate]').
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from powerband.errors import EnvironmentFault
 
 Model = TypeVar("Model")
 Point = TypeVar("Point")
 Vector = NDArray[np.float64]
 Bounds = Mapping[str, tuple[float, float]]
 
-_SOFT_ERROR = 0.1  # of a log-ratio: beyond, an error counts linearly
-_STEPS = 60
-_EDGE = 1e-4  # a start on a bound is moved inside by so much of the way
+_SOFT_ERROR = 0.1  # of a log-ratio: smaller errors count squared, larger ones linearly
+_EDGE = 1e-4  # a start on a bound is moved inside by this fraction of the range
+_REWEIGHTINGS = 8
+
+
+def scipy_optimize() -> ModuleType:
+    """Raises EnvironmentFault where scipy is not installed."""
+    try:
+        import scipy.optimize
+    except ImportError:
+        raise EnvironmentFault(
+            "Calibration needs scipy, which is not installed.", hint="Run: pip install 'powerband[calibrate]'"
+        ) from None
+    return cast(ModuleType, scipy.optimize)
 
 
 @dataclass(frozen=True, slots=True)
 class FitErrors:
-    """|predicted − measured| / measured over `n` measurements, as shares; bias: the mean with its sign."""
+    """|predicted − measured| / measured over `n` measurements, as fractions."""
 
     n: int
     median: float
     mean: float
     p90: float
-    bias: float
+    bias: float  # the mean with its sign
 
     @classmethod
-    def of(cls, predicted: Sequence[float] | Vector, measured: Sequence[float] | Vector) -> FitErrors:
+    def from_values(cls, predicted: Sequence[float] | Vector, measured: Sequence[float] | Vector) -> FitErrors:
         """Needs one measurement at least, all above 0."""
         signed = np.asarray(predicted, float) / np.asarray(measured, float) - 1
         size = np.abs(signed)
@@ -52,10 +64,8 @@ class FitErrors:
 
 @dataclass(frozen=True, slots=True)
 class FitResult(Generic[Model]):
-    """errors: on the points of the fit."""
-
     model: Model
-    errors: FitErrors
+    errors: FitErrors  # on the points of the fit
 
 
 def fit(
@@ -70,57 +80,43 @@ def fit(
     law: a dataclass. seconds: measured, above 0, one for each of `points`.
     """
     names, measured = list(bounds), np.log(np.asarray(seconds, float))
+    low, high = np.log(np.array([bounds[name] for name in names], float)).T
+    start = np.log([max(getattr(model, name), bounds[name][0]) for name in names])
+    margin = _EDGE * (high - low)
 
-    def built(z: Vector) -> Model:
-        changes = {name: _inside(*bounds[name], x) for name, x in zip(names, z, strict=True)}
+    def built(logs: Vector) -> Model:
+        changes = {name: float(value) for name, value in zip(names, np.exp(logs), strict=True)}
         return cast(Model, replace(cast(Any, model), **changes))
 
-    def residuals(z: Vector) -> Vector:
-        candidate = built(z)
+    def residuals(logs: Vector) -> Vector:
+        candidate = built(logs)
         found: Vector = np.log(np.array([predict(candidate, point) for point in points])) - measured
         return found
 
-    z = np.array([_outside(*bounds[name], getattr(model, name)) for name in names])
-    best = built(_solve(residuals, z))
-    return FitResult(best, FitErrors.of([predict(best, point) for point in points], np.exp(measured)))
+    solution = scipy_optimize().least_squares(
+        residuals,
+        np.clip(start, low + margin, high - margin),
+        bounds=(low, high),
+        loss="soft_l1",
+        f_scale=_SOFT_ERROR,
+        diff_step=1e-4,
+        max_nfev=60,
+    )
+    best = built(solution.x)
+    return FitResult(best, FitErrors.from_values([predict(best, point) for point in points], np.exp(measured)))
 
 
-def _solve(residuals: Callable[[Vector], Vector], z: Vector) -> Vector:
-    damping, current = 1e-2, residuals(z)
-    for _ in range(_STEPS):
-        weights = 1 / np.sqrt(1 + (current / _SOFT_ERROR) ** 2)
-        jacobian = np.stack([(residuals(z + 1e-4 * unit) - current) / 1e-4 for unit in np.eye(len(z))], axis=1)
-        normal, gradient = jacobian.T @ (weights[:, None] * jacobian), jacobian.T @ (weights * current)
-        scale = np.diag(np.maximum(np.diag(normal), 1e-9))
-        for _ in range(8):
-            step = -np.linalg.solve(normal + damping * scale, gradient)
-            step = np.clip(step, -2, 2)
-            there = residuals(z + step)
-            gain = _loss(current) - _loss(there)
-            if gain > 0:
-                break
-            damping *= 4
-        else:
-            return z
-        z, current, damping = z + step, there, max(damping / 3, 1e-7)
-        if gain < 1e-9 * len(current):
-            return z
-    return z
-
-
-def _loss(residuals: Vector) -> float:
-    return float((np.sqrt(1 + (residuals / _SOFT_ERROR) ** 2) - 1).sum())
-
-
-def _inside(low: float, high: float, z: float) -> float:
-    share = 1 / (1 + exp(-min(max(z, -40.0), 40.0)))
-    return exp(log(low) + (log(high) - log(low)) * share)
-
-
-def _outside(low: float, high: float, value: float) -> float:
-    share = (log(max(value, low)) - log(low)) / (log(high) - log(low))
-    share = min(max(share, _EDGE), 1 - _EDGE)
-    return log(share / (1 - share))
+def non_negative(matrix: Vector, target: Vector, *, scale: float) -> Vector:
+    """x ≥ 0 with the least |matrix · x − target|, where what is further off than `scale` counts less (soft L1)."""
+    nnls = scipy_optimize().nnls
+    size = np.linalg.norm(matrix, axis=0)
+    size[size == 0] = 1.0
+    weights, found = np.ones(len(target)), np.zeros(matrix.shape[1])
+    for _ in range(_REWEIGHTINGS):
+        root = np.sqrt(weights)
+        found = nnls(matrix / size * root[:, None], target * root)[0] / size
+        weights = 1 / np.sqrt(1 + ((matrix @ found - target) / scale) ** 2)
+    return found
 
 
 def spread(features: Sequence[Sequence[float]], count: int) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from powerband.calibration.least_squares import robust
+from powerband.calibration.curve_fit import non_negative
 from powerband.calibration.step_fit import SCALE, all_knots, features, fit_steps, step_time_model
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import StepSample
@@ -30,12 +30,12 @@ _MAX_SLOWDOWN = 8.0  # times as long: what took longer was somebody else's doing
 
 @dataclass(frozen=True, slots=True)
 class EngineStepTiming:
-    """From a step's end to the next one's, with no pause between. new: requests that are; coming: in the next step."""
+    """From a step's end to the next one's, without a pause between them."""
 
     seconds: float
     step: StepSample
-    new: int
-    coming: int
+    new: int  # requests that begin in this step
+    coming: int  # requests that begin in the next step
 
     @property
     def requests(self) -> int:
@@ -87,7 +87,7 @@ def fit_under_load(
     seconds = np.array([*(sample.seconds for sample in slowed), *(timing.seconds for timing in some)])
     weights = np.array([len(slowed) ** -0.5] * len(slowed) + [len(some) ** -0.5] * len(some)) * len(seconds) ** 0.5
     matrix = np.array(table) / seconds[:, None]
-    found = robust(matrix * weights[:, None], weights, scale=SCALE)
+    found = non_negative(matrix * weights[:, None], weights, scale=SCALE)
     step_s, per_request_s, new_s, coming_s = (float(value) for value in found[-_HOST_FEATURES:])
     # The work for a request that arrives is done while the step before its first one runs, too.
     host = HostOverhead(step_s, per_request_s, new_s + coming_s)
@@ -146,7 +146,7 @@ def _slowdown(step_model: StepTimeModel, timings: Sequence[EngineStepTiming]) ->
     alone = np.array([model.step_s(timing.step.works, timing.step.sampled) for timing in timings])
     seconds = np.array([timing.seconds for timing in timings])
     matrix = np.column_stack([alone, [_host_features(timing) for timing in timings]])
-    found = robust(matrix / seconds[:, None], (seconds - alone) / seconds, scale=0.1)
+    found = non_negative(matrix / seconds[:, None], (seconds - alone) / seconds, scale=0.1)
     return 1 + float(found[0])
 
 
@@ -156,9 +156,9 @@ def _host_features(timing: EngineStepTiming) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class ClientPathTiming:
-    """A request as its client saw it. sent_s: when it was to be sent. Times on the clock of the engine's log."""
+    """A request as its client saw it. Times on the clock of the engine's log."""
 
-    sent_s: float
+    sent_s: float  # when it was due
     chunks_s: tuple[float, ...]
     prompt_tokens: int
 
@@ -182,7 +182,7 @@ def fit_arrival_delay(
         raise UsageError(f"{len(seconds)} requests found the engine at rest; that is too few.", hint="Load it longer.")
     wanted = np.array(seconds)
     matrix = np.stack([np.ones(len(prompts)), np.array(prompts)], axis=1)
-    found = robust(matrix / wanted[:, None], np.ones(len(wanted)), scale=0.1)
+    found = non_negative(matrix / wanted[:, None], np.ones(len(wanted)), scale=0.1)
     return float(found[0]), float(found[1])
 
 
@@ -204,5 +204,5 @@ def fit_response_delay(path_timings: Sequence[ClientPathTiming], samples: Sequen
     wanted = np.array(times)
     matrix = np.column_stack([np.ones(len(times)), np.array(requests)])
     scale = np.array([float(np.median(wanted))] * len(wanted))
-    found = robust(matrix / scale[:, None], wanted / scale, scale=0.5)
+    found = non_negative(matrix / scale[:, None], wanted / scale, scale=0.5)
     return float(found[0]), float(found[1])

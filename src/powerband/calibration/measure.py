@@ -77,11 +77,11 @@ _ASSUMED_HOST = HostModel(
 
 @dataclass(frozen=True, slots=True)
 class ModelFit:
-    """What was found about one model. errors: of steps that the law had not seen."""
+    """The fit of one model."""
 
     refinement: Refinement
     steps: int
-    errors: FitErrors
+    errors: FitErrors  # on steps that the fit had not seen
     requests: int
 
 
@@ -118,7 +118,7 @@ def _timed(
         name = f"{precision}: model {number + 1} of {len(_SHAPES)}"
         report(name, 0.0)
         with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(_config(*shape)))
+            (Path(folder) / "config.json").write_text(json.dumps(small_llama(*shape)))
             settings = EngineSettings(
                 model=folder,
                 load_format="dummy",
@@ -135,7 +135,7 @@ def _timed(
     return found
 
 
-def _config(
+def small_llama(
     hidden: int, inner: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int
 ) -> dict[str, Any]:
     """A Llama."""
@@ -188,12 +188,12 @@ def _facts(measured: Sequence[tuple[ModelSteps, RunConfiguration]], threads: int
 
         known = catalog_device(form.device_name)
         if known is not None:
-            return replace(known, name="here", aliases=(), source=source, machine=machine)
+            return replace(known, name="local", aliases=(), source=source, machine=machine)
         device = torch.device(form.device)
         memory, bandwidth = torch.cuda.mem_get_info(device)[1], copy_bytes_per_s(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     return DeviceProfile(
-        name="here",
+        name="local",
         kind="cpu" if on_cpu else "cuda",
         architecture="cpu" if on_cpu else "cuda",
         memory_bytes=memory,

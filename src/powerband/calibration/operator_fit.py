@@ -45,7 +45,7 @@ class ModelSteps:
     @property
     def replica(self) -> Replica:
         return Replica(
-            device="here",
+            device="local",
             quantization=self.quantization,
             kv_precision=self.kv_precision,
             max_model_len=self.spec.max_position,
@@ -54,13 +54,13 @@ class ModelSteps:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionFit:
-    """bytes_per_s, flops_per_s: the most that a step reached. held_out: of laws that had not seen those steps."""
+    """The fit of one precision."""
 
     quantization: Quantization
     steps: int
-    bytes_per_s: float
-    flops_per_s: float
-    held_out: FitErrors
+    bytes_per_s: float  # the most that a step reached
+    flops_per_s: float  # the most that a step reached
+    held_out: FitErrors  # on steps that the fit had not seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def fit_precision(profile: DeviceProfile, measured: Sequence[ModelSteps]) -> tup
     seen = [sample.seconds for _, sample in test]
     half = _fitted(profile, train)
     models = _models(half, measured)
-    held_out = FitErrors.of([models[id(steps)].step_s(s.works, s.sampled) for steps, s in test], seen)
+    held_out = FitErrors.from_values([models[id(steps)].step_s(s.works, s.sampled) for steps, s in test], seen)
     whole = _fitted(profile, points, error=held_out.p90)
     rates, flops = peak_rates(measured)
     return whole, PrecisionFit(first.quantization, len(points), rates, flops, held_out)

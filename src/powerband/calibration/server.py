@@ -1,6 +1,6 @@
 """A model in its real serving form for a while: the server's process, loads over HTTP, and the engine's step log.
 
-async with serving("demo", {"max_num_seqs": 16}, folder) as served:
+async with calibration_server("demo", {"max_num_seqs": 16}, folder) as served:
     load = await served.load(workload.draw(0, duration_s=20))
 served.steps()
 """
@@ -87,8 +87,8 @@ async def calibration_server(
     it does not start.
     """
     port = free_port()
-    told = {**settings, "port": port, "log_level": "warning", "step_log": str(folder / _STEPS_NAME)}
-    (folder / _SETTINGS_NAME).write_text(yaml.safe_dump(told))
+    options = {**settings, "port": port, "log_level": "warning", "step_log": str(folder / _STEPS_NAME)}
+    (folder / _SETTINGS_NAME).write_text(yaml.safe_dump(options))
     command = [sys.executable, "-m", "powerband", "serve", model, f"--config={folder / _SETTINGS_NAME}"]
     log = folder / _LOG_NAME
     with log.open("wb") as output:

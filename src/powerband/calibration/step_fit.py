@@ -11,8 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from powerband.calibration.curve_fit import FitErrors
-from powerband.calibration.least_squares import Array, robust
+from powerband.calibration.curve_fit import FitErrors, Vector, non_negative
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import StepSample
 from powerband.errors import UsageError
@@ -32,7 +31,7 @@ def fit_steps(samples: Sequence[StepSample]) -> StepTimeModel:
     tokens, rows = all_knots(samples)
     seconds = np.array([sample.seconds for sample in samples])
     matrix = np.array([features(sample, tokens, rows) for sample in samples]) / seconds[:, None]
-    return step_time_model(robust(matrix, np.ones(len(samples)), scale=SCALE), tokens, rows)
+    return step_time_model(non_negative(matrix, np.ones(len(samples)), scale=SCALE), tokens, rows)
 
 
 def _check_count(count: int) -> None:
@@ -46,7 +45,7 @@ def all_knots(samples: Sequence[StepSample]) -> tuple[tuple[int, ...], tuple[int
     return tokens, _knots(ROWS, [sample.sampled for sample in samples])
 
 
-def step_time_model(found: Array, tokens: tuple[int, ...], rows: tuple[int, ...]) -> StepTimeModel:
+def step_time_model(found: Vector, tokens: tuple[int, ...], rows: tuple[int, ...]) -> StepTimeModel:
     """From coefficients in the order of `features`."""
     num_tokens, num_rows = len(tokens), len(rows)
     after = num_tokens + num_rows
@@ -73,7 +72,7 @@ def held_out_error(samples: Sequence[StepSample], folds: int = 4) -> FitErrors:
         for sample in samples[fold::folds]:
             predicted.append(step_model.step_s(sample.works, sample.sampled))
             measured.append(sample.seconds)
-    return FitErrors.of(predicted, measured)
+    return FitErrors.from_values(predicted, measured)
 
 
 def _knots(places: Sequence[int], seen: Sequence[int]) -> tuple[int, ...]:
@@ -111,5 +110,5 @@ def _ramps(places: Sequence[int], value: int) -> list[float]:
     return ramps
 
 
-def _rising(increments: Array) -> tuple[float, ...]:
+def _rising(increments: Vector) -> tuple[float, ...]:
     return tuple(float(value) for value in np.cumsum(increments))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -55,6 +55,22 @@ def takes_settings(*classes: type, without: tuple[str, ...] = ()) -> Callable[[C
         return run
 
     return decorate
+
+
+def add_flags(options: type, group: Group) -> None:
+    """Make the fields of a dataclass that have a help text flags of every command that takes the class."""
+    hints = get_type_hints(options)
+    for item in fields(options):
+        if "help" in item.metadata:
+            flag = Parameter(
+                name=item.metadata["names"] or None,
+                help=item.metadata["help"],
+                group=group,
+                negative="",
+                show_default=False,
+            )
+            item.type = options.__annotations__[item.name] = Annotated[hints[item.name], flag]
+    Parameter(name="*")(options)
 
 
 def _flags(classes: tuple[type, ...], without: set[str]) -> list[inspect.Parameter]:

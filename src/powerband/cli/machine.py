@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from powerband.spec.hardware.device import has_gpu_nodes
 from powerband.spec.settings import EngineSettings
-
-GPU_NODES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def compute_device(settings: EngineSettings) -> str:
@@ -18,8 +15,3 @@ def compute_device(settings: EngineSettings) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def has_gpu_nodes() -> bool:
-    """Whether the system shows a GPU's device file (NVIDIA, AMD, or either under WSL)."""
-    return any(Path(node).exists() for node in GPU_NODES)

@@ -18,7 +18,7 @@ import msgspec
 from powerband.documents import read_table
 from powerband.errors import UsageError
 from powerband.server.settings import ServerSettings
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.settings import EngineSettings, value_types
 
 PREFIX = "POWERBAND_"
@@ -26,7 +26,7 @@ PREFIX = "POWERBAND_"
 OTHER_VARIABLES = (
     *("POWERBAND_DEBUG", "POWERBAND_CACHE", "POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE"),
     *("POWERBAND_VLLM", "POWERBAND_SGLANG", "POWERBAND_TRTLLM"),
-    *("POWERBAND_STATE", "POWERBAND_MEMBER", "POWERBAND_HERE"),
+    *("POWERBAND_STATE", "POWERBAND_MEMBER", "POWERBAND_DEVICE_PROFILE", "POWERBAND_HERE"),
 )
 FROM_COMMAND_LINE = "command line"
 DEFAULT = "default"

@@ -110,7 +110,7 @@ class PrefillChunks:
         self.moved = 0.0  # bytes
         self.wait = 0.0  # FLOPs that the device could have done while the chunk with the fewest tiles held it up
 
-    def add(self, model: AttentionModel, multiprocessors: int, new: int, context: int, shape: AttentionShape) -> None:
+    def add(self, model: AttentionModel, multiprocessors: int, new: int, context: int, shape: AttentionCall) -> None:
         """`new` tokens whose last one sees `context` tokens, fewer where a window ends."""
         seen = context if shape.window is None else min(context, shape.window + new)
         # A multiprocessor takes half a tile of queries at least, and whole tiles along the diagonal.
@@ -130,7 +130,7 @@ class PrefillChunks:
         return OperatorSeconds(model.prefill_overhead_s + max(compute, memory), compute > memory)
 
 
-class AttentionShape(NamedTuple):
+class AttentionCall(NamedTuple):
     """Of one rank in one layer."""
 
     heads: int
@@ -139,7 +139,7 @@ class AttentionShape(NamedTuple):
     window: int | None = None
 
 
-def decode(model: AttentionModel, speed: DeviceSpeed, positions: float, tokens: float, shape: AttentionShape) -> float:
+def decode(model: AttentionModel, speed: DeviceSpeed, positions: float, tokens: float, shape: AttentionCall) -> float:
     """Decodes of `tokens` in all that read `positions` in all, in one layer."""
     if positions <= 0:
         return 0.0

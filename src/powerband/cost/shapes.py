@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from powerband.cost.operator_models import AttentionShape
+from powerband.cost.operator_models import AttentionCall
 from powerband.errors import UsageError
 from powerband.spec.deployment import KVPrecision, Quantization, Replica
 from powerband.spec.model.model_spec import ModelSpec
@@ -62,7 +62,7 @@ class RankShapes:
     router: tuple[GemmShape, ...]
     experts: tuple[ExpertShape, ...]
     head: GemmShape
-    attention: tuple[tuple[int, AttentionShape], ...]  # layers, heads
+    attention: tuple[tuple[int, AttentionCall], ...]  # layers, heads
     elementwise_bytes: float  # of one token, in all layers: norms, rotary, activations, writes of keys and values
     layer_weight_bytes: float
 
@@ -104,7 +104,7 @@ class RankShapes:
             router=tuple(GemmShape(count, number, hidden) for number, count in kinds.items()),
             experts=experts,
             head=GemmShape(1, -(-spec.vocab_size // ranks), hidden),
-            attention=tuple((count, AttentionShape(heads, dim, kv_bytes, window)) for window, count in windows.items()),
+            attention=tuple((count, AttentionCall(heads, dim, kv_bytes, window)) for window, count in windows.items()),
             elementwise_bytes=2.0
             * (spec.num_layers * (6 * hidden + 2 * (heads + 2 * kv_heads) * dim) + dense * 3 * inner),
             layer_weight_bytes=held,

@@ -41,16 +41,13 @@ class RunConfiguration:
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
-    """works: (new tokens, context after them). seconds: of the step alone.
+    """A measured step."""
 
-    at_s, end_s: when it was submitted and when its result was there, on the engine's clock; 0: not noted.
-    """
-
-    works: tuple[tuple[int, int], ...]
-    sampled: int
-    seconds: float
-    at_s: float = 0.0
-    end_s: float = 0.0
+    works: tuple[tuple[int, int], ...]  # (new tokens, context after them) of each request
+    sampled: int  # rows
+    seconds: float  # of the step alone
+    at_s: float = 0.0  # when it was submitted, on the engine's clock; 0: not recorded
+    end_s: float = 0.0  # when its result arrived; 0: not recorded
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +98,7 @@ def read_step_log(path: Path) -> list[StepLogRun]:
             form, samples = _decoded(line, _Header, path, number).form, []
         elif form is None:
             raise UsageError(
-                f"{path} does not begin with a line that says what ran: it is no step log.",
+                f"{path} does not begin with a line that names what ran, so it is not a step log.",
                 hint="Write one with 'powerband serve MODEL --step-log FILE'.",
                 param="from",
             )
@@ -148,5 +145,5 @@ def _sample(line: _StepLine, path: Path, number: int) -> StepSample | None:
     works = tuple(zip(line.new, line.context, strict=False))
     is_shape = len(line.new) == len(line.context) > 0 and all(0 < new <= context for new, context in works)
     if not is_shape or not 0 <= line.sampled <= len(works) or not line.s > 0:
-        raise UsageError(f"{path}, line {number}: this is no step.", param="from")
+        raise UsageError(f"{path}, line {number}: this is not a valid step.", param="from")
     return StepSample(works, line.sampled, line.s, line.at, line.at + line.in_flight_s)

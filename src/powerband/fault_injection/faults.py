@@ -30,7 +30,7 @@ FAULTS = {
     "half-open": "connections that send half a request, or one byte every so often, and wait",
     "malformed": "wrong JSON, wrong types, huge numbers, deep nesting, wrong HTTP, floods of headers",
     "oversized": "bodies of 64 MiB, with their length and in chunks",
-    "connection-flood": "connections that come and go, and say nothing",
+    "connection-flood": "connections that open and close without a request",
 }
 MAX_CONNECTIONS, MAX_SECONDS, MAX_BYTES = 1000, 600.0, 1 << 30
 OVERSIZED_BYTES = 64 << 20
@@ -105,7 +105,7 @@ async def run_fault(
     not allowed.
     """
     if kind not in _ONCE:
-        raise UsageError(f"There is no fault '{kind}'.", hint=f"There are: {', '.join(FAULTS)}.", param="fault")
+        raise UsageError(f"Unknown fault '{kind}'.", hint=f"There are: {', '.join(FAULTS)}.", param="fault")
     if not (0 < seconds <= MAX_SECONDS and 1 <= intensity <= MAX_CONNECTIONS):
         raise UsageError(
             f"A fault of {intensity} connections for {seconds:g} s.",
@@ -361,7 +361,7 @@ async def _check_is_local(target: ServerAddress) -> None:
     if not addresses or not all(ipaddress.ip_address(address).is_loopback for address in addresses):
         raise UsageError(
             f"Faults are for servers on this machine, and {host} is not here.",
-            hint="If it is yours and nobody needs it, allow it with --allow-remote.",
+            hint="If it is yours and not in use, allow it with --allow-remote.",
             code="remote_target",
             param="allow_remote",
         )

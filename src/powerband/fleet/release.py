@@ -10,8 +10,8 @@ from pathlib import Path
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet.engines import LaunchRequest, engine_adapter
 from powerband.fleet.service.spec import PoolRelease, Release
-from powerband.spec.deployment import Deployment, ReplicaPool
-from powerband.spec.hardware.catalog import LOCAL, load_catalog, local_profile
+from powerband.spec.deployment import LOCAL, Deployment, ReplicaPool
+from powerband.spec.hardware.catalog import load_catalog, local_profile
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.plan import Plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from importlib.metadata import version
 from typing import Any
@@ -54,7 +55,11 @@ class InfoRoutes:
             ledger_rows_lost=figures.usage_dropped,
             ledger_failing_s=figures.failing_s,
         )
-        return Response(self._metrics.render(moment), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        parts = []
+        for part in self._metrics.parts(moment):
+            parts.append(part)
+            await asyncio.sleep(0)
+        return Response(b"".join(parts), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _card(self, name: str) -> dict[str, Any]:
         served = self._gateway.served(name)

@@ -13,4 +13,3 @@ class PoolOptions(DispatchOptions):
 
     probe_interval_s: float = 0.5
     probe_timeout_s: float = 1.0
-    metrics_interval_s: float = 1.0  # between two reads of a replica's metrics

@@ -5,13 +5,14 @@ The controller of a fleet sends it (PUT /admin/routes), or a file holds it; see 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from powerband.errors import UsageError
 from powerband.gateway.engine_endpoints import ServerName
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.slo import SLO
 from powerband.spec.yaml_codec import as_record, read_record
 from powerband.web.authority import split_authority
@@ -85,7 +86,7 @@ class Routes:
         names = [name for model in self.models for name in (model.name, *model.aliases)]
         ids = [replica.id for model in self.models for replica in model.replicas]
         for what, found in (("name", names), ("replica id", ids)):
-            twice = sorted({one for one in found if found.count(one) > 1})
+            twice = sorted(one for one, times in Counter(found).items() if times > 1)
             if twice:
                 raise UsageError(f"The {what} {twice[0]!r} is there twice.", hint="Each only once.", param="routes")
 

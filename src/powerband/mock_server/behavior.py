@@ -83,7 +83,7 @@ class Behavior:
                 raise UsageError(f"A script has no {', '.join(sorted(unknown))}.", param="script")
             return msgspec.convert(values, cls)
         except msgspec.MsgspecError as problem:
-            raise UsageError(f"This is no script: {problem}.", param="script") from None
+            raise UsageError(f"This is not a valid behavior: {problem}.", param="script") from None
 
 
 class ServerRecord(msgspec.Struct, kw_only=True):
@@ -162,9 +162,9 @@ def read_body(data: bytes, endpoint: Endpoint, script: Behavior) -> MockRequest:
         raise InvalidRequest(f"{body.output_tokens} output tokens.", hint=f"1 to {MAX_OUTPUT_TOKENS} may be asked for.")
     known = body.resume_token_ids or body.emitted_in_prompt
     if known != list(range(len(known))):
-        raise InvalidRequest("These tokens are not those that were told.", param="resume_token_ids")
+        raise InvalidRequest("These tokens are not those that were emitted.", param="resume_token_ids")
     if len(known) >= body.output_tokens:
-        raise InvalidRequest("Nothing is left to be told.", code="output_complete", param="resume_token_ids")
+        raise InvalidRequest("The output is already complete.", code="output_complete", param="resume_token_ids")
     if body.model not in ("", script.model):
         raise InvalidRequest(f"There is no model '{body.model}'.", hint=f"There is: {script.model}.", param="model")
     return body

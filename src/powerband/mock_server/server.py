@@ -25,14 +25,26 @@ import msgspec
 from powerband.bench.client.messages import Endpoint
 from powerband.bench.client.precise_timer import PreciseTimer
 from powerband.errors import InvalidRequest, PowerbandError
-from powerband.mock_server.behavior import Behavior, ReplyWriter, ServerRecord, read_body, text_from_ids
-from powerband.mock_server.stream import MockStream
+from powerband.mock_server.behavior import (
+    END,
+    GARBAGE,
+    TROUBLE,
+    Behavior,
+    DropBy,
+    MockRequest,
+    ReplyWriter,
+    ServerRecord,
+    chunk_frame,
+    read_body,
+    text_from_ids,
+)
 
 HOST = "127.0.0.1"
 MAX_HEAD_BYTES = 64 << 10
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large"}
 _REASONS |= {429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error"}
 _REASONS |= {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
+_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _ENDPOINTS: dict[str, Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 
 
@@ -168,7 +180,7 @@ class MockConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as problem:
-            self.refuse(400, f"This is no HTTP: {problem}", None)
+            self.refuse(400, f"Invalid HTTP: {problem}", None)
         if self._unread_bytes is not None and self._unread_bytes > MAX_HEAD_BYTES:
             self.refuse(431, "The head is too long.", None)
 
@@ -277,6 +289,101 @@ class MockConnection(asyncio.Protocol):
                 self.answer(200, b"{}")
             case _:
                 self.answer(404, _error(f"There is no {path}."))
+
+
+class MockStream:
+    """One answer. Streamed, its chunks go out at their times; else it goes out with its last token."""
+
+    __slots__ = ("_body", "_chunks", "_connection", "_is_held", "_server", "_writer", "begun_s", "record")
+
+    def __init__(
+        self,
+        server: MockServer,
+        connection: MockConnection,
+        record: ServerRecord,
+        body: MockRequest,
+        writer: ReplyWriter,
+    ) -> None:
+        self._server, self._connection, self.record = server, connection, record
+        self._body, self._writer = body, writer
+        self._chunks, self._is_held, self.begun_s = 0, False, 0.0
+
+    def begin(self, now_s: float) -> None:
+        self.begun_s = self.record.begun_s = now_s
+        script, total = self._server.script, self._body.output_tokens
+        if self._drops and (not script.drop_after_chunks or (script.drop_whole and not self._body.stream)):
+            return self._break(script.drop_by)
+        if not self._body.stream:
+            return self._server.deadlines.at(now_s + script.due_s(script.chunks(total) - 1), self._answer_whole)
+        self.record.status = 200
+        self._connection.write(_HEAD + self._writer.opening())
+        if script.is_instant and not script.drop_every:
+            size, first = script.tokens_per_chunk, self._body.first_index
+            pieces = [self._writer.chunk(i, min(i + size, total)) for i in range(first, total, size)]
+            self.record.written_s, self.record.tokens = [time.monotonic()] * len(pieces), total - first
+            self._connection.write(b"".join(pieces))
+            return self._end()
+        return self._server.deadlines.at(now_s + script.ttft_s, self.advance)
+
+    def advance(self) -> None:
+        """Send the next chunk, and ask for the one after it."""
+        record, script, connection = self.record, self._server.script, self._connection
+        if connection.stream is not self:
+            return
+        if connection.is_paused:
+            self._is_held = True  # its client does not read
+            return
+        first = self._body.first_index + record.tokens
+        after = min(first + script.tokens_per_chunk, self._body.output_tokens)
+        connection.write(self._writer.chunk(first, after))
+        record.tokens += after - first
+        record.written_s.append(time.monotonic())
+        self._chunks += 1
+        if self._drops and self._chunks == script.drop_after_chunks and script.drop_by != "no_done":
+            self._break(script.drop_by)
+        elif after == self._body.output_tokens:
+            self._end()
+        else:
+            self._server.deadlines.at(self.begun_s + script.due_s(self._chunks), self.advance)
+
+    @property
+    def _drops(self) -> bool:
+        script = self._server.script
+        return bool(script.drop_every) and (self.record.number + 1) % script.drop_every == 0
+
+    def _break(self, how: DropBy) -> None:
+        connection, has_head = self._connection, self.record.status == 200
+        if how == "reset" or (how == "end" and not has_head):
+            connection.drop()
+        elif how in ("garbage", "error"):
+            message = GARBAGE if how == "garbage" else TROUBLE
+            connection.write(chunk_frame(message) + END if has_head else message)
+            self._leave()
+        elif how == "end":
+            connection.write(END)
+            self._leave()
+
+    def release(self) -> None:
+        """Its client reads again."""
+        if self._is_held:
+            self._is_held = False
+            self.advance()
+
+    def _answer_whole(self) -> None:
+        if self._connection.stream is self:
+            self.record.status, self.record.tokens = 200, self._body.output_tokens
+            self._connection.answer(200, self._writer.whole())
+            self._leave()
+
+    def _end(self) -> None:
+        is_done = not (self._drops and self._server.script.drop_by == "no_done")
+        self._connection.write(self._writer.closing(is_done=is_done))
+        self._leave()
+
+    def _leave(self) -> None:
+        self.record.ended_s = time.monotonic()
+        self._connection.stream = None
+        self._server.leave(self)
 
 
 def body_digest(body: bytes) -> str:

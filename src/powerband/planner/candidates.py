@@ -17,10 +17,10 @@ from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import UsageError
 from powerband.planner.report.formatting import layout_text
 from powerband.planner.results import Pruned
-from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import EngineName, KVPrecision, Quantization, Replica
 from powerband.spec.engine_capabilities import CAPABILITIES, DEFAULT_QUANTIZATIONS, kv_precisions, unsupported_reason
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
 
 _OFFLOAD_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -37,16 +37,16 @@ class ReplicaOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """What may be chosen from. quantizations: empty: the usual ones. pinned: fields of Replica that all must have."""
+    """What may be chosen from."""
 
     profiles: Sequence[DeviceProfile]
     engines: Sequence[EngineName]
     max_devices: int
     max_model_len: int
-    quantizations: Sequence[Quantization] = ()
+    quantizations: Sequence[Quantization] = ()  # empty: the default ones
     draft_tokens: int = 0
     draft_acceptance: float = 0.0
-    pinned: Mapping[str, Any] | None = None
+    pinned: Mapping[str, Any] | None = None  # fields that every Replica must have
 
 
 def replica_options(

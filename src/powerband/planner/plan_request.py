@@ -6,22 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace
 from powerband.planner.results import Objective
-from powerband.spec.checkpoint.precision import CheckpointPrecision
 from powerband.spec.deployment import EngineName, Quantization
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop, Replay
 from powerband.spec.workload.workload import Schedule, Workload
 
+_SAMPLED_REQUESTS = 4000  # of which the longest counts
+_DENSE_ARRIVALS = OpenLoop.at(1000.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """rate: requests a second. replicas: exactly so many, equal ones; None: as few as it takes. quantizations: empty:
-    the usual ones. pinned: fields that every Replica must have.
-    """
+    """What a planner is asked for."""
 
     model: str
     spec: ModelSpec
@@ -29,17 +31,17 @@ class PlanRequest:
     profiles: Sequence[DeviceProfile]
     engines: Sequence[EngineName]
     workload: Workload
-    rate: float
+    rate: float  # requests per second
     slo: SLO
     max_model_len: int
     budget_usd_per_h: float | None = None
     max_devices: int = 8
-    replicas: int | None = None
-    quantizations: Sequence[Quantization] = ()
+    replicas: int | None = None  # exactly this many equal ones; None: as few as it takes
+    quantizations: Sequence[Quantization] = ()  # empty: the default ones
     objective: Objective = "cost"
     draft_tokens: int = 0
     draft_acceptance: float = 0.0
-    pinned: Mapping[str, Any] = field(default_factory=dict)
+    pinned: Mapping[str, Any] = field(default_factory=dict)  # fields that every Replica must have
     seed: int = 0
 
     @property
@@ -72,10 +74,10 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestTokens:
-    """What requests weigh, in tokens: means over requests. new: prompt tokens that no prefix cache saves."""
+    """Mean tokens of requests."""
 
     prompt: float
-    new: float
+    new: float  # prompt tokens that are not in a prefix cache
     new_squared: float
     output: float
     new_high: float  # at the asked percentile
@@ -90,10 +92,10 @@ class RequestTokens:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadStats:
-    """One request's tokens. cached: of its prompt, where prefixes are kept for ever."""
+    """The tokens of one request."""
 
     prompt: int
-    cached: int
+    cached: int  # of its prompt, in an unlimited prefix cache
     output: int
 
 
@@ -138,3 +140,21 @@ def mean_tokens(
         share=count / (of or count),
         turns=turns,
     )
+
+
+def max_request_tokens(workload: Workload, seed: int, model: ModelSpec, attainment: float) -> int:
+    """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
+    knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
+    """
+    drawn = replace(workload, arrivals=_DENSE_ARRIVALS).draw(seed, num_requests=_SAMPLED_REQUESTS)
+    lengths = sorted(request.prompt + request.output for request in request_tokens(drawn))
+    limit = model.max_position
+    share = sum(length > limit for length in lengths) / len(lengths)
+    if share > 1 - attainment:
+        raise UsageError(
+            f"{share:.0%} of the requests are longer than the {limit:,} positions that the model knows, the longest "
+            f"{lengths[-1]:,} tokens: they cannot be served.",
+            hint="Plan for a model with a longer context, or for shorter requests (--prompt-tokens, --turns).",
+            param="workload",
+        )
+    return min(-(-lengths[-1] // 1024) * 1024, limit)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.results import Evaluation, Objective
+from powerband.spec.hardware.catalog import usd_per_hour
+from powerband.spec.plan import Plan, PlanCost, SLOGuarantee
 
 _MARGIN = 1.05  # a latency that is better by less is no reason of its own
 _CLEARLY_FASTER = 0.9  # of a latency: what is lower than this share of it is faster
@@ -108,3 +111,28 @@ def _excess(plan_request: PlanRequest, evaluation: Evaluation) -> tuple[float, f
 
 def _is_finite(evaluation: Evaluation) -> bool:
     return math.isfinite(evaluation.figures["ttft_s"].value)
+
+
+def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
+    """The plan of a deployment. It promises what is predicted at the pessimistic end."""
+    machines: Counter[str] = Counter()
+    prices = {profile.name: profile.prices for profile in plan_request.profiles}
+    for pool in chosen.deployment.pools:
+        found = usd_per_hour(prices[pool.replica.device], pool.count, pool.replica.num_devices)
+        machines.update(found[1] if found is not None else {})
+    cost = None
+    if chosen.usd_per_hour is not None and chosen.usd_per_million_tokens is not None:
+        cost = PlanCost(
+            usd_per_hour=chosen.usd_per_hour,
+            usd_per_million_tokens=chosen.usd_per_million_tokens,
+            machines=dict(machines),
+        )
+    return Plan(
+        model=plan_request.model,
+        workload=plan_request.workload,
+        slo=plan_request.slo,
+        promise=SLOGuarantee(plan_request.rate, chosen.figures["output_tokens_per_s"].low),
+        deployment=chosen.deployment,
+        predicted=dict(chosen.figures),
+        cost=cost,
+    )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from powerband.errors import UsageError
+from powerband.renamed import warn_renamed
+from powerband.spec.config_reader import shown
 
 # How a replica holds the matrices of its layers, and in what it multiplies:
 # none: 16 bits. fp8: weights and activations in 8-bit floats, scales of activations found at run time; fp8_static: in
@@ -20,6 +22,18 @@ Quantization = Literal["none", "fp8", "fp8_static", "int8", "w8a8", "int4", "nvf
 KVPrecision = Literal["float32", "16bit", "fp8", "int8"]
 EngineName = Literal["powerband", "vllm", "sglang", "trtllm"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+
+LOCAL = "local"  # the name of this machine as a device
+OLD_LOCAL = "here"  # in version 0.1
+
+
+def local_name(device: str) -> str:
+    """The name of a device, with the present name of this machine for the old one."""
+    if device != OLD_LOCAL:
+        return device
+    warn_renamed("the device 'here'", "'local'")
+    return LOCAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,3 +111,32 @@ class Deployment:
     @property
     def num_devices(self) -> int:
         return sum(pool.num_devices for pool in self.pools)
+
+
+def parse_quantizations(text: str) -> tuple[Quantization, ...]:
+    """'none,fp8' → both; 'auto' → (): the usual ones. Raises UsageError."""
+    if text == "auto":
+        return ()
+    names = get_args(Quantization)
+    found = tuple(name for part in text.split(",") if (name := part.strip()))
+    wrong = [name for name in found if name not in names]
+    if wrong or not found:
+        raise UsageError(
+            f"Unknown quantization {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: auto, {', '.join(names)}.",
+            param="quantization",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names
+
+
+def parse_engines(text: str) -> tuple[EngineName, ...]:
+    """'vllm,sglang' → both. Raises UsageError."""
+    found = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    wrong = [name for name in found if name not in ENGINES]
+    if wrong or not found:
+        raise UsageError(
+            f"Unknown engine {shown(wrong[0] if wrong else text)}.",
+            hint=f"Known: {', '.join(ENGINES)}.",
+            param="engine",
+        )
+    return found  # type: ignore[return-value] # all of them are among the names

@@ -15,14 +15,13 @@ from powerband.spec.hardware.profile import DeviceKind, DeviceProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapabilities:
-    """divides: a model over several devices. offloads: weights to the host's memory. loads: precisions that it makes
-    from 16 bits while loading; others need a checkpoint that was quantized so.
-    """
+    """What an engine can do."""
 
     kinds: tuple[DeviceKind, ...]
-    divides: bool = True
-    offloads: bool = False
+    divides: bool = True  # a model over several devices
+    offloads: bool = False  # weights to the host's memory
     speculates: bool = True
+    # Precisions that it quantizes to while loading; others need a quantized checkpoint.
     loads: tuple[Quantization, ...] = ("none",)
 
 

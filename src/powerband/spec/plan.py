@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +22,8 @@ import yaml
 
 from powerband.documents import read_table
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.deployment import Deployment
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
+from powerband.spec.deployment import Deployment, local_name
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.workload import RequestTrace, Workload
@@ -35,10 +35,10 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True)
 class SLOGuarantee:
-    """rate: requests a second. output_tokens_per_s: None: nothing is promised about it."""
+    """The load at which a plan meets its SLO."""
 
-    rate: float
-    output_tokens_per_s: float | None = None
+    rate: float  # requests per second
+    output_tokens_per_s: float | None = None  # at least; None: not guaranteed
 
     def __post_init__(self) -> None:
         for name in ("rate", "output_tokens_per_s"):
@@ -59,23 +59,23 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanCost:
-    """usd_per_hour: of all machines. machines: how many of each, by name. usd_per_million_tokens: of output."""
+    """What a deployment costs."""
 
-    usd_per_hour: float
-    usd_per_million_tokens: float
-    machines: Mapping[str, int]
+    usd_per_hour: float  # of all machines
+    usd_per_million_tokens: float  # of output
+    machines: Mapping[str, int]  # how many of each, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The slo's attainment is part of the promise. predicted: by name, see planner.outcome.Evaluation."""
+    """A deployment with its workload, its SLO and what it guarantees."""
 
     model: str
     workload: Workload
-    slo: SLO
+    slo: SLO  # its attainment is part of the promise
     promise: SLOGuarantee
     deployment: Deployment | None = None
-    predicted: Mapping[str, Prediction] = field(default_factory=dict)
+    predicted: Mapping[str, Prediction] = field(default_factory=dict)  # by name, see planner.results.Evaluation
     cost: PlanCost | None = None
 
     @property
@@ -92,7 +92,7 @@ class Plan:
             names = ", ".join(sorted(map(shown, unknown))[:8])
             what = f"unknown: {names}" if unknown else f"version {shown(values.get('version'))}"
             raise UsageError(
-                f"This is no plan: {what}.", hint=f"This is version {VERSION} of the format.", param="plan"
+                f"This is not a valid plan: {what}.", hint=f"This is version {VERSION} of the format.", param="plan"
             )
         try:
             return cls(
@@ -100,15 +100,15 @@ class Plan:
                 workload=Workload.from_dict(values["workload"], trace),
                 slo=SLO.from_dict(values["slo"]),
                 promise=SLOGuarantee(**values["promise"]),
-                deployment=_optional(Deployment, values, "deployment"),
+                deployment=_deployment(values),
                 predicted={
-                    str(name): read_record(Prediction, told, f"plan: predicted: {name}")
-                    for name, told in values.get("predicted", {}).items()
+                    str(name): read_record(Prediction, figure, f"plan: predicted: {name}")
+                    for name, figure in values.get("predicted", {}).items()
                 },
                 cost=_optional(PlanCost, values, "cost"),
             )
         except (KeyError, TypeError, AttributeError) as problem:
-            raise UsageError(f"This is no plan: {problem} is missing or wrong.", param="plan") from None
+            raise UsageError(f"This is not a valid plan: {problem} is missing or wrong.", param="plan") from None
 
     def as_dict(self) -> dict[str, Any]:
         values = {
@@ -122,6 +122,17 @@ class Plan:
             "cost": as_record(self.cost),
         }
         return {name: value for name, value in values.items() if value}
+
+
+def _deployment(values: Mapping[str, Any]) -> Deployment | None:
+    deployment = _optional(Deployment, values, "deployment")
+    if deployment is None:
+        return None
+    pools = (
+        replace(pool, replica=replace(pool.replica, device=local_name(pool.replica.device)))
+        for pool in deployment.pools
+    )
+    return replace(deployment, pools=tuple(pools))
 
 
 def _optional(kind: type[Record], values: Mapping[str, Any], name: str) -> Record | None:

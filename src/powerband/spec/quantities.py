@@ -18,7 +18,7 @@ def seconds(text: str, *, param: str, unit: str | None = "s") -> float:
     value = float(found[1]) * factor if found is not None and factor is not None else math.inf
     if math.isinf(value):
         raise UsageError(
-            f"{param} is '{text}', which is no time.", hint="Write it like 500ms, 30s, 2m or 1h.", param=param
+            f"{param} is '{text}', which is not a duration.", hint="Write it like 500ms, 30s, 2m or 1h.", param=param
         )
     return value
 
@@ -29,7 +29,7 @@ def share(text: str, *, param: str) -> float:
     value = float(found[1]) / (100 if found[2] else 1) if found else math.nan
     if not 0 < value <= 1:
         raise UsageError(
-            f"{param} is '{text}', which is no share of a whole.", hint="Write it like 95% or 0.95.", param=param
+            f"{param} is '{text}', which is not a fraction.", hint="Write it like 95% or 0.95.", param=param
         )
     return value
 
@@ -50,3 +50,18 @@ def shown_seconds(value: float) -> str:
     number, unit = (value, "s") if value >= 1 else (value * 1000, "ms")
     digits = f"{number:.9f}" if unit == "s" else f"{number:.6f}"
     return digits.rstrip("0").rstrip(".") + unit
+
+
+HOURS = {"h": 1.0, "hour": 1.0, "day": 24.0, "month": 730.0}
+
+
+def dollars_per_hour(text: str) -> float:
+    """'4/h', '$100/day', '2900/month', or a bare number an hour. Raises UsageError."""
+    match = re.fullmatch(r"\$?\s*([0-9.]+)\s*(?:/\s*([a-z]+))?", text.strip().lower())
+    if match is None or (match[2] or "h") not in HOURS:
+        raise UsageError(
+            f"budget is '{text}', which is not a price.",
+            hint="Write it like 4/h, 100/day or 2900/month.",
+            param="budget",
+        )
+    return number(match[1], param="budget") / HOURS[match[2] or "h"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.quantities import seconds, share, shown_seconds
 
 DEFAULT_ATTAINMENT = 0.95
@@ -54,7 +54,7 @@ class SLO:
             name = _SPELLINGS.get(name.lower(), name.lower())
             if not sign or name not in (*LATENCIES, "attainment"):
                 raise UsageError(
-                    f"'{part}' is no part of an SLO.",
+                    f"'{part}' is not part of an SLO.",
                     hint=f"Write it like ttft=500ms,tpot=50ms; figures: {', '.join(LATENCIES)}, attainment.",
                     param="slo",
                 )

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from powerband.errors import UsageError
 from powerband.renamed import warn_renamed
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 
 Record = TypeVar("Record")
 
@@ -23,7 +23,7 @@ def read_record(kind: type[Record], values: object, where: str) -> Record:
     Numbers must be finite and not negative. YAML reads 1e9 as a text, so a number may be one.
     """
     if not isinstance(values, Mapping):
-        raise _error(where, f"{shown(values)} is no table of names and values")
+        raise _error(where, f"{shown(values)} is not a table of names and values")
     hints = _hints(cast(Any, kind))
     values = _with_new_names(kind, values, where)
     unknown = [name for name in values if name not in hints]
@@ -48,8 +48,8 @@ def _with_new_names(kind: Any, values: Mapping[Any, Any], where: str) -> Mapping
 def as_record(value: Any, *, complete: bool = False) -> Any:
     """What `read_record` reads: plain tables, lists and values. What has its default is left out, unless `complete`."""
     if is_dataclass(value) and not isinstance(value, type):
-        told = [item.name for item in fields(value) if complete or not _default(value, item)]
-        return {name: as_record(getattr(value, name), complete=complete) for name in told}
+        names = [item.name for item in fields(value) if complete or not _default(value, item)]
+        return {name: as_record(getattr(value, name), complete=complete) for name in names}
     if isinstance(value, Mapping):
         return {key: as_record(item, complete=complete) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -78,11 +78,11 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise _error(where, f"{shown(value)} is no list")
+            raise _error(where, f"{shown(value)} is not a list")
         return tuple(_value(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is not None:
         if not isinstance(value, Mapping):
-            raise _error(where, f"{shown(value)} is no table of names and values")
+            raise _error(where, f"{shown(value)} is not a table of names and values")
         return {_value(args[0], key, where): _value(args[1], item, f"{where}: {key}") for key, item in value.items()}
     if is_dataclass(hint):
         return read_record(cast(type[Any], hint), value, where)

@@ -36,7 +36,7 @@ class HTTPResponse:
         return b"".join(self.pieces)
 
 
-class ClientConnection(asyncio.Protocol):
+class BenchConnection(asyncio.Protocol):
     """One connection, which carries one exchange at a time."""
 
     def __init__(self) -> None:
@@ -133,9 +133,9 @@ class ConnectionPool:
         host, port = split_authority(authority, 443 if scheme == "https" else 80)
         self._where = host, port
         self._tls = tls_context(target.insecure) if scheme == "https" else None
-        self._idle: list[ClientConnection] = []
+        self._idle: list[BenchConnection] = []
 
-    async def take(self) -> tuple[ClientConnection, bool]:
+    async def take(self) -> tuple[BenchConnection, bool]:
         """A connection, and whether it was used before. Raises OSError."""
         while self._idle:
             connection = self._idle.pop()
@@ -144,11 +144,11 @@ class ConnectionPool:
         host, port = self._where
         server_hostname = host if self._tls is not None else None
         _, connection = await asyncio.get_running_loop().create_connection(
-            ClientConnection, host, port, ssl=self._tls, server_hostname=server_hostname
+            BenchConnection, host, port, ssl=self._tls, server_hostname=server_hostname
         )
         return connection, False
 
-    def put_back(self, connection: ClientConnection) -> None:
+    def put_back(self, connection: BenchConnection) -> None:
         if connection.is_reusable:
             self._idle.append(connection)
         else:

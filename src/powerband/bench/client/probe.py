@@ -39,9 +39,7 @@ def parse_url(url: str) -> str:
         or parts.fragment
         or "@" in parts.netloc
     ):
-        raise UsageError(
-            f"'{url}' is no address of a server.", hint="Write it like http://localhost:8000.", param="url"
-        )
+        raise UsageError(f"'{url}' is not a server address.", hint="Write it like http://localhost:8000.", param="url")
     split_authority(parts.netloc, 80)
     path = parts.path.rstrip("/")
     for known in ("/chat/completions", "/completions", "/v1"):
@@ -117,7 +115,7 @@ def parse_endpoint(text: str) -> Endpoint:
             return "completions"
         case "chat" | "chat/completions" | "chat-completions" | "openai-chat":
             return "chat"
-    raise UsageError(f"There is no endpoint '{text}'.", hint="There are: completions, chat.", param="endpoint")
+    raise UsageError(f"Unknown endpoint '{text}'.", hint="There are: completions, chat.", param="endpoint")
 
 
 def _prompt_tokens(page: HTTPPage) -> int:
@@ -133,9 +131,9 @@ async def _identify(target: ServerAddress, card: dict[str, object]) -> ServerInf
     version = ""
     try:
         page = await get(target, "/version")
-        told = page.json()
-        if page.status == 200 and isinstance(told, dict):
-            version = str(told.get("version", ""))
+        body = page.json()
+        if page.status == 200 and isinstance(body, dict):
+            version = str(body.get("version", ""))
     except (OSError, TimeoutError):
         pass
     return ServerInfo(kind, version, length if isinstance(length, int) else None)

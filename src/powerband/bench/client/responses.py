@@ -48,9 +48,9 @@ NO_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 @dataclass(slots=True)
 class ParsedResponse:
-    """times_s on the monotonic clock, of the chunks that carry tokens. problem: why it counts as an error, or ''."""
+    """A response, read after it has ended."""
 
-    times_s: list[float] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)  # of the chunks that carry tokens, on the monotonic clock
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
@@ -58,7 +58,7 @@ class ParsedResponse:
     output_tokens: int = 0
     cached_tokens: int = 0
     counted_by_usage: bool = False
-    problem: str = ""
+    problem: str = ""  # why it counts as an error, or ''
 
 
 class _Chunk(NamedTuple):
@@ -82,7 +82,7 @@ def parse_response(answer: HTTPResponse) -> ParsedResponse:
         try:
             event = _DECODER.decode(data)
         except NO_JSON as problem:
-            reading.problem = reading.problem or f"a chunk that is no answer: {problem}"
+            reading.problem = reading.problem or f"an invalid chunk: {problem}"
             continue
         if event.error is not None:
             reading.problem = error_text(data) or "an error in the stream"

@@ -25,19 +25,17 @@ MIN_REQUESTS = 20  # requests on each side, for an interval
 # Cliff's delta in words: Romano et al. 2006.
 EFFECTS = ((0.147, "negligible"), (0.33, "small"), (0.474, "medium"), (math.inf, "large"))
 
-Verdict = Literal["faster", "slower", "no difference shown", "not told"]
+Verdict = Literal["faster", "slower", "no difference shown", "too few requests"]
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of one statistic: A's value, B's value, the interval of B − A at 95 %, all in seconds; and how B is. 'not told':
-    there are too few requests, or they depend on each other.
-    """
+    """One statistic of two runs, A and B."""
 
     a_s: float | None
     b_s: float | None
-    interval_s: Interval | None
-    verdict: Verdict
+    interval_s: Interval | None  # of B − A, at 95 % confidence
+    verdict: Verdict  # on B; 'too few requests' also where they depend on each other
 
     @property
     def ratio(self) -> float | None:
@@ -47,42 +45,42 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class FigureComparison:
-    """delta: Cliff's, above 0 where B takes longer; None as `effect` is '': not told."""
+    """One figure of two runs."""
 
     count_a: int
     count_b: int
     median: Difference
     p99: Difference
-    delta: float | None
-    effect: str
+    delta: float | None  # Cliff's delta, above 0 where B takes longer; None: too few requests
+    effect: str  # in words; '': too few requests
 
 
 @dataclass(frozen=True, slots=True)
 class PointComparison:
-    """Of one load in both runs. paired: requests were, by index. rates: (A's, B's) goodput, attainment, throughput."""
+    """One load in both runs."""
 
     label: str
-    paired: bool
+    paired: bool  # requests were compared by index
     figures: dict[str, FigureComparison]
-    rates: dict[str, tuple[float | None, float | None]]
+    rates: dict[str, tuple[float | None, float | None]]  # (A's, B's) goodput, attainment, throughput
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """warnings: what makes it unfair."""
+    """Two runs, load by load."""
 
     run_a: str
     run_b: str
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # what makes the comparison unfair
     points: tuple[PointComparison, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with ratios."""
         made = {"schema": SCHEMA, **asdict(self)}
-        for told, point in zip(made["points"], self.points, strict=True):
+        for shown, point in zip(made["points"], self.points, strict=True):
             for name, figure in point.figures.items():
-                told["figures"][name]["median"]["ratio"] = figure.median.ratio
-                told["figures"][name]["p99"]["ratio"] = figure.p99.ratio
+                shown["figures"][name]["median"]["ratio"] = figure.median.ratio
+                shown["figures"][name]["p99"]["ratio"] = figure.p99.ratio
         return made
 
 
@@ -104,11 +102,11 @@ def compare_samples(first: Sequence[float], second: Sequence[float], *, paired: 
     """One figure of requests in the order of their arrival, in seconds. paired: equally many, each with its own."""
     import numpy as np
 
-    def told(q: float) -> Difference:
+    def difference(q: float) -> Difference:
         min_requests = max(min_samples(q), MIN_REQUESTS)
         values = [float(np.percentile(side, q)) if len(side) >= min_samples(q) else None for side in (first, second)]
         if min(len(first), len(second)) < min_requests:
-            return Difference(values[0], values[1], None, "not told")
+            return Difference(values[0], values[1], None, "too few requests")
 
         def difference(a: Samples, b: Samples) -> float:
             return float(np.percentile(b, q) - np.percentile(a, q))
@@ -119,7 +117,7 @@ def compare_samples(first: Sequence[float], second: Sequence[float], *, paired: 
 
     delta = cliffs_delta(first, second) if first and second else None
     effect = next(word for limit, word in EFFECTS if abs(delta) < limit) if delta is not None else ""
-    return FigureComparison(len(first), len(second), told(50), told(99), delta, effect)
+    return FigureComparison(len(first), len(second), difference(50), difference(99), delta, effect)
 
 
 def _verdict(interval: Interval) -> Verdict:
@@ -158,7 +156,9 @@ def _itl(a: Point, b: Point) -> FigureComparison | None:
     sides = a.summary.figures.get("itl"), b.summary.figures.get("itl")
     if sides[0] is None or sides[1] is None:
         return None
-    median, p99 = (Difference(sides[0].percentiles[q], sides[1].percentiles[q], None, "not told") for q in (50.0, 99.0))
+    median, p99 = (
+        Difference(sides[0].percentiles[q], sides[1].percentiles[q], None, "too few requests") for q in (50.0, 99.0)
+    )
     return FigureComparison(sides[0].count, sides[1].count, median, p99, None, "")
 
 
@@ -202,7 +202,7 @@ def _same_requests(a: RunReport, b: RunReport, first: Point, second: Point) -> b
 
 def _differences(a: RunReport, b: RunReport) -> Iterator[str]:
     """In what was asked for. Servers may differ: that is what is compared."""
-    told = {
+    sides = {
         "workloads": (a.workload, b.workload),
         "SLOs": (str(a.slo or "none"), str(b.slo or "none")),
         "models": (a.target.model, b.target.model),
@@ -210,7 +210,7 @@ def _differences(a: RunReport, b: RunReport) -> Iterator[str]:
         "clients' machines": (a.machine, b.machine),
         "warm-up and cool-down": ((a.warm_up, a.cool_down), (b.warm_up, b.cool_down)),
     }
-    for name, (first, second) in told.items():
+    for name, (first, second) in sides.items():
         if first != second:
             values = f" ({first} and {second})" if isinstance(first, str | int) else ""
             yield f"The {name} differ{values}."

@@ -11,7 +11,7 @@ from rich.text import Text
 from powerband.bench.report.compare import Comparison, Difference, FigureComparison, PointComparison
 from powerband.metrics.shown import FIGURES, NONE, digits, plain, share_text, time_interval_text, time_text
 
-STYLES = {"faster": "green", "slower": "red", "no difference shown": "dim", "not told": "dim"}
+STYLES = {"faster": "green", "slower": "red", "no difference shown": "dim", "too few requests": "dim"}
 _RATES = {
     "goodput": "goodput (1/s)",
     "attainment": "SLO kept",
@@ -71,9 +71,9 @@ def _rows(shown: str, figure: FigureComparison | None) -> Iterator[tuple[str | T
 
 
 def _verdict(difference: Difference, effect: str) -> Text:
-    is_told = difference.verdict in ("faster", "slower")
-    text = f"{difference.verdict} ({effect})" if is_told and effect else difference.verdict
-    return Text(text if difference.verdict != "not told" else NONE, style=STYLES[difference.verdict])
+    is_shown = difference.verdict in ("faster", "slower")
+    text = f"{difference.verdict} ({effect})" if is_shown and effect else difference.verdict
+    return Text(text if difference.verdict != "too few requests" else NONE, style=STYLES[difference.verdict])
 
 
 def _rates(point: PointComparison) -> Table:

@@ -113,7 +113,7 @@ def _point(point: Point, samples: Sequence[Sample], max_scatter: int) -> dict[st
             ("Throughput", throughput_text(point)),
             ("Requests", outcomes_text(point)),
             ("Client", client_text(point)),
-            ("Server's own view", server_text(point) or "it told nothing"),
+            ("Server's own view", server_text(point) or "not reported"),
         ],
         "misses": [(names[name], count) for name, count in sorted(summary.misses.items(), key=lambda item: -item[1])],
         "errors": [(one.count, OUTCOMES[one.outcome], one.status, plain(one.message)) for one in point.errors],
@@ -227,10 +227,10 @@ def _server(point: Point) -> dict[str, Any] | None:
     """Its gauges over time."""
     server = point.server
     every = math.ceil(len(server.times_s) / MAX_BINS) or 1
-    told: dict[str, Any] = {
+    shown: dict[str, Any] = {
         name: server.values[name][::every] for name in ("running", "waiting", "kv_usage") if name in server.values
     }
-    return {"times_s": [round(time_s, 2) for time_s in server.times_s[::every]], **told} if told else None
+    return {"times_s": [round(time_s, 2) for time_s in server.times_s[::every]], **shown} if shown else None
 
 
 def _slowest(answered: Sequence[Sample], slo: SLO | None) -> list[dict[str, Any]]:

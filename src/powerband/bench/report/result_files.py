@@ -106,42 +106,44 @@ def run_as_dict(report: RunReport) -> dict[str, Any]:
     values: dict[str, Any] = {"schema": report.schema, **msgspec.to_builtins(report, str_keys=True)}
     values["headline"] = report.headline
     values["slo"] = report.slo and report.slo.as_dict()
-    for told, point in zip(values["points"], report.points, strict=True):
-        figures = told["summary"]["figures"]
-        told["summary"]["figures"] = {f"{name}_s": _figure_as_dict(figure) for name, figure in figures.items()}
-        told["summary"]["slo"] = point.summary.slo and point.summary.slo.as_dict()
-        told["verdict"] = point.verdict
-        told["aliases"] = aliases(point)
+    for written, point in zip(values["points"], report.points, strict=True):
+        figures = written["summary"]["figures"]
+        written["summary"]["figures"] = {f"{name}_s": _figure_as_dict(figure) for name, figure in figures.items()}
+        written["summary"]["slo"] = point.summary.slo and point.summary.slo.as_dict()
+        written["verdict"] = point.verdict
+        written["aliases"] = aliases(point)
     return values
 
 
 def run_from_dict(values: dict[str, Any]) -> RunReport:
     """The inverse. Raises msgspec.ValidationError, KeyError, TypeError, AttributeError or UsageError."""
-    for told in values["points"]:
-        figures = told["summary"]["figures"]
-        told["summary"]["figures"] = {
-            name.removesuffix("_s"): _figure_from_dict(figure) for name, figure in figures.items()
+    for point in values["points"]:
+        summary = point["summary"]
+        summary["figures"] = {
+            name.removesuffix("_s"): _figure_from_dict(figure) for name, figure in summary["figures"].items()
         }
+        if "most_lag_s" in summary:  # as version 0.1.0 wrote it
+            summary["max_lag_s"] = summary.pop("most_lag_s")
     return msgspec.convert(values, RunReport)
 
 
 def _figure_as_dict(figure: dict[str, Any]) -> dict[str, Any]:
     """{'count', 'mean_s', 'min_s', 'max_s', 'p50_s', 'p50_interval_s', …}: seconds."""
     made = {"count": figure["count"], "mean_s": figure["mean"]}
-    made |= {told: figure[ours] for told, ours in _BOUNDS.items()}
+    made |= {name: figure[ours] for name, ours in _BOUNDS.items()}
     for q in PERCENTILES:
         made[f"p{q:g}_s"] = figure["percentiles"].get(str(q))
         made[f"p{q:g}_interval_s"] = figure["intervals"].get(str(q))
     return made
 
 
-def _figure_from_dict(told: dict[str, Any]) -> dict[str, Any]:
+def _figure_from_dict(written: dict[str, Any]) -> dict[str, Any]:
     return {
-        "count": told["count"],
-        "mean": told["mean_s"],
-        **{ours: told[name] for name, ours in _BOUNDS.items()},
-        "percentiles": {q: told[f"p{q:g}_s"] for q in PERCENTILES},
-        "intervals": {q: told[f"p{q:g}_interval_s"] for q in PERCENTILES},
+        "count": written["count"],
+        "mean": written["mean_s"],
+        **{ours: written[name] for name, ours in _BOUNDS.items()},
+        "percentiles": {q: written[f"p{q:g}_s"] for q in PERCENTILES},
+        "intervals": {q: written[f"p{q:g}_interval_s"] for q in PERCENTILES},
     }
 
 

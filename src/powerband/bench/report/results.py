@@ -74,16 +74,12 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class ClientFigures:
-    """How busy the load generator's busiest process was; how late it sent is the figure send_lag.
-
-    ceiling_chunks_per_s: what a process bears on this machine; None: not calibrated. fault: why the point says nothing
-    about the server, or ''.
-    """
+    """How busy the load generator's busiest process was; the figure send_lag shows how late it sent."""
 
     core_share: float
     chunks_per_s: float
-    ceiling_chunks_per_s: float | None
-    fault: str
+    ceiling_chunks_per_s: float | None  # capacity of a process on this machine; None: not calibrated
+    fault: str  # why the point does not measure the server, or ''
 
     @property
     def ceiling_share(self) -> float | None:
@@ -92,38 +88,33 @@ class ClientFigures:
 
 @dataclass(frozen=True, slots=True)
 class ErrorGroup:
-    """Requests that failed alike. message: one of theirs; numbers in it may differ."""
+    """Requests that failed alike."""
 
     outcome: str
     status: int
-    message: str
+    message: str  # of one of them; numbers in the others may differ
     count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One load. summary: of its window; whole, errors and counts: of the whole run.
-
-    short_answers: successful requests with fewer output tokens than were asked for. uncounted: those whose tokens the
-    server did not count, so that chunks were. unsent: requests that were not due before the end. saturated: the queue
-    grew to the end, whatever the attainment. stopped: early, because it was decided.
-    """
+    """One load."""
 
     label: str
     offered: OfferedLoad
     seed: int
     schedule_digest: str
-    summary: Summary
+    summary: Summary  # of its window; the other figures are of the whole run
     whole: Throughput
     client: ClientFigures
     server: ServerMetrics
     errors: tuple[ErrorGroup, ...]
-    short_answers: int
-    uncounted: int
-    unsent: int
+    short_answers: int  # successful requests with fewer output tokens than requested
+    uncounted: int  # requests whose tokens the server did not count, so that chunks were counted
+    unsent: int  # requests that were not due before the end
     wall_s: float
-    saturated: bool
-    stopped: bool
+    saturated: bool  # the queue grew until the end
+    stopped: bool  # early, by decision
 
     @property
     def verdict(self) -> Verdict:
@@ -139,11 +130,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class FoundRate:
-    """What a search for the highest rate found; 0: none keeps the SLO. interval: from the highest rate that certainly
-    keeps it to the lowest that certainly does not; None: no trial was that high.
-    """
+    """The result of a search for the highest rate."""
 
-    requests_per_s: float
+    requests_per_s: float  # 0: none meets the SLO
+    # From the highest rate that certainly meets the SLO to the lowest that does not; None: no trial was that high.
     interval: tuple[float, float | None]
     attainment: float
     attainment_interval: Interval
@@ -151,11 +141,11 @@ class FoundRate:
 
 @dataclass(frozen=True, slots=True)
 class ClientMachine:
-    """Where the client ran. system: kind of operating system and its release; nothing that names the computer."""
+    """Where the client ran."""
 
     processor: str
     cpus: int
-    system: str
+    system: str  # operating system and release, without the computer's name
 
     @classmethod
     def here(cls) -> ClientMachine:
@@ -179,20 +169,18 @@ class ReportedAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """One call of `powerband bench`. workload: as Workload.as_dict. warm_up, cool_down: shares, see load.window_of.
-    command: without secrets (`without_secrets`).
-    """
+    """One call of `powerband bench`."""
 
     started_at: str  # UTC, ISO 8601
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # without secrets, see `without_secrets`
     powerband: str  # version
     machine: ClientMachine
     target: ReportedAddress
     server: ServerInfo
-    workload: dict[str, Any]
+    workload: dict[str, Any]  # see Workload.as_dict
     slo: SLO | None
     seed: int
-    warm_up: float
+    warm_up: float  # fractions, see load.steady_window
     cool_down: float
     points: tuple[Point, ...]
     found: FoundRate | None = None

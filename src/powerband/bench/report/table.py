@@ -55,9 +55,9 @@ def verdict_text(point: Point) -> str:
     """The reason beside the verdict's word, in a sentence."""
     summary = point.summary
     if point.client.fault:
-        return f"{point.client.fault[0].upper()}{point.client.fault[1:]}. The figures say nothing about the server."
+        return f"{point.client.fault[0].upper()}{point.client.fault[1:]}. The figures are not about the server."
     if summary.slo is None:
-        return "There is no SLO to keep (--slo ttft=500ms,tpot=50ms)."
+        return "No SLO was given (--slo ttft=500ms,tpot=50ms)."
     within = share_interval_text(summary.attainment_interval)
     text = f"{share_text(summary.attainment)} of requests kept {str(summary.slo) or 'the SLO'} ({within} at 95 %); "
     text += f"{summary.slo.attainment * 100:g} % must."

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import LoadFlags, RequestFlags, SLOFlags, TargetFlags, requested_load
+from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
 from powerband.cli.flags import Json
+from powerband.cli.load_options import ArrivalOptions
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.quantities import number, seconds
+from powerband.spec.workload.options import requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.client.messages import ServerAddress
@@ -41,12 +43,12 @@ def _mode(help: str) -> Parameter:
 class BenchModeFlags:
     sweep: Annotated[bool, _mode("Rates from light to beyond saturation, one after the other")] = False
     rates: Annotated[str | None, _mode("... these rates, e.g. 1,2,4,8")] = None
-    find_rate: Annotated[bool, _mode("Find the highest rate that keeps the --slo")] = False
-    plan: Annotated[Path | None, _mode("Check a plan's promise; exit 1 if it is broken")] = None
-    compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; no load")] = None
-    measure_client_capacity: Annotated[bool, _mode("Measure what this client can do at most; no load")] = False
-    fault: Annotated[str | None, _mode("Misbehave for a drill: 'list' shows how; loopback only")] = None
-    allow_remote: Annotated[bool, _mode("... also towards other machines")] = False
+    find_rate: Annotated[bool, _mode("Find the highest rate that meets the --slo")] = False
+    plan: Annotated[Path | None, _mode("Verify a plan's promise; exit 1 if it is broken")] = None
+    compare: Annotated[tuple[Path, Path] | None, _mode("Compare the results in two folders; sends no load")] = None
+    calibrate: Annotated[bool, _mode("Measure the capacity of this client; sends no load")] = False
+    fault: Annotated[str | None, _mode("Inject client faults; 'list' shows the kinds; loopback only")] = None
+    allow_remote: Annotated[bool, _mode("... also against other machines")] = False
     explain_metrics: Annotated[bool, _mode("Print the definition of every figure")] = False
 
 
@@ -57,7 +59,7 @@ class OutputFlags:
         Path | None,
         Parameter(
             name=("--out", "--result-dir", "--output-dir"),
-            help="Folder; default: a new one in bench-runs/",
+            help="Folder for the results; default: a new one in bench-runs/",
             group=_OUTPUT,
         ),
     ] = None
@@ -70,26 +72,26 @@ def bench(
     *,
     base_url: Annotated[str | None, Parameter(name=("--base-url", "--target"), help="The same", show=False)] = None,
     modes: BenchModeFlags | None = None,
-    load: LoadFlags | None = None,
-    requests: RequestFlags | None = None,
+    load: ArrivalOptions | None = None,
+    requests: RequestOptions | None = None,
     server: TargetFlags | None = None,
     judging: SLOFlags | None = None,
     output: OutputFlags | None = None,
 ) -> int:
-    """Load an OpenAI-compatible server, and report figures that can be trusted.
+    """Send load to an OpenAI-compatible server and measure it.
 
     Without options: the chat workload at one request a second for a minute.
     Writes run.json, requests.jsonl and report.html.
-    Exits with 1 when the SLO or a plan's promise is missed, 3 when the client could
-    not drive the load (INVALID), 4 when no request was answered.
+    Exits with 1 if the SLO or a plan's promise is missed, 3 if the client could
+    not sustain the load (INVALID), 4 if no request was answered.
     """
     modes, output = modes or BenchModeFlags(), output or OutputFlags()
     if url is not None and base_url is not None:
         raise UsageError("The server is named twice.", param="url")
     _check_modes(modes)
-    is_load = not (modes.explain_metrics or modes.compare is not None or modes.measure_client_capacity)
+    is_load = not (modes.explain_metrics or modes.compare is not None or modes.calibrate)
     if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging)):
-        raise UsageError("Nothing is loaded here: the server and its options mean nothing.", hint="Leave them out.")
+        raise UsageError("This sends no load: the server and its options have no effect.", hint="Leave them out.")
     if modes.explain_metrics:
         from powerband.metrics.definitions import explained
 
@@ -97,9 +99,9 @@ def bench(
         return 0
     if modes.compare is not None:
         return _compare(*modes.compare, as_json=output.json)
-    if modes.measure_client_capacity:
+    if modes.calibrate:
         return _calibrate(as_json=output.json)
-    flags = load or LoadFlags(), requests or RequestFlags(), server or TargetFlags(), judging or SLOFlags()
+    flags = load or ArrivalOptions(), requests or RequestOptions(), server or TargetFlags(), judging or SLOFlags()
     target = _target(url or base_url or DEFAULT_URL, flags[1], flags[2])
     if modes.fault is not None:
         return _fault(modes, target, flags[0], as_json=output.json)
@@ -113,7 +115,7 @@ def _check_modes(modes: BenchModeFlags) -> None:
         "--find-rate": modes.find_rate,
         "--plan": modes.plan is not None,
         "--compare": modes.compare is not None,
-        "--calibrate": modes.measure_client_capacity,
+        "--calibrate": modes.calibrate,
         "--fault": modes.fault is not None,
         "--explain-metrics": modes.explain_metrics,
     }
@@ -128,8 +130,8 @@ def _run(
     modes: BenchModeFlags,
     output: OutputFlags,
     target: ServerAddress,
-    load: LoadFlags,
-    requests: RequestFlags,
+    load: ArrivalOptions,
+    requests: RequestOptions,
     server: TargetFlags,
     judging: SLOFlags,
 ) -> int:
@@ -156,7 +158,7 @@ def _run(
             experiment,
             command=without_secrets(["powerband", *sys.argv[1:]]),
             watch=view,
-            told=_print_point if several else None,
+            on_point=_print_point if several else None,
         )
         report = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
     write_run(report, session.loads, folder)
@@ -170,7 +172,7 @@ def _run(
     return _exit_code(report, plan)
 
 
-async def _drive(session: BenchSession, modes: BenchModeFlags, load: LoadFlags, wait_s: float) -> RunReport:
+async def _drive(session: BenchSession, modes: BenchModeFlags, load: ArrivalOptions, wait_s: float) -> RunReport:
     await session.open(wait_s)
     if modes.find_rate:
         return await session.find_rate(load.rate)
@@ -192,8 +194,8 @@ def _experiment(
     modes: BenchModeFlags,
     plan: Plan | None,
     target: ServerAddress,
-    load: LoadFlags,
-    requests: RequestFlags,
+    load: ArrivalOptions,
+    requests: RequestOptions,
     server: TargetFlags,
     judging: SLOFlags,
 ) -> Experiment:
@@ -214,7 +216,7 @@ def _experiment(
     elif modes.find_rate or modes.sweep or modes.rates is not None:
         given = [name for name in ("concurrency", "ramp", "steps") if getattr(load, name) is not None]
         if given:
-            raise UsageError(f"--{given[0]} means nothing where rates are tried.", param=given[0])
+            raise UsageError(f"--{given[0]} has no effect where rates are tried.", param=given[0])
     warm_up, cool_down = judging.shares()
     known = known_client_capacity()
     url = {None: "", "none": None}.get(server.metrics_url, server.metrics_url)
@@ -234,7 +236,7 @@ def _experiment(
     )
 
 
-def _plan(path: Path, load: LoadFlags, requests: RequestFlags, judging: SLOFlags) -> Plan:
+def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: SLOFlags) -> Plan:
     """Raises UsageError for flags that the plan decides."""
     from powerband.spec.plan import read_plan
     from powerband.spec.workload.traces import read_trace
@@ -244,11 +246,11 @@ def _plan(path: Path, load: LoadFlags, requests: RequestFlags, judging: SLOFlags
     decided |= {"slo": judging.slo, "attainment": judging.attainment}
     for name, value in decided.items():
         if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} is the plan's to say.", hint="Leave it out.", param=name)
+            raise UsageError(f"--{name.replace('_', '-')} is set by the plan.", hint="Leave it out.", param=name)
     return read_plan(path, read_trace(load.trace, format=load.trace_format) if load.trace is not None else None)
 
 
-def _target(url: str, requests: RequestFlags, flags: TargetFlags) -> ServerAddress:
+def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAddress:
     """Raises UsageError."""
     from powerband.bench.client.messages import ServerAddress
     from powerband.bench.client.probe import parse_endpoint, parse_url
@@ -257,7 +259,7 @@ def _target(url: str, requests: RequestFlags, flags: TargetFlags) -> ServerAddre
     for text in flags.header or ():
         name, sign, value = text.partition(":")
         if not sign or not name.strip() or any(mark in text for mark in "\r\n"):
-            raise UsageError(f"'{name}' is no header.", hint="Write it like 'Name: value'.", param="header")
+            raise UsageError(f"'{name}' is not a valid header.", hint="Write it like 'Name: value'.", param="header")
         headers[name.strip()] = value.strip()
     key = flags.api_key or os.environ.get("POWERBAND_API_KEY") or os.environ.get("OPENAI_API_KEY")
     if key:
@@ -267,7 +269,9 @@ def _target(url: str, requests: RequestFlags, flags: TargetFlags) -> ServerAddre
         with contextlib.suppress(ValueError):
             extra = json_format.loads(flags.extra_body)
         if not isinstance(extra, dict) or not extra:
-            raise UsageError("extra-body is no JSON object.", hint='Write it like {"top_p": 0.9}.', param="extra_body")
+            raise UsageError(
+                "extra-body is not a JSON object.", hint='Write it like {"top_p": 0.9}.', param="extra_body"
+            )
     return ServerAddress(
         base=parse_url(url),
         endpoint=parse_endpoint(flags.endpoint),
@@ -329,11 +333,11 @@ def _calibrate(*, as_json: bool) -> int:
         f"chunks      {found.chunks_per_s:,.0f} a second and process, {found.cpu_us_per_chunk:.1f} µs of CPU time each"
     )
     print(f"requests    {found.requests_per_s:,.0f} a second and process")
-    print("Kept: reports will say how near to it the client was.")
+    print("Saved. Reports show how close to this limit the client was.")
     return 0
 
 
-def _fault(modes: BenchModeFlags, target: ServerAddress, load: LoadFlags, *, as_json: bool) -> int:
+def _fault(modes: BenchModeFlags, target: ServerAddress, load: ArrivalOptions, *, as_json: bool) -> int:
     """Misbehave, and say how the server took it: 1 when it hurt others or no longer answers."""
     import asyncio
 

@@ -33,7 +33,7 @@ def memory(settings: Resolved, *, json: Json = False) -> int:
 
     MODEL may also be the path of a config.json. Of a model on the Hugging Face hub, everything but
     the weights is fetched.
-    Exits with 3 and says what would help when the engine would not fit.
+    Exits with 3 and suggests changes if the engine does not fit.
     """
     engine = settings.engine
     spec = read_model_spec(config_source(engine))
@@ -74,7 +74,7 @@ def _gpu_memory() -> tuple[int, int]:
     import torch
 
     if not torch.cuda.is_available():
-        raise EnvironmentFault("There is no GPU that torch can use.", hint="'powerband doctor' says what is missing.")
+        raise EnvironmentFault("torch finds no usable GPU.", hint="'powerband doctor' shows what is missing.")
     free, total = torch.cuda.mem_get_info()
     return total, free
 

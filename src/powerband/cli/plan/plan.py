@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import MixFlags
 from powerband.cli.flags import Json
+from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.devices import PRICES_HELP
-from powerband.cli.plan.inputs import (
-    chosen_devices,
-    chosen_workload,
-    dollars_per_hour,
-    engines,
-    max_request_tokens,
-    pinned,
-    quantizations,
-    read_model,
-)
+from powerband.cli.plan.inputs import read_model
+from powerband.cli.progress import progress_bar
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.deployment import ENGINES
-from powerband.spec.quantities import share
+from powerband.spec.deployment import ENGINES, parse_engines, parse_quantizations
+from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
+from powerband.spec.quantities import dollars_per_hour, share
 from powerband.spec.slo import SLO
+from powerband.spec.workload.options import chosen_workload
 
 if TYPE_CHECKING:
     from powerband.planner.plan_request import PlanRequest
-    from powerband.planner.results import Evaluation, PlanResults
-    from powerband.spec.plan import Plan
+    from powerband.planner.results import PlanResults
 
 NO_PLAN = 1
 DEFAULT_SLO = "ttft=2s@p95,tpot=100ms@p95"
-_ASKED = Group("What is needed", sort_key=0)
-_OFFERED = Group("What is on offer", sort_key=1)
+_ASKED = Group("Requirements", sort_key=0)
+_OFFERED = Group("Hardware", sort_key=1)
 _OUTPUT = Group("Output", sort_key=5)
 
 
@@ -53,28 +45,32 @@ class RequirementFlags:
     budget: Annotated[str | None, _flag(_ASKED, help="Dollars: 4/h, 100/day, 2900/month")] = None
     objective: Annotated[
         Literal["cost", "latency", "throughput"],
-        _flag(_ASKED, help="What to choose by among what keeps the SLO: cost (default), latency, throughput"),
+        _flag(_ASKED, help="How to choose among deployments that meet the SLO; default: cost"),
     ] = "cost"
-    seed: Annotated[int, _flag(_ASKED, help="Of the simulated requests; default: 0")] = 0
+    seed: Annotated[int, _flag(_ASKED, help="Random seed of the simulated requests; default: 0")] = 0
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class HardwareFlags:
     devices: Annotated[
-        str, _flag(_OFFERED, help="Of the catalog, 'here', or described in FILE.yaml; default: here")
-    ] = "here"
-    max_devices: Annotated[int, _flag(_OFFERED, help="Of all kinds together; default: 8")] = 8
-    replicas: Annotated[int | None, _flag(_OFFERED, help="Exactly so many, instead of as few as keep the SLO")] = None
+        str, _flag(_OFFERED, help="Names in the catalog, local (this machine), or FILE.yaml; default: local")
+    ] = "local"
+    max_devices: Annotated[int, _flag(_OFFERED, help="Total over all kinds; default: 8")] = 8
+    replicas: Annotated[
+        int | None, _flag(_OFFERED, help="Number of replicas; default: the fewest that meet the SLO")
+    ] = None
     engine: Annotated[str, _flag(_OFFERED, help=f"{', '.join(ENGINES)}; default: powerband,vllm")] = "powerband,vllm"
     quantization: Annotated[
-        str, _flag(_OFFERED, help="none, fp8, int8, w8a8, int4, nvfp4; auto (default): all that a device can")
+        str, _flag(_OFFERED, help="none, fp8, int8, w8a8, int4, nvfp4; auto (default): all that a device supports")
     ] = "auto"
     max_model_len: Annotated[
-        int | None, _flag(_OFFERED, help="Longest request to be served; default: the workload's longest")
+        int | None, _flag(_OFFERED, help="Maximum prompt plus output, in tokens; default: the workload's maximum")
     ] = None
-    draft_tokens: Annotated[int, _flag(_OFFERED, help="Speculation: tokens guessed in each step")] = 0
-    acceptance: Annotated[str | None, _flag(_OFFERED, help="... and the share of them that is right, e.g. 70%")] = None
+    draft_tokens: Annotated[int, _flag(_OFFERED, help="Speculative decoding: draft tokens per step")] = 0
+    acceptance: Annotated[
+        str | None, _flag(_OFFERED, help="... and the fraction of them that is accepted, e.g. 70%")
+    ] = None
     prices: Annotated[Path | None, _flag(_OFFERED, help=PRICES_HELP)] = None
     set: Annotated[
         list[str] | None,
@@ -96,26 +92,26 @@ def plan(
     /,
     *,
     need: RequirementFlags | None = None,
-    requests: MixFlags | None = None,
+    requests: MixOptions | None = None,
     offer: HardwareFlags | None = None,
     output: PlanOutputFlags | None = None,
 ) -> int:
-    """Predict every sensible deployment of MODEL, and recommend one.
+    """Predict deployments of MODEL and recommend one.
 
-    Nothing is run and no device is needed: a model of the devices predicts each step, and the
-    engine's own scheduler plays the workload on it in virtual time.
-    Exits with 1 when nothing keeps the SLO within the budget.
+    Runs nothing and needs no device: a performance model predicts the time of each step, and the
+    engine's own scheduler runs the workload in virtual time.
+    Exits with 1 if no deployment meets the SLO within the budget.
     """
     need, offer, output = need or RequirementFlags(), offer or HardwareFlags(), output or PlanOutputFlags()
-    plan_request = plan_request_from(model, need, requests or MixFlags(), offer)
+    plan_request = plan_request_from(model, need, requests or MixOptions(), offer)
     _check_outputs(output)
     results = search_with_progress(plan_request, output.workers, quiet=output.json)
     return _print_results(results, plan_request, output)
 
 
-def plan_request_from(model: str, need: RequirementFlags, requests: MixFlags, offer: HardwareFlags) -> PlanRequest:
+def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, offer: HardwareFlags) -> PlanRequest:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
-    from powerband.planner.plan_request import PlanRequest
+    from powerband.planner.plan_request import PlanRequest, max_request_tokens
 
     slo = SLO.parse(need.slo)
     if not slo.limits:
@@ -135,37 +131,30 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixFlags, of
         spec=spec,
         stored=stored,
         profiles=profiles,
-        engines=engines(offer.engine),
+        engines=parse_engines(offer.engine),
         workload=workload,
         rate=rate,
         slo=slo,
         budget_usd_per_h=dollars_per_hour(need.budget) if need.budget is not None else None,
         max_devices=offer.max_devices,
         replicas=offer.replicas,
-        quantizations=quantizations(offer.quantization),
+        quantizations=parse_quantizations(offer.quantization),
         max_model_len=offer.max_model_len or max_request_tokens(workload, need.seed, spec, slo.attainment),
         objective=need.objective,
         draft_tokens=offer.draft_tokens,
         draft_acceptance=share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0,
-        pinned=pinned(changes),
+        pinned=pinned_settings(changes),
         seed=need.seed,
     )
 
 
 def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
     """With its progress on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from powerband.planner.search import search
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as shown:
-        task = shown.add_task("candidates", total=None)
+    with progress_bar(quiet=quiet) as report:
         return search(
-            plan_request,
-            workers=workers,
-            progress=lambda done, total, text: shown.update(task, completed=done, total=total, description=text),
+            plan_request, workers=workers, progress=lambda done, total, text: report(text, done / max(total, 1))
         )
 
 
@@ -175,6 +164,7 @@ def _print_results(results: PlanResults, plan_request: PlanRequest, output: Plan
     from powerband.planner.report.html_report import write_report
     from powerband.planner.report.json_export import results_as_dict
     from powerband.planner.report.table import plan_table
+    from powerband.planner.selection import plan_from
     from powerband.spec.plan import write_plan
 
     if output.html is not None:
@@ -204,31 +194,3 @@ def _check_outputs(output: PlanOutputFlags) -> None:
     for path in (output.out, output.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise EnvironmentFault(f"Cannot write {path}: there is no such folder.", param="out")
-
-
-def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
-    """The promise is what is predicted at the pessimistic edge."""
-    from powerband.spec.hardware.catalog import usd_per_hour
-    from powerband.spec.plan import Plan, PlanCost, SLOGuarantee
-
-    machines: Counter[str] = Counter()
-    prices = {profile.name: profile.prices for profile in plan_request.profiles}
-    for pool in chosen.deployment.pools:
-        found = usd_per_hour(prices[pool.replica.device], pool.count, pool.replica.num_devices)
-        machines.update(found[1] if found is not None else {})
-    cost = None
-    if chosen.usd_per_hour is not None and chosen.usd_per_million_tokens is not None:
-        cost = PlanCost(
-            usd_per_hour=chosen.usd_per_hour,
-            usd_per_million_tokens=chosen.usd_per_million_tokens,
-            machines=dict(machines),
-        )
-    return Plan(
-        model=plan_request.model,
-        workload=plan_request.workload,
-        slo=plan_request.slo,
-        promise=SLOGuarantee(plan_request.rate, chosen.figures["output_tokens_per_s"].low),
-        deployment=chosen.deployment,
-        predicted=dict(chosen.figures),
-        cost=cost,
-    )

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import LoadFlags, MixFlags, RequestedLoad, SLOFlags, requested_load
+from powerband.cli.bench.options import SLOFlags
 from powerband.cli.flags import Json
-from powerband.cli.plan.inputs import chosen_devices, read_model
+from powerband.cli.load_options import ArrivalOptions, MixOptions
+from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
+from powerband.spec.hardware.what_if import chosen_devices
+from powerband.spec.workload.options import RequestedLoad, requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
     from powerband.bench.report.results import RunReport
-    from powerband.planner.simulator import Simulation
     from powerband.spec.deployment import Deployment
     from powerband.spec.hardware.profile import DeviceProfile
     from powerband.spec.plan import Plan
-    from powerband.spec.workload.workload import Schedule
 
 MISSED, NO_ANSWER = 1, 4
 _DEVICES = Group("Devices", sort_key=4)
@@ -35,37 +36,40 @@ def simulate(
     plan: Annotated[Path, Parameter(help="A file that 'powerband plan -o' wrote")],
     /,
     *,
-    load: LoadFlags | None = None,
-    requests: MixFlags | None = None,
+    load: ArrivalOptions | None = None,
+    requests: MixOptions | None = None,
     judging: SLOFlags | None = None,
     devices: Annotated[
         str | None,
-        Parameter(help="FILE.yaml that describes those that the catalog has not", group=_DEVICES),
+        Parameter(help="FILE.yaml with devices that are not in the catalog", group=_DEVICES),
     ] = None,
     set: Annotated[
         list[str] | None,
         Parameter(help="What if: device.memory_bytes=48e9, L4.bandwidth_bytes_per_s=4e11", group=_DEVICES, negative=""),
     ] = None,
-    out: Annotated[Path | None, Parameter(help="Folder; default: a new one in bench-runs/", group=_OUTPUT)] = None,
+    out: Annotated[
+        Path | None, Parameter(help="Folder for the results; default: a new one in bench-runs/", group=_OUTPUT)
+    ] = None,
     json: Annotated[Json, Parameter(group=_OUTPUT)] = False,
 ) -> int:
-    """Play a load through a PLAN's deployment without running it.
+    """Simulate a load on a PLAN's deployment.
 
-    Without options: the plan's own workload at the promised rate, judged by its SLO. The engine's own
-    scheduler decides every step; a model of the devices says how long it takes.
+    Without options: the plan's own workload and SLO at the promised rate. The gateway's own dispatcher
+    and the engine's own scheduler decide; a performance model predicts how long each step takes.
     Writes run.json, requests.jsonl and report.html like 'powerband bench', which compares with them.
     Exits with 1 when the SLO is missed.
     """
+    from powerband.bench.report.simulated import simulated_load, simulated_report
     from powerband.planner.simulation.inputs import simulation_inputs
     from powerband.spec.plan import read_plan
     from powerband.spec.workload.traces import read_trace
 
-    load, requests, judging = load or LoadFlags(), requests or MixFlags(), judging or SLOFlags()
+    load, requests, judging = load or ArrivalOptions(), requests or MixOptions(), judging or SLOFlags()
     trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
     known = read_plan(plan, trace)
     if known.deployment is None:
         raise UsageError(
-            f"{plan} says what is promised, but not by which deployment.",
+            f"{plan} has an SLO guarantee but no deployment.",
             hint="'powerband plan MODEL -o plan.yaml' writes both.",
             param="plan",
         )
@@ -75,16 +79,28 @@ def simulate(
         read_model(known.model)[0], known.deployment, _profile_finder(known.deployment, devices, set or [])
     )
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
-    result = _load_result(schedule, made.simulate(schedule))
-    known = replace(known, slo=judging.made() or known.slo)
-    return _report(known, asked, load.seed, result, judging, out, as_json=json)
+    simulated = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)
+    result = simulated_load(
+        schedule, simulated.indices, simulated.records, seconds=simulated.seconds, unsent=simulated.unsent
+    )
+    warm_up, cool_down = judging.shares()
+    report = simulated_report(
+        replace(known, slo=judging.made() or known.slo),
+        asked.workload,
+        result,
+        seed=load.seed,
+        warm_up=warm_up,
+        cool_down=cool_down,
+        command=["powerband", *sys.argv[1:]],
+    )
+    return _report(report, result, out, as_json=json)
 
 
 def _profile_finder(deployment: Deployment, devices: str | None, changes: list[str]) -> Callable[[str], DeviceProfile]:
     """From a device's name in the plan to what is known of it. Raises UsageError."""
     named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
     if any(change.startswith("replica.") for change in changes):
-        raise UsageError("A replica is what the plan says it is.", hint="Change it in the plan's file.", param="set")
+        raise UsageError("The plan describes its replicas.", hint="Change it in the plan's file.", param="set")
     profiles = {profile.name: profile for profile in chosen_devices(devices or ",".join(named), None, changes)}
     missing = [name for name in named if name not in profiles]
     if missing:
@@ -96,78 +112,27 @@ def _profile_finder(deployment: Deployment, devices: str | None, changes: list[s
     return profiles.__getitem__
 
 
-def _requested_load(plan: Plan, load: LoadFlags, requests: MixFlags) -> RequestedLoad:
+def _requested_load(plan: Plan, load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
     """What the flags say; where they say nothing of what or when, the plan's workload and rate."""
-    told = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
+    given = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
     asked = requested_load(load, requests)
-    says_when = any(value is not None for value in told)
-    says_what = load.trace is not None or requests != MixFlags()
-    workload = asked.workload if says_what else replace(asked.workload, name=plan.workload.name)
-    if not says_what:
+    has_arrivals = any(value is not None for value in given)
+    has_requests = load.trace is not None or requests != MixOptions()
+    workload = asked.workload if has_requests else replace(asked.workload, name=plan.workload.name)
+    if not has_requests:
         workload = replace(workload, requests=plan.workload.requests)
-    if not says_when:
+    if not has_arrivals:
         workload = replace(workload, arrivals=plan.arrivals)
     return replace(asked, workload=workload)
 
 
-def _load_result(schedule: Schedule, played: Simulation) -> LoadResult:
-    """As if a load generator that takes no time had sent it."""
-    from powerband.bench.client.messages import Sample
-    from powerband.bench.load import LoadResult
-    from powerband.bench.server_metrics import ServerMetrics
-
-    where = {
-        request.index: (number, request) for number, chain in enumerate(schedule.chains) for request in chain.requests
-    }
-    samples = []
-    for index, record in zip(played.indices, played.records, strict=True):
-        number, request = where[index]
-        samples.append(
-            Sample(
-                index=index,
-                chain=number,
-                turn=request.turn,
-                scheduled_s=record.scheduled_s,
-                sent_s=record.sent_s,
-                chunk_times_s=record.chunk_times_s,
-                chunk_tokens=record.chunk_tokens,
-                outcome=record.outcome,
-                finish_reason="length" if record.output_tokens else "",
-                asked_tokens=request.output_tokens,
-                prompt_tokens=record.prompt_tokens,
-                output_tokens=record.output_tokens,
-                cached_tokens=record.cached_tokens,
-            )
-        )
-    return LoadResult(
-        schedule=schedule,
-        samples=tuple(samples),
-        server=ServerMetrics(),
-        wall_s=played.seconds,
-        client_share=0.0,
-        chunks_per_s=0.0,
-        unsent=played.unsent,
-        stopped=False,
-    )
-
-
-def _report(
-    plan: Plan,
-    asked: RequestedLoad,
-    seed: int,
-    result: LoadResult,
-    judging: SLOFlags,
-    out: Path | None,
-    *,
-    as_json: bool,
-) -> int:
+def _report(report: RunReport, result: LoadResult, out: Path | None, *, as_json: bool) -> int:
     from rich.console import Console
 
     from powerband.bench.report.html_report import write_report
     from powerband.bench.report.result_files import run_as_dict, write_run
     from powerband.bench.report.table import run_table
 
-    report = _run_report(plan, asked, seed, result, judging)
     folder = out or Path("bench-runs", datetime.now().strftime("%Y%m%d-%H%M%S-simulated"))
     write_run(report, [result], folder)
     page = folder / "report.html"
@@ -181,45 +146,3 @@ def _report(
     if not point.whole.answered:
         return NO_ANSWER
     return MISSED if point.verdict == "MISSED" else 0
-
-
-def _run_report(plan: Plan, asked: RequestedLoad, seed: int, result: LoadResult, judging: SLOFlags) -> RunReport:
-    from powerband.bench.client.probe import ServerInfo
-    from powerband.bench.load import steady_window
-    from powerband.bench.report.results import (
-        ClientMachine,
-        OfferedLoad,
-        ReportedAddress,
-        RunReport,
-        build_point,
-        powerband_version,
-        utc_now,
-        without_secrets,
-    )
-    from powerband.bench.saturation import is_saturated
-
-    warm_up, cool_down = judging.shares()
-    window = steady_window(result.samples, warm_up, cool_down)
-    point = build_point(
-        result,
-        label="simulation",
-        offered=OfferedLoad.of(asked.workload.arrivals, result.schedule),
-        warm_up=warm_up,
-        cool_down=cool_down,
-        slo=plan.slo,
-        saturated=is_saturated([sample.record() for sample in result.samples], window),
-    )
-    return RunReport(
-        started_at=utc_now(),
-        command=without_secrets(["powerband", *sys.argv[1:]]),
-        powerband=powerband_version(),
-        machine=ClientMachine.here(),
-        target=ReportedAddress("a simulation", "completions", plan.model),
-        server=ServerInfo(plan.deployment.engine if plan.deployment is not None else "unknown", "simulated", None),
-        workload=asked.workload.as_dict(),
-        slo=plan.slo,
-        seed=seed,
-        warm_up=warm_up,
-        cool_down=cool_down,
-        points=(point,),
-    )

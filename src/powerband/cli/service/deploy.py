@@ -6,23 +6,21 @@ import contextlib
 import json as json_format
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from powerband.cli.bench.options import MixFlags
 from powerband.cli.flags import Json
+from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.plan import NO_PLAN, HardwareFlags, RequirementFlags
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.renamed import warn_renamed
 
 if TYPE_CHECKING:
-    from powerband.cli.service.view import ServiceProgress
-    from powerband.fleet.release import BuiltRelease
-    from powerband.fleet.service.spec import GatewaySpec, Policy, ServiceSpec
-    from powerband.fleet.service.status import ServiceStatus
-    from powerband.fleet.service.store import ServiceStore
-    from powerband.fleet.verify import Verification
+    from powerband.fleet.deployment import Deployed, DeploymentOptions
+    from powerband.fleet.service.spec import Policy
     from powerband.spec.plan import Plan
 
 SLO_BROKEN = 1
@@ -92,20 +90,12 @@ class VerifyFlags:
     json: Annotated[Json, Parameter(group=_PROVING)] = False
 
 
-@dataclass(frozen=True, slots=True)
-class ExistingService:
-    """What there was of a service before this call. has_books: of one that was removed, too."""
-
-    is_running: bool
-    has_books: bool
-
-
 def deploy(
     plan: Annotated[str | None, Parameter(help="Plan in YAML, or a model to plan for first")] = None,
     /,
     *,
     need: RequirementFlags | None = None,
-    requests: MixFlags | None = None,
+    requests: MixOptions | None = None,
     offer: HardwareFlags | None = None,
     service: ServiceFlags | None = None,
     proving: VerifyFlags | None = None,
@@ -121,11 +111,15 @@ def deploy(
         return _ensure_controllers()
     _check_options(proving)
     from powerband.cli.service.view import ServiceProgress
+    from powerband.fleet.deployment import deploy_plan
 
     chosen = _resolve_plan(plan, need, requests, offer, quiet=proving.json)
     if chosen is None:
         return NO_PLAN
-    return _carry_out(chosen, service, proving, ServiceProgress(quiet=proving.json))
+    options = _options(chosen, service, proving)
+    deployed = deploy_plan(chosen, options, ServiceProgress(quiet=proving.json))
+    _print_result(deployed, as_json=proving.json)
+    return SLO_BROKEN if deployed.is_broken and proving.strict else 0
 
 
 def _check_options(proving: VerifyFlags) -> None:
@@ -150,7 +144,7 @@ def _ensure_controllers() -> int:
 
 
 def _resolve_plan(
-    text: str, need: RequirementFlags | None, requests: MixFlags | None, offer: HardwareFlags | None, *, quiet: bool
+    text: str, need: RequirementFlags | None, requests: MixOptions | None, offer: HardwareFlags | None, *, quiet: bool
 ) -> Plan | None:
     """None: nothing keeps the SLO; that was told. Raises UsageError for flags that a plan decides."""
     from powerband.spec.plan import read_plan
@@ -162,10 +156,13 @@ def _resolve_plan(
         return read_plan(path)
     from rich.console import Console
 
-    from powerband.cli.plan.plan import plan_from, plan_request_from, search_with_progress
+    from powerband.cli.plan.plan import plan_request_from, search_with_progress
     from powerband.planner.report.table import plan_table
+    from powerband.planner.selection import plan_from
 
-    plan_request = plan_request_from(text, need or RequirementFlags(), requests or MixFlags(), offer or HardwareFlags())
+    plan_request = plan_request_from(
+        text, need or RequirementFlags(), requests or MixOptions(), offer or HardwareFlags()
+    )
     results = search_with_progress(plan_request, None, quiet=quiet)
     if results.recommended is None:
         Console(stderr=True).print(plan_table(results))
@@ -173,63 +170,31 @@ def _resolve_plan(
     return plan_from(plan_request, results.recommended)
 
 
-def _build_release(
-    plan: Plan, flags: ServiceFlags, served_name: str, folder: ServiceStore, key_file: str
-) -> BuiltRelease:
+def _options(plan: Plan, flags: ServiceFlags, proving: VerifyFlags) -> DeploymentOptions:
     import shlex
 
-    from powerband.fleet.release import ReleaseOptions, build_release
-    from powerband.fleet.targets.local import LocalTarget
+    from powerband.bench.report.live import LiveView
+    from powerband.cli.service.gateway_flags import gateway_spec_from_flags
+    from powerband.fleet.deployment import DeploymentOptions
 
-    making = ReleaseOptions(
-        served_name=served_name,
-        api_key_file=key_file,
-        executable=tuple(shlex.split(flags.engine_command)),
-        extra=tuple(shlex.split(flags.engine_args)),
+    return DeploymentOptions(
+        gateway=partial(gateway_spec_from_flags, flags.host, flags.port, flags.auth, flags.gateway_args),
+        policy=_policy(flags),
+        name=flags.name or "",
+        served_name=flags.served_model_name,
+        engine_command=tuple(shlex.split(flags.engine_command)),
+        engine_args=tuple(shlex.split(flags.engine_args)),
         threads=flags.threads,
-        gpus_in_use=LocalTarget(folder.path).devices_in_use(),
+        verify=proving.verify,
+        verify_seconds=proving.verify_seconds,
+        report=proving.report,
+        strict=proving.strict,
+        watch=contextlib.nullcontext() if proving.json else LiveView(plan.slo, label=plan.workload.name),
     )
-    return build_release(plan, making)
-
-
-def _carry_out(plan: Plan, flags: ServiceFlags, proving: VerifyFlags, progress: ServiceProgress) -> int:
-    from powerband.cli.service.gateway_flags import gateway_spec_from_flags, replica_key_file
-    from powerband.fleet import operations
-    from powerband.fleet.control.controller_process import ensure_controller
-    from powerband.fleet.release import default_served_name
-    from powerband.fleet.service.store import ServiceStore
-
-    served_name = flags.served_model_name or default_served_name(plan.model)
-    folder = ServiceStore.named(flags.name or operations.service_name(served_name))
-    before = ExistingService(is_running=folder.exists(), has_books=folder.database.exists())
-    front = gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, folder.read_spec())
-    folder.create()
-    made = _build_release(plan, flags, served_name, folder, replica_key_file(folder.path, front.auth))
-    _print_plan(plan, made, folder, front, progress)
-    desired, is_new = operations.apply(folder, made.release, front, _policy(flags))
-    ensure_controller(folder)
-    if not is_new:
-        progress.say("nothing is to be changed")
-    status = operations.wait_for(folder, desired.generation, progress, desired.policy.start_timeout_s + 60.0)
-    if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
-        raise _failure(folder, status, before=before)
-    if is_new:
-        operations.record_action(
-            folder, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)}
-        )
-    progress.say(f"{folder.name} is ready: {status.gateway.url}/v1")
-    is_asked = is_new if proving.verify is None else proving.verify
-    verified = _verified(plan, desired, status, folder, proving, progress) if is_asked else None
-    kept = verified is None or verified.verdict != "broken"
-    if not kept and proving.strict:
-        _roll_back(folder, progress, before=before)
-    _print_result(folder, status, verified, proving, is_new=is_new)
-    return SLO_BROKEN if not kept and proving.strict else 0
 
 
 def _policy(flags: ServiceFlags) -> Policy:
     from powerband.fleet.service.spec import Policy
-    from powerband.renamed import warn_renamed
     from powerband.spec.quantities import seconds
 
     if flags.surge is not None:
@@ -252,93 +217,23 @@ def _policy(flags: ServiceFlags) -> Policy:
     )
 
 
-def _print_plan(
-    plan: Plan, made: BuiltRelease, folder: ServiceStore, front: GatewaySpec, progress: ServiceProgress
-) -> None:
-    from powerband.planner.report.formatting import deployment_text
-
-    if plan.deployment is not None:
-        progress.say(f"plan: {made.release.served_name}, {deployment_text(plan.deployment)}")
-    limits = f"{plan.slo} for {plan.slo.attainment * 100:g} % of requests at {plan.promise.rate:.3g} a second"
-    progress.say(f"promise: {limits}")
-    for note in made.notes:
-        progress.say(note)
-    progress.say(f"service {folder.name}: gateway on {front.host}:{front.port}, state in {folder.path}")
-
-
-def _failure(folder: ServiceStore, status: ServiceStatus, *, before: ExistingService) -> EnvironmentFault:
-    """What to tell of a release that did not start, once nothing is left of it."""
-    from powerband.fleet import operations
-
-    rejected = status.failed_rollout
-    why = rejected.reason if rejected is not None else ""
-    log = f"\n{rejected.log}" if rejected is not None and rejected.log else ""
-    if before.is_running and operations.rollback(folder) is not None:
-        return EnvironmentFault(f"The new release did not start: {why}.{log}", hint="What ran before goes on running.")
-    operations.remove(folder, lambda _status: None, purge=not before.has_books)
-    return EnvironmentFault(f"{folder.name} did not start: {why}.{log}", hint="Nothing was left running.")
-
-
-def _verified(
-    plan: Plan,
-    desired: ServiceSpec,
-    status: ServiceStatus,
-    folder: ServiceStore,
-    proving: VerifyFlags,
-    progress: ServiceProgress,
-) -> Verification:
-    from powerband.bench.report.live import LiveView
-    from powerband.fleet.verify import verify
-
-    progress.say(f"verifying the promise: {plan.promise.rate:.3g} requests/s for {proving.verify_seconds:g} s")
-    key = folder.admin_key.read_text().strip()
-    with contextlib.nullcontext() if progress.quiet else LiveView(plan.slo, label=plan.workload.name) as view:
-        return verify(
-            plan,
-            status.gateway.url,
-            model=desired.release.served_name,
-            api_key=key,
-            seconds=proving.verify_seconds,
-            report=proving.report,
-            on_progress=view,
-        )
-
-
-def _roll_back(folder: ServiceStore, progress: ServiceProgress, *, before: ExistingService) -> None:
-    from powerband.fleet import operations
-
-    progress.say("the promise is broken: going back")
-    desired = operations.rollback(folder) if before.is_running else None
-    if desired is None:
-        operations.remove(folder, progress, purge=not before.has_books)
-        return
-    operations.wait_for(folder, desired.generation, progress, desired.policy.start_timeout_s + 60.0)
-
-
-def _print_result(
-    folder: ServiceStore,
-    status: ServiceStatus,
-    verified: Verification | None,
-    proving: VerifyFlags,
-    *,
-    is_new: bool,
-) -> None:
-    if proving.json:
+def _print_result(deployed: Deployed, *, as_json: bool) -> None:
+    store, verified = deployed.store, deployed.verification
+    if as_json:
         from powerband.cli.service.status import status_dict
 
-        told: dict[str, object] = {"service": folder.name, "status": None}
-        if folder.exists():
-            told = status_dict(folder)
-        told["changed"] = is_new
-        told["verification"] = verified.as_dict() if verified is not None else None
-        print(json_format.dumps(told, indent=1))
+        shown: dict[str, object] = {"service": store.name, "status": None}
+        if store.exists():
+            shown = status_dict(store)
+        shown |= {"changed": deployed.changed, "verification": verified.as_dict() if verified is not None else None}
+        print(json_format.dumps(shown, indent=1))
         return
     if verified is not None:
         from powerband.cli.service.view import print_verification
 
         print_verification(verified)
-    if not folder.exists():
-        print(f"{folder.name} was removed again.")
+    if not store.exists():
+        print(f"{store.name} was removed again.")
     else:
-        print(f"{folder.name} serves {status.gateway.url}/v1")
+        print(f"{store.name} serves {deployed.status.gateway.url}/v1")
         print("powerband status · powerband logs -f · powerband scale N · powerband remove", file=sys.stderr)

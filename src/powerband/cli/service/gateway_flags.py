@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import socket
-from pathlib import Path
 from typing import Literal
 
 from powerband.errors import EnvironmentFault, UsageError
@@ -59,21 +58,6 @@ def _gateway_arguments(text: str) -> tuple[str, ...]:
         raise UsageError(f"gateway-args: {decided[0]} is decided by the deployment.", param="gateway_args")
     resolve((GatewaySettings,), ALL_SETTINGS, given, {}, None)
     return arguments
-
-
-def replica_key_file(folder: Path, auth: str) -> str:
-    """With keys, replicas want one, too, that only the gateway has: nobody here goes past it. '' without."""
-    if auth != "keys":
-        return ""
-    import os
-    import secrets
-
-    path = folder / "replica.key"
-    if not path.exists():
-        made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(made, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-    return str(path)
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -26,7 +26,7 @@ def scale(
     *,
     name: Name = None,
 ) -> int:
-    """Run so many replicas. New ones get requests once they are ready; those that go finish theirs first."""
+    """Change the number of replicas. New ones get requests once they are ready; those that go finish theirs first."""
     from powerband.cli.service.view import ServiceProgress
     from powerband.fleet import operations
     from powerband.fleet.control.controller_process import ensure_controller
@@ -48,7 +48,7 @@ def scale(
     operations.record_action(folder, "scale", {"replicas": list(desired.release.counts)})
     beyond = excess_threads(desired.release)
     if beyond:
-        progress.say(f"that is more than this machine has: {beyond}")
+        progress.describe(f"that is more than this machine has: {beyond}")
     status = operations.wait_for(
         folder, desired.generation, progress, desired.policy.start_timeout_s + desired.policy.drain_timeout_s
     )
@@ -75,7 +75,7 @@ def scaled(release: Release, asked: Sequence[str]) -> Release:
             raise UsageError(f"There is no pool {pool!r}.", hint=f"Pools: {known}.", param="replicas")
         if not number.isdecimal() or not 1 <= int(number) <= MAX_REPLICAS:
             raise UsageError(
-                f"{text!r} is no number of replicas.",
+                f"{text!r} is not a number of replicas.",
                 hint=f"1 to {MAX_REPLICAS}; 'powerband remove' ends all.",
                 param="replicas",
             )

@@ -37,13 +37,13 @@ class ServiceProgress:
         told: dict[str, str] = {"gateway": status.gateway.state}
         told |= {one.id: _activity(one) for one in status.replicas}
         for id in self._last.keys() - told.keys():
-            self.say(f"{id}: gone")
+            self.describe(f"{id}: gone")
         for id, text in told.items():
             if self._last.get(id) != text:
-                self.say(f"{id}: {text}")
+                self.describe(f"{id}: {text}")
         self._last = told
 
-    def say(self, text: str) -> None:
+    def describe(self, text: str) -> None:
         if not self.quiet:
             print(f"· {time.monotonic() - self.began_s:5.1f} s  {text}", file=sys.stderr, flush=True)
 

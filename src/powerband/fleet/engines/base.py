@@ -12,11 +12,11 @@ from typing import ClassVar, Protocol
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.checkpoint.precision import CheckpointPrecision, read_for_planning
-from powerband.spec.deployment import EngineName, Quantization, Replica
+from powerband.spec.deployment import LOCAL, EngineName, Quantization, Replica
 from powerband.spec.engine_capabilities import CAPABILITIES
-from powerband.spec.hardware.catalog import LOCAL, load_catalog, local_profile
+from powerband.spec.hardware.catalog import load_catalog, local_profile
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.checkpoint_precision import CheckpointPrecision, read_for_planning
 from powerband.spec.model.model_spec import ModelSpec
 
 

@@ -44,7 +44,7 @@ INSTANCE_TAG = "POWERBAND_MEMBER"
 _RECORDS = "members"
 # An instance takes its settings from its command line alone; of the user's POWERBAND_ variables it inherits only these.
 INHERITED_VARIABLES = (
-    *("POWERBAND_CACHE", "POWERBAND_HERE", "POWERBAND_DEBUG"),
+    *("POWERBAND_CACHE", "POWERBAND_DEVICE_PROFILE", "POWERBAND_HERE", "POWERBAND_DEBUG"),
     *("POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE"),
 )
 MAX_KEPT_LOGS = 20

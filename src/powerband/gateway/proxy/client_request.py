@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
+from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.errors import InvalidRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
@@ -24,7 +25,6 @@ PATHS: dict[Endpoint, str] = {
     "detokenize": "/detokenize",
 }
 LONGEST_LABEL = 512  # that our replicas take
-BYTES_PER_TOKEN = 4  # of English text, about; what was reserved is settled by what the replica counts
 COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
 # Of one token in an answer's JSON, at most: the longest of a vocabulary are runs of 128 blanks or so, and a control
 # character takes six bytes; with log-probabilities it stands there with twenty others.

@@ -13,11 +13,11 @@ import math
 import msgspec
 from msgspec import Raw
 
+from powerband.dispatch.estimates import OutputEstimate
+
 ASCII_PER_TOKEN = 4  # English text has a few more, code a few less
 OTHER_BYTES_PER_TOKEN = 3  # of UTF-8: one token for a Chinese character
 FIRST_TOKENS_PER_S = 100.0  # of one choice, until an answer has been counted: a fast engine's
-FIRST_OUTPUT_TOKENS = 512.0  # likewise
-_MOST_TIMES = 8  # the usual output that a request in a queue counts for, whatever limit it names
 _NOT_ASCII = bytes(range(0x80, 0x100))
 _WEIGHT = 0.1  # of the newest in a moving mean
 _MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0
@@ -36,21 +36,19 @@ _CALLS = msgspec.json.Decoder(list[_Call])
 
 
 class TokenEstimates:
-    """What is known of the answers of one model. text_factor: tokens for each that `text_tokens` finds. output_tokens:
-    of one answer, usually.
-    """
+    """What is known of the answers of one model. text_factor: tokens for each that `text_tokens` finds."""
 
     def __init__(self) -> None:
         self.tokens_per_s = FIRST_TOKENS_PER_S
         self.text_factor = 1.0
-        self.output_tokens = FIRST_OUTPUT_TOKENS
+        self.output = OutputEstimate()
         self._is_paced = False
 
     def learn(self, output_tokens: int, choices: int, seconds: float, text_tokens: float) -> None:
         """A replica took so long for an answer whose tokens it has counted. text_tokens: of its text; 0: not seen."""
         if output_tokens <= 0:
             return
-        self.output_tokens += (output_tokens / choices - self.output_tokens) * _WEIGHT
+        self.output.observe(output_tokens / choices)
         if seconds > 0:
             pace = output_tokens / choices / seconds
             self.tokens_per_s += (pace - self.tokens_per_s) * (_WEIGHT if self._is_paced else 1.0)
@@ -58,10 +56,6 @@ class TokenEstimates:
         if text_tokens > 0:
             factor = min(max(output_tokens / text_tokens, _MIN_FACTOR), _MAX_FACTOR)
             self.text_factor += (factor - self.text_factor) * _WEIGHT
-
-    def likely(self, output_tokens: int, answers: int) -> int:
-        """Of a request that may make so many: a limit far beyond what answers have says nothing of its length."""
-        return min(output_tokens, answers * math.ceil(_MOST_TIMES * self.output_tokens))
 
     def of_whole(self, seconds: float, choices: int, limit: int | None) -> int:
         """Output tokens of all choices after so long at a replica. limit: of one choice, if the request names it."""

@@ -74,7 +74,7 @@ class GenerationRoutes:
             settings.default_output_tokens,
             KeyLimits().priority if key is None else key.limits.priority,  # without a key: as one that was given none
         )
-        told.output_tokens = served.estimates.likely(told.output_tokens, told.answers)
+        told.output_tokens = served.estimates.output.likely(told.output_tokens, told.answers)
         told.trace = self._gateway.trace(request.headers)
         told.prefix_keys = prefix_keys(endpoint, client_request.prompt, told.tenant, client_request.prompt_salt)
         return GenerationResponse(self._gateway, self._accounts, served, client_request, told, key)

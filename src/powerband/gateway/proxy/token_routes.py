@@ -13,12 +13,13 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.options import Timeouts
-from powerband.gateway.proxy.client_request import BYTES_PER_TOKEN, PATHS, with_model
+from powerband.gateway.proxy.client_request import PATHS, with_model
 from powerband.gateway.proxy.events import NO_JSON
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
 from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer

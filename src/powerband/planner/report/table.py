@@ -42,9 +42,9 @@ def plan_table(results: PlanResults) -> RenderableType:
     parts += [Text(plan_request(results), style="dim"), ""]
     shown = results.recommended or results.alternatives.get("nearest")
     if shown is not None:
-        told = "Promise" if results.recommended else "Prediction"
+        title = "Promise" if results.recommended else "Prediction"
         parts.append(
-            _facts([(told, "\n".join(_promise(shown, results.slo, results.rate, results.unit))), *facts(shown)])
+            _facts([(title, "\n".join(_promise(shown, results.slo, results.rate, results.unit))), *facts(shown)])
         )
     if results.reasons:
         parts += ["", _facts([("Why" if results.recommended else "Why not", "\n".join(map(plain, results.reasons)))])]
@@ -177,7 +177,7 @@ def _frontier(results: PlanResults) -> Iterator[RenderableType]:
     has_good = any(one.meets_slo for one in results.evaluations)
     rows = [*named, *(one for one in frontier if one.meets_slo or not has_good)][:MAX_ROWS]
     rows.sort(key=lambda one: (one.usd_per_hour is None, one.usd_per_hour or 0.0, one.figures["ttft_s"].value))
-    yield Text("Frontier: no other costs no more and is no slower", style="bold")
+    yield Text("Frontier: no other deployment is both cheaper and faster", style="bold")
     yield FrontierTable(tuple(rows), roles, results.slo)
     left = [one for one in frontier if not any(one is row for row in rows)]
     missing = sum(not one.meets_slo for one in left) if has_good else 0

@@ -1,7 +1,8 @@
 """Clients of a simulation: they send what a schedule says, wait for answers where it says so, and keep records.
 
-The text of a prompt is made up of token ids that follow from its segments' keys, so that what is shared is found in the
-prefix cache, and a later turn repeats everything that was said before it, answers included.
+The text of a prompt is made up of token ids that follow from its segments' keys, so that shared text is found in the
+prefix cache, and a later turn repeats everything that was said before it, answers included. The dispatcher's keys of a
+prompt follow from the same segments.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from functools import lru_cache
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
+from powerband.dispatch.backend import InFlightRequest
+from powerband.dispatch.estimates import BYTES_PER_TOKEN
+from powerband.dispatch.prefix import BLOCK_ENDS
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.spec.workload.workload import Chain, PlannedRequest, Segment
 
+_BLOCK_ENDS = tuple(end // BYTES_PER_TOKEN for end in BLOCK_ENDS)  # in tokens
 _SPAN = 1 << 31  # token ids are 32 bits wide; a text counts up from a number below this
 
 
 @lru_cache(maxsize=1 << 16)
 def output_start(id: str) -> int:
-    """The token at position p of a request, where it is part of the answer, has the id `answer_start + p`."""
+    """The token at position p of a request, where it is part of the answer, has the id `output_start + p`."""
     return zlib.crc32(b"answer" + id.encode()) % _SPAN
 
 
@@ -39,24 +44,20 @@ def segment_tokens(segment: Segment) -> range:
 
 
 @dataclass(slots=True)
-class InFlightRequest:
-    """A request that is under way. Times as the client sees them."""
+class SimulatedRequest:
+    """A request that a client has sent. Times as the client sees them."""
 
     planned: PlannedRequest
     chain: int
     sent_s: float
     prompt_tokens: int
-    replica: int
-    answer_s: float  # from a step's end until its tokens are here
-    answer_request_s: float  # more, for each request in the step
+    placed: InFlightRequest | None = None  # None: it waits in the queue
+    answer_s: float = 0.0  # from a step's end until its tokens are at the client
+    answer_request_s: float = 0.0  # more, for each request in the step
+    has_first_token: bool = False
     times_s: array[float] = field(default_factory=lambda: array("d"))
     chunks: array[int] = field(default_factory=lambda: array("i"))
     num_cached: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Prompt and asked answer together."""
-        return self.prompt_tokens + self.planned.output_tokens
 
     def lag_s(self, requests: int) -> float:
         """From a step's end to here."""
@@ -77,18 +78,51 @@ class InFlightRequest:
         self.num_cached = num_cached
 
     def record(self, reason: FinishReason | None) -> RequestRecord:
-        """reason: None: it was not waited for."""
-        outcome = Outcome.OK if reason in (FinishReason.LENGTH, FinishReason.STOP) else Outcome.REFUSED
+        """reason: None: the simulation ended before."""
+        if reason is None:
+            return self._record(Outcome.TIMED_OUT)
+        return self._record(Outcome.OK if reason in (FinishReason.LENGTH, FinishReason.STOP) else Outcome.REFUSED)
+
+    def refused(self) -> RequestRecord:
+        """By the gateway."""
+        return self._record(Outcome.REFUSED)
+
+    def _record(self, outcome: Outcome) -> RequestRecord:
         return RequestRecord(
             scheduled_s=self.sent_s,
             sent_s=self.sent_s,
             chunk_times_s=tuple(self.times_s),
             chunk_tokens=tuple(self.chunks),
-            outcome=Outcome.TIMED_OUT if reason is None else outcome,
+            outcome=outcome,
             prompt_tokens=self.prompt_tokens,
             output_tokens=sum(self.chunks),
             cached_tokens=self.num_cached,
         )
+
+
+class _PrefixKeys:
+    """Keys of the whole blocks of a text that grows, as `dispatch.prefix` cuts them: equal texts have equal keys.
+
+    A block's key is the hash of the key before it and of the runs of token ids in it, not of every token.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+        self._parts: list[int] = []  # of the block that is not whole: the first id and the length of each run
+        self._num_tokens = 0
+
+    def extend(self, tokens: range) -> None:
+        start, left = tokens.start, len(tokens)
+        while left and len(self.keys) < len(_BLOCK_ENDS):
+            taken = min(left, _BLOCK_ENDS[len(self.keys)] - self._num_tokens)
+            self._parts += start, taken
+            self._num_tokens += taken
+            start, left = start + taken, left - taken
+            if self._num_tokens == _BLOCK_ENDS[len(self.keys)]:
+                before = self.keys[-1] if self.keys else b""
+                chained = hash((int.from_bytes(before, "little"), *self._parts))  # of integers: the same in any process
+                self.keys.append(chained.to_bytes(8, "little", signed=True))
+                self._parts = []
 
 
 class ConversationClient:
@@ -98,6 +132,7 @@ class ConversationClient:
         self.chain = chain
         self.position = 0
         self._history: list[int] = []
+        self._keys = _PrefixKeys()
         self._has_failed = False  # an answer of the conversation: it cannot go on
 
     @property
@@ -105,17 +140,19 @@ class ConversationClient:
         return self.chain.requests[self.position] if self.position < len(self.chain.requests) else None
 
     @property
-    def session(self) -> str:
-        """'' for a question of its own: nothing is gained by asking the same replica again."""
-        planned, after = self.chain.requests[self.position], self.position + 1
-        has_more = after < len(self.chain.requests) and self.chain.requests[after].turn > 0
-        return f"{planned.index - planned.turn}" if planned.turn or has_more else ""
-
-    @property
     def prompt_tokens(self) -> int:
         """Of the next request."""
         planned = self.chain.requests[self.position]
         return planned.new_tokens + (len(self._history) if planned.turn else 0)
+
+    def prefix_keys(self) -> tuple[bytes, ...]:
+        """Of the next request's prompt, once for each request."""
+        planned = self.chain.requests[self.position]
+        if not planned.turn:
+            self._keys = _PrefixKeys()
+        for segment in planned.segments:
+            self._keys.extend(segment_tokens(segment))
+        return tuple(self._keys.keys)
 
     def next_request(self, arrival_s: float) -> EngineRequest:
         """The next request as an engine takes it, which knows it from `arrival_s` on."""
@@ -131,7 +168,9 @@ class ConversationClient:
         """The answer is here: on to the next request that can be sent at all."""
         planned = self.chain.requests[self.position]
         start = output_start(request_id(planned.index)) + len(self._history)
-        self._history.extend(range(start, start + record.output_tokens))
+        answer = range(start, start + record.output_tokens)
+        self._history.extend(answer)
+        self._keys.extend(answer)
         self._has_failed = record.outcome is not Outcome.OK
         self.position += 1
         while self._has_failed and self.next is not None and self.next.turn:

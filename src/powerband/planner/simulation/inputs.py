@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
+from powerband.dispatch.options import DispatchOptions
 from powerband.errors import EnvironmentFault
-from powerband.planner.simulator import Simulation, simulate
+from powerband.planner.simulation.simulator import Simulation, simulate
 from powerband.spec.deployment import Deployment
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.model.model_spec import ModelSpec
@@ -29,7 +30,16 @@ class SimulationInputs:
     def band(self) -> float:
         return max(model.band for model in self.models)
 
-    def simulate(self, schedule: Schedule, *, slowdown: float = 1.0, max_waiting: float = math.inf) -> Simulation:
+    def simulate(
+        self,
+        schedule: Schedule,
+        *,
+        slowdown: float = 1.0,
+        options: DispatchOptions | None = None,
+        planned_rate: float | None = None,
+        slo_ttft_s: float | None = None,
+        max_waiting: float = math.inf,
+    ) -> Simulation:
         """See planner.simulator.simulate."""
         return simulate(
             schedule,
@@ -38,6 +48,9 @@ class SimulationInputs:
             self.num_blocks,
             self.block_size,
             slowdown=slowdown,
+            options=options,
+            planned_rate=planned_rate,
+            slo_ttft_s=slo_ttft_s,
             max_waiting=max_waiting,
         )
 

@@ -9,38 +9,35 @@ from powerband.metrics.record import Outcome, RequestRecord, percentile
 from powerband.metrics.slo import slo_misses
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.simulation.inputs import simulation_inputs
-from powerband.planner.simulator import Simulation
+from powerband.planner.simulation.simulator import Simulation
 from powerband.spec.deployment import Deployment
 
 MAX_REPLICAS = 4  # that are simulated; more equal ones behave like these
 _WARM_UP = 0.15  # of the time in which requests arrive
 _HOPELESS, _MIN_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
-_BACKLOG = 0.1  # of the requests that may be without a first token when the last one arrives
+_MAX_UNSERVED = 0.1  # of the requests: refused, or without a first token when the last one arrives
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationTask:
-    """rate: of the whole deployment. slowdown: factor on every time."""
+    """One simulation of a deployment."""
 
     deployment: Deployment
-    rate: float
+    rate: float  # of the whole deployment
     num_requests: int
-    slowdown: float = 1.0
+    slowdown: float = 1.0  # factor on every time
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationSummary:
-    """figures: see planner.outcome.Evaluation. Shares of a replica's busy time by operator and by what binds.
-
-    keeps_up: whether the queue does not grow. short_of_memory: share of steps in which a request waited for blocks.
-    """
+    """What a simulation found."""
 
     task: SimulationTask
-    figures: Mapping[str, float]
-    operators: Mapping[str, float]
-    bounds: Mapping[str, float]
-    keeps_up: bool
-    short_of_memory: float
+    figures: Mapping[str, float]  # see planner.results.Evaluation
+    operators: Mapping[str, float]  # fractions of a replica's busy time
+    bounds: Mapping[str, float]  # fractions of a replica's busy time by bottleneck
+    keeps_up: bool  # the queue does not grow, and the gateway rejects few requests
+    short_of_memory: float  # fraction of steps in which a request waited for blocks
 
 
 def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> SimulationSummary:
@@ -49,21 +46,27 @@ def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> Simu
     made = simulation_inputs(plan_request.spec, deployment, plan_request.profile)
     schedule = plan_request.schedule(task.rate * share, task.num_requests)
     hopeless = max(_HOPELESS * schedule.num_requests, _MIN_HOPELESS)
-    simulation = made.simulate(schedule, slowdown=task.slowdown, max_waiting=hopeless)
+    simulation = made.simulate(
+        schedule,
+        slowdown=task.slowdown,
+        planned_rate=task.rate * share,
+        slo_ttft_s=plan_request.slo.ttft_s,
+        max_waiting=hopeless,
+    )
     last_s = max(record.scheduled_s for record in simulation.records)
     counted = [record for record in simulation.records if record.scheduled_s >= _WARM_UP * last_s] or simulation.records
     tokens = _tokens_between(simulation.records, _WARM_UP * last_s, last_s)
     figures = _latencies(counted, plan_request.slo.attainment * 100)
     figures["attainment"] = sum(_meets_slo(record, plan_request) for record in counted) / len(counted)
     figures["output_tokens_per_s"] = tokens / max(last_s * (1 - _WARM_UP), 1e-9) / share
+    unserved = simulation.num_refused + _backlog(simulation.records, last_s)
     steps = simulation.total("num_steps")
     return SimulationSummary(
         task=task,
         figures=figures,
         operators=_time_shares(simulation, "operators"),
         bounds=_time_shares(simulation, "bounds"),
-        keeps_up=not simulation.gave_up
-        and _backlog(simulation.records, last_s) <= max(_BACKLOG * len(simulation.records), 2.0),
+        keeps_up=not simulation.gave_up and unserved <= max(_MAX_UNSERVED * len(simulation.records), 2.0),
         short_of_memory=simulation.total("short_of_memory") / steps if steps else 0.0,
     )
 
@@ -100,7 +103,7 @@ def _tokens_between(records: Sequence[RequestRecord], start_s: float, end_s: flo
 
 
 def _backlog(records: Sequence[RequestRecord], time_s: float) -> int:
-    """Requests without a first token at a time."""
+    """Requests that wait for their first token at a time."""
     return sum(record.scheduled_s <= time_s and (record.chunk_times_s or (time_s,))[0] > time_s for record in records)
 
 

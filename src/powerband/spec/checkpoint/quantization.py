@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import ConfigReader, shown
+from powerband.spec.config_reader import ConfigReader, shown
 
 Bits = Literal[4, 8]
 Method = Literal["gptq", "awq", "compressed-tensors"]

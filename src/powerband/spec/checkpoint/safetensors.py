@@ -109,9 +109,9 @@ def _stored_tensor(name: str, entry: Any) -> StoredTensor:
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{_shown(name)} has an unknown dtype")
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{_shown(name)} has a shape that is no list of sizes")
+        raise ValueError(f"{_shown(name)} has a shape that is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{_shown(name)} has data_offsets that are no range")
+        raise ValueError(f"{_shown(name)} has data_offsets that are not a range")
     if math.prod(max(size, 1) for size in shape) >= _MAX_ELEMENTS:
         raise ValueError(f"{_shown(name)} has a shape of more elements than any file")
     if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):

@@ -1,7 +1,7 @@
 """The devices that are known: those of the project's catalog, this machine's, and those that a user describes.
 
 catalog/l4.yaml … ─┐
-here.yaml ─────────┼─► Catalog ── find('L4', 'here', './mine.yaml') ──► DeviceProfile
+local.yaml ────────┼─► Catalog ── find('L4', 'local', './mine.yaml') ──► DeviceProfile
 prices of a user ──┘
 """
 
@@ -18,13 +18,15 @@ from typing import Any
 
 from powerband.documents import parse_table, read_table
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.files import write_atomically
 from powerband.folders import cache_directory
+from powerband.renamed import warn_renamed
+from powerband.spec.config_reader import shown
+from powerband.spec.deployment import LOCAL, OLD_LOCAL, local_name
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
-from powerband.spec.model.config_reader import shown
 from powerband.spec.yaml_codec import read_record
 
-LOCAL = "here"
 _CALIBRATE = "'powerband calibrate' does it, in two minutes on a CPU."
 _MAX_BYTES = 4 << 20
 
@@ -36,11 +38,11 @@ class Catalog:
     profiles: Mapping[str, DeviceProfile]
 
     def find(self, name: str) -> DeviceProfile:
-        """By name or alias, whatever its case; 'here': this machine's; a path: what the file describes.
+        """By name or alias in any case; 'local': this machine's profile; a path: the profile in that file.
 
-        Raises UsageError for a name that nobody knows, EnvironmentFault where a file or calibration is missing.
+        Raises UsageError for an unknown name, EnvironmentFault where a file or a calibration is missing.
         """
-        if name == LOCAL:
+        if local_name(name) == LOCAL:
             return read_local_profile()
         if name.endswith((".yaml", ".yml")):
             return read_profile(Path(name))
@@ -78,18 +80,24 @@ def load_catalog() -> Catalog:
 
 
 def local_profile_path() -> Path:
-    """Where calibration keeps this machine's profile: $POWERBAND_HERE, else in the cache."""
-    named = os.environ.get("POWERBAND_HERE")
-    return Path(named) if named else cache_directory() / "profiles" / "here.yaml"
+    """The file with this machine's profile: $POWERBAND_DEVICE_PROFILE, else in the cache."""
+    if named := os.environ.get("POWERBAND_DEVICE_PROFILE"):
+        return Path(named)
+    if named := os.environ.get("POWERBAND_HERE"):
+        warn_renamed("$POWERBAND_HERE", "$POWERBAND_DEVICE_PROFILE")
+        return Path(named)
+    folder = cache_directory() / "profiles"
+    written_before = folder / "here.yaml"  # by version 0.1
+    return written_before if written_before.exists() and not (folder / "local.yaml").exists() else folder / "local.yaml"
 
 
 def read_local_profile() -> DeviceProfile:
-    """This machine's. Raises EnvironmentFault when nobody has calibrated it, or when it was another then."""
+    """This machine's profile. Raises EnvironmentFault if it was not calibrated, or if another machine was."""
     path = local_profile_path()
     if not path.exists():
         raise EnvironmentFault("This machine has not been measured yet.", hint=_CALIBRATE, param="devices")
     profile = read_profile(path)
-    if not is_here(profile):
+    if not is_local(profile):
         raise EnvironmentFault(
             f"{path} was measured on another machine ({_machine_name(profile)}).", hint=_CALIBRATE, param="devices"
         )
@@ -97,16 +105,25 @@ def read_local_profile() -> DeviceProfile:
 
 
 def local_profile(path: Path | None = None) -> DeviceProfile | None:
-    """This machine's, if somebody has calibrated it. path: where, if not in the usual place. Raises as read_profile."""
+    """This machine's profile; None: not calibrated. path: of another file than usual. Raises as read_profile."""
     path = path or local_profile_path()
     profile = read_profile(path) if path.exists() else None
-    return profile if profile is not None and is_here(profile) else None
+    return profile if profile is not None and is_local(profile) else None
 
 
-def is_here(profile: DeviceProfile) -> bool:
-    """Whether a CPU's profile was measured on one like this, as far as it says on which. Of a GPU only its name tells,
-    which whoever uses it has to compare.
-    """
+def write_profile(profile: DeviceProfile, path: Path) -> None:
+    """All or nothing. Raises EnvironmentFault."""
+    import yaml
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True).encode())
+    except OSError as problem:
+        raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="out") from None
+
+
+def is_local(profile: DeviceProfile) -> bool:
+    """Whether a profile of a CPU was measured on this processor; True if it does not say. GPUs: compare names."""
     if profile.machine is None or profile.kind != "cpu":
         return True
     cpu = detect_cpu()
@@ -118,27 +135,30 @@ def _machine_name(profile: DeviceProfile) -> str:
 
 
 def read_profile(path: Path) -> DeviceProfile:
-    """Raises EnvironmentFault when it cannot be read, UsageError when it is no profile."""
-    return DeviceProfile.from_dict(read_table(path, "device", max_bytes=_MAX_BYTES, param="devices"), str(path))
+    """Raises EnvironmentFault if the file cannot be read, UsageError if it is not a valid profile."""
+    profile = DeviceProfile.from_dict(read_table(path, "device", max_bytes=_MAX_BYTES, param="devices"), str(path))
+    return replace(profile, name=LOCAL) if profile.name == OLD_LOCAL else profile
 
 
 def read_prices(path: Path) -> dict[str, tuple[DevicePrice, ...]]:
     """A file of `DEVICE: dollars per hour`, or `DEVICE: [{usd_per_hour: 4.6, devices: 4, where: our contract}]`.
 
-    Raises EnvironmentFault when it cannot be read, UsageError for what is no price.
+    Raises EnvironmentFault when it cannot be read, UsageError for an invalid price.
     """
     return {
-        str(name): tuple(_price(item, str(name), path) for item in (told if isinstance(told, list) else [told]))
-        for name, told in read_table(path, "list of prices", param="devices").items()
+        str(name): tuple(_price(item, str(name), path) for item in (given if isinstance(given, list) else [given]))
+        for name, given in read_table(path, "list of prices", param="devices").items()
     }
 
 
-def _price(told: Any, name: str, path: Path) -> DevicePrice:
-    values = told if isinstance(told, dict) else {"usd_per_hour": told}
+def _price(given: Any, name: str, path: Path) -> DevicePrice:
+    values = given if isinstance(given, dict) else {"usd_per_hour": given}
     common = {"where": path.name, "source": str(path), "confidence": "user"}
     price = read_record(DevicePrice, {**common, **values}, f"{path}: {name}")
     if not price.usd_per_hour or not price.devices:
-        raise UsageError(f"{path}: {shown(told)} is no price of {name}.", hint="Dollars and devices are above 0.")
+        raise UsageError(
+            f"{path}: {shown(given)} is not a valid price of {name}.", hint="Dollars and devices are above 0."
+        )
     return price
 
 

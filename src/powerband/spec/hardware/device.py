@@ -18,6 +18,9 @@ CPU_FEATURES = (
 )
 
 
+GPU_NODES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One processor with its memory: what a plan needs to know of it. None or absent: not known."""
@@ -156,3 +159,8 @@ def _text(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def has_gpu_nodes() -> bool:
+    """Whether the system shows a GPU's device file (NVIDIA, AMD, or either under WSL)."""
+    return any(Path(node).exists() for node in GPU_NODES)

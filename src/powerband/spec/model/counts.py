@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import Held, WeightPrecisions
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.model.model_spec import ModelSpec
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from powerband.spec.model.config_reader import MAX_LAYERS, ConfigReader
+from powerband.spec.config_reader import MAX_LAYERS, ConfigReader
 from powerband.spec.model.family_keys import (
     Defaults,
     experts_per_token,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from powerband.spec.checkpoint.quantization import read_weight_format
-from powerband.spec.model.config_reader import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, ConfigReader, shown
+from powerband.spec.config_reader import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, ConfigReader, shown
 from powerband.spec.model.model_spec import LayerSpec, RopeSpec
 from powerband.spec.model.rope import read_rope
 

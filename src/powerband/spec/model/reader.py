@@ -12,7 +12,7 @@ from powerband.documents import read_json_table
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.files import has_own_head
 from powerband.spec.checkpoint.quantization import QUANTIZATION_FILES, QUANTIZATION_KEYS
-from powerband.spec.model.config_reader import MAX_POSITIONS, MAX_VOCABULARY, ConfigReader, shown
+from powerband.spec.config_reader import MAX_POSITIONS, MAX_VOCABULARY, ConfigReader, shown
 from powerband.spec.model.families import FAMILIES
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.rope import scaled_context

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from powerband.spec.model.config_reader import MAX_POSITIONS, ConfigReader, shown
+from powerband.spec.config_reader import MAX_POSITIONS, ConfigReader, shown
 from powerband.spec.model.model_spec import RopeSpec
 
 

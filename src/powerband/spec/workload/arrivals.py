@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 
 MAX_RATE = 1e6
 MAX_CONCURRENCY = 100_000
@@ -43,7 +43,7 @@ class RatePhase:
                 hint=f"Rates lie between 0 and {MAX_RATE:g}, the time above 0.",
             )
         if self.start != self.end and math.isinf(self.seconds):
-            raise UsageError("A ramp needs an end: say in how many seconds.", param="ramp")
+            raise UsageError("A ramp needs a duration in seconds.", param="ramp")
 
     @property
     def arrivals(self) -> float:
@@ -185,7 +185,7 @@ def arrivals_from_dict(values: Any) -> Arrivals:
     except (TypeError, KeyError, AttributeError, OverflowError, ValueError):
         pass
     raise UsageError(
-        f"arrivals are {shown(values)}, which is no arrival process.",
+        f"arrivals are {shown(values)}, which is not an arrival process.",
         hint="kind is open (phases, burstiness), closed (concurrency, think_s) or replay (speedup).",
         param="arrivals",
     )

@@ -13,7 +13,7 @@ from statistics import NormalDist
 from typing import Any, Protocol
 
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 
 MAX_TOKENS = 1 << 24
 _INVERSE = NormalDist()

@@ -116,5 +116,5 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 def preset(name: str) -> Preset:
     """Raises UsageError for a name that is none."""
     if name not in PRESETS:
-        raise UsageError(f"There is no workload '{name}'.", hint=f"There are: {', '.join(PRESETS)}.", param="workload")
+        raise UsageError(f"Unknown workload '{name}'.", hint=f"There are: {', '.join(PRESETS)}.", param="workload")
     return PRESETS[name]()

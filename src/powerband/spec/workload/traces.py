@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.workload.lengths import MAX_TOKENS
 from powerband.spec.workload.workload import MAX_TURNS, RequestTrace, Segment, TracedRequest
 
@@ -53,7 +53,7 @@ def read_trace(path: Path, *, format: str = "auto", count_tokens: Count | None =
         raise UsageError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB.", hint="Cut it.", param="trace")
     kind = _recognised(content) if format == "auto" else format
     if kind not in FORMATS:
-        raise _wrong(path, "its format was not recognised" if format == "auto" else f"there is no format '{format}'")
+        raise _wrong(path, "its format was not recognised" if format == "auto" else f"unknown format '{format}'")
     try:
         if kind == "sharegpt":
             requests = list(_sharegpt(content, count_tokens or _estimate))
@@ -104,7 +104,7 @@ def _mooncake(content: str) -> Iterator[TracedRequest]:
         with _place(f"line {number}"):
             left, keys, segments = _tokens(line["input_length"]), line.get("hash_ids", []), []
             if not isinstance(keys, list) or len(keys) > -(-left // MOONCAKE_BLOCK):
-                raise ValueError(f"hash_ids are no list of one for each {MOONCAKE_BLOCK} of {left} tokens")
+                raise ValueError(f"hash_ids are not a list with one entry for each {MOONCAKE_BLOCK} of {left} tokens")
             for key in keys:
                 if isinstance(key, bool) or not isinstance(key, int):
                     raise ValueError(f"{shown(key)} among the hash_ids")
@@ -126,7 +126,7 @@ def _sharegpt(content: str, count_tokens: Count) -> Iterator[TracedRequest]:
     """
     talks = json.loads(content)
     if not isinstance(talks, list):
-        raise ValueError("it is no list of conversations")
+        raise ValueError("it is not a list of conversations")
     for number, talk in enumerate(talks, 1):
         with _place(f"conversation {number}"):
             turns = talk.get("conversations") or talk.get("conversation") or []
@@ -191,7 +191,7 @@ def _json_lines(content: str) -> Iterator[tuple[int, dict[str, Any]]]:
             with _place(f"line {number}"):
                 value = json.loads(line)
                 if not isinstance(value, dict):
-                    raise ValueError("it is no JSON object")
+                    raise ValueError("it is not a JSON object")
             yield number, value
 
 
@@ -211,7 +211,7 @@ def _time(value: Any) -> float:
 def _text(value: Any) -> str:
     """Half a character (a lone surrogate) cannot be sent: it becomes a question mark."""
     if not isinstance(value, str):
-        raise ValueError(f"{shown(value)} is no text")
+        raise ValueError(f"{shown(value)} is not a text")
     return value.encode(errors="replace").decode()
 
 
@@ -221,5 +221,5 @@ def _estimate(text: str) -> int:
 
 def _wrong(path: Path, why: str) -> UsageError:
     return UsageError(
-        f"{path} is no trace: {why}.", hint=f"Formats: {', '.join(FORMATS)} (--trace-format).", param="trace"
+        f"{path} is not a valid trace: {why}.", hint=f"Formats: {', '.join(FORMATS)} (--trace-format).", param="trace"
     )

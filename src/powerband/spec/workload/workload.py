@@ -20,10 +20,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any
 
+from powerband.documents import read_table
 from powerband.errors import UsageError
-from powerband.spec.model.config_reader import shown
+from powerband.spec.config_reader import shown
 from powerband.spec.workload.arrivals import (
     Arrivals,
     ClosedLoop,
@@ -51,15 +53,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """turn: 0 begins a conversation; a later turn's prompt is everything said before it and then its segments.
-    think_s: from the answer before it in its chain to its own arrival.
-    """
+    """One request of a schedule."""
 
     index: int
     segments: tuple[Segment, ...]
     output_tokens: int
-    turn: int = 0
-    think_s: float = 0.0
+    turn: int = 0  # 0 begins a conversation; the prompt of a later turn is the conversation so far and its own segments
+    think_s: float = 0.0  # from the answer before it in its chain to its own arrival
 
     @property
     def new_tokens(self) -> int:
@@ -77,11 +77,11 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """chains: by start. duration_s: no request arrives later; infinity: as long as it takes."""
+    """Every request of a load, drawn before it begins."""
 
     seed: int
-    chains: tuple[Chain, ...]
-    duration_s: float
+    chains: tuple[Chain, ...]  # by start
+    duration_s: float  # no request arrives later; infinity: no limit
 
     @property
     def num_requests(self) -> int:
@@ -101,14 +101,12 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
-    """What prompts begin with: one of `groups` texts. share: of requests that do. skew: 0, all groups alike; above, the
-    g-th is chosen with a weight of g^-skew (Zipf's law).
-    """
+    """Texts that prompts begin with."""
 
     tokens: Lengths
-    groups: int = 1
-    share: float = 1.0
-    skew: float = 0.0
+    groups: int = 1  # number of different texts
+    share: float = 1.0  # fraction of requests that begin with one
+    skew: float = 0.0  # 0: all groups alike; else group g has a weight of g^-skew (Zipf's law)
 
     def __post_init__(self) -> None:
         is_whole = isinstance(self.groups, int) and not isinstance(self.groups, bool)
@@ -122,10 +120,10 @@ class SharedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """turns: of a conversation. think_s: the mean time (exponential) from an answer to the next question."""
+    """Requests that wait for each other's answers."""
 
     turns: Lengths
-    think_s: float = 0.0
+    think_s: float = 0.0  # mean time from an answer to the next turn (exponential)
 
     def __post_init__(self) -> None:
         if not 0 <= self.think_s < math.inf:
@@ -138,9 +136,9 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class RequestMix:
-    """Requests drawn from distributions. prompt: tokens of a request (of a turn) beyond what it shares."""
+    """Requests drawn from distributions."""
 
-    prompt: Lengths
+    prompt: Lengths  # tokens of a request or turn, beyond a shared prefix
     output: Lengths
     prefix: SharedPrefix | None = None
     conversation: Conversation | None = None
@@ -148,19 +146,19 @@ class RequestMix:
 
 @dataclass(frozen=True, slots=True)
 class TracedRequest:
-    """time_s: from the trace's start. conversation: requests with the same one wait for each other's answers."""
+    """One request of a trace."""
 
-    time_s: float
+    time_s: float  # from the trace's start
     segments: tuple[Segment, ...]
     output_tokens: int
-    conversation: str | None = None
+    conversation: str | None = None  # requests with the same one wait for each other's answers
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTrace:
-    """Requests as they were recorded, by time. source: the file's name, format and SHA-256."""
+    """Recorded requests, by time."""
 
-    source: Mapping[str, str]
+    source: Mapping[str, str]  # the file's name, format and SHA-256
     requests: tuple[TracedRequest, ...]
 
     def __post_init__(self) -> None:
@@ -265,9 +263,9 @@ class Workload:
                 requests=_same_trace(requests["trace"], trace) if "trace" in requests else mix_from_dict(requests),
             )
         except KeyError as problem:
-            raise UsageError(f"This is no workload: it has no {problem}.", param="workload") from None
+            raise UsageError(f"This is not a valid workload: it has no {problem}.", param="workload") from None
         except (TypeError, AttributeError, ValueError, OverflowError) as problem:
-            raise UsageError(f"This is no workload: {str(problem)[:200]}.", param="workload") from None
+            raise UsageError(f"This is not a valid workload: {str(problem)[:200]}.", param="workload") from None
 
 
 def _same_trace(source: Mapping[str, str], trace: RequestTrace | None) -> RequestTrace:
@@ -387,3 +385,11 @@ def _users(loop: ClosedLoop, conversations: Iterator[list[PlannedRequest]], most
 def _after(request: PlannedRequest, think_s: float) -> PlannedRequest:
     """With the time that its user takes; within a conversation that is said already."""
     return request if request.turn else replace(request, think_s=think_s)
+
+
+def read_workload(path: Path) -> Workload:
+    """A workload in YAML. Raises UsageError or EnvironmentFault."""
+    values = read_table(path, "workload", param="workload")
+    if "trace" in (values.get("requests") or ()):
+        raise UsageError(f"{path} names a trace.", hint="Give that: --workload TRACE.", param="workload")
+    return Workload.from_dict(values)

@@ -19,8 +19,9 @@ from powerband.core.request import Request
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, SimHandle, TraceInbox
 from powerband.core.step import Step, StepResult, TokenOutput, Work
-from powerband.planner.fast_forward import advance, ending, steady_rounds
+from powerband.dispatch.backend import ReplicaLoad
 from powerband.planner.simulation.clients import output_start
+from powerband.planner.simulation.fast_forward import advance, ending, steady_rounds
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.hardware.profile import HostModel
 
@@ -33,6 +34,8 @@ Shape = tuple[list[tuple[int, int]], int]  # a step's (new tokens, context after
 
 # A request, one of so many, got a token at each of these times.
 OnRun = Callable[[Request, "array[float]", int], None]
+# A request, one of so many, will get its first token at this time, which later commands do not change.
+OnFirstToken = Callable[[Request, float, int], None]
 
 
 class StepModel(Protocol):
@@ -178,7 +181,7 @@ class FastForward:
             self.left -= 1
         self._contexts = contexts
 
-    def finish(self, core: EngineCore, due_s: float, on_output: OnRun) -> tuple[int, list[TokenOutput]]:
+    def finish(self, core: EngineCore, due_s: float, on_run: OnRun) -> tuple[int, list[TokenOutput]]:
         """Do the rounds that begin before `due_s`; return how many, and what is told of requests that have ended."""
         rounds = bisect_left(self.starts_s, due_s)
         if rounds == 0:
@@ -198,7 +201,7 @@ class FastForward:
             inflight = SimHandle(executor, self.ends_s[rounds - 1], StepResult(tokens)), submitted_s
         times_s = self.known_s[:rounds]
         for r in running:
-            on_output(r, times_s, len(running))
+            on_run(r, times_s, len(running))
         executor.last_tokens = len(first)
         executor.clock.wait_until(times_s[-1])
         executor.stage_free_s = self.ends_s[rounds - 1]
@@ -254,16 +257,17 @@ class SimulatedReplica:
             return self.clock.now()
         return math.inf if due_s is None else max(due_s, self.clock.now())
 
-    def advance(self, until_s: float, on_output: OnRun) -> list[TokenOutput]:
-        """One round of the engine's loop, or several equal ones until `until_s`, reported to `on_output`."""
+    def advance(self, until_s: float, on_run: OnRun, on_first_token: OnFirstToken) -> list[TokenOutput]:
+        """Do one round of the engine's loop, or several that are alike as far as `until_s`: `on_run` gets theirs."""
         next_s = self.inbox.next_time()
         due_s = math.inf if next_s is None else next_s
-        if (
+        is_new = (
             self._run is None
             and self._fast_forward
             and due_s > self.clock.now()
-            and (rounds := steady_rounds(self.core))
-        ):
+            and (rounds := steady_rounds(self.core)) > 0
+        )
+        if is_new:
             self._run = FastForward(self.core, self.executor, rounds)
         if self._run is None:
             outputs = self.core.step()
@@ -271,15 +275,43 @@ class SimulatedReplica:
             return outputs
         if self._run.left and self._run.now_s < due_s:
             self._run.extend(min(until_s, due_s))
+            if is_new and self._run.known_s:
+                self._report_first_tokens(on_first_token)
             return []
-        # Nobody acts before `now_s` any more, so nothing can come that would have cut it shorter.
+        return self._finish_run(due_s, on_run)
+
+    def settle(self, time_s: float, on_run: OnRun) -> list[TokenOutput]:
+        """Do the foreseen rounds that begin before a time until which nothing acts, so that `load` is of that time."""
+        return [] if self._run is None else self._finish_run(time_s, on_run)
+
+    @property
+    def load(self) -> ReplicaLoad:
+        """What its metrics would report."""
+        kv = self.scheduler.kv.pool
+        return ReplicaLoad(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_usage=1 - kv.num_free / kv.num_blocks,
+        )
+
+    def _finish_run(self, due_s: float, on_run: OnRun) -> list[TokenOutput]:
+        if self._run is None:
+            return []
+        # Nothing acts before `now_s` any more, so nothing can come that would have cut it shorter.
         running = len(self.scheduler.running)
-        rounds, outputs = self._run.finish(self.core, due_s, on_output)
+        rounds, outputs = self._run.finish(self.core, due_s, on_run)
         self._run = None
         if rounds:
             self._count_shortage()
             self.short_of_memory += (rounds - 1) * self._is_short(running, running)
         return outputs
+
+    def _report_first_tokens(self, on_first_token: OnFirstToken) -> None:
+        """Of requests whose prompt ends in the first of the foreseen rounds, or ended in the step before (overlap)."""
+        running = self.scheduler.running
+        for r in running:
+            if not r.num_output and self._run is not None:
+                on_first_token(r, self._run.known_s[0], len(running))
 
     def _count_shortage(self) -> None:
         self.short_of_memory += self._is_short(len(self.scheduler.running), self.executor.last_tokens)

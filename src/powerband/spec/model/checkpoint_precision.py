@@ -12,18 +12,18 @@ from typing import Any
 
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import QUANTIZATION_KEYS
+from powerband.spec.config_reader import shown
 from powerband.spec.deployment import KVPrecision, Quantization
-from powerband.spec.model.config_reader import shown
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import read_model_config, read_model_spec, with_stored_head
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPrecision:
-    """quantization: 'none' is 16 bits. kv_precision: what scales of keys and values are for; None: nothing is said."""
+    """The precision of a checkpoint."""
 
-    quantization: Quantization = "none"
-    kv_precision: KVPrecision | None = None
+    quantization: Quantization = "none"  # 'none': 16 bits
+    kv_precision: KVPrecision | None = None  # that it has scales of keys and values for; None: it has none
 
 
 def read_for_planning(path: Path) -> tuple[ModelSpec, CheckpointPrecision]:

@@ -1,0 +1,98 @@
+"""A whole calibration: what to measure or to read from a log, and the profile that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from powerband.calibration.curve_fit import scipy_optimize
+from powerband.calibration.measure import (
+    DeviceFits,
+    ModelFit,
+    ReportProgress,
+    fit_step_log,
+    measure_machine,
+    measure_model,
+    with_refinement,
+)
+from powerband.cost.step_log import read_step_log
+from powerband.errors import EnvironmentFault, UsageError
+from powerband.spec.hardware.catalog import local_profile
+from powerband.spec.hardware.profile import DeviceProfile, HostModel
+from powerband.spec.settings import EngineSettings
+
+_MACHINE_FRACTION = 0.6  # of the time; the rest is for the demo model
+_PRECISIONS = {"none": "16 bits", "int8": "int8", "int4": "int4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    profile: DeviceProfile
+    machine: DeviceFits | None  # None: the machine was known
+    model: ModelFit | None
+
+    @property
+    def host(self) -> HostModel | None:
+        return self.model.refinement.host if self.model is not None else None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was fitted, with the errors of the fits, one row each."""
+        rows: list[dict[str, Any]] = [
+            {
+                "what": f"any model, {_PRECISIONS[found.quantization]}",
+                "steps": found.steps,
+                "bytes_per_s": found.bytes_per_s,
+                "flops_per_s": found.flops_per_s,
+                "error": asdict(found.held_out),
+            }
+            for found in (self.machine.fits if self.machine is not None else ())
+        ]
+        if self.model is not None:
+            refinement = self.model.refinement
+            what = f"{refinement.name}, {_PRECISIONS[refinement.quantization]}"
+            rows.append({"what": what, "steps": self.model.steps, "error": asdict(self.model.errors)})
+        return rows
+
+
+def calibrate_machine(
+    engine: EngineSettings, device: str, seconds: float, path: Path, report: ReportProgress, *, has_model: bool
+) -> Calibration:
+    """Measure the machine, unless `path` holds its profile and a model was named; then that model, or the demo model.
+
+    seconds: for the machine and for the model together, or for a named model alone. Raises EnvironmentFault.
+    """
+    scipy_optimize()
+    profile, machine = local_profile(path) if has_model else None, None
+    if profile is None:
+        machine = measure_machine(device, engine.threads, _MACHINE_FRACTION * seconds, report)
+        profile = machine.profile
+    model = measure_model(engine, seconds * (1 if has_model else 1 - _MACHINE_FRACTION), report)
+    if machine is not None and model.refinement.host is not None:
+        profile = replace(profile, host={**profile.host, "powerband": model.refinement.host})
+    return Calibration(with_refinement(profile, model.refinement), machine, model)
+
+
+def calibrate_from_log(log: Path, path: Path) -> Calibration:
+    """Fit the steps of an engine's log. Raises UsageError if that engine ran on another machine than the profile."""
+    scipy_optimize()
+    profile = local_profile(path)
+    if profile is None:
+        raise EnvironmentFault(
+            "A step log refines the profile of this machine, which has not been measured yet.",
+            hint="Run 'powerband calibrate' first.",
+            param="from",
+        )
+    model = None
+    for run in read_step_log(log):
+        machine = profile.machine
+        if machine is not None and (run.form.device_name, run.form.threads) != (machine.name, machine.threads):
+            raise UsageError(
+                f"{log} is of {run.form.device_name} with {run.form.threads} threads; the profile is of {machine.name}"
+                f" with {machine.threads}.",
+                hint="Calibrate on the machine, and with the threads, on which the engine ran.",
+                param="from",
+            )
+        model = fit_step_log(profile, run)
+        profile = with_refinement(profile, model.refinement)
+    return Calibration(profile, None, model)

@@ -1,0 +1,102 @@
+"""What this machine has, what Powerband would use of it and why, and what is missing."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from powerband.calibration.bandwidth import read_bandwidth_bytes_per_s
+from powerband.cost.sizing import readable
+from powerband.spec.hardware.device import detect_cpu, has_gpu_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is missing or slower than it need be. A fatal one keeps Powerband from serving."""
+
+    problem: str
+    remedy: str
+    fatal: bool = False
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed version of each package that Powerband needs at run time; None: not installed."""
+    found: dict[str, str | None] = {}
+    for requirement in requires("powerband") or ():
+        if "extra ==" not in requirement:
+            name = re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0]
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = None
+    return found
+
+
+def missing_packages(versions: dict[str, str | None]) -> list[Problem]:
+    """A fatal finding for each package that is not installed."""
+    return [
+        Problem(f"The package {name} is not installed.", f"pip install {name}", fatal=True)
+        for name, found in versions.items()
+        if found is None
+    ]
+
+
+def machine_report() -> dict[str, Any]:
+    cpu = detect_cpu()
+    return {
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+        "cpu": cpu.name,
+        "cpu_features": list(cpu.features),
+        "cores": cpu.cores,
+        "memory_bytes": cpu.memory_bytes,
+        "available_memory_bytes": cpu.available_memory_bytes,
+        "read_bandwidth_bytes_per_s": read_bandwidth_bytes_per_s(cpu.cores),
+        "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
+    }
+
+
+def compute_report(findings: list[Problem]) -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    if not gpus and has_gpu_nodes():
+        findings.append(
+            Problem(
+                f"This machine has a GPU, but torch {torch.__version__} cannot use it.",
+                "Install a torch build for this GPU: https://pytorch.org/get-started/locally/",
+            )
+        )
+    from powerband.engine.attention import choose_backend
+    from powerband.engine.kernels.cpu import library
+
+    device = "cuda" if gpus else "cpu"
+    kernels = library.load()
+    if kernels.tier is None and not gpus:
+        findings.append(
+            Problem(
+                f"Without C++ kernels plain torch computes, several times slower: {kernels.reason}",
+                "Install g++ 11 or newer (Debian: apt install g++); the kernels are compiled at the next start.",
+            )
+        )
+    attention = choose_backend("auto", device, kernels)
+    return {
+        "device": device,
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "attention": f"{attention.name}: {attention.reason}",
+        "weight_cache": _weight_cache(),
+        "cpu_kernels": f"{kernels.tier or 'none'}: {kernels.reason}",
+        "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]  # torch's own is untyped
+    }
+
+
+def _weight_cache() -> str:
+    from powerband.engine import weight_cache
+
+    files = weight_cache.kept_files()
+    size = sum(path.stat().st_size for path in files)
+    return f"{weight_cache.folder()}: {len(files)} files, {readable(size)}"

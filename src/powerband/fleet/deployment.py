@@ -1,0 +1,176 @@
+"""Carrying out a plan: the release, its start, the verification of its SLO, and the way back when one of them fails."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from powerband.bench.load import Live
+from powerband.errors import EnvironmentFault
+from powerband.files import write_atomically
+from powerband.fleet import operations
+from powerband.fleet.control.controller_process import ensure_controller
+from powerband.fleet.release import BuiltRelease, ReleaseOptions, build_release, default_served_name
+from powerband.fleet.service.spec import GatewaySpec, Policy, ServiceSpec
+from powerband.fleet.service.status import ServiceStatus
+from powerband.fleet.service.store import ServiceStore
+from powerband.fleet.targets.local import LocalTarget
+from powerband.fleet.verify import Verification, verify
+from powerband.planner.report.formatting import deployment_text
+from powerband.spec.plan import Plan
+
+_GRACE_S = 60.0  # beyond the time that replicas have to become ready
+
+
+class Report(Protocol):
+    """Where a deployment reports what it does: lines of text, and the status as it changes."""
+
+    def __call__(self, status: ServiceStatus) -> None: ...
+
+    def describe(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentOptions:
+    gateway: Callable[[ServiceSpec | None], GatewaySpec]  # from what runs already
+    policy: Policy
+    name: str = ""  # of the service; '': from the model's
+    served_name: str = ""  # in the API; '': the model's
+    engine_command: tuple[str, ...] = ()
+    engine_args: tuple[str, ...] = ()
+    threads: int | None = None
+    verify: bool | None = None  # None: if something has changed
+    verify_seconds: float = 60.0
+    report: Path | None = None  # of the verification, as HTML
+    strict: bool = False  # roll back if the SLO is broken
+    watch: contextlib.AbstractContextManager[Callable[[Live], object] | None] = field(
+        default_factory=contextlib.nullcontext
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    store: ServiceStore
+    status: ServiceStatus
+    verification: Verification | None  # None: not asked for
+    changed: bool
+
+    @property
+    def is_broken(self) -> bool:
+        return self.verification is not None and self.verification.verdict == "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What there was of a service before. has_database: also of one that was removed."""
+
+    is_running: bool
+    has_database: bool
+
+
+def deploy_plan(plan: Plan, options: DeploymentOptions, report: Report) -> Deployed:
+    """Start the plan's service or change the one that runs, wait until it is ready, and verify its SLO.
+
+    Raises EnvironmentFault if the release does not start; then what ran before runs again.
+    """
+    served_name = options.served_name or default_served_name(plan.model)
+    store = ServiceStore.named(options.name or operations.service_name(served_name))
+    before = _Before(is_running=store.exists(), has_database=store.database.exists())
+    gateway = options.gateway(store.read_spec())
+    store.create()
+    built = build_release(plan, _release_options(options, served_name, store, gateway))
+    _report_plan(plan, built, store, gateway, report)
+    desired, is_new = operations.apply(store, built.release, gateway, options.policy)
+    ensure_controller(store)
+    if not is_new:
+        report.describe("nothing is to be changed")
+    status = operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)
+    if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
+        raise _start_failure(store, status, before)
+    if is_new:
+        operations.record_action(
+            store, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)}
+        )
+    report.describe(f"{store.name} is ready: {status.gateway.url}/v1")
+    is_asked = is_new if options.verify is None else options.verify
+    verification = _verified(plan, desired, status, store, options, report) if is_asked else None
+    deployed = Deployed(store, status, verification, is_new)
+    if deployed.is_broken and options.strict:
+        _roll_back(store, before, report)
+    return deployed
+
+
+def _release_options(
+    options: DeploymentOptions, served_name: str, store: ServiceStore, gateway: GatewaySpec
+) -> ReleaseOptions:
+    return ReleaseOptions(
+        served_name=served_name,
+        api_key_file=str(_replica_key_file(store.path)) if gateway.auth == "keys" else "",
+        executable=options.engine_command,
+        extra=options.engine_args,
+        threads=options.threads,
+        gpus_in_use=LocalTarget(store.path).devices_in_use(),
+    )
+
+
+def _replica_key_file(folder: Path) -> Path:
+    """The key of the replicas, which only the gateway has: no client of this machine can bypass it."""
+    path = folder / "replica.key"
+    if not path.exists():
+        write_atomically(path, secrets.token_urlsafe(32).encode(), private=True)
+    return path
+
+
+def _report_plan(plan: Plan, built: BuiltRelease, store: ServiceStore, gateway: GatewaySpec, report: Report) -> None:
+    if plan.deployment is not None:
+        report.describe(f"plan: {built.release.served_name}, {deployment_text(plan.deployment)}")
+    limits = f"{plan.slo} for {plan.slo.attainment * 100:g} % of requests at {plan.promise.rate:.3g} a second"
+    report.describe(f"promise: {limits}")
+    for note in built.notes:
+        report.describe(note)
+    report.describe(f"service {store.name}: gateway on {gateway.host}:{gateway.port}, state in {store.path}")
+
+
+def _start_failure(store: ServiceStore, status: ServiceStatus, before: _Before) -> EnvironmentFault:
+    """The error about a release that did not start, once nothing of it is left."""
+    failed = status.failed_rollout
+    why = failed.reason if failed is not None else ""
+    log = f"\n{failed.log}" if failed is not None and failed.log else ""
+    if before.is_running and operations.rollback(store) is not None:
+        return EnvironmentFault(f"The new release did not start: {why}.{log}", hint="What ran before goes on running.")
+    operations.remove(store, lambda _status: None, purge=not before.has_database)
+    return EnvironmentFault(f"{store.name} did not start: {why}.{log}", hint="Nothing was left running.")
+
+
+def _verified(
+    plan: Plan,
+    desired: ServiceSpec,
+    status: ServiceStatus,
+    store: ServiceStore,
+    options: DeploymentOptions,
+    report: Report,
+) -> Verification:
+    report.describe(f"verifying the promise: {plan.promise.rate:.3g} requests/s for {options.verify_seconds:g} s")
+    with options.watch as watch:
+        return verify(
+            plan,
+            status.gateway.url,
+            model=desired.release.served_name,
+            api_key=store.admin_key.read_text().strip(),
+            seconds=options.verify_seconds,
+            report=options.report,
+            on_progress=watch,
+        )
+
+
+def _roll_back(store: ServiceStore, before: _Before, report: Report) -> None:
+    report.describe("the promise is broken: going back")
+    desired = operations.rollback(store) if before.is_running else None
+    if desired is None:
+        operations.remove(store, report, purge=not before.has_database)
+        return
+    operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)

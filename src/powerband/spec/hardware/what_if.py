@@ -1,0 +1,110 @@
+"""Devices as a user names them, with what-if changes: 'L4,A100-80G' and 'device.memory_bytes=48e9'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from powerband.errors import UsageError
+from powerband.spec.config_reader import shown
+from powerband.spec.deployment import Replica
+from powerband.spec.hardware.catalog import Catalog, load_catalog, read_prices
+from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
+from powerband.spec.quantities import number
+
+
+def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> list[DeviceProfile]:
+    """'L4,A100' with the user's prices and changes. Raises UsageError or EnvironmentFault."""
+    catalog = load_catalog()
+    if prices is not None:
+        catalog = catalog.with_prices(read_prices(prices))
+    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if not names:
+        raise UsageError("No device is named.", hint="Like: --devices L4,A100-80G.", param="devices")
+    found = _distinct([catalog.find(name) for name in names])
+    for change in changes:
+        target, name, value = _change(change)
+        if target != "replica":
+            found = _changed(found, catalog, target, name, value)
+    return found
+
+
+def pinned_settings(changes: Sequence[str]) -> dict[str, Any]:
+    """Of the changes, those of a replica: settings that every candidate must have. Raises UsageError."""
+    hints = get_type_hints(Replica)
+    found: dict[str, Any] = {}
+    for change in changes:
+        target, name, value = _change(change)
+        if target != "replica":
+            continue
+        if name not in hints or name == "device":
+            known = ", ".join(item.name for item in fields(Replica) if item.name != "device")
+            raise UsageError(f"A replica has no {shown(name)}.", hint=f"Known: {known}.", param="set")
+        found[name] = _typed(hints[name], value, change)
+    return found
+
+
+def _distinct(profiles: list[DeviceProfile]) -> list[DeviceProfile]:
+    """Two names of one device are one device."""
+    return list({profile.name: profile for profile in profiles}.values())
+
+
+def _change(text: str) -> tuple[str, str, str]:
+    """'device.memory_bytes=48e9' → ('device', 'memory_bytes', '48e9')."""
+    where, sign, value = text.partition("=")
+    target, dot, name = where.strip().partition(".")
+    if not sign or not dot or not target or not name or not value.strip():
+        raise UsageError(
+            f"set is '{text}'.",
+            hint="Write it like device.memory_bytes=48e9, L4.price=0.5 or replica.max_num_seqs=64.",
+            param="set",
+        )
+    return target, name, value.strip()
+
+
+def _changed(
+    profiles: list[DeviceProfile], catalog: Catalog, target: str, name: str, value: str
+) -> list[DeviceProfile]:
+    """One fact of all devices ('device'), or of the one that is named."""
+    wanted = None if target == "device" else catalog.find(target).name
+    if wanted is not None and wanted not in [profile.name for profile in profiles]:
+        raise UsageError(f"{wanted} is not among the devices.", hint="Name it in --devices, too.", param="set")
+    return [_with(profile, name, value) if wanted in (None, profile.name) else profile for profile in profiles]
+
+
+def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
+    if name == "price":
+        dollars = number(value, param="set")
+        price = DevicePrice(usd_per_hour=dollars, where="--set", source="--set", confidence="user")
+        shared = DevicePrice(
+            usd_per_hour=dollars * profile.devices_per_node,
+            devices=profile.devices_per_node,
+            where=f"--set, {profile.devices_per_node} devices",
+            source="--set",
+            confidence="user",
+        )
+        return replace(profile, prices=(price, shared))
+    values = profile.as_dict()
+    *tables, last = name.split(".")
+    inner: Any = values
+    for table in tables:
+        inner = inner.setdefault(table, {}) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict):
+        raise UsageError(f"{profile.name} has no {shown(name)}.", param="set")
+    inner[last] = value
+    return DeviceProfile.from_dict(values, f"--set {name}")
+
+
+def _typed(hint: Any, value: str, change: str) -> Any:
+    if hint in (int, float):
+        found = number(value, param="set", low=-1.0)
+        if hint is int and found != int(found):
+            raise UsageError(f"set is '{change}'; a whole number is needed.", param="set")
+        return hint(found)
+    if hint is bool:
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"set is '{change}'; it is true or false.", param="set")
+        return value.lower() == "true"
+    return value
