@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from powerband.errors import InvalidRequest
 from powerband.gateway.proxy.client_request import ClientRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
@@ -34,7 +35,24 @@ def test_keys_share_no_cached_prefix(engine: EngineName, name: str) -> None:
     said = {sent(body, tenant, engine)[name] for body in (BODY, {**BODY, name: "me"}) for tenant in ("key_a", "key_b")}
     assert said == {"key_a", "key_b", "key_a/me", "key_b/me"}
     assert sent({**BODY, name: "key_a"}, engine=engine)[name] == "anonymous/key_a"
-    assert len(sent({**BODY, name: "x" * 512}, "key_a", engine)[name]) == (512 if name == "user" else 518)
+    assert len(sent({**BODY, name: "x" * 512}, "key_a", engine)[name]) == (70 if name == "user" else 518)
+
+
+@pytest.mark.parametrize("name", ["user", "cache_salt"])
+def test_long_labels_stay_distinct_and_longer_ones_are_refused(name: str) -> None:
+    engine: EngineName = "powerband" if name == "user" else "vllm"
+    first, second = (sent({**BODY, name: "x" * 511 + end}, "key_a", engine)[name] for end in "ab")
+    assert first != second
+    with pytest.raises(InvalidRequest, match=name):
+        sent({**BODY, name: "x" * 513}, "key_a", engine)
+
+
+@pytest.mark.parametrize("name", ["Max_Tokens", "MODEL", "N", "ſtream", "max_toKens", "Max_Completion_Tokens"])
+def test_a_field_in_another_case_is_refused_because_some_servers_would_read_it(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="Unknown field") as refused:
+        sent({**BODY, name: 100_000})
+    assert refused.value.param == name
+    assert name.casefold() in str(refused.value.hint)
 
 
 def test_a_stream_is_asked_for_what_going_on_elsewhere_needs() -> None:

@@ -5,6 +5,7 @@ Fields that the gateway does not know pass through as they are: the replica judg
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ PATHS: dict[Endpoint, str] = {
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
 }
-LONGEST_LABEL = 512  # that our replicas take
+MAX_LABEL_CHARS = 512  # of user and cache_salt, as at our replicas
 COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
 # Of one token in an answer's JSON, at most: the longest of a vocabulary are runs of 128 blanks or so, and a control
 # character takes six bytes; with log-probabilities it stands there with twenty others.
@@ -63,8 +64,8 @@ class RequestFields(msgspec.Struct):
     logprobs: bool | int | None = None
     return_token_ids: bool | None = None
     resume_token_ids: list[Annotated[int, Meta(ge=0, le=2**32 - 1)]] | None = None
-    user: str | None = None
-    cache_salt: str | None = None
+    user: Annotated[str, Meta(max_length=MAX_LABEL_CHARS)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=MAX_LABEL_CHARS)] | None = None
     prompt_cache_key: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None
@@ -93,6 +94,10 @@ class RequestFields(msgspec.Struct):
             )
 
 
+_NAMES = frozenset(RequestFields.__struct_fields__)
+_MAX_NAME_CHARS = max(map(len, _NAMES))
+
+
 class ClientRequest:
     """A request that was read. `request`: for queue and limits. `upstream_body`: what a replica is sent."""
 
@@ -104,6 +109,7 @@ class ClientRequest:
         self.prompt = self._prompt()
         self._data = data
         self._fields: dict[str, Raw] = _FIELDS.decode(data)
+        _check_case(self._fields)
         self.num_prompts, self.prompt_tokens, is_exact = _measure(self.prompt, endpoint)
         # A token has a byte at least, and the JSON around a text more bytes than its chat template has tokens.
         size = len(data) - len(self.prompt) + _text_bytes(self.prompt)
@@ -258,10 +264,20 @@ class ClientRequest:
     def _set_cache_salt(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
         """Cached prefixes of one key are not found by another."""
         if replica.engine == "powerband":
-            fields["user"] = _raw(f"{tenant}/{self.fields.user}"[:LONGEST_LABEL] if self.fields.user else tenant)
+            label = f"{tenant}/{self.fields.user}" if self.fields.user else tenant
+            if len(label) > MAX_LABEL_CHARS:  # cut, two users could have the same
+                label = f"{tenant}/{hashlib.sha256(label.encode()).hexdigest()}"
+            fields["user"] = _raw(label)
         elif replica.engine == "vllm":
             salt = self.fields.cache_salt
             fields["cache_salt"] = _raw(f"{tenant}/{salt}" if salt else tenant)
+
+
+def _check_case(fields: Mapping[str, Raw]) -> None:
+    """Servers in Go (Ollama, LocalAI) read field names in any case: limits must not depend on which server it is."""
+    for name in fields:
+        if name not in _NAMES and len(name) <= _MAX_NAME_CHARS and (usual := name.casefold()) in _NAMES:
+            raise InvalidRequest(f"Unknown field '{name}'.", hint=f"Did you mean '{usual}'?", param=name)
 
 
 def with_model(data: bytes, model: str) -> bytes:
