@@ -38,7 +38,7 @@ def test_missing_package_is_named_and_ends_with_3(capsys: Output, monkeypatch: p
 def test_gpu_that_torch_cannot_use_is_a_finding(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr("powerband.cli.machine.has_gpu_nodes", lambda: True)
+    monkeypatch.setattr("powerband.diagnostics.has_gpu_nodes", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["doctor"]) == 0
     assert "This machine has a GPU, but torch" in capsys.readouterr().out
