@@ -125,10 +125,10 @@ def measure(name: str, shape: str, rows: list[int], rotate_bytes: float, seconds
     weight = torch.randn(outputs, inputs, dtype=torch.float32).mul_(0.02).bfloat16()
     weight_bytes = weight.numel() * precision.bytes_per_weight
     copies = max(1, round(rotate_bytes / weight_bytes))
-    ours = itertools.timing([precision.ours(weight) for _ in range(copies)])
-    torchs = itertools.timing([precision.torchs(weight) for _ in range(copies)])
+    ours = itertools.cycle([precision.ours(weight) for _ in range(copies)])
+    torchs = itertools.cycle([precision.torchs(weight) for _ in range(copies)])
     plain = torch.zeros(copies, round(weight_bytes / 4))
-    reads = itertools.timing(range(copies))
+    reads = itertools.cycle(range(copies))
     for count in rows:
         x = torch.randn(count, inputs).bfloat16()
         turns: list[tuple[float, float, float]] = []

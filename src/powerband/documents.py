@@ -51,7 +51,7 @@ def parse_table(content: bytes, name: str, what: str, *, param: str | None = Non
             scan.take(event)
         values = loader(text).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as problem:
-        raise UsageError(f"{name} is not valid YAML: {_said(problem)}.", param=param) from None
+        raise UsageError(f"{name} is not valid YAML: {_one_line(problem)}.", param=param) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -82,7 +82,7 @@ def read_json_table(
     try:
         values = parse_json(content)
     except ValueError as problem:
-        raise UsageError(f"{path} is not valid JSON: {_said(problem)}.", code=code, param=param) from None
+        raise UsageError(f"{path} is not valid JSON: {_one_line(problem)}.", code=code, param=param) from None
     if not isinstance(values, dict):
         raise UsageError(_no_table(values, str(path), what, param).message, code=code, param=param)
     return values
@@ -94,9 +94,9 @@ def parse_json(content: bytes | str, object_pairs_hook: Callable[[list[tuple[str
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         values = json.loads(text, parse_int=_integer, object_pairs_hook=object_pairs_hook)
     except RecursionError as problem:
-        raise _TooMuch(_said(problem)) from None
+        raise _TooMuch(_one_line(problem)) from None
     except UnicodeDecodeError as problem:
-        raise _TooMuch(_said(problem)) from None
+        raise _TooMuch(_one_line(problem)) from None
     _check_depth(values)
     return values
 
@@ -222,7 +222,7 @@ def _no_table(values: Any, name: str, what: str, param: str | None) -> UsageErro
     return UsageError(f"{name} is not a valid {what}: it holds {kind}, not names and values.", hint=hint, param=param)
 
 
-def _said(problem: Exception) -> str:
+def _one_line(problem: Exception) -> str:
     """In one line: what a parser says may quote the file."""
     if isinstance(problem, UnicodeDecodeError):
         return f"byte {problem.start} is not valid UTF-8"

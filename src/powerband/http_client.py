@@ -107,7 +107,7 @@ def _request_head(method: str, parts: urllib.parse.SplitResult, data: bytes, hea
         if _FORBIDDEN_IN_HEADERS.search(f"{name}{value}"):
             raise ValueError(f"invalid value of the header {name}: it contains a line break")
     text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"{method} {target} HTTP/1.1\r\n{text}\r\n".encode("latin-1")
+    return f"{method} {target} HTTP/1.1\r\n{text}\r\n".encode()
 
 
 async def _read_response(reader: asyncio.StreamReader, max_bytes: int) -> Response:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from powerband.bench.client.connection import BenchConnection, ConnectionPool, HTTPResponse
-from powerband.bench.client.http import HTTPPage
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response
+from powerband.http_client import Response
 
 SERVED = "demo"
 
@@ -149,16 +149,16 @@ async def answers_of(target: ServerAddress, asked: Sequence[Question]) -> dict[s
     return found
 
 
-async def put(target: ServerAddress, path: str, body: object) -> HTTPPage:
+async def put(target: ServerAddress, path: str, body: object) -> Response:
     """What powerband.bench.client.http has no verb for."""
     return await ask(target, "PUT", path, msgspec.json.encode(body))
 
 
-async def ask(target: ServerAddress, method: str, path: str, body: bytes = b"", timeout_s: float = 10.0) -> HTTPPage:
+async def ask(target: ServerAddress, method: str, path: str, body: bytes = b"", timeout_s: float = 10.0) -> Response:
     async with connected(target) as connection, asyncio.timeout(timeout_s):
         answer, done = connection.exchange(request(target, path, body, method))
         await done
-    return HTTPPage(answer.status, answer.body())
+    return Response(answer.status, answer.body())
 
 
 @contextlib.asynccontextmanager

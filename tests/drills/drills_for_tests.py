@@ -23,10 +23,11 @@ from typing import Any
 
 from drill_loads import SERVED, put
 
-from powerband.bench.client.http import HTTPPage, delete, get, post
+from powerband.bench.client.http import delete, get, post
 from powerband.bench.client.messages import ServerAddress
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.http_client import Response
 from powerband.mock_server.behavior import Behavior
 
 PYTHON = (sys.executable, "-m")
@@ -131,10 +132,10 @@ class Front:
         assert page.status == 200, (path, page.status, page.body[:300])
         return page.json()
 
-    async def post(self, path: str, body: object) -> HTTPPage:
+    async def post(self, path: str, body: object) -> Response:
         return await post(self.admin, path, body, timeout_s=10.0)
 
-    async def delete(self, path: str) -> HTTPPage:
+    async def delete(self, path: str) -> Response:
         return await delete(self.admin, path)
 
     async def metrics(self) -> str:

@@ -1,4 +1,4 @@
-"""The controller in a world without processes: the dead are replaced, the living taken over, failures undone."""
+"""The controller in a world without processes: crashes, hangs, rollouts, rollbacks, and changes of controllers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ids(play: Play) -> list[str]:
     return sorted(life.instance.id for life in play.world.replicas())
 
 
-def test_replicas_and_their_gateway_are_started_and_then_left_alone(play: Play) -> None:
+def test_starts_replicas_and_gateway_and_then_changes_nothing(play: Play) -> None:
     assert play.is_as_desired()
     assert play.status().phase == "ready"
     assert play.status().established == 1
@@ -38,7 +38,7 @@ def test_replicas_and_their_gateway_are_started_and_then_left_alone(play: Play) 
     assert ids(play) == before
 
 
-def test_a_dead_replica_is_replaced_at_the_next_look(play: Play) -> None:
+def test_replaces_a_crashed_replica_in_the_next_tick(play: Play) -> None:
     dead = ids(play)[0]
     play.world.die(dead)
     play.tick()
@@ -48,7 +48,7 @@ def test_a_dead_replica_is_replaced_at_the_next_look(play: Play) -> None:
     assert sorted(one.restarts for one in play.settle(5).replicas) == [0, 1]
 
 
-def test_a_silent_replica_is_killed_and_replaced(play: Play) -> None:
+def test_kills_and_replaces_a_hung_replica(play: Play) -> None:
     silent = ids(play)[0]
     play.world.lives[silent].silent = True
     status = play.settle(20)
@@ -57,7 +57,7 @@ def test_a_silent_replica_is_killed_and_replaced(play: Play) -> None:
     assert sorted(one.restarts for one in status.replicas) == [0, 1]
 
 
-def test_where_one_keeps_dying_the_pauses_grow_and_status_says_so(play: Play) -> None:
+def test_backs_off_from_a_replica_that_keeps_crashing_and_status_shows_it(play: Play) -> None:
     for _ in range(40):  # 20 seconds
         for id in ids(play)[:1]:
             play.world.die(id)
@@ -67,7 +67,7 @@ def test_where_one_keeps_dying_the_pauses_grow_and_status_says_so(play: Play) ->
     assert any("times in a row" in note for note in play.status().notes)
 
 
-def test_a_gateway_that_dies_comes_back_and_replicas_are_not_touched(play: Play) -> None:
+def test_restarts_a_crashed_gateway_and_leaves_replicas_alone(play: Play) -> None:
     before = ids(play)
     gateway = next(id for id, life in play.world.lives.items() if life.instance.role == "gateway")
     play.world.die(gateway)
@@ -77,7 +77,7 @@ def test_a_gateway_that_dies_comes_back_and_replicas_are_not_touched(play: Play)
     assert ids(play) == before
 
 
-def test_a_new_controller_takes_over_what_runs(play: Play) -> None:
+def test_a_new_controller_recovers_running_replicas(play: Play) -> None:
     before = ids(play)
     play.new_controller()
     play.tick()
@@ -87,7 +87,7 @@ def test_a_new_controller_takes_over_what_runs(play: Play) -> None:
     assert ids(play) == before
 
 
-def test_what_died_while_nobody_looked_is_replaced(play: Play) -> None:
+def test_replaces_a_replica_that_crashed_while_no_controller_ran(play: Play) -> None:
     play.world.die(ids(play)[0])
     play.new_controller()
     play.settle(5)
@@ -99,7 +99,7 @@ def gateway_of(play: Play) -> str:
     return found
 
 
-def test_a_gateway_that_hangs_while_its_controller_is_replaced_is_killed_within_seconds(play: Play) -> None:
+def test_kills_a_hung_gateway_within_seconds_also_after_a_change_of_controllers(play: Play) -> None:
     hung = gateway_of(play)
     play.world.lives[hung].silent = True
     play.new_controller()
@@ -108,7 +108,7 @@ def test_a_gateway_that_hangs_while_its_controller_is_replaced_is_killed_within_
     assert status.phase == "ready"
 
 
-def test_a_gateway_that_has_never_answered_is_given_half_a_minute(play: Play) -> None:
+def test_gives_a_gateway_that_never_responded_half_a_minute(play: Play) -> None:
     play.world.die(gateway_of(play))
     play.tick()
     mute = gateway_of(play)
@@ -119,7 +119,7 @@ def test_a_gateway_that_has_never_answered_is_given_half_a_minute(play: Play) ->
     assert gateway_of(play) != mute
 
 
-def test_a_replica_that_hangs_while_it_starts_is_killed_within_seconds(play: Play) -> None:
+def test_kills_a_replica_that_hangs_while_it_starts_within_seconds(play: Play) -> None:
     play.world.die(ids(play)[0])
     play.tick()
     (starting,) = [id for id in ids(play) if not play.world.lives[id].ready]
@@ -128,7 +128,7 @@ def test_a_replica_that_hangs_while_it_starts_is_killed_within_seconds(play: Pla
     assert starting not in ids(play)
 
 
-def test_what_hangs_when_it_is_asked_to_end_is_killed_at_once(play: Play) -> None:
+def test_kills_hung_instances_of_a_removed_service_at_once(play: Play) -> None:
     for life in play.world.lives.values():
         life.silent = True
     play.desire(release(2), removed=True)
@@ -136,7 +136,7 @@ def test_what_hangs_when_it_is_asked_to_end_is_killed_at_once(play: Play) -> Non
     assert not play.world.lives
 
 
-def test_a_gateway_that_is_killed_again_and_again_is_back_within_seconds_each_time(play: Play) -> None:
+def test_restarts_a_gateway_within_seconds_however_often_it_crashes(play: Play) -> None:
     for _ in range(8):
         play.settle(4)
         play.world.die(gateway_of(play))
@@ -144,7 +144,7 @@ def test_a_gateway_that_is_killed_again_and_again_is_back_within_seconds_each_ti
         assert status.gateway.state == "ready"
 
 
-def test_a_changed_release_is_rolled_without_cutting_off_a_request(play: Play) -> None:
+def test_a_rolling_update_cuts_off_no_request(play: Play) -> None:
     for life in play.world.replicas():
         life.inflight = 3
     play.world.max_replicas = 3
@@ -159,7 +159,7 @@ def test_a_changed_release_is_rolled_without_cutting_off_a_request(play: Play) -
     assert play.world.cut_off == 0
 
 
-def test_requests_that_never_end_are_cut_off_after_the_drain_timeout(play: Play) -> None:
+def test_cuts_off_requests_after_the_drain_timeout(play: Play) -> None:
     for life in play.world.replicas():
         life.inflight = 1
     play.desire(release(1))
@@ -169,7 +169,7 @@ def test_requests_that_never_end_are_cut_off_after_the_drain_timeout(play: Play)
     assert play.is_as_desired()
 
 
-def test_a_release_that_does_not_start_is_given_up_and_the_old_one_stays(play: Play) -> None:
+def test_a_release_that_does_not_start_fails_and_the_old_one_stays(play: Play) -> None:
     before = ids(play)
     play.world.broken.add("b")
     desired = play.desire(release(2, command="b"))
@@ -183,7 +183,7 @@ def test_a_release_that_does_not_start_is_given_up_and_the_old_one_stays(play: P
     assert play.world.started <= 2 + 2, "two tries"
 
 
-def test_a_first_release_that_does_not_start_leaves_nothing(tmp_path: Path) -> None:
+def test_a_first_release_that_does_not_start_leaves_no_instance(tmp_path: Path) -> None:
     play = play_in(tmp_path / "demo")
     play.world.broken.add("a")
     play.desire(release(2))
@@ -192,7 +192,7 @@ def test_a_first_release_that_does_not_start_leaves_nothing(tmp_path: Path) -> N
     assert not play.world.lives
 
 
-def test_removing_ends_the_gateway_first_and_then_everything(play: Play) -> None:
+def test_removal_stops_the_gateway_before_the_replicas(play: Play) -> None:
     play.desire(release(2), removed=True)
     play.tick()
     stopping = {life.instance.role for life in play.world.lives.values() if life.instance.stopping}
@@ -201,7 +201,7 @@ def test_removing_ends_the_gateway_first_and_then_everything(play: Play) -> None
     assert not play.world.lives
 
 
-def test_a_replica_that_a_user_drained_gets_nothing_new_and_is_not_replaced(play: Play) -> None:
+def test_a_replica_that_a_user_drained_gets_no_new_requests_and_is_not_replaced(play: Play) -> None:
     first = ids(play)[0]
     play.desire(release(2), drained=(first,))
     status = play.settle()
@@ -224,7 +224,7 @@ EVENTS = st.one_of(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(EVENTS, max_size=25), st.randoms(use_true_random=False))
-def test_whenever_controllers_are_killed_the_next_one_ends_where_it_should(events: list, random) -> None:
+def test_converges_however_controllers_and_replicas_crash(events: list, random) -> None:
     """Whatever happens between ticks or in the middle of one; the release 'x' never starts."""
     with tempfile.TemporaryDirectory() as path:
         play = play_in(Path(path) / "demo")

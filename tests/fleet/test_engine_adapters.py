@@ -57,7 +57,7 @@ def _programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
-def test_every_option_stands_in_the_engines_own_list(engine: EngineName, model: str, tmp_path: Path) -> None:
+def test_every_option_is_in_the_engines_documentation(engine: EngineName, model: str, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
     replica = replace(H100, tensor_parallel=2, pipeline_parallel=2, expert_parallel=2, enable_prefix_caching=False)
@@ -71,7 +71,7 @@ def test_every_option_stands_in_the_engines_own_list(engine: EngineName, model: 
     assert asked - documented == set()
 
 
-def test_vllm_is_told_all_that_the_plan_says(model: str) -> None:
+def test_vllm_gets_every_setting_of_the_plan(model: str) -> None:
     options = _options(
         _command("vllm", model, replace(H100, tensor_parallel=2, quantization="fp8", kv_precision="fp8"))
     )
@@ -81,14 +81,14 @@ def test_vllm_is_told_all_that_the_plan_says(model: str) -> None:
     assert options["--gpu-memory-utilization"] == "0.9"
 
 
-def test_vllm_offloads_a_share_of_the_layers_of_each_gpu(model: str) -> None:
+def test_vllm_offloads_a_fraction_of_the_layers_of_each_gpu(model: str) -> None:
     whole = _options(_command("vllm", model, replace(H100, offload_share=1.0)))
     half = _options(_command("vllm", model, replace(H100, offload_share=0.5, tensor_parallel=2)))
     assert float(whole["--cpu-offload-gb"]) == pytest.approx(13.0, abs=0.1)  # 6.98e9 parameters in layers, 16 bits
     assert float(half["--cpu-offload-gb"]) == pytest.approx(13.0 / 4, abs=0.1)
 
 
-def test_vllm_on_a_cpu_gets_threads_and_the_memory_that_its_requests_need(model: str) -> None:
+def test_vllm_on_a_cpu_gets_threads_and_the_memory_for_its_longest_requests(model: str) -> None:
     invocation = engine_adapter("vllm").command(
         LaunchRequest(model=model, replica=CPU, port=8001, served_name="m", threads=2)
     )
@@ -107,13 +107,13 @@ def test_a_key_is_not_on_vllms_command_line(model: str, tmp_path: Path) -> None:
     assert "secret" not in " ".join(invocation.command)
 
 
-def test_sglangs_share_is_that_of_weights_and_cache(model: str) -> None:
+def test_sglangs_memory_fraction_counts_weights_and_kv_cache(model: str) -> None:
     options = _options(_command("sglang", model, H100))
     assert 0.7 < float(options["--mem-fraction-static"]) < 0.9
     assert options["--chunked-prefill-size"] == "1024"
 
 
-def test_what_trtllm_knows_no_option_for_stands_in_its_file(model: str) -> None:
+def test_trtllm_settings_without_an_option_are_in_its_file(model: str) -> None:
     replica = replace(H100, draft_tokens=4, enable_prefix_caching=False)
     options = _options(_command("trtllm", model, replica, draft_method="ngram"))
     told = yaml.safe_load(Path(options["--config"]).read_text())
@@ -122,7 +122,7 @@ def test_what_trtllm_knows_no_option_for_stands_in_its_file(model: str) -> None:
     assert 0.8 < float(options["--kv_cache_free_gpu_memory_fraction"]) < 1
 
 
-def test_our_own_command_is_one_that_we_understand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_powerband_accepts_the_command_of_its_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     command = _command("powerband", "demo", replace(CPU, quantization="int8", kv_precision="int8"), threads=1)
     assert command[1:4] == ("-m", "powerband", "serve")
     about_the_server = ("--host", "--port")
@@ -149,21 +149,21 @@ def test_our_own_command_is_one_that_we_understand(capsys: pytest.CaptureFixture
         ("vllm", {"draft_tokens": 2}, "no method"),
     ],
 )
-def test_what_an_engine_cannot_be_told_is_named(
+def test_an_error_names_the_unsupported_setting(
     engine: EngineName, changes: dict[str, Any], named: str, model: str
 ) -> None:
     with pytest.raises(UsageError, match=named):
         _command(engine, model, replace(H100, **changes))
 
 
-def test_weights_that_are_stored_as_planned_need_no_option(tmp_path: Path) -> None:
+def test_weights_stored_as_planned_need_no_option(tmp_path: Path) -> None:
     stored = _model(tmp_path / "fp8", quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
     assert "--quantization" not in _options(_command("vllm", stored, replace(H100, quantization="fp8")))
     with pytest.raises(UsageError, match="quantization: none"):
         _command("vllm", stored, H100)
 
 
-def test_where_the_program_is(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_the_engines_program(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _command("vllm", model, H100)[:3] == (str(tmp_path / "bin" / "vllm"), "serve", model)
     assert _command("vllm", model, H100, executable=("/bin/true", "-x"))[:2] == ("/bin/true", "-x")
     python = tmp_path / "venv" / "bin" / "python"

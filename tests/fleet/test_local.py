@@ -1,4 +1,4 @@
-"""Processes as instances: detached, found again, told from others with their pid, ended with all that they started."""
+"""Processes as instances: detached, found again, distinguished if a pid is reused, stopped with their children."""
 
 from __future__ import annotations
 
@@ -60,21 +60,19 @@ def said(target: LocalTarget, id: str = "r1") -> str:
     return path.read_text() if path is not None else ""
 
 
-def test_a_member_gets_a_free_port_a_session_and_a_log(target: LocalTarget) -> None:
+def test_an_instance_gets_a_free_port_a_session_and_a_log(target: LocalTarget) -> None:
     running = target.start(launch())
     port = running.url.rpartition(":")[2]
     wait_until(lambda: f"here {port}" in said(target))
     assert os.getsid(running.pid) == running.pid
 
 
-def test_another_target_finds_what_runs(target: LocalTarget, tmp_path: Path) -> None:
+def test_another_target_lists_the_running_instances(target: LocalTarget, tmp_path: Path) -> None:
     started = target.start(launch(pool=2, devices=(1,)))
     assert list(LocalTarget(tmp_path).list_instances()) == [started]
 
 
-def test_a_record_that_was_written_before_its_process_was_known_is_completed(
-    target: LocalTarget, tmp_path: Path
-) -> None:
+def test_completes_a_record_that_was_written_before_its_process_started(target: LocalTarget, tmp_path: Path) -> None:
     started = target.start(launch())
     wait_until(lambda: said(target))
     path = tmp_path / "members" / "r1.json"
@@ -83,7 +81,7 @@ def test_a_record_that_was_written_before_its_process_was_known_is_completed(
     assert list(LocalTarget(tmp_path).list_instances()) == [started]
 
 
-def test_a_record_whose_process_never_was_is_forgotten(target: LocalTarget, tmp_path: Path) -> None:
+def test_deletes_a_record_whose_process_never_started(target: LocalTarget, tmp_path: Path) -> None:
     started = target.start(launch())
     path = tmp_path / "members" / "r1.json"
     record = msgspec.json.decode(path.read_bytes(), type=_Record)
@@ -91,7 +89,7 @@ def test_a_record_whose_process_never_was_is_forgotten(target: LocalTarget, tmp_
     assert [one.id for one in target.list_instances()] == [started.id]
 
 
-def test_a_pid_that_another_process_has_now_is_left_alone(target: LocalTarget, tmp_path: Path) -> None:
+def test_leaves_another_process_with_a_reused_pid_alone(target: LocalTarget, tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         identity = identify(other.pid)
@@ -116,7 +114,7 @@ def test_a_pid_that_another_process_has_now_is_left_alone(target: LocalTarget, t
         other.wait()
 
 
-def test_what_ended_is_told_once_with_its_exit_code_and_last_words(target: LocalTarget) -> None:
+def test_reports_an_exited_instance_once_with_exit_code_and_log(target: LocalTarget) -> None:
     target.start(launch(command=(sys.executable, "-c", "print('out of memory'); raise SystemExit(3)")))
     wait_until(lambda: not target.list_instances())
     (gone,) = target.take_exited()
@@ -124,9 +122,7 @@ def test_what_ended_is_told_once_with_its_exit_code_and_last_words(target: Local
     assert target.take_exited() == []
 
 
-def test_who_does_not_end_when_asked_is_killed_after_the_grace_also_by_another_target(
-    target: LocalTarget, tmp_path: Path
-) -> None:
+def test_kills_an_instance_after_the_grace_period_also_from_another_target(target: LocalTarget, tmp_path: Path) -> None:
     target.start(launch(command=STUBBORN))
     wait_until(lambda: said(target))
     target.stop("r1", 0.3)
@@ -135,7 +131,7 @@ def test_who_does_not_end_when_asked_is_killed_after_the_grace_also_by_another_t
     wait_until(lambda: not LocalTarget(tmp_path).list_instances())
 
 
-def test_what_a_member_started_goes_with_it(target: LocalTarget) -> None:
+def test_kills_the_child_processes_of_an_exited_instance(target: LocalTarget) -> None:
     running = target.start(launch(command=PARENT))
     wait_until(lambda: said(target).strip())
     child = int(said(target))
@@ -144,7 +140,9 @@ def test_what_a_member_started_goes_with_it(target: LocalTarget) -> None:
     wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
 
 
-def test_settings_in_the_environment_are_not_a_members(target: LocalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instance_does_not_inherit_settings_from_the_environment(
+    target: LocalTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POWERBAND_PORT", "1")
     monkeypatch.setenv("POWERBAND_CACHE", "/c")
     code = "import os; print(sorted(n for n in os.environ if n.startswith('POWERBAND')))"
@@ -154,7 +152,7 @@ def test_settings_in_the_environment_are_not_a_members(target: LocalTarget, monk
     assert "POWERBAND_CACHE" in said(target)
 
 
-def test_a_program_that_is_not_there_is_said(target: LocalTarget) -> None:
+def test_a_missing_program_is_an_error(target: LocalTarget) -> None:
     with pytest.raises(EnvironmentFault, match="Cannot start no-such-engine"):
         target.start(launch(command=("no-such-engine",)))
     assert list(target.list_instances()) == []

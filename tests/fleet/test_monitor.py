@@ -1,4 +1,4 @@
-"""The watcher before services whose faults are known: found soon, named rightly, and nothing else."""
+"""The monitor against services with known faults: found soon, with the right cause, and without false alarms."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_faults_are_found_and_nothing_else_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["burst", "mix", "blind", "restart"])
-def test_what_is_no_fault_opens_no_incident(kind: str) -> None:
+def test_opens_no_incident_without_a_fault(kind: str) -> None:
     bed = Bed(5, [Event(kind, 60.0, 300.0, "r1" if kind == "blind" else "")], replicas=3)
     assert bed.play(330.0) == ()
 
 
-def test_an_incident_says_what_since_when_why_and_what_to_do() -> None:
+def test_an_incident_has_subject_cause_times_and_action() -> None:
     (incident,) = Bed(3, [Event("slow2", 60.0, 200.0, "r1")], replicas=3).play(300.0)
     assert (incident.subject, incident.cause, incident.action) == ("r1", "slow_replica", "eject_replica")
     assert 65 < incident.opened_at - EPOCH < 110
@@ -49,7 +49,7 @@ def test_an_incident_says_what_since_when_why_and_what_to_do() -> None:
     assert 1.6 < float(incident.evidence["ratio"]) < 2.4
 
 
-def test_what_fails_under_load_beyond_the_plan_is_left_alone() -> None:
+def test_replaces_no_failing_replica_under_overload() -> None:
     bed = Bed(3, [Event("overload", 60.0, 200.0), Event("errors", 90.0, 200.0, "r1")], replicas=3)
     incidents = bed.play(200.0)
     assert {(one.kind, one.cause) for one in incidents} == {("promise", "load"), ("replica", "errors")}
@@ -69,7 +69,7 @@ def kept(good: int, bad: int, *, seconds: int = 60, slo: SLO = SLO_HERE) -> SLOB
     return attainment
 
 
-def test_burn_is_one_when_the_promise_is_just_kept() -> None:
+def test_burn_rate_is_one_if_the_slo_is_just_met() -> None:
     attainment = kept(950, 50)
     assert attainment.window(1000, 60).attainment == 0.95
     assert attainment.burn_rate(1000, 60) == pytest.approx(1.0)
@@ -84,11 +84,11 @@ def test_a_fast_burn_is_an_alert_within_seconds() -> None:
     assert attainment.misses(1000, 60) == {"ttft": 100}
 
 
-def test_a_few_misses_among_few_requests_prove_nothing() -> None:
+def test_a_few_misses_among_few_requests_are_no_alert() -> None:
     assert kept(4, 1).alert(1000) is None
 
 
-def test_what_is_over_is_no_alert() -> None:
+def test_an_alert_ends_when_requests_meet_the_slo_again() -> None:
     attainment = kept(200, 100)
     for second in range(1000, 1065):
         for _ in range(5):
@@ -96,7 +96,7 @@ def test_what_is_over_is_no_alert() -> None:
     assert attainment.alert(1065) is None
 
 
-def test_a_promise_of_half_the_requests_can_be_broken_too() -> None:
+def test_an_slo_of_half_the_requests_can_be_violated() -> None:
     slo = SLO(ttft_s=1.0, attainment=0.5)
     assert kept(5, 95, slo=slo).alert(1000) is not None
     assert kept(45, 55, slo=slo).alert(1000) is None
@@ -104,7 +104,7 @@ def test_a_promise_of_half_the_requests_can_be_broken_too() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 30000), st.booleans()), max_size=60), st.sampled_from([10, 60, 3600]))
-def test_windows_count_what_ended_in_them(ends: list[tuple[float, bool]], window_s: int) -> None:
+def test_windows_count_the_requests_that_completed_in_them(ends: list[tuple[float, bool]], window_s: int) -> None:
     attainment = SLOBurn(SLO_HERE)
     ends = sorted(ends)
     for time_s, good in ends:
@@ -120,7 +120,7 @@ def test_windows_count_what_ended_in_them(ends: list[tuple[float, bool]], window
 
 
 @pytest.mark.parametrize(("residual", "windows"), [(0.69, 1), (0.30, 3), (0.18, 7)])
-def test_cusum_adds_up_what_is_beyond_the_slack(residual: float, windows: int) -> None:
+def test_cusum_accumulates_residuals_beyond_the_slack(residual: float, windows: int) -> None:
     cusum = Cusum()
     for _ in range(windows):
         assert not cusum.is_up
@@ -142,7 +142,7 @@ def test_cusum_is_quiet_within_the_slack(residuals: list[float]) -> None:
     assert (cusum.is_up, cusum.is_down) == (False, False)
 
 
-def test_cusum_hears_both_sides() -> None:
+def test_cusum_detects_both_directions() -> None:
     cusum = Cusum()
     for _ in range(3):
         cusum.push(-0.4)
@@ -150,12 +150,12 @@ def test_cusum_hears_both_sides() -> None:
     assert not cusum.is_up
 
 
-def test_peers_are_the_others() -> None:
+def test_the_distance_is_from_the_median_of_the_others() -> None:
     assert distance_from_peers({"a": 0.7, "b": 0.0, "c": 0.1}) == pytest.approx({"a": 0.65, "b": -0.4, "c": -0.25})
     assert distance_from_peers({"a": 0.7}) == {}
 
 
-def test_a_replicas_own_exposition_is_understood() -> None:
+def test_reads_the_metrics_of_our_own_engine() -> None:
     metrics = EngineMetrics("demo")
     before = read_metrics(metrics.render().decode())
     for ratio in (1.9, 2.0, 2.0, 2.1, 2.2):
@@ -168,7 +168,7 @@ def test_a_replicas_own_exposition_is_understood() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", 'powerband_step_residual_ratio_bucket{le="x"} 1', "vllm:x{} NaN"])
-def test_what_is_no_exposition_tells_nothing(text: str) -> None:
+def test_reads_nothing_from_a_page_that_is_not_prometheus_text(text: str) -> None:
     assert read_metrics(text).processed_tokens is None
 
 
@@ -188,7 +188,7 @@ def looked(
     return actions
 
 
-def test_silence_with_requests_in_hand_is_a_hang() -> None:
+def test_silence_with_requests_in_flight_is_a_hang() -> None:
     watcher = Monitor(SLOTarget(slo=SLO(ttft_s=1.0)))
     busy = "powerband_generation_tokens_total 100"  # and stays there
     looked(watcher, 9, lambda s: ReplicaSnapshot(id="r1", state="ready", inflight=2, silent_s=float(s)), busy)
@@ -196,7 +196,7 @@ def test_silence_with_requests_in_hand_is_a_hang() -> None:
     assert (incident.cause, incident.subject, incident.action) == ("hang", "r1", "restart_replica")
 
 
-def test_long_answers_that_are_not_streamed_are_no_hang() -> None:
+def test_long_responses_that_are_not_streamed_are_no_hang() -> None:
     watcher = Monitor(SLOTarget(slo=SLO(ttft_s=1.0)))
     for second in range(60):
         pools = (
@@ -229,7 +229,7 @@ def test_a_machine_without_memory_is_an_incident_and_a_busy_one_is_not() -> None
     assert [(one.kind, one.cause) for one in watcher.incidents.open] == [("host", "memory")]
 
 
-def test_this_machine_tells_its_load(tmp_path: Path) -> None:
+def test_reads_the_load_of_the_machine(tmp_path: Path) -> None:
     assert read_host_load(tmp_path) is None
     (tmp_path / "proc" / "pressure").mkdir(parents=True)
     (tmp_path / "proc" / "loadavg").write_text("1.50 1.0 0.9 1/100 42\n")
@@ -255,7 +255,7 @@ def test_actions_come_one_at_a_time_and_never_take_the_last_replica() -> None:
 # ---- incidents
 
 
-def test_incidents_survive_a_restart_and_close_when_over(tmp_path: Path) -> None:
+def test_incidents_survive_a_restart_and_close(tmp_path: Path) -> None:
     told: list[tuple[str, str]] = []
     path = tmp_path / "incidents.json"
     first = Incidents(path, lambda change, incident: told.append((change, incident.id)))
@@ -273,7 +273,7 @@ def test_incidents_survive_a_restart_and_close_when_over(tmp_path: Path) -> None
     assert read_incidents(path)[0].closed_at == 1041.0
 
 
-def test_an_incident_that_comes_back_at_once_is_the_same_one() -> None:
+def test_an_incident_that_returns_soon_is_reopened() -> None:
     incidents = Incidents()
     (opened,) = incidents.update(1000.0, [FINDING])
     incidents.update(1031.0, [])
@@ -284,7 +284,7 @@ def test_an_incident_that_comes_back_at_once_is_the_same_one() -> None:
     assert later.id != opened.id
 
 
-def test_a_damaged_file_costs_the_history_and_nothing_else(tmp_path: Path) -> None:
+def test_a_damaged_file_costs_only_the_history(tmp_path: Path) -> None:
     path = tmp_path / "incidents.json"
     path.write_bytes(b'[{"id": 3')
     incidents = Incidents(path)
@@ -293,7 +293,7 @@ def test_a_damaged_file_costs_the_history_and_nothing_else(tmp_path: Path) -> No
     assert len(read_incidents(path)) == 1
 
 
-def test_a_full_disk_does_not_stop_the_watching(tmp_path: Path) -> None:
+def test_monitoring_goes_on_with_a_full_disk(tmp_path: Path) -> None:
     incidents = Incidents(tmp_path / "missing" / "incidents.json")
     assert len(incidents.update(1000.0, [FINDING])) == 1
     (tmp_path / "missing").mkdir()
@@ -301,7 +301,7 @@ def test_a_full_disk_does_not_stop_the_watching(tmp_path: Path) -> None:
     assert len(read_incidents(tmp_path / "missing" / "incidents.json")) == 1
 
 
-def test_the_command_shows_them(
+def test_the_command_shows_incidents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
@@ -325,7 +325,7 @@ DEEP = b'[{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}]"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'["\xff"]', b"7", DEEP], ids=range(6))
-def test_a_damaged_file_of_incidents_holds_none(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_file_has_no_incidents(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "incidents.json"
     path.write_bytes(content)
     assert read_incidents(path) == ()

@@ -1,4 +1,4 @@
-"""Files that the version before wrote, and processes that it started: this version goes on with them.
+"""Files that the version before wrote, and processes that it started: this version continues with them.
 
 previous_version/ holds the folder of a service that was deployed with that version, its plan, and the status that it
 wrote after a failed rollout.
@@ -49,7 +49,7 @@ def spec_of(store: ServiceStore) -> ServiceSpec:
     return found
 
 
-def test_the_desired_state_is_read_whole(store: ServiceStore) -> None:
+def test_reads_the_desired_state(store: ServiceStore) -> None:
     spec = spec_of(store)
     assert (spec.gateway.port, spec.gateway.auth, spec.gateway.arguments) == (
         18000,
@@ -65,7 +65,7 @@ def test_the_desired_state_is_read_whole(store: ServiceStore) -> None:
     assert "--max-num-seqs=4" in spec.previous.pools[0].command
 
 
-def test_a_failed_rollout_is_read_whole(store: ServiceStore) -> None:
+def test_reads_a_failed_rollout(store: ServiceStore) -> None:
     shutil.copy(WRITTEN / "status_after_a_failed_rollout.json", store.path / "status.json")
     status = store.read_status()
     assert status is not None
@@ -77,14 +77,14 @@ def test_a_failed_rollout_is_read_whole(store: ServiceStore) -> None:
     assert (status.load.good, status.load.next_record, status.established) == (3, 3, 1)
 
 
-def test_the_files_keep_their_names_so_that_both_versions_can_be_at_work(store: ServiceStore) -> None:
+def test_writes_the_same_fields_so_that_both_versions_can_run_together(store: ServiceStore) -> None:
     """A controller of the version before reads what a command of this one writes, until it is replaced."""
     for name, value in (("desired.json", store.read_spec()), ("status.json", store.read_status())):
         assert json.loads(msgspec.json.encode(value)) == json.loads((WRITTEN / name).read_text())
     assert (INSTANCE_TAG, CONTROLLER_TAG) == ("POWERBAND_MEMBER", "POWERBAND_CONTROLLER")
 
 
-def test_what_runs_is_recognized_by_its_revision(store: ServiceStore) -> None:
+def test_running_instances_keep_their_revision(store: ServiceStore) -> None:
     spec, status = spec_of(store), store.read_status()
     assert status is not None
     assert pool_revisions(spec.release) == (status.replicas[0].revision,)
@@ -93,7 +93,7 @@ def test_what_runs_is_recognized_by_its_revision(store: ServiceStore) -> None:
     assert gateway_revision(spec.gateway) == record["revision"]
 
 
-def test_the_controller_takes_over_replicas_and_gateway_without_a_restart(store: ServiceStore) -> None:
+def test_the_controller_recovers_replicas_and_gateway_without_a_restart(store: ServiceStore) -> None:
     world = World(store)
     for path in (WRITTEN / "members").glob("*.json"):
         record = json.loads(path.read_text())
@@ -124,7 +124,7 @@ def old_process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def test_the_target_finds_a_process_that_the_version_before_started(
+def test_the_target_finds_processes_of_the_version_before(
     store: ServiceStore, old_process: subprocess.Popen[bytes]
 ) -> None:
     path = store.path / "members" / "r5.json"
@@ -142,7 +142,7 @@ def test_the_target_finds_a_process_that_the_version_before_started(
     assert old_process.wait(10) != 0
 
 
-def test_incidents_go_on(store: ServiceStore) -> None:
+def test_reads_incidents(store: ServiceStore) -> None:
     closed, still_open = read_incidents(store.incidents)
     assert (closed.cause, closed.done, closed.is_open) == ("load", ("one more replica: 2",), False)
     assert (still_open.cause, still_open.subject, still_open.is_open) == ("hang", "r4", True)
@@ -159,7 +159,7 @@ def test_commands_show_the_service(store: ServiceStore, capsys: pytest.CaptureFi
     assert "Replica r4" in capsys.readouterr().out
 
 
-def test_its_plan_becomes_the_same_replicas(store: ServiceStore) -> None:
+def test_its_plan_builds_the_same_replicas(store: ServiceStore) -> None:
     built = build_release(read_plan(WRITTEN / "plan.yaml"), ReleaseOptions(served_name="demo", threads=1)).release
     (pool,), (before,) = built.pools, spec_of(store).release.pools
     assert pool.command[1:] == before.command[1:], "but for the Python that runs it"

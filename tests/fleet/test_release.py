@@ -1,4 +1,4 @@
-"""From a plan to command lines on this machine, and plans that are not for it; what scale makes of a release."""
+"""From a plan to commands on this machine, plans for another machine, and scaled releases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def made(**fields: object) -> Release:
     return build_release(plan(**fields), MAKING).release  # type: ignore[arg-type] # of plan
 
 
-def test_cores_are_divided_among_the_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divides_the_cores_among_the_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = replace(release.detect_cpu(), cores=8)
     monkeypatch.setattr(release, "detect_cpu", lambda: cpu)
     found = build_release(plan(count=3), MAKING)
@@ -48,7 +48,7 @@ def test_cores_are_divided_among_the_replicas(monkeypatch: pytest.MonkeyPatch) -
     assert "more threads than cores: 12 on 8" in many.notes
 
 
-def test_the_number_of_replicas_does_not_change_what_one_is() -> None:
+def test_the_number_of_replicas_does_not_change_their_revision() -> None:
     two = made()
     assert pool_revisions(scaled(two, ["5"])) == pool_revisions(two)
     assert pool_revisions(made(max_num_seqs=4)) != pool_revisions(two)
@@ -57,13 +57,13 @@ def test_the_number_of_replicas_does_not_change_what_one_is() -> None:
 @pytest.mark.parametrize(
     ("device", "message"), [("L4", "The plan is for L4; this machine has"), ("nonsense", "no device")]
 )
-def test_a_plan_for_another_machine_is_refused(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_plan_for_another_machine(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "gpu_names", tuple)
     with pytest.raises(UsageError, match=message):
         build_release(plan(device), MAKING)
 
 
-def test_each_gpu_replica_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_replica_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "gpu_names", lambda: ("NVIDIA L4", "Tesla T4", "NVIDIA L4"))
     made = build_release(plan("L4"), MAKING).release
     assert made.gpus == (0, 2)
@@ -75,7 +75,7 @@ def test_each_gpu_replica_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         build_release(plan("L4"), replace(MAKING, gpus_in_use=frozenset({0})))
 
 
-def test_a_plan_that_only_promises_is_refused() -> None:
+def test_refuses_a_plan_without_a_deployment() -> None:
     with pytest.raises(UsageError, match="no deployment"):
         build_release(replace(plan(), deployment=None), MAKING)
 
@@ -98,8 +98,14 @@ def test_routes_name_replicas_by_what_they_run_and_change_their_revision_with_it
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [("x", "no number"), ("0", "no number"), ("5=1", "no pool '5'"), ("a=1", "no pool"), ("1001", "no number")],
+    [
+        ("x", "not a number"),
+        ("0", "not a number"),
+        ("5=1", "no pool '5'"),
+        ("a=1", "no pool"),
+        ("1001", "not a number"),
+    ],
 )
-def test_what_cannot_be_scaled_is_said(asked: str, message: str) -> None:
+def test_refuses_an_invalid_number_of_replicas(asked: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         scaled(made(), [asked])

@@ -1,4 +1,4 @@
-"""Moves of a rollout in a world that checks them: never too many replicas, never too few ready, always an end."""
+"""Actions of a rollout in a world that checks them: never too many replicas, never too few serving, always an end."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_hung_replica_is_killed_and_replaced() -> None:
     assert (actions.kill, actions.start) == (("r1",), (0,))
 
 
-def test_a_replica_that_remediation_retires_is_drained_once_another_has_taken_its_place() -> None:
+def test_a_replica_to_replace_is_drained_once_another_serves() -> None:
     existing = [replica(1, to_replace=True), replica(2)]
     desired = DesiredReplicas(counts=(2,), revisions=("a",))
     actions = actions_for(desired, existing)

@@ -73,7 +73,7 @@ def complete(url: str) -> int:
         return int(answer.status)
 
 
-def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
+def test_deploys_verifies_survives_crashes_rolls_scales_and_removes(
     state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = plan_file(tmp_path / "plan.yaml")
@@ -126,7 +126,7 @@ def test_a_service_is_deployed_verified_survives_deaths_rolls_scales_and_goes(
     assert "No service is deployed" in capsys.readouterr().err
 
 
-def test_what_cannot_start_says_why_and_leaves_nothing(
+def test_a_service_that_cannot_start_is_an_error_with_its_log_and_leaves_nothing(
     state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = plan_file(tmp_path / "plan.yaml")

@@ -1,4 +1,4 @@
-"""Processes that are stopped (SIGSTOP) or hang hold locks, and say nothing: whoever waits for them has a bound."""
+"""Stopped (SIGSTOP) or hung processes hold locks and do not respond: every wait for them has a timeout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def controller_of(folder: ServiceStore) -> int:
     return found.pid
 
 
-def test_a_controller_that_is_stopped_is_replaced(folder: ServiceStore) -> None:
+def test_replaces_a_controller_that_was_stopped(folder: ServiceStore) -> None:
     assert ensure_controller(folder)
     stopped = identify(controller_of(folder))
     assert stopped is not None
@@ -62,7 +62,7 @@ def test_a_controller_that_is_stopped_is_replaced(folder: ServiceStore) -> None:
         os.kill(controller_of(folder), signal.SIGKILL)
 
 
-def test_a_controller_that_only_slept_is_left_alone(folder: ServiceStore) -> None:
+def test_keeps_a_controller_that_was_only_suspended(folder: ServiceStore) -> None:
     """As all processes do when the machine is suspended: its heartbeats go on before anybody has looked for long."""
     assert ensure_controller(folder)
     pid = controller_of(folder)
@@ -77,7 +77,7 @@ def test_a_controller_that_only_slept_is_left_alone(folder: ServiceStore) -> Non
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_hung_controller_that_cannot_be_found_is_an_error_that_says_what_to_do(folder: ServiceStore) -> None:
+def test_a_hung_controller_without_a_process_is_an_error_with_a_hint(folder: ServiceStore) -> None:
     with lock(folder.controller_lock):
         os.utime(folder.controller_lock, (0, 0))
         with pytest.raises(EnvironmentFault, match="is hung and could not be killed") as caught:
@@ -85,7 +85,7 @@ def test_a_hung_controller_that_cannot_be_found_is_an_error_that_says_what_to_do
     assert "kill -9" in caught.value.hint
 
 
-def test_a_command_that_was_stopped_in_the_middle_of_a_change_does_not_stop_the_others(folder: ServiceStore) -> None:
+def test_a_command_stopped_during_a_change_blocks_others_only_for_a_while(folder: ServiceStore) -> None:
     with (
         lock(folder.path / "desired.lock"),
         pytest.raises(EnvironmentFault, match="Another command has been changing demo"),
@@ -94,9 +94,7 @@ def test_a_command_that_was_stopped_in_the_middle_of_a_change_does_not_stop_the_
         pass
 
 
-def test_who_waits_for_a_status_that_never_changes_waits_no_longer_than_asked(
-    folder: ServiceStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_for_a_status_ends_at_the_timeout(folder: ServiceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ServiceStore, "controller_alive", lambda _folder: True)
     told: list[ServiceStatus] = []
     with pytest.raises(EnvironmentFault, match="was not ready within 0 s"):

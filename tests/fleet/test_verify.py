@@ -1,4 +1,4 @@
-"""Promised beside measured: what is kept, what is broken, and what so few requests cannot tell."""
+"""Verification of a plan: kept, broken, and unclear because of too few requests."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def line(found: Verification, name: str) -> tuple[str, str, str, str]:
     return one.promised, one.predicted, one.measured, one.verdict
 
 
-def test_what_is_measured_stands_beside_what_was_promised_and_predicted() -> None:
+def test_compares_measured_promised_and_predicted() -> None:
     found = verified(*(sample(i) for i in range(200)))
     assert found.verdict == "kept"
     assert line(found, "TTFT p95") == ("≤ 100 ms", "50.0 ms (40.0 ms–60.0 ms)", "50.0 ms", "kept")
@@ -87,7 +87,7 @@ def test_what_is_measured_stands_beside_what_was_promised_and_predicted() -> Non
     assert line(found, "output tokens/s")[3] == "kept"
 
 
-def test_a_broken_promise_says_in_which_figure() -> None:
+def test_names_the_figure_that_is_broken() -> None:
     found = verified(*(sample(i, ttft_s=0.5) for i in range(200)))
     assert found.verdict == "broken"
     assert line(found, "TTFT p95")[3] == "broken"
@@ -98,13 +98,13 @@ def test_a_miss_that_may_be_chance_is_unclear() -> None:
     assert verified(*(sample(i, ttft_s=0.5 if i < 2 else 0.05) for i in range(20))).verdict == "unclear"
 
 
-def test_a_client_that_was_late_says_nothing_about_the_service() -> None:
+def test_a_run_with_a_late_client_is_invalid() -> None:
     found = verified(*(sample(i, sent_s=i / 10 + 0.04, ttft_s=0.09) for i in range(50)))
     assert found.verdict == "invalid"
     assert "late" in found.fault
 
 
-def test_failed_requests_count_as_misses_and_tokens_that_nobody_asked_for_do_not() -> None:
+def test_failed_requests_are_misses_and_missing_tokens_that_were_not_requested_are_not() -> None:
     found = verified(*(sample(i, outcome=Outcome.ERROR if i % 2 else Outcome.OK) for i in range(100)))
     assert found.verdict == "broken"
     assert found.errors == 50
@@ -114,5 +114,5 @@ def test_failed_requests_count_as_misses_and_tokens_that_nobody_asked_for_do_not
 
 
 @pytest.mark.parametrize("name", ["requests/s", "output tokens/s"])
-def test_rates_are_told(name: str) -> None:
+def test_shows_the_request_rate(name: str) -> None:
     assert line(verified(*(sample(i) for i in range(100))), name)[0]

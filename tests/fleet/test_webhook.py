@@ -1,4 +1,4 @@
-"""A webhook over loopback: what it sends, that it tries again, and that it never holds anybody up."""
+"""A webhook over loopback: its messages, its retries, and that it never blocks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def receiver() -> Iterator[Receiver]:
     server.server_close()
 
 
-def test_it_says_what_opened(receiver: Receiver) -> None:
+def test_notifies_of_an_opened_incident(receiver: Receiver) -> None:
     webhook = Webhook(receiver.url, service="demo")
     webhook.notify("opened", INCIDENT)
     assert receiver.got.acquire(timeout=10)
@@ -74,7 +74,7 @@ def test_it_says_what_opened(receiver: Receiver) -> None:
     assert body["incident"]["cause"] == "load"
 
 
-def test_it_tries_again_until_it_is_taken(receiver: Receiver) -> None:
+def test_retries_until_the_webhook_confirms(receiver: Receiver) -> None:
     receiver.statuses = [500, 302, 200]
     pauses: list[float] = []
     webhook = Webhook(receiver.url, sleep=pauses.append)
@@ -86,7 +86,7 @@ def test_it_tries_again_until_it_is_taken(receiver: Receiver) -> None:
     assert pauses == [1.0, 3.0]
 
 
-def test_it_never_blocks_who_tells_it() -> None:
+def test_notify_never_blocks() -> None:
     held = threading.Event()
     webhook = Webhook("http://127.0.0.1:9/", sleep=lambda _: held.wait(10))  # nobody listens there
     start_s = time.monotonic()
@@ -100,6 +100,6 @@ def test_it_never_blocks_who_tells_it() -> None:
 @pytest.mark.parametrize(
     "url", ["ftp://example.org", "example.org/hook", "file:///etc/passwd", "http://example.org:port/"]
 )
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_refuses_an_invalid_url(url: str) -> None:
     with pytest.raises(UsageError, match="Invalid webhook URL"):
         Webhook(url)

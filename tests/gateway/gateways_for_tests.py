@@ -28,7 +28,7 @@ class ScriptedReplica:
     process: subprocess.Popen[str]
 
     def truths(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = httpx.get(f"{self.url}/truth").json()
+        found: list[dict[str, Any]] = httpx.get(f"{self.url}/records").json()
         return found
 
     def kill(self) -> None:

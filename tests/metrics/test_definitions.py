@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from powerband.metrics.definitions import DEFINITIONS, PERCENTILES, PREAMBLE, explained
-from powerband.metrics.figures import MOST_LAG_S, MOST_LAG_SHARE, Window, summarize
+from powerband.metrics.figures import MAX_LAG_RATIO, MAX_LAG_S, Window, summarize
 from powerband.metrics.record import RequestRecord
 from powerband.metrics.statistics import min_samples
 from powerband.spec.slo import LATENCIES, SLO
@@ -49,7 +49,7 @@ def test_what_is_said_of_numbers_is_what_the_code_does():
     told = {int(q): int(n) for q, n in re.findall(r"p(\d+) (?:needs )?(\d+)", PERCENTILES)}
     assert told == {q: min_samples(float(q)) for q in (90, 95, 99)}
     lag = next(d.note for d in DEFINITIONS if d.name == "send lag")
-    assert f"max({MOST_LAG_S * 1000:g} ms, {MOST_LAG_SHARE * 100:g} % of median TTFT)" in lag
+    assert f"max({MAX_LAG_S * 1000:g} ms, {MAX_LAG_RATIO * 100:g} % of median TTFT)" in lag
 
 
 def test_the_explanation_holds_every_formula():

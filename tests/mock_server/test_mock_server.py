@@ -12,13 +12,14 @@ import pytest
 
 from loads_for_tests import best_of_five
 from powerband.bench.client.connection import ConnectionPool
-from powerband.bench.client.http import HTTPPage, get, post
+from powerband.bench.client.http import get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
 from powerband.bench.client.probe import calibrate_prompt_words, find_server
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker, request_bytes
 from powerband.bench.client.responses import ParsedResponse, parse_response
 from powerband.bench.server_metrics import parse_metrics
 from powerband.errors import UsageError
+from powerband.http_client import Response
 from powerband.mock_server.behavior import Behavior, words
 from powerband.mock_server.process import mock_server_process
 from powerband.mock_server.server import MockServer
@@ -177,7 +178,7 @@ def test_its_metrics_are_understood() -> None:
     "body", [[], {}, {"prompt": 1}, {"prompt": "x", "max_tokens": 0}, {"prompt": "x", "model": "other"}]
 )
 def test_a_wrong_body_is_refused(body: object) -> None:
-    async def act(_: MockServer, target: ServerAddress) -> HTTPPage:
+    async def act(_: MockServer, target: ServerAddress) -> Response:
         return await post(target, "/v1/completions", body)
 
     assert with_server(Behavior(), act).status == 400

@@ -60,7 +60,7 @@ class CapacityResult:
 
 
 class Searcher:
-    """Runs trials and judges them. shown: is told each trial as it ends. Shares as in load.window_of."""
+    """Runs trials and judges them. shown: called with each trial as it ends. Fractions as in load.steady_window."""
 
     def __init__(
         self, run: Run, slo: SLO, *, seed: int, warm_up: float, cool_down: float, shown: Callable[[Trial], object]

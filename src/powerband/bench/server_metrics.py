@@ -1,6 +1,6 @@
-"""The server's own truth: what its /metrics says about itself, once a second, under one set of names.
+"""The server's own metrics, scraped once a second, under one set of names.
 
-Powerband, vLLM, SGLang and llama.cpp are understood; what a server does not tell is left out.
+Understands Powerband, vLLM, SGLang and llama.cpp; what a server does not report is left out.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ServerMetrics:
 
 
 def known_metrics(page: bytes) -> dict[str, float]:
-    """Gauges and counters that a page of metrics tells, under our names."""
+    """Gauges and counters on a page of metrics, under our names."""
     found: dict[str, float] = {}
     for ours, names in (GAUGES | COUNTERS).items():
         value = next((value for name in names if (value := total(page, name.encode())) is not None), None)
@@ -96,7 +96,7 @@ def known_metrics(page: bytes) -> dict[str, float]:
 
 
 def parse_metrics(page: bytes) -> dict[str, float]:
-    """All figures that a page of metrics tells: those of histograms as NAME_count and NAME_sum."""
+    """All figures on a page of metrics; histograms as NAME_count and NAME_sum."""
     found = known_metrics(page)
     for ours, names in HISTOGRAMS.items():
         for name in names:
@@ -108,7 +108,7 @@ def parse_metrics(page: bytes) -> dict[str, float]:
 
 
 async def scrape(target: ServerAddress, start_at: float, into: ServerMetrics, url: str = "") -> None:
-    """Until cancelled. url: of the metrics, where it is not /metrics beside the API. Failures are told in `problem`."""
+    """Scrape until cancelled. url: of the metrics; '': /metrics of the server. `problem` holds failures."""
     due_s = start_at
     while True:
         await asyncio.sleep(max(due_s - time.monotonic(), 0.0))

@@ -110,7 +110,7 @@ def known_client_capacity() -> ClientCapacity | None:
 
 def judge(levels: Sequence[RateStep], requests_per_s: float) -> ClientCapacity:
     """From levels that rise to what the client can do: the last that was kept up with counts. One level at which
-    somebody was late does not end them, if the next was kept up with: that was another process's doing.
+    one side was late does not end the ramp if both sustain the next one: another process was the cause.
 
     Raises EnvironmentFault where none was.
     """
@@ -157,7 +157,7 @@ async def measure_rate_steps(climb: RateRamp) -> list[RateStep]:
 
 
 def _is_exhausted(live: Live) -> bool:
-    """So late that more load would tell nothing new."""
+    """So late that more load would show nothing new."""
     return any(sample.sent_s - sample.scheduled_s > 100 * MAX_LATE_S for sample in live.samples[-20:])
 
 

@@ -329,7 +329,7 @@ def with_refinement(profile: DeviceProfile, refinement: Refinement) -> DevicePro
 
 
 def fit_step_log(profile: DeviceProfile, run: StepLogRun) -> ModelFit:
-    """From a log of real traffic: where it tells nothing, what was known before stands. Raises UsageError for too
+    """From a log of real traffic; where it has no steps, the previous fit stands. Raises UsageError for too
     little traffic.
     """
     form, samples = run.form, _thinned(run.samples)

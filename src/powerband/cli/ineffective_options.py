@@ -1,4 +1,4 @@
-"""Settings that would do nothing with the others: said at once, instead of being accepted and ignored."""
+"""Settings that have no effect with the others are refused, not accepted and ignored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Device = Callable[[], str]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`setting`, when somebody asked for it, has no effect where `idle(settings, device)` holds; `reason` says why."""
+    """`setting`, if given, has no effect where `idle(settings, device)` is true; `reason` is the explanation."""
 
     setting: str
     idle: Callable[[Resolved, Device], bool]
@@ -71,9 +71,9 @@ RULES = (
 
 
 def check_effects(settings: Resolved, device: Device) -> None:
-    """Raise UsageError for the first setting that somebody asked for and that has no effect.
+    """Raise UsageError for the first given setting that has no effect.
 
-    device: tells where the engine will run, "cpu" or "cuda". It is called only when a setting that was asked for
+    device: returns where the engine will run, "cpu" or "cuda". It is called only when a given setting
     depends on it, because finding out may take a second.
     """
     for rule in RULES:

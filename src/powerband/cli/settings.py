@@ -51,7 +51,7 @@ class Resolved:
 
     @property
     def asked(self) -> set[str]:
-        """Settings that somebody set, in any way."""
+        """Settings that were set, in any layer."""
         return {name for name, origin in self.origins.items() if origin != DEFAULT}
 
 

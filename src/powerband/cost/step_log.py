@@ -83,7 +83,7 @@ def header_line(form: RunConfiguration) -> str:
 
 
 def read_step_log(path: Path) -> list[StepLogRun]:
-    """Every start of an engine that the log tells of, without those that took no step.
+    """Every start of an engine in the log, without those that took no step.
 
     A last line that is still being written is left out. Raises EnvironmentFault when the file cannot be read, and
     UsageError, naming the line, when it is no step log or holds no step.

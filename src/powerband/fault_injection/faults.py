@@ -300,10 +300,10 @@ async def _send_oversized(injection: _Injection) -> str:
 
 
 async def _flood_connections(injection: _Injection) -> str:
-    stays_s = injection.chance.random() * 0.2
+    hold_s = injection.chance.random() * 0.2
     async with injection.connection() as wire:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(stays_s, max(injection.left_s, 0.0))):
+            async with asyncio.timeout(min(hold_s, max(injection.left_s, 0.0))):
                 return await wire.status()
     return "held"
 

@@ -1,4 +1,4 @@
-"""Reading a page of metrics in Prometheus' text form, whoever wrote it: what cannot be read is left out.
+"""Reads pages of metrics in Prometheus' text format. What cannot be read is left out.
 
 Format: https://prometheus.io/docs/instrumenting/exposition_formats/; of OpenMetrics, exemplars are passed over.
 """

@@ -22,8 +22,8 @@ from powerband.spec.slo import SLO
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 # A run whose client was later than this says nothing about the server (definitions.py, "send lag").
-MOST_LAG_S, MOST_LAG_SHARE = 0.005, 0.01  # the larger: seconds, and a share of the median TTFT
-MOST_LATE_SHARE, FEWEST_LATE = 0.01, 3  # of requests that are later
+MAX_LAG_S, MAX_LAG_RATIO = 0.005, 0.01  # the larger: seconds, and a share of the median TTFT
+MAX_LATE_RATIO, MIN_LATE = 0.01, 3  # of requests that are later
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """One figure over many requests. A percentile is None where too few samples lie beyond it to tell (see
+    """One figure over many requests. A percentile is None where too few samples lie beyond it (see
     statistics.fewest_samples). intervals: at 95 % confidence; None, too, where samples depend on each other.
     """
 
@@ -62,15 +62,15 @@ class Distribution:
         ordered = sorted(samples)
         if not ordered:
             return None
-        told = {q: len(ordered) >= min_samples(q) for q in PERCENTILES}
+        shown = {q: len(ordered) >= min_samples(q) for q in PERCENTILES}
         return cls(
             len(ordered),
             math.fsum(ordered) / len(ordered),
             ordered[0],
             ordered[-1],
-            {q: _between(ordered, (len(ordered) - 1) * q / 100) if told[q] else None for q in PERCENTILES},
+            {q: _between(ordered, (len(ordered) - 1) * q / 100) if shown[q] else None for q in PERCENTILES},
             {
-                q: percentile_interval(ordered, q) if told[q] and len(ordered) >= MIN_FOR_INTERVAL else None
+                q: percentile_interval(ordered, q) if shown[q] and len(ordered) >= MIN_FOR_INTERVAL else None
                 for q in PERCENTILES
             },
         )
@@ -140,7 +140,7 @@ class Summary:
         lag = self.figures.get("send_lag")
         if lag is None:
             return ""
-        are_many = self.late >= FEWEST_LATE and self.late > MOST_LATE_SHARE * lag.count
+        are_many = self.late >= MIN_LATE and self.late > MAX_LATE_RATIO * lag.count
         if not are_many and lag.mean <= self.max_lag_s:
             return ""
         limit, worst = self.max_lag_s * 1000, lag.maximum * 1000
@@ -160,7 +160,7 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
     cached = sum(record.cached_tokens for record in answered)
     figures = _figures(counted, answered)
     median_s = figures["ttft"].percentiles[50.0] if "ttft" in figures else None
-    max_lag_s = max(MOST_LAG_S, MOST_LAG_SHARE * (median_s or 0.0))
+    max_lag_s = max(MAX_LAG_S, MAX_LAG_RATIO * (median_s or 0.0))
     return Summary(
         window=window,
         scheduled=len(counted),

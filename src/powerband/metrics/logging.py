@@ -33,7 +33,7 @@ def set_up_logging(
 
 
 def one_line(text: str) -> str:
-    """What cannot be printed as an escape: a text that somebody sent makes no second line, and moves no cursor."""
+    """Unprintable characters as escapes, so that no text can add a line or move the cursor."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

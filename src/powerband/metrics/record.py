@@ -1,4 +1,4 @@
-"""What happened to one request, and every latency figure that follows from it, whoever measured it.
+"""What happened to one request, and every latency figure that follows from it.
 
 s scheduled arrival   a sent   c_1 ... c_m chunks that carry tokens       all on one monotonic clock
 |---- send lag -------|        |

@@ -38,7 +38,7 @@ def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Inter
 
 def percentile_interval(ordered: Sequence[float], q: float, confidence: float = CONFIDENCE) -> Interval:
     """Between two of the sorted samples, whose ranks are the binomial's (normal approximation; Conover 1999, 3.2), one
-    rank wider above. So it holds its 95 % (94.5 at worst) wherever `min_samples` lets a percentile be told, the
+    rank wider above. So it holds its 95 % (94.5 at worst) wherever `min_samples` allows a percentile, the
     median's from FEWEST_FOR_INTERVAL on.
     """
     n, p = len(ordered), q / 100
@@ -48,7 +48,7 @@ def percentile_interval(ordered: Sequence[float], q: float, confidence: float = 
 
 
 def min_samples(q: float) -> int:
-    """Below so many, the q-th percentile is not told: five samples must lie beyond it (500 for the 99th)."""
+    """The q-th percentile needs this many samples: five must lie beyond it (500 for the 99th)."""
     return 1 if q <= 50 else math.ceil(5 / (1 - q / 100) - 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""What a scripted server does and says: the script, the truth about each request, and the bytes of its answers."""
+"""What a mock server does: its behavior, the record of each request, and the bytes of its answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Behavior:
     ttft_s: float = 0.0
     tpot_s: float = 0.0
     tokens_per_chunk: int = 1
-    usage: Literal["continuous", "end", "none"] = "continuous"  # the most that it tells, and only when asked
+    usage: Literal["continuous", "end", "none"] = "continuous"  # at most, and only if requested
     stall_at_s: float = 0.0  # from the first request on; then, once, nothing moves at all …
     stall_s: float = 0.0  # … for so long, and all that was due comes so much later
     fail_every: int = 0  # each so-manieth request gets a 500 …
@@ -75,7 +75,7 @@ class Behavior:
 
     @classmethod
     def from_json(cls, text: str) -> Behavior:
-        """Raises UsageError for what is no script."""
+        """Raises UsageError for an invalid behavior."""
         try:
             values = msgspec.json.decode(text, type=dict[str, object])
             unknown = set(values) - {field.name for field in fields(cls)}
@@ -171,7 +171,7 @@ def read_body(data: bytes, endpoint: Endpoint, script: Behavior) -> MockRequest:
 
 
 class ReplyWriter:
-    """The bytes of one answer. usage: the most that it tells, see Script."""
+    """The bytes of one answer. usage: as in Behavior."""
 
     def __init__(self, number: int, body: MockRequest, endpoint: Endpoint, usage: str) -> None:
         self._total, self._prompt, self._is_chat = body.output_tokens, body.prompt_tokens, endpoint == "chat"

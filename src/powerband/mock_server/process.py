@@ -1,4 +1,4 @@
-"""A scripted server in a process of its own, from the side of those who use it: tests, calibration, benchmarks."""
+"""A mock server in a process of its own, for tests, calibration and benchmarks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from powerband.mock_server.behavior import Behavior, ServerRecord
 
 @dataclass(frozen=True, slots=True)
 class MockServerProcess:
-    """A scripted server in a process of its own."""
+    """A mock server in a process of its own."""
 
     target: ServerAddress
     pid: int
 
     async def records(self) -> list[ServerRecord]:
         """By arrival. Raises OSError and TimeoutError."""
-        return msgspec.json.decode((await get(self.target, "/truth", timeout_s=30.0)).body, type=list[ServerRecord])
+        return msgspec.json.decode((await get(self.target, "/records", timeout_s=30.0)).body, type=list[ServerRecord])
 
     async def forget(self) -> None:
-        await delete(self.target, "/truth")
+        await delete(self.target, "/records")
 
 
 @contextlib.asynccontextmanager
@@ -45,7 +45,7 @@ async def mock_server_process(script: Behavior) -> AsyncIterator[MockServerProce
     try:
         address = (await process.stdout.readline()).decode().strip() if process.stdout is not None else ""
         if not address:
-            raise EnvironmentFault("The scripted server does not start.", code="no_server")
+            raise EnvironmentFault("The mock server does not start.", code="no_server")
         yield MockServerProcess(ServerAddress(base=address, endpoint="completions", model=script.model), process.pid)
     finally:
         with contextlib.suppress(ProcessLookupError):

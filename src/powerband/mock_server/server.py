@@ -1,9 +1,9 @@
-"""A server that plays an OpenAI-compatible one by a script, and knows what it did: the load generator's measure.
+"""An OpenAI-compatible server with a given behavior, which records what it did.
 
     python -m powerband.mock_server.server --port 0 --script '{"ttft_s": 0.1, "tpot_s": 0.01}'
 
-Its address is the first line of its output; it listens on loopback only. `GET /truth` tells what became of each request
-(a list of script.Truth), `DELETE /truth` forgets it and begins anew. It generates nothing: output is common words.
+Its address is the first line of its output; it listens on loopback only. `GET /records` lists each request and its
+outcome (ServerRecord), `DELETE /records` clears the list. It has no model: output is common words.
 """
 
 from __future__ import annotations
@@ -282,9 +282,9 @@ class MockConnection(asyncio.Protocol):
                 self.answer(200, b'{"version":"1"}')
             case b"GET", "/health" | "/livez" | "/readyz":
                 self.answer(200, b"{}")
-            case b"GET", "/truth":
+            case b"GET", "/records":
                 self.answer(200, msgspec.json.encode(self._server.records))
-            case b"DELETE", "/truth":
+            case b"DELETE", "/records":
                 self._server.forget()
                 self.answer(200, b"{}")
             case _:

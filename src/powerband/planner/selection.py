@@ -18,7 +18,7 @@ _USED = ("ttft_s", "tpot_s")  # by which the frontier is drawn, beside the price
 
 
 def price(evaluation: Evaluation) -> float:
-    """Dollars per hour; where nobody knows them, devices count."""
+    """Dollars per hour; without a known price, the number of devices."""
     return evaluation.usd_per_hour if evaluation.usd_per_hour is not None else float(evaluation.deployment.num_devices)
 
 

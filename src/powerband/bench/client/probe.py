@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import msgspec
 
-from powerband.bench.client.http import HTTPPage, get, post
+from powerband.bench.client.http import get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker
 from powerband.bench.client.responses import error_text
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.http_client import Response, split_url
 from powerband.web.authority import split_authority
 
 _PROBE_TOKENS = (32, 288)
@@ -31,14 +31,12 @@ class ServerInfo:
 def parse_url(url: str) -> str:
     """'localhost:8000/v1' → 'http://localhost:8000'. Raises UsageError."""
     whole = url if "://" in url else f"http://{url}"
-    parts = urlsplit(whole)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.netloc
-        or parts.query
-        or parts.fragment
-        or "@" in parts.netloc
-    ):
+    try:
+        parts = split_url(whole)
+        is_address = not (parts.query or parts.fragment or "@" in parts.netloc)
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise UsageError(f"'{url}' is not a server address.", hint="Write it like http://localhost:8000.", param="url")
     split_authority(parts.netloc, 80)
     path = parts.path.rstrip("/")
@@ -118,7 +116,7 @@ def parse_endpoint(text: str) -> Endpoint:
     raise UsageError(f"Unknown endpoint '{text}'.", hint="There are: completions, chat.", param="endpoint")
 
 
-def _prompt_tokens(page: HTTPPage) -> int:
+def _prompt_tokens(page: Response) -> int:
     answer = page.json()
     usage = answer.get("usage") if isinstance(answer, dict) else None
     return int(usage.get("prompt_tokens") or 0) if isinstance(usage, dict) else 0

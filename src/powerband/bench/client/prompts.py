@@ -57,7 +57,7 @@ class PromptMaker:
 
 
 class ConversationPrompts:
-    """What a conversation has said so far, as its next request must repeat it."""
+    """The conversation so far, which its next request repeats."""
 
     def __init__(self, target: ServerAddress, maker: PromptMaker) -> None:
         self._target, self._maker = target, maker
@@ -65,7 +65,7 @@ class ConversationPrompts:
         self._text = ""
 
     def body(self, request: RequestMessage) -> bytes:
-        """JSON of the request. A turn of 0 begins anew."""
+        """JSON of the request. A turn of 0 begins a new conversation."""
         target = self._target
         if request.turn == 0:
             self._messages, self._text = [], ""

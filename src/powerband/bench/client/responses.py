@@ -68,7 +68,7 @@ class _Chunk(NamedTuple):
 
 
 def parse_response(answer: HTTPResponse) -> ParsedResponse:
-    """Of a server that was asked to stream. What it says wrong is told in `problem`."""
+    """Parse a streamed response. `problem` describes what is invalid in it."""
     reading = ParsedResponse(problem=answer.problem)
     if answer.status != 200:
         reading.problem = answer.problem or error_text(answer.body()) or f"HTTP {answer.status}"

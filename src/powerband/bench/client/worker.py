@@ -5,7 +5,7 @@
 Each message is four bytes of length, then msgpack.
 
 A chain's next request is due when its schedule says, or so long after the answer before it. Due times are absolute: a
-client that falls behind catches up, and what it was late by is told (send lag), never hidden.
+client that falls behind catches up, and its delay is reported (send lag).
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _compared(
 
 
 def _itl(a: Point, b: Point) -> FigureComparison | None:
-    """Its samples depend on each other, so that only the values are told: TPOT has the verdict."""
+    """Its samples depend on each other, so only the values are shown; the verdict is on TPOT."""
     sides = a.summary.figures.get("itl"), b.summary.figures.get("itl")
     if sides[0] is None or sides[1] is None:
         return None

@@ -1,6 +1,6 @@
 """How a load is going, on stderr: in a terminal a few lines that renew themselves, elsewhere a plain line now and then.
 
-Requests are known when they end, so what is said of the last seconds is of the requests that ended in them.
+A request is known when it ends: figures of the last seconds are of the requests that ended in them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN_EVERY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RecentLoad:
-    """Of the requests that ended in the last RECENT_S; None: none did that could tell."""
+    """Of the requests that ended in the last RECENT_S; None: there were none."""
 
     output_tokens_per_s: float
     ttft_p50_s: float | None

@@ -1,6 +1,6 @@
 """A point's figures under the names that other tools give to the same: same formula, same unit as in their files.
 
-Told only where the definition is truly the same. Not among them, because theirs differ: vLLM's ITL (gaps between
+Given only where the definition is the same. Not among them, because theirs differ: vLLM's ITL (gaps between
 chunks, whatever they carry), SGLang's TPOT (its end is the stream's, not the last token's), GuideLLM's TPOT (E2E / n),
 and every end-to-end latency (theirs counts from sending). Latencies here are those of the window, throughputs of the
 whole run, as those tools count them.
@@ -36,7 +36,7 @@ _LATENCIES: dict[str, tuple[tuple[str, dict[str | float, str]], ...]] = {
 
 
 def aliases(point: Point) -> dict[str, float]:
-    """Other tools' names → values. A percentile that is not told has none."""
+    """Other tools' names → values, without percentiles of too few requests."""
     found: dict[str, float] = {}
     for figure, names in _LATENCIES.items():
         distribution = point.summary.figures.get(figure)

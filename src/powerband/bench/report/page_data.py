@@ -66,12 +66,12 @@ def page_data(report: RunReport, samples_by_point: Sequence[Sequence[Sample]]) -
     }
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most `most` of (time, value), by time: of each stretch its least, its greatest and two others."""
+def thinned(points: Sequence[tuple[float, float]], max_points: int) -> list[tuple[float, float]]:
+    """At most `max_points` of (time, value), by time: of each stretch its least, its greatest and two others."""
     ordered = sorted(points)
-    if len(ordered) <= most:
+    if len(ordered) <= max_points:
         return ordered
-    stretches = max(most // 4, 1)
+    stretches = max(max_points // 4, 1)
     kept: list[tuple[float, float]] = []
     for number in range(stretches):
         stretch = ordered[number * len(ordered) // stretches : (number + 1) * len(ordered) // stretches]
@@ -202,7 +202,7 @@ def _timeline(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _scatter(samples: Sequence[Sample], slo: SLO | None, most: int) -> dict[str, list[Any]]:
+def _scatter(samples: Sequence[Sample], slo: SLO | None, max_points: int) -> dict[str, list[Any]]:
     """(scheduled, TTFT) of answered requests that kept the SLO and that missed it; times of those that failed."""
     kept: list[tuple[float, float]] = []
     over: list[tuple[float, float]] = []
@@ -214,11 +214,11 @@ def _scatter(samples: Sequence[Sample], slo: SLO | None, most: int) -> dict[str,
             continue
         is_over = slo is not None and bool(slo_misses(record, slo))
         (over if is_over else kept).append((round(sample.scheduled_s, 3), _short(record.ttft_s)))
-    share = most * len(kept) // max(len(kept) + len(over), 1)
+    share = max_points * len(kept) // max(len(kept) + len(over), 1)
     failed.sort()
     return {
         "kept": thinned(kept, share),
-        "missed": thinned(over, most - share),
+        "missed": thinned(over, max_points - share),
         "failed": failed[:: math.ceil(len(failed) / MAX_FAILURES) or 1],
     }
 
@@ -254,8 +254,8 @@ def _slowest(answered: Sequence[Sample], slo: SLO | None) -> list[dict[str, Any]
 def _chunks(times_s: tuple[float, ...]) -> list[float]:
     """The first, the last, both sides of the longest gap, and evenly chosen others."""
     every = math.ceil(len(times_s) / MAX_CHUNKS)
-    longest = max(pairwise(times_s), key=lambda pair: pair[1] - pair[0], default=times_s[:1])
-    return sorted({*times_s[::every], times_s[-1], *longest})
+    max_gap = max(pairwise(times_s), key=lambda pair: pair[1] - pair[0], default=times_s[:1])
+    return sorted({*times_s[::every], times_s[-1], *max_gap})
 
 
 def _rounded(values: Iterable[float | None]) -> list[float | None]:

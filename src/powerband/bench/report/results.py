@@ -32,7 +32,7 @@ SCHEMA = "powerband.bench/1"
 # A client that is busier than this share of what it was calibrated to bear delays what it measures.
 MAX_CAPACITY_RATIO = 0.7
 MAX_ERROR_GROUPS = 20
-# Options of the command line whose value is nobody's business.
+# Options whose values are redacted from reports.
 SECRET_OPTIONS = ("--api-key", "--header")
 HIDDEN = "(hidden)"
 
@@ -156,7 +156,7 @@ class ClientMachine:
 
 @dataclass(frozen=True, slots=True)
 class ReportedAddress:
-    """What of a Target is told: no header, no key."""
+    """The part of a ServerAddress that is reported: no headers, no key."""
 
     base: str
     endpoint: Endpoint

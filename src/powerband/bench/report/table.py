@@ -29,7 +29,7 @@ _MAX_ERRORS = 5
 
 
 def run_table(report: RunReport) -> RenderableType:
-    """For a rich Console: of one point everything, of several a row each and what else there is to say of them."""
+    """For a rich Console: one point in full, several with a row each and their notes."""
     parts: list[RenderableType] = []
     if report.headline:
         parts += [Text(report.headline, style="bold"), ""]
@@ -196,7 +196,7 @@ def client_text(point: Point) -> str:
 
 
 def server_text(point: Point) -> str:
-    """The server's own view, from its metrics; '' where it told nothing."""
+    """The server's own metrics; '' where it reported none."""
     server = point.server
     peaks = {name: _max_value(server.values.get(name)) for name in ("running", "waiting")}
     parts = [f"{name} {value:,.0f} at most" for name, value in peaks.items() if value is not None]

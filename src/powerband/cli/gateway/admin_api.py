@@ -88,7 +88,7 @@ def _user() -> str:
 
 def _as_error(status: int, body: Any) -> PowerbandError:
     error = body.get("error") if isinstance(body, dict) else None
-    told = error if isinstance(error, dict) else {}
-    message = str(told.get("message") or f"The gateway answers with HTTP {status}.")
+    details = error if isinstance(error, dict) else {}
+    message = str(details.get("message") or f"The gateway answers with HTTP {status}.")
     kind = UsageError if 400 <= status < 500 else PowerbandError
-    return kind(message, code=str(told.get("code") or ""), param=told.get("param"))
+    return kind(message, code=str(details.get("code") or ""), param=details.get("param"))

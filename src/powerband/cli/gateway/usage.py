@@ -58,7 +58,7 @@ def audit(
     admin_key_file: AdminKeyFile = None,
     json: Json = False,
 ) -> int:
-    """Show what administrators did, and check the chain of entries: exit 1 when somebody tampered with it."""
+    """Show what administrators did, and check the chain of entries: exit 1 if it was tampered with."""
     api = find_gateway(service, url, admin_key_file)
     answer = api.call("GET", f"/admin/audit?check=1&after={max(0, after)}&limit={_PAGE}")
     entries, page = list(answer["data"]), answer["data"]
@@ -68,8 +68,8 @@ def audit(
     if json:
         print(json_format.dumps({**answer, "data": entries}, indent=2))
     else:
-        told = ("actor", "action", "what")
-        shown = [[str(one["seq"]), _date(one["at"]), *(one_line(one[name]) for name in told)] for one in entries]
+        columns = ("actor", "action", "what")
+        shown = [[str(one["seq"]), _date(one["at"]), *(one_line(one[name]) for name in columns)] for one in entries]
         print_table([["number", "time", "who", "action", "what"], *shown])
     if answer["broken_at"] is None:
         return 0

@@ -22,7 +22,7 @@ def serve(settings: Resolved) -> int:
 
 
 def require_model(settings: Resolved) -> None:
-    """Raise UsageError when nobody said which model."""
+    """Raise UsageError if no model was named."""
     if "model" not in settings.asked:
         raise UsageError(
             "No model was given.",

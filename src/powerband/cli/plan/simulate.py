@@ -60,22 +60,13 @@ def simulate(
     """
     from powerband.bench.report.simulated import simulated_load, simulated_report
     from powerband.planner.simulation.inputs import simulation_inputs
-    from powerband.spec.plan import read_plan
-    from powerband.spec.workload.traces import read_trace
 
     load, requests, judging = load or ArrivalOptions(), requests or MixOptions(), judging or SLOFlags()
-    trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
-    known = read_plan(plan, trace)
-    if known.deployment is None:
-        raise UsageError(
-            f"{plan} has an SLO guarantee but no deployment.",
-            hint="'powerband plan MODEL -o plan.yaml' writes both.",
-            param="plan",
-        )
+    known, deployment = _plan_with_deployment(plan, load)
     asked = _requested_load(known, load, requests)
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
-    find = _profile_finder(known.deployment, devices, set or [])
-    made = simulation_inputs(read_model(known.model)[0], known.deployment, find)
+    find = _profile_finder(deployment, devices, set or [])
+    made = simulation_inputs(read_model(known.model)[0], deployment, find)
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
     simulated = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)
     result = simulated_load(
@@ -92,6 +83,22 @@ def simulate(
         command=["powerband", *sys.argv[1:]],
     )
     return _report(report, result, out, as_json=json)
+
+
+def _plan_with_deployment(path: Path, load: ArrivalOptions) -> tuple[Plan, Deployment]:
+    """Raises UsageError."""
+    from powerband.spec.plan import read_plan
+    from powerband.spec.workload.traces import read_trace
+
+    trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
+    plan = read_plan(path, trace)
+    if plan.deployment is None:
+        raise UsageError(
+            f"{path} has an SLO guarantee but no deployment.",
+            hint="'powerband plan MODEL -o plan.yaml' writes both.",
+            param="plan",
+        )
+    return plan, plan.deployment
 
 
 def _profile_finder(deployment: Deployment, devices: str | None, changes: list[str]) -> Callable[[str], DeviceProfile]:

@@ -146,7 +146,7 @@ def _ensure_controllers() -> int:
 def _resolve_plan(
     text: str, need: RequirementFlags | None, requests: MixOptions | None, offer: HardwareFlags | None, *, quiet: bool
 ) -> Plan | None:
-    """None: nothing keeps the SLO; that was told. Raises UsageError for flags that a plan decides."""
+    """None: no deployment meets the SLO, which was printed. Raises UsageError for options that a plan decides."""
     from powerband.spec.plan import read_plan
 
     path = Path(text)

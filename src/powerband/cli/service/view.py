@@ -34,14 +34,14 @@ class ServiceProgress:
     _last: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, status: ServiceStatus) -> None:
-        told: dict[str, str] = {"gateway": status.gateway.state}
-        told |= {one.id: _activity(one) for one in status.replicas}
-        for id in self._last.keys() - told.keys():
+        current: dict[str, str] = {"gateway": status.gateway.state}
+        current |= {one.id: _activity(one) for one in status.replicas}
+        for id in self._last.keys() - current.keys():
             self.describe(f"{id}: gone")
-        for id, text in told.items():
+        for id, text in current.items():
             if self._last.get(id) != text:
                 self.describe(f"{id}: {text}")
-        self._last = told
+        self._last = current
 
     def describe(self, text: str) -> None:
         if not self.quiet:

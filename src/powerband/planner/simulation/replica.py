@@ -182,7 +182,7 @@ class FastForward:
         self._contexts = contexts
 
     def finish(self, core: EngineCore, due_s: float, on_run: OnRun) -> tuple[int, list[TokenOutput]]:
-        """Do the rounds that begin before `due_s`; return how many, and what is told of requests that have ended."""
+        """Do the rounds that begin before `due_s`; return how many, and the outputs of requests that have ended."""
         rounds = bisect_left(self.starts_s, due_s)
         if rounds == 0:
             return 0, []
@@ -213,7 +213,7 @@ def _decodes(contexts: list[int], later: int) -> list[tuple[int, int]]:
 
 
 class SimulatedReplica:
-    """An engine and what is needed to tell when it acts next. seed: of its chance (acceptance of drafts).
+    """An engine, and when it acts next. seed: for the acceptance of drafts.
 
     fast_forward: apply identical steps at once; the result is the same.
     """

@@ -48,7 +48,7 @@ class WeightFormat:
     ignored: tuple[str, ...] = ()  # modules in 16 bits: parts of names, or after "re:" patterns of whole names
 
     def stores(self, module: str) -> bool:
-        """Whether a projection is stored in this format, as far as the configuration tells."""
+        """Whether a projection is stored in this format, according to the configuration."""
         return not any(_matches(pattern, module) for pattern in self.ignored)
 
 

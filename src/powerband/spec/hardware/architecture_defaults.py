@@ -1,4 +1,4 @@
-"""Laws for devices that nobody has measured: what software reaches on chips of the same architecture.
+"""Performance models of devices without measurements: what software reaches on chips of the same architecture.
 
 Shares of peak and bandwidth, seconds of overhead: medians of what was fitted on measured devices of that architecture
 (the catalog, spec/hardware/devices/), with the width that datasheets alone leave.

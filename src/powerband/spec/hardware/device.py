@@ -82,7 +82,7 @@ def _processors(root: Path) -> list[dict[str, str]]:
 
 
 def _usable_cores(processors: list[dict[str, str]], cpus: set[int], quota: float | None) -> int:
-    """Distinct physical cores among `cpus`, at most the quota. Where cores are not told apart, each CPU is one."""
+    """Distinct physical cores among `cpus`, at most the quota. If cores cannot be distinguished, every CPU counts."""
     cores = {
         (table.get("physical id", ""), table.get("core id", table["processor"]))
         for table in processors

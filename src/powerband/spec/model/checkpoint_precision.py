@@ -1,6 +1,6 @@
 """In which precision a checkpoint is stored, as its configuration says: what planning needs of any engine's formats.
 
-The engine's own reader (spec.quantization) knows how to load some of them; here all are told apart by what they cost.
+The engine's own reader (spec.quantization) can load some of them; here all are distinguished by their cost.
 """
 
 from __future__ import annotations

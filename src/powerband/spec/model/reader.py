@@ -26,7 +26,7 @@ def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
 
     The token ids that end a text are those of config.json and of a folder's generation_config.json together. The
     family's default counts where neither these nor tokenizer_config.json name one: in another vocabulary it is a word.
-    The weights of a folder, where there are any, tell whether the head is the embedding.
+    The weights of a folder, if there are any, show whether the head is the embedding.
     Raises EnvironmentFault when the file is not there, UsageError when what it says cannot be served.
     """
     if isinstance(source, Mapping):

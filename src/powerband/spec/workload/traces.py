@@ -175,7 +175,7 @@ FORMATS = ("azure", "mooncake", "sharegpt", "records")
 
 @contextmanager
 def _place(name: str) -> Iterator[None]:
-    """What is wrong is told with where it is."""
+    """Errors name the place."""
     try:
         yield
     except KeyError as problem:

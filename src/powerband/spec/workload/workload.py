@@ -130,7 +130,9 @@ class Conversation:
             raise UsageError(f"think_s is {shown(self.think_s)}.", hint="It is 0 or more.", param="think_s")
         if self.turns.maximum > MAX_TURNS:
             raise UsageError(
-                f"A conversation of up to {self.turns.maximum} turns.", hint=f"At most {MAX_TURNS}.", param="turns"
+                f"A conversation of up to {self.turns.maximum} turns.",
+                hint=f"At most {MAX_TURNS}.",
+                param="turns",
             )
 
 
@@ -197,13 +199,13 @@ class Workload:
             raise UsageError(f"The load lasts {duration_s:g} s.", hint="It must be above 0.", param="duration")
         if num_requests is not None and not 1 <= num_requests <= MAX_REQUESTS:
             raise UsageError(f"{num_requests} requests.", hint=f"1 to {MAX_REQUESTS}.", param="requests")
-        most = num_requests or MAX_REQUESTS + 1
+        max_requests = num_requests or MAX_REQUESTS + 1
         if isinstance(self.arrivals, ClosedLoop):
             if num_requests is None and isinstance(self.requests, RequestMix):
-                most = min(MAX_REQUESTS, max(_OPEN_ENDED, _OPEN_ENDED_EACH * self.arrivals.concurrency))
-            chains = _users(self.arrivals, self._conversations(seed), most, seed)
+                max_requests = min(MAX_REQUESTS, max(_OPEN_ENDED, _OPEN_ENDED_EACH * self.arrivals.concurrency))
+            chains = _users(self.arrivals, self._conversations(seed), max_requests, seed)
         else:
-            chains = _on_time(self._starts(seed, duration_s), self._conversations(seed), most)
+            chains = _on_time(self._starts(seed, duration_s), self._conversations(seed), max_requests)
         schedule = Schedule(seed, tuple(chains), duration_s)
         if not chains:
             raise UsageError(f"No request arrives within {duration_s:g} s.", hint="Raise the rate or the duration.")
@@ -304,7 +306,7 @@ def mix_from_dict(values: Mapping[str, Any]) -> RequestMix:
 
 
 def _only(values: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """What nobody reads is a mistake."""
+    """Unknown keys are mistakes."""
     unknown = [str(name) for name in values if name not in known]
     if unknown:
         raise ValueError(f"{shown(unknown[0])} is none of {', '.join(known)}")
@@ -356,9 +358,9 @@ def _by_conversation(trace: RequestTrace) -> list[list[TracedRequest]]:
     return list(groups.values())
 
 
-def _on_time(starts: Iterable[float], conversations: Iterable[list[PlannedRequest]], most: int) -> list[Chain]:
-    """A chain for each conversation, with `most` requests in all."""
-    chains, left = [], most
+def _on_time(starts: Iterable[float], conversations: Iterable[list[PlannedRequest]], max_requests: int) -> list[Chain]:
+    """A chain for each conversation, with `max_requests` requests in all."""
+    chains, left = [], max_requests
     for start_s, requests in zip(starts, conversations, strict=False):
         if left <= 0:
             break
@@ -367,11 +369,13 @@ def _on_time(starts: Iterable[float], conversations: Iterable[list[PlannedReques
     return chains
 
 
-def _users(loop: ClosedLoop, conversations: Iterator[list[PlannedRequest]], most: int, seed: int) -> list[Chain]:
+def _users(
+    loop: ClosedLoop, conversations: Iterator[list[PlannedRequest]], max_requests: int, seed: int
+) -> list[Chain]:
     """A chain for each user, who takes every `concurrency`-th conversation."""
     taken: list[list[PlannedRequest]] = [[] for _ in range(loop.concurrency)]
-    left = most
-    for number, requests in enumerate(islice(conversations, most)):
+    left = max_requests
+    for number, requests in enumerate(islice(conversations, max_requests)):
         if left <= 0:
             break
         taken[number % loop.concurrency] += requests[:left]
