@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from pool_world import make_pool, make_ready, replica, request, settle
@@ -168,5 +169,18 @@ def test_a_second_attempt_goes_first_and_elsewhere() -> None:
         other = next(lease for lease in leases if lease.replica.id != failed.replica.id)
         other.close("ok")
         assert (await again).replica.id == other.replica.id
+
+    virtually(test)
+
+
+def test_a_replica_at_another_url_is_another_process() -> None:
+    async def test(loop: VirtualLoop) -> None:
+        pool = make_pool(loop, replica("a", 8))
+        (await pool.lease(request())).close("refused")  # it takes no more than it has: nothing
+        assert pool.backends[0].limit == 1
+        pool.update(ModelRoute(name="m", replicas=(replica("a", 8),)))
+        assert pool.backends[0].limit == 1
+        pool.update(ModelRoute(name="m", replicas=(replace(replica("a", 8), url="http://elsewhere:1"),)))
+        assert pool.backends[0].limit == 10
 
     virtually(test)

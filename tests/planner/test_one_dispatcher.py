@@ -242,7 +242,7 @@ def served(w: World) -> Dispatches:
     return virtually(run, start_s=0.0, within_s=1e6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_gateway_and_simulator_dispatch_alike(seed: int) -> None:
     w = world(seed)
@@ -252,7 +252,7 @@ def test_gateway_and_simulator_dispatch_alike(seed: int) -> None:
 def test_these_worlds_queue_refuse_and_prefer_replicas() -> None:
     """Or equality would say little."""
     found: Counter[str] = Counter()
-    for seed in range(40):
+    for seed in range(30):
         w = world(seed)
         own = simulated(w)
         found["refused"] += any(replica == REFUSED for _, replica in own)
@@ -260,7 +260,7 @@ def test_these_worlds_queue_refuse_and_prefer_replicas() -> None:
         found["several replicas"] += len({replica for _, replica in own}) > 1
         found["by prefix"] += own != simulated(w, DispatchOptions(routing="least-outstanding"))
         found["two may wait at a replica"] += own != simulated(w, DispatchOptions(max_waiting_per_replica=100))
-    assert min(found.values()) >= 5, found
+    assert min(found.values()) >= 3, found
 
 
 def test_the_simulator_s_options_are_those_of_a_gateway_without_settings() -> None:
