@@ -40,7 +40,7 @@ def usage(completion: int, prompt: int = 7) -> dict[str, int]:
 
 def tell(state: StreamState, *chunks: bytes) -> list[Any]:
     """What the client reads."""
-    told = b"".join(state.tell(data, 0.0) for data in chunks)
+    told = b"".join(state.process_event(data, 0.0) for data in chunks)
     return [msgspec.json.decode(one.removeprefix(b"data: ")) for one in told.split(b"\n\n") if one]
 
 
@@ -174,24 +174,26 @@ def test_calls_of_tools_of_no_known_form_are_counted_all_the_same() -> None:
 def test_usage_comes_last_also_where_chunks_have_it_and_its_own_is_lost() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     state = story_of("vllm", stream_options=options)
-    state.tell(chunk({"content": "a"}, usage={"prompt_tokens": 1, "completion_tokens": 1}, finish_reason="stop"), 0.0)
+    state.process_event(
+        chunk({"content": "a"}, usage={"prompt_tokens": 1, "completion_tokens": 1}, finish_reason="stop"), 0.0
+    )
     assert b'"completion_tokens":1' in state.final_events()
-    state.tell(chunk(None, usage={"prompt_tokens": 1, "completion_tokens": 1}), 0.0)
+    state.process_event(chunk(None, usage={"prompt_tokens": 1, "completion_tokens": 1}), 0.0)
     assert b"usage" not in state.final_events()
 
 
 def test_each_choice_is_opened_once_also_when_all_is_begun_again() -> None:
     state = story_of("vllm", n=2)
     opening = {"role": "assistant", "content": ""}
-    assert state.tell(chunk(opening, index=0), 0.0)
+    assert state.process_event(chunk(opening, index=0), 0.0)
     state.resume(kept=0)
-    assert state.tell(chunk(opening, index=0), 0.0) == b""
-    assert state.tell(chunk(opening, index=1), 0.0)
+    assert state.process_event(chunk(opening, index=0), 0.0) == b""
+    assert state.process_event(chunk(opening, index=1), 0.0)
 
 
 def test_a_huge_id_is_not_repeated_after_a_failover() -> None:
     state = story_of("vllm")
     huge = {"id": "i" * 100_000, "model": "m", "choices": [{"index": 0, "delta": {"content": "a"}}]}
-    state.tell(msgspec.json.encode(huge), 0.0)
+    state.process_event(msgspec.json.encode(huge), 0.0)
     state.resume(kept=0)
-    assert len(state.tell(chunk({"content": "b"}), 0.0)) < 1000
+    assert len(state.process_event(chunk({"content": "b"}), 0.0)) < 1000

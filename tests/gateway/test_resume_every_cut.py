@@ -158,7 +158,7 @@ def is_close(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def told(events: list[bytes], state: StreamState, client: Client, cut: int | None = None) -> None:
     for data in events[:cut]:
         if data != END:
-            client.read(state.tell(data, 0.0))
+            client.read(state.process_event(data, 0.0))
 
 
 def cut_and_resumed(url: str, endpoint: Endpoint, body: dict[str, Any], size: int) -> tuple[Client, list[Client], int]:

@@ -71,12 +71,12 @@ class GatewayAdminRoutes:
         recent = self._gateway.recent
         found = recent.after(int(asked))
         last = found[-1].sequence if found else min(int(asked), recent.last)
-        told: list[bytes] = []
+        encoded: list[bytes] = []
         for start in range(0, len(found), _AT_ONCE):
-            told += [msgspec.json.encode(one) for one in found[start : start + _AT_ONCE]]
+            encoded += [msgspec.json.encode(one) for one in found[start : start + _AT_ONCE]]
             await asyncio.sleep(0)  # streams go on meanwhile
         head = b'{"next":%d,"newest":%d,"records":[' % (last, recent.last)
-        return Response(head + b",".join(told) + b"]}", media_type="application/json")
+        return Response(head + b",".join(encoded) + b"]}", media_type="application/json")
 
     def _note(self, request: Request, action: str, what: dict[str, Any]) -> None:
         """What was done stays done while the audit cannot be written: routing goes on without a disk."""

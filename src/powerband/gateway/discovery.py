@@ -1,4 +1,4 @@
-"""What replicas serve, asked of them: for a gateway that was only told where they are."""
+"""Asks replicas what they serve, for a gateway that knows only their addresses."""
 
 from __future__ import annotations
 

@@ -74,10 +74,10 @@ ENGINE_ENDPOINTS: dict[ServerName, EngineEndpoints] = {
 def read_load(page: bytes, names: EngineEndpoints) -> ReplicaLoad:
     """From a page of metrics in Prometheus' text form; sums over label sets. A page of 100 kB takes 0.1 ms."""
     running, waiting = total(page, names.running), total(page, names.waiting)
-    told = [value for value in (total(page, name) for name in names.tokens) if value is not None]
+    counts = [value for value in (total(page, name) for name in names.tokens) if value is not None]
     return ReplicaLoad(
         running=None if running is None else int(running),
         waiting=None if waiting is None else int(waiting),
         kv_usage=total(page, names.kv_usage),
-        tokens=sum(told) if told else None,
+        tokens=sum(counts) if counts else None,
     )

@@ -27,7 +27,7 @@ class RequestIdMiddleware:
     """
 
     def __init__(self, app: ASGIApp, listed_in: str = "/openapi.json") -> None:
-        """listed_in: where the paths are told."""
+        """listed_in: the page that lists the paths."""
         self._app = app
         self._listed_in = listed_in
 

@@ -70,11 +70,11 @@ class Audit:
 
     def note(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
         """what: plain values, no secrets. Raises StoreUnavailable."""
-        seq, at, told = self._last.seq + 1, self._wall(), json.dumps(what, sort_keys=True, default=str)
+        seq, at, details = self._last.seq + 1, self._wall(), json.dumps(what, sort_keys=True, default=str)
         actor, action = actor[:_LONGEST], action[:_LONGEST]
-        hash = _hash(self._last.hash, seq, at, actor, action, told)
+        hash = _hash(self._last.hash, seq, at, actor, action, details)
         last = self._last = ChainHead(seq, hash)
-        written = self._store.write(_INSERT, (seq, at, actor, action, told, hash))
+        written = self._store.write(_INSERT, (seq, at, actor, action, details, hash))
         written.add_done_callback(lambda done: self._note_written(last, done))
         logger.info("audit %d: %s by %s", seq, action, actor, extra={"audit_seq": seq, "audit_hash": hash})
 
@@ -84,7 +84,7 @@ class Audit:
             self._written = last
 
     def _keep_head(self, _run: Run) -> None:
-        """Likewise, after the entries. A disk that does not take it has told of the entries, too."""
+        """Likewise, after the entries. If the disk does not take it, it did not take the entries either."""
         written = self._written
         if written.seq > self.head.seq or (written.seq and not self._path.exists()):
             with contextlib.suppress(OSError):

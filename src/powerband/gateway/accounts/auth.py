@@ -46,8 +46,8 @@ class ApiKeyMiddleware:
     """Sets `scope["state"]["key"]`: the Key that the request brought, or None.
 
     Decides by `scope["path"]`, the very value that routes are matched with: what a client writes into Host or into an
-    absolute URL cannot make the two differ. Raises HttpError 401 and 403. host: as what the gateway was told to
-    listen; without a key only this and names that mean this machine are served, unless `any_host`.
+    absolute URL cannot make the two differ. Raises HttpError 401 and 403. host: the address that the gateway listens
+    at; without a key only this and names that mean this machine are served, unless `any_host`.
     """
 
     def __init__(self, app: ASGIApp, accounts: Accounts, auth: Auth, host: str, *, any_host: bool = False) -> None:
@@ -67,8 +67,10 @@ class ApiKeyMiddleware:
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
-                told = [(name.encode(), value.encode()) for name, value in self._accounts.limits.headers(known).items()]
-                message["headers"] = [*message.get("headers", ()), *told]
+                limit_headers = [
+                    (name.encode(), value.encode()) for name, value in self._accounts.limits.headers(known).items()
+                ]
+                message["headers"] = [*message.get("headers", ()), *limit_headers]
             await send(message)
 
         try:
@@ -110,7 +112,7 @@ def needed_scope(path: str) -> KeyScope | None:
 
 
 def _is_counted(path: str) -> bool:
-    """Whether requests there count against limits, or are told of them."""
+    """Whether requests there count against limits and get their headers."""
     return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 

@@ -208,14 +208,14 @@ def _load(connection: sqlite3.Connection) -> list[tuple[Key, bytes]]:
         "SELECT id, digest, prefix, name, scopes, limits, created_at, expires_at, revoked_at FROM keys "
         "ORDER BY created_at, rowid"
     ):
-        told = json.loads(limits)
-        told["models"] = tuple(told.get("models", ()))
+        values = json.loads(limits)
+        values["models"] = tuple(values.get("models", ()))
         key = Key(
             id=id,
             name=name,
             prefix=prefix,
             scopes=_scopes(json.loads(scopes)),
-            limits=KeyLimits(**told),
+            limits=KeyLimits(**values),
             created_at=created_at,
             expires_at=expires_at,
             revoked_at=revoked_at,

@@ -139,7 +139,7 @@ class _Account:
 class Reservation:
     """What a request has taken. `settle` or `cancel` ends it: the first call counts, further ones do nothing.
 
-    output: tokens of all answers that were taken. cap: on each answer, for the replica to be told; None: none.
+    output: tokens of all answers that were taken. cap: on each answer, sent to the replica; None: none.
     """
 
     __slots__ = (
@@ -392,14 +392,14 @@ class Limits:
         now = self._wall()
         spent = account.spent(limits, month_of(now))
         period = "this month" if limits.usd_period == "month" else "in all"
-        told = f"The API key may spend {limits.usd:g} USD {period}; {spent:.4f} are spent"
+        message = f"The API key may spend {limits.usd:g} USD {period}; {spent:.4f} are spent"
         if spent + most_usd > limits.usd + _NOTHING_USD or spent >= limits.usd:
             wait_s = _seconds_to_next_month(now) if limits.usd_period == "month" else math.inf
             hint = "It can spend again next month." if limits.usd_period == "month" else "An admin can raise the limit."
-            raise LimitReached("spend_limit", f"{told}.", retry_after_s=wait_s, hint=hint)
+            raise LimitReached("spend_limit", f"{message}.", retry_after_s=wait_s, hint=hint)
         if spent + account.reserved_usd + most_usd > limits.usd + _NOTHING_USD:
             hint = "Wait for running requests to end: what they do not use is free again."
-            raise LimitReached("spend_limit", f"{told}, the rest is taken.", retry_after_s=_SOON_S, hint=hint)
+            raise LimitReached("spend_limit", f"{message}, the rest is taken.", retry_after_s=_SOON_S, hint=hint)
 
     def _account(self, id: str) -> _Account:
         found = self._accounts.get(id)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def log_request(finished: CompletedRequest) -> None:
     """A sink of the gateway."""
     request, record = finished.request, finished.record
-    told = {
+    fields = {
         "request_id": request.id,
         "key": request.tenant,
         "model": request.model,
@@ -37,7 +37,7 @@ def log_request(finished: CompletedRequest) -> None:
         "is_estimate": finished.is_estimate,
     }
     if request.trace is not None:
-        told["trace_id"] = request.trace.trace_id
+        fields["trace_id"] = request.trace.trace_id
     level = logging.INFO if record.outcome in (Outcome.OK, Outcome.ABORTED) else logging.WARNING
     logger.log(
         level,
@@ -50,7 +50,7 @@ def log_request(finished: CompletedRequest) -> None:
         record.output_tokens,
         finished.seconds,
         ", ".join(finished.replicas) or "no replica",
-        extra=told,
+        extra=fields,
     )
 
 

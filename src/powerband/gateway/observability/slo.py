@@ -19,5 +19,5 @@ def slo_violations(finished: CompletedRequest, slo: SLO) -> list[str] | None:
 
 
 def has_first_token(finished: CompletedRequest) -> bool:
-    """Whether TTFT and TPOT can be told: it was streamed, at least from the replica to the gateway."""
+    """Whether TTFT and TPOT are known: the response was streamed, at least from the replica to the gateway."""
     return finished.request.stream or len(finished.record.chunk_times_s) > 1

@@ -56,8 +56,8 @@ class Tracing:
 
     def note(self, finished: CompletedRequest) -> None:
         """A sink of the gateway. Requests that are not sampled leave nothing."""
-        told = finished.request.trace
-        if told is None or not told.is_sampled:
+        trace = finished.request.trace
+        if trace is None or not trace.is_sampled:
             return
         request, record = finished.request, finished.record
         start_s = finished.ended_at - finished.seconds
@@ -66,19 +66,19 @@ class Tracing:
         self._span(
             f"{operation} {request.model}",
             self._api.SpanKind.SERVER,
-            (told.trace_id, told.parent_id, told.span_id),
+            (trace.trace_id, trace.parent_id, trace.span_id),
             (start_s, finished.ended_at),
             _attributes(finished),
             _failure(finished),
         )
         if finished.queue_s > 0:
-            ids = told.trace_id, told.span_id, new_span_id()
+            ids = trace.trace_id, trace.span_id, new_span_id()
             self._span("queue", self._api.SpanKind.INTERNAL, ids, (start_s, start_s + finished.queue_s))
         if finished.replicas:
             self._span(
                 f"replica {finished.replicas[-1]}",
                 self._api.SpanKind.CLIENT,
-                (told.trace_id, told.span_id, told.exchange_id),
+                (trace.trace_id, trace.span_id, trace.exchange_id),
                 (start_s + max(record.sent_s - at_start_s, 0.0), finished.ended_at),
                 {"powerband.replicas": list(finished.replicas), "powerband.resumed": finished.resumed},
             )
@@ -113,7 +113,7 @@ class Tracing:
 
 def _attributes(finished: CompletedRequest) -> dict[str, Any]:
     request, record = finished.request, finished.record
-    told: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "gen_ai.operation.name": _OPERATIONS[request.endpoint],
         "gen_ai.provider.name": "powerband",
         "gen_ai.request.model": request.model,
@@ -128,12 +128,12 @@ def _attributes(finished: CompletedRequest) -> dict[str, Any]:
         "powerband.queue_s": finished.queue_s,
     }
     if finished.finish_reason:
-        told["gen_ai.response.finish_reasons"] = [finished.finish_reason]
+        attributes["gen_ai.response.finish_reasons"] = [finished.finish_reason]
     if has_first_token(finished) and record.ttft_s is not None:
-        told["gen_ai.response.time_to_first_chunk"] = record.ttft_s
+        attributes["gen_ai.response.time_to_first_chunk"] = record.ttft_s
     if failure := _failure(finished):
-        told["error.type"] = failure
-    return told
+        attributes["error.type"] = failure
+    return attributes
 
 
 def _failure(finished: CompletedRequest) -> str:
@@ -143,7 +143,7 @@ def _failure(finished: CompletedRequest) -> str:
 
 
 class _GivenIds:
-    """The SDK asks it for ids; they are known already, since replicas were told of them."""
+    """The SDK asks it for ids; they were chosen before, because replicas already have them."""
 
     def __init__(self) -> None:
         self.trace_id = self.span_id = ""

@@ -146,7 +146,7 @@ class UpstreamAttempts:
     async def failed(self, problem: UpstreamFailure, num_tokens: int = 0) -> None:
         """The replica failed with this request, or refused it. Returns when another may be tried; else raises.
 
-        num_tokens: that it had told before.
+        num_tokens: how many it had sent before.
         """
         self._end_exchange()
         lease, self._lease = self._lease, None
@@ -257,8 +257,8 @@ class UpstreamAttempts:
 
 
 def _headers(request: GatewayRequest) -> dict[str, str]:
-    told = {"X-Request-Id": request.id}
-    return told if request.trace is None else {**told, **request.trace.headers}
+    headers = {"X-Request-Id": request.id}
+    return headers if request.trace is None else {**headers, **request.trace.headers}
 
 
 def _abort_when_lost(lease: Lease, exchange: UpstreamExchange) -> None:

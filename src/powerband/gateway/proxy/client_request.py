@@ -116,7 +116,7 @@ class ClientRequest:
         self.max_prompt_tokens = self.prompt_tokens if is_exact else max(size, self.prompt_tokens)
         if "tools" in self._fields:
             self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
-        # Of its usage, at most, as far as can be told here: templates add text, pictures are fetched by the replica.
+        # Of its usage, at most, as far as is known here: templates add text, pictures are fetched by the replica.
         self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_answers
         if b"_url" in self.prompt:
             self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
@@ -224,7 +224,7 @@ class ClientRequest:
         return self.is_stream and replica.engine in _TELL_USAGE
 
     def upstream_body(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
-        """resumed: ids of the output tokens told so far, for our own engine to go on after.
+        """resumed: ids of the output tokens that the client has, for our own engine to continue from.
 
         Raises InvalidRequest when the client has some that this replica could not go on after.
         """

@@ -366,7 +366,7 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class ConnectionOwner(Protocol):
-    """Who keeps connections: told when one is free, and when one is lost."""
+    """The owner of connections. It is called when a connection becomes free, and when it is lost."""
 
     def free(self, connection: UpstreamConnection) -> None: ...
 

@@ -66,7 +66,7 @@ class GenerationRoutes:
         client_request = ClientRequest(data, endpoint)
         served = self._gateway.served(client_request.fields.model)
         key: Key | None = request.state.key
-        told = client_request.request(
+        gateway_request = client_request.request(
             request.state.request_id,
             served.route.name,
             ANONYMOUS if key is None else key.id,
@@ -74,10 +74,14 @@ class GenerationRoutes:
             settings.default_output_tokens,
             KeyLimits().priority if key is None else key.limits.priority,  # without a key: as one that was given none
         )
-        told.output_tokens = served.estimates.output.likely(told.output_tokens, told.answers)
-        told.trace = self._gateway.trace(request.headers)
-        told.prefix_keys = prefix_keys(endpoint, client_request.prompt, told.tenant, client_request.prompt_salt)
-        return GenerationResponse(self._gateway, self._accounts, served, client_request, told, key)
+        gateway_request.output_tokens = served.estimates.output.likely(
+            gateway_request.output_tokens, gateway_request.answers
+        )
+        gateway_request.trace = self._gateway.trace(request.headers)
+        gateway_request.prefix_keys = prefix_keys(
+            endpoint, client_request.prompt, gateway_request.tenant, client_request.prompt_salt
+        )
+        return GenerationResponse(self._gateway, self._accounts, served, client_request, gateway_request, key)
 
 
 class GenerationResponse(Response):

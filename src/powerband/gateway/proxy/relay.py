@@ -23,7 +23,7 @@ _AFTER_FINISH_S = 5.0  # for the usage and the last event, once every choice has
 class Relay:
     """`read_first_events` until there is something to tell, then `forward` the rest.
 
-    A replica may send any number of events at once: they are told in turns, between which others have theirs.
+    A replica may send any number of events at once: they are processed in turns, with other requests in between.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class Relay:
         on_tokens: Callable[[int], None],
         max_event_bytes: int,
     ) -> None:
-        """on_tokens: told how many there are in all, whenever there are more."""
+        """on_tokens: called with the total number of tokens whenever it grows."""
         self._attempts = attempts
         self._state = state
         self._exchange = exchange
         self._on_tokens = on_tokens
         self._splitter = EventSplitter(max_event_bytes)
-        self._events: deque[bytes] = deque()  # that are not told yet
+        self._events: deque[bytes] = deque()  # not processed yet
         self._has_ended = False
         self._max_events = MAX_EVENTS_WITHOUT_TOKEN
         self._is_cut = False  # its engine does not keep to the limit that was asked for
@@ -59,8 +59,8 @@ class Relay:
                 self._split(piece)
             else:
                 break
-            if told := self._tell():
-                return told
+            if processed := self._process_events():
+                return processed
         raise self._problem or self._truncated()
 
     async def forward(self, connection: ClientConnection) -> None:
@@ -108,30 +108,30 @@ class Relay:
             self._exchange.no_progress()
 
     def _write(self, connection: ClientConnection) -> None:
-        if told := self._tell():
-            connection.write_chunk(told)
+        if processed := self._process_events():
+            connection.write_chunk(processed)
 
-    def _tell(self) -> bytes:
+    def _process_events(self) -> bytes:
         """What the client is to read of the next events, and what they say counted."""
         state, events, now_s = self._state, self._events, time.monotonic()
         had_tokens, size = state.num_tokens, 0
-        told: list[bytes] = []
+        processed: list[bytes] = []
         try:
-            while events and len(told) < _EVENTS_OF_A_TURN and size < _BYTES_OF_A_TURN:
+            while events and len(processed) < _EVENTS_OF_A_TURN and size < _BYTES_OF_A_TURN:
                 data = events.popleft()
                 if data == END:
                     self._has_ended = True
                     break
                 size += len(data)
-                told.append(state.tell(data, now_s))
-        except UpstreamFailure as problem:  # what came before it counts, and so has to be told
+                processed.append(state.process_event(data, now_s))
+        except UpstreamFailure as problem:  # what came before it counts, so the client gets it
             self._problem = problem
         self._check_bounds(grew=state.num_tokens != had_tokens)
         if state.num_tokens != had_tokens:
             self._on_tokens(state.num_tokens)
             if not had_tokens:
                 self._attempts.first_token(count_ids(state.prompt_ids) or None)
-        return b"".join(told)
+        return b"".join(processed)
 
     def _check_bounds(self, *, grew: bool) -> None:
         """End a stream of nothing, or of more than was asked for."""

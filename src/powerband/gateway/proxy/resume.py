@@ -3,7 +3,7 @@
 engine       asked for                                               exact
 powerband    the same request, and the ids of the output so far      always
 vllm         a completion of prompt ids + output ids so far          greedy decoding; without a seed, sampling goes on
-others       nothing: only what has told no token is asked again     –
+others       nothing: retried only before the first token          –
 
 vLLM counts some things over the output alone (presence and frequency penalties, seeds, grammars, bad words), and reads
 others out of it (tool calls, reasoning): such a stream ends with an error, since it would go on differently.
@@ -87,7 +87,7 @@ class Resumer:
         return PATHS["completions"], await self._completion(replica)
 
     async def _completion(self, replica: ReplicaAddress) -> bytes:
-        """For vLLM. Tokens whose text has not been told, or not all of it, are made again."""
+        """For vLLM. Tokens whose text the client does not have completely are generated again."""
         state, client_request = self._state, self._client_request
         fields = dict(msgspec.json.decode(client_request.upstream_body(replica, self._tenant), type=dict[str, Raw]))
         is_chat = client_request.endpoint == "chat"
@@ -106,15 +106,15 @@ class Resumer:
         if limit is None and is_chat:
             limit = await self._room(replica) - len(prompt_ids)
         limit = 16 if limit is None else limit  # vLLM's default, and OpenAI's
-        told: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
+        changes: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
         if _value(fields, "min_tokens"):
-            told["min_tokens"] = max(0, msgspec.json.decode(fields["min_tokens"], type=int) - len(kept))
+            changes["min_tokens"] = max(0, msgspec.json.decode(fields["min_tokens"], type=int) - len(kept))
         dropped = _ONLY_CHAT if is_chat else {"echo", "truncate_prompt_tokens", "add_special_tokens"}
         passed = {name: value for name, value in fields.items() if name not in dropped}
         if is_chat:
             passed.pop("logprobs", None)
         state.resume(kept=len(kept), skipped=skipped, is_other_kind=is_chat, counts_as_prompt=True)
-        return msgspec.json.encode({**passed, **told})
+        return msgspec.json.encode({**passed, **changes})
 
     async def _kept(self, replica: ReplicaAddress, prompt_ids: Sequence[int]) -> tuple[Sequence[int], str]:
         """The most of the output's ids whose text the client has, and what it has beyond that: the beginning of the

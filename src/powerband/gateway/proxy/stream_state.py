@@ -1,4 +1,4 @@
-"""One stream as its client has it, whichever replicas told its parts.
+"""One stream as its client has it, whichever replicas sent its parts.
 
 A replica's event becomes what the client is to read: the same fields less what only the gateway asked for, under the
 name that is served. After another replica has taken over, the answer's id and age stay those that the client saw first.
@@ -45,7 +45,7 @@ _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 class StreamState:
     """`tell` takes events; the attributes say how far it has come.
 
-    token_ids: of all output, where the replicas tell them. num_said: the text of the first so many is told, too, unless
+    token_ids: of all output, where replicas send them. num_said: the text of the first so many was sent, too, unless
     a stop string made the replica hold some back: a later one may need the next, as half a letter does. has_gap: some
     of it came without ids. is_parsed: some of it was thought or a call of a tool, parsed out of the text.
     texts: kept only when asked for, to find the place where another engine goes on.
@@ -80,7 +80,7 @@ class StreamState:
         self.keeps_text = False
         self._skipped = ""
         self.engine = ""  # of the replicas so far
-        self._opened: set[int] = set()  # choices whose role was told
+        self._opened: set[int] = set()  # choices whose role was sent
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
         self.num_said = 0
@@ -140,8 +140,8 @@ class StreamState:
         self._check_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
         if not self._is_complete(has := self._finished | self._open):
-            told = f"The replica's answer has {len(has)} of {self._client_request.num_choices} choices."
-            raise UpstreamFailure("truncated", told)
+            message = f"The replica's answer has {len(has)} of {self._client_request.num_choices} choices."
+            raise UpstreamFailure("truncated", message)
         if size:
             self.texts = [f"[an answer of {size} bytes]"]
             self.num_tokens = min(size // ASCII_PER_TOKEN, self._max_output)
@@ -151,7 +151,7 @@ class StreamState:
     def resume(
         self, *, kept: int, skipped: str = "", is_other_kind: bool = False, counts_as_prompt: bool = False
     ) -> None:
-        """Another replica goes on after the first `kept` tokens. Those that follow are made, and told, again.
+        """Another replica goes on after the first `kept` tokens. Those that follow are generated and sent again.
 
         skipped: text that it says first and the client has already. is_other_kind: it tells completions where the
         client asked for chat. counts_as_prompt: it takes the kept tokens for a part of the prompt.
@@ -166,7 +166,7 @@ class StreamState:
         del self.token_ids[kept:]
         self.num_said = min(self.num_said, kept)
 
-    def tell(self, data: bytes, now_s: float) -> bytes:
+    def process_event(self, data: bytes, now_s: float) -> bytes:
         """What the client reads of an event's data, whole events. Raises UpstreamFailure and InvalidUpstreamRequest."""
         chunk = read_chunk(data)
         if chunk.has_error:
@@ -193,8 +193,8 @@ class StreamState:
     def _check_choices(self, chunk: Chunk) -> None:
         """Raise UpstreamFailure for more choices than were asked for."""
         if len(chunk.choices or ()) > self._client_request.num_choices:
-            told = f"The replica sent {len(chunk.choices or ())} choices at once"
-            raise UpstreamFailure("garbage", f"{told}; {self._client_request.num_choices} were asked for.")
+            message = f"The replica sent {len(chunk.choices or ())} choices at once"
+            raise UpstreamFailure("garbage", f"{message}; {self._client_request.num_choices} were asked for.")
 
     def _count(self, choice: ChunkChoice) -> int:
         """Tokens that it adds. Raises UpstreamFailure for a choice that nobody asked for."""
@@ -415,7 +415,7 @@ class StreamState:
         return len(self._client_request.resumed_ids) + len(self.token_ids) == self._client_request.limit
 
     def final_events(self) -> bytes:
-        """The end, and before it what a replica left out that told everything else: the usage, if it was wanted."""
+        """The last events: the usage, if the client wants it and the replica did not send it, and the end."""
         if not self._wants_usage or self._has_told_usage:
             return DONE
         prompt, cached, output = self.final_usage()

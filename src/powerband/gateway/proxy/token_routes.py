@@ -63,7 +63,7 @@ class TokenCountRoutes:
         data = await read_body(request, self._gateway.settings.max_body_bytes)
         name = decode(data, _ModelField).model
         served, key = self._gateway.served(name), request.state.key
-        told = GatewayRequest(
+        gateway_request = GatewayRequest(
             id=request.state.request_id,
             endpoint=endpoint,
             model=served.route.name,
@@ -74,34 +74,34 @@ class TokenCountRoutes:
             arrival_s=time.monotonic(),
         )
         try:
-            return await self._counted(told, served, data, key, name)
+            return await self._counted(gateway_request, served, data, key, name)
         except PowerbandError as error:
-            self._note(told, 0, error.http_status, error.code, "")
+            self._note(gateway_request, 0, error.http_status, error.code, "")
             raise
 
     async def _counted(
-        self, told: GatewayRequest, served: ServedModel, data: bytes, key: Key | None, name: str | None
+        self, gateway_request: GatewayRequest, served: ServedModel, data: bytes, key: Key | None, name: str | None
     ) -> Response:
         """Raises LimitReached, and HttpError when no replica answers."""
-        reservation = self._accounts.limits.reserve(key and self._accounts.keys.current(key), told)
+        reservation = self._accounts.limits.reserve(key and self._accounts.keys.current(key), gateway_request)
         try:
-            answer, replica = await self._ask(told, served, data, name)
+            answer, replica = await self._ask(gateway_request, served, data, name)
         except InvalidUpstreamRequest as fault:
             reservation.settle(0, 0, 0.0)
-            self._note(told, 0, fault.http_status, fault.code, "")
+            self._note(gateway_request, 0, fault.http_status, fault.code, "")
             raise
         except BaseException:
             reservation.cancel()
             raise
-        tokens = told.prompt_tokens
-        if told.endpoint == "tokenize":
+        tokens = gateway_request.prompt_tokens
+        if gateway_request.endpoint == "tokenize":
             tokens = min(_read_count(answer.surface()), len(data) + _SLACK_TOKENS) or tokens
         reservation.settle(tokens, 0, 0.0)
-        self._note(told, tokens, 200, "", replica)
+        self._note(gateway_request, tokens, 200, "", replica)
         return PiecesResponse(answer.pieces())
 
     async def _ask(
-        self, told: GatewayRequest, served: ServedModel, data: bytes, name: str | None
+        self, gateway_request: GatewayRequest, served: ServedModel, data: bytes, name: str | None
     ) -> tuple[WholeAnswer, str]:
         """Any replica that is ready; the next one when it does not answer, or not to the question.
 
@@ -113,7 +113,7 @@ class TokenCountRoutes:
         for replica in replicas:
             body = data if name == replica.model else with_model(data, replica.model)
             try:
-                status, answer = await self._call(replica, PATHS[told.endpoint], body)
+                status, answer = await self._call(replica, PATHS[gateway_request.endpoint], body)
                 said = answer.surface()
             except OSError:
                 continue
@@ -122,11 +122,11 @@ class TokenCountRoutes:
             lacking += status in _MISSING_STATUSES
             if status in _REQUEST_STATUSES:
                 raise InvalidUpstreamRequest(
-                    with_served_name(read_upstream_error(said), replica.model, told.model), status
+                    with_served_name(read_upstream_error(said), replica.model, gateway_request.model), status
                 )
         if replicas and lacking == len(replicas):
-            raise HttpError(404, "not_found", f"The model's engine has no {PATHS[told.endpoint]}.")
-        raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[told.endpoint]}.")
+            raise HttpError(404, "not_found", f"The model's engine has no {PATHS[gateway_request.endpoint]}.")
+        raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[gateway_request.endpoint]}.")
 
     async def _call(self, replica: ReplicaAddress, path: str, body: bytes) -> tuple[int, WholeAnswer]:
         """Raises OSError, and ResponseTooLarge for what may be right: another replica would say as much."""
@@ -142,17 +142,17 @@ class TokenCountRoutes:
         finally:
             self._gateway.upstream.end(exchange)
 
-    def _note(self, told: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
+    def _note(self, gateway_request: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
         """For usage alone: it has none of the times that metrics and the watcher judge by."""
         record = RequestRecord(
-            scheduled_s=told.arrival_s,
-            sent_s=told.arrival_s,
+            scheduled_s=gateway_request.arrival_s,
+            sent_s=gateway_request.arrival_s,
             outcome=Outcome.OK if status < 400 else Outcome.REFUSED,
             prompt_tokens=tokens,
         )
         replicas = (replica,) if replica else ()
         finished = CompletedRequest(
-            request=told, record=record, status=status, ended_at=time.time(), error=error, replicas=replicas
+            request=gateway_request, record=record, status=status, ended_at=time.time(), error=error, replicas=replicas
         )
         self._accounts.usage_log.note(finished)
 

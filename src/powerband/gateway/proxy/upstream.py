@@ -83,7 +83,7 @@ class UpstreamClient:
     ) -> UpstreamExchange:
         """Send a request; returns with the head of the answer. `end` it afterwards. Raises UpstreamFailure.
 
-        on_sent: told of the exchange while the head is waited for, so that others can make it fail.
+        on_sent: called with the exchange before the response head arrives, so that others can make it fail.
 
         A kept connection that breaks before any byte of the answer was most likely closed while the request was under
         way: the request is sent once more, on a new one.
@@ -181,8 +181,8 @@ class _HostPool(ConnectionOwner):
         except TimeoutError:
             raise UpstreamFailure("connect", f"No connection to {self._authority} within {connect_s:g} s.") from None
         except OSError as problem:
-            told = f"No connection to {self._authority}: {problem}."
-            raise UpstreamFailure("connect", told, is_absence=isinstance(problem, ConnectionRefusedError)) from None
+            message = f"No connection to {self._authority}: {problem}."
+            raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
         return connection, False
 
     def free(self, connection: UpstreamConnection) -> None:
