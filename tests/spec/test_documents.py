@@ -39,7 +39,7 @@ HOSTILE = {
     "a long value": ("name: " + "n" * 10_000, "10,000 characters; the limit is 4,096"),
     "a name twice": ("a: 1\nb: 2\na: 3\n", "line 3: 'a' is there twice"),
     "an object": ("version: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
-    "no UTF-8": (b"\xff\xfe\x00", "byte 0 is not valid UTF-8"),
+    "not valid UTF-8": (b"\xff\xfe\x00", "byte 0 is not valid UTF-8"),
     "no date": ("version: 2024-13-45\n", "month"),
     "two documents": ("a: 1\n---\na: 2\n", "single document"),
 }
