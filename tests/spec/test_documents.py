@@ -73,7 +73,7 @@ def test_every_reader_says_the_same_of_what_is_not_there_or_too_large(
         read(tmp_path / "none.yaml")
     large = tmp_path / "large.yaml"
     large.write_bytes(b"#" * (5 << 20))
-    with pytest.raises(UsageError, match=r"large\.yaml is no .*: it is larger than [14] MiB"):
+    with pytest.raises(UsageError, match=r"large\.yaml is not a valid .*: it is larger than [14] MiB"):
         read(large)
     large.write_bytes(b"- a\n")
     with pytest.raises(UsageError, match="it holds a list, not names and values"):
