@@ -98,7 +98,13 @@ def test_routes_name_replicas_by_what_they_run_and_change_their_revision_with_it
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [("x", "not a number"), ("0", "not a number"), ("5=1", "no pool '5'"), ("a=1", "no pool"), ("1001", "not a number")],
+    [
+        ("x", "not a number"),
+        ("0", "not a number"),
+        ("5=1", "no pool '5'"),
+        ("a=1", "no pool"),
+        ("1001", "not a number"),
+    ],
 )
 def test_what_cannot_be_scaled_is_said(asked: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
