@@ -87,7 +87,7 @@ def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixtu
     ("options", "code", "sentence"),
     [
         (["--devices", "L5"], 2, "There is no device 'L5'"),
-        (["--slo", "ttft=soon"], 2, "no time"),
+        (["--slo", "ttft=soon"], 2, "not a duration"),
         (["--budget", "little"], 2, "budget is 'little'"),
         (["--engine", "llamacpp"], 2, "Unknown engine 'llamacpp'"),
         (["--quantization", "int3"], 2, "Unknown quantization 'int3'"),
@@ -115,7 +115,7 @@ def test_what_is_wrong_is_told(
 @pytest.mark.parametrize(
     ("content", "options", "what"),
     [
-        ("name: mine", ["--prompt-tokens", "32"], "says what requests are"),
+        ("name: mine", ["--prompt-tokens", "32"], "already describes the requests"),
         ("name: mine\nrequests: {trace: {file: day.csv}}", [], "--workload TRACE"),
     ],
 )

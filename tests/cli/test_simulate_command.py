@@ -88,7 +88,7 @@ def test_a_missed_slo_is_exit_1(plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "sentence"),
     [
-        ({"deployment": None}, 2, "not by which deployment"),
+        ({"deployment": None}, 2, "but no deployment"),
         ({"model": "/nowhere/config.json"}, 3, "/nowhere/config.json"),
         (
             {

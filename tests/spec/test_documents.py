@@ -39,7 +39,7 @@ HOSTILE = {
     "a long value": ("name: " + "n" * 10_000, "10,000 characters; the limit is 4,096"),
     "a name twice": ("a: 1\nb: 2\na: 3\n", "line 3: 'a' is there twice"),
     "an object": ("version: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
-    "no UTF-8": (b"\xff\xfe\x00", "byte 0 is not valid UTF-8"),
+    "not valid UTF-8": (b"\xff\xfe\x00", "byte 0 is not valid UTF-8"),
     "no date": ("version: 2024-13-45\n", "month"),
     "two documents": ("a: 1\n---\na: 2\n", "single document"),
 }
@@ -73,7 +73,7 @@ def test_every_reader_says_the_same_of_what_is_not_there_or_too_large(
         read(tmp_path / "none.yaml")
     large = tmp_path / "large.yaml"
     large.write_bytes(b"#" * (5 << 20))
-    with pytest.raises(UsageError, match=r"large\.yaml is no .*: it is larger than [14] MiB"):
+    with pytest.raises(UsageError, match=r"large\.yaml is not a valid .*: it is larger than [14] MiB"):
         read(large)
     large.write_bytes(b"- a\n")
     with pytest.raises(UsageError, match="it holds a list, not names and values"):

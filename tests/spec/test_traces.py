@@ -285,15 +285,15 @@ WRONG = {
     ),
     "sharegpt, number": (
         json.dumps([{"conversations": [{"from": "human", "value": 5}, {"from": "gpt", "value": "x"}]}]),
-        "conversation 1: 5 is no text",
+        "conversation 1: 5 is not a text",
     ),
     "records, two loads": (lines(RECORD, {**RECORD, "point": 1}), "line 2: a second load begins"),
     "records, no segments": (lines({**RECORD, "segments": []}), "line 1: it has no segments"),
     "records, text is a number": (
         lines({**RECORD, "segments": [{"key": "a", "tokens": 5, "text": 7}]}),
-        "7 is no text",
+        "7 is not a text",
     ),
-    "records, key is a number": (lines({**RECORD, "segments": [{"key": 5, "tokens": 5}]}), "5 is no text"),
+    "records, key is a number": (lines({**RECORD, "segments": [{"key": 5, "tokens": 5}]}), "5 is not a text"),
     "records, segments are text": (lines({**RECORD, "segments": "abc"}), "line 1: "),
 }
 
@@ -338,7 +338,7 @@ def test_no_json_makes_a_traceback(tmp_path_factory, format, value):
 
 
 def test_an_unknown_format_is_told_with_those_there_are(tmp_path):
-    with pytest.raises(UsageError, match=r"there is no format 'burst'\. Formats: azure, mooncake, sharegpt, records"):
+    with pytest.raises(UsageError, match=r"unknown format 'burst'\. Formats: azure, mooncake, sharegpt, records"):
         read_trace(written(tmp_path, AZURE), format="burst")
 
 
