@@ -139,7 +139,9 @@ class FastForward:
         self._last: SimHandle | None = core.inflight[-1].handle if core.inflight else None  # type: ignore[assignment] # ours
         self._contexts = [r.num_computed + 1 for r in running]  # of the next round
         ends = ending(running, rounds)
-        self._stay = [r not in ends for r in running] if self._last and ends else None  # who has a step in the last one
+        self._continuing = (
+            [r not in ends for r in running] if self._last and ends else None
+        )  # who has a step in the last one
         self._free_s = executor.stage_free_s
         self.now_s = executor.clock.now()
         self.starts_s: list[float] = []
@@ -163,8 +165,8 @@ class FastForward:
         for _ in range(min(self.left, _AT_ONCE)):
             if self.now_s >= until_s:
                 break
-            if self.left == 1 and self._stay is not None:
-                contexts = list(compress(contexts, self._stay))
+            if self.left == 1 and self._continuing is not None:
+                contexts = list(compress(contexts, self._continuing))
                 count = len(contexts)
                 host_s = self._executor.host_s(count)
             seconds = model_s([(1, context) for context in contexts], count) * slowdown
@@ -187,11 +189,11 @@ class FastForward:
         if rounds == 0:
             return 0, []
         executor, running = self._executor, core.scheduler.running
-        stay = self._stay if self.left == 0 and rounds == len(self.starts_s) else None
+        continuing = self._continuing if self.left == 0 and rounds == len(self.starts_s) else None
         first = [r.num_computed + 1 for r in running]
         for place, seconds in enumerate(self.seconds[:rounds]):
-            if place == rounds - 1 and stay is not None:
-                first = list(compress(first, stay))
+            if place == rounds - 1 and continuing is not None:
+                first = list(compress(first, continuing))
             executor.keep(seconds, partial(_decodes, first, place), len(first))
         inflight = None
         if self._last is not None:
