@@ -20,7 +20,7 @@ from pathlib import Path
 
 from powerband.dispatch.options import ROUTINGS, Routing
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 

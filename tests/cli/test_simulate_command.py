@@ -13,7 +13,7 @@ import yaml
 from powerband.cli.main import main
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog
-from powerband.spec.plan import Plan, SLOGuarantee, write_plan
+from powerband.spec.plan import Plan, Promise, write_plan
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.presets import preset
@@ -42,7 +42,7 @@ def plan(tmp_path: Path) -> Plan:
         model=str(tmp_path / "config.json"),
         workload=Workload(name="chat", arrivals=OpenLoop.at(1.0), requests=preset("chat").mix),
         slo=SLO.parse("ttft=1s,tpot=50ms"),
-        promise=SLOGuarantee(1.0),
+        promise=Promise(1.0),
         deployment=Deployment(engine="vllm", pools=(ReplicaPool(replica=Replica(device="H100", max_model_len=8192)),)),
     )
 

@@ -42,12 +42,12 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         ([""], "holds no steps"),
         ([header_line(FORM)], "holds no steps"),
         ([header_line(FORM), FAILED], "holds no steps"),
-        ([STEP], "does not begin with a line that says what ran"),
+        ([STEP], "does not begin with a line that names what ran"),
         ([header_line(FORM), STEP[:20]], "line 2: JSON is malformed"),
         ([header_line(FORM), STEP.replace('"s":0.5', '"s":"x"')], "line 2: Expected `float`"),
         ([header_line(FORM), STEP.replace("[8,40]", "[8]")], "line 2: this is not a valid step"),
@@ -57,8 +57,8 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
         (["\x00\x01\x02"], "does not begin with"),
     ],
 )
-def test_what_is_no_step_log(tmp_path: Path, lines: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told) as caught:
+def test_what_is_no_step_log(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         read_step_log(log(tmp_path / "log", *lines))
     assert caught.value.param == "from"
 

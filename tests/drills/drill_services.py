@@ -17,7 +17,7 @@ from drills_for_tests import Front, wait_until
 from powerband.fleet.service.status import ServiceStatus
 from powerband.fleet.service.store import ServiceStore
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.plan import Plan, SLOGuarantee, write_plan
+from powerband.spec.plan import Plan, Promise, write_plan
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.lengths import Fixed
@@ -36,7 +36,7 @@ def plan_of(replica: Replica = SMALL, *, count: int = 3, rate: float = 4.0) -> P
         model="demo",
         workload=Workload(name="drill", arrivals=OpenLoop.at(rate), requests=requests),
         slo=SLO.parse("ttft=20s@p95"),  # nobody is to be refused while another starts on the same cores
-        promise=SLOGuarantee(rate),
+        promise=Promise(rate),
         deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=replica, count=count),)),
     )
 

@@ -15,7 +15,7 @@ from powerband.fleet.release import ReleaseOptions, build_release, default_serve
 from powerband.fleet.service.spec import Release
 from powerband.fleet.targets.base import Instance
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.plan import Plan, SLOGuarantee
+from powerband.spec.plan import Plan, Promise
 from powerband.spec.slo import SLO
 from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
@@ -28,7 +28,7 @@ def plan(device: str = "cpu", count: int = 2, **replica: object) -> Plan:
         model="demo",
         workload=requested_load(ArrivalOptions(rate=1.0), MixOptions()).workload,
         slo=SLO(ttft_s=1.0),
-        promise=SLOGuarantee(1.0),
+        promise=Promise(1.0),
         deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),
     )
 

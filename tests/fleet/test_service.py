@@ -19,7 +19,7 @@ from powerband.fleet.service.store import ServiceStore, services
 from powerband.fleet.targets.local import INSTANCE_TAG
 from powerband.fleet.targets.processes import EnvironmentTag, session_leader_with
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.plan import Plan, SLOGuarantee, write_plan
+from powerband.spec.plan import Plan, Promise, write_plan
 from powerband.spec.slo import SLO
 from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
@@ -33,7 +33,7 @@ def plan_file(path: Path, count: int = 1, **replica: Any) -> str:
         model="demo",
         workload=workload,
         slo=SLO(ttft_s=20.0, tpot_s=5.0),
-        promise=SLOGuarantee(4.0, 1.0),
+        promise=Promise(4.0, 1.0),
         deployment=Deployment(engine="powerband", pools=(ReplicaPool(replica=made, count=count),)),
     )
     write_plan(plan, path)

@@ -12,7 +12,7 @@ from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedA
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.fleet.verify import Verification, check_report
 from powerband.metrics.record import Outcome
-from powerband.spec.plan import Plan, Prediction, SLOGuarantee
+from powerband.spec.plan import Plan, Prediction, Promise
 from powerband.spec.slo import SLO
 from powerband.spec.workload.options import ArrivalOptions, MixOptions, requested_load
 
@@ -21,7 +21,7 @@ PLAN = Plan(
     model="m",
     workload=WORKLOAD,
     slo=SLO(ttft_s=0.1, tpot_s=0.05),
-    promise=SLOGuarantee(10.0, 40.0),
+    promise=Promise(10.0, 40.0),
     predicted={"ttft_s": Prediction(0.05, 0.04, 0.06)},
 )
 

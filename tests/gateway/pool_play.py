@@ -11,7 +11,7 @@ from pool_world import replica, request
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from virtual_loop import VirtualLoop, virtually

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from virtual_loop import VirtualLoop

@@ -14,7 +14,7 @@ import pytest
 from gateways_for_tests import RunningGateway, running_gateway, until
 
 from powerband.dispatch.breaker import RetryBudgets
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions
 
 NUM_REPLICAS = 4
 GOOD = {"model": "m", "prompt": "good", "max_tokens": 2}

@@ -15,7 +15,7 @@ from powerband.dispatch.errors import QueueTimeout
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from virtual_loop import VirtualLoop, virtually
 

@@ -18,8 +18,8 @@ from requests_for_tests import finished
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.gateway.observability.access_log import log_request
-from powerband.gateway.observability.trace_context import continue_trace, forwarded_trace
 from powerband.gateway.observability.tracing import Tracing
+from powerband.gateway.trace_context import continue_trace, forwarded_trace
 from powerband.metrics.logging import JsonFormatter
 from powerband.metrics.record import Outcome
 from powerband.mock_server.behavior import Behavior

@@ -23,7 +23,7 @@ from powerband.dispatch.errors import PoolError
 from powerband.dispatch.estimates import OutputEstimate
 from powerband.dispatch.options import DispatchOptions
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.gateway.settings import GatewaySettings

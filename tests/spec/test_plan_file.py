@@ -10,7 +10,7 @@ import yaml
 
 from powerband.errors import UsageError
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.plan import Plan, PlanCost, Prediction, SLOGuarantee, read_plan, write_plan
+from powerband.spec.plan import Plan, PlanCost, Prediction, Promise, read_plan, write_plan
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.presets import preset
@@ -22,7 +22,7 @@ PLAN = Plan(
     model="meta-llama/Llama-3.1-8B",
     workload=Workload(name="rag", arrivals=OpenLoop.at(8.0), requests=preset("rag").mix),
     slo=SLO.parse("ttft=1s@p95,tpot=60ms@p95"),
-    promise=SLOGuarantee(8.0, 1200.0),
+    promise=Promise(8.0, 1200.0),
     deployment=Deployment(
         engine="vllm", pools=(ReplicaPool(replica=SMALL, count=3, max_prompt_tokens=2000), ReplicaPool(replica=LARGE))
     ),

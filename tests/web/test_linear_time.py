@@ -17,8 +17,8 @@ import pytest
 
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.redaction import redact
-from powerband.gateway.observability.trace_context import continue_trace
 from powerband.gateway.proxy.client_request import ClientRequest, RequestFields
+from powerband.gateway.trace_context import continue_trace
 from powerband.server.protocol import ChatRequest, CompletionRequest
 from powerband.spec.settings import memory_bytes
 from powerband.spec.slo import SLO

@@ -14,9 +14,9 @@ from powerband.gateway.admin import GatewayAdminRoutes
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.info_routes import InfoRoutes
 from powerband.gateway.observability.metrics import GatewayMetrics
-from powerband.gateway.observability.replica_metrics_routes import make_routes as scraping_routes
 from powerband.gateway.proxy.handler import GenerationRoutes
 from powerband.gateway.proxy.token_routes import TokenCountRoutes
+from powerband.gateway.replica_metrics_routes import make_routes as scraping_routes
 from powerband.web.middleware import RequestIdMiddleware
 
 

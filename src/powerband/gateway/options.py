@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from powerband.dispatch.options import DispatchOptions
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionOptions:
@@ -22,3 +24,11 @@ class Timeouts:
     first_byte_s: float = 60.0  # from sending the request to the first byte of the response body
     between_s: float = 60.0  # between two reads of the response body
     whole_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions(DispatchOptions):
+    """How a pool dispatches requests, and probes its replicas. In seconds."""
+
+    probe_interval_s: float = 0.5
+    probe_timeout_s: float = 1.0

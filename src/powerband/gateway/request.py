@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from powerband.dispatch.request import ANONYMOUS, DispatchRequest
-from powerband.gateway.observability.trace_context import TraceContext
+from powerband.gateway.trace_context import TraceContext
 from powerband.metrics.record import RequestRecord
 
 __all__ = ["ANONYMOUS", "CompletedRequest", "Endpoint", "GatewayRequest"]

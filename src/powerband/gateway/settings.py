@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from powerband.gateway.options import RetentionOptions, Timeouts
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions, RetentionOptions, Timeouts
 from powerband.spec.settings import check_values, setting
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.results import Evaluation, Objective
 from powerband.spec.hardware.catalog import usd_per_hour
-from powerband.spec.plan import Plan, PlanCost, SLOGuarantee
+from powerband.spec.plan import Plan, PlanCost, Promise
 
 _MARGIN = 1.05  # a latency that is better by less is no reason of its own
 _CLEARLY_FASTER = 0.9  # of a latency: what is lower than this share of it is faster
@@ -131,7 +131,7 @@ def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
         model=plan_request.model,
         workload=plan_request.workload,
         slo=plan_request.slo,
-        promise=SLOGuarantee(plan_request.rate, chosen.figures["output_tokens_per_s"].low),
+        promise=Promise(plan_request.rate, chosen.figures["output_tokens_per_s"].low),
         deployment=chosen.deployment,
         predicted=dict(chosen.figures),
         cost=cost,

@@ -34,7 +34,7 @@ Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
-class SLOGuarantee:
+class Promise:
     """The load at which a plan meets its SLO."""
 
     rate: float  # requests per second
@@ -73,7 +73,7 @@ class Plan:
     model: str
     workload: Workload
     slo: SLO  # its attainment is part of the promise
-    promise: SLOGuarantee
+    promise: Promise
     deployment: Deployment | None = None
     predicted: Mapping[str, Prediction] = field(default_factory=dict)  # by name, see planner.results.Evaluation
     cost: PlanCost | None = None
@@ -99,7 +99,7 @@ class Plan:
                 model=str(values["model"]),
                 workload=Workload.from_dict(values["workload"], trace),
                 slo=SLO.from_dict(values["slo"]),
-                promise=SLOGuarantee(**values["promise"]),
+                promise=Promise(**values["promise"]),
                 deployment=_deployment(values),
                 predicted={
                     str(name): read_record(Prediction, figure, f"plan: predicted: {name}")

@@ -14,7 +14,7 @@ from powerband.dispatch.backend import Backend, BackendSpec, InFlightRequest, Re
 from powerband.dispatch.dispatcher import Dispatcher, Outcome
 from powerband.dispatch.errors import PoolError
 from powerband.dispatch.queue import QueuedRequest
-from powerband.gateway.pool_options import PoolOptions
+from powerband.gateway.options import PoolOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot

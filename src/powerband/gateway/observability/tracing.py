@@ -11,8 +11,8 @@ from typing import Any
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.gateway.observability.slo import has_first_token
-from powerband.gateway.observability.trace_context import new_span_id
 from powerband.gateway.request import CompletedRequest
+from powerband.gateway.trace_context import new_span_id
 from powerband.metrics.record import Outcome
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,6 @@ from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_from
-from powerband.gateway.context_length import context_length
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
@@ -33,6 +32,7 @@ from powerband.gateway.proxy.events import MAX_EVENT_BYTES
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import CannotResume, Resumer
 from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.proxy.upstream import context_length
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
 from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest

@@ -8,17 +8,24 @@ import math
 import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.connection import ConnectionOwner, UpstreamConnection, UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.authority import split_authority
 
+if TYPE_CHECKING:
+    from powerband.gateway.gateway import ServedModel
+
 MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
 MAX_IDLE = 128  # connections to one replica that are kept for later
 IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
 _LAST_WORDS_S = 1.0
 _TICK_S = 0.1
+_MODELS_TIMEOUT_S = 2.0
 
 
 def _ignore(_exchange: UpstreamExchange) -> None:
@@ -204,3 +211,40 @@ class _HostPool(ConnectionOwner):
         """Keep no connection from now on."""
         self._is_closed = True
         self.drop_idle()
+
+
+# ---- the context length of a model
+
+
+class _Card(msgspec.Struct):
+    id: str = ""
+    max_model_len: int | None = None
+
+
+class _Cards(msgspec.Struct):
+    data: list[_Card] = []
+
+
+_CARDS = msgspec.json.Decoder(_Cards)
+
+
+async def context_length(served: ServedModel, upstream: UpstreamClient) -> int | None:
+    """The maximum tokens of prompt and output: the least of the replicas' limits; None: no replica reports one."""
+    known = served.context_lengths
+    replicas = served.route.replicas
+    await asyncio.gather(*(_ask(known, upstream, one) for one in replicas if one.id not in known))
+    lengths = [length for one in replicas if (length := known.get(one.id)) is not None]
+    return min(lengths, default=None)
+
+
+async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: ReplicaAddress) -> None:
+    """One that does not answer is asked again the next time."""
+    try:
+        status, body = await upstream.ask(replica, "GET", "/v1/models", b"", _MODELS_TIMEOUT_S)
+        cards = _CARDS.decode(body).data if status == 200 else []
+    except OSError:
+        return
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        cards = []
+    lengths = [card.max_model_len for card in cards if card.id == replica.model]
+    known[replica.id] = next((length for length in lengths if length is not None and length > 0), None)
