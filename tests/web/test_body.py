@@ -56,9 +56,9 @@ def test_a_complaint_takes_about_as_long_as_what_is_right() -> None:
 
 def test_a_body_of_tiny_chunks_is_refused_before_long() -> None:
     small = ChunkedFraming()
-    assert read_all(small, b"1\r\na\r\n" * 10_000 + b"0\r\n\r\n") == b"a" * 10_000
+    assert read_all(small, b"1\r\na\r\n" * 4_000 + b"0\r\n\r\n") == b"a" * 4_000
     with pytest.raises(HttpError, match="more of framing than of content"):
-        read_all(ChunkedFraming(), b"1\r\na\r\n" * 20_000)
+        read_all(ChunkedFraming(), b"10000\r\n" + b"a" * 65536 + b"\r\n" + b"1\r\na\r\n" * 5_000)
     fair = b"10\r\n" + b"a" * 16 + b"\r\n"
     assert len(read_all(ChunkedFraming(), fair * 100_000)) == 1_600_000
 

@@ -13,9 +13,9 @@ from typing import Protocol
 from powerband.web.errors import HttpError
 
 MAX_TRAILER_BYTES = 8 << 10
-MAX_FRAMING_BYTES = 64 << 10  # in chunks of a byte each, a body takes minutes to read
+MAX_FRAMING_BYTES = 16 << 10  # in chunks of a byte each, a body takes minutes to read
 MAX_EXTENSION_BYTES = 8 << 10  # of all chunks together
-MAX_CHUNKS_AT_ONCE = 1000  # a few milliseconds: others are served between
+MAX_CHUNKS_AT_ONCE = 200  # less than a millisecond: others are served between
 _MAX_SIZE_LINE = 1 << 10
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[^\x00-\x08\x0a-\x1f\x7f]*+)?")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\x00-\x08\x0a-\x1f\x7f]*+")
@@ -60,7 +60,7 @@ class ChunkedFraming:
         self._part = _Part.SIZE
         self._left = 0  # of the chunk
         self._extension_bytes = 0
-        self._framing_bytes = 0  # sizes and ends of chunks, less what they hold
+        self._framing_bytes = 0  # of sizes and ends, less content; large chunks do not pay for tiny ones
         self._trailer_bytes = 0
 
     def take(self, data: bytearray) -> bytes:
@@ -120,7 +120,7 @@ class ChunkedFraming:
         if self._extension_bytes > MAX_EXTENSION_BYTES:
             raise _invalid(f"The extensions of chunks are larger than {MAX_EXTENSION_BYTES} bytes")
         self._left = int(found[1], 16)
-        self._framing_bytes += len(line) + 4 - self._left
+        self._framing_bytes = max(0, self._framing_bytes + len(line) + 4 - self._left)
         if self._framing_bytes > MAX_FRAMING_BYTES:
             raise _invalid(f"The chunks have {MAX_FRAMING_BYTES} bytes more of framing than of content")
         self._part = _Part.DATA if self._left else _Part.TRAILERS
