@@ -125,6 +125,16 @@ def test_who_leaves_before_the_first_token_has_used_a_prompt(gateway: RunningGat
     assert row["estimated"] == 2
 
 
+@before(Behavior(ttft_s=30.0))
+def test_a_whole_answer_that_its_client_leaves_costs_no_more_than_its_limit(gateway: RunningGateway) -> None:
+    client = client_of(gateway, tokens_per_min=100_000)
+    body = {name: value for name, value in client.body().items() if name != "max_tokens"}
+    with pytest.raises(httpx.ReadTimeout):
+        client.http.post("/v1/completions", json=body, timeout=1.0)
+    client.settled()
+    assert client.row()["output_tokens"] == 16  # what a completion without a limit has at most; a second is worth 100
+
+
 @before(
     Behavior(tpot_s=0.01, drop_every=2, drop_after_chunks=4), Behavior(tpot_s=0.01, drop_every=2, drop_after_chunks=4)
 )

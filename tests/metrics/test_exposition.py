@@ -77,3 +77,7 @@ def test_the_first_name_of_a_figure_that_is_there_counts() -> None:
     page = b"vllm:gpu_cache_usage_perc 0.25\nvllm:num_requests_running 4 1712345678000\n"
     assert parse_metrics(page) == {"kv_usage": 0.25, "running": 4.0}
     assert read_metrics(page.decode()).values == {"kv_usage": 0.25, "running": 4.0}
+
+
+def test_of_endless_samples_the_first_few_thousand_are_added_up() -> None:
+    assert total(b"m 1\n" * 100_000, b"m") == 4096

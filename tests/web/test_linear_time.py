@@ -18,6 +18,7 @@ import pytest
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.redaction import redact
 from powerband.gateway.proxy.client_request import ClientRequest, RequestFields
+from powerband.gateway.routes import ModelRoute, Routes
 from powerband.gateway.trace_context import continue_trace
 from powerband.server.protocol import ChatRequest, CompletionRequest
 from powerband.spec.settings import memory_bytes
@@ -168,3 +169,10 @@ def test_what_is_quadratic_is_found() -> None:
     quadratic = re.compile(rb'"(?:[^"\\]|\\.)*+"')  # begins again at every quote when there is no last one
     with pytest.raises(AssertionError):
         check_growth(lambda text: quadratic.sub(b"", text.encode()), lambda length: '\\"' * (length // 2), 1000)
+
+
+def test_time_to_check_routes_grows_with_their_number_and_not_faster() -> None:
+    def check(text: str) -> None:
+        Routes(models=tuple(ModelRoute(name=f"m{number}") for number in range(len(text))))
+
+    check_growth(check, lambda length: "m" * length, 2_000)

@@ -23,7 +23,7 @@ def drain(
     undo: Annotated[bool, Parameter(help="Let it have requests again", negative="")] = False,
     wait: Annotated[bool, Parameter(help="Wait until it has nothing left to do")] = True,
 ) -> int:
-    """Give a replica nothing new; what it has goes on. It keeps running, and is not replaced."""
+    """Stop sending new requests to a replica. Its requests finish; it keeps running and is not replaced."""
     from powerband.fleet import operations
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.service.store import find_service
@@ -40,7 +40,8 @@ def drain(
     desired = operations.update_spec(folder, change)
     ensure_controller(folder)
     operations.record_action(folder, "undrain" if undo else "drain", {"replica": replica})
-    _warn_where_nothing_serves(desired, folder.read_status())
+    if not undo:
+        _warn_where_nothing_serves(desired, folder.read_status())
     found = None
     for status in operations.watch_status(folder, desired.generation, desired.policy.drain_timeout_s):
         found = next((one for one in status.replicas if one.id == replica), None)
@@ -59,4 +60,4 @@ def drain(
 def _warn_where_nothing_serves(desired: ServiceSpec, status: ServiceStatus | None) -> None:
     replicas = status.replicas if status is not None else ()
     if not any(one.state == "ready" and one.id not in desired.drained for one in replicas):
-        print("warning: no other replica is ready: requests wait, and are refused after a while.", file=sys.stderr)
+        print("warning: no other replica is ready: requests will wait, and fail after a while.", file=sys.stderr)
