@@ -68,7 +68,8 @@ def test_no_malformed_request_is_the_servers_fault(gateway: RunningGateway, endp
         head, _, body = answer.partition(b"\r\n\r\n")
         assert not answer or head.split(b" ", 2)[1][:1] in b"24", f"{name}: {head[:80]!r}"
         if head.startswith(b"HTTP/1.1 4") and b"x-request-id" in head:
-            assert "error" in json.loads(body), name
+            first, _ = json.JSONDecoder().raw_decode(body.decode())  # what follows a short body may have an answer, too
+            assert "error" in first, name
     assert gateway.http.get("/readyz").status_code == 200
 
 
