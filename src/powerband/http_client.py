@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 import urllib.parse
 from collections.abc import Mapping
 from contextlib import suppress
@@ -59,8 +60,9 @@ async def request(
     headers: Mapping[str, str] | None = None,
     timeout_s: float = 10.0,
     max_bytes: int = MAX_RESPONSE_BYTES,
+    tls: ssl.SSLContext | None = None,
 ) -> Response:
-    """Send one request. json: the body, encoded here; None: no body.
+    """Send one request. json: the body, encoded here; None: no body. tls: for https; None: certificates are checked.
 
     Raises OSError when there is no valid response, TimeoutError (which is one) when it takes longer than `timeout_s`
     altogether, and ValueError for an invalid URL or header.
@@ -69,9 +71,14 @@ async def request(
     data = b"" if json is None else msgspec.json.encode(json)
     head = _request_head(method, parts, data, headers or {})
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(
-            parts.hostname, parts.port or _PORTS[parts.scheme], ssl=True if parts.scheme == "https" else None
-        )
+        try:
+            reader, writer = await asyncio.open_connection(
+                parts.hostname,
+                parts.port or _PORTS[parts.scheme],
+                ssl=(tls or True) if parts.scheme == "https" else None,
+            )
+        except ssl.SSLCertVerificationError as error:  # a ValueError, too, as if the URL were invalid
+            raise ConnectionError(f"its certificate is not trusted: {error.verify_message}") from None
         try:
             writer.write(head + data)
             return await _read_response(reader, max_bytes)

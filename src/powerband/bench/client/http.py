@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from powerband.bench.client.connection import tls_context
 from powerband.bench.client.messages import ServerAddress
 from powerband.errors import UsageError
 from powerband.http_client import Response, request
@@ -29,7 +30,8 @@ async def delete(target: ServerAddress, path: str, *, timeout_s: float = 10.0) -
 
 async def _request(method: str, target: ServerAddress, path: str, body: object, timeout_s: float) -> Response:
     url = path if "://" in path else target.base.rstrip("/") + path
+    tls = tls_context(insecure=True) if target.insecure else None
     try:
-        return await request(method, url, json=body, headers=target.headers, timeout_s=timeout_s)
+        return await request(method, url, json=body, headers=target.headers, timeout_s=timeout_s, tls=tls)
     except ValueError as error:
         raise UsageError(f"Cannot send a request to {url}: {error}.", param="url") from None
