@@ -149,8 +149,6 @@ class PrefixAware(LeastOutstanding):
     def __init__(self, max_blocks: int) -> None:
         super().__init__()
         self._index = PrefixIndex(max_blocks)
-        self.looked_up = 0  # prompts with keys
-        self.found = 0.0  # shares of them, summed
 
     def choose(self, request: DispatchRequest, free: Sequence[Backend], serving: Sequence[Backend]) -> Backend:
         keys = request.prefix_keys
@@ -172,8 +170,6 @@ class PrefixAware(LeastOutstanding):
     def dispatched(self, request: DispatchRequest, backend: Backend) -> None:
         super().dispatched(request, backend)
         if request.prefix_keys:
-            self.looked_up += 1
-            self.found += self._index.cached_share(backend.id, request.prefix_keys)
             self._index.add(backend.id, request.prefix_keys)
 
     def forget(self, backend: str) -> None:

@@ -18,11 +18,6 @@ async def post(target: ServerAddress, path: str, body: object, *, timeout_s: flo
     return await _request("POST", target, path, body, timeout_s)
 
 
-async def put(target: ServerAddress, path: str, body: object, *, timeout_s: float = 10.0) -> Response:
-    """body: sent as JSON. Raises OSError and UsageError."""
-    return await _request("PUT", target, path, body, timeout_s)
-
-
 async def delete(target: ServerAddress, path: str, *, timeout_s: float = 10.0) -> Response:
     """Raises OSError and UsageError."""
     return await _request("DELETE", target, path, None, timeout_s)

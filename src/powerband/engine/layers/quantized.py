@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from powerband.errors import UsageError
-
 INT8_MAX = 127  # -128 is left out, so that the range is symmetric
 INT4_ZERO = 8  # where a symmetric Int4Weight has its zero: values 0..15 stand for -8..7
 DEFAULT_GROUP_SIZE = 128
@@ -66,15 +64,6 @@ class Int4Weight:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.values.shape[0], self.values.shape[1]
-
-
-def check_finite(weight: torch.Tensor, name: str) -> None:
-    """Raises UsageError if a weight to be quantized holds NaN or infinity: they have no integer."""
-    if not bool(torch.isfinite(weight).all()):
-        raise UsageError(
-            f"The weight {name} holds values that are not finite, and cannot be quantized.",
-            hint="Serve the checkpoint without --quantization, or repair it.",
-        )
 
 
 def quantize_int8(weight: torch.Tensor) -> Int8Weight:

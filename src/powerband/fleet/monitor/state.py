@@ -16,7 +16,7 @@ from powerband.gateway.observability.slo import slo_violations
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
 from powerband.spec.hardware.device import usable_memory
-from powerband.spec.plan import Plan, Prediction
+from powerband.spec.plan import Prediction
 from powerband.spec.slo import SLO
 
 RECENT_S = 30.0
@@ -32,10 +32,6 @@ class SLOTarget:
     slo: SLO
     rate: float | None = None  # requests per second up to which the plan guarantees the SLO; None: there is no plan
     predicted: Mapping[str, Prediction] = field(default_factory=dict)  # as in a Plan
-
-    @classmethod
-    def from_plan(cls, plan: Plan) -> SLOTarget:
-        return cls(slo=plan.slo, rate=plan.promise.rate, predicted=plan.predicted)
 
     @property
     def band(self) -> float:

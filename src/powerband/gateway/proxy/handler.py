@@ -278,7 +278,7 @@ class GenerationResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    # ---- the books
+    # ---- limits and the record
 
     async def _reserve(self) -> None:
         request, key = self._request, self._key and self._accounts.keys.current(self._key)
@@ -290,9 +290,8 @@ class GenerationResponse(Response):
         self._reservation = self._accounts.limits.reserve(key, request, price, context=context)
         self._client_request.cap = self._reservation.cap
         if key is not None and request.endpoint == "completions" and key.limits.counts_tokens:
-            self._client_request.cap = (
-                COMPLETION_TOKENS  # an engine with another default is not to make more than was taken
-            )
+            # An engine with another default must not generate more than was reserved.
+            self._client_request.cap = COMPLETION_TOKENS
 
     def _settle_status(self, status: int) -> None:
         self._status = status
