@@ -25,7 +25,7 @@ demo: $(READY)  ## measure this machine, plan, deploy two replicas, verify the p
 bench: $(READY)  ## load the demo model for two minutes and report how it did (DURATION=30s)
 	@$(BIN)/python examples/bench.py $(if $(DURATION),--duration $(DURATION))
 
-check: $(READY) lint  ## between two edits: lint, types and the fast tests (a minute; tests/slow_files.txt is what it leaves out)
+check: $(READY) lint  ## between two edits: lint, types and the fast tests (two minutes; tests/slow_files.txt is what it leaves out)
 	@echo "· fast tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --fast --save-counts $(COUNTS)/fast.json $(TESTS)
 

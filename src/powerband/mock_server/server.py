@@ -414,7 +414,7 @@ async def _serve(script: Behavior, port: int, with_parent: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="An OpenAI-compatible server that follows a script.")
     parser.add_argument("--port", type=int, default=0, help="of loopback; 0: any that is free")
-    parser.add_argument("--script", default="{}", help="the fields of script.Script, as JSON")
+    parser.add_argument("--script", default="{}", help="the fields of mock_server.behavior.Behavior, as JSON")
     parser.add_argument("--with-parent", action="store_true", help="end when stdin does")
     options = parser.parse_args()
     import uvloop

@@ -61,6 +61,7 @@ class StreamState:
     ) -> None:
         """estimates: of the model's answers, for tokens that are not counted by the replica."""
         self._client_request = client_request
+        self._num_choices = client_request.num_choices
         self.text = TextTokenCount(estimates or TokenEstimates())
         self._always_keeps_text = keeps_text
         self._model = self._inner_model = model
@@ -100,7 +101,7 @@ class StreamState:
     @property
     def is_finished(self) -> bool:
         """Every choice that was asked for has said how it ended."""
-        return len(self._finished) >= self._client_request.num_choices
+        return len(self._finished) >= self._num_choices
 
     @property
     def may_end(self) -> bool:
@@ -110,7 +111,7 @@ class StreamState:
     def _is_complete(self, indexes: set[int]) -> bool:
         """Whether these are all choices; of a server of which nobody knows whether it makes several: one a prompt."""
         if self.engine in _MAKES_SEVERAL:
-            return len(indexes) >= self._client_request.num_choices
+            return len(indexes) >= self._num_choices
         return (
             len({index // (self._client_request.fields.n or 1) for index in indexes})
             >= self._client_request.num_prompts
@@ -121,7 +122,7 @@ class StreamState:
         """More tokens than may have been asked for."""
         limit = self._client_request.limit
         per_choice = MAX_TOKENS if limit is None else limit
-        return self._min_tokens > per_choice * self._client_request.num_choices + _SLACK_TOKENS
+        return self._min_tokens > per_choice * self._num_choices + _SLACK_TOKENS
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
@@ -140,7 +141,7 @@ class StreamState:
         self._check_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
         if not self._is_complete(has := self._finished | self._open):
-            message = f"The replica's answer has {len(has)} of {self._client_request.num_choices} choices."
+            message = f"The replica's answer has {len(has)} of {self._num_choices} choices."
             raise UpstreamFailure("truncated", message)
         if size:
             self.texts = [f"[an answer of {size} bytes]"]
@@ -192,15 +193,15 @@ class StreamState:
 
     def _check_choices(self, chunk: Chunk) -> None:
         """Raise UpstreamFailure for more choices than were asked for."""
-        if len(chunk.choices or ()) > self._client_request.num_choices:
+        if len(chunk.choices or ()) > self._num_choices:
             message = f"The replica sent {len(chunk.choices or ())} choices at once"
-            raise UpstreamFailure("garbage", f"{message}; {self._client_request.num_choices} were asked for.")
+            raise UpstreamFailure("garbage", f"{message}; {self._num_choices} were asked for.")
 
     def _count(self, choice: ChunkChoice) -> int:
         """Tokens that it adds. Raises UpstreamFailure for a choice that nobody asked for."""
         index, text, delta = choice.index or 0, choice.text, choice.delta or choice.message
-        if not 0 <= index < self._client_request.num_choices:
-            raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._client_request.num_choices}.")
+        if not 0 <= index < self._num_choices:
+            raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._num_choices}.")
         if choice.finish_reason and choice.finish_reason.lower() in _GIVEN_UP:
             raise UpstreamFailure("truncated", f"The replica gave up: finish_reason {choice.finish_reason!r}.")
         if self._skipped:
@@ -404,7 +405,7 @@ class StreamState:
         """The event that ends all choices which have not ended."""
         self.finish_reason = reason
         said: dict[str, Any] = {"delta": {}} if self._client_request.endpoint == "chat" else {"text": ""}
-        left = [index for index in range(self._client_request.num_choices) if index not in self._finished]
+        left = [index for index in range(self._num_choices) if index not in self._finished]
         self._finished.update(left)
         return self._build_chunk(
             [{"index": index, **said, "logprobs": None, "finish_reason": reason} for index in left]
