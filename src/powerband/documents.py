@@ -93,9 +93,7 @@ def parse_json(content: bytes | str, object_pairs_hook: Callable[[list[tuple[str
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         values = json.loads(text, parse_int=_integer, object_pairs_hook=object_pairs_hook)
-    except RecursionError as problem:
-        raise _TooMuch(_one_line(problem)) from None
-    except UnicodeDecodeError as problem:
+    except (RecursionError, UnicodeDecodeError) as problem:
         raise _TooMuch(_one_line(problem)) from None
     _check_depth(values)
     return values

@@ -77,7 +77,7 @@ def fit(
 ) -> FitResult[Model]:
     """The coefficients named in `bounds` (0 < low < high) that fit best, starting from those of `model`.
 
-    law: a dataclass. seconds: measured, above 0, one for each of `points`.
+    model: a dataclass. seconds: measured, above 0, one for each of `points`.
     """
     names, measured = list(bounds), np.log(np.asarray(seconds, float))
     low, high = np.log(np.array([bounds[name] for name in names], float)).T

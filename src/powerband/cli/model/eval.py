@@ -9,7 +9,7 @@ from __future__ import annotations
 import json as json_format
 import platform
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from cyclopts import Parameter
 
@@ -22,9 +22,6 @@ from powerband.errors import UsageError
 from powerband.evaluation import ModelEvaluation, evaluate_model
 from powerband.spec.settings import EngineSettings
 from powerband.text.eval_tasks import KINDS
-
-if TYPE_CHECKING:
-    pass
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 OWN_OR_WITHOUT_MEANING = ("dtype", "seed", "generation_config", "served_model_name", "load_format", "scheduling_policy")
