@@ -160,8 +160,9 @@ class World:
                     life.ready = True
 
     def die(self, id: str, exit_code: int = -9) -> None:
-        del self.lives[id]
-        self._exited.append(ExitedInstance(id, exit_code, "the end of its log"))
+        life = self.lives.pop(id)
+        log = "the end of its log"
+        self._exited.append(ExitedInstance(id, exit_code, log, exit_expected=life.instance.stopping or life.killed))
 
     def found(self) -> Counter[tuple[int, str]]:
         return Counter((life.instance.pool, life.instance.revision) for life in self.replicas() if life.ready)
@@ -180,7 +181,6 @@ class Play:
 
     def new_controller(self) -> None:
         self.controllers += 1
-        self.world.take_exited()  # no controller was there
         self.controller = Controller(
             self.world.store, self.world, self.world, GatewayClient("key"), clock=lambda: self.world.now_s
         )

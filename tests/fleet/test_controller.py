@@ -89,9 +89,12 @@ def test_a_new_controller_recovers_running_replicas(play: Play) -> None:
 
 def test_replaces_a_replica_that_crashed_while_no_controller_ran(play: Play) -> None:
     play.world.die(ids(play)[0])
+    play.world.die(gateway_of(play))
     play.new_controller()
-    play.settle(5)
+    status = play.settle(5)
     assert play.is_as_desired()
+    assert [one.restarts for one in status.replicas] == [0, 1], "it counts as a restart, whoever was there to see it"
+    assert status.gateway.restarts == 1
 
 
 def gateway_of(play: Play) -> str:

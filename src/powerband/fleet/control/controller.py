@@ -103,6 +103,13 @@ class Controller:
                 state.ready_s = now_s if replicas[instance.id].ready_at is not None else None
             elif instance.role == "gateway" and instance.pid == status.gateway.pid:
                 state.ready_s = now_s if status.gateway.ready_at is not None else None
+        for exited in self.target.take_exited():
+            if exited.exit_expected:
+                continue
+            if exited.id in replicas:
+                self._open_places.append(replicas[exited.id].restarts + 1)
+            elif exited.id.startswith("gateway-"):
+                self._gateway_restarts += 1
 
     def tick(self) -> bool:
         """False: the service was removed, and nothing of it runs any more."""

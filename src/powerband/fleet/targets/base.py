@@ -50,6 +50,7 @@ class ExitedInstance:
     id: str
     exit_code: int | None  # None: not known
     log: str  # the last lines of its log
+    exit_expected: bool = False  # it was asked to stop
 
 
 class Target(Protocol):

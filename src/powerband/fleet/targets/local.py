@@ -197,7 +197,8 @@ class LocalTarget:
             with suppress(subprocess.TimeoutExpired):
                 exit_code = child.wait(1.0)
         self._delete(record.id)
-        self._exited.append(ExitedInstance(record.id, exit_code, last_lines(self._logs / f"{record.id}.log")))
+        log = last_lines(self._logs / f"{record.id}.log")
+        self._exited.append(ExitedInstance(record.id, exit_code, log, exit_expected=record.stop_by is not None))
 
     def _free_port(self, host: str) -> int:
         """A free port that no recorded instance has either: one that is just starting may not listen yet."""
