@@ -55,8 +55,8 @@ class RequestFields(msgspec.Struct):
     messages: Raw | UnsetType = UNSET
     stream: bool | None = None
     stream_options: StreamOptionFields | None = None
-    n: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    best_of: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None  # OpenAI's limit
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     n_predict: Any = None
