@@ -12,7 +12,7 @@ from powerband.engine.attention.triton import TritonAttention
 from powerband.engine.executor.batch import Inputs
 from powerband.engine.executor.cuda_graphs import DecodeGraphs
 from powerband.engine.executor.warm_up import warm_up
-from powerband.engine.kernels.fused_layers import use_fused_layers
+from powerband.engine.layers.triton import use_fused_layers
 from powerband.engine.model_loader.linear_methods import Products
 from powerband.engine.model_loader.weights import fill_random
 from powerband.engine.models.decoder import Decoder

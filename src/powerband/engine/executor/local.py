@@ -97,7 +97,7 @@ class TorchExecutor:
             use_cpu_layers(model)
             use_cpu_sampling(sampler)
         if config.attention.name == "triton":
-            from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
+            from powerband.engine.layers.triton import use_fused_layers  # Triton is not everywhere
 
             use_fused_layers(model)
         self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)
