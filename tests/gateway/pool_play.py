@@ -135,7 +135,7 @@ class World:
         if move == 0 or not addresses:
             self.count += 1
             lane = rng.choice((None, None, SHORT))
-            addresses.append(replica(f"n{self.count}", rng.randrange(1, 4), longest_prompt=lane))
+            addresses.append(replica(f"n{self.count}", rng.randrange(1, 4), max_prompt_tokens=lane))
         elif move == 1 and len(addresses) > 1:
             addresses.remove(rng.choice(addresses))
         else:
@@ -239,7 +239,7 @@ class World:
         assert known.is_up, "a replica that is not ready"
         assert not known.address.draining, "a replica that drains"
         assert self.loop.time() >= self.busy.get(lease.replica.id, 0.0), "a replica that has just refused one"
-        limit = lease.replica.longest_prompt
+        limit = lease.replica.max_prompt_tokens
         assert limit is None or asked.request.prompt_tokens <= limit or not self.serves_long(), "too long for it"
         if lease.replica.id in asked.avoid:
             lane = [k for k in self.lane(asked) if k.address.id not in asked.avoid]
@@ -254,13 +254,13 @@ class World:
                     assert other.request.priority >= asked.request.priority, "a higher priority waits"
 
     def serves_long(self) -> bool:
-        return any(k.address.longest_prompt is None for k in self.known.values())
+        return any(k.address.max_prompt_tokens is None for k in self.known.values())
 
     def lane(self, asked: Asked) -> list[Known]:
         """The replicas that may serve it now."""
         up = [k for k in self.known.values() if k.is_up and not k.address.draining]
-        short = [k for k in up if k.address.longest_prompt is not None]
-        long = [k for k in up if k.address.longest_prompt is None]
+        short = [k for k in up if k.address.max_prompt_tokens is not None]
+        long = [k for k in up if k.address.max_prompt_tokens is None]
         if not self.serves_long():
             return short
         return (short or long) if asked.request.prompt_tokens <= SHORT else long
@@ -311,7 +311,7 @@ class World:
 def play(seed: int, moves: int = 400, routing: str = "least-outstanding") -> World:
     async def test(loop: VirtualLoop) -> World:
         world = World(loop, random.Random(seed), routing)
-        world.route(replica("a", 2), replica("b", 3), replica("s", 2, longest_prompt=SHORT))
+        world.route(replica("a", 2), replica("b", 3), replica("s", 2, max_prompt_tokens=SHORT))
         for name in ("a", "b", "s"):
             world.probe(name, True)
         for _ in range(moves):

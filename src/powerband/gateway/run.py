@@ -97,7 +97,7 @@ async def _serve(
     tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     if tracing is not None:
         gateway.sinks.append(tracing.note)
-        gateway.trace = partial(continue_trace, share=settings.trace_share)
+        gateway.trace = partial(continue_trace, share=settings.trace_sample_ratio)
     gateway.routes_changed = lambda: metrics.serve(gateway.routes.models)
     gateway.start()
     server = make_server(make_app(gateway, accounts, metrics), settings.max_body_bytes)

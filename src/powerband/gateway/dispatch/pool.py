@@ -242,7 +242,7 @@ def _spec(address: ReplicaAddress) -> BackendSpec:
         id=address.id,
         max_num_seqs=address.max_num_seqs,
         weight=address.weight,
-        max_prompt_tokens=address.longest_prompt,
+        max_prompt_tokens=address.max_prompt_tokens,
         draining=address.draining,
     )
 
