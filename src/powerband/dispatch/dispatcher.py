@@ -226,7 +226,7 @@ class Dispatcher:
         """Its probes are good, but nothing comes."""
         backend.errors.append("hung")
         if backend.is_ready and self._may_open():
-            backend.breaker.trip(now_s)
+            backend.breaker.force_open(now_s)
             self._schedule_tick(now_s)
         backend.lose_all()
 

@@ -75,8 +75,8 @@ def serve(
 
 def _raise_descriptor_limit() -> None:
     """A stream takes two sockets, and processes begin with leave for few of them."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
 async def _serve(

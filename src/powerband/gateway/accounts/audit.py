@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 FIRST_HASH = "0" * 64
 _INSERT = "INSERT INTO audit (seq, at, actor, action, what, hash) VALUES (?, ?, ?, ?, ?, ?)"
 _SELECT = "SELECT seq, at, actor, action, what, hash FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
-_LONGEST = 200  # characters of actor and action
+_MAX_CHARS = 200  # characters of actor and action
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Audit:
     def note(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
         """what: plain values, no secrets. Raises StoreUnavailable."""
         seq, at, details = self._last.seq + 1, self._wall(), json.dumps(what, sort_keys=True, default=str)
-        actor, action = actor[:_LONGEST], action[:_LONGEST]
+        actor, action = actor[:_MAX_CHARS], action[:_MAX_CHARS]
         hash = _hash(self._last.hash, seq, at, actor, action, details)
         last = self._last = ChainHead(seq, hash)
         written = self._store.write(_INSERT, (seq, at, actor, action, details, hash))

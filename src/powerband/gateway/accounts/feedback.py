@@ -12,8 +12,8 @@ from powerband.gateway.accounts.store import Row, Run, Store, StoreUnavailable
 from powerband.gateway.accounts.usage_log import UsageLog
 from powerband.web.errors import HttpError
 
-MOST_COMMENT = 2000  # characters
-_MOST_WAITING = 10_000
+MAX_COMMENT_CHARS = 2000  # characters
+_MAX_WAITING = 10_000
 _INSERT = "INSERT OR REPLACE INTO feedback (request_id, at, key_id, score, comment) VALUES (?, ?, ?, ?, ?)"
 _FIELDS = ("request_id", "at", "key_id", "score", "comment")
 
@@ -25,15 +25,15 @@ class Feedback:
         self._store = store
         self._ledger = usage_log
         self._retention_s = retention_days * 86400
-        self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
+        self.buffer = store.buffer(_INSERT, _MAX_WAITING, prepare=_redacted)
         store.also(self._delete_old, every_s=600, erases=True)
 
     async def note(self, key_id: str, request_id: str, score: float, comment: str = "") -> None:
         """Raises InvalidRequest, HttpError 404 for a request that is not this key's, and StoreUnavailable."""
         if not -1 <= score <= 1:
             raise InvalidRequest(f"'score' is {score}; it lies between -1 (bad) and 1 (good).", param="score")
-        if len(comment) > MOST_COMMENT:
-            raise InvalidRequest(f"'comment' is longer than {MOST_COMMENT} characters.", param="comment")
+        if len(comment) > MAX_COMMENT_CHARS:
+            raise InvalidRequest(f"'comment' is longer than {MAX_COMMENT_CHARS} characters.", param="comment")
         whose = self._ledger.key_of(request_id)
         if whose is None:
             whose = await self._store.query(lambda connection: _key_of(connection, request_id))

@@ -23,11 +23,11 @@ from powerband.web.errors import HttpError
 Scope = Literal["infer", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "metrics", "admin")
 PREFIX = "pb-"
-MOST_KEYS = 100_000
-MOST = 10**12
-_MOST_NAME = 100
+MAX_KEYS = 100_000
+MAX_LIMIT = 10**12
+_MAX_NAME_CHARS = 100
 _SHOWN = 10  # characters of a key by which people recognise it
-_LONGEST = 200  # bytes; longer ones are none of ours
+_MAX_SECRET_BYTES = 200  # bytes; longer ones are none of ours
 _NO_DIGEST = bytes(32)
 _PUT = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -56,9 +56,9 @@ class KeyLimits:
     def __post_init__(self) -> None:
         for name in ("requests_per_min", "tokens_per_min", "max_concurrency"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= MOST:
-                raise InvalidRequest(f"'{name}' is {value}; it lies between 1 and {MOST}.", param=name)
-        if self.usd is not None and not 0 <= self.usd <= MOST:
+            if value is not None and not 1 <= value <= MAX_LIMIT:
+                raise InvalidRequest(f"'{name}' is {value}; it lies between 1 and {MAX_LIMIT}.", param=name)
+        if self.usd is not None and not 0 <= self.usd <= MAX_LIMIT:
             raise InvalidRequest(f"'usd' is {self.usd}; it must not be negative.", param="usd")
         if not -1000 <= self.priority <= 1000:
             raise InvalidRequest(f"'priority' is {self.priority}; it lies between -1000 and 1000.", param="priority")
@@ -99,10 +99,10 @@ class Keys:
             )
         scheme, _, secret = values[0].partition(b" ")
         secret = secret.strip()
-        digest = hashlib.sha256(secret[:_LONGEST]).digest()
+        digest = hashlib.sha256(secret[:_MAX_SECRET_BYTES]).digest()
         id = self._by_digest.get(digest, "")
         same = hmac.compare_digest(digest, self._digests.get(id, _NO_DIGEST))
-        if not same or len(values) > 1 or len(secret) > _LONGEST or scheme.lower() != b"bearer":
+        if not same or len(values) > 1 or len(secret) > _MAX_SECRET_BYTES or scheme.lower() != b"bearer":
             raise self._wrong("invalid_api_key", "The API key is wrong.")
         return self.current(self._keys[id])
 
@@ -131,10 +131,10 @@ class Keys:
         expires_at: float | None = None,
     ) -> tuple[Key, str]:
         """A new key, and its text, which nobody can see again. Raises InvalidRequest."""
-        if not name.strip() or len(name) > _MOST_NAME or not name.isprintable():
-            raise InvalidRequest(f"A key's name has 1 to {_MOST_NAME} printable characters.", param="name")
-        if len(self._keys) >= MOST_KEYS:
-            raise InvalidRequest(f"There are {MOST_KEYS} keys already.")
+        if not name.strip() or len(name) > _MAX_NAME_CHARS or not name.isprintable():
+            raise InvalidRequest(f"A key's name has 1 to {_MAX_NAME_CHARS} printable characters.", param="name")
+        if len(self._keys) >= MAX_KEYS:
+            raise InvalidRequest(f"There are {MAX_KEYS} keys already.")
         now = self._wall()
         if expires_at is not None and expires_at <= now:
             raise InvalidRequest("'expires_at' is in the past.", param="expires_at")

@@ -272,15 +272,15 @@ class Limits:
         is_exact = max_prompt == request.prompt_tokens
         likely_prompt = max_prompt if is_exact else math.ceil(max_prompt * account.density)
         cap = self._cap(limits, account, request, (likely_prompt, max_prompt), price, context)
-        most = request.output_tokens if request.max_output_tokens is None else request.max_output_tokens
-        output = most if cap is None else cap * request.answers
-        most_usd = price.of(max_prompt, output)
-        self._check_possible(limits, request.prompt_tokens + output, most_usd)
+        requested = request.output_tokens if request.max_output_tokens is None else request.max_output_tokens
+        output = requested if cap is None else cap * request.answers
+        max_usd = price.of(max_prompt, output)
+        self._check_possible(limits, request.prompt_tokens + output, max_usd)
         prompt = likely_prompt
         if limits.tokens_per_min is not None:
             prompt = min(prompt, limits.tokens_per_min - output)
         self._check_rates(limits, account, prompt + output)
-        self._check_spend(limits, account, most_usd)
+        self._check_spend(limits, account, max_usd)
         return Reservation(
             self, account, prompt, output, max_prompt=max_prompt, price=price, cap=cap, learns=not is_exact
         )
@@ -300,14 +300,15 @@ class Limits:
         """
         if not request.is_open_ended or not limits.counts_tokens:
             return None
-        counted_on = request.max_output_tokens or request.output_tokens
-        most = float(counted_on if context is None else context * request.answers)
+        expected = request.max_output_tokens or request.output_tokens
+        output = float(expected if context is None else context * request.answers)
         for allowed, left in self._room(limits, account, request, prompt, price):
-            most = min(most, max(min(counted_on, allowed), left / _SHARE))
-        each = max(1, math.floor(most / request.answers))
+            output = min(output, max(min(expected, allowed), left / _SHARE))
+        each = max(1, math.floor(output / request.answers))
         if context is None:
             return each
-        # Engines refuse what cannot fit with the prompt: nobody knows its size yet, but three bytes a token are few.
+        # Engines refuse output that does not fit with the prompt, whose exact size is unknown here: assume that
+        # a token has at least three bytes.
         return max(1, min(each, context - min(prompt[1], prompt[1] // 3 + 64)))
 
     def _room(
@@ -352,7 +353,7 @@ class Limits:
             account.month_usd += usd
             account.total_usd += usd
 
-    def _check_possible(self, limits: KeyLimits, tokens: int, most_usd: float) -> None:
+    def _check_possible(self, limits: KeyLimits, tokens: int, max_usd: float) -> None:
         if limits.tokens_per_min is not None and tokens > limits.tokens_per_min:
             raise HttpError(
                 400,
@@ -361,11 +362,11 @@ class Limits:
                 hint="Ask for fewer with max_tokens, or shorten the prompt.",
                 param="max_tokens",
             )
-        if limits.usd is not None and most_usd > limits.usd + _NOTHING_USD:
+        if limits.usd is not None and max_usd > limits.usd + _NOTHING_USD:
             raise HttpError(
                 400,
                 "spend_limit",
-                f"The request may cost {most_usd:.4f} USD, and the API key may spend {limits.usd:g}: it can never fit.",
+                f"The request may cost {max_usd:.4f} USD, and the API key may spend {limits.usd:g}: it can never fit.",
                 hint="Ask for fewer tokens with max_tokens, or shorten the prompt.",
                 param="max_tokens",
             )
@@ -386,18 +387,18 @@ class Limits:
                 )
                 raise LimitReached(code, message, retry_after_s=wait_s, hint=f"Try again in {math.ceil(wait_s)} s.")
 
-    def _check_spend(self, limits: KeyLimits, account: _Account, most_usd: float) -> None:
+    def _check_spend(self, limits: KeyLimits, account: _Account, max_usd: float) -> None:
         if limits.usd is None:
             return
         now = self._wall()
         spent = account.spent(limits, month_of(now))
         period = "this month" if limits.usd_period == "month" else "in all"
         message = f"The API key may spend {limits.usd:g} USD {period}; {spent:.4f} are spent"
-        if spent + most_usd > limits.usd + _NOTHING_USD or spent >= limits.usd:
+        if spent + max_usd > limits.usd + _NOTHING_USD or spent >= limits.usd:
             wait_s = _seconds_to_next_month(now) if limits.usd_period == "month" else math.inf
             hint = "It can spend again next month." if limits.usd_period == "month" else "An admin can raise the limit."
             raise LimitReached("spend_limit", f"{message}.", retry_after_s=wait_s, hint=hint)
-        if spent + account.reserved_usd + most_usd > limits.usd + _NOTHING_USD:
+        if spent + account.reserved_usd + max_usd > limits.usd + _NOTHING_USD:
             hint = "Wait for running requests to end: what they do not use is free again."
             raise LimitReached("spend_limit", f"{message}, the rest is taken.", retry_after_s=_SOON_S, hint=hint)
 

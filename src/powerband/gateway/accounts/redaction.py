@@ -24,7 +24,7 @@ _IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 _NUMBER = re.compile(r"\+?\(?\d(?:[ ./()-]{0,3}+\d)++")
 _US_PHONE = re.compile(r"\(?\d{3}\)?[ .-]{1,2}\d{3}[ .-]\d{4}")
-_LONGEST_NUMBER = 64  # digits in a row, separators aside, beyond which nobody looks which of them are a card
+_MAX_DIGITS = 64  # digits in a row, separators aside, beyond which nobody looks which of them are a card
 
 
 def redact(text: str) -> str:
@@ -68,7 +68,7 @@ def _is_ip(text: str) -> bool:
 
 def _number(text: str) -> str:
     digits = [int(one) for one in text if one.isdigit()]
-    if len(digits) > _LONGEST_NUMBER:
+    if len(digits) > _MAX_DIGITS:
         return "[number]"
     if _has_card(digits):
         return "[card]"

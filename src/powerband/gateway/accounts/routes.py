@@ -19,7 +19,7 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.accounts import Accounts, actor_of
 from powerband.gateway.accounts.audit import entries, verify_chain
 from powerband.gateway.accounts.feedback import read_feedback
-from powerband.gateway.accounts.keys import MOST, Key, KeyLimits
+from powerband.gateway.accounts.keys import MAX_LIMIT, Key, KeyLimits
 from powerband.gateway.accounts.store import StoreUnavailable
 from powerband.gateway.accounts.transcripts import stored
 from powerband.gateway.accounts.usage import UsageRow, report
@@ -27,12 +27,12 @@ from powerband.gateway.request import ANONYMOUS
 from powerband.web.body import read_json
 from powerband.web.errors import HttpError, json_response
 
-MOST_BODY_BYTES = 64 << 10
-_MOST_ROWS = 1000
+MAX_BODY_BYTES = 64 << 10
+_MAX_ROWS = 1000
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", re.ASCII)
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_LIMIT)]
 
 
 class LimitsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -107,7 +107,7 @@ class KeyRoutes:
 
     async def create(self, request: Request) -> Response:
         """The only answer that ever has the key itself, as 'secret'."""
-        body = await read_json(request, KeyBody, MOST_BODY_BYTES)
+        body = await read_json(request, KeyBody, MAX_BODY_BYTES)
         limits = body.limits.applied_to(KeyLimits())
         expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
         key, secret = self._accounts.keys.create(body.name, body.scopes, limits=limits, expires_at=expires_at)
@@ -120,7 +120,7 @@ class KeyRoutes:
         return json_response(self._shown(key) | {"secret": secret}, 201, {"cache-control": "no-store"})
 
     async def limit(self, request: Request) -> Response:
-        body = await read_json(request, KeyPatch, MOST_BODY_BYTES)
+        body = await read_json(request, KeyPatch, MAX_BODY_BYTES)
         before = self._accounts.keys.get(request.path_params["id"])
         key = self._accounts.keys.limit(before.id, body.limits.applied_to(before.limits))
         self._note(request, "keys.limit", key, {"limits": asdict(key.limits)})
@@ -184,7 +184,7 @@ class ReportRoutes:
         return json_response(answer)
 
     async def note(self, request: Request) -> Response:
-        body = await read_json(request, AuditBody, MOST_BODY_BYTES)
+        body = await read_json(request, AuditBody, MAX_BODY_BYTES)
         self._accounts.audit(actor_of(request), body.action, body.what)
         await self._accounts.store.saved()
         return json_response({"object": "audit.entry", "action": body.action}, 201)
@@ -208,7 +208,7 @@ class ReportRoutes:
         return json_response({"object": "content.deleted", "key": id})
 
     async def give_feedback(self, request: Request) -> Response:
-        body = await read_json(request, FeedbackBody, MOST_BODY_BYTES)
+        body = await read_json(request, FeedbackBody, MAX_BODY_BYTES)
         key: Key | None = request.state.key
         tenant = key.id if key else ANONYMOUS
         await self._accounts.feedback.note(tenant, body.request_id, body.score, body.comment)
@@ -226,7 +226,7 @@ def _number(request: Request, name: str, default: int) -> int:
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise InvalidRequest(f"'{name}' is no number of 0 and above.", param=name)
-    return min(int(text), _MOST_ROWS) if name == "limit" else int(text)
+    return min(int(text), _MAX_ROWS) if name == "limit" else int(text)
 
 
 def _since(request: Request, default: str, now: float) -> float:

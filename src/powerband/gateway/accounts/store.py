@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 0.5
 WRITE_ROWS = 200
-MOST_CHANGES = 10_000
+MAX_CHANGES = 10_000
 _BATCH = 2_000
-_LONGEST_PAUSE_S = 5.0
+_MAX_PAUSE_S = 5.0
 _BUSY_S = 1.0
 _LOCK_S = 2.0
 # What is wrong with a row, or with making it ready, rather than with the disk or the file: it would be wrong again.
@@ -152,7 +152,7 @@ class Store:
 
         Rows in buffers are written before it. Of what it deletes nothing stays in the files.
         """
-        if len(self._changes) >= MOST_CHANGES or self._closing.is_set():
+        if len(self._changes) >= MAX_CHANGES or self._closing.is_set():
             raise StoreUnavailable("The gateway's books cannot be written now.")
         written: Future[None] = Future()
         self._changes.append((sql, tuple(row), written))
@@ -217,7 +217,7 @@ class Store:
                     why = str(error) if isinstance(error, sqlite3.Error) else type(error).__name__
                     logger.error("The gateway's books cannot be written: %s. Rows wait in memory.", why)
                 self._closing.wait(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, _MAX_PAUSE_S)
         with contextlib.suppress(sqlite3.Error):
             self._close_connection()
 

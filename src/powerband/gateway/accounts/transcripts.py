@@ -14,8 +14,8 @@ from powerband.gateway.accounts.redaction import redact
 from powerband.gateway.accounts.store import Row, Run, Store
 from powerband.gateway.request import GatewayRequest
 
-MOST_CHARS = 32_768  # of a prompt, and of an output
-_MOST_WAITING = 256
+MAX_CHARS = 32_768  # of a prompt, and of an output
+_MAX_WAITING = 256
 _CUT = " …[cut]"
 _INSERT = "INSERT OR IGNORE INTO content (request_id, at, key_id, prompt, output) VALUES (?, ?, ?, ?, ?)"
 _FIELDS = ("request_id", "at", "key_id", "prompt", "output")
@@ -40,7 +40,7 @@ class TranscriptStore:
         self.on = on
         self._store = store
         self._retention_s = retention_days * 86400
-        self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
+        self.buffer = store.buffer(_INSERT, _MAX_WAITING, prepare=_redacted)
         store.also(self._delete_old, every_s=600, erases=True)  # also where it was on before, and is off now
 
     def note(self, request: GatewayRequest, prompt: bytes, output: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ def prompt_text(prompt: bytes) -> str:
 
 def _bounded(text: str) -> str:
     """Cut before the last words: half an address or half a number would not be recognised as one."""
-    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS].rsplit(None, 12)[0] + _CUT
+    return text if len(text) <= MAX_CHARS else text[:MAX_CHARS].rsplit(None, 12)[0] + _CUT
 
 
 def _redacted(row: Row) -> Row:

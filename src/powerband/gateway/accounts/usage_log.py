@@ -22,8 +22,8 @@ from powerband.gateway.request import CompletedRequest
 
 logger = logging.getLogger(__name__)
 
-MOST_WAITING = 50_000
-MOST_RECENT = 20_000
+MAX_WAITING = 50_000
+MAX_RECENT = 20_000
 # A few at a time: nothing else is written meanwhile.
 _DELETE = "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE ended_at < ? LIMIT 5000)"
 _INSERT = """
@@ -60,12 +60,12 @@ class _Sum(NamedTuple):
 
 
 class UsageLog:
-    def __init__(self, store: Store, retention_days: float, most_waiting: int = MOST_WAITING) -> None:
+    def __init__(self, store: Store, retention_days: float, max_waiting: int = MAX_WAITING) -> None:
         self._lock = threading.Lock()  # over the sums, which the writer's thread takes away
         self._sums: dict[_Group, _Sum] = {}
         self._recent: OrderedDict[str, str] = OrderedDict()
         self._retention_s = retention_days * 86400
-        self.buffer = store.buffer(_INSERT, most_waiting, lose=self._keep_sums)
+        self.buffer = store.buffer(_INSERT, max_waiting, lose=self._keep_sums)
         store.also(self._write_sums)
         store.also(self._delete_old, every_s=1)
 
@@ -96,9 +96,9 @@ class UsageLog:
             self._keep_sums(row)
             return
         self._recent[request.id] = request.tenant
-        if len(self._recent) > MOST_RECENT:
+        if len(self._recent) > MAX_RECENT:
             self._recent.popitem(last=False)
-        if not self.buffer.add(row) and self.buffer.dropped % MOST_WAITING == 1:
+        if not self.buffer.add(row) and self.buffer.dropped % MAX_WAITING == 1:
             logger.error("No more usage rows can wait in memory: from now on only their sums are kept.")
 
     def key_of(self, request_id: str) -> str | None:
