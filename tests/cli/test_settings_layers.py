@@ -172,6 +172,8 @@ def test_help_shows_new_names_only_and_a_flag_may_have_either(capsys: pytest.Cap
     for old, new in zip(OLD, NEW, strict=True):
         assert f"--{new.replace('_', '-')}" in shown
         assert f"--{old.replace('_', '-')}" not in shown
+    assert main(["gateway", "--stall-timeout", "1"]) == 2
+    assert "Did you mean --stream-idle-timeout-s?" in capsys.readouterr().err
     for flag in ("--max-attempts", "--max-tries"):
         assert main(["gateway", flag, "99"]) == 2
         assert "max_attempts is 99; it must be between 1 and 10." in capsys.readouterr().err
