@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pool_world import replica, request
 
 from powerband.dispatch.backend import ReplicaLoad
-from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
+from powerband.dispatch.errors import DeadlineUnreachable, NoReplicaAvailable, PoolFull, QueueTimeout
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import PoolOptions
 from powerband.gateway.request import GatewayRequest
@@ -21,7 +21,7 @@ LONGEST_WAIT_S = 20.0
 TICK_S = 0.05
 BUSY_S = 0.5
 SHORT = 100  # tokens; longer prompts do not go to replicas of the short lane
-REFUSALS = (PoolFull, DeadlineInfeasible, QueueTimeout, NoReplicaAvailable)
+REFUSALS = (PoolFull, DeadlineUnreachable, QueueTimeout, NoReplicaAvailable)
 
 
 @dataclass(eq=False)
@@ -223,10 +223,10 @@ class World:
         assert problem.retry_after_s > 0
         name = type(problem).__name__
         self.refused[name] = self.refused.get(name, 0) + 1
-        if isinstance(problem, PoolFull | DeadlineInfeasible):
+        if isinstance(problem, PoolFull | DeadlineUnreachable):
             assert self.loop.time() == asked.at_s, "refused late"
             assert not asked.avoid, "a second attempt is refused"
-        if isinstance(problem, DeadlineInfeasible):
+        if isinstance(problem, DeadlineUnreachable):
             assert asked.request.deadline_s is not None
         if isinstance(problem, NoReplicaAvailable):
             assert not any(known.is_up and not known.address.draining for known in self.known.values())

@@ -2,7 +2,7 @@
 
     submit ─► admitted? ─► a place is free ────────────► InFlightRequest ── release ─► its place goes to the next
                  │ no       └ none: queue (fair, bounded) ──┘
-                 └─► PoolFull, DeadlineInfeasible, …         … or QueueTimeout
+                 └─► PoolFull, DeadlineUnreachable, …         … or QueueTimeout
 
 A backend has max_num_seqs places and a few more, so that it never runs dry; a request that still waits can go to any
 backend, also to one that is added later.
@@ -70,7 +70,7 @@ class Dispatcher:
     ) -> InFlightRequest | QueuedRequest:
         """Send it to a backend, or queue it. avoid: backends that failed with it, used only if there are no others.
 
-        Raises PoolFull, DeadlineInfeasible, NoReplicaAvailable and ReplicasBusy.
+        Raises PoolFull, DeadlineUnreachable, NoReplicaAvailable and ReplicasBusy.
         """
         pool = pool_for(request, self._pools)
         # A request that was accepted before does not go to the end of the line.

@@ -58,7 +58,7 @@ class Pool:
     async def lease(self, request: GatewayRequest, *, avoid: Collection[str] = ()) -> Lease:
         """Wait for a place. avoid: replicas that failed with it, to be chosen only if there are no others.
 
-        Raises PoolFull, DeadlineInfeasible and NoReplicaAvailable at once, QueueTimeout after a wait. Cancelling it
+        Raises PoolFull, DeadlineUnreachable and NoReplicaAvailable at once, QueueTimeout after a wait. Cancelling it
         leaves the queue.
         """
         placed = self.dispatcher.submit(request, self.clock(), avoid=avoid)
