@@ -176,7 +176,7 @@ def run(*arguments: str) -> tuple[int, str]:
         (["--routes=nowhere.yaml"], 3, "Cannot read nowhere.yaml"),
         (["--routes=a.yaml", "--replica=http://127.0.0.1:1"], 2, "Both --routes and --replica"),
         (["--replica=127.0.0.1:1"], 2, "Like http://127.0.0.1:8001"),
-        (["--host=0.0.0.0"], 2, "would let anyone in"),
+        (["--host=0.0.0.0"], 2, "would let anyone use the replicas"),
         (["--max-attempts=0"], 2, "max_attempts is 0"),
     ],
 )

@@ -37,7 +37,7 @@ from powerband.dispatch.routing import make_router
 NO_REPLICA_RETRY_S = 5.0
 TICK_S = 0.05  # between two looks at waiting requests and at backends that do not serve
 _HEALTHY_S = 60.0  # for which a completed request shows a backend to be healthy
-_MAX_PAUSE_S = 5.0  # that a request waits for replicas which asked for a pause; else its client is told to wait
+_MAX_PAUSE_S = 5.0  # that a request waits for replicas which asked for a pause; for a longer one it is refused
 _REPLACEMENT_S = 15.0  # for which a replica is expected while there is none
 
 # How a request ended. ok: answered. failed: through the backend's fault. suspected: maybe through its own fault;
