@@ -6,7 +6,8 @@ vllm         a completion of prompt ids + output ids so far          greedy deco
 others       nothing: retried only before the first token          –
 
 vLLM counts some things over the output alone (presence and frequency penalties, seeds, grammars, bad words), and reads
-others out of it (tool calls, reasoning): such a stream ends with an error, since it would go on differently.
+others out of it (tool calls, reasoning); pictures and sounds are not in the ids of the prompt. Such a stream ends with
+an error, since it would go on differently; so does one whose request has fields that the gateway does not know.
 """
 
 from __future__ import annotations
@@ -19,37 +20,57 @@ from msgspec import Raw
 
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest
 from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.events import TokenIds, has_ids
+from powerband.gateway.proxy.events import NO_JSON, TokenIds, has_ids
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
 
 _ASK_S = 5.0
-# Of a chat that a completion does not take, or has had its effect on the prompt.
-_ONLY_CHAT = frozenset(
+# Had its effect on the prompt, whose ids the completion begins with, or is of chats alone.
+_IN_PROMPT = frozenset(
     (
         *("messages", "max_completion_tokens", "top_logprobs", "chat_template", "chat_template_kwargs", "tools"),
         *("tool_choice", "parallel_tool_calls", "add_generation_prompt", "continue_final_message", "documents"),
-        *(
-            "add_special_tokens",
-            "reasoning_effort",
-            "include_reasoning",
-            "echo",
-            "truncate_prompt_tokens",
-            "modalities",
-        ),
+        *("add_special_tokens", "reasoning_effort", "include_reasoning", "echo", "truncate_prompt_tokens"),
     )
 )
-# What looks at the output alone, so that output in the prompt would not count.
-_STATEFUL = frozenset(
+# Holds for output that stands in the prompt as for output that is generated, or does not change what is generated.
+# Whatever is in neither list makes the stream go on in another way: presence penalties and grammars look at the output
+# alone, embeddings are in no id, and of a field that the gateway does not know it cannot be told.
+_CARRIED_ON = frozenset(
     (
-        *("presence_penalty", "frequency_penalty", "bad_words", "structured_outputs", "use_beam_search"),
-        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag", "logits_processors"),
-        *("thinking_token_budget", "vllm_xargs"),
+        *(
+            "model",
+            "prompt",
+            "stream",
+            "stream_options",
+            "max_tokens",
+            "min_tokens",
+            "n",
+            "best_of",
+            "return_token_ids",
+        ),
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids", "seed"),
+        *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "logprobs"),
+        *("spaces_between_special_tokens", "return_tokens_as_token_ids", "user", "cache_salt", "prompt_cache_key"),
+        *("safety_identifier", "metadata", "store", "service_tier", "request_id"),
+        "response_format",  # see `_looks_back`
     )
 )
 _IDS = msgspec.json.Decoder(TokenIds)
+_TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "thinking"))
 _CONTEXT = 16  # tokens of the prompt that are decoded with the output, since the first token's text depends on them
+
+
+class _ContentPart(msgspec.Struct):
+    type: str | None = None
+
+
+class _Message(msgspec.Struct):
+    content: str | list[_ContentPart] | None = None
+
+
+_CONVERSATION = msgspec.json.Decoder(list[_Message])
 
 
 class CannotResume(Exception):
@@ -95,6 +116,7 @@ class Resumer:
             not has_ids(state.prompt_ids)
             or state.is_parsed
             or (is_chat and client_request.fields.logprobs)
+            or (is_chat and not _is_text_only(client_request.prompt))
             or _looks_back(fields)
         ):
             raise CannotResume
@@ -109,8 +131,7 @@ class Resumer:
         changes: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
         if _value(fields, "min_tokens"):
             changes["min_tokens"] = max(0, msgspec.json.decode(fields["min_tokens"], type=int) - len(kept))
-        dropped = _ONLY_CHAT if is_chat else {"echo", "truncate_prompt_tokens", "add_special_tokens"}
-        passed = {name: value for name, value in fields.items() if name not in dropped}
+        passed = {name: value for name, value in fields.items() if name not in _IN_PROMPT}
         if is_chat:
             passed.pop("logprobs", None)
         state.resume(kept=len(kept), skipped=skipped, is_other_kind=is_chat, counts_as_prompt=True)
@@ -168,9 +189,19 @@ def _decoded(ids: Raw) -> list[int]:
         raise CannotResume from problem
 
 
+def _is_text_only(messages: bytes) -> bool:
+    """Whether all of a conversation is in the ids of its prompt: of pictures and sounds, only their places are."""
+    try:
+        conversation = _CONVERSATION.decode(messages)
+    except NO_JSON:
+        return False
+    parts = [part for message in conversation if isinstance(message.content, list) for part in message.content]
+    return all(part.type in _TEXT_PARTS for part in parts)
+
+
 def _looks_back(fields: Mapping[str, Raw]) -> bool:
-    """Whether the next token depends on the output in a way that output in the prompt does not carry on."""
-    if any(_value(fields, name) for name in _STATEFUL):
+    """Whether the next token depends on more than the ids before it."""
+    if any(_value(fields, name) for name in fields if name not in _IN_PROMPT and name not in _CARRIED_ON):
         return True
     form = _value(fields, "response_format")
     has_form = isinstance(form, dict) and form.get("type") != "text"
