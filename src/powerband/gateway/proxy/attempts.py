@@ -65,11 +65,11 @@ class PoisonRequest(PowerbandError):
 class UpstreamAttempts:
     """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
 
-    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_tries: int) -> None:
+    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_attempts: int) -> None:
         self.request = request
         self._pool = pool
         self._upstream = upstream
-        self._max_tries = max_tries
+        self._max_attempts = max_attempts
         self._lease: Lease | None = None
         self._verdict = PoisonDetector()
         self._avoid: list[str] = []
@@ -171,7 +171,7 @@ class UpstreamAttempts:
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
-        if self._num_failures >= self._max_tries:
+        if self._num_failures >= self._max_attempts:
             self._verdict.settle()
             raise self._error(problem)
         if problem.counts and not await self._may_retry(lease):

@@ -103,7 +103,9 @@ class GenerationResponse(Response):
         self._client_request = client_request
         self._request = request
         self._key = key
-        self._attempts = UpstreamAttempts(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
+        self._attempts = UpstreamAttempts(
+            request, served.pool, gateway.upstream, max_attempts=gateway.settings.max_attempts
+        )
         self._state = self._new_state()
         self._reservation: Reservation | None = None
         self._connection: ClientConnection | None = None
