@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from powerband.engines.base import EngineAdapter, ServerName
+from powerband.engines.registry import ADAPTERS
 from powerband.errors import UsageError
-from powerband.gateway.engine_endpoints import ServerName
 from powerband.spec.config_reader import shown
 from powerband.spec.slo import SLO
 from powerband.spec.yaml_codec import as_record, read_record
@@ -40,6 +41,10 @@ class ReplicaAddress:
     longest_prompt: int | None = None
     api_key: str = ""
     draining: bool = False
+
+    @property
+    def adapter(self) -> EngineAdapter:
+        return ADAPTERS[self.engine]
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
