@@ -193,9 +193,36 @@ def test_another_engine_that_hangs_though_it_answers_probes_is_noticed() -> None
     on_site(test, replica("v", engine="vllm"), replica("b"))
 
 
+def test_another_engine_that_computes_a_long_prompt_keeps_its_streams() -> None:
+    """llama.cpp, and others that compute prompts first and have no metrics: nothing comes on any stream meanwhile."""
+
+    async def test(site: Site) -> None:
+        leases = await site.stream(4)
+        site.machines["v"].emits = False
+        prompts = [await site.pool.lease(request(f"p{i}", prompt_tokens=1000)) for i in range(2)]
+        assert {lease.replica.id for lease in prompts} == {"v", "b"}
+        await asyncio.sleep(5 + 1000 / 50 - 1)
+        assert site.state("v") == "ready"
+        assert not any(lease.is_lost for lease in leases)
+        await asyncio.sleep(2)
+        assert site.state("v") == "open", "no prompt takes so long"
+
+    on_site(test, replica("v", engine="llamacpp"), replica("b"))
+
+
+def test_streams_of_the_only_replica_are_not_cut_because_it_is_silent() -> None:
+    async def test(site: Site) -> None:
+        leases = await site.stream(2)
+        site.machines["v"].emits = False
+        await asyncio.sleep(20)
+        assert not any(lease.is_lost for lease in leases)
+
+    on_site(test, replica("v", engine="sglang"))
+
+
 def test_another_engine_that_still_counts_tokens_does_not_hang() -> None:
     async def test(site: Site) -> None:
-        [lease] = await site.stream()
+        lease = next(one for one in await site.stream(2) if one.replica.id == "v")
         machine = site.machines["v"]
         machine.emits = False
         for tokens in range(20):  # it computes a long prompt
@@ -203,7 +230,7 @@ def test_another_engine_that_still_counts_tokens_does_not_hang() -> None:
             await asyncio.sleep(1)
         assert not lease.is_lost
 
-    on_site(test, replica("v", engine="vllm"))
+    on_site(test, replica("v", engine="vllm"), replica("b"))
 
 
 def test_flapping_does_not_flap_the_pool() -> None:
@@ -240,7 +267,7 @@ def test_streams_survive_that_this_process_was_held_up() -> None:
             site.prober.step()  # before anything that came meanwhile is read
         assert not any(lease.is_lost for lease in leases)
 
-    on_site(test, replica("v", engine="vllm"))
+    on_site(test, replica("v", engine="vllm"), replica("b", engine="vllm"))
 
 
 def test_a_restarted_engine_has_lost_its_cache() -> None:

@@ -6,7 +6,8 @@ https://docs.vllm.ai/en/stable/configuration/env_vars/.
 A broken stream continues as a completion of prompt ids + output ids, which `return_token_ids` asks for (since 0.10.2).
 That is exact for greedy decoding; sampling without a seed goes on with other random numbers. vLLM counts some things
 over the output alone (presence and frequency penalties, seeds, grammars, bad words) and parses others out of it (tool
-calls, reasoning): such a stream cannot continue.
+calls, reasoning); pictures and sounds are not in the ids of the prompt. Such a stream cannot continue, nor one whose
+request has fields that are not known here.
 """
 
 from __future__ import annotations
@@ -29,25 +30,40 @@ _KV = {"16bit": "auto", "fp8": "fp8"}
 _MAX_HOST_MEMORY_RATIO = 0.2  # for one replica's KV cache
 _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 _DEFAULT_MAX_TOKENS = 16  # of a completion
-# Fields of a chat that a completion does not take, or that have had their effect on the prompt.
-_ONLY_CHAT = frozenset(
+# Fields of chats alone, and those that had their effect on the prompt, whose ids the completion begins with.
+_IN_PROMPT = frozenset(
     (
         *("messages", "max_completion_tokens", "top_logprobs", "chat_template", "chat_template_kwargs", "tools"),
         *("tool_choice", "parallel_tool_calls", "add_generation_prompt", "continue_final_message", "documents"),
         *("add_special_tokens", "reasoning_effort", "include_reasoning", "echo", "truncate_prompt_tokens"),
-        *("modalities", "logprobs"),
     )
 )
-_PROMPT_FIELDS = frozenset(("echo", "truncate_prompt_tokens", "add_special_tokens"))
-# Fields that act on the output alone, so that output in the prompt would not count.
-_STATEFUL = frozenset(
+# Fields that act on output in the prompt as on output that is generated, or do not change what is generated. Any other
+# may make the stream go on differently: presence penalties and grammars look at the output alone, embeddings are in no
+# id, and what an unknown field does is not known.
+_CARRIED_ON = frozenset(
     (
-        *("presence_penalty", "frequency_penalty", "bad_words", "structured_outputs", "use_beam_search"),
-        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag", "logits_processors"),
-        *("thinking_token_budget", "vllm_xargs"),
+        *("model", "prompt", "stream", "stream_options", "max_tokens", "min_tokens", "n", "best_of"),
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids", "seed"),
+        *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "logprobs"),
+        *("spaces_between_special_tokens", "return_tokens_as_token_ids", "user", "cache_salt", "prompt_cache_key"),
+        *("safety_identifier", "metadata", "store", "service_tier", "request_id", "return_token_ids"),
+        "response_format",  # see `_depends_on_output`
     )
 )
+_TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "thinking"))
 _CONTEXT = 16  # tokens of the prompt that are decoded with the output, since the first token's text depends on them
+
+
+class _ContentPart(msgspec.Struct):
+    type: str | None = None
+
+
+class _Message(msgspec.Struct):
+    content: str | list[_ContentPart] | None = None
+
+
+_CONVERSATION = msgspec.json.Decoder(list[_Message])
 
 
 def _command(request: LaunchRequest) -> Command:
@@ -134,7 +150,9 @@ def _tenant_fields(tenant: str, _user: str | None, cache_salt: str | None) -> Ma
 async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
     """Tokens whose text the client does not have completely are generated again."""
     fields, prompt_ids = stream.fields, stream.prompt_ids
-    if (stream.is_chat and _value(fields, "logprobs")) or _depends_on_output(fields):
+    if stream.is_chat and (_value(fields, "logprobs") or not _is_text_only(fields["messages"])):
+        raise CannotResume
+    if _depends_on_output(fields):
         raise CannotResume
     kept, skipped = await _kept_tokens(stream, ask)
     if stream.has_sent_ids and (skipped or len(kept) < len(stream.token_ids)):
@@ -147,8 +165,9 @@ async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
         if not isinstance(min_tokens, int):
             raise CannotResume
         changes["min_tokens"] = max(0, min_tokens - len(kept))
-    dropped = _ONLY_CHAT if stream.is_chat else _PROMPT_FIELDS
-    passed = {name: value for name, value in fields.items() if name not in dropped}
+    passed = {name: value for name, value in fields.items() if name not in _IN_PROMPT}
+    if stream.is_chat:
+        passed.pop("logprobs", None)
     return Continuation({**passed, **changes}, len(kept), skipped)
 
 
@@ -184,9 +203,19 @@ async def _context_length(stream: BrokenStream, ask: Ask) -> int:
     return lengths[0]
 
 
+def _is_text_only(messages: Raw) -> bool:
+    """Whether all of a conversation is in the ids of its prompt: of pictures and sounds, only their places are."""
+    try:
+        conversation = _CONVERSATION.decode(messages)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    parts = [part for message in conversation if isinstance(message.content, list) for part in message.content]
+    return all(part.type in _TEXT_PARTS for part in parts)
+
+
 def _depends_on_output(fields: Mapping[str, Raw]) -> bool:
-    """Whether the next token depends on the output in a way that output in the prompt does not carry on."""
-    if any(_value(fields, name) for name in _STATEFUL):
+    """Whether the next token depends on more than the ids before it."""
+    if any(_value(fields, name) for name in fields if name not in _IN_PROMPT and name not in _CARRIED_ON):
         return True
     form = _value(fields, "response_format")
     has_form = isinstance(form, dict) and form.get("type") != "text"

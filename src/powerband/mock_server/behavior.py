@@ -105,9 +105,20 @@ class _StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool = False
 
 
+class _ContentPart(msgspec.Struct):
+    type: str = "text"
+    text: str = ""
+
+
 class _Message(msgspec.Struct):
     role: str
-    content: str | None = None
+    content: str | list[_ContentPart] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return " ".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class MockRequest(msgspec.Struct):
@@ -143,7 +154,7 @@ class MockRequest(msgspec.Struct):
         """A word is a token."""
         if isinstance(self.prompt, list):
             return len(self.prompt)
-        texts = [message.content or "" for message in self.messages or ()] if self.prompt is None else [self.prompt]
+        texts = [message.text for message in self.messages or ()] if self.prompt is None else [self.prompt]
         return sum(len(text.split()) for text in texts)
 
 

@@ -86,7 +86,9 @@ class Prober:
             # A long step is no fault, and our own /readyz tells one from an engine that hangs.
             is_trusted = pool.address(backend).adapter.ready_shows_progress and backend.is_ready
             is_awake = now_s - self._held_up_s > options.probe_timeout_s  # long enough to have read what came meanwhile
-            if is_awake and not is_trusted and backend.is_silent(now_s):
+            # Where no other replica is there, cutting its streams would help nobody: each has a time limit of its own.
+            has_others = pool.has_others((backend.id,))
+            if is_awake and not is_trusted and has_others and backend.is_silent(now_s):
                 logger.warning("replica %s is silent: %d requests go elsewhere", backend.id, len(backend.in_flight))
                 pool.hung(backend)
 

@@ -171,7 +171,10 @@ class UpstreamAttempts:
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
-        if self._num_failures >= self._max_tries or (problem.counts and not await self._may_retry(lease)):
+        if self._num_failures >= self._max_tries:
+            self._verdict.settle()
+            raise self._error(problem)
+        if problem.counts and not await self._may_retry(lease):
             raise self._error(problem)
 
     def _is_poison(self, lease: Lease, problem: UpstreamFailure) -> bool:
@@ -247,7 +250,6 @@ class UpstreamAttempts:
             self._upstream.drain(exchange)
         elif exchange is not None:
             self._upstream.end(exchange)
-        self._verdict.settle()
         self.close("left")
 
     def _end_exchange(self) -> None:
