@@ -12,6 +12,7 @@ from powerband.bench.client.http import get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker
 from powerband.bench.client.responses import error_text
+from powerband.engines.registry import find_by_owner
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.http_client import Response, split_url
 from powerband.web.authority import split_authority
@@ -21,9 +22,7 @@ _PROBE_TOKENS = (32, 288)
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """kind: 'powerband', 'vllm', 'sglang', 'llama.cpp', 'tensorrt-llm' or 'unknown'."""
-
-    kind: str
+    kind: str  # the name of an engine in engines/; 'unknown'
     version: str
     max_model_len: int | None
 
@@ -125,7 +124,7 @@ def _prompt_tokens(page: Response) -> int:
 async def _identify(target: ServerAddress, card: dict[str, object]) -> ServerInfo:
     owner = str(card.get("owned_by", ""))
     length = card.get("max_model_len")
-    kind = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "powerband": "powerband"}.get(owner, "unknown")
+    engine = find_by_owner(owner)
     version = ""
     try:
         page = await get(target, "/version")
@@ -134,7 +133,9 @@ async def _identify(target: ServerAddress, card: dict[str, object]) -> ServerInf
             version = str(body.get("version", ""))
     except (OSError, TimeoutError):
         pass
-    return ServerInfo(kind, version, length if isinstance(length, int) else None)
+    return ServerInfo(
+        "unknown" if engine is None else engine.name, version, length if isinstance(length, int) else None
+    )
 
 
 def _silent(target: ServerAddress, why: str) -> EnvironmentFault:

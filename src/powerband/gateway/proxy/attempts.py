@@ -157,8 +157,8 @@ class UpstreamAttempts:
             self._avoid.append(id)
         if problem.is_refusal:
             # Ours says when there may be a place for this request, others when any may come again.
-            is_ours = lease.replica.engine == "powerband"
-            lease.close("refused", pause_s=0.0 if is_ours else problem.retry_after_s or 0.0)
+            is_alone = lease.replica.adapter.retry_after_is_per_request
+            lease.close("refused", pause_s=0.0 if is_alone else problem.retry_after_s or 0.0)
             self._record_rejection(id, problem)
             return
         self.broken.append((id, problem.code))

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from powerband.core.loop import error_info
 from powerband.core.request import OUTPUT_COMPLETE
 from powerband.dispatch.prefix import prefix_keys
+from powerband.engines.base import CannotResume
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
@@ -30,7 +31,7 @@ from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, Cli
 from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.events import MAX_EVENT_BYTES
 from powerband.gateway.proxy.relay import Relay
-from powerband.gateway.proxy.resume import CannotResume, Resumer
+from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import context_length
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
