@@ -13,7 +13,7 @@ from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMes
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker
 from powerband.bench.client.responses import error_text
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.http_client import Response, split_url
+from powerband.http_client.request import Response, split_url
 from powerband.web.authority import split_authority
 
 _PROBE_TOKENS = (32, 288)

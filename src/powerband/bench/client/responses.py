@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from powerband.bench.client.connection import HTTPResponse
+from powerband.http_client.connection import CollectedResponse
 
 MAX_ERROR_CHARS = 300
 
@@ -67,7 +67,7 @@ class _Chunk(NamedTuple):
     total: int | None  # output tokens so far, where it says so
 
 
-def parse_response(answer: HTTPResponse) -> ParsedResponse:
+def parse_response(answer: CollectedResponse) -> ParsedResponse:
     """Parse a streamed response. `problem` describes what is invalid in it."""
     reading = ParsedResponse(problem=answer.problem)
     if answer.status != 200:
@@ -111,11 +111,11 @@ def error_text(body: bytes) -> str:
     return str(message)[:MAX_ERROR_CHARS]
 
 
-def _events(answer: HTTPResponse) -> list[tuple[float, bytes]]:
+def _events(answer: CollectedResponse) -> list[tuple[float, bytes]]:
     """The data of server-sent events, each with the time at which it was whole."""
     found, rest = [], b""
     # What follows the last empty line is whole when the answer is.
-    ended = zip([*answer.times, *answer.times[-1:]], [*answer.pieces, b"\n\n"], strict=False)
+    ended = zip([*answer.times_s, *answer.times_s[-1:]], [*answer.pieces, b"\n\n"], strict=False)
     for time_s, piece in ended:
         # Nearly always a piece is one event of one line.
         if not rest and piece.find(b"\n") == len(piece) - 2 and piece.startswith(b"data:") and piece.endswith(b"\n\n"):

@@ -16,7 +16,7 @@ from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.proxy.upstream_errors import (
@@ -263,7 +263,7 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
 
 def _abort_when_lost(lease: Lease, exchange: UpstreamExchange) -> None:
     """The exchange fails when the replica is found to hang or to be gone."""
-    lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
+    lease.when_lost(partial(exchange.fail, "lost", "the replica hangs or is gone"))
 
 
 def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Raw
 
-from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamFailure
 
 MAX_EVENT_BYTES = 4 << 20
 END = b"[DONE]"

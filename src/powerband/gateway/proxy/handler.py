@@ -27,8 +27,8 @@ from powerband.gateway.accounts.limits import Reservation, price_from
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.events import MAX_EVENT_BYTES
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import CannotResume, Resumer
 from powerband.gateway.proxy.stream_state import StreamState

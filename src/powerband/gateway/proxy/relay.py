@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.events import END, EventSplitter, count_ids
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.web.client_connection import ClientConnection
 

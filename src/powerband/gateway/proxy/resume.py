@@ -18,8 +18,8 @@ import msgspec
 from msgspec import Raw
 
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.events import TokenIds, has_ids
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress

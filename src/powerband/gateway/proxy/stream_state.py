@@ -13,7 +13,6 @@ import msgspec
 from msgspec import Raw
 
 from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
 from powerband.gateway.proxy.events import (
     CHOICES,
@@ -27,6 +26,7 @@ from powerband.gateway.proxy.events import (
     has_ids,
     read_chunk,
 )
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
 from powerband.gateway.proxy.whole_response import WholeAnswer
 from powerband.gateway.routes import ReplicaAddress

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.events import FIELDS, Chunk, not_understood, read_chunk
+from powerband.gateway.proxy.exchange import UpstreamFailure
 
 MAX_RESPONSE_BYTES = 64 << 20
 _LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
