@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import msgspec
-
 from powerband.http_client.connection import CollectedResponse
+from powerband.openai.chunks import ChunkChoice, ChunkUsage, InvalidChunk, Text, read_chunk
+from powerband.openai.errors import read_error
+from powerband.openai.events import END, EventReader
 
+MAX_RESPONSE_BYTES = 64 << 20
 MAX_ERROR_CHARS = 300
-
-
-class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
-    prompt_tokens_details: _Details | None = None
-
-
-class _Delta(msgspec.Struct, gc=False):
-    role: str | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: object = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    text: str | None = None
-    delta: _Delta | None = None
-    finish_reason: str | None = None
-
-
-class _Event(msgspec.Struct, gc=False):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    error: object = None
-
-
-_DECODER = msgspec.json.Decoder(_Event)
-NO_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 @dataclass(slots=True)
@@ -61,7 +30,7 @@ class ParsedResponse:
     problem: str = ""  # why it counts as an error, or ''
 
 
-class _Chunk(NamedTuple):
+class _TimedText(NamedTuple):
     time_s: float
     text: str | None  # None: by its looks it carries no token
     total: int | None  # output tokens so far, where it says so
@@ -73,18 +42,18 @@ def parse_response(answer: CollectedResponse) -> ParsedResponse:
     if answer.status != 200:
         reading.problem = answer.problem or error_text(answer.body()) or f"HTTP {answer.status}"
         return reading
-    chunks: list[_Chunk] = []
+    chunks: list[_TimedText] = []
     has_ended = False
     for time_s, data in _events(answer):
-        if data == b"[DONE]":
+        if data == END:
             has_ended = True
             continue
         try:
-            event = _DECODER.decode(data)
-        except NO_JSON as problem:
+            event = read_chunk(data)
+        except InvalidChunk as problem:
             reading.problem = reading.problem or f"an invalid chunk: {problem}"
             continue
-        if event.error is not None:
+        if event.has_error:
             reading.problem = error_text(data) or "an error in the stream"
         if event.usage is not None:
             _add_usage(reading, event.usage)
@@ -92,7 +61,7 @@ def parse_response(answer: CollectedResponse) -> ParsedResponse:
             has_ended = has_ended or bool(choice.finish_reason)  # '' (LocalAI and others) is not an end
             reading.finish_reason = choice.finish_reason or reading.finish_reason
             total = event.usage.completion_tokens if event.usage is not None else None
-            chunks.append(_Chunk(time_s, _token_text(choice), total))
+            chunks.append(_TimedText(time_s, _token_text(choice), total))
     if not reading.problem and not has_ended:
         reading.problem = "the stream ended before its answer did"
     reading.text = "".join(chunk.text for chunk in chunks if chunk.text)
@@ -102,48 +71,26 @@ def parse_response(answer: CollectedResponse) -> ParsedResponse:
 
 def error_text(body: bytes) -> str:
     """The message of an error object as OpenAI's, or the body's beginning."""
-    try:
-        decoded = msgspec.json.decode(body)
-    except NO_JSON:
-        return " ".join(body[:MAX_ERROR_CHARS].decode(errors="replace").split())
-    inner = decoded.get("error", decoded) if isinstance(decoded, dict) else decoded
-    message = inner.get("message", inner) if isinstance(inner, dict) else inner
-    return str(message)[:MAX_ERROR_CHARS]
+    return (read_error(body).message or " ".join(body.decode(errors="replace").split()))[:MAX_ERROR_CHARS]
 
 
-def _events(answer: CollectedResponse) -> list[tuple[float, bytes]]:
+def _events(answer: CollectedResponse) -> Iterator[tuple[float, bytes]]:
     """The data of server-sent events, each with the time at which it was whole."""
-    found, rest = [], b""
-    # What follows the last empty line is whole when the answer is.
-    ended = zip([*answer.times_s, *answer.times_s[-1:]], [*answer.pieces, b"\n\n"], strict=False)
-    for time_s, piece in ended:
-        # Nearly always a piece is one event of one line.
-        if not rest and piece.find(b"\n") == len(piece) - 2 and piece.startswith(b"data:") and piece.endswith(b"\n\n"):
-            found.append((time_s, piece[5:-2].strip()))
-            continue
-        rest = rest + piece if rest else piece
-        if b"\r" in rest:
-            rest = rest.replace(b"\r\n", b"\n")
-        if rest.endswith(b"\n\n"):
-            blocks, rest = rest.split(b"\n\n"), b""
-        else:
-            *blocks, rest = rest.split(b"\n\n")
-        for block in blocks:
-            if block.startswith(b"data:") and b"\n" not in block:
-                found.append((time_s, block[5:].strip()))
-            elif block:
-                lines = [line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:")]
-                if lines:
-                    found.append((time_s, b"\n".join(lines)))
-    return found
+    reader = EventReader(MAX_RESPONSE_BYTES)
+    for time_s, piece in zip(answer.times_s, answer.pieces, strict=True):
+        for data in reader.feed(piece):
+            yield time_s, data
+    if answer.times_s:  # what follows the last empty line is whole when the answer is
+        for data in reader.feed(b"\n\n"):
+            yield answer.times_s[-1], data
 
 
-def _token_text(choice: _Choice) -> str | None:
+def _token_text(choice: ChunkChoice) -> str | None:
     """What the chunk adds, which may be nothing yet (half a character); None: it carries no token."""
     if choice.delta is not None:
         delta = choice.delta
-        text = (delta.content or "") + (delta.reasoning_content or delta.reasoning or "")
-        if text or delta.tool_calls:
+        text = _plain(delta.content) + _plain(delta.reasoning_content or delta.reasoning)
+        if text or delta.is_parsed:
             return text
         is_silent = delta.role is not None or bool(choice.finish_reason)
         return None if is_silent or delta.content is None else ""
@@ -152,17 +99,22 @@ def _token_text(choice: _Choice) -> str | None:
     return None if choice.text is None or choice.finish_reason else ""
 
 
-def _add_usage(reading: ParsedResponse, usage: _Usage) -> None:
+def _plain(text: Text) -> str:
+    """What comes in parts is not read."""
+    return text if isinstance(text, str) else ""
+
+
+def _add_usage(reading: ParsedResponse, usage: ChunkUsage) -> None:
     """Zeros, which some servers send until the end or throughout, count nothing."""
     reading.prompt_tokens = usage.prompt_tokens or reading.prompt_tokens
     if usage.completion_tokens:
         reading.counted_by_usage = True
         reading.output_tokens = usage.completion_tokens
     if usage.prompt_tokens_details is not None:
-        reading.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
+        reading.cached_tokens = usage.cached_tokens
 
 
-def _count(reading: ParsedResponse, chunks: list[_Chunk]) -> None:
+def _count(reading: ParsedResponse, chunks: list[_TimedText]) -> None:
     """Which chunks carry tokens, and how many: by the usage that each says, so far; else those that carry text, and the
     whole usage spread by the lengths of their texts.
     """

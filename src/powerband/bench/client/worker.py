@@ -34,12 +34,11 @@ from powerband.bench.client.messages import (
 )
 from powerband.bench.client.precise_timer import PreciseTimer
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker, request_bytes
-from powerband.bench.client.responses import ParsedResponse, parse_response
+from powerband.bench.client.responses import MAX_RESPONSE_BYTES, ParsedResponse, parse_response
 from powerband.http_client.connection import CollectedResponse, ConnectionPool
 from powerband.metrics.record import Outcome
 
 _MAX_SAMPLES = 500  # in one message
-_MAX_RESPONSE_BYTES = 64 << 20
 REFUSED = (429, 503)
 
 
@@ -154,7 +153,7 @@ class LoadWorker:
         """A kept connection may be closed just then: what got no answer at all is sent once more on a new one."""
         while True:
             connection, was_used = await self._connections.take()
-            response = CollectedResponse(_MAX_RESPONSE_BYTES)
+            response = CollectedResponse(MAX_RESPONSE_BYTES)
             await connection.exchange((ready,), response)
             if response.code and was_used and not response.received_s:
                 continue

@@ -41,6 +41,10 @@ class UpstreamFailure(ConnectionError):
         self.counts = counts
         self.is_lasting = is_lasting
 
+    @classmethod
+    def invalid(cls, problem: Exception) -> UpstreamFailure:
+        return cls("garbage", f"The replica's answer is not what was asked for: {problem}.")
+
 
 class UpstreamExchange(HttpResponse):
     """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.

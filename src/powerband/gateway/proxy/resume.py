@@ -18,11 +18,11 @@ import msgspec
 from msgspec import Raw
 
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest
-from powerband.gateway.proxy.events import TokenIds, has_ids
 from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.chunks import TokenIds, has_ids
 
 _ASK_S = 5.0
 # Of a chat that a completion does not take, or has had its effect on the prompt.
