@@ -48,7 +48,8 @@ class ChunkDelta(msgspec.Struct, gc=False):
     @property
     def is_parsed(self) -> bool:
         """Whether it holds more than text: thoughts, calls of tools, parts."""
-        return bool(self.reasoning_content or self.reasoning or self.has_calls) or isinstance(self.content, list)
+        has_more = self.reasoning_content or self.reasoning or len(self.tool_calls) > len(b"null")
+        return bool(has_more) or isinstance(self.content, list)
 
 
 class ChunkChoice(msgspec.Struct, gc=False):

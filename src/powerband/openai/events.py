@@ -8,6 +8,7 @@ from __future__ import annotations
 MAX_EVENT_BYTES = 4 << 20
 END = b"[DONE]"  # the data of OpenAI's last event
 _BOM = b"\xef\xbb\xbf"
+_CR, _LF = 13, 10  # a number is found in a fifth of the time of one byte
 
 
 class EventTooLarge(ValueError):
@@ -39,17 +40,13 @@ class EventReader:
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Raises EventTooLarge."""
-        has_cr = self._after_cr or b"\r" in piece
+        has_cr = _CR in piece or self._after_cr
         # Nearly always a piece is one event of one line.
-        if (
-            not (has_cr or self._rest)
-            and piece.startswith(b"data:")
-            and piece.endswith(b"\n\n")
-            and piece.find(b"\n") == len(piece) - 2
-        ):
+        is_line = piece.find(_LF) == len(piece) - 2 and piece.endswith(b"\n") and piece.startswith(b"data:")
+        if is_line and not (has_cr or self._rest):
             self._has_begun = True
             self.num_events += 1
-            data = piece[5:].strip()
+            data = piece[5:-2].strip()
             return [data] if data else []
         if has_cr:
             piece = self._with_line_feeds(piece)

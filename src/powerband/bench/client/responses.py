@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from powerband.http_client.connection import CollectedResponse
-from powerband.openai.chunks import ChunkChoice, ChunkUsage, InvalidChunk, Text, read_chunk
+from powerband.openai.chunks import ChunkChoice, ChunkUsage, InvalidChunk, read_chunk
 from powerband.openai.errors import read_error
 from powerband.openai.events import END, EventReader
 
@@ -30,21 +28,21 @@ class ParsedResponse:
     problem: str = ""  # why it counts as an error, or ''
 
 
-class _TimedText(NamedTuple):
-    time_s: float
-    text: str | None  # None: by its looks it carries no token
-    total: int | None  # output tokens so far, where it says so
-
-
 def parse_response(answer: CollectedResponse) -> ParsedResponse:
     """Parse a streamed response. `problem` describes what is invalid in it."""
     reading = ParsedResponse(problem=answer.problem)
     if answer.status != 200:
         reading.problem = answer.problem or error_text(answer.body()) or f"HTTP {answer.status}"
         return reading
-    chunks: list[_TimedText] = []
+    times_s: list[float] = []  # of each choice of each chunk …
+    texts: list[str | None] = []  # … what it adds; None: by its looks it carries no token …
+    totals: list[int | None] = []  # … and how many output tokens there are so far, where it says so
     has_ended = False
-    for time_s, data in _events(answer):
+    reader = EventReader(MAX_RESPONSE_BYTES)
+    # What follows the last empty line is whole when the answer is.
+    pieces = zip([*answer.times_s, *answer.times_s[-1:]], [*answer.pieces, b"\n\n"], strict=False)
+    events = [(time_s, data) for time_s, piece in pieces for data in reader.feed(piece)]
+    for time_s, data in events:
         if data == END:
             has_ended = True
             continue
@@ -60,12 +58,13 @@ def parse_response(answer: CollectedResponse) -> ParsedResponse:
         for choice in event.choices or ():
             has_ended = has_ended or bool(choice.finish_reason)  # '' (LocalAI and others) is not an end
             reading.finish_reason = choice.finish_reason or reading.finish_reason
-            total = event.usage.completion_tokens if event.usage is not None else None
-            chunks.append(_TimedText(time_s, _token_text(choice), total))
+            times_s.append(time_s)
+            texts.append(_token_text(choice))
+            totals.append(event.usage.completion_tokens if event.usage is not None else None)
     if not reading.problem and not has_ended:
         reading.problem = "the stream ended before its answer did"
-    reading.text = "".join(chunk.text for chunk in chunks if chunk.text)
-    _count(reading, chunks)
+    reading.text = "".join(text for text in texts if text)
+    _count(reading, times_s, texts, totals)
     return reading
 
 
@@ -74,34 +73,20 @@ def error_text(body: bytes) -> str:
     return (read_error(body).message or " ".join(body.decode(errors="replace").split()))[:MAX_ERROR_CHARS]
 
 
-def _events(answer: CollectedResponse) -> Iterator[tuple[float, bytes]]:
-    """The data of server-sent events, each with the time at which it was whole."""
-    reader = EventReader(MAX_RESPONSE_BYTES)
-    for time_s, piece in zip(answer.times_s, answer.pieces, strict=True):
-        for data in reader.feed(piece):
-            yield time_s, data
-    if answer.times_s:  # what follows the last empty line is whole when the answer is
-        for data in reader.feed(b"\n\n"):
-            yield answer.times_s[-1], data
-
-
 def _token_text(choice: ChunkChoice) -> str | None:
     """What the chunk adds, which may be nothing yet (half a character); None: it carries no token."""
-    if choice.delta is not None:
-        delta = choice.delta
-        text = _plain(delta.content) + _plain(delta.reasoning_content or delta.reasoning)
-        if text or delta.is_parsed:
-            return text
-        is_silent = delta.role is not None or bool(choice.finish_reason)
-        return None if is_silent or delta.content is None else ""
-    if choice.text:
-        return choice.text
-    return None if choice.text is None or choice.finish_reason else ""
-
-
-def _plain(text: Text) -> str:
-    """What comes in parts is not read."""
-    return text if isinstance(text, str) else ""
+    delta = choice.delta
+    if delta is None:
+        if choice.text:
+            return choice.text
+        return None if choice.text is None or choice.finish_reason else ""
+    content = delta.content
+    if isinstance(content, str) and content and not (delta.reasoning_content or delta.reasoning):
+        return content
+    if delta.is_parsed:
+        texts = content, delta.reasoning_content or delta.reasoning
+        return "".join(text for text in texts if isinstance(text, str))
+    return None if content is None or delta.role is not None or choice.finish_reason else ""
 
 
 def _add_usage(reading: ParsedResponse, usage: ChunkUsage) -> None:
@@ -114,23 +99,22 @@ def _add_usage(reading: ParsedResponse, usage: ChunkUsage) -> None:
         reading.cached_tokens = usage.cached_tokens
 
 
-def _count(reading: ParsedResponse, chunks: list[_TimedText]) -> None:
+def _count(reading: ParsedResponse, times_s: list[float], texts: list[str | None], totals: list[int | None]) -> None:
     """Which chunks carry tokens, and how many: by the usage that each says, so far; else those that carry text, and the
     whole usage spread by the lengths of their texts.
     """
-    if chunks and chunks[-1].total and all(chunk.total is not None for chunk in chunks):
+    if totals and totals[-1] and None not in totals:
         before = 0
-        for chunk in chunks:
-            if chunk.total is not None and chunk.total > before:
-                reading.times_s.append(chunk.time_s)
-                reading.tokens.append(chunk.total - before)
-                before = chunk.total
+        for time_s, total in zip(times_s, totals, strict=True):
+            if total is not None and total > before:
+                reading.times_s.append(time_s)
+                reading.tokens.append(total - before)
+                before = total
         return
-    texts = [chunk.text for chunk in chunks if chunk.text is not None]
+    reading.times_s = [time_s for time_s, text in zip(times_s, texts, strict=True) if text is not None]
     if not reading.counted_by_usage:
-        reading.output_tokens = len(texts)
-    reading.times_s = [chunk.time_s for chunk in chunks if chunk.text is not None]
-    reading.tokens = spread(reading.output_tokens, [len(text) for text in texts])
+        reading.output_tokens = len(reading.times_s)
+    reading.tokens = spread(reading.output_tokens, [len(text) for text in texts if text is not None])
 
 
 def spread(total: int, lengths: list[int]) -> list[int]:
