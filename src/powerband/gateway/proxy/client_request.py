@@ -17,6 +17,7 @@ from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.errors import InvalidRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
 
 PATHS: dict[Endpoint, str] = {
@@ -40,11 +41,6 @@ _TELL_IDS = frozenset(("powerband", "vllm"))
 # Engines that do not, but say with each chunk how many tokens its choice has so far: who leaves early is charged by it.
 _TELL_USAGE = frozenset(("sglang", "trtllm"))
 _TRUE = Raw(b"true")
-
-
-class StreamOptionFields(msgspec.Struct):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
 class RequestFields(msgspec.Struct):

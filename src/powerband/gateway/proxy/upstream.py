@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
+from powerband.openai.fields import read_models
 
 if TYPE_CHECKING:
     from powerband.gateway.gateway import ServedModel
@@ -158,18 +157,6 @@ async def _take(pool: ConnectionPool, connect_s: float) -> tuple[OutboundConnect
 # ---- the context length of a model
 
 
-class _Card(msgspec.Struct):
-    id: str = ""
-    max_model_len: int | None = None
-
-
-class _Cards(msgspec.Struct):
-    data: list[_Card] = []
-
-
-_CARDS = msgspec.json.Decoder(_Cards)
-
-
 async def context_length(served: ServedModel, upstream: UpstreamClient) -> int | None:
     """The maximum tokens of prompt and output: the least of the replicas' limits; None: no replica reports one."""
     known = served.context_lengths
@@ -183,10 +170,8 @@ async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: 
     """One that does not answer is asked again the next time."""
     try:
         status, body = await upstream.ask(replica, "GET", "/v1/models", b"", _MODELS_TIMEOUT_S)
-        cards = _CARDS.decode(body).data if status == 200 else []
     except OSError:
         return
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        cards = []
-    lengths = [card.max_model_len for card in cards if card.id == replica.model]
-    known[replica.id] = next((length for length in lengths if length is not None and length > 0), None)
+    models = read_models(body) if status == 200 else []
+    lengths = [model.context_length for model in models if model.id == replica.model]
+    known[replica.id] = next((length for length in lengths if length is not None), None)
