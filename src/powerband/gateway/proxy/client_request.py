@@ -17,6 +17,7 @@ from powerband.engines.powerband import MAX_LABEL_CHARS
 from powerband.errors import InvalidRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
 
 PATHS: dict[Endpoint, str] = {
@@ -35,11 +36,6 @@ _SLACK_PROMPT_TOKENS = 1 << 16
 _PROMPT_BYTES = 32  # of an answer, for each of the prompt: its ids, and itself
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _TRUE = Raw(b"true")
-
-
-class StreamOptionFields(msgspec.Struct):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
 class RequestFields(msgspec.Struct):
