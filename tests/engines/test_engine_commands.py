@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from powerband.cli.main import main
-from powerband.engines.launch import Command
-from powerband.engines.launch_request import LaunchRequest
+from powerband.engines.launch import Command, LaunchRequest
 from powerband.engines.registry import ADAPTERS
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import ENGINES, EngineName, Replica
