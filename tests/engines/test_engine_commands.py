@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from model_configs import model_config
 from powerband.cli.main import main
 from powerband.engines.launch import Command, LaunchRequest
 from powerband.engines.registry import ADAPTERS
@@ -20,22 +21,7 @@ from powerband.spec.deployment import ENGINES, EngineName, Replica
 DOCUMENTED = Path(__file__).parent / "documented_options"
 H100 = Replica(device="H100-SXM", max_model_len=4096, max_num_seqs=64, max_num_batched_tokens=1024)
 CPU = Replica(device="cpu", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=256)
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
+LLAMA = model_config(architectures=["LlamaForCausalLM"], rope_theta=500000.0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from powerband.fleet.targets.base import Instance
-from powerband.http_client import Response, bearer, request
+from powerband.http_client.request import Response, bearer, request
 
 PROBE_INTERVAL_S = 0.4
 _TIMEOUT_S = 2.0

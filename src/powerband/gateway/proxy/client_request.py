@@ -17,6 +17,7 @@ from powerband.engines.powerband import MAX_LABEL_CHARS
 from powerband.errors import InvalidRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
 
 PATHS: dict[Endpoint, str] = {
@@ -37,11 +38,6 @@ _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _TRUE = Raw(b"true")
 
 
-class StreamOptionFields(msgspec.Struct):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
 class RequestFields(msgspec.Struct):
     """The fields that the gateway reads, of both kinds of request."""
 
@@ -50,8 +46,8 @@ class RequestFields(msgspec.Struct):
     messages: Raw | UnsetType = UNSET
     stream: bool | None = None
     stream_options: StreamOptionFields | None = None
-    n: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    best_of: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None  # OpenAI's limit
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     n_predict: Any = None

@@ -28,8 +28,7 @@ from powerband.gateway.accounts.limits import Reservation, price_from
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
-from powerband.gateway.proxy.events import MAX_EVENT_BYTES
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
@@ -39,11 +38,12 @@ from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesRes
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.openai.events import MAX_EVENT_BYTES, event
 from powerband.web.body import read_body
 from powerband.web.client_connection import ClientConnection, client_connection
 from powerband.web.errors import error_body
 from powerband.web.middleware import ClientDisconnected
-from powerband.web.streaming import STREAM_HEADERS, event
+from powerband.web.streaming import STREAM_HEADERS
 
 _WITHOUT_STREAM = "Ask for it without stream, or for fewer log-probabilities."
 
@@ -104,7 +104,9 @@ class GenerationResponse(Response):
         self._client_request = client_request
         self._request = request
         self._key = key
-        self._attempts = UpstreamAttempts(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
+        self._attempts = UpstreamAttempts(
+            request, served.pool, gateway.upstream, max_attempts=gateway.settings.max_attempts
+        )
         self._state = self._new_state()
         self._reservation: Reservation | None = None
         self._connection: ClientConnection | None = None

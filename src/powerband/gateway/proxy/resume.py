@@ -16,11 +16,11 @@ from msgspec import Raw
 
 from powerband.engines.base import BrokenStream, CannotResume
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.events import TokenIds, has_ids
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.chunks import TokenIds, has_ids
 
 _ASK_S = 5.0
 _IDS = msgspec.json.Decoder(TokenIds)

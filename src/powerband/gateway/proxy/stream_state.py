@@ -14,29 +14,31 @@ from msgspec import Raw
 
 from powerband.engines.base import EngineAdapter
 from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
-from powerband.gateway.proxy.events import (
-    CHOICES,
+from powerband.gateway.proxy.exchange import UpstreamFailure
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, with_served_name
+from powerband.gateway.proxy.whole_response import WholeAnswer
+from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.chunks import (
     FIELDS,
     NO_IDS,
     Chunk,
     ChunkChoice,
     ChunkDelta,
     ChunkUsage,
+    InvalidChunk,
     count_ids,
     has_ids,
     read_chunk,
 )
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
-from powerband.gateway.proxy.whole_response import WholeAnswer
-from powerband.gateway.routes import ReplicaAddress
-from powerband.web.streaming import DONE, event
+from powerband.openai.errors import read_error
+from powerband.openai.events import DONE, event
 
 # What stays the same through a stream, beside the model.
 _LASTING = ("id", "created", "system_fingerprint")
 _MAX_LASTING_BYTES = 512  # larger ones would be repeated with every event after a failover
 _ENCODE = msgspec.json.Encoder().encode
+_CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
 # How engines end an answer that they gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
 _GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
@@ -171,12 +173,15 @@ class StreamState:
 
     def process_event(self, data: bytes, now_s: float) -> bytes:
         """What the client reads of an event's data, whole events. Raises UpstreamFailure and InvalidUpstreamRequest."""
-        chunk = read_chunk(data)
+        try:
+            chunk = read_chunk(data)
+        except InvalidChunk as problem:
+            raise UpstreamFailure.invalid(problem) from None
         if chunk.has_error:
             raise self.as_failure(chunk.error)
         self._check_choices(chunk)
         if not chunk.choices:
-            if chunk.usage is None and read_upstream_error(data).message:  # older vLLM's and TensorRT-LLM's form
+            if chunk.usage is None and read_error(data).message:  # older vLLM's and TensorRT-LLM's form
                 raise self.as_failure(Raw(data))
             self._take_usage(chunk, 0)
             return self._rewritten(data, chunk) if chunk.usage is not None and self._wants_usage else b""
@@ -290,7 +295,7 @@ class StreamState:
         fields: dict[str, Any] = FIELDS.decode(data)
         fields["model"] = self._served_model
         if chunk.choices:
-            choices = fields["choices"] = CHOICES.decode(fields["choices"])
+            choices = fields["choices"] = _CHOICES.decode(fields["choices"])
             for read, choice in zip(chunk.choices, choices, strict=True):
                 if self.is_resumed and "text" in choice:
                     choice["text"] = Raw(_ENCODE(read.text))  # less what the client has
@@ -342,7 +347,7 @@ class StreamState:
 
     def as_failure(self, error: Raw) -> Exception:
         """An error in an answer: the replica's own, which another may be free of, or the request's."""
-        complaint = with_served_name(read_upstream_error(bytes(error)), self._inner_model, self._model)
+        complaint = with_served_name(read_error(bytes(error)), self._inner_model, self._model)
         if complaint.is_about_request:
             return InvalidUpstreamRequest(complaint)
         return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")
