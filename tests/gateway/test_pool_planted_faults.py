@@ -196,15 +196,15 @@ def _(right: Any, waiting: Any, choose: Any) -> Any:
         return found
 
     found = right(waiting, chosen)
-    waiting._heap = [entry for entry in waiting._heap if entry[2] not in passed]
-    heapq.heapify(waiting._heap)
+    waiting._by_tag = [entry for entry in waiting._by_tag if entry[2] not in passed]
+    heapq.heapify(waiting._by_tag)
     return found
 
 
 @FAULTS.add("a tenant whose tokens are corrected is lost", _PriorityClass._changed)
-def _(right: Any, waiting: Any, tenant: str) -> None:
-    if tenant not in waiting.tenants:
-        right(waiting, tenant)
+def _(right: Any, waiting: Any, name: str, tenant: Any) -> None:
+    if name not in waiting.waiting:
+        right(waiting, name, tenant)
 
 
 @FAULTS.add("the queue has no limit", AdmissionControl._check_room)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from powerband.engines.base import EngineAdapter, ServerName
+from powerband.engines.registry import ADAPTERS
 from powerband.errors import UsageError
-from powerband.gateway.engine_endpoints import ServerName
 from powerband.spec.config_reader import shown
 from powerband.spec.slo import SLO
 from powerband.spec.yaml_codec import as_record, read_record
@@ -33,6 +34,10 @@ class ReplicaAddress:
     max_prompt_tokens: int | None = field(default=None, metadata={"was": "longest_prompt"})
     api_key: str = ""  # that the replica asks for
     draining: bool = False  # gets no new requests; running ones finish
+
+    @property
+    def adapter(self) -> EngineAdapter:
+        return ADAPTERS[self.engine]
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import uvloop
 
+from powerband.engines.base import ServerName
 from powerband.errors import UsageError
 from powerband.folders import state_home
 from powerband.gateway.accounts.accounts import Accounts, has_admin_key
 from powerband.gateway.app import make_app
 from powerband.gateway.discovery import discover
-from powerband.gateway.engine_endpoints import ServerName
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.observability.access_log import log_request
 from powerband.gateway.observability.metrics import GatewayMetrics

@@ -32,7 +32,7 @@ class AdminApi:
     """Blocking. Raises PowerbandError: the gateway's own error, or EnvironmentFault when it does not respond."""
 
     def __init__(self, url: str, key: str) -> None:
-        from powerband.http_client import split_url
+        from powerband.http_client.request import split_url
 
         try:
             split_url(url)
@@ -43,7 +43,7 @@ class AdminApi:
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """The decoded JSON of the response."""
-        from powerband.http_client import bearer, request_sync
+        from powerband.http_client.request import bearer, request_sync
 
         headers = {**bearer(self._key), "X-Powerband-Actor": _user()}
         try:

@@ -10,8 +10,8 @@ from cyclopts import Parameter
 from powerband.cli.flags import takes_settings
 from powerband.cli.settings import Resolved
 from powerband.documents import read_table
+from powerband.engines.base import ServerName
 from powerband.errors import UsageError
-from powerband.gateway.engine_endpoints import ServerName
 from powerband.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:

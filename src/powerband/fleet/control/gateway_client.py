@@ -13,7 +13,7 @@ import msgspec
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import Routes
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
-from powerband.http_client import Response, bearer, request
+from powerband.http_client.request import Response, bearer, request
 
 POLL_INTERVAL_S = 0.4
 _TIMEOUT_S = 3.0

@@ -9,7 +9,8 @@ from functools import cache
 
 import msgspec
 
-from powerband.fleet.engines.base import read_key
+from powerband.engines.launch import read_key
+from powerband.engines.registry import ADAPTERS
 from powerband.fleet.service.spec import GatewaySpec, PoolRelease, Release
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.base import Instance, InstanceSpec
@@ -70,6 +71,7 @@ def replica_spec(release: Release, pool: int, id: str, devices: tuple[int, ...])
         env={**made.env, **visible},
         pool=pool,
         ready_path=made.ready_path,
+        metrics_path=ADAPTERS[made.engine].metrics_path,
         devices=devices,
     )
 

@@ -13,6 +13,7 @@ import msgspec
 from powerband.gateway.accounts.redaction import redact
 from powerband.gateway.accounts.store import Row, Run, Store
 from powerband.gateway.request import GatewayRequest
+from powerband.openai.fields import MessageFields
 
 MAX_CHARS = 32_768  # of a prompt, and of an output
 _MAX_WAITING = 256
@@ -21,16 +22,7 @@ _INSERT = "INSERT OR IGNORE INTO content (request_id, at, key_id, prompt, output
 _FIELDS = ("request_id", "at", "key_id", "prompt", "output")
 
 
-class _Part(msgspec.Struct, gc=False):
-    text: str | None = None
-
-
-class _Message(msgspec.Struct, gc=False):
-    role: str = ""
-    content: str | list[_Part] | None = None
-
-
-_PROMPT = msgspec.json.Decoder(str | list[str | _Message])
+_PROMPT = msgspec.json.Decoder(str | list[str | MessageFields])
 
 
 class TranscriptStore:
@@ -79,7 +71,7 @@ def prompt_text(prompt: bytes) -> str:
         elif isinstance(one.content, str):
             lines.append(f"{one.role}: {one.content}")
         else:
-            lines.extend(part.text for part in one.content or () if part.text is not None)
+            lines.extend(one.texts)
     return "\n".join(lines)
 
 
