@@ -21,7 +21,7 @@ from powerband.core.request import EngineRequest
 from powerband.core.scheduler import Scheduler
 from powerband.core.step import NewRequest, Step, Work
 from powerband.engine.attention import AttentionBatch, Choice
-from powerband.engine.cuda_graphs import DecodeGraphs, can_capture
+from powerband.engine.executor.cuda_graphs import DecodeGraphs, can_capture
 from powerband.engine.executor.local import ExecutorConfig, TorchExecutor
 from powerband.spec.model.model_spec import ModelSpec
 

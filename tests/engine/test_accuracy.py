@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from powerband.engine.kernels.cpu import library
-from powerband.engine.llm import LLM
+from powerband.engine.offline.llm import LLM
 from powerband.evaluation import text_loss
 
 INT8_LOSS, INT4_LOSS = 0.01, 0.05  # shares of bfloat16's perplexity

@@ -10,9 +10,9 @@ import torch
 from scipy import stats
 
 from powerband.core.params import SamplingParams
-from powerband.engine import choice
-from powerband.engine.logits import uniform
-from powerband.engine.sampler import Sampler
+from powerband.engine.sampling import ops
+from powerband.engine.sampling.logits import uniform
+from powerband.engine.sampling.sampler import Sampler
 
 torch.set_num_threads(1)
 VOCAB = 1000  # not a multiple of the block of 64
@@ -111,7 +111,7 @@ def test_sorting_draws_in_exact_proportion(top_k: int | None, top_p: float, min_
     limits = torch.full((count,), top_k or 640)
     even = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     rows = logits.repeat(count, 1)
-    drawn = choice.draw_sorted(rows, torch.empty_like(rows), top_k or 640, limits, *like, lambda _: even)
+    drawn = ops.draw_sorted(rows, torch.empty_like(rows), top_k or 640, limits, *like, lambda _: even)
     expected = reference_kept(logits.numpy(), params) * count
     assert abs(np.bincount(drawn, minlength=640) - expected).max() <= 1.01
 

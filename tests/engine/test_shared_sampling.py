@@ -15,11 +15,11 @@ import torch
 
 from powerband.core.params import MAX_BAD_WORD_TOKENS, SamplingParams
 from powerband.core.request import EngineRequest
+from powerband.engine.client.messages import Submit, ToEngine, Wire
 from powerband.engine.kernels.cpu import library
-from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
-from powerband.engine.logits import BadWords
-from powerband.engine.messages import Submit, ToEngine, Wire
-from powerband.engine.sampler import Sampler
+from powerband.engine.sampling.cpu import use_cpu_sampling
+from powerband.engine.sampling.logits import BadWords
+from powerband.engine.sampling.sampler import Sampler
 from powerband.errors import InvalidRequest
 
 CPU = torch.device("cpu")

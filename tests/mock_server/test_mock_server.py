@@ -16,7 +16,7 @@ from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMes
 from powerband.bench.client.probe import calibrate_prompt_words, find_server
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker, request_bytes
 from powerband.bench.client.responses import ParsedResponse, parse_response
-from powerband.bench.server_metrics import parse_metrics
+from powerband.engines.metrics import parse_metrics
 from powerband.errors import UsageError
 from powerband.http_client.connection import CollectedResponse, ConnectionPool
 from powerband.http_client.request import Response

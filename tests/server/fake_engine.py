@@ -16,7 +16,7 @@ from powerband.core.loop import EngineCore, Inbox
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor
 from powerband.core.step import NewRequest, Step, StepResult, TokenLogprobs
-from powerband.engine.messages import EngineInfo
+from powerband.engine.client.messages import EngineInfo
 from powerband.engine.process import main
 from powerband.errors import EnvironmentFault
 from powerband.spec.settings import EngineSettings

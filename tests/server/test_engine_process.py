@@ -19,9 +19,9 @@ import zmq
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
-from powerband.engine import supervisor
-from powerband.engine.health import EngineState, HealthMonitor, StallLimits
-from powerband.engine.supervisor import EngineProcess
+from powerband.engine.client import supervisor
+from powerband.engine.client.health import EngineState, HealthMonitor, StallLimits
+from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import EngineDead, PowerbandError, UsageError
 from powerband.spec.settings import EngineSettings
 

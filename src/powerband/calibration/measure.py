@@ -111,7 +111,7 @@ class DeviceFits:
 def _timed(
     device: str, threads: int | None, precision: OwnPrecision, budget_s: float, report: ReportProgress
 ) -> list[tuple[ModelSteps, RunConfiguration]]:
-    from powerband.engine.measure import Steps, grid
+    from powerband.engine.step_benchmark import Steps, grid
 
     found = []
     for number, shape in enumerate(_SHAPES):
@@ -162,7 +162,7 @@ def small_llama(
 def _engine(settings: EngineSettings) -> Iterator[Engine]:
     from powerband.core.clock import MonotonicClock
     from powerband.engine.build import build_engine
-    from powerband.engine.feed import LocalInbox
+    from powerband.engine.offline.inbox import LocalInbox
 
     engine = build_engine(settings, inbox=LocalInbox(), clock=MonotonicClock())
     try:
@@ -183,8 +183,8 @@ def _facts(measured: Sequence[tuple[ModelSteps, RunConfiguration]], threads: int
     else:
         import torch
 
-        from powerband.engine.known_device import catalog_device
-        from powerband.engine.measure import copy_bytes_per_s
+        from powerband.engine.device_estimates import catalog_device
+        from powerband.engine.step_benchmark import copy_bytes_per_s
 
         known = catalog_device(form.device_name)
         if known is not None:
@@ -229,7 +229,7 @@ def _today() -> str:
 
 def measure_model(settings: EngineSettings, budget_s: float, report: ReportProgress) -> ModelFit:
     """Steps of the model alone, then loads over HTTP on its server: what the host adds, and the way to its clients."""
-    from powerband.engine.measure import Steps, grid
+    from powerband.engine.step_benchmark import Steps, grid
 
     report(f"{settings.model}: load", 0.0)
     with _engine(settings) as engine:
@@ -358,7 +358,7 @@ def _thinned(samples: Sequence[StepSample]) -> list[StepSample]:
 
 def _assumed_samples(step_model: StepTimeModel) -> list[StepSample]:
     """Steps that a law predicts, over its range."""
-    from powerband.engine.measure import grid
+    from powerband.engine.step_benchmark import grid
 
     model = MeasuredStepTimes(step_model)
     return [

@@ -25,17 +25,17 @@ from powerband.cost.precision import auto_dtype
 from powerband.cost.sizing import readable
 from powerband.cost.step_log import RunConfiguration
 from powerband.engine.attention import Choice, choose_backend
-from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
+from powerband.engine.client.messages import EngineInfo
+from powerband.engine.device_estimates import Known, known_device
+from powerband.engine.executor.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
-from powerband.engine.generation_config import end_token_ids, sampling_defaults
 from powerband.engine.kernels.cpu.library import FAST_TIERS
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.engine.kernels.cpu.library import load as load_kernels
-from powerband.engine.known_device import Known, known_device
-from powerband.engine.messages import EngineInfo
+from powerband.engine.model_loader.generation_config import end_token_ids, sampling_defaults
+from powerband.engine.model_loader.weights import resolve_model
 from powerband.engine.residuals import Residuals
 from powerband.engine.step_log import StepLog
-from powerband.engine.weights import resolve_model
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.hardware.device import Device, detect_cpu
 from powerband.spec.model.model_spec import ModelSpec

@@ -1,4 +1,4 @@
-"""The engine core's own process: `python -m powerband.engine.process`, started and watched by supervisor.py.
+"""The engine core's own process: `python -m powerband.engine.process`, started and watched by client/supervisor.py.
 
 main thread        EngineCore.step() for ever; commands come from the requests' socket, outputs leave once per step
 heartbeat thread   tells several times a second that the process lives, and when the loop last went round
@@ -28,8 +28,8 @@ from powerband.core.loop import Abort, Add, Command, EngineCore, Inbox, StepReco
 from powerband.core.loop import Call as CoreCall
 from powerband.core.stats import SchedulerStats
 from powerband.core.step import FinishReason
-from powerband.engine import messages
-from powerband.engine.messages import (
+from powerband.engine.client import messages
+from powerband.engine.client.messages import (
     OUTPUTS_SOCKET,
     REQUESTS_SOCKET,
     EngineInfo,

@@ -59,7 +59,7 @@ class ChunkChoice(msgspec.Struct, gc=False):
     text: str | None = None
     delta: ChunkDelta | None = None
     message: ChunkDelta | None = None
-    finish_reason: str | None = None
+    finish_reason: Annotated[str, Meta(max_length=64)] | None = None  # it is kept, of the last requests
     token_ids: TokenIds | None = None
     prompt_token_ids: Raw = NO_IDS  # decoded only to resume
 

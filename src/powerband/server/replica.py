@@ -13,8 +13,8 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from powerband.engine.messages import EngineInfo, Heartbeat
-from powerband.engine.supervisor import EngineProcess
+from powerband.engine.client.messages import EngineInfo, Heartbeat
+from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.prometheus import EngineMetrics
 from powerband.server.settings import ServerSettings

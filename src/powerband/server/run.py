@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import uvloop
 
-from powerband.engine.messages import EngineInfo
-from powerband.engine.supervisor import EngineProcess
+from powerband.engine.client.messages import EngineInfo
+from powerband.engine.client.supervisor import EngineProcess
 from powerband.metrics.logging import set_up_logging
 from powerband.server.app import make_app
 from powerband.server.replica import ServerState

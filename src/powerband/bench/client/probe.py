@@ -12,6 +12,7 @@ from powerband.bench.client.http import get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker
 from powerband.bench.client.responses import error_text
+from powerband.engines.registry import find_by_owner
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.http_client.request import Response, split_url
 from powerband.openai.fields import ListedModel, read_models
@@ -22,9 +23,7 @@ _PROBE_TOKENS = (32, 288)
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """kind: 'powerband', 'vllm', 'sglang', 'llama.cpp', 'tensorrt-llm' or 'unknown'."""
-
-    kind: str
+    kind: str  # the name of an engine in engines/; 'unknown'
     version: str
     max_model_len: int | None
 
@@ -121,8 +120,7 @@ def _prompt_tokens(page: Response) -> int:
 
 
 async def _identify(target: ServerAddress, card: ListedModel) -> ServerInfo:
-    owner = card.owned_by or ""
-    kind = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "powerband": "powerband"}.get(owner, "unknown")
+    engine = find_by_owner(card.owned_by or "")
     version = ""
     try:
         page = await get(target, "/version")
@@ -131,7 +129,7 @@ async def _identify(target: ServerAddress, card: ListedModel) -> ServerInfo:
             version = str(body.get("version", ""))
     except (OSError, TimeoutError):
         pass
-    return ServerInfo(kind, version, card.context_length)
+    return ServerInfo("unknown" if engine is None else engine.name, version, card.context_length)
 
 
 def _silent(target: ServerAddress, why: str) -> EnvironmentFault:

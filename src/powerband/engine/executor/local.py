@@ -15,17 +15,17 @@ import torch
 from powerband.core.step import DeviceReport, Step, StepResult
 from powerband.engine.attention import AttentionShape, Choice, make_backend
 from powerband.engine.attention.cpu import CpuAttention
-from powerband.engine.cuda_graphs import DecodeGraphs
-from powerband.engine.kernels.cpu.blocks import use_cpu_blocks
-from powerband.engine.kernels.cpu.layers import use_cpu_layers
-from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
+from powerband.engine.executor.cuda_graphs import DecodeGraphs
+from powerband.engine.executor.runner import ModelRunner
+from powerband.engine.executor.warm_up import warm_up
+from powerband.engine.layers.cpu import use_cpu_layers
+from powerband.engine.model_loader.linear_methods import Products
+from powerband.engine.model_loader.weight_cache import WeightCache
+from powerband.engine.model_loader.weights import fill_random, load_weights
+from powerband.engine.models.cpu import use_cpu_blocks
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.products import Products
-from powerband.engine.runner import ModelRunner
-from powerband.engine.sampler import Sampler
-from powerband.engine.warm_up import warm_up
-from powerband.engine.weight_cache import WeightCache
-from powerband.engine.weights import fill_random, load_weights
+from powerband.engine.sampling.cpu import use_cpu_sampling
+from powerband.engine.sampling.sampler import Sampler
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import PLAIN, WeightPrecisions
 from powerband.spec.hardware.device import detect_cpu
@@ -97,7 +97,7 @@ class TorchExecutor:
             use_cpu_layers(model)
             use_cpu_sampling(sampler)
         if config.attention.name == "triton":
-            from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
+            from powerband.engine.layers.triton import use_fused_layers  # Triton is not everywhere
 
             use_fused_layers(model)
         self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)

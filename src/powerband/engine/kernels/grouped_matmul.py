@@ -19,20 +19,6 @@ import triton
 import triton.language as tl
 
 from powerband.engine.kernels.paged_attention import row_of
-from powerband.engine.layers.experts import Experts
-
-
-def run_experts(experts: Experts, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The weighted sum of each token's experts: x [tokens, hidden]; weights, chosen [tokens, experts per token]."""
-    per_token = chosen.shape[1]
-    ranked, order = chosen.flatten().sort(stable=True)
-    bounds = torch.arange(len(experts.gate_up) + 1, device=x.device)
-    offsets = torch.searchsorted(ranked, bounds).int()
-    inner = grouped_matmul(x, experts.gate_up, experts.gate_up_bias, offsets, order, per_token)
-    outputs = grouped_matmul(experts.activated(inner), experts.down, experts.down_bias, offsets)
-    unsorted = torch.empty_like(outputs)
-    unsorted[order] = outputs
-    return (unsorted.view(-1, per_token, x.shape[-1]) * weights.unsqueeze(-1)).sum(dim=1)
 
 
 def grouped_matmul(

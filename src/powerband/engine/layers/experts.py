@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.layers.linear import Linear, Matrix, Product, parameter
 from powerband.engine.layers.mlp import gated
+from powerband.engine.linear.base import Linear, Matrix, Product, parameter
 from powerband.spec.model.model_spec import ModelSpec
 
 # gpt-oss: gate and up are clamped, and the sigmoid is steeper (its reference implementation's constants).

@@ -10,10 +10,10 @@ from torch import nn
 from powerband.engine.attention.base import AttentionBackend, AttentionBatch, AttentionShape, HeadNorm
 from powerband.engine.layers.embedding import Embedding
 from powerband.engine.layers.experts import Experts
-from powerband.engine.layers.linear import Linear, parameter
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
 from powerband.engine.layers.rotary import RotaryTable
+from powerband.engine.linear.base import Linear, parameter
 from powerband.spec.model.model_spec import LayerSpec, ModelSpec, RopeSpec
 
 Rotation = tuple[torch.Tensor, torch.Tensor]

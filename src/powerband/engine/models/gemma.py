@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.slots import Names, Slot, plain_slots
+from powerband.engine.models.weight_mapping import Names, Slot, plain_slots
 
 NAMES = Names(
     norms=(

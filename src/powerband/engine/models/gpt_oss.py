@@ -13,7 +13,7 @@ import torch
 from powerband.engine.layers.experts import Experts
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.llama import NAMES
-from powerband.engine.models.slots import Slot, layers_of, plain_slots
+from powerband.engine.models.weight_mapping import Slot, layers_of, plain_slots
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E8M0_BIAS = 127

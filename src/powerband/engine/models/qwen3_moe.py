@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.llama import NAMES
-from powerband.engine.models.slots import Slot, expert_slots, plain_slots
+from powerband.engine.models.weight_mapping import Slot, expert_slots, plain_slots
 
 
 def slots(model: Decoder, names: Collection[str]) -> Iterator[Slot]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from powerband.engine.models import gemma, gpt_oss, llama, mixtral, olmo2, phi3, qwen3_moe
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.slots import Slot
+from powerband.engine.models.weight_mapping import Slot
 from powerband.errors import UsageError
 
 SLOTS: dict[str, Callable[[Decoder, Collection[str]], Iterable[Slot]]] = {

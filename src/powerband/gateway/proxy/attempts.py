@@ -64,11 +64,11 @@ class PoisonRequest(PowerbandError):
 class UpstreamAttempts:
     """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
 
-    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_tries: int) -> None:
+    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_attempts: int) -> None:
         self.request = request
         self._pool = pool
         self._upstream = upstream
-        self._max_tries = max_tries
+        self._max_attempts = max_attempts
         self._lease: Lease | None = None
         self._verdict = PoisonDetector()
         self._avoid: list[str] = []
@@ -156,8 +156,8 @@ class UpstreamAttempts:
             self._avoid.append(id)
         if problem.is_refusal:
             # Ours says when there may be a place for this request, others when any may come again.
-            is_ours = lease.replica.engine == "powerband"
-            lease.close("refused", pause_s=0.0 if is_ours else problem.retry_after_s or 0.0)
+            is_alone = lease.replica.adapter.retry_after_is_per_request
+            lease.close("refused", pause_s=0.0 if is_alone else problem.retry_after_s or 0.0)
             self._record_rejection(id, problem)
             return
         self.broken.append((id, problem.code))
@@ -170,7 +170,10 @@ class UpstreamAttempts:
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
-        if self._num_failures >= self._max_tries or (problem.counts and not await self._may_retry(lease)):
+        if self._num_failures >= self._max_attempts:
+            self._verdict.settle()
+            raise self._error(problem)
+        if problem.counts and not await self._may_retry(lease):
             raise self._error(problem)
 
     def _is_poison(self, lease: Lease, problem: UpstreamFailure) -> bool:
@@ -246,7 +249,6 @@ class UpstreamAttempts:
             self._upstream.drain(exchange)
         elif exchange is not None:
             self._upstream.end(exchange)
-        self._verdict.settle()
         self.close("left")
 
     def _end_exchange(self) -> None:

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from powerband.core.loop import error_info
 from powerband.core.request import OUTPUT_COMPLETE
 from powerband.dispatch.prefix import prefix_keys
+from powerband.engines.base import CannotResume
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
@@ -29,7 +30,7 @@ from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
 from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
-from powerband.gateway.proxy.resume import CannotResume, Resumer
+from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import context_length
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
@@ -103,7 +104,9 @@ class GenerationResponse(Response):
         self._client_request = client_request
         self._request = request
         self._key = key
-        self._attempts = UpstreamAttempts(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
+        self._attempts = UpstreamAttempts(
+            request, served.pool, gateway.upstream, max_attempts=gateway.settings.max_attempts
+        )
         self._state = self._new_state()
         self._reservation: Reservation | None = None
         self._connection: ClientConnection | None = None

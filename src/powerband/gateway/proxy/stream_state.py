@@ -12,6 +12,7 @@ from typing import Any, cast
 import msgspec
 from msgspec import Raw
 
+from powerband.engines.base import EngineAdapter
 from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
 from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
 from powerband.gateway.proxy.exchange import UpstreamFailure
@@ -41,7 +42,6 @@ _ENCODE = msgspec.json.Encoder().encode
 _CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
 # How engines end an answer that they gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
 _GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
-_MAKES_SEVERAL = frozenset(("powerband", "vllm", "sglang", "trtllm"))  # choices, where n asks for them
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
 
@@ -83,7 +83,7 @@ class StreamState:
         self._is_other_kind = False  # the current replica tells completions where the client asked for chat
         self.keeps_text = False
         self._skipped = ""
-        self.engine = ""  # of the replicas so far
+        self.adapter: EngineAdapter | None = None  # of the replicas so far
         self._opened: set[int] = set()  # choices whose role was sent
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
@@ -114,7 +114,7 @@ class StreamState:
 
     def _is_complete(self, indexes: set[int]) -> bool:
         """Whether these are all choices; of a server of which nobody knows whether it makes several: one a prompt."""
-        if self.engine in _MAKES_SEVERAL:
+        if self.adapter is not None and self.adapter.supports_n:
             return len(indexes) >= self._num_choices
         return (
             len({index // (self._client_request.fields.n or 1) for index in indexes})
@@ -128,13 +128,15 @@ class StreamState:
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
-        self.engine, self._inner_model = replica.engine, replica.model
+        adapter = replica.adapter
+        self.adapter, self._inner_model = adapter, replica.model
         limit = self._client_request.limit
         self._max_tokens = (MAX_TOKENS if limit is None else limit) * self._num_choices + _SLACK_TOKENS
         returns_usage = self._client_request.returns_usage(replica)
         self._strips_usage = returns_usage and not self._client_request.wants_continuous_usage
         self._usage_of = {} if returns_usage else None
-        self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._client_request.can_resume)
+        resumes_by_text = adapter.complete_stream is not None and self._client_request.can_resume
+        self.keeps_text = self._always_keeps_text or resumes_by_text
 
     def process_whole(self, chunk: Chunk, replica: ReplicaAddress, *, size: int = 0) -> None:
         """An answer that came at once. Raises UpstreamFailure.

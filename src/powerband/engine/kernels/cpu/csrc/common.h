@@ -11,7 +11,7 @@
 #include <string>
 
 #include "simd.h"
-#include "team.h"
+#include "thread_team.h"
 
 namespace powerband {
 

@@ -1,4 +1,4 @@
-// What requests ask for to be done to their logits (engine/logits.py, the reference), on a float32 copy of the row that is
+// What requests ask for to be done to their logits (engine/sampling/logits.py, the reference), on a float32 copy of the row that is
 // in its thread's cache. A row's tokens lie in `tokens`; `offsets` says where. Rows may share their allowed tokens.
 //
 //     offsets    0       1       2      3      4      5      6
