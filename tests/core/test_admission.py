@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from powerband.core.admission import AdmissionControl, SchedulerLimits
+from powerband.core.admission import Admission, SchedulerLimits
 from powerband.core.clock import VirtualClock
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import Add, Command, EngineCore
@@ -71,7 +71,7 @@ def test_refused_clients_that_return_when_told_are_taken() -> None:
 
 
 def test_retry_after_follows_the_recent_speed() -> None:
-    admission = AdmissionControl(SchedulerLimits(max_model_len=128, max_num_queued_reqs=1))
+    admission = Admission(SchedulerLimits(max_model_len=128, max_num_queued_reqs=1))
     for i in range(11):
         admission.started(0.5 * i)  # two starts per second
 

@@ -27,7 +27,7 @@ from powerband.bench.client.http import delete, get, post
 from powerband.bench.client.messages import ServerAddress
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
-from powerband.http_client import Response
+from powerband.http_client.request import Response
 from powerband.mock_server.behavior import Behavior
 
 PYTHON = (sys.executable, "-m")

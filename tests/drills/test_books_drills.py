@@ -18,8 +18,8 @@ from typing import Any
 from drill_loads import Load, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted
 
-from powerband.bench.client.connection import BenchConnection
 from powerband.bench.client.messages import ServerAddress
+from powerband.http_client.connection import CollectedResponse, OutboundConnection
 from powerband.mock_server.behavior import Behavior
 
 PACED = Behavior(ttft_s=0.05, tpot_s=0.01)
@@ -113,7 +113,7 @@ async def bad_keys(service: Gateway, good: ServerAddress, figures: Figures) -> N
     assert after.descriptors <= before.descriptors + 50  # those of the load beside it
 
 
-async def refused_in(connection: BenchConnection, target: ServerAddress, header: str) -> float:
+async def refused_in(connection: OutboundConnection, target: ServerAddress, header: str) -> float:
     asked = request(
         ServerAddress(
             base=target.base, endpoint=target.endpoint, model=target.model, headers={"Authorization": header}
@@ -122,8 +122,8 @@ async def refused_in(connection: BenchConnection, target: ServerAddress, header:
         ASKED[0].body,
     )
     start_s = time.perf_counter()
-    answer, done = connection.exchange(asked)
-    await done
+    answer = CollectedResponse()
+    await connection.exchange((asked,), answer)
     assert answer.status == 401
     return time.perf_counter() - start_s
 

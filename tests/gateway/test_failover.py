@@ -16,7 +16,7 @@ from powerband.mock_server.behavior import Behavior, DropBy, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 40}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40}
-CALM = ("--stall-timeout-s=0.5", "--first-byte-timeout-s=0.5")
+CALM = ("--stream-idle-timeout-s=0.5", "--first-byte-timeout-s=0.5")
 REVISIONS = itertools.count(1)
 
 
@@ -190,4 +190,44 @@ def test_in_front_of_vllm_a_stream_is_continued_as_a_completion(running: Running
             assert {one["object"] for one in chat[:-1]} == {"chat.completion.chunk"}
             assert chat[-2]["usage"]["completion_tokens"] == text[-2]["usage"]["completion_tokens"] == 40
             assert chat[-2]["usage"]["prompt_tokens"] == 3
+        assert sum(one["resumed"] for one in running.records(before)) >= 1
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *(
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}]}
+            for part in (PICTURE, SOUND)
+        ),
+        {"presence_penalty": 0.5},
+        {"guided_choice": ["a", "b"]},
+        {"mm_processor_kwargs": {"fps": 2}},
+        {"a_field_of_next_year": "on"},
+    ],
+    ids=["picture", "sound", "presence_penalty", "guided_choice", "mm_processor_kwargs", "unknown field"],
+)
+def test_in_front_of_vllm_a_stream_that_ids_do_not_carry_on_ends_with_an_error(
+    running: RunningGateway, fields: dict[str, Any]
+) -> None:
+    breaks = Behavior(tpot_s=0.002, drop_every=1, drop_after_chunks=7)
+    with replicas(running, breaks, Behavior(), engine="vllm"):
+        answers = [running.stream("/v1/chat/completions", {**CHAT, **fields}) for _ in range(4)]
+        broken = [told for told in answers if told[-1] != "[DONE]"]
+        assert broken, "one of the two replicas breaks off"
+        assert all(told[-1]["error"]["code"] == "upstream_failed" for told in broken)
+
+
+def test_in_front_of_vllm_text_in_parts_and_neutral_values_are_carried_on(running: RunningGateway) -> None:
+    breaks = Behavior(tpot_s=0.002, drop_every=1, drop_after_chunks=7)
+    message = {"role": "user", "content": [{"type": "text", "text": "what?"}]}
+    neutral = {"presence_penalty": 0, "guided_choice": None, "a_field_of_next_year": False, "metadata": {"a": "b"}}
+    with replicas(running, breaks, Behavior(), engine="vllm") as before:
+        for _ in range(4):
+            told = running.stream("/v1/chat/completions", {**CHAT, "messages": [message], **neutral})
+            assert text_of(told) == words(0, 40)
         assert sum(one["resumed"] for one in running.records(before)) >= 1

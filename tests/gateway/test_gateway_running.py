@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -118,6 +119,29 @@ def test_a_restarted_gateway_serves_what_it_served(tmp_path: Path) -> None:
             assert again.post("/v1/completions", {**TEXT, "model": "other"}).status_code == 200
 
 
+def test_routes_of_the_version_before_are_taken_and_served_again(tmp_path: Path) -> None:
+    """A controller of that version sends `longest_prompt`, and a gateway of that version stored it."""
+    with scripted_replica() as replica:
+        routes = routes_to(replica.url)
+        (address,) = routes["models"][0]["replicas"]
+        address["longest_prompt"] = 2
+
+        def served(gateway: RunningGateway) -> list[int | None]:
+            until(lambda: gateway.http.get("/readyz").status_code == 200)
+            shown = gateway.admin.get("/admin/routes").json()["routes"]["models"][0]["replicas"]
+            return [one["max_prompt_tokens"] for one in shown]
+
+        (tmp_path / "routes.json").write_text(json.dumps(routes))
+        with running_gateway(tmp_path) as gateway:
+            assert served(gateway) == [2]
+            address["longest_prompt"] = None
+            assert gateway.admin.put("/admin/routes", json={**routes, "revision": "2"}).status_code == 200
+            assert served(gateway) == [None]
+            stored = json.loads((tmp_path / "routes.json").read_text())["models"][0]["replicas"][0]
+            assert "max_prompt_tokens" in stored
+            assert "longest_prompt" not in stored
+
+
 def test_the_first_signal_lets_streams_end(tmp_path: Path) -> None:
     with gateway_before(tmp_path, SLOW) as gateway:
         stream = Streaming(gateway)
@@ -152,8 +176,8 @@ def run(*arguments: str) -> tuple[int, str]:
         (["--routes=nowhere.yaml"], 3, "Cannot read nowhere.yaml"),
         (["--routes=a.yaml", "--replica=http://127.0.0.1:1"], 2, "Both --routes and --replica"),
         (["--replica=127.0.0.1:1"], 2, "Like http://127.0.0.1:8001"),
-        (["--host=0.0.0.0"], 2, "would let anyone in"),
-        (["--max-tries=0"], 2, "max_tries is 0"),
+        (["--host=0.0.0.0"], 2, "would let anyone use the replicas"),
+        (["--max-attempts=0"], 2, "max_attempts is 0"),
     ],
 )
 def test_mistakes_are_told_at_once(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:

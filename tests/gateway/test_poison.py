@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,20 @@ def test_a_replica_that_alone_fails_is_at_fault(service: tuple[RunningGateway, l
         )
     )
     assert set(statuses) == {200}
+
+
+def test_poison_without_retries_left_opens_no_circuit_breaker(
+    service: tuple[RunningGateway, list[Replica]],
+) -> None:
+    """One key sends more of it than its retry budget holds: 10 in 10 s."""
+    gateway, _ = service
+    until(lambda: gateway.post("/v1/completions", GOOD).status_code == 200 and len(used(gateway)) == NUM_REPLICAS)
+    with ThreadPoolExecutor(40) as clients:
+        answers = [clients.submit(gateway.post, "/v1/completions", POISON) for _ in range(40)]
+        until(lambda: all(answer.done() for answer in answers))
+    statuses = [answer.result().status_code for answer in answers]
+    assert statuses.count(502) >= 20, "the budget is used up"
+    assert set(gateway.replica_states().values()) == {"ready"}
 
 
 def test_replicas_that_fail_in_different_ways_are_not_taken_for_poison(

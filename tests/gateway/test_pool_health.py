@@ -12,9 +12,9 @@ from pool_world import make_pool, replica, request, settle
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.dispatch.breaker import CircuitBreaker, RetryBudget
 from powerband.dispatch.errors import QueueTimeout
-from powerband.gateway.dispatch.health import Prober
+from powerband.engines.registry import ADAPTERS
+from powerband.gateway.dispatch.health import Prober, read_load
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
 from powerband.gateway.options import PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from virtual_loop import VirtualLoop, virtually
@@ -193,9 +193,36 @@ def test_another_engine_that_hangs_though_it_answers_probes_is_noticed() -> None
     on_site(test, replica("v", engine="vllm"), replica("b"))
 
 
+def test_another_engine_that_computes_a_long_prompt_keeps_its_streams() -> None:
+    """llama.cpp, and others that compute prompts first and have no metrics: nothing comes on any stream meanwhile."""
+
+    async def test(site: Site) -> None:
+        leases = await site.stream(4)
+        site.machines["v"].emits = False
+        prompts = [await site.pool.lease(request(f"p{i}", prompt_tokens=1000)) for i in range(2)]
+        assert {lease.replica.id for lease in prompts} == {"v", "b"}
+        await asyncio.sleep(5 + 1000 / 50 - 1)
+        assert site.state("v") == "ready"
+        assert not any(lease.is_lost for lease in leases)
+        await asyncio.sleep(2)
+        assert site.state("v") == "open", "no prompt takes so long"
+
+    on_site(test, replica("v", engine="llamacpp"), replica("b"))
+
+
+def test_streams_of_the_only_replica_are_not_cut_because_it_is_silent() -> None:
+    async def test(site: Site) -> None:
+        leases = await site.stream(2)
+        site.machines["v"].emits = False
+        await asyncio.sleep(20)
+        assert not any(lease.is_lost for lease in leases)
+
+    on_site(test, replica("v", engine="sglang"))
+
+
 def test_another_engine_that_still_counts_tokens_does_not_hang() -> None:
     async def test(site: Site) -> None:
-        [lease] = await site.stream()
+        lease = next(one for one in await site.stream(2) if one.replica.id == "v")
         machine = site.machines["v"]
         machine.emits = False
         for tokens in range(20):  # it computes a long prompt
@@ -203,7 +230,7 @@ def test_another_engine_that_still_counts_tokens_does_not_hang() -> None:
             await asyncio.sleep(1)
         assert not lease.is_lost
 
-    on_site(test, replica("v", engine="vllm"))
+    on_site(test, replica("v", engine="vllm"), replica("b"))
 
 
 def test_flapping_does_not_flap_the_pool() -> None:
@@ -240,7 +267,7 @@ def test_streams_survive_that_this_process_was_held_up() -> None:
             site.prober.step()  # before anything that came meanwhile is read
         assert not any(lease.is_lost for lease in leases)
 
-    on_site(test, replica("v", engine="vllm"))
+    on_site(test, replica("v", engine="vllm"), replica("b", engine="vllm"))
 
 
 def test_a_restarted_engine_has_lost_its_cache() -> None:
@@ -294,10 +321,10 @@ vllm:num_requests_waiting{engine="0",model_name="m}{"} 4.0 1700000000
 vllm:kv_cache_usage_perc{engine="0"} 0.5
 vllm:generation_tokens_total{engine="0"} 1e+06
 vllm:prompt_tokens_total NaN"""
-    assert read_load(text, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad(running=5, waiting=4, kv_usage=0.5, tokens=1e6)
-    assert read_load(b"sglang:num_queue_reqs 2\n", ENGINE_ENDPOINTS["sglang"]) == ReplicaLoad(waiting=2)
+    assert read_load(text, ADAPTERS["vllm"]) == ReplicaLoad(running=5, waiting=4, kv_usage=0.5, tokens=1e6)
+    assert read_load(b"sglang:num_queue_reqs 2\n", ADAPTERS["sglang"]) == ReplicaLoad(waiting=2)
     for garbage in (b"", b"\n\n", b"vllm:num_requests_running", b"vllm:num_requests_running{ x\n", b"\xff" * 100):
-        assert read_load(garbage, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad()
+        assert read_load(garbage, ADAPTERS["vllm"]) == ReplicaLoad()
 
 
 def test_our_own_metrics_are_read() -> None:
@@ -309,7 +336,7 @@ def test_our_own_metrics_are_read() -> None:
     metrics.update({"num_running": 5, "num_waiting": 2, "cache": cache, **zeros})
     metrics.observe_tokens(7, gap_s=0.1)
     for engine in ("powerband", "vllm"):
-        found = read_load(metrics.render(), ENGINE_ENDPOINTS[engine])  # type: ignore[index]  # names of engines
+        found = read_load(metrics.render(), ADAPTERS[engine])  # type: ignore[index]  # names of engines
         assert found == ReplicaLoad(running=5, waiting=2, kv_usage=0.25, tokens=7)
 
 

@@ -17,7 +17,7 @@ import pytest
 from byte_replica import ByteReplica, Play, answer, byte_replica
 from gateways_for_tests import RunningGateway, running_gateway, text_of, until
 
-CALM = ("--stall-timeout-s=0.5", "--first-byte-timeout-s=0.5", "--request-timeout-s=20")
+CALM = ("--stream-idle-timeout-s=0.5", "--first-byte-timeout-s=0.5", "--request-timeout-s=20")
 CHAT = {"model": "public", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 40}
 REVISIONS = itertools.count(1)
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -165,7 +165,7 @@ def test_what_failed_costs_no_tokens(gateway: RunningGateway) -> None:
     assert (used["tokens_last_min"], used["usd"]) == (0, 0.0)
 
 
-@before(Behavior(), flags=("--longest-wait-s", "0.5"))
+@before(Behavior(), flags=("--max-queue-wait-s", "0.5"))
 def test_what_never_got_to_a_replica_counts_for_nothing(gateway: RunningGateway) -> None:
     client = client_of(gateway, tokens_per_min=100_000)
     routes = gateway.admin.get("/admin/routes").json()["routes"]

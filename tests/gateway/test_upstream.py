@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from powerband.gateway.options import Timeouts
-from powerband.gateway.proxy.connection import MAX_UNREAD_BYTES, UpstreamFailure
+from powerband.gateway.proxy.exchange import MAX_UNREAD_BYTES, UpstreamFailure
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
 
@@ -169,7 +169,7 @@ def test_a_reader_that_does_not_read_is_not_sent_more() -> None:
 
     async def act() -> tuple[int, int]:
         async with upstream_to(floods) as (upstream, replica):
-            exchange = await upstream.open(replica, "/", b"")
+            exchange = await upstream.open(replica, "/", b"", Timeouts())
             await asyncio.sleep(0.3)
             before = sum(sent)
             size = len(await exchange.read_all(1 << 30))

@@ -150,7 +150,7 @@ def test_a_locked_file_delays_rows_and_loses_none(accounts: Accounts, path: Path
 
 
 def test_a_full_disk_keeps_sums_when_it_can_keep_no_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(UsageLog, most_waiting=50)
+    small = functools.partial(UsageLog, max_waiting=50)
     monkeypatch.setattr("powerband.gateway.accounts.accounts.UsageLog", small)
     accounts = Accounts.open(path)
     accounts.store.flush().result(10)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from powerband.gateway.proxy import whole_response
-from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.whole_response import WholeAnswer
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)

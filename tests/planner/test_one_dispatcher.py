@@ -138,7 +138,7 @@ class Service:
                 url=f"http://r{i}:1",
                 model="m",
                 max_num_seqs=pool.replica.max_num_seqs,
-                longest_prompt=pool.max_prompt_tokens,
+                max_prompt_tokens=pool.max_prompt_tokens,
             )
             for i, pool in enumerate(layouts)
         ]

@@ -43,7 +43,7 @@ class SchedulerLimits:
             )
 
 
-class AdmissionControl:
+class Admission:
     """Limits the queue, and measures how fast it moves.
 
     `estimate_s(tokens_ahead, prompt_tokens)`: seconds until the first token of a prompt behind `tokens_ahead` other

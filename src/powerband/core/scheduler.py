@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from operator import attrgetter
 
-from powerband.core.admission import AdmissionControl, SchedulerLimits
+from powerband.core.admission import Admission, SchedulerLimits
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.policy import FirstComeFirstServed, SchedulingPolicy
 from powerband.core.request import EngineRequest, Request, new_request, rotate_for
@@ -55,7 +55,7 @@ class Scheduler:
         self.num_stages = num_stages
         self.propose = propose
         self.rope = rope
-        self.admission = AdmissionControl(limits, estimate_s)
+        self.admission = Admission(limits, estimate_s)
         self.paused = False
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
@@ -70,7 +70,7 @@ class Scheduler:
     # Requests in and out
 
     def add(self, source: EngineRequest, now: float) -> None:
-        """Accept a request. Raises InvalidRequest, RequestTooLong or QueueFull (see AdmissionControl)."""
+        """Accept a request. Raises InvalidRequest, RequestTooLong or QueueFull (see Admission)."""
         if source.id in self.requests:
             raise InvalidRequest(f"Request id {source.id!r} is in use.", hint="Choose a new one.", param="request_id")
         r = new_request(source, max_length=min(self.limits.max_model_len, self.kv.max_tokens), epoch=self._next_epoch())

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from powerband.dispatch.breaker import CircuitBreaker
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
+
+if TYPE_CHECKING:
+    from powerband.dispatch.queue import FairQueue
 
 # ready: gets requests. starting: not yet found ready. ejected: probes found it unhealthy. open: its circuit breaker is.
 # draining: keeps what it has, gets nothing new.
@@ -64,6 +67,7 @@ class InFlightRequest:
         "on_lost",
         "outstanding",
         "prompt_tokens",
+        "queue",
         "queue_s",
         "request",
         "sent_s",
@@ -71,8 +75,11 @@ class InFlightRequest:
     )
     # fmt: on
 
-    def __init__(self, backend: Backend, request: DispatchRequest, level: PriorityLevel, now_s: float) -> None:
-        self.backend, self.request, self.level, self.sent_s = backend, request, level, now_s
+    def __init__(
+        self, backend: Backend, request: DispatchRequest, level: PriorityLevel, queue: FairQueue, now_s: float
+    ) -> None:
+        """queue: where its tenant was charged for it."""
+        self.backend, self.request, self.level, self.queue, self.sent_s = backend, request, level, queue, now_s
         self.queue_s = 0.0
         self.prompt_tokens = request.prompt_tokens
         self.tokens = request.prompt_tokens + request.output_tokens  # at most
@@ -239,8 +246,15 @@ class Backend:
         return now_s - self.bytes_s if has_begun else 0.0
 
     def is_silent(self, now_s: float) -> bool:
-        options = self.options
-        return self.silence_s(now_s) > max(options.hang_timeout_s, options.hang_gap_multiplier * self.gap_s)
+        """Whether nothing has come for longer than usual, and than it may take to compute the prompts that are there:
+        many engines let all streams wait for a new prompt.
+        """
+        options, silence_s = self.options, self.silence_s(now_s)
+        patience_s = max(options.hang_timeout_s, options.hang_gap_multiplier * self.gap_s)
+        if silence_s <= patience_s:
+            return False
+        prompt_tokens = sum(one.prompt_tokens for one in self.in_flight if one.began_s is None and not one.is_lost)
+        return silence_s > patience_s + prompt_tokens / options.min_prefill_rate
 
     # What its metrics report.
 

@@ -28,6 +28,7 @@ class DispatchOptions:
     healthy_threshold: int = 2  # … and good ones that bring it back
     hang_timeout_s: float = 5.0  # without a byte on any stream that had begun
     hang_gap_multiplier: float = 20.0  # or so many usual gaps between bytes, if that is longer
+    min_prefill_rate: float = 50.0  # tokens a second of a prompt, for which an engine may keep all streams waiting
     metrics_interval_s: float = 1.0  # between two reports of a backend's load
 
     eject_after_failures: int = 3  # requests in a row

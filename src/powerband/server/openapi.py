@@ -12,9 +12,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from powerband.openai.errors import ErrorBody
 from powerband.server.auth import OPEN_PATHS
 from powerband.server.protocol import PROMPT_SCHEMA, CompletionRequest
-from powerband.web.errors import ErrorBody
 
 
 @dataclass(frozen=True, slots=True)

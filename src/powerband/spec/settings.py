@@ -19,9 +19,17 @@ MEMORY_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**
 MEMORY_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-def setting(default: Any, help: str, *, group: str, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field that knows its help text, its group in `--help`, and the range of its numbers (inclusive)."""
-    return field(default=default, metadata={"help": help, "group": group, "minimum": minimum, "maximum": maximum})
+def setting(
+    default: Any, help: str, *, group: str, minimum: float | None = None, maximum: float | None = None, was: str = ""
+) -> Any:
+    """A dataclass field that knows its help text, its group in `--help`, and the range of its numbers (inclusive).
+
+    was: its name in the version before, which still works, with a warning.
+    """
+    renamed = {"was": was} if was else {}
+    return field(
+        default=default, metadata={"help": help, "group": group, "minimum": minimum, "maximum": maximum, **renamed}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet.service.spec import GatewaySpec, ServiceSpec
+from powerband.renamed import new_names, rename_options
 
 DEFAULT_PORT = 8000
 _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
@@ -37,10 +38,10 @@ def gateway_spec_from_flags(
 
 
 def _gateway_arguments(text: str) -> tuple[str, ...]:
-    """Settings of 'powerband gateway', as it would take them. Raises UsageError for what it would not."""
+    """Options of 'powerband gateway', by their names of this version. Raises UsageError for an invalid one."""
     from cyclopts import CycloptsError
 
-    from powerband.cli.flags import ALL_SETTINGS
+    from powerband.cli.flags import KNOWN_SETTINGS
     from powerband.cli.main import build_app
     from powerband.cli.settings import resolve
     from powerband.gateway.settings import GatewaySettings
@@ -56,8 +57,8 @@ def _gateway_arguments(text: str) -> tuple[str, ...]:
     decided = [name for name in given if name in _DEPLOYED]
     if decided:
         raise UsageError(f"gateway-args: {decided[0]} is decided by the deployment.", param="gateway_args")
-    resolve((GatewaySettings,), ALL_SETTINGS, given, {}, None)
-    return arguments
+    resolve((GatewaySettings,), KNOWN_SETTINGS, given, {}, None)
+    return rename_options(arguments, new_names(GatewaySettings))
 
 
 def _is_free(host: str, port: int) -> bool:

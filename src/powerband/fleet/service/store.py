@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-HEARTBEAT_TIMEOUT_S = 8.0  # without one, a controller counts as hung; it sends several a second
+HEARTBEAT_TIMEOUT_S = 5.0  # without one, a controller counts as hung; it sends several a second
 _LOCK_POLL_S = 0.02
 _LOCK_TIMEOUT_S = 20.0  # for another command to finish its change
 _DAMAGED = "Remove the service with 'powerband remove', or delete the file."

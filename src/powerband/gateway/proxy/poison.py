@@ -4,7 +4,8 @@ One replica that fails may be broken. Two that fail with the same request in the
 
     A: 500 not_finite ── suspected ──┬── B: 200             A is at fault: counts for its breaker
                                      ├── B: 500 not_finite  the request is: nothing counts, and nobody else is tried
-                                     └── no other answer    A is at fault
+                                     ├── all tries fail     all of them are at fault, each in its own way
+                                     └── no other answer    nothing counts: a client that leaves proves nothing
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PoisonDetector:
         return is_poison
 
     def settle(self) -> None:
-        """Another replica answers, or none will be asked: whoever is suspected was at fault."""
+        """Another replica answers, or all tries have failed: every suspected replica was at fault."""
         for lease, _ in self._suspected:
             lease.blame()
         self._suspected.clear()

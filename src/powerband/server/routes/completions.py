@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.errors import InvalidRequest
+from powerband.openai.events import DONE, event
 from powerband.server.generation.engine_requests import ChoiceState, Generation, OutputPiece
 from powerband.server.generation.logprobs import LogprobWriter
 from powerband.server.generation.prompts import completion_prompts
@@ -27,7 +28,6 @@ from powerband.server.replies import (
     Usage,
 )
 from powerband.web.body import read_json
-from powerband.web.streaming import DONE, event
 
 
 class CompletionRoutes:

