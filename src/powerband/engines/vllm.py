@@ -22,6 +22,7 @@ from msgspec import Raw
 from powerband.engines.base import Ask, BrokenStream, CannotResume, Continuation, EngineAdapter
 from powerband.engines.capabilities import EngineCapabilities
 from powerband.engines.launch import Command, LaunchRequest, read_key
+from powerband.openai.chunks import INVALID_JSON
 from powerband.spec.hardware.device import detect_cpu
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
@@ -203,7 +204,7 @@ def _is_text_only(messages: Raw) -> bool:
     """Whether all of a conversation is in the ids of its prompt: of pictures and sounds, only their places are."""
     try:
         conversation = _CONVERSATION.decode(messages)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except INVALID_JSON:
         return False
     parts = [part for message in conversation if isinstance(message.content, list) for part in message.content]
     return all(part.type in _TEXT_PARTS for part in parts)
