@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from powerband.dispatch.breaker import CircuitBreaker
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
-
-if TYPE_CHECKING:
-    from powerband.dispatch.queue import FairQueue
 
 # ready: gets requests. starting: not yet found ready. ejected: probes found it unhealthy. open: its circuit breaker is.
 # draining: keeps what it has, gets nothing new.
@@ -50,11 +47,18 @@ class ReplicaLoad:
     tokens: float | None = None  # computed since its start
 
 
+class TenantAccounts(Protocol):
+    """Where the tenant of a request is charged for it: a FairQueue."""
+
+    def settle(self, level: PriorityLevel, tenant: str, tokens: float, used: float) -> None: ...
+
+
 class InFlightRequest:
     """A request that was sent to a backend and has not ended."""
 
     # fmt: off
     __slots__ = (
+        "accounts",
         "backend",
         "began_s",
         "bytes_s",
@@ -67,7 +71,6 @@ class InFlightRequest:
         "on_lost",
         "outstanding",
         "prompt_tokens",
-        "queue",
         "queue_s",
         "request",
         "sent_s",
@@ -76,10 +79,9 @@ class InFlightRequest:
     # fmt: on
 
     def __init__(
-        self, backend: Backend, request: DispatchRequest, level: PriorityLevel, queue: FairQueue, now_s: float
+        self, backend: Backend, request: DispatchRequest, level: PriorityLevel, accounts: TenantAccounts, now_s: float
     ) -> None:
-        """queue: where its tenant was charged for it."""
-        self.backend, self.request, self.level, self.queue, self.sent_s = backend, request, level, queue, now_s
+        self.backend, self.request, self.level, self.accounts, self.sent_s = backend, request, level, accounts, now_s
         self.queue_s = 0.0
         self.prompt_tokens = request.prompt_tokens
         self.tokens = request.prompt_tokens + request.output_tokens  # at most
