@@ -127,7 +127,7 @@ def test_events_that_come_at_once_are_told_in_turns() -> None:
 
 
 def test_more_choices_than_were_asked_for_are_refused_before_they_are_read_one_by_one() -> None:
-    with pytest.raises(UpstreamFailure, match="70000 choices at once; 1 were asked for"):
+    with pytest.raises(UpstreamFailure, match="70000 choices at once; 1 were requested"):
         story_of().process_event(msgspec.json.encode({"choices": [{}] * 70_000}), time.monotonic())
 
 

@@ -48,7 +48,7 @@ BuildRequest = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
 
 
 class ReplicaError(PowerbandError):
-    """Replicas failed, and nobody else could take over."""
+    """Replicas failed, and no other could take over."""
 
     http_status = 502
     default_code = "upstream_failed"

@@ -203,7 +203,7 @@ class ClientRequest:
 
     @property
     def prompt_salt(self) -> bytes:
-        """What tells prompts apart beside their own words."""
+        """What separates prompts in caches, besides their own text."""
         return b"".join(bytes(self._fields[name]) for name in ("tools", "cache_salt") if name in self._fields)
 
     def request(
@@ -218,16 +218,16 @@ class ClientRequest:
         """best_priority: nothing that the client writes gets it a better one."""
         fields, now_s = self.fields, time.monotonic()
         default = default_output_tokens if self.endpoint == "chat" else COMPLETION_TOKENS
-        most = (default if fields.limit is None else fields.limit) * self.num_answers
+        output_tokens = (default if fields.limit is None else fields.limit) * self.num_answers
         return GatewayRequest(
             id=id,
             endpoint=self.endpoint,
             model=model,
             tenant=tenant,
             prompt_tokens=self.prompt_tokens,
-            output_tokens=most,
+            output_tokens=output_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
-            max_output_tokens=most,
+            max_output_tokens=output_tokens,
             is_open_ended=fields.limit is None and self.endpoint == "chat",
             answers=self.num_answers,
             stream=self.is_stream,
@@ -265,7 +265,7 @@ class ClientRequest:
         if self.fields.model != replica.model:
             fields["model"] = _raw(replica.model)
             changed = True
-        if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # nobody takes a key's name
+        if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # a client must not use a key's name
             changed = True
             isolating = replica.adapter.tenant_fields(tenant, self.fields.user, self.fields.cache_salt)
             for name, value in isolating.items():

@@ -49,7 +49,7 @@ class UpstreamFailure(ConnectionError):
 class UpstreamExchange(HttpResponse):
     """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.
 
-    due_s: by when more has to come, on time.monotonic(), while somebody waits for it; else 0.
+    due_s: by when more has to come, on time.monotonic(), while a reader waits for it; else 0.
     """
 
     __slots__ = (
@@ -101,7 +101,7 @@ class UpstreamExchange(HttpResponse):
             await self._wait()
 
     async def stream_to(self, take: Callable[[bytes], bool]) -> None:
-        """Hand on what comes as it comes, without waking anybody, until `take` returns False, or to the body's end.
+        """Pass on data as it arrives, without waking a task, until `take` returns False or the body ends.
 
         Raises UpstreamFailure, and what `take` raises. It may call `hold`.
         """
