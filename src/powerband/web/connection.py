@@ -8,6 +8,7 @@ are sent ahead are never more than bytes. The socket is read meanwhile, or a cli
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, cast
 
 from starlette.types import ASGIApp
@@ -21,6 +22,7 @@ from powerband.web.framing import Framing, framing_of
 from powerband.web.head import RequestHead, parse_head
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_BLANK_LINES = 32  # before a request; the RFC asks for one
 MAX_AHEAD_BYTES = 64 << 10  # sent before the answer to what came first; and what one read of the socket brings
 SECONDS_FOR_HEAD = 30.0
 SECONDS_IDLE = 75.0  # longer than most proxies keep an idle connection
@@ -29,7 +31,7 @@ SECONDS_TO_READ = 60.0  # what waits to be sent, about 64 KiB
 SECONDS_TO_DISCARD = 10.0  # the rest of a request that has its answer already
 SECONDS_TO_CLOSE = 5.0  # in which the client can read why
 
-_LINE_END = b"\r\n"
+_BLANK_LINES = re.compile(rb"(?:\r\n){0,%d}+" % (MAX_BLANK_LINES + 1))
 _HEAD_END = b"\r\n\r\n"
 
 
@@ -60,6 +62,7 @@ class HttpConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._input = bytearray()
         self._searched = 0  # bytes of the input in which no head ends
+        self._num_blank_lines = 0  # since the last head
         self._exchange: HttpExchange | None = None
         self._framing: Framing | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -191,8 +194,8 @@ class HttpConnection(asyncio.Protocol):
         if self._exchange is not None:
             return False
         data = self._input
-        while data.startswith(_LINE_END):  # between requests they mean nothing (RFC 9112, 2.2)
-            del data[:2]
+        if data.startswith(b"\r\n"):
+            self._drop_blank_lines()
         if not data or data == b"\r":
             return False
         if not 65 <= data[0] <= 90:  # such as a TLS greeting, which has no end
@@ -207,12 +210,21 @@ class HttpConnection(asyncio.Protocol):
                 self._set_timer(SECONDS_FOR_HEAD)
             self._searched = len(data)
             return False
-        self._searched = 0
+        self._searched = self._num_blank_lines = 0
         self._stop_timer()
         head = parse_head(bytes(data[: end + 4]))
         del data[: end + 4]
         self._begin(head)
         return True
+
+    def _drop_blank_lines(self) -> None:
+        """Between requests they mean nothing (RFC 9112, 2.2). Raises HttpError beyond MAX_BLANK_LINES."""
+        found = _BLANK_LINES.match(self._input)
+        if found is not None and (end := found.end()):
+            self._num_blank_lines += end // 2
+            if self._num_blank_lines > MAX_BLANK_LINES:
+                raise HttpError(400, "invalid_http", f"More than {MAX_BLANK_LINES} empty lines came before a request.")
+            del self._input[:end]
 
     def _begin(self, head: RequestHead) -> None:
         scope: dict[str, Any] = {
