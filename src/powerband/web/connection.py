@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 
 from powerband.web.body_budget import BodyBudget
 from powerband.web.client_connection import ClientConnection, set_client_connection
+from powerband.web.connection_limit import ConnectionLimit
 from powerband.web.errors import HttpError, error_response
 from powerband.web.exchange import HttpExchange, status_line
 from powerband.web.framing import Framing, framing_of
@@ -52,12 +53,14 @@ class HttpConnection(asyncio.Protocol):
         self,
         app: ASGIApp,
         budget: BodyBudget,
+        limit: ConnectionLimit,
         *,
         server_state: ServerState,
         **_: Any,  # what else uvicorn passes
     ) -> None:
         self._app = app
         self._budget = budget
+        self._limit = limit
         self._server = server_state
         self._loop = asyncio.get_running_loop()
         self._input = bytearray()
@@ -83,9 +86,11 @@ class HttpConnection(asyncio.Protocol):
         self._local = _address(transport.get_extra_info("sockname"))
         self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn's set is of its own classes
         self._set_timer(SECONDS_FOR_HEAD)
+        self._limit.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's signature)
         self._server.connections.discard(self)
+        self._limit.closed(self)
         self._is_closing = True
         self._stop_timer()
         self._stop_reading_timer()
@@ -124,6 +129,16 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._exchange.keeps_connection = False
 
+    def drop(self) -> None:
+        """The server has too many connections: close this one at once."""
+        waits_for_answer = bool(self._input) or self._exchange is not None
+        if waits_for_answer and not (self._is_closing or self._transport.get_write_buffer_size()):
+            self.refuse(HttpError(503, "too_many_connections", "The server has too many connections at once."))
+            self._transport.close()
+        else:
+            self._lose_exchange()
+            self._transport.abort()
+
     # ---- called by the exchange
 
     @property
@@ -144,6 +159,7 @@ class HttpConnection(asyncio.Protocol):
     def answered(self, exchange: HttpExchange) -> None:
         self._budget.release(exchange)
         self._exchange = None
+        self._limit.waits(self)
         self._server.total_requests += 1
         if not exchange.keeps_connection or self._must_close:
             self._close()
@@ -172,6 +188,7 @@ class HttpConnection(asyncio.Protocol):
     def break_off(self) -> None:
         self._lose_exchange()
         self._is_closing = True
+        self._limit.waits(self)
         # A chunked answer without its last chunk is seen to be cut; others need an end that is an error.
         self._transport.close() if self._line.is_chunked else self._transport.abort()
         self._set_timer(SECONDS_TO_CLOSE)
@@ -246,7 +263,9 @@ class HttpConnection(asyncio.Protocol):
         exchange = self._exchange = HttpExchange(self, head, scope, self._line)
         framing = framing_of(head.body_length)
         self._framing = None if framing.is_complete else framing
+        self._limit.waits(self)
         if framing.is_complete:
+            self._limit.works(self)
             exchange.feed(b"", is_last=True)
         task = self._loop.create_task(exchange.run(self._app))
         self._server.tasks.add(task)
@@ -268,6 +287,7 @@ class HttpConnection(asyncio.Protocol):
             self._budget.add(exchange, len(content))
             if framing.is_complete:
                 self._budget.complete(exchange)
+                self._limit.works(self)
         if framing.has_more:
             self._loop.call_soon(self._advance)
         return framing.is_complete
@@ -299,6 +319,7 @@ class HttpConnection(asyncio.Protocol):
         would answer that with a reset, which takes the answer from the client (RFC 9112, 9.6).
         """
         self._is_closing = True
+        self._limit.waits(self)
         self._input.clear()
         if self._transport.is_closing():
             return
