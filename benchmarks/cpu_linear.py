@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from powerband.engine.kernels.cpu import library
-from powerband.engine.layers.packed import PackedBf16
-from powerband.engine.layers.quantized import quantize_int4, quantize_int8
-from powerband.engine.layers.quantized_linear import QuantizedLinear
+from powerband.engine.linear.bf16 import PackedBf16
+from powerband.engine.linear.quantized import QuantizedLinear
+from powerband.engine.linear.quantized_weights import quantize_int4, quantize_int8
 from powerband.spec.checkpoint.quantization import DEFAULT_GROUP
 from powerband.spec.hardware.device import detect_cpu
 

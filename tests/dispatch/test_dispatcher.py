@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
+from itertools import count
+
 import pytest
 
 from powerband.dispatch.backend import BackendSpec, InFlightRequest, ReplicaLoad
@@ -89,7 +93,7 @@ def test_a_request_that_was_never_sent_teaches_nothing_and_costs_its_tenant_noth
     [sent] = fill(pool, 1)
     pool.release(sent, "unsent", 0.5)
     queues = [length_pool.queue for length_pool in pool._pools]
-    assert [level.tags for level in queues[0]._levels.values()] == [{"anonymous": 0.0}]
+    assert [level.tenants["anonymous"].tag for level in queues[0]._levels.values()] == [0.0]
     assert pool._pools[0].admission.capacity._num_ended == 0
 
 
@@ -126,3 +130,73 @@ def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
         pool.submit(request(), 0.5)
     assert refusal.value.retry_after_s is not None
     assert isinstance(refusal.value, PoolError)
+
+
+def served_of_two(declared: int, *, places: int = 16, seconds: float = 1000.0) -> Counter[str]:
+    """Requests that each tenant has ended, of which each takes 10 s and makes 10 tokens. Both have always some waiting;
+    "greedy" declares that it may make `declared`, "modest" 16.
+    """
+    limits = {"max_waiting_per_replica": 0, "max_queued_tokens": 10**12, "max_queue_wait_s": 1e9}
+    pool = dispatcher(BackendSpec(id="a", max_num_seqs=places), **limits)
+    running: list[tuple[float, int, InFlightRequest]] = []
+    served: Counter[str] = Counter()
+    order, now_s = count(), 1.0
+    waiting = Counter({"greedy": 0, "modest": 0})
+
+    def begin(sent: InFlightRequest) -> None:
+        heapq.heappush(running, (now_s + 10.0, next(order), sent))
+
+    while now_s < seconds:
+        for tenant, tokens in (("greedy", declared), ("modest", 16)):
+            if tenant == "modest" and now_s < 50.0:  # it comes when the other has all places
+                continue
+            while waiting[tenant] < places:
+                placed = pool.submit(DispatchRequest(prompt_tokens=1, output_tokens=tokens, tenant=tenant), now_s)
+                if isinstance(placed, InFlightRequest):
+                    begin(placed)
+                else:
+                    waiting[tenant] += 1
+                for queued in pool.take_decided():
+                    waiting[queued.request.tenant] -= 1
+                    assert isinstance(queued.outcome, InFlightRequest)
+                    begin(queued.outcome)
+        now_s, _, ended = heapq.heappop(running)
+        served[ended.request.tenant] += 1
+        pool.release(ended, "ok", now_s, output_tokens=10)
+        for queued in pool.take_decided():
+            waiting[queued.request.tenant] -= 1
+            assert isinstance(queued.outcome, InFlightRequest)
+            begin(queued.outcome)
+    return served
+
+
+@pytest.mark.parametrize("declared", [16, 4096, 4_000_000])
+def test_a_tenant_that_declares_much_and_uses_little_delays_no_other(declared: int) -> None:
+    served = served_of_two(declared)
+    assert served["modest"] >= 0.45 * served.total()
+    assert served["greedy"] > 0
+
+
+def test_a_tenant_that_fills_the_queue_leaves_others_a_share_of_it() -> None:
+    pool = dispatcher(max_queued_requests=40)
+    fill(pool, 3)
+    for _ in range(40):
+        pool.submit(request(tenant="greedy"), 1.0)
+    with pytest.raises(PoolFull):
+        pool.submit(request(tenant="greedy"), 1.0)
+    for _ in range(10):  # half of a fair share of 20
+        pool.submit(request(tenant="modest"), 1.0)
+    with pytest.raises(PoolFull):
+        pool.submit(request(tenant="modest"), 1.0)
+
+
+def test_a_tenant_whose_requests_may_take_many_tokens_leaves_others_a_share_of_the_queue() -> None:
+    pool = dispatcher(max_queued_tokens=1000)
+    fill(pool, 3)
+    pool.submit(request(980, tenant="greedy"), 1.0)
+    with pytest.raises(PoolFull):
+        pool.submit(request(tenant="greedy"), 1.0)
+    for _ in range(12):  # 20 tokens each, of 250
+        pool.submit(request(tenant="modest"), 1.0)
+    with pytest.raises(PoolFull):
+        pool.submit(request(tenant="modest"), 1.0)

@@ -16,9 +16,9 @@ from engines_for_tests import TestEngine
 from models_for_tests import random_model, save
 from safetensors.torch import load_file, save_file
 
-from powerband.engine import weight_cache
 from powerband.engine.kernels.cpu import library
-from powerband.engine.safetensors_file import SafetensorsFile
+from powerband.engine.model_loader import weight_cache
+from powerband.engine.model_loader.safetensors_file import SafetensorsFile
 
 PROMPT = list(range(3, 40))
 SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "quantization": "int4", "weight_cache": "auto"}

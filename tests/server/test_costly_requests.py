@@ -13,7 +13,7 @@ import pytest
 from servers_for_tests import RunningServer, running_server
 
 from powerband.engine.process import SocketInbox
-from powerband.server.generation import MAX_OUTPUT_LOGPROBS, MAX_PROMPT_LOGPROBS
+from powerband.server.generation.engine_requests import MAX_OUTPUT_LOGPROBS, MAX_PROMPT_LOGPROBS
 
 PATH = "/v1/completions"
 CONTEXT = 512  # of the fake engine

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from operator import attrgetter
 
-from powerband.core.admission import Admission, SchedulerLimits
+from powerband.core.admission import AdmissionControl, SchedulerLimits
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.policy import FirstComeFirstServed, SchedulingPolicy
 from powerband.core.request import EngineRequest, Request, new_request, rotate_for
@@ -55,7 +55,7 @@ class Scheduler:
         self.num_stages = num_stages
         self.propose = propose
         self.rope = rope
-        self.admission = Admission(limits, estimate_s)
+        self.admission = AdmissionControl(limits, estimate_s)
         self.paused = False
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
@@ -70,7 +70,7 @@ class Scheduler:
     # Requests in and out
 
     def add(self, source: EngineRequest, now: float) -> None:
-        """Accept a request. Raises InvalidRequest, RequestTooLong or QueueFull (see Admission)."""
+        """Accept a request. Raises InvalidRequest, RequestTooLong or QueueFull (see AdmissionControl)."""
         if source.id in self.requests:
             raise InvalidRequest(f"Request id {source.id!r} is in use.", hint="Choose a new one.", param="request_id")
         r = new_request(source, max_length=min(self.limits.max_model_len, self.kv.max_tokens), epoch=self._next_epoch())
@@ -237,7 +237,7 @@ class Scheduler:
             if self._chunk_of(r) <= 0:
                 return
             match = self.kv.match(r)
-            # One block each for the running to grow into: starting one more only to preempt it helps nobody.
+            # One block each for the running to grow into: starting one more only to preempt it gains nothing.
             if not self.kv.fits(r, match, reserve=len(self.running)):
                 return
             del self.waiting[0]
@@ -269,7 +269,7 @@ class Scheduler:
     # Its result
 
     def update(self, step: Step, result: StepResult, now: float) -> list[TokenOutput]:
-        """Take in what `step` yielded; return what to tell the outside.
+        """Process what `step` yielded; return the outputs of its requests.
 
         A result whose request is gone, or has another epoch by now, is dropped. That alone makes abort, finish and
         preemption with steps in flight correct.
@@ -315,12 +315,12 @@ class Scheduler:
             self._finish(r)
         for r in list(self.running):
             self._preempt(r)
-        # The executor may not have got this far; being told twice does no harm.
+        # The executor may not have got this far; a second mention does no harm.
         self._dropped = [id for id in step.dropped if id not in self.requests] + self._dropped
         return outputs
 
     def _fail(self, r: Request, start: int, error: ErrorInfo, now: float) -> TokenOutput:
-        """End one request; whoever reads what its failed work wrote computes it again."""
+        """End one request; requests that read what its failed work wrote compute it again."""
         suspect = self.kv.invalidate(r, start)
         output = token_output(r, [], now, FinishReason.ERROR, error=error)
         self._finish(r)

@@ -67,12 +67,21 @@ class InFlightRequest:
         "queue_s",
         "request",
         "sent_s",
+        "settle",
         "tokens",
     )
     # fmt: on
 
-    def __init__(self, backend: Backend, request: DispatchRequest, level: PriorityLevel, now_s: float) -> None:
-        self.backend, self.request, self.level, self.sent_s = backend, request, level, now_s
+    def __init__(
+        self,
+        backend: Backend,
+        request: DispatchRequest,
+        level: PriorityLevel,
+        now_s: float,
+        settle: Callable[[float], None],
+    ) -> None:
+        """settle: called at its end with the tokens that its tenant has to pay for."""
+        self.backend, self.request, self.level, self.sent_s, self.settle = backend, request, level, now_s, settle
         self.queue_s = 0.0
         self.prompt_tokens = request.prompt_tokens
         self.tokens = request.prompt_tokens + request.output_tokens  # at most

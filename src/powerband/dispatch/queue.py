@@ -1,12 +1,13 @@
 """Requests that wait for a backend: by priority, and within a priority each tenant gets the same share of tokens.
 
-    priority 0 ── tenant a ── r1 r4 r5      tag 300   ◄ next: the lowest tag
+    priority 0 ── tenant a ── r1 r4 r5      tag 300 = 220 used + 80 in flight   ◄ next: the lowest tag
                └─ tenant b ── r2            tag 820
     priority 5 ── tenant a ── r3            waits for all above
 
-Start-time fair queuing (Goyal et al., SIGCOMM 1996) with tokens as the cost: a tenant's tag grows by the tokens that
-are dispatched for it, and is corrected when a request turns out shorter than it might have been. A tenant that was
-idle starts level with the one that is served now: idle time earns nothing. Requests of one tenant keep their order.
+Fair queuing with tokens as the cost, as the Virtual Token Counter does it (Sheng et al., "Fairness in serving large
+language models", OSDI 2024): a tenant's tag is what it has used, and what its requests in flight may use at most. A
+tenant that was idle starts level with the one that has used least of those that wait or run: idle time earns nothing,
+and what others only declare does not push it back. Requests of one tenant keep their order.
 """
 
 from __future__ import annotations
@@ -40,108 +41,163 @@ class QueuedRequest:
     outcome: InFlightRequest | PoolError | None = None
 
 
-class _TenantQueue:
-    """Waiting requests of one tenant at one priority."""
+class _Tenant:
+    """Of one priority: its requests that wait, what it has used, and what its requests in flight may use. In tokens."""
 
-    __slots__ = ("requests", "tokens")
+    __slots__ = ("in_flight", "in_flight_tokens", "is_listed", "requests", "tokens", "used")
 
     def __init__(self) -> None:
         self.requests: OrderedDict[QueuedRequest, None] = OrderedDict()
-        self.tokens = 0
+        self.tokens = 0  # of those
+        self.in_flight = 0
+        self.in_flight_tokens = 0.0
+        self.used = 0.0  # only grows
+        self.is_listed = False  # among the active ones, by use
+
+    @property
+    def tag(self) -> float:
+        return self.used + self.in_flight_tokens
+
+    @property
+    def is_active(self) -> bool:
+        return self.in_flight > 0 or bool(self.requests)
 
 
 class _PriorityClass:
-    """Waiting requests of one priority."""
+    """Waiting requests of one priority. `waiting`: tenants that have any."""
 
     def __init__(self) -> None:
-        self.tenants: dict[str, _TenantQueue] = {}
-        self.tags: dict[str, float] = {}
+        self.tenants: dict[str, _Tenant] = {}
+        self.waiting: dict[str, _Tenant] = {}
         self.tokens = 0
-        self._virtual_time = 0.0  # the tag of the request that was served last
-        self._heap: list[tuple[float, int, str]] = []  # entries whose tag is not the tenant's are out of date
+        self._max_tenants = _MAX_IDLE_TENANTS  # before idle ones are forgotten
+        self._last_used = 0.0  # by a tenant that became idle, at most
+        self._by_tag: list[tuple[float, int, str]] = []  # of waiting tenants; with another tag than theirs: out of date
+        self._by_use: list[tuple[float, int, _Tenant]] = []  # active ones; what they had used, at least
         self._order = count()
 
     def push(self, queued: QueuedRequest) -> None:
-        tenant = queued.request.tenant
-        waiting = self.tenants.get(tenant)
-        if waiting is None:
-            waiting = self.tenants[tenant] = _TenantQueue()
-            self.tags[tenant] = max(self.tags.get(tenant, 0.0), self._virtual_time)
-            self._offer(tenant)
-        waiting.requests[queued] = None
-        waiting.tokens += queued.tokens
+        name = queued.request.tenant
+        tenant = self._activate(name)
+        is_first = not tenant.requests
+        tenant.requests[queued] = None
+        tenant.tokens += queued.tokens
         self.tokens += queued.tokens
+        if is_first:
+            self.waiting[name] = tenant
+            self._offer(name)
 
     def remove(self, queued: QueuedRequest) -> None:
-        tenant = queued.request.tenant
-        waiting = self.tenants[tenant]
-        del waiting.requests[queued]
-        waiting.tokens -= queued.tokens
+        name = queued.request.tenant
+        tenant = self.waiting[name]
+        del tenant.requests[queued]
+        tenant.tokens -= queued.tokens
         self.tokens -= queued.tokens
-        if not waiting.requests:
-            del self.tenants[tenant]
+        if not tenant.requests:
+            del self.waiting[name]
+            self._check_idle(tenant)
 
     def pop(self, choose: Callable[[Iterable[QueuedRequest]], QueuedRequest | None]) -> QueuedRequest | None:
         skipped: list[tuple[float, int, str]] = []
         found = None
-        while self._heap and found is None:
-            entry = heapq.heappop(self._heap)
-            tag, _, tenant = entry
-            waiting = self.tenants.get(tenant)
-            if waiting is None or tag != self.tags[tenant]:
+        while self._by_tag and found is None:
+            entry = heapq.heappop(self._by_tag)
+            tag, _, name = entry
+            tenant = self.waiting.get(name)
+            if tenant is None or tag != tenant.tag:
                 continue
-            found = choose(waiting.requests)
+            found = choose(tenant.requests)
             if found is None:
                 skipped.append(entry)
             else:
+                self.charge(name, found.tokens)
                 self.remove(found)
-                self._virtual_time = max(self._virtual_time, tag)
-                self.tags[tenant] = tag + found.tokens
-                self._changed(tenant)
         for entry in skipped:
-            heapq.heappush(self._heap, entry)
+            heapq.heappush(self._by_tag, entry)
         return found
 
-    def charge(self, tenant: str, tokens: float) -> None:
-        """A request of so many tokens is dispatched without having waited."""
-        self._virtual_time = max(self.tags.get(tenant, 0.0), self._virtual_time)
-        self.tags[tenant] = self._virtual_time + tokens
-        self._changed(tenant)
+    def charge(self, name: str, tokens: float) -> None:
+        """A request of so many tokens at most is dispatched."""
+        tenant = self._activate(name)
+        tenant.in_flight += 1
+        tenant.in_flight_tokens += tokens
+        self._changed(name, tenant)
 
-    def settle(self, tenant: str, difference: float) -> None:
-        """The tenant got so many tokens more than it was charged."""
-        if difference and tenant in self.tags:
-            self.tags[tenant] += difference
-            self._changed(tenant)
+    def settle(self, name: str, tokens: float, used: float) -> None:
+        """A request that was charged with `tokens` has ended, and has used so many."""
+        tenant = self.tenants.get(name)
+        if tenant is None or not tenant.in_flight:
+            return
+        tenant.in_flight -= 1
+        tenant.in_flight_tokens = tenant.in_flight_tokens - tokens if tenant.in_flight else 0.0
+        tenant.used += used
+        self._changed(name, tenant)
+        self._check_idle(tenant)
 
-    def tokens_ahead(self, tenant: str) -> float:
+    def tokens_ahead(self, name: str) -> float:
         """Tokens ahead of a new request of this tenant, if no request came after it."""
-        own = self.tenants.get(tenant)
-        tag = self.tags[tenant] + own.tokens if own else max(self.tags.get(tenant, 0.0), self._virtual_time)
-        num_sampled = min(len(self.tenants), _MAX_SAMPLED)
+        own = self.tenants.get(name)
+        if own is not None and own.is_active:
+            tag = own.tag + own.tokens
+        else:
+            tag = max(own.used if own is not None else 0.0, self._least_used())
+        num_sampled = min(len(self.waiting), _MAX_SAMPLED)
         ahead = 0.0
-        for other, waiting in islice(self.tenants.items(), num_sampled):
-            ahead += min(max(tag - self.tags[other], 0.0), waiting.tokens)
-        return ahead * len(self.tenants) / num_sampled if num_sampled else 0.0
+        for other in islice(self.waiting.values(), num_sampled):
+            ahead += min(max(tag - other.tag, 0.0), other.tokens)
+        return ahead * len(self.waiting) / num_sampled if num_sampled else 0.0
 
-    def _changed(self, tenant: str) -> None:
-        if tenant in self.tenants:
-            self._offer(tenant)
-        elif len(self.tags) > _MAX_IDLE_TENANTS + len(self.tenants):
-            self._forget()
+    @property
+    def is_in_use(self) -> bool:
+        return any(tenant.is_active for tenant in self.tenants.values())
 
-    def _offer(self, tenant: str) -> None:
-        heapq.heappush(self._heap, (self.tags[tenant], next(self._order), tenant))
-        if len(self._heap) > 64 + 4 * len(self.tenants):
-            self._heap = [(self.tags[name], next(self._order), name) for name in self.tenants]
-            heapq.heapify(self._heap)
+    def _activate(self, name: str) -> _Tenant:
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            if len(self.tenants) >= self._max_tenants:
+                self._forget()
+            tenant = self.tenants[name] = _Tenant()
+        if not tenant.is_active:
+            tenant.used = max(tenant.used, self._least_used())
+            if not tenant.is_listed:
+                tenant.is_listed = True
+                heapq.heappush(self._by_use, (tenant.used, next(self._order), tenant))
+        return tenant
+
+    def _least_used(self) -> float:
+        """By an active tenant; where none is, by the one that was."""
+        heap = self._by_use
+        while heap:
+            used, _, tenant = heap[0]
+            if not tenant.is_active:
+                heapq.heappop(heap)
+                tenant.is_listed = False
+            elif used < tenant.used:
+                heapq.heapreplace(heap, (tenant.used, next(self._order), tenant))
+            else:
+                return used
+        return self._last_used
+
+    def _check_idle(self, tenant: _Tenant) -> None:
+        if not tenant.is_active:
+            self._last_used = max(self._last_used, tenant.used)
+
+    def _changed(self, name: str, tenant: _Tenant) -> None:
+        if tenant.requests:
+            self._offer(name)
+
+    def _offer(self, name: str) -> None:
+        heapq.heappush(self._by_tag, (self.waiting[name].tag, next(self._order), name))
+        if len(self._by_tag) > 64 + 4 * len(self.waiting):
+            self._by_tag = [(tenant.tag, next(self._order), name) for name, tenant in self.waiting.items()]
+            heapq.heapify(self._by_tag)
 
     def _forget(self) -> None:
         """Forget idle tenants: first those that would start level anyway, and if that is not enough, all."""
-        kept = {name: tag for name, tag in self.tags.items() if tag > self._virtual_time or name in self.tenants}
-        if len(kept) > _MAX_IDLE_TENANTS // 2 + len(self.tenants):
-            kept = {name: self.tags[name] for name in self.tenants}
-        self.tags = kept
+        least, active = self._least_used(), {name: one for name, one in self.tenants.items() if one.is_active}
+        kept = {name: one for name, one in self.tenants.items() if one.is_active or one.used > least}
+        self.tenants = active if len(kept) > _MAX_IDLE_TENANTS // 2 + len(active) else kept
+        self._max_tenants = _MAX_IDLE_TENANTS + 2 * len(active)
 
 
 class FairQueue:
@@ -155,8 +211,8 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[QueuedRequest]:
         for level in self._order:
-            for waiting in self._levels[level].tenants.values():
-                yield from waiting.requests
+            for tenant in self._levels[level].waiting.values():
+                yield from tenant.requests
 
     def push(self, queued: QueuedRequest) -> None:
         self._level(queued.level).push(queued)
@@ -174,7 +230,7 @@ class FairQueue:
         """The next request. choose: gets each tenant's requests, the least served tenant first; returns one or None."""
         for name in self._order:
             level = self._levels[name]
-            if level.tenants:
+            if level.waiting:
                 found = level.pop(choose)
                 if found is not None:
                     self._left(found)
@@ -182,13 +238,20 @@ class FairQueue:
         return None
 
     def charge(self, level: PriorityLevel, tenant: str, tokens: float) -> None:
-        """A request of so many tokens is dispatched without having waited."""
+        """A request of so many tokens at most is dispatched without having waited."""
         self._level(level).charge(tenant, tokens)
 
-    def settle(self, level: PriorityLevel, tenant: str, difference: float) -> None:
-        """A request that was dispatched took so many tokens more than it was charged."""
+    def settle(self, level: PriorityLevel, tenant: str, tokens: float, used: float) -> None:
+        """A request that was charged with `tokens`, or waited with as many, has ended, and has used so many."""
         if level in self._levels:
-            self._levels[level].settle(tenant, difference)
+            self._levels[level].settle(tenant, tokens, used)
+
+    def share_of(self, tenant: str) -> tuple[int, int, int]:
+        """Its requests that wait, their tokens, and how many tenants have any at a priority, itself among them."""
+        levels = [level for level in self._levels.values() if level.waiting]
+        own = [level.waiting[tenant] for level in levels if tenant in level.waiting]
+        num_tenants = sum(len(level.waiting) for level in levels) + (not own)
+        return sum(len(one.requests) for one in own), sum(one.tokens for one in own), num_tenants
 
     def tokens_ahead(self, level: PriorityLevel, tenant: str) -> float:
         """Tokens ahead of a new request, if no request came after it."""
@@ -206,7 +269,7 @@ class FairQueue:
         level = self._levels.get(name)
         if level is None:
             if len(self._levels) >= _MAX_IDLE_LEVELS:
-                self._levels = {known: old for known, old in self._levels.items() if old.tenants}
+                self._levels = {known: old for known, old in self._levels.items() if old.is_in_use}
             level = self._levels[name] = _PriorityClass()
             self._order = sorted(self._levels)
         return level

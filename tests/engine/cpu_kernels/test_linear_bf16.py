@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerband.engine.layers import packed as reference
-from powerband.engine.layers.linear import Linear
-from powerband.engine.layers.packed import PackedBf16
+from powerband.engine.linear import bf16 as reference
+from powerband.engine.linear.base import Linear
+from powerband.engine.linear.bf16 import PackedBf16
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 12, 13, 16, 17, 31, 32, 33, 40, 100]
 SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (33, 64), (48, 257), (100, 1000), (256, 288)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.layers.int4 import Int4Product, pack, unpack
-from powerband.engine.layers.quantized import Int4Weight, dequantize, quantize_int4
-from powerband.engine.layers.quantized_linear import QuantizedLinear
+from powerband.engine.linear.int4 import Int4Product, pack, unpack
+from powerband.engine.linear.quantized import QuantizedLinear
+from powerband.engine.linear.quantized_weights import Int4Weight, dequantize, quantize_int4
 from powerband.errors import UsageError
 
 SHAPES = [(16, 64, 32), (50, 200, 128), (33, 100, 100), (48, 104, 40), (40, 1024, 128), (1, 8, 8), (17, 77, 128)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerband.engine.layers.int8 import Int8Product, pack
-from powerband.engine.layers.quantized import Int8Weight, int8_product
+from powerband.engine.linear.int8 import Int8Product, pack
+from powerband.engine.linear.quantized_weights import Int8Weight, int8_product
 
 ops = torch.ops.powerband
 

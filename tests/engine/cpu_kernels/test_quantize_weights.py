@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerband.engine.layers.int4 import Int4Product
-from powerband.engine.layers.int8 import Int8Product
-from powerband.engine.layers.packed import pack
-from powerband.engine.layers.quantized import dequantize, quantize_int4, quantize_int8
+from powerband.engine.linear.bf16 import pack
+from powerband.engine.linear.int4 import Int4Product
+from powerband.engine.linear.int8 import Int8Product
+from powerband.engine.linear.quantized_weights import dequantize, quantize_int4, quantize_int8
 
 SHAPES = [(1, 1), (16, 64), (17, 100), (33, 128), (40, 300), (160, 1025)]
 

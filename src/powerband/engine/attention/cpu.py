@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
+from powerband.engine.huge_pages import huge_empty
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
-from powerband.engine.memory import huge_empty
 
 BLOCK_SIZE = 32
 _MAX_HEAD_DIM = 256

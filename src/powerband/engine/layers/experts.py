@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.layers.linear import Linear, Matrix, Product, parameter
 from powerband.engine.layers.mlp import gated
+from powerband.engine.linear.base import Linear, Matrix, Product, parameter
 from powerband.spec.model.model_spec import ModelSpec
 
 # gpt-oss: gate and up are clamped, and the sigmoid is steeper (its reference implementation's constants).
@@ -70,7 +70,7 @@ class Experts(nn.Module):
         residual.add_(self.forward(x))
 
     def matrices(self) -> list[Matrix]:
-        """Of each expert in turn: gate and up together, then down."""
+        """The matrices of each expert in turn: gate and up together, then down."""
         found = []
         for expert in range(self.down.shape[0]):
             biases = [bias[expert] if bias is not None else None for bias in (self.gate_up_bias, self.down_bias)]
