@@ -16,7 +16,7 @@ from powerband.mock_server.behavior import Behavior, DropBy, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 40}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40}
-CALM = ("--stall-timeout-s=0.5", "--first-byte-timeout-s=0.5")
+CALM = ("--stream-idle-timeout-s=0.5", "--first-byte-timeout-s=0.5")
 REVISIONS = itertools.count(1)
 
 

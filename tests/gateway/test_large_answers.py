@@ -16,10 +16,11 @@ from test_charging import replica, story_of
 from test_replica_answers import CALM, CHAT, STOP, chunk, log, says, serving, stream, whole
 
 from powerband.gateway.proxy import relay as relaying
-from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.events import MAX_EVENT_BYTES, read_chunk
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES
+from powerband.openai.chunks import read_chunk
+from powerband.openai.events import MAX_EVENT_BYTES
 
 UNLIMITED = {name: value for name, value in CHAT.items() if name != "max_tokens"}
 

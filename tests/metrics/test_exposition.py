@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from powerband.bench.server_metrics import parse_metrics
 from powerband.dispatch.backend import ReplicaLoad
+from powerband.engines.metrics import parse_metrics
+from powerband.engines.registry import ADAPTERS
 from powerband.fleet.monitor.replica_metrics import read_metrics
-from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
+from powerband.gateway.dispatch.health import read_load
 from powerband.metrics.exposition import label, samples, total
 
 LABEL_TEXT = st.text(
@@ -62,7 +63,7 @@ def test_what_can_be_read_counts_and_nothing_else(line: str, value: float | None
 def test_no_page_makes_a_reader_fail(noise: bytes, opening: str) -> None:
     names = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "powerband_step_residual_ratio_bucket")
     page = b"".join(f"\n{name}{opening}".encode() + noise for name in names)
-    load = read_load(page, ENGINE_ENDPOINTS["vllm"])
+    load = read_load(page, ADAPTERS["vllm"])
     metrics = read_metrics(page.decode(errors="replace"))
     assert all(math.isfinite(value) for value in (*parse_metrics(page).values(), *metrics.values.values()))
     assert isinstance(load, ReplicaLoad)
@@ -70,7 +71,7 @@ def test_no_page_makes_a_reader_fail(noise: bytes, opening: str) -> None:
 
 def test_a_sum_beyond_all_numbers_is_no_figure() -> None:
     page = b"vllm:num_requests_running 1e308\nvllm:num_requests_running 1e308\n"
-    assert read_load(page, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad()
+    assert read_load(page, ADAPTERS["vllm"]) == ReplicaLoad()
 
 
 def test_the_first_name_of_a_figure_that_is_there_counts() -> None:

@@ -14,25 +14,25 @@ class BudgetHolder(Protocol):
     """A request."""
 
     def refuse(self, error: HttpError) -> None:
-        """End it with this answer, and forget its body."""
+        """End it with this error, and drop its body."""
 
 
 class BodyBudget:
-    """Counts what came of each body until its request has ended.
+    """Counts the received bytes of each body until its request has ended.
 
-    When all are over `max_bytes`, the body that has been coming for the longest is refused: honest ones come in
-    moments, so those that are sent by halves go first, and stop nobody. When all are whole, it is the new one,
-    unless it is small: how many whole requests there may be is bounded by the queue.
+    When the sum exceeds `max_bytes`, the body that started first among the incomplete ones is refused: normal bodies
+    arrive within moments, so slow ones go first and block no other request. When all are complete, the new one is
+    refused, unless it is small: the queue bounds the number of complete requests.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.held_bytes = 0
-        self._coming: dict[BudgetHolder, int] = {}  # the one that began first is first
+        self._coming: dict[BudgetHolder, int] = {}  # in the order in which they started
         self._whole: dict[BudgetHolder, int] = {}
 
     def add(self, holder: BudgetHolder, size: int) -> None:
-        """More of its body came."""
+        """Count `size` more bytes of its body."""
         self._coming[holder] = self._coming.get(holder, 0) + size
         self.held_bytes += size
         while self.held_bytes > self.max_bytes:

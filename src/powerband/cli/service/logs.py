@@ -1,4 +1,4 @@
-"""`powerband logs`: what replicas, the gateway and the controller said."""
+"""`powerband logs`: the logs of replicas, gateway and controller."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ def logs(
     /,
     *,
     name: Name = None,
-    follow: Annotated[bool, Parameter(name=("--follow", "-f"), help="Go on until Ctrl-C", negative="")] = False,
-    lines: Annotated[int, Parameter(name=("--lines", "-n"), help="From the end of each")] = 20,
+    follow: Annotated[
+        bool, Parameter(name=("--follow", "-f"), help="Keep printing new lines, until Ctrl-C", negative="")
+    ] = False,
+    lines: Annotated[int, Parameter(name=("--lines", "-n"), help="Number of lines from the end of each log")] = 20,
 ) -> int:
-    """Print the end of logs, also of replicas that are gone."""
+    """Print the end of logs, including those of removed replicas."""
     from powerband.fleet.service.store import find_service
     from powerband.fleet.targets.local import last_lines
 
     folder = find_service(name)
     if not 0 <= lines <= 1_000_000:
-        raise UsageError(f"lines is {lines}.", hint="0 to 1000000.", param="lines")
+        raise UsageError(f"lines is {lines}; it must be between 0 and 1000000.", param="lines")
     files = _files(folder, member)
     reached = {path: path.stat().st_size for path in files}
     for path in files:
@@ -45,7 +47,7 @@ def logs(
 
 
 def _files(folder: ServiceStore, member: str | None) -> list[Path]:
-    """Raises UsageError with those that there are."""
+    """Raises UsageError, with the known names, for an unknown one."""
     found = sorted(folder.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
     if member is None:
         status = folder.read_status()

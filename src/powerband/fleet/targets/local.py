@@ -63,6 +63,7 @@ class _Record:
     url: str
     started_at: float
     ready_path: str
+    metrics_path: str = "/metrics"
     devices: tuple[int, ...] = ()
     process: ProcessId | None = None  # None: not known yet
     stop_by: float | None = None  # when it is killed, on time.time()
@@ -90,6 +91,7 @@ class LocalTarget:
             url=f"http://{_reachable(spec.host)}:{port}",
             started_at=time.time(),
             ready_path=spec.ready_path,
+            metrics_path=spec.metrics_path,
             devices=spec.devices,
         )
         self._write(record)
@@ -282,6 +284,7 @@ def _instance(record: _Record) -> Instance:
         started_at=record.started_at,
         stopping=record.stop_by is not None,
         ready_path=record.ready_path,
+        metrics_path=record.metrics_path,
         devices=record.devices,
     )
 

@@ -16,19 +16,18 @@ from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.proxy.upstream_errors import (
-    MAX_BYTES,
     InvalidUpstreamRequest,
     phrase,
-    read_upstream_error,
     retry_after_s,
     with_served_name,
 )
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.errors import MAX_ERROR_BYTES, read_error
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
@@ -65,11 +64,11 @@ class PoisonRequest(PowerbandError):
 class UpstreamAttempts:
     """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
 
-    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_tries: int) -> None:
+    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_attempts: int) -> None:
         self.request = request
         self._pool = pool
         self._upstream = upstream
-        self._max_tries = max_tries
+        self._max_attempts = max_attempts
         self._lease: Lease | None = None
         self._verdict = PoisonDetector()
         self._avoid: list[str] = []
@@ -118,8 +117,8 @@ class UpstreamAttempts:
         status, body = exchange.status, b""
         with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
             async with asyncio.timeout(_ERROR_BODY_S):
-                body = await exchange.read_all(MAX_BYTES)
-        complaint = with_served_name(read_upstream_error(body), replica.model, self.request.model)
+                body = await exchange.read_all(MAX_ERROR_BYTES)
+        complaint = with_served_name(read_error(body), replica.model, self.request.model)
         shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
         code = complaint.code or f"http_{status}"
         if status == 503 and code in _ABSENT:
@@ -157,8 +156,8 @@ class UpstreamAttempts:
             self._avoid.append(id)
         if problem.is_refusal:
             # Ours says when there may be a place for this request, others when any may come again.
-            is_ours = lease.replica.engine == "powerband"
-            lease.close("refused", pause_s=0.0 if is_ours else problem.retry_after_s or 0.0)
+            is_alone = lease.replica.adapter.retry_after_is_per_request
+            lease.close("refused", pause_s=0.0 if is_alone else problem.retry_after_s or 0.0)
             self._record_rejection(id, problem)
             return
         self.broken.append((id, problem.code))
@@ -171,7 +170,7 @@ class UpstreamAttempts:
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
-        if self._num_failures >= self._max_tries:
+        if self._num_failures >= self._max_attempts:
             self._verdict.settle()
             raise self._error(problem)
         if problem.counts and not await self._may_retry(lease):
@@ -265,7 +264,7 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
 
 def _abort_when_lost(lease: Lease, exchange: UpstreamExchange) -> None:
     """The exchange fails when the replica is found to hang or to be gone."""
-    lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
+    lease.when_lost(partial(exchange.fail, "lost", "the replica hangs or is gone"))
 
 
 def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:

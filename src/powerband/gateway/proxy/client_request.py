@@ -5,7 +5,6 @@ Fields that the gateway does not know pass through as they are: the replica judg
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -14,9 +13,11 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
+from powerband.engines.powerband import MAX_LABEL_CHARS
 from powerband.errors import InvalidRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
 
 PATHS: dict[Endpoint, str] = {
@@ -25,7 +26,6 @@ PATHS: dict[Endpoint, str] = {
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
 }
-MAX_LABEL_CHARS = 512  # of user and cache_salt, as at our replicas
 COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
 # Of one token in an answer's JSON, at most: the longest of a vocabulary are runs of 128 blanks or so, and a control
 # character takes six bytes; with log-probabilities it stands there with twenty others.
@@ -35,16 +35,7 @@ MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no mode
 _SLACK_PROMPT_TOKENS = 1 << 16
 _PROMPT_BYTES = 32  # of an answer, for each of the prompt: its ids, and itself
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
-# Engines that say the ids of what they stream, so that another replica can go on.
-_TELL_IDS = frozenset(("powerband", "vllm"))
-# Engines that do not, but say with each chunk how many tokens its choice has so far: who leaves early is charged by it.
-_TELL_USAGE = frozenset(("sglang", "trtllm"))
 _TRUE = Raw(b"true")
-
-
-class StreamOptionFields(msgspec.Struct):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
 class RequestFields(msgspec.Struct):
@@ -217,18 +208,18 @@ class ClientRequest:
 
     def returns_token_ids(self, replica: ReplicaAddress) -> bool:
         """Whether its stream says the ids of all tokens: to resume after them, and to count them."""
-        return self.is_stream and self.fields.limit != 0 and replica.engine in _TELL_IDS
+        return self.is_stream and self.fields.limit != 0 and replica.adapter.returns_token_ids
 
     def returns_usage(self, replica: ReplicaAddress) -> bool:
         """Whether each chunk of its stream says how many tokens its choice has so far."""
-        return self.is_stream and replica.engine in _TELL_USAGE
+        return self.is_stream and replica.adapter.returns_continuous_usage
 
     def upstream_body(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
         """resumed: ids of the output tokens that the client has, for our own engine to continue from.
 
         Raises InvalidRequest when the client has some that this replica could not go on after.
         """
-        if self.resumed_ids and replica.engine != "powerband":
+        if self.resumed_ids and not replica.adapter.takes_resume_token_ids:
             raise InvalidRequest(
                 f"'resume_token_ids' needs a replica of Powerband; this one runs {replica.engine}.",
                 hint="Leave it out.",
@@ -243,7 +234,9 @@ class ClientRequest:
             changed = True
         if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # nobody takes a key's name
             changed = True
-            self._set_cache_salt(fields, replica, tenant)
+            isolating = replica.adapter.tenant_fields(tenant, self.fields.user, self.fields.cache_salt)
+            for name, value in isolating.items():
+                fields[name] = _raw(value)
         if self.cap is not None and self.fields.limit is None:
             fields["max_tokens"] = _raw(self.cap)
             changed = True
@@ -260,17 +253,6 @@ class ClientRequest:
                 fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
                 fields.pop("echo", None)  # the client has it
         return msgspec.json.encode(fields) if changed else self._data
-
-    def _set_cache_salt(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
-        """Cached prefixes of one key are not found by another."""
-        if replica.engine == "powerband":
-            label = f"{tenant}/{self.fields.user}" if self.fields.user else tenant
-            if len(label) > MAX_LABEL_CHARS:  # cut, two users could have the same
-                label = f"{tenant}/{hashlib.sha256(label.encode()).hexdigest()}"
-            fields["user"] = _raw(label)
-        elif replica.engine == "vllm":
-            salt = self.fields.cache_salt
-            fields["cache_salt"] = _raw(f"{tenant}/{salt}" if salt else tenant)
 
 
 def _check_case(fields: Mapping[str, Raw]) -> None:

@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
-from powerband.gateway.proxy.events import END, EventSplitter, count_ids
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
+from powerband.openai.chunks import count_ids
+from powerband.openai.events import END, EventReader, EventTooLarge
 from powerband.web.client_connection import ClientConnection
 
 # A replica that tells comments and empty events without end says nothing.
@@ -39,7 +40,7 @@ class Relay:
         self._state = state
         self._exchange = exchange
         self._on_tokens = on_tokens
-        self._splitter = EventSplitter(max_event_bytes)
+        self._reader = EventReader(max_event_bytes)
         self._events: deque[bytes] = deque()  # not processed yet
         self._has_ended = False
         self._max_events = MAX_EVENTS_WITHOUT_TOKEN
@@ -97,9 +98,9 @@ class Relay:
 
     def _split(self, piece: bytes) -> None:
         try:
-            found = self._splitter.feed(piece)
-        except UpstreamFailure as problem:
-            self._problem = problem
+            found = self._reader.feed(piece)
+        except EventTooLarge as problem:
+            self._problem = UpstreamFailure("too_large", f"The replica's {problem}.")
             return
         if found:
             self._attempts.progress()
@@ -135,7 +136,7 @@ class Relay:
 
     def _check_bounds(self, *, grew: bool) -> None:
         """End a stream of nothing, or of more than was asked for."""
-        num_events, state = self._splitter.num_events, self._state
+        num_events, state = self._reader.num_events, self._state
         if grew:
             self._max_events = num_events + MAX_EVENTS_WITHOUT_TOKEN
             if state.has_too_many:
@@ -148,7 +149,7 @@ class Relay:
             self._exchange.between_s = min(self._exchange.between_s, _AFTER_FINISH_S)
 
     def _truncated(self) -> UpstreamFailure:
-        if not self._splitter.num_events:
+        if not self._reader.num_events:
             kind = dict(self._exchange.headers).get(b"content-type", b"no content type").decode("latin-1")[:80]
             return UpstreamFailure("garbage", f"The replica answers a stream request without an event ({kind}).")
         return UpstreamFailure("truncated", "The replica's stream ended before the answer did.")

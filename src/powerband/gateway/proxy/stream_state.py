@@ -12,33 +12,36 @@ from typing import Any, cast
 import msgspec
 from msgspec import Raw
 
+from powerband.engines.base import EngineAdapter
 from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamFailure
 from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
-from powerband.gateway.proxy.events import (
-    CHOICES,
+from powerband.gateway.proxy.exchange import UpstreamFailure
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, with_served_name
+from powerband.gateway.proxy.whole_response import WholeAnswer
+from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.chunks import (
     FIELDS,
+    NO_ERROR,
     NO_IDS,
     Chunk,
     ChunkChoice,
     ChunkDelta,
     ChunkUsage,
+    InvalidChunk,
     count_ids,
     has_ids,
     read_chunk,
 )
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
-from powerband.gateway.proxy.whole_response import WholeAnswer
-from powerband.gateway.routes import ReplicaAddress
-from powerband.web.streaming import DONE, event
+from powerband.openai.errors import read_error
+from powerband.openai.events import DONE, event
 
 # What stays the same through a stream, beside the model.
 _LASTING = ("id", "created", "system_fingerprint")
 _MAX_LASTING_BYTES = 512  # larger ones would be repeated with every event after a failover
 _ENCODE = msgspec.json.Encoder().encode
+_CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
 # How engines end an answer that they gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
 _GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
-_MAKES_SEVERAL = frozenset(("powerband", "vllm", "sglang", "trtllm"))  # choices, where n asks for them
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
 
@@ -80,7 +83,7 @@ class StreamState:
         self._is_other_kind = False  # the current replica tells completions where the client asked for chat
         self.keeps_text = False
         self._skipped = ""
-        self.engine = ""  # of the replicas so far
+        self.adapter: EngineAdapter | None = None  # of the replicas so far
         self._opened: set[int] = set()  # choices whose role was sent
         self.is_resumed = False
         self.token_ids = array("q")  # arrays: there may be many, of many streams
@@ -96,6 +99,7 @@ class StreamState:
         self.times_s = array("d")
         self.counts = array("q")
         self.num_tokens = 0
+        self._max_tokens = 0  # that there may be, see `begin`
         self._min_tokens = 0  # that there are at least: ids, and one for each text without any
 
     @property
@@ -110,7 +114,7 @@ class StreamState:
 
     def _is_complete(self, indexes: set[int]) -> bool:
         """Whether these are all choices; of a server of which nobody knows whether it makes several: one a prompt."""
-        if self.engine in _MAKES_SEVERAL:
+        if self.adapter is not None and self.adapter.supports_n:
             return len(indexes) >= self._num_choices
         return (
             len({index // (self._client_request.fields.n or 1) for index in indexes})
@@ -120,17 +124,19 @@ class StreamState:
     @property
     def has_too_many(self) -> bool:
         """More tokens than may have been asked for."""
-        limit = self._client_request.limit
-        per_choice = MAX_TOKENS if limit is None else limit
-        return self._min_tokens > per_choice * self._num_choices + _SLACK_TOKENS
+        return self._min_tokens > self._max_tokens
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events are this replica's."""
-        self.engine, self._inner_model = replica.engine, replica.model
+        adapter = replica.adapter
+        self.adapter, self._inner_model = adapter, replica.model
+        limit = self._client_request.limit
+        self._max_tokens = (MAX_TOKENS if limit is None else limit) * self._num_choices + _SLACK_TOKENS
         returns_usage = self._client_request.returns_usage(replica)
         self._strips_usage = returns_usage and not self._client_request.wants_continuous_usage
         self._usage_of = {} if returns_usage else None
-        self.keeps_text = self._always_keeps_text or (replica.engine == "vllm" and self._client_request.can_resume)
+        resumes_by_text = adapter.complete_stream is not None and self._client_request.can_resume
+        self.keeps_text = self._always_keeps_text or resumes_by_text
 
     def process_whole(self, chunk: Chunk, replica: ReplicaAddress, *, size: int = 0) -> None:
         """An answer that came at once. Raises UpstreamFailure.
@@ -138,7 +144,8 @@ class StreamState:
         size: of one of which `chunk` is the surface, in bytes: its text is not kept, and its tokens are guessed.
         """
         self.begin(replica)
-        self._check_choices(chunk)
+        if len(chunk.choices or ()) > self._num_choices:
+            raise self._too_many_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
         if not self._is_complete(has := self._finished | self._open):
             message = f"The replica's answer has {len(has)} of {self._num_choices} choices."
@@ -169,21 +176,25 @@ class StreamState:
 
     def process_event(self, data: bytes, now_s: float) -> bytes:
         """What the client reads of an event's data, whole events. Raises UpstreamFailure and InvalidUpstreamRequest."""
-        chunk = read_chunk(data)
-        if chunk.has_error:
+        try:
+            chunk = read_chunk(data)
+        except InvalidChunk as problem:
+            raise UpstreamFailure.invalid(problem) from None
+        if chunk.error is not NO_ERROR and chunk.has_error:
             raise self.as_failure(chunk.error)
-        self._check_choices(chunk)
         if not chunk.choices:
-            if chunk.usage is None and read_upstream_error(data).message:  # older vLLM's and TensorRT-LLM's form
+            if chunk.usage is None and read_error(data).message:  # older vLLM's and TensorRT-LLM's form
                 raise self.as_failure(Raw(data))
             self._take_usage(chunk, 0)
             return self._rewritten(data, chunk) if chunk.usage is not None and self._wants_usage else b""
+        if len(chunk.choices) > self._num_choices:
+            raise self._too_many_choices(chunk)
         tokens, is_silent = 0, True
         for choice in chunk.choices:
             tokens += self._count(choice)
             is_silent = is_silent and self._is_empty(choice)
         self._take_usage(chunk, tokens)
-        if has_ids(chunk.prompt_token_ids) and not self._before:
+        if chunk.prompt_token_ids is not NO_IDS and has_ids(chunk.prompt_token_ids) and not self._before:
             self.prompt_ids = chunk.prompt_token_ids
         if tokens:
             self.times_s.append(now_s)
@@ -191,11 +202,9 @@ class StreamState:
             self.num_tokens += tokens
         return b"" if is_silent else self._rewritten(data, chunk)
 
-    def _check_choices(self, chunk: Chunk) -> None:
-        """Raise UpstreamFailure for more choices than were asked for."""
-        if len(chunk.choices or ()) > self._num_choices:
-            message = f"The replica sent {len(chunk.choices or ())} choices at once"
-            raise UpstreamFailure("garbage", f"{message}; {self._num_choices} were asked for.")
+    def _too_many_choices(self, chunk: Chunk) -> UpstreamFailure:
+        message = f"The replica sent {len(chunk.choices or ())} choices at once"
+        return UpstreamFailure("garbage", f"{message}; {self._num_choices} were asked for.")
 
     def _count(self, choice: ChunkChoice) -> int:
         """Tokens that it adds. Raises UpstreamFailure for a choice that nobody asked for."""
@@ -217,7 +226,7 @@ class StreamState:
             self.finish_reason = choice.finish_reason
         elif index not in self._finished:
             self._open.add(index)
-        if has_ids(choice.prompt_token_ids) and not self._before:
+        if choice.prompt_token_ids is not NO_IDS and has_ids(choice.prompt_token_ids) and not self._before:
             self.prompt_ids = choice.prompt_token_ids
             self._prompt_sizes[index // (self._client_request.fields.n or 1)] = count_ids(choice.prompt_token_ids)
         if text and self.keeps_text:
@@ -288,7 +297,7 @@ class StreamState:
         fields: dict[str, Any] = FIELDS.decode(data)
         fields["model"] = self._served_model
         if chunk.choices:
-            choices = fields["choices"] = CHOICES.decode(fields["choices"])
+            choices = fields["choices"] = _CHOICES.decode(fields["choices"])
             for read, choice in zip(chunk.choices, choices, strict=True):
                 if self.is_resumed and "text" in choice:
                     choice["text"] = Raw(_ENCODE(read.text))  # less what the client has
@@ -309,7 +318,7 @@ class StreamState:
         """Whether it has what only the gateway asked for, or an empty finish_reason where null is meant."""
         if chunk.usage is not None and not returns_usage:
             return True
-        if has_ids(chunk.prompt_token_ids) and not self._wants_ids:
+        if chunk.prompt_token_ids is not NO_IDS and has_ids(chunk.prompt_token_ids) and not self._wants_ids:
             return True
         for choice in chunk.choices or ():
             if choice.finish_reason == "":
@@ -340,7 +349,7 @@ class StreamState:
 
     def as_failure(self, error: Raw) -> Exception:
         """An error in an answer: the replica's own, which another may be free of, or the request's."""
-        complaint = with_served_name(read_upstream_error(bytes(error)), self._inner_model, self._model)
+        complaint = with_served_name(read_error(bytes(error)), self._inner_model, self._model)
         if complaint.is_about_request:
             return InvalidUpstreamRequest(complaint)
         return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.events import FIELDS, Chunk, not_understood, read_chunk
+from powerband.gateway.proxy.exchange import UpstreamFailure
+from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
 
 MAX_RESPONSE_BYTES = 64 << 20
 _LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
@@ -75,7 +75,10 @@ class WholeAnswer:
 
     def read(self) -> Chunk:
         """Raises UpstreamFailure for what is no answer."""
-        return read_chunk(self.surface())
+        try:
+            return read_chunk(self.surface())
+        except InvalidChunk as problem:
+            raise UpstreamFailure.invalid(problem) from None
 
     def surface(self) -> bytes:
         """All that is to be decoded: of a small answer everything. Raises UpstreamFailure for what is no UTF-8."""
@@ -144,7 +147,7 @@ class _Surface:
             if not piece.isascii() or self._utf8.getstate()[0]:
                 self._utf8.decode(piece)
         except UnicodeDecodeError as problem:
-            raise not_understood(problem) from None
+            raise UpstreamFailure.invalid(problem) from None
         for start in range(0, len(piece), _SLICE_BYTES):
             self._add(piece[start : start + _SLICE_BYTES])
 
@@ -181,7 +184,7 @@ class _Surface:
         try:
             self._utf8.decode(b"", final=True)
         except UnicodeDecodeError as problem:
-            raise not_understood(problem) from None
+            raise UpstreamFailure.invalid(problem) from None
         return b"".join(self._kept)
 
     def span_of_model(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from powerband.openai.events import DONE, event
 from powerband.server.generation.engine_requests import ChoiceState, Generation, OutputPiece
 from powerband.server.generation.logprobs import LogprobWriter
 from powerband.server.generation.prompts import chat_prompt
@@ -30,7 +31,6 @@ from powerband.server.replies import (
     Usage,
 )
 from powerband.web.body import read_json
-from powerband.web.streaming import DONE, event
 
 
 class ChatRoutes:

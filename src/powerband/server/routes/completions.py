@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.errors import InvalidRequest
+from powerband.openai.events import DONE, event
 from powerband.server.generation.engine_requests import ChoiceState, Generation, OutputPiece
 from powerband.server.generation.logprobs import LogprobWriter
 from powerband.server.generation.prompts import completion_prompts
@@ -27,7 +28,6 @@ from powerband.server.replies import (
     Usage,
 )
 from powerband.web.body import read_json
-from powerband.web.streaming import DONE, event
 
 
 class CompletionRoutes:
@@ -111,7 +111,7 @@ class _CompletionResponse:
         yield (event(msgspec.json.encode(last)) if include else b"") + DONE
 
     def _gain(self, piece: OutputPiece) -> CompletionChoice:
-        """What a piece adds to its choice; before the first, what is echoed of the prompt."""
+        """What a piece adds to its choice; the first also has the echo of the prompt."""
         body, index = self._body, piece.choice.index
         is_first = index not in self._begun
         self._begun.add(index)
@@ -155,7 +155,7 @@ class _CompletionResponse:
         return writer
 
     async def _skip_resumed(self) -> None:
-        """Offsets go on after the text of what is resumed."""
+        """Offsets continue after the text of the resumed output."""
         generation = self._generation
         if generation.resumed and self._body.logprobs is not None:
             await generation.in_thread(self._writer(generation.choices[0]).skip, generation.resumed)

@@ -13,8 +13,9 @@ import yaml
 
 from model_configs import model_config
 from powerband.cli.main import main
+from powerband.engines.launch import Command, LaunchRequest
+from powerband.engines.registry import ADAPTERS
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.engines import LaunchRequest, engine_adapter
 from powerband.spec.deployment import ENGINES, EngineName, Replica
 
 DOCUMENTED = Path(__file__).parent / "documented_options"
@@ -75,9 +76,7 @@ def test_vllm_offloads_a_fraction_of_the_layers_of_each_gpu(model: str) -> None:
 
 
 def test_vllm_on_a_cpu_gets_threads_and_the_memory_for_its_longest_requests(model: str) -> None:
-    invocation = engine_adapter("vllm").command(
-        LaunchRequest(model=model, replica=CPU, port=8001, served_name="m", threads=2)
-    )
+    invocation = _launch("vllm", model, CPU, threads=2)
     options = _options(invocation.command)
     assert invocation.env == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     assert int(options["--kv-cache-memory-bytes"]) == 4 * 128 * 131072  # 128 KiB a token
@@ -87,8 +86,7 @@ def test_vllm_on_a_cpu_gets_threads_and_the_memory_for_its_longest_requests(mode
 def test_a_key_is_not_on_vllms_command_line(model: str, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
-    order = LaunchRequest(model=model, replica=H100, port=1, served_name="m", api_key_file=str(key))
-    invocation = engine_adapter("vllm").command(order)
+    invocation = _launch("vllm", model, H100, api_key_file=str(key))
     assert invocation.env["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(invocation.command)
 
@@ -168,7 +166,7 @@ def test_finds_the_engines_program(model: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_engine_of_a_plan_has_an_adapter() -> None:
-    assert [engine_adapter(engine).name for engine in ENGINES] == list(ENGINES)
+    assert [ADAPTERS[engine].name for engine in ENGINES] == list(ENGINES)
 
 
 def _model(folder: Path, **more: Any) -> str:
@@ -178,8 +176,13 @@ def _model(folder: Path, **more: Any) -> str:
 
 
 def _command(engine: EngineName, model: str, replica: Replica, **more: Any) -> tuple[str, ...]:
-    order = LaunchRequest(model=model, replica=replica, port="{port}", served_name="m", **more)
-    return engine_adapter(engine).command(order).command
+    return _launch(engine, model, replica, **more).command
+
+
+def _launch(engine: EngineName, model: str, replica: Replica, **more: Any) -> Command:
+    adapter = ADAPTERS[engine]
+    values = {"model": model, "replica": replica, "port": "{port}", "served_name": "m", **more}
+    return adapter.command(LaunchRequest(engine=engine, capabilities=adapter.capabilities, **values))
 
 
 def _options(command: tuple[str, ...]) -> dict[str, str]:
