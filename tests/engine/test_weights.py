@@ -19,7 +19,7 @@ from powerband.engine.layers.embedding import Embedding
 from powerband.engine.linear.base import Linear
 from powerband.engine.linear.bf16 import pack
 from powerband.engine.linear.onednn import PackedLinear
-from powerband.engine.model_loader.linear_methods import Products
+from powerband.engine.model_loader.linear_methods import LinearMethodSelector
 from powerband.engine.model_loader.weights import fill_random, load_weights, resolve_model
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.gpt_oss import expand_mxfp4
@@ -31,9 +31,9 @@ from powerband.spec.settings import EngineSettings
 PROMPT = [5, 17, 99, 42, 7, 7, 130, 1]
 
 
-def products_for(folder: Path) -> Products:
+def products_for(folder: Path) -> LinearMethodSelector:
     model = Decoder(read_model_spec(folder), max_positions=64, dtype=torch.float32, device=torch.device("cpu"))
-    return Products(model, PLAIN)
+    return LinearMethodSelector(model, PLAIN)
 
 
 def output_of(folder: Path) -> list[int]:

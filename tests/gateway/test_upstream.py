@@ -21,12 +21,13 @@ from powerband.gateway.routes import ReplicaAddress
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+PATIENT = Timeouts(connect_s=60.0, first_byte_s=60.0, between_s=60.0, whole_s=120.0)
 QUICK = Timeouts(connect_s=0.3, first_byte_s=0.3, between_s=0.3, whole_s=0.8)
 
 
 @contextlib.asynccontextmanager
 async def upstream_to(
-    serve: Serve, tls: ssl.SSLContext | None = None
+    serve: Serve, tls: ssl.SSLContext | None = None, timeouts: Timeouts = PATIENT
 ) -> AsyncIterator[tuple[UpstreamClient, ReplicaAddress]]:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -35,7 +36,7 @@ async def upstream_to(
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
     port = server.sockets[0].getsockname()[1]
-    upstream = UpstreamClient(QUICK)
+    upstream = UpstreamClient(timeouts)
     upstream.start()
     scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
     try:
@@ -70,9 +71,9 @@ async def whole(upstream: UpstreamClient, replica: ReplicaAddress) -> bytes:
         upstream.end(exchange)
 
 
-def failure(serve: Serve) -> str:
+def failure(serve: Serve, timeouts: Timeouts = PATIENT) -> str:
     async def act() -> str:
-        async with upstream_to(serve) as (upstream, replica):
+        async with upstream_to(serve, timeouts=timeouts) as (upstream, replica):
             with pytest.raises(UpstreamFailure) as caught:
                 await whole(upstream, replica)
             assert upstream.num_live == 0
@@ -120,9 +121,9 @@ def test_each_phase_has_its_limit() -> None:
     async def nothing(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    assert failure(nothing) == "timeout"
-    assert failure(says(CHUNKED, b"2\r\nab\r\n", b"", b"", b"", pause_s=0.2)) == "timeout", "between two bytes"
-    assert failure(says(CHUNKED, *[b"2\r\nab\r\n"] * 10, pause_s=0.15)) == "timeout", "the whole"
+    assert failure(nothing, QUICK) == "timeout"
+    assert failure(says(CHUNKED, b"2\r\nab\r\n", b"", b"", b"", pause_s=0.2), QUICK) == "timeout", "between two bytes"
+    assert failure(says(CHUNKED, *[b"2\r\nab\r\n"] * 10, pause_s=0.15), QUICK) == "timeout", "the whole"
 
 
 def test_connections_are_used_again_and_a_stale_one_is_no_failure() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from powerband.dispatch.breaker import CircuitBreaker
 from powerband.dispatch.options import DispatchOptions
@@ -47,18 +47,11 @@ class ReplicaLoad:
     tokens: float | None = None  # computed since its start
 
 
-class TenantAccounts(Protocol):
-    """Where the tenant of a request is charged for it: a FairQueue."""
-
-    def settle(self, level: PriorityLevel, tenant: str, tokens: float, used: float) -> None: ...
-
-
 class InFlightRequest:
     """A request that was sent to a backend and has not ended."""
 
     # fmt: off
     __slots__ = (
-        "accounts",
         "backend",
         "began_s",
         "bytes_s",
@@ -74,14 +67,21 @@ class InFlightRequest:
         "queue_s",
         "request",
         "sent_s",
+        "settle",
         "tokens",
     )
     # fmt: on
 
     def __init__(
-        self, backend: Backend, request: DispatchRequest, level: PriorityLevel, accounts: TenantAccounts, now_s: float
+        self,
+        backend: Backend,
+        request: DispatchRequest,
+        level: PriorityLevel,
+        now_s: float,
+        settle: Callable[[float], None],
     ) -> None:
-        self.backend, self.request, self.level, self.accounts, self.sent_s = backend, request, level, accounts, now_s
+        """settle: called at its end with the tokens that its tenant has to pay for."""
+        self.backend, self.request, self.level, self.sent_s, self.settle = backend, request, level, now_s, settle
         self.queue_s = 0.0
         self.prompt_tokens = request.prompt_tokens
         self.tokens = request.prompt_tokens + request.output_tokens  # at most

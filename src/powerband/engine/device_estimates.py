@@ -1,4 +1,4 @@
-"""What is known of the device that an engine runs on: this machine's calibration, else the catalog, else nothing."""
+"""The latency model of the device that an engine runs on: from this machine's calibration, else from the catalog."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """refined: by steps of this very model."""
+class DeviceEstimates:
+    """refined: fitted to steps of this very model."""
 
     model: LatencyModel
     refined: bool
 
     def first_token(self, budget: int) -> FirstTokenEstimate:
-        """For deadline admission: what was measured counts in full, of anything else the near edge of its band."""
+        """For deadline admission: a refined estimate counts in full, any other at the optimistic end of its band."""
         return FirstTokenEstimate(self.model, budget, share=1.0 if self.refined else max(1.0 - self.model.band, 0.1))
 
 
-def known_device(form: RunConfiguration, spec: ModelSpec, memory: MemoryPlan) -> Known | None:
-    """None: nothing is known, and then nobody is refused and nothing compared."""
+def find_device_estimates(form: RunConfiguration, spec: ModelSpec, memory: MemoryPlan) -> DeviceEstimates | None:
+    """None for an unknown device: then no request is refused for its deadline and no step is compared."""
     try:
         profile = _profile(form)
         if profile is None:
@@ -45,11 +45,11 @@ def known_device(form: RunConfiguration, spec: ModelSpec, memory: MemoryPlan) ->
             max_num_batched_tokens=memory.max_num_batched_tokens,
         )
         model = LatencyModel(spec, profile, replica, "powerband")
-    except PowerbandError as error:  # a profile that is broken keeps nobody from serving
+    except PowerbandError as error:  # a broken profile does not prevent serving
         logger.warning("The latency model knows nothing of this device: %s", error.message)
         return None
     refined = profile.refinement(form.model, "powerband", form.quantization, form.kv_precision) is not None
-    return Known(model, refined)
+    return DeviceEstimates(model, refined)
 
 
 def _profile(form: RunConfiguration) -> DeviceProfile | None:

@@ -1,4 +1,4 @@
-"""Runs made-up steps on an engine's executor and times them: what a latency model is fitted to.
+"""Runs synthetic steps on an engine's executor and times them: the data that a latency model is fitted to.
 
     steps = Steps(engine)
     steps.seconds(decode(rows=8, context=512))         the median of several runs of one shape
@@ -23,18 +23,18 @@ from powerband.cost.step_log import StepSample
 from powerband.engine.build import Engine
 
 MAX_RUNS = 9
-_LONGEST_CONTEXT = 2048
+_MAX_CONTEXT = 2048
 _DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _CHUNKS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 _MIXED = ((64, 4), (256, 16), (512, 8), (128, 32))
 _GOLDEN = (5**0.5 - 1) / 2
-_FEWEST = 16  # shapes, however long they take
+_MIN_SHAPES = 16  # shapes, however long they take
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """works: (new tokens, context after them) of each. sampled: of the first so many works a token is sampled."""
+    """works: (new tokens, context after them) of each request. sampled: the first `sampled` works yield a token."""
 
     works: tuple[tuple[int, int], ...]
     sampled: int
@@ -46,25 +46,25 @@ def decode(rows: int, context: int) -> StepShape:
 
 
 def prefill(tokens: int, cached: int = 0, *, rows: int = 0, context: int = 1) -> StepShape:
-    """A chunk behind `cached` tokens, perhaps beside decodes; its prompt ends with it."""
+    """A prompt's last chunk after `cached` tokens, optionally together with decodes."""
     return StepShape(((tokens, cached + tokens), *((1, context),) * rows), rows + 1)
 
 
-def grid(longest: int, budget: int, seats: int) -> list[StepShape]:
-    """Decodes and chunks, alone and together. longest: context; budget: tokens of a step; seats: requests at once.
+def grid(max_context: int, budget: int, seats: int) -> list[StepShape]:
+    """Decodes and chunks, alone and together. max_context: tokens; budget: tokens of a step; seats: requests at once.
 
-    In an order in which any beginning covers all of it.
+    In an order in which any first part covers the whole range.
     """
-    longest = min(longest, _LONGEST_CONTEXT)
-    decodes = [decode(rows, context) for rows in _DECODES for context in (16, longest // 4, longest - 1)]
-    chunks = [prefill(new, cached) for new in _CHUNKS for cached in (0, longest // 2)]
-    mixed = [prefill(new, rows=rows, context=longest // 4) for new, rows in _MIXED]
+    max_context = min(max_context, _MAX_CONTEXT)
+    decodes = [decode(rows, context) for rows in _DECODES for context in (16, max_context // 4, max_context - 1)]
+    chunks = [prefill(new, cached) for new in _CHUNKS for cached in (0, max_context // 2)]
+    mixed = [prefill(new, rows=rows, context=max_context // 4) for new, rows in _MIXED]
     fitting = [
         shape
         for shape in [*decodes, *chunks, *mixed]
         if len(shape.works) <= seats
         and sum(new for new, _ in shape.works) <= budget
-        and max(context for _, context in shape.works) <= longest
+        and max(context for _, context in shape.works) <= max_context
     ]
     # Multiples of the golden section fill a line evenly (Knuth 1973, section 6.4).
     order = sorted(range(len(fitting)), key=lambda index: index * _GOLDEN % 1.0)
@@ -72,7 +72,7 @@ def grid(longest: int, budget: int, seats: int) -> list[StepShape]:
 
 
 def copy_bytes_per_s(device: torch.device, size: int = 1 << 30) -> float:
-    """The most that a copy within a device's memory reached: what it reads and writes, a second."""
+    """The peak bandwidth of a copy within the device's memory: bytes read and written per second."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     best = 0.0
@@ -90,8 +90,8 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Steps:
-    """Made-up steps on an executor that nothing else uses meanwhile."""
+class StepBenchmark:
+    """Synthetic steps on an executor that nothing else uses."""
 
     def __init__(self, engine: Engine, *, seed: int = 0) -> None:
         self._executor = engine.executor
@@ -121,19 +121,19 @@ class Steps:
         return statistics.median(taken)
 
     def samples(
-        self, shapes: Sequence[StepShape], budget_s: float, told: Callable[[float], object] = lambda _share: None
+        self, shapes: Sequence[StepShape], budget_s: float, on_progress: Callable[[float], object] = lambda _share: None
     ) -> list[StepSample]:
-        """Those of `shapes` that fit, as far as `budget_s` goes. told: called with the share that is done."""
+        """Times the `shapes` that fit, for about `budget_s`. on_progress: called with the fraction that is done."""
         fitting = [shape for shape in shapes if self.fits(shape)]
         found: list[StepSample] = []
         began_s = time.perf_counter()
         for number, shape in enumerate(fitting, 1):
             spent = (time.perf_counter() - began_s) / budget_s
-            if spent > 1 and len(found) >= _FEWEST:
+            if spent > 1 and len(found) >= _MIN_SHAPES:
                 break
             each_s = budget_s * max(1 - spent, 0.0) / (len(fitting) - len(found)) / 2  # half of it warms up
             found.append(StepSample(shape.works, shape.sampled, self.seconds(shape, each_s)))
-            told(max(number / len(fitting), min(spent, 1.0)))
+            on_progress(max(number / len(fitting), min(spent, 1.0)))
         return found
 
     def _run(self, works: Sequence[Work]) -> float:

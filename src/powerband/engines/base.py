@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from msgspec import Raw
 
 from powerband.engines.capabilities import EngineCapabilities
-from powerband.engines.launch import Command
+from powerband.engines.launch import Command, LaunchRequest
 from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName
-
-if TYPE_CHECKING:
-    from powerband.engines.launch_request import LaunchRequest  # it loads the planner's memory plan
 
 # Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI and
 # Dynamo: all that is known of it is that GET /v1/models lists what it serves.

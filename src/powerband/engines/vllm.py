@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from msgspec import Raw
 
 from powerband.engines.base import Ask, BrokenStream, CannotResume, Continuation, EngineAdapter
 from powerband.engines.capabilities import EngineCapabilities
-from powerband.engines.launch import Command, find_executable, read_key
-
-if TYPE_CHECKING:
-    from powerband.engines.launch_request import LaunchRequest
+from powerband.engines.launch import Command, LaunchRequest, read_key
+from powerband.openai.chunks import INVALID_JSON
+from powerband.spec.hardware.device import detect_cpu
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
 _MAX_HOST_MEMORY_RATIO = 0.2  # for one replica's KV cache
@@ -68,9 +67,7 @@ _CONVERSATION = msgspec.json.Decoder(list[_Message])
 
 def _command(request: LaunchRequest) -> Command:
     replica = request.replica
-    program = find_executable(
-        request.executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
-    )
+    program = request.find_program("vllm", module=_MODULE, install="pip install vllm")
     start = ("--model", request.model) if _MODULE[-1] in program else ("serve", request.model)
     options = {
         "--served-model-name": request.served_name,
@@ -119,7 +116,7 @@ def _limits(request: LaunchRequest) -> dict[str, str]:
     if request.is_cpu:
         # Several replicas share a machine: each reserves what its longest requests need, not a fraction of all memory.
         tokens = replica.max_num_seqs * replica.max_model_len
-        max_bytes = int(request.host_memory_bytes * _MAX_HOST_MEMORY_RATIO)
+        max_bytes = int(detect_cpu().memory_bytes * _MAX_HOST_MEMORY_RATIO)
         needed = min(tokens * request.kv_bytes_per_token, max_bytes)
         found["--kv-cache-memory-bytes"] = str(needed)
     else:
@@ -207,7 +204,7 @@ def _is_text_only(messages: Raw) -> bool:
     """Whether all of a conversation is in the ids of its prompt: of pictures and sounds, only their places are."""
     try:
         conversation = _CONVERSATION.decode(messages)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except INVALID_JSON:
         return False
     parts = [part for message in conversation if isinstance(message.content, list) for part in message.content]
     return all(part.type in _TEXT_PARTS for part in parts)

@@ -15,10 +15,10 @@ from msgspec import Meta, Raw
 _FREE_BRACKETS = 1 << 16
 _BYTES_PER_BRACKET = 24
 
-_NULL = NO_IDS = Raw(b"null")
+NO_ERROR = NO_IDS = _NULL = Raw(b"null")  # what the fields are where they are not sent: cheap to compare
 TokenIds = list[Annotated[int, Meta(ge=0, le=2**32 - 1)]]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
-_NO_ERROR = frozenset((b"null", b"false", b'""', b"{}", b"[]"))
+_EMPTY = frozenset((b"null", b"false", b'""', b"{}", b"[]"))
 
 
 class InvalidChunk(ValueError):
@@ -84,12 +84,12 @@ class Chunk(msgspec.Struct, gc=False):
     model: str | None = None
     choices: list[ChunkChoice] | None = None
     usage: ChunkUsage | None = None
-    error: Raw = _NULL
+    error: Raw = NO_ERROR
     prompt_token_ids: Raw = NO_IDS
 
     @property
     def has_error(self) -> bool:
-        return self.error is not _NULL and bytes(self.error) not in _NO_ERROR
+        return self.error is not NO_ERROR and bytes(self.error) not in _EMPTY
 
 
 _CHUNK = msgspec.json.Decoder(Chunk)

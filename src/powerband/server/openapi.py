@@ -1,4 +1,4 @@
-"""The OpenAPI description, made from the very types that requests are checked with."""
+"""The OpenAPI description, made from the types that requests are validated with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from powerband.server.protocol import PROMPT_SCHEMA, CompletionRequest
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `reply` None: plain text. `errors`: statuses beside those that every route may answer."""
+    """One method of one path. `reply` None: plain text. `errors`: statuses in addition to those of every route."""
 
     method: str
     path: str

@@ -34,7 +34,7 @@ def serve(
 ) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises PowerbandError when the start fails.
 
-    The first signal drains: not ready, no new requests, running ones may end. The second ends at once.
+    The first signal drains: not ready, no new requests, running ones may finish. The second ends at once.
     """
     set_up_logging(server_settings.log_level, server_settings.log_format)
     with listen(server_settings.host, server_settings.port) as listener:

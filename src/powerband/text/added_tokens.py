@@ -28,7 +28,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True, slots=True)
 class TokenFiles:
-    """What the files beside tokenizer.json say.
+    """The tokens in the files beside tokenizer.json.
 
     `named` maps bos_token, eos_token, … and names of the model's own (image_token)
     to their text; `added` are tokens to add to those of tokenizer.json, in this order; `given_ids` are the ids that

@@ -146,7 +146,7 @@ class Tokenizer:
     def _check(self) -> None:
         """Encode and decode samples and every token. Raises whatever the library panics with.
 
-        An Exception is no reason to refuse: a vocabulary of a few words cannot encode others, and serves token ids.
+        Any Exception is accepted: a vocabulary of a few words cannot encode others, but still serves token ids.
         """
         for text in _SAMPLES:
             for add_special_tokens in (True, False):
@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 def _warn_of_other_ids(rust: RustTokenizer, files: TokenFiles, folder: Path) -> None:
-    """Added tokens get the next free ids, whatever the files say; the same in transformers."""
+    """Added tokens get the next free ids, whatever ids the files give; the same in transformers."""
     wrong = [(text, id, rust.token_to_id(text)) for text, id in files.given_ids.items() if rust.token_to_id(text) != id]
     if wrong:
         text, id, actual = wrong[0]
@@ -177,7 +177,7 @@ def _is_skipped(rust: RustTokenizer, id: int) -> bool:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether the Rust library panicked: its exception is no Exception, and cannot be imported."""
+    """Whether the Rust library panicked: its exception is not an Exception, and cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import zmq
 
-from powerband.engine.client.messages import OUTPUTS_SOCKET, REQUESTS_SOCKET, FromEngine, ToEngine, Wire
+from powerband.engine.client.messages import OUTPUTS_SOCKET, REQUESTS_SOCKET, FromEngine, MessageCodec, ToEngine
 from powerband.errors import EnvironmentFault
 
 logger = logging.getLogger(__name__)
 
 
-_LONGEST_PATH = 107 - len("/powerband-xxxxxxxx/requests.sock")  # what the address of a unix socket holds
+_MAX_FOLDER_CHARS = 107 - len("/powerband-xxxxxxxx/requests.sock")  # what the address of a unix socket holds
 
 
 class EngineChannel:
@@ -25,7 +25,7 @@ class EngineChannel:
 
     def __init__(self, receive: Callable[[FromEngine], None]) -> None:
         self.folder = _private_folder()
-        self._wire = Wire(FromEngine)
+        self._codec = MessageCodec(FromEngine)
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
@@ -35,12 +35,12 @@ class EngineChannel:
         self._outputs.bind(f"ipc://{path}")
         path.chmod(0o600)
         self._requests: zmq.Socket[bytes] | None = None
-        # The descriptor only tells that something changed, so every call reads until nothing is left.
+        # The descriptor only signals that something changed, so every call reads until nothing is left.
         self._loop.add_reader(self._outputs.fileno(), self.drain)
 
     @property
     def num_malformed(self) -> int:
-        return self._wire.num_malformed
+        return self._codec.num_malformed
 
     def connect(self) -> None:
         """Open the way to the engine, which listens before it sends its first message."""
@@ -50,17 +50,17 @@ class EngineChannel:
         self._requests.connect(f"ipc://{self.folder / REQUESTS_SOCKET}")
 
     def send(self, message: ToEngine) -> None:
-        """Never blocks. Before `connect` there is nobody to send to, and the message is dropped."""
+        """Never blocks. Before `connect` the message is dropped."""
         if self._requests is not None:
-            self._requests.send(self._wire.encode(message), zmq.NOBLOCK)
+            self._requests.send(self._codec.encode(message), zmq.NOBLOCK)
 
     def drain(self) -> None:
         """Deliver everything that has arrived."""
         while int(self._outputs.get(zmq.EVENTS)) & zmq.POLLIN:
             data = self._outputs.recv(zmq.NOBLOCK)
-            message = self._wire.decode(data)
+            message = self._codec.decode(data)
             if message is None:
-                logger.warning("Dropped %d bytes on the engine's socket that are no message.", len(data))
+                logger.warning("Dropped %d bytes on the engine's socket that are not a valid message.", len(data))
             else:
                 self._receive(message)
 
@@ -76,7 +76,7 @@ def _private_folder() -> Path:
     """A new folder of mode 0700 whose path is short enough for a socket. Raises EnvironmentFault."""
     base = tempfile.gettempdir()
     try:
-        return Path(tempfile.mkdtemp(prefix="powerband-", dir=base if len(base) <= _LONGEST_PATH else "/tmp"))  # noqa: S108 (the new folder is private)
+        return Path(tempfile.mkdtemp(prefix="powerband-", dir=base if len(base) <= _MAX_FOLDER_CHARS else "/tmp"))  # noqa: S108 (the new folder is private)
     except OSError as error:
         raise EnvironmentFault(
             f"No folder for the engine's sockets can be made: {error}.",

@@ -22,7 +22,7 @@ class StallLimits:
 
     tick_s: float = 0.25  # how often to look
     heartbeat_s: float = 2.0  # no heartbeat: not ready, streams end
-    idle_s: float = 2.0  # the loop does not go round though it has nothing to do: not ready
+    idle_s: float = 2.0  # the idle loop does not advance: not ready
     step_s: float = 60.0  # one step takes this long: not ready
     silent_s: float = 5.0  # not a heartbeat for this long, or for as long as its start took if that is more, …
     hopeless_s: float = 60.0  # … but at most for this long, or a step this much over `step_s`: kill and restart
@@ -43,8 +43,8 @@ class EngineHealth:
 class HealthMonitor:
     """Turns heartbeats and ticks of its owner into a state.
 
-    Silence is counted in ticks, not on the clock: a machine that slept, or an owner that was held up itself, does not
-    mistake its own absence for the engine's.
+    Silence is counted in ticks, not on the clock: after a machine slept, or its owner was held up itself, the engine
+    is not blamed for the gap.
     """
 
     def __init__(self, limits: StallLimits) -> None:
@@ -63,7 +63,7 @@ class HealthMonitor:
     def ended(self, state: EngineState, reason: str) -> None:
         self._state, self._reason = state, reason
 
-    def heard(self, heartbeat: Heartbeat) -> None:
+    def on_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._silent_ticks = 0
         self._last = heartbeat
 
@@ -82,7 +82,7 @@ class HealthMonitor:
 
     @property
     def _loop_age_s(self) -> float:
-        """How long ago the loop last went round, when the last heartbeat was sent."""
+        """Seconds since the loop last ran, at the time of the last heartbeat."""
         return self._last.sent_s - self._last.loop_s if self._last else 0.0
 
     def health(self) -> EngineHealth:
@@ -101,5 +101,5 @@ class HealthMonitor:
         limit_s = self._limits.step_s if self._last.busy else self._limits.idle_s
         if loop_age_s > limit_s:
             where = "in a step" if self._last.busy else "while idle"
-            return f"The engine's loop has not gone round for {loop_age_s:.1f} s ({where})."
+            return f"The engine's loop has not advanced for {loop_age_s:.1f} s ({where})."
         return ""

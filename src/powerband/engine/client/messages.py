@@ -1,7 +1,7 @@
-"""What the API process and the engine's process say to each other: typed values, as msgpack over private unix sockets.
+"""Messages between API process and engine process: typed values, as msgpack over private unix sockets.
 
     API process                                      engine process
-      PUSH ───── Submit Abort Call ────────────────►  PULL   requests.sock
+      PUSH ───── Submit AbortRequests MethodCall ──►  PULL   requests.sock
       PULL  ◄─── Phase Ready Failed Outputs ────────  PUSH   outputs.sock
                  Heartbeat CallResult
 
@@ -27,7 +27,7 @@ REQUESTS_SOCKET = "requests.sock"
 OUTPUTS_SOCKET = "outputs.sock"
 
 
-class Handover(msgspec.Struct):
+class StartupConfig(msgspec.Struct):
     """What the engine's process reads from its standard input, as one line of JSON. Its end ends the process."""
 
     settings: EngineSettings
@@ -51,7 +51,7 @@ class Submit(msgspec.Struct, tag=True):
 
     @classmethod
     def of(cls, requests: Sequence[EngineRequest]) -> list[Submit]:
-        """As few messages as the requests, in their order, allow."""
+        """The requests in order, in as few messages as possible."""
         messages: list[Submit] = []
         indices: dict[int, int] = {}  # of the last message's prompts, by identity
         for request in requests:
@@ -67,7 +67,7 @@ class Submit(msgspec.Struct, tag=True):
         return messages
 
     def requests(self) -> Iterator[EngineRequest]:
-        """Each is made when it is taken."""
+        """Yields each request when it is needed."""
         first = self.first
         yield first
         for id, index, seed in self.others:
@@ -76,11 +76,11 @@ class Submit(msgspec.Struct, tag=True):
             yield replace(first, id=id, token_ids=prompt, params=params)
 
 
-class Abort(msgspec.Struct, tag=True):
+class AbortRequests(msgspec.Struct, tag=True):
     ids: list[str]
 
 
-class Call(msgspec.Struct, tag=True):
+class MethodCall(msgspec.Struct, tag=True):
     """Run an administrative method; answered by a CallResult with the same `call_id`."""
 
     call_id: int
@@ -88,11 +88,11 @@ class Call(msgspec.Struct, tag=True):
     kwargs: dict[str, Any]
 
 
-ToEngine = Submit | Abort | Call
+ToEngine = Submit | AbortRequests | MethodCall
 
 
 def _share(a: EngineRequest, b: EngineRequest) -> bool:
-    """Whether only id, prompt and seed tell them apart. By identity: comparing long lists would cost too much."""
+    """Whether they differ only in id, prompt and seed. By identity: comparing long lists would cost too much."""
     return all(getattr(a, name) is getattr(b, name) for name in _SHARED_FIELDS) and (
         a.params is b.params or all(getattr(a.params, name) is getattr(b.params, name) for name in _SHARED_PARAMS)
     )
@@ -108,15 +108,15 @@ _SHARED_PARAMS = [field.name for field in fields(SamplingParams) if field.name !
 class EngineInfo(msgspec.Struct, kw_only=True):
     """What the API needs to know of a started engine."""
 
-    model_folder: str  # where config.json and the tokenizer lie
+    model_folder: str  # the folder of config.json and the tokenizer
     max_model_len: int
     vocab_size: int  # width of the logits: larger token ids do not exist
-    eos_token_ids: list[int]  # of config.json and generation_config.json; who has the tokenizer adds its own
+    eos_token_ids: list[int]  # of config.json and generation_config.json; the API process adds the tokenizer's
     sampling_defaults: dict[str, float | int] = {}  # fields of SamplingParams that the checkpoint gives a value
     kv_capacity_tokens: int
     device: str
     dtype: str
-    summary: str  # the start-up block: model, memory plan predicted beside measured, seconds per phase
+    summary: str  # the start-up block: model, memory plan, predicted and measured, seconds per phase
     config: dict[str, Any]  # the effective settings
     refuses_late: bool = False  # a latency model is there, and with it deadlines are checked at arrival
 
@@ -146,7 +146,7 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Outputs(msgspec.Struct, tag=True):
-    """Everything that one step had to tell."""
+    """All outputs of one step."""
 
     outputs: list[TokenOutput]
     step_tokens: list[int]  # tokens computed by each step since the last message
@@ -157,7 +157,7 @@ class Heartbeat(msgspec.Struct, tag=True):
     """Sent several times a second by a thread of its own, also while a step runs for long."""
 
     sent_s: float  # monotonic, the same clock in both processes
-    loop_s: float  # when the engine's loop last went round: between steps, or idle and awake
+    loop_s: float  # when the engine's loop last ran: between steps, or idle
     busy: bool  # in a step since `loop_s`
     num_malformed: int  # messages dropped since the start
     stats: SchedulerStats
@@ -170,7 +170,7 @@ class CallResult(msgspec.Struct, tag=True):
 
 
 class RemoteError(PowerbandError):
-    """An error of the engine's process, as it was there."""
+    """An error that the engine's process raised."""
 
     def __init__(self, info: ErrorInfo, exit_code: int = PowerbandError.exit_code) -> None:
         super().__init__(info.message, hint=info.hint, code=info.code, param=info.param)
@@ -182,7 +182,7 @@ class RemoteError(PowerbandError):
 FromEngine = Phase | Ready | Failed | Outputs | Heartbeat | CallResult
 
 
-class Wire:
+class MessageCodec:
     """Encodes messages, and decodes those of one side. Not shared between threads."""
 
     def __init__(self, receives: Any) -> None:

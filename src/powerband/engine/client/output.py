@@ -26,7 +26,7 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that ended it; None for EOS and other ends
     error: ErrorInfo | None = None
-    must_abort: bool = False  # ended here by a stop string: the engine does not know it, and has to be told
+    must_abort: bool = False  # ended here by a stop string: the engine does not know and must be sent an abort
 
 
 class OutputProcessor:
@@ -52,7 +52,7 @@ class OutputProcessor:
         self.finish_reason: FinishReason | None = None
 
     def resume(self, token_ids: Sequence[int]) -> None:
-        """Take output that was given out elsewhere as if it had been processed here; call it first.
+        """Process output that another replica has already sent; call it first.
 
         Raises InvalidRequest when a stop string ended it.
         """

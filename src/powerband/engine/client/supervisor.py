@@ -1,4 +1,4 @@
-"""The engine in a process of its own, seen from the API process: start it, talk to it, notice when it dies.
+"""The engine in a process of its own, seen from the API process: start it, send it requests, restart it when it dies.
 
     start() ──► STARTING ──► READY ──────── exit ─────────► DEAD ── back-off ──► STARTING ...
                               │ ▲                            ▲
@@ -32,18 +32,18 @@ from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.client.channel import EngineChannel
 from powerband.engine.client.health import EngineHealth, EngineState, HealthMonitor, StallLimits
 from powerband.engine.client.messages import (
-    Abort,
-    Call,
+    AbortRequests,
     CallResult,
     EngineInfo,
     Failed,
     FromEngine,
-    Handover,
     Heartbeat,
+    MethodCall,
     Outputs,
     Phase,
     Ready,
     RemoteError,
+    StartupConfig,
     Submit,
 )
 from powerband.engine.client.stream import TokenStream
@@ -67,7 +67,7 @@ _RESTART_FACTOR = 5  # … which may have had the weights to download
 
 
 @dataclass(slots=True)
-class _Incarnation:
+class _ProcessRun:
     """One run of the engine's process."""
 
     process: subprocess.Popen[bytes]
@@ -110,8 +110,8 @@ class EngineProcess:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._last_call = 0
         self._channel: EngineChannel | None = None
-        self._current: _Incarnation | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._current: _ProcessRun | None = None
+        self._supervision: asyncio.Task[None] | None = None
         self.num_restarts = 0
         self._first_start_s = 0.0
 
@@ -126,15 +126,15 @@ class EngineProcess:
         except PowerbandError as error:
             self._monitor.ended(EngineState.DEAD, str(error))
             raise
-        self._keeper = asyncio.create_task(self._supervise(), name="engine-keeper")
+        self._supervision = asyncio.create_task(self._supervise(), name="engine-keeper")
         return info
 
     async def stop(self) -> None:
-        """End the engine: asked first, killed after a few seconds. Requests still with it end with an error."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        """End the engine: asked first, killed after a few seconds. Requests in flight end with an error."""
+        if self._supervision is not None:
+            self._supervision.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+                await self._supervision
         self._monitor.ended(EngineState.STOPPED, "The engine was stopped.")
         self._fail_everything(EngineDead("The engine was stopped."))
         await self._end()
@@ -172,7 +172,7 @@ class EngineProcess:
         self._last_call = call_id = self._last_call + 1
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = answer
-        channel.send(Call(call_id, method, kwargs))
+        channel.send(MethodCall(call_id, method, kwargs))
         try:
             return await asyncio.wait_for(answer, _CALL_TIMEOUT_S)
         except TimeoutError as error:
@@ -190,9 +190,9 @@ class EngineProcess:
     def _abort(self, ids: list[str]) -> None:
         known = [id for id in ids if self._streams.pop(id, None) is not None]
         if known and self._channel is not None:
-            self._channel.send(Abort(known))
+            self._channel.send(AbortRequests(known))
 
-    # ---- one incarnation
+    # ---- one run of the process
 
     async def _launch(self, timeout_s: float | None = None) -> EngineInfo:
         """Raises what the engine could not start for, and EngineDead when it is not ready after `timeout_s`."""
@@ -209,9 +209,9 @@ class EngineProcess:
             await self._end()
             raise EngineDead(f"The engine's process could not be started: {error}.") from error
         exited = loop.create_task(asyncio.to_thread(process.wait), name="engine-exit")
-        current = self._current = _Incarnation(process, exited, loop.create_future())
-        # Standard input stays open: its end tells the engine that this process is gone.
-        handover = msgspec.json.encode(Handover(self._settings, str(channel.folder), *self._log))
+        current = self._current = _ProcessRun(process, exited, loop.create_future())
+        # Standard input stays open: its end shows the engine that this process is gone.
+        handover = msgspec.json.encode(StartupConfig(self._settings, str(channel.folder), *self._log))
         with contextlib.suppress(BrokenPipeError):
             if process.stdin is not None:
                 process.stdin.write(handover + b"\n")
@@ -246,7 +246,7 @@ class EngineProcess:
             channel.close()
 
     async def _supervise(self) -> None:
-        """Nobody is ready whom nobody watches: a defect in here ends the service, not only the watching."""
+        """If supervision itself fails, mark the engine dead rather than serve unsupervised."""
         try:
             await self._keep_alive()
         except Exception as defect:
@@ -256,7 +256,7 @@ class EngineProcess:
             self._fail_everything(error)
 
     async def _keep_alive(self) -> None:
-        """Watch the engine; when it ends, tell everyone who waits, and start it again."""
+        """Watch the engine; when it ends, fail the requests that wait for it, and start it again."""
         backoff_s = _FIRST_BACKOFF_S
         while True:
             if self._current is not None:
@@ -277,8 +277,8 @@ class EngineProcess:
                 logger.error("The engine could not be started again: %s", failure)
                 self._monitor.ended(EngineState.DEAD, str(failure))
 
-    async def _watch(self, current: _Incarnation) -> PowerbandError:
-        """Returns why this incarnation ended. Ends it when it has been silent for too long."""
+    async def _watch(self, current: _ProcessRun) -> PowerbandError:
+        """Returns why this process ended. Kills it when it has been silent for too long."""
         was_ready = True
         while True:
             done, _ = await asyncio.wait({current.exited}, timeout=self._limits.tick_s)
@@ -298,11 +298,11 @@ class EngineProcess:
                 return EngineDead(health.reason)
 
     def _fail_everything(self, error: PowerbandError) -> None:
-        """End every request and call with `error`; an engine that still lives is told to drop the requests."""
+        """End every request and call with `error`; an engine that is still alive is sent an abort for them."""
         info = error_info(error)
         streams, self._streams = self._streams, {}
         if streams and self._channel is not None:
-            self._channel.send(Abort(list(streams)))
+            self._channel.send(AbortRequests(list(streams)))
         now_s = time.monotonic()
         for id, stream in streams.items():
             stream.put(TokenOutput(id, [], now_s, FinishReason.ERROR, error=info))
@@ -324,7 +324,7 @@ class EngineProcess:
                 for ratio in message.step_ratios:
                     self._on_residual(ratio)
         elif isinstance(message, Heartbeat):
-            self._monitor.heard(message)
+            self._monitor.on_heartbeat(message)
             if self._on_heartbeat is not None:
                 self._on_heartbeat(message)
         elif isinstance(message, CallResult):

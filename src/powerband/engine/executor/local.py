@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 
 from powerband.core.step import DeviceReport, Step, StepResult
-from powerband.engine.attention import AttentionShape, Choice, make_backend
+from powerband.engine.attention import AttentionShape, BackendSelection, make_backend
 from powerband.engine.attention.cpu import CpuAttention
 from powerband.engine.executor.cuda_graphs import DecodeGraphs
 from powerband.engine.executor.runner import ModelRunner
 from powerband.engine.executor.warm_up import warm_up
 from powerband.engine.layers.cpu import use_cpu_layers
-from powerband.engine.model_loader.linear_methods import Products
+from powerband.engine.model_loader.linear_methods import LinearMethodSelector
 from powerband.engine.model_loader.weight_cache import WeightCache
 from powerband.engine.model_loader.weights import fill_random, load_weights
 from powerband.engine.models.cpu import use_cpu_blocks
@@ -47,7 +47,7 @@ class ExecutorConfig:
     max_model_len: int
     block_size: int
     seed: int
-    attention: Choice
+    attention: BackendSelection
     kernels: bool  # the C++ kernels for CPUs are loaded
     overlap: bool
     held: WeightPrecisions = PLAIN  # what projections and head are held in
@@ -87,7 +87,7 @@ class TorchExecutor:
         began_s = time.perf_counter()
         self._progress("load", 0.0)
         model = Decoder(config.spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
-        products = Products(model, config.held, kernels=config.kernels)
+        products = LinearMethodSelector(model, config.held, kernels=config.kernels)
         weights_bytes = self._load(products)
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
@@ -109,16 +109,16 @@ class TorchExecutor:
             seconds={"load": loaded_s - began_s, "prepare": prepared_s - loaded_s},
         )
 
-    def _load(self, products: Products) -> int:
-        """From what an earlier start kept, where there is that, and from the checkpoint. Returns the weights' bytes."""
+    def _load(self, products: LinearMethodSelector) -> int:
+        """Load from the weight cache where possible, else from the checkpoint. Returns the weights' bytes."""
         config = self.config
         if config.load_format == "dummy":
             return fill_random(products, config.seed)
-        told = functools.partial(self._progress, "load")
+        progress = functools.partial(self._progress, "load")
         if not (config.weight_cache and config.kernels and config.held != PLAIN):
-            return load_weights(products, config.folder, told)
+            return load_weights(products, config.folder, progress)
         cache = WeightCache(products, config.folder)
-        weights_bytes = load_weights(products, config.folder, told, cache.read(products))
+        weights_bytes = load_weights(products, config.folder, progress, cache.read(products))
         cache.write(products)
         self._weight_cache = cache
         return weights_bytes
@@ -163,7 +163,7 @@ class TorchExecutor:
         return Handle(self.runner.launch(step).result)
 
     def check(self) -> None:
-        """A CPU does not fail; a GPU that has failed says so when it is asked to synchronise."""
+        """A CPU does not fail; a GPU that has failed raises an error when it is synchronised."""
         if self.config.device.type == "cuda":
             torch.cuda.synchronize(self.config.device)
 
@@ -189,7 +189,7 @@ class Handle:
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """The manufacturer's name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return detect_cpu().name

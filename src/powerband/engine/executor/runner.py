@@ -106,7 +106,7 @@ class ModelRunner:
         return state
 
     def _run_isolated(self, rows: list[Row], pending: PendingStep) -> None:
-        """Run all rows at once; should that fail, one by one, so that only those at fault fail."""
+        """Run all rows at once; if that fails, one by one, so that only the faulty ones fail."""
         try:
             self._run(rows, pending)
         except torch.AcceleratorError:
@@ -162,7 +162,7 @@ class ModelRunner:
 
     def _sample(self, rows: list[Row], hidden: torch.Tensor, pending: PendingStep) -> None:
         states = [row.state.sampling for row in rows]
-        found = self.model.most_likely(hidden) if self.sampler.wants_only_argmax(states) else None
+        found = self.model.argmax(hidden) if self.sampler.wants_only_argmax(states) else None
         if found is not None:
             sampled = self.sampler.accept(*found)
         else:

@@ -3,8 +3,8 @@
     rows sorted by expert    | e0 e0 e0 | e1 | e3 e3 |        offsets = [0, 3, 4, 4, 6]
     tiles of TILE_M rows     | t0  | t1 | t2 |  t3  |         a tile never crosses from one expert to the next
 
-Which experts have tokens is known on the device only. So the grid is the most that there can be, and each program finds
-its expert by bisection: nobody waits, and a graph can be captured.
+Which experts have tokens is known on the device only. So the grid is an upper bound, and each program finds
+its expert by bisection: nothing waits for the device, and a graph can be captured.
 """
 
 # mypy: ignore-errors

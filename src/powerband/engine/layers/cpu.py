@@ -1,4 +1,4 @@
-"""The C++ kernels for what lies between the matrix products: the norm, and the activation with its product.
+"""Layers computed by C++ kernels: the norm, and the activation with its product.
 
 Each reads and writes its data once. Computed in float32 and rounded once.
 """

@@ -70,7 +70,7 @@ class Experts(nn.Module):
         residual.add_(self.forward(x))
 
     def matrices(self) -> list[Matrix]:
-        """Of each expert in turn: gate and up together, then down."""
+        """The matrices of each expert in turn: gate and up together, then down."""
         found = []
         for expert in range(self.down.shape[0]):
             biases = [bias[expert] if bias is not None else None for bias in (self.gate_up_bias, self.down_bias)]

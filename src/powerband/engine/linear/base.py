@@ -23,7 +23,7 @@ class Product(Protocol):
 
 @runtime_checkable
 class FindsLargest(Protocol):
-    """A product that can do without most of its results."""
+    """A product that finds its largest result without storing the others."""
 
     def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per row of x, without bias, the lowest index of the largest result (int64) and its value (float32).
@@ -48,7 +48,7 @@ class LinearProvider(Protocol):
     name: str
 
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
-        """Take the loaded weight [out, in] in whatever form suits; None: not for this weight."""
+        """Take the loaded weight [out, in] in the provider's form; None if it does not support this weight."""
         ...
 
 

@@ -20,7 +20,7 @@ STEP = 32  # inputs are padded to a multiple of this: one AMX tile
 
 
 class PackedBf16:
-    """LinearProvider for bfloat16 weights on a CPU. It packs a copy: whoever else holds the weight may keep it."""
+    """LinearProvider for bfloat16 weights on a CPU. It packs a copy: other users of the weight may keep it."""
 
     name = "kernel bf16"
 

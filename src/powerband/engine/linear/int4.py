@@ -69,7 +69,7 @@ class Int4Product:
 
     @classmethod
     def quantizing(cls, weight: torch.Tensor, group_size: int, bias: torch.Tensor | None = None) -> Int4Product:
-        """With `quantize_int4(weight, group_size)` (but for ties), for a bfloat16 weight [out, in], never unpacked."""
+        """The product with `quantize_int4(weight, group_size)`, but for ties; weight: bfloat16 [out, in]."""
         out_features, in_features = weight.shape
         packed = huge_empty(packed_shape(out_features, in_features), torch.uint8)
         scales = huge_empty((packed.shape[0], -(-in_features // group_size), PANEL), torch.float32)

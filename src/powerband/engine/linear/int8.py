@@ -63,7 +63,7 @@ class Int8Product:
 
     @classmethod
     def quantizing(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Product:
-        """With `quantize_int8(weight)`, for a bfloat16 weight [out, in], without ever holding it unpacked."""
+        """The product with `quantize_int8(weight)` of a bfloat16 weight [out, in], never unpacked."""
         out_features, in_features = weight.shape
         packed = huge_empty(packed_shape(out_features, in_features), torch.int8)
         scales, sums = torch.empty(out_features), torch.empty(out_features, dtype=torch.int32)

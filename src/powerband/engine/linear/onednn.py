@@ -13,7 +13,7 @@ _LARGE_FLOAT32 = 1 << 20
 class PackedLinear:
     """LinearProvider for bfloat16 weights and large float32 weights on a CPU.
 
-    keep: weights that someone else reads, too, and that must therefore stay as they are (tied embeddings).
+    keep: weights that are read elsewhere, too, and must stay as they are (tied embeddings).
     """
 
     name = "onednn"

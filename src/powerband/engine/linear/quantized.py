@@ -54,7 +54,7 @@ class QuantizedLinear:
 
 
 def kernel_name(held: str, *, kernels: bool) -> str:
-    """What computes, as summaries call it."""
+    """The name of what computes, for summaries."""
     return f"kernel {held}" if kernels else held
 
 
@@ -77,13 +77,13 @@ def quantized_product(weight: Int8Weight | Int4Weight, bias: torch.Tensor | None
 
 
 def tensors_of(product: Product) -> dict[str, torch.Tensor]:
-    """All that a product is made of, by name; empty where it does not tell."""
-    told = getattr(product, "tensors", None)
-    return told() if told is not None else {}
+    """The tensors that a product is made of, by name; empty for products without `tensors`."""
+    tensors = getattr(product, "tensors", None)
+    return tensors() if tensors is not None else {}
 
 
 class ReferenceProduct:
-    """In plain torch. It serves where no kernel does, and says what the kernels must compute."""
+    """In plain torch: used where no kernel is, and the reference for the kernels."""
 
     def __init__(self, weight: Int8Weight | Int4Weight, bias: torch.Tensor | None) -> None:
         self._weight = weight

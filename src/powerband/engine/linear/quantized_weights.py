@@ -19,7 +19,7 @@ INT8_MAX = 127  # -128 is left out, so that the range is symmetric
 INT4_ZERO = 8  # where a symmetric Int4Weight has its zero: values 0..15 stand for -8..7
 DEFAULT_GROUP_SIZE = 128
 # Fractions of the group's extreme that are tried as the end of the range: clipping it makes all other steps finer. The
-# best is then refined: its best scale becomes the step, values are rounded anew, and so on. On Gaussian weights this
+# best is then refined: its best scale becomes the step, values are rounded again, and so on. On Gaussian weights this
 # leaves 33 % less squared error than max / 7; four times as many ratios leave another 0.2 % less.
 _CLIP_RATIOS = tuple(1 - 0.05 * index for index in range(9))
 _REFINEMENTS = 2

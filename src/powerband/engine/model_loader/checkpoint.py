@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a name becomes a folder, fetched from the hub where it is not on this machine. No torch."""
+"""Finds a checkpoint: a name becomes a folder, fetched from the hub if it is not on this machine. No torch."""
 
 from __future__ import annotations
 
@@ -91,5 +91,5 @@ def _weights(name: str, revision: str | None) -> list[str]:
 
 
 def _not_to_be_had(name: str, reason: str, hint: str) -> EnvironmentFault:
-    message = f"{name!r} is no folder here and cannot be had from the Hugging Face hub: {reason}."
+    message = f"{name!r} is not a folder here and cannot be fetched from the Hugging Face hub: {reason}."
     return EnvironmentFault(message, hint=hint, code="model_not_found", param="model")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generating: defaults of sampling, and the tokens that end an answer. No torch."""
+"""generation_config.json: a checkpoint's defaults for sampling, and the tokens that end an output. No torch."""
 
 from __future__ import annotations
 

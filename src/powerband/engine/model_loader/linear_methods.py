@@ -1,4 +1,4 @@
-"""Who multiplies with which matrix: chosen once, and carried out matrix by matrix while the weights arrive.
+"""Selects what multiplies with each matrix, and hands each matrix over as soon as its weights are loaded.
 
 part               held in 16 or 32 bits       int8           int4
 layers' matrices   kernels, oneDNN or torch    int8 kernel    int4 kernel
@@ -27,7 +27,7 @@ from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import PLAIN, Held, WeightPrecisions
 
 
-class Products:
+class LinearMethodSelector:
     """Gives every part of a model that multiplies with matrices its products, as soon as those are loaded."""
 
     def __init__(self, model: Decoder, held: WeightPrecisions = PLAIN, *, kernels: bool = False) -> None:
@@ -40,7 +40,7 @@ class Products:
         self._routers = {id(module.router) for module in model.modules() if isinstance(module, Experts)}
 
     def take(self, part: Projections) -> None:
-        """The part's weights are complete: hand them over to whoever multiplies with them from now on."""
+        """The part's weights are complete: hand them over to the provider that multiplies with them from now on."""
         matrices = part.matrices()
         for provider in self._providers(part):
             products = self._prepare(part, provider, matrices)
@@ -115,7 +115,7 @@ class Products:
 
 
 def _bytes_of(matrix: Matrix, product: Product) -> int:
-    """Of what a product holds; of one that does not tell, as many as the weight had."""
+    """Bytes of what a product holds; of a product without `tensors`, as many as the weight had."""
     tensors = tensors_of(product)
     return sum(tensor.nbytes for tensor in tensors.values()) if tensors else matrix.weight.nbytes
 

@@ -33,7 +33,7 @@ _DTYPES = {
 }
 _PIECE_BYTES = 4 << 20  # large tensors are read in such pieces by several threads: one copies more slowly than memory
 _AHEAD_BYTES = 64 << 20  # the system is asked to fetch so much from the disk while what was read is used
-_MOST_READERS = 4
+_MAX_READERS = 4
 
 
 class SafetensorsFile:
@@ -138,4 +138,4 @@ def stored_name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _readers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(_MOST_READERS, detect_cpu().cores), thread_name_prefix="powerband-read")
+    return ThreadPoolExecutor(min(_MAX_READERS, detect_cpu().cores), thread_name_prefix="powerband-read")

@@ -10,7 +10,7 @@ Whatever goes wrong here is a warning: the checkpoint is still there.
     <engine>-<content>.safetensors   packed weights; content: checksums of all tensors of the checkpoint
     <files>.known                    a link to them; files: the checkpoint's inodes, sizes, times and samples
 
-Reading a whole checkpoint to find its name would cost what the cache saves. So a link says which content these very
+Reading a whole checkpoint to find its name would cost what the cache saves. So a link records which content these very
 files had, and a checkpoint is only read for its name when there is no link but there is packed content to be found.
 """
 
@@ -34,7 +34,7 @@ from powerband.engine.huge_pages import huge_empty
 from powerband.engine.linear.base import Product, Projections
 from powerband.engine.linear.int4 import Int4Product
 from powerband.engine.linear.int8 import Int8Product
-from powerband.engine.model_loader.linear_methods import Products, parts_of
+from powerband.engine.model_loader.linear_methods import LinearMethodSelector, parts_of
 from powerband.engine.model_loader.safetensors_file import SafetensorsFile, checksums, stored_name
 from powerband.errors import PowerbandError
 from powerband.folders import cache_directory
@@ -66,7 +66,7 @@ def folder() -> Path:
 class WeightCache:
     """The file of one checkpoint, as one engine would hold it."""
 
-    def __init__(self, products: Products, checkpoint: Path) -> None:
+    def __init__(self, products: LinearMethodSelector, checkpoint: Path) -> None:
         """Raises as `weight_files` does, EnvironmentFault for damaged files and OSError for what cannot be read."""
         self._files = weight_files(checkpoint)
         engine = repr((LAYOUT, products.model.spec, products.held, products.kernels))
@@ -81,7 +81,7 @@ class WeightCache:
     def _name(self, digest: str) -> str:
         return f"{self._engine}-{digest}"
 
-    def read(self, products: Products) -> Found:
+    def read(self, products: LinearMethodSelector) -> Found:
         """All products that were kept, each in memory of its own. Empty: there are none, or they are damaged."""
         path = self._find()
         if path is None:
@@ -122,7 +122,7 @@ class WeightCache:
                 self._link.unlink(missing_ok=True)
                 self._link.symlink_to(path.name)
 
-    def write(self, products: Products) -> None:
+    def write(self, products: LinearMethodSelector) -> None:
         """Keep the products for the next start, in a thread of its own: `close` waits for it."""
         named = {name: kept for name, kept in _named(products).items() if _can_keep(kept)}
         if named and not self._link.exists():
@@ -143,7 +143,7 @@ class WeightCache:
         try:
             path = self._path_of_content()
             if _identity(self._files) != self._identity:
-                return  # they changed while they were loaded: nobody knows what was packed
+                return  # they changed while they were loaded: what was packed is unknown
             if not path.exists() and not self._write_file(path, named):
                 return
             self._remember(path)
@@ -151,7 +151,7 @@ class WeightCache:
             logger.warning("The weight cache could not be written, so the next start quantizes again: %s", problem)
 
     def _write_file(self, path: Path, named: Found) -> bool:
-        """False: there is no room, or the engine ended before it was done."""
+        """False if there is no room, or if the engine ended before it was done."""
         tensors, kinds = _tensors(named)
         header, size = _header(tensors, kinds)
         if not _make_room(size):
@@ -170,7 +170,7 @@ class WeightCache:
         return complete
 
     def _write_to(self, fd: int, header: bytes, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """False: told to end before it was done."""
+        """False if it was cancelled before it was done."""
         for content in (memoryview(header), *map(_content, tensors.values())):
             done = 0
             while done < len(content):
@@ -191,7 +191,7 @@ def kept_files() -> list[Path]:
 
 
 def _identity(files: list[Path]) -> str:
-    """Of these very files, unchanged: what the system says of them, which no copy shares, and a sample of every tensor,
+    """Identifies these very files: by inode, size and times, which no copy shares, and by a sample of every tensor,
     for file systems that give two images the same inodes and times.
     """
     digest = hashlib.sha256()
@@ -208,7 +208,7 @@ def _identity(files: list[Path]) -> str:
 
 
 def _content_digest(files: list[Path]) -> str:
-    """Of every tensor's name, type, shape and bytes. It reads all files."""
+    """A digest of every tensor's name, type, shape and bytes. It reads all files."""
     digest = hashlib.sha256()
     for path in files:
         with SafetensorsFile(path) as file:
@@ -218,7 +218,7 @@ def _content_digest(files: list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _named(products: Products) -> Found:
+def _named(products: LinearMethodSelector) -> Found:
     names = {id(part): name for name, part in parts_of(products.model)}
     return {names[id(part)]: list(kept) for part, kept in products.installed}
 
@@ -230,7 +230,7 @@ def _can_keep(kept: Iterable[Product]) -> bool:
 # ---- from and to files
 
 
-def _read(file: SafetensorsFile, products: Products) -> Found:
+def _read(file: SafetensorsFile, products: LinearMethodSelector) -> Found:
     """Raises ValueError for what does not belong to the model, and as SafetensorsFile does."""
     entries = {name: _entry(file, name) for name in file.names()}
     if file.metadata.get("digest") != _digest(entries, file.metadata["kinds"], file.metadata["checksums"]):
@@ -285,8 +285,8 @@ def _header(tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, str]) -> tu
         entry = {"dtype": stored_name(tensor.dtype), "shape": list(tensor.shape)}
         entries[name] = {**entry, "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
-    said, sums = json.dumps(kinds), json.dumps({name: checksums(tensor) for name, tensor in tensors.items()})
-    metadata = {"digest": _digest(entries, said, sums), "kinds": said, "checksums": sums}
+    kinds_json, sums = json.dumps(kinds), json.dumps({name: checksums(tensor) for name, tensor in tensors.items()})
+    metadata = {"digest": _digest(entries, kinds_json, sums), "kinds": kinds_json, "checksums": sums}
     text = json.dumps({"__metadata__": metadata, **entries}).encode()
     text += b" " * (-(len(text) + LENGTH_BYTES) % _ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, LENGTH_BYTES + len(text) + end

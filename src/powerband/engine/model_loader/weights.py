@@ -20,12 +20,12 @@ import torch
 from powerband.engine.linear.base import Product, Projections
 from powerband.engine.linear.quantized import StoredMatrix
 from powerband.engine.model_loader.checkpoint import resolve_model
-from powerband.engine.model_loader.linear_methods import Products, parts_of
+from powerband.engine.model_loader.linear_methods import LinearMethodSelector, parts_of
 from powerband.engine.model_loader.quantized_checkpoint import QuantizedCheckpoint
 from powerband.engine.model_loader.stored_tensors import StoredTensors
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.registry import slots_for
-from powerband.engine.models.weight_mapping import Slot
+from powerband.engine.models.weight_mapping import WeightSlot
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.files import HEAD, weight_files
 from powerband.spec.model.model_spec import ModelSpec
@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    products: Products, folder: Path, progress: Progress | None = None, kept: Mapping[str, list[Product]] | None = None
+    products: LinearMethodSelector,
+    folder: Path,
+    progress: Progress | None = None,
+    kept: Mapping[str, list[Product]] | None = None,
 ) -> int:
     """Fill every parameter of the model from the folder's safetensors files, and give its parts their products.
 
@@ -86,7 +89,7 @@ def load_weights(
     return weight_bytes(products)
 
 
-def fill_random(products: Products, seed: int) -> int:
+def fill_random(products: LinearMethodSelector, seed: int) -> int:
     """Random weights of a sensible size, the same for the same seed, and their products. Returns the bytes of all."""
     model = products.model
     generator = torch.Generator().manual_seed(seed)
@@ -102,20 +105,20 @@ def fill_random(products: Products, seed: int) -> int:
     return weight_bytes(products)
 
 
-def weight_bytes(products: Products) -> int:
+def weight_bytes(products: LinearMethodSelector) -> int:
     """Bytes of the model's parameters and of what products hold in their place."""
     parameters = products.model.parameters()
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters) + products.memory_bytes
 
 
 class _Parts:
-    """Tells when the last slot of a part of the model has been filled, and keeps what is to be joined until then.
+    """Notices when the last slot of a part of the model has been filled, and keeps what is to be joined until then.
 
-    A slot's target is a view of a parameter, so the memory behind it tells the part, and the address the matrix and the
+    A slot's target is a view of a parameter, so its storage identifies the part, and its address the matrix and the
     row. The head of tied embeddings is complete when the embedding is.
     """
 
-    def __init__(self, model: Decoder, slots: Iterable[Slot]) -> None:
+    def __init__(self, model: Decoder, slots: Iterable[WeightSlot]) -> None:
         self._owners: dict[int, Projections] = {}
         self._addresses: list[tuple[int, int, int]] = []  # of each matrix: where it begins, its index, bytes of a row
         for _, part in parts_of(model):
@@ -130,24 +133,24 @@ class _Parts:
         self._missing = Counter(id(part) for part in owners if part is not None)
         self._kept: dict[int, dict[int, dict[int, StoredMatrix]]] = {}
 
-    def take_kept(self, products: Products, kept: Mapping[str, list[Product]]) -> set[int]:
-        """Install what was kept, and tell of which parts."""
+    def take_kept(self, products: LinearMethodSelector, kept: Mapping[str, list[Product]]) -> set[int]:
+        """Install what was kept; return the ids of its parts."""
         found = [(part, kept[name]) for name, part in parts_of(products.model) if name in kept]
         for part, made in found:
             products.take_kept(part, made)
         return {id(part) for part, _ in found}
 
-    def owner(self, slot: Slot) -> Projections | None:
+    def owner(self, slot: WeightSlot) -> Projections | None:
         return self._owners.get(_memory(slot.target))
 
-    def completed_by(self, slot: Slot) -> Projections | None:
+    def completed_by(self, slot: WeightSlot) -> Projections | None:
         part = self.owner(slot)
         if part is None:
             return None
         self._missing[id(part)] -= 1
         return None if self._missing[id(part)] else part
 
-    def keep(self, slot: Slot, stored: StoredMatrix) -> None:
+    def keep(self, slot: WeightSlot, stored: StoredMatrix) -> None:
         """This belongs in place of the slot's target."""
         part = self._owners.get(_memory(slot.target))
         if part is None:
@@ -158,7 +161,7 @@ class _Parts:
         pieces[(address - start) // row_bytes] = stored
 
     def kept(self, part: Projections) -> dict[int, dict[int, StoredMatrix]]:
-        """By matrix, by first row. It is let go here."""
+        """Returns what was kept, by matrix and first row, and forgets it."""
         return self._kept.pop(id(part), {})
 
 
@@ -167,9 +170,13 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def _check_names(
-    slots: Iterable[Slot], tensors: StoredTensors, folder: Path, stored: QuantizedCheckpoint | None, spec: ModelSpec
+    slots: Iterable[WeightSlot],
+    tensors: StoredTensors,
+    folder: Path,
+    stored: QuantizedCheckpoint | None,
+    spec: ModelSpec,
 ) -> None:
-    """Nothing is missing, and nothing is left that the model would have been meant to compute with."""
+    """Raise UsageError if a tensor is missing, or if one is left that the model should have computed with."""
     expected, allowed = set(), set()
     for name in (name for slot in slots for name in slot.sources):
         if stored is not None and stored.holds(name):
@@ -198,7 +205,7 @@ def _check_names(
 
 
 def _is_left_over(name: str, tensors: StoredTensors, spec: ModelSpec) -> bool:
-    """Whether a tensor that no parameter takes can be left out without changing what the model says.
+    """Whether a tensor that no parameter takes can be left out without changing the model's output.
 
     As transformers leaves it out: what lies outside the text model (value heads, image encoders), what it computes
     itself, layers beyond the configuration's, biases that are zero, and the tied head, which is the embedding.
@@ -213,7 +220,7 @@ def _is_left_over(name: str, tensors: StoredTensors, spec: ModelSpec) -> bool:
     )
 
 
-def _fill(slot: Slot, stored: StoredTensors) -> None:
+def _fill(slot: WeightSlot, stored: StoredTensors) -> None:
     into = slot.target if slot.convert is None else None
     tensors = [stored.read(name, into) for name in slot.sources]
     name = slot.sources[0]

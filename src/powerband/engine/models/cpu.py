@@ -1,4 +1,4 @@
-"""The halves of decoder layers in the C++ kernels' hands (csrc/blocks.cpp): a whole model is one operator."""
+"""Decoder layers computed by C++ kernels (csrc/blocks.cpp), half a layer each: a whole model is one operator."""
 
 from __future__ import annotations
 

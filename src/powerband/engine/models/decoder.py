@@ -85,7 +85,7 @@ class Decoder(nn.Module):
             logits = torch.tanh(logits / self.spec.logit_softcap) * self.spec.logit_softcap
         return logits
 
-    def most_likely(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def argmax(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Only the largest of each row's logits: token ids [rows] and values [rows]. None: the head cannot."""
         if self.spec.logit_softcap is not None:
             return None  # it makes equal what was nearly equal, and then the lowest token id counts

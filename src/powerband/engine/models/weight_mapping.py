@@ -23,7 +23,7 @@ Convert = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class WeightSlot:
     """`target` receives the one tensor of `sources`, or what `convert` makes of all of them."""
 
     sources: tuple[str, ...]
@@ -32,8 +32,8 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """What a family's checkpoints call things. A name that the family lacks is never looked up."""
+class CheckpointNames:
+    """A family's names for its tensors. A name that the family lacks is never looked up."""
 
     norms: tuple[tuple[str, str], ...]  # (our attribute of a layer, the checkpoint's)
     fused_qkv: bool = False
@@ -41,13 +41,13 @@ class Names:
     mlp: str = "mlp"
 
 
-def plain_slots(model: Decoder, names: Names) -> Iterator[Slot]:
+def plain_slots(model: Decoder, names: CheckpointNames) -> Iterator[WeightSlot]:
     """Everything but experts, as nearly all families name it."""
     offset = model.spec.norm_weight_offset
-    yield Slot(("model.embed_tokens.weight",), model.embedding.weight)
+    yield WeightSlot(("model.embed_tokens.weight",), model.embedding.weight)
     yield _norm_slot("model.norm.weight", model.norm.weight, offset)
     if not model.spec.tie_embeddings:
-        yield Slot(("lm_head.weight",), model.head.weight)
+        yield WeightSlot(("lm_head.weight",), model.head.weight)
     for index, layer in enumerate(layers_of(model)):
         base = f"model.layers.{index}."
         for ours, theirs in names.norms:
@@ -61,7 +61,7 @@ def layers_of(model: Decoder) -> Iterator[DecoderLayer]:
     yield from cast("Iterable[DecoderLayer]", model.layers)
 
 
-def _attention_slots(attention: Attention, base: str, fused: bool, offset: float) -> Iterator[Slot]:
+def _attention_slots(attention: Attention, base: str, fused: bool, offset: float) -> Iterator[WeightSlot]:
     q_size = attention.num_heads * attention.head_dim
     kv_size = attention.num_kv_heads * attention.head_dim
     if fused:
@@ -70,7 +70,7 @@ def _attention_slots(attention: Attention, base: str, fused: bool, offset: float
         yield from _split_slots(attention.qkv, base, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size})
     yield from _linear_slots(attention.output, f"{base}o_proj")
     if attention.sinks is not None:
-        yield Slot((f"{base}sinks",), attention.sinks)
+        yield WeightSlot((f"{base}sinks",), attention.sinks)
     if attention.q_norm is not None and attention.k_norm is not None:
         yield _norm_slot(f"{base}q_norm.weight", attention.q_norm.weight, offset)
         yield _norm_slot(f"{base}k_norm.weight", attention.k_norm.weight, offset)
@@ -80,7 +80,7 @@ def _attention_slots(attention: Attention, base: str, fused: bool, offset: float
         yield _head_norm_slot(f"{base}k_norm.weight", attention.head_norm[heads:], offset)
 
 
-def _mlp_slots(mlp: GatedMLP, base: str, fused: bool) -> Iterator[Slot]:
+def _mlp_slots(mlp: GatedMLP, base: str, fused: bool) -> Iterator[WeightSlot]:
     if fused:
         yield from _linear_slots(mlp.gate_up, f"{base}gate_up_proj")
     else:
@@ -89,30 +89,30 @@ def _mlp_slots(mlp: GatedMLP, base: str, fused: bool) -> Iterator[Slot]:
     yield from _linear_slots(mlp.down, f"{base}down_proj")
 
 
-def _linear_slots(linear: Linear, base: str) -> Iterator[Slot]:
-    yield Slot((f"{base}.weight",), linear.weight)
+def _linear_slots(linear: Linear, base: str) -> Iterator[WeightSlot]:
+    yield WeightSlot((f"{base}.weight",), linear.weight)
     if linear.bias is not None:
-        yield Slot((f"{base}.bias",), linear.bias)
+        yield WeightSlot((f"{base}.bias",), linear.bias)
 
 
-def _split_slots(linear: Linear, base: str, sizes: dict[str, int]) -> Iterator[Slot]:
+def _split_slots(linear: Linear, base: str, sizes: dict[str, int]) -> Iterator[WeightSlot]:
     """Several checkpoint projections, one below the other in ours."""
     start = 0
     for name, size in sizes.items():
-        yield Slot((f"{base}{name}.weight",), linear.weight[start : start + size])
+        yield WeightSlot((f"{base}{name}.weight",), linear.weight[start : start + size])
         if linear.bias is not None:
-            yield Slot((f"{base}{name}.bias",), linear.bias[start : start + size])
+            yield WeightSlot((f"{base}{name}.bias",), linear.bias[start : start + size])
         start += size
 
 
-def _norm_slot(name: str, target: torch.Tensor, offset: float) -> Slot:
-    return Slot((name,), target, (lambda stored: stored.float() + offset) if offset else None)
+def _norm_slot(name: str, target: torch.Tensor, offset: float) -> WeightSlot:
+    return WeightSlot((name,), target, (lambda stored: stored.float() + offset) if offset else None)
 
 
-def _head_norm_slot(name: str, target: torch.Tensor, offset: float) -> Slot:
+def _head_norm_slot(name: str, target: torch.Tensor, offset: float) -> WeightSlot:
     """One weight per dimension of a head, the same for every head."""
     heads = target.shape[0]
-    return Slot((name,), target, lambda stored: (stored.float() + offset if offset else stored).expand(heads, -1))
+    return WeightSlot((name,), target, lambda stored: (stored.float() + offset if offset else stored).expand(heads, -1))
 
 
 # ---- experts
@@ -120,7 +120,7 @@ def _head_norm_slot(name: str, target: torch.Tensor, offset: float) -> Slot:
 
 def expert_slots(
     model: Decoder, names: Collection[str], *, blocks: tuple[str, ...], parts: tuple[str, str, str]
-) -> Iterator[Slot]:
+) -> Iterator[WeightSlot]:
     """Router and experts, one tensor per expert or all in one, whichever `names` holds.
 
     blocks: what the checkpoint may call the block of experts. parts: its names for gate, down and up.
@@ -132,13 +132,13 @@ def expert_slots(
         base = next((b for b in bases if f"{b}gate.weight" in names), bases[0])
         yield from _linear_slots(layer.mlp.router, f"{base}gate")
         if f"{base}experts.gate_up_proj" in names:
-            yield Slot((f"{base}experts.gate_up_proj",), layer.mlp.gate_up)
-            yield Slot((f"{base}experts.down_proj",), layer.mlp.down)
+            yield WeightSlot((f"{base}experts.gate_up_proj",), layer.mlp.gate_up)
+            yield WeightSlot((f"{base}experts.down_proj",), layer.mlp.down)
             continue
         inner = layer.mlp.down.shape[2]
         gate, down, up = parts
         for expert in range(layer.mlp.down.shape[0]):
             one = f"{base}experts.{expert}."
-            yield Slot((f"{one}{gate}.weight",), layer.mlp.gate_up[expert, :inner])
-            yield Slot((f"{one}{up}.weight",), layer.mlp.gate_up[expert, inner:])
-            yield Slot((f"{one}{down}.weight",), layer.mlp.down[expert])
+            yield WeightSlot((f"{one}{gate}.weight",), layer.mlp.gate_up[expert, :inner])
+            yield WeightSlot((f"{one}{up}.weight",), layer.mlp.gate_up[expert, inner:])
+            yield WeightSlot((f"{one}{down}.weight",), layer.mlp.down[expert])

@@ -1,4 +1,4 @@
-"""What lies between `LLM` and the engine's loop, which run in the same thread: commands, their order, and Ctrl-C."""
+"""Commands from `LLM` to the engine's loop, which run in the same thread; their order, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LocalInbox:
         """Return at once."""
 
 
-class Feed:
+class RequestFeed:
     """The order in which answers start, and how many may be with the engine at once.
 
     With a prefix cache the further answers to a prompt wait for the first one's first token: then they find the prompt
@@ -53,7 +53,7 @@ class Feed:
                 self._held[group.id] = items[1:]
 
     def take(self) -> list[Answer]:
-        """Those that start now."""
+        """Answers to start now."""
         taken = []
         while self._ready and len(self.live) < self._max_live and not self._is_full:
             group, answer = self._ready.popleft()
@@ -76,14 +76,14 @@ class Feed:
             self._is_full = False
 
 
-class Interruptions:
+class InterruptGuard:
     """Ctrl-C while steps run is noted, so that no step is cut in half. A second one interrupts at once."""
 
     def __init__(self) -> None:
         self.num_seen = 0
         self._previous: Any = None
 
-    def __enter__(self) -> Interruptions:
+    def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._note)
         return self

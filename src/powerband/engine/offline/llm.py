@@ -15,7 +15,7 @@ from powerband.core.loop import Abort, Add
 from powerband.core.params import SamplingParams
 from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.build import build_engine
-from powerband.engine.offline.inbox import Feed, Interruptions, LocalInbox
+from powerband.engine.offline.inbox import InterruptGuard, LocalInbox, RequestFeed
 from powerband.engine.offline.progress import ProgressBar
 from powerband.engine.offline.prompts import Prompt, PromptReader, listed, naming, one_per_prompt
 from powerband.engine.offline.results import Group, RequestOutput
@@ -134,12 +134,12 @@ class LLM:
 
     def _run(self, groups: list[Group], show_progress: bool) -> None:
         """Feed the engine, no faster than its queue takes, until every answer is finished."""
-        feed = Feed(
+        feed = RequestFeed(
             groups,
             max_live=self.settings.max_num_seqs + self.settings.max_num_queued_reqs,
             share_prompts=self.settings.enable_prefix_caching,
         )
-        with ProgressBar(feed.num_left, shown=show_progress) as progress, Interruptions() as interruptions:
+        with ProgressBar(feed.num_left, shown=show_progress) as progress, InterruptGuard() as interruptions:
             try:
                 while feed.num_left:
                     self._inbox.commands += [Add(answer.request) for answer in feed.take()]
@@ -154,8 +154,8 @@ class LLM:
                 raise
             self._settle()
 
-    def _distribute(self, outputs: list[TokenOutput], feed: Feed, progress: ProgressBar) -> None:
-        """Give each answer what a step has brought it."""
+    def _distribute(self, outputs: list[TokenOutput], feed: RequestFeed, progress: ProgressBar) -> None:
+        """Add the outputs of a step to their answers."""
         refused = []
         finished = tokens_in = tokens_out = 0
         for output in outputs:

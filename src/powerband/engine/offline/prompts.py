@@ -1,4 +1,4 @@
-"""From what a caller of `LLM` gives to requests that the engine takes: all checked before anything starts. No torch."""
+"""From the arguments of `LLM` to the engine's requests: all checked before anything starts. No torch."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class PromptReader:
             )
 
     def _complete(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        """With everything that the engine needs to know filled in."""
+        """The parameters with all defaults filled in."""
         params.check_vocabulary(self._info.vocab_size)
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self._tokenizer is None:
@@ -128,7 +128,7 @@ def one_per_prompt(params: SamplingParams | Sequence[SamplingParams], count: int
         return [params] * count
     wrong = next((item for item in params if not isinstance(item, SamplingParams)), None)
     if wrong is not None:
-        raise InvalidRequest(f"{wrong!r} is no SamplingParams.", param="sampling_params")
+        raise InvalidRequest(f"{wrong!r} is not a SamplingParams.", param="sampling_params")
     if len(params) != count:
         raise InvalidRequest(
             f"There are {count} prompts and {len(params)} sampling_params.",
@@ -140,7 +140,7 @@ def one_per_prompt(params: SamplingParams | Sequence[SamplingParams], count: int
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Say in front of an error's message which input it is about."""
+    """Put the number of the input in front of an error's message."""
     try:
         yield
     except PowerbandError as error:

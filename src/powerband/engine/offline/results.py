@@ -74,7 +74,7 @@ class Answer:
         return self.last.finish_reason is not None
 
     def add(self, output: TokenOutput) -> OutputDelta:
-        """Take in an output of the engine; those that come after the end add nothing."""
+        """Add an output of the engine; outputs after the end are ignored."""
         if self.finished:
             return OutputDelta()
         delta = self.last = self.processor.process(output)

@@ -1,4 +1,4 @@
-"""The C++ kernels for sampling: edits, choice and log-probabilities of rows of logits, each row by itself.
+"""Sampling by C++ kernels: edits, choice and log-probabilities of rows of logits, each row by itself.
 
 They choose what ops.py and logits.py define, with the same uniform numbers. But weights are not divided by their
 sum, and e^x is not rounded as torch's: cumulated weights differ from the reference's by some 1e-8 of the total, and so

@@ -33,11 +33,11 @@ class BadWords:
     distance  how far each stands from the output's end               int64 [total]
     """
 
-    __slots__ = ("_distance", "_lengths", "_tokens", "_word", "last", "longest")
+    __slots__ = ("_distance", "_lengths", "_tokens", "_word", "last", "max_length")
 
     def __init__(self, words: list[list[int]], device: torch.device) -> None:
         lengths = [len(word) - 1 for word in words]
-        self.longest = max(lengths)
+        self.max_length = max(lengths)
         self.last = to_device([word[-1] for word in words], torch.int64, device)
         self._lengths = to_device(lengths, torch.int64, device)
         self._tokens = to_device([id for word in words for id in word[:-1]], torch.int64, device)
@@ -45,8 +45,8 @@ class BadWords:
         self._word = to_device([i for i, n in enumerate(lengths) for _ in range(n)], torch.int64, device)
 
     def biases(self, window: Tensor) -> Tensor:
-        """What to add to the logits of `last`: -inf for each word whose beginning ends `window` [longest]."""
-        equal = window[self.longest - self._distance] == self._tokens
+        """What to add to the logits of `last`: -inf for each word whose beginning ends `window` [max_length]."""
+        equal = window[self.max_length - self._distance] == self._tokens
         found = torch.zeros_like(self._lengths).index_add_(0, self._word, equal.long())
         return torch.zeros(len(found), device=found.device).masked_fill_(found == self._lengths, -math.inf)
 
@@ -168,10 +168,10 @@ class SamplingState:
             row[self.allowed] = values
 
     def _window(self, words: BadWords, position: int) -> Tensor:
-        """The output's last tokens, as many as the longest bad word has before its last."""
-        num_known = min(words.longest, position - self.num_prompt_tokens)
-        window = torch.full((words.longest,), _NO_TOKEN, dtype=torch.int64, device=self._device)
-        window[words.longest - num_known :] = self.tokens(position - num_known, position)
+        """The output's last tokens, `max_length` of them, padded in front."""
+        num_known = min(words.max_length, position - self.num_prompt_tokens)
+        window = torch.full((words.max_length,), _NO_TOKEN, dtype=torch.int64, device=self._device)
+        window[words.max_length - num_known :] = self.tokens(position - num_known, position)
         return window
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
@@ -262,7 +262,7 @@ def _derived_seed(engine_seed: int, request_id: str) -> int:
 
 
 def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of host values. On a GPU it comes through pinned memory, so that nobody waits."""
+    """A tensor of host values. On a GPU it is copied from pinned memory, without waiting."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

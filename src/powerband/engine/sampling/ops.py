@@ -57,7 +57,7 @@ def in_blocks(values: Tensor) -> Tensor:
     return torch.unflatten(values, 1, (-1, BLOCK))
 
 
-def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit's token (the lowest of equal ones) and its value, per row of float32 [rows, vocab]."""
     vocab_size = logits.shape[1]
     whole = vocab_size - vocab_size % BLOCK

@@ -1,6 +1,6 @@
 """From the logits of a step to its tokens, for many requests with different parameters at once.
 
-Rows are grouped by what their parameters need, so that a batch of greedy rows is one arg max and nobody pays for a
+Rows are grouped by what their parameters need, so that a batch of greedy rows is one arg max and no row pays for a
 neighbour's features. A row's token depends on its logits, its parameters, its seed and its position, and on nothing
 else: not on the other rows, their number or order, nor on preemption. Random choice is by inverse CDF (ops.py) from
 one uniform number per token, hashed from (seed, position) on the host (logits.uniform); only the rejection method
@@ -177,7 +177,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Token ids and largest logits of rows that all use `method`, and all or none edit their logits."""
         if method is Method.GREEDY and not edits:
-            return ops.most_likely(logits.float())
+            return ops.argmax(logits.float())
         vocab_size = logits.shape[1]
         values, spare = self._working_memory(len(logits))
         values[:, vocab_size:] = -math.inf
@@ -186,7 +186,7 @@ class Sampler:
             values[:, :vocab_size] = logits
             self._editor.edit(values, states, positions)
             if method is Method.GREEDY:
-                return ops.most_likely(values)
+                return ops.argmax(values)
             values.div_(temperatures)
         else:
             torch.div(logits, temperatures, out=values[:, :vocab_size])

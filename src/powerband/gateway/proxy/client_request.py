@@ -234,8 +234,9 @@ class ClientRequest:
             changed = True
         if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # a client must not use a key's name
             changed = True
-            values = replica.adapter.tenant_fields(tenant, self.fields.user, self.fields.cache_salt)
-            fields.update((name, _raw(value)) for name, value in values.items())
+            isolating = replica.adapter.tenant_fields(tenant, self.fields.user, self.fields.cache_salt)
+            for name, value in isolating.items():
+                fields[name] = _raw(value)
         if self.cap is not None and self.fields.limit is None:
             fields["max_tokens"] = _raw(self.cap)
             changed = True

@@ -21,6 +21,7 @@ from powerband.gateway.proxy.whole_response import WholeAnswer
 from powerband.gateway.routes import ReplicaAddress
 from powerband.openai.chunks import (
     FIELDS,
+    NO_ERROR,
     NO_IDS,
     Chunk,
     ChunkChoice,
@@ -93,7 +94,8 @@ class StreamState:
         self.times_s = array("d")
         self.counts = array("q")
         self.num_tokens = 0
-        self._min_tokens = 0  # a lower bound: ids, and one for each text without ids
+        self._max_tokens = 0  # upper bound, see `begin`
+        self._min_tokens = 0  # lower bound: ids, and one for each text without ids
 
     @property
     def is_finished(self) -> bool:
@@ -117,14 +119,14 @@ class StreamState:
     @property
     def has_too_many(self) -> bool:
         """Whether there are more tokens than requested."""
-        limit = self._client_request.limit
-        per_choice = MAX_TOKENS if limit is None else limit
-        return self._min_tokens > per_choice * self._num_choices + _SLACK_TOKENS
+        return self._min_tokens > self._max_tokens
 
     def begin(self, replica: ReplicaAddress) -> None:
         """The next events come from this replica."""
         adapter = replica.adapter
         self.adapter, self._inner_model = adapter, replica.model
+        limit = self._client_request.limit
+        self._max_tokens = (MAX_TOKENS if limit is None else limit) * self._num_choices + _SLACK_TOKENS
         returns_usage = self._client_request.returns_usage(replica)
         self._strips_usage = returns_usage and not self._client_request.wants_continuous_usage
         self._usage_of = {} if returns_usage else None
@@ -137,7 +139,8 @@ class StreamState:
         size: bytes of a response that is too large to decode; `chunk` then lacks the texts, and tokens are estimated.
         """
         self.begin(replica)
-        self._check_choices(chunk)
+        if len(chunk.choices or ()) > self._num_choices:
+            raise self._too_many_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
         if not self._is_complete(has := self._finished | self._open):
             message = f"The replica's answer has {len(has)} of {self._num_choices} choices."
@@ -172,20 +175,21 @@ class StreamState:
             chunk = read_chunk(data)
         except InvalidChunk as problem:
             raise UpstreamFailure.invalid(problem) from None
-        if chunk.has_error:
+        if chunk.error is not NO_ERROR and chunk.has_error:
             raise self.as_failure(chunk.error)
-        self._check_choices(chunk)
         if not chunk.choices:
             if chunk.usage is None and read_error(data).message:  # older vLLM's and TensorRT-LLM's form
                 raise self.as_failure(Raw(data))
             self._take_usage(chunk, 0)
             return self._rewritten(data, chunk) if chunk.usage is not None and self._wants_usage else b""
+        if len(chunk.choices) > self._num_choices:
+            raise self._too_many_choices(chunk)
         tokens, is_silent = 0, True
         for choice in chunk.choices:
             tokens += self._count(choice)
             is_silent = is_silent and self._is_empty(choice)
         self._take_usage(chunk, tokens)
-        if has_ids(chunk.prompt_token_ids) and not self._before:
+        if chunk.prompt_token_ids is not NO_IDS and has_ids(chunk.prompt_token_ids) and not self._before:
             self.prompt_ids = chunk.prompt_token_ids
         if tokens:
             self.times_s.append(now_s)
@@ -193,11 +197,9 @@ class StreamState:
             self.num_tokens += tokens
         return b"" if is_silent else self._rewritten(data, chunk)
 
-    def _check_choices(self, chunk: Chunk) -> None:
-        """Raise UpstreamFailure for more choices than requested."""
-        if len(chunk.choices or ()) > self._num_choices:
-            message = f"The replica sent {len(chunk.choices or ())} choices at once"
-            raise UpstreamFailure("garbage", f"{message}; {self._num_choices} were requested.")
+    def _too_many_choices(self, chunk: Chunk) -> UpstreamFailure:
+        message = f"The replica sent {len(chunk.choices or ())} choices at once"
+        return UpstreamFailure("garbage", f"{message}; {self._num_choices} were requested.")
 
     def _count(self, choice: ChunkChoice) -> int:
         """Tokens that it adds. Raises UpstreamFailure for a choice that was not requested."""
@@ -219,7 +221,7 @@ class StreamState:
             self.finish_reason = choice.finish_reason
         elif index not in self._finished:
             self._open.add(index)
-        if has_ids(choice.prompt_token_ids) and not self._before:
+        if choice.prompt_token_ids is not NO_IDS and has_ids(choice.prompt_token_ids) and not self._before:
             self.prompt_ids = choice.prompt_token_ids
             self._prompt_sizes[index // (self._client_request.fields.n or 1)] = count_ids(choice.prompt_token_ids)
         if text and self.keeps_text:
@@ -311,7 +313,7 @@ class StreamState:
         """Whether it has fields that only the gateway requested, or an empty finish_reason instead of null."""
         if chunk.usage is not None and not returns_usage:
             return True
-        if has_ids(chunk.prompt_token_ids) and not self._wants_ids:
+        if chunk.prompt_token_ids is not NO_IDS and has_ids(chunk.prompt_token_ids) and not self._wants_ids:
             return True
         for choice in chunk.choices or ():
             if choice.finish_reason == "":

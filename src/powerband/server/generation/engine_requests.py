@@ -55,7 +55,7 @@ class ChoiceState:
 
     @property
     def reason(self) -> Finish:
-        """In OpenAI's words. Other ends than these two raise, and have no answer."""
+        """OpenAI's finish_reason. All other ends raise an error instead."""
         return "length" if self.finish_reason is FinishReason.LENGTH else "stop"
 
 
@@ -186,7 +186,7 @@ class Generation:
         self._replica.begin()
         self._departure = DisconnectWatcher(receive)
         try:
-            if self.resumed:  # as long as a context: beside the event loop
+            if self.resumed:  # may be as long as the context: not in the event loop
                 await self.in_thread(self.choices[0].processor.resume, self.resumed)
             self._stream = self._replica.engine.submit([choice.request for choice in self.choices])
             self._departure.then(self._stream.close)
@@ -199,9 +199,9 @@ class Generation:
             raise
 
     async def pieces(self) -> list[OutputPiece]:
-        """The next few of what came; empty at the end. Raises ClientDisconnected, and the error that a request met.
+        """The next pieces; empty at the end. Raises ClientDisconnected, and the error of a request.
 
-        However much came, others have the event loop in between.
+        Other requests get the event loop in between, however much arrived.
         """
         while not (pieces := list(islice(self._coming, _MAX_PIECES))):
             outputs = self._ahead or await self._take()
@@ -217,7 +217,7 @@ class Generation:
         return pieces
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what may take long beside the event loop."""
+        """Run a slow function in a thread, so that the event loop goes on."""
         return await self._replica.in_thread(function, *args, **kwargs)
 
     def usage(self) -> Usage:
@@ -313,9 +313,9 @@ class Generation:
 
 
 def _resumed(body: GenerationRequest, prompts: list[Prompt], params: SamplingParams, model: Model) -> list[int]:
-    """The output to go on after. Raises InvalidRequest where there is not exactly one to go on with.
+    """The output to continue. Raises InvalidRequest unless there is exactly one choice to continue.
 
-    Cheap however long it is: what can be gone on with is shorter than the context.
+    Cheap: output that can be continued is shorter than the context.
     """
     resumed = body.resume_token_ids or []
     if not resumed:

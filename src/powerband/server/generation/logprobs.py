@@ -20,7 +20,7 @@ from powerband.text.detokenizer import IncrementalDetokenizer
 from powerband.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-_LOWEST = -9999.0  # stands for minus infinity, which JSON does not have
+_LOWEST = -9999.0  # replaces minus infinity, which JSON does not have
 
 
 class LogprobWriter:
@@ -35,7 +35,7 @@ class LogprobWriter:
         self._offset = 0
 
     def skip(self, token_ids: Sequence[int]) -> None:
-        """Output that was written elsewhere: what follows begins after its text."""
+        """Skip output that was written elsewhere: offsets continue after its text."""
         self._offset += len(self._text.append(token_ids)) if self._text else 0
 
     def chat(self, rows: Sequence[TokenLogprobs]) -> ChatLogprobs:
@@ -98,7 +98,7 @@ class LogprobWriter:
 
 
 def _as_json(value: T) -> T:
-    """What will be written in the place of `value`, which it says it is."""
+    """JSON that is written as it is, in place of `value`."""
     return cast(T, msgspec.Raw(msgspec.json.encode(value)))
 
 

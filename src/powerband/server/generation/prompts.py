@@ -1,4 +1,4 @@
-"""What the model reads: token ids from text, from a conversation, or as they were sent; checked against the context."""
+"""Prompts as token ids: from text, from a conversation, or as they were sent; checked against the context length."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def completion_prompts(replica: ServerState, model: Model, body: Completio
 
 
 async def chat_prompt(replica: ServerState, model: Model, body: ChatRequest) -> Prompt:
-    """The conversation as the model was trained to read it. Raises InvalidRequest."""
+    """The conversation in the model's chat template. Raises InvalidRequest."""
     text = await render(replica, model, body, body.messages)
     # Templates write special tokens themselves.
     ids = await encode(replica, model, text, body.add_special_tokens is True, body.truncate_prompt_tokens)
@@ -79,7 +79,7 @@ async def encode(
     *,
     in_thread: bool = False,
 ) -> list[int]:
-    """Token ids of `text`. What is far too long is refused before the work is done. in_thread: it is one of many."""
+    """Token ids of `text`. A text that is far too long is refused before that. in_thread: for one of many."""
     tokenizer = model.need_tokenizer()
     least = len(text) // _max_token_bytes(tokenizer)
     if truncate is None and least > model.info.max_model_len:

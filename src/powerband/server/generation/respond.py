@@ -1,4 +1,4 @@
-"""How both kinds of completion are answered: whole, or as a stream; and the generation closed whatever happens."""
+"""Sends the response of both kinds of completion, whole or as a stream, and always closes the generation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ResponseBuilder(Protocol):
 
 
 async def respond(request: Request, generation: Generation, answer: ResponseBuilder, *, stream: bool) -> Response:
-    """Raises what the engine refuses, before the first byte of a stream."""
+    """Raises the engine's refusal before the first byte of a stream."""
     try:
         await generation.start(request.receive)
         if stream:

@@ -19,13 +19,13 @@ _SAME_NAME = (
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 
 
-def completion_params(body: CompletionRequest, model: Model, longest_prompt: int) -> SamplingParams:
+def completion_params(body: CompletionRequest, model: Model, max_prompt_tokens: int) -> SamplingParams:
     """Sampling for every prompt of a completion. Raises InvalidRequest naming the field."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest(
             f"best_of is {body.best_of} and n is {body.n or 1}; only equal values are supported.", param="best_of"
         )
-    room = model.info.max_model_len - longest_prompt
+    room = model.info.max_model_len - max_prompt_tokens
     max_tokens = _default_max_tokens(body, model, min(_COMPLETION_MAX_TOKENS, room))
     if body.max_tokens is not None:
         max_tokens = body.max_tokens
@@ -57,7 +57,7 @@ def chat_params(body: ChatRequest, model: Model, prompt_tokens: int) -> Sampling
 
 
 def _default_max_tokens(body: GenerationRequest, model: Model, limit: int) -> int:
-    """For a request that names no limit: the checkpoint's, as far as it goes, and no fewer than min_tokens."""
+    """For a request without a limit: the checkpoint's, at most what fits, and at least min_tokens."""
     own = int(model.info.sampling_defaults.get("max_tokens", limit))
     return min(limit, max(own, body.min_tokens or 0))
 

@@ -18,13 +18,13 @@ class AdminRoutes:
         self._replica = replica
 
     async def drain(self, request: Request) -> Response:
-        """Take no new requests; those that run go on. /readyz says 503 from now on."""
+        """Accept no new requests; running ones continue. /readyz answers 503 from now on."""
         refuse_browsers(request)
         self._replica.draining = True
         return self._state()
 
     async def pause(self, request: Request) -> Response:
-        """Schedule nothing more. Requests are still taken, and wait."""
+        """Schedule nothing more. Requests are still accepted, and wait."""
         refuse_browsers(request)
         await self._replica.engine.call("pause")
         self._replica.paused = True

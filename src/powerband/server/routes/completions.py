@@ -111,7 +111,7 @@ class _CompletionResponse:
         yield (event(msgspec.json.encode(last)) if include else b"") + DONE
 
     def _gain(self, piece: OutputPiece) -> CompletionChoice:
-        """What a piece adds to its choice; before the first, what is echoed of the prompt."""
+        """What a piece adds to its choice; the first also has the echo of the prompt."""
         body, index = self._body, piece.choice.index
         is_first = index not in self._begun
         self._begun.add(index)
@@ -155,7 +155,7 @@ class _CompletionResponse:
         return writer
 
     async def _skip_resumed(self) -> None:
-        """Offsets go on after the text of what is resumed."""
+        """Offsets continue after the text of the resumed output."""
         generation = self._generation
         if generation.resumed and self._body.logprobs is not None:
             await generation.in_thread(self._writer(generation.choices[0]).skip, generation.resumed)

@@ -28,7 +28,7 @@ inline void pause() {
 //
 //     generation << 32 | open << 31 | threads inside
 //
-// Fields of the loop are written while it is closed and nobody is inside.
+// Fields of the loop are written while it is closed and no thread is inside.
 class Team {
    public:
     static Team& instance() {
@@ -67,7 +67,7 @@ class Team {
    private:
     static constexpr uint64_t kOpen = 1ull << 31, kInside = kOpen - 1;
 
-    // A thread's part of the tasks, each taken by whoever counts it.
+    // A thread's part of the tasks, each taken by the thread that counts it.
     struct alignas(64) Share {
         std::atomic<int64_t> next{0};
         int64_t end = 0;

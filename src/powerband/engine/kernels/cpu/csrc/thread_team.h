@@ -1,8 +1,8 @@
 // The threads that share out an operator's tasks. They are our own, because torch's wait for each other at the end of
 // every loop: where another process takes a core, each of the hundreds of loops of a step waits until that thread has
-// its turn. Here whoever comes late finds the work done, and nobody waits for it:
+// its turn. Here a late thread finds the work done, and no other waits for it:
 //
-//     caller   ├ task 0 ┼ task 1 ┼ task 2 ┼ task 5 ┤ closed: waits only for those who are in a task
+//     caller   ├ task 0 ┼ task 1 ┼ task 2 ┼ task 5 ┤ closed: waits only for those that are in a task
 //     thread 1 ├ task 3 ┼ task 4 ───────────────┤
 //     thread 2                                        ├ comes, finds it closed, waits for the next loop
 //
