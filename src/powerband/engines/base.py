@@ -94,6 +94,7 @@ class EngineAdapter:
 
     # To continue streams of replicas that failed.
     takes_resume_token_ids: bool = False  # the same request with the ids of the output so far
-    # A completion after prompt and output; raises CannotResume. The stream must have had the ids of both, and its text.
-    complete_stream: Callable[[BrokenStream, Ask], Awaitable[Continuation]] | None = None
+    # A completion after prompt and output; None: no token is missing. Raises CannotResume. The stream must have had the
+    # ids of both, and its text.
+    complete_stream: Callable[[BrokenStream, Ask], Awaitable[Continuation | None]] | None = None
     resume_text: str = "a stream that breaks off ends with an error"  # for the log

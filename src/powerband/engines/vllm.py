@@ -144,7 +144,7 @@ def _tenant_fields(tenant: str, _user: str | None, cache_salt: str | None) -> Ma
     return {"cache_salt": f"{tenant}/{cache_salt}" if cache_salt else tenant}
 
 
-async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
+async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation | None:
     """Tokens whose text the client does not have completely are generated again."""
     fields, prompt_ids = stream.fields, stream.prompt_ids
     if stream.is_chat and (_value(fields, "logprobs") or not _is_text_only(fields["messages"])):
@@ -157,6 +157,8 @@ async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
     max_tokens = stream.max_tokens
     if max_tokens is None:
         max_tokens = await _context_length(stream, ask) - len(prompt_ids) if stream.is_chat else _DEFAULT_MAX_TOKENS
+    if len(kept) >= max_tokens and not skipped:
+        return None
     changes: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, max_tokens - len(kept))}
     if min_tokens := _value(fields, "min_tokens"):
         if not isinstance(min_tokens, int):
@@ -170,18 +172,29 @@ async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
 
 async def _kept_tokens(stream: BrokenStream, ask: Ask) -> tuple[Sequence[int], str]:
     """As many of the output's ids as possible whose text the client has, and what it has beyond that: the beginning of
-    the next token, which ends in half a letter, or of what a stop string held back. The replica decodes them."""
+    the next token, which ends in half a letter, or of what a stop string held back. The replica decodes them.
+
+    With `include_stop_str_in_output` nothing is held back: the client may have the first half of a stop string, which
+    is looked for in what is generated alone. So as much text is generated again as such a half can have.
+    """
     ids, text = stream.token_ids, stream.text
+    half = _max_stop_chars(stream.fields) - 1 if _value(stream.fields, "include_stop_str_in_output") else 0
+    certain = text[: len(text) - half] if half > 0 else text
     context = stream.prompt_ids[-_CONTEXT:]
     before = await _decode(stream, context, ask)
     for dropped in range(min(len(ids), _CONTEXT) + 1):
         kept = ids[: len(ids) - dropped]
         in_context = await _decode(stream, [*context, *kept], ask)
-        if in_context.startswith(before) and text.startswith(decoded := in_context[len(before) :]):
+        if in_context.startswith(before) and certain.startswith(decoded := in_context[len(before) :]):
             return kept, text[len(decoded) :]
-        if text.startswith(decoded := await _decode(stream, kept, ask)):
+        if certain.startswith(decoded := await _decode(stream, kept, ask)):
             return kept, text[len(decoded) :]
     raise CannotResume
+
+
+def _max_stop_chars(fields: Mapping[str, Raw]) -> int:
+    stop = _value(fields, "stop") or ()
+    return max((len(one) for one in ([stop] if isinstance(stop, str) else stop) if isinstance(one, str)), default=0)
 
 
 async def _decode(stream: BrokenStream, ids: Sequence[int], ask: Ask) -> str:
