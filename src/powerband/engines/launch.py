@@ -37,7 +37,7 @@ class Command:
 class LaunchRequest:
     """The replica to start. The model's configuration and the device's profile are read on first use.
 
-    Imports are local: whoever only asks engines, as the gateway does, needs none of the planner's code.
+    Imports are local: the gateway, which only needs the engines' dialects, needs none of the planner's code.
     """
 
     engine: EngineName

@@ -94,8 +94,8 @@ class StreamState:
         self.times_s = array("d")
         self.counts = array("q")
         self.num_tokens = 0
-        self._max_tokens = 0  # that there may be, see `begin`
-        self._min_tokens = 0  # a lower bound: ids, and one for each text without ids
+        self._max_tokens = 0  # upper bound, see `begin`
+        self._min_tokens = 0  # lower bound: ids, and one for each text without ids
 
     @property
     def is_finished(self) -> bool:
