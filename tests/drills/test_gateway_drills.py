@@ -149,8 +149,8 @@ def test_hostile_clients(tmp_path: Path, figures: Figures) -> None:
         peak = Held.by(service.pid).memory_bytes
         for writer in half:
             writer.close()
-        wait_until_async = time.monotonic() + 15.0
-        while Held.by(service.pid).descriptors > before.descriptors + 5 and time.monotonic() < wait_until_async:
+        deadline_s = time.monotonic() + 60.0
+        while Held.by(service.pid).descriptors > before.descriptors + 5 and time.monotonic() < deadline_s:
             await asyncio.sleep(0.1)
         left = Held.by(service.pid).descriptors - before.descriptors
         return peak - before.memory_bytes, left, statuses, load.told
