@@ -33,7 +33,7 @@ from powerband.mock_server.behavior import Behavior
 PYTHON = (sys.executable, "-m")
 # Token by token and at once give the same output only without rounding to 16 bits.
 DEMO = ("serve", "demo", "--dtype=float32", "--threads=1", "--max-num-seqs=16", "--max-num-batched-tokens=512")
-_START_S = 90.0
+_START_S = 180.0
 _END_S = 30.0
 
 
