@@ -325,6 +325,8 @@ BAD_STREAMS = {
     "a page": answer("<html>login</html>", kind="text/html"),
     "a whole answer": answer(whole()),
     "comments without end": CHUNKED + b"%x\r\n%b\r\n" % (400_000, b": x\n\n" * 80_000),
+    "empty lines without end": CHUNKED + b"%x\r\n%b\r\n" % (400_000, b"\n\n" * 200_000),
+    "chunks of a byte": CHUNKED + b"1\r\n:\r\n1\r\n\n\r\n1\r\n\n\r\n" * 10_000,
     "an event without end": CHUNKED + b"%x\r\n%b\r\n" % (17 << 20, b"data: " + b"x" * ((17 << 20) - 6)),
     "trailers without end": CHUNKED + b"3\r\n: a\r\n0\r\n" + b"a: b\r\n" * 60_000,
     "a head without end": b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 60_000,

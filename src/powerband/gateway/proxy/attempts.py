@@ -18,7 +18,7 @@ from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, UnsuitableReplica
 from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
-from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.proxy.upstream import NO_DESCRIPTORS, UpstreamClient
 from powerband.gateway.proxy.upstream_errors import (
     InvalidUpstreamRequest,
     phrase,
@@ -157,6 +157,9 @@ class UpstreamAttempts:
         lease, self._lease = self._lease, None
         if lease is None:
             raise self._error(problem)
+        if problem.code == NO_DESCRIPTORS:
+            lease.close("left")
+            raise HttpError(503, "too_many_connections", str(problem))
         id = lease.replica.id
         if id not in self._avoid:
             self._avoid.append(id)

@@ -79,10 +79,12 @@ class Relay:
 
         while self._wants_more:
             while self._events and self._wants_more:
-                await connection.writable()
                 await asyncio.sleep(0)
                 self._write(connection)
             if self._wants_more:
+                if connection.is_behind:
+                    self._exchange.hold()
+                    connection.when_writable(self._exchange.release)
                 await self._exchange.stream_to(take)
                 if not self._events:
                     break

@@ -76,7 +76,7 @@ class WholeAnswer:
     def read(self) -> Chunk:
         """Raises UpstreamFailure for what is no answer."""
         try:
-            return read_chunk(self.surface())
+            return read_chunk(self.surface(), is_surface=self.is_large)
         except InvalidChunk as problem:
             raise UpstreamFailure.invalid(problem) from None
 
