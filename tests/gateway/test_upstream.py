@@ -242,6 +242,30 @@ def test_what_has_ended_is_handed_on_though_it_is_held(is_whole: bool) -> None:
     assert got == [b"first", b"rest"]
 
 
+def test_the_limit_for_the_whole_goes_on_while_a_client_does_not_read() -> None:
+    async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(CHUNKED)
+        while True:
+            writer.write(b"10000\r\n" + b"a" * 65536 + b"\r\n")
+            await writer.drain()
+
+    async def act() -> str:
+        async with upstream_to(floods, timeouts=QUICK) as (upstream, replica):
+            exchange = await upstream.open(replica, "/", b"")
+
+            def take(_piece: bytes) -> bool:
+                exchange.hold()
+                return True
+
+            with pytest.raises(UpstreamFailure) as caught:
+                async with asyncio.timeout(20):
+                    await exchange.stream_to(take)
+            return caught.value.code
+
+    assert asyncio.run(act()) == "timeout"
+
+
 @pytest.mark.parametrize(
     ("chunk", "is_whole"),
     [(b"1\r\na\r\n", False), (b"4\r\naaaa\r\n", False), (b"5\r\naaaaa\r\n", True), (b"1;x=y\r\na\r\n", False)],
