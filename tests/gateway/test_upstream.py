@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from powerband.gateway.options import Timeouts
+from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.attempts import UpstreamAttempts
 from powerband.gateway.proxy.exchange import MAX_UNREAD_BYTES, UpstreamFailure
-from powerband.gateway.proxy.upstream import NO_DESCRIPTORS, UpstreamClient
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool
 from powerband.web.errors import HttpError
