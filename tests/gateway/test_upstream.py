@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from powerband.gateway.options import Timeouts
+from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.attempts import UpstreamAttempts
 from powerband.gateway.proxy.exchange import MAX_UNREAD_BYTES, UpstreamFailure
-from powerband.gateway.proxy.upstream import NO_DESCRIPTORS, UpstreamClient
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool
 from powerband.web.errors import HttpError
@@ -240,6 +240,30 @@ def test_what_has_ended_is_handed_on_though_it_is_held(is_whole: bool) -> None:
 
     asyncio.run(act())
     assert got == [b"first", b"rest"]
+
+
+def test_the_limit_for_the_whole_goes_on_while_a_client_does_not_read() -> None:
+    async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(CHUNKED)
+        while True:
+            writer.write(b"10000\r\n" + b"a" * 65536 + b"\r\n")
+            await writer.drain()
+
+    async def act() -> str:
+        async with upstream_to(floods, timeouts=QUICK) as (upstream, replica):
+            exchange = await upstream.open(replica, "/", b"")
+
+            def take(_piece: bytes) -> bool:
+                exchange.hold()
+                return True
+
+            with pytest.raises(UpstreamFailure) as caught:
+                async with asyncio.timeout(20):
+                    await exchange.stream_to(take)
+            return caught.value.code
+
+    assert asyncio.run(act()) == "timeout"
 
 
 @pytest.mark.parametrize(

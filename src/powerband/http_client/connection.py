@@ -101,8 +101,9 @@ class HttpResponse:
         if connection is None or parser is None:
             return
         self.received_s = time.monotonic()
-        self.bare_bytes = max(self.bare_bytes, 0) + len(data)  # large chunks do not pay for later tiny ones
-        self._bytes_left -= len(data)
+        size, bare_bytes = len(data), self.bare_bytes
+        self.bare_bytes = bare_bytes + size if bare_bytes > 0 else size  # large chunks do not pay for later tiny ones
+        self._bytes_left -= size
         if self._bytes_left < 0:
             self.fail("too_large", f"the response is larger than {self.max_bytes} bytes")
             return

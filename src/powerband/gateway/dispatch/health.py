@@ -24,7 +24,7 @@ from powerband.dispatch.backend import Backend, ReplicaLoad
 from powerband.engines.base import EngineAdapter
 from powerband.engines.metrics import first_total
 from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.proxy.upstream import NO_DESCRIPTORS
+from powerband.gateway.options import NO_DESCRIPTORS
 from powerband.gateway.routes import ReplicaAddress
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S
 from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.options import Timeouts
+from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.client_request import PATHS, UnsuitableReplica
 from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
-from powerband.gateway.proxy.upstream import NO_DESCRIPTORS, UpstreamClient
+from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.proxy.upstream_errors import (
     InvalidUpstreamRequest,
     phrase,

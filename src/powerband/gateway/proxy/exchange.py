@@ -123,9 +123,9 @@ class UpstreamExchange(HttpResponse):
         self._limit_before_s, self._limit_s = self._limit_s, min(time.monotonic() + self.between_s, self.end_s)
 
     def hold(self) -> None:
-        """Hand on nothing until `release`; what comes meanwhile is bounded."""
+        """Hand on nothing until `release`, or the end; what comes meanwhile is bounded."""
         self._is_held = True
-        self.due_s = 0.0
+        self.due_s = self.end_s
         if self._connection is not None:
             self._connection.pause()
 
@@ -170,10 +170,11 @@ class UpstreamExchange(HttpResponse):
             self._connection.pause()
 
     def on_body(self, body: bytes) -> None:
-        self.bare_bytes -= 2 * len(body)
+        size = len(body)
+        self.bare_bytes -= size + size
         if not self.is_let_end:
             self._pieces.append(body)
-            self._unread += len(body)
+            self._unread += size
 
     def on_end(self) -> None:
         self.flush()

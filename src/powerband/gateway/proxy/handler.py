@@ -206,6 +206,7 @@ class GenerationResponse(Response):
                 raise
             error = problem if isinstance(problem, PowerbandError) else _stream_lost()
             self._record_error(error, status=200)
+            self._attempts.close("left")  # a client may take its time to read
             data = event(msgspec.json.encode(error_body(error_info(error))))
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from powerband.gateway.options import Timeouts
+from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
 MAX_IDLE = 128  # connections to one replica that are kept for later
 IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
-NO_DESCRIPTORS = "no_descriptors"  # the gateway has reached its limit of open files, which is no fault of a replica
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _LAST_WORDS_S = 1.0
 _TICK_S = 0.1
