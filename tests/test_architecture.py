@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "cost": ("spec",),
     "core": ("spec", "metrics"),
     "dispatch": (),
-    "engines": ("spec", "cost", "metrics"),
+    "engines": ("spec", "cost", "metrics", "openai"),
     "openai": (),
     "web": ("core", "openai"),
     "http_client": ("web",),

@@ -101,6 +101,19 @@ def test_lines_may_end_in_crlf(cut: int | None) -> None:
     assert (reading.text, len(reading.times_s), reading.problem) == ("Grüße aus Köln 🎉", 3, "")
 
 
+def test_lines_may_end_in_cr_behind_a_byte_order_mark() -> None:
+    stream = b"\xef\xbb\xbf" + b"".join(STREAM).replace(b"\n", b"\r")
+    reading = read(chunked(stream[:9], stream[9:]))
+    assert (reading.text, len(reading.times_s), reading.problem) == ("Grüße aus Köln 🎉", 3, "")
+
+
+def test_content_in_parts_is_a_token() -> None:
+    """As Mistral sends thoughts."""
+    part = b'data: {"choices":[{"delta":{"content":[{"type":"thinking","thinking":[]}]}}]}\n\n'
+    reading = read(chunked(part, STREAM[2], STREAM[3]))
+    assert (reading.tokens, reading.problem) == ([1, 1], "")
+
+
 def test_several_events_in_one_packet_are_several_chunks() -> None:
     reading = read(chunked(b"".join(STREAM)))
     assert len(reading.times_s) == 3

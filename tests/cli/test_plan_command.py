@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from powerband.spec.plan import read_plan
 SMALL = model_config(2048, 16, intermediate=8192, max_position_embeddings=4096, tie_word_embeddings=True)
 ASKED = ("--devices", "L4", "--max-devices", "2", "--rate", "2", "--engine", "vllm", "--quantization", "none")
 LIGHT = ("--prompt-tokens", "200", "--output-tokens", "20", "--workers", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_simulations() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("powerband.planner.search._SECONDS", 15.0)
+        patch.setattr("powerband.planner.search._MIN_REQUESTS", 40)
+        yield
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def _plan(spec: ModelSpec, memory: int, kind: Literal["cpu", "cuda"] = "cpu", **
     return plan_memory(spec, EngineSettings(**asked), memory, kind=kind)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     spec=st.sampled_from(MODELS),
     kind=st.sampled_from(KINDS),
@@ -77,7 +77,7 @@ def test_parts_add_up_never_exceed_memory_and_grow_with_it(
     assert large.max_model_len >= small.max_model_len
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(memory=st.integers(16 * GIB, 400 * GIB), max_num_seqs=st.integers(1, 300))
 def test_on_a_cpu_the_cache_takes_a_quarter_at_most_and_no_more_than_it_can_use(memory: int, max_num_seqs: int) -> None:
     plan = _plan(LLAMA_2_7B, memory, max_num_seqs=max_num_seqs)

@@ -13,8 +13,7 @@ import yaml
 
 from model_configs import model_config
 from powerband.cli.main import main
-from powerband.engines.launch import Command
-from powerband.engines.launch_request import LaunchRequest
+from powerband.engines.launch import Command, LaunchRequest
 from powerband.engines.registry import ADAPTERS
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import ENGINES, EngineName, Replica

@@ -18,7 +18,7 @@ from gateways_for_tests import RunningGateway, gateway_before, running_gateway, 
 from powerband.mock_server.behavior import Behavior, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 3}
-SLOW = Behavior(tpot_s=0.01)
+SLOW = Behavior(tpot_s=0.02)
 
 
 def routes_to(*urls: str, revision: str = "1", **model: Any) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def routes_to(*urls: str, revision: str = "1", **model: Any) -> dict[str, Any]:
 
 
 class Streaming(threading.Thread):
-    """One stream of 100 tokens, a second long, read by a thread. `lines`: what came."""
+    """One stream of 100 tokens, two seconds long, read by a thread. `lines`: what came."""
 
     def __init__(self, gateway: RunningGateway) -> None:
         super().__init__(daemon=True)
@@ -40,14 +40,14 @@ class Streaming(threading.Thread):
     def run(self) -> None:
         body = {**TEXT, "max_tokens": 100, "stream": True}
         try:
-            with httpx.stream("POST", self._url, json=body, timeout=20) as answer:
+            with httpx.stream("POST", self._url, json=body, timeout=60) as answer:
                 self.lines.extend(line for line in answer.iter_lines() if line)
         except httpx.TransportError as problem:
             self.problem = problem
 
     @property
     def is_whole(self) -> bool:
-        self.join(20)
+        self.join(60)
         return self.problem is None and self.lines[-1] == "data: [DONE]" and len(self.lines) == 101
 
 

@@ -91,7 +91,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(events=events)
 def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[tuple[str, float, float]]) -> None:
     clock, oracle = Clock(), Oracle()
@@ -282,7 +282,7 @@ def test_a_small_limit_caps_rather_than_refuses() -> None:
     assert refusal(limits, key, text(40, 256, is_open_ended=True)) == "tokens_limit"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     asked=st.lists(
         st.tuples(

@@ -16,12 +16,12 @@ from powerband.gateway.proxy.whole_response import WholeAnswer
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner), max_leaves=20
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner), max_leaves=8
 )
 CHOICES = st.fixed_dictionaries(
     {"index": st.integers(0, 9), "finish_reason": st.sampled_from([None, "stop", "length"])},
     optional={
-        "text": st.text(max_size=300),
+        "text": st.text(max_size=60),
         "message": st.fixed_dictionaries({"content": st.text()}),
         "logprobs": VALUES,
     },

@@ -6,41 +6,35 @@ Everything else that engines differ in is in `engines/`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from powerband.spec.deployment import EngineName
 from powerband.spec.hardware.profile import Evidence, HostModel
 
-_GRAPHS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
-
-
-def _host(
-    *, step: float, request: float, arrival: float, front: float, layer: float, overlapped: bool = False
-) -> HostModel:
-    return HostModel(
-        step_s=step,
-        per_request_s=request,
-        arrival_s=arrival,
-        front_s=front,
-        answer_s=1e-3,
-        layer_s=layer,
-        overlapped=overlapped,
-        evidence=Evidence(source="prior: engines' own overhead on a server's host", error=0.5),
-    )
+# Overhead on a server's host, in seconds. vLLM, and HTTP in front of it: inference-sim's law, fitted to vLLM on H100
+# (0.13 ms a step and 32 us a layer, whose kernels are in it; 4.4 us and, at its arrival, 15.6 ms a request).
+# TensorRT-LLM: AIConfigurator's authors see 0 to 0.6 ms a step. The others are taken to be like them.
+_HOST = HostModel(
+    step_s=0.5e-3,
+    per_request_s=5e-6,
+    arrival_s=15e-3,
+    front_s=1.5e-3,
+    answer_s=1e-3,
+    layer_s=100e-6,
+    overlapped=False,
+    evidence=Evidence(source="prior: engines' own overhead on a server's host", error=0.5),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePriors:
-    """The defaults are vLLM's. Times in seconds."""
+    """The defaults are vLLM's."""
 
-    # Overhead on a server's host. TensorRT-LLM: AIConfigurator's authors see 0 to 0.6 ms a step. vLLM, HTTP in front
-    # of it: inference-sim's law, fitted to vLLM on H100 (0.13 ms a step and 32 us a layer, whose kernels are in it;
-    # 4.4 us and, at its arrival, 15.6 ms a request). The others are taken to be like them.
-    host: HostModel
+    host: HostModel = _HOST
     # Kernels of a layer beside products and attention: norms, rotary and cache write, activation.
     kernels_per_layer: float = 5.0
     # Sizes of a step of decodes for which CUDA graphs are captured; a step is padded to the next.
-    graph_sizes: tuple[int, ...] = _GRAPHS
+    graph_sizes: tuple[int, ...] = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
     # A step with prefills in it takes as long as theirs and one of its decodes together: decodes gain nothing from
     # weights that are read anyway. So it is in TensorRT-LLM's closed-loop figures, with every model and any ranks;
     # vLLM's and those of our engine show the gain.
@@ -56,7 +50,7 @@ class EnginePriors:
 
 ENGINE_PRIORS: Mapping[EngineName, EnginePriors] = {
     "powerband": EnginePriors(
-        host=_host(step=0.3e-3, request=3e-6, arrival=3e-3, front=0.5e-3, layer=100e-6, overlapped=True),
+        host=replace(_HOST, step_s=0.3e-3, per_request_s=3e-6, arrival_s=3e-3, front_s=0.5e-3, overlapped=True),
         graph_sizes=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
         quantizes_head=True,
         is_measured_on_gpus=False,
@@ -64,12 +58,10 @@ ENGINE_PRIORS: Mapping[EngineName, EnginePriors] = {
         uses_memory_plan=True,
         block_size=32,
     ),
-    "vllm": EnginePriors(host=_host(step=0.5e-3, request=5e-6, arrival=15e-3, front=1.5e-3, layer=100e-6)),
-    "sglang": EnginePriors(
-        host=_host(step=0.5e-3, request=5e-6, arrival=15e-3, front=1.5e-3, layer=90e-6, overlapped=True)
-    ),
+    "vllm": EnginePriors(),
+    "sglang": EnginePriors(host=replace(_HOST, layer_s=90e-6, overlapped=True)),
     "trtllm": EnginePriors(
-        host=_host(step=0.3e-3, request=5e-6, arrival=8e-3, front=1.5e-3, layer=60e-6),
+        host=replace(_HOST, step_s=0.3e-3, arrival_s=8e-3, layer_s=60e-6),
         kernels_per_layer=4.0,
         graph_sizes=(1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(576, 2049, 64)),
         separates_decodes=True,

@@ -142,7 +142,7 @@ class Dispatcher:
             backend.errors.append("failed")
         # A tenant does not pay for what it did not get.
         paid = in_flight.prompt_tokens + output_tokens if is_done else 0
-        in_flight.queue.settle(in_flight.level, request.tenant, in_flight.tokens, paid)
+        in_flight.settle(paid)
         # The probes of a backend that was found dead have counted that already.
         is_ok = True if outcome == "ok" else False if outcome == "failed" else None
         self._count(in_flight, None if in_flight.is_lost else is_ok, now_s)
@@ -358,7 +358,10 @@ class Dispatcher:
     def _send(
         self, request: DispatchRequest, backend: Backend, pool: LengthPool, level: PriorityLevel, now_s: float
     ) -> InFlightRequest:
-        sent = InFlightRequest(backend, request, level, pool.queue, now_s)
+        tokens = request.prompt_tokens + request.output_tokens
+        sent = InFlightRequest(
+            backend, request, level, now_s, settle=partial(pool.queue.settle, level, request.tenant, tokens)
+        )
         backend.in_flight.add(sent)
         backend.outstanding += sent.tokens
         self._num_in_flight[request.tenant] += 1

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from msgspec import Raw
 
 from powerband.engines.capabilities import EngineCapabilities
-from powerband.engines.launch import Command
+from powerband.engines.launch import Command, LaunchRequest
 from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName
-
-if TYPE_CHECKING:
-    from powerband.engines.launch_request import LaunchRequest  # it loads the planner's memory plan
 
 # Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI and
 # Dynamo: all that is known of it is that GET /v1/models lists what it serves.
@@ -97,6 +94,7 @@ class EngineAdapter:
 
     # To continue streams of replicas that failed.
     takes_resume_token_ids: bool = False  # the same request with the ids of the output so far
-    # A completion after prompt and output; raises CannotResume. The stream must have had the ids of both, and its text.
-    complete_stream: Callable[[BrokenStream, Ask], Awaitable[Continuation]] | None = None
+    # A completion after prompt and output; None: no token is missing. Raises CannotResume. The stream must have had the
+    # ids of both, and its text.
+    complete_stream: Callable[[BrokenStream, Ask], Awaitable[Continuation | None]] | None = None
     resume_text: str = "a stream that breaks off ends with an error"  # for the log

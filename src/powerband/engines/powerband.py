@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from powerband.engines.base import EngineAdapter
 from powerband.engines.capabilities import EngineCapabilities
-from powerband.engines.launch import Command
+from powerband.engines.launch import Command, LaunchRequest
 from powerband.spec.deployment import KVPrecision, Quantization
 from powerband.spec.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from powerband.engines.launch_request import LaunchRequest
     from powerband.spec.hardware.profile import DeviceProfile
 
 MAX_LABEL_CHARS = 512  # of `user` and `cache_salt`

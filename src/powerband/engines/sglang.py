@@ -7,15 +7,11 @@ be resumed: they carry no token ids.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from powerband.engines.base import EngineAdapter
 from powerband.engines.capabilities import EngineCapabilities
-from powerband.engines.launch import Command, find_executable, read_key
+from powerband.engines.launch import Command, LaunchRequest, read_key
 from powerband.errors import UsageError
-
-if TYPE_CHECKING:
-    from powerband.engines.launch_request import LaunchRequest
 
 _KV = {"16bit": "auto", "fp8": "fp8_e4m3"}
 _MODULE = ("-m", "sglang.launch_server")
@@ -24,13 +20,7 @@ _MODULE = ("-m", "sglang.launch_server")
 def _command(request: LaunchRequest) -> Command:
     replica = request.replica
     request.require(long_prefill_token_threshold=0)
-    program = find_executable(
-        request.executable,
-        variable="POWERBAND_SGLANG",
-        program="sglang",
-        module=_MODULE,
-        install="pip install sglang",
-    )
+    program = request.find_program("sglang", module=_MODULE, install="pip install sglang")
     start = () if _MODULE[-1] in program else ("serve",)
     options = {
         "--model-path": request.model,

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from powerband.engines.base import EngineAdapter
 from powerband.engines.capabilities import EngineCapabilities
-from powerband.engines.launch import Command, find_executable
+from powerband.engines.launch import Command, LaunchRequest
 from powerband.errors import UsageError
 from powerband.folders import cache_directory
-
-if TYPE_CHECKING:
-    from powerband.engines.launch_request import LaunchRequest
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
 
@@ -32,13 +29,7 @@ def _command(request: LaunchRequest) -> Command:
         raise UsageError(
             "trtllm-serve supports no API key.", hint="Let it listen on loopback only.", param="api_key_file"
         )
-    program = find_executable(
-        request.executable,
-        variable="POWERBAND_TRTLLM",
-        program="trtllm-serve",
-        module=(),
-        install="pip install tensorrt_llm",
-    )
+    program = request.find_program("trtllm-serve", install="pip install tensorrt_llm")
     options = {
         "--host": request.host,
         "--port": str(request.port),

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from msgspec import Raw
 
 from powerband.engines.base import Ask, BrokenStream, CannotResume, Continuation, EngineAdapter
 from powerband.engines.capabilities import EngineCapabilities
-from powerband.engines.launch import Command, find_executable, read_key
-
-if TYPE_CHECKING:
-    from powerband.engines.launch_request import LaunchRequest
+from powerband.engines.launch import Command, LaunchRequest, read_key
+from powerband.openai.chunks import INVALID_JSON
+from powerband.spec.hardware.device import detect_cpu
 
 _KV = {"16bit": "auto", "fp8": "fp8"}
 _MAX_HOST_MEMORY_RATIO = 0.2  # for one replica's KV cache
@@ -68,9 +67,7 @@ _CONVERSATION = msgspec.json.Decoder(list[_Message])
 
 def _command(request: LaunchRequest) -> Command:
     replica = request.replica
-    program = find_executable(
-        request.executable, variable="POWERBAND_VLLM", program="vllm", module=_MODULE, install="pip install vllm"
-    )
+    program = request.find_program("vllm", module=_MODULE, install="pip install vllm")
     start = ("--model", request.model) if _MODULE[-1] in program else ("serve", request.model)
     options = {
         "--served-model-name": request.served_name,
@@ -119,7 +116,7 @@ def _limits(request: LaunchRequest) -> dict[str, str]:
     if request.is_cpu:
         # Several replicas share a machine: each reserves what its longest requests need, not a fraction of all memory.
         tokens = replica.max_num_seqs * replica.max_model_len
-        max_bytes = int(request.host_memory_bytes * _MAX_HOST_MEMORY_RATIO)
+        max_bytes = int(detect_cpu().memory_bytes * _MAX_HOST_MEMORY_RATIO)
         needed = min(tokens * request.kv_bytes_per_token, max_bytes)
         found["--kv-cache-memory-bytes"] = str(needed)
     else:
@@ -147,7 +144,7 @@ def _tenant_fields(tenant: str, _user: str | None, cache_salt: str | None) -> Ma
     return {"cache_salt": f"{tenant}/{cache_salt}" if cache_salt else tenant}
 
 
-async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
+async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation | None:
     """Tokens whose text the client does not have completely are generated again."""
     fields, prompt_ids = stream.fields, stream.prompt_ids
     if stream.is_chat and (_value(fields, "logprobs") or not _is_text_only(fields["messages"])):
@@ -160,6 +157,8 @@ async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
     max_tokens = stream.max_tokens
     if max_tokens is None:
         max_tokens = await _context_length(stream, ask) - len(prompt_ids) if stream.is_chat else _DEFAULT_MAX_TOKENS
+    if len(kept) >= max_tokens and not skipped:
+        return None
     changes: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, max_tokens - len(kept))}
     if min_tokens := _value(fields, "min_tokens"):
         if not isinstance(min_tokens, int):
@@ -173,18 +172,29 @@ async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation:
 
 async def _kept_tokens(stream: BrokenStream, ask: Ask) -> tuple[Sequence[int], str]:
     """As many of the output's ids as possible whose text the client has, and what it has beyond that: the beginning of
-    the next token, which ends in half a letter, or of what a stop string held back. The replica decodes them."""
+    the next token, which ends in half a letter, or of what a stop string held back. The replica decodes them.
+
+    With `include_stop_str_in_output` nothing is held back: the client may have the first half of a stop string, which
+    is looked for in what is generated alone. So as much text is generated again as such a half can have.
+    """
     ids, text = stream.token_ids, stream.text
+    half = _max_stop_chars(stream.fields) - 1 if _value(stream.fields, "include_stop_str_in_output") else 0
+    certain = text[: len(text) - half] if half > 0 else text
     context = stream.prompt_ids[-_CONTEXT:]
     before = await _decode(stream, context, ask)
     for dropped in range(min(len(ids), _CONTEXT) + 1):
         kept = ids[: len(ids) - dropped]
         in_context = await _decode(stream, [*context, *kept], ask)
-        if in_context.startswith(before) and text.startswith(decoded := in_context[len(before) :]):
+        if in_context.startswith(before) and certain.startswith(decoded := in_context[len(before) :]):
             return kept, text[len(decoded) :]
-        if text.startswith(decoded := await _decode(stream, kept, ask)):
+        if certain.startswith(decoded := await _decode(stream, kept, ask)):
             return kept, text[len(decoded) :]
     raise CannotResume
+
+
+def _max_stop_chars(fields: Mapping[str, Raw]) -> int:
+    stop = _value(fields, "stop") or ()
+    return max((len(one) for one in ([stop] if isinstance(stop, str) else stop) if isinstance(one, str)), default=0)
 
 
 async def _decode(stream: BrokenStream, ids: Sequence[int], ask: Ask) -> str:
@@ -207,7 +217,7 @@ def _is_text_only(messages: Raw) -> bool:
     """Whether all of a conversation is in the ids of its prompt: of pictures and sounds, only their places are."""
     try:
         conversation = _CONVERSATION.decode(messages)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except INVALID_JSON:
         return False
     parts = [part for message in conversation if isinstance(message.content, list) for part in message.content]
     return all(part.type in _TEXT_PARTS for part in parts)

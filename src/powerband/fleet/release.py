@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from powerband.engines.launch_request import LaunchRequest
+from powerband.engines.launch import LaunchRequest
 from powerband.engines.registry import ADAPTERS
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet.service.spec import PoolRelease, Release

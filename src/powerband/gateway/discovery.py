@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 
@@ -17,6 +16,7 @@ from powerband.engines.registry import ADAPTERS, find_by_owner
 from powerband.errors import EnvironmentFault
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.openai.fields import ListedModel, read_models
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, de
         try:
             status, body = await upstream.fetch(replica, "/v1/models", _ASK_S)
             problem = f" GET /v1/models answers {status}."
-            cards = _cards(body) if status == 200 else []
-            if cards:
-                return await _identified(upstream, replica, cards, engine)
+            models = read_models(body) if status == 200 else []
+            if models:
+                return await _identified(upstream, replica, models, engine)
             problem += " It lists no model." if status == 200 else ""
         except OSError as error:
             problem = f" {error}"
@@ -63,18 +63,11 @@ async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, de
     )
 
 
-def _cards(body: bytes) -> list[dict[str, Any]]:
-    try:
-        return [card for card in msgspec.json.decode(body)["data"] if isinstance(card.get("id"), str)]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-        return []
-
-
 async def _identified(
-    upstream: UpstreamClient, replica: ReplicaAddress, cards: Sequence[dict[str, Any]], engine: ServerName | None
+    upstream: UpstreamClient, replica: ReplicaAddress, models: Sequence[ListedModel], engine: ServerName | None
 ) -> ReplicaAddress:
     """Raises OSError."""
-    model, owner = str(cards[0]["id"]), str(cards[0].get("owned_by", ""))
+    model, owner = models[0].id, models[0].owned_by or ""
     if engine is not None:
         adapter, why = ADAPTERS[engine], "as --replica-engine says"
     else:
@@ -85,7 +78,7 @@ async def _identified(
             adapter, why = OPENAI, f"{why}, but GET {adapter.ready_path} answers {status}"
     logger.info(
         "replica %s: engine %s (%s), model %r%s; probed at %s; %s",
-        *(replica.id, adapter.name, why, model, f", the first of {len(cards)}" if len(cards) > 1 else ""),
+        *(replica.id, adapter.name, why, model, f", the first of {len(models)}" if len(models) > 1 else ""),
         *(adapter.ready_path, adapter.resume_text),
     )
     return await _with_limit(upstream, replace(replica, model=model, engine=adapter.name))

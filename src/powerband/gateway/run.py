@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import resource
 import signal
 import socket
 import sys
@@ -33,7 +32,7 @@ from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.trace_context import continue_trace
 from powerband.metrics.logging import set_up_logging
 from powerband.web.access import is_loopback
-from powerband.web.listening import Signals, listen, make_server, url_of
+from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, url_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def serve(
             hint="Use --auth keys.",
             param="auth",
         )
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     database = Path(settings.database) if settings.database else state_home() / "gateway" / "gateway.db"
     with listen(settings.host, settings.port) as listener:
         accounts = Accounts.open(database, settings.accounts)
@@ -73,12 +72,6 @@ def serve(
             return uvloop.run(_serve(settings, listener, accounts, database, routes, find))
         finally:
             accounts.close()
-
-
-def _raise_descriptor_limit() -> None:
-    """A stream takes two sockets, and the default limit of a process is low."""
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
 async def _serve(

@@ -19,7 +19,8 @@ import httptools
 
 from powerband.web.authority import split_authority
 
-MAX_HEAD_BYTES = 64 << 10  # of headers; also of trailers, and of what chunks say beside their length
+MAX_HEAD_BYTES = 64 << 10  # of headers; also of trailers and of what frames chunks, beyond as much as the body has
+MAX_TURN_BYTES = 16 << 10  # of a larger read, others are served between; a body in tiny chunks takes 0.1 µs a byte
 
 
 def request_head(method: str, target: str, host: str, length: int, headers: Mapping[str, str]) -> bytes:
@@ -56,7 +57,7 @@ class HttpResponse:
         self.status = 0  # 0: its headers are not complete
         self.headers: list[tuple[bytes, bytes]] = []  # names in lower case
         self.received_s = 0.0  # when the latest bytes arrived, on time.monotonic(); 0: none have
-        self.bare_bytes = 0  # received since the last byte of the body
+        self.bare_bytes = 0  # received, less twice the bytes of the body among them
         self.is_over = False  # complete or failed
         self.code = ""  # why it failed: 'reset', 'garbage', 'too_large', or as `fail` was called
         self.problem = ""  # the same in words
@@ -83,7 +84,7 @@ class HttpResponse:
     # For subclasses.
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body; has to set `bare_bytes` to 0."""
+        """A piece of the body; has to take twice its length off `bare_bytes`."""
         raise NotImplementedError
 
     def on_end(self) -> None:
@@ -100,7 +101,7 @@ class HttpResponse:
         if connection is None or parser is None:
             return
         self.received_s = time.monotonic()
-        self.bare_bytes += len(data)
+        self.bare_bytes = max(self.bare_bytes, 0) + len(data)  # large chunks do not pay for later tiny ones
         self._bytes_left -= len(data)
         if self._bytes_left < 0:
             self.fail("too_large", f"the response is larger than {self.max_bytes} bytes")
@@ -113,7 +114,7 @@ class HttpResponse:
             self.fail("garbage", f"the response is not HTTP: {problem}")
             connection.abort()  # also when this came behind a complete response
         if self.bare_bytes > MAX_HEAD_BYTES:
-            self.fail("garbage", f"the server sent {self.bare_bytes} bytes of headers")
+            self.fail("garbage", f"the server sent {self.bare_bytes} bytes of headers and framing")
 
     def on_connection_lost(self, problem: Exception | None) -> None:
         if problem is None and self.status and self._ends_with_connection:
@@ -172,7 +173,7 @@ class CollectedResponse(HttpResponse):
         return b"".join(self.pieces)
 
     def on_body(self, body: bytes) -> None:
-        self.bare_bytes = 0
+        self.bare_bytes -= 2 * len(body)
         self.times_s.append(self.received_s)
         self.pieces.append(body)
 
@@ -189,6 +190,7 @@ class OutboundConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._response: HttpResponse | None = None
         self._is_paused = False
+        self._input = bytearray()  # of a large read, not received yet by the response
         self.is_open = False
         self.idle_since_s = 0.0
 
@@ -219,7 +221,10 @@ class OutboundConnection(asyncio.Protocol):
     def resume_reading(self) -> None:
         if self._is_paused and self._transport is not None and not self._transport.is_closing():
             self._is_paused = False
-            self._transport.resume_reading()
+            if self._input:
+                asyncio.get_running_loop().call_soon(self._receive_turn)
+            else:
+                self._transport.resume_reading()
 
     def abort(self) -> None:
         self.is_open = False
@@ -253,13 +258,40 @@ class OutboundConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._response is None:
             self.abort()  # no request asked for this
-        else:
+        elif len(data) <= MAX_TURN_BYTES and not self._input:
             self._response.receive(data)
+        elif self._transport is not None:
+            is_first = not self._input
+            self._input += data
+            self._transport.pause_reading()
+            if is_first:
+                self._receive_turn()
+
+    def _receive_turn(self) -> None:
+        """Receive a part of a large read. More is not read before the rest has been received, in turns of its own."""
+        response, transport = self._response, self._transport
+        if response is None or transport is None or self._is_paused or not self._input:
+            return
+        data = bytes(self._input[:MAX_TURN_BYTES])
+        del self._input[:MAX_TURN_BYTES]
+        response.receive(data)
+        if self._input and self._response is None:
+            self.abort()  # no request asked for the rest
+        elif self._is_paused or transport.is_closing():
+            pass
+        elif self._input:
+            asyncio.get_running_loop().call_soon(self._receive_turn)
+        else:
+            transport.resume_reading()
 
     def connection_lost(self, problem: Exception | None) -> None:
         self.is_open = False
         if self._pool is not None:
             self._pool.remove(self)
+        while self._input and self._response is not None:  # what came before can still be read
+            data = bytes(self._input[:MAX_TURN_BYTES])
+            del self._input[:MAX_TURN_BYTES]
+            self._response.receive(data)
         response, self._response = self._response, None
         if response is not None:
             response.on_connection_lost(problem)

@@ -6,6 +6,7 @@ Lines end with LF, CR LF or CR; comments and unknown fields are ignored. Reading
 from __future__ import annotations
 
 MAX_EVENT_BYTES = 4 << 20
+MAX_LINES = 1 << 14  # of one event; servers send one to four
 END = b"[DONE]"  # the data of OpenAI's last event
 _BOM = b"\xef\xbb\xbf"
 _CR, _LF = 13, 10  # a number is found in a fifth of the time of one byte
@@ -65,7 +66,7 @@ class EventReader:
             self._has_begun = True
             blocks[0] = blocks[0].removeprefix(_BOM)
         self.num_events += len(blocks)
-        return [data for block in blocks if (data := _data(block))]
+        return [data for block in blocks if block and (data := _data(block))]
 
     def _keep(self, rest: bytes) -> None:
         if not rest:
@@ -87,5 +88,7 @@ def _data(block: bytes) -> bytes:
     """Of one event; b'' for a comment."""
     if block.startswith(b"data:") and b"\n" not in block:
         return block[5:].strip()
+    if block.count(b"\n") >= MAX_LINES:
+        return block  # as it is: no JSON, which its reader says
     lines = [line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:")]
     return b" ".join(lines)  # JSON has line ends only where it may have blanks, and is passed on in one line

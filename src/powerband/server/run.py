@@ -19,7 +19,7 @@ from powerband.server.app import make_app
 from powerband.server.replica import ServerState
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
-from powerband.web.listening import Signals, listen, make_server, url_of
+from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, url_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def serve(
     The first signal drains: not ready, no new requests, running ones may finish. The second ends at once.
     """
     set_up_logging(server_settings.log_level, server_settings.log_format)
+    raise_descriptor_limit()
     with listen(server_settings.host, server_settings.port) as listener:
         return uvloop.run(_serve(engine_settings, server_settings, listener, make_engine))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from powerband.http_client.connection import CollectedResponse
-from powerband.openai.chunks import ChunkChoice, ChunkUsage, InvalidChunk, read_chunk
+from powerband.openai.chunks import NO_ERROR, ChunkChoice, ChunkUsage, InvalidChunk, read_chunk
 from powerband.openai.errors import read_error
 from powerband.openai.events import END, EventReader
 
@@ -51,7 +51,7 @@ def parse_response(answer: CollectedResponse) -> ParsedResponse:
         except InvalidChunk as problem:
             reading.problem = reading.problem or f"an invalid chunk: {problem}"
             continue
-        if event.has_error:
+        if event.error is not NO_ERROR and event.has_error:
             reading.problem = error_text(data) or "an error in the stream"
         if event.usage is not None:
             _add_usage(reading, event.usage)

@@ -7,6 +7,7 @@ beside the model. Here the bytes are read from the file directly, into their pla
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -100,14 +101,14 @@ class SafetensorsFile:
             raise UsageError(f"{name} cannot be read: {problem}", code="bad_weights") from problem
         return tensor
 
-    def checksums(self, name: str) -> list[int]:
-        """`checksums` of the tensor, without holding it. Raises UsageError."""
+    def digests(self, name: str) -> list[str]:
+        """SHA-256 of each piece of the tensor's bytes, without holding it. Raises UsageError."""
         start, end = self.offsets(name)
 
-        def of_piece(at: int) -> int:
+        def of_piece(at: int) -> str:
             piece = bytearray(min(_PIECE_BYTES, end - at))
             self._read_into(memoryview(piece), self._data_start + at)
-            return zlib.crc32(piece)
+            return hashlib.sha256(piece).hexdigest()
 
         try:
             return list(_readers().map(of_piece, range(start, end, _PIECE_BYTES)))
@@ -124,7 +125,7 @@ class SafetensorsFile:
 
 
 def checksums(tensor: torch.Tensor) -> list[int]:
-    """CRC-32 of each piece of a contiguous tensor's bytes."""
+    """CRC-32 of each piece of a contiguous tensor's bytes: finds damage, not what was made to have the same CRC."""
     if not tensor.numel():
         return []
     view = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)

@@ -4,10 +4,11 @@ A quantized model is a quarter or half of its checkpoint, and nothing is left to
 bytes into their place. Norms, embeddings and whatever else is not packed still come from the checkpoint.
 
 The name of a file is made of everything that its content depends on, the checkpoint's content included, so that a file
-is right or never looked at. It appears complete under that name, or not at all, and what is read from it is checked.
+is right or never looked at, also beside a checkpoint that was made to be mistaken for another. It appears complete
+under that name, or not at all, and what is read from it is checked.
 Whatever goes wrong here is a warning: the checkpoint is still there.
 
-    <engine>-<content>.safetensors   packed weights; content: checksums of all tensors of the checkpoint
+    <engine>-<content>.safetensors   packed weights; content: SHA-256 of all tensors of the checkpoint
     <files>.known                    a link to them; files: the checkpoint's inodes, sizes, times and samples
 
 Reading a whole checkpoint to find its name would cost what the cache saves. So a link records which content these very
@@ -44,7 +45,7 @@ from powerband.spec.checkpoint.safetensors import LENGTH_BYTES, read_header_from
 logger = logging.getLogger(__name__)
 
 # Raise this when the packed form of any product changes.
-LAYOUT = 2
+LAYOUT = 3
 LIMIT_BYTES = 64 << 30  # of all files together; the least recently used go first
 KEPT_FREE_BYTES = 4 << 30  # of the disk, for others
 _STALE_S = 3600  # an unfinished file this old belongs to a process that ended
@@ -208,14 +209,14 @@ def _identity(files: list[Path]) -> str:
 
 
 def _content_digest(files: list[Path]) -> str:
-    """A digest of every tensor's name, type, shape and bytes. It reads all files."""
+    """SHA-256 over every tensor's name, type, shape and bytes. It reads all files."""
     digest = hashlib.sha256()
     for path in files:
         with SafetensorsFile(path) as file:
             for name in file.names():
-                described = (name, stored_name(file.dtype(name)), file.shape(name), file.checksums(name))
+                described = (name, stored_name(file.dtype(name)), file.shape(name), file.digests(name))
                 digest.update(repr(described).encode())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def _named(selector: LinearMethodSelector) -> Found:

@@ -24,6 +24,7 @@ from powerband.dispatch.backend import Backend, ReplicaLoad
 from powerband.engines.base import EngineAdapter
 from powerband.engines.metrics import first_total
 from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.proxy.upstream import NO_DESCRIPTORS
 from powerband.gateway.routes import ReplicaAddress
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ class Prober:
         except OSError as problem:
             if isinstance(problem, TimeoutError) or getattr(problem, "code", "") == "timeout":
                 self._timed_out(backend, sent_s)
+            elif getattr(problem, "code", "") == NO_DESCRIPTORS:
+                pass  # it says nothing of the replica
             elif backend.probed_badly(pool.clock(), type(problem).__name__):
                 self._gone(backend, "unreachable")
         else:

@@ -15,10 +15,10 @@ from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import Timeouts
-from powerband.gateway.proxy.client_request import PATHS
+from powerband.gateway.proxy.client_request import PATHS, UnsuitableReplica
 from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
-from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.proxy.upstream import NO_DESCRIPTORS, UpstreamClient
 from powerband.gateway.proxy.upstream_errors import (
     InvalidUpstreamRequest,
     phrase,
@@ -48,7 +48,7 @@ BuildRequest = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
 
 
 class ReplicaError(PowerbandError):
-    """Replicas failed, and nobody else could take over."""
+    """Replicas failed, and no other could take over."""
 
     http_status = 502
     default_code = "upstream_failed"
@@ -109,6 +109,12 @@ class UpstreamAttempts:
                     self._verdict.settle()
                     return replica, exchange
                 await self._raise_for_status(exchange, replica)
+            except UnsuitableReplica as unsuitable:
+                self.replicas.pop()
+                self._avoid.append(replica.id)
+                self.close("unsent")
+                if not self._pool.has_others(self._avoid):
+                    raise unsuitable.error from None
             except UpstreamFailure as problem:
                 await self.failed(problem)
 
@@ -151,6 +157,9 @@ class UpstreamAttempts:
         lease, self._lease = self._lease, None
         if lease is None:
             raise self._error(problem)
+        if problem.code == NO_DESCRIPTORS:
+            lease.close("left")
+            raise HttpError(503, "too_many_connections", str(problem))
         id = lease.replica.id
         if id not in self._avoid:
             self._avoid.append(id)
@@ -236,7 +245,7 @@ class UpstreamAttempts:
         if self._lease is not None:
             self._lease.first_token(prompt_tokens)
 
-    def close(self, outcome: Literal["ok", "failed", "refused", "left"], output_tokens: int = 0) -> None:
+    def close(self, outcome: Literal["ok", "failed", "refused", "left", "unsent"], output_tokens: int = 0) -> None:
         """Free the place at the replica. The first call counts."""
         lease, self._lease = self._lease, None
         if lease is not None:

@@ -49,7 +49,7 @@ class UpstreamFailure(ConnectionError):
 class UpstreamExchange(HttpResponse):
     """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.
 
-    due_s: by when more has to come, on time.monotonic(), while somebody waits for it; else 0.
+    due_s: by when more has to come, on time.monotonic(), while a reader waits for it; else 0.
     """
 
     __slots__ = (
@@ -101,7 +101,7 @@ class UpstreamExchange(HttpResponse):
             await self._wait()
 
     async def stream_to(self, take: Callable[[bytes], bool]) -> None:
-        """Hand on what comes as it comes, without waking anybody, until `take` returns False, or to the body's end.
+        """Pass on data as it arrives, without waking a task, until `take` returns False or the body ends.
 
         Raises UpstreamFailure, and what `take` raises. It may call `hold`.
         """
@@ -170,7 +170,7 @@ class UpstreamExchange(HttpResponse):
             self._connection.pause()
 
     def on_body(self, body: bytes) -> None:
-        self.bare_bytes = 0
+        self.bare_bytes -= 2 * len(body)
         if not self.is_let_end:
             self._pieces.append(body)
             self._unread += len(body)
@@ -186,7 +186,7 @@ class UpstreamExchange(HttpResponse):
         if self._consumer is None:
             waiter.set_result(None)
             return
-        if self._is_held:
+        if self._is_held and not self.is_over:  # at the end the rest is handed on, which is little
             return
         try:
             wants_more = not self._pieces or self._consumer(self._take())
@@ -195,13 +195,11 @@ class UpstreamExchange(HttpResponse):
             return
         if not wants_more:
             waiter.set_result(None)
-        elif self._is_held:
-            pass
         elif self.code:
             waiter.set_exception(self._failure())
         elif self.is_over:
             waiter.set_result(None)
-        else:
+        elif not self._is_held:
             self.due_s = self._limit_s
 
     def _take(self) -> bytes:

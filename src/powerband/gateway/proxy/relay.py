@@ -1,4 +1,4 @@
-"""The part of a stream that one replica tells: from its bytes to the client's, event by event."""
+"""The part of a stream that one replica sends: from its bytes to the client's, event by event."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from powerband.openai.chunks import count_ids
 from powerband.openai.events import END, EventReader, EventTooLarge
 from powerband.web.client_connection import ClientConnection
 
-# A replica that tells comments and empty events without end says nothing.
+# A replica that sends only comments and empty events has failed.
 MAX_EVENTS_WITHOUT_TOKEN = 1 << 16
 _EVENTS_OF_A_TURN = 64  # each takes some 10 µs
 _BYTES_OF_A_TURN = 256 << 10
-_AFTER_FINISH_S = 5.0  # for the usage and the last event, once every choice has said how it ended
+_AFTER_FINISH_S = 5.0  # for the usage and the last event, after every choice has a finish reason
 
 
 class Relay:
-    """`read_first_events` until there is something to tell, then `forward` the rest.
+    """`read_first_events` until there is something for the client, then `forward` the rest.
 
     A replica may send any number of events at once: they are processed in turns, with other requests in between.
     """
@@ -79,10 +79,12 @@ class Relay:
 
         while self._wants_more:
             while self._events and self._wants_more:
-                await connection.writable()
                 await asyncio.sleep(0)
                 self._write(connection)
             if self._wants_more:
+                if connection.is_behind:
+                    self._exchange.hold()
+                    connection.when_writable(self._exchange.release)
                 await self._exchange.stream_to(take)
                 if not self._events:
                     break
@@ -92,7 +94,7 @@ class Relay:
             self._attempts.warn("It made more tokens than were asked for; does its engine know the limit by this name?")
             connection.write_chunk(self._state.cut("length"))
             return
-        # Some servers end without [DONE]: then every choice has to have said how it ended.
+        # Some servers end without [DONE]: then every choice must have a finish reason.
         if not (self._state.may_end if self._has_ended else self._state.is_finished):
             raise self._truncated()
 

@@ -14,13 +14,16 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from powerband.core.request import OUTPUT_COMPLETE
 from powerband.engines.base import BrokenStream, CannotResume
-from powerband.gateway.proxy.client_request import PATHS, ClientRequest
+from powerband.gateway.proxy.client_request import PATHS, ClientRequest, UnsuitableReplica
 from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.openai.chunks import TokenIds, has_ids
+from powerband.openai.errors import ReportedError
 
 _ASK_S = 5.0
 _IDS = msgspec.json.Decoder(TokenIds)
@@ -39,14 +42,18 @@ class Resumer:
         self._tenant = tenant
 
     async def plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
-        """Path and body. Raises CannotResume, and UpstreamFailure when the replica does not say what is needed."""
+        """Path and body. Raises CannotResume; UnsuitableReplica if one of another engine can; UpstreamFailure when the
+        replica does not say what is needed; and InvalidUpstreamRequest when there is nothing left to ask for.
+        """
         state, client_request, adapter = self._state, self._client_request, replica.adapter
         path = PATHS[client_request.endpoint]
         if not state.num_tokens:
             state.resume(kept=0)
             return path, client_request.upstream_body(replica, self._tenant)
-        if not client_request.can_resume or state.has_gap or state.adapter is not adapter:
+        if not client_request.can_resume or state.has_gap:
             raise CannotResume
+        if state.adapter is not adapter:
+            raise UnsuitableReplica(CannotResume())
         if adapter.takes_resume_token_ids:
             state.resume(kept=len(state.token_ids))
             return path, client_request.upstream_body(replica, self._tenant, state.token_ids)
@@ -74,6 +81,8 @@ class Resumer:
             has_sent_ids=state.wants_silence,
         )
         found = await adapter.complete_stream(broken, ask)
+        if found is None:
+            raise InvalidUpstreamRequest(ReportedError("All tokens have come.", code=OUTPUT_COMPLETE))
         state.resume(kept=found.kept, skipped=found.skipped, is_other_kind=is_chat, counts_as_prompt=True)
         return PATHS["completions"], msgspec.json.encode(found.fields)
 

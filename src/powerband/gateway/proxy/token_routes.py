@@ -115,15 +115,15 @@ class TokenCountRoutes:
             body = data if name == replica.model else with_model(data, replica.model)
             try:
                 status, answer = await self._call(replica, PATHS[gateway_request.endpoint], body)
-                said = answer.surface()
+                reported = answer.surface()
             except OSError:
                 continue
-            if status == 200 and _is_object(said):
+            if status == 200 and _is_object(reported):
                 return answer, replica.id
             lacking += status in _MISSING_STATUSES
             if status in _REQUEST_STATUSES:
                 raise InvalidUpstreamRequest(
-                    with_served_name(read_error(said), replica.model, gateway_request.model), status
+                    with_served_name(read_error(reported), replica.model, gateway_request.model), status
                 )
         if replicas and lacking == len(replicas):
             raise HttpError(404, "not_found", f"The model's engine has no {PATHS[gateway_request.endpoint]}.")

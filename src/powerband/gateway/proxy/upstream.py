@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
 MAX_IDLE = 128  # connections to one replica that are kept for later
 IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
+NO_DESCRIPTORS = "no_descriptors"  # the gateway has reached its limit of open files, which is no fault of a replica
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _LAST_WORDS_S = 1.0
 _TICK_S = 0.1
 _MODELS_TIMEOUT_S = 2.0
@@ -96,7 +99,7 @@ class UpstreamClient:
         lines = {"Authorization": f"Bearer {replica.api_key}"} if replica.api_key else {}
         head = request_head(method, pool.prefix + path, pool.authority, len(body), {**lines, **(headers or {})})
         while True:
-            connection, was_used = await _take(pool, limits.connect_s)
+            connection, was_used = await self._take(pool, limits.connect_s)
             now_s = time.monotonic()
             exchange = UpstreamExchange(now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s)
             self._live.add(exchange)
@@ -130,6 +133,26 @@ class UpstreamClient:
             pool = self._pools[url] = ConnectionPool(url, max_idle=MAX_IDLE)
         return pool
 
+    async def _take(self, pool: ConnectionPool, connect_s: float) -> tuple[OutboundConnection, bool]:
+        """A connection, and whether it was used before. Raises UpstreamFailure."""
+        try:
+            try:
+                return await pool.take(connect_s)
+            except OSError as problem:
+                if problem.errno not in _OUT_OF_DESCRIPTORS:
+                    raise
+                for other in self._pools.values():
+                    other.drop_idle()
+                await asyncio.sleep(0)  # in which they are closed
+                return await pool.take(connect_s)
+        except TimeoutError:
+            raise UpstreamFailure("connect", f"No connection to {pool.authority} within {connect_s:g} s.") from None
+        except OSError as problem:
+            message = f"No connection to {pool.authority}: {problem}."
+            if problem.errno in _OUT_OF_DESCRIPTORS:
+                raise UpstreamFailure(NO_DESCRIPTORS, message, counts=False) from None
+            raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
+
     async def _tick(self) -> None:
         """One timer for all limits: a timer for each would be set and cancelled with each chunk of each stream."""
         while True:
@@ -141,17 +164,6 @@ class UpstreamClient:
             self._live -= {exchange for exchange in self._live if exchange.is_let_end and exchange.is_over}
             for pool in self._pools.values():
                 pool.drop_idle(now_s - IDLE_S)
-
-
-async def _take(pool: ConnectionPool, connect_s: float) -> tuple[OutboundConnection, bool]:
-    """A connection, and whether it was used before. Raises UpstreamFailure."""
-    try:
-        return await pool.take(connect_s)
-    except TimeoutError:
-        raise UpstreamFailure("connect", f"No connection to {pool.authority} within {connect_s:g} s.") from None
-    except OSError as problem:
-        message = f"No connection to {pool.authority}: {problem}."
-        raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
 
 
 # ---- the context length of a model

@@ -1,7 +1,7 @@
-"""A whole (not streamed) answer: kept as it comes, read as far as it is counted, and passed on under another name.
+"""A response that is not streamed: kept as it arrives, decoded as far as needed, passed on with the served model name.
 
-Decoding JSON of 60 MiB at once takes a second, during which nobody else is answered. Of a large answer only the surface
-is decoded; it is found slice by slice, while the answer comes:
+Decoding JSON of 60 MiB at once would block all other requests for a second. Of a large response only the surface is
+decoded; it is found slice by slice, while the response arrives:
 
     {"model": "m", "choices": [{"index": 0, "message": {"content": "…"}, "finish_reason": "stop"}], "usage": {…}}
     {"model": "m", "choices": [{"index": 0, "message": {}, "finish_reason": "stop"}], "usage": {…}}
@@ -76,7 +76,7 @@ class WholeAnswer:
     def read(self) -> Chunk:
         """Raises UpstreamFailure for what is no answer."""
         try:
-            return read_chunk(self.surface())
+            return read_chunk(self.surface(), is_surface=self.is_large)
         except InvalidChunk as problem:
             raise UpstreamFailure.invalid(problem) from None
 
