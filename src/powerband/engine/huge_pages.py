@@ -41,7 +41,7 @@ def _region(size: int) -> torch.Tensor:
     return whole[start : start + size]
 
 
-class _SideBySide:
+class _SharedRegion:
     """Hands out one region piece by piece, then begins another. A region lives as long as any piece of it."""
 
     def __init__(self) -> None:
@@ -58,4 +58,4 @@ class _SideBySide:
         return piece
 
 
-_side_by_side = _SideBySide()
+_side_by_side = _SharedRegion()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from powerband.engine.attention.base import AttentionBackend, AttentionBatch, AttentionShape
-from powerband.engine.attention.cpu import CpuAttention, obstacle
+from powerband.engine.attention.cpu import CpuAttention, missing_requirement
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.errors import EnvironmentFault
 
@@ -38,7 +38,7 @@ def choose_backend(
     Raises EnvironmentFault when what is asked for cannot run here.
     """
     if device_type == "cpu" and asked in ("auto", "cpu"):
-        lacking = obstacle(kernels, dtype, block_size, head_dim)
+        lacking = missing_requirement(kernels, dtype, block_size, head_dim)
         if lacking is None:
             return BackendSelection("cpu", "asked for" if asked == "cpu" else kernels.reason)
         if asked == "auto":

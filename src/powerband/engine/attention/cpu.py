@@ -19,7 +19,7 @@ _MAX_HEAD_DIM = 256
 _SCALE_BYTES = torch.float32.itemsize
 
 
-def obstacle(kernels: KernelStatus, dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
+def missing_requirement(kernels: KernelStatus, dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
     """Why the kernels cannot serve such a model here; None: they can."""
     if kernels.tier is None:
         return f"no CPU kernels: {kernels.reason}"

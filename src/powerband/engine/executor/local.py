@@ -87,11 +87,11 @@ class TorchExecutor:
         began_s = time.perf_counter()
         self._progress("load", 0.0)
         model = Decoder(config.spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
-        products = LinearMethodSelector(model, config.held, kernels=config.kernels)
-        weights_bytes = self._load(products)
+        selector = LinearMethodSelector(model, config.held, kernels=config.kernels)
+        weights_bytes = self._load(selector)
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
-        self.providers = dict(products.counts)
+        self.providers = dict(selector.counts)
         sampler = Sampler(config.spec.vocab_size, config.device, config.seed)
         if config.kernels:
             use_cpu_layers(model)
@@ -109,17 +109,17 @@ class TorchExecutor:
             seconds={"load": loaded_s - began_s, "prepare": prepared_s - loaded_s},
         )
 
-    def _load(self, products: LinearMethodSelector) -> int:
+    def _load(self, selector: LinearMethodSelector) -> int:
         """Load from the weight cache where possible, else from the checkpoint. Returns the weights' bytes."""
         config = self.config
         if config.load_format == "dummy":
-            return fill_random(products, config.seed)
+            return fill_random(selector, config.seed)
         progress = functools.partial(self._progress, "load")
         if not (config.weight_cache and config.kernels and config.held != PLAIN):
-            return load_weights(products, config.folder, progress)
-        cache = WeightCache(products, config.folder)
-        weights_bytes = load_weights(products, config.folder, progress, cache.read(products))
-        cache.write(products)
+            return load_weights(selector, config.folder, progress)
+        cache = WeightCache(selector, config.folder)
+        weights_bytes = load_weights(selector, config.folder, progress, cache.read(selector))
+        cache.write(selector)
         self._weight_cache = cache
         return weights_bytes
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Product(Protocol):
-    """x @ weight.T + bias, with the weight in whatever form the provider keeps it."""
+class LinearMethod(Protocol):
+    """x @ weight.T + bias, with the weight in the form that its provider gave it."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -22,7 +22,7 @@ class Product(Protocol):
 
 
 @runtime_checkable
-class FindsLargest(Protocol):
+class SupportsArgmax(Protocol):
     """A product that finds its largest result without storing the others."""
 
     def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +34,7 @@ class FindsLargest(Protocol):
 
 
 @runtime_checkable
-class Packed(Protocol):
+class SupportsFusion(Protocol):
     """A product of the CPU kernels, which operators that compute several things in a row may take over."""
 
     def packed_operands(self) -> tuple[list[torch.Tensor], int]:
@@ -47,27 +47,27 @@ class LinearProvider(Protocol):
 
     name: str
 
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod | None:
         """Take the loaded weight [out, in] in the provider's form; None if it does not support this weight."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class WeightMatrix:
     """A weight [out, in] as it is loaded, before a product takes its place."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
 
-class Projections(Protocol):
+class LinearModule(Protocol):
     """A part of the model that multiplies with one or more matrices: a `Linear`, or the `Experts` of a layer."""
 
-    def matrices(self) -> list[Matrix]:
+    def matrices(self) -> list[WeightMatrix]:
         """Views of the parameters, in a fixed order."""
         ...
 
-    def install(self, products: Sequence[Product], provider: str) -> None:
+    def install(self, methods: Sequence[LinearMethod], provider: str) -> None:
         """Compute with these from now on, one for each matrix, and let the weights go."""
         ...
 
@@ -82,37 +82,37 @@ class Linear(nn.Module):
         self.weight = parameter(out_features, in_features, dtype=dtype, device=device)
         self.bias = parameter(out_features, dtype=dtype, device=device) if bias else None
         self.provider = "torch"
-        self._product: Product | None = None
+        self._method: LinearMethod | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._product is not None:
-            return self._product(x)
+        if self._method is not None:
+            return self._method(x)
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """residual [tokens, out_features] += product of x, in place."""
-        if self._product is not None:
-            self._product.add_to(residual, x)
+        if self._method is not None:
+            self._method.add_to(residual, x)
         elif self.bias is not None:
             residual.add_(F.linear(x, self.weight, self.bias))
         else:
             residual.addmm_(x, self.weight.t())
 
     def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """As `FindsLargest.argmax`; None where the product can only compute everything."""
-        if self.bias is not None or not isinstance(self._product, FindsLargest):
+        """As `SupportsArgmax.argmax`; None where the product can only compute everything."""
+        if self.bias is not None or not isinstance(self._method, SupportsArgmax):
             return None
-        return self._product.argmax(x)
+        return self._method.argmax(x)
 
     def packed_operands(self) -> tuple[list[torch.Tensor], int] | None:
         """As `Packed.packed_operands`; None where something else computes."""
-        return self._product.packed_operands() if isinstance(self._product, Packed) else None
+        return self._method.packed_operands() if isinstance(self._method, SupportsFusion) else None
 
-    def matrices(self) -> list[Matrix]:
-        return [Matrix(self.weight, self.bias)]
+    def matrices(self) -> list[WeightMatrix]:
+        return [WeightMatrix(self.weight, self.bias)]
 
-    def install(self, products: Sequence[Product], provider: str) -> None:
-        [self._product] = products
+    def install(self, methods: Sequence[LinearMethod], provider: str) -> None:
+        [self._method] = methods
         self.provider = provider
         self.weight = parameter(0, dtype=self.weight.dtype, device=self.weight.device)
 

@@ -19,7 +19,7 @@ PANEL = 16
 STEP = 32  # inputs are padded to a multiple of this: one AMX tile
 
 
-class PackedBf16:
+class Bf16Provider:
     """LinearProvider for bfloat16 weights on a CPU. It packs a copy: other users of the weight may keep it."""
 
     name = "kernel bf16"
@@ -28,17 +28,17 @@ class PackedBf16:
     def is_available() -> bool:
         return library.load().tier is not None
 
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedProduct | None:
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Bf16LinearMethod | None:
         """Declines (None) other types and devices, and everything where the kernels could not be built."""
         on_cpu = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
         if not on_cpu or weight.dim() != 2 or not self.is_available():
             return None
         packed = huge_empty(packed_shape(*weight.shape), torch.bfloat16)
         torch.ops.powerband.pack_bf16_out(weight.detach().contiguous(), packed)
-        return PackedProduct(packed, weight.shape[0], None if bias is None else bias.detach().to(torch.bfloat16))
+        return Bf16LinearMethod(packed, weight.shape[0], None if bias is None else bias.detach().to(torch.bfloat16))
 
 
-class PackedProduct:
+class Bf16LinearMethod:
     """x @ weight.T + bias for x [tokens, in_features]; `packed` and `bias` are what fused operators take."""
 
     def __init__(self, packed: torch.Tensor, out_features: int, bias: torch.Tensor | None) -> None:

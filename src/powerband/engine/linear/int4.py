@@ -24,7 +24,7 @@ BLOCK = 8
 SMALLEST_GROUP = 32
 
 
-class Int4Product:
+class Int4LinearMethod:
     """x @ weight.T + bias for x [tokens, in_features]."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Int4Product:
         return fits and weight.values.device.type == "cpu" and library.load().tier is not None
 
     @classmethod
-    def from_weight(cls, weight: Int4Weight, bias: torch.Tensor | None = None) -> Int4Product:
+    def from_weight(cls, weight: Int4Weight, bias: torch.Tensor | None = None) -> Int4LinearMethod:
         """Packs. Raises UsageError for groups that the kernels cannot take."""
         out_features, in_features = weight.shape
         if not cls.takes(weight):
@@ -68,7 +68,7 @@ class Int4Product:
         )
 
     @classmethod
-    def quantizing(cls, weight: torch.Tensor, group_size: int, bias: torch.Tensor | None = None) -> Int4Product:
+    def quantizing(cls, weight: torch.Tensor, group_size: int, bias: torch.Tensor | None = None) -> Int4LinearMethod:
         """The product with `quantize_int4(weight, group_size)`, but for ties; weight: bfloat16 [out, in]."""
         out_features, in_features = weight.shape
         packed = huge_empty(packed_shape(out_features, in_features), torch.uint8)
@@ -85,7 +85,7 @@ class Int4Product:
         return on_cpu and fits and takes_group(weight.shape[1], group_size) and library.load().tier is not None
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int4Product:
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int4LinearMethod:
         """The product whose `tensors()` these are. Raises ValueError for shapes that would mislead the kernels."""
         out_features, in_features, group_size = tensors["sizes"].tolist()
         if min(out_features, in_features, group_size) < 1 or not takes_group(in_features, group_size):

@@ -21,7 +21,7 @@ STEP = 64  # inputs are padded to a multiple of this: one row of an AMX tile
 MAX_FEATURES = 1 << 16  # inputs: sums of more products might not fit in 32 bits
 
 
-class Int8Product:
+class Int8LinearMethod:
     """x @ weight.T + bias for x [tokens, in_features]; activations are rounded to int8, one scale per token."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Int8Product:
         )
 
     @classmethod
-    def from_weight(cls, weight: Int8Weight, bias: torch.Tensor | None = None) -> Int8Product:
+    def from_weight(cls, weight: Int8Weight, bias: torch.Tensor | None = None) -> Int8LinearMethod:
         """Packs a weight that the kernels take."""
         packed = huge_empty(packed_shape(*weight.shape), torch.int8)
         torch.ops.powerband.pack_int8_out(weight.values.contiguous(), packed)
@@ -62,7 +62,7 @@ class Int8Product:
         )
 
     @classmethod
-    def quantizing(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Product:
+    def quantizing(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8LinearMethod:
         """The product with `quantize_int8(weight)` of a bfloat16 weight [out, in], never unpacked."""
         out_features, in_features = weight.shape
         packed = huge_empty(packed_shape(out_features, in_features), torch.int8)
@@ -78,7 +78,7 @@ class Int8Product:
         return on_cpu and fits and library.load().tier is not None
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int8Product:
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Int8LinearMethod:
         """The product whose `tensors()` these are. Raises ValueError for shapes that would mislead the kernels."""
         in_features, out_features = int(tensors["in_features"].item()), tensors["scales"].numel()
         if not 0 < in_features <= MAX_FEATURES or not out_features:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from powerband.engine.linear.base import Product
+from powerband.engine.linear.base import LinearMethod
 
 # Below this many elements a float32 product by F.linear is as fast or faster (measured: 0.5 M slower, 6 M faster).
 _LARGE_FLOAT32 = 1 << 20
 
 
-class PackedLinear:
+class OneDnnProvider:
     """LinearProvider for bfloat16 weights and large float32 weights on a CPU.
 
     keep: weights that are read elsewhere, too, and must stay as they are (tied embeddings).
@@ -25,13 +25,13 @@ class PackedLinear:
     def is_available() -> bool:
         return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod | None:
         if weight.device.type != "cpu" or weight is self._keep or not _pays(weight):
             return None
-        return _Product(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1), bias)
+        return _OneDnnLinearMethod(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1), bias)
 
 
-class _Product:
+class _OneDnnLinearMethod:
     def __init__(self, packed: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._packed = packed
         self._bias = bias

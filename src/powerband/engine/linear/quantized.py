@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.linear.base import Product
-from powerband.engine.linear.int4 import Int4Product
-from powerband.engine.linear.int8 import Int8Product
+from powerband.engine.linear.base import LinearMethod
+from powerband.engine.linear.int4 import Int4LinearMethod
+from powerband.engine.linear.int8 import Int8LinearMethod
 from powerband.engine.linear.quantized_weights import (
     INT4_ZERO,
     Int4Weight,
@@ -25,7 +25,7 @@ from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import DEFAULT_GROUP
 
 
-class QuantizedLinear:
+class QuantizedProvider:
     """LinearProvider that holds weights in 8 bits, one scale per output, or in 4, one per `group_size` inputs of it.
 
     kernels: compute with the C++ kernels; without them plain torch does, slowly.
@@ -37,20 +37,20 @@ class QuantizedLinear:
         self._group_size = group_size
         self._kernels = kernels
 
-    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod:
         """Raises UsageError for a weight that is not finite."""
-        product: Product
+        method: LinearMethod
         if self._held == "int8":
-            if self._kernels and Int8Product.quantizes(weight):
-                product = Int8Product.quantizing(weight, bias)
+            if self._kernels and Int8LinearMethod.quantizes(weight):
+                method = Int8LinearMethod.quantizing(weight, bias)
             else:
-                product = quantized_product(quantize_int8(weight), bias, kernels=self._kernels)
-        elif self._kernels and Int4Product.quantizes(weight, self._group_size):
-            product = Int4Product.quantizing(weight, self._group_size, bias)
+                method = quantized_method(quantize_int8(weight), bias, kernels=self._kernels)
+        elif self._kernels and Int4LinearMethod.quantizes(weight, self._group_size):
+            method = Int4LinearMethod.quantizing(weight, self._group_size, bias)
         else:
-            product = quantized_product(quantize_int4(weight, self._group_size), bias, kernels=self._kernels)
-        _check_finite(product)
-        return product
+            method = quantized_method(quantize_int4(weight, self._group_size), bias, kernels=self._kernels)
+        _check_finite(method)
+        return method
 
 
 def kernel_name(held: str, *, kernels: bool) -> str:
@@ -58,31 +58,31 @@ def kernel_name(held: str, *, kernels: bool) -> str:
     return f"kernel {held}" if kernels else held
 
 
-def _check_finite(product: Product) -> None:
+def _check_finite(method: LinearMethod) -> None:
     """NaN and infinity have no integer; a weight that holds one has such a scale, too."""
-    if not bool(tensors_of(product)["scales"].isfinite().all()):
+    if not bool(tensors_of(method)["scales"].isfinite().all()):
         raise UsageError(
             "This weight holds values that are not finite, and cannot be quantized.",
             hint="Serve the checkpoint without --quantization, or repair it.",
         )
 
 
-def quantized_product(weight: Int8Weight | Int4Weight, bias: torch.Tensor | None, *, kernels: bool) -> Product:
+def quantized_method(weight: Int8Weight | Int4Weight, bias: torch.Tensor | None, *, kernels: bool) -> LinearMethod:
     """The product with a weight that is quantized already."""
-    if kernels and isinstance(weight, Int4Weight) and Int4Product.takes(weight):
-        return Int4Product.from_weight(weight, bias)
-    if kernels and isinstance(weight, Int8Weight) and Int8Product.takes(weight):
-        return Int8Product.from_weight(weight, bias)
-    return ReferenceProduct(weight, bias)
+    if kernels and isinstance(weight, Int4Weight) and Int4LinearMethod.takes(weight):
+        return Int4LinearMethod.from_weight(weight, bias)
+    if kernels and isinstance(weight, Int8Weight) and Int8LinearMethod.takes(weight):
+        return Int8LinearMethod.from_weight(weight, bias)
+    return ReferenceLinearMethod(weight, bias)
 
 
-def tensors_of(product: Product) -> dict[str, torch.Tensor]:
+def tensors_of(method: LinearMethod) -> dict[str, torch.Tensor]:
     """The tensors that a product is made of, by name; empty for products without `tensors`."""
-    tensors = getattr(product, "tensors", None)
+    tensors = getattr(method, "tensors", None)
     return tensors() if tensors is not None else {}
 
 
-class ReferenceProduct:
+class ReferenceLinearMethod:
     """In plain torch: used where no kernel is, and the reference for the kernels."""
 
     def __init__(self, weight: Int8Weight | Int4Weight, bias: torch.Tensor | None) -> None:
@@ -107,27 +107,27 @@ class ReferenceProduct:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredMatrix:
+class QuantizedMatrix:
     """A matrix [out, in] that is quantized. `order`: the input that each of its columns belongs to; None: in order."""
 
     weight: Int8Weight | Int4Weight
     order: torch.Tensor | None
 
 
-def stored_product(pieces: Sequence[StoredMatrix], bias: torch.Tensor | None, *, kernels: bool) -> Product:
+def stored_method(pieces: Sequence[QuantizedMatrix], bias: torch.Tensor | None, *, kernels: bool) -> LinearMethod:
     """The product with all pieces, one below the other: q, k and v, or gate and up."""
     if len(pieces) > 1 and all(_joins(pieces[0], piece) for piece in pieces):
-        pieces = [StoredMatrix(_joined([piece.weight for piece in pieces]), pieces[0].order)]
+        pieces = [QuantizedMatrix(_joined([piece.weight for piece in pieces]), pieces[0].order)]
     if len(pieces) == 1:
-        product = quantized_product(pieces[0].weight, bias, kernels=kernels)
-        return product if pieces[0].order is None else OrderedProduct(product, pieces[0].order)
+        method = quantized_method(pieces[0].weight, bias, kernels=kernels)
+        return method if pieces[0].order is None else PermutedLinearMethod(method, pieces[0].order)
     sizes = [piece.weight.shape[0] for piece in pieces]
     biases = [None] * len(pieces) if bias is None else torch.split(bias, sizes)
     apart = zip(pieces, biases, strict=True)
-    return SideBySide([stored_product([piece], own, kernels=kernels) for piece, own in apart])
+    return ConcatenatedLinearMethod([stored_method([piece], own, kernels=kernels) for piece, own in apart])
 
 
-def _joins(first: StoredMatrix, other: StoredMatrix) -> bool:
+def _joins(first: QuantizedMatrix, other: QuantizedMatrix) -> bool:
     a, b = first.weight, other.weight
     if isinstance(a, Int4Weight) and (not isinstance(b, Int4Weight) or a.group_size != b.group_size):
         return False
@@ -149,35 +149,35 @@ def _joined(weights: Sequence[Int8Weight | Int4Weight]) -> Int8Weight | Int4Weig
     return Int4Weight(values, scales, zeros, fours[0].group_size)
 
 
-class OrderedProduct:
+class PermutedLinearMethod:
     """A product whose weight has its inputs in another order."""
 
-    def __init__(self, product: Product, order: torch.Tensor) -> None:
-        self._product = product
+    def __init__(self, method: LinearMethod, order: torch.Tensor) -> None:
+        self._method = method
         self._order = order
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {**tensors_of(self._product), "order": self._order}
+        return {**tensors_of(self._method), "order": self._order}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x.index_select(-1, self._order))
+        return self._method(x.index_select(-1, self._order))
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
-        self._product.add_to(residual, x.index_select(-1, self._order))
+        self._method.add_to(residual, x.index_select(-1, self._order))
 
 
-class SideBySide:
+class ConcatenatedLinearMethod:
     """Products with the same input, their outputs one after the other."""
 
-    def __init__(self, products: Sequence[Product]) -> None:
-        self._products = products
+    def __init__(self, methods: Sequence[LinearMethod]) -> None:
+        self._methods = methods
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        every = [tensors_of(product) for product in self._products]
+        every = [tensors_of(method) for method in self._methods]
         return {f"{index}.{name}": tensor for index, named in enumerate(every) for name, tensor in named.items()}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([product(x) for product in self._products], dim=-1)
+        return torch.cat([method(x) for method in self._methods], dim=-1)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         residual.add_(self(x))

@@ -51,23 +51,23 @@ def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
         kinds = [*FETCHED, *(_weights(name, revision) if weights else ())]
         return Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=list(NOT_FETCHED)))
     except GatedRepoError as problem:
-        raise _not_to_be_had(
+        raise _not_available(
             name, "access to it must be granted first", "Ask for it on its page, then set HF_TOKEN."
         ) from problem
     except RevisionNotFoundError as problem:
-        raise _not_to_be_had(
+        raise _not_available(
             name, f"it has no revision {revision!r}", "Name a branch, tag or commit that exists."
         ) from problem
     except (RepositoryNotFoundError, HFValidationError) as problem:
-        raise _not_to_be_had(
+        raise _not_available(
             name, "there is no such model", "Check the name; a private one needs HF_TOKEN."
         ) from problem
     except LocalEntryNotFoundError as problem:
         hint = "Connect, or fetch it once with 'hf download' and give the folder."
-        raise _not_to_be_had(name, "the hub cannot be reached, and it was not fetched before", hint) from problem
+        raise _not_available(name, "the hub cannot be reached, and it was not fetched before", hint) from problem
     except (HfHubHTTPError, OSError) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0][:200]
-        raise _not_to_be_had(name, reason, "Try again, or give a folder.") from problem
+        raise _not_available(name, reason, "Try again, or give a folder.") from problem
 
 
 def _weights(name: str, revision: str | None) -> list[str]:
@@ -90,6 +90,6 @@ def _weights(name: str, revision: str | None) -> list[str]:
     return chosen
 
 
-def _not_to_be_had(name: str, reason: str, hint: str) -> EnvironmentFault:
+def _not_available(name: str, reason: str, hint: str) -> EnvironmentFault:
     message = f"{name!r} is not a folder here and cannot be fetched from the Hugging Face hub: {reason}."
     return EnvironmentFault(message, hint=hint, code="model_not_found", param="model")

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from powerband.engine.layers.experts import Experts
-from powerband.engine.linear.base import Linear, LinearProvider, Matrix, Product, Projections
-from powerband.engine.linear.bf16 import PackedBf16, PackedProduct
-from powerband.engine.linear.onednn import PackedLinear
+from powerband.engine.linear.base import Linear, LinearMethod, LinearModule, LinearProvider, WeightMatrix
+from powerband.engine.linear.bf16 import Bf16LinearMethod, Bf16Provider
+from powerband.engine.linear.onednn import OneDnnProvider
 from powerband.engine.linear.quantized import (
-    QuantizedLinear,
-    StoredMatrix,
+    QuantizedMatrix,
+    QuantizedProvider,
     kernel_name,
-    stored_product,
+    stored_method,
     tensors_of,
 )
 from powerband.engine.models.decoder import Decoder
@@ -36,22 +36,22 @@ class LinearMethodSelector:
         self.kernels = kernels  # the C++ kernels may be used
         self.counts: Counter[str] = Counter()  # parts by who computes them
         self.memory_bytes = 0  # of matrices that are not parameters any more
-        self.installed: list[tuple[Projections, Sequence[Product]]] = []
+        self.installed: list[tuple[LinearModule, Sequence[LinearMethod]]] = []
         self._routers = {id(module.router) for module in model.modules() if isinstance(module, Experts)}
 
-    def take(self, part: Projections) -> None:
+    def take(self, part: LinearModule) -> None:
         """The part's weights are complete: hand them over to the provider that multiplies with them from now on."""
         matrices = part.matrices()
         for provider in self._providers(part):
-            products = self._prepare(part, provider, matrices)
-            if products is not None:
-                self._install(part, products, provider.name)
+            methods = self._prepare(part, provider, matrices)
+            if methods is not None:
+                self._install(part, methods, provider.name)
                 return
         self.counts["torch"] += 1
 
-    def take_stored(self, part: Projections, pieces: Mapping[int, Mapping[int, StoredMatrix]]) -> None:
+    def take_stored(self, part: LinearModule, pieces: Mapping[int, Mapping[int, QuantizedMatrix]]) -> None:
         """The same for a part that the checkpoint stores quantized. pieces: by matrix, by first output."""
-        products = []
+        methods = []
         for index, matrix in enumerate(part.matrices()):
             stored = [piece for _, piece in sorted(pieces.get(index, {}).items())]
             if sum(piece.weight.shape[0] for piece in stored) != matrix.weight.shape[0]:
@@ -60,40 +60,42 @@ class LinearMethodSelector:
                     hint="Use the model's version in 16 bits with --quantization int8 or int4.",
                     code="unsupported_quantization",
                 )
-            products.append(stored_product(stored, matrix.bias, kernels=self.kernels))
-        self._install(part, products, kernel_name(self.held.layers, kernels=self.kernels))
+            methods.append(stored_method(stored, matrix.bias, kernels=self.kernels))
+        self._install(part, methods, kernel_name(self.held.layers, kernels=self.kernels))
 
-    def take_kept(self, part: Projections, products: Sequence[Product]) -> None:
+    def take_kept(self, part: LinearModule, methods: Sequence[LinearMethod]) -> None:
         """These products were made of the part's weights before."""
-        self._install(part, products, kernel_name(self._held(part), kernels=True))
+        self._install(part, methods, kernel_name(self._held(part), kernels=True))
 
-    def _name(self, part: Projections) -> str:
+    def _name(self, part: LinearModule) -> str:
         return next(name for name, candidate in parts_of(self.model) if candidate is part)
 
-    def _prepare(self, part: Projections, provider: LinearProvider, matrices: Sequence[Matrix]) -> list[Product] | None:
+    def _prepare(
+        self, part: LinearModule, provider: LinearProvider, matrices: Sequence[WeightMatrix]
+    ) -> list[LinearMethod] | None:
         """One product for each matrix; None if the provider declines any."""
-        products = []
+        methods = []
         try:
             for matrix in matrices:
-                product = provider.prepare(matrix.weight, matrix.bias)
-                if product is None:
+                method = provider.prepare(matrix.weight, matrix.bias)
+                if method is None:
                     return None
-                products.append(product)
+                methods.append(method)
         except UsageError as problem:
             raise UsageError(
                 f"{self._name(part)}: {problem.message}", hint=problem.hint, code="bad_weights"
             ) from problem
-        return products
+        return methods
 
-    def _install(self, part: Projections, products: Sequence[Product], name: str) -> None:
-        self.memory_bytes += sum(map(_bytes_of, part.matrices(), products))
-        self.installed.append((part, products))
-        part.install(products, name)
-        if part is self.model.head and self.model.spec.tie_embeddings and isinstance(products[0], PackedProduct):
-            self.model.embedding.share(products[0].packed)  # one copy serves both
+    def _install(self, part: LinearModule, methods: Sequence[LinearMethod], name: str) -> None:
+        self.memory_bytes += sum(map(_bytes_of, part.matrices(), methods))
+        self.installed.append((part, methods))
+        part.install(methods, name)
+        if part is self.model.head and self.model.spec.tie_embeddings and isinstance(methods[0], Bf16LinearMethod):
+            self.model.embedding.share(methods[0].packed)  # one copy serves both
         self.counts[name] += 1
 
-    def _providers(self, part: Projections) -> list[LinearProvider]:
+    def _providers(self, part: LinearModule) -> list[LinearProvider]:
         model = self.model
         if model.embedding.weight.device.type != "cpu":
             return []
@@ -102,24 +104,24 @@ class LinearMethodSelector:
         if part is not model.head and model.spec.weight_format is not None:
             held = "none"
         if held != "none":
-            return [QuantizedLinear(held, group_size=self.held.group_size, kernels=self.kernels)]
+            return [QuantizedProvider(held, group_size=self.held.group_size, kernels=self.kernels)]
         tied = model.embedding.weight if model.spec.tie_embeddings else None
-        found: list[LinearProvider] = [PackedBf16()] if self.kernels and PackedBf16.is_available() else []
-        return found + ([PackedLinear(keep=tied)] if PackedLinear.is_available() else [])
+        found: list[LinearProvider] = [Bf16Provider()] if self.kernels and Bf16Provider.is_available() else []
+        return found + ([OneDnnProvider(keep=tied)] if OneDnnProvider.is_available() else [])
 
-    def _held(self, part: Projections) -> Held:
+    def _held(self, part: LinearModule) -> Held:
         """What this part's matrices are held in."""
         if part is self.model.head:
             return self.held.head
         return "none" if id(part) in self._routers else self.held.layers
 
 
-def _bytes_of(matrix: Matrix, product: Product) -> int:
+def _bytes_of(matrix: WeightMatrix, method: LinearMethod) -> int:
     """Bytes of what a product holds; of a product without `tensors`, as many as the weight had."""
-    tensors = tensors_of(product)
+    tensors = tensors_of(method)
     return sum(tensor.nbytes for tensor in tensors.values()) if tensors else matrix.weight.nbytes
 
 
-def parts_of(model: Decoder) -> list[tuple[str, Projections]]:
+def parts_of(model: Decoder) -> list[tuple[str, LinearModule]]:
     """Every part with its name, the head of tied embeddings included."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear | Experts)]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from powerband.engine.linear.quantized import StoredMatrix
+from powerband.engine.linear.quantized import QuantizedMatrix
 from powerband.engine.linear.quantized_weights import INT4_ZERO, Int4Weight, Int8Weight, quantize_int8
 from powerband.engine.model_loader.stored_tensors import StoredTensors
 from powerband.errors import UsageError
@@ -81,7 +81,7 @@ class QuantizedCheckpoint:
     def optional(self, name: str) -> list[str]:
         return [f"{_base(name)}.{part}" for part in _OPTIONAL[self._kind]]
 
-    def read(self, name: str, shape: Collection[int]) -> StoredMatrix:
+    def read(self, name: str, shape: Collection[int]) -> QuantizedMatrix:
         """The weight of this name, which must be [out, in] = `shape`. Raises UsageError, naming what does not fit."""
         out_features, in_features = shape
         raw = self._unpack(_base(name), [out_features, in_features])
@@ -92,11 +92,11 @@ class QuantizedCheckpoint:
         if not bool(scales.isfinite().all()):
             raise _wrong(name, "it has scales that are not finite")
         if self.format.bits == 8:
-            return StoredMatrix(_eight_bits(raw, scales, group_size), order)
+            return QuantizedMatrix(_eight_bits(raw, scales, group_size), order)
         zeros = raw.zeros
         if zeros is not None and bool((zeros == INT4_ZERO).all()):
             zeros = None
-        return StoredMatrix(_four_bits(name, raw.values, scales, zeros, group_size), order)
+        return QuantizedMatrix(_four_bits(name, raw.values, scales, zeros, group_size), order)
 
     # ---- one method for each kind of checkpoint
 

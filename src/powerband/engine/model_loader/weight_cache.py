@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 
 from powerband.engine.huge_pages import huge_empty
-from powerband.engine.linear.base import Product, Projections
-from powerband.engine.linear.int4 import Int4Product
-from powerband.engine.linear.int8 import Int8Product
+from powerband.engine.linear.base import LinearMethod, LinearModule
+from powerband.engine.linear.int4 import Int4LinearMethod
+from powerband.engine.linear.int8 import Int8LinearMethod
 from powerband.engine.model_loader.linear_methods import LinearMethodSelector, parts_of
 from powerband.engine.model_loader.safetensors_file import SafetensorsFile, checksums, stored_name
 from powerband.errors import PowerbandError
@@ -53,10 +53,10 @@ _PIECE_BYTES = 8 << 20
 _SAMPLE_BYTES = 4096  # of every tensor, from its middle
 _SETTLED_S = 2  # files changed later than this before a look at them may change again without another time
 _ALIGNMENT = 64
-_KINDS: dict[str, type[Int4Product | Int8Product]] = {"int4": Int4Product, "int8": Int8Product}
+_KINDS: dict[str, type[Int4LinearMethod | Int8LinearMethod]] = {"int4": Int4LinearMethod, "int8": Int8LinearMethod}
 
 # Products of each part of a model that are known by the part's name.
-Found = dict[str, list[Product]]
+Found = dict[str, list[LinearMethod]]
 
 
 def folder() -> Path:
@@ -67,10 +67,10 @@ def folder() -> Path:
 class WeightCache:
     """The file of one checkpoint, as one engine would hold it."""
 
-    def __init__(self, products: LinearMethodSelector, checkpoint: Path) -> None:
+    def __init__(self, selector: LinearMethodSelector, checkpoint: Path) -> None:
         """Raises as `weight_files` does, EnvironmentFault for damaged files and OSError for what cannot be read."""
         self._files = weight_files(checkpoint)
-        engine = repr((LAYOUT, products.model.spec, products.held, products.kernels))
+        engine = repr((LAYOUT, selector.model.spec, selector.held, selector.kernels))
         self._engine = hashlib.sha256(engine.encode()).hexdigest()[:16]
         self._identity = _identity(self._files)
         self._content: str | None = None  # read when it is needed
@@ -82,14 +82,14 @@ class WeightCache:
     def _name(self, digest: str) -> str:
         return f"{self._engine}-{digest}"
 
-    def read(self, products: LinearMethodSelector) -> Found:
+    def read(self, selector: LinearMethodSelector) -> Found:
         """All products that were kept, each in memory of its own. Empty: there are none, or they are damaged."""
         path = self._find()
         if path is None:
             return {}
         try:
             with SafetensorsFile(path) as file:
-                found = _read(file, products)
+                found = _read(file, selector)
             os.utime(path)  # used now: others are deleted before
         except (PowerbandError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as problem:
             logger.warning("The weight cache %s is damaged and will be written again: %s", path, problem)
@@ -123,9 +123,9 @@ class WeightCache:
                 self._link.unlink(missing_ok=True)
                 self._link.symlink_to(path.name)
 
-    def write(self, products: LinearMethodSelector) -> None:
+    def write(self, selector: LinearMethodSelector) -> None:
         """Keep the products for the next start, in a thread of its own: `close` waits for it."""
-        named = {name: kept for name, kept in _named(products).items() if _can_keep(kept)}
+        named = {name: kept for name, kept in _named(selector).items() if _can_keep(kept)}
         if named and not self._link.exists():
             self._writer = threading.Thread(target=self._write, args=(named,), name="weight-cache", daemon=True)
             self._writer.start()
@@ -219,26 +219,26 @@ def _content_digest(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _named(products: LinearMethodSelector) -> Found:
-    names = {id(part): name for name, part in parts_of(products.model)}
-    return {names[id(part)]: list(kept) for part, kept in products.installed}
+def _named(selector: LinearMethodSelector) -> Found:
+    names = {id(part): name for name, part in parts_of(selector.model)}
+    return {names[id(part)]: list(kept) for part, kept in selector.installed}
 
 
-def _can_keep(kept: Iterable[Product]) -> bool:
-    return all(isinstance(product, tuple(_KINDS.values())) for product in kept)
+def _can_keep(kept: Iterable[LinearMethod]) -> bool:
+    return all(isinstance(method, tuple(_KINDS.values())) for method in kept)
 
 
 # ---- from and to files
 
 
-def _read(file: SafetensorsFile, products: LinearMethodSelector) -> Found:
+def _read(file: SafetensorsFile, selector: LinearMethodSelector) -> Found:
     """Raises ValueError for what does not belong to the model, and as SafetensorsFile does."""
     entries = {name: _entry(file, name) for name in file.names()}
     if file.metadata.get("digest") != _digest(entries, file.metadata["kinds"], file.metadata["checksums"]):
         raise ValueError("its header was changed")
     kinds: dict[str, str] = json.loads(file.metadata["kinds"])
     expected: dict[str, list[int]] = json.loads(file.metadata["checksums"])
-    parts = dict(parts_of(products.model))
+    parts = dict(parts_of(selector.model))
     stored: dict[str, dict[str, torch.Tensor]] = {name: {} for name in kinds}
     for name in file.names():
         owner, _, tensor = name.rpartition("/")
@@ -249,17 +249,17 @@ def _read(file: SafetensorsFile, products: LinearMethodSelector) -> Found:
     found: Found = {}
     for owner, kind in kinds.items():
         part, _, index = owner.rpartition("/")
-        product = _KINDS[kind].from_tensors(stored[owner])
-        _check_size(product, parts[part], int(index), part)
-        found.setdefault(part, []).append(product)
+        method = _KINDS[kind].from_tensors(stored[owner])
+        _check_size(method, parts[part], int(index), part)
+        found.setdefault(part, []).append(method)
     for name, kept in found.items():
         if len(kept) != len(parts[name].matrices()):
             raise ValueError(f"{name} is not complete")
     return found
 
 
-def _check_size(product: Int4Product | Int8Product, part: Projections, index: int, name: str) -> None:
-    if (product.out_features, product.in_features) != tuple(part.matrices()[index].weight.shape):
+def _check_size(method: Int4LinearMethod | Int8LinearMethod, part: LinearModule, index: int, name: str) -> None:
+    if (method.out_features, method.in_features) != tuple(part.matrices()[index].weight.shape):
         raise ValueError(f"{name} has another size")
 
 
@@ -268,11 +268,11 @@ def _tensors(named: Found) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, str] = {}
     for part, kept in named.items():
-        for index, product in enumerate(kept):
+        for index, method in enumerate(kept):
             for kind, form in _KINDS.items():
-                if isinstance(product, form):
+                if isinstance(method, form):
                     kinds[f"{part}/{index}"] = kind
-                    tensors |= {f"{part}/{index}/{name}": tensor for name, tensor in product.tensors().items()}
+                    tensors |= {f"{part}/{index}/{name}": tensor for name, tensor in method.tensors().items()}
     # Large elements first, so that each tensor begins at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     return {name: tensor.contiguous() for name, tensor in ordered}, kinds

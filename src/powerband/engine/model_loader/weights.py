@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from powerband.engine.linear.base import Product, Projections
-from powerband.engine.linear.quantized import StoredMatrix
+from powerband.engine.linear.base import LinearMethod, LinearModule
+from powerband.engine.linear.quantized import QuantizedMatrix
 from powerband.engine.model_loader.checkpoint import resolve_model
 from powerband.engine.model_loader.linear_methods import LinearMethodSelector, parts_of
 from powerband.engine.model_loader.quantized_checkpoint import QuantizedCheckpoint
@@ -47,10 +47,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    products: LinearMethodSelector,
+    selector: LinearMethodSelector,
     folder: Path,
     progress: Progress | None = None,
-    kept: Mapping[str, list[Product]] | None = None,
+    kept: Mapping[str, list[LinearMethod]] | None = None,
 ) -> int:
     """Fill every parameter of the model from the folder's safetensors files, and give its parts their products.
 
@@ -58,7 +58,7 @@ def load_weights(
     Returns the bytes of all weights. Raises EnvironmentFault for files that cannot be read and UsageError for tensors
     that are missing, unexpected or of another shape or type, naming them.
     """
-    model = products.model
+    model = selector.model
     with StoredTensors(weight_files(folder), tied=model.spec.tie_embeddings) as tensors:
         slots = deque(slots_for(model, tensors.names()))
         format = model.spec.weight_format
@@ -66,7 +66,7 @@ def load_weights(
         _check_names(slots, tensors, folder, stored, model.spec)
         parts = _Parts(model, slots)
         total = len(slots)
-        done = parts.take_kept(products, kept or {})
+        done = parts.take_kept(selector, kept or {})
         while slots:  # taken off one by one: a slot that is kept would keep its parameter
             slot = slots.popleft()
             name = slot.sources[0]
@@ -81,17 +81,17 @@ def load_weights(
                 _fill(slot, tensors)
             part = parts.completed_by(slot)
             if part is not None and (pieces := parts.kept(part)):
-                products.take_stored(part, pieces)
+                selector.take_stored(part, pieces)
             elif part is not None:
-                products.take(part)
+                selector.take(part)
             if progress is not None:
                 progress(1 - len(slots) / total)
-    return weight_bytes(products)
+    return weight_bytes(selector)
 
 
-def fill_random(products: LinearMethodSelector, seed: int) -> int:
+def fill_random(selector: LinearMethodSelector, seed: int) -> int:
     """Random weights of a sensible size, the same for the same seed, and their products. Returns the bytes of all."""
-    model = products.model
+    model = selector.model
     generator = torch.Generator().manual_seed(seed)
     parts = {id(part): part for _, part in parts_of(model)}
     filled: set[int] = set()
@@ -101,14 +101,14 @@ def fill_random(products: LinearMethodSelector, seed: int) -> int:
                 _fill_parameter(f"{prefix}.{name}", parameter, generator)
                 filled.add(id(parameter))
         if id(module) in parts:
-            products.take(parts[id(module)])
-    return weight_bytes(products)
+            selector.take(parts[id(module)])
+    return weight_bytes(selector)
 
 
-def weight_bytes(products: LinearMethodSelector) -> int:
+def weight_bytes(selector: LinearMethodSelector) -> int:
     """Bytes of the model's parameters and of what products hold in their place."""
-    parameters = products.model.parameters()
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters) + products.memory_bytes
+    parameters = selector.model.parameters()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters) + selector.memory_bytes
 
 
 class _Parts:
@@ -119,7 +119,7 @@ class _Parts:
     """
 
     def __init__(self, model: Decoder, slots: Iterable[WeightSlot]) -> None:
-        self._owners: dict[int, Projections] = {}
+        self._owners: dict[int, LinearModule] = {}
         self._addresses: list[tuple[int, int, int]] = []  # of each matrix: where it begins, its index, bytes of a row
         for _, part in parts_of(model):
             for index, matrix in enumerate(part.matrices()):
@@ -131,26 +131,26 @@ class _Parts:
         self._addresses.sort()
         owners = (self._owners.get(_memory(slot.target)) for slot in slots)
         self._missing = Counter(id(part) for part in owners if part is not None)
-        self._kept: dict[int, dict[int, dict[int, StoredMatrix]]] = {}
+        self._kept: dict[int, dict[int, dict[int, QuantizedMatrix]]] = {}
 
-    def take_kept(self, products: LinearMethodSelector, kept: Mapping[str, list[Product]]) -> set[int]:
+    def take_kept(self, selector: LinearMethodSelector, kept: Mapping[str, list[LinearMethod]]) -> set[int]:
         """Install what was kept; return the ids of its parts."""
-        found = [(part, kept[name]) for name, part in parts_of(products.model) if name in kept]
+        found = [(part, kept[name]) for name, part in parts_of(selector.model) if name in kept]
         for part, made in found:
-            products.take_kept(part, made)
+            selector.take_kept(part, made)
         return {id(part) for part, _ in found}
 
-    def owner(self, slot: WeightSlot) -> Projections | None:
+    def owner(self, slot: WeightSlot) -> LinearModule | None:
         return self._owners.get(_memory(slot.target))
 
-    def completed_by(self, slot: WeightSlot) -> Projections | None:
+    def completed_by(self, slot: WeightSlot) -> LinearModule | None:
         part = self.owner(slot)
         if part is None:
             return None
         self._missing[id(part)] -= 1
         return None if self._missing[id(part)] else part
 
-    def keep(self, slot: WeightSlot, stored: StoredMatrix) -> None:
+    def keep(self, slot: WeightSlot, stored: QuantizedMatrix) -> None:
         """This belongs in place of the slot's target."""
         part = self._owners.get(_memory(slot.target))
         if part is None:
@@ -160,7 +160,7 @@ class _Parts:
         pieces = self._kept.setdefault(id(part), {}).setdefault(index, {})
         pieces[(address - start) // row_bytes] = stored
 
-    def kept(self, part: Projections) -> dict[int, dict[int, StoredMatrix]]:
+    def kept(self, part: LinearModule) -> dict[int, dict[int, QuantizedMatrix]]:
         """Returns what was kept, by matrix and first row, and forgets it."""
         return self._kept.pop(id(part), {})
 

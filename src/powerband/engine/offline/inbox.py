@@ -10,9 +10,9 @@ from types import FrameType
 from typing import Any
 
 from powerband.core.loop import Command
-from powerband.engine.offline.results import Answer, Group
+from powerband.engine.offline.results import Answer, PromptGroup
 
-Item = tuple[Group, Answer]
+Item = tuple[PromptGroup, Answer]
 
 
 class LocalInbox:
@@ -39,7 +39,7 @@ class RequestFeed:
     computed.
     """
 
-    def __init__(self, groups: Sequence[Group], *, max_live: int, share_prompts: bool) -> None:
+    def __init__(self, groups: Sequence[PromptGroup], *, max_live: int, share_prompts: bool) -> None:
         self.live: dict[str, Item] = {}
         self.num_left = sum(len(group.answers) for group in groups)
         self._max_live = max_live
@@ -67,7 +67,7 @@ class RequestFeed:
             self._ready.extendleft(reversed([self.live.pop(id) for id in ids]))
             self._is_full = bool(self.live)
 
-    def advance(self, group: Group, answer: Answer) -> None:
+    def advance(self, group: PromptGroup, answer: Answer) -> None:
         """`answer` has a first token, or has finished."""
         self._ready.extendleft(reversed(self._held.pop(group.id, [])))
         if answer.finished:

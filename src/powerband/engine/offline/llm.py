@@ -17,8 +17,8 @@ from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.build import build_engine
 from powerband.engine.offline.inbox import InterruptGuard, LocalInbox, RequestFeed
 from powerband.engine.offline.progress import ProgressBar
-from powerband.engine.offline.prompts import Prompt, PromptReader, listed, naming, one_per_prompt
-from powerband.engine.offline.results import Group, RequestOutput
+from powerband.engine.offline.prompts import Prompt, PromptReader, as_list, errors_naming, one_per_prompt
+from powerband.engine.offline.results import PromptGroup, RequestOutput
 from powerband.errors import EngineDead, InvalidRequest, UsageError
 from powerband.spec.settings import EngineSettings
 from powerband.text.chat_template import ChatTemplate
@@ -70,12 +70,12 @@ class LLM:
         prompt, before anything starts; EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted
         and the engine is ready for more.
         """
-        every_prompt = listed(prompts)
+        every_prompt = as_list(prompts)
         every_params = one_per_prompt(sampling_params or self.get_default_sampling_params(), len(every_prompt))
         every_priority = self._priorities(priority, len(every_prompt))
         groups = []
         for index, (prompt, params) in enumerate(zip(every_prompt, every_params, strict=True)):
-            with naming(f"Prompt {index}"):
+            with errors_naming(f"Prompt {index}"):
                 groups.append(self._reader.read(prompt, params, id=next(self._ids), priority=every_priority[index]))
         self._run(groups, show_progress=use_tqdm)
         return [group.result(self._tokenizer) for group in groups]
@@ -95,7 +95,7 @@ class LLM:
         template = self._need_template()
         prompts: list[Prompt] = []
         for index, conversation in enumerate(_conversations(messages)):
-            with naming(f"Conversation {index}"):
+            with errors_naming(f"Conversation {index}"):
                 text = template.render(
                     conversation,
                     tools=tools,
@@ -132,7 +132,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _run(self, groups: list[Group], show_progress: bool) -> None:
+    def _run(self, groups: list[PromptGroup], show_progress: bool) -> None:
         """Feed the engine, no faster than its queue takes, until every answer is finished."""
         feed = RequestFeed(
             groups,

@@ -12,7 +12,7 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.engine.client.messages import EngineInfo
 from powerband.engine.client.output import OutputProcessor
-from powerband.engine.offline.results import Answer, Group
+from powerband.engine.offline.results import Answer, PromptGroup
 from powerband.errors import InvalidRequest, PowerbandError, RequestTooLong
 from powerband.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ class PromptReader:
         self._info = info
         self._tokenizer = tokenizer
 
-    def read(self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int) -> Group:
+    def read(self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int) -> PromptGroup:
         """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong."""
         text, ids = self._text_and_ids(prompt)
         self._check(ids)
@@ -43,7 +43,7 @@ class PromptReader:
                 priority=priority,
             )
             answers.append(Answer(index, request, OutputProcessor(self._tokenizer, own, ids)))
-        return Group(id, text, ids, params, answers)
+        return PromptGroup(id, text, ids, params, answers)
 
     def _text_and_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: Any = None
@@ -107,7 +107,7 @@ class PromptReader:
         return replace(params, max_tokens=params.max_tokens or room, eos_token_ids=eos)
 
 
-def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list. A list of numbers is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
@@ -139,7 +139,7 @@ def one_per_prompt(params: SamplingParams | Sequence[SamplingParams], count: int
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def errors_naming(what: str) -> Iterator[None]:
     """Put the number of the input in front of an error's message."""
     try:
         yield

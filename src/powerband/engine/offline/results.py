@@ -118,7 +118,7 @@ class Answer:
 
 
 @dataclass(slots=True)
-class Group:
+class PromptGroup:
     """A prompt and its n answers."""
 
     id: str
