@@ -66,7 +66,7 @@ def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[st
     assert f"report: {out}/report.html" in shown.stdout
     report = read_run(out)
     assert report.points[0].summary.attainment == 1
-    assert len(read_requests(out)[0]) == report.points[0].whole.answered > 20
+    assert len(read_requests(out, 1)[0]) == report.points[0].whole.answered > 20
     assert all("hush" not in file.read_text() for file in out.iterdir())
     again = bench(
         environment, server, "--trace", str(out / "requests.jsonl"), "--json", "--out", str(tmp_path / "again")

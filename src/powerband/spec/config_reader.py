@@ -83,9 +83,9 @@ class ConfigReader:
         return value
 
     def table(self, name: str) -> ConfigReader | None:
-        """A nested object, as fields of its own."""
+        """A nested object, as fields of its own. Empty is the same as absent, as in transformers."""
         value = self.values.get(name)
-        if value is None:
+        if value is None or value == {}:
             return None
         if not isinstance(value, Mapping):
             raise self.error(f"'{name}' must be an object, not {shown(value)}", name)

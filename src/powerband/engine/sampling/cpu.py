@@ -81,8 +81,8 @@ def _edits(states: Sequence[SamplingState], positions: Sequence[int]) -> tuple[T
         offsets.append((*ends, known, min(known + state.num_prompt_tokens, end), end))
     nothing = torch.zeros(0, dtype=torch.int64)
     return (
-        torch.tensor(penalties),
-        torch.tensor(offsets),
+        torch.tensor(penalties, dtype=torch.float32),
+        torch.tensor(offsets, dtype=torch.int64),
         torch.cat([nothing, *tokens]),
         torch.cat([nothing.float(), *biases]),
     )
