@@ -210,6 +210,56 @@ def test_another_engine_that_computes_a_long_prompt_keeps_its_streams() -> None:
     on_site(test, replica("v", engine="llamacpp"), replica("b"))
 
 
+def test_streams_that_their_clients_do_not_read_say_nothing_of_the_replica() -> None:
+    async def test(site: Site) -> None:
+        unread = await site.stream(4)
+        others = [await site.pool.lease(request(stream=False)) for _ in range(2)]
+        for lease in unread:
+            site.machines[lease.replica.id].emits = False
+            lease.paused()
+        await asyncio.sleep(60)
+        assert not any(lease.is_lost for lease in (*unread, *others))
+        for lease in unread:
+            lease.resumed()
+        await asyncio.sleep(4.9)
+        assert not any(lease.is_lost for lease in unread), "silence begins when they are read"
+        await asyncio.sleep(1)
+        assert site.state("v") == "open"
+
+    on_site(test, replica("v", engine="sglang"), replica("b", engine="sglang"))
+
+
+def test_an_unread_stream_does_not_hide_that_a_replica_hangs() -> None:
+    async def test(site: Site) -> None:
+        leases = [lease for lease in await site.stream(4) if lease.replica.id == "v"]
+        site.machines["v"].emits = False
+        for _ in range(47):
+            leases[0].paused()
+            await asyncio.sleep(0.05)
+            leases[0].resumed()
+            await asyncio.sleep(0.05)
+        assert site.state("v") == "ready"
+        await asyncio.sleep(0.5)
+        leases[0].paused()
+        await site.until("v", "open", 2)
+
+    on_site(test, replica("v", engine="sglang"), replica("b", engine="sglang"))
+
+
+def test_comments_are_a_sign_of_life() -> None:
+    """Of proxies, while a model thinks."""
+
+    async def test(site: Site) -> None:
+        lease = next(one for one in await site.stream(2) if one.replica.id == "v")
+        site.machines["v"].emits = False
+        for _ in range(20):
+            lease.received()
+            await asyncio.sleep(1)
+        assert not lease.is_lost
+
+    on_site(test, replica("v", engine="sglang"), replica("b", engine="sglang"))
+
+
 def test_streams_of_the_only_replica_are_not_cut_because_it_is_silent() -> None:
     async def test(site: Site) -> None:
         leases = await site.stream(2)

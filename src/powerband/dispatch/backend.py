@@ -69,6 +69,7 @@ class InFlightRequest:
         "prompt_tokens",
         "queue",
         "queue_s",
+        "read_since_s",
         "request",
         "sent_s",
         "tokens",
@@ -87,6 +88,7 @@ class InFlightRequest:
         self.is_trial = backend.breaker.sent()
         self.began_s: float | None = None  # when its first byte came
         self.bytes_s = now_s  # when its last byte came
+        self.read_since_s: float | None = now_s  # None: its socket is not read, since its client is slow
         self.has_first_token = False
         self.is_released = False
         self.is_suspected = False  # released so: the request itself may be at fault
@@ -240,16 +242,36 @@ class Backend:
         elif in_flight.request.stream:
             self.gap_s += (gap_s - self.gap_s) * (_GAP_WEIGHT if self.gap_s else 1.0)
 
-    def silence_s(self, now_s: float) -> float:
-        """Since the last byte, if there are streams that have begun and are not given up; else 0."""
-        has_begun = any(r.request.stream and r.began_s is not None and not r.is_lost for r in self.in_flight)
-        return now_s - self.bytes_s if has_begun else 0.0
+    def received(self, now_s: float) -> None:
+        """Bytes of any kind came on the socket of a request: also comments, and what is not read yet."""
+        self.bytes_s = now_s
+
+    def paused(self, in_flight: InFlightRequest) -> None:
+        """Its socket is not read, since its client is slow: that nothing comes says nothing of the backend."""
+        in_flight.read_since_s = None
+
+    def resumed(self, in_flight: InFlightRequest, now_s: float) -> None:
+        in_flight.read_since_s = in_flight.bytes_s = now_s
+
+    def silence_s(self, now_s: float, *, of_streams: bool = False) -> float:
+        """Since the last byte, while requests are read and not given up; else 0. of_streams: that have begun."""
+        read_since_s = min(
+            (
+                one.read_since_s
+                for one in self.in_flight
+                if one.read_since_s is not None
+                and not one.is_lost
+                and (not of_streams or (one.request.stream and one.began_s is not None))
+            ),
+            default=now_s,
+        )
+        return now_s - max(self.bytes_s, read_since_s)
 
     def is_silent(self, now_s: float) -> bool:
         """Whether nothing has come for longer than usual, and than it may take to compute the prompts that are there:
         many engines let all streams wait for a new prompt.
         """
-        options, silence_s = self.options, self.silence_s(now_s)
+        options, silence_s = self.options, self.silence_s(now_s, of_streams=True)
         patience_s = max(options.hang_timeout_s, options.hang_gap_multiplier * self.gap_s)
         if silence_s <= patience_s:
             return False

@@ -218,8 +218,20 @@ class Lease:
         else:
             self.in_flight.on_lost = callback
 
+    def received(self) -> None:
+        """Bytes of any kind came."""
+        self.in_flight.backend.received(self._pool.clock())
+
+    def paused(self) -> None:
+        """The socket is not read for now."""
+        self.in_flight.backend.paused(self.in_flight)
+
+    def resumed(self) -> None:
+        """The socket is read again."""
+        self.in_flight.backend.resumed(self.in_flight, self._pool.clock())
+
     def progress(self) -> None:
-        """Bytes came."""
+        """A part of the answer came."""
         self.in_flight.backend.progressed(self.in_flight, self._pool.clock())
 
     def first_token(self, prompt_tokens: int | None = None) -> None:
@@ -256,7 +268,7 @@ def _replica_snapshot(backend: Backend, now_s: float) -> ReplicaSnapshot:
         running=len(in_flight) if load.running is None else load.running,
         waiting=load.waiting or 0,
         kv_usage=load.kv_usage,
-        silent_s=now_s - max(one.bytes_s for one in in_flight) if in_flight else 0.0,
+        silent_s=backend.silence_s(now_s),
         ejected_for_s=max(backend.ejected_until_s - now_s, backend.breaker.open_until_s - now_s, 0.0),
         ejections=backend.ejections + backend.breaker.ejections,
         last_errors=tuple(backend.errors),

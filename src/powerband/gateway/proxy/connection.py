@@ -44,6 +44,18 @@ class UpstreamFailure(ConnectionError):
         self.is_lasting = is_lasting
 
 
+class SocketObserver(Protocol):
+    """Hears what the socket of an exchange does."""
+
+    def received(self) -> None:
+        """Bytes of any kind came."""
+
+    def paused(self) -> None:
+        """It is not read for now: the reader is behind."""
+
+    def resumed(self) -> None: ...
+
+
 class UpstreamExchange:
     """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.
 
@@ -67,6 +79,7 @@ class UpstreamExchange:
         "headers",
         "is_let_end",
         "is_over",
+        "observer",
         "status",
     )
 
@@ -86,6 +99,7 @@ class UpstreamExchange:
         self.due_s = 0.0
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
+        self.observer: SocketObserver | None = None
         self.has_bytes = False  # of the answer, of any kind
 
     async def read_head(self) -> None:
@@ -268,11 +282,15 @@ class UpstreamConnection(asyncio.Protocol):
         if self._is_paused and self._transport is not None and not self._transport.is_closing():
             self._is_paused = False
             self._transport.resume_reading()
+            if self._exchange is not None and self._exchange.observer is not None:
+                self._exchange.observer.resumed()
 
     def pause(self) -> None:
         if not self._is_paused and self._transport is not None and not self._transport.is_closing():
             self._is_paused = True
             self._transport.pause_reading()
+            if self._exchange is not None and self._exchange.observer is not None:
+                self._exchange.observer.paused()
 
     def leave(self, exchange: UpstreamExchange) -> None:
         if self._exchange is exchange:
@@ -296,6 +314,8 @@ class UpstreamConnection(asyncio.Protocol):
             self.abort()  # nobody asked
             return
         exchange.has_bytes, self._has_body = True, False
+        if exchange.observer is not None:
+            exchange.observer.received()
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade:
