@@ -24,7 +24,11 @@ BackendState = Literal["ready", "starting", "ejected", "open", "draining"]
 BACKEND_STATES: tuple[BackendState, ...] = get_args(BackendState)
 
 _GAP_WEIGHT = 0.02
-_REFUSAL_PAUSE_S = 0.5  # without new requests, after it turned one away
+_REFUSAL_PAUSE_S = 0.5  # without new requests, after it turned one away and named no time
+_MIN_PAUSE_S = 1.0  # at most, after the first refusal that names a time; twice as long after each that follows
+_MAX_PAUSE_S = 60.0
+_TRIAL_S = 1.0  # a request that was not turned away in this time was taken
+_ALONE_S = 60.0  # for which a tenant's refusals say nothing of the backend, once another's request was taken
 _FULL = 0.95  # of the KV cache
 _LOG_INTERVAL_S = 60.0
 
@@ -118,6 +122,9 @@ class Backend:
         self.was_ready = False
         self.since_s = now_s  # when it became what it is
         self.paused_until_s = 0.0  # gets nothing until then: it turned a request away
+        self.refusals = 0  # in a row that named a time; then one request at a time is a trial
+        self._refused_tenant = ""
+        self._alone_until_s: dict[str, float] = {}  # tenants that are refused while others are answered
         self.logged_s = -_LOG_INTERVAL_S
         self.limit = self.max_in_flight
         self.load = ReplicaLoad()
@@ -153,6 +160,7 @@ class Backend:
         return (
             len(self.in_flight) < self.limit
             and now_s >= self.paused_until_s
+            and not (self.refusals and self._is_trial_running(now_s))
             and (self.breaker.is_closed or self.breaker.allows(now_s))
         )
 
@@ -219,16 +227,54 @@ class Backend:
             in_flight.lose()
 
     def restarted(self) -> None:
-        self.limit, self._num_crowded, self.paused_until_s = self.max_in_flight, 0, 0.0
+        self.limit, self._num_crowded = self.max_in_flight, 0
+        self.paused_until_s, self.refusals = 0.0, 0
         self.breaker.reset()
 
-    def refused(self, now_s: float) -> None:
-        """It turned a request away: it has as much as it takes."""
-        self.paused_until_s = max(self.paused_until_s, now_s + _REFUSAL_PAUSE_S)
-        self.limit = max(min(self.limit, len(self.in_flight)), 1)
+    # What it turns away.
 
-    def answered(self) -> None:
+    def sent(self, in_flight: InFlightRequest) -> None:
+        if self.refusals and any(self._is_trial(one) for one in self.in_flight):
+            self._took(in_flight.request.tenant, in_flight.sent_s)  # the trial was not turned away
+        self.in_flight.add(in_flight)
+
+    def refused(self, in_flight: InFlightRequest, now_s: float, pause_s: float) -> None:
+        """It turned a request away. pause_s: for which it wants to get no other; 0: it named no time, and has as much
+        as it takes.
+
+        A time may be about this request alone, so that the backend is asked again soon, with one request, whatever time
+        it named.
+        """
+        tenant = in_flight.request.tenant
+        if now_s < self._alone_until_s.get(tenant, 0.0):
+            return
+        if self.in_flight or not pause_s:
+            self.limit = max(min(self.limit, len(self.in_flight)), 1)
+        if not pause_s:
+            self.paused_until_s = max(self.paused_until_s, now_s + _REFUSAL_PAUSE_S)
+            return
+        if not self.refusals or self._is_trial(in_flight):  # what was sent before the pause is a part of the same
+            self.refusals, self._refused_tenant = self.refusals + 1, tenant
+        most_s = min(_MIN_PAUSE_S * 2.0 ** min(self.refusals - 1, 16), _MAX_PAUSE_S)
+        self.paused_until_s = max(self.paused_until_s, now_s + min(max(pause_s, _REFUSAL_PAUSE_S), most_s))
+
+    def _is_trial(self, in_flight: InFlightRequest) -> bool:
+        return in_flight.sent_s >= self.paused_until_s
+
+    def _is_trial_running(self, now_s: float) -> bool:
+        return any(self._is_trial(one) and now_s - one.sent_s < _TRIAL_S for one in self.in_flight)
+
+    def _took(self, tenant: str, now_s: float) -> None:
+        """It takes requests again."""
+        if tenant != self._refused_tenant:
+            self._alone_until_s = {one: end_s for one, end_s in self._alone_until_s.items() if end_s > now_s}
+            self._alone_until_s[self._refused_tenant] = now_s + _ALONE_S
+        self.refusals = 0
+
+    def answered(self, in_flight: InFlightRequest, now_s: float) -> None:
         """Where it does not report how many wait there, each answer is a sign that one more may come."""
+        if self.refusals and self._is_trial(in_flight):
+            self._took(in_flight.request.tenant, now_s)
         if self.limit < self.max_in_flight and self.load.waiting is None:
             self.limit += 1
 
@@ -239,6 +285,8 @@ class Backend:
         in_flight.bytes_s = self.bytes_s = now_s
         if in_flight.began_s is None:
             in_flight.began_s = now_s
+            if self.refusals and self._is_trial(in_flight):
+                self._took(in_flight.request.tenant, now_s)
         elif in_flight.request.stream:
             self.gap_s += (gap_s - self.gap_s) * (_GAP_WEIGHT if self.gap_s else 1.0)
 

@@ -239,8 +239,8 @@ class Lease:
         self._pool.dispatcher.first_token(self.in_flight, self._pool.clock(), prompt_tokens)
 
     def close(self, outcome: Outcome, *, output_tokens: int = 0, pause_s: float = 0.0) -> None:
-        """The first call counts. output_tokens: that were generated. pause_s: nothing is sent to the replica for so
-        long. `blame` may follow on "suspected".
+        """The first call counts. output_tokens: that were generated. pause_s: for which a replica that refused it
+        wants no other. `blame` may follow on "suspected".
         """
         self._pool.release(self.in_flight, outcome, output_tokens=output_tokens, pause_s=pause_s)
 

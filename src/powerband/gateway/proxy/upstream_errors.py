@@ -23,7 +23,7 @@ from powerband.gateway.proxy.events import NO_JSON
 
 MAX_BYTES = 64 << 10
 MAX_MESSAGE = 500  # characters
-MAX_RETRY_AFTER_S = 3600.0  # a replica that asks for more is asked again after so long
+MAX_RETRY_AFTER_S = 30 * 86400.0
 _MAX_CODE = 80
 _REQUEST_STATUSES = (400, 413, 422)
 
