@@ -104,3 +104,11 @@ def test_a_cap_is_sent_where_the_client_named_none() -> None:
         client_request.cap = 90
         assert json.loads(client_request.upstream_body(replica, ANONYMOUS))["max_tokens"] == wanted
         assert client_request.limit == wanted
+
+
+def test_blanks_that_pad_a_body_are_not_kept() -> None:
+    data = b'{"model": "m", "prompt": "two  blanks", "x": [1, "\\u00e9"]' + b" " * 100_000 + b"}"
+    found = ClientRequest(data, "completions")
+    assert found.size < 100
+    body = found.upstream_body(ReplicaAddress(id="r", url="http://r:1", model="m", engine="vllm"), ANONYMOUS)
+    assert json.loads(body) == json.loads(data)

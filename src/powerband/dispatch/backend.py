@@ -255,8 +255,8 @@ class Backend:
             return
         if not self.refusals or self._is_trial(in_flight):  # what was sent before the pause is a part of the same
             self.refusals, self._refused_tenant = self.refusals + 1, tenant
-        most_s = min(_MIN_PAUSE_S * 2.0 ** min(self.refusals - 1, 16), _MAX_PAUSE_S)
-        self.paused_until_s = max(self.paused_until_s, now_s + min(max(pause_s, _REFUSAL_PAUSE_S), most_s))
+        max_s = min(_MIN_PAUSE_S * 2.0 ** min(self.refusals - 1, 16), _MAX_PAUSE_S)
+        self.paused_until_s = max(self.paused_until_s, now_s + min(max(pause_s, _REFUSAL_PAUSE_S), max_s))
 
     def _is_trial(self, in_flight: InFlightRequest) -> bool:
         return in_flight.sent_s >= self.paused_until_s

@@ -18,6 +18,7 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.body import decode
+from powerband.web.body_budget import SMALL_BYTES
 
 PATHS: dict[Endpoint, str] = {
     "chat": "/v1/chat/completions",
@@ -105,6 +106,9 @@ class ClientRequest:
         """Raises InvalidRequest."""
         self.endpoint = endpoint
         self.fields = decode(data, RequestFields)
+        if len(data) > SMALL_BYTES and len(compact := msgspec.json.format(data, indent=-1)) < len(data) * 7 // 8:
+            data = compact  # what is kept until the answer has ended; the blanks that padded it are not
+            self.fields = decode(data, RequestFields)
         self.fields.check(endpoint)
         self.prompt = self._prompt()
         self._data = data
@@ -121,6 +125,11 @@ class ClientRequest:
         if b"_url" in self.prompt:
             self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
         self.cap: int | None = None  # on the output of a request that names no limit, see `limit`
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return len(self._data)
 
     def _prompt(self) -> bytes:
         name = "messages" if self.endpoint == "chat" else "prompt"

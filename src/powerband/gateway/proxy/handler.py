@@ -64,8 +64,12 @@ class GenerationRoutes:
         settings = self._gateway.settings
         data = await read_body(request, settings.max_body_bytes)
         client_request = ClientRequest(data, endpoint)
+        del data
         served = self._gateway.served(client_request.fields.model)
         key: Key | None = request.state.key
+        if request.client is not None:
+            owner = request.client.host if key is None else key.id
+            client_connection(request.scope).keep_body(client_request.size, owner)
         gateway_request = client_request.request(
             request.state.request_id,
             served.route.name,
