@@ -17,6 +17,7 @@ from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
 from powerband.gateway.options import PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
+from powerband.spec.deployment import EngineName
 from virtual_loop import VirtualLoop, virtually
 
 
@@ -334,6 +335,22 @@ def test_a_restarted_engine_has_lost_its_cache() -> None:
         assert (await site.pool.lease(request(prefix_keys=keys))).replica.id != first.replica.id
 
     on_site(test, replica("a", 64), replica("b", 64))
+
+
+@pytest.mark.parametrize("engine", ["powerband", "vllm"])
+def test_a_replica_that_restarts_again_and_again_is_ejected_for_its_failures(engine: EngineName) -> None:
+    async def test(site: Site) -> None:
+        machine, tries = site.machines["a"], 0
+        for number in range(120):
+            machine.restarts = number
+            machine.metrics = f'vllm:prompt_tokens_total{{model_name="m"}} {1000 - number}\n'
+            lease = await site.pool.lease(request(stream=False))
+            tries += lease.replica.id == "a"
+            lease.close("failed" if lease.replica.id == "a" else "ok")
+            await asyncio.sleep(0.5)
+        assert tries <= 20, "60 s, in which its breaker opens for 1, 2, 4, 8, … s"
+
+    on_site(test, replica("a", engine=engine), replica("b", engine=engine))
 
 
 def test_fewer_are_sent_where_more_than_two_wait_and_again_more_when_none_does() -> None:

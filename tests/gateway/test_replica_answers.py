@@ -202,6 +202,17 @@ def test_an_error_in_a_stream_is_the_requests_own_or_the_replicas(gateway: Runni
                 assert text_of(gateway.stream("/v1/chat/completions", CHAT)) == TEXT
 
 
+# ---- tokens of a text
+
+
+def test_replicas_count_tokens_in_turns(gateway: RunningGateway) -> None:
+    play = says(answer('{"count": 1, "tokens": [5]}'))
+    with serving(gateway, play, play, play) as replicas:
+        for _ in range(6):
+            assert gateway.post("/tokenize", {"model": "public", "prompt": "a"}).status_code == 200
+        assert [len(one.posts) for one in replicas] == [2, 2, 2]
+
+
 # ---- refusals
 
 

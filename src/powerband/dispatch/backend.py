@@ -6,6 +6,7 @@ starting ── probe ok ──► ready ── `unhealthy_threshold` failed pro
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class Backend:
         self.errors: deque[str] = deque(maxlen=5)
         self.ejections = 0  # by its probes
         self.ejected_until_s = 0.0
+        self._restarted_s = -math.inf
         self._num_bad, self._num_good = 0, 0  # probes in a row
         self._num_series = 0  # ejections without a long healthy time between them
         self._num_crowded = 0  # reports in a row with too many requests waiting
@@ -226,7 +228,15 @@ class Backend:
         for in_flight in tuple(self.in_flight):
             in_flight.lose()
 
-    def restarted(self) -> None:
+    def restarted(self, now_s: float) -> None:
+        """Its engine is another process now. What one that restarts again and again did before is not forgotten."""
+        is_rare = now_s - self._restarted_s > self.options.max_ejection_s
+        self._restarted_s = now_s
+        if is_rare:
+            self.replaced()
+
+    def replaced(self) -> None:
+        """It is another process now, which did nothing yet."""
         self.limit, self._num_crowded = self.max_in_flight, 0
         self.paused_until_s, self.refusals = 0.0, 0
         self.breaker.reset()

@@ -215,9 +215,14 @@ class Dispatcher:
         if not backend.is_ready:
             self._router.forget(backend.id)
 
-    def restarted(self, backend: Backend) -> None:
+    def restarted(self, backend: Backend, now_s: float) -> None:
         """Its engine is another process now."""
-        backend.restarted()
+        backend.restarted(now_s)
+        self._router.forget(backend.id)
+
+    def replaced(self, backend: Backend) -> None:
+        """It is another process now, at another address."""
+        backend.replaced()
         self._router.forget(backend.id)
 
     def hung(self, backend: Backend, now_s: float) -> None:
@@ -232,7 +237,7 @@ class Dispatcher:
         """What its metrics show."""
         before = backend.load.tokens
         if load.tokens is not None and before is not None and load.tokens < before:  # its counters began again
-            self.restarted(backend)
+            self.restarted(backend, now_s)
         backend.reported(load)
         self._dispatch(now_s)
 

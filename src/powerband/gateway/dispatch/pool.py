@@ -51,7 +51,7 @@ class Pool:
             known = before.get(backend.id)
             new = addresses.setdefault(backend.id, known) if known is not None else addresses[backend.id]
             if known is not None and new.url != known.url:
-                self.dispatcher.restarted(backend)
+                self.dispatcher.replaced(backend)
         self._addresses = addresses
         self._deliver()
 
@@ -131,7 +131,7 @@ class Pool:
 
     def restarted(self, backend: Backend) -> None:
         """Its engine is another process now."""
-        self.dispatcher.restarted(backend)
+        self.dispatcher.restarted(backend, self.clock())
 
     def hung(self, backend: Backend) -> None:
         """Its probes are good, but nothing comes."""
