@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.errors import InvalidRequest
+from powerband.gateway.accounts.limits import room_for_output
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.body import decode
@@ -124,6 +125,7 @@ class ClientRequest:
         self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_answers
         if b"_url" in self.prompt:
             self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
+        self.contexts: Mapping[str, int | None] = {}  # of replicas, as far as they are known, for the cap
         self.cap: int | None = None  # on the output of a request that names no limit, see `limit`
 
     @property
@@ -254,7 +256,7 @@ class ClientRequest:
             changed = True
             self._set_cache_salt(fields, replica, tenant)
         if self.cap is not None and self.fields.limit is None:
-            fields["max_tokens"] = _raw(self.cap)
+            fields["max_tokens"] = _raw(self._cap_at(replica, self.cap))
             changed = True
         if self.is_stream:
             changed = True
@@ -269,6 +271,11 @@ class ClientRequest:
                 fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
                 fields.pop("echo", None)  # the client has it
         return msgspec.json.encode(fields) if changed else self._data
+
+    def _cap_at(self, replica: ReplicaAddress, cap: int) -> int:
+        """A context in which the prompt has no room is none: the replica judges."""
+        room = room_for_output(self.contexts.get(replica.id) or MAX_TOKENS, self.max_prompt_tokens)
+        return min(cap, room) if room > 0 else cap
 
     def _set_cache_salt(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
         """Cached prefixes of one key are not found by another."""
