@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
 from powerband.errors import InvalidRequest
+from powerband.gateway.dispatch.pool import Pool
+from powerband.gateway.gateway import ServedModel
 from powerband.gateway.proxy.client_request import MAX_PROMPTS, ClientRequest
+from powerband.gateway.proxy.upstream import UpstreamClient, context_length
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
-from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.spec.deployment import EngineName
 
 BODY = {"model": "demo", "prompt": "hello", "seed": 7, "an_extra": {"deep": [1.50, None]}}
@@ -146,3 +150,27 @@ def test_what_an_engine_computes_beside_a_prompt_of_ids_is_counted() -> None:
 def test_embeddings_are_no_prompt() -> None:
     with pytest.raises(InvalidRequest, match="prompt_embeds"):
         told(b'{"prompt":"a","prompt_embeds":["AAAA"]}', "completions")
+
+
+def test_blanks_that_pad_a_body_are_not_kept() -> None:
+    data = b'{"model": "m", "prompt": "two  blanks", "x": [1, "\\u00e9"]' + b" " * 100_000 + b"}"
+    found = ClientRequest(data, "completions")
+    assert found.size < 100
+    body = found.upstream_body(ReplicaAddress(id="r", url="http://r:1", model="m", engine="vllm"), ANONYMOUS)
+    assert json.loads(body) == json.loads(data)
+
+
+def test_a_replica_with_a_short_context_does_not_cut_the_answers_of_others() -> None:
+    replicas = [ReplicaAddress(id=f"r{i}", url=f"http://r{i}:1", model="m", engine="vllm") for i in range(3)]
+    lengths: dict[str, int | None] = {"r0": 1, "r1": 8192, "r2": 200}
+
+    async def max_context() -> int | None:
+        route, probing = ModelRoute(name="m", replicas=tuple(replicas)), asyncio.create_task(asyncio.sleep(0))
+        return await context_length(ServedModel(route, Pool(), probing, context_lengths=lengths), UpstreamClient())
+
+    assert asyncio.run(max_context()) == 8192
+    found = ClientRequest(b'{"model": "m", "messages": [{"role": "user", "content": "a question"}]}', "chat")
+    found.cap, found.contexts = 4000, lengths
+    caps = [json.loads(found.upstream_body(replica, ANONYMOUS))["max_tokens"] for replica in replicas]
+    assert caps[:2] == [4000, 4000], "where not even the prompt has room, the replica judges"
+    assert 100 < caps[2] < 200

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from pool_world import make_pool, make_ready, replica, request, settle
 
-from powerband.dispatch.errors import DeadlineUnreachable, NoReplicaAvailable, PoolFull, QueueTimeout
+from powerband.dispatch.errors import DeadlineUnreachable, NoReplicaAvailable, PoolFull, QueueTimeout, ReplicasBusy
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.routes import ModelRoute
 from virtual_loop import VirtualLoop, virtually
@@ -182,5 +182,77 @@ def test_a_replica_at_another_url_is_another_process() -> None:
         assert pool.backends[0].limit == 1
         pool.update(ModelRoute(name="m", replicas=(replace(replica("a", 8), url="http://elsewhere:1"),)))
         assert pool.backends[0].limit == 10
+
+    virtually(test)
+
+
+# ---- replicas that ask for a pause (Retry-After)
+
+
+def test_a_replica_that_asks_for_an_hour_is_tried_again_soon_by_one_request() -> None:
+    async def test(loop: VirtualLoop) -> None:
+        pool = make_pool(loop, replica("a", 8))
+        (await pool.lease(request())).close("refused", pause_s=3600.0)
+        start_s = loop.time()
+        waiting = [asyncio.ensure_future(pool.lease(request(str(i)))) for i in range(10)]
+        pauses_s = []
+        for _ in range(3):
+            done, _pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            assert len(done) == 1, "one at a time"
+            pauses_s.append(round(loop.time() - start_s, 1))
+            start_s = loop.time()
+            waiting = [one for one in waiting if one not in done]
+            done.pop().result().close("refused", pause_s=3600.0)
+        assert pauses_s == pytest.approx([1, 2, 4], abs=0.1)
+        await asyncio.sleep(0.1)
+        for one in waiting:  # the next pause is longer than a request waits
+            with pytest.raises(ReplicasBusy) as refusal:
+                await one
+            assert refusal.value.retry_after_s == pytest.approx(8, abs=0.2)
+        with pytest.raises(ReplicasBusy):
+            await pool.lease(request())
+
+    virtually(test)
+
+
+def test_a_pause_is_no_longer_than_the_replica_asks_for_and_ends_with_the_first_that_it_takes() -> None:
+    async def test(loop: VirtualLoop) -> None:
+        pool = make_pool(loop, replica("a", 8))
+        for _ in range(4):
+            (await pool.lease(request())).close("refused", pause_s=1.0)
+        start_s = loop.time()
+        trial = await pool.lease(request())
+        assert loop.time() - start_s == pytest.approx(1, abs=0.1)
+        others = [asyncio.ensure_future(pool.lease(request(str(i)))) for i in range(3)]
+        await settle()
+        assert not any(one.done() for one in others)
+        trial.first_token()
+        await asyncio.sleep(0.1)
+        assert all(one.done() for one in others)
+
+    virtually(test)
+
+
+def test_a_whole_answer_that_is_not_refused_at_once_is_taken() -> None:
+    async def test(loop: VirtualLoop) -> None:
+        pool = make_pool(loop, replica("a", 8))
+        (await pool.lease(request())).close("refused", pause_s=60.0)
+        start_s = loop.time()
+        await asyncio.gather(*(pool.lease(request(str(i), stream=False)) for i in range(8)))
+        assert loop.time() - start_s == pytest.approx(2, abs=0.2)
+
+    virtually(test)
+
+
+def test_a_tenant_that_is_refused_while_others_are_answered_pauses_the_replica_for_no_one() -> None:
+    async def test(loop: VirtualLoop) -> None:
+        pool = make_pool(loop, replica("a", 8))
+        (await pool.lease(request(tenant="x"))).close("refused", pause_s=3600.0)
+        (await pool.lease(request(tenant="y"))).close("ok")
+        for _ in range(20):
+            (await pool.lease(request(tenant="x"))).close("refused", pause_s=3600.0)
+            start_s = loop.time()
+            (await pool.lease(request(tenant="y"))).close("ok")
+            assert loop.time() == start_s
 
     virtually(test)

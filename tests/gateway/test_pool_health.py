@@ -17,6 +17,7 @@ from powerband.gateway.dispatch.health import Prober, read_load
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
+from powerband.spec.deployment import EngineName
 from virtual_loop import VirtualLoop, virtually
 
 
@@ -210,6 +211,56 @@ def test_another_engine_that_computes_a_long_prompt_keeps_its_streams() -> None:
     on_site(test, replica("v", engine="llamacpp"), replica("b"))
 
 
+def test_streams_that_their_clients_do_not_read_say_nothing_of_the_replica() -> None:
+    async def test(site: Site) -> None:
+        unread = await site.stream(4)
+        others = [await site.pool.lease(request(stream=False)) for _ in range(2)]
+        for lease in unread:
+            site.machines[lease.replica.id].emits = False
+            lease.paused()
+        await asyncio.sleep(60)
+        assert not any(lease.is_lost for lease in (*unread, *others))
+        for lease in unread:
+            lease.resumed()
+        await asyncio.sleep(4.9)
+        assert not any(lease.is_lost for lease in unread), "silence begins when they are read"
+        await asyncio.sleep(1)
+        assert site.state("v") == "open"
+
+    on_site(test, replica("v", engine="sglang"), replica("b", engine="sglang"))
+
+
+def test_an_unread_stream_does_not_hide_that_a_replica_hangs() -> None:
+    async def test(site: Site) -> None:
+        leases = [lease for lease in await site.stream(4) if lease.replica.id == "v"]
+        site.machines["v"].emits = False
+        for _ in range(47):
+            leases[0].paused()
+            await asyncio.sleep(0.05)
+            leases[0].resumed()
+            await asyncio.sleep(0.05)
+        assert site.state("v") == "ready"
+        await asyncio.sleep(0.5)
+        leases[0].paused()
+        await site.until("v", "open", 2)
+
+    on_site(test, replica("v", engine="sglang"), replica("b", engine="sglang"))
+
+
+def test_comments_are_a_sign_of_life() -> None:
+    """Of proxies, while a model thinks."""
+
+    async def test(site: Site) -> None:
+        lease = next(one for one in await site.stream(2) if one.replica.id == "v")
+        site.machines["v"].emits = False
+        for _ in range(20):
+            lease.received()
+            await asyncio.sleep(1)
+        assert not lease.is_lost
+
+    on_site(test, replica("v", engine="sglang"), replica("b", engine="sglang"))
+
+
 def test_streams_of_the_only_replica_are_not_cut_because_it_is_silent() -> None:
     async def test(site: Site) -> None:
         leases = await site.stream(2)
@@ -284,6 +335,22 @@ def test_a_restarted_engine_has_lost_its_cache() -> None:
         assert (await site.pool.lease(request(prefix_keys=keys))).replica.id != first.replica.id
 
     on_site(test, replica("a", 64), replica("b", 64))
+
+
+@pytest.mark.parametrize("engine", ["powerband", "vllm"])
+def test_a_replica_that_restarts_again_and_again_is_ejected_for_its_failures(engine: EngineName) -> None:
+    async def test(site: Site) -> None:
+        machine, tries = site.machines["a"], 0
+        for number in range(120):
+            machine.restarts = number
+            machine.metrics = f'vllm:prompt_tokens_total{{model_name="m"}} {1000 - number}\n'
+            lease = await site.pool.lease(request(stream=False))
+            tries += lease.replica.id == "a"
+            lease.close("failed" if lease.replica.id == "a" else "ok")
+            await asyncio.sleep(0.5)
+        assert tries <= 20, "60 s, in which its breaker opens for 1, 2, 4, 8, … s"
+
+    on_site(test, replica("a", engine=engine), replica("b", engine=engine))
 
 
 def test_fewer_are_sent_where_more_than_two_wait_and_again_more_when_none_does() -> None:

@@ -202,6 +202,17 @@ def test_an_error_in_a_stream_is_the_requests_own_or_the_replicas(gateway: Runni
                 assert text_of(gateway.stream("/v1/chat/completions", CHAT)) == TEXT
 
 
+# ---- tokens of a text
+
+
+def test_replicas_count_tokens_in_turns(gateway: RunningGateway) -> None:
+    play = says(answer('{"count": 1, "tokens": [5]}'))
+    with serving(gateway, play, play, play) as replicas:
+        for _ in range(6):
+            assert gateway.post("/tokenize", {"model": "public", "prompt": "a"}).status_code == 200
+        assert [len(one.posts) for one in replicas] == [2, 2, 2]
+
+
 # ---- refusals
 
 
@@ -213,12 +224,26 @@ def test_retry_after_is_honoured_for_each_replica_and_passed_on(
     value = "30" if form == "seconds" else email.utils.formatdate(time.time() + 31, usegmt=True)
     play = says(answer('{"error":{"message":"slow down"}}', status=status, headers=f"Retry-After: {value}\r\n"))
     with serving(gateway, play, play) as replicas:
-        for _ in range(4):
+        for number in (1, 2):  # the second waits for a moment, and is what each of them is tried with
             refused = gateway.post("/v1/chat/completions", CHAT)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "replicas_busy")
             assert refused.json()["error"]["message"].endswith(("replicas).", "replica).", " s.")), "a whole sentence"
-            assert 28 <= int(refused.headers["retry-after"]) <= 31
+            assert 27 <= int(refused.headers["retry-after"]) <= 31
+            assert [len(one.posts) for one in replicas] == [number, number]
+
+
+def test_a_long_retry_after_is_for_the_client_that_it_was_said_to(gateway: RunningGateway) -> None:
+    """As hosted servers say of one request that is too large."""
+
+    async def play(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
+        is_large = "large" in json.dumps(body)
+        writer.write(answer("{}", status=429, headers="Retry-After: 7200\r\n") if is_large else answer(whole()))
+
+    with serving(gateway, play, play) as replicas:
+        refused = gateway.post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "large"}]})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "7200")
         assert [len(one.posts) for one in replicas] == [1, 1]
+        assert [gateway.post("/v1/chat/completions", CHAT).status_code for _ in range(4)] == [200] * 4
 
 
 def test_a_replica_that_has_room_gets_what_another_refuses(gateway: RunningGateway) -> None:

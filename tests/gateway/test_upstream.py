@@ -76,6 +76,40 @@ async def whole(upstream: UpstreamClient, replica: ReplicaAddress) -> bytes:
         upstream.end(exchange)
 
 
+class Heard(list[str]):
+    """What an exchange tells its observer."""
+
+    def received(self) -> None:
+        self.append("received")
+
+    def paused(self) -> None:
+        self.append("paused")
+
+    def resumed(self) -> None:
+        self.append("resumed")
+
+
+def test_an_observer_hears_when_the_socket_is_not_read() -> None:
+    async def act() -> None:
+        async with upstream_to(says(CHUNKED + b"20000\r\n" + b"x" * 0x20000 + b"\r\n0\r\n\r\n")) as (upstream, replica):
+            heard = Heard()
+            exchange = await upstream.open(
+                replica, "/", b"{}", on_sent=lambda exchange: setattr(exchange, "observer", heard)
+            )
+            while "paused" not in heard:
+                await asyncio.sleep(0)
+            size = 0
+            while piece := await exchange.read():
+                size += len(piece)
+            upstream.end(exchange)
+            assert size == 0x20000
+            flow = [one for one in heard if one != "received"]
+            assert flow == ["paused", "resumed"] * (len(flow) // 2)
+            assert heard[0] == "received"
+
+    asyncio.run(act())
+
+
 def failure(serve: Serve, timeouts: Timeouts = PATIENT) -> str:
     async def act() -> str:
         async with upstream_to(serve, timeouts=timeouts) as (upstream, replica):

@@ -428,9 +428,10 @@ class Body:
 
 def test_a_large_body_waits_for_room_and_a_small_one_does_not() -> None:
     budget = BodyBudget(10 * SMALL_BYTES)
-    whole, large, small = Body(), Body(), Body()
-    budget.add(whole, 10 * SMALL_BYTES)
-    budget.complete(whole)
+    whole, other, large, small = Body(), Body(), Body(), Body()
+    for one, owner in ((whole, "a"), (other, "b")):
+        budget.add(one, 5 * SMALL_BYTES, owner)
+        budget.complete(one)
     budget.add(small, 100)
     budget.add(large, SMALL_BYTES + 1)
     assert small.refusal is not None  # it was being sent; whole, it would have stayed
@@ -441,7 +442,43 @@ def test_a_large_body_waits_for_room_and_a_small_one_does_not() -> None:
     budget.add(last, 100)
     assert last.refusal is None
     budget.release(whole)
+    budget.release(other)
     budget.release(last)
+    assert budget.held_bytes == 0
+
+
+def test_one_client_holds_half_of_the_bodies_and_the_largest_holder_gives_way() -> None:
+    budget = BodyBudget(8 * SMALL_BYTES)
+    mine, half, honest = Body(), Body(), Body()
+    budget.add(mine, 3 * SMALL_BYTES, "a")
+    budget.complete(mine)
+    budget.add(half, SMALL_BYTES, "a")
+    budget.add(honest, SMALL_BYTES, "b")  # slow, and as old as any
+    renewed = [Body() for _ in range(20)]
+    for one in renewed:
+        budget.add(one, 2 * SMALL_BYTES, "a")
+    assert half.refusal is not None
+    assert all(one.refusal is not None for one in renewed)
+    budget.add(honest, 3 * SMALL_BYTES, "b")
+    assert (mine.refusal, honest.refusal) == (None, None)
+    assert budget.held_bytes == 7 * SMALL_BYTES
+
+
+def test_what_is_not_kept_of_a_body_makes_room_and_belongs_to_its_key() -> None:
+    budget = BodyBudget(8 * SMALL_BYTES)
+    bodies = [Body() for _ in range(20)]
+    for one in bodies:
+        budget.add(one, 3 * SMALL_BYTES, "127.0.0.1")
+        budget.complete(one)
+        budget.keep(one, 100, "key")
+    assert budget.held_bytes == 20 * 100
+    large = Body()
+    budget.add(large, 4 * SMALL_BYTES, "127.0.0.1")
+    budget.complete(large)
+    with pytest.raises(HttpError, match="those of one client"):
+        budget.keep(large, 4 * SMALL_BYTES, "key")
+    for one in (*bodies, large):
+        budget.release(one)
     assert budget.held_bytes == 0
 
 

@@ -6,6 +6,7 @@ starting ── probe ok ──► ready ── `unhealthy_threshold` failed pro
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ BackendState = Literal["ready", "starting", "ejected", "open", "draining"]
 BACKEND_STATES: tuple[BackendState, ...] = get_args(BackendState)
 
 _GAP_WEIGHT = 0.02
-_REFUSAL_PAUSE_S = 0.5  # without new requests, after it turned one away
+_REFUSAL_PAUSE_S = 0.5  # without new requests, after it turned one away and named no time
+_MIN_PAUSE_S = 1.0  # at most, after the first refusal that names a time; twice as long after each that follows
+_MAX_PAUSE_S = 60.0
+_TRIAL_S = 1.0  # a request that was not turned away in this time was taken
+_ALONE_S = 60.0  # for which a tenant's refusals say nothing of the backend, once another's request was taken
 _FULL = 0.95  # of the KV cache
 _LOG_INTERVAL_S = 60.0
 
@@ -65,6 +70,7 @@ class InFlightRequest:
         "outstanding",
         "prompt_tokens",
         "queue_s",
+        "read_since_s",
         "request",
         "sent_s",
         "settle",
@@ -89,6 +95,7 @@ class InFlightRequest:
         self.is_trial = backend.breaker.sent()
         self.began_s: float | None = None  # when its first byte came
         self.bytes_s = now_s  # when its last byte came
+        self.read_since_s: float | None = now_s  # None: its socket is not read, since its client is slow
         self.has_first_token = False
         self.is_released = False
         self.is_suspected = False  # released so: the request itself may be at fault
@@ -118,6 +125,9 @@ class Backend:
         self.was_ready = False
         self.since_s = now_s  # when it became what it is
         self.paused_until_s = 0.0  # gets nothing until then: it turned a request away
+        self.refusals = 0  # in a row that named a time; then one request at a time is a trial
+        self._refused_tenant = ""
+        self._alone_until_s: dict[str, float] = {}  # tenants that are refused while others are answered
         self.logged_s = -_LOG_INTERVAL_S
         self.limit = self.max_in_flight
         self.load = ReplicaLoad()
@@ -128,6 +138,7 @@ class Backend:
         self.errors: deque[str] = deque(maxlen=5)
         self.ejections = 0  # by its probes
         self.ejected_until_s = 0.0
+        self._restarted_s = -math.inf
         self._num_bad, self._num_good = 0, 0  # probes in a row
         self._num_series = 0  # ejections without a long healthy time between them
         self._num_crowded = 0  # reports in a row with too many requests waiting
@@ -153,6 +164,7 @@ class Backend:
         return (
             len(self.in_flight) < self.limit
             and now_s >= self.paused_until_s
+            and not (self.refusals and self._is_trial_running(now_s))
             and (self.breaker.is_closed or self.breaker.allows(now_s))
         )
 
@@ -218,17 +230,63 @@ class Backend:
         for in_flight in tuple(self.in_flight):
             in_flight.lose()
 
-    def restarted(self) -> None:
-        self.limit, self._num_crowded, self.paused_until_s = self.max_in_flight, 0, 0.0
+    def restarted(self, now_s: float) -> None:
+        """Its engine is another process now. What one that restarts again and again did before is not forgotten."""
+        is_rare = now_s - self._restarted_s > self.options.max_ejection_s
+        self._restarted_s = now_s
+        if is_rare:
+            self.replaced()
+
+    def replaced(self) -> None:
+        """It is another process now, which did nothing yet."""
+        self.limit, self._num_crowded = self.max_in_flight, 0
+        self.paused_until_s, self.refusals = 0.0, 0
         self.breaker.reset()
 
-    def refused(self, now_s: float) -> None:
-        """It turned a request away: it has as much as it takes."""
-        self.paused_until_s = max(self.paused_until_s, now_s + _REFUSAL_PAUSE_S)
-        self.limit = max(min(self.limit, len(self.in_flight)), 1)
+    # What it turns away.
 
-    def answered(self) -> None:
+    def sent(self, in_flight: InFlightRequest) -> None:
+        if self.refusals and any(self._is_trial(one) for one in self.in_flight):
+            self._took(in_flight.request.tenant, in_flight.sent_s)  # the trial was not turned away
+        self.in_flight.add(in_flight)
+
+    def refused(self, in_flight: InFlightRequest, now_s: float, pause_s: float) -> None:
+        """It turned a request away. pause_s: for which it wants to get no other; 0: it named no time, and has as much
+        as it takes.
+
+        A time may be about this request alone, so that the backend is asked again soon, with one request, whatever time
+        it named.
+        """
+        tenant = in_flight.request.tenant
+        if now_s < self._alone_until_s.get(tenant, 0.0):
+            return
+        if self.in_flight or not pause_s:
+            self.limit = max(min(self.limit, len(self.in_flight)), 1)
+        if not pause_s:
+            self.paused_until_s = max(self.paused_until_s, now_s + _REFUSAL_PAUSE_S)
+            return
+        if not self.refusals or self._is_trial(in_flight):  # what was sent before the pause is a part of the same
+            self.refusals, self._refused_tenant = self.refusals + 1, tenant
+        max_s = min(_MIN_PAUSE_S * 2.0 ** min(self.refusals - 1, 16), _MAX_PAUSE_S)
+        self.paused_until_s = max(self.paused_until_s, now_s + min(max(pause_s, _REFUSAL_PAUSE_S), max_s))
+
+    def _is_trial(self, in_flight: InFlightRequest) -> bool:
+        return in_flight.sent_s >= self.paused_until_s
+
+    def _is_trial_running(self, now_s: float) -> bool:
+        return any(self._is_trial(one) and now_s - one.sent_s < _TRIAL_S for one in self.in_flight)
+
+    def _took(self, tenant: str, now_s: float) -> None:
+        """It takes requests again."""
+        if tenant != self._refused_tenant:
+            self._alone_until_s = {one: end_s for one, end_s in self._alone_until_s.items() if end_s > now_s}
+            self._alone_until_s[self._refused_tenant] = now_s + _ALONE_S
+        self.refusals = 0
+
+    def answered(self, in_flight: InFlightRequest, now_s: float) -> None:
         """Where it does not report how many wait there, each answer is a sign that one more may come."""
+        if self.refusals and self._is_trial(in_flight):
+            self._took(in_flight.request.tenant, now_s)
         if self.limit < self.max_in_flight and self.load.waiting is None:
             self.limit += 1
 
@@ -239,19 +297,41 @@ class Backend:
         in_flight.bytes_s = self.bytes_s = now_s
         if in_flight.began_s is None:
             in_flight.began_s = now_s
+            if self.refusals and self._is_trial(in_flight):
+                self._took(in_flight.request.tenant, now_s)
         elif in_flight.request.stream:
             self.gap_s += (gap_s - self.gap_s) * (_GAP_WEIGHT if self.gap_s else 1.0)
 
-    def silence_s(self, now_s: float) -> float:
-        """Since the last byte, if there are streams that have begun and are not given up; else 0."""
-        has_begun = any(r.request.stream and r.began_s is not None and not r.is_lost for r in self.in_flight)
-        return now_s - self.bytes_s if has_begun else 0.0
+    def received(self, now_s: float) -> None:
+        """Bytes of any kind came on the socket of a request: also comments, and what is not read yet."""
+        self.bytes_s = now_s
+
+    def paused(self, in_flight: InFlightRequest) -> None:
+        """Its socket is not read, since its client is slow: that nothing comes says nothing of the backend."""
+        in_flight.read_since_s = None
+
+    def resumed(self, in_flight: InFlightRequest, now_s: float) -> None:
+        in_flight.read_since_s = in_flight.bytes_s = now_s
+
+    def silence_s(self, now_s: float, *, of_streams: bool = False) -> float:
+        """Since the last byte, while requests are read and not given up; else 0. of_streams: that have begun."""
+        read_since_s = min(
+            (
+                one.read_since_s
+                for one in self.in_flight
+                if one.read_since_s is not None
+                and not one.is_lost
+                and (not of_streams or (one.request.stream and one.began_s is not None))
+            ),
+            default=now_s,
+        )
+        return now_s - max(self.bytes_s, read_since_s)
 
     def is_silent(self, now_s: float) -> bool:
         """Whether nothing has come for longer than usual, and than it may take to compute the prompts that are there:
         many engines let all streams wait for a new prompt.
         """
-        options, silence_s = self.options, self.silence_s(now_s)
+        options, silence_s = self.options, self.silence_s(now_s, of_streams=True)
         patience_s = max(options.hang_timeout_s, options.hang_gap_multiplier * self.gap_s)
         if silence_s <= patience_s:
             return False

@@ -111,15 +111,13 @@ class Dispatcher:
         pause_s: float = 0.0,
     ) -> None:
         """It ended; its place goes to the next. Only the first call counts. output_tokens: that were generated.
-        pause_s: the backend gets no new request for so long.
+        pause_s: for which a backend that refused it wants no other.
         """
         if in_flight.is_released:
             return
         in_flight.is_released, in_flight.on_lost = True, None
         in_flight.is_suspected = outcome == "suspected"
         backend, request = in_flight.backend, in_flight.request
-        if pause_s:
-            backend.paused_until_s = max(backend.paused_until_s, now_s + pause_s)
         pool = pool_for(request, self._pools)
         self._num_in_flight[request.tenant] -= 1
         if not self._num_in_flight[request.tenant]:
@@ -130,11 +128,11 @@ class Dispatcher:
         if is_done:
             pool.observe(now_s)
             pool.admission.capacity.ended(in_flight.tokens, now_s - in_flight.sent_s)
-            backend.answered()
+            backend.answered(in_flight, now_s)
             if outcome == "ok":
                 backend.answered_s = now_s
         elif outcome == "refused":
-            backend.refused(now_s)
+            backend.refused(in_flight, now_s, pause_s)
         elif outcome == "absent":
             if backend.found_absent(now_s, "absent"):
                 self.changed(backend, now_s)
@@ -217,9 +215,14 @@ class Dispatcher:
         if not backend.is_ready:
             self._router.forget(backend.id)
 
-    def restarted(self, backend: Backend) -> None:
+    def restarted(self, backend: Backend, now_s: float) -> None:
         """Its engine is another process now."""
-        backend.restarted()
+        backend.restarted(now_s)
+        self._router.forget(backend.id)
+
+    def replaced(self, backend: Backend) -> None:
+        """It is another process now, at another address."""
+        backend.replaced()
         self._router.forget(backend.id)
 
     def hung(self, backend: Backend, now_s: float) -> None:
@@ -234,7 +237,7 @@ class Dispatcher:
         """What its metrics show."""
         before = backend.load.tokens
         if load.tokens is not None and before is not None and load.tokens < before:  # its counters began again
-            self.restarted(backend)
+            self.restarted(backend, now_s)
         backend.reported(load)
         self._dispatch(now_s)
 
@@ -306,6 +309,7 @@ class Dispatcher:
         if self.queued:
             if self._is_hopeless(now_s):
                 self.refuse_all("No replica is ready, and none is expected.", now_s)
+            self._refuse_paused(now_s)
             self._dispatch(now_s)
         self._schedule_tick(now_s)
 
@@ -314,6 +318,18 @@ class Dispatcher:
         for queued in [queued for pool in self._pools for queued in pool.queue]:
             self._remove(queued, now_s)
             self._decide(queued, NoReplicaAvailable(why, retry_after_s=NO_REPLICA_RETRY_S))
+
+    def _refuse_paused(self, now_s: float) -> None:
+        """Refuse queued requests whose backends have all paused for longer than a request waits for."""
+        for pool in self._pools:
+            if any(backend.paused_until_s - now_s <= _MAX_PAUSE_S for backend in pool.serving):
+                continue
+            for queued in tuple(pool.queue):
+                try:
+                    _check_pauses(pool, queued.avoid, now_s)
+                except ReplicasBusy as problem:
+                    self._remove(queued, now_s)
+                    self._decide(queued, problem)
 
     # Who goes where.
 
@@ -362,7 +378,7 @@ class Dispatcher:
         sent = InFlightRequest(
             backend, request, level, now_s, settle=partial(pool.queue.settle, level, request.tenant, tokens)
         )
-        backend.in_flight.add(sent)
+        backend.sent(sent)
         backend.outstanding += sent.tokens
         self._num_in_flight[request.tenant] += 1
         self._router.dispatched(request, backend)

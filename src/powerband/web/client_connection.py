@@ -17,7 +17,7 @@ class ClientConnection:
     is_behind: what was written waits in memory, since the client reads slowly: write no more until `when_writable`.
     """
 
-    __slots__ = ("_on_lost", "_on_writable", "_transport", "is_behind", "is_chunked", "is_lost")
+    __slots__ = ("_on_lost", "_on_writable", "_transport", "is_behind", "is_chunked", "is_lost", "keep_body")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -26,6 +26,8 @@ class ClientConnection:
         self.is_behind = False
         self.is_chunked = True  # not for clients of HTTP 1.0, which do not know it
         self.is_lost = False
+        # Called with the bytes that are kept of the request's body, and whose it is. Raises HttpError for too many.
+        self.keep_body: Callable[[int, str], None] = _keep_any
 
     def write_chunk(self, data: bytes) -> None:
         """As a chunk of HTTP's chunked coding. data: not empty."""
@@ -69,6 +71,10 @@ class ClientConnection:
         call, self._on_lost = self._on_lost, None
         if call is not None:
             call()
+
+
+def _keep_any(_size: int, _owner: str) -> None:
+    pass
 
 
 def set_client_connection(scope: Scope, line: ClientConnection) -> None:

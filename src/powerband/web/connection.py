@@ -82,6 +82,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._line = ClientConnection(self._transport)
+        self._line.keep_body = self._keep_body
         self._peer = _address(transport.get_extra_info("peername"))
         self._local = _address(transport.get_extra_info("sockname"))
         self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn's set is of its own classes
@@ -151,6 +152,10 @@ class HttpConnection(asyncio.Protocol):
     async def writable(self) -> None:
         if not self._writable.is_set():
             await self._writable.wait()
+
+    def _keep_body(self, size: int, owner: str) -> None:
+        if self._exchange is not None:
+            self._budget.keep(self._exchange, size, owner)
 
     def wants_body(self) -> None:
         if self._is_paused:
@@ -284,7 +289,7 @@ class HttpConnection(asyncio.Protocol):
         if exchange is not None:
             exchange.awaits_continue = False
             exchange.feed(content, is_last=framing.is_complete)
-            self._budget.add(exchange, len(content))
+            self._budget.add(exchange, len(content), self._peer[0] if self._peer else "")
             if framing.is_complete:
                 self._budget.complete(exchange)
                 self._limit.works(self)

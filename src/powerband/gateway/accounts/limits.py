@@ -240,6 +240,13 @@ class Reservation:
             self._close(self._prompt + self.output, self._usd, counts=True)
 
 
+def room_for_output(context: int, max_prompt_tokens: int) -> int:
+    """Tokens that a context has beside a prompt. Engines refuse what cannot fit: the prompt's size is not known yet,
+    but three bytes a token are few.
+    """
+    return context - min(max_prompt_tokens, max_prompt_tokens // 3 + 64)
+
+
 class Limits:
     """What all keys have used. spent: key id → (USD in total, USD this month), from the database."""
 
@@ -305,11 +312,7 @@ class Limits:
         for allowed, left in self._room(limits, account, request, prompt, price):
             output = min(output, max(min(expected, allowed), left / _SHARE))
         each = max(1, math.floor(output / request.answers))
-        if context is None:
-            return each
-        # Engines refuse output that does not fit with the prompt, whose exact size is unknown here: assume that
-        # a token has at least three bytes.
-        return max(1, min(each, context - min(prompt[1], prompt[1] // 3 + 64)))
+        return each if context is None else max(1, min(each, room_for_output(context, prompt[1])))
 
     def _room(
         self, limits: KeyLimits, account: _Account, request: GatewayRequest, prompt: tuple[int, int], price: TokenPrice

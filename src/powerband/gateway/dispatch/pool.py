@@ -51,7 +51,7 @@ class Pool:
             known = before.get(backend.id)
             new = addresses.setdefault(backend.id, known) if known is not None else addresses[backend.id]
             if known is not None and new.url != known.url:
-                self.dispatcher.restarted(backend)
+                self.dispatcher.replaced(backend)
         self._addresses = addresses
         self._deliver()
 
@@ -131,7 +131,7 @@ class Pool:
 
     def restarted(self, backend: Backend) -> None:
         """Its engine is another process now."""
-        self.dispatcher.restarted(backend)
+        self.dispatcher.restarted(backend, self.clock())
 
     def hung(self, backend: Backend) -> None:
         """Its probes are good, but nothing comes."""
@@ -218,8 +218,20 @@ class Lease:
         else:
             self.in_flight.on_lost = callback
 
+    def received(self) -> None:
+        """Bytes of any kind came."""
+        self.in_flight.backend.received(self._pool.clock())
+
+    def paused(self) -> None:
+        """The socket is not read for now."""
+        self.in_flight.backend.paused(self.in_flight)
+
+    def resumed(self) -> None:
+        """The socket is read again."""
+        self.in_flight.backend.resumed(self.in_flight, self._pool.clock())
+
     def progress(self) -> None:
-        """Bytes came."""
+        """A part of the answer came."""
         self.in_flight.backend.progressed(self.in_flight, self._pool.clock())
 
     def first_token(self, prompt_tokens: int | None = None) -> None:
@@ -227,8 +239,8 @@ class Lease:
         self._pool.dispatcher.first_token(self.in_flight, self._pool.clock(), prompt_tokens)
 
     def close(self, outcome: Outcome, *, output_tokens: int = 0, pause_s: float = 0.0) -> None:
-        """The first call counts. output_tokens: that were generated. pause_s: nothing is sent to the replica for so
-        long. `blame` may follow on "suspected".
+        """The first call counts. output_tokens: that were generated. pause_s: for which a replica that refused it
+        wants no other. `blame` may follow on "suspected".
         """
         self._pool.release(self.in_flight, outcome, output_tokens=output_tokens, pause_s=pause_s)
 
@@ -256,7 +268,7 @@ def _replica_snapshot(backend: Backend, now_s: float) -> ReplicaSnapshot:
         running=len(in_flight) if load.running is None else load.running,
         waiting=load.waiting or 0,
         kv_usage=load.kv_usage,
-        silent_s=now_s - max(one.bytes_s for one in in_flight) if in_flight else 0.0,
+        silent_s=backend.silence_s(now_s),
         ejected_for_s=max(backend.ejected_until_s - now_s, backend.breaker.open_until_s - now_s, 0.0),
         ejections=backend.ejections + backend.breaker.ejections,
         last_errors=tuple(backend.errors),

@@ -103,7 +103,7 @@ class UpstreamAttempts:
                     body,
                     timeouts,
                     headers=_headers(self.request),
-                    on_sent=partial(_abort_when_lost, lease),
+                    on_sent=partial(_bind, lease),
                 )
                 if exchange.status == 200:
                     self._verdict.settle()
@@ -271,8 +271,9 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
     return headers if request.trace is None else {**headers, **request.trace.headers}
 
 
-def _abort_when_lost(lease: Lease, exchange: UpstreamExchange) -> None:
-    """The exchange fails when the replica is found to hang or to be gone."""
+def _bind(lease: Lease, exchange: UpstreamExchange) -> None:
+    """The exchange fails when the replica is found to hang or to be gone; that is judged by what its socket does."""
+    exchange.observer = lease
     lease.when_lost(partial(exchange.fail, "lost", "the replica hangs or is gone"))
 
 

@@ -17,10 +17,12 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.engines.powerband import MAX_LABEL_CHARS
 from powerband.errors import InvalidRequest
+from powerband.gateway.accounts.limits import room_for_output
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
+from powerband.web.body_budget import SMALL_BYTES
 
 PATHS: dict[Endpoint, str] = {
     "chat": "/v1/chat/completions",
@@ -122,6 +124,9 @@ class ClientRequest:
         """Raises InvalidRequest."""
         self.endpoint = endpoint
         self.fields = decode(data, RequestFields)
+        if len(data) > SMALL_BYTES and len(compact := msgspec.json.format(data, indent=-1)) < len(data) * 7 // 8:
+            data = compact  # what is kept until the answer has ended; the blanks that padded it are not
+            self.fields = decode(data, RequestFields)
         self.fields.check(endpoint)
         self.prompt = self._prompt()
         self._data = data
@@ -137,7 +142,13 @@ class ClientRequest:
         self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_answers
         if b"_url" in self.prompt:
             self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
+        self.contexts: Mapping[str, int | None] = {}  # of replicas, as far as they are known, for the cap
         self.cap: int | None = None  # on the output of a request that names no limit, see `limit`
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return len(self._data)
 
     def _prompt(self) -> bytes:
         name = "messages" if self.endpoint == "chat" else "prompt"
@@ -271,7 +282,7 @@ class ClientRequest:
             for name, value in isolating.items():
                 fields[name] = _raw(value)
         if self.cap is not None and self.fields.limit is None:
-            fields["max_tokens"] = _raw(self.cap)
+            fields["max_tokens"] = _raw(self._cap_at(replica, self.cap))
             changed = True
         if self.is_stream:
             changed = True
@@ -286,6 +297,11 @@ class ClientRequest:
                 fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
                 fields.pop("echo", None)  # the client has it
         return msgspec.json.encode(fields) if changed else self._data
+
+    def _cap_at(self, replica: ReplicaAddress, cap: int) -> int:
+        """A context in which the prompt has no room is none: the replica judges."""
+        room = room_for_output(self.contexts.get(replica.id) or MAX_TOKENS, self.max_prompt_tokens)
+        return min(cap, room) if room > 0 else cap
 
 
 def _check_case(fields: Mapping[str, Raw]) -> None:

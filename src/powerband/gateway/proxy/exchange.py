@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from powerband.http_client.connection import HttpResponse
 
@@ -46,6 +47,18 @@ class UpstreamFailure(ConnectionError):
         return cls("garbage", f"The replica's answer is not what was asked for: {problem}.")
 
 
+class SocketObserver(Protocol):
+    """Hears what the socket of an exchange does."""
+
+    def received(self) -> None:
+        """Bytes of any kind came."""
+
+    def paused(self) -> None:
+        """It is not read for now: the reader is behind."""
+
+    def resumed(self) -> None: ...
+
+
 class UpstreamExchange(HttpResponse):
     """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.
 
@@ -55,6 +68,7 @@ class UpstreamExchange(HttpResponse):
     __slots__ = (
         "_consumer",
         "_is_held",
+        "_is_paused",
         "_limit_before_s",
         "_limit_s",
         "_pieces",
@@ -64,6 +78,7 @@ class UpstreamExchange(HttpResponse):
         "due_s",
         "end_s",
         "is_let_end",
+        "observer",
     )
 
     def __init__(self, first_s: float, between_s: float, end_s: float) -> None:
@@ -75,6 +90,8 @@ class UpstreamExchange(HttpResponse):
         self._waiter: asyncio.Future[None] | None = None
         self._consumer: Callable[[bytes], bool] | None = None
         self._is_held = False
+        self._is_paused = False
+        self.observer: SocketObserver | None = None
         self._limit_s = self._limit_before_s = min(first_s, end_s)
         self.between_s, self.end_s = between_s, end_s
         self.due_s = 0.0
@@ -126,15 +143,27 @@ class UpstreamExchange(HttpResponse):
         """Hand on nothing until `release`, or the end; what comes meanwhile is bounded."""
         self._is_held = True
         self.due_s = self.end_s
-        if self._connection is not None:
-            self._connection.pause()
+        self._pause()
 
     def release(self) -> None:
         self._is_held = False
         self._extend()
-        if self._connection is not None:
-            self._connection.resume_reading()
+        self._resume()
         self.flush()
+
+    def _pause(self) -> None:
+        if self._connection is not None and not self._is_paused:
+            self._is_paused = True
+            self._connection.pause()
+            if self.observer is not None:
+                self.observer.paused()
+
+    def _resume(self) -> None:
+        if self._connection is not None and self._is_paused:
+            self._is_paused = False
+            self._connection.resume_reading()
+            if self.observer is not None:
+                self.observer.resumed()
 
     async def read_all(self, max_bytes: int) -> bytes:
         """The whole body. Raises UpstreamFailure, also when it is larger."""
@@ -164,10 +193,12 @@ class UpstreamExchange(HttpResponse):
     # Called by the connection, and by the parser.
 
     def receive(self, data: bytes) -> None:
+        if self.observer is not None:
+            self.observer.received()
         HttpResponse.receive(self, data)  # faster than super(): it runs for every chunk
         self.flush()
-        if self._connection is not None and (self._is_held or self._unread >= MAX_UNREAD_BYTES):
-            self._connection.pause()
+        if self._is_held or self._unread >= MAX_UNREAD_BYTES:
+            self._pause()
 
     def on_body(self, body: bytes) -> None:
         size = len(body)
@@ -206,8 +237,8 @@ class UpstreamExchange(HttpResponse):
     def _take(self) -> bytes:
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
-        if self._unread >= MAX_UNREAD_BYTES and self._connection is not None:
-            self._connection.resume_reading()
+        if self._unread >= MAX_UNREAD_BYTES:
+            self._resume()
         self._unread = 0
         self._extend()
         return data

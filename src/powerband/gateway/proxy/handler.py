@@ -65,8 +65,12 @@ class GenerationRoutes:
         settings = self._gateway.settings
         data = await read_body(request, settings.max_body_bytes)
         client_request = ClientRequest(data, endpoint)
+        del data
         served = self._gateway.served(client_request.fields.model)
         key: Key | None = request.state.key
+        if request.client is not None:
+            owner = request.client.host if key is None else key.id
+            client_connection(request.scope).keep_body(client_request.size, owner)
         gateway_request = client_request.request(
             request.state.request_id,
             served.route.name,
@@ -289,6 +293,7 @@ class GenerationResponse(Response):
         context = None
         if key is not None and request.is_open_ended and key.limits.counts_tokens:
             context = await context_length(self._served, self._gateway.upstream)
+            self._client_request.contexts = self._served.context_lengths
             key = self._accounts.keys.current(key)
         price = price_from(self._served.route)
         self._reservation = self._accounts.limits.reserve(key, request, price, context=context)

@@ -7,6 +7,7 @@ them as it does a prompt's.
 from __future__ import annotations
 
 import time
+from itertools import count
 from typing import Literal
 
 import msgspec
@@ -31,6 +32,7 @@ from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError
 
 _ASK_S = 30.0
+_ASK_FIRST_S = 5.0  # while there is another replica to ask
 _SLACK_TOKENS = 4096  # that a chat template adds
 _MISSING_STATUSES = (404, 405, 410, 501)
 _REQUEST_STATUSES = (400, 413, 422)  # all others say something of the replica, or of the gateway's key for it
@@ -51,6 +53,7 @@ class TokenCountRoutes:
     def __init__(self, gateway: Gateway, accounts: Accounts) -> None:
         self._gateway = gateway
         self._accounts = accounts
+        self._turns = count()
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text, as a replica of the model says."""
@@ -104,17 +107,21 @@ class TokenCountRoutes:
     async def _ask(
         self, gateway_request: GatewayRequest, served: ServedModel, data: bytes, name: str | None
     ) -> tuple[WholeAnswer, str]:
-        """Any replica that is ready; the next one when it does not answer, or not to the question.
+        """A replica that is ready, each in its turn; the next one when it does not answer, or not to the question.
 
         Raises InvalidUpstreamRequest for what a replica says against the request, and HttpError when none answers.
         """
         states = {one.id: one.state for one in served.pool.snapshot().replicas}
         replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
+        if replicas:
+            first = next(self._turns) % len(replicas)
+            replicas = [*replicas[first:], *replicas[:first]]
         lacking = 0
         for replica in replicas:
+            ask_s = _ASK_S if replica is replicas[-1] else _ASK_FIRST_S
             body = data if name == replica.model else with_model(data, replica.model)
             try:
-                status, answer = await self._call(replica, PATHS[gateway_request.endpoint], body)
+                status, answer = await self._call(replica, PATHS[gateway_request.endpoint], body, ask_s)
                 reported = answer.surface()
             except OSError:
                 continue
@@ -129,9 +136,9 @@ class TokenCountRoutes:
             raise HttpError(404, "not_found", f"The model's engine has no {PATHS[gateway_request.endpoint]}.")
         raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[gateway_request.endpoint]}.")
 
-    async def _call(self, replica: ReplicaAddress, path: str, body: bytes) -> tuple[int, WholeAnswer]:
+    async def _call(self, replica: ReplicaAddress, path: str, body: bytes, ask_s: float) -> tuple[int, WholeAnswer]:
         """Raises OSError, and ResponseTooLarge for what may be right: another replica would say as much."""
-        timeouts = Timeouts(connect_s=_ASK_S, first_byte_s=_ASK_S, between_s=_ASK_S, whole_s=_ASK_S)
+        timeouts = Timeouts(connect_s=ask_s, first_byte_s=ask_s, between_s=ask_s, whole_s=ask_s)
         exchange = await self._gateway.upstream.open(replica, path, body, timeouts)
         try:
             answer = WholeAnswer(depth=1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
+from powerband.gateway.proxy.client_request import MAX_TOKENS
 from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
@@ -169,12 +170,15 @@ class UpstreamClient:
 
 
 async def context_length(served: ServedModel, upstream: UpstreamClient) -> int | None:
-    """The maximum tokens of prompt and output: the least of the replicas' limits; None: no replica reports one."""
+    """The maximum tokens of prompt and output: the largest of the replicas' limits; None: no replica reports one.
+
+    A replica with a lower one gets requests with a lower cap, so that none cuts the answers of the others.
+    """
     known = served.context_lengths
     replicas = served.route.replicas
     await asyncio.gather(*(_ask(known, upstream, one) for one in replicas if one.id not in known))
     lengths = [length for one in replicas if (length := known.get(one.id)) is not None]
-    return min(lengths, default=None)
+    return min(max(lengths), MAX_TOKENS) if lengths else None
 
 
 async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: ReplicaAddress) -> None:

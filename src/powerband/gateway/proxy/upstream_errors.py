@@ -11,7 +11,7 @@ from http import HTTPStatus
 from powerband.errors import PowerbandError
 from powerband.openai.errors import ReportedError
 
-MAX_RETRY_AFTER_S = 3600.0  # a replica that asks for more is asked again after so long
+MAX_RETRY_AFTER_S = 30 * 86400.0
 
 
 class InvalidUpstreamRequest(PowerbandError):
