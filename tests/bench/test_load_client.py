@@ -12,7 +12,7 @@ from powerband.bench.client.messages import Sample, ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response, spread
 from powerband.bench.load import LoadOptions, run_load
 from powerband.errors import UsageError
-from powerband.http_client.connection import CollectedResponse, ConnectionPool, OutboundConnection
+from powerband.http_client.connection import MAX_TURN_BYTES, CollectedResponse, ConnectionPool, OutboundConnection
 from powerband.metrics.record import Outcome
 from powerband.spec.workload.arrivals import ClosedLoop
 from powerband.spec.workload.lengths import Fixed
@@ -34,6 +34,15 @@ class Wire:
     def abort(self) -> None:
         self.is_aborted = True
 
+    def is_closing(self) -> bool:
+        return self.is_aborted
+
+    def pause_reading(self) -> None:
+        """What was read already is received in turns."""
+
+    def resume_reading(self) -> None:
+        """All of it was received."""
+
 
 def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[CollectedResponse, OutboundConnection, bool]:
     """What becomes of an answer that arrives in these pieces: it, its connection, and whether it ended."""
@@ -45,6 +54,8 @@ def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[Collecte
         connection.send((b"GET / HTTP/1.1\r\n\r\n",), answer)
         for piece in pieces:
             connection.data_received(piece)
+            for _ in range(len(piece) // MAX_TURN_BYTES + 1):
+                await asyncio.sleep(0)
         if closes:
             connection.connection_lost(None)
         return answer, connection, answer.done.done()
