@@ -326,3 +326,25 @@ def test_a_rendering_is_cheap_once_warm(made):
         render(TALK)
         times_s.append(time.perf_counter() - begin)
     assert sorted(times_s)[5] < 1e-3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [5, True, [1], ["x"], [{"name": "default"}], [{"name": 1, "template": "x"}], [{"name": "default", "template": 5}],
+     {"default": 5}, "\ud800", [{"name": "default", "template": "a\udfff"}]],
+    ids=ascii,
+)  # fmt: skip
+def test_a_template_of_another_shape_is_refused(template, tmp_path):
+    tokenizer = Tokenizer.load(save(byte_level(), tmp_path, chat_template=template))
+    with pytest.raises(EnvironmentFault) as caught:
+        ChatTemplate.load(tokenizer)
+    assert caught.value.code == "chat_template_invalid"
+
+
+def test_named_templates_may_be_a_table(tmp_path):
+    table = {"default": "a{% for m in messages %}{{ m.content }}{% endfor %}", "tool_use": "b"}
+    template = ChatTemplate.load(Tokenizer.load(save(byte_level(), tmp_path, chat_template=table)))
+    try:
+        assert template.render([{"role": "user", "content": "x"}]) == "ax"
+    finally:
+        template.close()
