@@ -62,6 +62,21 @@ def test_rendering_equals_transformers(made, name, messages, options, add_genera
     assert made(source).render(messages, **options) == transformers_render(source, messages, **options)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{% set q = 1 %}{% generation %}{% set q = 2 %}{{ q }}{% endgeneration %}{{ q }}",
+        "{% generation %}{% set q = 1 %}{{ bos_token }}{% endgeneration %}{{ q }}",
+        "{% set n = namespace(q=1) %}{% generation %}{% set n.q = 2 %}{% endgeneration %}{{ n.q }}",
+        "{% for m in messages %}{% generation %}{{ loop.index }}{{ m.role }}"
+        "{% set m = 1 %}{% endgeneration %}{{ m.role }}{% endfor %}",
+    ],
+)
+def test_variables_of_a_generation_block_equal_transformers(made, block):
+    source = block + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert made(source).render(TALK) == transformers_render(source, TALK)
+
+
 @pytest.mark.parametrize("name", templates.ALL)
 @pytest.mark.parametrize("ending", ["It", "It "])
 def test_continuing_the_final_message_equals_transformers(made, name, ending):
