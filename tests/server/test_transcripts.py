@@ -185,6 +185,27 @@ def test_echo_scores_the_prompt(server: RunningServer) -> None:
     assert "".join(c["text"] for c in streamed).startswith("one two three")
 
 
+def test_a_request_for_the_prompt_alone_is_charged_no_output(server: RunningServer) -> None:
+    body = {"prompt": "one two three", "max_tokens": 0, "echo": True}
+    usage = server.post("/v1/completions", **body).json()["usage"]
+    assert usage["completion_tokens"] == 0
+    assert usage["total_tokens"] == usage["prompt_tokens"] > 0
+    streamed = events(server, "/v1/completions", **body, stream_options={"include_usage": True})
+    assert [e["usage"] for e in streamed[:-1] if e["usage"]] == [usage]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_echoed_special_tokens_stand_where_the_offsets_say(server: RunningServer, skips: bool) -> None:
+    text = "<|endoftext|>one two<|im_end|> three"
+    ids = server.post("/tokenize", prompt=text).json()["tokens"]
+    body = {"prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 1}
+    choice = server.post("/v1/completions", **body, skip_special_tokens=skips).json()["choices"][0]
+    assert choice["text"].startswith("one two three" if skips else text)
+    offsets = choice["logprobs"]["text_offset"]
+    for token, offset in list(zip(choice["logprobs"]["tokens"], offsets, strict=True))[: len(ids)]:
+        assert choice["text"][offset:].startswith(token) or (skips and token.startswith("<|"))
+
+
 def test_token_ids_in_and_out(server: RunningServer) -> None:
     ids = server.post("/tokenize", prompt="one two three").json()["tokens"]
     reply = server.post("/v1/completions", prompt=ids, max_tokens=len(ids), return_token_ids=True).json()

@@ -62,6 +62,21 @@ def test_rendering_equals_transformers(made, name, messages, options, add_genera
     assert made(source).render(messages, **options) == transformers_render(source, messages, **options)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{% set q = 1 %}{% generation %}{% set q = 2 %}{{ q }}{% endgeneration %}{{ q }}",
+        "{% generation %}{% set q = 1 %}{{ bos_token }}{% endgeneration %}{{ q }}",
+        "{% set n = namespace(q=1) %}{% generation %}{% set n.q = 2 %}{% endgeneration %}{{ n.q }}",
+        "{% for m in messages %}{% generation %}{{ loop.index }}{{ m.role }}"
+        "{% set m = 1 %}{% endgeneration %}{{ m.role }}{% endfor %}",
+    ],
+)
+def test_variables_of_a_generation_block_equal_transformers(made, block):
+    source = block + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert made(source).render(TALK) == transformers_render(source, TALK)
+
+
 @pytest.mark.parametrize("name", templates.ALL)
 @pytest.mark.parametrize("ending", ["It", "It "])
 def test_continuing_the_final_message_equals_transformers(made, name, ending):
@@ -326,3 +341,25 @@ def test_a_rendering_is_cheap_once_warm(made):
         render(TALK)
         times_s.append(time.perf_counter() - begin)
     assert sorted(times_s)[5] < 1e-3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [5, True, [1], ["x"], [{"name": "default"}], [{"name": 1, "template": "x"}], [{"name": "default", "template": 5}],
+     {"default": 5}, "\ud800", [{"name": "default", "template": "a\udfff"}]],
+    ids=ascii,
+)  # fmt: skip
+def test_a_template_of_another_shape_is_refused(template, tmp_path):
+    tokenizer = Tokenizer.load(save(byte_level(), tmp_path, chat_template=template))
+    with pytest.raises(EnvironmentFault) as caught:
+        ChatTemplate.load(tokenizer)
+    assert caught.value.code == "chat_template_invalid"
+
+
+def test_named_templates_may_be_a_table(tmp_path):
+    table = {"default": "a{% for m in messages %}{{ m.content }}{% endfor %}", "tool_use": "b"}
+    template = ChatTemplate.load(Tokenizer.load(save(byte_level(), tmp_path, chat_template=table)))
+    try:
+        assert template.render([{"role": "user", "content": "x"}]) == "ax"
+    finally:
+        template.close()

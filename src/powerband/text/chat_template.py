@@ -39,12 +39,12 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
     ) -> None:
         for name, source in templates.items():
-            if len(source.encode()) > _MAX_TEMPLATE_BYTES:
-                raise EnvironmentFault(
-                    f"The chat template '{name}' is larger than {_MAX_TEMPLATE_BYTES} bytes.",
-                    hint="Give another with --chat-template FILE.",
-                    code="chat_template_invalid",
-                )
+            try:
+                num_bytes = len(source.encode())
+            except UnicodeEncodeError:
+                raise _invalid(f"The chat template '{name}' has half of a surrogate pair.") from None
+            if num_bytes > _MAX_TEMPLATE_BYTES:
+                raise _invalid(f"The chat template '{name}' is larger than {_MAX_TEMPLATE_BYTES} bytes.")
         self._sources = dict(templates)
         self._variables = dict(variables or {})
         self._processes = TemplateProcesses(self._sources, self._variables, limits or TemplateLimits())
@@ -118,9 +118,16 @@ def _checkpoint_templates(tokenizer: Tokenizer) -> dict[str, str]:
     found = tokenizer.config.get("chat_template")
     if isinstance(found, str):
         return {"default": found}
-    if not isinstance(found, list):
+    if found is None:
         return {}
-    named = {item["name"]: item["template"] for item in found if {"name", "template"} <= item.keys()}
+    if isinstance(found, dict):
+        found = [{"name": name, "template": template} for name, template in found.items()]
+    if not isinstance(found, list) or not all(map(_is_named_template, found)):
+        raise _invalid(
+            "'chat_template' in tokenizer_config.json is neither a string nor a list of objects with 'name' and"
+            " 'template', which are strings."
+        )
+    named = {item["name"]: item["template"] for item in found}
     if named and "default" not in named:
         raise EnvironmentFault(
             f"The checkpoint has chat templates named {', '.join(sorted(named))}, but none named default.",
@@ -128,6 +135,14 @@ def _checkpoint_templates(tokenizer: Tokenizer) -> dict[str, str]:
             code="chat_template_invalid",
         )
     return named
+
+
+def _is_named_template(item: Any) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("name", "template"))
+
+
+def _invalid(problem: str) -> EnvironmentFault:
+    return EnvironmentFault(problem, hint="Give another with --chat-template FILE.", code="chat_template_invalid")
 
 
 def _read(file: Path) -> str:

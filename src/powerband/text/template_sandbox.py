@@ -22,13 +22,20 @@ from jinja2.utils import Cycler, Joiner, Namespace
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks an assistant's tokens for training; rendering takes only what is inside."""
+    """`{% generation %}` marks an assistant's tokens for training; rendering takes only what is inside.
+
+    Variables that are set in it end with it, as those of transformers' block, which is a macro, do.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class _Namespace(Namespace):

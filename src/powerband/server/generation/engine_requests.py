@@ -170,6 +170,7 @@ class Generation:
                 self.choices.append(ChoiceState(index, prompt, request, processor, num_tokens=len(resumed)))
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._num_tokens = len(resumed)  # of all choices
+        self._gives_output = body.max_tokens != 0
         self._num_cached = 0  # prompt tokens of the first choice of each prompt
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._stream: TokenStream | None = None
@@ -221,10 +222,12 @@ class Generation:
         return await self._replica.in_thread(function, *args, **kwargs)
 
     def usage(self) -> Usage:
+        """The tokens that the client gets: none of the output with max_tokens 0, for which one is computed."""
+        num_tokens = self._num_tokens if self._gives_output else 0
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=self._num_tokens,
-            total_tokens=self._num_prompt_tokens + self._num_tokens,
+            completion_tokens=num_tokens,
+            total_tokens=self._num_prompt_tokens + num_tokens,
             prompt_tokens_details=PromptTokensDetails(self._num_cached),
         )
 

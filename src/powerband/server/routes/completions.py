@@ -139,11 +139,19 @@ class _CompletionResponse:
         return gain
 
     def _echoed(self, choice: ChoiceState) -> str:
+        """The prompt as it was sent; special tokens, also a BOS that the tokenizer added, as in the output."""
         prompt, tokenizer = choice.prompt, self._generation.tokenizer
-        if prompt.text is not None or tokenizer is None:
+        if tokenizer is None:
             return prompt.text or ""
+        skips = choice.request.params.skip_special_tokens
         if id(prompt) not in self._echoes:
-            self._echoes[id(prompt)] = tokenizer.decode(prompt.token_ids)
+            text = prompt.text
+            if text is None:
+                text = tokenizer.decode(prompt.token_ids, skips)
+            elif not skips and prompt.token_ids[0] == tokenizer.bos_token_id:
+                bos = tokenizer.token(prompt.token_ids[0])
+                text = text if text.startswith(bos) else bos + text
+            self._echoes[id(prompt)] = text
         return self._echoes[id(prompt)]
 
     def _writer(self, choice: ChoiceState) -> LogprobWriter:
