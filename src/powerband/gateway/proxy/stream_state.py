@@ -27,7 +27,12 @@ from powerband.gateway.proxy.events import (
     has_ids,
     read_chunk,
 )
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
+from powerband.gateway.proxy.upstream_errors import (
+    MAX_BYTES,
+    InvalidUpstreamRequest,
+    read_upstream_error,
+    with_served_name,
+)
 from powerband.gateway.proxy.whole_response import WholeAnswer
 from powerband.gateway.routes import ReplicaAddress
 from powerband.web.streaming import DONE, event
@@ -80,6 +85,7 @@ class StreamState:
         self._is_other_kind = False  # the current replica tells completions where the client asked for chat
         self.keeps_text = False
         self._skipped = ""
+        self._text_offset = 0  # of what the current replica tells, where it counts from its own first character
         self.engine = ""  # of the replicas so far
         self._opened: set[int] = set()  # choices whose role was sent
         self.is_resumed = False
@@ -161,6 +167,7 @@ class StreamState:
         self._is_other_kind = is_other_kind
         self._skipped = skipped
         self._before = kept if counts_as_prompt else 0
+        self._text_offset = sum(map(len, self.texts)) - len(skipped) if counts_as_prompt else 0
         self.num_tokens -= len(self.token_ids) - kept
         self._min_tokens = min(self._min_tokens, kept)
         self.usage, self._since_usage = None, self.num_tokens  # the next replica counts for itself
@@ -174,7 +181,7 @@ class StreamState:
             raise self.as_failure(chunk.error)
         self._check_choices(chunk)
         if not chunk.choices:
-            if chunk.usage is None and read_upstream_error(data).message:  # older vLLM's and TensorRT-LLM's form
+            if _is_error(data):
                 raise self.as_failure(Raw(data))
             self._take_usage(chunk, 0)
             return self._rewritten(data, chunk) if chunk.usage is not None and self._wants_usage else b""
@@ -204,6 +211,8 @@ class StreamState:
             raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._num_choices}.")
         if choice.finish_reason and choice.finish_reason.lower() in _GIVEN_UP:
             raise UpstreamFailure("truncated", f"The replica gave up: finish_reason {choice.finish_reason!r}.")
+        if index in self._finished and (text or choice.token_ids or (delta is not None and delta.content)):
+            raise UpstreamFailure("garbage", f"The replica sent more of choice {index} after its end.")
         if self._skipped:
             text = choice.text = self._after_skipped(text or "", is_last=bool(choice.finish_reason))
         if delta is not None:
@@ -324,6 +333,8 @@ class StreamState:
             choice.pop("prompt_token_ids", None)
         if "finish_reason" in choice and bytes(choice["finish_reason"]) == b'""':
             choice["finish_reason"] = None
+        if self._text_offset and "logprobs" in choice:
+            choice["logprobs"] = _shifted(choice["logprobs"], self._text_offset)
         if self._is_other_kind:
             text = choice.pop("text", None)
             choice["delta"] = {"content": text} if text or "token_ids" in choice else {}
@@ -426,6 +437,26 @@ class StreamState:
     def _build_chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._client_request.endpoint == "chat" else "text_completion"
         return event(_ENCODE({**self._lasting, "model": self._model, "object": kind, "choices": choices, **more}))
+
+
+def _is_error(data: bytes) -> bool:
+    """Whether an event without choices is an error in a form that does not say so by its field 'error'."""
+    if len(data) > MAX_BYTES:
+        return False
+    fields = FIELDS.decode(data)
+    kind = fields.get("object")
+    # Older vLLM's and TensorRT-LLM's form, with or without words; and JSON:API's.
+    if (kind is not None and bytes(kind) == b'"error"') or "errors" in fields:
+        return True
+    return "usage" not in fields and bool(read_upstream_error(data).message)
+
+
+def _shifted(logprobs: Raw, offset: int) -> Any:
+    """Log-probabilities of a completion whose places in the text begin so many characters later."""
+    found = msgspec.json.decode(logprobs)
+    if isinstance(found, dict) and isinstance(places := found.get("text_offset"), list):
+        found["text_offset"] = [place + offset if isinstance(place, int) else place for place in places]
+    return found
 
 
 def _parsed_text(delta: ChunkDelta) -> str:
