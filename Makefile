@@ -14,7 +14,7 @@ TESTS  ?= tests
 COUNTS := build/tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench check test drills kernels lint docs bench-cpu accuracy accuracy-own clean
+.PHONY: help demo bench check fast test drills drill-tests slow kernels kernels-beside kernels-off kernels-plain kernels-avx2 kernels-avx512 kernels-sanitized lint docs bench-cpu accuracy accuracy-own clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 19
@@ -25,19 +25,33 @@ demo: $(READY)  ## measure this machine, plan, deploy two replicas, verify the p
 bench: $(READY)  ## load the demo model for two minutes and report how it did (DURATION=30s)
 	@$(BIN)/python examples/bench.py $(if $(DURATION),--duration $(DURATION))
 
-check: $(READY) lint  ## between two edits: lint, types and the fast tests (two minutes; tests/slow_files.txt is what it leaves out)
+check: $(READY)  ## between two edits: lint, types and the fast tests (a minute and a half; tests/slow_files.txt is what it leaves out)
+	@$(MAKE) --no-print-directory -j 2 lint fast
+
+fast: $(READY)
 	@echo "· fast tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --fast --save-counts $(COUNTS)/fast.json $(TESTS)
 
-# Nothing runs twice. Drills have the machine to themselves: they measure.
-test: $(READY)  ## the whole proof: check, kernels, drills, then the slow tests (TESTS=tests/core for a part)
+# Nothing runs twice. Drills mostly wait, and measure: kernels run beside them, with less right to the processors.
+test: $(READY)  ## the whole proof: check, drills and kernels, then the slow tests (TESTS=tests/core for a part)
 	@rm -rf $(COUNTS)
 	@$(MAKE) --no-print-directory check
-	@$(if $(filter tests,$(TESTS)),$(MAKE) --no-print-directory kernels)
-	@$(if $(filter tests,$(TESTS)),echo "· drills"; $(BIN)/python -m pytest --save-counts $(COUNTS)/drills.json tests/drills)
+	@$(if $(filter tests,$(TESTS)),$(MAKE) --no-print-directory -j 2 kernels-beside drill-tests)
+	@$(MAKE) --no-print-directory slow
+
+# Files as tests/slow_files.txt orders them: those that take longest come first, so that no process ends long after the others.
+slow: $(READY)
 	@echo "· slow tests"
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --slow --add-counts $(COUNTS) $(TESTS) \
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --slow --add-counts $(COUNTS) $(TESTS) \
 	  $(if $(filter tests,$(TESTS)),--ignore tests/drills)
+
+drill-tests: $(READY)
+	@echo "· drills"
+	@$(BIN)/python -m pytest --save-counts $(COUNTS)/drills.json tests/drills
+
+kernels-beside: $(READY)
+	@mkdir -p $(COUNTS)
+	@MAKEFLAGS= nice -n 5 $(MAKE) --no-print-directory kernels CASES=$(CASES) >$(COUNTS)/kernels.txt 2>&1; code=$$?; cat $(COUNTS)/kernels.txt; exit $$code
 
 drills: $(READY)  ## do to a service what happens to services, and print what its users noticed (SOAK=30m KILLS=300 SEED=7)
 	@$(BIN)/python scripts/drills.py $(if $(SOAK),--soak $(SOAK)) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
@@ -45,18 +59,25 @@ drills: $(READY)  ## do to a service what happens to services, and print what it
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
 # One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more. Every test runs in each tier, with every value of each of its parameters;
 # all combinations of them run with the own tier, and with the others when `make kernels CASES=all` says so.
-KERNEL_TESTS := -m pytest -n 2 --no-header -p no:cacheprovider $(if $(filter all,$(CASES)),,--fewer-cases)
-SANITIZERS    = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
+KERNEL_TESTS = OMP_NUM_THREADS=1 $(1) $(BIN)/python -m pytest --no-header -p no:cacheprovider $(if $(filter all,$(CASES)),,--fewer-cases) --save-counts $(COUNTS)/$(subst -,_,$@).json $(2)
+SANITIZERS   = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any (CASES=all)
-	@echo "· kernels: none"
-	@OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=off $(BIN)/python $(KERNEL_TESTS) --save-counts $(COUNTS)/kernels_off.json tests/engine/test_parity.py
 	@own=$$($(BIN)/python -c "from powerband.engine.kernels.cpu.library import load; print(load().tier)"); \
-	for tier in avx512 avx2 plain; do [ $$tier = $$own ] && continue; echo "· kernels: $$tier"; \
-	  OMP_NUM_THREADS=1 POWERBAND_KERNEL_TIER=$$tier $(BIN)/python $(KERNEL_TESTS) \
-	  --save-counts $(COUNTS)/kernels_$$tier.json tests/engine/cpu_kernels || exit 1; done
-	@if command -v g++ >/dev/null; then echo "· kernels: sanitizers"; \
-	  OMP_NUM_THREADS=1 CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python $(KERNEL_TESTS) --save-counts $(COUNTS)/kernels_sanitized.json tests/engine/cpu_kernels; fi
+	$(MAKE) --no-print-directory -j 2 --output-sync kernels-sanitized kernels-off \
+	  $$(for tier in plain avx2 avx512; do [ $$tier = $$own ] || echo kernels-$$tier; done)
+
+kernels-off: $(READY)
+	@echo "· kernels: none"
+	@$(call KERNEL_TESTS,POWERBAND_KERNEL_TIER=off,tests/engine/test_parity.py)
+
+kernels-plain kernels-avx2 kernels-avx512: kernels-%: $(READY)
+	@echo "· kernels: $*"
+	@$(call KERNEL_TESTS,POWERBAND_KERNEL_TIER=$*,tests/engine/cpu_kernels)
+
+kernels-sanitized: $(READY)
+	@echo "· kernels: sanitizers"
+	@if command -v g++ >/dev/null; then $(call KERNEL_TESTS,CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0,\
+	  tests/engine/cpu_kernels); else echo "skipped: there is no g++"; fi
 
 lint: $(READY)  ## ruff and mypy --strict
 	@echo "· ruff"

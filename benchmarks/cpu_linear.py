@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from powerband.engine.kernels.cpu import library
-from powerband.engine.layers.packed import PackedBf16
-from powerband.engine.layers.quantized import quantize_int4, quantize_int8
-from powerband.engine.layers.quantized_linear import QuantizedLinear
+from powerband.engine.linear.bf16 import Bf16Provider
+from powerband.engine.linear.quantized import QuantizedProvider
+from powerband.engine.linear.quantized_weights import quantize_int4, quantize_int8
 from powerband.spec.checkpoint.quantization import DEFAULT_GROUP
 from powerband.spec.hardware.device import detect_cpu
 
@@ -45,7 +45,7 @@ class Precision:
 
 
 def kernel_bf16(weight: torch.Tensor) -> Product:
-    product = PackedBf16().prepare(weight, None)
+    product = Bf16Provider().prepare(weight, None)
     assert product is not None
     return product
 
@@ -56,7 +56,7 @@ def onednn_bf16(weight: torch.Tensor) -> Product:
 
 
 def kernel_int8(weight: torch.Tensor) -> Product:
-    return QuantizedLinear("int8", kernels=True).prepare(weight, None)
+    return QuantizedProvider("int8", kernels=True).prepare(weight, None)
 
 
 def torch_int8(weight: torch.Tensor) -> Product:
@@ -66,7 +66,7 @@ def torch_int8(weight: torch.Tensor) -> Product:
 
 
 def kernel_int4(weight: torch.Tensor) -> Product:
-    return QuantizedLinear("int4", kernels=True).prepare(weight, None)
+    return QuantizedProvider("int4", kernels=True).prepare(weight, None)
 
 
 def torch_int4(weight: torch.Tensor) -> Product:

@@ -153,7 +153,7 @@ def stages(engine: Engine) -> Iterator[Stopwatch]:
     watch.watch(runner, "_fill_pending", "inputs")
     watch.watch(runner, "forward", "model")
     watch.watch(runner.model, "logits", "head")
-    watch.watch(runner.model, "most_likely", "head")
+    watch.watch(runner.model, "argmax", "head")
     watch.watch(runner, "_sample", "sample")
     pending_step = sys.modules[type(runner).__module__].PendingStep
     watch.watch(pending_step, "result", "wait for tokens")

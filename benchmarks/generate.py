@@ -31,7 +31,7 @@ from powerband.core.loop import Add, Command
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.engine.build import Engine, build_engine
-from powerband.engine.checkpoint import resolve_model
+from powerband.engine.model_loader.checkpoint import resolve_model
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.settings import EngineSettings
 

@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "engine")]
 import torch  # noqa: E402 (the path comes first)
 from gpu_rig import BLOCK_SIZE, SEED, Rig, Stepper, even_batch, repeated_s, timed  # noqa: E402
 
-from powerband.engine.attention import AttentionShape, Choice, make_backend  # noqa: E402
+from powerband.engine.attention import AttentionShape, BackendSelection, make_backend  # noqa: E402
 from powerband.spec.model.counts import count_parameters, kv_bytes_per_token, step_flops  # noqa: E402
 from powerband.spec.model.model_spec import ModelSpec  # noqa: E402
 from powerband.spec.model.reader import read_model_spec  # noqa: E402
@@ -162,7 +162,7 @@ def roofline_s(spec: ModelSpec, works: list[tuple[int, int]], limits: dict[str, 
 
 def measure_attention(device: torch.device, attention: str, limits: dict[str, float], quick: bool) -> list[Any]:
     """One layer's attention alone, on Llama-3.1-8B's heads: reading KV for decodes, arithmetic for chunks."""
-    backend = make_backend(Choice(attention, "measured"), BLOCK_SIZE, device)
+    backend = make_backend(BackendSelection(attention, "measured"), BLOCK_SIZE, device)
     shape = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128, scale=128**-0.5)
     cases = [(1, 64, 4), (64, 64, 1)] if quick else [(1, 1024, 1), (1, 8192, 1), (1, 8192, 32), (1, 1024, 256)]
     cases += [] if quick else [(2048, 2048, 1), (8192, 8192, 1), (512, 8192, 4)]

@@ -20,8 +20,8 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.scheduler import Scheduler
 from powerband.core.step import NewRequest, Step, Work
-from powerband.engine.attention import AttentionBatch, Choice
-from powerband.engine.cuda_graphs import DecodeGraphs, can_capture
+from powerband.engine.attention import AttentionBatch, BackendSelection
+from powerband.engine.executor.cuda_graphs import DecodeGraphs, can_capture
 from powerband.engine.executor.local import ExecutorConfig, TorchExecutor
 from powerband.spec.model.model_spec import ModelSpec
 
@@ -48,7 +48,7 @@ class Rig:
             max_model_len=options["max_model_len"],
             block_size=BLOCK_SIZE,
             seed=SEED,
-            attention=Choice(options["attention"], "asked for"),
+            attention=BackendSelection(options["attention"], "asked for"),
             kernels=False,
             overlap=overlap,
             graph_rows=self.max_rows if captures and device.type == "cuda" else 0,

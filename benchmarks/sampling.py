@@ -24,8 +24,8 @@ import torch
 
 from powerband.core.params import SamplingParams
 from powerband.engine.kernels.cpu import library
-from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
-from powerband.engine.sampler import Sampler
+from powerband.engine.sampling.cpu import use_cpu_sampling
+from powerband.engine.sampling.sampler import Sampler
 from powerband.spec.hardware.device import detect_cpu
 
 GOAL_MS = 5.0

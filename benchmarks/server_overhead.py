@@ -32,7 +32,7 @@ from powerband.core.loop import EngineCore, Inbox
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor
 from powerband.core.step import Work
-from powerband.engine.messages import EngineInfo
+from powerband.engine.client.messages import EngineInfo
 from powerband.spec.settings import EngineSettings
 
 LIMIT_US = 100.0
@@ -123,7 +123,7 @@ def main() -> int:
 
         return serve_engine(build)
     if "--serve" in sys.argv:
-        from powerband.engine.supervisor import EngineProcess
+        from powerband.engine.client.supervisor import EngineProcess
         from powerband.server.run import serve
         from powerband.server.settings import ServerSettings
 

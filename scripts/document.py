@@ -8,10 +8,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from powerband.cli.flags import ALL_SETTINGS
+from powerband.cli.flags import KNOWN_SETTINGS
 from powerband.cli.settings import PREFIX
 from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.metrics.prometheus import ALIASES, EngineMetrics
+from powerband.renamed import new_names, option
 from powerband.spec.settings import KIND_NAMES, choices, value_types
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -27,10 +28,11 @@ Every setting below can be given in four ways. The first that is present counts:
 3. a line in a YAML file, `max_num_seqs: 8`, named by `--config powerband.yaml`
 4. the default
 
-`powerband config show` takes the same flags and prints each value with its origin. A setting that is unknown, out of
-range, or without effect beside the others is an error, never ignored. Settings that are on or off have two flags:
-`--enable-prefix-caching` and `--no-enable-prefix-caching`. The groups from Model to Scheduling are also keyword
-arguments of `powerband.LLM`. `POWERBAND_DEBUG=1` is no setting: it prints the traceback of an unexpected error.
+`powerband config show` takes the flags of `powerband serve` and prints each value with its origin. A setting that is
+unknown, out of range, or has no effect because of the others is an error, never ignored. A setting that is on or off
+has two flags: `--enable-prefix-caching` and `--no-enable-prefix-caching`. The groups from Model to Scheduling are also
+keyword arguments of `powerband.LLM`. Server has the settings of `powerband serve`; Gateway, Queue and Failure have
+those of `powerband gateway`. `POWERBAND_DEBUG=1` is not a setting: it prints the traceback of an unexpected error.
 """
 
 
@@ -113,14 +115,24 @@ def _gateway_rows() -> Iterator[str]:
 
 def settings_page() -> str:
     groups: dict[str, list[str]] = {}
-    for settings in ALL_SETTINGS:
+    for settings in KNOWN_SETTINGS:
         for item in fields(settings):
             row = _row(item.name, value_types(settings)[item.name], item.default, item.metadata)
             groups.setdefault(item.metadata["group"], []).append(row)
     tables = (f"## {group}\n\n{HEAD}" + "".join(rows) for group, rows in groups.items())
-    return SETTINGS + "\n" + "\n".join(tables)
+    names = {old: new for settings in KNOWN_SETTINGS for old, new in new_names(settings).items()}
+    renamed = RENAMED + "".join(f"| `{option(old)}` | `{option(new)}` |\n" for old, new in names.items())
+    return SETTINGS + "\n" + "\n".join([*tables, *([renamed] if names else [])])
 
 
+RENAMED = """\
+## Renamed settings
+
+In this release the old names still work, in all four ways, with a warning.
+
+| old name | new name |
+|---|---|
+"""
 HEAD = "| setting | value | default | what it does |\n|---|---|---|---|\n"
 
 

@@ -1,4 +1,5 @@
-"""What holds for all tests: Ctrl-C works in what they start, and they run in parts whose counts are added up.
+"""What holds for all tests: Ctrl-C works in what they start, no example has a time limit, and they run in parts whose
+counts are added up.
 
 `--fast` leaves out what takes seconds; `--slow` runs just that. `--save-counts FILE` keeps how many tests passed, and
 `--add-counts FOLDER` counts those of earlier runs in the last line, which then speaks of all parts together.
@@ -12,15 +13,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
-SLOW_FILES = {TESTS / line for line in (TESTS / "slow_files.txt").read_text().splitlines() if not line.startswith("#")}
+SLOW_FILES = [TESTS / line for line in (TESTS / "slow_files.txt").read_text().splitlines() if not line.startswith("#")]
 SLOW_FOLDERS = {TESTS / "drills", TESTS / "benchmarks", TESTS / "kernels"}
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that: programs that the tests
 # start and then interrupt would go on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# How long an example takes depends on what else the machine does.
+settings.register_profile("powerband", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("powerband")
 
 COUNTED = ("passed", "skipped", "xfailed", "xpassed")  # a part with failures is the last one
 
@@ -53,7 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--fast"):
         items[:] = [item for item in items if not is_slow[item]]
     if config.getoption("--slow"):
-        items[:] = [item for item in items if is_slow[item]]
+        place = {path: number for number, path in enumerate(SLOW_FILES)}
+        items[:] = sorted((item for item in items if is_slow[item]), key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

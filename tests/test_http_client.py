@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from powerband.http_client import Response, bearer, request, request_sync, split_url
+from powerband.http_client.request import Response, bearer, request, request_sync, split_url
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -34,7 +34,7 @@ from benchmarks.cpu.report import Figures, lines, machine, peers_table, table
 from benchmarks.cpu.shapes import SHAPES, Shape
 from benchmarks.cpu.steps import StepFailed, Steps
 
-from powerband.engine.supervisor import ENVIRONMENT
+from powerband.engine.client.supervisor import ENVIRONMENT
 
 SEED = 0
 SLOW = 1.5

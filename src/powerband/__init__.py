@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from powerband.core.params import SamplingParams
-    from powerband.engine.llm import LLM
+    from powerband.engine.offline.llm import LLM
 
     __version__: str
 
@@ -19,7 +19,7 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 def __getattr__(name: str) -> Any:
     """Load on first use, so that importing the package costs nothing."""
     if name == "LLM":
-        from powerband.engine.llm import LLM
+        from powerband.engine.offline.llm import LLM
 
         return LLM
     if name == "SamplingParams":

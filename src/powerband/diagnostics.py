@@ -95,7 +95,7 @@ def compute_report(findings: list[Problem]) -> dict[str, Any]:
 
 
 def _weight_cache() -> str:
-    from powerband.engine import weight_cache
+    from powerband.engine.model_loader import weight_cache
 
     files = weight_cache.kept_files()
     size = sum(path.stat().st_size for path in files)

@@ -186,7 +186,7 @@ class _Scan:
             if len(text) > MAX_NAME:
                 raise _TooMuch(f"line {line}: a name has {len(text):,} characters; the limit is {MAX_NAME}")
             if text in level.names:
-                raise _TooMuch(f"line {line}: {text!r} is there twice")
+                raise _TooMuch(f"line {line}: {text!r} occurs twice")
             if text != "<<":
                 level.names.add(text)
         if len(text) > MAX_TEXT:

@@ -67,8 +67,8 @@ class QueueFull(PowerbandError):
     http_status = 429
     default_code = "queue_full"
 
-    def __init__(self, message: str, *, retry_after_s: float, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
+    def __init__(self, message: str, *, retry_after_s: float, hint: str = "", code: str = "") -> None:
+        super().__init__(message, hint=hint, code=code)
         self.retry_after_s = retry_after_s
 
 

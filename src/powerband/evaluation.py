@@ -18,7 +18,7 @@ from powerband.text.corpus import held_out_documents
 from powerband.text.eval_tasks import KINDS, eval_tasks
 
 if TYPE_CHECKING:
-    from powerband.engine.llm import LLM
+    from powerband.engine.offline.llm import LLM
 
 ANSWER_TOKENS = 128  # more than the longest answer takes
 PIECE_CHARS = 1500  # of held-out text, each measured without the text before it
@@ -39,7 +39,7 @@ def evaluate_model(
     settings: EngineSettings, samples: int, seed: int, report: Callable[[str, float], None]
 ) -> tuple[ModelEvaluation, str]:
     """A model in one precision, and the precision of its checkpoint. Raises EnvironmentFault without a tokenizer."""
-    from powerband.engine.llm import LLM
+    from powerband.engine.offline.llm import LLM
 
     start_s = time.monotonic()
     with LLM(**asdict(settings)) as llm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from samples_for_tests import load, point, report
 from scipy import stats
 
 from powerband.bench.load import LoadResult
+from powerband.bench.report import result_files
 from powerband.bench.report.compare import compare, compare_samples
 from powerband.bench.report.compare_table import comparison_table
 from powerband.bench.report.result_files import write_run
@@ -51,6 +53,42 @@ def test_a_server_slower_by_a_fifth_is_slower_and_the_other_way_round_faster(tmp
     assert tpot.median.interval_s[0] < (tpot.median.b_s or 0) - (tpot.median.a_s or 0) < tpot.median.interval_s[1]
     assert tpot.p99.verdict == "slower"
     assert tpot.delta == pytest.approx(-(back.figures["tpot"].delta or 0))
+
+
+@pytest.mark.parametrize("number", [-1, 1, 10**8, 10**30])
+def test_a_request_of_a_point_that_the_run_lacks_is_an_error(number: int, tmp_path: Path):
+    folder = written(tmp_path / "a", load(requests=40))
+    file = folder / "requests.jsonl"
+    line, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(line) | {"point": number}), *others]))
+    with pytest.raises(UsageError, match=r"requests\.jsonl is broken: line 1: "):
+        compare(folder, folder)
+
+
+@pytest.mark.parametrize("name", ["run.json", "requests.jsonl"])
+def test_only_regular_files_of_bounded_size_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = written(tmp_path / "a", load(requests=40))
+    file = folder / name
+    for limit in ("_MAX_RUN_BYTES", "_MAX_REQUESTS_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(result_files, limit, 100)
+            with pytest.raises(UsageError, match=r"100 are read at most"):
+                compare(folder, folder)
+    file.rename(tmp_path / "kept")
+    file.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=f"{name} is not a regular file"):
+        compare(folder, folder)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match=f"{name} is not a regular file"):
+        compare(folder, folder)
+
+
+def test_a_line_that_does_not_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = written(tmp_path / "a", load(requests=40))
+    monkeypatch.setattr(result_files, "_MAX_LINE_BYTES", 100)
+    with pytest.raises(UsageError, match="a line of more than 100 bytes"):
+        compare(folder, folder)
 
 
 def test_different_seeds_are_compared_unpaired_and_with_a_warning(tmp_path: Path):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from powerband.bench.client.connection import BenchConnection, ConnectionPool, HTTPResponse
 from powerband.bench.client.messages import Sample, ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response, spread
 from powerband.bench.load import LoadOptions, run_load
 from powerband.errors import UsageError
+from powerband.http_client.connection import CollectedResponse, ConnectionPool, OutboundConnection
 from powerband.metrics.record import Outcome
 from powerband.spec.workload.arrivals import ClosedLoop
 from powerband.spec.workload.lengths import Fixed
@@ -28,25 +28,26 @@ class Wire:
         self.sent = b""
         self.is_aborted = False
 
-    def write(self, data: bytes) -> None:
-        self.sent += data
+    def writelines(self, data: Iterable[bytes]) -> None:
+        self.sent += b"".join(data)
 
     def abort(self) -> None:
         self.is_aborted = True
 
 
-def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[HTTPResponse, BenchConnection, bool]:
+def received(pieces: Iterable[bytes], *, closes: bool = False) -> tuple[CollectedResponse, OutboundConnection, bool]:
     """What becomes of an answer that arrives in these pieces: it, its connection, and whether it ended."""
 
-    async def feed() -> tuple[HTTPResponse, BenchConnection, bool]:
-        connection: Any = BenchConnection()
+    async def feed() -> tuple[CollectedResponse, OutboundConnection, bool]:
+        connection: Any = OutboundConnection(ConnectionPool("http://localhost"))
         connection.connection_made(Wire())
-        answer, done = connection.exchange(b"GET / HTTP/1.1\r\n\r\n")
+        answer = CollectedResponse()
+        connection.send((b"GET / HTTP/1.1\r\n\r\n",), answer)
         for piece in pieces:
             connection.data_received(piece)
         if closes:
             connection.connection_lost(None)
-        return answer, connection, done.done()
+        return answer, connection, answer.done.done()
 
     return asyncio.run(feed())
 
@@ -75,7 +76,7 @@ def test_an_answer_cut_anywhere_reads_the_same() -> None:
         reading = parse_response(answer)
         assert (reading.text, len(reading.times_s), reading.problem) == ("Grüße aus Köln 🎉", 3, ""), f"cut at {cut}"
         assert is_done
-        assert connection.is_reusable
+        assert connection.is_open
 
 
 def test_an_answer_byte_by_byte_reads_the_same() -> None:
@@ -98,6 +99,19 @@ def test_lines_may_end_in_crlf(cut: int | None) -> None:
     parts = (stream,) if not cut else (stream[:cut], stream[cut:])
     reading = read(chunked(*(part for part in parts if part)))
     assert (reading.text, len(reading.times_s), reading.problem) == ("Grüße aus Köln 🎉", 3, "")
+
+
+def test_lines_may_end_in_cr_behind_a_byte_order_mark() -> None:
+    stream = b"\xef\xbb\xbf" + b"".join(STREAM).replace(b"\n", b"\r")
+    reading = read(chunked(stream[:9], stream[9:]))
+    assert (reading.text, len(reading.times_s), reading.problem) == ("Grüße aus Köln 🎉", 3, "")
+
+
+def test_content_in_parts_is_a_token() -> None:
+    """As Mistral sends thoughts."""
+    part = b'data: {"choices":[{"delta":{"content":[{"type":"thinking","thinking":[]}]}}]}\n\n'
+    reading = read(chunked(part, STREAM[2], STREAM[3]))
+    assert (reading.tokens, reading.problem) == ([1, 1], "")
 
 
 def test_several_events_in_one_packet_are_several_chunks() -> None:
@@ -187,8 +201,8 @@ def test_wrong_or_unfinished_http_says_what_it_is(raw: bytes, problem: str) -> N
     answer, connection, is_done = received([raw] if raw else [], closes=True)
     assert problem in answer.problem
     assert is_done
-    assert not answer.finished
-    assert not connection.is_reusable
+    assert answer.code
+    assert not connection.is_open
 
 
 def test_an_error_is_told_in_the_servers_words() -> None:
@@ -218,17 +232,17 @@ def test_continue_is_not_the_answer() -> None:
 
 def test_an_answer_without_a_length_ends_with_its_connection() -> None:
     answer, connection, _ = received([b"HTTP/1.0 200 OK\r\n\r\n", *STREAM], closes=True)
-    assert (parse_response(answer).problem, answer.finished, connection.is_reusable) == ("", True, False)
+    assert (parse_response(answer).problem, answer.is_over, connection.is_open) == ("", True, False)
 
 
 def test_a_connection_that_the_server_will_close_is_not_kept() -> None:
     _, connection, _ = received([b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"])
-    assert not connection.is_reusable
+    assert not connection.is_open
 
 
 def test_an_answer_that_nobody_asked_for_ends_the_connection() -> None:
     async def feed() -> bool:
-        connection, wire = BenchConnection(), Wire()
+        connection, wire = OutboundConnection(), Wire()
         connection.connection_made(wire)  # type: ignore[arg-type]  # goes nowhere
         connection.data_received(HEAD)
         return wire.is_aborted
@@ -316,4 +330,4 @@ def test_no_server_at_all_is_an_error_of_each_request() -> None:
 )
 def test_an_address_that_is_none_is_named(base: str) -> None:
     with pytest.raises(UsageError, match="is no host and port"):
-        ConnectionPool(ServerAddress(base=base, endpoint="chat", model="m"))
+        ConnectionPool(base)

@@ -40,7 +40,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path):
 def test_every_request_is_a_line_with_all_that_is_known_of_it(tmp_path: Path):
     result = load(requests=50, failures=0.2)
     write_run(report(point(result)), [result], tmp_path)
-    (requests,) = read_requests(tmp_path)
+    (requests,) = read_requests(tmp_path, 1)
     names = set(msgspec.structs.asdict(result.samples[0]))
     assert names < set(json.loads((tmp_path / "requests.jsonl").read_text().splitlines()[0]))
     for line, sample in zip(requests, result.samples, strict=True):
@@ -84,7 +84,7 @@ def test_text_with_any_line_separator_stays_in_its_line(tmp_path: Path):
     odd = tuple(msgspec.structs.replace(sample, error="a\u2028b\x85c\nd") for sample in result.samples)
     result = replace(result, samples=odd)
     write_run(report(point(result)), [result], tmp_path)
-    assert [line.error for line in read_requests(tmp_path)[0]] == ["a\u2028b\x85c\nd"] * 3
+    assert [line.error for line in read_requests(tmp_path, 1)[0]] == ["a\u2028b\x85c\nd"] * 3
     assert len(read_trace(tmp_path / "requests.jsonl").requests) == 3
 
 
@@ -157,7 +157,7 @@ def test_a_broken_line_is_told_with_its_number(tmp_path: Path):
     with (tmp_path / "requests.jsonl").open("a") as file:
         file.write('{"index": "six"}\n')
     with pytest.raises(UsageError, match="line 6"):
-        read_requests(tmp_path)
+        read_requests(tmp_path, 1)
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 
 from powerband.bench.client.http import get
 from powerband.bench.client.messages import ServerAddress
-from powerband.http_client import Response
+from powerband.http_client.request import Response
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 

@@ -16,6 +16,7 @@ import yaml
 
 from powerband.bench.report.result_files import read_requests, read_run
 from powerband.calibration.client_capacity import ClientCapacity
+from powerband.cli.main import main
 
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("POWERBAND_")}, "COLUMNS": "100"}
 SHORT = ["--prompt-tokens", "8", "--prefix-tokens", "0", "--output-tokens", "4"]
@@ -65,7 +66,7 @@ def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[st
     assert f"report: {out}/report.html" in shown.stdout
     report = read_run(out)
     assert report.points[0].summary.attainment == 1
-    assert len(read_requests(out)[0]) == report.points[0].whole.answered > 20
+    assert len(read_requests(out, 1)[0]) == report.points[0].whole.answered > 20
     assert all("hush" not in file.read_text() for file in out.iterdir())
     again = bench(
         environment, server, "--trace", str(out / "requests.jsonl"), "--json", "--out", str(tmp_path / "again")
@@ -99,7 +100,6 @@ def test_other_tools_spellings_are_understood(server: str, environment: dict[str
         (["--workload", "nonsense"], 2, "Unknown workload 'nonsense'"),
         (["--trace", "no-such-file"], 3, "no-such-file"),
         (["--speedup", "2"], 2, "for a trace"),
-        (["--ramp", "1-10"], 0, ""),
         (["--burstiness", "2", "--concurrency", "2"], 2, "open loop"),
         (["--turns", "1", "--think", "2s"], 2, "--think needs --turns"),
         (["--fault", "nonsense"], 2, "Unknown fault 'nonsense'"),
@@ -112,17 +112,26 @@ def test_other_tools_spellings_are_understood(server: str, environment: dict[str
     ],
 )
 def test_what_cannot_be_done_is_one_message_and_an_exit_code(
-    server: str, environment: dict[str, str], tmp_path: Path, arguments: list[str], code: int, message: str
+    server: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
 ) -> None:
+    monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
     named = [] if any("://" in argument for argument in arguments) else [server]
-    shown = bench(environment, *named, *arguments, "--requests", "3", "--out", str(tmp_path), *_length(arguments))
-    assert shown.returncode == code, shown.stderr
-    assert message in shown.stderr
-    assert "Traceback" not in shown.stderr
+    assert main(["bench", *named, *arguments, "--requests", "3", "--out", str(tmp_path)]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
 
 
-def _length(arguments: list[str]) -> list[str]:
-    return ["--duration", "2s"] if "--ramp" in arguments else []
+def test_a_rate_can_grow(server: str, environment: dict[str, str], tmp_path: Path) -> None:
+    ramp = ["--ramp", "1-10", "--requests", "3", "--duration", "2s"]
+    shown = bench(environment, server, *ramp, "--out", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
 
 
 def test_a_missed_slo_exits_with_1_and_a_broken_server_with_4(environment: dict[str, str], tmp_path: Path) -> None:
@@ -149,13 +158,13 @@ def test_a_client_near_its_ceiling_is_invalid(server: str, environment: dict[str
 
 
 def test_a_rate_is_found_on_a_server_of_known_capacity(environment: dict[str, str], tmp_path: Path) -> None:
-    """4 slots of 200 ms: 20 requests a second, few enough for a machine that others use, too."""
-    with scripted(ttft_s=0.2, slots=4) as url:
-        search = ["--find-rate", "--rate", "10", "--duration", "6s", "--slo", "ttft=800ms"]
+    """4 slots of 100 ms: 40 requests a second, few enough for a machine that others use, too."""
+    with scripted(ttft_s=0.1, slots=4) as url:
+        search = ["--find-rate", "--rate", "20", "--duration", "3s", "--slo", "ttft=400ms"]
         shown = bench(environment, url, *search, *SHORT[:4], "--output-tokens", "1", "--json", "--out", str(tmp_path))
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)["found"]
-    assert 10 <= found["requests_per_s"] <= 22
+    assert 20 <= found["requests_per_s"] <= 46  # what is just too much is late at the end only
     assert "MISSED, SLO kept by" in shown.stderr
 
 

@@ -57,7 +57,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile.yaml"
     write_profile(KNOWN, path)
-    assert main(["calibrate", "demo", "--seconds", "6", "--out", str(path), "--json"]) == 0
+    assert main(["calibrate", "demo", "--seconds", "3", "--out", str(path), "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)["measured"]
     assert (row["what"], row["steps"] >= 16) == ("demo, 16 bits", True)
     [refinement] = read_profile(path).refinements

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model_configs import model_config
 from powerband.cli.main import main
 from powerband.spec.plan import read_plan
 
-SMALL = {
-    "model_type": "llama",
-    "torch_dtype": "bfloat16",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
+SMALL = model_config(2048, 16, intermediate=8192, max_position_embeddings=4096, tie_word_embeddings=True)
 ASKED = ("--devices", "L4", "--max-devices", "2", "--rate", "2", "--engine", "vllm", "--quantization", "none")
 LIGHT = ("--prompt-tokens", "200", "--output-tokens", "20", "--workers", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_simulations() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("powerband.planner.search._SECONDS", 15.0)
+        patch.setattr("powerband.planner.search._MIN_REQUESTS", 40)
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from powerband.cli.main import main
+
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("POWERBAND_")}, "OMP_NUM_THREADS": "1"}
 SMALL = ["--threads", "1", "--max-model-len", "256", "--kv-cache-memory", "16MiB"]
 
@@ -31,9 +33,11 @@ def test_generate_streams_text_to_stdout_and_reads_stdin() -> None:
     assert shown.stdout.strip()
 
 
-def test_generate_as_json_is_repeatable_and_counts_tokens() -> None:
-    arguments = ("generate", "demo", "--prompt", "def add(", "--raw", "--max-tokens", "5", "--json", *SMALL)
-    reports = [json.loads(powerband(*arguments).stdout) for _ in range(2)]
+def test_generate_as_json_is_repeatable_and_counts_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = []
+    for _ in range(2):
+        assert main(["generate", "demo", "--prompt", "def add(", "--raw", "--max-tokens", "5", "--json", *SMALL]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
     assert reports[0]["text"] == reports[1]["text"] != ""
     assert reports[0]["output_tokens"] == 5
     assert reports[0]["finish_reason"] == "length"
@@ -53,13 +57,15 @@ def test_generate_as_json_is_repeatable_and_counts_tokens() -> None:
         (["serve", "demo", "--api-key-file", "no-such-file"], 3, "no-such-file"),
     ],
 )
-def test_what_cannot_be_done_is_one_message_and_an_exit_code(arguments: list[str], code: int, message: str) -> None:
+def test_what_cannot_be_done_is_one_message_and_an_exit_code(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = ["--port", "0"] if arguments[0] == "serve" else []
-    shown = powerband(*arguments, *port)
-    assert shown.returncode == code, shown.stderr
-    assert message in shown.stderr
-    assert "Traceback" not in shown.stderr
-    assert shown.stdout == ""
+    assert main([*arguments, *port]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
 
 
 def test_port_in_use_is_said_before_anything_is_loaded() -> None:
@@ -114,8 +120,9 @@ def test_ctrl_c_ends_a_server_with_130(server: tuple[subprocess.Popen[bytes], st
 
 
 def test_ctrl_c_ends_generate_with_130() -> None:
-    command = [sys.executable, "-m", "powerband", "generate", "demo", "--prompt", "x", "--raw", "--max-tokens", "250"]
-    process = subprocess.Popen([*command, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    command = [sys.executable, "-m", "powerband", "generate", "demo", "--prompt", "x", "--raw", "--threads", "1"]
+    long = ["--max-tokens", "1900", "--max-model-len", "2048"]
+    process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stdout is not None
     assert process.stdout.read(1)  # the text has begun
     process.send_signal(signal.SIGINT)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from powerband.cli.main import main
 from powerband.cli.settings import Resolved, resolve
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.gateway.settings import GatewaySettings
+from powerband.renamed import warn_renamed
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 
@@ -123,3 +126,60 @@ def test_wrong_file_is_a_usage_error(file: Path, content: str, message: str) -> 
 def test_missing_file_is_a_fault_of_the_environment(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="No such file"):
         resolved(tmp_path / "none.yaml")
+
+
+OLD = ("longest_wait_s", "probe_every_s", "retry_share", "max_tries", "stall_timeout_s", "trace_share")
+NEW = (
+    *("max_queue_wait_s", "probe_interval_s", "retry_budget_ratio"),
+    *("max_attempts", "stream_idle_timeout_s", "trace_sample_ratio"),
+)
+
+
+def gateway_settings(
+    file: Path | None = None, environment: dict[str, str] | None = None, **given: Any
+) -> GatewaySettings:
+    found = resolve([GatewaySettings], (*KNOWN, GatewaySettings), given, environment or {}, file)
+    settings: GatewaySettings = found.values[GatewaySettings]
+    return settings
+
+
+@pytest.mark.parametrize(("old", "new"), [*zip(OLD, NEW, strict=True)])
+def test_old_names_work_in_every_layer_with_a_warning(
+    old: str, new: str, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_renamed.cache_clear()
+    flag, variable = f"--{old.replace('_', '-')}", f"POWERBAND_{old.upper()}"
+    assert getattr(gateway_settings(**{old: 1}), new) == 1
+    assert f"{flag} is now called --{new.replace('_', '-')}" in caplog.text
+    assert getattr(gateway_settings(environment={variable: "1"}), new) == 1
+    assert f"{variable} is now called POWERBAND_{new.upper()}" in caplog.text
+    file.write_text(f"{old}: 1\n")
+    assert getattr(gateway_settings(file), new) == 1
+    assert f"{old} in {file} is now called {new} in {file}" in caplog.text
+
+
+def test_the_new_name_wins_within_a_layer_and_the_higher_layer_wins_under_either_name(file: Path) -> None:
+    file.write_text("max_attempts: 2\nmax_tries: 3\n")
+    assert gateway_settings(file).max_attempts == 2
+    assert gateway_settings(file, {"POWERBAND_MAX_TRIES": "4"}).max_attempts == 4
+    assert gateway_settings(file, {"POWERBAND_MAX_TRIES": "4", "POWERBAND_MAX_ATTEMPTS": "5"}).max_attempts == 5
+    assert gateway_settings(file, {"POWERBAND_MAX_ATTEMPTS": "5"}, max_tries=6).max_attempts == 6
+
+
+def test_help_shows_new_names_only_and_a_flag_may_have_either(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gateway", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for old, new in zip(OLD, NEW, strict=True):
+        assert f"--{new.replace('_', '-')}" in shown
+        assert f"--{old.replace('_', '-')}" not in shown
+    assert main(["gateway", "--stall-timeout", "1"]) == 2
+    assert "Did you mean --stream-idle-timeout-s?" in capsys.readouterr().err
+    for flag in ("--max-attempts", "--max-tries"):
+        assert main(["gateway", flag, "99"]) == 2
+        assert "max_attempts is 99; it must be between 1 and 10." in capsys.readouterr().err
+
+
+def test_a_wrong_value_under_an_old_name_is_reported_with_its_origin() -> None:
+    with pytest.raises(UsageError, match="max_attempts is 99") as caught:
+        gateway_settings(environment={"POWERBAND_MAX_TRIES": "99"})
+    assert "POWERBAND_MAX_TRIES" in caught.value.hint

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from model_configs import LLAMA_8B
 from powerband.cli.main import main
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog
@@ -18,21 +19,6 @@ from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.presets import preset
 from powerband.spec.workload.workload import Workload
-
-LLAMA_8B = {
-    "model_type": "llama",
-    "torch_dtype": "bfloat16",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture

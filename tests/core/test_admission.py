@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from powerband.core.admission import Admission, DeadlineInfeasible, SchedulerLimits
+from powerband.core.admission import Admission, SchedulerLimits
 from powerband.core.clock import VirtualClock
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import Add, Command, EngineCore
@@ -91,7 +91,7 @@ def test_a_deadline_out_of_reach_is_refused_at_once() -> None:
     s = Scheduler(KVCacheManager(64, 4), limits, estimate_s=lambda ahead, prompt: (ahead + prompt) / 100)
     s.add(ask("first", prompt=100), 0.0)
     s.add(ask("patient", deadline_s=2.0), 0.0)
-    with pytest.raises(DeadlineInfeasible, match=r"0\.66 s after the deadline: 108 prompt tokens are ahead") as refusal:
+    with pytest.raises(QueueFull, match=r"0\.66 s after the deadline: 108 prompt tokens are ahead") as refusal:
         s.add(ask("urgent", deadline_s=0.5), 0.0)
     assert refusal.value.code == "deadline_infeasible"
     assert refusal.value.retry_after_s == pytest.approx(0.66)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from core_device import Config
 from core_world import play
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerband.core.policy import POLICY_NAMES
@@ -34,7 +34,7 @@ def test_all_conditions(num_stages: int, policy: str) -> None:
         seed = next(seeds)
         config = Config(
             seed=seed,
-            num_requests=32,
+            num_requests=24,
             num_stages=num_stages,
             overlap=overlap,
             num_blocks=num_blocks,
@@ -53,7 +53,7 @@ def test_all_conditions(num_stages: int, policy: str) -> None:
     assert aborts > 10, "too easy a test"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, derandomize=True)
 @given(
     st.builds(
         Config,

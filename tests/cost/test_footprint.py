@@ -14,7 +14,7 @@ from powerband.cost.footprint import activation_bytes, attention_bytes, sampling
 from powerband.engine.attention.base import AttentionBatch, AttentionShape
 from powerband.engine.attention.reference import ReferenceAttention
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.sampler import Sampler
+from powerband.engine.sampling.sampler import Sampler
 from powerband.spec import ModelSpec, read_model_spec
 
 TOKENS = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from model_configs import LLAMA_8B
 from powerband.cost.latency import LatencyModel
 from powerband.cost.shapes import FORMATS
 from powerband.spec.deployment import ENGINES, EngineName, Replica
@@ -18,22 +19,7 @@ MEASURED = {"A100-80G", "L40S", "H100", "H200", "B200", "RTX-PRO-6000", "RTX-409
 
 
 def spec() -> ModelSpec:
-    return read_model_spec(
-        {
-            "model_type": "llama",
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 32,
-            "vocab_size": 128256,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-        }
-    )
+    return read_model_spec(LLAMA_8B)
 
 
 def model(device: str, engine: EngineName = "vllm", tensor_parallel: int = 1) -> LatencyModel:

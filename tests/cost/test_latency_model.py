@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from model_configs import model_config
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.spec.deployment import Replica
@@ -16,36 +17,15 @@ from powerband.spec.hardware.profile import DeviceLink, DeviceProfile
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import read_model_spec
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+LLAMA_8B = model_config(max_position_embeddings=131072, rope_theta=500000.0)
+MIXTRAL = model_config(
+    model_type="mixtral",
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    vocab=32000,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+)
 HOPPER = DeviceProfile(
     name="some Hopper",
     kind="cuda",

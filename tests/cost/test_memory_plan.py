@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_configs import model_config
 from powerband.cost import MemoryPlan, plan_memory
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec import EngineSettings, ModelSpec, read_model_spec
@@ -18,29 +19,10 @@ GIB = 1 << 30
 KINDS: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
 
 LLAMA_2_7B = read_model_spec(
-    {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
-        "vocab_size": 32000,
-        "torch_dtype": "float16",
-    }
+    model_config(4096, 32, 32, 32, 11008, 32000, torch_dtype="float16", max_position_embeddings=4096)
 )
 QWEN_2_5_7B = read_model_spec(
-    {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "vocab_size": 152064,
-        "torch_dtype": "bfloat16",
-    }
+    model_config(3584, 28, 28, 4, 18944, 152064, model_type="qwen2", max_position_embeddings=32768)
 )
 GPT_OSS_LIKE = read_model_spec(
     {
@@ -61,7 +43,7 @@ def _plan(spec: ModelSpec, memory: int, kind: Literal["cpu", "cuda"] = "cpu", **
     return plan_memory(spec, EngineSettings(**asked), memory, kind=kind)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     spec=st.sampled_from(MODELS),
     kind=st.sampled_from(KINDS),
@@ -95,7 +77,7 @@ def test_parts_add_up_never_exceed_memory_and_grow_with_it(
     assert large.max_model_len >= small.max_model_len
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(memory=st.integers(16 * GIB, 400 * GIB), max_num_seqs=st.integers(1, 300))
 def test_on_a_cpu_the_cache_takes_a_quarter_at_most_and_no_more_than_it_can_use(memory: int, max_num_seqs: int) -> None:
     plan = _plan(LLAMA_2_7B, memory, max_num_seqs=max_num_seqs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from model_configs import model_config
 from powerband.cost.memory import plan_memory
 from powerband.cost.replica_memory import kv_bytes_per_token, plan_replica, weight_bytes
 from powerband.spec.deployment import Replica
@@ -22,21 +23,8 @@ from powerband.spec.settings import EngineSettings
 DATA = Path(os.environ.get("ACCURACY_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 
-def config(**values: Any) -> ModelSpec:
-    common = {"model_type": "llama", "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-    return read_model_spec({**common, "tie_word_embeddings": False, "max_position_embeddings": 8192, **values})
-
-
-def shape(hidden: int, layers: int, heads: int, kv_heads: int, width: int, vocabulary: int, **more: Any) -> ModelSpec:
-    return config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=width,
-        vocab_size=vocabulary,
-        **more,
-    )
+def shape(*sizes: int, **more: Any) -> ModelSpec:
+    return read_model_spec(model_config(*sizes, **more))
 
 
 LLAMA_70B = shape(8192, 80, 64, 8, 28672, 128256)

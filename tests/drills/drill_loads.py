@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from powerband.bench.client.connection import BenchConnection, ConnectionPool, HTTPResponse
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.client.responses import ParsedResponse, parse_response
-from powerband.http_client import Response
+from powerband.http_client.connection import CollectedResponse, ConnectionPool, OutboundConnection, request_head
+from powerband.http_client.request import Response
 
 SERVED = "demo"
 
@@ -48,7 +48,7 @@ class Told:
     sent_s: float
     status: int = 0
     code: str = ""  # of an error
-    answer: HTTPResponse = field(default_factory=HTTPResponse)
+    answer: CollectedResponse = field(default_factory=CollectedResponse)
     reading: ParsedResponse = field(default_factory=ParsedResponse)
     ended_s: float = 0.0
 
@@ -108,8 +108,8 @@ class Load:
     async def _one(self, told: Told) -> None:
         try:
             async with connected(self._target) as connection, asyncio.timeout(self._timeout_s):
-                told.answer, done = connection.exchange(request(self._target, self._target.path, told.question.body))
-                await done
+                asked = request(self._target, self._target.path, told.question.body)
+                await connection.exchange((asked,), told.answer)
         except (OSError, TimeoutError) as problem:
             told.answer.problem = told.answer.problem or f"{type(problem).__name__}: {problem}"
         answer = told.answer
@@ -140,8 +140,8 @@ async def answers_of(target: ServerAddress, asked: Sequence[Question]) -> dict[s
     found = {}
     for question in asked:
         async with connected(target) as connection, asyncio.timeout(60.0):
-            answer, done = connection.exchange(request(target, target.path, question.body))
-            await done
+            answer = CollectedResponse()
+            await connection.exchange((request(target, target.path, question.body),), answer)
         reading = parse_response(answer)
         assert not reading.problem, reading.problem
         assert reading.output_tokens == question.tokens
@@ -156,24 +156,22 @@ async def put(target: ServerAddress, path: str, body: object) -> Response:
 
 async def ask(target: ServerAddress, method: str, path: str, body: bytes = b"", timeout_s: float = 10.0) -> Response:
     async with connected(target) as connection, asyncio.timeout(timeout_s):
-        answer, done = connection.exchange(request(target, path, body, method))
-        await done
+        answer = CollectedResponse()
+        await connection.exchange((request(target, path, body, method),), answer)
     return Response(answer.status, answer.body())
 
 
 @contextlib.asynccontextmanager
-async def connected(target: ServerAddress) -> AsyncIterator[BenchConnection]:
+async def connected(target: ServerAddress) -> AsyncIterator[OutboundConnection]:
     """A connection that nobody else uses."""
-    connections = ConnectionPool(target)
+    connections = ConnectionPool(target.base)
     connection, _ = await connections.take()
     try:
         yield connection
     finally:
-        connection.close()
+        connection.abort()
 
 
 def request(target: ServerAddress, path: str, body: bytes, method: str = "POST") -> bytes:
     authority = target.base.partition("://")[2]
-    headers = {"Host": authority, "Content-Type": "application/json", "Content-Length": str(len(body))}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in (headers | target.headers).items())
-    return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
+    return request_head(method, path, authority, len(body), target.headers) + body

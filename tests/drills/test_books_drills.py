@@ -18,8 +18,8 @@ from typing import Any
 from drill_loads import Load, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, address, gateway, members, start_scripted
 
-from powerband.bench.client.connection import BenchConnection
 from powerband.bench.client.messages import ServerAddress
+from powerband.http_client.connection import CollectedResponse, OutboundConnection
 from powerband.mock_server.behavior import Behavior
 
 PACED = Behavior(ttft_s=0.05, tpot_s=0.01)
@@ -64,14 +64,15 @@ async def revoked_at_once(service: Gateway, figures: Figures) -> None:
     """The first request after the answer to DELETE is refused; the stream that ran goes on to its end."""
     id, target = await new_key(service, "leaked")
     async with Load(target, questions(1, 100), rate=1.0) as running:
-        await until(lambda: bool(running.told) and running.told[0].is_streaming)
+        await until(lambda: any(told.is_streaming for told in running.told))
+        streaming = next(told for told in running.told if told.is_streaming)
         start_s = time.monotonic()
         assert (await service.delete(f"/admin/keys/{id}")).status == 200
         revoke_s = time.monotonic() - start_s
         async with Load(target, ASKED, rate=100.0) as refused:
             await until(lambda: len(refused.told) >= 10)
     assert {told.status for told in refused.told} == {401}
-    assert not running.told[0].failed
+    assert not streaming.failed
     figures.note(revoked_ms=1e3 * revoke_s)
 
 
@@ -113,7 +114,7 @@ async def bad_keys(service: Gateway, good: ServerAddress, figures: Figures) -> N
     assert after.descriptors <= before.descriptors + 50  # those of the load beside it
 
 
-async def refused_in(connection: BenchConnection, target: ServerAddress, header: str) -> float:
+async def refused_in(connection: OutboundConnection, target: ServerAddress, header: str) -> float:
     asked = request(
         ServerAddress(
             base=target.base, endpoint=target.endpoint, model=target.model, headers={"Authorization": header}
@@ -122,8 +123,8 @@ async def refused_in(connection: BenchConnection, target: ServerAddress, header:
         ASKED[0].body,
     )
     start_s = time.perf_counter()
-    answer, done = connection.exchange(asked)
-    await done
+    answer = CollectedResponse()
+    await connection.exchange((asked,), answer)
     assert answer.status == 401
     return time.perf_counter() - start_s
 

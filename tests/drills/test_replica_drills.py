@@ -9,6 +9,8 @@ from pathlib import Path
 from drill_loads import Question, answers_of, connected, questions, request
 from drills_for_tests import Figures, Gateway, Held, Member, address, gateway, gauge, members, start_demo
 
+from powerband.http_client.connection import CollectedResponse
+
 ASKED = questions(8, 96)
 
 
@@ -20,8 +22,9 @@ def test_disconnects(tmp_path: Path, figures: Figures) -> None:
     async def one(service: Gateway, question: Question, limit: asyncio.Semaphore) -> None:
         target = service.target()
         async with limit, connected(target) as connection:
-            _, done = connection.exchange(request(target, target.path, question.body))
-            await asyncio.wait([done], timeout=chance.expovariate(1 / 0.15))
+            answer = CollectedResponse()
+            connection.send((request(target, target.path, question.body),), answer)
+            await asyncio.wait([answer.done], timeout=chance.expovariate(1 / 0.15))
 
     async def drill(service: Gateway, replica: Member) -> tuple[Held, Held]:
         asked = [Question(f"{chance.random()} {'more of it ' * chance.randrange(60)}", 400) for _ in range(count)]

@@ -194,8 +194,13 @@ def healthy_model(family: str, asked: list[list[int]] | None = None, **changes: 
     asked = asked or prompts(family)
     for seed in range(10):
         model = random_model(family, seed, **changes)
-        continuations, margin = greedy(model, asked)
-        if margin > MARGIN:
+        continuations: list[list[int]] = []
+        for prompt in asked:
+            [continuation], margin = greedy(model, [prompt])
+            if margin <= MARGIN:
+                break
+            continuations.append(continuation)
+        else:
             return model, Oracle(asked, continuations)
     raise AssertionError(f"every random {family} hesitates")
 

@@ -10,7 +10,7 @@ from engines_for_tests import TestEngine
 from models_for_tests import random_model, save
 
 from powerband.engine.kernels.cpu import library
-from powerband.engine.kernels.cpu.blocks import CpuLayers
+from powerband.engine.models.cpu import CpuLayers
 from powerband.engine.models.decoder import Decoder
 
 PROMPTS = [[5, 6], list(range(40)), list(range(20, 150)), [7, 9] * 35]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import powerband
 from powerband import LLM, SamplingParams
-from powerband.engine.generation_config import end_token_ids, sampling_defaults
+from powerband.engine.model_loader.generation_config import end_token_ids, sampling_defaults
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.model.reader import read_model_spec
 from powerband.spec.settings import EngineSettings

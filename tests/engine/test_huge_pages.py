@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from powerband.engine.memory import HUGE_PAGE, huge_empty
+from powerband.engine.huge_pages import HUGE_PAGE, huge_empty
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1 << 20, 3)])

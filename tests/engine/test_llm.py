@@ -275,3 +275,24 @@ def test_importing_the_package_is_light() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "0.1.0\n"
     assert "module 'powerband' has no attribute 'nothing'" in result.stderr
+
+
+WHOLE: list[dict[str, Any]] = [
+    {"repetition_penalty": 2, "presence_penalty": 1, "frequency_penalty": 1},
+    {"repetition_penalty": 1, "presence_penalty": -2},
+    {"logit_bias": {5: 3, 7: -100}},
+    {"temperature": 1, "top_p": 1, "min_p": 1},
+    {"temperature": 2, "top_p": 1, "min_p": 0, "frequency_penalty": 2},
+]
+
+
+@pytest.mark.parametrize("whole", WHOLE, ids=str)
+def test_whole_numbers_are_the_numbers_that_they_are(llm: LLM, whole: dict[str, Any]) -> None:
+    def as_float(value: Any) -> Any:
+        return {id: float(bias) for id, bias in value.items()} if isinstance(value, dict) else float(value)
+
+    fixed = {"temperature": 0.0, "max_tokens": 8, "seed": 3}
+    floats = {name: as_float(value) for name, value in whole.items()}
+    results = [run(llm, prompts(2), SamplingParams(**{**fixed, **given})) for given in (whole, floats)]
+    assert tokens(results[0]) == tokens(results[1])
+    assert all(len(output.token_ids) == 8 for result in results[0] for output in result.outputs)

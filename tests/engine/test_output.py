@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from powerband.core.params import SamplingParams
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
-from powerband.engine.output import OutputDelta, OutputProcessor, StopFinder
+from powerband.engine.client.output import OutputDelta, OutputProcessor, StopFinder
 from powerband.errors import InvalidRequest
 from powerband.text.tokenizer import Tokenizer
 

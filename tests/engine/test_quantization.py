@@ -12,7 +12,7 @@ from engines_for_tests import TestEngine
 from models_for_tests import FAMILIES, random_model, save
 from safetensors.torch import load_file, save_file
 
-from powerband.engine.layers.quantized import dequantize, quantize_int4, quantize_int8
+from powerband.engine.linear.quantized_weights import dequantize, quantize_int4, quantize_int8
 from powerband.errors import UsageError
 
 PROMPT = list(range(3, 50))

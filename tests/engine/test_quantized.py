@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerband.engine.layers.quantized import (
+from powerband.engine.linear.quantized_weights import (
     INT4_ZERO,
     Int4Weight,
     Int8Weight,

@@ -14,9 +14,9 @@ from models_for_tests import random_model
 from safetensors.torch import load_file, save_file
 from test_quantization import expected_logprobs, prompt_logprobs
 
-from powerband.engine.layers.quantized import dequantize
-from powerband.engine.quantized_checkpoint import QuantizedCheckpoint
-from powerband.engine.stored_tensors import StoredTensors
+from powerband.engine.linear.quantized_weights import dequantize
+from powerband.engine.model_loader.quantized_checkpoint import QuantizedCheckpoint
+from powerband.engine.model_loader.stored_tensors import StoredTensors
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import WeightFormat
 

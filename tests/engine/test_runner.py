@@ -12,7 +12,7 @@ from engines_for_tests import TestEngine
 from models_for_tests import VOCAB_SIZE, random_model, save
 
 from powerband.core.step import FinishReason, TokenOutput
-from powerband.engine.batch import Inputs
+from powerband.engine.executor.batch import Inputs
 
 GOOD = [[3, 1, 4, 1, 5], [9, 2, 6] * 9, list(range(40))]
 POISON = 150  # a token that only bad requests use

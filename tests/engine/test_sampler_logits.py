@@ -20,9 +20,9 @@ from transformers.generation.logits_process import (
 )
 
 from powerband.core.params import SamplingParams
-from powerband.engine.logits import LogitsEditor, SamplingState
-from powerband.engine.logprobs import prompt_logprobs
-from powerband.engine.sampler import Sampler
+from powerband.engine.sampling.logits import LogitsEditor, SamplingState
+from powerband.engine.sampling.logprobs import prompt_logprobs
+from powerband.engine.sampling.sampler import Sampler
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

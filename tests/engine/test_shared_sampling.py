@@ -15,11 +15,11 @@ import torch
 
 from powerband.core.params import MAX_BAD_WORD_TOKENS, SamplingParams
 from powerband.core.request import EngineRequest
+from powerband.engine.client.messages import MessageCodec, Submit, ToEngine
 from powerband.engine.kernels.cpu import library
-from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
-from powerband.engine.logits import BadWords
-from powerband.engine.messages import Submit, ToEngine, Wire
-from powerband.engine.sampler import Sampler
+from powerband.engine.sampling.cpu import use_cpu_sampling
+from powerband.engine.sampling.logits import BadWords
+from powerband.engine.sampling.sampler import Sampler
 from powerband.errors import InvalidRequest
 
 CPU = torch.device("cpu")
@@ -54,9 +54,9 @@ def test_what_choices_share_crosses_to_the_engine_once(seed: int | None) -> None
     params = SamplingParams(n=16, seed=seed, allowed_token_ids=list(range(60_000)))
     requests = choices(params, [[5] * 1000, [6] * 1000])
     [message] = Submit.of(requests)
-    data = Wire(ToEngine).encode(message)
+    data = MessageCodec(ToEngine).encode(message)
     assert len(data) < 1.1 * len(msgspec.msgpack.encode(params)) + 2 * 1000 + 32 * 40
-    received = list(Wire(ToEngine).decode(data).requests())
+    received = list(MessageCodec(ToEngine).decode(data).requests())
     assert received == requests
     assert len({id(one.params.allowed_token_ids) for one in received}) == 1
     assert len({id(one.token_ids) for one in received}) == 2
@@ -97,9 +97,9 @@ def test_bad_words_are_found_as_a_search_finds_them() -> None:
         words = [[rng.randrange(3) for _ in range(rng.randint(2, 6))] for _ in range(rng.randint(1, 6))]
         output = [rng.randrange(3) for _ in range(rng.randint(0, 9))]
         found = BadWords(words, CPU)
-        window = torch.full((found.longest,), -1)
-        known = min(found.longest, len(output))
-        window[found.longest - known :] = torch.tensor(output[len(output) - known :])
+        window = torch.full((found.max_length,), -1)
+        known = min(found.max_length, len(output))
+        window[found.max_length - known :] = torch.tensor(output[len(output) - known :])
         wanted = [-math.inf if output[-len(word) + 1 :] == word[:-1] else 0.0 for word in words]
         assert found.biases(window).tolist() == wanted
         assert found.last.tolist() == [word[-1] for word in words]

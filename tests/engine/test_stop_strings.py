@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerband.engine.output import StopFinder, StopStrings
+from powerband.engine.client.output import StopFinder, StopStrings
 
 LETTERS = st.text("abc", min_size=1, max_size=6)
 

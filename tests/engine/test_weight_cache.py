@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from engines_for_tests import TestEngine
 from models_for_tests import random_model, save
 from safetensors.torch import load_file, save_file
 
-from powerband.engine import weight_cache
 from powerband.engine.kernels.cpu import library
-from powerband.engine.safetensors_file import SafetensorsFile
+from powerband.engine.model_loader import weight_cache
+from powerband.engine.model_loader.safetensors_file import SafetensorsFile
 
 PROMPT = list(range(3, 40))
 SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "quantization": "int4", "weight_cache": "auto"}
@@ -151,6 +152,47 @@ def test_an_unchanged_checkpoint_is_not_read_for_its_name(
     assert not reads_projections(start(folder, monkeypatch))
     [link] = cache.glob("*.known")
     assert link.readlink() == Path(packed_files(cache)[0].name)
+
+
+def with_crc_of(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`tensor` with a few lowest bits of its mantissas flipped, so that the CRC-32 of its bytes is that of `other`.
+
+    CRC-32 is linear over XOR: the flips solve 32 equations.
+    """
+    content = bytearray(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    have, want = (zlib.crc32(bytes(t.reshape(-1).view(torch.uint8).numpy().tobytes())) for t in (tensor, other))
+    places = range(0, 2 * 48, 2)
+    basis: dict[int, tuple[int, int]] = {}  # by its highest bit: a change of the CRC, and the flips that make it
+
+    def reduced(change: int, flips: int) -> tuple[int, int]:
+        while change and (known := basis.get(change.bit_length())):
+            change, flips = change ^ known[0], flips ^ known[1]
+        return change, flips
+
+    for number, place in enumerate(places):
+        content[place] ^= 1
+        change, flips = reduced(zlib.crc32(content) ^ have, 1 << number)
+        content[place] ^= 1
+        if change:
+            basis[change.bit_length()] = change, flips
+    _, flips = reduced(have ^ want, 0)
+    for number, place in enumerate(places):
+        content[place] ^= flips >> number & 1
+    assert zlib.crc32(content) == want
+    return torch.frombuffer(content, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape).clone()
+
+
+def test_a_checkpoint_made_to_have_the_checksums_of_another_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_cache, "_SETTLED_S", 0)
+    victim, hostile = (save(random_model("llama2", seed).bfloat16(), tmp_path / str(seed)) for seed in (1, 2))
+    path = hostile / "model.safetensors"
+    others = load_file(victim / "model.safetensors")
+    save_file({name: with_crc_of(t, others[name]) for name, t in load_file(path).items()}, path, {"format": "pt"})
+    expected = start(victim, monkeypatch, weight_cache="off").tokens
+    assert start(hostile, monkeypatch).tokens != expected
+    assert start(victim, monkeypatch).tokens == expected
 
 
 def packed_files(cache: Path) -> list[Path]:

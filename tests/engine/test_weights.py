@@ -16,13 +16,13 @@ from models_for_tests import greedy, random_model, save
 from safetensors.torch import load_file, save_file
 
 from powerband.engine.layers.embedding import Embedding
-from powerband.engine.layers.linear import Linear
-from powerband.engine.layers.onednn import PackedLinear
-from powerband.engine.layers.packed import pack
+from powerband.engine.linear.base import Linear
+from powerband.engine.linear.bf16 import pack
+from powerband.engine.linear.onednn import OneDnnProvider
+from powerband.engine.model_loader.linear_methods import LinearMethodSelector
+from powerband.engine.model_loader.weights import fill_random, load_weights, resolve_model
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.gpt_oss import expand_mxfp4
-from powerband.engine.products import Products
-from powerband.engine.weights import fill_random, load_weights, resolve_model
 from powerband.errors import EnvironmentFault, PowerbandError, UsageError
 from powerband.spec.checkpoint.quantization import PLAIN
 from powerband.spec.model.reader import read_model_spec
@@ -31,9 +31,9 @@ from powerband.spec.settings import EngineSettings
 PROMPT = [5, 17, 99, 42, 7, 7, 130, 1]
 
 
-def products_for(folder: Path) -> Products:
+def products_for(folder: Path) -> LinearMethodSelector:
     model = Decoder(read_model_spec(folder), max_positions=64, dtype=torch.float32, device=torch.device("cpu"))
-    return Products(model, PLAIN)
+    return LinearMethodSelector(model, PLAIN)
 
 
 def output_of(folder: Path) -> list[int]:
@@ -348,7 +348,7 @@ def test_packed_product_equals_the_plain_one(dtype: torch.dtype, bias: bool) -> 
     inputs = [torch.randn(rows, 1024, generator=generator).to(dtype) for rows in (1, 7, 40)]
     with torch.inference_mode():
         expected = [linear(x) for x in inputs]
-        product = PackedLinear().prepare(linear.weight, linear.bias)
+        product = OneDnnProvider().prepare(linear.weight, linear.bias)
         assert product is not None
         linear.install([product], "onednn")
         assert linear.weight.numel() == 0  # one copy only
@@ -358,7 +358,7 @@ def test_packed_product_equals_the_plain_one(dtype: torch.dtype, bias: bool) -> 
 
 def test_a_weight_that_others_read_stays_as_it_is() -> None:
     linear = Linear(64, 64, bias=False, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert PackedLinear(keep=linear.weight).prepare(linear.weight, None) is None
+    assert OneDnnProvider(keep=linear.weight).prepare(linear.weight, None) is None
 
 
 def test_an_embedding_reads_the_packed_weight_of_its_head() -> None:

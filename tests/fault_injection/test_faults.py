@@ -17,10 +17,14 @@ from powerband.mock_server.process import mock_server_process
 SOUND = Behavior(ttft_s=0.005, tpot_s=0.002)
 
 
-def inject(kind: str, script: Behavior = SOUND, *, seconds: float = 0.5, intensity: int = 4) -> FaultResult:
+def inject(
+    kind: str, script: Behavior = SOUND, *, seconds: float = 0.5, intensity: int = 4, patience_s: float = 30.0
+) -> FaultResult:
     async def run() -> FaultResult:
         async with mock_server_process(script) as server:
-            return await run_fault(kind, server.target, seconds=seconds, intensity=intensity, probe_patience_s=1.0)
+            return await run_fault(
+                kind, server.target, seconds=seconds, intensity=intensity, probe_patience_s=patience_s
+            )
 
     return asyncio.run(run())
 
@@ -70,7 +74,8 @@ def test_clients_that_leave_get_what_they_came_for() -> None:
 
 def test_a_server_that_leaks_is_found_out() -> None:
     """The planted fault: slots of requests that were cancelled stay taken, so after a storm nobody is served."""
-    result = inject("cancel-storm", Behavior(ttft_s=0.005, tpot_s=0.002, slots=8, leaks_slots=True), seconds=0.3)
+    leaking = Behavior(ttft_s=0.005, tpot_s=0.002, slots=8, leaks_slots=True)
+    result = inject("cancel-storm", leaking, seconds=0.3, patience_s=1.0)
     assert result.before.failed == 0
     assert not result.still_answers
     assert result.after.failed == result.after.sent
@@ -78,7 +83,8 @@ def test_a_server_that_leaks_is_found_out() -> None:
 
 def test_others_who_are_hurt_are_seen() -> None:
     """Slow streams hold all slots of a small server: probes wait."""
-    result = inject("slow-readers", Behavior(ttft_s=0.005, tpot_s=0.0005, slots=2), seconds=1.0, intensity=6)
+    small = Behavior(ttft_s=0.005, tpot_s=0.0005, slots=2)
+    result = inject("slow-readers", small, seconds=1.0, intensity=6, patience_s=1.0)
     assert result.during.failed or (result.during.worst_s or 0.0) > 0.1 > 5 * (result.before.median_s or 1.0)
 
 

@@ -225,7 +225,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(EVENTS, max_size=25), st.randoms(use_true_random=False))
 def test_converges_however_controllers_and_replicas_crash(events: list, random) -> None:
     """Whatever happens between ticks or in the middle of one; the release 'x' never starts."""

@@ -89,6 +89,50 @@ def test_deletes_a_record_whose_process_never_started(target: LocalTarget, tmp_p
     assert [one.id for one in target.list_instances()] == [started.id]
 
 
+DAMAGE = {
+    "another shape": lambda record: record | {"started_at": "of another version"},
+    "another id": lambda record: record | {"id": "r2"},
+    "no object": lambda record: [record],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_instance_whose_record_cannot_be_decoded_is_ended_reported_and_logged(
+    damage: str, target: LocalTarget, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = target.start(launch(command=PARENT))
+    wait_until(lambda: said(target).strip())
+    path = tmp_path / "members" / "r1.json"
+    content = msgspec.json.encode(DAMAGE[damage](msgspec.json.decode(path.read_bytes())))
+    path.write_bytes(content)
+    assert list(target.list_instances()) == []
+    assert [gone.id for gone in target.take_exited()] == ["r1"]
+    for pid in (started.pid, int(said(target))):
+        wait_until(lambda pid=pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    assert path.with_suffix(".unreadable").read_bytes() == content
+    assert "The record of the instance r1 cannot be read" in caplog.text
+    assert target.start(launch(command=SLEEP)).id == "r1"
+
+
+def test_the_records_of_another_service_are_left_as_they_are(tmp_path: Path) -> None:
+    one, other = LocalTarget(tmp_path / "one"), LocalTarget(tmp_path / "other")
+    running = other.start(launch(devices=(3,)))
+    path = tmp_path / "other" / "members" / "r1.json"
+    record = msgspec.json.decode(path.read_bytes())
+    try:
+        for content, devices in ((record | {"process": None}, {3}), (record | {"pool": "x"}, set())):
+            path.write_bytes(msgspec.json.encode(content))
+            before = path.read_bytes()
+            assert one.devices_in_use() == devices
+            assert list(one.list_instances()) == []
+            assert path.read_bytes() == before
+            assert psutil.Process(running.pid).is_running()
+    finally:
+        path.write_bytes(msgspec.json.encode(record))
+        other.stop("r1", 0)
+        wait_until(lambda: not other.list_instances())
+
+
 def test_leaves_another_process_with_a_reused_pid_alone(target: LocalTarget, tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:

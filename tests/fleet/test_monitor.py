@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.watcher import EPOCH, FAULT_S, SLO_HERE, Bed, Event, run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from powerband.cli.main import main
@@ -102,7 +102,6 @@ def test_an_slo_of_half_the_requests_can_be_violated() -> None:
     assert kept(45, 55, slo=slo).alert(1000) is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 30000), st.booleans()), max_size=60), st.sampled_from([10, 60, 3600]))
 def test_windows_count_the_requests_that_completed_in_them(ends: list[tuple[float, bool]], window_s: int) -> None:
     attainment = SLOBurn(SLO_HERE)
@@ -133,7 +132,6 @@ def test_cusum_accumulates_residuals_beyond_the_slack(residual: float, windows: 
     assert not cusum.is_up
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-0.1, 0.1), max_size=100))
 def test_cusum_is_quiet_within_the_slack(residuals: list[float]) -> None:
     cusum = Cusum()

@@ -6,14 +6,18 @@ wrote after a failed rollout.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,15 +25,18 @@ from fleet_for_tests import Life, Play, World
 
 from powerband.cli.main import main
 from powerband.cli.service.deploy import ServiceFlags, _policy
+from powerband.cli.service.gateway_flags import _gateway_arguments
 from powerband.fleet.control.controller_process import CONTROLLER_TAG
+from powerband.fleet.control.gateway_client import GatewayClient
 from powerband.fleet.control.instance_specs import gateway_revision, pool_revisions, release_revision
 from powerband.fleet.monitor.incidents import Incidents, read_incidents
 from powerband.fleet.release import ReleaseOptions, build_release
-from powerband.fleet.service.spec import Policy, ServiceSpec
+from powerband.fleet.service.spec import GatewaySpec, Policy, ServiceSpec
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.base import Instance
 from powerband.fleet.targets.local import INSTANCE_TAG, LocalTarget
 from powerband.fleet.targets.processes import identify
+from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.renamed import warn_renamed
 from powerband.spec.plan import read_plan
 
@@ -109,6 +116,80 @@ def test_the_controller_recovers_replicas_and_gateway_without_a_restart(store: S
     assert {one.id: one.state for one in status.replicas} == {"r4": "drained", "r5": "ready"}
     assert (status.load.scheduled, status.load.good) == (3, 3)
     assert store.next_number() == 6
+
+
+OLD_OPTIONS = ("--longest-wait-s", "5", "--max-tries=2", "--access-log")
+NEW_OPTIONS = ("--max-queue-wait-s", "5", "--max-attempts=2", "--access-log")
+
+
+@pytest.mark.parametrize("arguments", [OLD_OPTIONS, NEW_OPTIONS])
+def test_a_new_name_of_an_option_restarts_no_gateway(arguments: tuple[str, ...]) -> None:
+    """The revision is what the version before computed for OLD_OPTIONS."""
+    assert gateway_revision(GatewaySpec(host="127.0.0.1", port=18000, auth="keys", arguments=arguments)) == "c93fbdd4"
+
+
+def test_deploy_takes_old_names_in_gateway_args_and_stores_the_new_ones(caplog: pytest.LogCaptureFixture) -> None:
+    warn_renamed.cache_clear()
+    assert _gateway_arguments(" ".join(OLD_OPTIONS)) == NEW_OPTIONS
+    assert "--longest-wait-s is now called --max-queue-wait-s" in caplog.text
+    caplog.clear()
+    assert _gateway_arguments(" ".join(NEW_OPTIONS)) == NEW_OPTIONS
+    assert not caplog.text
+
+
+class OldGateway(ThreadingHTTPServer):
+    """Takes a replica's `longest_prompt`, as the version before did, and no field that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), OldGatewayHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.routes: dict[str, Any] = {"revision": "1", "models": []}
+
+
+class OldGatewayHandler(BaseHTTPRequestHandler):
+    server: OldGateway
+
+    def do_GET(self) -> None:
+        self.respond(200, {"routes": self.server.routes} if "routes" in self.path else {"next": 0})
+
+    def do_PUT(self) -> None:
+        routes = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        replicas = [replica for model in routes["models"] for replica in model["replicas"]]
+        if any("max_prompt_tokens" in replica for replica in replicas):
+            return self.respond(400, {"error": {"message": "routes: models: 'max_prompt_tokens' is unknown."}})
+        self.server.routes = routes
+        return self.respond(200, {})
+
+    def respond(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def old_gateway() -> Iterator[OldGateway]:
+    server = OldGateway()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_controller_sends_routes_to_a_gateway_of_the_version_before(old_gateway: OldGateway) -> None:
+    replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="m", max_prompt_tokens=7, draining=True)
+    routes = Routes(models=(ModelRoute(name="m", replicas=(replica,)),), revision="2")
+    client = GatewayClient("key", old_gateway.url, routes)
+    asyncio.run(client._poll())
+    assert old_gateway.routes["models"][0]["replicas"][0]["longest_prompt"] == 7
+    assert client.snapshot is not None
+    assert (client.snapshot.routes_revision, client.snapshot.draining) == ("2", frozenset({"r1"}))
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import pytest
 from powerband.cli.service.scale import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
-from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions
+from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions, replica_spec
 from powerband.fleet.release import ReleaseOptions, build_release, default_served_name
-from powerband.fleet.service.spec import Release
+from powerband.fleet.service.spec import PoolRelease, Release
 from powerband.fleet.targets.base import Instance
+from powerband.fleet.targets.local import LocalTarget
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.plan import Plan, Promise
 from powerband.spec.slo import SLO
@@ -52,6 +53,13 @@ def test_the_number_of_replicas_does_not_change_their_revision() -> None:
     two = made()
     assert pool_revisions(scaled(two, ["5"])) == pool_revisions(two)
     assert pool_revisions(made(max_num_seqs=4)) != pool_revisions(two)
+
+
+def test_replicas_are_asked_for_metrics_where_their_engine_has_them(tmp_path: Path) -> None:
+    pool = PoolRelease(count=1, engine="trtllm", command=("true",))
+    spec = replica_spec(Release(plan={}, served_name="m", pools=(pool,)), 0, "r1", ())
+    started = LocalTarget(tmp_path).start(spec)
+    assert spec.metrics_path == started.metrics_path == "/prometheus/metrics"
 
 
 @pytest.mark.parametrize(

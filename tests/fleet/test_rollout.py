@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerband.fleet.control.instance_state import InstanceState
@@ -86,7 +86,7 @@ def desired_replicas(draw: st.DrawFn) -> DesiredReplicas:
 EVENTS = st.lists(st.sampled_from(["pass", "crash", "hang", "none"]), max_size=12)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(st.lists(st.tuples(desired_replicas(), EVENTS), min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_converges_after_crashes_hangs_and_spec_changes(changes: list, random) -> None:
     world = World()

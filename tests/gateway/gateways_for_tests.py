@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import msgspec
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.mock_server.behavior import Behavior
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0  # for what comes at once where nothing else runs
 
 
 @dataclass
@@ -85,6 +86,19 @@ def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> float:
         assert time.monotonic() - start_s < timeout_s, "the condition never held"
         time.sleep(0.01)
     return time.monotonic() - start_s
+
+
+@contextlib.contextmanager
+def asking(gateway: RunningGateway, path: str, body: dict[str, Any], key: str = "") -> Iterator[None]:
+    """A request whose client leaves when the block ends, whatever was answered by then."""
+    data = msgspec.json.encode(body)
+    authority = gateway.url.removeprefix("http://")
+    lines = [f"POST {path} HTTP/1.1", f"Host: {authority}", f"Content-Length: {len(data)}"]
+    lines += [f"Authorization: Bearer {key}"] if key else []
+    host, _, port = authority.partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall("\r\n".join([*lines, "Content-Type: application/json", "", ""]).encode() + data)
+        yield
 
 
 @contextlib.contextmanager

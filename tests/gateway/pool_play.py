@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pool_world import replica, request
 
 from powerband.dispatch.backend import ReplicaLoad
-from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout
+from powerband.dispatch.errors import DeadlineUnreachable, NoReplicaAvailable, PoolFull, QueueTimeout
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import PoolOptions
 from powerband.gateway.request import GatewayRequest
@@ -21,7 +21,7 @@ LONGEST_WAIT_S = 20.0
 TICK_S = 0.05
 BUSY_S = 0.5
 SHORT = 100  # tokens; longer prompts do not go to replicas of the short lane
-REFUSALS = (PoolFull, DeadlineInfeasible, QueueTimeout, NoReplicaAvailable)
+REFUSALS = (PoolFull, DeadlineUnreachable, QueueTimeout, NoReplicaAvailable)
 
 
 @dataclass(eq=False)
@@ -135,7 +135,7 @@ class World:
         if move == 0 or not addresses:
             self.count += 1
             lane = rng.choice((None, None, SHORT))
-            addresses.append(replica(f"n{self.count}", rng.randrange(1, 4), longest_prompt=lane))
+            addresses.append(replica(f"n{self.count}", rng.randrange(1, 4), max_prompt_tokens=lane))
         elif move == 1 and len(addresses) > 1:
             addresses.remove(rng.choice(addresses))
         else:
@@ -223,10 +223,10 @@ class World:
         assert problem.retry_after_s > 0
         name = type(problem).__name__
         self.refused[name] = self.refused.get(name, 0) + 1
-        if isinstance(problem, PoolFull | DeadlineInfeasible):
+        if isinstance(problem, PoolFull | DeadlineUnreachable):
             assert self.loop.time() == asked.at_s, "refused late"
             assert not asked.avoid, "a second attempt is refused"
-        if isinstance(problem, DeadlineInfeasible):
+        if isinstance(problem, DeadlineUnreachable):
             assert asked.request.deadline_s is not None
         if isinstance(problem, NoReplicaAvailable):
             assert not any(known.is_up and not known.address.draining for known in self.known.values())
@@ -239,7 +239,7 @@ class World:
         assert known.is_up, "a replica that is not ready"
         assert not known.address.draining, "a replica that drains"
         assert self.loop.time() >= self.busy.get(lease.replica.id, 0.0), "a replica that has just refused one"
-        limit = lease.replica.longest_prompt
+        limit = lease.replica.max_prompt_tokens
         assert limit is None or asked.request.prompt_tokens <= limit or not self.serves_long(), "too long for it"
         if lease.replica.id in asked.avoid:
             lane = [k for k in self.lane(asked) if k.address.id not in asked.avoid]
@@ -254,13 +254,13 @@ class World:
                     assert other.request.priority >= asked.request.priority, "a higher priority waits"
 
     def serves_long(self) -> bool:
-        return any(k.address.longest_prompt is None for k in self.known.values())
+        return any(k.address.max_prompt_tokens is None for k in self.known.values())
 
     def lane(self, asked: Asked) -> list[Known]:
         """The replicas that may serve it now."""
         up = [k for k in self.known.values() if k.is_up and not k.address.draining]
-        short = [k for k in up if k.address.longest_prompt is not None]
-        long = [k for k in up if k.address.longest_prompt is None]
+        short = [k for k in up if k.address.max_prompt_tokens is not None]
+        long = [k for k in up if k.address.max_prompt_tokens is None]
         if not self.serves_long():
             return short
         return (short or long) if asked.request.prompt_tokens <= SHORT else long
@@ -311,7 +311,7 @@ class World:
 def play(seed: int, moves: int = 400, routing: str = "least-outstanding") -> World:
     async def test(loop: VirtualLoop) -> World:
         world = World(loop, random.Random(seed), routing)
-        world.route(replica("a", 2), replica("b", 3), replica("s", 2, longest_prompt=SHORT))
+        world.route(replica("a", 2), replica("b", 3), replica("s", 2, max_prompt_tokens=SHORT))
         for name in ("a", "b", "s"):
             world.probe(name, True)
         for _ in range(moves):

@@ -143,7 +143,7 @@ def test_usage_names_keys_and_says_what_was_lost(service: Service) -> None:
     answer = service.ask("GET", "/admin/usage?by=key&since=1h").json()
     assert [(row["key_name"], row["requests"], row["cost_usd"]) for row in answer["data"]] == [("app", 3, 1.5)]
     assert answer["total"]["output_tokens"] == 15
-    assert (answer["books"]["usage_dropped"], answer["books"]["failing_s"]) == (0, 0)
+    assert (answer["database"]["usage_dropped"], answer["database"]["failing_s"]) == (0, 0)
     for wrong in ("since=yesterday", "since=99999999999", "since=nan", "by=key,key", "by=secret"):
         assert service.ask("GET", f"/admin/usage?{wrong}").status_code == 400
 

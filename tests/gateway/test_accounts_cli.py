@@ -89,11 +89,11 @@ def test_mistakes_are_named(flags: list[str], capsys: pytest.CaptureFixture[str]
         (["keys", "revoke", "nobody", *flags], 2, "There is no key 'nobody'"),
         (["keys", "create", "a", "--scopes", "root", *flags], 2, "'root'; known are infer, metrics, admin"),
         (["keys", "create", "a", "--expires", "soon", *flags], 2, "such as 90d"),
-        (["keys", "limit", "a", *flags], 2, "No limit is named"),
+        (["keys", "limit", "a", *flags], 2, "No limit is given"),
         (["keys", "limit", "a", "--lift", "rpm", *flags], 2, "known are requests_per_min"),
         (["usage", "--by", "secret", *flags], 2, "known are key, model, day"),
         (["usage", "--since", "yesterday", *flags], 2, "such as 24h"),
-        (["usage", *url, "--admin-key-file", str(tmp_path / "none")], 3, "cannot be read"),
+        (["usage", *url, "--admin-key-file", str(tmp_path / "none")], 3, "Cannot read the admin key"),
         (["usage", "--url", "http://127.0.0.1:9", *flags[2:]], 3, "No gateway at http://127.0.0.1:9"),
         (["usage", "--url", "nowhere", *flags[2:]], 2, "Invalid URL"),
     ):

@@ -11,7 +11,7 @@ import pytest
 from powerband.errors import InvalidRequest
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.gateway import ServedModel
-from powerband.gateway.proxy.client_request import ClientRequest
+from powerband.gateway.proxy.client_request import MAX_PROMPTS, ClientRequest
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient, context_length
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
@@ -84,7 +84,9 @@ def test_without_a_key_nobody_goes_before_those_who_have_one(asked: int) -> None
     assert told(json.dumps({"messages": [], "priority": asked}).encode()).priority == max(asked, 0)
 
 
-@pytest.mark.parametrize("text", ["plain words", "漢字" * 20, "🙂" * 20, "\x01" * 20, '\\u0041"' * 20])
+@pytest.mark.parametrize(
+    "text", ["plain words", "漢字" * 20, "🙂" * 20, "\x01" * 20, '\\u0041"' * 20, "\\\\u" * 20, "\\漢" * 20]
+)
 def test_a_prompt_has_no_more_tokens_than_bytes_however_it_is_written(text: str) -> None:
     """A byte-level vocabulary needs a byte for each token; escapes do not make it more."""
     sizes = []
@@ -109,6 +111,46 @@ def test_a_cap_is_sent_where_the_client_named_none() -> None:
         client_request.cap = 90
         assert json.loads(client_request.upstream_body(replica, ANONYMOUS))["max_tokens"] == wanted
         assert client_request.limit == wanted
+
+
+MIXED = ('[1,2,"a"]', '["a",1]', "[1,[2]]", '[["a"]]')
+
+
+@pytest.mark.parametrize("prompt", MIXED)
+def test_a_prompt_that_mixes_texts_ids_and_lists_is_refused(prompt: str) -> None:
+    with pytest.raises(InvalidRequest, match="prompt"):
+        told(b'{"prompt":%b}' % prompt.encode(), "completions")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "number"),
+    [('["a","b"]', 2), ('["a\\"b", "[,]"]', 2), ("[1,2,3]", 1), ("[[1,2],[3]]", 2), ("[]", 1), ('"a"', 1)],
+)
+def test_prompts_are_counted(prompt: str, number: int) -> None:
+    assert ClientRequest(b'{"prompt":%b}' % prompt.encode(), "completions").num_prompts == number
+
+
+@pytest.mark.parametrize("item", ['"a"', "[1]"])
+def test_a_request_has_at_most_so_many_prompts(item: str) -> None:
+    def body(number: int) -> bytes:
+        return f'{{"prompt":[{",".join([item] * number)}]}}'.encode()
+
+    assert ClientRequest(body(MAX_PROMPTS), "completions").num_prompts == MAX_PROMPTS
+    with pytest.raises(InvalidRequest, match="several requests"):
+        ClientRequest(body(MAX_PROMPTS + 1), "completions")
+
+
+def test_what_an_engine_computes_beside_a_prompt_of_ids_is_counted() -> None:
+    suffix = "x" * 5000
+    for more in ({"suffix": suffix}, {"a_field_of_next_year": suffix}):
+        assert told(json.dumps({"prompt": [1, 2], **more}).encode(), "completions").max_prompt_tokens >= 5000
+    bias = {"logit_bias": {str(id): 1 for id in range(1000)}}
+    assert told(json.dumps({"prompt": [1, 2], **bias}).encode(), "completions").max_prompt_tokens == 2
+
+
+def test_embeddings_are_no_prompt() -> None:
+    with pytest.raises(InvalidRequest, match="prompt_embeds"):
+        told(b'{"prompt":"a","prompt_embeds":["AAAA"]}', "completions")
 
 
 def test_blanks_that_pad_a_body_are_not_kept() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +16,7 @@ from powerband.mock_server.behavior import Behavior, DropBy, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 40}
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40}
-CALM = ("--stall-timeout-s=0.5", "--first-byte-timeout-s=0.5")
+CALM = ("--stream-idle-timeout-s=0.5", "--first-byte-timeout-s=0.5")
 REVISIONS = itertools.count(1)
 
 
@@ -27,14 +27,19 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
 
 
 @contextlib.contextmanager
-def replicas(gateway: RunningGateway, *scripts: Behavior, **of_replicas: str) -> Iterator[int]:
-    """The gateway serves by scripted replicas, all ready. Yields the number of the last request before."""
+def replicas(
+    gateway: RunningGateway, *scripts: Behavior, engine: str = "powerband", engines: Sequence[str] = ()
+) -> Iterator[int]:
+    """The gateway serves by scripted replicas, all ready. Yields the number of the last request before.
+
+    engines: of each; else all run `engine`.
+    """
     revision = str(next(REVISIONS))
     with contextlib.ExitStack() as stack:
         gateway.replicas = [stack.enter_context(scripted_replica(script)) for script in scripts]
         told = [
-            {"id": f"{revision}-{number}", "url": one.url, "model": "scripted", **of_replicas}
-            for number, one in enumerate(gateway.replicas)
+            {"id": f"{revision}-{number}", "url": one.url, "model": "scripted", "engine": runs}
+            for number, (one, runs) in enumerate(zip(gateway.replicas, engines or [engine] * len(scripts), strict=True))
         ]
         model = {"name": f"scripted-{revision}", "aliases": ["scripted"], "replicas": told}
         gateway.admin.put("/admin/routes", json={"revision": revision, "models": [model]}).raise_for_status()
@@ -231,3 +236,23 @@ def test_in_front_of_vllm_text_in_parts_and_neutral_values_are_carried_on(runnin
             told = running.stream("/v1/chat/completions", {**CHAT, "messages": [message], **neutral})
             assert text_of(told) == words(0, 40)
         assert sum(one["resumed"] for one in running.records(before)) >= 1
+
+
+def test_a_stream_goes_on_at_a_replica_of_its_own_engine_among_others(running: RunningGateway) -> None:
+    breaks = Behavior(tpot_s=0.002, drop_every=1, drop_after_chunks=7)
+    engines = ("powerband", "sglang", "powerband", "sglang")
+    with replicas(running, breaks, Behavior(), Behavior(), Behavior(), engines=engines) as before:
+        for _ in range(12):
+            told = running.stream("/v1/completions", TEXT)
+            assert text_of(told) == words(0, 40)
+        assert sum(one["resumed"] for one in running.records(before)) >= 1
+
+
+def test_a_client_that_goes_on_by_itself_gets_a_replica_that_can_or_hears_why_none_can(running: RunningGateway) -> None:
+    resumed = {**TEXT, "resume_token_ids": [0, 1, 2]}
+    with replicas(running, Behavior(), Behavior(), engines=("sglang", "powerband")):
+        for _ in range(6):
+            assert text_of(running.stream("/v1/completions", resumed)) == words(3, 40)
+    with replicas(running, Behavior(), Behavior(), engine="sglang"):
+        answer = running.post("/v1/completions", resumed)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "resume_token_ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from gateways_for_tests import RunningGateway, gateway_before, running_gateway, 
 from powerband.mock_server.behavior import Behavior, words
 
 TEXT = {"model": "scripted", "prompt": "one two three", "max_tokens": 3}
-SLOW = Behavior(tpot_s=0.01)
+SLOW = Behavior(tpot_s=0.02)
 
 
 def routes_to(*urls: str, revision: str = "1", **model: Any) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def routes_to(*urls: str, revision: str = "1", **model: Any) -> dict[str, Any]:
 
 
 class Streaming(threading.Thread):
-    """One stream of 100 tokens, a second long, read by a thread. `lines`: what came."""
+    """One stream of 100 tokens, two seconds long, read by a thread. `lines`: what came."""
 
     def __init__(self, gateway: RunningGateway) -> None:
         super().__init__(daemon=True)
@@ -39,14 +40,14 @@ class Streaming(threading.Thread):
     def run(self) -> None:
         body = {**TEXT, "max_tokens": 100, "stream": True}
         try:
-            with httpx.stream("POST", self._url, json=body, timeout=20) as answer:
+            with httpx.stream("POST", self._url, json=body, timeout=60) as answer:
                 self.lines.extend(line for line in answer.iter_lines() if line)
         except httpx.TransportError as problem:
             self.problem = problem
 
     @property
     def is_whole(self) -> bool:
-        self.join(20)
+        self.join(60)
         return self.problem is None and self.lines[-1] == "data: [DONE]" and len(self.lines) == 101
 
 
@@ -118,6 +119,29 @@ def test_a_restarted_gateway_serves_what_it_served(tmp_path: Path) -> None:
             assert again.post("/v1/completions", {**TEXT, "model": "other"}).status_code == 200
 
 
+def test_routes_of_the_version_before_are_taken_and_served_again(tmp_path: Path) -> None:
+    """A controller of that version sends `longest_prompt`, and a gateway of that version stored it."""
+    with scripted_replica() as replica:
+        routes = routes_to(replica.url)
+        (address,) = routes["models"][0]["replicas"]
+        address["longest_prompt"] = 2
+
+        def served(gateway: RunningGateway) -> list[int | None]:
+            until(lambda: gateway.http.get("/readyz").status_code == 200)
+            shown = gateway.admin.get("/admin/routes").json()["routes"]["models"][0]["replicas"]
+            return [one["max_prompt_tokens"] for one in shown]
+
+        (tmp_path / "routes.json").write_text(json.dumps(routes))
+        with running_gateway(tmp_path) as gateway:
+            assert served(gateway) == [2]
+            address["longest_prompt"] = None
+            assert gateway.admin.put("/admin/routes", json={**routes, "revision": "2"}).status_code == 200
+            assert served(gateway) == [None]
+            stored = json.loads((tmp_path / "routes.json").read_text())["models"][0]["replicas"][0]
+            assert "max_prompt_tokens" in stored
+            assert "longest_prompt" not in stored
+
+
 def test_the_first_signal_lets_streams_end(tmp_path: Path) -> None:
     with gateway_before(tmp_path, SLOW) as gateway:
         stream = Streaming(gateway)
@@ -152,8 +176,8 @@ def run(*arguments: str) -> tuple[int, str]:
         (["--routes=nowhere.yaml"], 3, "Cannot read nowhere.yaml"),
         (["--routes=a.yaml", "--replica=http://127.0.0.1:1"], 2, "Both --routes and --replica"),
         (["--replica=127.0.0.1:1"], 2, "Like http://127.0.0.1:8001"),
-        (["--host=0.0.0.0"], 2, "would let anyone in"),
-        (["--max-tries=0"], 2, "max_tries is 0"),
+        (["--host=0.0.0.0"], 2, "would let anyone use the replicas"),
+        (["--max-attempts=0"], 2, "max_attempts is 0"),
     ],
 )
 def test_mistakes_are_told_at_once(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:

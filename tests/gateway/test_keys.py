@@ -124,7 +124,7 @@ def test_two_gateways_do_not_share_a_file(accounts: Accounts, path: Path) -> Non
 def test_a_file_that_is_no_database_is_named(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(EnvironmentFault, match=r"gateway.db cannot be opened"):
+    with pytest.raises(EnvironmentFault, match=r"Cannot open the gateway.s database .*gateway.db"):
         Accounts.open(path)
 
 

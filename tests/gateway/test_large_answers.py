@@ -16,10 +16,11 @@ from test_charging import replica, story_of
 from test_replica_answers import CALM, CHAT, STOP, chunk, log, says, serving, stream, whole
 
 from powerband.gateway.proxy import relay as relaying
-from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.events import MAX_EVENT_BYTES, read_chunk
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES
+from powerband.openai.chunks import read_chunk
+from powerband.openai.events import MAX_EVENT_BYTES
 
 UNLIMITED = {name: value for name, value in CHAT.items() if name != "max_tokens"}
 
@@ -79,6 +80,12 @@ class Exchange:
     def no_progress(self) -> None:
         pass
 
+    def hold(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
 
 class Trip:
     """Takes note of nothing."""
@@ -99,13 +106,16 @@ class Line:
     def write_chunk(self, data: bytes) -> None:
         self.written.append(data)
 
-    async def writable(self) -> None:
-        pass
+    def when_writable(self, call: Callable[[], None]) -> None:
+        assert self.is_behind
 
 
-def test_events_that_come_at_once_are_told_in_turns() -> None:
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_events_that_come_at_once_are_told_in_turns(is_behind: bool) -> None:
+    """Whatever the client has read of them: they are in memory already."""
     piece = stream([*[chunk({"content": " a"})] * 5000, STOP], head=b"")
     state, line, turns = story_of("openai", n=1), Line(), 0
+    line.is_behind = is_behind
 
     async def count_turns() -> None:
         nonlocal turns
@@ -126,7 +136,7 @@ def test_events_that_come_at_once_are_told_in_turns() -> None:
 
 
 def test_more_choices_than_were_asked_for_are_refused_before_they_are_read_one_by_one() -> None:
-    with pytest.raises(UpstreamFailure, match="70000 choices at once; 1 were asked for"):
+    with pytest.raises(UpstreamFailure, match="70000 choices at once; 1 were requested"):
         story_of().process_event(msgspec.json.encode({"choices": [{}] * 70_000}), time.monotonic())
 
 

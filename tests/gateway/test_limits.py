@@ -91,7 +91,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(events=events)
 def test_no_limit_is_ever_passed_and_no_refusal_is_without_reason(events: list[tuple[str, float, float]]) -> None:
     clock, oracle = Clock(), Oracle()
@@ -197,7 +197,7 @@ def test_more_than_estimated_delays_what_comes_later() -> None:
     clock = Clock()
     limits, key = limits_at(clock), key_with(tokens_per_min=100)
     limits.reserve(key, request(10, 10)).settle(10, 90, 0.0)
-    with pytest.raises(LimitReached, match="100 tokens a minute; 100 are taken, 1 asked") as caught:
+    with pytest.raises(LimitReached, match="100 tokens per minute; 100 are used, 1 requested") as caught:
         limits.reserve(key, request(1))
     clock.pass_s(caught.value.retry_after_s or 0)
     limits.reserve(key, request(1)).cancel()
@@ -282,7 +282,7 @@ def test_a_small_limit_caps_rather_than_refuses() -> None:
     assert refusal(limits, key, text(40, 256, is_open_ended=True)) == "tokens_limit"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     asked=st.lists(
         st.tuples(

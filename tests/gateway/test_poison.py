@@ -148,7 +148,7 @@ def test_replicas_that_fail_in_different_ways_are_not_taken_for_poison(
         replica.code = f"fault_{number}"
     answer = gateway.post("/v1/completions", POISON)
     assert answer.status_code == 502
-    assert sum(replica.num_poisoned for replica in replicas) == 3  # max_tries
+    assert sum(replica.num_poisoned for replica in replicas) == 3  # max_attempts
 
 
 def test_second_attempts_of_one_tenant_take_nothing_from_another() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from pool_world import make_pool, make_ready, replica, request, settle
 
-from powerband.dispatch.errors import DeadlineInfeasible, NoReplicaAvailable, PoolFull, QueueTimeout, ReplicasBusy
+from powerband.dispatch.errors import DeadlineUnreachable, NoReplicaAvailable, PoolFull, QueueTimeout, ReplicasBusy
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.routes import ModelRoute
 from virtual_loop import VirtualLoop, virtually
@@ -129,7 +129,7 @@ def test_a_deadline_out_of_reach_is_refused_at_once() -> None:
         await fill(pool, 3)
         waiting = [asyncio.ensure_future(pool.lease(request())) for _ in range(5)]
         await settle()
-        with pytest.raises(DeadlineInfeasible) as refusal:  # six seconds, at one a second
+        with pytest.raises(DeadlineUnreachable) as refusal:  # six seconds, at one a second
             await pool.lease(request(deadline_s=loop.time() + 4.5))
         assert refusal.value.http_status == 503
         accepted = asyncio.ensure_future(pool.lease(request(deadline_s=loop.time() + 8.0)))

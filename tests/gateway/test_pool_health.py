@@ -12,9 +12,9 @@ from pool_world import make_pool, replica, request, settle
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.dispatch.breaker import CircuitBreaker, RetryBudget
 from powerband.dispatch.errors import QueueTimeout
-from powerband.gateway.dispatch.health import Prober
+from powerband.engines.registry import ADAPTERS
+from powerband.gateway.dispatch.health import Prober, read_load
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, read_load
 from powerband.gateway.options import PoolOptions
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.spec.deployment import EngineName
@@ -388,10 +388,10 @@ vllm:num_requests_waiting{engine="0",model_name="m}{"} 4.0 1700000000
 vllm:kv_cache_usage_perc{engine="0"} 0.5
 vllm:generation_tokens_total{engine="0"} 1e+06
 vllm:prompt_tokens_total NaN"""
-    assert read_load(text, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad(running=5, waiting=4, kv_usage=0.5, tokens=1e6)
-    assert read_load(b"sglang:num_queue_reqs 2\n", ENGINE_ENDPOINTS["sglang"]) == ReplicaLoad(waiting=2)
+    assert read_load(text, ADAPTERS["vllm"]) == ReplicaLoad(running=5, waiting=4, kv_usage=0.5, tokens=1e6)
+    assert read_load(b"sglang:num_queue_reqs 2\n", ADAPTERS["sglang"]) == ReplicaLoad(waiting=2)
     for garbage in (b"", b"\n\n", b"vllm:num_requests_running", b"vllm:num_requests_running{ x\n", b"\xff" * 100):
-        assert read_load(garbage, ENGINE_ENDPOINTS["vllm"]) == ReplicaLoad()
+        assert read_load(garbage, ADAPTERS["vllm"]) == ReplicaLoad()
 
 
 def test_our_own_metrics_are_read() -> None:
@@ -403,7 +403,7 @@ def test_our_own_metrics_are_read() -> None:
     metrics.update({"num_running": 5, "num_waiting": 2, "cache": cache, **zeros})
     metrics.observe_tokens(7, gap_s=0.1)
     for engine in ("powerband", "vllm"):
-        found = read_load(metrics.render(), ENGINE_ENDPOINTS[engine])  # type: ignore[index]  # names of engines
+        found = read_load(metrics.render(), ADAPTERS[engine])  # type: ignore[index]  # names of engines
         assert found == ReplicaLoad(running=5, waiting=2, kv_usage=0.25, tokens=7)
 
 

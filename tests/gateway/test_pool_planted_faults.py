@@ -10,7 +10,7 @@ import pytest
 from pool_play import play
 
 from planted_faults import Fault, Faults, assert_caught, changed, does_nothing
-from powerband.dispatch.admission import Admission
+from powerband.dispatch.admission import AdmissionControl
 from powerband.dispatch.backend import Backend
 from powerband.dispatch.dispatcher import Dispatcher, _without
 from powerband.dispatch.length_pools import arrange, pool_for
@@ -207,13 +207,13 @@ def _(right: Any, waiting: Any, name: str, tenant: Any) -> None:
         right(waiting, name, tenant)
 
 
-@FAULTS.add("the queue has no limit", Admission._check_room)
+@FAULTS.add("the queue has no limit", AdmissionControl._check_room)
 def _(right: Any, admission: Any, *arguments: Any) -> None:
     with changed(admission, _options=replace(admission._options, max_queued_requests=UNLIMITED)):
         right(admission, *arguments)
 
 
-@FAULTS.add("deadlines are ignored", Admission.admit)
+@FAULTS.add("deadlines are ignored", AdmissionControl.admit)
 def _(right: Any, admission: Any, *arguments: Any) -> Any:
     with changed(admission, _deadline_s=does_nothing):
         return right(admission, *arguments)
@@ -232,4 +232,4 @@ def test_play_catches(fault: Fault) -> None:
 def test_a_pool_does_what_a_plain_model_says(routing: str) -> None:
     worlds = [play(seed, routing=routing) for seed in range(100, 105)]
     assert sum(world.grants for world in worlds) > 200
-    assert {name for world in worlds for name in world.refused} >= {"PoolFull", "DeadlineInfeasible", "QueueTimeout"}
+    assert {name for world in worlds for name in world.refused} >= {"PoolFull", "DeadlineUnreachable", "QueueTimeout"}

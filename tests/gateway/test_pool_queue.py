@@ -154,7 +154,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(MOVES)
 def test_nothing_is_lost_and_the_least_served_is_next(moves: list[tuple[str, int, int]]) -> None:
     queue, waiting = FairQueue(), list[QueuedRequest]()
@@ -184,7 +184,7 @@ def test_nothing_is_lost_and_the_least_served_is_next(moves: list[tuple[str, int
     assert not waiting
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 100)), min_size=60, max_size=200))
 def test_tenants_that_always_wait_are_served_alike(sizes: list[tuple[int, int]]) -> None:
     """Start-time fair queuing: over any stretch in which two wait, they differ by at most a request of each."""

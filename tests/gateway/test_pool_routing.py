@@ -19,7 +19,7 @@ from powerband.gateway.request import GatewayRequest
 from virtual_loop import VirtualLoop, virtually
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=3000), st.binary(max_size=3000), st.binary(max_size=3000))
 def test_prompts_share_keys_exactly_as_far_as_they_begin_alike(common: bytes, one: bytes, other: bytes) -> None:
     first, second = common + one, common + other
@@ -58,7 +58,7 @@ def test_a_conversation_s_next_turn_begins_as_the_last() -> None:
     assert second[: len(first)] == first
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12)), max_size=40), st.integers(1, 30))
 def test_the_index_knows_what_a_plain_memory_would(sent: list[tuple[int, int]], most: int) -> None:
     index, plain = PrefixIndex(most), OrderedDict[bytes, None]()

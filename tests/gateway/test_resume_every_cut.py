@@ -17,13 +17,14 @@ from test_failover_real import replica
 
 from powerband.core.request import OUTPUT_COMPLETE
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest
-from powerband.gateway.proxy.events import END, EventSplitter
 from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.errors import read_error
+from powerband.openai.events import END, EventReader
 
 HTTP = httpx.Client(timeout=60)
 TEXT: dict[str, Any] = {"model": "demo", "prompt": "def main():", "max_tokens": 14, "stream": True}
@@ -73,8 +74,8 @@ def asked(url: str, path: str, body: bytes) -> list[bytes]:
     """The data of all events. Raises InvalidUpstreamRequest."""
     answer = HTTP.post(f"{url}{path}", content=body, headers={"Content-Type": "application/json"})
     if answer.status_code != 200:
-        raise InvalidUpstreamRequest(read_upstream_error(answer.content), answer.status_code)
-    return EventSplitter().feed(answer.content)
+        raise InvalidUpstreamRequest(read_error(answer.content), answer.status_code)
+    return EventReader().feed(answer.content)
 
 
 def joined(events: list[bytes], size: int) -> list[bytes]:
@@ -123,7 +124,7 @@ class Client:
         self.names: set[tuple[Any, ...]] = set()
 
     def read(self, told: bytes) -> None:
-        for data in EventSplitter().feed(told) if told else ():
+        for data in EventReader().feed(told) if told else ():
             if data == END:
                 continue
             value = json.loads(data)

@@ -163,7 +163,7 @@ def test_tracing_without_the_packages_says_what_to_install() -> None:
 
 
 def test_a_collector_is_a_url() -> None:
-    with pytest.raises(UsageError, match="no URL of a collector"):
+    with pytest.raises(UsageError, match="Invalid URL of a collector"):
         Tracing("127.0.0.1:4318")
 
 

@@ -11,7 +11,7 @@ from gateways_for_tests import gateway_before, text_of, until
 
 from powerband.gateway.accounts import transcripts
 from powerband.gateway.accounts.accounts import Accounts
-from powerband.gateway.accounts.transcripts import MOST_CHARS, prompt_text, stored
+from powerband.gateway.accounts.transcripts import MAX_CHARS, prompt_text, stored
 from powerband.gateway.options import RetentionOptions
 from powerband.gateway.request import GatewayRequest
 from powerband.mock_server.behavior import Behavior
@@ -55,10 +55,10 @@ def test_what_is_kept_is_redacted_before_it_reaches_the_disk(tmp_path: Path) -> 
 
 def test_long_texts_are_cut_where_nothing_is_cut_in_half(tmp_path: Path) -> None:
     accounts = Accounts.open(tmp_path / "gateway.db", RetentionOptions(store_content=True))
-    filler = "word " * (MOST_CHARS // 5)
+    filler = "word " * (MAX_CHARS // 5)
     note(accounts, "r1", filler[:-10] + " jane.doe@example.com", "DE89 3704 0044 0532 0130 00 " * 2000)
     [(prompt, output)] = kept(accounts)
-    assert len(prompt) <= MOST_CHARS + 10
+    assert len(prompt) <= MAX_CHARS + 10
     assert "jane" not in prompt
     assert prompt.endswith("…[cut]")
     assert set(output.split()) <= {"[iban]", "…[cut]", "DE89", "3704", "0044", "0532", "0130", "00"}

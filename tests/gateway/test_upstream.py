@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import shutil
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from powerband.gateway.options import Timeouts
-from powerband.gateway.proxy.connection import MAX_UNREAD_BYTES, UpstreamFailure
+from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
+from powerband.gateway.proxy.attempts import UpstreamAttempts
+from powerband.gateway.proxy.exchange import MAX_UNREAD_BYTES, UpstreamFailure
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
+from powerband.http_client.connection import ConnectionPool
+from powerband.web.errors import HttpError
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+PATIENT = Timeouts(connect_s=60.0, first_byte_s=60.0, between_s=60.0, whole_s=120.0)
 QUICK = Timeouts(connect_s=0.3, first_byte_s=0.3, between_s=0.3, whole_s=0.8)
 
 
 @contextlib.asynccontextmanager
 async def upstream_to(
-    serve: Serve, tls: ssl.SSLContext | None = None
+    serve: Serve, tls: ssl.SSLContext | None = None, timeouts: Timeouts = PATIENT
 ) -> AsyncIterator[tuple[UpstreamClient, ReplicaAddress]]:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -35,7 +41,7 @@ async def upstream_to(
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
     port = server.sockets[0].getsockname()[1]
-    upstream = UpstreamClient(QUICK)
+    upstream = UpstreamClient(timeouts)
     upstream.start()
     scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
     try:
@@ -104,9 +110,9 @@ def test_an_observer_hears_when_the_socket_is_not_read() -> None:
     asyncio.run(act())
 
 
-def failure(serve: Serve) -> str:
+def failure(serve: Serve, timeouts: Timeouts = PATIENT) -> str:
     async def act() -> str:
-        async with upstream_to(serve) as (upstream, replica):
+        async with upstream_to(serve, timeouts=timeouts) as (upstream, replica):
             with pytest.raises(UpstreamFailure) as caught:
                 await whole(upstream, replica)
             assert upstream.num_live == 0
@@ -154,9 +160,9 @@ def test_each_phase_has_its_limit() -> None:
     async def nothing(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    assert failure(nothing) == "timeout"
-    assert failure(says(CHUNKED, b"2\r\nab\r\n", b"", b"", b"", pause_s=0.2)) == "timeout", "between two bytes"
-    assert failure(says(CHUNKED, *[b"2\r\nab\r\n"] * 10, pause_s=0.15)) == "timeout", "the whole"
+    assert failure(nothing, QUICK) == "timeout"
+    assert failure(says(CHUNKED, b"2\r\nab\r\n", b"", b"", b"", pause_s=0.2), QUICK) == "timeout", "between two bytes"
+    assert failure(says(CHUNKED, *[b"2\r\nab\r\n"] * 10, pause_s=0.15), QUICK) == "timeout", "the whole"
 
 
 def test_connections_are_used_again_and_a_stale_one_is_no_failure() -> None:
@@ -203,7 +209,7 @@ def test_a_reader_that_does_not_read_is_not_sent_more() -> None:
 
     async def act() -> tuple[int, int]:
         async with upstream_to(floods) as (upstream, replica):
-            exchange = await upstream.open(replica, "/", b"")
+            exchange = await upstream.open(replica, "/", b"", Timeouts())
             await asyncio.sleep(0.3)
             before = sum(sent)
             size = len(await exchange.read_all(1 << 30))
@@ -236,6 +242,114 @@ def test_what_is_passed_on_can_be_held() -> None:
     asyncio.run(act())
     assert b"".join(got) == b"01234567"
     assert any(len(piece) > 1 for piece in got), "what came while it was held comes at once"
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_what_has_ended_is_handed_on_though_it_is_held(is_whole: bool) -> None:
+    """Or its place at the replica would be kept for as long as the client does not read."""
+    got: list[bytes] = []
+
+    async def act() -> None:
+        async with upstream_to(says(CHUNKED, b"5\r\nfirst\r\n", pause_s=0.01)) as (upstream, replica):
+            exchange = await upstream.open(replica, "/", b"")
+
+            def take(piece: bytes) -> bool:
+                got.append(piece)
+                exchange.hold()
+                asyncio.get_running_loop().call_soon(end)
+                return True
+
+            def end() -> None:
+                if not exchange.is_over:
+                    exchange.on_body(b"rest")
+                    exchange.on_message_complete() if is_whole else exchange.fail("lost", "it is gone")
+
+            async with asyncio.timeout(10):
+                if is_whole:
+                    await exchange.stream_to(take)
+                else:
+                    with pytest.raises(UpstreamFailure):
+                        await exchange.stream_to(take)
+            upstream.end(exchange)
+
+    asyncio.run(act())
+    assert got == [b"first", b"rest"]
+
+
+def test_the_limit_for_the_whole_goes_on_while_a_client_does_not_read() -> None:
+    async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(CHUNKED)
+        while True:
+            writer.write(b"10000\r\n" + b"a" * 65536 + b"\r\n")
+            await writer.drain()
+
+    async def act() -> str:
+        async with upstream_to(floods, timeouts=QUICK) as (upstream, replica):
+            exchange = await upstream.open(replica, "/", b"")
+
+            def take(_piece: bytes) -> bool:
+                exchange.hold()
+                return True
+
+            with pytest.raises(UpstreamFailure) as caught:
+                async with asyncio.timeout(20):
+                    await exchange.stream_to(take)
+            return caught.value.code
+
+    assert asyncio.run(act()) == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("chunk", "is_whole"),
+    [(b"1\r\na\r\n", False), (b"4\r\naaaa\r\n", False), (b"5\r\naaaaa\r\n", True), (b"1;x=y\r\na\r\n", False)],
+)
+def test_a_body_has_no_more_framing_than_content(chunk: bytes, is_whole: bool) -> None:
+    serve = says(CHUNKED, chunk * 100_000, b"0\r\n\r\n")
+
+    async def act() -> int:
+        async with upstream_to(serve) as (upstream, replica):
+            return len(await whole(upstream, replica))
+
+    if is_whole:
+        assert asyncio.run(act()) == 500_000
+    else:
+        assert failure(serve) == "garbage"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_the_gateways_own_limit_of_open_files_is_no_fault_of_a_replica(
+    number: int, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries, take = [], ConnectionPool.take
+
+    async def fails(pool: ConnectionPool, connect_s: float | None = None) -> Any:
+        tries.append(pool)
+        if len(tries) <= failures:
+            raise OSError(number, "Too many open files")
+        return await take(pool, connect_s)
+
+    async def act() -> None:
+        async with upstream_to(says(CHUNKED, b"0\r\n\r\n")) as (upstream, replica):
+            monkeypatch.setattr(ConnectionPool, "take", fails)
+            if failures == 1:  # idle connections were closed
+                assert await whole(upstream, replica) == b""
+                return
+            with pytest.raises(UpstreamFailure) as caught:
+                await whole(upstream, replica)
+            assert (caught.value.code, caught.value.counts, caught.value.is_absence) == (NO_DESCRIPTORS, False, False)
+
+            outcomes: list[str] = []
+            request: Any = SimpleNamespace(model="m")
+            attempts = UpstreamAttempts(request, None, upstream, max_attempts=3)  # type: ignore[arg-type]
+            attempts._lease = SimpleNamespace(close=outcomes.append, replica=replica)  # type: ignore[assignment]
+            with pytest.raises(HttpError) as refusal:
+                await attempts.failed(caught.value)
+            assert (refusal.value.http_status, refusal.value.code) == (503, "too_many_connections")
+            assert outcomes == ["left"]
+
+    asyncio.run(act())
 
 
 def test_a_connection_refused_is_said_at_once() -> None:

@@ -66,7 +66,7 @@ def finished(
 
 
 def written(accounts: Accounts) -> None:
-    accounts.store.flush().result(10)
+    accounts.store.flush().result(60)
 
 
 def rows(accounts: Accounts, by: tuple[str, ...] = (), ago_s: float = 3600) -> list[UsageRow]:
@@ -74,7 +74,7 @@ def rows(accounts: Accounts, by: tuple[str, ...] = (), ago_s: float = 3600) -> l
     return accounts.store.read(lambda connection: report(connection, by, now - ago_s, now))
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     give_up_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_s, "it never came true"
@@ -150,10 +150,10 @@ def test_a_locked_file_delays_rows_and_loses_none(accounts: Accounts, path: Path
 
 
 def test_a_full_disk_keeps_sums_when_it_can_keep_no_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(UsageLog, most_waiting=50)
+    small = functools.partial(UsageLog, max_waiting=50)
     monkeypatch.setattr("powerband.gateway.accounts.accounts.UsageLog", small)
     accounts = Accounts.open(path)
-    accounts.store.flush().result(10)
+    accounts.store.flush().result(60)
     full = threading.Event()
     full.set()
     real = accounts.store._execute

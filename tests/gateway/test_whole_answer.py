@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from powerband.gateway.proxy import whole_response
-from powerband.gateway.proxy.connection import UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.whole_response import LARGE_BYTES, AnswerBudget, TooManyAnswers, WholeAnswer
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner), max_leaves=20
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner), max_leaves=8
 )
 CHOICES = st.fixed_dictionaries(
     {"index": st.integers(0, 9), "finish_reason": st.sampled_from([None, "stop", "length"])},
     optional={
-        "text": st.text(max_size=300),
+        "text": st.text(max_size=60),
         "message": st.fixed_dictionaries({"content": st.text()}),
         "logprobs": VALUES,
     },
@@ -79,7 +79,7 @@ def large(**more: Any) -> bytes:
 def test_of_a_large_answer_little_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
 
-    def read_chunk(data: bytes) -> Any:
+    def read_chunk(data: bytes, *, is_surface: bool = False) -> Any:
         decoded.append(len(data))
         return msgspec.json.decode(data)
 

@@ -9,13 +9,13 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install trito
 
 from powerband.engine.attention.base import AttentionBatch, AttentionShape
 from powerband.engine.attention.triton import TritonAttention
-from powerband.engine.batch import Inputs
-from powerband.engine.cuda_graphs import DecodeGraphs
-from powerband.engine.kernels.fused_layers import use_fused_layers
+from powerband.engine.executor.batch import Inputs
+from powerband.engine.executor.cuda_graphs import DecodeGraphs
+from powerband.engine.executor.warm_up import warm_up
+from powerband.engine.layers.triton import use_fused_layers
+from powerband.engine.model_loader.linear_methods import LinearMethodSelector
+from powerband.engine.model_loader.weights import fill_random
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.products import Products
-from powerband.engine.warm_up import warm_up
-from powerband.engine.weights import fill_random
 from powerband.spec.checkpoint.quantization import PLAIN
 from powerband.spec.model.model_spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -57,7 +57,7 @@ def run_again(function):
 
 def new_model(device, spec=SPEC):
     model = Decoder(spec, max_positions=64, dtype=torch.float32, device=device)
-    fill_random(Products(model, PLAIN), seed=0)
+    fill_random(LinearMethodSelector(model, PLAIN), seed=0)
     return model
 
 

@@ -9,8 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install trito
 
 from test_decode_graphs import SPEC
 
-from powerband.engine.kernels.grouped_matmul import run_experts
 from powerband.engine.layers.experts import Experts
+from powerband.engine.layers.triton import run_experts
 
 MIXTRAL = replace(SPEC, num_experts_per_token=2, expert_intermediate_size=40)
 GPT_OSS = replace(MIXTRAL, router_bias=True, expert_bias=True, expert_activation="gpt_oss", num_experts_per_token=3)

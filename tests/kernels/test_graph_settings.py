@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("msgspec", reason="a machine that only checks kernels may lack it")
 
-from powerband.engine.attention import Choice
+from powerband.engine.attention import BackendSelection
 from powerband.engine.build import graph_rows
 from powerband.spec.settings import EngineSettings
 
@@ -21,4 +21,4 @@ from powerband.spec.settings import EngineSettings
 )
 def test_batches_that_graphs_are_captured_for(device, attention, enforce_eager, largest_batch):
     settings = EngineSettings(max_num_seqs=40, enforce_eager=enforce_eager)
-    assert graph_rows(settings, torch.device(device), Choice(attention, "for this test")) == largest_batch
+    assert graph_rows(settings, torch.device(device), BackendSelection(attention, "for this test")) == largest_batch

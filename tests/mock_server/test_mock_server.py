@@ -11,15 +11,15 @@ from typing import TypeVar
 import pytest
 
 from loads_for_tests import best_of_five
-from powerband.bench.client.connection import ConnectionPool
 from powerband.bench.client.http import get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
 from powerband.bench.client.probe import calibrate_prompt_words, find_server
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker, request_bytes
 from powerband.bench.client.responses import ParsedResponse, parse_response
-from powerband.bench.server_metrics import parse_metrics
+from powerband.engines.metrics import parse_metrics
 from powerband.errors import UsageError
-from powerband.http_client import Response
+from powerband.http_client.connection import CollectedResponse, ConnectionPool
+from powerband.http_client.request import Response
 from powerband.mock_server.behavior import Behavior, words
 from powerband.mock_server.process import mock_server_process
 from powerband.mock_server.server import MockServer
@@ -44,11 +44,11 @@ def with_server(script: Behavior, act: Callable[[MockServer, ServerAddress], Awa
 async def ask(target: ServerAddress, tokens: int, key: str = "a") -> ParsedResponse:
     """One streamed request on a connection of its own."""
     body = ConversationPrompts(target, PromptMaker()).body(RequestMessage(0, (SegmentMessage(key, 5),), tokens, 0, 0.0))
-    connections = ConnectionPool(target)
+    connections = ConnectionPool(target.base)
     connection, _ = await connections.take()
-    answer, done = connection.exchange(request_bytes(target, body))
-    await done
-    connection.close()
+    answer = CollectedResponse()
+    await connection.exchange((request_bytes(target, body),), answer)
+    connection.abort()
     return parse_response(answer)
 
 
@@ -131,14 +131,14 @@ def test_errors_and_refusals_come_as_scripted() -> None:
 
 def test_a_client_that_leaves_frees_its_slot_unless_a_fault_is_planted() -> None:
     async def leave_and_ask(_: MockServer, target: ServerAddress) -> str:
-        connections = ConnectionPool(target)
+        connections = ConnectionPool(target.base)
         connection, _is_kept = await connections.take()
         body = ConversationPrompts(target, PromptMaker()).body(
             RequestMessage(0, (SegmentMessage("gone", 5),), 1000, 0, 0.0)
         )
-        connection.exchange(request_bytes(target, body))
+        connection.send((request_bytes(target, body),), CollectedResponse())
         await asyncio.sleep(0.05)
-        connection.close()
+        connection.abort()
         try:
             async with asyncio.timeout(0.5):
                 return (await ask(target, 2)).problem

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from model_configs import model_config
 from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace, replica_options
 from powerband.planner.results import Pruned
@@ -15,23 +16,8 @@ from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import read_model_spec
 
 
-def llama(hidden: int, layers: int, heads: int, kv_heads: int, width: int, vocabulary: int) -> ModelSpec:
-    return read_model_spec(
-        {
-            "model_type": "llama",
-            "torch_dtype": "bfloat16",
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": width,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-        }
-    )
+def llama(*sizes: int) -> ModelSpec:
+    return read_model_spec(model_config(*sizes))
 
 
 LLAMA_8B = llama(4096, 32, 32, 8, 14336, 128256)

@@ -18,7 +18,7 @@ def client(*segments: Segment) -> ConversationClient:
     return ConversationClient(Chain(0.0, (PlannedRequest(0, segments, 10),)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SEGMENTS, SEGMENTS)
 def test_prompts_share_keys_exactly_as_far_as_they_begin_alike(first: list[Segment], second: list[Segment]) -> None:
     keys = [client(*segments).prefix_keys() for segments in (first, second)]

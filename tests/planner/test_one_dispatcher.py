@@ -138,7 +138,7 @@ class Service:
                 url=f"http://r{i}:1",
                 model="m",
                 max_num_seqs=pool.replica.max_num_seqs,
-                longest_prompt=pool.max_prompt_tokens,
+                max_prompt_tokens=pool.max_prompt_tokens,
             )
             for i, pool in enumerate(layouts)
         ]
@@ -242,7 +242,7 @@ def served(w: World) -> Dispatches:
     return virtually(run, start_s=0.0, within_s=1e6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32))
 def test_gateway_and_simulator_dispatch_alike(seed: int) -> None:
     w = world(seed)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from model_configs import LLAMA_8B
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.planner.candidates import replica_options
@@ -28,21 +29,6 @@ from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.lengths import Fixed, LogNormal, Uniform
 from powerband.spec.workload.workload import Conversation, RequestMix, Workload
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-}
 MIX = RequestMix(Uniform(100, 400), Uniform(10, 60))
 
 

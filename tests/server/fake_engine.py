@@ -16,12 +16,12 @@ from powerband.core.loop import EngineCore, Inbox
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor
 from powerband.core.step import NewRequest, Step, StepResult, TokenLogprobs
-from powerband.engine.messages import EngineInfo
+from powerband.engine.client.messages import EngineInfo
 from powerband.engine.process import main
 from powerband.errors import EnvironmentFault
 from powerband.spec.settings import EngineSettings
 
-STEP_S = 0.003
+STEP_S, LONG_STEP_S = 0.003, 0.1  # with the second one a stream lasts until it is cut
 CONTEXT = 512
 VOCABULARY = 4096
 DEMO = Path(powerband.__file__).parent / "demo"
@@ -82,7 +82,8 @@ def build(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Cal
     limits = SchedulerLimits(
         max_model_len=CONTEXT, max_num_seqs=settings.max_num_seqs, max_num_queued_reqs=settings.max_num_queued_reqs
     )
-    executor = ParrotExecutor(clock, step_s=60.0 if settings.model == "hanging" else STEP_S)
+    step_s = {"hanging": 60.0, "long-steps": LONG_STEP_S}.get(settings.model, STEP_S)
+    executor = ParrotExecutor(clock, step_s)
     core = EngineCore(Scheduler(kv, limits), executor, clock, inbox)
     info = EngineInfo(
         model_folder=str(DEMO),

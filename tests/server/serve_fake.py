@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from powerband.engine.supervisor import EngineProcess
+from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import PowerbandError
 from powerband.server.run import serve
 from powerband.server.settings import ServerSettings

@@ -40,7 +40,7 @@ class RunningServer:
                 return int(pid)
         raise AssertionError("the engine's process is not there")
 
-    def until(self, condition: Any, timeout_s: float = 10.0) -> float:
+    def until(self, condition: Any, timeout_s: float = 60.0) -> float:
         """Seconds until `condition()` is true."""
         start_s = time.monotonic()
         while not condition():
@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_server(*arguments: str, command: tuple[str, ...] = (), timeout_s: float = 20) -> Iterator[RunningServer]:
+def running_server(*arguments: str, command: tuple[str, ...] = (), timeout_s: float = 60) -> Iterator[RunningServer]:
     """`command`: to run instead of the fake; the port is added to it."""
     port = free_port()
     full = [sys.executable, *(command or (str(SERVE_FAKE),)), str(port), *arguments]

@@ -13,7 +13,7 @@ import pytest
 from servers_for_tests import RunningServer, running_server
 
 from powerband.engine.process import SocketInbox
-from powerband.server.generation import MAX_OUTPUT_LOGPROBS, MAX_PROMPT_LOGPROBS
+from powerband.server.generation.engine_requests import MAX_OUTPUT_LOGPROBS, MAX_PROMPT_LOGPROBS
 
 PATH = "/v1/completions"
 CONTEXT = 512  # of the fake engine
@@ -134,7 +134,7 @@ def test_a_long_queue_of_commands_is_taken_in_between_steps() -> None:
             """Nobody watches."""
 
     inbox = SocketInbox.__new__(SocketInbox)
-    inbox._pulse = Pulse()  # type: ignore[assignment]
+    inbox._status = Pulse()  # type: ignore[assignment]
     inbox._commands = deque([iter(range(100)), iter([100, 101]), iter(range(102, 150))])  # type: ignore[list-item]
     inbox._socket = type("Empty", (), {"get": lambda *_: 0})()
     taken = []

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from powerband.engine.messages import EngineInfo
+from powerband.engine.client.messages import EngineInfo
+from powerband.server.generation.sampling import chat_params, completion_params
 from powerband.server.protocol import ChatRequest, CompletionRequest, Message
 from powerband.server.replica import Model
-from powerband.server.sampling import chat_params, completion_params
 
 
 def model(**defaults: float) -> Model:

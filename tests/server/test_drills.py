@@ -16,6 +16,10 @@ import httpx
 import pytest
 from servers_for_tests import SERVE_FAKE, RunningServer, free_port, running_server
 
+ASKED = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 14\r\n\r\n{"prompt":"a"}'
+)
 LONG = {"prompt": "a b c", "max_tokens": 450, "stream": True}
 
 
@@ -26,20 +30,28 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
-def until_empty(server: RunningServer, timeout_s: float = 10.0) -> float:
+def until_empty(server: RunningServer, timeout_s: float = 60.0) -> float:
     """Seconds until nothing runs, nothing waits and every block is free (figures are renewed four times a second)."""
     names = ("powerband_requests_running", "powerband_requests_waiting", "powerband_kv_cache_usage_ratio")
     return server.until(lambda: not any(server.figure(name) for name in names), timeout_s)
 
 
-def test_engine_killed_in_a_stream(server: RunningServer) -> None:
+@pytest.fixture
+def slow_server() -> Iterator[RunningServer]:
+    """Its streams do not end before something ends them."""
+    with running_server("model=long-steps") as running:
+        yield running
+
+
+def test_engine_killed_in_a_stream(slow_server: RunningServer) -> None:
+    server = slow_server
     with server.http.stream("POST", "/v1/completions", json=LONG) as response:
         lines = response.iter_lines()
         assert "choices" in next(lines)
         os.kill(server.engine_pid(), signal.SIGKILL)
         start_s = time.monotonic()
         last = [line for line in lines if line][-1]
-        assert time.monotonic() - start_s < 8
+        assert time.monotonic() - start_s < 20  # the stream takes 45 s
     assert '"error":{' in last
     assert "SIGKILL" in last
     assert server.http.get("/readyz").status_code == 503
@@ -57,7 +69,7 @@ def test_engine_stopped_and_continued(server: RunningServer) -> None:
     pid = server.engine_pid()
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert server.until(lambda: server.http.get("/readyz").status_code == 503) < 3
+        assert server.until(lambda: server.http.get("/readyz").status_code == 503) < 20
         assert server.http.get("/livez").status_code == 200
         assert "silent" in server.http.get("/health").json()["error"]["message"]
     finally:
@@ -80,8 +92,9 @@ def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, stream: bo
 def test_a_client_that_leaves_the_queue(server: RunningServer) -> None:
     server.post("/admin/pause")
     try:
-        with pytest.raises(httpx.ReadTimeout):
-            server.http.post("/v1/completions", json={"prompt": "a b c"}, timeout=0.5)
+        with socket.create_connection(server.url.removeprefix("http://").split(":")) as client:
+            client.sendall(ASKED)
+            server.until(lambda: server.figure("powerband_requests_waiting") == 1)
         until_empty(server)
         assert server.http.get("/readyz").status_code == 503
     finally:
@@ -146,7 +159,7 @@ def test_sigterm_lets_running_requests_end() -> None:
 
 
 def test_sigterm_does_not_wait_for_ever() -> None:
-    with running_server("drain_timeout_s=0") as server:
+    with running_server("model=long-steps", "drain_timeout_s=0") as server:
         with server.http.stream("POST", "/v1/completions", json=LONG) as response:
             lines = response.iter_lines()
             next(lines)
@@ -157,15 +170,17 @@ def test_sigterm_does_not_wait_for_ever() -> None:
 
 
 def test_ctrl_c_twice_ends_at_once() -> None:
-    with running_server() as server, server.http.stream("POST", "/v1/completions", json=LONG) as response:
+    with (
+        running_server("model=long-steps") as server,
+        server.http.stream("POST", "/v1/completions", json=LONG) as response,
+    ):
         next(response.iter_lines())
-        httpx.post(f"{server.url}/admin/pause")
         server.process.send_signal(signal.SIGINT)
         server.until(lambda: "draining" in error_of(server.http, "/readyz"))
         start_s = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(60) == 130
-        assert time.monotonic() - start_s < 15
+        assert time.monotonic() - start_s < 20  # the stream takes 45 s
 
 
 def test_a_killed_server_takes_its_engine_along() -> None:
@@ -184,15 +199,12 @@ def test_a_full_queue_refuses_before_the_first_byte() -> None:
         server.post("/admin/pause")
         clients = [socket.create_connection(server.url.removeprefix("http://").split(":")) for _ in range(3)]
         for client in clients:
-            client.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b'Content-Length: 14\r\n\r\n{"prompt":"a"}'
-            )
+            client.sendall(ASKED)
         server.until(lambda: server.figure("powerband_requests_waiting") == 3)
         for stream in (True, False):
             start_s = time.monotonic()
             refused = server.post("/v1/completions", prompt="a", stream=stream)
-            assert time.monotonic() - start_s < 8  # the engine is paused: what waits there waits for ever
+            assert time.monotonic() - start_s < 20  # the engine is paused: what waits there waits for ever
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
@@ -222,7 +234,7 @@ def test_sigterm_while_the_engine_starts() -> None:
 
 def error_of(http: httpx.Client, path: str) -> str:
     try:
-        return str(http.get(path).json()["error"]["message"])
+        return str(http.get(path).json().get("error", {}).get("message", ""))
     except httpx.TransportError:
         return ""
 
@@ -243,4 +255,4 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_own_error() -> Non
 
 
 def _serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SERVE_FAKE), *arguments], capture_output=True, text=True, timeout=20)
+    return subprocess.run([sys.executable, str(SERVE_FAKE), *arguments], capture_output=True, text=True, timeout=60)

@@ -19,9 +19,9 @@ import zmq
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
-from powerband.engine import supervisor
-from powerband.engine.health import EngineState, HealthMonitor, StallLimits
-from powerband.engine.supervisor import EngineProcess
+from powerband.engine.client import supervisor
+from powerband.engine.client.health import EngineState, HealthMonitor, StallLimits
+from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import EngineDead, PowerbandError, UsageError
 from powerband.spec.settings import EngineSettings
 
@@ -52,7 +52,7 @@ async def outputs_of(engine: EngineProcess, source: EngineRequest) -> list[Token
     return outputs
 
 
-async def until(condition, timeout_s: float = 10.0) -> float:
+async def until(condition, timeout_s: float = 60.0) -> float:
     """Seconds until the condition holds."""
     start_s = time.monotonic()
     while not condition():
@@ -83,7 +83,7 @@ def test_a_refusal_is_the_only_output() -> None:
 
 def test_closing_early_returns_every_block() -> None:
     async def scenario() -> None:
-        async with running() as engine:
+        async with running(model="long-steps") as engine:
             stream = engine.submit([request(str(i), 400) for i in range(4)])
             await stream.take()
             assert (await engine.call("stats"))["cache"]["num_used"] > 0
@@ -132,14 +132,14 @@ def test_a_long_temporary_folder_is_no_obstacle(tmp_path: Path, monkeypatch: pyt
 
 def test_killed_engine_ends_streams_and_comes_back() -> None:
     async def scenario() -> None:
-        async with running() as engine:
+        async with running(model="long-steps") as engine:
             stream = engine.submit([request("a", 400)])
             await stream.take()
             os.kill(engine.pid, signal.SIGKILL)
             start_s = time.monotonic()
             while (last := (await stream.take())[-1]).finish_reason is None:
                 pass
-            assert time.monotonic() - start_s < 8
+            assert time.monotonic() - start_s < 20  # the stream takes 40 s
             assert last.error is not None
             assert "SIGKILL" in last.error.message
             assert not engine.health().ready
@@ -154,11 +154,11 @@ def test_killed_engine_ends_streams_and_comes_back() -> None:
 
 def test_stopped_engine_is_not_ready_and_recovers() -> None:
     async def scenario() -> None:
-        async with running() as engine:
+        async with running(model="long-steps") as engine:
             stream = engine.submit([request("a", 400)])
             await stream.take()
             os.kill(engine.pid, signal.SIGSTOP)
-            assert await until(lambda: engine.health().state is EngineState.STALLED) < 3
+            assert await until(lambda: engine.health().state is EngineState.STALLED) < 20
             while (last := (await stream.take())[-1]).finish_reason is None:
                 pass
             assert last.error is not None
@@ -173,7 +173,7 @@ def test_stopped_engine_is_not_ready_and_recovers() -> None:
 
 def test_without_supervision_nothing_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        async with running() as engine:
+        async with running(model="long-steps") as engine:
             stream = engine.submit([request("a", 400)])
             await stream.take()
             monkeypatch.setattr(engine._monitor, "tick", lambda: 1 / 0)
@@ -280,7 +280,7 @@ def test_the_engine_ends_when_its_parent_is_gone() -> None:
         await engine.start()
         process, folder = engine._current.process, engine._channel.folder
         process.stdin.close()  # what the kernel does when the parent is killed
-        status = await asyncio.to_thread(process.wait, 5)
+        status = await asyncio.to_thread(process.wait, 60)
         assert not folder.exists()
         await engine.stop()  # sockets that are left to the garbage collector may hang it
         return status

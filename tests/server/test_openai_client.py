@@ -12,4 +12,4 @@ def test_the_official_client(server: RunningServer) -> None:
     check(f"{server.url}/v1")
     start_s = time.monotonic()
     server.until(lambda: server.figure("powerband_requests_running") == 0)
-    assert time.monotonic() - start_s < 8  # the stream that was closed early does not run on
+    assert time.monotonic() - start_s < 20  # the stream that was closed early does not run on

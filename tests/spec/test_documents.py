@@ -37,7 +37,7 @@ HOSTILE = {
     "a binary number": ("version: 0b" + "1" * 4000, "digits"),
     "a long name": ("n" * 10_000 + ": 1\n", "10,000 characters|simple key"),
     "a long value": ("name: " + "n" * 10_000, "10,000 characters; the limit is 4,096"),
-    "a name twice": ("a: 1\nb: 2\na: 3\n", "line 3: 'a' is there twice"),
+    "a name twice": ("a: 1\nb: 2\na: 3\n", "line 3: 'a' occurs twice"),
     "an object": ("version: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
     "not valid UTF-8": (b"\xff\xfe\x00", "byte 0 is not valid UTF-8"),
     "no date": ("version: 2024-13-45\n", "month"),

@@ -50,7 +50,7 @@ def _check(config: dict[str, Any]) -> None:
     assert time.perf_counter() - start < 2
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150)
 @given(
     base=st.sampled_from(list(PUBLISHED.values())), changes=st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=4)
 )
@@ -58,7 +58,7 @@ def test_any_values_of_known_keys(base: dict[str, Any], changes: dict[str, Any])
     _check({**base, **changes})
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150)
 @given(
     base=st.sampled_from(list(PUBLISHED.values())),
     key=st.sampled_from(["rope_scaling", "rope_parameters"]),
@@ -71,7 +71,7 @@ def test_any_values_of_rope_parameters(base: dict[str, Any], key: str, kind: str
     _check(changed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.text(max_size=20), _VALUES, max_size=6))
 def test_anything_at_all(config: dict[str, Any]) -> None:
     _check(config)

@@ -15,7 +15,7 @@ from published_configs import (
     PHI_3_MINI_128K,
     QWEN_2_5_05B,
 )
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from powerband.engine.layers.rotary import RotaryTable
@@ -62,6 +62,36 @@ def test_scaled_frequencies_equal_those_of_transformers(name: str) -> None:
         actual = torch.tensor(rope_frequencies(ours, context))
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
         assert ours.attention_factor == pytest.approx(attention_factor)
+
+
+_LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_scaling": {}, "rope_parameters": _LINEAR},
+        {"rope_scaling": {}, "rope_theta": 500.0},
+        {"rope_parameters": {}, "rope_theta": 500.0},
+        {"rope_scaling": {}},
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "phi3"])
+def test_empty_tables_and_partial_rotation_are_read_as_transformers_does(family: str, keys: dict[str, Any]) -> None:
+    """Against the model's own rotary layer."""
+    if family == "phi3" and "linear" in str(keys):
+        pytest.skip("transformers knows only longrope there")
+    size = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50}
+    config = {"model_type": family, **size, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 2}
+    config |= {"max_position_embeddings": 512, "pad_token_id": 0, **keys}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(config))).model.rotary_emb
+    ours = read_model_spec(config).layers[0].rope
+    assert ours is not None
+    torch.testing.assert_close(torch.tensor(rope_frequencies(ours)), theirs.inv_freq, rtol=1e-5, atol=0)
+    assert ours.attention_factor == pytest.approx(theirs.attention_scaling)
 
 
 def test_gemma3_scales_its_global_layers() -> None:

@@ -61,7 +61,7 @@ PLACES += [("a", "dtype"), ("a", "shape"), ("a", "shape", 0), ("a", "data_offset
 PLACES += [("b", "data_offsets", 0), ("b", "shape", 1)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200)
 @given(place=st.sampled_from(PLACES), value=_values)
 @example(place=("__metadata__",), value=7)
 @example(place=("__metadata__",), value=["a"])
@@ -81,7 +81,7 @@ def test_any_value_in_any_place_of_a_header(place: tuple[Any, ...], value: Any, 
     check(file_of(header), folder)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), min_size=1, max_size=4),
     cut=st.none() | st.integers(0, 250),
@@ -93,7 +93,7 @@ def test_any_bytes_changed_or_cut(edits: list[tuple[int, int]], cut: int | None,
     check(bytes(content[:cut]), folder)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(content=st.binary(max_size=80))
 def test_any_bytes(content: bytes, folder: Path) -> None:
     check(content, folder)

@@ -35,7 +35,7 @@ texts = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(prompt=texts, output=texts, data=st.data())
 def test_deltas_add_up_to_the_decoded_whole(tokenizer, prompt, output, data):
     prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(output)
@@ -49,7 +49,7 @@ def test_deltas_add_up_to_the_decoded_whole(tokenizer, prompt, output, data):
         assert all("\ufffd" not in delta for delta in deltas)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_ids_give_the_text_that_the_library_gives(tokenizer, data):
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=20))

@@ -73,14 +73,21 @@ async def answer(send: Send, body: bytes) -> None:
 async def serving(app: Any, max_body_bytes: int = 4 << 20) -> AsyncIterator[int]:
     """The port."""
     listener = listen("127.0.0.1", 0)
-    server = make_server(app, max_body_bytes)
+    server, is_over = make_server(app, max_body_bytes), asyncio.Event()
+
+    async def main_loop() -> None:
+        """Without uvicorn's own pauses of a tenth of a second, of which the last one would be waited for."""
+        await server.on_tick(0)
+        await is_over.wait()
+
+    server.main_loop = main_loop  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve([listener]))
     await until(lambda: server.started)
     try:
         yield listener.getsockname()[1]
     finally:
-        server.should_exit = True
         server.force_exit = True
+        is_over.set()
         await task
 
 

@@ -17,6 +17,7 @@ from powerband.web.body_budget import BODIES_AT_ONCE, SMALL_BYTES, BodyBudget
 from powerband.web.client_connection import client_connection
 from powerband.web.errors import HttpError
 from powerband.web.framing import MAX_CHUNKS_AT_ONCE, ChunkedFraming
+from powerband.web.head import MAX_HEADERS, MAX_REQUEST_LINE_BYTES, parse_head
 
 CLOSE = "Connection: close"
 
@@ -270,6 +271,59 @@ def test_heads_are_bounded() -> None:
         async with serving(Recorder()) as port:
             for lines in (["X: " + "x" * 70_000], [f"X-{i}: y" for i in range(300)]):
                 assert statuses(await exchange(port, request("/", *lines))) == [431]
+            most = request("/", *(f"X-{i}: y" for i in range(MAX_HEADERS - 2)), CLOSE)  # and Host
+            assert statuses(await exchange(port, most)) == [200]
+            for size, status in ((MAX_REQUEST_LINE_BYTES - len("GET / HTTP/1.1"), 200), (MAX_REQUEST_LINE_BYTES, 414)):
+                assert statuses(await exchange(port, request("/" + "x" * size, CLOSE))) == [status]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [request("/", *["a:"] * 15_500), request("/" + "%41a" * 15_500), request("/" + "%ff" * 20_000)],
+    ids=["headers", "escapes", "no UTF-8"],
+)
+def test_what_is_too_much_of_a_head_is_not_parsed(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("httptools.HttpRequestParser", None)
+    with pytest.raises(HttpError) as refusal:
+        parse_head(head)
+    assert refusal.value.http_status in (414, 431)
+
+
+@pytest.mark.parametrize("number", [0, 1, connection.MAX_BLANK_LINES])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_few_empty_lines_before_a_request_mean_nothing(number: int, is_first: bool) -> None:
+    async def scenario() -> None:
+        async with serving(Recorder()) as port:
+            before = b"" if is_first else request("/")
+            answers = await exchange(port, before + b"\r\n" * number + request("/next", CLOSE))
+            assert statuses(answers) == [200] * (1 if is_first else 2)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("number", [connection.MAX_BLANK_LINES + 1, 10_000_000])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_empty_lines_without_end_are_refused(number: int, is_first: bool) -> None:
+    async def scenario() -> None:
+        async with serving(Recorder()) as port:
+            before = b"" if is_first else request("/")
+            answers = await exchange(port, before + b"\r\n" * number + request("/next", CLOSE))
+            assert statuses(answers) == [400] if is_first else [200, 400]
+
+    run(scenario)
+
+
+def test_empty_lines_are_counted_however_they_are_cut() -> None:
+    async def scenario() -> None:
+        async with serving(Recorder()) as port:
+            reader, writer = await connect(port)
+            for _ in range(connection.MAX_BLANK_LINES + 1):
+                for byte in (b"\r", b"\n"):
+                    writer.write(byte)
+                    await asyncio.sleep(0)
+            assert statuses(await ends(reader)) == [400]
+
+    run(scenario)
 
     run(scenario)
 

@@ -27,7 +27,7 @@ from powerband.bench.report.results import (
 )
 from powerband.bench.saturation import is_saturated
 from powerband.bench.search import CapacityResult, Searcher, Trial
-from powerband.bench.server_metrics import parse_metrics
+from powerband.engines.metrics import parse_metrics
 from powerband.errors import EnvironmentFault
 from powerband.metrics.record import Outcome
 from powerband.spec.slo import SLO

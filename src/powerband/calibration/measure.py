@@ -111,7 +111,7 @@ class DeviceFits:
 def _timed(
     device: str, threads: int | None, precision: OwnPrecision, budget_s: float, report: ReportProgress
 ) -> list[tuple[ModelSteps, RunConfiguration]]:
-    from powerband.engine.measure import Steps, grid
+    from powerband.engine.step_benchmark import StepBenchmark, grid
 
     found = []
     for number, shape in enumerate(_SHAPES):
@@ -129,7 +129,7 @@ def _timed(
             )
             with _engine(settings) as engine:
                 shapes = grid(engine.memory.max_model_len, 2048, 256)
-                samples = Steps(engine).samples(shapes, budget_s / len(_SHAPES) / 2, partial(report, name))
+                samples = StepBenchmark(engine).samples(shapes, budget_s / len(_SHAPES) / 2, partial(report, name))
                 form = engine.form
                 found.append((ModelSteps(engine.spec, precision, form.kv_precision, tuple(samples)), form))
     return found
@@ -162,7 +162,7 @@ def small_llama(
 def _engine(settings: EngineSettings) -> Iterator[Engine]:
     from powerband.core.clock import MonotonicClock
     from powerband.engine.build import build_engine
-    from powerband.engine.feed import LocalInbox
+    from powerband.engine.offline.inbox import LocalInbox
 
     engine = build_engine(settings, inbox=LocalInbox(), clock=MonotonicClock())
     try:
@@ -183,8 +183,8 @@ def _facts(measured: Sequence[tuple[ModelSteps, RunConfiguration]], threads: int
     else:
         import torch
 
-        from powerband.engine.known_device import catalog_device
-        from powerband.engine.measure import copy_bytes_per_s
+        from powerband.engine.device_estimates import catalog_device
+        from powerband.engine.step_benchmark import copy_bytes_per_s
 
         known = catalog_device(form.device_name)
         if known is not None:
@@ -229,14 +229,14 @@ def _today() -> str:
 
 def measure_model(settings: EngineSettings, budget_s: float, report: ReportProgress) -> ModelFit:
     """Steps of the model alone, then loads over HTTP on its server: what the host adds, and the way to its clients."""
-    from powerband.engine.measure import Steps, grid
+    from powerband.engine.step_benchmark import StepBenchmark, grid
 
     report(f"{settings.model}: load", 0.0)
     with _engine(settings) as engine:
         limits = engine.scheduler.limits
         shapes = grid(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
         name = f"{settings.model}: steps"
-        samples = Steps(engine).samples(shapes, budget_s / 2, partial(report, name))
+        samples = StepBenchmark(engine).samples(shapes, budget_s / 2, partial(report, name))
         form, max_len, kv_tokens = engine.form, limits.max_model_len, engine.memory.kv_tokens
     with tempfile.TemporaryDirectory(prefix="powerband-") as folder:
         loads, steps = asyncio.run(_serve(settings, Path(folder), max_len, kv_tokens, budget_s / 2, report))
@@ -358,7 +358,7 @@ def _thinned(samples: Sequence[StepSample]) -> list[StepSample]:
 
 def _assumed_samples(step_model: StepTimeModel) -> list[StepSample]:
     """Steps that a law predicts, over its range."""
-    from powerband.engine.measure import grid
+    from powerband.engine.step_benchmark import grid
 
     model = MeasuredStepTimes(step_model)
     return [

@@ -38,7 +38,12 @@ def show(settings: Resolved, *, json: Json = False) -> int:
 
 def _checkpoint_settings(settings: EngineSettings) -> dict[str, tuple[Any, str]]:
     """name → (value, origin) of what counts where a request says nothing; max_tokens None: what the context holds."""
-    from powerband.engine.generation_config import SAMPLING_FIELDS, end_token_ids, sampling_defaults, sampling_file
+    from powerband.engine.model_loader.generation_config import (
+        SAMPLING_FIELDS,
+        end_token_ids,
+        sampling_defaults,
+        sampling_file,
+    )
     from powerband.spec.model.reader import read_model_spec
     from powerband.text.tokenizer import Tokenizer
 
@@ -65,7 +70,7 @@ def _checkpoint_settings(settings: EngineSettings) -> dict[str, tuple[Any, str]]
 
 def _folder(settings: EngineSettings) -> Path | None:
     """Where the model lies on this machine; nothing is fetched."""
-    from powerband.engine.checkpoint import resolve_model
+    from powerband.engine.model_loader.checkpoint import resolve_model
 
     if settings.model == "demo" or Path(settings.model).expanduser().is_dir():
         return resolve_model(settings)

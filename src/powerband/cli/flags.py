@@ -74,23 +74,24 @@ def add_flags(options: type, group: Group) -> None:
 
 
 def _flags(classes: tuple[type, ...], without: set[str]) -> list[inspect.Parameter]:
-    return [
-        _flag(item, value_types(settings)[item.name])
-        for settings in classes
-        for item in fields(settings)
-        if item.name not in without
-    ]
+    """A flag for each setting, and one that help does not show for each name of the version before."""
+    settings = [(item, value_types(kind)[item.name]) for kind in classes for item in fields(kind)]
+    settings = [(item, declared) for item, declared in settings if item.name not in without]
+    renamed = [(item, declared) for item, declared in settings if "was" in item.metadata]
+    flags = [_flag(item.name, item, declared) for item, declared in settings]
+    return [*flags, *(_flag(item.metadata["was"], item, declared, show=False) for item, declared in renamed)]
 
 
-def _flag(item: Field[Any], declared: Any) -> inspect.Parameter:
-    # The default is None, so that a flag that was given can be told from one that was not; help shows the real one.
+def _flag(name: str, item: Field[Any], declared: Any, *, show: bool = True) -> inspect.Parameter:
+    # The default is None, so that a flag that was given differs from one that was not; help shows the real one.
     shown = Parameter(
+        show=show,
         help=item.metadata["help"],
         group=Group(item.metadata["group"], sort_key=GROUPS.index(item.metadata["group"])),
         show_default=(lambda _: item.default) if item.default is not None and item.default is not False else False,
     )
     return inspect.Parameter(
-        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[declared | None, shown]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[declared | None, shown]
     )
 
 

@@ -1,4 +1,4 @@
-"""The `powerband` command: parses, calls one command, and turns every ending into a message and an exit code.
+"""The `powerband` command: parse, call one command, and turn every outcome into a message and an exit code.
 
 0 ok · 1 promise not met · 2 usage · 3 environment · 4 run-time failure · 130 interrupted.
 Results go to stdout, everything else to stderr.
@@ -19,11 +19,11 @@ from cyclopts import App, CycloptsError, Group, UnknownOptionError, UnusedCliTok
 from powerband.errors import PowerbandError
 
 USAGE, FAILURE, INTERRUPTED = 2, 4, 130
-# Where each command lies, and what the list of all says of it; its own --help begins with its docstring.
+# Each command's function, and its line in `powerband --help`; its own --help starts with its docstring.
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "One model": {
         "serve": ("powerband.cli.model.serve:serve", "Serve MODEL over an OpenAI-compatible API."),
-        "generate": ("powerband.cli.model.generate:generate", "Write the model's answer to a prompt on stdout."),
+        "generate": ("powerband.cli.model.generate:generate", "Print the model's answer to a prompt."),
         "memory": ("powerband.cli.model.memory:memory", "Show the memory plan before anything is loaded."),
         "eval": ("powerband.cli.model.eval:evaluate", "Measure accuracy and perplexity of MODEL, by precision."),
     },
@@ -42,7 +42,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "remove": ("powerband.cli.service.remove:remove", "Stop and remove a service."),
         "incidents": ("powerband.cli.service.incidents:incidents", "Show what puts the SLO at risk, and what to do."),
         "usage": ("powerband.cli.gateway.usage:usage", "Show requests, tokens, latency and cost, by key and model."),
-        "audit": ("powerband.cli.gateway.usage:audit", "Show what administrators did."),
+        "audit": ("powerband.cli.gateway.usage:audit", "Show and verify the audit log."),
         "gateway": ("powerband.cli.gateway.gateway:gateway", "Run a gateway for replicas that run elsewhere."),
     },
     "Measure and inspect": {
@@ -50,7 +50,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "doctor": ("powerband.cli.doctor:doctor", "Show what this machine has and what is missing."),
     },
 }
-# Commands of commands: their section, and what they say of themselves.
+# Commands with subcommands: their section and their line in `powerband --help`.
 GROUPS = {
     "keys": (
         "Operate",
@@ -71,7 +71,7 @@ GROUPS = {
 
 
 def build_app(called: str = "") -> App:
-    """The command tree. `called`: the command that is meant; its module is imported when it is parsed, and no other."""
+    """The command tree. called: the command on the command line; only its module is imported."""
     sections = {name: Group(name, sort_key=number) for number, name in enumerate(SECTIONS)}
     app = App(
         name="powerband",
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", "", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has enough of it. Python would complain again when it flushes at exit.
+        # The reader of our output closed the pipe. Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -131,16 +131,16 @@ def _run(tokens: list[str]) -> int:
 
 
 def _usage_message(error: CycloptsError) -> tuple[str, str]:
-    """(message, hint), in words of ours where the library's would not help."""
+    """(message, hint), reworded where the library's would not help."""
     command = " ".join(["powerband", *(error.command_chain or ())])
-    hint = f"'{command} --help' shows what there is."
+    hint = f"'{command} --help' shows the options."
     if isinstance(error, UnusedCliTokensError):
         return f"Unexpected: {' '.join(error.unused_tokens or ())}.", hint
     if isinstance(error, UnknownOptionError):
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if option == "--model":
             return "The model is given without a flag.", f"Write: {command} MODEL"
-        known = [name for argument in error.argument_collection for name in argument.names]
+        known = [name for argument in error.argument_collection if argument.show for name in argument.names]
         near = difflib.get_close_matches(option, known, n=1)
         return f"Unknown option: {option}.", f"Did you mean {near[0]}?" if near else hint
     return str(error), hint
@@ -154,7 +154,7 @@ def _complain(message: str, hint: str, code: int) -> int:
 
 
 def _unexpected(error: Exception) -> int:
-    """A defect of ours: say so briefly, and keep the traceback where it can be found."""
+    """A defect of ours: print one line, and write the traceback to a file."""
     if os.environ.get("POWERBAND_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
         return FAILURE

@@ -8,7 +8,7 @@ powerband serve demo --config powerband.yaml     file, with the line  max_num_se
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import msgspec
 
 from powerband.documents import read_table
 from powerband.errors import UsageError
+from powerband.renamed import new_names, option, warn_renamed
 from powerband.server.settings import ServerSettings
 from powerband.spec.config_reader import shown
 from powerband.spec.settings import EngineSettings, value_types
@@ -68,10 +69,11 @@ def resolve(
     is a UsageError with the nearest that one has.
     """
     types = {name: declared for settings in known for name, declared in value_types(settings).items()}
+    renamed = {old: new for settings in known for old, new in new_names(settings).items()}
     layers = [
-        {name: (value, FROM_COMMAND_LINE) for name, value in given.items()},
-        _from_environment(environment, types),
-        _from_file(file, types) if file else {},
+        _from_command_line(given, renamed),
+        _from_environment(environment, types, renamed),
+        _from_file(file, types, renamed) if file else {},
     ]
     values: dict[type, Any] = {}
     origins: dict[str, str] = {}
@@ -98,32 +100,56 @@ def _build(settings: type, chosen: dict[str, Any], origins: dict[str, str]) -> A
         ) from None
 
 
-def _from_environment(environment: Mapping[str, str], types: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    found: dict[str, tuple[Any, str]] = {}
-    variables = {PREFIX + name.upper(): name for name in types}
+_Layer = dict[str, tuple[Any, str]]  # setting → value, origin
+
+
+def _from_command_line(given: Mapping[str, Any], renamed: Mapping[str, str]) -> _Layer:
+    new_names = _with_new_names(given, renamed, option)
+    return {new_names[name]: (given[name], FROM_COMMAND_LINE) for name in new_names}
+
+
+def _from_environment(environment: Mapping[str, str], types: Mapping[str, Any], renamed: Mapping[str, str]) -> _Layer:
+    given: dict[str, str] = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES:
             continue
-        if variable not in variables:
+        name = variable.removeprefix(PREFIX).lower()
+        if variable != _variable(name) or (name not in types and name not in renamed):
             raise UsageError(
                 f"The environment variable {variable} is not one that Powerband knows.",
-                hint=nearest(variable, [*variables, *OTHER_VARIABLES]),
+                hint=nearest(variable, [*map(_variable, types), *OTHER_VARIABLES]),
             )
-        name = variables[variable]
-        found[name] = (_convert(text, types[name]), f"environment ({variable})")
-    return found
+        given[name] = text
+    new_names = _with_new_names(given, renamed, _variable)
+    return {
+        new: (_convert(given[name], types[new]), f"environment ({_variable(name)})") for name, new in new_names.items()
+    }
 
 
-def _from_file(path: Path, types: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    content = read_table(path, "settings file")
-    found: dict[str, tuple[Any, str]] = {}
-    for key, value in content.items():
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _from_file(path: Path, types: Mapping[str, Any], renamed: Mapping[str, str]) -> _Layer:
+    given: dict[str, Any] = {}
+    for key, value in read_table(path, "settings file").items():
         name = str(key).replace("-", "_")
-        if name not in types:
+        if name not in types and name not in renamed:
             raise UsageError(f"{shown(key)} in {path} is not a setting.", hint=nearest(name, types))
         if value is not None:
-            found[name] = (_convert(value, types[name]), f"file ({path})")
-    return found
+            given[name] = value
+    new_names = _with_new_names(given, renamed, lambda name: f"{name} in {path}")
+    return {new: (_convert(given[name], types[new]), f"file ({path})") for name, new in new_names.items()}
+
+
+def _with_new_names(given: Iterable[str], renamed: Mapping[str, str], written: Callable[[str], str]) -> dict[str, str]:
+    """Name as given → name of the setting, the old names first, so that a value under the new name wins.
+
+    written: how warnings write a name.
+    """
+    for old in (name for name in given if name in renamed):
+        warn_renamed(written(old), written(renamed[old]))
+    return {name: renamed.get(name, name) for name in sorted(given, key=lambda name: name not in renamed)}
 
 
 def _convert(value: Any, declared: Any) -> Any:

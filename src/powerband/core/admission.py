@@ -11,7 +11,7 @@ from powerband.errors import QueueFull, UsageError
 
 WINDOW = 64  # most recent starts from which the queue's speed is estimated
 UNKNOWN_RETRY_S = 1.0  # before anything has started
-LONGEST_RETRY_S = 60.0
+MAX_RETRY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +43,11 @@ class SchedulerLimits:
             )
 
 
-class DeadlineInfeasible(QueueFull):
-    """The first token cannot come by the deadline that the request names (HTTP 429)."""
-
-    default_code = "deadline_infeasible"
-
-
 class Admission:
-    """Knows how full the queue may be and how fast it moves.
+    """Limits the queue, and measures how fast it moves.
 
-    `estimate_s(tokens_ahead, prompt_tokens)`: seconds until the first token of a prompt, when so many prompt tokens
-    are to be computed before it. With it, requests whose deadline is out of reach are refused.
+    `estimate_s(tokens_ahead, prompt_tokens)`: seconds until the first token of a prompt behind `tokens_ahead` other
+    prompt tokens. With it, requests whose deadline is out of reach are refused.
     """
 
     def __init__(self, limits: SchedulerLimits, estimate_s: Callable[[int, int], float] | None = None) -> None:
@@ -86,7 +80,7 @@ class Admission:
         )
 
     def check_deadline(self, r: Request, tokens_ahead: int, now: float) -> None:
-        """Raise DeadlineInfeasible if `r` names a deadline that the estimate cannot meet."""
+        """Raise QueueFull if `r` names a deadline that the estimate cannot meet."""
         if r.deadline_s is None or self.estimate_s is None:
             return
         first_token_s = now + self.estimate_s(tokens_ahead, len(r.tokens))
@@ -94,10 +88,11 @@ class Admission:
             return
         late_s = first_token_s - r.deadline_s
         self._refuse(now)
-        raise DeadlineInfeasible(
+        raise QueueFull(
             f"The first token would come {late_s:.2f} s after the deadline: {tokens_ahead} prompt tokens are ahead.",
-            retry_after_s=min(late_s, LONGEST_RETRY_S),
+            retry_after_s=min(late_s, MAX_RETRY_S),
             hint="Allow more time, or send it to another replica.",
+            code="deadline_infeasible",
         )
 
     def started(self, now: float) -> None:
@@ -106,10 +101,10 @@ class Admission:
         self._tickets = max(self._tickets - 1, 0)
 
     def _refuse(self, now: float) -> float:
-        """Give the next place in an imagined line of refused clients, so that they do not all return at once."""
+        """Return when to retry: later for each further refusal, so that clients do not all return at once."""
         self.num_refused += 1
         self._tickets += 1
         if len(self._starts) < 2 or now <= self._starts[0]:
             return UNKNOWN_RETRY_S
         starts_per_s = (len(self._starts) - 1) / (now - self._starts[0])
-        return min(self._tickets / starts_per_s, LONGEST_RETRY_S)
+        return min(self._tickets / starts_per_s, MAX_RETRY_S)

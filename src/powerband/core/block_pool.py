@@ -1,7 +1,7 @@
 """Blocks of KV cache as numbers: who refers to them, what they hold, which is reused next. O(1) per block.
 
 blank    never held anything reusable: taken first
-cached   nobody refers to it, but its content has a key and may be found again: taken last, least recently used first
+cached   no request refers to it, but its content has a key and may be found again: least recently used is taken first
 in use   referred to by one request or, if its content has a key, by several
 """
 
@@ -90,7 +90,7 @@ class BlockPool:
         self.key_of[block] = None
 
     def check(self) -> None:
-        """Raise PowerbandError unless the books balance. O(num_blocks): for tests and idle moments."""
+        """Raise PowerbandError if counts and lists disagree. O(num_blocks): for tests and idle moments."""
         used = sum(refs > 0 for refs in self.refs)
         if self.num_free + used != self.num_blocks or len(set(self.blank)) != len(self.blank):
             raise PowerbandError(f"{used} blocks in use and {self.num_free} free are not {self.num_blocks} in all.")

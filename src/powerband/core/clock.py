@@ -28,7 +28,7 @@ class MonotonicClock:
 
 
 class VirtualClock:
-    """A clock that stands still unless it is told to move: waiting costs nothing."""
+    """A clock that moves only when something waits, and then at once."""
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start

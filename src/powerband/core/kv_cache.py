@@ -25,7 +25,7 @@ from powerband.errors import PowerbandError
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """Leading blocks of a request that are already in the cache, and how many of them nobody refers to."""
+    """Leading blocks of a request that are already in the cache, and how many of them no request uses."""
 
     blocks: list[int]
     num_idle: int
@@ -178,7 +178,7 @@ class KVCacheManager:
         return CacheUsage(pool.num_blocks, pool.num_blocks - pool.num_free, len(pool.cached))
 
     def check(self, holders: Iterable[Request] = ()) -> None:
-        """Raise PowerbandError unless the pool's books balance and agree with the requests that own blocks."""
+        """Raise PowerbandError if the pool's counts disagree with each other or with the requests that own blocks."""
         self.pool.check()
         refs = [0] * self.pool.num_blocks
         for r in holders:

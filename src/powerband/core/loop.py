@@ -35,7 +35,7 @@ class Add:
 class Abort:
     """End this request now. Its last output carries `reason`; an id that is not live is ignored.
 
-    `reason` is STOP when the sender found a stop string, ABORT when nobody listens any more.
+    `reason` is STOP when the sender found a stop string, ABORT when the client has left.
     """
 
     id: str
@@ -145,7 +145,7 @@ class EngineCore:
             case Add(request):
                 try:
                     self.scheduler.add(request, now)
-                except Exception as error:  # whatever is wrong with a request is that request's trouble alone
+                except Exception as error:  # an invalid request must fail alone
                     return [TokenOutput(request.id, [], now, FinishReason.ERROR, error=error_info(error))]
             case Abort(id, reason):
                 output = self.scheduler.abort(id, reason, now)

@@ -1,6 +1,6 @@
 """Who is served first. A policy gives every request a key: served in that order, preempted from its end.
 
-policy          order                                               why nobody starves
+policy          order                                               why no request starves
 fcfs            arrival                                             the oldest is always first
 priority        `priority`, then arrival                            a level waits for those above it: by intent
 shortest        prompt length, less what waiting has earned         a second of waiting is worth `tokens_per_s`
@@ -112,8 +112,8 @@ class LongestPrefix(FirstComeFirstServed):
 class Deadline(FirstComeFirstServed):
     """Earliest deadline (of the first token) first.
 
-    Plain earliest-deadline-first serves the hopeless first when it is late, and so makes everyone late. A deadline
-    that passed is moved back by whole multiples of `grace_s` until it lies ahead again.
+    Under overload, plain earliest-deadline-first serves requests that are already late and so makes all others late.
+    A deadline that has passed is therefore postponed by multiples of `grace_s` until it is in the future.
     """
 
     dynamic = True

@@ -154,7 +154,7 @@ def _check(source: EngineRequest) -> None:
 
 
 def _check_resumed(source: EngineRequest) -> None:
-    """Output that would have ended the request leaves nothing to go on with."""
+    """Raise InvalidRequest if the output to resume is already complete."""
     given, params = len(source.resumed_ids), source.params
     if params.max_tokens is not None and given >= params.max_tokens:
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""From what a step yielded to what the outside is told, for one request. Nothing here decides what runs."""
+"""From what a step yielded to the output of one request. Nothing here decides what runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def token_output(
     prompt_logprobs: list[TokenLogprobs] | None = None,
     error: ErrorInfo | None = None,
 ) -> TokenOutput:
-    """Tell `token_ids` of `r`. Log-probabilities of tokens that do not count are left out."""
+    """The output with `token_ids` of `r`. Log-probabilities of tokens that do not count are left out."""
     if logprobs is not None and len(logprobs) > len(token_ids):
         logprobs = logprobs[: len(token_ids)]
     return TokenOutput(
@@ -54,7 +54,7 @@ def token_output(
 
 
 def new_prompt_rows(r: Request, w: Work, rows: list[TokenLogprobs] | None) -> list[TokenLogprobs] | None:
-    """Rows that were not reported before: a preempted prompt is computed again, but told once."""
+    """Rows that were not reported before: a preempted prompt is computed again, but reported once."""
     if not rows:
         return None
     new = rows[max(r.num_prompt_rows - w.start, 0) :]

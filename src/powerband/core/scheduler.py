@@ -237,7 +237,7 @@ class Scheduler:
             if self._chunk_of(r) <= 0:
                 return
             match = self.kv.match(r)
-            # One block each for the running to grow into: starting one more only to preempt it helps nobody.
+            # One block each for the running to grow into: starting one more only to preempt it gains nothing.
             if not self.kv.fits(r, match, reserve=len(self.running)):
                 return
             del self.waiting[0]
@@ -269,7 +269,7 @@ class Scheduler:
     # Its result
 
     def update(self, step: Step, result: StepResult, now: float) -> list[TokenOutput]:
-        """Take in what `step` yielded; return what to tell the outside.
+        """Process what `step` yielded; return the outputs of its requests.
 
         A result whose request is gone, or has another epoch by now, is dropped. That alone makes abort, finish and
         preemption with steps in flight correct.
@@ -315,12 +315,12 @@ class Scheduler:
             self._finish(r)
         for r in list(self.running):
             self._preempt(r)
-        # The executor may not have got this far; being told twice does no harm.
+        # The executor may not have got this far; a second mention does no harm.
         self._dropped = [id for id in step.dropped if id not in self.requests] + self._dropped
         return outputs
 
     def _fail(self, r: Request, start: int, error: ErrorInfo, now: float) -> TokenOutput:
-        """End one request; whoever reads what its failed work wrote computes it again."""
+        """End one request; requests that read what its failed work wrote compute it again."""
         suspect = self.kv.invalidate(r, start)
         output = token_output(r, [], now, FinishReason.ERROR, error=error)
         self._finish(r)

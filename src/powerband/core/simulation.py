@@ -27,7 +27,7 @@ class TraceInbox:
             self.send(at_s, command)
 
     def send(self, at_s: float, command: Command) -> None:
-        """Add a command, also while the simulation runs: clients that react to what they hear."""
+        """Add a command, also while the simulation runs: clients that react to responses."""
         heapq.heappush(self._events, (at_s, self._num_sent, command))
         self._num_sent += 1
 
@@ -111,7 +111,7 @@ class SimExecutor:
 
 
 def run_to_end(core: EngineCore) -> list[TokenOutput]:
-    """Step until the trace is played and every request has ended; return all outputs in order."""
+    """Step until the trace is exhausted and every request has ended; return all outputs in order."""
     outputs: list[TokenOutput] = []
     while core.busy:
         outputs += core.step()

@@ -102,7 +102,7 @@ class StepResult:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """What the engine tells the outside about one request after one step."""
+    """The output of one request after one step."""
 
     id: str
     token_ids: list[int]

@@ -12,6 +12,7 @@ from math import sqrt
 from typing import NamedTuple, TypeVar
 
 from powerband.cost import operator_models as laws
+from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.operator_models import DeviceSpeed
 from powerband.cost.shapes import FORMATS, PLAIN, GemmFormat, GemmShape, RankShapes
@@ -36,19 +37,6 @@ OPERATORS = (
 )
 BOUNDS = ("bandwidth", "compute", "link", "host")
 
-# Kernels of a layer beside products and attention: norms, rotary and cache write, activation; engines fuse differently.
-_KERNELS = {"powerband": 5.0, "vllm": 5.0, "sglang": 5.0, "trtllm": 4.0}
-# Sizes of a step of decodes for which engines capture CUDA graphs; a step is padded to the next.
-_GRAPHS: dict[str, tuple[int, ...]] = {
-    "powerband": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
-    "vllm": (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
-    "sglang": (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
-    "trtllm": (1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(576, 2049, 64)),
-}
-# A step with prefills in it takes as long as theirs and one of its decodes together: decodes gain nothing from weights
-# that are read anyway. So it is in TensorRT-LLM's closed-loop figures, with every model and number of ranks; vLLM's and
-# those of our engine show the gain.
-_APART = ("trtllm",)
 # What no law sees: clocks under sustained load, gaps between kernels, versions of engines. With it, nine in ten of the
 # end-to-end measurements lie inside the band (make accuracy: closed loop and saturation together).
 _UNSEEN = 0.15
@@ -75,20 +63,20 @@ class LatencyModel:
 
     def __init__(self, spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> None:
         self._profile, self._replica, self._engine = profile, replica, engine
+        self._assumed = assumed = ENGINE_PRIORS[engine]
         self._shapes = RankShapes.of(spec, replica)
         self._hidden, self._vocab, self._chosen = spec.hidden_size, spec.vocab_size, spec.num_experts_per_token
         self.num_stages = replica.pipeline_parallel
         refined = _refinement(spec, profile, replica, engine)
         own_host = refined.host if refined is not None else None
-        self.host: HostModel = own_host or profile.host.get(engine) or priors.host_model(engine)
+        self.host: HostModel = own_host or profile.host.get(engine) or assumed.host
         self._measured = MeasuredStepTimes(refined.steps) if refined is not None else None
         self._measured_error = refined.evidence.error if refined is not None else 0.0
         expert_format: Quantization = replica.quantization
         plain: Quantization = "none" if replica.quantization == "mxfp4" else replica.quantization
         self._matrix, self._plain = self._product(plain), self._product("none")
-        # Our engine holds the head in 8 bits beside quantized layers.
-        own_quantized = engine == "powerband" and plain in ("int8", "int4")
-        self._head = self._product("int8") if own_quantized else self._plain
+        has_int8_head = assumed.quantizes_head and plain in ("int8", "int4")
+        self._head = self._product("int8") if has_int8_head else self._plain
         self._expert_model = _operator_model(profile.experts, engine, expert_format) or priors.experts_model(
             profile, expert_format
         )
@@ -104,9 +92,8 @@ class LatencyModel:
         self._all_reduce = _operator_model(profile.all_reduce, engine, ranks) or priors.all_reduce_model(profile, ranks)
         self._transfer = profile.transfer or priors.transfer_model(profile)
         self._stream_s = self._streaming()
-        self._graphs = _GRAPHS[engine] if profile.kind != "cpu" else ()
+        self._graphs = assumed.graph_sizes if profile.kind != "cpu" else ()
         self._max_decode_tokens = 1 + replica.draft_tokens
-        self._apart = engine in _APART
         self._by_tokens: dict[int, float] = {}
         self._by_rows: dict[int, float] = {}
 
@@ -114,7 +101,7 @@ class LatencyModel:
         """Device seconds of one step, all stages together. works: (new tokens, context after them) of each request."""
         if self._measured is not None:
             return self._measured.step_s(works, sampled)
-        if self._apart:
+        if self._assumed.separates_decodes:
             return sum(self._pass_s(part, rows) for part, rows in self._passes(works, sampled))
         return self._pass_s(works, sampled)
 
@@ -177,14 +164,15 @@ class LatencyModel:
             "launches": self.host.evidence.error,
         }
         total = sum(parts.values())
-        # Our own kernels on a GPU that was not calibrated: the laws are those of other engines'.
-        is_own = self._engine == "powerband" and self._profile.kind != "cpu" and "powerband" not in self._profile.gemm
-        unseen = _UNMEASURED if is_own else _UNSEEN
+        is_measured = self._profile.kind == "cpu" or self._engine in self._profile.gemm
+        unseen = _UNSEEN if is_measured or self._assumed.is_measured_on_gpus else _UNMEASURED
         return sqrt(unseen**2 + sum((errors[name] * seconds / total) ** 2 for name, seconds in parts.items()))
 
     def _passes(self, works: Sequence[Work], sampled: int) -> list[tuple[Sequence[Work], int]]:
         """What a step computes one after the other: all at once, or chunks of prefills and then decodes."""
-        decodes = [work for work in works if work[0] <= self._max_decode_tokens] if self._apart else []
+        decodes = (
+            [work for work in works if work[0] <= self._max_decode_tokens] if self._assumed.separates_decodes else []
+        )
         if not decodes or len(decodes) == len(works):
             return [(works, sampled)]
         rows = min(sampled, sum(new for new, _ in decodes))
@@ -240,7 +228,7 @@ class LatencyModel:
             yield OperatorTime("experts", "compute" if found.computing else "bandwidth", kind.layers * found.total)
         speed = self._attention_speed
         moved = tokens * shapes.elementwise_bytes
-        seconds = laws.elementwise(self._elementwise, speed, shapes.layers * _KERNELS[self._engine], moved)
+        seconds = laws.elementwise(self._elementwise, speed, shapes.layers * self._assumed.kernels_per_layer, moved)
         yield OperatorTime("norms and activations", "bandwidth", seconds)
         vector = 2.0 * tokens * self._hidden
         if replica.tensor_parallel > 1:

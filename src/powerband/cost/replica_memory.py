@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from powerband.cost.engine_priors import ENGINE_PRIORS, EnginePriors
 from powerband.cost.footprint import activation_bytes
 from powerband.cost.memory import plan_memory
 from powerband.cost.shapes import FORMATS, kv_row_bytes
@@ -20,14 +21,10 @@ from powerband.spec.model.counts import ParameterCounts, count_parameters
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
-# Block sizes and what engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a
-# small vocabulary, 1.3 GiB with large ones, on an H100 (num_gpu_blocks reported by inference-sim's runs).
-_BLOCK_SIZE: dict[EngineName, int] = {"powerband": 32, "vllm": 16, "sglang": 16, "trtllm": 32}
+# What engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a small vocabulary,
+# 1.3 GiB with large ones, on an H100 (num_gpu_blocks reported by inference-sim's runs).
 _RUNTIME_BYTES = 300 << 20  # context, libraries, fragments
 _COLLECTIVES_BYTES = 400 << 20  # NCCL's and custom all-reduce's buffers (AIConfigurator reserves 342 to 392 MB)
-# Of each logit that a profiling step samples: in 16 and 32 bits, probabilities, sorted with indices, sums, noise.
-_SAMPLER_BYTES = 36
-_SAMPLER_BYTES_TRTLLM = 8  # logits in 32 bits, twice: it samples in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +48,22 @@ def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engi
     reason = _indivisible(spec, replica)
     if reason:
         return ReplicaMemory({}, 0, 0, 1, reason)
-    if engine == "powerband" and replica.num_devices == 1 and not replica.offload_share:
+    assumed = ENGINE_PRIORS[engine]
+    if assumed.uses_memory_plan and replica.num_devices == 1 and not replica.offload_share:
         return _own(spec, profile, replica)
     rank = shard(spec, replica)
     parts = {
         "weights": weight_bytes(spec, replica),
         "activations": activation_bytes(rank, tokens=replica.max_num_batched_tokens, dtype="bfloat16"),
-        "sampling": _sampling(spec, replica, engine),
+        "sampling": _sampling(spec, replica, assumed),
         "runtime": _RUNTIME_BYTES + (_COLLECTIVES_BYTES if replica.num_devices > 1 else 0),
     }
     available = int(profile.memory_bytes * replica.gpu_memory_utilization)
     left = available - sum(parts.values())
     if left < 0:
         needs = f"needs {_gb(sum(parts.values()))} without a KV cache, has {_gb(available)}"
-        return ReplicaMemory(parts, available, 0, _BLOCK_SIZE[engine], needs)
-    block_size = _BLOCK_SIZE[engine]
+        return ReplicaMemory(parts, available, 0, assumed.block_size, needs)
+    block_size = assumed.block_size
     block = block_size * kv_bytes_per_token(spec, replica)
     blocks = left // block
     problem = ""
@@ -123,9 +121,9 @@ def _layer_parameters(counts: ParameterCounts) -> int:
     return counts.total - counts.embedding - counts.head
 
 
-def _sampling(spec: ModelSpec, replica: Replica, engine: EngineName) -> int:
+def _sampling(spec: ModelSpec, replica: Replica, assumed: EnginePriors) -> int:
     rows = min(replica.max_num_seqs, replica.max_num_batched_tokens)
-    return rows * spec.vocab_size * (_SAMPLER_BYTES_TRTLLM if engine == "trtllm" else _SAMPLER_BYTES)
+    return rows * spec.vocab_size * assumed.sampler_bytes_per_logit
 
 
 def _indivisible(spec: ModelSpec, replica: Replica) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from powerband.dispatch.capacity import Capacity, ServiceTime
-from powerband.dispatch.errors import DeadlineInfeasible, PoolFull, QueueTimeout
+from powerband.dispatch.errors import DeadlineUnreachable, PoolFull, QueueTimeout
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.queue import FairQueue
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
@@ -19,7 +19,7 @@ from powerband.dispatch.request import DispatchRequest, PriorityLevel
 _SAFETY_FACTOR = 1.25
 
 
-class Admission:
+class AdmissionControl:
     """Of one length pool. slo_ttft_s: the SLO's seconds to the first token; None: it has none. is_overloaded: for long
     enough that the SLO counts as a deadline."""
 
@@ -62,7 +62,7 @@ class Admission:
         return self._late_since_s is None and not self.is_overloaded
 
     def check_late(self, request: DispatchRequest, now_s: float) -> None:
-        """For a request that need not wait. Raises DeadlineInfeasible if its deadline has passed."""
+        """For a request that need not wait. Raises DeadlineUnreachable if its deadline has passed."""
         deadline_s = self._deadline_s(request, now_s)
         if deadline_s is not None and now_s >= deadline_s:
             raise self._infeasible(now_s - deadline_s)
@@ -72,7 +72,7 @@ class Admission:
     ) -> float:
         """When its wait ends at the latest. waiting: requests and tokens in the queues of all length pools.
 
-        Raises PoolFull and DeadlineInfeasible.
+        Raises PoolFull and DeadlineUnreachable.
         """
         wait_s = self._predicted_wait_s(request, level, queue)
         self._check_room(request, queue, wait_s, *waiting)
@@ -125,20 +125,19 @@ class Admission:
         raise PoolFull(f"All replicas are busy: {what}.", retry_after_s=retry_after_s, hint=hint)
 
     def _is_within_share(self, request: DispatchRequest, queue: FairQueue) -> bool:
-        """Whether its tenant has less than half of a fair share of the queue: one that fills it shuts nobody else out.
+        """Whether its tenant has less than half of a fair share of the queue: one that fills it shuts no other out.
 
         A tenant that is alone has no share beyond the limit.
         """
         num_requests, num_tokens, num_tenants = queue.share_of(request.tenant)
         if num_tenants < 2:
             return False
+        max_requests, max_tokens = self._options.max_queued_requests, self._options.max_queued_tokens
         own = request.prompt_tokens + request.output_tokens
-        return num_requests < self._options.max_queued_requests / (
-            2 * num_tenants
-        ) and num_tokens + own <= self._options.max_queued_tokens / (2 * num_tenants)
+        return num_requests < max_requests / (2 * num_tenants) and num_tokens + own <= max_tokens / (2 * num_tenants)
 
-    def _infeasible(self, late_s: float) -> DeadlineInfeasible:
-        return DeadlineInfeasible(
+    def _infeasible(self, late_s: float) -> DeadlineUnreachable:
+        return DeadlineUnreachable(
             f"The first token would come {late_s:.2f} s after the deadline.",
             retry_after_s=self.capacity.retry_after_s(late_s),
             hint="Allow more time, or try again later.",

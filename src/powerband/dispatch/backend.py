@@ -10,14 +10,11 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from powerband.dispatch.breaker import CircuitBreaker
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
-
-if TYPE_CHECKING:
-    from powerband.dispatch.queue import FairQueue
 
 # ready: gets requests. starting: not yet found ready. ejected: probes found it unhealthy. open: its circuit breaker is.
 # draining: keeps what it has, gets nothing new.
@@ -72,20 +69,25 @@ class InFlightRequest:
         "on_lost",
         "outstanding",
         "prompt_tokens",
-        "queue",
         "queue_s",
         "read_since_s",
         "request",
         "sent_s",
+        "settle",
         "tokens",
     )
     # fmt: on
 
     def __init__(
-        self, backend: Backend, request: DispatchRequest, level: PriorityLevel, queue: FairQueue, now_s: float
+        self,
+        backend: Backend,
+        request: DispatchRequest,
+        level: PriorityLevel,
+        now_s: float,
+        settle: Callable[[float], None],
     ) -> None:
-        """queue: where its tenant was charged for it."""
-        self.backend, self.request, self.level, self.queue, self.sent_s = backend, request, level, queue, now_s
+        """settle: called at its end with the tokens that its tenant has to pay for."""
+        self.backend, self.request, self.level, self.sent_s, self.settle = backend, request, level, now_s, settle
         self.queue_s = 0.0
         self.prompt_tokens = request.prompt_tokens
         self.tokens = request.prompt_tokens + request.output_tokens  # at most

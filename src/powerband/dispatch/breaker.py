@@ -51,7 +51,7 @@ class CircuitBreaker:
             if not is_ok and may_open and self._is_at_fault():
                 self._open(now_s)
 
-    def trip(self, now_s: float) -> None:
+    def force_open(self, now_s: float) -> None:
         """Open, whatever was counted."""
         self._is_trial_running = False
         self._open(now_s)

@@ -2,7 +2,7 @@
 
     submit ─► admitted? ─► a place is free ────────────► InFlightRequest ── release ─► its place goes to the next
                  │ no       └ none: queue (fair, bounded) ──┘
-                 └─► PoolFull, DeadlineInfeasible, …         … or QueueTimeout
+                 └─► PoolFull, DeadlineUnreachable, …         … or QueueTimeout
 
 A backend has max_num_seqs places and a few more, so that it never runs dry; a request that still waits can go to any
 backend, also to one that is added later.
@@ -37,7 +37,7 @@ from powerband.dispatch.routing import make_router
 NO_REPLICA_RETRY_S = 5.0
 TICK_S = 0.05  # between two looks at waiting requests and at backends that do not serve
 _HEALTHY_S = 60.0  # for which a completed request shows a backend to be healthy
-_MAX_PAUSE_S = 5.0  # that a request waits for replicas which asked for a pause; else its client is told to wait
+_MAX_PAUSE_S = 5.0  # that a request waits for replicas which asked for a pause; for a longer one it is refused
 _REPLACEMENT_S = 15.0  # for which a replica is expected while there is none
 
 # How a request ended. ok: answered. failed: through the backend's fault. suspected: maybe through its own fault;
@@ -70,7 +70,7 @@ class Dispatcher:
     ) -> InFlightRequest | QueuedRequest:
         """Send it to a backend, or queue it. avoid: backends that failed with it, used only if there are no others.
 
-        Raises PoolFull, DeadlineInfeasible, NoReplicaAvailable and ReplicasBusy.
+        Raises PoolFull, DeadlineUnreachable, NoReplicaAvailable and ReplicasBusy.
         """
         pool = pool_for(request, self._pools)
         # A request that was accepted before does not go to the end of the line.
@@ -140,7 +140,7 @@ class Dispatcher:
             backend.errors.append("failed")
         # A tenant does not pay for what it did not get.
         paid = in_flight.prompt_tokens + output_tokens if is_done else 0
-        in_flight.queue.settle(in_flight.level, request.tenant, in_flight.tokens, paid)
+        in_flight.settle(paid)
         # The probes of a backend that was found dead have counted that already.
         is_ok = True if outcome == "ok" else False if outcome == "failed" else None
         self._count(in_flight, None if in_flight.is_lost else is_ok, now_s)
@@ -229,7 +229,7 @@ class Dispatcher:
         """Its probes are good, but nothing comes."""
         backend.errors.append("hung")
         if backend.is_ready and self._may_open():
-            backend.breaker.trip(now_s)
+            backend.breaker.force_open(now_s)
             self._schedule_tick(now_s)
         backend.lose_all()
 
@@ -374,7 +374,10 @@ class Dispatcher:
     def _send(
         self, request: DispatchRequest, backend: Backend, pool: LengthPool, level: PriorityLevel, now_s: float
     ) -> InFlightRequest:
-        sent = InFlightRequest(backend, request, level, pool.queue, now_s)
+        tokens = request.prompt_tokens + request.output_tokens
+        sent = InFlightRequest(
+            backend, request, level, now_s, settle=partial(pool.queue.settle, level, request.tenant, tokens)
+        )
         backend.sent(sent)
         backend.outstanding += sent.tokens
         self._num_in_flight[request.tenant] += 1

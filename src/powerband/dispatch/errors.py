@@ -19,7 +19,7 @@ class PoolFull(PoolError):
     default_code = "pool_full"
 
 
-class DeadlineInfeasible(PoolError):
+class DeadlineUnreachable(PoolError):
     """The first token cannot come by the request's deadline."""
 
     default_code = "deadline_infeasible"

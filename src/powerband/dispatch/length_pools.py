@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from powerband.dispatch.admission import Admission
+from powerband.dispatch.admission import AdmissionControl
 from powerband.dispatch.backend import Backend
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.queue import FairQueue
@@ -21,7 +21,7 @@ class LengthPool:
     def __init__(self, max_prompt_tokens: float, options: DispatchOptions) -> None:
         self.max_prompt_tokens = max_prompt_tokens
         self.queue = FairQueue()
-        self.admission = Admission(options)
+        self.admission = AdmissionControl(options)
         self.serving: list[Backend] = []
 
     def observe(self, now_s: float) -> None:

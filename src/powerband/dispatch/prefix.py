@@ -25,7 +25,7 @@ BLOCK_ENDS = tuple(accumulate(_FIRST_BYTES << (i // _SAME_SIZE) for i in range(_
 
 
 def prefix_keys(endpoint: str, prompt: bytes, tenant: str, salt: bytes = b"") -> tuple[bytes, ...]:
-    """Keys of the whole blocks at a prompt's beginning. A tenant's keys tell nothing of another's.
+    """Keys of the whole blocks at a prompt's beginning. Keys of different tenants are unrelated.
 
     prompt: the JSON of `messages` or `prompt` as it came: a client that sends the same again sends the same bytes.
     salt: what comes before it or keeps caches apart, such as `tools` and `cache_salt`.

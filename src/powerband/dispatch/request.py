@@ -12,7 +12,7 @@ PriorityLevel = tuple[int, int]
 
 @dataclass(slots=True, kw_only=True)
 class DispatchRequest:
-    """A request to be queued and sent to a backend. Times are on the clock of whoever drives the dispatcher."""
+    """A request to be queued and sent to a backend. Times are on the clock of the dispatcher's caller."""
 
     tenant: str = ANONYMOUS  # whose share of the backends it takes
     prompt_tokens: int = 1  # estimated

@@ -24,18 +24,18 @@ from powerband.cost.memory import MemoryPlan, plan_memory
 from powerband.cost.precision import auto_dtype
 from powerband.cost.sizing import readable
 from powerband.cost.step_log import RunConfiguration
-from powerband.engine.attention import Choice, choose_backend
-from powerband.engine.cuda_graphs import MAX_ROWS, can_capture
+from powerband.engine.attention import BackendSelection, choose_backend
+from powerband.engine.client.messages import EngineInfo
+from powerband.engine.device_estimates import DeviceEstimates, find_device_estimates
+from powerband.engine.executor.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
-from powerband.engine.generation_config import end_token_ids, sampling_defaults
 from powerband.engine.kernels.cpu.library import FAST_TIERS
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.engine.kernels.cpu.library import load as load_kernels
-from powerband.engine.known_device import Known, known_device
-from powerband.engine.messages import EngineInfo
+from powerband.engine.model_loader.generation_config import end_token_ids, sampling_defaults
+from powerband.engine.model_loader.weights import resolve_model
 from powerband.engine.residuals import Residuals
 from powerband.engine.step_log import StepLog
-from powerband.engine.weights import resolve_model
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.hardware.device import Device, detect_cpu
 from powerband.spec.model.model_spec import ModelSpec
@@ -79,9 +79,9 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     `progress` is called with the name of a phase and the fraction of it that is done. Raises UsageError for settings or
     checkpoints that are wrong, and EnvironmentFault for what this machine lacks, each saying what to do.
     """
-    told = progress or (lambda _name, _fraction: None)
+    on_progress = progress or (lambda _name, _fraction: None)
     stopwatch = _Stopwatch()
-    told("resolve", 0.0)
+    on_progress("resolve", 0.0)
     folder = resolve_model(settings)
     spec = read_model_spec(folder)
     defaults = sampling_defaults(settings, folder)
@@ -93,7 +93,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or cpu.cores)
         if settings.kernels == "auto":
-            told("kernels", 0.0)
+            on_progress("kernels", 0.0)
             kernels = load_kernels()
     stopwatch.lap("kernels")
     kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
@@ -116,20 +116,20 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     settings = _resolved(settings, device, dtype, memory)
     form = _form(settings, spec, device, memory)
     step_log = StepLog(Path(settings.step_log), form) if settings.step_log else None
-    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory, kernels), told)
+    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory, kernels), on_progress)
     with _memory_errors(memory):
         report = executor.start()
         stopwatch.take(report.seconds)
-        told("kv_cache", 0.0)
+        on_progress("kv_cache", 0.0)
         executor.init_kv_cache(memory.num_blocks)
     stopwatch.lap("kv_cache")
     report = replace(report, seconds=stopwatch.seconds)
-    known = known_device(form, spec, memory)
-    scheduler = _scheduler(settings, spec, memory, executor, known)
-    residuals = Residuals(known.model) if known is not None else None
+    estimates = find_device_estimates(form, spec, memory)
+    scheduler = _scheduler(settings, spec, memory, executor, estimates)
+    residuals = Residuals(estimates.model) if estimates is not None else None
     core = EngineCore(scheduler, executor, clock, inbox, _all_of(step_log, residuals))
     info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor)
-    info.refuses_late = known is not None
+    info.refuses_late = estimates is not None
     return Engine(core, info, spec, settings, executor, scheduler, memory, form, residuals, report, step_log)
 
 
@@ -168,7 +168,7 @@ def _check_quantization(spec: ModelSpec, folder: Path) -> None:
         )
 
 
-def _check_kv_cache(settings: EngineSettings, choice: Choice) -> None:
+def _check_kv_cache(settings: EngineSettings, choice: BackendSelection) -> None:
     if settings.kv_cache_dtype == "int8" and choice.name not in _INT8_CACHES:
         raise UsageError(
             f"kv_cache_dtype is 'int8', which attention by '{choice.name}' ({choice.reason}) cannot hold.",
@@ -194,7 +194,7 @@ def _executor_config(
     spec: ModelSpec,
     folder: Path,
     device: torch.device,
-    choice: Choice,
+    choice: BackendSelection,
     memory: MemoryPlan,
     kernels: KernelStatus,
 ) -> ExecutorConfig:
@@ -217,14 +217,14 @@ def _executor_config(
     )
 
 
-def graph_rows(settings: EngineSettings, device: torch.device, choice: Choice) -> int:
+def graph_rows(settings: EngineSettings, device: torch.device, choice: BackendSelection) -> int:
     """The largest batch of decodes that CUDA graphs are captured for; 0: none are."""
     captures = device.type == "cuda" and not settings.enforce_eager and can_capture(choice.name)
     return min(settings.max_num_seqs, MAX_ROWS) if captures else 0
 
 
 def _form(settings: EngineSettings, spec: ModelSpec, device: torch.device, memory: MemoryPlan) -> RunConfiguration:
-    """What runs, for the step log and for whoever looks for a profile of it."""
+    """What runs, for the step log and for finding a profile of it."""
     return RunConfiguration(
         model=spec.shape_digest,
         name=settings.served_model_name or settings.model,
@@ -252,7 +252,11 @@ def _all_of(*observers: Callable[[StepRecord], None] | None) -> Callable[[StepRe
 
 
 def _scheduler(
-    settings: EngineSettings, spec: ModelSpec, memory: MemoryPlan, executor: TorchExecutor, known: Known | None
+    settings: EngineSettings,
+    spec: ModelSpec,
+    memory: MemoryPlan,
+    executor: TorchExecutor,
+    estimates: DeviceEstimates | None,
 ) -> Scheduler:
     kv = KVCacheManager(memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching)
     limits = SchedulerLimits(
@@ -263,7 +267,7 @@ def _scheduler(
         max_num_queued_reqs=settings.max_num_queued_reqs,
         max_num_queued_tokens=settings.max_num_queued_tokens,
     )
-    estimate_s = known.first_token(settings.max_num_batched_tokens) if known is not None else None
+    estimate_s = estimates.first_token(settings.max_num_batched_tokens) if estimates is not None else None
     policy = make_policy(settings.scheduling_policy, kv)
     return Scheduler(kv, limits, policy=policy, relay=executor.relay, estimate_s=estimate_s, rope=spec.length_rope)
 
@@ -275,7 +279,7 @@ def _info(
     defaults: dict[str, float | int],
     memory: MemoryPlan,
     report: DeviceReport,
-    choice: Choice,
+    choice: BackendSelection,
     kernels: KernelStatus,
     executor: TorchExecutor,
 ) -> EngineInfo:
@@ -294,7 +298,7 @@ def _info(
             f"products   {products}",
             memory.table(measured),
             f"KV cache   {memory.kv_tokens} tokens, requests of up to {memory.max_model_len}",
-            f"sampling   {sampling}, where a request says nothing else",
+            f"sampling   {sampling}, unless a request sets others",
             f"start      {phases}",
         ]
     )
@@ -325,19 +329,19 @@ class _Stopwatch:
         self._last_s = now
 
     def take(self, measured: dict[str, float]) -> None:
-        """Phases that someone else has timed, up to now."""
+        """Add phases that were timed elsewhere, up to now."""
         self.seconds |= measured
         self._last_s = time.perf_counter()
 
 
 @contextmanager
 def _memory_errors(memory: MemoryPlan) -> Iterator[None]:
-    """The plan held on paper, but the device said no: say what was planned and what would take less."""
+    """On an out-of-memory error despite the plan: report what was planned and what would take less."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
-        told_so = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(problem)
-        if not told_so:
+        is_typed = isinstance(problem, torch.OutOfMemoryError | MemoryError)
+        if not is_typed and "allocate memory" not in str(problem):
             raise
         raise _out_of_memory(memory, problem) from problem
 
@@ -360,7 +364,7 @@ def _out_of_memory(memory: MemoryPlan, problem: BaseException) -> EnvironmentFau
 
 
 def _resident_bytes(device: torch.device) -> int | None:
-    """Memory in use now: of the GPU by torch, or of this process. None: this system does not tell."""
+    """Memory in use now: of the GPU by torch, or of this process. None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     try:

@@ -1,7 +1,7 @@
-"""The engine core's own process: `python -m powerband.engine.process`, started and watched by supervisor.py.
+"""The engine core's own process: `python -m powerband.engine.process`, started and watched by client/supervisor.py.
 
-main thread        EngineCore.step() for ever; commands come from the requests' socket, outputs leave once per step
-heartbeat thread   tells several times a second that the process lives, and when the loop last went round
+main thread        loops over EngineCore.step(); commands come from the requests' socket, outputs leave once per step
+heartbeat thread   reports several times a second that the process is alive, and when the loop last ran
 input's end        of standard input means that the API process is gone or wants this one to end
 """
 
@@ -24,42 +24,36 @@ import msgspec
 import zmq
 
 from powerband.core.clock import Clock, MonotonicClock
-from powerband.core.loop import Abort, Add, Command, EngineCore, Inbox, StepRecord, error_info
-from powerband.core.loop import Call as CoreCall
+from powerband.core.loop import Abort, Add, Call, Command, EngineCore, Inbox, StepRecord, error_info
 from powerband.core.stats import SchedulerStats
 from powerband.core.step import FinishReason
-from powerband.engine import messages
-from powerband.engine.messages import (
+from powerband.engine.client import messages
+from powerband.engine.client.messages import (
     OUTPUTS_SOCKET,
     REQUESTS_SOCKET,
     EngineInfo,
     Failed,
     FromEngine,
-    Handover,
     Heartbeat,
+    MessageCodec,
     Outputs,
     Phase,
     Ready,
+    StartupConfig,
     ToEngine,
-    Wire,
 )
+from powerband.engine.residuals import Residuals
 from powerband.errors import PowerbandError, UsageError
 from powerband.metrics.logging import set_up_logging
 from powerband.spec.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 0.25
+HEARTBEAT_S = 0.25
 _EXIT_GRACE_S = 2.0
 _MAX_COMMANDS = 64  # taken in between two steps
 
 Progress = Callable[[str, float], None]
-
-
-class Residuals(Protocol):
-    """Observed / predicted seconds of steps, since the last call."""
-
-    def take(self) -> list[float]: ...
 
 
 class Built(Protocol):
@@ -78,25 +72,25 @@ class Build(Protocol):
     def __call__(self, settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Progress) -> Built: ...
 
 
-class Sender:
-    """One thread's way out to the API process."""
+class SocketWriter:
+    """Sends one thread's messages to the API process."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path) -> None:
         self._socket = context.socket(zmq.PUSH)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.LINGER, 1000)
         self._socket.connect(f"ipc://{folder / OUTPUTS_SOCKET}")
-        self._wire = Wire(ToEngine)
+        self._codec = MessageCodec(ToEngine)
 
     def send(self, message: FromEngine) -> None:
-        self._socket.send(self._wire.encode(message))
+        self._socket.send(self._codec.encode(message))
 
     def close(self) -> None:
         self._socket.close()
 
 
-class Pulse:
-    """When the loop last went round, and what it was about to do: written by the loop, read by the heartbeat."""
+class LoopStatus:
+    """When the loop last ran, and whether it is busy: written by the loop, read by the heartbeat thread."""
 
     def __init__(self) -> None:
         self.loop_s = time.monotonic()
@@ -119,23 +113,25 @@ class Pulse:
 class SocketInbox:
     """Commands from the API process. An idle engine sleeps on the socket itself, so a request wakes it at once."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, pulse: Pulse, sender: Sender) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, status: LoopStatus, writer: SocketWriter
+    ) -> None:
         self._socket = context.socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
         path = folder / REQUESTS_SOCKET
         self._socket.bind(f"ipc://{path}")
         path.chmod(0o600)
-        self._wire = Wire(ToEngine)
-        self._pulse = pulse
-        self._sender = sender
+        self._codec = MessageCodec(ToEngine)
+        self._status = status
+        self._writer = writer
         self._commands: deque[Iterator[Command]] = deque()  # of messages that were read, in their order
         self.methods: dict[str, Callable[..., Any]] = {}
         self.idle: Callable[[], None] = lambda: None
         self.administered: Callable[[], None] = lambda: None
 
     def poll(self, now: float) -> list[Command]:  # noqa: ARG002 (a live inbox has no future)
-        """At most so many that the requests which run go on; the rest comes with the next steps."""
-        self._pulse.touch(busy=True)
+        """At most `_MAX_COMMANDS`, so that running requests advance; the rest comes with the next steps."""
+        self._status.touch(busy=True)
         commands: list[Command] = []
         while len(commands) < _MAX_COMMANDS:
             if self._commands:
@@ -154,24 +150,24 @@ class SocketInbox:
     def wait(self, until: float | None) -> None:  # noqa: ARG002 (it never waits longer than a heartbeat)
         if self._commands:
             return
-        self._pulse.touch(busy=False)
+        self._status.touch(busy=False)
         self.idle()
-        self._socket.poll(int(1000 * BEAT_S))
+        self._socket.poll(int(1000 * HEARTBEAT_S))
 
     def _read(self, data: bytes) -> Iterator[Command]:
-        message = self._wire.decode(data)
+        message = self._codec.decode(data)
         match message:
             case messages.Submit():
                 return map(Add, message.requests())
-            case messages.Abort(ids):
+            case messages.AbortRequests(ids):
                 return iter([Abort(id, FinishReason.ABORT) for id in ids])
-            case messages.Call():
-                return iter([CoreCall(lambda: self._answer(message))])
-        self._pulse.num_malformed = self._wire.num_malformed
-        logger.warning("Dropped %d bytes on the requests' socket that are no message.", len(data))
+            case messages.MethodCall():
+                return iter([Call(lambda: self._answer(message))])
+        self._status.num_malformed = self._codec.num_malformed
+        logger.warning("Dropped %d bytes on the requests' socket that are not a valid message.", len(data))
         return iter(())
 
-    def _answer(self, call: messages.Call) -> None:
+    def _answer(self, call: messages.MethodCall) -> None:
         result = messages.CallResult(call.call_id)
         try:
             method = self.methods.get(call.method)
@@ -180,10 +176,10 @@ class SocketInbox:
                     f"The engine has no method '{call.method}'.", hint=f"It has {', '.join(self.methods)}."
                 )
             result.value = method(**call.kwargs)
-            self.administered()  # no heartbeat after the answer tells of the time before
-        except Exception as error:  # whatever it is, it is the caller's answer
+            self.administered()  # no heartbeat after the answer carries older stats
+        except Exception as error:  # the caller gets it as the answer
             result.error = error_info(error)
-        self._sender.send(result)
+        self._writer.send(result)
 
 
 def _build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Progress) -> Built:
@@ -194,20 +190,20 @@ def _build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progr
 
 def main(build: Build = _build_engine) -> int:
     """Serve until standard input ends. Returns the exit status: 0, or that of the error which was reported."""
-    handover = msgspec.json.decode(sys.stdin.buffer.readline(), type=Handover)
-    set_up_logging(handover.log_level, handover.log_format)
-    pulse = Pulse()
-    folder = Path(handover.folder)
-    threading.Thread(target=_end_with_input, args=(pulse, folder), daemon=True, name="input").start()
+    startup = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartupConfig)
+    set_up_logging(startup.log_level, startup.log_format)
+    status = LoopStatus()
+    folder = Path(startup.folder)
+    threading.Thread(target=_end_with_input, args=(status, folder), daemon=True, name="input").start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    sender = Sender(context, folder)
-    inbox = SocketInbox(context, folder, pulse, sender)
+    writer = SocketWriter(context, folder)
+    inbox = SocketInbox(context, folder, status, writer)
     try:
         engine = build(
-            handover.settings,
+            startup.settings,
             inbox=inbox,
             clock=MonotonicClock(),
-            progress=lambda name, fraction: sender.send(Phase(name, fraction)),
+            progress=lambda name, fraction: writer.send(Phase(name, fraction)),
         )
         scheduler = engine.core.scheduler
         inbox.methods = {
@@ -216,82 +212,82 @@ def main(build: Build = _build_engine) -> int:
             "reset_prefix_cache": scheduler.reset_prefix_cache,
             "stats": scheduler.stats,
         }
-        _collect_no_more()
-        pulse.stats = scheduler.stats()
-        threading.Thread(target=_beat, args=(context, folder, pulse), daemon=True, name="heartbeat").start()
-        sender.send(Ready(engine.info))
+        _freeze_gc()
+        status.stats = scheduler.stats()
+        threading.Thread(target=_send_heartbeats, args=(context, folder, status), daemon=True, name="heartbeat").start()
+        writer.send(Ready(engine.info))
         try:
-            _serve(engine, inbox, pulse, sender)
+            _serve(engine, inbox, status, writer)
         finally:
             engine.close()
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, PowerbandError) else PowerbandError.exit_code
         if not isinstance(error, PowerbandError):
-            logger.exception("The engine met an error that it does not know.")
-        sender.send(Failed(error_info(error), exit_code))
+            logger.exception("The engine failed with an unexpected error.")
+        writer.send(Failed(error_info(error), exit_code))
         return exit_code
     finally:
-        sender.close()
-        if pulse.ending.is_set():  # who made the folder may have been killed; otherwise last words are on their way
+        writer.close()
+        if status.ending.is_set():  # its owner may have been killed; otherwise the last messages are on their way
             shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
-def _serve(engine: Built, inbox: SocketInbox, pulse: Pulse, sender: Sender) -> None:
-    """The loop. Figures are renewed several times a second while busy, and once when it becomes idle."""
+def _serve(engine: Built, inbox: SocketInbox, status: LoopStatus, writer: SocketWriter) -> None:
+    """The loop. Stats are updated several times a second while busy, and once when it becomes idle."""
     core, residuals = engine.core, engine.residuals
-    told_s = 0.0
-    told_idle = False
+    published_s = 0.0
+    idle_published = False
 
-    def tell() -> None:
-        nonlocal told_s
-        told_s = time.monotonic()
-        pulse.stats = core.scheduler.stats()
+    def publish_stats() -> None:
+        nonlocal published_s
+        published_s = time.monotonic()
+        status.stats = core.scheduler.stats()
 
-    def tell_idle() -> None:
-        nonlocal told_idle
-        if not told_idle:
-            told_idle = True
-            tell()
-            if (heartbeat := pulse.heartbeat()) is not None:
-                sender.send(heartbeat)
+    def publish_idle() -> None:
+        nonlocal idle_published
+        if not idle_published:
+            idle_published = True
+            publish_stats()
+            if (heartbeat := status.heartbeat()) is not None:
+                writer.send(heartbeat)
 
     def observe(record: StepRecord) -> None:
-        pulse.step_tokens.append(record.step.num_tokens)
+        status.step_tokens.append(record.step.num_tokens)
         if log_step is not None:
             log_step(record)
 
     log_step, core.observer = core.observer, observe
-    inbox.idle, inbox.administered = tell_idle, tell
-    while not pulse.ending.is_set():
+    inbox.idle, inbox.administered = publish_idle, publish_stats
+    while not status.ending.is_set():
         outputs = core.step()
         if outputs:
-            told_idle = False
-            sender.send(Outputs(outputs, pulse.step_tokens, residuals.take() if residuals is not None else []))
-            pulse.step_tokens = []
-        if time.monotonic() - told_s > BEAT_S:
-            tell()
+            idle_published = False
+            writer.send(Outputs(outputs, status.step_tokens, residuals.take() if residuals is not None else []))
+            status.step_tokens = []
+        if time.monotonic() - published_s > HEARTBEAT_S:
+            publish_stats()
 
 
-def _beat(context: zmq.Context[zmq.Socket[bytes]], folder: Path, pulse: Pulse) -> None:
-    sender = Sender(context, folder)
-    while not pulse.ending.wait(BEAT_S):
-        if (heartbeat := pulse.heartbeat()) is not None:
-            sender.send(heartbeat)
-    sender.close()
+def _send_heartbeats(context: zmq.Context[zmq.Socket[bytes]], folder: Path, status: LoopStatus) -> None:
+    writer = SocketWriter(context, folder)
+    while not status.ending.wait(HEARTBEAT_S):
+        if (heartbeat := status.heartbeat()) is not None:
+            writer.send(heartbeat)
+    writer.close()
 
 
-def _end_with_input(pulse: Pulse, folder: Path) -> None:
+def _end_with_input(status: LoopStatus, folder: Path) -> None:
     """When the API process closes this process's input, or dies, end the loop; if it does not end, end everything."""
     while os.read(0, 4096):  # not sys.stdin: its lock, held here, would break an orderly exit
         pass
-    pulse.ending.set()
+    status.ending.set()
     time.sleep(_EXIT_GRACE_S)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
-def _collect_no_more() -> None:
+def _freeze_gc() -> None:
     """Keep the garbage collector from walking through the model's objects at every full collection."""
     gc.collect()
     gc.freeze()

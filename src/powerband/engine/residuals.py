@@ -1,12 +1,12 @@
-"""How far steps are from what the latency model says of them: an observer of the engine's loop."""
+"""Compares measured steps with the latency model's predictions: an observer of the engine's loop."""
 
 from __future__ import annotations
 
 from powerband.core.loop import StepRecord
 from powerband.cost.latency import LatencyModel
 
-EVERY = 8  # steps: a prediction takes some ten microseconds
-_MOST = 4096  # kept while nobody takes them
+INTERVAL_STEPS = 8  # steps: a prediction takes some ten microseconds
+_MAX_RATIOS = 4096  # kept until `take`
 
 
 class Residuals:
@@ -17,13 +17,13 @@ class Residuals:
         self._ratios: list[float] = []
 
     def __call__(self, record: StepRecord) -> None:
-        if record.step.index % EVERY or record.result is None or len(self._ratios) >= _MOST:
+        if record.step.index % INTERVAL_STEPS or record.result is None or len(self._ratios) >= _MAX_RATIOS:
             return
         works = [(work.num_tokens, work.start + work.num_tokens) for work in record.step.works]
         predicted_s = self._model.step_s(works, sum(work.samples for work in record.step.works))
         self._ratios.append(record.exclusive_s / predicted_s)
 
     def take(self) -> list[float]:
-        """Those since the last call."""
+        """The ratios since the last call."""
         taken, self._ratios = self._ratios, []
         return taken

@@ -4,8 +4,9 @@
     {"step": 17, "at": 81.2, "s": 0.0123, "in_flight_s": 0.0125, "new": [1, 1, 256], "context": [812, 40, 256],
      "sampled": 2, "kv_used": 41, "kv_total": 512}
 
-The first line says what runs (cost.steps.Form); it is written at each start, and at the top of each new file.
-`new`: tokens computed, by work. `context`: positions seen by the last of them. `at`: submission, by the
+The first line describes what runs (cost.step_log.RunConfiguration). It is written at each start and at the top of each
+new file.
+`new`: tokens computed, by request. `context`: positions seen by the last of them. `at`: submission, by the
 monotonic clock. `s`: from submission, or from the end of the step before if that came later.
 """
 

@@ -17,11 +17,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from powerband.bench.client.connection import tls_context
 from powerband.bench.client.http import post
 from powerband.bench.client.messages import ServerAddress
 from powerband.errors import UsageError
 from powerband.fault_injection.corpus import generation_body, http_request, malformed_requests
+from powerband.http_client.connection import tls_context
 from powerband.web.authority import split_authority
 
 FAULTS = {

@@ -13,7 +13,7 @@ from powerband.fleet.control.controller_process import ensure_controller
 from powerband.fleet.service.spec import GatewaySpec, Policy, Release, ServiceSpec
 from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
 from powerband.fleet.service.store import ServiceStore, endpoint
-from powerband.http_client import bearer, request_sync
+from powerband.http_client.request import bearer, request_sync
 
 POLL_INTERVAL_S = 0.1
 _REMOVE_TIMEOUT_S = 120.0

@@ -7,8 +7,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from powerband.engines.launch import LaunchRequest
+from powerband.engines.registry import ADAPTERS
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.fleet.engines import LaunchRequest, engine_adapter
 from powerband.fleet.service.spec import PoolRelease, Release
 from powerband.spec.deployment import LOCAL, Deployment, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog, local_profile
@@ -73,9 +74,11 @@ def default_served_name(model: str) -> str:
 def _pool(
     deployment: Deployment, pool: ReplicaPool, model: str, threads: int | None, options: ReleaseOptions
 ) -> PoolRelease:
-    engine = engine_adapter(deployment.engine)
-    made = engine.command(
+    adapter = ADAPTERS[deployment.engine]
+    made = adapter.command(
         LaunchRequest(
+            engine=deployment.engine,
+            capabilities=adapter.capabilities,
             model=model,
             replica=pool.replica,
             port=_PORT,
@@ -91,7 +94,7 @@ def _pool(
         engine=deployment.engine,
         command=made.command,
         env=dict(made.env),
-        ready_path=engine.ready_path,
+        ready_path=adapter.ready_path,
         max_num_seqs=pool.replica.max_num_seqs,
         max_prompt_tokens=pool.max_prompt_tokens,
         threads=threads,

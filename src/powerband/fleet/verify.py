@@ -15,7 +15,7 @@ from powerband.bench.report.html_report import write_report
 from powerband.bench.report.results import RunReport
 from powerband.bench.session import BenchSession, Experiment
 from powerband.calibration.client_capacity import known_client_capacity
-from powerband.http_client import bearer
+from powerband.http_client.request import bearer
 from powerband.metrics.figures import Summary
 from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import NONE, digits, share_text, time_text

@@ -1,4 +1,4 @@
-"""Administration of routing: what is served and by whom, what has ended lately, and replicas that get nothing new."""
+"""Admin routes for routing: models and replicas, recently completed requests, and draining replicas."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from powerband.web.errors import json_response
 
 logger = logging.getLogger(__name__)
 _HIDDEN = "set"
-_AT_ONCE = 50  # records, about a quarter of a millisecond
+_AT_ONCE = 50  # records; encoding them takes about a quarter of a millisecond
 
 
 class _Drain(msgspec.Struct, forbid_unknown_fields=True):
-    """draining: false gives it requests again."""
-
     replica: str
-    draining: bool = True
+    draining: bool = True  # false: send it requests again
 
 
 class GatewayAdminRoutes:
@@ -37,12 +35,12 @@ class GatewayAdminRoutes:
         self._accounts = accounts
 
     async def routes(self, request: Request) -> Response:
-        """What is served, and what each pool says of itself."""
+        """The routes, and the state of each pool."""
         refuse_browsers(request)
         return json_response(self._state())
 
     async def put_routes(self, request: Request) -> Response:
-        """Replace what is served, as a whole. The same revision again changes nothing."""
+        """Replace all routes. The same revision again changes nothing."""
         refuse_browsers(request)
         data = await read_body(request, self._gateway.settings.max_body_bytes)
         try:
@@ -55,7 +53,7 @@ class GatewayAdminRoutes:
         return json_response(self._state())
 
     async def drain(self, request: Request) -> Response:
-        """Give a replica nothing new; what it has goes on."""
+        """Send a replica no new requests; its running ones finish."""
         refuse_browsers(request)
         asked = decode(await read_body(request, self._gateway.settings.max_body_bytes), _Drain)
         self._gateway.drain_replica(asked.replica, draining=asked.draining)
@@ -63,27 +61,27 @@ class GatewayAdminRoutes:
         return json_response(self._state())
 
     async def records(self, request: Request) -> Response:
-        """Requests that ended after number `after`, oldest first, and the number to ask with next."""
+        """Requests that completed after number `after`, oldest first, and the number for the next call."""
         refuse_browsers(request)
         asked = request.query_params.get("after", "0")
         if not asked.isascii() or not asked.isdigit() or len(asked) > 18:
-            raise InvalidRequest(f"'after' is {asked[:40]!r}: a number is expected.", param="after")
+            raise InvalidRequest(f"'after' is {asked[:40]!r}; it must be a number.", param="after")
         recent = self._gateway.recent
         found = recent.after(int(asked))
         last = found[-1].sequence if found else min(int(asked), recent.last)
         encoded: list[bytes] = []
         for start in range(0, len(found), _AT_ONCE):
             encoded += [msgspec.json.encode(one) for one in found[start : start + _AT_ONCE]]
-            await asyncio.sleep(0)  # streams go on meanwhile
+            await asyncio.sleep(0)  # let streams go on
         head = b'{"next":%d,"newest":%d,"records":[' % (last, recent.last)
         return Response(head + b",".join(encoded) + b"]}", media_type="application/json")
 
     def _note(self, request: Request, action: str, what: dict[str, Any]) -> None:
-        """What was done stays done while the audit cannot be written: routing goes on without a disk."""
+        """Write the audit log. If that fails, the action stays in effect: routing does not depend on a disk."""
         try:
             self._accounts.audit(actor_of(request), action, what)
         except PowerbandError as problem:
-            logger.warning("The audit log does not have this: %s %s (%s)", action, what, problem)
+            logger.warning("Could not write to the audit log: %s %s (%s)", action, what, problem)
 
     def _state(self) -> dict[str, Any]:
         routes = self._gateway.routes.as_dict()

@@ -7,29 +7,22 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 
+from powerband.engines.base import ServerName
+from powerband.engines.openai import OPENAI
+from powerband.engines.registry import ADAPTERS, find_by_owner
 from powerband.errors import EnvironmentFault
-from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS, ServerName
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.openai.fields import ListedModel, read_models
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
 _ASK_S = 5.0
 _PAUSE_S = 0.2
-# By what they call the owner of their models.
-_OWNERS: dict[str, ServerName] = {
-    "powerband": "powerband",
-    "vllm": "vllm",
-    "sglang": "sglang",
-    "tensorrt_llm": "trtllm",
-    "llamacpp": "llamacpp",
-}
-_GOES_ON = {"powerband": "another replica goes on with its streams", "vllm": "another goes on with most of its streams"}
 
 
 async def discover(
@@ -49,15 +42,15 @@ async def discover(
 
 
 async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, deadline_s: float) -> ReplicaAddress:
-    replica = ReplicaAddress(id=url.partition("://")[2], url=url, model="", engine="openai")
+    replica = ReplicaAddress(id=url.partition("://")[2], url=url, model="", engine=OPENAI.name)
     problem = ""
     while time.monotonic() < deadline_s:
         try:
             status, body = await upstream.fetch(replica, "/v1/models", _ASK_S)
             problem = f" GET /v1/models answers {status}."
-            cards = _cards(body) if status == 200 else []
-            if cards:
-                return await _identified(upstream, replica, cards, engine)
+            models = read_models(body) if status == 200 else []
+            if models:
+                return await _identified(upstream, replica, models, engine)
             problem += " It lists no model." if status == 200 else ""
         except OSError as error:
             problem = f" {error}"
@@ -70,39 +63,33 @@ async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, de
     )
 
 
-def _cards(body: bytes) -> list[dict[str, Any]]:
-    try:
-        return [card for card in msgspec.json.decode(body)["data"] if isinstance(card.get("id"), str)]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-        return []
-
-
 async def _identified(
-    upstream: UpstreamClient, replica: ReplicaAddress, cards: Sequence[dict[str, Any]], engine: ServerName | None
+    upstream: UpstreamClient, replica: ReplicaAddress, models: Sequence[ListedModel], engine: ServerName | None
 ) -> ReplicaAddress:
     """Raises OSError."""
-    model, owner = str(cards[0]["id"]), str(cards[0].get("owned_by", ""))
-    why = "as --replica-engine says"
-    if engine is None:
-        engine = _OWNERS.get(owner.lower(), "openai")
+    model, owner = models[0].id, models[0].owned_by or ""
+    if engine is not None:
+        adapter, why = ADAPTERS[engine], "as --replica-engine says"
+    else:
+        adapter = find_by_owner(owner) or OPENAI
         why = f"its models are owned by {owner!r}" if owner else "its models name no owner"
-        path = ENGINE_ENDPOINTS[engine].ready_path
-        status, _ = await upstream.fetch(replica, path, _ASK_S)
-        if status in (404, 405, 501) and engine != "openai":  # something else that calls itself so
-            engine, why = "openai", f"{why}, but GET {path} answers {status}"
+        status, _ = await upstream.fetch(replica, adapter.ready_path, _ASK_S)
+        if status in (404, 405, 501) and adapter is not OPENAI:  # something else that calls itself so
+            adapter, why = OPENAI, f"{why}, but GET {adapter.ready_path} answers {status}"
     logger.info(
         "replica %s: engine %s (%s), model %r%s; probed at %s; %s",
-        *(replica.id, engine, why, model, f", the first of {len(cards)}" if len(cards) > 1 else ""),
-        *(ENGINE_ENDPOINTS[engine].ready_path, _GOES_ON.get(engine, "a stream that breaks off ends with an error")),
+        *(replica.id, adapter.name, why, model, f", the first of {len(models)}" if len(models) > 1 else ""),
+        *(adapter.ready_path, adapter.resume_text),
     )
-    return await _with_limit(upstream, replace(replica, model=model, engine=engine))
+    return await _with_limit(upstream, replace(replica, model=model, engine=adapter.name))
 
 
 async def _with_limit(upstream: UpstreamClient, replica: ReplicaAddress) -> ReplicaAddress:
-    """Our own engine says how many requests it computes at once."""
-    if replica.engine != "powerband":
+    """With how many requests it computes at once, where its engine reports that."""
+    path = replica.adapter.config_path
+    if not path:
         return replica
-    status, body = await upstream.fetch(replica, "/admin/config", _ASK_S)
+    status, body = await upstream.fetch(replica, path, _ASK_S)
     try:
         limit = int(msgspec.json.decode(body)["engine"]["max_num_seqs"]) if status == 200 else replica.max_num_seqs
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The state of a running gateway: the models that it serves, a pool for each, and what everything else hangs on."""
+"""The state of a running gateway: its models with a pool each, its upstream client, and who gets completed requests."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ _MAX_ROUTES_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class ServedModel:
-    """A model, its pool, the task that looks after its replicas, and what its answers teach about their sizes."""
+    """A model, its pool, the task that probes its replicas, and estimates of its responses' sizes."""
 
     route: ModelRoute
     pool: Pool
     probing: asyncio.Task[None]
     estimates: TokenEstimates = field(default_factory=TokenEstimates)
-    context_lengths: dict[str, int | None] = field(default_factory=dict)  # by replica, of those that were asked
+    context_lengths: dict[str, int | None] = field(
+        default_factory=dict
+    )  # by replica; None: the replica does not report it
 
 
 class Gateway:
-    """`start`, then `close`. Belongs to one event loop."""
+    """Call `start`, then `close`. Used by one event loop only."""
 
     def __init__(self, settings: GatewaySettings, routes_file: Path | None = None) -> None:
         self.settings = settings
@@ -58,7 +60,7 @@ class Gateway:
         self.routes_changed: Callable[[], None] = lambda: None
         self.sinks: list[Callable[[CompletedRequest], None]] = [self.recent.append]
         self._routes_file = routes_file
-        self._storing: asyncio.TimerHandle | None = None  # when routes that could not be written are tried again
+        self._storing: asyncio.TimerHandle | None = None  # retries to write the routes
         self._served: dict[str, ServedModel] = {}
         self._names: dict[str, ServedModel] = {}
         self._idle = asyncio.Event()
@@ -79,17 +81,17 @@ class Gateway:
     # ---- routes
 
     def stored_routes(self) -> Routes | None:
-        """What was set before this process began. Raises UsageError when the file holds something else."""
+        """The routes that an earlier process stored. Raises UsageError when the file is invalid."""
         if self._routes_file is None or not self._routes_file.exists():
             return None
         try:
             return Routes.from_dict(read_json_table(self._routes_file, "routes file", max_bytes=_MAX_ROUTES_BYTES))
         except PowerbandError as problem:
-            hint = "Remove it, or give --routes."
+            hint = "Remove the file, or give --routes."
             raise UsageError(problem.message, hint=hint, param="database") from None
 
     def set_routes(self, routes: Routes, *, store: bool = True) -> None:
-        """Replace what is served, as a whole. What stays keeps its state; what runs at a removed replica goes on."""
+        """Replace all routes. Replicas that stay keep their state; requests at removed replicas go on."""
         self.routes = routes
         if store:
             self._store_routes()
@@ -112,7 +114,7 @@ class Gateway:
         self.upstream.close_others({replica.url for model in routes.models for replica in model.replicas})
 
     def _store_routes(self) -> None:
-        """For the next start; what cannot be written now is tried again, and is in effect all the same."""
+        """For the next start. The routes are in effect even if they cannot be written now; that is retried."""
         if self._storing is not None:
             self._storing.cancel()
             self._storing = None
@@ -120,14 +122,14 @@ class Gateway:
             return
         try:
             make_private_folder(self._routes_file.parent)
-            # It has keys of replicas.
+            # The file contains keys of replicas.
             write_atomically(self._routes_file, msgspec.json.encode(self.routes.as_dict()), private=True)
         except OSError as problem:
-            logger.warning("The routes are in effect, but cannot be written to %s: %s.", self._routes_file, problem)
+            logger.warning("The routes are in effect, but could not be written to %s: %s.", self._routes_file, problem)
             self._storing = asyncio.get_running_loop().call_later(_STORE_AGAIN_S, self._store_routes)
 
     def drain_replica(self, id: str, *, draining: bool = True) -> None:
-        """Give it nothing new. Raises HttpError 404."""
+        """Send it no new requests, or (False) send it requests again. Raises HttpError 404."""
         known = {one.id for model in self.routes.models for one in model.replicas}
         if id not in known:
             raise HttpError(404, "replica_not_found", f"There is no replica {id[:80]!r}.", param="replica")
@@ -147,12 +149,14 @@ class Gateway:
         return ServedModel(model, pool, asyncio.create_task(prober.run(), name=f"probe {model.name}"))
 
     def served(self, name: str | None) -> ServedModel:
-        """By name or alias; the only one there is, without a name. Raises HttpError 404."""
+        """By name or alias; None: the only model. Raises HttpError 404."""
         if name is None and len(self._served) == 1:
             return next(iter(self._served.values()))
         found = self._names.get(name or "")
         if found is None:
-            shown = f"There is no model {name[:80]!r}." if name else "No model is named, and there are several."
+            shown = (
+                f"There is no model {name[:80]!r}." if name else "The request names no model, and there are several."
+            )
             if not self._served:
                 shown = "No model is served yet."
             hint = f"Served: {', '.join(sorted(self._names)[:8])}." if self._names else ""
@@ -166,7 +170,7 @@ class Gateway:
         return tuple(served.pool.snapshot() for served in self._served.values())
 
     def unready(self) -> str:
-        """Why requests had better go elsewhere; '' when a model has a replica that is ready."""
+        """Why the gateway is not ready; '': some model has a ready replica."""
         if self.draining:
             return "The gateway is draining."
         if not self._served:
@@ -177,9 +181,9 @@ class Gateway:
     # ---- requests
 
     def begin(self) -> None:
-        """A request came. Raises HttpError when it is to go elsewhere. `end` it."""
+        """Count a new request until `end`. Raises HttpError while the gateway drains."""
         if self.draining:
-            error: PowerbandError = HttpError(503, "draining", "The gateway is going down.")
+            error: PowerbandError = HttpError(503, "draining", "The gateway is shutting down.")
             error.retry_after_s = 1.0
             raise error
         self.num_active += 1
@@ -191,16 +195,16 @@ class Gateway:
             self._idle.set()
 
     def note(self, finished: CompletedRequest) -> None:
-        """Tell all who count. One that fails does not keep it from the others."""
-        finished.request.prefix_keys = ()  # found it a replica, and would only take room
+        """Pass a completed request to all sinks. The failure of one does not affect the others."""
+        finished.request.prefix_keys = ()  # not needed any more; frees memory
         for sink in self.sinks:
             try:
                 sink(finished)
             except Exception:
-                logger.exception("A request could not be noted by %r.", sink)
+                logger.exception("The sink %r failed for a completed request.", sink)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new; whether all that ran ended in time."""
+        """Accept no new requests. Returns whether all running ones finished in time."""
         self.draining = True
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""What a gateway answers without generating: its models, probes, figures."""
+"""Routes for information: models, health probes, version, metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InfoRoutes:
         return json_response({"status": "ok"})
 
     async def ready(self, _request: Request) -> Response:
-        """Whether some model has a replica that is ready."""
+        """200 if some model has a ready replica."""
         reason = self._gateway.unready()
         if reason:
             raise HttpError(503, "not_ready", reason)
@@ -38,7 +38,7 @@ class InfoRoutes:
         return json_response({"version": version("powerband")})
 
     async def models(self, _request: Request) -> Response:
-        """All names that may be asked for, aliases too."""
+        """All served names, including aliases."""
         return json_response({"object": "list", "data": [self._card(name) for name in self._gateway.names()]})
 
     async def model(self, request: Request) -> Response:

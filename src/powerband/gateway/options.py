@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from powerband.dispatch.options import DispatchOptions
 
+NO_DESCRIPTORS = "no_descriptors"  # the gateway has reached its limit of open files, which is no fault of a replica
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionOptions:

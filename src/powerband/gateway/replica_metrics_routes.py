@@ -7,7 +7,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from powerband.gateway.engine_endpoints import ENGINE_ENDPOINTS
 from powerband.gateway.gateway import Gateway
 from powerband.web.errors import HttpError, json_response
 
@@ -40,7 +39,7 @@ def make_routes(gateway: Gateway) -> list[Route]:
         if id not in known:
             raise HttpError(404, "replica_not_found", f"There is no replica {id[:80]!r}.")
         try:
-            path = ENGINE_ENDPOINTS[known[id].engine].metrics_path or "/metrics"
+            path = known[id].adapter.metrics_path or "/metrics"
             status, body = await gateway.upstream.fetch(known[id], path, _PATIENCE_S)
         except OSError as problem:
             raise HttpError(504, "upstream_timeout", f"Replica {id} tells no metrics: {problem}.") from None

@@ -1,4 +1,4 @@
-"""A client's request as every part of the gateway sees it, and what is known of it when it is over."""
+"""A client's request as all parts of the gateway see it, and the record of a completed request."""
 
 from __future__ import annotations
 
@@ -18,43 +18,35 @@ Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
 class GatewayRequest(DispatchRequest):
     """One request to generate, from its arrival to its end. Times on time.monotonic().
 
-    tenant: the key's id. prompt_tokens, output_tokens: likely numbers, estimated before any replica has seen the
-    request, for the queue: from the size of the prompt, from max_tokens times n, and from usual answers of the model.
-    max_prompt_tokens, max_output_tokens: what it can take, for limits; None: no more than that. is_open_ended: it names
-    no limit of its own, so that its output ends where the context does. answers: that are computed.
+    tenant is the key's id. prompt_tokens and output_tokens are estimates for the queue, made before a replica has seen
+    the request: from the size of the prompt, max_tokens times n, and the model's usual responses.
     """
 
     id: str
     endpoint: Endpoint
     model: str  # the served name, aliases resolved
-    max_prompt_tokens: int | None = None
-    max_output_tokens: int | None = None
-    is_open_ended: bool = False
-    answers: int = 1
-    trace: TraceContext | None = None  # to hand on to replicas
+    max_prompt_tokens: int | None = None  # upper bound, for limits; None: prompt_tokens
+    max_output_tokens: int | None = None  # upper bound, for limits; None: output_tokens
+    is_open_ended: bool = False  # no max_tokens: the output ends with the context
+    answers: int = 1  # choices to compute
+    trace: TraceContext | None = None  # for replicas
 
 
 @dataclass(slots=True, kw_only=True)
 class CompletedRequest:
-    """A request that is over, for usage, metrics, logs, traces and the watcher.
-
-    record: times as the gateway saw them, on time.monotonic(); `scheduled_s` is the arrival, `sent_s` when a replica
-    got it. seconds in the queue: queue_s. status: the HTTP status that the client got. error: its code, or ''.
-    seconds: from the arrival to the end, whatever that was. cost_usd: what the key was charged. is_estimate: no replica
-    counted all of its tokens.
-    """
+    """For usage, metrics, logs, traces and the monitor."""
 
     request: GatewayRequest
-    record: RequestRecord
-    status: int
+    record: RequestRecord  # on time.monotonic(): `scheduled_s` is the arrival, `sent_s` when it was sent to a replica
+    status: int  # HTTP status that the client got
     ended_at: float  # time.time()
-    error: str = ""
-    replicas: tuple[str, ...] = ()  # ids, in the order in which they were tried
-    seconds: float = 0.0
+    error: str = ""  # code
+    replicas: tuple[str, ...] = ()  # ids, in the order of the attempts
+    seconds: float = 0.0  # from the arrival to the end, however it ended
     queue_s: float = 0.0
-    cost_usd: float = 0.0
-    is_estimate: bool = False
-    failed: tuple[tuple[str, str], ...] = ()  # tries that broke off: replica and code; not what a replica refused
-    resumed: int = 0  # times that another replica went on in the middle of the stream
+    cost_usd: float = 0.0  # charged to the key
+    is_estimate: bool = False  # no replica counted all of its tokens
+    failed: tuple[tuple[str, str], ...] = ()  # failed attempts: replica and code; without refusals
+    resumed: int = 0  # times that another replica resumed the stream
     finish_reason: str = ""
-    sequence: int = field(default=0)  # numbers what is over, from 1, for those who read along
+    sequence: int = field(default=0)  # of the completed request, from 1, for /admin/records

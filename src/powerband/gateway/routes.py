@@ -1,17 +1,18 @@
-"""What a gateway serves: models by name, and the replicas that answer for each. One value, replaced as a whole.
+"""What a gateway serves: models by name, and the replicas of each. One value, replaced as a whole.
 
-The controller of a fleet sends it (PUT /admin/routes), or a file holds it; see `Routes.from_dict` for its form.
+A fleet's controller sends it (PUT /admin/routes), or a file holds it; `Routes.from_dict` reads its form.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from powerband.engines.base import EngineAdapter, ServerName
+from powerband.engines.registry import ADAPTERS
 from powerband.errors import UsageError
-from powerband.gateway.engine_endpoints import ServerName
 from powerband.spec.config_reader import shown
 from powerband.spec.slo import SLO
 from powerband.spec.yaml_codec import as_record, read_record
@@ -22,24 +23,21 @@ MAX_NAME = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaAddress:
-    """Where a replica answers, and how much may be sent there at once.
+    """Where a replica listens, and which requests it takes."""
 
-    id: unique among all, never used again for another process. url: 'http://127.0.0.1:8001'. model: its served name.
-    max_num_seqs: requests it computes at once. weight: its share beside others, where routing is weighted.
-    longest_prompt: of the requests that it takes, in tokens; None: any. api_key: what it wants to be asked with.
-    engine: how it is asked whether it is ready, and whether it can go on with another's stream; 'openai': any server
-    that speaks OpenAI's API. draining: gets nothing new, keeps what it has.
-    """
+    id: str  # unique, and never used again for another process
+    url: str  # http://127.0.0.1:8001
+    model: str  # the name that the replica serves it by
+    engine: ServerName = "powerband"  # its dialect, for probes, metrics and resuming; 'openai': any other server
+    max_num_seqs: int = 256  # requests that it runs at once
+    weight: float = 1.0  # its share of the requests relative to other replicas', with weighted routing
+    max_prompt_tokens: int | None = field(default=None, metadata={"was": "longest_prompt"})
+    api_key: str = ""  # that the replica asks for
+    draining: bool = False  # gets no new requests; running ones finish
 
-    id: str
-    url: str
-    model: str
-    engine: ServerName = "powerband"
-    max_num_seqs: int = 256
-    weight: float = 1.0
-    longest_prompt: int | None = None
-    api_key: str = ""
-    draining: bool = False
+    @property
+    def adapter(self) -> EngineAdapter:
+        return ADAPTERS[self.engine]
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -56,18 +54,14 @@ class ReplicaAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRoute:
-    """A served model. aliases: other names of it. rate: requests a second that its plan promises; None: not known.
-
-    slo: what its users are promised, which metrics count by; None: nothing.
-    usd_per_million_input, usd_per_million_output: what usage is charged at.
-    """
+    """A served model and its replicas."""
 
     name: str
     aliases: tuple[str, ...] = ()
     replicas: tuple[ReplicaAddress, ...] = ()
-    rate: float | None = None
-    slo: SLO | None = None
-    usd_per_million_input: float = 0.0
+    rate: float | None = None  # requests per second that its plan promises
+    slo: SLO | None = None  # that metrics count attainment of
+    usd_per_million_input: float = 0.0  # prices of usage
     usd_per_million_output: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,10 +71,10 @@ class ModelRoute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """revision: names this state; whoever sends the same again changes nothing."""
+    """All models that a gateway serves."""
 
     models: tuple[ModelRoute, ...] = ()
-    revision: str = ""
+    revision: str = ""  # identifies these routes: sent again, they change nothing
 
     def __post_init__(self) -> None:
         names = [name for model in self.models for name in (model.name, *model.aliases)]
@@ -88,20 +82,21 @@ class Routes:
         for what, found in (("name", names), ("replica id", ids)):
             twice = sorted(one for one, times in Counter(found).items() if times > 1)
             if twice:
-                raise UsageError(f"The {what} {twice[0]!r} is there twice.", hint="Each only once.", param="routes")
+                raise UsageError(f"The {what} {twice[0]!r} occurs twice.", hint="Each must be unique.", param="routes")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Routes:
         """Raises UsageError for what is missing, unknown or wrong."""
         return read_record(cls, values, "routes")
 
-    def as_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = as_record(self, complete=True)
+    def as_dict(self, *, old_names: bool = False) -> dict[str, Any]:
+        """old_names: as the version before read them, which a gateway may still run."""
+        found: dict[str, Any] = as_record(self, complete=True, old_names=old_names)
         return found
 
 
 def _check_name(what: str, name: str, *, may_be_empty: bool = False) -> None:
-    """It stands in metrics, logs and answers. Raises UsageError."""
+    """Names appear in metrics, logs and responses. Raises UsageError."""
     if len(name) > MAX_NAME or not name.isprintable() or not (name or may_be_empty):
         hint = f"It has 1 to {MAX_NAME} printable characters."
         raise UsageError(f"A {what} is {shown(name)}.", hint=hint, param="routes")

@@ -1,4 +1,4 @@
-"""Serve a gateway until a signal ends it: listen, read the books and routes, show what is served, drain, stop."""
+"""Run a gateway until a signal ends it: listen, open the database, load the routes, serve, drain, stop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import resource
 import signal
 import socket
 import sys
@@ -17,12 +16,12 @@ from pathlib import Path
 
 import uvloop
 
+from powerband.engines.base import ServerName
 from powerband.errors import UsageError
 from powerband.folders import state_home
 from powerband.gateway.accounts.accounts import Accounts, has_admin_key
 from powerband.gateway.app import make_app
 from powerband.gateway.discovery import discover
-from powerband.gateway.engine_endpoints import ServerName
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.observability.access_log import log_request
 from powerband.gateway.observability.metrics import GatewayMetrics
@@ -33,12 +32,12 @@ from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.trace_context import continue_trace
 from powerband.metrics.logging import set_up_logging
 from powerband.web.access import is_loopback
-from powerband.web.listening import Signals, listen, make_server, url_of
+from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, url_of
 
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
-_LAST_WORDS_S = 1.0  # for the answers to requests that did not end in time
+_FINAL_ERRORS_S = 1.0  # to send errors to requests that did not finish in time
 
 
 def serve(
@@ -49,34 +48,30 @@ def serve(
 ) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises PowerbandError when the start fails.
 
-    routes: what to serve. replicas: URLs, instead: what they serve is asked of them. engine: what
-    those run; None: found out, too. Neither: what was served last.
-    The first signal drains: not ready, no new requests, running ones may end. The second ends at once.
+    routes: what to serve. replicas: instead, URLs of replicas, which are asked what they serve. engine: what these
+    replicas run; None: detected. Without routes and replicas: the routes of the last run.
+    The first signal starts to drain: not ready, no new requests, running ones finish. The second stops at once.
     """
     set_up_logging(settings.log_level, settings.log_format)
     if settings.auth == "open" and not is_loopback(settings.host):
         raise UsageError(
-            f"Listening on {settings.host} with auth 'open' would let anyone in.", hint="Use --auth keys.", param="auth"
+            f"Listening on {settings.host} without keys would let anyone use the replicas.",
+            hint="Use --auth keys.",
+            param="auth",
         )
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     database = Path(settings.database) if settings.database else state_home() / "gateway" / "gateway.db"
     with listen(settings.host, settings.port) as listener:
         accounts = Accounts.open(database, settings.accounts)
         try:
             key_file = database.with_name("admin.key")
-            # Or nobody could make keys.
+            # Otherwise nothing could create keys.
             if not accounts.keys.admins() or (key_file.exists() and not has_admin_key(key_file)):
                 accounts.make_admin_key(key_file, "first")
             find = partial(discover, urls=replicas, engine=engine) if replicas else None
             return uvloop.run(_serve(settings, listener, accounts, database, routes, find))
         finally:
             accounts.close()
-
-
-def _raise_descriptor_limit() -> None:
-    """A stream takes two sockets, and processes begin with leave for few of them."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(
@@ -97,7 +92,7 @@ async def _serve(
     tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     if tracing is not None:
         gateway.sinks.append(tracing.note)
-        gateway.trace = partial(continue_trace, share=settings.trace_share)
+        gateway.trace = partial(continue_trace, share=settings.trace_sample_ratio)
     gateway.routes_changed = lambda: metrics.serve(gateway.routes.models)
     gateway.start()
     server = make_server(make_app(gateway, accounts, metrics), settings.max_body_bytes)
@@ -117,7 +112,7 @@ async def _serve(
         await asyncio.gather(ending, return_exceptions=True)
         server.should_exit = True
         if listening is not None and not listening.done():
-            await asyncio.wait({listening}, timeout=_LAST_WORDS_S)
+            await asyncio.wait({listening}, timeout=_FINAL_ERRORS_S)
         server.force_exit = True
         await asyncio.gather(*([listening] if listening is not None else ()), return_exceptions=True)
         await gateway.close()
@@ -129,29 +124,29 @@ async def _serve(
 async def _drain(gateway: Gateway, signals: Signals) -> None:
     timeout_s = gateway.settings.drain_timeout_s
     if gateway.num_active:
-        logger.info("Draining: %d requests may take %.0f s more.", gateway.num_active, timeout_s)
+        logger.info("Draining: %d requests have %.0f s to finish.", gateway.num_active, timeout_s)
     drained = asyncio.create_task(gateway.drain(timeout_s))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)
     if not (drained.done() and drained.result()):
-        logger.warning("%d requests are ended unfinished.", gateway.num_active)
+        logger.warning("Ending %d unfinished requests.", gateway.num_active)
     for task in (drained, second):
         task.cancel()
     await asyncio.gather(drained, second, return_exceptions=True)
 
 
 def _tune_gc() -> None:
-    """What was loaded stays; little of what requests leave is garbage in cycles, and each collection is a pause."""
+    """Loaded modules stay in memory, and requests leave few reference cycles; each collection is a pause."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
 def _show(gateway: Gateway, seconds: float, url: str, database: Path) -> None:
-    """The start-up block, on stderr: stdout belongs to results."""
+    """Print the start-up block on stderr: stdout is for results."""
     models = gateway.routes.models
     lines = [f"model      {', '.join((one.name, *one.aliases))}, replicas: {len(one.replicas)}" for one in models]
-    lines = lines or ["model      none yet: PUT /admin/routes says what to serve"]
+    lines = lines or ["model      none yet: set the routes with PUT /admin/routes"]
     lines += [f"database   {database}", f"ready      in {seconds:.2f} s", f"URL        {url}"]
     with contextlib.suppress(OSError):  # a log on a full disk
         sys.stderr.write("\n".join(lines) + "\n")

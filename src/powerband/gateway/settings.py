@@ -1,4 +1,4 @@
-"""Everything that shapes a gateway, in the manner of spec/settings.py. What routes hold is in gateway/routes.py."""
+"""Settings of a gateway, declared as in spec/settings.py. The routes are apart, in gateway/routes.py."""
 
 from __future__ import annotations
 
@@ -13,93 +13,128 @@ from powerband.spec.settings import check_values, setting
 class GatewaySettings:
     """Settings of one gateway. Raises UsageError naming the field when a value is wrong."""
 
-    host: str = setting("127.0.0.1", "Address to listen on; beyond loopback keys are needed", group="Gateway")
-    port: int = setting(8080, "Port to listen on; 0: any free one", group="Gateway", minimum=0, maximum=65535)
+    host: str = setting("127.0.0.1", "Address to listen on; beyond loopback keys are required", group="Gateway")
+    port: int = setting(8080, "Port to listen on; 0: any free port", group="Gateway", minimum=0, maximum=65535)
     database: str | None = setting(
-        None, "File of keys and usage; routes are kept beside it; default: in the state folder", group="Gateway"
+        None,
+        "SQLite file with keys and usage; the routes are stored beside it; default: in the state directory",
+        group="Gateway",
     )
     auth: Literal["open", "keys"] = setting(
-        "open", "'keys': every request brings a key; 'open': only administration does", group="Gateway"
+        "open", "keys: every request needs an API key; open: only the admin API does", group="Gateway"
     )
     usage_retention_days: float = setting(
-        90.0, "How long single requests are kept in the database; daily sums stay", group="Gateway", minimum=0
+        90.0, "Days for which single requests stay in the database; daily sums are kept", group="Gateway", minimum=0
     )
     store_content: bool = setting(
-        False, "Keep prompts and outputs in the database, with personal data of known forms taken out", group="Gateway"
+        False, "Store prompts and outputs in the database, with recognized personal data redacted", group="Gateway"
     )
     content_retention_days: float = setting(
-        7.0, "How long prompts and outputs are kept, where they are kept", group="Gateway", minimum=0
+        7.0, "Days for which prompts and outputs are stored, with --store-content", group="Gateway", minimum=0
     )
     drain_timeout_s: float = setting(
-        30.0, "Seconds that running requests may take to end after SIGTERM", group="Gateway", minimum=0, maximum=3600
+        30.0, "Seconds for running requests to finish after SIGTERM", group="Gateway", minimum=0, maximum=3600
     )
-    max_body_bytes: int = setting(4 << 20, "Largest request body", group="Gateway", minimum=1024, maximum=256 << 20)
+    max_body_bytes: int = setting(4 << 20, "Maximum request body", group="Gateway", minimum=1024, maximum=256 << 20)
     default_output_tokens: int = setting(
         256,
-        "Output tokens counted on for a chat that names no limit; the least that a key's limits leave it",
+        "Output tokens that limits and queue assume for a chat without max_tokens; "
+        "a key's limits never cap its output below this",
         group="Gateway",
         minimum=1,
     )
     routing: Literal["prefix", "least-outstanding", "session", "weighted"] = setting(
         "prefix",
-        "Which replica with a free place gets a request: the one with most of its prompt in the cache, as far as load "
-        "allows; with the least work left; the one that has its session; by weight",
+        "Which replica gets a request: the one with most of its prompt cached, unless it is overloaded (prefix); with "
+        "the least outstanding work; the one that served its session; or by weight",
         group="Queue",
     )
     max_waiting_per_replica: int = setting(
-        2, "Requests that a replica gets beyond what it computes at once; others wait here", group="Queue", minimum=0
+        2,
+        "Requests sent to a replica beyond those that it runs at once; all others queue here",
+        group="Queue",
+        minimum=0,
     )
     max_queued_requests: int = setting(
-        4096, "Waiting requests beyond which new ones are refused (503)", group="Queue", minimum=1
+        4096, "Maximum queued requests; new ones are rejected (503)", group="Queue", minimum=1
     )
     max_queued_tokens: int = setting(
         16_000_000,
-        "Tokens that waiting requests may take, beyond which new ones are refused (503)",
+        "Maximum prompt and output tokens of queued requests; new ones are rejected (503)",
         group="Queue",
         minimum=1,
     )
-    longest_wait_s: float = setting(
+    max_queue_wait_s: float = setting(
         60.0,
-        "Nobody waits longer for a replica; refused at once (503) when it would be more",
+        "Maximum queueing time; a request that is expected to wait longer is rejected at once (503)",
         group="Queue",
         minimum=0.01,
+        was="longest_wait_s",
     )
     default_deadline_s: float | None = setting(
         None,
-        "Seconds to the first token for requests without 'deadline_s': refused (503) when they cannot be kept",
+        "Seconds to the first token for requests without 'deadline_s'; rejected (503) when it cannot be met",
         group="Queue",
         minimum=0.001,
     )
-    probe_every_s: float = setting(
-        0.5, "How often a replica is asked whether it is ready", group="Failure", minimum=0.01, maximum=60
+    probe_interval_s: float = setting(
+        0.5,
+        "Seconds between readiness probes of a replica",
+        group="Failure",
+        minimum=0.01,
+        maximum=60,
+        was="probe_every_s",
     )
     probe_timeout_s: float = setting(
-        1.0, "By when it has to answer; two failures in a row take it out", group="Failure", minimum=0.01, maximum=60
+        1.0,
+        "Seconds after which a probe has failed; after two failures in a row a replica gets no requests",
+        group="Failure",
+        minimum=0.01,
+        maximum=60,
     )
-    retry_share: float = setting(
+    retry_budget_ratio: float = setting(
         0.2,
-        "Second attempts within 10 s, as a share of a key's live requests; ten in any case",
+        "Maximum retries in 10 s, relative to the active requests of a key; ten are always allowed",
         group="Failure",
         minimum=0,
         maximum=1,
+        was="retry_share",
     )
-    max_tries: int = setting(
-        3, "Replicas that may fail with a request before its client hears of it", group="Failure", minimum=1, maximum=10
+    max_attempts: int = setting(
+        3,
+        "Replicas that may fail a request before its client gets the error",
+        group="Failure",
+        minimum=1,
+        maximum=10,
+        was="max_tries",
     )
-    connect_timeout_s: float = setting(3.0, "For a connection to a replica", group="Failure", minimum=0.01)
+    connect_timeout_s: float = setting(3.0, "Seconds to connect to a replica", group="Failure", minimum=0.01)
     first_byte_timeout_s: float = setting(
-        60.0, "From sending to the first byte of a streamed answer", group="Failure", minimum=0.01
+        60.0, "Seconds from a request to the first event of its stream", group="Failure", minimum=0.01
     )
-    stall_timeout_s: float = setting(30.0, "Between two pieces of a streamed answer", group="Failure", minimum=0.01)
-    request_timeout_s: float = setting(3600.0, "For a whole answer", group="Failure", minimum=0.01)
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is logged", group="Gateway")
-    log_format: Literal["text", "json"] = setting("text", "Form of log lines on stderr", group="Gateway")
-    access_log: bool = setting(False, "A line for each request: ids, tokens, times; never texts", group="Gateway")
+    stream_idle_timeout_s: float = setting(
+        30.0, "Seconds between two events of a stream", group="Failure", minimum=0.01, was="stall_timeout_s"
+    )
+    request_timeout_s: float = setting(3600.0, "Seconds for a whole response", group="Failure", minimum=0.01)
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "Minimum level of log lines", group="Gateway"
+    )
+    log_format: Literal["text", "json"] = setting("text", "Format of log lines on stderr", group="Gateway")
+    access_log: bool = setting(
+        False, "Log a line for each request: ids, tokens and times, never prompts or outputs", group="Gateway"
+    )
     otlp_endpoint: str | None = setting(
-        None, "Collector of traces (OTLP over HTTP, like http://127.0.0.1:4318); needs powerband[otel]", group="Gateway"
+        None,
+        "Collector for traces (OTLP over HTTP, e.g. http://127.0.0.1:4318); needs powerband[otel]",
+        group="Gateway",
     )
-    trace_share: float = setting(
-        1.0, "Of requests that come without a trace, the share that is traced", group="Gateway", minimum=0, maximum=1
+    trace_sample_ratio: float = setting(
+        1.0,
+        "Fraction of requests that are traced, among those that arrive without a trace",
+        group="Gateway",
+        minimum=0,
+        maximum=1,
+        was="trace_share",
     )
 
     def __post_init__(self) -> None:
@@ -120,10 +155,10 @@ class GatewaySettings:
             max_waiting_per_replica=self.max_waiting_per_replica,
             max_queued_requests=self.max_queued_requests,
             max_queued_tokens=self.max_queued_tokens,
-            max_queue_wait_s=self.longest_wait_s,
+            max_queue_wait_s=self.max_queue_wait_s,
             default_deadline_s=self.default_deadline_s,
-            retry_budget_ratio=self.retry_share,
-            probe_interval_s=self.probe_every_s,
+            retry_budget_ratio=self.retry_budget_ratio,
+            probe_interval_s=self.probe_interval_s,
             probe_timeout_s=self.probe_timeout_s,
         )
 
@@ -132,7 +167,7 @@ class GatewaySettings:
         return Timeouts(
             connect_s=self.connect_timeout_s,
             first_byte_s=self.first_byte_timeout_s,
-            between_s=self.stall_timeout_s,
+            between_s=self.stream_idle_timeout_s,
             whole_s=self.request_timeout_s,
         )
 

@@ -1,4 +1,4 @@
-"""What a pool says of itself at one moment, for /admin/routes, /metrics, readiness and the watcher. Plain values."""
+"""The state of a pool at one moment, for /admin/routes, /metrics, readiness and the monitor. Plain values."""
 
 from __future__ import annotations
 
@@ -9,30 +9,27 @@ from powerband.dispatch.backend import BackendState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """state: see dispatch.backend. running, waiting: requests, as the replica reports where it does. inflight: requests
-    that the gateway has sent and that have not ended. silent_s: seconds since a byte of any of those came; 0 when there
-    are none. ejected_for_s: seconds that it stays ejected. last_errors: codes, newest last.
-    """
+    """A replica in its pool."""
 
     id: str
     state: BackendState
-    inflight: int = 0
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float | None = None
-    silent_s: float = 0.0
-    ejected_for_s: float = 0.0
+    inflight: int = 0  # requests that the gateway has sent and that have not ended
+    running: int = 0  # requests, as the replica reports
+    waiting: int = 0  # requests, as the replica reports
+    kv_usage: float | None = None  # fraction of its KV cache
+    silent_s: float = 0.0  # seconds since the last byte of its requests in flight; 0: none in flight
+    ejected_for_s: float = 0.0  # seconds until the ejection ends
     ejections: int = 0
-    last_errors: tuple[str, ...] = ()
+    last_errors: tuple[str, ...] = ()  # codes, newest last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSnapshot:
-    """queued: requests that wait here. predicted_wait_s: of a request that came now. retries: since the start."""
+    """The pool of one model."""
 
     model: str
-    queued: int = 0
+    queued: int = 0  # requests
     queued_tokens: int = 0
-    predicted_wait_s: float = 0.0
-    retries: int = 0
+    predicted_wait_s: float = 0.0  # of a request that arrives now
+    retries: int = 0  # since the start
     replicas: tuple[ReplicaSnapshot, ...] = ()

@@ -12,6 +12,9 @@ import msgspec
 from powerband.bench.client.messages import Endpoint
 from powerband.bench.client.prompts import WORDS
 from powerband.errors import InvalidRequest, UsageError
+from powerband.openai.chunks import INVALID_JSON
+from powerband.openai.events import DONE
+from powerband.openai.fields import MessageFields, StreamOptionFields
 
 MAX_OUTPUT_TOKENS = 1 << 16
 FIRST_PROMPT_ID = 1 << 20  # token t of any answer has the id t; those of prompts come from here on
@@ -100,39 +103,18 @@ class ServerRecord(msgspec.Struct, kw_only=True):
     is_cancelled: bool = False  # by its client
 
 
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-
-
-class _ContentPart(msgspec.Struct):
-    type: str = "text"
-    text: str = ""
-
-
-class _Message(msgspec.Struct):
-    role: str
-    content: str | list[_ContentPart] | None = None
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return " ".join(part.text for part in self.content)
-        return self.content or ""
-
-
 class MockRequest(msgspec.Struct):
     """The part of OpenAI's two bodies that a script needs."""
 
     model: str = ""
     prompt: str | list[int] | None = None
-    messages: list[_Message] | None = None
+    messages: list[MessageFields] | None = None
     return_token_ids: bool = False
     resume_token_ids: list[int] = []
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool = False
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptionFields | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -154,7 +136,7 @@ class MockRequest(msgspec.Struct):
         """A word is a token."""
         if isinstance(self.prompt, list):
             return len(self.prompt)
-        texts = [message.text for message in self.messages or ()] if self.prompt is None else [self.prompt]
+        texts = [self.prompt] if self.prompt else [text for message in self.messages or () for text in message.texts]
         return sum(len(text.split()) for text in texts)
 
 
@@ -165,7 +147,7 @@ def read_body(data: bytes, endpoint: Endpoint, script: Behavior) -> MockRequest:
     """Raises InvalidRequest."""
     try:
         body = _BODY.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as problem:
+    except INVALID_JSON as problem:
         raise InvalidRequest(f"The body is wrong: {problem}") from None
     if (body.messages if endpoint == "chat" else body.prompt) is None:
         raise InvalidRequest("The body has no prompt.", param="messages" if endpoint == "chat" else "prompt")
@@ -188,9 +170,9 @@ class ReplyWriter:
         self._total, self._prompt, self._is_chat = body.output_tokens, body.prompt_tokens, endpoint == "chat"
         self._returns_ids, self._first_index = body.return_token_ids, body.first_index
         self._is_resumed, self._uncounted = bool(body.resume_token_ids), len(body.emitted_in_prompt)
-        options = body.stream_options or _StreamOptions()
-        self._usage_ever = options.include_usage and usage != "none"
-        self._usage_always = self._usage_ever and options.continuous_usage_stats and usage == "continuous"
+        options = body.stream_options or StreamOptionFields()
+        self._usage_ever = bool(options.include_usage) and usage != "none"
+        self._usage_always = self._usage_ever and bool(options.continuous_usage_stats) and usage == "continuous"
         name = "chat.completion.chunk" if self._is_chat else "text_completion"
         self._head = (
             f'data: {{"id":"scripted-{number}","object":"{name}","created":0,"model":"{body.model}","choices":['
@@ -216,7 +198,7 @@ class ReplyWriter:
     def closing(self, *, is_done: bool = True) -> bytes:
         """After the last token, with the end of the message."""
         usage = f"{self._head}],{self._usage(self._total)}}}\n\n" if self._usage_ever else ""
-        return (chunk_frame(f"{usage}data: [DONE]\n\n".encode()) if is_done else b"") + END
+        return (chunk_frame(usage.encode() + DONE) if is_done else b"") + LAST_CHUNK
 
     def _prompt_ids(self) -> str:
         ids = range(FIRST_PROMPT_ID, FIRST_PROMPT_ID + self._prompt - self._uncounted)
@@ -247,7 +229,7 @@ class ReplyWriter:
         )
 
 
-END = b"0\r\n\r\n"  # of a message in chunked coding
+LAST_CHUNK = b"0\r\n\r\n"  # of a message in chunked coding
 GARBAGE = b'data: {"choices": [[[ nothing of the kind\n\n'
 TROUBLE = b'data: {"error":{"message":"Scripted to break off.","type":"server_error","code":"engine_dead"}}\n\n'
 

@@ -26,8 +26,8 @@ from powerband.bench.client.messages import Endpoint
 from powerband.bench.client.precise_timer import PreciseTimer
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.mock_server.behavior import (
-    END,
     GARBAGE,
+    LAST_CHUNK,
     TROUBLE,
     Behavior,
     DropBy,
@@ -38,6 +38,7 @@ from powerband.mock_server.behavior import (
     read_body,
     text_from_ids,
 )
+from powerband.openai.errors import ErrorBody, ErrorObject
 
 HOST = "127.0.0.1"
 MAX_HEAD_BYTES = 64 << 10
@@ -357,10 +358,10 @@ class MockStream:
             connection.drop()
         elif how in ("garbage", "error"):
             message = GARBAGE if how == "garbage" else TROUBLE
-            connection.write(chunk_frame(message) + END if has_head else message)
+            connection.write(chunk_frame(message) + LAST_CHUNK if has_head else message)
             self._leave()
         elif how == "end":
-            connection.write(END)
+            connection.write(LAST_CHUNK)
             self._leave()
 
     def release(self) -> None:
@@ -391,7 +392,7 @@ def body_digest(body: bytes) -> str:
 
 
 def _error(message: str, code: str | None = None) -> bytes:
-    return msgspec.json.encode({"error": {"message": message, "type": "scripted", "param": None, "code": code}})
+    return msgspec.json.encode(ErrorBody(ErrorObject(message=message, type="scripted", param=None, code=code)))
 
 
 async def _serve(script: Behavior, port: int, with_parent: bool) -> None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from powerband.cost.replica_memory import ReplicaMemory, plan_replica
+from powerband.engines.capabilities import DEFAULT_QUANTIZATIONS
+from powerband.engines.registry import ADAPTERS
 from powerband.errors import UsageError
 from powerband.planner.report.formatting import layout_text
 from powerband.planner.results import Pruned
 from powerband.spec.deployment import EngineName, KVPrecision, Quantization, Replica
-from powerband.spec.engine_capabilities import CAPABILITIES, DEFAULT_QUANTIZATIONS, kv_precisions, unsupported_reason
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
@@ -94,11 +95,14 @@ def _unsupported_reason(
     stored: CheckpointPrecision,
     space: SearchSpace,
 ) -> str:
-    reason = unsupported_reason(engine, profile, quantization)
-    if not reason and space.draft_tokens and not CAPABILITIES[engine].speculates:
+    capabilities = ADAPTERS[engine].capabilities
+    if profile.kind not in capabilities.kinds:
+        return f"{engine} on a device of kind {profile.kind} is not modelled"
+    reason = capabilities.missing_kernels(profile, quantization)
+    if not reason and space.draft_tokens and not capabilities.speculates:
         return f"{engine} does not speculate yet"
     is_asked = quantization in (*space.quantizations, stored.quantization)
-    if not reason and not is_asked and quantization not in CAPABILITIES[engine].loads:
+    if not reason and not is_asked and quantization not in capabilities.loads:
         return "it needs a checkpoint that was quantized so (ask for it with --quantization)"
     return reason
 
@@ -111,11 +115,12 @@ def _replicas(
     stored: CheckpointPrecision,
     space: SearchSpace,
 ) -> Iterator[Replica]:
-    max_devices = min(space.max_devices, profile.devices_per_node) if CAPABILITIES[engine].divides else 1
+    capabilities = ADAPTERS[engine].capabilities
+    max_devices = min(space.max_devices, profile.devices_per_node) if capabilities.divides else 1
     kv: KVPrecision
     for tensor, stages in _layouts(max_devices):
         for experts in {1, tensor if _has_experts(spec) else 1}:
-            for kv in kv_precisions(engine, profile, quantization, stored.kv_precision):
+            for kv in capabilities.kv_precisions(profile, quantization, stored.kv_precision):
                 replica = Replica(
                     device=profile.name,
                     tensor_parallel=tensor,
@@ -153,7 +158,7 @@ def _has_experts(spec: ModelSpec) -> bool:
 def _with_offload(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replica: Replica) -> ReplicaOption:
     """With as much of the weights in the host's memory as it takes to fit; none, where it fits without or never."""
     whole = ReplicaOption(engine, replica, plan_replica(spec, profile, replica, engine))
-    may_offload = CAPABILITIES[engine].offloads and profile.kind != "cpu" and replica.num_devices == 1
+    may_offload = ADAPTERS[engine].capabilities.offloads and profile.kind != "cpu" and replica.num_devices == 1
     if not whole.memory.problem or replica.offload_share or not may_offload:
         return whole
     for share in _OFFLOAD_RATIOS:

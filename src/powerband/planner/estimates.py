@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import ReplicaOption
@@ -163,7 +164,7 @@ def notes(plan_request: PlanRequest, deployment: Deployment) -> tuple[str, ...]:
             found.append(f"{pool.replica.offload_share:.0%} of the weights come from the host's memory in every step")
         if pool.replica.quantization not in ("none", plan_request.stored.quantization):
             found.append(f"weights in {pool.replica.quantization}: check the quality for your use")
-    if deployment.engine == "powerband" and any(
+    if not ENGINE_PRIORS[deployment.engine].is_measured_on_gpus and any(
         plan_request.profile(pool.replica.device).kind != "cpu" for pool in deployment.pools
     ):
         found.append("our engine has not been measured on GPUs: its laws are those of other engines, its band is wider")

@@ -7,12 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from powerband.server.admin import AdminRoutes
 from powerband.server.auth import BearerTokenMiddleware, server_key
-from powerband.server.chat import ChatRoutes
-from powerband.server.completions import CompletionRoutes
-from powerband.server.health import HealthRoutes
-from powerband.server.models import ModelRoutes
 from powerband.server.openapi import Operation, describe
 from powerband.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from powerband.server.replica import ServerState
@@ -29,7 +24,12 @@ from powerband.server.replies import (
     Tokenized,
     Version,
 )
-from powerband.server.tokens import TokenRoutes
+from powerband.server.routes.admin import AdminRoutes
+from powerband.server.routes.chat import ChatRoutes
+from powerband.server.routes.completions import CompletionRoutes
+from powerband.server.routes.health import HealthRoutes
+from powerband.server.routes.models import ModelRoutes
+from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.errors import json_response
 from powerband.web.middleware import RequestIdMiddleware
 

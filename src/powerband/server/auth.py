@@ -1,4 +1,4 @@
-"""Who may come in: a wrapper around the whole application, so that a new route is closed until someone opens it."""
+"""Authentication: a wrapper around the whole application, so that a new route is closed unless it is opened."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPEN_PATHS = frozenset({"/livez"})
 
 
 class BearerTokenMiddleware:
-    """Lets a request through when it brings the key. Without a key, only names that mean this machine are served.
+    """Lets a request through when it has the key. Without a key, only host names of this machine are served.
 
     Decides by `scope["path"]`, the very value that routes are matched with: what a client writes into Host or into an
     absolute URL cannot make the two differ.

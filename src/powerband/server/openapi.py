@@ -1,4 +1,4 @@
-"""The OpenAPI description, made from the very types that requests are checked with."""
+"""The OpenAPI description, made from the types that requests are validated with."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from powerband.openai.errors import ErrorBody
 from powerband.server.auth import OPEN_PATHS
 from powerband.server.protocol import PROMPT_SCHEMA, CompletionRequest
-from powerband.web.errors import ErrorBody
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `reply` None: plain text. `errors`: statuses beside those that every route may answer."""
+    """One method of one path. `reply` None: plain text. `errors`: statuses in addition to those of every route."""
 
     method: str
     path: str

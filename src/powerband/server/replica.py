@@ -1,4 +1,4 @@
-"""What all routes of one replica share: the engine, the texts' two directions, and whether work is taken at all."""
+"""What all routes of one replica share: engine, tokenizer, chat template, and whether new requests are accepted."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from powerband.engine.messages import EngineInfo, Heartbeat
-from powerband.engine.supervisor import EngineProcess
+from powerband.engine.client.messages import EngineInfo, Heartbeat
+from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.prometheus import EngineMetrics
 from powerband.server.settings import ServerSettings
@@ -86,7 +86,7 @@ class ServerState:
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
 
     async def start(self) -> EngineInfo:
-        """Start the engine and load the tokenizer: meanwhile, if the folder is known. Raises what went wrong there."""
+        """Start the engine and load the tokenizer, concurrently if the folder is known. Raises the errors of both."""
         start_s = time.monotonic()
         folder = Path(self.engine_settings.model).expanduser()
         early = asyncio.create_task(self._load_tokenizer(str(folder))) if folder.is_dir() else None
@@ -143,13 +143,13 @@ class ServerState:
             )
 
     def accept(self) -> Model:
-        """The model, if new work is taken. Raises HttpError 503 while starting or draining."""
+        """The model, if new requests are accepted. Raises HttpError 503 while starting or draining."""
         if self.draining or self.ending:
             raise HttpError(503, "draining", "This replica takes no new requests.", hint="Send it to another.")
         return self.model
 
     def unready(self) -> str:
-        """Why no work should be sent here; empty when it should."""
+        """Why the replica is not ready; empty when it is."""
         if self.draining or self.ending:
             return "This replica is draining."
         if self._model is None:
@@ -160,7 +160,7 @@ class ServerState:
 
     @contextlib.contextmanager
     def counting_refusals(self) -> Iterator[None]:
-        """Around everything that comes before an answer: what a client did wrong, or came too early for, is counted."""
+        """Counts the requests that are refused in this block, before any output."""
         try:
             yield
         except PowerbandError as error:
@@ -178,7 +178,7 @@ class ServerState:
             self._idle.set()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no more work and wait for what runs. False: some still ran when the time was over."""
+        """Accept no new requests and wait for the running ones. False if some were still running at the timeout."""
         self.ending = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -187,7 +187,7 @@ class ServerState:
         return True
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what takes long, and needs no event loop, beside it."""
+        """Run a slow function in a thread, so that the event loop goes on."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
 

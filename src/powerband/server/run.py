@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import uvloop
 
-from powerband.engine.messages import EngineInfo
-from powerband.engine.supervisor import EngineProcess
+from powerband.engine.client.messages import EngineInfo
+from powerband.engine.client.supervisor import EngineProcess
 from powerband.metrics.logging import set_up_logging
 from powerband.server.app import make_app
 from powerband.server.replica import ServerState
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
-from powerband.web.listening import Signals, listen, make_server, url_of
+from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, url_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,10 @@ def serve(
 ) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (130). Raises PowerbandError when the start fails.
 
-    The first signal drains: not ready, no new requests, running ones may end. The second ends at once.
+    The first signal drains: not ready, no new requests, running ones may finish. The second ends at once.
     """
     set_up_logging(server_settings.log_level, server_settings.log_format)
+    raise_descriptor_limit()
     with listen(server_settings.host, server_settings.port) as listener:
         return uvloop.run(_serve(engine_settings, server_settings, listener, make_engine))
 

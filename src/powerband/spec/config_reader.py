@@ -83,9 +83,9 @@ class ConfigReader:
         return value
 
     def table(self, name: str) -> ConfigReader | None:
-        """A nested object, as fields of its own."""
+        """A nested object, as fields of its own. Empty is the same as absent, as in transformers."""
         value = self.values.get(name)
-        if value is None:
+        if value is None or value == {}:
             return None
         if not isinstance(value, Mapping):
             raise self.error(f"'{name}' must be an object, not {shown(value)}", name)
@@ -113,8 +113,8 @@ class ConfigReader:
         """One id or a list of them. Some configurations write -1 where there is none, which no token is."""
         value = self.values.get(name)
         items = value if isinstance(value, list | tuple) else [value]
-        told = {**self.values, name: [item for item in items if item is not None and item != -1]}
-        return ConfigReader(told, self.source).integers(name, high=MAX_VOCABULARY)
+        values = {**self.values, name: [item for item in items if item is not None and item != -1]}
+        return ConfigReader(values, self.source).integers(name, high=MAX_VOCABULARY)
 
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of exactly `length` positive finite numbers."""

@@ -19,9 +19,17 @@ MEMORY_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**
 MEMORY_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-def setting(default: Any, help: str, *, group: str, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field that knows its help text, its group in `--help`, and the range of its numbers (inclusive)."""
-    return field(default=default, metadata={"help": help, "group": group, "minimum": minimum, "maximum": maximum})
+def setting(
+    default: Any, help: str, *, group: str, minimum: float | None = None, maximum: float | None = None, was: str = ""
+) -> Any:
+    """A dataclass field that knows its help text, its group in `--help`, and the range of its numbers (inclusive).
+
+    was: its name in the version before, which still works, with a warning.
+    """
+    renamed = {"was": was} if was else {}
+    return field(
+        default=default, metadata={"help": help, "group": group, "minimum": minimum, "maximum": maximum, **renamed}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,78 +45,83 @@ class EngineSettings:
     )
     generation_config: str = setting(
         "auto",
-        "How requests that do not say it are sampled: auto: as the model's generation_config.json says; off: by "
-        "Powerband's own defaults; or a folder that holds another generation_config.json",
+        "Defaults of sampling parameters: auto: the model's generation_config.json; off: Powerband's own; "
+        "or a folder with another generation_config.json",
         group="Model",
     )
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "'dummy' fills the weights with random numbers", group="Model"
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = setting(
-        "auto", "Precision of weights and activations; auto: as stored, where the device is fast at it", group="Model"
+        "auto", "Precision of weights and activations; auto: as stored, if the device is fast at it", group="Model"
     )
     quantization: Literal["none", "int8", "int4"] = setting(
-        "none", "Hold the weights of projections in 8 or 4 bits (CPU); quantized while loading", group="Model"
+        "none", "Quantize the weights of projections to 8 or 4 bits while loading (CPU)", group="Model"
     )
     quantize_head: bool = setting(
-        True, "With quantized weights: hold the output head in 8 bits; off: in bfloat16", group="Model"
+        True, "With quantized weights: quantize the output head to 8 bits; off: keep it in bfloat16", group="Model"
     )
     weight_cache: Literal["auto", "off"] = setting(
         "auto",
-        "CPU: keep quantized weights in the cache directory, so that the next start is fast; weights in 16 bits are "
-        "packed while they are read, and not kept",
+        "CPU: store quantized weights in the cache directory, for a faster next start; 16-bit weights are not stored",
         group="Model",
     )
     max_model_len: int | None = setting(
-        None, "Longest prompt plus output, in tokens; default: the model's own", group="Model", minimum=1
+        None, "Maximum prompt plus output, in tokens; default: the model's own", group="Model", minimum=1
     )
-    seed: int = setting(0, "Seed for requests that bring none, and for dummy weights", group="Model", minimum=0)
+    seed: int = setting(0, "Random seed for requests without one, and for dummy weights", group="Model", minimum=0)
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute", group="Device")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Device to run on", group="Device")
     threads: int | None = setting(
-        None, "CPU threads for computing; default: all physical cores", group="Device", minimum=1, maximum=1024
+        None, "CPU threads of the engine; default: one per physical core", group="Device", minimum=1, maximum=1024
     )
     attention_backend: Literal["auto", "reference", "cpu", "triton"] = setting(
-        "auto", "Implementation of attention", group="Device"
+        "auto", "Attention implementation", group="Device"
     )
     kernels: Literal["auto", "off"] = setting(
-        "auto", "CPU: compute with kernels in C++, compiled at the first start; off: in plain torch", group="Device"
+        "auto", "CPU: use C++ kernels, compiled at the first start; off: use plain torch", group="Device"
     )
     enforce_eager: bool = setting(False, "CUDA: do not capture graphs", group="Device")
     async_scheduling: bool | None = setting(
-        None, "Schedule the next step while one runs; default: on for CUDA, off for CPU", group="Device"
+        None, "Schedule the next step while the current one runs; default: on for CUDA, off for CPU", group="Device"
     )
 
     block_size: int = setting(32, "Tokens per block of KV cache", group="Memory", minimum=1, maximum=4096)
     kv_cache_memory: str | None = setting(
-        None, "Memory for the KV cache, e.g. 4GiB; default: by the memory plan", group="Memory"
+        None, "Memory for the KV cache, e.g. 4GiB; default: what the memory plan leaves", group="Memory"
     )
     kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = setting(
         "auto",
-        "Precision of the KV cache; auto: int8 beside quantized weights, else that of the activations",
+        "Precision of the KV cache; auto: int8 with quantized weights, else that of the activations",
         group="Memory",
     )
     gpu_memory_utilization: float = setting(
-        0.9, "Share of the device's memory that may be used in all (CUDA)", group="Memory", minimum=0.01, maximum=1
+        0.9, "Fraction of the device's memory that may be used in total (CUDA)", group="Memory", minimum=0.01, maximum=1
     )
-    enable_prefix_caching: bool = setting(True, "Reuse the KV of prompts that begin alike", group="Memory")
+    enable_prefix_caching: bool = setting(True, "Reuse the KV cache of common prompt prefixes", group="Memory")
 
-    max_num_seqs: int = setting(256, "Requests that may run at once", group="Scheduling", minimum=1)
+    max_num_seqs: int = setting(256, "Maximum requests that run at once", group="Scheduling", minimum=1)
     max_num_batched_tokens: int = setting(2048, "Token budget of a step", group="Scheduling", minimum=1)
     long_prefill_token_threshold: int = setting(
-        0, "Longest prefill chunk of one request in a step; 0: the budget", group="Scheduling", minimum=0
+        0,
+        "Maximum prefill chunk of one request in a step, in tokens; 0: the token budget",
+        group="Scheduling",
+        minimum=0,
     )
     scheduling_policy: Literal["fcfs", "priority", "shortest", "longest-prefix", "deadline", "fair"] = setting(
-        "fcfs", "Which request is served first", group="Scheduling"
+        "fcfs", "Order in which requests are scheduled", group="Scheduling"
     )
     max_num_queued_reqs: int = setting(
-        2048, "Waiting requests beyond which new ones are refused (429)", group="Scheduling", minimum=1
+        2048, "Maximum waiting requests; new ones are rejected (429)", group="Scheduling", minimum=1
     )
     max_num_queued_tokens: int = setting(
-        4_000_000, "Waiting prompt tokens beyond which new requests are refused (429)", group="Scheduling", minimum=1
+        4_000_000,
+        "Maximum prompt tokens of waiting requests; new requests are rejected (429)",
+        group="Scheduling",
+        minimum=1,
     )
     step_log: str | None = setting(
-        None, "Append each step's shape and seconds to this file (JSON lines)", group="Scheduling"
+        None, "Append each step's shape and duration to this file (JSON lines)", group="Scheduling"
     )
 
     def __post_init__(self) -> None:

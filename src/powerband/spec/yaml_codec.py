@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from powerband.errors import UsageError
-from powerband.renamed import warn_renamed
+from powerband.renamed import new_names, warn_renamed
 from powerband.spec.config_reader import shown
 
 Record = TypeVar("Record")
@@ -38,22 +38,25 @@ def read_record(kind: type[Record], values: object, where: str) -> Record:
 
 
 def _with_new_names(kind: Any, values: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
-    """A field's metadata may hold the name that it had in the version before: {"was": "longest_prompt"}."""
-    renamed = {item.metadata["was"]: item.name for item in fields(kind) if "was" in item.metadata}
+    renamed = new_names(kind)
     for old in renamed.keys() & values.keys():
         warn_renamed(f"{where}: '{old}'", f"'{renamed[old]}'")
     return {renamed.get(name, name): value for name, value in values.items()} if renamed else values
 
 
-def as_record(value: Any, *, complete: bool = False) -> Any:
-    """What `read_record` reads: plain tables, lists and values. What has its default is left out, unless `complete`."""
+def as_record(value: Any, *, complete: bool = False, old_names: bool = False) -> Any:
+    """What `read_record` reads: plain tables, lists and values.
+
+    complete: with the fields that have their default. old_names: for a reader of the version before.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        names = [item.name for item in fields(value) if complete or not _default(value, item)]
-        return {name: as_record(getattr(value, name), complete=complete) for name in names}
+        items = [item for item in fields(value) if complete or not _default(value, item)]
+        names = {item.name: item.metadata.get("was", item.name) if old_names else item.name for item in items}
+        return {names[name]: as_record(getattr(value, name), complete=complete, old_names=old_names) for name in names}
     if isinstance(value, Mapping):
-        return {key: as_record(item, complete=complete) for key, item in value.items()}
+        return {key: as_record(item, complete=complete, old_names=old_names) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [as_record(item, complete=complete) for item in value]
+        return [as_record(item, complete=complete, old_names=old_names) for item in value]
     return value
 
 

@@ -7,7 +7,7 @@ are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True, slots=True)
 class TokenFiles:
-    """What the files beside tokenizer.json say.
+    """The tokens in the files beside tokenizer.json.
 
     `named` maps bos_token, eos_token, … and names of the model's own (image_token)
     to their text; `added` are tokens to add to those of tokenizer.json, in this order; `given_ids` are the ids that
@@ -40,9 +40,24 @@ class TokenFiles:
     given_ids: dict[str, int]
 
 
-def read_token_files(config: dict[str, Any], folder: Path, rust: RustTokenizer) -> TokenFiles:
+@dataclass(frozen=True, slots=True)
+class ClassTokens:
+    """Special tokens of a class that builds its tokenizer itself.
+
+    `named` are those that it has where the files name none. `added_again`: all of them lose the flags that the files
+    give them (lstrip, single_word, …).
+    """
+
+    named: Mapping[str, str]
+    added_again: bool = False
+
+
+def read_token_files(
+    config: dict[str, Any], folder: Path, rust: RustTokenizer, built_by: ClassTokens | None = None
+) -> TokenFiles:
     """The tokens of a checkpoint, of which `config` is tokenizer_config.json and `rust` tokenizer.json.
 
+    `built_by`: they are added to a tokenizer of that class, which has none of tokenizer.json's yet.
     Raises EnvironmentFault naming the file.
     """
     known = rust.get_added_tokens_decoder()
@@ -58,9 +73,17 @@ def read_token_files(config: dict[str, Any], folder: Path, rust: RustTokenizer) 
         given = {**given, **known}  # of two tokens with one id, the one of tokenizer.json
     named = {name: by_text.get(token.content, token) for name, token in _named(merged).items()}
     extra = _checked(folder / CONFIG, lambda: _extra(merged))
+    if built_by is not None:
+        known = {}
+        own = {name: AddedToken(text, special=True) for name, text in built_by.named.items() if name not in merged}
+        names = dict.fromkeys((*_NAMES, *named, *own))
+        named = {name: (named | own)[name] for name in names if name in named or name in own}
+    added = _to_add(known, given, named, extra)
+    if built_by is not None and built_by.added_again:
+        added += [AddedToken(token.content, special=True) for token in (*named.values(), *extra)]
     return TokenFiles(
         named={name: token.content for name, token in named.items()},
-        added=_to_add(known, given, named, extra),
+        added=added,
         given_ids={token.content: id for id, token in given.items()},
     )
 
@@ -71,7 +94,7 @@ def _to_add(
     """Given tokens in the order of their ids, then named and extra special tokens; of one text the last counts."""
     added = [token for _, token in sorted(given.items())]
     texts = {token.content for token in (*known.values(), *added)}
-    added += [token for token in (*named.values(), *extra) if token.content not in texts]
+    added += {repr(token): token for token in (*named.values(), *extra) if token.content not in texts}.values()
     special = {token.content for token in named.values()}
     for token in added:
         token.special = token.special or token.content in special
@@ -90,7 +113,8 @@ def _special(table: dict[str, Any]) -> dict[str, Any]:
 
 def _legacy(table: dict[str, Any], config: dict[str, Any]) -> dict[int, AddedToken]:
     """added_tokens.json: text → id. A token is special where the other files name it as one."""
-    special = {token.content for token in (*_named(config).values(), *_extra(config))}
+    words = {name: value for name, value in config.items() if isinstance(value, str)}
+    special = {token.content for token in (*_named(words).values(), *_extra(config))}
     return {
         int(id): AddedToken(text, normalized=text not in special, special=text in special) for text, id in table.items()
     }

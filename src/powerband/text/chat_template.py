@@ -97,7 +97,7 @@ class ChatTemplate:
             num_bytes = len(msgspec.json.encode(context))
         except UnicodeEncodeError:
             raise InvalidRequest(
-                "The messages have half a surrogate pair, which is no text.", param="messages"
+                "The messages have half a surrogate pair, which is not valid text.", param="messages"
             ) from None
         text, left_out = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * num_bytes)
         if left_out is not None:

@@ -25,7 +25,7 @@ from types import ModuleType
 HELD_OUT_SHARE = 20  # one document in so many is kept for evaluation
 _SKIPPED = re.compile(r"(^|/)(site-packages|dist-packages|tests?|idle_test|lib2to3|__pycache__)(/|$)")
 _IN_C: tuple[ModuleType, ...] = (builtins, itertools, math, sys, time)  # documented, but without Python source
-_LONGEST_ENTRY = 4000  # characters of one docstring
+_MAX_ENTRY_CHARS = 4000  # characters of one docstring
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _entries(node: ast.AST, name: str) -> Iterator[ApiEntry]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text and len(text) > 10:
-            yield ApiEntry(name, _signature(node), text[:_LONGEST_ENTRY])
+            yield ApiEntry(name, _signature(node), text[:_MAX_ENTRY_CHARS])
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _entries(child, f"{name}.{child.name}")
@@ -143,7 +143,7 @@ def _c_modules(wanted: Callable[[str], bool]) -> Iterator[Document]:
             text = inspect.getdoc(value) if callable(value) and not name.startswith("_") else None
             if text:
                 full_name = name if module is builtins else f"{module.__name__}.{name}"
-                entries.append(ApiEntry(full_name, "(...)", text[:_LONGEST_ENTRY]))
+                entries.append(ApiEntry(full_name, "(...)", text[:_MAX_ENTRY_CHARS]))
         yield Document(module.__name__, tuple(entry for entry in entries if entry.text))
 
 

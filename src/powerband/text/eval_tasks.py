@@ -33,7 +33,7 @@ class EvalTask:
 
     @property
     def reply(self) -> str:
-        """What the demo model learns to say in a chat."""
+        """The reply that the demo model learns in a chat."""
         return f"{self.working} {self.answer}".lstrip()
 
     @property

@@ -1,4 +1,4 @@
-"""What of a conversation a chat template writes: found out by rendering it with marks in place of the contents.
+"""Finds which parts of a conversation a chat template writes, by rendering it with marks in place of the contents.
 
 When a template is loaded, marks show in which form it reads the content of each role, and whether it knows the role
 "developer". When a conversation is rendered, they show whether a message is left out of the prompt.
@@ -52,8 +52,8 @@ def left_out(render: Render, context: dict[str, Any]) -> list[int] | None:
     """[message] or [message, part or call] of the first content in `context` that the template leaves out; None: there
     is none.
 
-    Text beside calls of tools need not be written: some templates leave it out. A template that refuses marks tells
-    nothing.
+    Text beside calls of tools need not be written: some templates leave it out. For a template that refuses marks,
+    nothing is found.
     """
     messages, marks = _marked(context["messages"])
     text = render({**context, "messages": messages})

@@ -111,7 +111,7 @@ class _Worker:
 
 
 class TemplateProcesses:
-    """Renders in whichever worker is free; starts another when none is, up to a limit. Threads may share it.
+    """Renders in a free worker; starts another when none is free, up to a limit. Threads may share it.
 
     `reads` is by template what template_probes.learn found.
     """
@@ -134,7 +134,7 @@ class TemplateProcesses:
         Blocks for a little more than the time limit, at most twice where a worker was lost. Raises InvalidRequest.
 
         A rendering that takes too long is ended by its worker's own alarm. A worker that ended earlier, or is silent
-        even after that, was killed or stopped, which says nothing of the template: another one tries once more.
+        even after that, was killed or stopped, which is not the template's fault: another worker tries once more.
         """
         request = {"name": name, "context": context, "max_chars": max_chars}
         for is_last in (False, True):

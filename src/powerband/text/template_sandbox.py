@@ -1,7 +1,7 @@
 """The environment that chat templates run in: transformers' names and filters, in Jinja's sandbox.
 
 Nothing that a template can reach shows where it lies in memory: functions, methods and iterators are wrapped, so that
-a text is the same in every process and tells nothing of this one.
+a text is the same in every process and reveals nothing of this one.
 """
 
 from __future__ import annotations

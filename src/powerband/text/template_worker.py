@@ -48,7 +48,7 @@ def _render(template: jinja2.Template, context: dict[str, Any], max_chars: int) 
 
 
 def _written(template: jinja2.Template, context: dict[str, Any], max_chars: int) -> str | None:
-    """The text, or None where the template raises anything or writes too much."""
+    """The text, or None where the template raises an error or writes too much."""
     try:
         return _render(template, context, max_chars).get("text")
     except Exception:  # a template can raise anything that Python's operators raise

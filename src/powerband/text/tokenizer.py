@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the checkpoint's own tokenizer.json and tokenizer_config.json."""
+"""Text to token ids and back, by the checkpoint's own files and with the same result as in transformers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from powerband.documents import LFS_HINT, is_lfs_pointer
 from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
 from powerband.text.pieces import PieceRules, piece_rules
+from powerband.text.tokenizer_class import tokenizer_class
 
 logger = logging.getLogger(__name__)
 
-_FILES = ["tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "*.jinja", "tokenizer.model"]
+_FILES = [
+    *("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("config.json", "*.jinja", "tokenizer.model"),
+]
 _LEGACY_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
 # What a tokenizer must be able to encode and decode before it is used: each shape of text that a step may fail on.
 _SAMPLES = ("", " ", "a", "Hello, world!", "\n\t  x", "Würde 東京 🙂", "0123456789 " * 20)
@@ -32,10 +36,14 @@ class Tokenizer:
     """
 
     def __init__(self, rust: RustTokenizer, config: dict[str, Any], folder: Path) -> None:
+        built_by = tokenizer_class(rust, config, read_table(folder / "config.json"))
+        files = read_token_files(config, folder, rust, built_by.tokens if built_by else None)
+        if built_by is None:
+            rust.add_tokens(files.added)
+        else:
+            rust = built_by.build(rust, config, files)
         rust.no_truncation()
         rust.no_padding()
-        files = read_token_files(config, folder, rust)
-        rust.add_tokens(files.added)
         rust.encode_special_tokens = config.get("split_special_tokens") is True
         _warn_of_other_ids(rust, files, folder)
         self.folder = folder
@@ -146,7 +154,7 @@ class Tokenizer:
     def _check(self) -> None:
         """Encode and decode samples and every token. Raises whatever the library panics with.
 
-        An Exception is no reason to refuse: a vocabulary of a few words cannot encode others, and serves token ids.
+        Any Exception is accepted: a vocabulary of a few words cannot encode others, but still serves token ids.
         """
         for text in _SAMPLES:
             for add_special_tokens in (True, False):
@@ -161,7 +169,7 @@ class Tokenizer:
 
 
 def _warn_of_other_ids(rust: RustTokenizer, files: TokenFiles, folder: Path) -> None:
-    """Added tokens get the next free ids, whatever the files say; the same in transformers."""
+    """Added tokens get the next free ids, whatever ids the files give; the same in transformers."""
     wrong = [(text, id, rust.token_to_id(text)) for text, id in files.given_ids.items() if rust.token_to_id(text) != id]
     if wrong:
         text, id, actual = wrong[0]
@@ -177,7 +185,7 @@ def _is_skipped(rust: RustTokenizer, id: int) -> bool:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether the Rust library panicked: its exception is no Exception, and cannot be imported."""
+    """Whether the Rust library panicked: its exception is not an Exception, and cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 

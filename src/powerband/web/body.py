@@ -57,7 +57,7 @@ def decode(data: bytes, kind: type[Body]) -> Body:
     """
     check_size(data)
     try:
-        data.decode()  # the decoder does not look at what is not asked for, and somebody else may
+        data.decode()  # msgspec does not decode unknown fields, but replicas may
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise _complaint(str(error), data, kind) from None

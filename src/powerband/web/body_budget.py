@@ -14,7 +14,7 @@ class BudgetHolder(Protocol):
     """A request."""
 
     def refuse(self, error: HttpError) -> None:
-        """End it with this answer, and forget its body."""
+        """End it with this error, and drop its body."""
 
 
 class BodyBudget:

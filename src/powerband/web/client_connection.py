@@ -42,7 +42,7 @@ class ClientConnection:
             call()
 
     async def writable(self) -> None:
-        """Wait until the client has caught up. Whoever waits is cancelled when it has left, see `when_lost`."""
+        """Wait until the client has caught up. If it disconnects, the waiting task is cancelled, see `when_lost`."""
         if self.is_behind:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.when_writable(lambda: None if waiter.done() else waiter.set_result(None))

@@ -8,6 +8,7 @@ are sent ahead are never more than bytes. The socket is read meanwhile, or a cli
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, cast
 
 from starlette.types import ASGIApp
@@ -15,12 +16,14 @@ from uvicorn.server import ServerState
 
 from powerband.web.body_budget import BodyBudget
 from powerband.web.client_connection import ClientConnection, set_client_connection
+from powerband.web.connection_limit import ConnectionLimit
 from powerband.web.errors import HttpError, error_response
 from powerband.web.exchange import HttpExchange, status_line
 from powerband.web.framing import Framing, framing_of
 from powerband.web.head import RequestHead, parse_head
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_BLANK_LINES = 32  # before a request; the RFC asks for one
 MAX_AHEAD_BYTES = 64 << 10  # sent before the answer to what came first; and what one read of the socket brings
 SECONDS_FOR_HEAD = 30.0
 SECONDS_IDLE = 75.0  # longer than most proxies keep an idle connection
@@ -29,7 +32,7 @@ SECONDS_TO_READ = 60.0  # what waits to be sent, about 64 KiB
 SECONDS_TO_DISCARD = 10.0  # the rest of a request that has its answer already
 SECONDS_TO_CLOSE = 5.0  # in which the client can read why
 
-_LINE_END = b"\r\n"
+_BLANK_LINES = re.compile(rb"(?:\r\n){0,%d}+" % (MAX_BLANK_LINES + 1))
 _HEAD_END = b"\r\n\r\n"
 
 
@@ -50,16 +53,19 @@ class HttpConnection(asyncio.Protocol):
         self,
         app: ASGIApp,
         budget: BodyBudget,
+        limit: ConnectionLimit,
         *,
         server_state: ServerState,
         **_: Any,  # what else uvicorn passes
     ) -> None:
         self._app = app
         self._budget = budget
+        self._limit = limit
         self._server = server_state
         self._loop = asyncio.get_running_loop()
         self._input = bytearray()
         self._searched = 0  # bytes of the input in which no head ends
+        self._num_blank_lines = 0  # since the last head
         self._exchange: HttpExchange | None = None
         self._framing: Framing | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -81,9 +87,11 @@ class HttpConnection(asyncio.Protocol):
         self._local = _address(transport.get_extra_info("sockname"))
         self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn's set is of its own classes
         self._set_timer(SECONDS_FOR_HEAD)
+        self._limit.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's signature)
         self._server.connections.discard(self)
+        self._limit.closed(self)
         self._is_closing = True
         self._stop_timer()
         self._stop_reading_timer()
@@ -122,6 +130,16 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._exchange.keeps_connection = False
 
+    def drop(self) -> None:
+        """The server has too many connections: close this one at once."""
+        waits_for_answer = bool(self._input) or self._exchange is not None
+        if waits_for_answer and not (self._is_closing or self._transport.get_write_buffer_size()):
+            self.refuse(HttpError(503, "too_many_connections", "The server has too many connections at once."))
+            self._transport.close()
+        else:
+            self._lose_exchange()
+            self._transport.abort()
+
     # ---- called by the exchange
 
     @property
@@ -146,6 +164,7 @@ class HttpConnection(asyncio.Protocol):
     def answered(self, exchange: HttpExchange) -> None:
         self._budget.release(exchange)
         self._exchange = None
+        self._limit.waits(self)
         self._server.total_requests += 1
         if not exchange.keeps_connection or self._must_close:
             self._close()
@@ -174,6 +193,7 @@ class HttpConnection(asyncio.Protocol):
     def break_off(self) -> None:
         self._lose_exchange()
         self._is_closing = True
+        self._limit.waits(self)
         # A chunked answer without its last chunk is seen to be cut; others need an end that is an error.
         self._transport.close() if self._line.is_chunked else self._transport.abort()
         self._set_timer(SECONDS_TO_CLOSE)
@@ -196,8 +216,8 @@ class HttpConnection(asyncio.Protocol):
         if self._exchange is not None:
             return False
         data = self._input
-        while data.startswith(_LINE_END):  # between requests they mean nothing (RFC 9112, 2.2)
-            del data[:2]
+        if data.startswith(b"\r\n"):
+            self._drop_blank_lines()
         if not data or data == b"\r":
             return False
         if not 65 <= data[0] <= 90:  # such as a TLS greeting, which has no end
@@ -212,12 +232,21 @@ class HttpConnection(asyncio.Protocol):
                 self._set_timer(SECONDS_FOR_HEAD)
             self._searched = len(data)
             return False
-        self._searched = 0
+        self._searched = self._num_blank_lines = 0
         self._stop_timer()
         head = parse_head(bytes(data[: end + 4]))
         del data[: end + 4]
         self._begin(head)
         return True
+
+    def _drop_blank_lines(self) -> None:
+        """Between requests they mean nothing (RFC 9112, 2.2). Raises HttpError beyond MAX_BLANK_LINES."""
+        found = _BLANK_LINES.match(self._input)
+        if found is not None and (end := found.end()):
+            self._num_blank_lines += end // 2
+            if self._num_blank_lines > MAX_BLANK_LINES:
+                raise HttpError(400, "invalid_http", f"More than {MAX_BLANK_LINES} empty lines came before a request.")
+            del self._input[:end]
 
     def _begin(self, head: RequestHead) -> None:
         scope: dict[str, Any] = {
@@ -239,7 +268,9 @@ class HttpConnection(asyncio.Protocol):
         exchange = self._exchange = HttpExchange(self, head, scope, self._line)
         framing = framing_of(head.body_length)
         self._framing = None if framing.is_complete else framing
+        self._limit.waits(self)
         if framing.is_complete:
+            self._limit.works(self)
             exchange.feed(b"", is_last=True)
         task = self._loop.create_task(exchange.run(self._app))
         self._server.tasks.add(task)
@@ -261,6 +292,7 @@ class HttpConnection(asyncio.Protocol):
             self._budget.add(exchange, len(content), self._peer[0] if self._peer else "")
             if framing.is_complete:
                 self._budget.complete(exchange)
+                self._limit.works(self)
         if framing.has_more:
             self._loop.call_soon(self._advance)
         return framing.is_complete
@@ -292,6 +324,7 @@ class HttpConnection(asyncio.Protocol):
         would answer that with a reset, which takes the answer from the client (RFC 9112, 9.6).
         """
         self._is_closing = True
+        self._limit.waits(self)
         self._input.clear()
         if self._transport.is_closing():
             return

@@ -11,21 +11,9 @@ from starlette.responses import Response
 from powerband.core.loop import error_info
 from powerband.core.step import ErrorInfo
 from powerband.errors import PowerbandError
+from powerband.openai.errors import ErrorBody, ErrorObject
 
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
-
-
-class ErrorObject(msgspec.Struct, kw_only=True):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(msgspec.Struct):
-    """The body of every response with a status of 400 and above."""
-
-    error: ErrorObject
 
 
 class HttpError(PowerbandError):

@@ -49,7 +49,7 @@ class ConnectionControl(Protocol):
 
 
 class HttpExchange:
-    """Runs the application. is_lost: the client has left; nobody reads an answer any more."""
+    """Runs the application. is_lost: the client has disconnected and will not read the response."""
 
     __slots__ = (
         "_body",

@@ -14,7 +14,9 @@ import httptools
 from powerband.web.errors import HttpError
 
 MAX_HEADERS = 200
+MAX_REQUEST_LINE_BYTES = 8 << 10  # as the RFC recommends at least (RFC 9112, 3)
 _NOT_CONTROLS = bytes({*range(0x20, 0x100), *b"\t\r\n"} - {0x7F})  # the parser wants \r and \n in pairs
+_CLOSE = re.compile(rb"(?:^|,)[ \t]*+close[ \t]*+(?:,|$)", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 _HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 _MEANT_FOR_US = frozenset((b"connection", b"content-length", b"expect", b"host", b"transfer-encoding"))
@@ -38,7 +40,12 @@ class RequestHead:
 
 
 def parse_head(data: bytes) -> RequestHead:
-    """data: from the request line to the empty line, included. Raises HttpError 400, 417, 431, 501 and 505."""
+    """data: from the request line to the empty line, included. Raises HttpError 400, 414, 417, 431, 501 and 505."""
+    request_line = data[: data.find(b"\r\n")]
+    if len(request_line) > MAX_REQUEST_LINE_BYTES:
+        raise HttpError(414, "target_too_long", f"The request line is longer than {MAX_REQUEST_LINE_BYTES} bytes.")
+    if data.count(b"\n") > MAX_HEADERS + 2:  # before the parser calls back for each
+        raise HttpError(431, "head_too_large", f"The request has more than {MAX_HEADERS} headers.")
     if data.translate(None, _NOT_CONTROLS):
         raise _invalid("The head has control characters")
     fields = _Fields()
@@ -49,12 +56,10 @@ def parse_head(data: bytes) -> RequestHead:
         pass  # a server may ignore Upgrade (RFC 9110, 7.8); its body is a body like any other
     except httptools.HttpParserError as problem:
         raise _invalid(str(problem)) from None
-    if len(fields.headers) > MAX_HEADERS:
-        raise HttpError(431, "head_too_large", f"The request has more than {MAX_HEADERS} headers.")
     if not fields.is_complete:
         raise _invalid("The head has no end")
     version, method = parser.get_http_version(), parser.get_method().decode("ascii")
-    if not data[: data.find(b"\r\n")].endswith((b" HTTP/1.1", b" HTTP/1.0")):
+    if not request_line.endswith((b" HTTP/1.1", b" HTTP/1.0")):
         raise HttpError(505, "http_version_not_supported", "The protocol of the request is not HTTP 1.1.")
     if method == "CONNECT":
         raise HttpError(501, "not_a_proxy", "CONNECT asks for a proxy, which this server is not.")
@@ -66,7 +71,7 @@ def parse_head(data: bytes) -> RequestHead:
         raise HttpError(417, "expectation_failed", "The only expectation that this server can meet is 100-continue.")
     keeps = version == "1.1"
     for value in meant.get(b"connection", ()):
-        keeps = keeps and b"close" not in [one.strip() for one in value.lower().split(b",")]
+        keeps = keeps and _CLOSE.search(value) is None
     path = url.path.decode("ascii")
     return RequestHead(
         method=method,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import cast
@@ -16,8 +18,10 @@ from starlette.types import ASGIApp
 from powerband.errors import EnvironmentFault
 from powerband.web.body_budget import BODIES_AT_ONCE, BodyBudget
 from powerband.web.connection import HttpConnection
+from powerband.web.connection_limit import ConnectionLimit
 
 _BACKLOG = 2048
+_OTHER_DESCRIPTORS = 64  # files, pipes and what is open for a moment
 
 
 class HttpServer(uvicorn.Server):
@@ -47,9 +51,22 @@ class Signals:
             self.second.set()
 
 
+def raise_descriptor_limit() -> None:
+    """To what this process may have. It begins with leave for few, often 1,024, and each connection is one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def max_connections() -> int:
+    """How many clients may be connected. As many descriptors are left for connections to replicas."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, (soft - _OTHER_DESCRIPTORS) // 2)
+
+
 def make_server(app: ASGIApp, max_body_bytes: int) -> HttpServer:
     """max_body_bytes: of the largest request; `BODIES_AT_ONCE` times that is held at most, all requests together."""
-    connection = partial(HttpConnection, app, BodyBudget(BODIES_AT_ONCE * max_body_bytes))
+    budget, limit = BodyBudget(BODIES_AT_ONCE * max_body_bytes), ConnectionLimit(max_connections())
+    connection = partial(HttpConnection, app, budget, limit)
     return HttpServer(
         uvicorn.Config(
             app,
@@ -91,7 +108,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """One that the system says is free; somebody else may take it first."""
+    """A port that is free now; another process may take it first."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]

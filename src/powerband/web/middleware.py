@@ -17,7 +17,7 @@ _LABEL_CHARS = 128
 
 
 class ClientDisconnected(Exception):
-    """The client closed its connection; there is nobody to answer."""
+    """The client closed its connection before the response."""
 
 
 class RequestIdMiddleware:

@@ -12,18 +12,14 @@ from starlette.types import Receive, Scope, Send
 
 from powerband.core.loop import error_info
 from powerband.errors import PowerbandError
+from powerband.openai.events import event
 from powerband.web.errors import error_body
 
-DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
-
-
-def event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):

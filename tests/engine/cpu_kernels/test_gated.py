@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.kernels.cpu.layers import ACTIVATIONS, gated, use_cpu_layers
+from powerband.engine.layers.cpu import ACTIVATIONS, gated, use_cpu_layers
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerband.engine.layers import packed as reference
-from powerband.engine.layers.linear import Linear
-from powerband.engine.layers.packed import PackedBf16
+from powerband.engine.linear import bf16 as reference
+from powerband.engine.linear.base import Linear
+from powerband.engine.linear.bf16 import Bf16Provider
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 12, 13, 16, 17, 31, 32, 33, 40, 100]
 SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (33, 64), (48, 257), (100, 1000), (256, 288)]
@@ -170,9 +170,9 @@ def test_provider_computes_what_the_layer_did_and_leaves_the_weight_to_others() 
     weight, x = layer.weight, random(5, 64, seed=1)
     before, total = layer(x), random(5, 40, seed=2)
     expected = exact(x, weight, layer.bias, total)
-    product = PackedBf16().prepare(layer.weight, layer.bias)
+    product = Bf16Provider().prepare(layer.weight, layer.bias)
     assert product is not None
-    layer.install([product], PackedBf16.name)
+    layer.install([product], Bf16Provider.name)
     assert_close(layer(x), before)
     layer.add_to(total, x)
     assert_close(total, expected)
@@ -180,4 +180,4 @@ def test_provider_computes_what_the_layer_did_and_leaves_the_weight_to_others() 
 
 
 def test_provider_declines_other_types() -> None:
-    assert PackedBf16().prepare(torch.zeros(4, 4), None) is None
+    assert Bf16Provider().prepare(torch.zeros(4, 4), None) is None

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.layers.int4 import Int4Product, pack, unpack
-from powerband.engine.layers.quantized import Int4Weight, dequantize, quantize_int4
-from powerband.engine.layers.quantized_linear import QuantizedLinear
+from powerband.engine.linear.int4 import Int4LinearMethod, pack, unpack
+from powerband.engine.linear.quantized import QuantizedProvider
+from powerband.engine.linear.quantized_weights import Int4Weight, dequantize, quantize_int4
 from powerband.errors import UsageError
 
 SHAPES = [(16, 64, 32), (50, 200, 128), (33, 100, 100), (48, 104, 40), (40, 1024, 128), (1, 8, 8), (17, 77, 128)]
@@ -48,7 +48,7 @@ def test_few_rows_are_exact_where_activations_fit_int8(
     x[:, ::group] = 127
     bias = torch.arange(out).bfloat16()
     expected = x @ dequantize(weight).T + bias.float()
-    actual = Int4Product.from_weight(weight, bias)(x.bfloat16())
+    actual = Int4LinearMethod.from_weight(weight, bias)(x.bfloat16())
     torch.testing.assert_close(actual, expected.bfloat16(), rtol=0.01, atol=2e-3 * float(expected.abs().max()))
 
 
@@ -61,21 +61,21 @@ def test_equals_the_dequantized_product(out: int, inputs: int, group: int, rows:
     expected = F.linear(x.float(), dequantize(weight))
     # int8 activations: 1/127 of a group's extreme, of some three standard deviations, is a step
     tolerance = 0.01 if out * rows > 200 else 0.03
-    assert relative_error(Int4Product.from_weight(weight)(x), expected) < tolerance
+    assert relative_error(Int4LinearMethod.from_weight(weight)(x), expected) < tolerance
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_adds_to_the_residual_with_one_rounding(rows: int) -> None:
     weight = random_weight(50, 256, 128, zeros=False)
     x, residual = torch.randn(rows, 256).bfloat16(), torch.randn(rows, 50).bfloat16()
-    product = Int4Product.from_weight(weight, torch.ones(50).bfloat16())
+    product = Int4LinearMethod.from_weight(weight, torch.ones(50).bfloat16())
     expected = (residual.float() + F.linear(x.float(), dequantize(weight)) + 1).bfloat16()
     product.add_to(residual, x)
     assert relative_error(residual, expected) < 0.01
 
 
 def test_no_rows_are_no_rows() -> None:
-    product = Int4Product.from_weight(random_weight(20, 64, 32, zeros=True))
+    product = Int4LinearMethod.from_weight(random_weight(20, 64, 32, zeros=True))
     assert product(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 20)
     product.add_to(torch.empty(0, 20, dtype=torch.bfloat16), torch.empty(0, 64, dtype=torch.bfloat16))
 
@@ -85,7 +85,7 @@ def test_no_rows_are_no_rows() -> None:
 def test_what_is_not_finite_stays_in_its_row(rows: int, bad: float) -> None:
     x = torch.randn(rows, 128).bfloat16()
     x[1, 7] = bad
-    out = Int4Product.from_weight(random_weight(20, 128, 32, zeros=False))(x)
+    out = Int4LinearMethod.from_weight(random_weight(20, 128, 32, zeros=False))(x)
     assert not out[1].isfinite().any()
     assert out[[0, 2]].isfinite().all()
 
@@ -95,29 +95,29 @@ def test_extreme_activations(scale: float) -> None:
     weight = random_weight(32, 128, 64, zeros=False)
     x = (torch.randn(2, 128) * scale).bfloat16()
     expected = F.linear(x.float(), dequantize(weight)).bfloat16()
-    torch.testing.assert_close(Int4Product.from_weight(weight)(x), expected, rtol=0.05, atol=0.02 * scale + 1e-30)
+    torch.testing.assert_close(Int4LinearMethod.from_weight(weight)(x), expected, rtol=0.05, atol=0.02 * scale + 1e-30)
 
 
 def test_its_tensors_make_the_product_again() -> None:
     weight, bias = torch.randn(40, 256).bfloat16(), torch.randn(40).bfloat16()
-    product = QuantizedLinear("int4", group_size=64, kernels=True).prepare(weight, bias)
-    assert isinstance(product, Int4Product)
+    product = QuantizedProvider("int4", group_size=64, kernels=True).prepare(weight, bias)
+    assert isinstance(product, Int4LinearMethod)
     x = torch.randn(4, 256).bfloat16()
     expected = F.linear(x.float(), dequantize(quantize_int4(weight, 64)), bias.float())
     assert relative_error(product(x), expected) < 0.01
-    assert torch.equal(Int4Product.from_tensors(product.tensors())(x), product(x))
+    assert torch.equal(Int4LinearMethod.from_tensors(product.tensors())(x), product(x))
 
 
 def test_wide_activations_are_not_quantized() -> None:
     weight = random_weight(40, 256, 128, zeros=True)
     x = torch.randn(3, 256)
-    torch.testing.assert_close(Int4Product.from_weight(weight)(x), F.linear(x, dequantize(weight)))
+    torch.testing.assert_close(Int4LinearMethod.from_weight(weight)(x), F.linear(x, dequantize(weight)))
 
 
 @pytest.mark.parametrize("group", [16, 36])
 def test_refuses_groups_that_no_kernel_takes(group: int) -> None:
     with pytest.raises(UsageError, match=f"groups of {group}"):
-        Int4Product.from_weight(random_weight(16, 256, group, zeros=False))
+        Int4LinearMethod.from_weight(random_weight(16, 256, group, zeros=False))
 
 
 @pytest.mark.parametrize(

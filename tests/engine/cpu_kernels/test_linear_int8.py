@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerband.engine.layers.int8 import Int8Product, pack
-from powerband.engine.layers.quantized import Int8Weight, int8_product
+from powerband.engine.linear.int8 import Int8LinearMethod, pack
+from powerband.engine.linear.quantized_weights import Int8Weight, int8_product
 
 ops = torch.ops.powerband
 
@@ -114,7 +114,7 @@ def test_the_largest_of_each_row_is_that_of_the_product(shape: tuple[int, int], 
     if rows > 3:
         x[2, 0] = float("nan")
         x[3] = 0  # all results are equal
-    product = Int8Product.from_weight(weight)
+    product = Int8LinearMethod.from_weight(weight)
     expected = product(x).float().max(-1)
     ids, values = product.argmax(x)
     assert torch.equal(ids, expected.indices)
@@ -154,8 +154,8 @@ def test_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_product_can_be_saved_and_restored(dtype: torch.dtype, with_bias: bool) -> None:
     weight, x = random_weight(50, 100), seeded(5, 100).to(dtype)
-    product = Int8Product.from_weight(weight, seeded(50).bfloat16() if with_bias else None)
-    restored = Int8Product.from_tensors(product.tensors())
+    product = Int8LinearMethod.from_weight(weight, seeded(50).bfloat16() if with_bias else None)
+    restored = Int8LinearMethod.from_tensors(product.tensors())
     assert torch.equal(restored.weight().values, weight.values)
     expected = int8_product(x, weight, product.bias)
     torch.testing.assert_close(restored(x), expected)
@@ -170,6 +170,6 @@ def test_the_kernels_decline_more_inputs_than_their_sums_can_hold() -> None:
     def weight(out_features: int, in_features: int) -> Int8Weight:
         return Int8Weight(torch.zeros(out_features, in_features, dtype=torch.int8), torch.ones(out_features))
 
-    assert Int8Product.takes(weight(1, 65_536))
-    assert not Int8Product.takes(weight(1, 65_537))
-    assert not Int8Product.takes(weight(0, 8))
+    assert Int8LinearMethod.takes(weight(1, 65_536))
+    assert not Int8LinearMethod.takes(weight(1, 65_537))
+    assert not Int8LinearMethod.takes(weight(0, 8))

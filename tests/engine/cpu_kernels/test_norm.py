@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from powerband.engine.kernels.cpu.layers import rms_norm
+from powerband.engine.layers.cpu import rms_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

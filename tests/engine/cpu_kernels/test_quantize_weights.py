@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerband.engine.layers.int4 import Int4Product
-from powerband.engine.layers.int8 import Int8Product
-from powerband.engine.layers.packed import pack
-from powerband.engine.layers.quantized import dequantize, quantize_int4, quantize_int8
+from powerband.engine.linear.bf16 import pack
+from powerband.engine.linear.int4 import Int4LinearMethod
+from powerband.engine.linear.int8 import Int8LinearMethod
+from powerband.engine.linear.quantized_weights import dequantize, quantize_int4, quantize_int8
 
 SHAPES = [(1, 1), (16, 64), (17, 100), (33, 128), (40, 300), (160, 1025)]
 
@@ -18,7 +18,7 @@ def weight_of(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_the_references(shape: tuple[int, int]) -> None:
     weight = weight_of(*shape)
-    found, expected = Int8Product.quantizing(weight), Int8Product.from_weight(quantize_int8(weight))
+    found, expected = Int8LinearMethod.quantizing(weight), Int8LinearMethod.from_weight(quantize_int8(weight))
     for name, tensor in expected.tensors().items():
         assert torch.equal(found.tensors()[name], tensor), name
 
@@ -28,7 +28,10 @@ def test_int8_is_the_references(shape: tuple[int, int]) -> None:
 def test_int4_is_the_references_but_for_ties(shape: tuple[int, int], group: int) -> None:
     """Sums in another order may prefer another of two steps that are equally good."""
     weight = weight_of(*shape)
-    found, expected = Int4Product.quantizing(weight, group), Int4Product.from_weight(quantize_int4(weight, group))
+    found, expected = (
+        Int4LinearMethod.quantizing(weight, group),
+        Int4LinearMethod.from_weight(quantize_int4(weight, group)),
+    )
     exact = weight.float()
     errors = [(dequantize(product.weight()) - exact).norm() for product in (found, expected)]
     torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=1e-6)
@@ -46,7 +49,7 @@ def test_int4_extremes() -> None:
     weight[2] = -3e38
     weight[3, 7] = 1e-38
     weight[4, :128] = torch.arange(128) - 64
-    found, expected = Int4Product.quantizing(weight, 128), Int4Product.from_weight(quantize_int4(weight, 128))
+    found, expected = Int4LinearMethod.quantizing(weight, 128), Int4LinearMethod.from_weight(quantize_int4(weight, 128))
     torch.testing.assert_close(dequantize(found.weight()), dequantize(expected.weight()))
 
 
@@ -54,7 +57,7 @@ def test_int4_extremes() -> None:
 def test_what_is_not_finite_shows_in_its_scale_only(value: float) -> None:
     weight = weight_of(20, 256)
     weight[3, 130] = value
-    eight, four = Int8Product.quantizing(weight), Int4Product.quantizing(weight, 128).weight()
+    eight, four = Int8LinearMethod.quantizing(weight), Int4LinearMethod.quantizing(weight, 128).weight()
     assert (~eight.scales.isfinite()).nonzero().tolist() == [[3]]
     assert (~four.scales.isfinite()).nonzero().tolist() == [[3, 1]]
     assert quantize_int8(weight).scales.isfinite().sum() == 19

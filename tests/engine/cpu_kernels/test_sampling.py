@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 
 from powerband.core.params import SamplingParams
-from powerband.engine.kernels.cpu.sampling import CpuSampling, use_cpu_sampling
-from powerband.engine.logits import uniform
-from powerband.engine.logprobs import token_logprobs
-from powerband.engine.sampler import SampledValues, Sampler
+from powerband.engine.sampling.cpu import CpuSampling, use_cpu_sampling
+from powerband.engine.sampling.logits import uniform
+from powerband.engine.sampling.logprobs import token_logprobs
+from powerband.engine.sampling.sampler import SampledValues, Sampler
 
 VOCABS = [1, 63, 64, 65, 1000, 151_936]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from powerband.bench.client.connection import tls_context
 from powerband.bench.client.messages import ServerAddress
 from powerband.errors import UsageError
-from powerband.http_client import Response, request
+from powerband.http_client.connection import tls_context
+from powerband.http_client.request import Response, request
 
 
 async def get(target: ServerAddress, path: str, *, timeout_s: float = 10.0) -> Response:

@@ -12,8 +12,10 @@ from powerband.bench.client.http import get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker
 from powerband.bench.client.responses import error_text
+from powerband.engines.registry import find_by_owner
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.http_client import Response, split_url
+from powerband.http_client.request import Response, split_url
+from powerband.openai.fields import ListedModel, read_models
 from powerband.web.authority import split_authority
 
 _PROBE_TOKENS = (32, 288)
@@ -21,9 +23,7 @@ _PROBE_TOKENS = (32, 288)
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """kind: 'powerband', 'vllm', 'sglang', 'llama.cpp', 'tensorrt-llm' or 'unknown'."""
-
-    kind: str
+    kind: str  # the name of an engine in engines/; 'unknown'
     version: str
     max_model_len: int | None
 
@@ -67,17 +67,14 @@ async def find_server(target: ServerAddress, wait_s: float = 0.0) -> tuple[Serve
         raise UsageError(
             f"{target.base} refuses: {error_text(page.body)}", hint="Give its key with --api-key.", param="api_key"
         )
-    listed = page.json() if page.status == 200 else None
-    cards = (
-        [card for card in (listed or {}).get("data", []) if isinstance(card, dict)] if isinstance(listed, dict) else []
-    )
-    names = [str(card.get("id")) for card in cards]
+    listed = read_models(page.body) if page.status == 200 else []
+    names = [one.id for one in listed]
     model = target.model or (names[0] if names else "")
     if not model:
         raise UsageError(f"{target.base} does not say which model it has.", hint="Name it with --model.", param="model")
     if names and model not in names:
         raise UsageError(f"{target.base} has no model '{model}'.", hint=f"It has: {', '.join(names)}.", param="model")
-    card = cards[names.index(model)] if names else {}
+    card = listed[names.index(model)] if names else ListedModel(model)
     return msgspec.structs.replace(target, model=model), await _identify(target, card)
 
 
@@ -122,10 +119,8 @@ def _prompt_tokens(page: Response) -> int:
     return int(usage.get("prompt_tokens") or 0) if isinstance(usage, dict) else 0
 
 
-async def _identify(target: ServerAddress, card: dict[str, object]) -> ServerInfo:
-    owner = str(card.get("owned_by", ""))
-    length = card.get("max_model_len")
-    kind = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "powerband": "powerband"}.get(owner, "unknown")
+async def _identify(target: ServerAddress, card: ListedModel) -> ServerInfo:
+    engine = find_by_owner(card.owned_by or "")
     version = ""
     try:
         page = await get(target, "/version")
@@ -134,7 +129,7 @@ async def _identify(target: ServerAddress, card: dict[str, object]) -> ServerInf
             version = str(body.get("version", ""))
     except (OSError, TimeoutError):
         pass
-    return ServerInfo(kind, version, length if isinstance(length, int) else None)
+    return ServerInfo("unknown" if engine is None else engine.name, version, card.context_length)
 
 
 def _silent(target: ServerAddress, why: str) -> EnvironmentFault:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from powerband.bench.client.messages import RequestMessage, SegmentMessage, ServerAddress
+from powerband.http_client.connection import request_head
 
 _COMMON = """
 the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one
@@ -97,11 +98,5 @@ def request_bytes(target: ServerAddress, body: bytes) -> bytes:
     """A whole HTTP/1.1 request."""
     authority, _, prefix = target.base.partition("://")[2].partition("/")
     path = (f"/{prefix.rstrip('/')}" if prefix else "") + target.path
-    headers = {
-        "Host": authority,
-        "Content-Type": "application/json",
-        "Accept": "text/event-stream",
-        "Content-Length": str(len(body)),
-    } | target.headers
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
+    headers = {"Accept": "text/event-stream"} | target.headers
+    return request_head("POST", path, authority, len(body), headers) + body

@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import msgspec
+from powerband.http_client.connection import CollectedResponse
+from powerband.openai.chunks import NO_ERROR, ChunkChoice, ChunkUsage, InvalidChunk, read_chunk
+from powerband.openai.errors import read_error
+from powerband.openai.events import END, EventReader
 
-from powerband.bench.client.connection import HTTPResponse
-
+MAX_RESPONSE_BYTES = 64 << 20
 MAX_ERROR_CHARS = 300
-
-
-class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
-    prompt_tokens_details: _Details | None = None
-
-
-class _Delta(msgspec.Struct, gc=False):
-    role: str | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: object = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    text: str | None = None
-    delta: _Delta | None = None
-    finish_reason: str | None = None
-
-
-class _Event(msgspec.Struct, gc=False):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    error: object = None
-
-
-_DECODER = msgspec.json.Decoder(_Event)
-NO_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 @dataclass(slots=True)
@@ -61,124 +28,93 @@ class ParsedResponse:
     problem: str = ""  # why it counts as an error, or ''
 
 
-class _Chunk(NamedTuple):
-    time_s: float
-    text: str | None  # None: by its looks it carries no token
-    total: int | None  # output tokens so far, where it says so
-
-
-def parse_response(answer: HTTPResponse) -> ParsedResponse:
+def parse_response(answer: CollectedResponse) -> ParsedResponse:
     """Parse a streamed response. `problem` describes what is invalid in it."""
     reading = ParsedResponse(problem=answer.problem)
     if answer.status != 200:
         reading.problem = answer.problem or error_text(answer.body()) or f"HTTP {answer.status}"
         return reading
-    chunks: list[_Chunk] = []
+    times_s: list[float] = []  # of each choice of each chunk …
+    texts: list[str | None] = []  # … what it adds; None: by its looks it carries no token …
+    totals: list[int | None] = []  # … and how many output tokens there are so far, where it says so
     has_ended = False
-    for time_s, data in _events(answer):
-        if data == b"[DONE]":
+    reader = EventReader(MAX_RESPONSE_BYTES)
+    # What follows the last empty line is whole when the answer is.
+    pieces = zip([*answer.times_s, *answer.times_s[-1:]], [*answer.pieces, b"\n\n"], strict=False)
+    events = [(time_s, data) for time_s, piece in pieces for data in reader.feed(piece)]
+    for time_s, data in events:
+        if data == END:
             has_ended = True
             continue
         try:
-            event = _DECODER.decode(data)
-        except NO_JSON as problem:
+            event = read_chunk(data)
+        except InvalidChunk as problem:
             reading.problem = reading.problem or f"an invalid chunk: {problem}"
             continue
-        if event.error is not None:
+        if event.error is not NO_ERROR and event.has_error:
             reading.problem = error_text(data) or "an error in the stream"
         if event.usage is not None:
             _add_usage(reading, event.usage)
         for choice in event.choices or ():
             has_ended = has_ended or bool(choice.finish_reason)  # '' (LocalAI and others) is not an end
             reading.finish_reason = choice.finish_reason or reading.finish_reason
-            total = event.usage.completion_tokens if event.usage is not None else None
-            chunks.append(_Chunk(time_s, _token_text(choice), total))
+            times_s.append(time_s)
+            texts.append(_token_text(choice))
+            totals.append(event.usage.completion_tokens if event.usage is not None else None)
     if not reading.problem and not has_ended:
         reading.problem = "the stream ended before its answer did"
-    reading.text = "".join(chunk.text for chunk in chunks if chunk.text)
-    _count(reading, chunks)
+    reading.text = "".join(text for text in texts if text)
+    _count(reading, times_s, texts, totals)
     return reading
 
 
 def error_text(body: bytes) -> str:
     """The message of an error object as OpenAI's, or the body's beginning."""
-    try:
-        decoded = msgspec.json.decode(body)
-    except NO_JSON:
-        return " ".join(body[:MAX_ERROR_CHARS].decode(errors="replace").split())
-    inner = decoded.get("error", decoded) if isinstance(decoded, dict) else decoded
-    message = inner.get("message", inner) if isinstance(inner, dict) else inner
-    return str(message)[:MAX_ERROR_CHARS]
+    return (read_error(body).message or " ".join(body.decode(errors="replace").split()))[:MAX_ERROR_CHARS]
 
 
-def _events(answer: HTTPResponse) -> list[tuple[float, bytes]]:
-    """The data of server-sent events, each with the time at which it was whole."""
-    found, rest = [], b""
-    # What follows the last empty line is whole when the answer is.
-    ended = zip([*answer.times, *answer.times[-1:]], [*answer.pieces, b"\n\n"], strict=False)
-    for time_s, piece in ended:
-        # Nearly always a piece is one event of one line.
-        if not rest and piece.find(b"\n") == len(piece) - 2 and piece.startswith(b"data:") and piece.endswith(b"\n\n"):
-            found.append((time_s, piece[5:-2].strip()))
-            continue
-        rest = rest + piece if rest else piece
-        if b"\r" in rest:
-            rest = rest.replace(b"\r\n", b"\n")
-        if rest.endswith(b"\n\n"):
-            blocks, rest = rest.split(b"\n\n"), b""
-        else:
-            *blocks, rest = rest.split(b"\n\n")
-        for block in blocks:
-            if block.startswith(b"data:") and b"\n" not in block:
-                found.append((time_s, block[5:].strip()))
-            elif block:
-                lines = [line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:")]
-                if lines:
-                    found.append((time_s, b"\n".join(lines)))
-    return found
-
-
-def _token_text(choice: _Choice) -> str | None:
+def _token_text(choice: ChunkChoice) -> str | None:
     """What the chunk adds, which may be nothing yet (half a character); None: it carries no token."""
-    if choice.delta is not None:
-        delta = choice.delta
-        text = (delta.content or "") + (delta.reasoning_content or delta.reasoning or "")
-        if text or delta.tool_calls:
-            return text
-        is_silent = delta.role is not None or bool(choice.finish_reason)
-        return None if is_silent or delta.content is None else ""
-    if choice.text:
-        return choice.text
-    return None if choice.text is None or choice.finish_reason else ""
+    delta = choice.delta
+    if delta is None:
+        if choice.text:
+            return choice.text
+        return None if choice.text is None or choice.finish_reason else ""
+    content = delta.content
+    if isinstance(content, str) and content and not (delta.reasoning_content or delta.reasoning):
+        return content
+    if delta.is_parsed:
+        texts = content, delta.reasoning_content or delta.reasoning
+        return "".join(text for text in texts if isinstance(text, str))
+    return None if content is None or delta.role is not None or choice.finish_reason else ""
 
 
-def _add_usage(reading: ParsedResponse, usage: _Usage) -> None:
+def _add_usage(reading: ParsedResponse, usage: ChunkUsage) -> None:
     """Zeros, which some servers send until the end or throughout, count nothing."""
     reading.prompt_tokens = usage.prompt_tokens or reading.prompt_tokens
     if usage.completion_tokens:
         reading.counted_by_usage = True
         reading.output_tokens = usage.completion_tokens
     if usage.prompt_tokens_details is not None:
-        reading.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
+        reading.cached_tokens = usage.cached_tokens
 
 
-def _count(reading: ParsedResponse, chunks: list[_Chunk]) -> None:
+def _count(reading: ParsedResponse, times_s: list[float], texts: list[str | None], totals: list[int | None]) -> None:
     """Which chunks carry tokens, and how many: by the usage that each says, so far; else those that carry text, and the
     whole usage spread by the lengths of their texts.
     """
-    if chunks and chunks[-1].total and all(chunk.total is not None for chunk in chunks):
+    if totals and totals[-1] and None not in totals:
         before = 0
-        for chunk in chunks:
-            if chunk.total is not None and chunk.total > before:
-                reading.times_s.append(chunk.time_s)
-                reading.tokens.append(chunk.total - before)
-                before = chunk.total
+        for time_s, total in zip(times_s, totals, strict=True):
+            if total is not None and total > before:
+                reading.times_s.append(time_s)
+                reading.tokens.append(total - before)
+                before = total
         return
-    texts = [chunk.text for chunk in chunks if chunk.text is not None]
+    reading.times_s = [time_s for time_s, text in zip(times_s, texts, strict=True) if text is not None]
     if not reading.counted_by_usage:
-        reading.output_tokens = len(texts)
-    reading.times_s = [chunk.time_s for chunk in chunks if chunk.text is not None]
-    reading.tokens = spread(reading.output_tokens, [len(text) for text in texts])
+        reading.output_tokens = len(reading.times_s)
+    reading.tokens = spread(reading.output_tokens, [len(text) for text in texts if text is not None])
 
 
 def spread(total: int, lengths: list[int]) -> list[int]:

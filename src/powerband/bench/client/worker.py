@@ -20,7 +20,6 @@ import time
 
 import msgspec
 
-from powerband.bench.client.connection import ConnectionPool, HTTPResponse
 from powerband.bench.client.messages import (
     ChainMessage,
     FromWorker,
@@ -35,7 +34,8 @@ from powerband.bench.client.messages import (
 )
 from powerband.bench.client.precise_timer import PreciseTimer
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker, request_bytes
-from powerband.bench.client.responses import ParsedResponse, parse_response
+from powerband.bench.client.responses import MAX_RESPONSE_BYTES, ParsedResponse, parse_response
+from powerband.http_client.connection import CollectedResponse, ConnectionPool
 from powerband.metrics.record import Outcome
 
 _MAX_SAMPLES = 500  # in one message
@@ -49,7 +49,7 @@ class LoadWorker:
         self._job, self._start_at = job, start_at
         self._idle_cpu_s = _cpu_s()
         self._deadlines = PreciseTimer()
-        self._connections = ConnectionPool(job.target)
+        self._connections = ConnectionPool(job.target.base, insecure=job.target.insecure)
         self._maker = PromptMaker(job.target.words_per_token, job.target.salt)
         self._samples: list[Sample] = []
         self._open: dict[int, tuple[RequestMessage, int, float, float]] = {}  # by index: as sent, for what never ends
@@ -149,20 +149,15 @@ class LoadWorker:
             self._running -= 1
         return None
 
-    async def _exchange(self, ready: bytes) -> HTTPResponse:
+    async def _exchange(self, ready: bytes) -> CollectedResponse:
         """A kept connection may be closed just then: what got no answer at all is sent once more on a new one."""
         while True:
             connection, was_used = await self._connections.take()
-            answer, done = connection.exchange(ready)
-            try:
-                await done
-            except asyncio.CancelledError:
-                connection.close()
-                raise
-            if answer.problem and was_used and not answer.status and not answer.pieces:
+            response = CollectedResponse(MAX_RESPONSE_BYTES)
+            await connection.exchange((ready,), response)
+            if response.code and was_used and not response.received_s:
                 continue
-            self._connections.put_back(connection)
-            return answer
+            return response
 
     def _keep(
         self,

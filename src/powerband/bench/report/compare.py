@@ -87,7 +87,7 @@ class Comparison:
 def compare(run_a: Path, run_b: Path) -> Comparison:
     """The runs in two folders. Raises UsageError for what is no run, and for runs with no load in common."""
     a, b = read_run(run_a), read_run(run_b)
-    requests_a, requests_b = read_requests(run_a), read_requests(run_b)
+    requests_a, requests_b = read_requests(run_a, len(a.points)), read_requests(run_b, len(b.points))
     pairs = _common(a, b)
     warnings = [*_differences(a, b), *_weaknesses(a, b, pairs)]
     points = []
@@ -169,8 +169,8 @@ def _values(requests: dict[int, RequestLine], figure: str) -> dict[int, float]:
 
 def _judged_requests(point: Point, requests: Sequence[Sequence[RequestLine]], number: int) -> dict[int, RequestLine]:
     """Successful requests of the point's window by index, in the order of their arrival."""
-    lines = requests[number] if number < len(requests) else ()
-    kept = [line for line in lines if line.outcome is Outcome.OK and line.scheduled_s in point.summary.window]
+    window = point.summary.window
+    kept = [line for line in requests[number] if line.outcome is Outcome.OK and line.scheduled_s in window]
     return {line.index: line for line in sorted(kept, key=lambda line: line.scheduled_s)}
 
 

@@ -7,10 +7,11 @@ times are rounded to microseconds.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -24,6 +25,10 @@ from powerband.spec.workload.workload import PlannedRequest, Schedule
 
 RUN_FILE, REQUESTS_FILE = "run.json", "requests.jsonl"
 _DIGITS = 6  # of a second
+# Far above what a run leaves: a point takes some 10 kB of run.json, a request some 10 bytes per chunk beside its text.
+_MAX_RUN_BYTES = 64 << 20
+_MAX_LINE_BYTES = 64 << 20
+_MAX_REQUESTS_BYTES = 8 << 30
 _BOUNDS = {"min_s": "minimum", "max_s": "maximum"}
 
 
@@ -72,7 +77,8 @@ def read_run(folder: Path) -> RunReport:
     """Raises UsageError for what is no run, or one of another schema."""
     path = folder / RUN_FILE
     try:
-        values = msgspec.json.decode(_read_bytes(path), type=dict[str, Any])
+        with _open(path, _MAX_RUN_BYTES) as file:
+            values = msgspec.json.decode(file.read(_MAX_RUN_BYTES), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
         raise _broken(path, str(problem)) from None
     schema = values.get("schema")
@@ -88,17 +94,20 @@ def read_run(folder: Path) -> RunReport:
         raise _broken(path, f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)) from None
 
 
-def read_requests(folder: Path) -> list[list[RequestLine]]:
-    """The requests of each point, by index. Raises UsageError for what is no such file."""
+def read_requests(folder: Path, num_points: int) -> list[list[RequestLine]]:
+    """The requests of each of the run's points. Raises UsageError for what is no such file."""
     path = folder / REQUESTS_FILE
-    points: dict[int, list[RequestLine]] = {}
-    for number, line in enumerate(_read_bytes(path).splitlines(), 1):
-        try:
-            request = _LINES.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
-            raise _broken(path, f"line {number}: {problem}") from None
-        points.setdefault(request.point, []).append(request)
-    return [points.get(point, []) for point in range(max(points, default=-1) + 1)]
+    points: list[list[RequestLine]] = [[] for _ in range(num_points)]
+    with _open(path, _MAX_REQUESTS_BYTES) as file:
+        for number, line in enumerate(_lines_of(file, path), 1):
+            try:
+                request = _LINES.decode(line)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
+                raise _broken(path, f"line {number}: {problem}") from None
+            if not 0 <= request.point < num_points:
+                raise _broken(path, f"line {number}: there is no point {request.point} among the run's {num_points}")
+            points[request.point].append(request)
+    return points
 
 
 def run_as_dict(report: RunReport) -> dict[str, Any]:
@@ -172,13 +181,25 @@ def _conversations(schedule: Schedule) -> set[int]:
     return {request.index - request.turn for request in requests if request.turn}
 
 
-def _read_bytes(path: Path) -> bytes:
+def _open(path: Path, max_bytes: int) -> BinaryIO:
+    """Only regular files: others may never end, or wait for a writer."""
+    hint = "Name the folder that 'powerband bench --out' wrote."
     try:
-        return path.read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{path} is not a regular file.", hint=hint)
+        if status.st_size > max_bytes:
+            raise UsageError(f"{path} has {status.st_size:,} bytes; {max_bytes:,} are read at most.", hint=hint)
+        return path.open("rb")
     except OSError as problem:
-        raise UsageError(
-            f"Cannot read {path}: {problem.strerror}.", hint="Name the folder that 'powerband bench --out' wrote."
-        ) from None
+        raise UsageError(f"Cannot read {path}: {problem.strerror}.", hint=hint) from None
+
+
+def _lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    while line := file.readline(_MAX_LINE_BYTES + 1):
+        if len(line) > _MAX_LINE_BYTES:
+            raise _broken(path, f"it has a line of more than {_MAX_LINE_BYTES:,} bytes")
+        yield line
 
 
 def _broken(path: Path, why: str) -> UsageError:

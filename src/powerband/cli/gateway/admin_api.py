@@ -1,7 +1,8 @@
-"""The admin API of a gateway, for commands: which gateway, with which key, and its errors as ours."""
+"""A client of the gateway's admin API, for commands."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,18 +12,27 @@ from powerband.errors import EnvironmentFault, PowerbandError, UsageError
 
 TIMEOUT_S = 60.0
 
-Service = Annotated[str | None, Parameter(help="Deployed service; default: the only one")]
-Url = Annotated[str | None, Parameter(help="Gateway, such as http://127.0.0.1:8080, instead of a deployed service")]
-AdminKeyFile = Annotated[
-    Path | None, Parameter(help="File with an admin key, for --url; default: that of a gateway on this machine")
-]
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class GatewayFlags:
+    """Which gateway to ask."""
+
+    service: Annotated[str | None, Parameter(help="Deployed service; default: the only one")] = None
+    url: Annotated[
+        str | None, Parameter(help="Gateway, such as http://127.0.0.1:8080, instead of a deployed service")
+    ] = None
+    admin_key_file: Annotated[
+        Path | None,
+        Parameter(help="File with an admin key, for --url; default: the one of the gateway on this machine"),
+    ] = None
 
 
 class AdminApi:
     """Blocking. Raises PowerbandError: the gateway's own error, or EnvironmentFault when it does not respond."""
 
     def __init__(self, url: str, key: str) -> None:
-        from powerband.http_client import split_url
+        from powerband.http_client.request import split_url
 
         try:
             split_url(url)
@@ -33,7 +43,7 @@ class AdminApi:
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """The decoded JSON of the response."""
-        from powerband.http_client import bearer, request_sync
+        from powerband.http_client.request import bearer, request_sync
 
         headers = {**bearer(self._key), "X-Powerband-Actor": _user()}
         try:
@@ -52,18 +62,20 @@ class AdminApi:
         return found
 
 
-def find_gateway(service: str | None, url: str | None, admin_key_file: Path | None) -> AdminApi:
-    """By service, or by URL and key. Raises UsageError and EnvironmentFault."""
+def find_gateway(flags: GatewayFlags | None) -> AdminApi:
+    """Raises UsageError and EnvironmentFault."""
     from powerband.fleet.service.store import endpoint
     from powerband.folders import state_home
 
+    flags = flags or GatewayFlags()
+    service, url, admin_key_file = flags.service, flags.url, flags.admin_key_file
     if url is None:
         if admin_key_file is not None:
             raise UsageError("--admin-key-file needs --url.", param="admin_key_file")
         try:
             return AdminApi(*endpoint(service))
         except UsageError as error:
-            hint = "Name one with --service, or a gateway that was not deployed with --url."
+            hint = "Name a service with --service, or a gateway's address with --url."
             raise UsageError(error.message, hint=hint, param="service") from None
     if service is not None:
         raise UsageError("Both --service and --url are given.", hint="Give one.", param="service")
@@ -72,11 +84,11 @@ def find_gateway(service: str | None, url: str | None, admin_key_file: Path | No
         return AdminApi(url, file.read_text(encoding="ascii").strip())
     except (OSError, UnicodeDecodeError) as error:
         hint = "Name a file that holds an admin key with --admin-key-file."
-        raise EnvironmentFault(f"The admin key {file} cannot be read: {error}.", hint=hint) from None
+        raise EnvironmentFault(f"Cannot read the admin key {file}: {error}.", hint=hint) from None
 
 
 def _user() -> str:
-    """For the audit."""
+    """For the audit log."""
     import getpass
 
     try:
@@ -89,6 +101,6 @@ def _user() -> str:
 def _as_error(status: int, body: Any) -> PowerbandError:
     error = body.get("error") if isinstance(body, dict) else None
     details = error if isinstance(error, dict) else {}
-    message = str(details.get("message") or f"The gateway answers with HTTP {status}.")
+    message = str(details.get("message") or f"The gateway responded with HTTP {status}.")
     kind = UsageError if 400 <= status < 500 else PowerbandError
     return kind(message, code=str(details.get("code") or ""), param=details.get("param"))

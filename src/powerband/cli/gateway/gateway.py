@@ -1,4 +1,4 @@
-"""`powerband gateway`: one OpenAI-compatible address before many replicas, until a signal ends it."""
+"""`powerband gateway`: one OpenAI-compatible address for many replicas, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cyclopts import Parameter
 from powerband.cli.flags import takes_settings
 from powerband.cli.settings import Resolved
 from powerband.documents import read_table
+from powerband.engines.base import ServerName
 from powerband.errors import UsageError
-from powerband.gateway.engine_endpoints import ServerName
 from powerband.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
@@ -25,19 +25,19 @@ def gateway(
     settings: Resolved,
     *,
     routes: Annotated[
-        Path | None, Parameter(help="What to serve, in YAML or JSON; default: what was served last")
+        Path | None, Parameter(help="Routes to serve, in YAML or JSON; default: those of the last run")
     ] = None,
     replica: Annotated[
-        tuple[str, ...], Parameter(help="URL of a replica, may be given again: instead of routes", negative="")
+        tuple[str, ...], Parameter(help="URL of a replica; repeat for several; instead of --routes", negative="")
     ] = (),
     replica_engine: Annotated[
         ServerName | None,
-        Parameter(help="What these replicas run; openai: any other server. Default: found out from their answers"),
+        Parameter(help="Engine of these replicas; openai: any other server; default: detected"),
     ] = None,
 ) -> int:
-    """Serve models over one OpenAI-compatible API, by replicas that run elsewhere, until Ctrl-C or SIGTERM.
+    """Run a gateway: one OpenAI-compatible API for replicas that run elsewhere, until Ctrl-C or SIGTERM.
 
-    Either one ends it in order: no new requests, those that run may finish. A second one does not wait.
+    The first signal drains: no new requests, and running ones may finish. The second stops at once.
     """
     if routes is not None and replica:
         raise UsageError("Both --routes and --replica are given.", hint="Give one.", param="replica")
@@ -45,8 +45,8 @@ def gateway(
 
     if replica_engine is not None and not replica:
         raise UsageError(
-            "--replica-engine is given without --replica.",
-            hint="Routes name engines.",
+            "--replica-engine needs --replica.",
+            hint="With --routes, each replica names its engine.",
             param="replica_engine",
         )
     read = None if routes is None else read_routes(routes)

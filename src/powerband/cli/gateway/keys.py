@@ -4,66 +4,75 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from powerband.cli.flags import Json
-from powerband.cli.gateway.admin_api import AdminApi, AdminKeyFile, Service, Url, find_gateway
+from powerband.cli.gateway.admin_api import AdminApi, GatewayFlags, find_gateway
 from powerband.cli.tables import print_table
 from powerband.errors import UsageError
 
-Requests = Annotated[int | None, Parameter(help="Requests in any 60 seconds")]
-Tokens = Annotated[int | None, Parameter(help="Tokens of prompts and outputs in any 60 seconds")]
-Concurrency = Annotated[int | None, Parameter(help="Requests at once")]
-Usd = Annotated[float | None, Parameter(help="Spend in USD, by the prices of the models")]
-Period = Annotated[Literal["month", "total"] | None, Parameter(help="What --usd is for; default: a calendar month")]
-Priority = Annotated[int | None, Parameter(help="Best class of its requests; lower is served first; default: 0")]
-Models = Annotated[str | None, Parameter(help="Models that it may use, with commas; default: all")]
-WhichKey = Annotated[str, Parameter(help="Id of a key, or its name")]
+WhichKey = Annotated[str, Parameter(help="Id or name of a key")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LimitFlags:
+    """Fields have the names of the admin API's. None: not given."""
+
+    requests_per_min: Annotated[int | None, Parameter(help="Maximum requests in any 60 seconds")] = None
+    tokens_per_min: Annotated[
+        int | None, Parameter(help="Maximum tokens, of prompts and outputs together, in any 60 seconds")
+    ] = None
+    max_concurrency: Annotated[int | None, Parameter(help="Maximum requests at the same time")] = None
+    usd: Annotated[float | None, Parameter(help="Maximum spend in USD, at the prices of the models")] = None
+    usd_period: Annotated[
+        Literal["month", "total"] | None, Parameter(help="Period of --usd; default: a calendar month (UTC)")
+    ] = None
+    priority: Annotated[
+        int | None, Parameter(help="Best priority that its requests may have; lower is served first; default: 0")
+    ] = None
+    models: Annotated[str | None, Parameter(help="Allowed models, separated by commas; default: all")] = None
+
+    def given(self) -> dict[str, Any]:
+        limits = {**asdict(self), "models": None if self.models is None else _split_names(self.models)}
+        return {name: value for name, value in limits.items() if value is not None}
+
 
 LIFTABLE = ("requests_per_min", "tokens_per_min", "max_concurrency", "usd", "models")
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
 
 
 def create(
-    name: Annotated[str, Parameter(help="Whose key it is; shown in usage and audit")],
+    name: Annotated[str, Parameter(help="Name of the key, shown in usage and audit log")],
     /,
     *,
-    scopes: Annotated[str, Parameter(help="Of infer, metrics and admin, with commas")] = "infer",
-    expires: Annotated[str | None, Parameter(help="Ends after this time, such as 12h or 90d; default: never")] = None,
-    requests_per_min: Requests = None,
-    tokens_per_min: Tokens = None,
-    max_concurrency: Concurrency = None,
-    usd: Usd = None,
-    usd_period: Period = None,
-    priority: Priority = None,
-    models: Models = None,
-    service: Service = None,
-    url: Url = None,
-    admin_key_file: AdminKeyFile = None,
+    scopes: Annotated[str, Parameter(help="Scopes, separated by commas: infer, metrics, admin")] = "infer",
+    expires: Annotated[str | None, Parameter(help="Time until it expires, such as 12h or 90d; default: never")] = None,
+    limits: LimitFlags | None = None,
+    gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
-    """Make a key called NAME and print it. It is shown this once: the gateway keeps only its hash."""
-    limits = _limits(requests_per_min, tokens_per_min, max_concurrency, usd, usd_period, priority, models)
-    body: dict[str, Any] = {"name": name, "scopes": _split_names(scopes), "limits": limits}
+    """Create a key called NAME and print it, this once: the gateway stores only its hash."""
+    given = (limits or LimitFlags()).given()
+    body: dict[str, Any] = {"name": name, "scopes": _split_names(scopes), "limits": given}
     if expires is not None:
         body["expires_in_s"] = _seconds(expires)
-    key = find_gateway(service, url, admin_key_file).call("POST", "/admin/keys", body)
+    key = find_gateway(gateway).call("POST", "/admin/keys", body)
     if json:
         print(json_format.dumps(key, indent=2))
         return 0
     print(key["secret"])
-    print(f"{key['id']}  {key['name']}: this is the only time that the key is shown.", file=sys.stderr)
+    print(f"{key['id']}  {key['name']}: the key is not shown again.", file=sys.stderr)
     return 0
 
 
-def show_all(
-    *, service: Service = None, url: Url = None, admin_key_file: AdminKeyFile = None, json: Json = False
-) -> int:
-    """List all keys, what they may use, and what they use now."""
-    keys = find_gateway(service, url, admin_key_file).call("GET", "/admin/keys")["data"]
+def show_all(*, gateway: GatewayFlags | None = None, json: Json = False) -> int:
+    """List all keys with their limits and current usage."""
+    keys = find_gateway(gateway).call("GET", "/admin/keys")["data"]
     if json:
         print(json_format.dumps(keys, indent=2))
         return 0
@@ -75,44 +84,34 @@ def limit(
     key: WhichKey,
     /,
     *,
-    requests_per_min: Requests = None,
-    tokens_per_min: Tokens = None,
-    max_concurrency: Concurrency = None,
-    usd: Usd = None,
-    usd_period: Period = None,
-    priority: Priority = None,
-    models: Models = None,
-    lift: Annotated[str | None, Parameter(help=f"Limits to lift, with commas: {', '.join(LIFTABLE)}")] = None,
-    service: Service = None,
-    url: Url = None,
-    admin_key_file: AdminKeyFile = None,
+    limits: LimitFlags | None = None,
+    lift: Annotated[str | None, Parameter(help=f"Limits to remove, separated by commas: {', '.join(LIFTABLE)}")] = None,
+    gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
-    """Change what KEY may use, from its next request on. What is not named stays as it is."""
-    limits = _limits(requests_per_min, tokens_per_min, max_concurrency, usd, usd_period, priority, models)
+    """Change the limits of KEY, from its next request on. Limits that are not given stay as they are."""
+    changes = (limits or LimitFlags()).given()
     for name in _split_names(lift or ""):
         if name not in LIFTABLE:
             raise UsageError(f"--lift has {name!r}; known are {', '.join(LIFTABLE)}.", param="lift")
-        if name in limits:
-            raise UsageError(f"{name} is set and lifted at once.", param="lift")
-        limits[name] = [] if name == "models" else None
-    if not limits:
-        raise UsageError("No limit is named.", hint="'powerband keys limit --help' shows what there is.")
-    api = find_gateway(service, url, admin_key_file)
-    return _changed(api.call("PATCH", f"/admin/keys/{_find_key_id(api, key)}", {"limits": limits}), as_json=json)
+        if name in changes:
+            raise UsageError(f"{name} is both set and lifted.", hint="Leave one out.", param="lift")
+        changes[name] = [] if name == "models" else None
+    if not changes:
+        raise UsageError("No limit is given.", hint="'powerband keys limit --help' lists them.")
+    api = find_gateway(gateway)
+    return _changed(api.call("PATCH", f"/admin/keys/{_find_key_id(api, key)}", {"limits": changes}), as_json=json)
 
 
 def revoke(
     key: WhichKey,
     /,
     *,
-    service: Service = None,
-    url: Url = None,
-    admin_key_file: AdminKeyFile = None,
+    gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
-    """Close KEY at once. Requests that it has let in already may end."""
-    api = find_gateway(service, url, admin_key_file)
+    """Revoke KEY at once. Its running requests may finish."""
+    api = find_gateway(gateway)
     return _changed(api.call("DELETE", f"/admin/keys/{_find_key_id(api, key)}"), as_json=json)
 
 
@@ -133,28 +132,6 @@ def _find_key_id(api: AdminApi, text: str) -> str:
         return str(found[0])
     what = f"Several keys are called {text!r}: {', '.join(found)}." if found else f"There is no key {text!r}."
     raise UsageError(what, hint="'powerband keys list' shows ids and names.", param="key")
-
-
-def _limits(
-    requests_per_min: int | None,
-    tokens_per_min: int | None,
-    max_concurrency: int | None,
-    usd: float | None,
-    usd_period: str | None,
-    priority: int | None,
-    models: str | None,
-) -> dict[str, Any]:
-    """Those that were given."""
-    limits = {
-        "requests_per_min": requests_per_min,
-        "tokens_per_min": tokens_per_min,
-        "max_concurrency": max_concurrency,
-        "usd": usd,
-        "usd_period": usd_period,
-        "priority": priority,
-        "models": None if models is None else _split_names(models),
-    }
-    return {name: value for name, value in limits.items() if value is not None}
 
 
 def _split_names(text: str) -> list[str]:

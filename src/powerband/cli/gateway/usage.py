@@ -1,4 +1,4 @@
-"""`powerband usage`: who used what, and at which cost. `powerband audit`: who administered what."""
+"""`powerband usage`: requests, tokens and cost by key and model. `powerband audit`: what administrators did."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from powerband.cli.flags import Json
-from powerband.cli.gateway.admin_api import AdminKeyFile, Service, Url, find_gateway
+from powerband.cli.gateway.admin_api import GatewayFlags, find_gateway
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.metrics.logging import one_line
@@ -23,21 +23,19 @@ _LATER_COLUMNS = ("estimated", "ttft_p50_s", "ttft_p95_s", "score", "scored")
 
 def usage(
     *,
-    by: Annotated[str, Parameter(help="Of key, model and day, with commas")] = "key,model",
-    since: Annotated[str, Parameter(help="From when on, such as 30m, 24h or 7d ago; beyond 7d in whole days")] = "24h",
-    csv: Annotated[Path | None, Parameter(help="Write the rows to this file; '-' is stdout")] = None,
-    service: Service = None,
-    url: Url = None,
-    admin_key_file: AdminKeyFile = None,
+    by: Annotated[str, Parameter(help="Columns to group by, separated by commas: key, model, day")] = "key,model",
+    since: Annotated[str, Parameter(help="Time span, such as 30m, 24h or 7d; above 7d in whole days")] = "24h",
+    csv: Annotated[Path | None, Parameter(help="Write the rows to this file; '-': stdout")] = None,
+    gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
-    """Show requests, tokens, latency and cost, grouped."""
+    """Show requests, tokens, latency and cost, by key and model."""
     if csv is not None and json:
         raise UsageError("Both --csv and --json are given.", hint="Give one.", param="csv")
     import urllib.parse
 
     query = urllib.parse.urlencode({"by": by, "since": since})
-    found = find_gateway(service, url, admin_key_file).call("GET", f"/admin/usage?{query}")
+    found = find_gateway(gateway).call("GET", f"/admin/usage?{query}")
     if json:
         print(json_format.dumps(found, indent=2))
     elif csv is not None:
@@ -46,20 +44,18 @@ def usage(
         total = {**found["total"], "key_name": "total"}
         rows = found["data"] if not found["by"] else [*found["data"], total]
         print_table([_headings(found["by"]), *(_row(found["by"], row) for row in rows)])
-    _warn(found["books"])
+    _warn(found.get("database") or found["books"])  # a gateway of the version before has only the latter
     return 0
 
 
 def audit(
     *,
-    after: Annotated[int, Parameter(help="Show entries after this number")] = 0,
-    service: Service = None,
-    url: Url = None,
-    admin_key_file: AdminKeyFile = None,
+    after: Annotated[int, Parameter(help="Show only entries after this number")] = 0,
+    gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
-    """Show what administrators did, and check the chain of entries: exit 1 if it was tampered with."""
-    api = find_gateway(service, url, admin_key_file)
+    """Show the audit log of administrators' actions and verify its hash chain. Exits with 1 if it was tampered with."""
+    api = find_gateway(gateway)
     answer = api.call("GET", f"/admin/audit?check=1&after={max(0, after)}&limit={_PAGE}")
     entries, page = list(answer["data"]), answer["data"]
     while len(page) == _PAGE:
@@ -73,7 +69,7 @@ def audit(
         print_table([["number", "time", "who", "action", "what"], *shown])
     if answer["broken_at"] is None:
         return 0
-    print(f"The chain does not hold: entry {answer['broken_at']} was changed, or is missing.", file=sys.stderr)
+    print(f"The hash chain is broken: entry {answer['broken_at']} was changed or is missing.", file=sys.stderr)
     return 1
 
 
@@ -89,7 +85,7 @@ def _write_csv(path: Path, found: dict[str, Any]) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             csv_format.writer(file).writerows([names, *rows])
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}.", param="csv") from None
+        raise EnvironmentFault(f"Cannot write {path}: {error.strerror}.", param="csv") from None
 
 
 def _headings(by: list[str]) -> list[str]:
@@ -122,18 +118,16 @@ def _seconds(value: float | None) -> str:
 
 
 def _warn(accounts: dict[str, Any]) -> None:
-    """What the figures above do not have."""
+    """What the figures do not include."""
     if accounts["failing_s"]:
-        waiting = f"{accounts['usage_waiting']:,} requests wait to be written"
+        waiting = f"{accounts['usage_waiting']:,} requests are waiting to be written"
         print(
-            f"warning: the gateway's books could not be written for {accounts['failing_s']:.0f} s; {waiting}.",
+            f"warning: the gateway could not write its database for {accounts['failing_s']:.0f} s; {waiting}.",
             file=sys.stderr,
         )
     if accounts["usage_dropped"]:
-        lost = f"the details of {accounts['usage_dropped']:,} requests since the gateway's start"
-        print(
-            f"warning: there was no room for {lost}: their sums are counted, their latencies are not.", file=sys.stderr
-        )
+        lost = f"the details of {accounts['usage_dropped']:,} requests since its start"
+        print(f"warning: the gateway lost {lost}: their sums are counted, their latencies are not.", file=sys.stderr)
 
 
 def _date(at: float) -> str:

@@ -20,8 +20,8 @@ from powerband.metrics.record import RequestRecord
 from powerband.spec.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from powerband.engine.messages import EngineInfo
-    from powerband.engine.output import OutputDelta
+    from powerband.engine.client.messages import EngineInfo
+    from powerband.engine.client.output import OutputDelta
     from powerband.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -109,9 +109,9 @@ def generate(
 
 async def _generate(settings: EngineSettings, text: str, raw: bool, given: dict[str, Any], show: bool) -> Output:
     """Run the request in an engine of its own. With `show`, the text goes to stdout piece by piece."""
-    from powerband.engine.messages import RemoteError
-    from powerband.engine.output import OutputProcessor
-    from powerband.engine.supervisor import EngineProcess
+    from powerband.engine.client.messages import RemoteError
+    from powerband.engine.client.output import OutputProcessor
+    from powerband.engine.client.supervisor import EngineProcess
     from powerband.metrics.logging import set_up_logging
     from powerband.text.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from powerband.cli.machine import compute_device
 from powerband.cli.settings import Resolved
 from powerband.cost.memory import MemoryPlan, plan_memory
 from powerband.cost.precision import auto_dtype
-from powerband.engine.checkpoint import resolve_model
+from powerband.engine.model_loader.checkpoint import resolve_model
 from powerband.errors import EnvironmentFault
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.model.counts import count_parameters

@@ -13,7 +13,7 @@ from powerband.spec.settings import EngineSettings
 def serve(settings: Resolved) -> int:
     """Serve MODEL over an OpenAI-compatible API until Ctrl-C or SIGTERM.
 
-    Either one ends it in order: no new requests, those that run may finish. A second one does not wait.
+    The first signal drains: no new requests, and running ones may finish. The second stops at once.
     """
     require_model(settings)
     from powerband.server.run import serve as run

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SLO_BROKEN = 1
 DEFAULT_VERIFY_S = 60.0
 _SERVICE = Group("Service", sort_key=2)
-_PROVING = Group("Proving", sort_key=3)
+_VERIFICATION = Group("Verification", sort_key=3)
 
 
 def _flag(group: Group, *names: str, help: str) -> Parameter:
@@ -44,31 +44,31 @@ def _old_flag() -> Parameter:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServiceFlags:
-    name: Annotated[str | None, _flag(_SERVICE, help="Of the service; default: the model's")] = None
+    name: Annotated[str | None, _flag(_SERVICE, help="Name of the service; default: the model's")] = None
     served_model_name: Annotated[str, _flag(_SERVICE, help="Name in the API; default: MODEL as given")] = ""
     host: Annotated[str, _flag(_SERVICE, help="Address of the gateway; default: 127.0.0.1")] = "127.0.0.1"
-    port: Annotated[int | None, _flag(_SERVICE, help="Of the gateway; default: 8000, or a free one")] = None
+    port: Annotated[int | None, _flag(_SERVICE, help="Port of the gateway; default: 8000, or a free one")] = None
     auth: Annotated[
         Literal["open", "keys"] | None,
-        _flag(_SERVICE, help="open: no key is needed (default on loopback); keys: every request needs one"),
+        _flag(_SERVICE, help="open: requests need no API key (default on loopback); keys: every request needs one"),
     ] = None
     threads: Annotated[int | None, _flag(_SERVICE, help="CPU threads of a replica; default: a fair part")] = None
     max_surge: Annotated[
         int | None, _flag(_SERVICE, help="Extra replicas during a rollout: 0 or 1; default: 1 if memory allows")
     ] = None
     surge: Annotated[int | None, _old_flag()] = None
-    drain_timeout: Annotated[str, _flag(_SERVICE, help="For running requests to end; default: 120s")] = "120s"
-    start_timeout: Annotated[str, _flag(_SERVICE, help="For a replica to become ready; default: 30min")] = "30min"
+    drain_timeout: Annotated[str, _flag(_SERVICE, help="Time for running requests to finish; default: 120s")] = "120s"
+    start_timeout: Annotated[str, _flag(_SERVICE, help="Time for a replica to become ready; default: 30min")] = "30min"
     auto_remediate: Annotated[bool, _flag(_SERVICE, help="Carry out the actions that the monitor suggests")] = False
     auto: Annotated[bool, _old_flag()] = False
     webhook: Annotated[str, _flag(_SERVICE, help="URL for notifications of incidents")] = ""
     gateway_args: Annotated[
-        str, _flag(_SERVICE, help="Settings of the gateway, e.g. '--default-deadline-s 2'; see 'powerband gateway'")
+        str, _flag(_SERVICE, help="Options of 'powerband gateway', e.g. '--default-deadline-s 2'")
     ] = ""
     engine_command: Annotated[
-        str, _flag(_SERVICE, help="How the engine is started, e.g. '/opt/vllm/bin/vllm'; default: found")
+        str, _flag(_SERVICE, help="Command that starts the engine, e.g. '/opt/vllm/bin/vllm'; default: detected")
     ] = ""
-    engine_args: Annotated[str, _flag(_SERVICE, help="Arguments for the engine, after the plan's")] = ""
+    engine_args: Annotated[str, _flag(_SERVICE, help="More arguments for the engine")] = ""
 
 
 @Parameter(name="*")
@@ -77,17 +77,15 @@ class VerifyFlags:
     verify: Annotated[
         bool | None,
         Parameter(
-            help="Load the service as the plan says, and compare; default: when something has changed",
-            group=_PROVING,
+            help="Send the plan's load and compare with the promise; default: if something has changed",
+            group=_VERIFICATION,
             show_default=False,
         ),
     ] = None
-    verify_seconds: Annotated[float, _flag(_PROVING, help="How long; default: 60")] = DEFAULT_VERIFY_S
-    strict: Annotated[bool, _flag(_PROVING, help="Go back to what was there when the promise is broken; exit 1")] = (
-        False
-    )
-    report: Annotated[Path | None, _flag(_PROVING, help="Write the load's report: one HTML file, offline")] = None
-    json: Annotated[Json, Parameter(group=_PROVING)] = False
+    verify_seconds: Annotated[float, _flag(_VERIFICATION, help="Duration of the load; default: 60")] = DEFAULT_VERIFY_S
+    strict: Annotated[bool, _flag(_VERIFICATION, help="Roll back and exit with 1 if the promise is broken")] = False
+    report: Annotated[Path | None, _flag(_VERIFICATION, help="Write the report of the load to this HTML file")] = None
+    json: Annotated[Json, Parameter(group=_VERIFICATION)] = False
 
 
 def deploy(
@@ -100,11 +98,11 @@ def deploy(
     service: ServiceFlags | None = None,
     proving: VerifyFlags | None = None,
 ) -> int:
-    """Carry out a plan on this machine: replicas behind a gateway, the promise verified, the service left running.
+    """Deploy a plan on this machine: replicas behind a gateway. Verifies the promise; the service keeps running.
 
-    With MODEL instead of a plan it is planned first, with the options of 'powerband plan'.
-    Without either: make sure that every service has a controller.
-    Exits with 1 when nothing keeps the SLO, or when --strict and the promise is broken.
+    With a MODEL instead of a plan, make the plan first, with the options of 'powerband plan'.
+    Without either, make sure that every service has a controller.
+    Exits with 1 if no deployment meets the SLO, or if --strict is given and the promise is broken.
     """
     service, proving = service or ServiceFlags(), proving or VerifyFlags()
     if plan is None:
@@ -125,9 +123,11 @@ def deploy(
 def _check_options(proving: VerifyFlags) -> None:
     """Before anything starts. Raises UsageError and EnvironmentFault."""
     if not 5 <= proving.verify_seconds <= 86_400:
-        raise UsageError(f"verify-seconds is {proving.verify_seconds:g}.", hint="5 to 86400.", param="verify_seconds")
+        raise UsageError(
+            f"verify_seconds is {proving.verify_seconds:g}; it must be between 5 and 86400.", param="verify_seconds"
+        )
     if proving.report is not None and not proving.report.absolute().parent.is_dir():
-        raise EnvironmentFault(f"Cannot write {proving.report}: there is no such folder.", param="report")
+        raise EnvironmentFault(f"Cannot write {proving.report}: its directory does not exist.", param="report")
 
 
 def _ensure_controllers() -> int:
@@ -136,10 +136,14 @@ def _ensure_controllers() -> int:
 
     found = services()
     if not found:
-        raise UsageError("What is to be deployed?", hint="Like: powerband deploy plan.yaml", param="plan")
+        raise UsageError(
+            "No plan is given, and there is no service yet.",
+            hint="For example: powerband deploy plan.yaml",
+            param="plan",
+        )
     for folder in found:
         started = ensure_controller(folder)
-        print(f"{folder.name}: {'a new controller was started' if started else 'its controller is alive'}")
+        print(f"{folder.name}: {'started a new controller' if started else 'its controller is running'}")
     return 0
 
 
@@ -152,7 +156,11 @@ def _resolve_plan(
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
         if any(flags is not None for flags in (need, requests, offer)):
-            raise UsageError(f"{text} says what is needed and on offer.", hint="Leave these options out.", param="plan")
+            raise UsageError(
+                f"{text} already contains the requirements and the hardware.",
+                hint="Leave out the options of 'powerband plan'.",
+                param="plan",
+            )
         return read_plan(path)
     from rich.console import Console
 
@@ -203,7 +211,7 @@ def _policy(flags: ServiceFlags) -> Policy:
         warn_renamed("--auto", "--auto-remediate")
     max_surge = flags.max_surge if flags.max_surge is not None else flags.surge
     if max_surge not in (None, 0, 1):
-        raise UsageError(f"max_surge is {max_surge}.", hint="It is 0 or 1.", param="max_surge")
+        raise UsageError(f"max_surge is {max_surge}; it must be 0 or 1.", param="max_surge")
     if flags.webhook:
         from powerband.fleet.monitor.webhook import Webhook
 

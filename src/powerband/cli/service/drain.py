@@ -1,4 +1,4 @@
-"""`powerband drain`: give a replica nothing new, or bring it back."""
+"""`powerband drain`: stop sending new requests to a replica, or resume."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def drain(
-    replica: Annotated[str, Parameter(help="Its id, as 'powerband status' shows it")],
+    replica: Annotated[str, Parameter(help="Id of the replica, from 'powerband status'")],
     /,
     *,
     name: Name = None,
-    undo: Annotated[bool, Parameter(help="Let it have requests again", negative="")] = False,
-    wait: Annotated[bool, Parameter(help="Wait until it has nothing left to do")] = True,
+    undo: Annotated[bool, Parameter(help="Send it requests again", negative="")] = False,
+    wait: Annotated[bool, Parameter(help="Wait until its requests have finished")] = True,
 ) -> int:
     """Stop sending new requests to a replica. Its requests finish; it keeps running and is not replaced."""
     from powerband.fleet import operations
@@ -51,13 +51,15 @@ def drain(
     if undo:
         print(f"{replica} gets requests again.")
     elif found is not None and found.running:
-        print(f"{replica} gets nothing new; {found.running} requests run there.")
+        print(f"{replica} gets no new requests; {found.running} are still running.")
     else:
-        print(f"{replica} gets nothing new, and has nothing left. Bring it back: powerband drain {replica} --undo")
+        print(f"{replica} is drained. To undo: powerband drain {replica} --undo")
     return 0
 
 
 def _warn_where_nothing_serves(desired: ServiceSpec, status: ServiceStatus | None) -> None:
     replicas = status.replicas if status is not None else ()
     if not any(one.state == "ready" and one.id not in desired.drained for one in replicas):
-        print("warning: no other replica is ready: requests will wait, and fail after a while.", file=sys.stderr)
+        print(
+            "warning: no other replica is ready: requests will wait in the queue, and then time out.", file=sys.stderr
+        )

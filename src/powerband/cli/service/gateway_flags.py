@@ -1,4 +1,4 @@
-"""Where a service's gateway listens, and with which settings: checked before anything starts."""
+"""Address and settings of a service's gateway, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet.service.spec import GatewaySpec, ServiceSpec
+from powerband.renamed import new_names, rename_options
 
 DEFAULT_PORT = 8000
 _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
@@ -16,31 +17,41 @@ _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
 def gateway_spec_from_flags(
     host: str, port: int | None, auth: Literal["open", "keys"] | None, gateway_args: str, current: ServiceSpec | None
 ) -> GatewaySpec:
-    """As asked, as before, or where there is room. Raises UsageError, EnvironmentFault."""
+    """The given port, else that of the current service, else a free one. Raises UsageError and EnvironmentFault."""
     from powerband.web.access import is_loopback
     from powerband.web.listening import free_port
 
     is_open = is_loopback(host)
     auth = auth or ("open" if is_open else "keys")
     if auth == "open" and not is_open:
-        raise UsageError(f"On {host} without keys anyone could come in.", hint="Leave --auth open out.", param="auth")
+        raise UsageError(
+            f"Listening on {host} without keys would let anyone use the replicas.",
+            hint="Leave out --auth open.",
+            param="auth",
+        )
     if port is not None and not 1 <= port <= 65535:
-        raise UsageError(f"port is {port}.", hint="1 to 65535; left out, a free one is found.", param="port")
+        raise UsageError(
+            f"port is {port}; it must be between 1 and 65535.",
+            hint="Without --port a free one is chosen.",
+            param="port",
+        )
     arguments = _gateway_arguments(gateway_args)
     if current is not None and not current.removed and port in (None, current.gateway.port):
         return GatewaySpec(host=host, port=current.gateway.port, auth=auth, arguments=arguments)
     if port is None:
         port = DEFAULT_PORT if _is_free(host, DEFAULT_PORT) else free_port(host)
     elif not _is_free(host, port):
-        raise EnvironmentFault(f"Port {port} on {host} is taken.", hint="Choose another with --port.", param="port")
+        raise EnvironmentFault(
+            f"Port {port} on {host} is already in use.", hint="Choose another one with --port.", param="port"
+        )
     return GatewaySpec(host=host, port=port, auth=auth, arguments=arguments)
 
 
 def _gateway_arguments(text: str) -> tuple[str, ...]:
-    """Settings of 'powerband gateway', as it would take them. Raises UsageError for what it would not."""
+    """Options of 'powerband gateway', by their names of this version. Raises UsageError for an invalid one."""
     from cyclopts import CycloptsError
 
-    from powerband.cli.flags import ALL_SETTINGS
+    from powerband.cli.flags import KNOWN_SETTINGS
     from powerband.cli.main import build_app
     from powerband.cli.settings import resolve
     from powerband.gateway.settings import GatewaySettings
@@ -50,14 +61,14 @@ def _gateway_arguments(text: str) -> tuple[str, ...]:
         _, bound, _ = build_app("gateway").parse_args(["gateway", *arguments], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         raise UsageError(
-            f"gateway-args: {error}", hint="'powerband gateway --help' shows what there is.", param="gateway_args"
+            f"gateway-args: {error}", hint="'powerband gateway --help' lists the options.", param="gateway_args"
         ) from None
     given = {name: value for name, value in bound.kwargs.items() if value is not None}
     decided = [name for name in given if name in _DEPLOYED]
     if decided:
-        raise UsageError(f"gateway-args: {decided[0]} is decided by the deployment.", param="gateway_args")
-    resolve((GatewaySettings,), ALL_SETTINGS, given, {}, None)
-    return arguments
+        raise UsageError(f"gateway-args: {decided[0]} is set by deploy.", param="gateway_args")
+    resolve((GatewaySettings,), KNOWN_SETTINGS, given, {}, None)
+    return rename_options(arguments, new_names(GatewaySettings))
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""`powerband incidents`: what went wrong with a service, since when, why, and what helps."""
+"""`powerband incidents`: problems of a service, with their likely cause and what to do."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def incidents(
     name: Name = None,
     /,
     *,
-    all: Annotated[bool, Parameter(help="Those that are over, too", negative="")] = False,
-    watch: Annotated[bool, Parameter(help="Show them again every second, until Ctrl-C", negative="")] = False,
+    all: Annotated[bool, Parameter(help="Include closed incidents", negative="")] = False,
+    watch: Annotated[bool, Parameter(help="Refresh every second, until Ctrl-C", negative="")] = False,
     json: Json = False,
 ) -> int:
-    """Show what puts the promise of a service at risk: since when, the likely cause, and what to do."""
+    """Show what puts the SLO of a service at risk: since when, the likely cause, and what to do."""
     from powerband.fleet.service.store import find_service
 
     folder = find_service(name)

@@ -1,4 +1,4 @@
-"""`powerband logs`: what replicas, the gateway and the controller said."""
+"""`powerband logs`: the logs of replicas, gateway and controller."""
 
 from __future__ import annotations
 
@@ -19,44 +19,46 @@ _EVERY_S = 0.3
 
 
 def logs(
-    member: Annotated[str | None, Parameter(help="Replica, 'gateway' or 'controller'; default: all")] = None,
+    process: Annotated[str | None, Parameter(help="Replica, 'gateway' or 'controller'; default: all")] = None,
     /,
     *,
     name: Name = None,
-    follow: Annotated[bool, Parameter(name=("--follow", "-f"), help="Go on until Ctrl-C", negative="")] = False,
-    lines: Annotated[int, Parameter(name=("--lines", "-n"), help="From the end of each")] = 20,
+    follow: Annotated[
+        bool, Parameter(name=("--follow", "-f"), help="Keep printing new lines, until Ctrl-C", negative="")
+    ] = False,
+    lines: Annotated[int, Parameter(name=("--lines", "-n"), help="Number of lines from the end of each log")] = 20,
 ) -> int:
-    """Print the end of logs, also of replicas that are gone."""
+    """Print the end of logs, including those of removed replicas."""
     from powerband.fleet.service.store import find_service
     from powerband.fleet.targets.local import last_lines
 
     folder = find_service(name)
     if not 0 <= lines <= 1_000_000:
-        raise UsageError(f"lines is {lines}.", hint="0 to 1000000.", param="lines")
-    files = _files(folder, member)
+        raise UsageError(f"lines is {lines}; it must be between 0 and 1000000.", param="lines")
+    files = _files(folder, process)
     reached = {path: path.stat().st_size for path in files}
     for path in files:
         _print(path, last_lines(path, lines) if lines else "", labelled=len(files) > 1)
     while follow:
         time.sleep(_EVERY_S)
-        for path in _files(folder, member):
-            _print(path, _read_new(path, reached), labelled=member is None)
+        for path in _files(folder, process):
+            _print(path, _read_new(path, reached), labelled=process is None)
     return 0
 
 
-def _files(folder: ServiceStore, member: str | None) -> list[Path]:
-    """Raises UsageError with those that there are."""
+def _files(folder: ServiceStore, process: str | None) -> list[Path]:
+    """Raises UsageError, with the known names, for an unknown one."""
     found = sorted(folder.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    if member is None:
+    if process is None:
         status = folder.read_status()
         alive = {"controller", *(one.id for one in status.replicas)} if status is not None else set()
         return [path for path in found if path.stem in alive or path.stem.startswith("gateway-")]
-    chosen = [path for path in found if path.stem == member]
-    if member == "gateway":  # every start of it has a log of its own
+    chosen = [path for path in found if path.stem == process]
+    if process == "gateway":  # every start of it has a log of its own
         chosen = [path for path in found if path.stem.startswith("gateway-")][-1:]
     if not chosen:
         known = ", ".join(path.stem for path in found) or "none"
-        raise UsageError(f"There is no log of {member!r}.", hint=f"There are: {known}.", param="member")
+        raise UsageError(f"There is no log of {process!r}.", hint=f"There are: {known}.", param="process")
     return chosen
 
 

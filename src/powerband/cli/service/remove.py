@@ -1,4 +1,4 @@
-"""`powerband remove`: end a service, and forget it."""
+"""`powerband remove`: stop and remove a service."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-NAME_HELP = "The service; default: the only one"
+NAME_HELP = "Service; default: the only one"
 Name = Annotated[str | None, Parameter(help=NAME_HELP)]
 
 
@@ -16,9 +16,9 @@ def remove(
     *,
     purge: Annotated[bool, Parameter(help="Also delete keys, usage and audit log", negative="")] = False,
 ) -> int:
-    """End a service: running requests may finish, then the gateway and all replicas stop.
+    """Stop and remove a service. Running requests may finish, then the gateway and all replicas stop.
 
-    Its keys, usage and audit log are kept for the next one of that name, unless --purge.
+    Its keys, usage and audit log are kept for the next service of that name, unless --purge is given.
     """
     from powerband.cli.service.view import ServiceProgress
     from powerband.fleet import operations
@@ -27,6 +27,6 @@ def remove(
     folder = find_service(name)
     operations.record_action(folder, "remove", {"purge": purge})
     operations.remove(folder, ServiceProgress(), purge=purge)
-    kept = "" if purge else f" Its books are kept: {folder.database}"
-    print(f"{folder.name} is removed.{kept}")
+    kept = "" if purge else f" Its keys and usage are kept in {folder.database}."
+    print(f"{folder.name} was removed.{kept}")
     return 0

@@ -1,4 +1,4 @@
-"""`powerband scale`: more or fewer replicas of what runs."""
+"""`powerband scale`: change the number of replicas."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MAX_REPLICAS = 1000
 
 def scale(
     replicas: Annotated[
-        tuple[str, ...], Parameter(help="How many; with several pools POOL=N, like 0=2 1=1", negative="")
+        tuple[str, ...], Parameter(help="Number of replicas; with several pools POOL=N, e.g. 0=2 1=1", negative="")
     ],
     /,
     *,
     name: Name = None,
 ) -> int:
-    """Change the number of replicas. New ones get requests once they are ready; those that go finish theirs first."""
+    """Change the number of replicas. New ones get requests once they are ready; removed ones finish theirs first."""
     from powerband.cli.service.view import ServiceProgress
     from powerband.fleet import operations
     from powerband.fleet.control.controller_process import ensure_controller
@@ -40,7 +40,7 @@ def scale(
 
     before = folder.read_spec()
     if before is not None and scaled(before.release, replicas) == before.release:
-        print(f"{folder.name} has {_counts_text(before.release)} already.")
+        print(f"{folder.name} already has {_counts_text(before.release)}.")
         return 0
     progress = ServiceProgress()
     desired = operations.update_spec(folder, change)
@@ -48,7 +48,7 @@ def scale(
     operations.record_action(folder, "scale", {"replicas": list(desired.release.counts)})
     beyond = excess_threads(desired.release)
     if beyond:
-        progress.describe(f"that is more than this machine has: {beyond}")
+        progress.describe(f"this is more than this machine has: {beyond}")
     status = operations.wait_for(
         folder, desired.generation, progress, desired.policy.start_timeout_s + desired.policy.drain_timeout_s
     )
@@ -56,14 +56,14 @@ def scale(
         operations.rollback(folder)
         raise EnvironmentFault(
             f"{folder.name} could not be scaled: {status.failed_rollout.reason}.\n{status.failed_rollout.log}".rstrip(),
-            hint="It goes on with as many replicas as before.",
+            hint="It keeps its previous number of replicas.",
         )
     print(f"{folder.name} has {_counts_text(desired.release)}.")
     return 0
 
 
 def scaled(release: Release, asked: Sequence[str]) -> Release:
-    """Raises UsageError for what is no number or no pool."""
+    """Raises UsageError for an invalid number or pool."""
     counts = list(release.counts)
     for text in asked:
         pool, sign, number = text.rpartition("=")

@@ -1,4 +1,4 @@
-"""`powerband status`: what a service is doing, and whether it keeps its promise."""
+"""`powerband status`: replicas, load and SLO attainment of a service."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def status(
     name: Annotated[str | None, Parameter(help=f"{NAME_HELP}, or all")] = None,
     /,
     *,
-    watch: Annotated[bool, Parameter(help="Show it again every second, until Ctrl-C", negative="")] = False,
+    watch: Annotated[bool, Parameter(help="Refresh every second, until Ctrl-C", negative="")] = False,
     json: Json = False,
 ) -> int:
-    """Show a service: its replicas, its load, and how much of its promise it keeps."""
+    """Show the replicas, load and SLO attainment of a service."""
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.service.store import find_service, services
 

@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 
 from powerband.engine.attention.base import AttentionBackend, AttentionBatch, AttentionShape
-from powerband.engine.attention.cpu import CpuAttention, obstacle
+from powerband.engine.attention.cpu import CpuAttention, missing_requirement
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.errors import EnvironmentFault
 
-__all__ = ["AttentionBackend", "AttentionBatch", "AttentionShape", "Choice", "choose_backend", "make_backend"]
+__all__ = ["AttentionBackend", "AttentionBatch", "AttentionShape", "BackendSelection", "choose_backend", "make_backend"]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class BackendSelection:
     """A backend's name (as in EngineSettings.attention_backend) and why it was chosen."""
 
     name: Literal["reference", "cpu", "triton"]
@@ -32,17 +32,17 @@ def choose_backend(
     dtype: torch.dtype = torch.bfloat16,
     block_size: int = 32,
     head_dim: int = 128,
-) -> Choice:
+) -> BackendSelection:
     """asked: 'auto' or a name. device_type: 'cpu' or 'cuda'. kernels: those for CPUs. The defaults fit most models.
 
     Raises EnvironmentFault when what is asked for cannot run here.
     """
     if device_type == "cpu" and asked in ("auto", "cpu"):
-        lacking = obstacle(kernels, dtype, block_size, head_dim)
+        lacking = missing_requirement(kernels, dtype, block_size, head_dim)
         if lacking is None:
-            return Choice("cpu", "asked for" if asked == "cpu" else kernels.reason)
+            return BackendSelection("cpu", "asked for" if asked == "cpu" else kernels.reason)
         if asked == "auto":
-            return Choice("reference", lacking)
+            return BackendSelection("reference", lacking)
         raise EnvironmentFault(
             f"attention_backend 'cpu' cannot run here: {lacking}.",
             hint="Leave attention_backend out, or use 'reference'.",
@@ -63,13 +63,13 @@ def choose_backend(
             param="attention_backend",
         )
     if asked != "auto":
-        return Choice(asked, "asked for")
+        return BackendSelection(asked, "asked for")
     if device_type == "cuda" and has_triton:
-        return Choice("triton", "the device is a GPU and Triton is installed")
-    return Choice("reference", "Triton is not installed")
+        return BackendSelection("triton", "the device is a GPU and Triton is installed")
+    return BackendSelection("reference", "Triton is not installed")
 
 
-def make_backend(choice: Choice, block_size: int, device: torch.device) -> AttentionBackend:
+def make_backend(choice: BackendSelection, block_size: int, device: torch.device) -> AttentionBackend:
     """The chosen backend, without a cache yet (see `allocate`). Only that of the CPU can hold one in int8."""
     if choice.name == "triton":
         from powerband.engine.attention.triton import TritonAttention

@@ -11,15 +11,15 @@ from __future__ import annotations
 import torch
 
 from powerband.engine.attention.base import AttentionBatch, AttentionShape, HeadNorm
+from powerband.engine.huge_pages import huge_empty
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
-from powerband.engine.memory import huge_empty
 
 BLOCK_SIZE = 32
 _MAX_HEAD_DIM = 256
 _SCALE_BYTES = torch.float32.itemsize
 
 
-def obstacle(kernels: KernelStatus, dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
+def missing_requirement(kernels: KernelStatus, dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
     """Why the kernels cannot serve such a model here; None: they can."""
     if kernels.tier is None:
         return f"no CPU kernels: {kernels.reason}"

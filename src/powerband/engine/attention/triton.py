@@ -215,10 +215,10 @@ class TritonAttention:
 
     def _num_splits(self, batch: AttentionBatch, shape: AttentionShape, dtype: torch.dtype) -> int:
         """Runs per context, a power of two: enough programs for the device, none of them without a tile."""
-        longest = max(batch.context_lens_host[: batch.num_decodes])
+        max_context = max(batch.context_lens_host[: batch.num_decodes])
         tile = _decode_tile(_pad(shape.head_dim), dtype)
         wanted = self._num_processors * _PROGRAMS_PER_PROCESSOR / (batch.num_decodes * shape.num_kv_heads)
-        useful = triton.cdiv(min(longest, shape.window or longest), tile)
+        useful = triton.cdiv(min(max_context, shape.window or max_context), tile)
         return 1 << max(0, int(math.log2(max(1.0, min(wanted, useful, _MAX_SPLITS)))))
 
 

@@ -13,19 +13,19 @@ from typing import Literal
 import torch
 
 from powerband.core.step import DeviceReport, Step, StepResult
-from powerband.engine.attention import AttentionShape, Choice, make_backend
+from powerband.engine.attention import AttentionShape, BackendSelection, make_backend
 from powerband.engine.attention.cpu import CpuAttention
-from powerband.engine.cuda_graphs import DecodeGraphs
-from powerband.engine.kernels.cpu.blocks import use_cpu_blocks
-from powerband.engine.kernels.cpu.layers import use_cpu_layers
-from powerband.engine.kernels.cpu.sampling import use_cpu_sampling
+from powerband.engine.executor.cuda_graphs import DecodeGraphs
+from powerband.engine.executor.runner import ModelRunner
+from powerband.engine.executor.warm_up import warm_up
+from powerband.engine.layers.cpu import use_cpu_layers
+from powerband.engine.model_loader.linear_methods import LinearMethodSelector
+from powerband.engine.model_loader.weight_cache import WeightCache
+from powerband.engine.model_loader.weights import fill_random, load_weights
+from powerband.engine.models.cpu import use_cpu_blocks
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.products import Products
-from powerband.engine.runner import ModelRunner
-from powerband.engine.sampler import Sampler
-from powerband.engine.warm_up import warm_up
-from powerband.engine.weight_cache import WeightCache
-from powerband.engine.weights import fill_random, load_weights
+from powerband.engine.sampling.cpu import use_cpu_sampling
+from powerband.engine.sampling.sampler import Sampler
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import PLAIN, WeightPrecisions
 from powerband.spec.hardware.device import detect_cpu
@@ -47,7 +47,7 @@ class ExecutorConfig:
     max_model_len: int
     block_size: int
     seed: int
-    attention: Choice
+    attention: BackendSelection
     kernels: bool  # the C++ kernels for CPUs are loaded
     overlap: bool
     held: WeightPrecisions = PLAIN  # what projections and head are held in
@@ -87,17 +87,17 @@ class TorchExecutor:
         began_s = time.perf_counter()
         self._progress("load", 0.0)
         model = Decoder(config.spec, max_positions=config.max_model_len, dtype=config.dtype, device=config.device)
-        products = Products(model, config.held, kernels=config.kernels)
-        weights_bytes = self._load(products)
+        selector = LinearMethodSelector(model, config.held, kernels=config.kernels)
+        weights_bytes = self._load(selector)
         loaded_s = time.perf_counter()
         self._progress("prepare", 0.0)
-        self.providers = dict(products.counts)
+        self.providers = dict(selector.counts)
         sampler = Sampler(config.spec.vocab_size, config.device, config.seed)
         if config.kernels:
             use_cpu_layers(model)
             use_cpu_sampling(sampler)
         if config.attention.name == "triton":
-            from powerband.engine.kernels.fused_layers import use_fused_layers  # Triton is not everywhere
+            from powerband.engine.layers.triton import use_fused_layers  # Triton is not everywhere
 
             use_fused_layers(model)
         self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)
@@ -109,17 +109,17 @@ class TorchExecutor:
             seconds={"load": loaded_s - began_s, "prepare": prepared_s - loaded_s},
         )
 
-    def _load(self, products: Products) -> int:
-        """From what an earlier start kept, where there is that, and from the checkpoint. Returns the weights' bytes."""
+    def _load(self, selector: LinearMethodSelector) -> int:
+        """Load from the weight cache where possible, else from the checkpoint. Returns the weights' bytes."""
         config = self.config
         if config.load_format == "dummy":
-            return fill_random(products, config.seed)
-        told = functools.partial(self._progress, "load")
+            return fill_random(selector, config.seed)
+        progress = functools.partial(self._progress, "load")
         if not (config.weight_cache and config.kernels and config.held != PLAIN):
-            return load_weights(products, config.folder, told)
-        cache = WeightCache(products, config.folder)
-        weights_bytes = load_weights(products, config.folder, told, cache.read(products))
-        cache.write(products)
+            return load_weights(selector, config.folder, progress)
+        cache = WeightCache(selector, config.folder)
+        weights_bytes = load_weights(selector, config.folder, progress, cache.read(selector))
+        cache.write(selector)
         self._weight_cache = cache
         return weights_bytes
 
@@ -163,7 +163,7 @@ class TorchExecutor:
         return Handle(self.runner.launch(step).result)
 
     def check(self) -> None:
-        """A CPU does not fail; a GPU that has failed says so when it is asked to synchronise."""
+        """A CPU does not fail; a GPU that has failed raises an error when it is synchronised."""
         if self.config.device.type == "cuda":
             torch.cuda.synchronize(self.config.device)
 
@@ -189,7 +189,7 @@ class Handle:
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """The manufacturer's name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return detect_cpu().name

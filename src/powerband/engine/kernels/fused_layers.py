@@ -13,24 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from powerband.engine.kernels.grouped_matmul import run_experts
-from powerband.engine.layers.experts import Experts
-from powerband.engine.layers.mlp import GatedMLP
-from powerband.engine.layers.norm import RMSNorm
-
 _GATED_TILE = 1024
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-
-
-def use_fused_layers(model: torch.nn.Module) -> None:
-    """Let kernels do the work of the model's norms, gated MLPs and experts."""
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.kernel = rms_norm
-        elif isinstance(module, GatedMLP):
-            module.gated = gated
-        elif isinstance(module, Experts):
-            module.kernel = run_experts
 
 
 @triton.jit

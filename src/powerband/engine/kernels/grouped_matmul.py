@@ -3,8 +3,8 @@
     rows sorted by expert    | e0 e0 e0 | e1 | e3 e3 |        offsets = [0, 3, 4, 4, 6]
     tiles of TILE_M rows     | t0  | t1 | t2 |  t3  |         a tile never crosses from one expert to the next
 
-Which experts have tokens is known on the device only. So the grid is the most that there can be, and each program finds
-its expert by bisection: nobody waits, and a graph can be captured.
+Which experts have tokens is known on the device only. So the grid is an upper bound, and each program finds
+its expert by bisection: nothing waits for the device, and a graph can be captured.
 """
 
 # mypy: ignore-errors
@@ -19,20 +19,6 @@ import triton
 import triton.language as tl
 
 from powerband.engine.kernels.paged_attention import row_of
-from powerband.engine.layers.experts import Experts
-
-
-def run_experts(experts: Experts, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The weighted sum of each token's experts: x [tokens, hidden]; weights, chosen [tokens, experts per token]."""
-    per_token = chosen.shape[1]
-    ranked, order = chosen.flatten().sort(stable=True)
-    bounds = torch.arange(len(experts.gate_up) + 1, device=x.device)
-    offsets = torch.searchsorted(ranked, bounds).int()
-    inner = grouped_matmul(x, experts.gate_up, experts.gate_up_bias, offsets, order, per_token)
-    outputs = grouped_matmul(experts.activated(inner), experts.down, experts.down_bias, offsets)
-    unsorted = torch.empty_like(outputs)
-    unsorted[order] = outputs
-    return (unsorted.view(-1, per_token, x.shape[-1]) * weights.unsqueeze(-1)).sum(dim=1)
 
 
 def grouped_matmul(

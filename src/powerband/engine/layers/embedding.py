@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.layers.linear import parameter
+from powerband.engine.linear.base import parameter
 
 
 class Embedding(nn.Module):
@@ -22,7 +22,7 @@ class Embedding(nn.Module):
         self._panels: torch.Tensor | None = None  # a tied head's, with two neighbours of a row in each int32
 
     def share(self, packed: torch.Tensor) -> None:
-        """Read rows out of the packed weight of a tied head (layers/packed.py), and let the own copy go."""
+        """Read rows out of the packed weight of a tied head (linear/bf16.py), and let the own copy go."""
         self._panels = packed.view(torch.int32).squeeze(-1)
         self.weight = parameter(0, dtype=self.weight.dtype, device=self.weight.device)
 

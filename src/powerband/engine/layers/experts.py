@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.layers.linear import Linear, Matrix, Product, parameter
 from powerband.engine.layers.mlp import gated
+from powerband.engine.linear.base import Linear, LinearMethod, WeightMatrix, parameter
 from powerband.spec.model.model_spec import ModelSpec
 
 # gpt-oss: gate and up are clamped, and the sigmoid is steeper (its reference implementation's constants).
@@ -39,7 +39,7 @@ class Experts(nn.Module):
         self.kernel: ExpertsKernel | None = None  # a device may have something faster
         self.gated: Callable[[torch.Tensor, str], torch.Tensor] = gated  # likewise
         self.provider = "torch"
-        self._products: list[tuple[Product, Product]] | None = None  # of each expert: gate and up, down
+        self._methods: list[tuple[LinearMethod, LinearMethod]] | None = None  # of each expert: gate and up, down
         self.router = Linear(hidden, num_experts, bias=spec.router_bias, dtype=dtype, device=device)
         self.gate_up = parameter(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
         self.down = parameter(num_experts, hidden, inner, dtype=dtype, device=device)
@@ -69,16 +69,16 @@ class Experts(nn.Module):
         """residual += forward(x), in place."""
         residual.add_(self.forward(x))
 
-    def matrices(self) -> list[Matrix]:
-        """Of each expert in turn: gate and up together, then down."""
+    def matrices(self) -> list[WeightMatrix]:
+        """The matrices of each expert in turn: gate and up together, then down."""
         found = []
         for expert in range(self.down.shape[0]):
             biases = [bias[expert] if bias is not None else None for bias in (self.gate_up_bias, self.down_bias)]
-            found += [Matrix(self.gate_up[expert], biases[0]), Matrix(self.down[expert], biases[1])]
+            found += [WeightMatrix(self.gate_up[expert], biases[0]), WeightMatrix(self.down[expert], biases[1])]
         return found
 
-    def install(self, products: Sequence[Product], provider: str) -> None:
-        self._products = list(zip(products[::2], products[1::2], strict=True))
+    def install(self, methods: Sequence[LinearMethod], provider: str) -> None:
+        self._methods = list(zip(methods[::2], methods[1::2], strict=True))
         self.provider = provider
         self.gate_up = parameter(0, dtype=self.gate_up.dtype, device=self.gate_up.device)
         self.down = parameter(0, dtype=self.down.dtype, device=self.down.device)
@@ -95,8 +95,8 @@ class Experts(nn.Module):
         return best.to(x.dtype), chosen
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        if self._products is not None:
-            gate_up_product, down_product = self._products[expert]
+        if self._methods is not None:
+            gate_up_product, down_product = self._methods[expert]
             return down_product(self.activated(gate_up_product(x)))
         gate_up_bias = self.gate_up_bias[expert] if self.gate_up_bias is not None else None
         down_bias = self.down_bias[expert] if self.down_bias is not None else None

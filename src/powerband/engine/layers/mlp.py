@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.layers.linear import Linear
+from powerband.engine.linear.base import Linear
 from powerband.errors import UsageError
 
 

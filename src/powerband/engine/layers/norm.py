@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powerband.engine.layers.linear import parameter
+from powerband.engine.linear.base import parameter
 
 NormKernel = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # (x, weight, eps) → norm of x
 

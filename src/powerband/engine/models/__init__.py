@@ -1,1 +1,1 @@
-"""One decoder for all families, and for each family a short file on what its checkpoints call things."""
+"""One decoder for all families, and for each family a short file with the names of its tensors."""

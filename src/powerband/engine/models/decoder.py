@@ -10,10 +10,10 @@ from torch import nn
 from powerband.engine.attention.base import AttentionBackend, AttentionBatch, AttentionShape, HeadNorm
 from powerband.engine.layers.embedding import Embedding
 from powerband.engine.layers.experts import Experts
-from powerband.engine.layers.linear import Linear, parameter
 from powerband.engine.layers.mlp import GatedMLP
 from powerband.engine.layers.norm import RMSNorm
 from powerband.engine.layers.rotary import RotaryTable
+from powerband.engine.linear.base import Linear, parameter
 from powerband.spec.model.model_spec import LayerSpec, ModelSpec, RopeSpec
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
             logits = torch.tanh(logits / self.spec.logit_softcap) * self.spec.logit_softcap
         return logits
 
-    def most_likely(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def argmax(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Only the largest of each row's logits: token ids [rows] and values [rows]. None: the head cannot."""
         if self.spec.logit_softcap is not None:
             return None  # it makes equal what was nearly equal, and then the lowest token id counts

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.slots import Names, Slot, plain_slots
+from powerband.engine.models.weight_mapping import CheckpointNames, WeightSlot, plain_slots
 
-NAMES = Names(
+NAMES = CheckpointNames(
     norms=(
         ("attention_norm", "input_layernorm"),
         ("attention_post_norm", "post_attention_layernorm"),
@@ -17,5 +17,5 @@ NAMES = Names(
 )
 
 
-def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[WeightSlot]:
     return plain_slots(model, NAMES)

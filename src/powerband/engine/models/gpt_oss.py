@@ -13,42 +13,42 @@ import torch
 from powerband.engine.layers.experts import Experts
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.llama import NAMES
-from powerband.engine.models.slots import Slot, layers_of, plain_slots
+from powerband.engine.models.weight_mapping import WeightSlot, layers_of, plain_slots
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E8M0_BIAS = 127
 
 
-def slots(model: Decoder, names: Collection[str]) -> Iterator[Slot]:
+def slots(model: Decoder, names: Collection[str]) -> Iterator[WeightSlot]:
     yield from plain_slots(model, NAMES)
     for index, layer in enumerate(layers_of(model)):
         if isinstance(layer.mlp, Experts):
             yield from _expert_slots(layer.mlp, f"model.layers.{index}.mlp.", names)
 
 
-def _expert_slots(experts: Experts, base: str, names: Collection[str]) -> Iterator[Slot]:
-    yield Slot((f"{base}router.weight",), experts.router.weight)
+def _expert_slots(experts: Experts, base: str, names: Collection[str]) -> Iterator[WeightSlot]:
+    yield WeightSlot((f"{base}router.weight",), experts.router.weight)
     if experts.router.bias is not None:
-        yield Slot((f"{base}router.bias",), experts.router.bias)
+        yield WeightSlot((f"{base}router.bias",), experts.router.bias)
     gate_up, down = f"{base}experts.gate_up_proj", f"{base}experts.down_proj"
     interleaved = _interleaved(experts.gate_up)
     if f"{gate_up}_blocks" in names:
-        yield Slot(
+        yield WeightSlot(
             (f"{gate_up}_blocks", f"{gate_up}_scales"),
             interleaved,
             lambda blocks, scales: _in_pairs(expand_mxfp4(blocks, scales, experts.gate_up.dtype)),
         )
-        yield Slot(
+        yield WeightSlot(
             (f"{down}_blocks", f"{down}_scales"),
             experts.down,
             lambda blocks, scales: expand_mxfp4(blocks, scales, experts.down.dtype),
         )
     else:
-        yield Slot((gate_up,), interleaved, lambda stored: _in_pairs(stored.transpose(1, 2)))
-        yield Slot((down,), experts.down, lambda stored: stored.transpose(1, 2))
+        yield WeightSlot((gate_up,), interleaved, lambda stored: _in_pairs(stored.transpose(1, 2)))
+        yield WeightSlot((down,), experts.down, lambda stored: stored.transpose(1, 2))
     if experts.gate_up_bias is not None and experts.down_bias is not None:
-        yield Slot((f"{gate_up}_bias",), _interleaved(experts.gate_up_bias), _in_pairs)
-        yield Slot((f"{down}_bias",), experts.down_bias)
+        yield WeightSlot((f"{gate_up}_bias",), _interleaved(experts.gate_up_bias), _in_pairs)
+        yield WeightSlot((f"{down}_bias",), experts.down_bias)
 
 
 def _interleaved(gate_up: torch.Tensor) -> torch.Tensor:

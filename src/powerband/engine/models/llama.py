@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.slots import Names, Slot, plain_slots
+from powerband.engine.models.weight_mapping import CheckpointNames, WeightSlot, plain_slots
 
-NAMES = Names(norms=(("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")))
+NAMES = CheckpointNames(norms=(("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")))
 
 
-def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[WeightSlot]:
     return plain_slots(model, NAMES)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.slots import Names, Slot, plain_slots
+from powerband.engine.models.weight_mapping import CheckpointNames, WeightSlot, plain_slots
 
-NAMES = Names(
+NAMES = CheckpointNames(
     norms=(("attention_post_norm", "post_attention_layernorm"), ("mlp_post_norm", "post_feedforward_layernorm"))
 )
 
 
-def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[WeightSlot]:
     return plain_slots(model, NAMES)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.slots import Names, Slot, plain_slots
+from powerband.engine.models.weight_mapping import CheckpointNames, WeightSlot, plain_slots
 
-NAMES = Names(
+NAMES = CheckpointNames(
     norms=(("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")),
     fused_qkv=True,
     fused_gate_up=True,
 )
 
 
-def slots(model: Decoder, _names: Collection[str]) -> Iterator[Slot]:
+def slots(model: Decoder, _names: Collection[str]) -> Iterator[WeightSlot]:
     return plain_slots(model, NAMES)

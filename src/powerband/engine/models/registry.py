@@ -1,4 +1,4 @@
-"""Which families the engine can load, and whose names each one uses."""
+"""The families that the engine can load, with the names of their tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable
 
 from powerband.engine.models import gemma, gpt_oss, llama, mixtral, olmo2, phi3, qwen3_moe
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.models.slots import Slot
+from powerband.engine.models.weight_mapping import WeightSlot
 from powerband.errors import UsageError
 
-SLOTS: dict[str, Callable[[Decoder, Collection[str]], Iterable[Slot]]] = {
+SLOTS: dict[str, Callable[[Decoder, Collection[str]], Iterable[WeightSlot]]] = {
     "llama": llama.slots,
     "mistral": llama.slots,
     "qwen2": llama.slots,
@@ -24,7 +24,7 @@ SLOTS: dict[str, Callable[[Decoder, Collection[str]], Iterable[Slot]]] = {
 }
 
 
-def slots_for(model: Decoder, names: Collection[str]) -> list[Slot]:
+def slots_for(model: Decoder, names: Collection[str]) -> list[WeightSlot]:
     """Every slot that a checkpoint with these tensor names must fill. Raises UsageError for an unknown family."""
     family = model.spec.family
     if family not in SLOTS:

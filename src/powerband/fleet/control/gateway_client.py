@@ -13,7 +13,7 @@ import msgspec
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import Routes
 from powerband.gateway.snapshot import PoolSnapshot, ReplicaSnapshot
-from powerband.http_client import Response, bearer, request
+from powerband.http_client.request import Response, bearer, request
 
 POLL_INTERVAL_S = 0.4
 _TIMEOUT_S = 3.0
@@ -33,10 +33,24 @@ class GatewaySnapshot:
         return next((one for pool in self.pools for one in pool.replicas if one.id == id), None)
 
 
-class _RoutesPage(msgspec.Struct):
-    """Of GET /admin/routes, the part that is needed here."""
+class _Replica(msgspec.Struct):
+    id: str
+    draining: bool
 
-    routes: dict[str, object]
+
+class _Model(msgspec.Struct):
+    replicas: tuple[_Replica, ...]
+
+
+class _Routes(msgspec.Struct):
+    revision: str
+    models: tuple[_Model, ...]
+
+
+class _RoutesPage(msgspec.Struct):
+    """The part of GET /admin/routes that versions have in common."""
+
+    routes: _Routes
     pools: tuple[PoolSnapshot, ...] = ()
 
 
@@ -90,7 +104,7 @@ class GatewayClient:
         url = self.url
         snapshot = await self._read_snapshot()
         if self.desired_routes is not None and snapshot.routes_revision != self.desired_routes.revision:
-            await self._request("PUT", "/admin/routes", self.desired_routes.as_dict())
+            await self._put(self.desired_routes)
             snapshot = await self._read_snapshot()
         if url == self.url:  # no other gateway was started meanwhile
             self.snapshot = snapshot
@@ -100,12 +114,18 @@ class GatewayClient:
         self._completed += page.records
         self._completed_at += (one.ended_at for one in page.records)
 
+    async def _put(self, routes: Routes) -> None:
+        try:
+            await self._request("PUT", "/admin/routes", routes.as_dict())
+        except ConnectionError:  # a gateway that the version before started knows only the old names
+            await self._request("PUT", "/admin/routes", routes.as_dict(old_names=True))
+
     async def _read_snapshot(self) -> GatewaySnapshot:
         response = await self._request("GET", "/admin/routes")
         page = msgspec.json.decode(response.body, type=_RoutesPage)
-        routes = Routes.from_dict(page.routes)
-        draining = frozenset(replica.id for model in routes.models for replica in model.replicas if replica.draining)
-        return GatewaySnapshot(routes.revision, draining, page.pools, time.monotonic())
+        replicas = (replica for model in page.routes.models for replica in model.replicas)
+        draining = frozenset(replica.id for replica in replicas if replica.draining)
+        return GatewaySnapshot(page.routes.revision, draining, page.pools, time.monotonic())
 
     async def _request(self, method: str, path: str, body: object = None) -> Response:
         """Raises OSError for a status other than 200, too."""

@@ -9,11 +9,14 @@ from functools import cache
 
 import msgspec
 
-from powerband.fleet.engines.base import read_key
+from powerband.engines.launch import read_key
+from powerband.engines.registry import ADAPTERS
 from powerband.fleet.service.spec import GatewaySpec, PoolRelease, Release
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.base import Instance, InstanceSpec
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.gateway.settings import GatewaySettings
+from powerband.renamed import new_names, rename_options
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.yaml_codec import as_record
 
@@ -32,7 +35,10 @@ def release_revision(release: Release) -> str:
 
 
 def gateway_revision(gateway: GatewaySpec) -> str:
-    return _digest(msgspec.to_builtins(gateway))
+    """Options count under their names of the version before, so that a gateway need not restart for a new name."""
+    before = {new: old for old, new in new_names(GatewaySettings).items()}
+    arguments = rename_options(gateway.arguments, before)
+    return _digest(msgspec.to_builtins(msgspec.structs.replace(gateway, arguments=arguments)))
 
 
 def free_devices(
@@ -65,6 +71,7 @@ def replica_spec(release: Release, pool: int, id: str, devices: tuple[int, ...])
         env={**made.env, **visible},
         pool=pool,
         ready_path=made.ready_path,
+        metrics_path=ADAPTERS[made.engine].metrics_path,
         devices=devices,
     )
 
@@ -103,7 +110,7 @@ def _address(release: Release, replica: Instance, draining: frozenset[str]) -> R
         model=release.served_name,
         engine=pool.engine,
         max_num_seqs=pool.max_num_seqs,
-        longest_prompt=pool.max_prompt_tokens,
+        max_prompt_tokens=pool.max_prompt_tokens,
         api_key=replica_key(release.api_key_file),
         draining=replica.id in draining,
     )

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from powerband.fleet.targets.base import Instance
-from powerband.http_client import Response, bearer, request
+from powerband.http_client.request import Response, bearer, request
 
 PROBE_INTERVAL_S = 0.4
 _TIMEOUT_S = 2.0
@@ -27,7 +27,7 @@ class ProbeResult:
     failures: int = 0  # probes in a row without a response
     timeouts: int = 0  # of these, the last in a row that timed out: it may accept connections and be hung
     note: str = ""  # why it is not ready
-    metrics: str = ""  # its /metrics page, as last read
+    metrics: str = ""  # its page of metrics, as last read
 
 
 class HealthProber:
@@ -80,7 +80,7 @@ class HealthProber:
     async def _read_metrics(self, result: ProbeResult, instance: Instance) -> None:
         result.metrics = ""
         with suppress(OSError, ValueError):
-            response = await self._get(instance, "/metrics")
+            response = await self._get(instance, instance.metrics_path)
             result.metrics = response.body.decode(errors="replace") if response.status == 200 else ""
 
     async def _get(self, instance: Instance, path: str) -> Response:

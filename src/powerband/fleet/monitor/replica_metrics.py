@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from powerband.bench.server_metrics import known_metrics
+from powerband.engines.metrics import known_metrics
 from powerband.metrics.exposition import label, samples
 from powerband.metrics.prometheus import RATIO_BUCKETS
 
@@ -16,7 +16,7 @@ _RESIDUALS = b"powerband_step_residual_ratio_bucket"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaMetrics:
-    values: Mapping[str, float] = field(default_factory=dict)  # by the names of bench.server_metrics; none is certain
+    values: Mapping[str, float] = field(default_factory=dict)  # by the names of engines.base.Metric; none is certain
     # Cumulative number of steps by upper bound of observed / predicted seconds; empty: the engine is not calibrated.
     step_residuals: Mapping[float, float] = field(default_factory=dict)
 

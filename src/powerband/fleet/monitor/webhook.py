@@ -16,7 +16,7 @@ from typing import Any
 
 from powerband.errors import UsageError
 from powerband.fleet.monitor.incidents import Change, Incident
-from powerband.http_client import request_sync, split_url
+from powerband.http_client.request import request_sync, split_url
 
 logger = logging.getLogger(__name__)
 

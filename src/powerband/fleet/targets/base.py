@@ -26,6 +26,7 @@ class InstanceSpec:
     host: str = "127.0.0.1"
     port: int | None = None  # None: the target chooses a free one
     ready_path: str = "/readyz"  # responds with 200 when the instance is ready
+    metrics_path: str = "/metrics"
     devices: tuple[int, ...] = ()  # accelerators that no other instance uses
 
 
@@ -42,6 +43,7 @@ class Instance:
     started_at: float  # time.time()
     stopping: bool = False  # it was asked to stop
     ready_path: str = "/readyz"
+    metrics_path: str = "/metrics"
     devices: tuple[int, ...] = ()
 
 

@@ -50,6 +50,7 @@ INHERITED_VARIABLES = (
 MAX_KEPT_LOGS = 20
 LAST_LINES = 12
 _MEMORY_MARGIN = 1.1  # times the memory of the largest replica, for one more
+_SET_ASIDE = ".unreadable"  # suffix of a record that could not be decoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class _Record:
     url: str
     started_at: float
     ready_path: str
+    metrics_path: str = "/metrics"
     devices: tuple[int, ...] = ()
     process: ProcessId | None = None  # None: not known yet
     stop_by: float | None = None  # when it is killed, on time.time()
@@ -90,6 +92,7 @@ class LocalTarget:
             url=f"http://{_reachable(spec.host)}:{port}",
             started_at=time.time(),
             ready_path=spec.ready_path,
+            metrics_path=spec.metrics_path,
             devices=spec.devices,
         )
         self._write(record)
@@ -111,7 +114,11 @@ class LocalTarget:
         for unwritten in tuple(self._unwritten.values()):
             self._write(unwritten)
         for path in self._paths():
-            record = self._read(path)
+            try:
+                record = self._load(path)
+            except ValueError as problem:
+                self._set_aside(path, problem)
+                continue
             if record is None:
                 continue
             if record.process is None or not is_alive(record.process):
@@ -147,7 +154,7 @@ class LocalTarget:
     def devices_in_use(self) -> frozenset[int]:
         services = self._records.parent.parent
         others = (path for path in services.glob(f"*/{_RECORDS}/*.json") if path.parent != self._records)
-        records = (record for path in others if (record := self._read(path)) is not None)
+        records = (record for path in others if (record := _read_record(path)) is not None)
         alive = (one for one in records if one.process is not None and is_alive(one.process))
         return frozenset(device for record in alive for device in record.devices)
 
@@ -235,28 +242,69 @@ class LocalTarget:
         self._path(id).unlink(missing_ok=True)
 
     def _read(self, path: Path) -> _Record | None:
-        """None: it is gone. A record without its process is completed from the process's own environment."""
-        if (unwritten := self._unwritten.get(path.stem)) is not None and path.parent == self._records:
+        """None: it is gone, or cannot be decoded, which `list_instances` deals with."""
+        with suppress(ValueError):
+            return self._load(path)
+        return None
+
+    def _load(self, path: Path) -> _Record | None:
+        """None: it is gone. Raises ValueError if it cannot be decoded. A completed record is written."""
+        if (unwritten := self._unwritten.get(path.stem)) is not None:
             return unwritten
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=_Record)
-        except FileNotFoundError:
-            return None
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            path.unlink(missing_ok=True)
-            return None
-        if record.process is None:
-            process = session_leader_with(EnvironmentTag(INSTANCE_TAG, str(path)))
-            if process is not None:
-                record = replace(record, process=process)
-                self._write(record)
+        stored = _decode(path)
+        record = stored and _completed(stored, path)
+        if record is not None and record is not stored:
+            self._write(record)
         return record
+
+    def _set_aside(self, path: Path, problem: ValueError) -> None:
+        """End the instance of a record that cannot be decoded, since nothing else is known of it, and keep the file."""
+        kept = path.with_suffix(_SET_ASIDE)
+        os.replace(path, kept)
+        tag = self._tag(path.stem)
+        process = session_leader_with(tag)
+        if process is not None:
+            signal_session(process.pid, tag, signal.SIGKILL)
+        ended = "it has no process" if process is None else f"its process {process.pid} was killed"
+        logger.warning("The record of the instance %s cannot be read (%s): %s. See %s", path.stem, problem, ended, kept)
+        log = last_lines(self._logs / f"{path.stem}.log")
+        self._exited.append(ExitedInstance(path.stem, None, log, exit_expected=False))
 
     def _delete_old_logs(self) -> None:
         logs = sorted(self._logs.glob("*[0-9].log"), key=lambda path: path.stat().st_mtime)
         for path in logs[:-MAX_KEPT_LOGS]:
             if not self._path(path.stem).exists():
                 path.unlink(missing_ok=True)
+
+
+def _read_record(path: Path) -> _Record | None:
+    """The record of another service, which stays as it is. None: it is gone, or cannot be decoded."""
+    try:
+        record = _decode(path)
+    except ValueError as problem:
+        logger.warning("The record %s of another service cannot be read: %s", path, problem)
+        return None
+    return record and _completed(record, path)
+
+
+def _decode(path: Path) -> _Record | None:
+    """None: it is gone. Raises ValueError if it cannot be decoded."""
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=_Record)
+    except FileNotFoundError:
+        return None
+    except RecursionError as problem:
+        raise ValueError(str(problem)) from None
+    if record.id != path.stem:
+        raise ValueError(f"it is of {record.id!r}")
+    return record
+
+
+def _completed(record: _Record, path: Path) -> _Record:
+    """A record without its process is completed from the process's own environment."""
+    if record.process is None and (process := session_leader_with(EnvironmentTag(INSTANCE_TAG, str(path)))) is not None:
+        return replace(record, process=process)
+    return record
 
 
 def last_lines(path: Path, count: int = LAST_LINES) -> str:
@@ -282,6 +330,7 @@ def _instance(record: _Record) -> Instance:
         started_at=record.started_at,
         stopping=record.stop_by is not None,
         ready_path=record.ready_path,
+        metrics_path=record.metrics_path,
         devices=record.devices,
     )
 

@@ -1,4 +1,4 @@
-"""All that the gateway remembers, behind one door: keys, limits, usage, audit, feedback, content."""
+"""The account database: keys, limits, usage, audit log, feedback and transcripts of one gateway."""
 
 from __future__ import annotations
 
@@ -28,23 +28,20 @@ _SAVED_S = 5.0
 
 
 def has_admin_key(file: Path) -> bool:
-    """Whether there is one in it: a disk that was full may have left it empty."""
+    """Whether the file holds a key: a full disk may have left it empty."""
     return file.exists() and file.stat().st_size > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccountStats:
-    """For metrics. keys_rejected: requests with a wrong key. usage_*: rows; of dropped ones the sums are kept.
+    """For metrics."""
 
-    failing_s: for how long nothing could be written.
-    """
-
-    keys_rejected: int
-    usage_waiting: int
+    keys_rejected: int  # requests with a wrong key
+    usage_waiting: int  # rows
     usage_written: int
-    usage_dropped: int
+    usage_dropped: int  # rows whose details were lost; they still count in the sums
     content_dropped: int
-    failing_s: float
+    failing_s: float  # since when the database cannot be written; 0: it can
 
 
 class Accounts:
@@ -72,8 +69,9 @@ class Accounts:
         return cls(Store(path), options or RetentionOptions())
 
     def make_admin_key(self, file: Path, name: str) -> None:
-        """A key with all scopes, kept in a file for this user's eyes. Raises EnvironmentFault, and leaves nothing then:
-        neither a file without its key nor a key that nobody has.
+        """Create a key with all scopes, in a file that only this user can read.
+
+        Raises EnvironmentFault; then neither the file nor the key exists.
         """
         key, secret = self.keys.create(name, SCOPES)
         try:
@@ -82,19 +80,17 @@ class Accounts:
         except (OSError, TimeoutError) as problem:
             file.unlink(missing_ok=True)
             self.keys.revoke(key.id)
-            why = getattr(problem, "strerror", "") or "its books cannot be written"
-            raise EnvironmentFault(
-                f"The admin key cannot be kept in {file}: {why}.", hint="Is the disk full?"
-            ) from None
-        logger.info("Made an admin key: it is in %s.", file)
+            why = getattr(problem, "strerror", "") or "the database cannot be written"
+            raise EnvironmentFault(f"Cannot store the admin key in {file}: {why}.", hint="Is the disk full?") from None
+        logger.info("Created an admin key in %s.", file)
 
     def audit(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
-        """Note what an administrator did. what: plain values, no secrets. Raises StoreUnavailable."""
+        """Record what an administrator did. what: plain values, no secrets. Raises StoreUnavailable."""
         self._audit.note(actor, action, what)
 
     @property
     def audit_head(self) -> ChainHead:
-        """The last entry of the audit that is sure to be there."""
+        """The last entry of the audit log that is known to be on disk."""
         return self._audit.head
 
     def figures(self) -> AccountStats:
@@ -109,12 +105,12 @@ class Accounts:
         )
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what waits, for at most about `timeout_s`. Blocks."""
+        """Write buffered rows, for at most about `timeout_s`. Blocks."""
         self.store.close(timeout_s)
 
 
 def actor_of(request: Request) -> str:
-    """How the audit names who asks: the key, and what the header X-Powerband-Actor claims, which anybody may write."""
+    """The client's name in the audit log: its key, and the unverified header X-Powerband-Actor."""
     key: Key | None = request.state.key
     claimed = "".join(one for one in request.headers.get("x-powerband-actor", "")[:_CLAIMED_CHARS] if one.isprintable())
     return f"{key.name if key else 'local'}{f' as {claimed!r}' if claimed else ''}{f' ({key.id})' if key else ''}"

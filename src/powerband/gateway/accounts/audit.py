@@ -1,8 +1,7 @@
-"""What administrators did, in a chain: each entry's hash covers the one before it, so that a change shows.
+"""The audit log: what administrators did. Each entry's hash covers the entry before it, so that a change is detected.
 
-The number and hash of the last entry also stand in a file beside the books, so that it shows, too, when the newest
-entries are cut off, or all of them. Whoever can write both files could make a whole new chain; the log therefore gets
-every entry's hash as well.
+A file beside the database holds the number and hash of the last entry, so that a missing end is detected, too. An
+attacker who can write both files could make a new chain; therefore every entry's hash is also logged.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ logger = logging.getLogger(__name__)
 FIRST_HASH = "0" * 64
 _INSERT = "INSERT INTO audit (seq, at, actor, action, what, hash) VALUES (?, ?, ?, ?, ?, ?)"
 _SELECT = "SELECT seq, at, actor, action, what, hash FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
-_LONGEST = 200  # characters of actor and action
+_MAX_CHARS = 200  # characters of actor and action
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """seq: from 1, without gaps. at: seconds since 1970. what: JSON. hash: of the entry before it, and of the rest."""
+    """One row."""
 
-    seq: int
-    at: float
+    seq: int  # from 1, without gaps
+    at: float  # seconds since 1970
     actor: str
     action: str
-    what: str
-    hash: str
+    what: str  # JSON
+    hash: str  # of this entry and the one before it
 
 
 class ChainHead(msgspec.Struct, frozen=True):
-    """The last entry, as the file beside the books has it."""
+    """The last entry, as the file beside the database holds it."""
 
     seq: int = 0
     hash: str = FIRST_HASH
 
 
 class Audit:
-    """Appends; nothing changes or deletes entries. head: the last entry that is sure to be there."""
+    """Append-only. head: the last entry that is known to be on disk."""
 
     def __init__(self, store: Store, wall: Callable[[], float] = time.time) -> None:
         self._store = store
@@ -64,14 +63,14 @@ class Audit:
             logger.error("The audit log ends at entry %d, but had %d: it was cut off.", self._last.seq, kept.seq)
             self._last = kept  # the gap stays in the chain
         self._written = self.head = kept or self._last
-        store.also(self._keep_head)
+        store.add_periodic(self._keep_head)
         if kept is None and self._last.seq:
             self.note("powerband", "audit.head", {"file": "missing", "entries": self._last.seq})
 
     def note(self, actor: str, action: str, what: Mapping[str, Any]) -> None:
         """what: plain values, no secrets. Raises StoreUnavailable."""
         seq, at, details = self._last.seq + 1, self._wall(), json.dumps(what, sort_keys=True, default=str)
-        actor, action = actor[:_LONGEST], action[:_LONGEST]
+        actor, action = actor[:_MAX_CHARS], action[:_MAX_CHARS]
         hash = _hash(self._last.hash, seq, at, actor, action, details)
         last = self._last = ChainHead(seq, hash)
         written = self._store.write(_INSERT, (seq, at, actor, action, details, hash))
@@ -84,7 +83,7 @@ class Audit:
             self._written = last
 
     def _keep_head(self, _run: Run) -> None:
-        """Likewise, after the entries. If the disk does not take it, it did not take the entries either."""
+        """In the writer's thread, after the entries. If it cannot be written, neither could they."""
         written = self._written
         if written.seq > self.head.seq or (written.seq and not self._path.exists()):
             with contextlib.suppress(OSError):

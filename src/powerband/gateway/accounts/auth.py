@@ -1,12 +1,12 @@
-"""Who may come in: a wrapper around the whole gateway, so that a new route is closed until this table opens it.
+"""Authentication of every request. A new route needs an admin key until this table opens it.
 
 | setting auth | a path of INFER     | a path of METRICS    | a path of OPEN | any other       |
 |--------------|---------------------|----------------------|----------------|-----------------|
 | "open"       | anyone              | anyone               | anyone         | an admin's key  |
 | "keys"       | a key for "infer"   | a key for "metrics"  | anyone         | an admin's key  |
 
-In either case a key of ours that is sent is checked, and its limits hold. Clients that must send some key, because
-their library wants one, may send any other text to an open gateway.
+In both modes, a gateway key that a client sends is checked and its limits apply. Clients whose library requires a key
+may send any other text to an open gateway.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ INFER_BELOW = ("/v1/models/",)
 class ApiKeyMiddleware:
     """Sets `scope["state"]["key"]`: the Key that the request brought, or None.
 
-    Decides by `scope["path"]`, the very value that routes are matched with: what a client writes into Host or into an
-    absolute URL cannot make the two differ. Raises HttpError 401 and 403. host: the address that the gateway listens
-    at; without a key only this and names that mean this machine are served, unless `any_host`.
+    It checks `scope["path"]`, which routes are matched with, too: neither the Host header nor an absolute URL can make
+    the two differ. Raises HttpError 401 and 403. host: the address that the gateway listens on; unless `any_host`, a
+    request without a key must be addressed to it or to a name of this machine.
     """
 
     def __init__(self, app: ASGIApp, accounts: Accounts, auth: Auth, host: str, *, any_host: bool = False) -> None:
@@ -101,7 +101,7 @@ class ApiKeyMiddleware:
 
 
 def needed_scope(path: str) -> KeyScope | None:
-    """What a path asks for when keys are needed; None: nothing."""
+    """The scope that a path requires; None: no key."""
     if path in OPEN:
         return None
     if path in METRICS or path.startswith(METRICS_BELOW):
@@ -112,7 +112,7 @@ def needed_scope(path: str) -> KeyScope | None:
 
 
 def _is_counted(path: str) -> bool:
-    """Whether requests there count against limits and get their headers."""
+    """Whether requests to this path count against limits and get their headers."""
     return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 

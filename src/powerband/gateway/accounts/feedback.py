@@ -1,4 +1,4 @@
-"""What clients say of answers that they got: a score from -1 (bad) to 1 (good), and a comment, which is redacted."""
+"""Clients' feedback on responses: a score from -1 (bad) to 1 (good), and a comment, which is redacted."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from powerband.gateway.accounts.store import Row, Run, Store, StoreUnavailable
 from powerband.gateway.accounts.usage_log import UsageLog
 from powerband.web.errors import HttpError
 
-MOST_COMMENT = 2000  # characters
-_MOST_WAITING = 10_000
+MAX_COMMENT_CHARS = 2000
+_MAX_WAITING = 10_000
 _INSERT = "INSERT OR REPLACE INTO feedback (request_id, at, key_id, score, comment) VALUES (?, ?, ?, ?, ?)"
 _FIELDS = ("request_id", "at", "key_id", "score", "comment")
 
 
 class Feedback:
-    """One for each request: the last one counts. Kept as long as single requests are."""
+    """One per request: a new one replaces the old one. Stored as long as usage rows."""
 
     def __init__(self, store: Store, usage_log: UsageLog, retention_days: float) -> None:
         self._store = store
         self._ledger = usage_log
         self._retention_s = retention_days * 86400
-        self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
-        store.also(self._delete_old, every_s=600, erases=True)
+        self.buffer = store.buffer(_INSERT, _MAX_WAITING, prepare=_redacted)
+        store.add_periodic(self._delete_old, every_s=600, erases=True)
 
     async def note(self, key_id: str, request_id: str, score: float, comment: str = "") -> None:
         """Raises InvalidRequest, HttpError 404 for a request that is not this key's, and StoreUnavailable."""
         if not -1 <= score <= 1:
-            raise InvalidRequest(f"'score' is {score}; it lies between -1 (bad) and 1 (good).", param="score")
-        if len(comment) > MOST_COMMENT:
-            raise InvalidRequest(f"'comment' is longer than {MOST_COMMENT} characters.", param="comment")
-        whose = self._ledger.key_of(request_id)
-        if whose is None:
-            whose = await self._store.query(lambda connection: _key_of(connection, request_id))
-        if whose != key_id:
-            hint = "Send the X-Request-Id of an answer to the same key."
-            raise HttpError(404, "request_not_found", "There is no such request of this key.", hint=hint)
+            raise InvalidRequest(f"'score' is {score}; it must be between -1 (bad) and 1 (good).", param="score")
+        if len(comment) > MAX_COMMENT_CHARS:
+            raise InvalidRequest(f"'comment' is longer than {MAX_COMMENT_CHARS} characters.", param="comment")
+        owner = self._ledger.key_of(request_id)
+        if owner is None:
+            owner = await self._store.query(lambda connection: _key_of(connection, request_id))
+        if owner != key_id:
+            hint = "Send the X-Request-Id of a response that this key received."
+            raise HttpError(404, "request_not_found", "This key has no such request.", hint=hint)
         if not self.buffer.add((request_id, time.time(), key_id, score, comment)):
-            raise StoreUnavailable("Too much feedback waits to be written.")
+            raise StoreUnavailable("Too much feedback is waiting to be written.")
 
     def _delete_old(self, run: Run) -> None:
         run("DELETE FROM feedback WHERE at < ?", [(time.time() - self._retention_s,)])

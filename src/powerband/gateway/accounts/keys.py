@@ -1,7 +1,7 @@
-"""API keys: made at random, shown once, kept as SHA-256, found in constant time, revoked at once.
+"""API keys: random, shown once, stored as SHA-256, compared in constant time, revoked immediately.
 
-A key has 256 random bits, so nobody can search for the text behind its digest, however fast a digest is: the slow
-hashes that passwords need would only make every request slower.
+A key has 256 random bits, so that its digest cannot be reversed by brute force. A slow hash, as passwords need, would
+only slow down every request.
 """
 
 from __future__ import annotations
@@ -23,50 +23,46 @@ from powerband.web.errors import HttpError
 Scope = Literal["infer", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = ("infer", "metrics", "admin")
 PREFIX = "pb-"
-MOST_KEYS = 100_000
-MOST = 10**12
-_MOST_NAME = 100
-_SHOWN = 10  # characters of a key by which people recognise it
-_LONGEST = 200  # bytes; longer ones are none of ours
+MAX_KEYS = 100_000
+MAX_LIMIT = 10**12
+_MAX_NAME_CHARS = 100
+_SHOWN = 10  # leading characters of a key, to recognize it by
+_MAX_SECRET_BYTES = 200  # longer keys are not ours
 _NO_DIGEST = bytes(32)
 _PUT = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyLimits:
-    """What a key may use. None: as much as it likes. Raises InvalidRequest for what makes no sense.
-
-    usd: spend, per calendar month (UTC) or in total. priority: the best class that its requests may have; lower is
-    served first. models: served names that it may use; empty: all.
-    """
+    """What a key may use. None: no limit. Raises InvalidRequest for a value out of range."""
 
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
     max_concurrency: int | None = None
-    usd: float | None = None
+    usd: float | None = None  # spend in `usd_period`: a calendar month (UTC), or in total
     usd_period: Literal["month", "total"] = "month"
-    priority: int = 0
-    models: tuple[str, ...] = ()
+    priority: int = 0  # the best priority that its requests may have; lower is served first
+    models: tuple[str, ...] = ()  # served names that it may use; (): all
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether it matters how many tokens a request can have."""
+        """Whether a limit depends on the tokens of a request."""
         return self.tokens_per_min is not None or self.usd is not None
 
     def __post_init__(self) -> None:
         for name in ("requests_per_min", "tokens_per_min", "max_concurrency"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= MOST:
-                raise InvalidRequest(f"'{name}' is {value}; it lies between 1 and {MOST}.", param=name)
-        if self.usd is not None and not 0 <= self.usd <= MOST:
+            if value is not None and not 1 <= value <= MAX_LIMIT:
+                raise InvalidRequest(f"'{name}' is {value}; it must be between 1 and {MAX_LIMIT}.", param=name)
+        if self.usd is not None and not 0 <= self.usd <= MAX_LIMIT:
             raise InvalidRequest(f"'usd' is {self.usd}; it must not be negative.", param="usd")
         if not -1000 <= self.priority <= 1000:
-            raise InvalidRequest(f"'priority' is {self.priority}; it lies between -1000 and 1000.", param="priority")
+            raise InvalidRequest(f"'priority' is {self.priority}; it must be between -1000 and 1000.", param="priority")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """Who may come in, for what, how often. prefix: how the key begins. Times: seconds since 1970."""
+    """An API key without its secret. prefix: the first characters of the secret. Times: seconds since 1970."""
 
     id: str
     name: str
@@ -79,10 +75,10 @@ class Key:
 
 
 class Keys:
-    """All keys, in memory; every change also goes to the store. One thread: the event loop's."""
+    """All keys, in memory; every change is also written to the store. Used by the event loop's thread only."""
 
     def __init__(self, store: Store, wall: Callable[[], float] = time.time) -> None:
-        self.rejected = 0  # wrong, expired or revoked ones that were sent
+        self.rejected = 0  # requests with a wrong, expired or revoked key
         self._store = store
         self._wall = wall
         self._by_digest: dict[bytes, str] = {}
@@ -92,22 +88,22 @@ class Keys:
             self._remember(key, digest)
 
     def authenticate(self, values: Sequence[bytes]) -> Key:
-        """The key of a request's Authorization headers. Raises HttpError 401, after the same work for each."""
+        """The key of a request's Authorization headers. Raises HttpError 401, after the same work for each key."""
         if not values:
             raise HttpError(
                 401, "missing_api_key", "This server needs an API key.", hint="Send 'Authorization: Bearer KEY'."
             )
         scheme, _, secret = values[0].partition(b" ")
         secret = secret.strip()
-        digest = hashlib.sha256(secret[:_LONGEST]).digest()
+        digest = hashlib.sha256(secret[:_MAX_SECRET_BYTES]).digest()
         id = self._by_digest.get(digest, "")
         same = hmac.compare_digest(digest, self._digests.get(id, _NO_DIGEST))
-        if not same or len(values) > 1 or len(secret) > _LONGEST or scheme.lower() != b"bearer":
+        if not same or len(values) > 1 or len(secret) > _MAX_SECRET_BYTES or scheme.lower() != b"bearer":
             raise self._wrong("invalid_api_key", "The API key is wrong.")
         return self.current(self._keys[id])
 
     def current(self, key: Key) -> Key:
-        """As it is now; a request may have been long on its way. Raises HttpError 401 when it is valid no more."""
+        """The key as it is now: a request may take long to arrive. Raises HttpError 401 if it is no longer valid."""
         key = self._keys[key.id]
         if self.is_valid(key):
             return key
@@ -116,7 +112,7 @@ class Keys:
         raise self._wrong("expired_api_key", "The API key has expired.")
 
     def admins(self) -> tuple[Key, ...]:
-        """Those that can administer the gateway now."""
+        """Valid keys with the scope admin."""
         return tuple(key for key in self._keys.values() if "admin" in key.scopes and self.is_valid(key))
 
     def is_valid(self, key: Key) -> bool:
@@ -130,11 +126,11 @@ class Keys:
         limits: KeyLimits | None = None,
         expires_at: float | None = None,
     ) -> tuple[Key, str]:
-        """A new key, and its text, which nobody can see again. Raises InvalidRequest."""
-        if not name.strip() or len(name) > _MOST_NAME or not name.isprintable():
-            raise InvalidRequest(f"A key's name has 1 to {_MOST_NAME} printable characters.", param="name")
-        if len(self._keys) >= MOST_KEYS:
-            raise InvalidRequest(f"There are {MOST_KEYS} keys already.")
+        """A new key, and its secret, which is not stored. Raises InvalidRequest."""
+        if not name.strip() or len(name) > _MAX_NAME_CHARS or not name.isprintable():
+            raise InvalidRequest(f"A key's name must have 1 to {_MAX_NAME_CHARS} printable characters.", param="name")
+        if len(self._keys) >= MAX_KEYS:
+            raise InvalidRequest(f"There are already {MAX_KEYS} keys, the maximum.")
         now = self._wall()
         if expires_at is not None and expires_at <= now:
             raise InvalidRequest("'expires_at' is in the past.", param="expires_at")
@@ -153,7 +149,7 @@ class Keys:
         return key, secret
 
     def list(self) -> tuple[Key, ...]:
-        """Oldest first; revoked ones too."""
+        """Oldest first, including revoked keys."""
         return tuple(self._keys.values())
 
     def get(self, id: str) -> Key:
@@ -166,11 +162,11 @@ class Keys:
         return key
 
     def limit(self, id: str, limits: KeyLimits) -> Key:
-        """In effect from the next request on."""
+        """Change the limits, from the next request on."""
         return self._put(replace(self.get(id), limits=limits), self._digests[id])
 
     def revoke(self, id: str) -> Key:
-        """From now on it opens nothing. Requests that it has let in may end: their bounds are set already."""
+        """Reject the key from now on. Its running requests may finish: they have reserved what they can use."""
         key = self.get(id)
         if key.revoked_at is None:
             key = self._put(replace(key, revoked_at=self._wall()), self._digests[id])

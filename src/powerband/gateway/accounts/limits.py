@@ -1,19 +1,19 @@
-"""What keys may use: counted before a request is sent on, corrected when it is over, so that no crowd slips past.
+"""Limits of keys: reserved before a request is dispatched and settled when it ends, so that concurrent requests cannot
+exceed them.
 
-A limit per minute holds for every 60 seconds that one can choose, not only for calendar minutes: requests and tokens
-count at the moment at which they were let in. Before dispatch a request takes the most that it can use, and gives back
-what it did not use: of the prompt as soon as a replica has counted it, the rest when it is over.
+A limit per minute applies to any 60 seconds, not only to calendar minutes: requests and tokens count at the moment when
+they were admitted. Before dispatch a request reserves the maximum that it can use. It returns what it did not use: of
+the prompt as soon as a replica has counted it, the rest when it ends.
 
-    prompt   of a budget in USD: a token for each byte of the body, which is a bound (but for what a chat template or a
-             picture adds to a short body: by so much a budget can be exceeded). Of tokens a minute: as many as the
-             key's prompts before had for each byte, and half as many before the first; one that alone may exceed the
-             limit takes all of it.
-    output   all that it may make: max_tokens times n. Where it names no limit, the context's length or a quarter of
-             what is left, whichever is less, but not less than the setting default_output_tokens; and the replica is
-             sent that as max_tokens.
+    prompt   For a budget in USD: one token for each byte of the body, which is an upper bound (except for what a chat
+             template or an image adds to a short body; a budget can be exceeded by that much). For tokens per minute:
+             the tokens per byte of the key's earlier prompts, or 0.5 before the first. A request that could exceed the
+             limit alone reserves all of it.
+    output   max_tokens times n. Without max_tokens: the smaller of the context length and a quarter of what is left,
+             but at least the setting default_output_tokens; the replica gets this number as max_tokens.
 
-More than was taken, if it ever comes, counts as soon as it is seen, and later requests wait for it. A restart begins
-with empty minutes, and with what was spent. Everything runs on the event loop: check and taking are one step.
+Usage beyond the reservation counts as soon as it is seen. After a restart the minutes are empty, and the spend is read
+from the database. Everything runs on the event loop, so that check and reservation are atomic.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from powerband.web.errors import HttpError
 logger = logging.getLogger(__name__)
 
 WINDOW_S = 60
-_SOON_S = 1.0  # for what ends at a time that nobody knows
+_SOON_S = 1.0  # Retry-After when the time is unknown
 _NOTHING_USD = 1e-9  # sums of floats
-_SHARE = 4  # a request that names no limit takes this part of what is left, so that others find some, too
+_SHARE = 4  # a request without max_tokens reserves 1/4 of what is left, to leave some for others
 _FIRST_DENSITY = 0.5  # tokens a byte: twice that of English; of Chinese it is a third
-_LEARNING = 5  # how slowly a key's prompts are believed to be less dense than they were
+_LEARNING = 5  # a lower density of a key's prompts counts with weight 1/5, a higher one fully
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ FREE = TokenPrice()
 
 
 class LimitReached(PowerbandError):
-    """A key has used up what it may use (HTTP 429). retry_after_s: when the same request is sure to fit; inf: never."""
+    """A limit of the key is reached (HTTP 429). retry_after_s: when the same request will fit; inf: never."""
 
     http_status = 429
 
@@ -67,7 +67,7 @@ class LimitReached(PowerbandError):
 
 
 class SlidingWindow:
-    """A sum over the last 60 seconds, in cells of one second; a cell leaves when all of it is older than that."""
+    """A sum over the last 60 seconds, in cells of one second."""
 
     def __init__(self) -> None:
         self._cells: deque[list[int]] = deque()  # [second, amount]
@@ -113,7 +113,7 @@ class SlidingWindow:
 
 
 class _Account:
-    """What one key has used and taken."""
+    """What one key has used and reserved."""
 
     def __init__(self) -> None:
         self.requests = SlidingWindow()
@@ -137,9 +137,9 @@ class _Account:
 
 
 class Reservation:
-    """What a request has taken. `settle` or `cancel` ends it: the first call counts, further ones do nothing.
+    """What a request has reserved. `settle` or `cancel` ends it: the first call counts, further ones do nothing.
 
-    output: tokens of all answers that were taken. cap: on each answer, sent to the replica; None: none.
+    output: reserved tokens of all choices. cap: max_tokens of each choice for the replica; None: as the client sent it.
     """
 
     __slots__ = (
@@ -168,9 +168,9 @@ class Reservation:
         cap: int | None = None,
         learns: bool = False,
     ) -> None:
-        """prompt, output: tokens to take. max_prompt: tokens that the prompt can have, which are taken of a budget.
+        """prompt, output: tokens to reserve. max_prompt: the upper bound of the prompt's tokens, for the budget.
 
-        learns: what the prompt has in the end says how dense the key's prompts are.
+        learns: whether the prompt's final count updates the key's tokens per byte.
         """
         self._learns = learns
         self._limits = limits
@@ -189,7 +189,7 @@ class Reservation:
             account.reserved_usd += self._usd
 
     def prompt_counted(self, tokens: int) -> None:
-        """By a replica, before the end: what was taken beyond that is free again."""
+        """A replica has counted the prompt: return what was reserved beyond that."""
         if self._open and self._account is not None:
             self._take(tokens - self._prompt)
             self._prompt = tokens
@@ -198,16 +198,16 @@ class Reservation:
             self._usd += change_usd
 
     def add_output_tokens(self, output_tokens: int) -> None:
-        """So many so far: what is more than was taken counts at once."""
+        """Output tokens so far: those beyond the reservation count at once."""
         surplus = output_tokens - self.output
         if surplus > 0 and self._open:
             self._take(surplus)
             self.output = output_tokens
 
     def settle(self, prompt_tokens: int, output_tokens: int, cost_usd: float, *, is_estimate: bool = False) -> None:
-        """A replica had the request: count what it used, cached tokens like others.
+        """The request reached a replica: count what it used, cached tokens as other prompt tokens.
 
-        is_estimate: nothing is learnt from it.
+        is_estimate: do not update the key's tokens per byte.
         """
         if self._account is not None and self._learns and prompt_tokens and not is_estimate:
             self._account.learn(prompt_tokens / self._max_prompt)
@@ -218,7 +218,7 @@ class Reservation:
             self._account.tokens.correct(self._cells[1], tokens, self._limits.monotonic())
 
     def cancel(self) -> None:
-        """No replica had the request: it counts for nothing."""
+        """The request reached no replica: it does not count."""
         self._close(0, 0.0, counts=False)
 
     def _close(self, tokens: int, usd: float, *, counts: bool) -> None:
@@ -235,7 +235,7 @@ class Reservation:
         self._limits.spend(account, usd)
 
     def __del__(self) -> None:
-        if self._open:  # a defect; without this a key would lose a place for good
+        if self._open:  # a defect; without this the key would lose the reservation permanently
             logger.error("A reservation was neither settled nor cancelled.")
             self._close(self._prompt + self.output, self._usd, counts=True)
 
@@ -248,7 +248,7 @@ def room_for_output(context: int, max_prompt_tokens: int) -> int:
 
 
 class Limits:
-    """Accounts of all keys that were used. spent: key id → (USD in all, USD in this month), from the books."""
+    """What all keys have used. spent: key id → (USD in total, USD this month), from the database."""
 
     def __init__(
         self,
@@ -266,9 +266,9 @@ class Limits:
     def reserve(
         self, key: Key | None, request: GatewayRequest, price: TokenPrice = FREE, *, context: int | None = None
     ) -> Reservation:
-        """Take what the request can use at most. Raises LimitReached, or HttpError for what can never be.
+        """Reserve the maximum that the request can use. Raises LimitReached, or HttpError if it can never fit.
 
-        context: tokens of prompt and output that a replica takes; None: not known.
+        context: maximum tokens of prompt and output at a replica; None: unknown.
         """
         if key is None:
             return Reservation(self, None)
@@ -279,15 +279,15 @@ class Limits:
         is_exact = max_prompt == request.prompt_tokens
         likely_prompt = max_prompt if is_exact else math.ceil(max_prompt * account.density)
         cap = self._cap(limits, account, request, (likely_prompt, max_prompt), price, context)
-        most = request.output_tokens if request.max_output_tokens is None else request.max_output_tokens
-        output = most if cap is None else cap * request.answers
-        most_usd = price.of(max_prompt, output)
-        self._check_possible(limits, request.prompt_tokens + output, most_usd)
+        requested = request.output_tokens if request.max_output_tokens is None else request.max_output_tokens
+        output = requested if cap is None else cap * request.answers
+        max_usd = price.of(max_prompt, output)
+        self._check_possible(limits, request.prompt_tokens + output, max_usd)
         prompt = likely_prompt
         if limits.tokens_per_min is not None:
             prompt = min(prompt, limits.tokens_per_min - output)
         self._check_rates(limits, account, prompt + output)
-        self._check_spend(limits, account, most_usd)
+        self._check_spend(limits, account, max_usd)
         return Reservation(
             self, account, prompt, output, max_prompt=max_prompt, price=price, cap=cap, learns=not is_exact
         )
@@ -301,23 +301,23 @@ class Limits:
         price: TokenPrice,
         context: int | None,
     ) -> int | None:
-        """Output tokens of each answer of a request that names no limit, so that it cannot use more than it took.
+        """Output tokens of each choice of a request without max_tokens, so that it cannot exceed its reservation.
 
-        prompt: tokens that it is likely to have, and can have.
+        prompt: its likely and its maximum tokens.
         """
         if not request.is_open_ended or not limits.counts_tokens:
             return None
-        counted_on = request.max_output_tokens or request.output_tokens
-        most = float(counted_on if context is None else context * request.answers)
+        expected = request.max_output_tokens or request.output_tokens
+        output = float(expected if context is None else context * request.answers)
         for allowed, left in self._room(limits, account, request, prompt, price):
-            most = min(most, max(min(counted_on, allowed), left / _SHARE))
-        each = max(1, math.floor(most / request.answers))
+            output = min(output, max(min(expected, allowed), left / _SHARE))
+        each = max(1, math.floor(output / request.answers))
         return each if context is None else max(1, min(each, room_for_output(context, prompt[1])))
 
     def _room(
         self, limits: KeyLimits, account: _Account, request: GatewayRequest, prompt: tuple[int, int], price: TokenPrice
     ) -> Iterator[tuple[float, float]]:
-        """Output tokens that each limit allows, beside the prompt, if nothing else were used; and now."""
+        """For each limit: output tokens that it allows beside the prompt if nothing else were used, and now."""
         if limits.tokens_per_min is not None:
             left = limits.tokens_per_min - account.tokens.total(self.monotonic()) - prompt[0]
             yield limits.tokens_per_min - request.prompt_tokens, left
@@ -327,7 +327,7 @@ class Limits:
             yield allowed_usd / price.output, (allowed_usd - used_usd) / price.output
 
     def headers(self, key: Key) -> dict[str, str]:
-        """x-ratelimit-… as OpenAI's: what the key may use, what is left of it, and when all of it is there again."""
+        """x-ratelimit-… as OpenAI's: limit, remaining, and the time until all of it is available again."""
         account, now_s = self._account(key.id), self.monotonic()
         found = {}
         for what, limit, minute in (
@@ -356,54 +356,58 @@ class Limits:
             account.month_usd += usd
             account.total_usd += usd
 
-    def _check_possible(self, limits: KeyLimits, tokens: int, most_usd: float) -> None:
+    def _check_possible(self, limits: KeyLimits, tokens: int, max_usd: float) -> None:
         if limits.tokens_per_min is not None and tokens > limits.tokens_per_min:
             raise HttpError(
                 400,
                 "tokens_limit",
-                f"The request may use {tokens} tokens, the API key {limits.tokens_per_min} a minute: it can never fit.",
-                hint="Ask for fewer with max_tokens, or shorten the prompt.",
+                f"The request may use {tokens} tokens, but the API key only {limits.tokens_per_min} per minute.",
+                hint="Lower max_tokens, or shorten the prompt.",
                 param="max_tokens",
             )
-        if limits.usd is not None and most_usd > limits.usd + _NOTHING_USD:
+        if limits.usd is not None and max_usd > limits.usd + _NOTHING_USD:
             raise HttpError(
                 400,
                 "spend_limit",
-                f"The request may cost {most_usd:.4f} USD, and the API key may spend {limits.usd:g}: it can never fit.",
-                hint="Ask for fewer tokens with max_tokens, or shorten the prompt.",
+                f"The request may cost {max_usd:.4f} USD, but the API key may spend only {limits.usd:g}.",
+                hint="Lower max_tokens, or shorten the prompt.",
                 param="max_tokens",
             )
 
     def _check_rates(self, limits: KeyLimits, account: _Account, tokens: int) -> None:
         now_s = self.monotonic()
         if limits.max_concurrency is not None and account.running >= limits.max_concurrency:
-            message = f"The API key has {account.running} requests running, as many as it may."
-            raise LimitReached("concurrency_limit", message, retry_after_s=_SOON_S, hint="Wait for one to end.")
+            message = f"The API key has {account.running} running requests, its maximum."
+            raise LimitReached("concurrency_limit", message, retry_after_s=_SOON_S, hint="Wait until one ends.")
         for code, what, limit, minute, amount in (
             ("requests_limit", "requests", limits.requests_per_min, account.requests, 1),
             ("tokens_limit", "tokens", limits.tokens_per_min, account.tokens, tokens),
         ):
             if limit is not None and minute.total(now_s) + amount > limit:
                 wait_s = minute.wait_s(amount, limit, now_s)
-                message = (
-                    f"The API key may use {limit} {what} a minute; {minute.total(now_s)} are taken, {amount} asked."
-                )
+                used = minute.total(now_s)
+                message = f"The API key may use {limit} {what} per minute; {used} are used, {amount} requested."
                 raise LimitReached(code, message, retry_after_s=wait_s, hint=f"Try again in {math.ceil(wait_s)} s.")
 
-    def _check_spend(self, limits: KeyLimits, account: _Account, most_usd: float) -> None:
+    def _check_spend(self, limits: KeyLimits, account: _Account, max_usd: float) -> None:
         if limits.usd is None:
             return
         now = self._wall()
         spent = account.spent(limits, month_of(now))
-        period = "this month" if limits.usd_period == "month" else "in all"
-        message = f"The API key may spend {limits.usd:g} USD {period}; {spent:.4f} are spent"
-        if spent + most_usd > limits.usd + _NOTHING_USD or spent >= limits.usd:
+        period = "this month" if limits.usd_period == "month" else "in total"
+        message = f"The API key may spend {limits.usd:g} USD {period}; it has spent {spent:.4f}"
+        if spent + max_usd > limits.usd + _NOTHING_USD or spent >= limits.usd:
             wait_s = _seconds_to_next_month(now) if limits.usd_period == "month" else math.inf
             hint = "It can spend again next month." if limits.usd_period == "month" else "An admin can raise the limit."
             raise LimitReached("spend_limit", f"{message}.", retry_after_s=wait_s, hint=hint)
-        if spent + account.reserved_usd + most_usd > limits.usd + _NOTHING_USD:
-            hint = "Wait for running requests to end: what they do not use is free again."
-            raise LimitReached("spend_limit", f"{message}, the rest is taken.", retry_after_s=_SOON_S, hint=hint)
+        if spent + account.reserved_usd + max_usd > limits.usd + _NOTHING_USD:
+            hint = "Wait until running requests end: they return what they do not use."
+            raise LimitReached(
+                "spend_limit",
+                f"{message}, and running requests have reserved the rest.",
+                retry_after_s=_SOON_S,
+                hint=hint,
+            )
 
     def _account(self, id: str) -> _Account:
         found = self._accounts.get(id)

@@ -1,8 +1,7 @@
-"""Obvious personal data out of texts: e-mail addresses, phone numbers, cards, IBANs, IP addresses, keys.
+"""Redacts personal data with a recognizable form: e-mail and IP addresses, phone and card numbers, IBANs, API keys.
 
-It finds what has a form, not names or postal addresses, and rather takes a number too many than one too few. Time
-grows in proportion to the text, whatever is in it: what repeats without bound is possessive, and begins only where a
-word does.
+It does not find names or postal addresses, and prefers to redact one number too many. The time is linear in the length
+of the text: unbounded repetitions are possessive and start only at word boundaries.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 _NUMBER = re.compile(r"\+?\(?\d(?:[ ./()-]{0,3}+\d)++")
 _US_PHONE = re.compile(r"\(?\d{3}\)?[ .-]{1,2}\d{3}[ .-]\d{4}")
-_LONGEST_NUMBER = 64  # digits in a row, separators aside, beyond which nobody looks which of them are a card
+_MAX_DIGITS = 64  # a longer sequence of digits is not searched for card numbers
 
 
 def redact(text: str) -> str:
-    """The text with '[e-mail]', '[phone]', '[card]', '[iban]', '[ip]' and '[key]' in place of what was found."""
+    """The text with '[e-mail]', '[phone]', '[card]', '[iban]', '[ip]' and '[key]' instead of what was found."""
     text = _KEY.sub("[key]", text)
     text = _EMAIL.sub("[e-mail]", text)
     text = _replace(_IBAN, text, lambda found: "[iban]" if _is_iban(found) else None)
@@ -38,7 +37,7 @@ def redact(text: str) -> str:
 
 
 def _replace(pattern: re.Pattern[str], text: str, kind: Callable[[str], str | None]) -> str:
-    """As `sub`, but what `kind` declines is searched again from its second character on."""
+    """Like `sub`, but a match that `kind` rejects is searched again from its second character on."""
     pieces, end, start = [], 0, 0
     while match := pattern.search(text, start):
         name = kind(match[0])
@@ -51,7 +50,7 @@ def _replace(pattern: re.Pattern[str], text: str, kind: Callable[[str], str | No
 
 
 def _is_iban(text: str) -> bool:
-    """ISO 13616: the letters as numbers, the first four characters last, leave 1 when divided by 97."""
+    """ISO 13616: first four characters moved to the end, letters as numbers: the remainder modulo 97 is 1."""
     letters = re.sub("[ -]", "", text).upper()
     if not 15 <= len(letters) <= 34 or not letters.isascii():
         return False
@@ -68,7 +67,7 @@ def _is_ip(text: str) -> bool:
 
 def _number(text: str) -> str:
     digits = [int(one) for one in text if one.isdigit()]
-    if len(digits) > _LONGEST_NUMBER:
+    if len(digits) > _MAX_DIGITS:
         return "[number]"
     if _has_card(digits):
         return "[card]"
@@ -80,7 +79,7 @@ def _number(text: str) -> str:
 
 
 def _has_card(digits: list[int]) -> bool:
-    """Whether 13 to 19 digits in a row begin as card numbers do and have the check digit of ISO/IEC 7812 (Luhn)."""
+    """Whether 13 to 19 consecutive digits start like a card number and pass the check of ISO/IEC 7812 (Luhn)."""
     return any(
         digits[start] in (2, 3, 4, 5, 6) and _luhn(digits[start : start + length])
         for length in range(13, 20)

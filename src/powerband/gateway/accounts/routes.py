@@ -1,4 +1,4 @@
-"""Routes of the books: keys, usage, audit, feedback and content under /admin; and /v1/feedback for clients."""
+"""Routes of the account database: keys, usage, audit, feedback and content under /admin; /v1/feedback for clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.accounts import Accounts, actor_of
 from powerband.gateway.accounts.audit import entries, verify_chain
 from powerband.gateway.accounts.feedback import read_feedback
-from powerband.gateway.accounts.keys import MOST, Key, KeyLimits
+from powerband.gateway.accounts.keys import MAX_LIMIT, Key, KeyLimits
 from powerband.gateway.accounts.store import StoreUnavailable
 from powerband.gateway.accounts.transcripts import stored
 from powerband.gateway.accounts.usage import UsageRow, report
@@ -27,16 +27,16 @@ from powerband.gateway.request import ANONYMOUS
 from powerband.web.body import read_json
 from powerband.web.errors import HttpError, json_response
 
-MOST_BODY_BYTES = 64 << 10
-_MOST_ROWS = 1000
+MAX_BODY_BYTES = 64 << 10
+_MAX_ROWS = 1000
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", re.ASCII)
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_LIMIT)]
 
 
 class LimitsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A field that is not there stays as it is; null lifts the limit. See keys.KeyLimits."""
+    """A missing field leaves its limit as it is; null lifts it. See keys.KeyLimits."""
 
     requests_per_min: Count | msgspec.UnsetType | None = msgspec.UNSET
     tokens_per_min: Count | msgspec.UnsetType | None = msgspec.UNSET
@@ -47,8 +47,8 @@ class LimitsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     models: list[str] | msgspec.UnsetType = msgspec.UNSET
 
     def applied_to(self, limits: KeyLimits) -> KeyLimits:
-        read_feedback = {name: getattr(self, name) for name in self.__struct_fields__}
-        changes = {name: value for name, value in read_feedback.items() if value is not msgspec.UNSET}
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        changes = {name: value for name, value in fields.items() if value is not msgspec.UNSET}
         if "models" in changes:
             changes["models"] = tuple(changes["models"])
         return replace(limits, **changes)
@@ -106,8 +106,8 @@ class KeyRoutes:
         return json_response(self._shown(self._accounts.keys.get(request.path_params["id"])))
 
     async def create(self, request: Request) -> Response:
-        """The only answer that ever has the key itself, as 'secret'."""
-        body = await read_json(request, KeyBody, MOST_BODY_BYTES)
+        """The only response that contains the key itself, as 'secret'."""
+        body = await read_json(request, KeyBody, MAX_BODY_BYTES)
         limits = body.limits.applied_to(KeyLimits())
         expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
         key, secret = self._accounts.keys.create(body.name, body.scopes, limits=limits, expires_at=expires_at)
@@ -115,12 +115,12 @@ class KeyRoutes:
         try:
             await self._accounts.store.saved()
         except StoreUnavailable:
-            self._accounts.keys.revoke(key.id)  # nobody will ever know its text
+            self._accounts.keys.revoke(key.id)  # its secret was not sent to anyone
             raise
         return json_response(self._shown(key) | {"secret": secret}, 201, {"cache-control": "no-store"})
 
     async def limit(self, request: Request) -> Response:
-        body = await read_json(request, KeyPatch, MOST_BODY_BYTES)
+        body = await read_json(request, KeyPatch, MAX_BODY_BYTES)
         before = self._accounts.keys.get(request.path_params["id"])
         key = self._accounts.keys.limit(before.id, body.limits.applied_to(before.limits))
         self._note(request, "keys.limit", key, {"limits": asdict(key.limits)})
@@ -128,12 +128,12 @@ class KeyRoutes:
         return json_response(self._shown(key))
 
     async def revoke(self, request: Request) -> Response:
-        """In effect before it is answered; what the key has let in may end."""
+        """In effect before the response; running requests of the key may finish."""
         keys = self._accounts.keys
         key = keys.get(request.path_params["id"])
         if keys.admins() == (key,):
-            hint = "Create another one first, and use that."
-            raise HttpError(409, "last_admin_key", "This is the last key that can administer the gateway.", hint=hint)
+            hint = "Create another admin key first, and use that."
+            raise HttpError(409, "last_admin_key", "This is the gateway's last admin key.", hint=hint)
         key = keys.revoke(key.id)
         self._note(request, "keys.revoke", key, {})
         await self._accounts.store.saved()
@@ -158,8 +158,8 @@ class ReportRoutes:
         now = time.time()
         since = _since(request, "24h", now)
         if len(set(by)) != len(by):
-            raise InvalidRequest(f"'by' is {','.join(by)!r}; each once.", param="by")
-        with contextlib.suppress(StoreUnavailable):  # what ended just before is in it, unless the disk is full
+            raise InvalidRequest(f"'by' is {','.join(by)!r}; name each only once.", param="by")
+        with contextlib.suppress(StoreUnavailable):  # include requests that ended just before, unless the disk is full
             await self._accounts.store.saved(timeout_s=_WRITE_S)
         rows = await self._accounts.store.query(lambda connection: report(connection, by, since, now))
         total = await self._accounts.store.query(lambda connection: report(connection, [], since, now))
@@ -167,12 +167,19 @@ class ReportRoutes:
         data = [asdict(row) | {"key_name": names.get(row.key, row.key)} for row in rows]
         state = asdict(self._accounts.figures())
         return json_response(
-            {"since": since, "by": by, "data": data, "total": asdict(next(iter(total), UsageRow())), "books": state}
+            {
+                "since": since,
+                "by": by,
+                "data": data,
+                "total": asdict(next(iter(total), UsageRow())),
+                "database": state,
+                "books": state,  # its name in the version before
+            }
         )
 
     async def audit(self, request: Request) -> Response:
-        """With check=1 also broken_at: the number of the first entry that was tampered with, or is missing; null: the
-        chain is whole up to its head."""
+        """With check=1 also broken_at: the number of the first entry that is missing or was changed; null: the chain is
+        intact."""
         after, limit = _number(request, "after", 0), _number(request, "limit", 100)
         found = await self._accounts.store.query(lambda connection: entries(connection, after, limit))
         answer: dict[str, Any] = {"object": "list", "data": [asdict(entry) for entry in found]}
@@ -184,7 +191,7 @@ class ReportRoutes:
         return json_response(answer)
 
     async def note(self, request: Request) -> Response:
-        body = await read_json(request, AuditBody, MOST_BODY_BYTES)
+        body = await read_json(request, AuditBody, MAX_BODY_BYTES)
         self._accounts.audit(actor_of(request), body.action, body.what)
         await self._accounts.store.saved()
         return json_response({"object": "audit.entry", "action": body.action}, 201)
@@ -208,7 +215,7 @@ class ReportRoutes:
         return json_response({"object": "content.deleted", "key": id})
 
     async def give_feedback(self, request: Request) -> Response:
-        body = await read_json(request, FeedbackBody, MOST_BODY_BYTES)
+        body = await read_json(request, FeedbackBody, MAX_BODY_BYTES)
         key: Key | None = request.state.key
         tenant = key.id if key else ANONYMOUS
         await self._accounts.feedback.note(tenant, body.request_id, body.score, body.comment)
@@ -225,8 +232,8 @@ def _key_id(request: Request) -> str:
 def _number(request: Request, name: str, default: int) -> int:
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise InvalidRequest(f"'{name}' is no number of 0 and above.", param=name)
-    return min(int(text), _MOST_ROWS) if name == "limit" else int(text)
+        raise InvalidRequest(f"'{name}' must be a whole number of 0 or more.", param=name)
+    return min(int(text), _MAX_ROWS) if name == "limit" else int(text)
 
 
 def _since(request: Request, default: str, now: float) -> float:
@@ -239,5 +246,7 @@ def _since(request: Request, default: str, now: float) -> float:
     except ValueError:
         at = math.nan
     if not 0 <= at <= now:
-        raise InvalidRequest("'since' is no time such as 24h, 30m or 7d, and no time in the past.", param="since")
+        raise InvalidRequest(
+            "'since' must be a span such as 24h, 30m or 7d, or a time in the past in seconds since 1970.", param="since"
+        )
     return at

@@ -1,12 +1,12 @@
-"""The tables of the gateway's books. Times are seconds since 1970 (UTC); texts that stand for values are JSON."""
+"""The tables of the account database. Times are seconds since 1970 (UTC); structured values are JSON."""
 
 from __future__ import annotations
 
 VERSION = 3
 
-# Daily sums are made from every usage row that really goes in, in the same transaction: a row that comes twice counts
-# once, and retention may delete rows without touching what was spent. A row of `usage` stands for one request, or for
-# several of which only sums are known. estimated: of those, how many have tokens that no replica counted.
+# A trigger adds every inserted usage row to the daily sums, in one transaction: a row that comes twice counts once, and
+# retention may delete rows without changing the spend. A row of `usage` is one request, or the sum of several.
+# estimated: how many of them have tokens that no replica counted.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     id TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, prefix TEXT NOT NULL, name TEXT NOT NULL, scopes TEXT NOT NULL,

@@ -1,10 +1,10 @@
-"""The gateway's memory on disk: one SQLite file, written by one thread, so that no request ever waits for a disk.
+"""The account database: one SQLite file, written by one thread, so that no request waits for a disk.
 
     event loop ── write(sql, row) ─► changes (keys, audit) ─┐                       ┌─► SQLite (WAL)
                ── Buffer.add(row) ─► bounded buffers ───────┴─► writer thread ──────┘   every 0.5 s or 200 rows
 
-What cannot be written now (disk full, file locked) waits, in its order, until it can. Readers have connections of their
-own and see what was committed.
+Rows that cannot be written now (disk full, file locked) wait in order until they can. Readers use their own connections
+and see committed rows.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 0.5
 WRITE_ROWS = 200
-MOST_CHANGES = 10_000
+MAX_CHANGES = 10_000
 _BATCH = 2_000
-_LONGEST_PAUSE_S = 5.0
+_MAX_PAUSE_S = 5.0
 _BUSY_S = 1.0
 _LOCK_S = 2.0
-# What is wrong with a row, or with making it ready, rather than with the disk or the file: it would be wrong again.
+# Errors of a row, or of preparing it, rather than of the disk or the file: it would fail again.
 BAD_ROW = (
     *(sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
     *(ArithmeticError, LookupError, TypeError, ValueError, RecursionError),
@@ -50,7 +50,7 @@ Found = TypeVar("Found")
 
 
 class StoreUnavailable(PowerbandError):
-    """The books cannot be written or read now (HTTP 503)."""
+    """The account database cannot be written or read now (HTTP 503)."""
 
     http_status = 503
     default_code = "store_unavailable"
@@ -58,7 +58,7 @@ class StoreUnavailable(PowerbandError):
 
 
 class WriteBuffer:
-    """Rows that wait to be written by one statement. Beyond `limit` a new row goes to `lose`, and is counted."""
+    """Rows that wait to be written by one statement. Beyond `limit` new rows are counted and go to `on_overflow`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class WriteBuffer:
         limit: int,
         wake: Callable[[], None],
         *,
-        lose: Callable[[Row], None] | None = None,
+        on_overflow: Callable[[Row], None] | None = None,
         prepare: Callable[[Row], Row] | None = None,
     ) -> None:
         self.sql = sql
@@ -75,11 +75,11 @@ class WriteBuffer:
         self.written = 0
         self.dropped = 0
         self.prepare = prepare  # runs in the writer's thread
-        self._lose = lose
+        self._on_overflow = on_overflow
         self._wake = wake
 
     def add(self, row: Row) -> bool:
-        """False when there was no room."""
+        """False: the buffer is full."""
         if len(self.rows) >= self.limit:
             self.drop(row)
             return False
@@ -90,8 +90,8 @@ class WriteBuffer:
 
     def drop(self, row: Row) -> None:
         self.dropped += 1
-        if self._lose is not None:
-            self._lose(row)
+        if self._on_overflow is not None:
+            self._on_overflow(row)
 
 
 @dataclass(slots=True)
@@ -103,9 +103,9 @@ class _PeriodicTask:
 
 
 class Store:
-    """Owns the file. Raises EnvironmentFault when it cannot be opened, or another process has it.
+    """Owns the file. Raises EnvironmentFault when it cannot be opened, or when another process has it open.
 
-    path: made with mode 0600 when it is not there. The lock beside it ends with the process that holds it.
+    path: created with mode 0600 if missing. The process holds a lock on a file beside it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +113,7 @@ class Store:
         self.failing_since: float | None = None  # time.time()
         self._changes: deque[tuple[str, Row, Future[None]]] = deque()
         self._buffers: list[WriteBuffer] = []
-        self._chores: list[_PeriodicTask] = []
+        self._tasks: list[_PeriodicTask] = []
         self._erasing = True
         self._barriers: deque[Future[None]] = deque()
         self._wake = threading.Event()
@@ -123,9 +123,9 @@ class Store:
             self._connection = _open(path)
         except (sqlite3.Error, OSError) as error:
             os.close(self._lock_file)
-            hint = "Move the file away to begin with empty books, or restore a copy of it."
-            raise EnvironmentFault(f"The gateway's books {path} cannot be opened: {error}.", hint=hint) from error
-        self._thread = threading.Thread(target=self._run, name="books", daemon=True)
+            hint = "Move the file away to start with an empty database, or restore a copy of it."
+            raise EnvironmentFault(f"Cannot open the gateway's database {path}: {error}.", hint=hint) from error
+        self._thread = threading.Thread(target=self._run, name="database writer", daemon=True)
         self._thread.start()
 
     def buffer(
@@ -133,61 +133,61 @@ class Store:
         sql: str,
         limit: int,
         *,
-        lose: Callable[[Row], None] | None = None,
+        on_overflow: Callable[[Row], None] | None = None,
         prepare: Callable[[Row], Row] | None = None,
     ) -> WriteBuffer:
-        made = WriteBuffer(sql, limit, self._wake.set, lose=lose, prepare=prepare)
+        made = WriteBuffer(sql, limit, self._wake.set, on_overflow=on_overflow, prepare=prepare)
         self._buffers.append(made)
         return made
 
-    def also(self, work: Callable[[Run], None], every_s: float = 0.0, *, erases: bool = False) -> None:
-        """Have the writer's thread call it with each of its rounds, or every so often, first at the start.
+    def add_periodic(self, work: Callable[[Run], None], every_s: float = 0.0, *, erases: bool = False) -> None:
+        """Have the writer's thread call `work` at the start, and then in each of its rounds or every `every_s`.
 
-        erases: nothing of what it deletes stays in the files.
+        erases: what it deletes is also erased from the files.
         """
-        self._chores.append(_PeriodicTask(work, every_s, erases))
+        self._tasks.append(_PeriodicTask(work, every_s, erases))
 
     def write(self, sql: str, row: Row) -> Future[None]:
-        """A change that must not be lost while the process lives; `saved` waits for it. Raises StoreUnavailable.
+        """Queue a change that must not be lost while the process runs; `saved` waits for it. Raises StoreUnavailable.
 
-        Rows in buffers are written before it. Of what it deletes nothing stays in the files.
+        Buffered rows are written first. What it deletes is also erased from the files.
         """
-        if len(self._changes) >= MOST_CHANGES or self._closing.is_set():
-            raise StoreUnavailable("The gateway's books cannot be written now.")
+        if len(self._changes) >= MAX_CHANGES or self._closing.is_set():
+            raise StoreUnavailable("The gateway's database cannot be written now.")
         written: Future[None] = Future()
         self._changes.append((sql, tuple(row), written))
         self._wake.set()
         return written
 
     def flush(self) -> Future[None]:
-        """Done when all that was handed over before is on disk."""
+        """Done when everything that was queued before is on disk."""
         barrier: Future[None] = Future()
         self._barriers.append(barrier)
         self._wake.set()
         return barrier
 
     async def saved(self, timeout_s: float = 5.0) -> None:
-        """Wait until what was handed over is on disk. Raises StoreUnavailable when that takes longer."""
+        """Wait until everything that was queued is on disk. Raises StoreUnavailable when that takes longer."""
         try:
             await asyncio.wait_for(asyncio.wrap_future(self.flush()), timeout_s)
         except TimeoutError:
-            hint = "It is in effect in this process, and is written as soon as the disk allows it."
+            hint = "It is in effect in this process, and will be written as soon as possible."
             raise StoreUnavailable("The change is not on disk yet.", hint=hint) from None
 
     def read(self, function: Callable[[sqlite3.Connection], Found]) -> Found:
-        """What the function finds, over a connection that cannot write. Blocks: not for the event loop."""
+        """The function's result, from a read-only connection. Blocks: not for the event loop."""
         try:
             with contextlib.closing(connect_read_only(self.path)) as connection:
                 return function(connection)
         except sqlite3.Error as error:
-            raise StoreUnavailable(f"The gateway's books cannot be read now: {error}.") from error
+            raise StoreUnavailable(f"The gateway's database cannot be read now: {error}.") from error
 
     async def query(self, function: Callable[[sqlite3.Connection], Found]) -> Found:
-        """`read`, beside the event loop."""
+        """`read` in another thread."""
         return await asyncio.to_thread(self.read, function)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what waits, for at most about `timeout_s`; say what was lost."""
+        """Write buffered rows, for at most about `timeout_s`, and log how many are lost."""
         if self._closing.is_set():
             return
         with contextlib.suppress(TimeoutError):
@@ -197,7 +197,7 @@ class Store:
         self._thread.join(timeout_s)
         lost = sum(len(buffer.rows) for buffer in self._buffers) + len(self._changes)
         if lost:
-            logger.error("The gateway's books could not be written: %d rows are lost.", lost)
+            logger.error("The gateway's database could not be written: %d rows are lost.", lost)
         os.close(self._lock_file)
 
     def _run(self) -> None:
@@ -209,21 +209,21 @@ class Store:
                 self._write_all()
                 pause_s = 0.1
                 if self.failing_since is not None:
-                    logger.warning("The gateway's books can be written again.")
+                    logger.warning("The gateway's database can be written again.")
                     self.failing_since = None
-            except Exception as error:  # whatever it is, this thread has to try again
+            except Exception as error:  # of any kind: this thread must try again
                 if self.failing_since is None:
                     self.failing_since = time.time()
                     why = str(error) if isinstance(error, sqlite3.Error) else type(error).__name__
-                    logger.error("The gateway's books cannot be written: %s. Rows wait in memory.", why)
+                    logger.error("The gateway's database cannot be written: %s. Rows wait in memory.", why)
                 self._closing.wait(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, _MAX_PAUSE_S)
         with contextlib.suppress(sqlite3.Error):
             self._close_connection()
 
     def _close_connection(self) -> None:
-        """The file alone has everything then. Those beside it stay, empty, since a full disk could not give the next
-        start new ones: the last to close deletes them, and one that can only read cannot.
+        """Move everything into the main file, and keep the other files, empty: on a full disk the next start could not
+        create them. SQLite deletes them with the last connection, unless that is read-only.
         """
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         with contextlib.closing(connect_read_only(self.path)) as last:
@@ -237,12 +237,12 @@ class Store:
                 for _ in range(0, len(buffer.rows), _BATCH):
                     self._write_rows(buffer)
             self._write_changes()
-            for chore in self._chores:
-                if time.monotonic() >= chore.due_s:
-                    chore.work(self._execute)
-                    chore.due_s = time.monotonic() + chore.every_s
-                    self._erasing |= chore.erases
-            if self._erasing:  # what was deleted is also to leave the write-ahead log; a reader can delay that
+            for task in self._tasks:
+                if time.monotonic() >= task.due_s:
+                    task.work(self._execute)
+                    task.due_s = time.monotonic() + task.every_s
+                    self._erasing |= task.erases
+            if self._erasing:  # deleted rows must also leave the write-ahead log; a reader can delay that
                 self._erasing = bool(self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
         except BaseException:
             self._barriers.extendleft(reversed(barriers))
@@ -260,13 +260,13 @@ class Store:
                 self._erasing |= sql.startswith("DELETE")
             except BAD_ROW as error:
                 failure = error
-                logger.error("The books refuse a change: %s.", type(error).__name__)
+                logger.error("The database rejects a change: %s.", type(error).__name__)
             self._changes.popleft()
             if written.set_running_or_notify_cancel():
                 written.set_result(None) if failure is None else written.set_exception(failure)
 
     def _write_rows(self, buffer: WriteBuffer) -> None:
-        """One batch. A row that the database refuses for what it holds is dropped, and counted."""
+        """One batch. Rows that the database rejects are dropped and counted."""
         batch = list(islice(buffer.rows, _BATCH))
         try:
             rows = batch if buffer.prepare is None else [buffer.prepare(row) for row in batch]
@@ -285,7 +285,7 @@ class Store:
             self._execute(buffer.sql, [row if buffer.prepare is None else buffer.prepare(row)])
             buffer.written += 1
         except BAD_ROW as error:
-            logger.error("The books refuse a row: %s.", type(error).__name__)
+            logger.error("The database rejects a row: %s.", type(error).__name__)
             buffer.dropped += 1
 
     def _execute(self, sql: str, rows: Sequence[Row]) -> None:
@@ -308,26 +308,26 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
 def _open(path: Path) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
     connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-    # FULL: what was answered survives a loss of power. secure_delete: what is deleted is overwritten.
+    # FULL: committed rows survive a power loss. secure_delete: deleted rows are overwritten.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > VERSION:
         connection.close()
-        raise sqlite3.DatabaseError(f"it has version {version}, made by a newer Powerband")
-    if version != VERSION:  # else nothing is written, so that a full disk is no reason not to start
+        raise sqlite3.DatabaseError(f"it has version {version}, of a newer Powerband")
+    if version != VERSION:  # otherwise write nothing, so that the start succeeds on a full disk
         changes = [CHANGES[older] for older in range(version or VERSION, VERSION)]
         connection.executescript("".join(("BEGIN IMMEDIATE;", *changes, SCHEMA, "COMMIT;")))
     return connection
 
 
 def _lock(path: Path) -> int:
-    """Keeps a second gateway away: two would not see each other's reservations."""
+    """Prevent a second gateway on this file: two would not see each other's reservations."""
     try:
         make_private_folder(path.parent)
         file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise EnvironmentFault(f"The gateway's books {path} cannot be opened: {error}.") from error
+        raise EnvironmentFault(f"Cannot open the gateway's database {path}: {error}.") from error
     give_up_at = time.monotonic() + _LOCK_S
     while True:
         try:
@@ -336,6 +336,6 @@ def _lock(path: Path) -> int:
         except OSError:
             if time.monotonic() > give_up_at:
                 os.close(file)
-                hint = "One gateway at a time: stop the other one, or give this one another file."
-                raise EnvironmentFault(f"The gateway's books {path} are in use.", hint=hint) from None
+                hint = "Stop the other gateway, or use another file with --database."
+                raise EnvironmentFault(f"The gateway's database {path} is in use.", hint=hint) from None
             time.sleep(0.05)

@@ -1,5 +1,5 @@
-"""Prompts and outputs, kept only where the setting store_content asks for it: redacted before they reach the disk,
-deleted when their time is over, and at once for a key."""
+"""Prompts and outputs, stored only with the setting store_content. They are redacted before they reach the disk, and
+deleted after content_retention_days or by DELETE /admin/content."""
 
 from __future__ import annotations
 
@@ -13,47 +13,39 @@ import msgspec
 from powerband.gateway.accounts.redaction import redact
 from powerband.gateway.accounts.store import Row, Run, Store
 from powerband.gateway.request import GatewayRequest
+from powerband.openai.fields import MessageFields
 
-MOST_CHARS = 32_768  # of a prompt, and of an output
-_MOST_WAITING = 256
+MAX_CHARS = 32_768  # of a prompt, and of an output
+_MAX_WAITING = 256
 _CUT = " …[cut]"
 _INSERT = "INSERT OR IGNORE INTO content (request_id, at, key_id, prompt, output) VALUES (?, ?, ?, ?, ?)"
 _FIELDS = ("request_id", "at", "key_id", "prompt", "output")
 
 
-class _Part(msgspec.Struct, gc=False):
-    text: str | None = None
-
-
-class _Message(msgspec.Struct, gc=False):
-    role: str = ""
-    content: str | list[_Part] | None = None
-
-
-_PROMPT = msgspec.json.Decoder(str | list[str | _Message])
+_PROMPT = msgspec.json.Decoder(str | list[str | MessageFields])
 
 
 class TranscriptStore:
-    """on: whether anything is kept at all."""
+    """on: whether anything is stored."""
 
     def __init__(self, store: Store, on: bool, retention_days: float) -> None:
         self.on = on
         self._store = store
         self._retention_s = retention_days * 86400
-        self.buffer = store.buffer(_INSERT, _MOST_WAITING, prepare=_redacted)
-        store.also(self._delete_old, every_s=600, erases=True)  # also where it was on before, and is off now
+        self.buffer = store.buffer(_INSERT, _MAX_WAITING, prepare=_redacted)
+        store.add_periodic(self._delete_old, every_s=600, erases=True)  # also if it was switched off since
 
     def note(self, request: GatewayRequest, prompt: bytes, output: Sequence[str]) -> None:
-        """Nothing happens when it is off. prompt: 'messages' or 'prompt' as JSON. output: pieces of text.
+        """Store it, if this is on. prompt: 'messages' or 'prompt' as JSON. output: pieces of text.
 
-        Redacted in the writer's thread; dropped, and counted, when too much waits.
+        Redacted in the writer's thread; dropped and counted when the buffer is full.
         """
         if self.on:
             texts = _bounded(prompt_text(prompt)), _bounded("".join(output))
             self.buffer.add((request.id, time.time(), request.tenant, *texts))
 
     def forget(self, key_id: str) -> None:
-        """Delete what was kept of a key; what waits to be written is written first, so it goes as well."""
+        """Delete what is stored of a key; buffered rows are written first, and so deleted, too."""
         self._store.write("DELETE FROM content WHERE key_id = ?", (key_id,))
 
     def _delete_old(self, run: Run) -> None:
@@ -67,10 +59,10 @@ def stored(connection: sqlite3.Connection, key_id: str, limit: int) -> list[dict
 
 
 def prompt_text(prompt: bytes) -> str:
-    """A prompt for reading: 'role: content' of each message, and the texts inside; token ids are left out."""
+    """A readable prompt: 'role: content' of each message; token ids are left out."""
     try:
         found = _PROMPT.decode(prompt)
-    except msgspec.ValidationError:  # token ids, or nothing that a replica would take
+    except msgspec.ValidationError:  # token ids, or invalid
         return ""
     lines: list[str] = []
     for one in [found] if isinstance(found, str) else found:
@@ -79,13 +71,13 @@ def prompt_text(prompt: bytes) -> str:
         elif isinstance(one.content, str):
             lines.append(f"{one.role}: {one.content}")
         else:
-            lines.extend(part.text for part in one.content or () if part.text is not None)
+            lines.extend(one.texts)
     return "\n".join(lines)
 
 
 def _bounded(text: str) -> str:
-    """Cut before the last words: half an address or half a number would not be recognised as one."""
-    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS].rsplit(None, 12)[0] + _CUT
+    """Cut before the last words: half an address or half a number would not be recognized and redacted."""
+    return text if len(text) <= MAX_CHARS else text[:MAX_CHARS].rsplit(None, 12)[0] + _CUT
 
 
 def _redacted(row: Row) -> Row:

@@ -1,7 +1,7 @@
-"""Who used what: requests, tokens, latency and cost by key, model and day, from the books.
+"""Usage reports: requests, tokens, latency and cost by key, model and day, from the account database.
 
-Sums of whole days (UTC) come from the daily sums, which outlive single requests; those of the day in which the time
-asked for begins, and latencies, come from single requests.
+Whole days (UTC) come from the daily sums, which outlive single requests. The first day, if only a part of it is asked
+for, and latencies come from single requests.
 """
 
 from __future__ import annotations
@@ -24,27 +24,22 @@ _ROWS = "(SELECT *, date(ended_at, 'unixepoch') AS day FROM usage WHERE ended_at
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageRow:
-    """A group of requests; what it is not grouped by is ''. TTFT as clients had it, queue included.
-
-    errors: failed or timed out. refused: by a limit, a full pool, or as nonsense. Who left is neither.
-    estimated: requests with tokens that no replica counted, such as those of clients that left; see docs/operating.md.
-    score: mean of the feedback, -1 (bad) to 1 (good), over `scored` requests.
-    """
+    """A group of requests. A column that is not grouped by is ''."""
 
     key: str = ""
     model: str = ""
     day: str = ""
     requests: int = 0
-    errors: int = 0
-    refused: int = 0
-    estimated: int = 0
+    errors: int = 0  # failed or timed out; not those whose client disconnected
+    refused: int = 0  # by a limit or a full queue, or invalid
+    estimated: int = 0  # requests with tokens that no replica counted; see docs/operating.md
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
     cost_usd: float = 0.0
-    ttft_p50_s: float | None = None
+    ttft_p50_s: float | None = None  # as clients saw it, queueing included
     ttft_p95_s: float | None = None
-    score: float | None = None
+    score: float | None = None  # mean of the feedback of `scored` requests, -1 (bad) to 1 (good)
     scored: int = 0
 
 
@@ -75,7 +70,7 @@ def report(connection: sqlite3.Connection, by: Sequence[str], since: float, now:
 
 def _sums(connection: sqlite3.Connection, group: str, times: dict[str, object]) -> list[tuple[Any, ...]]:
     tokens = ", ".join(_SUMS[4:])
-    sums = ", ".join(f"total({name})" for name in _SUMS)  # unlike sum() it knows no overflow
+    sums = ", ".join(f"total({name})" for name in _SUMS)  # unlike sum() it cannot overflow
     sql = (
         f"SELECT {group}, {sums} FROM ("  # noqa: S608 (constants)
         f"SELECT key_id, model, day, requests, errors, refused, estimated, {tokens} FROM daily "

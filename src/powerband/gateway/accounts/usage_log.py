@@ -1,8 +1,8 @@
-"""One row for every request that is over: who, which model, tokens, times, cost. Written behind the event loop's back.
+"""One row per completed request: key, model, tokens, times, cost. Written by a background thread.
 
-Of requests that never reached a replica (over a limit, pool full) only sums are kept, so that a client which does not
-stop asking does not fill the disk. While the disk cannot be written rows wait in memory; when there is no more room for
-rows, of the others only sums are kept, too, and `dropped` says how many lost their details.
+Requests that never reached a replica (over a limit, queue full) only count in sums, so that a client which retries
+forever cannot fill the disk. While the disk cannot be written, rows wait in memory. When the buffer is full, further
+requests only count in sums, too, and `dropped` counts them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from powerband.gateway.request import CompletedRequest
 
 logger = logging.getLogger(__name__)
 
-MOST_WAITING = 50_000
-MOST_RECENT = 20_000
-# A few at a time: nothing else is written meanwhile.
+MAX_WAITING = 50_000
+MAX_RECENT = 20_000
+# A few at a time: nothing else is written during the statement.
 _DELETE = "DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE ended_at < ? LIMIT 5000)"
 _INSERT = """
 INSERT INTO usage (
@@ -35,7 +35,7 @@ INSERT INTO usage (
 
 
 class _Group(NamedTuple):
-    """Requests of which one sum is kept."""
+    """Requests that share one sum."""
 
     hour: int
     key_id: str
@@ -60,17 +60,17 @@ class _Sum(NamedTuple):
 
 
 class UsageLog:
-    def __init__(self, store: Store, retention_days: float, most_waiting: int = MOST_WAITING) -> None:
-        self._lock = threading.Lock()  # over the sums, which the writer's thread takes away
+    def __init__(self, store: Store, retention_days: float, max_waiting: int = MAX_WAITING) -> None:
+        self._lock = threading.Lock()  # guards the sums, which the writer's thread takes
         self._sums: dict[_Group, _Sum] = {}
         self._recent: OrderedDict[str, str] = OrderedDict()
         self._retention_s = retention_days * 86400
-        self.buffer = store.buffer(_INSERT, most_waiting, lose=self._keep_sums)
-        store.also(self._write_sums)
-        store.also(self._delete_old, every_s=1)
+        self.buffer = store.buffer(_INSERT, max_waiting, on_overflow=self._keep_sums)
+        store.add_periodic(self._write_sums)
+        store.add_periodic(self._delete_old, every_s=1)
 
     def note(self, finished: CompletedRequest) -> None:
-        """Never blocks, never raises for what the disk does."""
+        """Never blocks, and raises no error of the disk."""
         request, record = finished.request, finished.record
         row = (
             request.id,
@@ -96,13 +96,13 @@ class UsageLog:
             self._keep_sums(row)
             return
         self._recent[request.id] = request.tenant
-        if len(self._recent) > MOST_RECENT:
+        if len(self._recent) > MAX_RECENT:
             self._recent.popitem(last=False)
-        if not self.buffer.add(row) and self.buffer.dropped % MOST_WAITING == 1:
-            logger.error("No more usage rows can wait in memory: from now on only their sums are kept.")
+        if not self.buffer.add(row) and self.buffer.dropped % MAX_WAITING == 1:
+            logger.error("The buffer of usage rows is full: further requests only count in sums.")
 
     def key_of(self, request_id: str) -> str | None:
-        """Whose request it was, among the latest; None: look it up."""
+        """The id of the request's key, if it is recent; None: look it up."""
         return self._recent.get(request_id)
 
     def _keep_sums(self, row: Row) -> None:
@@ -140,7 +140,7 @@ class UsageLog:
         try:
             run(_INSERT, [_as_row(group, amounts) for group, amounts in taken.items()])
         except BAD_ROW as error:
-            logger.error("The books refuse a sum: %s.", type(error).__name__)
+            logger.error("The database rejects a sum: %s.", type(error).__name__)
             self.buffer.dropped += sum(amounts.requests for amounts in taken.values())
         except Exception:
             for group, amounts in taken.items():
@@ -148,7 +148,7 @@ class UsageLog:
             raise
 
     def _delete_old(self, run: Run) -> None:
-        before = (time.time() - self._retention_s) // 86400 * 86400  # whole days: either all of one is here or nothing
+        before = (time.time() - self._retention_s) // 86400 * 86400  # whole days only
         run(_DELETE, [(before,)])
 
 
@@ -161,6 +161,6 @@ def _as_row(group: _Group, amounts: _Sum) -> Row:
 
 
 def read_spend(connection: sqlite3.Connection, now: float) -> dict[str, tuple[float, float]]:
-    """Key id → (USD in all, USD in this month)."""
+    """Key id → (USD in total, USD this month)."""
     sql = "SELECT key_id, sum(cost_usd), sum(CASE WHEN day >= ? THEN cost_usd ELSE 0 END) FROM daily GROUP BY key_id"
     return {id: (total, month) for id, total, month in connection.execute(sql, (f"{month_of(now)}-01",))}

@@ -58,7 +58,7 @@ class Pool:
     async def lease(self, request: GatewayRequest, *, avoid: Collection[str] = ()) -> Lease:
         """Wait for a place. avoid: replicas that failed with it, to be chosen only if there are no others.
 
-        Raises PoolFull, DeadlineInfeasible and NoReplicaAvailable at once, QueueTimeout after a wait. Cancelling it
+        Raises PoolFull, DeadlineUnreachable and NoReplicaAvailable at once, QueueTimeout after a wait. Cancelling it
         leaves the queue.
         """
         placed = self.dispatcher.submit(request, self.clock(), avoid=avoid)
@@ -254,7 +254,7 @@ def _spec(address: ReplicaAddress) -> BackendSpec:
         id=address.id,
         max_num_seqs=address.max_num_seqs,
         weight=address.weight,
-        max_prompt_tokens=address.longest_prompt,
+        max_prompt_tokens=address.max_prompt_tokens,
         draining=address.draining,
     )
 

@@ -1,4 +1,4 @@
-"""A line for each request that is over: for people, or with `--log-format json` for machines. No texts, and no keys."""
+"""One log line per completed request, as text or (`--log-format json`) as JSON. Never prompts, outputs or keys."""
 
 from __future__ import annotations
 

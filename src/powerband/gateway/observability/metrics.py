@@ -1,4 +1,4 @@
-"""What a gateway's /metrics tells: figures under Powerband's names, and OpenTelemetry's GenAI names beside them.
+"""A gateway's /metrics: under Powerband's names, and under OpenTelemetry's names for generative AI.
 
 Label sets are closed: served names of models, ids of present replicas, and words from fixed lists. Nothing that a
 client sends can add a time series.
@@ -42,15 +42,15 @@ REFUSED_REASONS = (
 _HISTOGRAMS = {
     "ttft_seconds": "Arrival to first output token, of streams",
     "tpot_seconds": "Mean time per output token after the first, of streams",
-    "stall_seconds": "The longest pause within an answer",
+    "stall_seconds": "Largest gap within a response",
     "e2e_seconds": "Arrival to last output token",
-    "queue_seconds": "Wait for a place at a replica",
-    "overhead_seconds": "Arrival to sent, less the wait: the gateway's own work, of requests sent once",
+    "queue_seconds": "Time in the queue",
+    "overhead_seconds": "Arrival to sent, without the queue: the gateway's own work, of requests sent once",
 }
 _COUNTERS = {
-    "retries": "Times that a request was sent to another replica before its first byte",
-    "failovers": "Times that another replica went on in the middle of an answer",
-    "truncated": "Answers that broke off and ended with an error event",
+    "retries": "Requests sent to another replica before their first byte",
+    "failovers": "Streams that another replica resumed",
+    "truncated": "Streams that ended with an error event",
 }
 _OTEL_SECONDS = tuple(round(0.01 * 2**k, 2) for k in range(14))  # 0.01 … 81.92
 _OTEL_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -59,10 +59,10 @@ _OTEL_TOKENS = tuple(float(4**k) for k in range(14))  # 1 … 67,108,864
 # Semantic conventions for generative AI (status: development), as Prometheus writes them: dots become underscores,
 # units come after.
 _OTEL = {
-    "gen_ai_server_request_duration_seconds": ("Arrival to the end of the answer", _OTEL_SECONDS),
+    "gen_ai_server_request_duration_seconds": ("Arrival to the end of the response", _OTEL_SECONDS),
     "gen_ai_server_time_to_first_token_seconds": ("Arrival to first output token, of successful requests", _OTEL_TTFT),
     "gen_ai_server_time_per_output_token_seconds": ("Per output token after the first, if successful", _OTEL_TPOT),
-    "gen_ai_client_operation_duration_seconds": ("Sent to a replica until the end of its answer", _OTEL_SECONDS),
+    "gen_ai_client_operation_duration_seconds": ("Sent to a replica until the end of its response", _OTEL_SECONDS),
     "gen_ai_client_token_usage": ("Input and output tokens of a request", _OTEL_TOKENS),
 }
 _OPERATIONS = {"chat": "chat", "completions": "text_completion"}
@@ -76,7 +76,7 @@ _REPLICA = ("model_name", "replica", "outcome")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GaugeSnapshot:
-    """What is true at a scrape. in_flight: requests that are not over. ledger_rows: of usage."""
+    """Gauges at a scrape. in_flight: requests. ledger_rows: of the usage log."""
 
     pools: tuple[PoolSnapshot, ...] = ()
     in_flight: int = 0
@@ -96,7 +96,7 @@ class _OneFamily(CollectorRegistry):
 
 
 class GatewayMetrics(Collector):
-    """Fed by the gateway's loop, as requests end. address, port: where clients reach the gateway."""
+    """Updated by the gateway's event loop when requests end. address, port: where clients reach the gateway."""
 
     def __init__(self, *, address: str = "127.0.0.1", port: int = 8080) -> None:
         self._server = {"server_address": address, "server_port": str(port)}
@@ -112,7 +112,7 @@ class GatewayMetrics(Collector):
         self._moment = GaugeSnapshot()
 
     def serve(self, models: Iterable[ModelRoute]) -> None:
-        """The models that are served from now on. Of those before, the last `_MAX_GONE` keep their series."""
+        """Set the served models. The last `_MAX_GONE` removed ones keep their series."""
         served = {model.name: model for model in models}
         gone = [name for name in self._routes if name not in served]
         for name in gone[: max(0, len(gone) - _MAX_GONE)]:
@@ -138,7 +138,7 @@ class GatewayMetrics(Collector):
                 del of_family[labels]
 
     def observe(self, finished: CompletedRequest) -> None:
-        """A request that is over. One for a model that is not served counts as a refusal only."""
+        """Count a completed request. One for an unknown model counts only as refused."""
         record, request = finished.record, finished.request
         if record.outcome is Outcome.REFUSED:
             self.observe_refusal(finished.error)
@@ -167,7 +167,7 @@ class GatewayMetrics(Collector):
         self._observe_otel(finished, status)
 
     def observe_refusal(self, code: str) -> None:
-        """A request was refused, maybe before it was known what it asks for; `code` is the error's."""
+        """Count a refused request, which may not have been parsed; `code` is the error's."""
         self._refused[code if code in self._refused else OTHER] += 1
 
     def render(self, snapshot: GaugeSnapshot) -> bytes:
@@ -175,7 +175,7 @@ class GatewayMetrics(Collector):
         return b"".join(self.parts(snapshot))
 
     def parts(self, snapshot: GaugeSnapshot) -> Iterator[bytes]:
-        """`render`, a family at a time: all of it takes 10 ms for each model."""
+        """`render`, one family at a time: all of them take 10 ms per model."""
         self._moment = snapshot
         present = {(pool.model, replica.id) for pool in snapshot.pools for replica in pool.replicas}
         for labels in [labels for labels in self._by_replica if labels[:2] not in present]:
@@ -238,54 +238,56 @@ class GatewayMetrics(Collector):
             observe("gen_ai_client_token_usage", record.output_tokens, "output")
 
     def _counter_families(self) -> Iterator[Metric]:
-        yield _counters("requests", "Requests that are over, by HTTP status and outcome", _REQUEST, self._requests)
-        what = "Tokens of requests: of prompts, of these found in a replica's cache, of answers"
+        yield _counters("requests", "Completed requests, by HTTP status and outcome", _REQUEST, self._requests)
+        what = "Tokens of requests: prompt, cached (part of the prompt) and output"
         yield _counters("tokens", what, ("model_name", "kind"), self._tokens)
         for figure, what in _COUNTERS.items():
             counted = {(name,): count for (name, kind), count in self._counts.items() if kind == figure}
             yield _counters(figure, what, ("model_name",), counted)
-        yield _counters("slo_requests", "Requests by whether they kept the SLO", ("model_name", "kept"), self._verdicts)
+        yield _counters("slo_requests", "Requests, by whether they met the SLO", ("model_name", "kept"), self._verdicts)
         refused = {(reason,): count for reason, count in self._refused.items()}
-        yield _counters("refused", "Requests that were refused, by the error's code", ("reason",), refused)
+        yield _counters("refused", "Refused requests, by the error's code", ("reason",), refused)
         keys = {(reason,): self._refused[reason] for reason in KEY_REASONS}
-        yield _counters("keys_rejected", "Requests with no or no good key, by the error's code", ("reason",), keys)
-        yield _counters("replica_requests", "Requests by the replica that ended them", _REPLICA, self._by_replica)
+        yield _counters(
+            "keys_rejected", "Requests with a missing or invalid key, by the error's code", ("reason",), keys
+        )
+        yield _counters("replica_requests", "Requests, by their last replica", _REPLICA, self._by_replica)
         lost = {(): self._moment.ledger_rows_lost}
-        yield _counters("ledger_rows_lost", "Rows of usage that could not be written", (), lost)
+        yield _counters("ledger_rows_lost", "Usage rows that could not be written", (), lost)
 
     def _gauge_families(self) -> Iterator[Metric]:
         snapshot, model = self._moment, ("model_name",)
-        yield _gauges("in_flight", "Requests that are not over", (), {(): snapshot.in_flight})
-        what = "Rows of usage that wait to be written"
+        yield _gauges("in_flight", "Requests in flight", (), {(): snapshot.in_flight})
+        what = "Usage rows that wait to be written"
         yield _gauges("ledger_rows_buffered", what, (), {(): snapshot.ledger_rows_buffered})
-        what = "For how long nothing could be written to the database; 0: it can"
+        what = "Seconds since the database cannot be written; 0: it can"
         yield _gauges("ledger_failing_seconds", what, (), {(): snapshot.ledger_failing_s})
         pools = {(pool.model,): pool for pool in snapshot.pools}
-        yield _gauges("queued", "Requests that wait for a place", model, {at: p.queued for at, p in pools.items()})
+        yield _gauges("queued", "Queued requests", model, {at: p.queued for at, p in pools.items()})
         tokens = {at: p.queued_tokens for at, p in pools.items()}
-        yield _gauges("queued_tokens", "Tokens that these may take", model, tokens)
+        yield _gauges("queued_tokens", "Maximum tokens of the queued requests", model, tokens)
         waits = {at: p.predicted_wait_s for at, p in pools.items()}
-        yield _gauges("predicted_wait_seconds", "Wait of a request that came now", model, waits)
+        yield _gauges("predicted_wait_seconds", "Predicted queueing time of a request that arrives now", model, waits)
         routes = {(name,): route for name, route in self._routes.items()}
         rates = {at: route.rate for at, route in routes.items() if route.rate is not None}
-        yield _gauges("promised_rate", "Requests a second at which the plan keeps its promise", model, rates)
+        yield _gauges("promised_rate", "Requests per second that the plan promises", model, rates)
         shares = {at: route.slo.attainment for at, route in routes.items() if route.slo is not None}
-        yield _gauges("promised_attainment", "Share of requests that must keep the SLO", model, shares)
+        yield _gauges("promised_attainment", "Fraction of requests that must meet the SLO", model, shares)
         limits = {
             (name, figure): limit
             for name, route in self._routes.items()
             if route.slo is not None
             for figure, limit in route.slo.limits.items()
         }
-        yield _gauges("slo_limit_seconds", "Most seconds of a figure", ("model_name", "figure"), limits)
+        yield _gauges("slo_limit_seconds", "Limit of each latency objective", ("model_name", "figure"), limits)
         replicas = {(pool.model, one.id): one for pool in snapshot.pools for one in pool.replicas}
         states = {(*at, state): float(one.state == state) for at, one in replicas.items() for state in BACKEND_STATES}
-        yield _gauges("replica_state", "1 for the state that a replica is in", (*_REPLICA[:2], "state"), states)
+        yield _gauges("replica_state", "1 for the state of a replica, 0 for others", (*_REPLICA[:2], "state"), states)
         for field, what in (
-            ("inflight", "Requests sent to a replica and not over"),
-            ("running", "Requests that a replica computes, as it says"),
-            ("waiting", "Requests that wait at a replica, as it says"),
-            ("silent_s", "Seconds since a byte of any of its requests came; 0 without any"),
+            ("inflight", "Requests in flight at a replica"),
+            ("running", "Running requests, as the replica reports"),
+            ("waiting", "Waiting requests, as the replica reports"),
+            ("silent_s", "Seconds since the last byte of its requests in flight; 0 without any"),
         ):
             values = {at: float(getattr(one, field)) for at, one in replicas.items()}
             yield _gauges(f"replica_{field.replace('silent_s', 'silent_seconds')}", what, _REPLICA[:2], values)

@@ -1,4 +1,4 @@
-"""The requests that ended last, numbered, for those who read along: the watcher and the pages."""
+"""The last completed requests, numbered, for the monitor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RecentRequests:
         return self._last
 
     def append(self, finished: CompletedRequest) -> None:
-        """Gives it its number."""
+        """Add a request, and set its number."""
         self._last += 1
         finished.sequence = self._last
         self._requests.append(finished)
@@ -34,7 +34,7 @@ class RecentRequests:
             self._chunks -= len(self._requests.popleft().record.chunk_times_s)
 
     def after(self, number: int) -> list[CompletedRequest]:
-        """Those that ended after the request of this number, oldest first; as many as go into one answer."""
+        """Requests that completed after the one of this number, oldest first, at most one page."""
         found: list[CompletedRequest] = []
         chunks = 0
         for finished in self._newer(number):

@@ -1,7 +1,7 @@
 """Spans of requests, sent by OTLP to a collector, in OpenTelemetry's conventions for generative AI. Needs `[otel]`.
 
-A request's spans are made when it is over, from what metrics and usage are made of: nothing is done while it runs, and
-texts are not in them. A thread of the SDK's sends them in batches; what the collector does not take is dropped.
+A request's spans are created when it completes, from the same record as metrics and usage; they contain no prompts or
+outputs. A thread of the SDK sends them in batches, and drops what the collector does not accept.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _END_S = 2.0
 
 
 class Tracing:
-    """endpoint: of OTLP over HTTP, like http://127.0.0.1:4318. Headers for it come from OTEL_EXPORTER_OTLP_HEADERS.
+    """endpoint: OTLP over HTTP, e.g. http://127.0.0.1:4318. Its headers come from OTEL_EXPORTER_OTLP_HEADERS.
 
-    Raises EnvironmentFault without the packages, and UsageError for what is no URL.
+    Raises EnvironmentFault if the packages are missing, and UsageError for an invalid URL.
     """
 
     def __init__(self, endpoint: str, *, service: str = "powerband-gateway") -> None:
         if not endpoint.startswith(("http://", "https://")):
             raise UsageError(
-                f"{endpoint!r} is no URL of a collector.", hint="Like http://127.0.0.1:4318.", param="otlp_endpoint"
+                f"Invalid URL of a collector: {endpoint!r}.", hint="Like http://127.0.0.1:4318.", param="otlp_endpoint"
             )
         try:
             from opentelemetry import trace
@@ -84,7 +84,7 @@ class Tracing:
             )
 
     def close(self) -> None:
-        """Send what waits; takes at most a few seconds."""
+        """Send waiting spans; takes at most a few seconds."""
         self._provider.shutdown()
 
     def _span(

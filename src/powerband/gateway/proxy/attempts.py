@@ -14,21 +14,20 @@ from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S
 from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.options import Timeouts
-from powerband.gateway.proxy.client_request import PATHS
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
+from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
+from powerband.gateway.proxy.client_request import PATHS, UnsuitableReplica
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
 from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.proxy.upstream_errors import (
-    MAX_BYTES,
     InvalidUpstreamRequest,
     phrase,
-    read_upstream_error,
     retry_after_s,
     with_served_name,
 )
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.errors import MAX_ERROR_BYTES, read_error
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ BuildRequest = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
 
 
 class ReplicaError(PowerbandError):
-    """Replicas failed, and nobody else could take over."""
+    """Replicas failed, and no other could take over."""
 
     http_status = 502
     default_code = "upstream_failed"
@@ -65,11 +64,11 @@ class PoisonRequest(PowerbandError):
 class UpstreamAttempts:
     """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
 
-    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_tries: int) -> None:
+    def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_attempts: int) -> None:
         self.request = request
         self._pool = pool
         self._upstream = upstream
-        self._max_tries = max_tries
+        self._max_attempts = max_attempts
         self._lease: Lease | None = None
         self._verdict = PoisonDetector()
         self._avoid: list[str] = []
@@ -110,6 +109,12 @@ class UpstreamAttempts:
                     self._verdict.settle()
                     return replica, exchange
                 await self._raise_for_status(exchange, replica)
+            except UnsuitableReplica as unsuitable:
+                self.replicas.pop()
+                self._avoid.append(replica.id)
+                self.close("unsent")
+                if not self._pool.has_others(self._avoid):
+                    raise unsuitable.error from None
             except UpstreamFailure as problem:
                 await self.failed(problem)
 
@@ -118,8 +123,8 @@ class UpstreamAttempts:
         status, body = exchange.status, b""
         with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
             async with asyncio.timeout(_ERROR_BODY_S):
-                body = await exchange.read_all(MAX_BYTES)
-        complaint = with_served_name(read_upstream_error(body), replica.model, self.request.model)
+                body = await exchange.read_all(MAX_ERROR_BYTES)
+        complaint = with_served_name(read_error(body), replica.model, self.request.model)
         shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
         code = complaint.code or f"http_{status}"
         if status == 503 and code in _ABSENT:
@@ -152,13 +157,16 @@ class UpstreamAttempts:
         lease, self._lease = self._lease, None
         if lease is None:
             raise self._error(problem)
+        if problem.code == NO_DESCRIPTORS:
+            lease.close("left")
+            raise HttpError(503, "too_many_connections", str(problem))
         id = lease.replica.id
         if id not in self._avoid:
             self._avoid.append(id)
         if problem.is_refusal:
             # Ours says when there may be a place for this request, others when any may come again.
-            is_ours = lease.replica.engine == "powerband"
-            lease.close("refused", pause_s=0.0 if is_ours else problem.retry_after_s or 0.0)
+            is_alone = lease.replica.adapter.retry_after_is_per_request
+            lease.close("refused", pause_s=0.0 if is_alone else problem.retry_after_s or 0.0)
             self._record_rejection(id, problem)
             return
         self.broken.append((id, problem.code))
@@ -171,7 +179,7 @@ class UpstreamAttempts:
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
-        if self._num_failures >= self._max_tries:
+        if self._num_failures >= self._max_attempts:
             self._verdict.settle()
             raise self._error(problem)
         if problem.counts and not await self._may_retry(lease):
@@ -237,7 +245,7 @@ class UpstreamAttempts:
         if self._lease is not None:
             self._lease.first_token(prompt_tokens)
 
-    def close(self, outcome: Literal["ok", "failed", "refused", "left"], output_tokens: int = 0) -> None:
+    def close(self, outcome: Literal["ok", "failed", "refused", "left", "unsent"], output_tokens: int = 0) -> None:
         """Free the place at the replica. The first call counts."""
         lease, self._lease = self._lease, None
         if lease is not None:
@@ -266,7 +274,7 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
 def _bind(lease: Lease, exchange: UpstreamExchange) -> None:
     """The exchange fails when the replica is found to hang or to be gone; that is judged by what its socket does."""
     exchange.observer = lease
-    lease.when_lost(partial(exchange.fail, "lost", "The replica hangs or is gone."))
+    lease.when_lost(partial(exchange.fail, "lost", "the replica hangs or is gone"))
 
 
 def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:

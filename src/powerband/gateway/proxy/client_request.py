@@ -5,19 +5,22 @@ Fields that the gateway does not know pass through as they are: the replica judg
 
 from __future__ import annotations
 
-import hashlib
+import re
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
+from powerband.engines.powerband import MAX_LABEL_CHARS
 from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.limits import room_for_output
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
 from powerband.web.body_budget import SMALL_BYTES
 
@@ -27,7 +30,6 @@ PATHS: dict[Endpoint, str] = {
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
 }
-MAX_LABEL_CHARS = 512  # of user and cache_salt, as at our replicas
 COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
 # Of one token in an answer's JSON, at most: the longest of a vocabulary are runs of 128 blanks or so, and a control
 # character takes six bytes; with log-probabilities it stands there with twenty others.
@@ -37,16 +39,20 @@ MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no mode
 _SLACK_PROMPT_TOKENS = 1 << 16
 _PROMPT_BYTES = 32  # of an answer, for each of the prompt: its ids, and itself
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
-# Engines that say the ids of what they stream, so that another replica can go on.
-_TELL_IDS = frozenset(("powerband", "vllm"))
-# Engines that do not, but say with each chunk how many tokens its choice has so far: who leaves early is charged by it.
-_TELL_USAGE = frozenset(("sglang", "trtllm"))
 _TRUE = Raw(b"true")
-
-
-class StreamOptionFields(msgspec.Struct):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+MAX_PROMPTS = 1024  # of one request
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
+_TEXTS = msgspec.json.Decoder(list[str])
+# Beside the prompt, what engines compute (SGLang and Ollama fill in before a suffix); what they
+# do not, however long; and how long a field may be of which that is not known.
+_FED = frozenset(("suffix", "resume_token_ids", "documents", "tools"))
+_NOT_FED = frozenset(
+    (
+        *("prompt", "logit_bias", "metadata", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "user"),
+        *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    )
+)
+_SHORT_FIELD = 256
 
 
 class RequestFields(msgspec.Struct):
@@ -68,6 +74,7 @@ class RequestFields(msgspec.Struct):
     resume_token_ids: list[Annotated[int, Meta(ge=0, le=2**32 - 1)]] | None = None
     user: Annotated[str, Meta(max_length=MAX_LABEL_CHARS)] | None = None
     cache_salt: Annotated[str, Meta(max_length=MAX_LABEL_CHARS)] | None = None
+    prompt_embeds: Raw | UnsetType = UNSET
     prompt_cache_key: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None
@@ -82,6 +89,8 @@ class RequestFields(msgspec.Struct):
         for name, usual in (("n_predict", "max_tokens"), ("n_cmpl", "n")):
             if getattr(self, name) is not None:  # llama.cpp's names, which win over the usual ones there
                 raise InvalidRequest(f"'{name}' is not taken.", hint=f"Say '{usual}'.", param=name)
+        if self.prompt_embeds is not UNSET and bytes(self.prompt_embeds) != b"null":  # each makes choices of its own
+            raise InvalidRequest("'prompt_embeds' is not supported.", hint="Send 'prompt'.", param="prompt_embeds")
         if self.max_completion_tokens is None:
             return
         if endpoint == "completions":
@@ -94,6 +103,14 @@ class RequestFields(msgspec.Struct):
                 hint="Name one limit.",
                 param="max_tokens",
             )
+
+
+class UnsuitableReplica(Exception):
+    """The request needs a replica of another engine. error: what to raise where there is none."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 _NAMES = frozenset(RequestFields.__struct_fields__)
@@ -118,7 +135,7 @@ class ClientRequest:
         self.num_prompts, self.prompt_tokens, is_exact = _measure(self.prompt, endpoint)
         # A token has a byte at least, and the JSON around a text more bytes than its chat template has tokens.
         size = len(data) - len(self.prompt) + _text_bytes(self.prompt)
-        self.max_prompt_tokens = self.prompt_tokens if is_exact else max(size, self.prompt_tokens)
+        self.max_prompt_tokens = self.prompt_tokens + self._fed_bytes() if is_exact else max(size, self.prompt_tokens)
         if "tools" in self._fields:
             self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
         # Of its usage, at most, as far as is known here: templates add text, pictures are fetched by the replica.
@@ -139,6 +156,11 @@ class ClientRequest:
         if value is UNSET:
             raise InvalidRequest(f"'{name}' is missing.", param=name)
         return bytes(value)
+
+    def _fed_bytes(self) -> int:
+        """Of what engines may compute beside a prompt of ids: suffixes, and long fields not known here."""
+        fed = {name: len(bytes(value)) for name, value in self._fields.items() if name not in _NOT_FED}
+        return sum(size for name, size in fed.items() if name in _FED or size > _SHORT_FIELD)
 
     @property
     def is_stream(self) -> bool:
@@ -192,7 +214,7 @@ class ClientRequest:
 
     @property
     def prompt_salt(self) -> bytes:
-        """What tells prompts apart beside their own words."""
+        """What separates prompts in caches, besides their own text."""
         return b"".join(bytes(self._fields[name]) for name in ("tools", "cache_salt") if name in self._fields)
 
     def request(
@@ -207,16 +229,16 @@ class ClientRequest:
         """best_priority: nothing that the client writes gets it a better one."""
         fields, now_s = self.fields, time.monotonic()
         default = default_output_tokens if self.endpoint == "chat" else COMPLETION_TOKENS
-        most = (default if fields.limit is None else fields.limit) * self.num_answers
+        output_tokens = (default if fields.limit is None else fields.limit) * self.num_answers
         return GatewayRequest(
             id=id,
             endpoint=self.endpoint,
             model=model,
             tenant=tenant,
             prompt_tokens=self.prompt_tokens,
-            output_tokens=most,
+            output_tokens=output_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
-            max_output_tokens=most,
+            max_output_tokens=output_tokens,
             is_open_ended=fields.limit is None and self.endpoint == "chat",
             answers=self.num_answers,
             stream=self.is_stream,
@@ -228,22 +250,24 @@ class ClientRequest:
 
     def returns_token_ids(self, replica: ReplicaAddress) -> bool:
         """Whether its stream says the ids of all tokens: to resume after them, and to count them."""
-        return self.is_stream and self.fields.limit != 0 and replica.engine in _TELL_IDS
+        return self.is_stream and self.fields.limit != 0 and replica.adapter.returns_token_ids
 
     def returns_usage(self, replica: ReplicaAddress) -> bool:
         """Whether each chunk of its stream says how many tokens its choice has so far."""
-        return self.is_stream and replica.engine in _TELL_USAGE
+        return self.is_stream and replica.adapter.returns_continuous_usage
 
     def upstream_body(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
         """resumed: ids of the output tokens that the client has, for our own engine to continue from.
 
-        Raises InvalidRequest when the client has some that this replica could not go on after.
+        Raises UnsuitableReplica when the client has some that this replica could not go on after.
         """
-        if self.resumed_ids and replica.engine != "powerband":
-            raise InvalidRequest(
-                f"'resume_token_ids' needs a replica of Powerband; this one runs {replica.engine}.",
-                hint="Leave it out.",
-                param="resume_token_ids",
+        if self.resumed_ids and not replica.adapter.takes_resume_token_ids:
+            raise UnsuitableReplica(
+                InvalidRequest(
+                    f"'resume_token_ids' needs a replica of Powerband; this one runs {replica.engine}.",
+                    hint="Leave it out.",
+                    param="resume_token_ids",
+                )
             )
         fields = dict(self._fields)
         # Waiting happens here: an engine whose queue knows no priorities would refuse them.
@@ -252,9 +276,11 @@ class ClientRequest:
         if self.fields.model != replica.model:
             fields["model"] = _raw(replica.model)
             changed = True
-        if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # nobody takes a key's name
+        if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # a client must not use a key's name
             changed = True
-            self._set_cache_salt(fields, replica, tenant)
+            isolating = replica.adapter.tenant_fields(tenant, self.fields.user, self.fields.cache_salt)
+            for name, value in isolating.items():
+                fields[name] = _raw(value)
         if self.cap is not None and self.fields.limit is None:
             fields["max_tokens"] = _raw(self._cap_at(replica, self.cap))
             changed = True
@@ -277,17 +303,6 @@ class ClientRequest:
         room = room_for_output(self.contexts.get(replica.id) or MAX_TOKENS, self.max_prompt_tokens)
         return min(cap, room) if room > 0 else cap
 
-    def _set_cache_salt(self, fields: dict[str, Raw], replica: ReplicaAddress, tenant: str) -> None:
-        """Cached prefixes of one key are not found by another."""
-        if replica.engine == "powerband":
-            label = f"{tenant}/{self.fields.user}" if self.fields.user else tenant
-            if len(label) > MAX_LABEL_CHARS:  # cut, two users could have the same
-                label = f"{tenant}/{hashlib.sha256(label.encode()).hexdigest()}"
-            fields["user"] = _raw(label)
-        elif replica.engine == "vllm":
-            salt = self.fields.cache_salt
-            fields["cache_salt"] = _raw(f"{tenant}/{salt}" if salt else tenant)
-
 
 def _check_case(fields: Mapping[str, Raw]) -> None:
     """Servers in Go (Ollama, LocalAI) read field names in any case: limits must not depend on which server it is."""
@@ -306,19 +321,45 @@ def _raw(value: Any) -> Raw:
 
 
 def _text_bytes(prompt: bytes) -> int:
-    """At most, of its texts: an escape like \\u4e00 has twice the bytes of what it stands for."""
-    if b"\\u" not in prompt:
-        return len(prompt)
-    try:
-        return len(msgspec.json.encode(msgspec.json.decode(prompt)))
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        return len(prompt)
+    """At most, of its texts: an escape like \\u4e00 has six bytes, and stands for three at most."""
+    # Behind an escaped backslash it is none; such pairs of it are all left out, so that the result is never too low.
+    num_escapes = prompt.count(b"\\u") - prompt.count(b"\\\\u")
+    return len(prompt) - 3 * max(num_escapes, 0)
 
 
 def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int, bool]:
-    """Prompts, about how many tokens they have together, and whether that is exact."""
+    """Prompts, about how many tokens they have together, and whether that is exact. Raises InvalidRequest.
+
+    prompt: JSON. Nothing is built of it: it may have millions of items.
+    """
     if endpoint == "chat" or not prompt.startswith(b"["):
         return 1, max(1, len(prompt) // BYTES_PER_TOKEN), False
-    if b'"' in prompt:
-        return max(1, len(msgspec.json.decode(prompt, type=list[Raw]))), max(1, len(prompt) // BYTES_PER_TOKEN), False
-    return max(1, prompt.count(b"[") - 1), prompt.count(b",") + 1, True
+    first = prompt[1:].lstrip()[:1]
+    if first == b'"':
+        num_prompts = sum(1 for _ in islice(_STRING.finditer(prompt), MAX_PROMPTS + 1))
+        _check_prompts(num_prompts)
+        _check_texts(prompt)
+        return num_prompts, max(1, len(prompt) // BYTES_PER_TOKEN), False
+    num_lists = prompt.count(b"[") - 1
+    if b'"' in prompt or (num_lists and first != b"["):
+        raise InvalidRequest(
+            "'prompt' mixes texts, token ids and lists.",
+            hint="Send a text, texts, ids, or lists of ids.",
+            param="prompt",
+        )
+    _check_prompts(num_lists)
+    return max(1, num_lists), prompt.count(b",") + 1, True
+
+
+def _check_prompts(num_prompts: int) -> None:
+    if num_prompts > MAX_PROMPTS:
+        raise InvalidRequest(
+            f"'prompt' has more than {MAX_PROMPTS} prompts.", hint="Send them in several requests.", param="prompt"
+        )
+
+
+def _check_texts(prompt: bytes) -> None:
+    try:
+        _TEXTS.decode(prompt)
+    except msgspec.ValidationError as problem:
+        raise InvalidRequest(f"'prompt' is no list of texts: {problem}.", param="prompt") from None

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from powerband.core.loop import error_info
 from powerband.core.request import OUTPUT_COMPLETE
 from powerband.dispatch.prefix import prefix_keys
+from powerband.engines.base import CannotResume
 from powerband.errors import PowerbandError
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
@@ -27,10 +28,9 @@ from powerband.gateway.accounts.limits import Reservation, price_from
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
-from powerband.gateway.proxy.events import MAX_EVENT_BYTES
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
-from powerband.gateway.proxy.resume import CannotResume, Resumer
+from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import context_length
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
@@ -44,11 +44,12 @@ from powerband.gateway.proxy.whole_response import (
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.openai.events import MAX_EVENT_BYTES, event
 from powerband.web.body import read_body
 from powerband.web.client_connection import ClientConnection, client_connection
 from powerband.web.errors import error_body
 from powerband.web.middleware import ClientDisconnected
-from powerband.web.streaming import STREAM_HEADERS, event
+from powerband.web.streaming import STREAM_HEADERS
 
 _WITHOUT_STREAM = "Ask for it without stream, or for fewer log-probabilities."
 
@@ -113,7 +114,9 @@ class GenerationResponse(Response):
         self._client_request = client_request
         self._request = request
         self._key = key
-        self._attempts = UpstreamAttempts(request, served.pool, gateway.upstream, max_tries=gateway.settings.max_tries)
+        self._attempts = UpstreamAttempts(
+            request, served.pool, gateway.upstream, max_attempts=gateway.settings.max_attempts
+        )
         self._state = self._new_state()
         self._reservation: Reservation | None = None
         self._connection: ClientConnection | None = None
@@ -228,6 +231,7 @@ class GenerationResponse(Response):
                 raise
             error = problem if isinstance(problem, PowerbandError) else _stream_lost()
             self._record_error(error, status=200)
+            self._attempts.close("left")  # a client may take its time to read
             data = event(msgspec.json.encode(error_body(error_info(error))))
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return

@@ -3,7 +3,7 @@
 One replica that fails may be broken. Two that fail with the same request in the same way are not: the request is.
 
     A: 500 not_finite ── suspected ──┬── B: 200             A is at fault: counts for its breaker
-                                     ├── B: 500 not_finite  the request is: nothing counts, and nobody else is tried
+                                     ├── B: 500 not_finite  the request is: nothing counts, and no other is tried
                                      ├── all tries fail     all of them are at fault, each in its own way
                                      └── no other answer    nothing counts: a client that leaves proves nothing
 """

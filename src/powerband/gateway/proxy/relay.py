@@ -1,4 +1,4 @@
-"""The part of a stream that one replica tells: from its bytes to the client's, event by event."""
+"""The part of a stream that one replica sends: from its bytes to the client's, event by event."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections import deque
 from collections.abc import Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.connection import UpstreamExchange, UpstreamFailure
-from powerband.gateway.proxy.events import END, EventSplitter, count_ids
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
+from powerband.openai.chunks import count_ids
+from powerband.openai.events import END, EventReader, EventTooLarge
 from powerband.web.client_connection import ClientConnection
 
-# A replica that tells comments and empty events without end says nothing.
+# A replica that sends only comments and empty events has failed.
 MAX_EVENTS_WITHOUT_TOKEN = 1 << 16
 _EVENTS_OF_A_TURN = 64  # each takes some 10 µs
 _BYTES_OF_A_TURN = 256 << 10
-_AFTER_FINISH_S = 5.0  # for the usage and the last event, once every choice has said how it ended
+_AFTER_FINISH_S = 5.0  # for the usage and the last event, after every choice has a finish reason
 
 
 class Relay:
-    """`read_first_events` until there is something to tell, then `forward` the rest.
+    """`read_first_events` until there is something for the client, then `forward` the rest.
 
     A replica may send any number of events at once: they are processed in turns, with other requests in between.
     """
@@ -39,7 +40,7 @@ class Relay:
         self._state = state
         self._exchange = exchange
         self._on_tokens = on_tokens
-        self._splitter = EventSplitter(max_event_bytes)
+        self._reader = EventReader(max_event_bytes)
         self._events: deque[bytes] = deque()  # not processed yet
         self._has_ended = False
         self._max_events = MAX_EVENTS_WITHOUT_TOKEN
@@ -78,10 +79,12 @@ class Relay:
 
         while self._wants_more:
             while self._events and self._wants_more:
-                await connection.writable()
                 await asyncio.sleep(0)
                 self._write(connection)
             if self._wants_more:
+                if connection.is_behind:
+                    self._exchange.hold()
+                    connection.when_writable(self._exchange.release)
                 await self._exchange.stream_to(take)
                 if not self._events:
                     break
@@ -91,15 +94,15 @@ class Relay:
             self._attempts.warn("It made more tokens than were asked for; does its engine know the limit by this name?")
             connection.write_chunk(self._state.cut("length"))
             return
-        # Some servers end without [DONE]: then every choice has to have said how it ended.
+        # Some servers end without [DONE]: then every choice must have a finish reason.
         if not (self._state.may_end if self._has_ended else self._state.is_finished):
             raise self._truncated()
 
     def _split(self, piece: bytes) -> None:
         try:
-            found = self._splitter.feed(piece)
-        except UpstreamFailure as problem:
-            self._problem = problem
+            found = self._reader.feed(piece)
+        except EventTooLarge as problem:
+            self._problem = UpstreamFailure("too_large", f"The replica's {problem}.")
             return
         if found:
             self._attempts.progress()
@@ -135,7 +138,7 @@ class Relay:
 
     def _check_bounds(self, *, grew: bool) -> None:
         """End a stream of nothing, or of more than was asked for."""
-        num_events, state = self._splitter.num_events, self._state
+        num_events, state = self._reader.num_events, self._state
         if grew:
             self._max_events = num_events + MAX_EVENTS_WITHOUT_TOKEN
             if state.has_too_many:
@@ -148,7 +151,7 @@ class Relay:
             self._exchange.between_s = min(self._exchange.between_s, _AFTER_FINISH_S)
 
     def _truncated(self) -> UpstreamFailure:
-        if not self._splitter.num_events:
+        if not self._reader.num_events:
             kind = dict(self._exchange.headers).get(b"content-type", b"no content type").decode("latin-1")[:80]
             return UpstreamFailure("garbage", f"The replica answers a stream request without an event ({kind}).")
         return UpstreamFailure("truncated", "The replica's stream ended before the answer did.")

@@ -1,80 +1,33 @@
-"""How another replica goes on with a stream that broke off: what to ask it for, so that the client notices nothing.
+"""Continues a stream that broke off at another replica: what to ask it for, so that the client notices nothing.
 
-engine       asked for                                               exact
-powerband    the same request, and the ids of the output so far      always
-vllm         a completion of prompt ids + output ids so far          greedy decoding; without a seed, sampling goes on
-others       nothing: retried only before the first token          –
-
-vLLM counts some things over the output alone (presence and frequency penalties, seeds, grammars, bad words), and reads
-others out of it (tool calls, reasoning); pictures and sounds are not in the ids of the prompt. Such a stream ends with
-an error, since it would go on differently; so does one whose request has fields that the gateway does not know.
+engine                              asked for                                    exact
+takes the ids of the output so far  the same request, with them                  always
+completes a prompt of ids           a completion of prompt ids + output ids      as its file in `engines/` says
+others                              nothing: retried only before the first token –
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from msgspec import Raw
 
-from powerband.gateway.proxy.client_request import PATHS, ClientRequest
-from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.events import NO_JSON, TokenIds, has_ids
+from powerband.core.request import OUTPUT_COMPLETE
+from powerband.engines.base import BrokenStream, CannotResume
+from powerband.gateway.proxy.client_request import PATHS, ClientRequest, UnsuitableReplica
+from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.chunks import TokenIds, has_ids
+from powerband.openai.errors import ReportedError
 
 _ASK_S = 5.0
-# Had its effect on the prompt, whose ids the completion begins with, or is of chats alone.
-_IN_PROMPT = frozenset(
-    (
-        *("messages", "max_completion_tokens", "top_logprobs", "chat_template", "chat_template_kwargs", "tools"),
-        *("tool_choice", "parallel_tool_calls", "add_generation_prompt", "continue_final_message", "documents"),
-        *("add_special_tokens", "reasoning_effort", "include_reasoning", "echo", "truncate_prompt_tokens"),
-    )
-)
-# Holds for output that stands in the prompt as for output that is generated, or does not change what is generated.
-# Whatever is in neither list makes the stream go on in another way: presence penalties and grammars look at the output
-# alone, embeddings are in no id, and of a field that the gateway does not know it cannot be told.
-_CARRIED_ON = frozenset(
-    (
-        *(
-            "model",
-            "prompt",
-            "stream",
-            "stream_options",
-            "max_tokens",
-            "min_tokens",
-            "n",
-            "best_of",
-            "return_token_ids",
-        ),
-        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids", "seed"),
-        *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "logprobs"),
-        *("spaces_between_special_tokens", "return_tokens_as_token_ids", "user", "cache_salt", "prompt_cache_key"),
-        *("safety_identifier", "metadata", "store", "service_tier", "request_id"),
-        "response_format",  # see `_looks_back`
-    )
-)
 _IDS = msgspec.json.Decoder(TokenIds)
-_TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "thinking"))
-_CONTEXT = 16  # tokens of the prompt that are decoded with the output, since the first token's text depends on them
-
-
-class _ContentPart(msgspec.Struct):
-    type: str | None = None
-
-
-class _Message(msgspec.Struct):
-    content: str | list[_ContentPart] | None = None
-
-
-_CONVERSATION = msgspec.json.Decoder(list[_Message])
-
-
-class CannotResume(Exception):
-    """No replica of this engine can go on with this request."""
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 
 class Resumer:
@@ -89,82 +42,49 @@ class Resumer:
         self._tenant = tenant
 
     async def plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
-        """Path and body. Raises CannotResume, and UpstreamFailure when the replica does not say what is needed."""
-        state, client_request = self._state, self._client_request
+        """Path and body. Raises CannotResume; UnsuitableReplica if one of another engine can; UpstreamFailure when the
+        replica does not say what is needed; and InvalidUpstreamRequest when there is nothing left to ask for.
+        """
+        state, client_request, adapter = self._state, self._client_request, replica.adapter
         path = PATHS[client_request.endpoint]
         if not state.num_tokens:
             state.resume(kept=0)
             return path, client_request.upstream_body(replica, self._tenant)
-        if not client_request.can_resume or state.has_gap or state.engine != replica.engine:
+        if not client_request.can_resume or state.has_gap:
             raise CannotResume
-        if replica.engine == "powerband":
+        if state.adapter is not adapter:
+            raise UnsuitableReplica(CannotResume())
+        if adapter.takes_resume_token_ids:
             state.resume(kept=len(state.token_ids))
             return path, client_request.upstream_body(replica, self._tenant, state.token_ids)
-        if replica.engine != "vllm":
+        if adapter.complete_stream is None:
             raise CannotResume
+        body = client_request.upstream_body(replica, self._tenant)
         if not state.texts and not state.wants_silence:  # the client has nothing yet
             state.resume(kept=0)
-            return path, client_request.upstream_body(replica, self._tenant)
-        return PATHS["completions"], await self._completion(replica)
+            return path, body
+        if not has_ids(state.prompt_ids) or state.is_parsed:
+            raise CannotResume
 
-    async def _completion(self, replica: ReplicaAddress) -> bytes:
-        """For vLLM. Tokens whose text the client does not have completely are generated again."""
-        state, client_request = self._state, self._client_request
-        fields = dict(msgspec.json.decode(client_request.upstream_body(replica, self._tenant), type=dict[str, Raw]))
+        async def ask(method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+            return await self._ask(replica, method, path, body)
+
         is_chat = client_request.endpoint == "chat"
-        if (
-            not has_ids(state.prompt_ids)
-            or state.is_parsed
-            or (is_chat and client_request.fields.logprobs)
-            or (is_chat and not _is_text_only(client_request.prompt))
-            or _looks_back(fields)
-        ):
-            raise CannotResume
-        prompt_ids = _decoded(state.prompt_ids)
-        kept, skipped = await self._kept(replica, prompt_ids)
-        if state.wants_silence and (skipped or len(kept) < len(state.token_ids)):
-            raise CannotResume  # the client has the ids already
-        limit = client_request.limit
-        if limit is None and is_chat:
-            limit = await self._room(replica) - len(prompt_ids)
-        limit = 16 if limit is None else limit  # vLLM's default, and OpenAI's
-        changes: dict[str, Any] = {"prompt": [*prompt_ids, *kept], "max_tokens": max(1, limit - len(kept))}
-        if _value(fields, "min_tokens"):
-            changes["min_tokens"] = max(0, msgspec.json.decode(fields["min_tokens"], type=int) - len(kept))
-        passed = {name: value for name, value in fields.items() if name not in _IN_PROMPT}
-        if is_chat:
-            passed.pop("logprobs", None)
-        state.resume(kept=len(kept), skipped=skipped, is_other_kind=is_chat, counts_as_prompt=True)
-        return msgspec.json.encode({**passed, **changes})
-
-    async def _kept(self, replica: ReplicaAddress, prompt_ids: Sequence[int]) -> tuple[Sequence[int], str]:
-        """The most of the output's ids whose text the client has, and what it has beyond that: the beginning of the
-        next token, which ends in half a letter, or of what a stop string held back. Its tokenizer is asked."""
-        ids, text = self._state.token_ids, "".join(self._state.texts)
-        context = prompt_ids[-_CONTEXT:]
-        before = await self._text(replica, context)
-        for dropped in range(min(len(ids), _CONTEXT) + 1):
-            kept = ids[: len(ids) - dropped]
-            in_context = await self._text(replica, [*context, *kept])
-            if in_context.startswith(before) and text.startswith(said := in_context[len(before) :]):
-                return kept, text[len(said) :]
-            if text.startswith(said := await self._text(replica, kept)):
-                return kept, text[len(said) :]
-        raise CannotResume
-
-    async def _text(self, replica: ReplicaAddress, ids: Sequence[int]) -> str:
-        if not ids:
-            return ""
-        found = await self._ask(replica, "POST", "/detokenize", {"model": replica.model, "tokens": list(ids)})
-        return str(found.get("prompt", ""))
-
-    async def _room(self, replica: ReplicaAddress) -> int:
-        """The longest prompt plus output, in tokens."""
-        found = await self._ask(replica, "GET", "/v1/models", None)
-        lengths = [card.get("max_model_len") for card in found.get("data", ()) if card.get("id") == replica.model]
-        if not lengths or not isinstance(lengths[0], int):
-            raise CannotResume
-        return lengths[0]
+        broken = BrokenStream(
+            model=replica.model,
+            fields=_FIELDS.decode(body),
+            is_chat=is_chat,
+            max_tokens=client_request.limit,
+            prompt_ids=_decoded(state.prompt_ids),
+            token_ids=state.token_ids,
+            text="".join(state.texts),
+            has_sent_ids=state.wants_silence,
+        )
+        found = await adapter.complete_stream(broken, ask)
+        if found is None:
+            raise InvalidUpstreamRequest(ReportedError("All tokens have come.", code=OUTPUT_COMPLETE))
+        state.resume(kept=found.kept, skipped=found.skipped, is_other_kind=is_chat, counts_as_prompt=True)
+        return PATHS["completions"], msgspec.json.encode(found.fields)
 
     async def _ask(
         self, replica: ReplicaAddress, method: str, path: str, body: Mapping[str, Any] | None
@@ -187,28 +107,3 @@ def _decoded(ids: Raw) -> list[int]:
         return _IDS.decode(ids)
     except msgspec.MsgspecError as problem:
         raise CannotResume from problem
-
-
-def _is_text_only(messages: bytes) -> bool:
-    """Whether all of a conversation is in the ids of its prompt: of pictures and sounds, only their places are."""
-    try:
-        conversation = _CONVERSATION.decode(messages)
-    except NO_JSON:
-        return False
-    parts = [part for message in conversation if isinstance(message.content, list) for part in message.content]
-    return all(part.type in _TEXT_PARTS for part in parts)
-
-
-def _looks_back(fields: Mapping[str, Raw]) -> bool:
-    """Whether the next token depends on more than the ids before it."""
-    if any(_value(fields, name) for name in fields if name not in _IN_PROMPT and name not in _CARRIED_ON):
-        return True
-    form = _value(fields, "response_format")
-    has_form = isinstance(form, dict) and form.get("type") != "text"
-    has_tools = bool(_value(fields, "tools")) and _value(fields, "tool_choice") != "none"
-    is_seeded = _value(fields, "seed") is not None and _value(fields, "temperature") != 0
-    return has_form or has_tools or is_seeded
-
-
-def _value(fields: Mapping[str, Raw], name: str) -> Any:
-    return msgspec.json.decode(fields[name]) if name in fields else None

@@ -21,12 +21,13 @@ from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, with_model
-from powerband.gateway.proxy.events import NO_JSON
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, read_upstream_error, with_served_name
+from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, with_served_name
 from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.openai.chunks import INVALID_JSON
+from powerband.openai.errors import read_error
 from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError
 
@@ -121,15 +122,15 @@ class TokenCountRoutes:
             body = data if name == replica.model else with_model(data, replica.model)
             try:
                 status, answer = await self._call(replica, PATHS[gateway_request.endpoint], body, ask_s)
-                said = answer.surface()
+                reported = answer.surface()
             except OSError:
                 continue
-            if status == 200 and _is_object(said):
+            if status == 200 and _is_object(reported):
                 return answer, replica.id
             lacking += status in _MISSING_STATUSES
             if status in _REQUEST_STATUSES:
                 raise InvalidUpstreamRequest(
-                    with_served_name(read_upstream_error(said), replica.model, gateway_request.model), status
+                    with_served_name(read_error(reported), replica.model, gateway_request.model), status
                 )
         if replicas and lacking == len(replicas):
             raise HttpError(404, "not_found", f"The model's engine has no {PATHS[gateway_request.endpoint]}.")
@@ -168,7 +169,7 @@ def _is_object(answer: bytes) -> bool:
     try:
         answer.decode()
         msgspec.json.decode(answer, type=dict[str, msgspec.Raw])
-    except NO_JSON:
+    except INVALID_JSON:
         return False
     return True
 

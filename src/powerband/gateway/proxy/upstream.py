@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
-import ssl
+import errno
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from powerband.gateway.options import Timeouts
+from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.client_request import MAX_TOKENS
-from powerband.gateway.proxy.connection import ConnectionOwner, UpstreamConnection, UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
-from powerband.web.authority import split_authority
+from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
+from powerband.openai.fields import read_models
 
 if TYPE_CHECKING:
     from powerband.gateway.gateway import ServedModel
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
 MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
 MAX_IDLE = 128  # connections to one replica that are kept for later
 IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _LAST_WORDS_S = 1.0
 _TICK_S = 0.1
 _MODELS_TIMEOUT_S = 2.0
@@ -38,7 +36,7 @@ class UpstreamClient:
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
-        self._origins: dict[str, _HostPool] = {}
+        self._pools: dict[str, ConnectionPool] = {}
         self._live: set[UpstreamExchange] = set()
         self._ticking: asyncio.Task[None] | None = None
 
@@ -55,8 +53,8 @@ class UpstreamClient:
 
     def close_others(self, urls: Collection[str]) -> None:
         """Close idle connections to all others; those in use end with their exchange."""
-        for url in [url for url in self._origins if url not in urls]:
-            self._origins.pop(url).close()
+        for url in [url for url in self._pools if url not in urls]:
+            self._pools.pop(url).close()
 
     @property
     def num_live(self) -> int:
@@ -97,23 +95,22 @@ class UpstreamClient:
         way: the request is sent once more, on a new one.
         """
         limits = timeouts or self.timeouts
-        origin = self._origin(replica.url)
-        request = [origin.head(method, path, replica.api_key, len(body), headers or {}), body]
+        pool = self._pool(replica.url)
+        lines = {"Authorization": f"Bearer {replica.api_key}"} if replica.api_key else {}
+        head = request_head(method, pool.prefix + path, pool.authority, len(body), {**lines, **(headers or {})})
         while True:
-            connection, was_used = await origin.take(limits.connect_s)
+            connection, was_used = await self._take(pool, limits.connect_s)
             now_s = time.monotonic()
-            exchange = UpstreamExchange(
-                connection, now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s
-            )
+            exchange = UpstreamExchange(now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s)
             self._live.add(exchange)
-            connection.begin(exchange, request)
+            connection.send((head, body), exchange)
             on_sent(exchange)
             try:
                 await exchange.read_head()
             except UpstreamFailure as problem:
                 self.end(exchange)
-                if was_used and not exchange.has_bytes and problem.code == "reset":
-                    origin.drop_idle()  # its other idle connections are as old
+                if was_used and not exchange.received_s and problem.code == "reset":
+                    pool.drop_idle()  # its other idle connections are as old
                     continue
                 raise
             except BaseException:
@@ -130,11 +127,31 @@ class UpstreamClient:
         if exchange.drain(time.monotonic() + _LAST_WORDS_S):
             self._live.discard(exchange)
 
-    def _origin(self, url: str) -> _HostPool:
-        origin = self._origins.get(url)
-        if origin is None:
-            origin = self._origins[url] = _HostPool(url)
-        return origin
+    def _pool(self, url: str) -> ConnectionPool:
+        pool = self._pools.get(url)
+        if pool is None:
+            pool = self._pools[url] = ConnectionPool(url, max_idle=MAX_IDLE)
+        return pool
+
+    async def _take(self, pool: ConnectionPool, connect_s: float) -> tuple[OutboundConnection, bool]:
+        """A connection, and whether it was used before. Raises UpstreamFailure."""
+        try:
+            try:
+                return await pool.take(connect_s)
+            except OSError as problem:
+                if problem.errno not in _OUT_OF_DESCRIPTORS:
+                    raise
+                for other in self._pools.values():
+                    other.drop_idle()
+                await asyncio.sleep(0)  # in which they are closed
+                return await pool.take(connect_s)
+        except TimeoutError:
+            raise UpstreamFailure("connect", f"No connection to {pool.authority} within {connect_s:g} s.") from None
+        except OSError as problem:
+            message = f"No connection to {pool.authority}: {problem}."
+            if problem.errno in _OUT_OF_DESCRIPTORS:
+                raise UpstreamFailure(NO_DESCRIPTORS, message, counts=False) from None
+            raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
 
     async def _tick(self) -> None:
         """One timer for all limits: a timer for each would be set and cancelled with each chunk of each stream."""
@@ -143,90 +160,13 @@ class UpstreamClient:
             now_s = time.monotonic()
             late = [exchange for exchange in self._live if exchange.due_s and exchange.due_s < now_s]
             for exchange in late:
-                exchange.fail("timeout", "The replica did not answer in time.")
+                exchange.fail("timeout", "the replica did not answer in time")
             self._live -= {exchange for exchange in self._live if exchange.is_let_end and exchange.is_over}
-            for origin in self._origins.values():
-                origin.drop_idle(now_s - IDLE_S)
-
-
-class _HostPool(ConnectionOwner):
-    """Idle connections to one server: the one used last is used next."""
-
-    def __init__(self, url: str) -> None:
-        scheme, _, rest = url.partition("://")
-        authority, _, prefix = rest.partition("/")
-        self._host, self._port = split_authority(authority, 443 if scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if scheme == "https" else None
-        self._prefix = f"/{prefix.strip('/')}" if prefix.strip("/") else ""
-        self._authority = authority
-        self._idle: list[UpstreamConnection] = []
-        self._is_closed = False
-
-    def head(self, method: str, path: str, api_key: str, length: int, headers: Mapping[str, str]) -> bytes:
-        lines = [
-            f"{method} {self._prefix}{path} HTTP/1.1",
-            f"Host: {self._authority}",
-            "Content-Type: application/json",
-            f"Content-Length: {length}",
-            *([f"Authorization: Bearer {api_key}"] if api_key else ()),
-            *(f"{name}: {value}" for name, value in headers.items()),
-        ]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
-
-    async def take(self, connect_s: float) -> tuple[UpstreamConnection, bool]:
-        """A connection, and whether it was used before. Raises UpstreamFailure."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.is_open:
-                return connection, True
-        loop = asyncio.get_running_loop()
-        name = self._host if self._tls is not None else None
-        try:
-            async with asyncio.timeout(connect_s):
-                _, connection = await loop.create_connection(
-                    lambda: UpstreamConnection(self), self._host, self._port, ssl=self._tls, server_hostname=name
-                )
-        except TimeoutError:
-            raise UpstreamFailure("connect", f"No connection to {self._authority} within {connect_s:g} s.") from None
-        except OSError as problem:
-            message = f"No connection to {self._authority}: {problem}."
-            raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
-        return connection, False
-
-    def free(self, connection: UpstreamConnection) -> None:
-        if connection.is_open and not self._is_closed and len(self._idle) < MAX_IDLE:
-            self._idle.append(connection)
-        else:
-            connection.abort()
-
-    def lost(self, connection: UpstreamConnection) -> None:
-        with contextlib.suppress(ValueError):
-            self._idle.remove(connection)
-
-    def drop_idle(self, before_s: float = math.inf) -> None:
-        """Close those that were free before `before_s`. The oldest come first."""
-        while self._idle and self._idle[0].idle_since_s < before_s:
-            self._idle.pop(0).abort()
-
-    def close(self) -> None:
-        """Keep no connection from now on."""
-        self._is_closed = True
-        self.drop_idle()
+            for pool in self._pools.values():
+                pool.drop_idle(now_s - IDLE_S)
 
 
 # ---- the context length of a model
-
-
-class _Card(msgspec.Struct):
-    id: str = ""
-    max_model_len: int | None = None
-
-
-class _Cards(msgspec.Struct):
-    data: list[_Card] = []
-
-
-_CARDS = msgspec.json.Decoder(_Cards)
 
 
 async def context_length(served: ServedModel, upstream: UpstreamClient) -> int | None:
@@ -245,10 +185,8 @@ async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: 
     """One that does not answer is asked again the next time."""
     try:
         status, body = await upstream.ask(replica, "GET", "/v1/models", b"", _MODELS_TIMEOUT_S)
-        cards = _CARDS.decode(body).data if status == 200 else []
     except OSError:
         return
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        cards = []
-    lengths = [card.max_model_len for card in cards if card.id == replica.model]
-    known[replica.id] = next((length for length in lengths if length is not None and length > 0), None)
+    models = read_models(body) if status == 200 else []
+    lengths = [model.context_length for model in models if model.id == replica.model]
+    known[replica.id] = next((length for length in lengths if length is not None), None)

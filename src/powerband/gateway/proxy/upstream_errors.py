@@ -1,47 +1,17 @@
-"""What a replica says against a request, in whichever form its server writes errors, and what the client is to hear.
-
-OpenAI, vLLM, llama.cpp    {"error": {"message", "type", "param", "code"}}; code: a string, or the HTTP status
-older vLLM, TensorRT-LLM   {"object": "error", "message", "type", "param", "code"}
-FastAPI                    {"detail": "..." or [{"loc", "msg", ...}]}
-Ollama, TGI                {"error": "..."}
-proxies in between         a page of HTML, or any text
-"""
+"""What a replica says against a request, and what the client gets of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any
-
-import msgspec
 
 from powerband.errors import PowerbandError
-from powerband.gateway.proxy.events import NO_JSON
+from powerband.openai.errors import ReportedError
 
-MAX_BYTES = 64 << 10
-MAX_MESSAGE = 500  # characters
 MAX_RETRY_AFTER_S = 30 * 86400.0
-_MAX_CODE = 80
-_REQUEST_STATUSES = (400, 413, 422)
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamError:
-    """'' for what it does not say."""
-
-    message: str = ""
-    code: str = ""
-    type: str = ""
-    param: str | None = None
-    status: int = 0  # that an error in the middle of a stream names
-
-    @property
-    def is_about_request(self) -> bool:
-        """Whether another replica would say the same."""
-        return self.status in _REQUEST_STATUSES or self.type.lower().startswith(("invalid_request", "badrequest"))
 
 
 class InvalidUpstreamRequest(PowerbandError):
@@ -50,7 +20,7 @@ class InvalidUpstreamRequest(PowerbandError):
     http_status = 400
     default_code = "invalid_request"
 
-    def __init__(self, complaint: UpstreamError, status: int = 400) -> None:
+    def __init__(self, complaint: ReportedError, status: int = 400) -> None:
         super().__init__(
             complaint.message or f"The replica refuses the request: {phrase(status)}.",
             code=complaint.code,
@@ -59,38 +29,7 @@ class InvalidUpstreamRequest(PowerbandError):
         self.http_status = status
 
 
-def read_upstream_error(body: bytes) -> UpstreamError:
-    """From the body of an error. Empty when it is in none of the forms."""
-    if len(body) > MAX_BYTES:
-        return UpstreamError()
-    try:
-        return upstream_error_from(msgspec.json.decode(body))
-    except NO_JSON:
-        return UpstreamError()
-
-
-def upstream_error_from(value: Any) -> UpstreamError:
-    """From a decoded body, or the 'error' of an event."""
-    if isinstance(value, dict) and value.get("error"):
-        value = value["error"]
-    if isinstance(value, str):
-        return UpstreamError(value[:MAX_MESSAGE])
-    if not isinstance(value, dict):
-        return UpstreamError()
-    message, code, param = value.get("message"), value.get("code"), value.get("param")
-    if not isinstance(message, str):
-        detail = value.get("detail")
-        message = detail if isinstance(detail, str) else msgspec.json.encode(detail).decode() if detail else ""
-    return UpstreamError(
-        message=message[:MAX_MESSAGE],
-        code=code[:_MAX_CODE] if isinstance(code, str) else "",
-        type=str(value.get("type") or ""),
-        param=param[:_MAX_CODE] if isinstance(param, str) else None,
-        status=code if isinstance(code, int) else 0,
-    )
-
-
-def with_served_name(complaint: UpstreamError, model: str, served: str) -> UpstreamError:
+def with_served_name(complaint: ReportedError, model: str, served: str) -> ReportedError:
     """What the model is called behind the gateway concerns no client."""
     if model == served or not model:
         return complaint

@@ -1,7 +1,7 @@
-"""A whole (not streamed) answer: kept as it comes, read as far as it is counted, and passed on under another name.
+"""A response that is not streamed: kept as it arrives, decoded as far as needed, passed on with the served model name.
 
-Decoding JSON of 60 MiB at once takes a second, during which nobody else is answered. Of a large answer only the surface
-is decoded; it is found slice by slice, while the answer comes:
+Decoding JSON of 60 MiB at once would block all other requests for a second. Of a large response only the surface is
+decoded; it is found slice by slice, while the response arrives:
 
     {"model": "m", "choices": [{"index": 0, "message": {"content": "…"}, "finish_reason": "stop"}], "usage": {…}}
     {"model": "m", "choices": [{"index": 0, "message": {}, "finish_reason": "stop"}], "usage": {…}}
@@ -21,8 +21,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.gateway.proxy.connection import UpstreamFailure
-from powerband.gateway.proxy.events import FIELDS, Chunk, not_understood, read_chunk
+from powerband.gateway.proxy.exchange import UpstreamFailure
+from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
 
 MAX_RESPONSE_BYTES = 64 << 20
 MAX_HELD_BYTES = 512 << 20  # of all answers that their clients have not read yet
@@ -108,7 +108,10 @@ class WholeAnswer:
 
     def read(self) -> Chunk:
         """Raises UpstreamFailure for what is no answer."""
-        return read_chunk(self.surface())
+        try:
+            return read_chunk(self.surface(), is_surface=self.is_large)
+        except InvalidChunk as problem:
+            raise UpstreamFailure.invalid(problem) from None
 
     def surface(self) -> bytes:
         """All that is to be decoded: of a small answer everything. Raises UpstreamFailure for what is no UTF-8."""
@@ -177,7 +180,7 @@ class _Surface:
             if not piece.isascii() or self._utf8.getstate()[0]:
                 self._utf8.decode(piece)
         except UnicodeDecodeError as problem:
-            raise not_understood(problem) from None
+            raise UpstreamFailure.invalid(problem) from None
         for start in range(0, len(piece), _SLICE_BYTES):
             self._add(piece[start : start + _SLICE_BYTES])
 
@@ -214,7 +217,7 @@ class _Surface:
         try:
             self._utf8.decode(b"", final=True)
         except UnicodeDecodeError as problem:
-            raise not_understood(problem) from None
+            raise UpstreamFailure.invalid(problem) from None
         return b"".join(self._kept)
 
     def span_of_model(self) -> tuple[int, int]:

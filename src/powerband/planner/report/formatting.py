@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from powerband.engines.registry import ADAPTERS
 from powerband.metrics.shown import time_interval_text, time_text
 from powerband.planner.results import Prediction
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 
-ENGINE_NAMES = {"powerband": "Powerband", "vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 NEVER_S = 1e6  # so long takes only what never ends
 # What binds, in the words of a sentence.
 BOUND_WORDS = {
@@ -19,10 +19,14 @@ BOUND_WORDS = {
 }
 
 
+def engine_text(deployment: Deployment) -> str:
+    return ADAPTERS[deployment.engine].display_name
+
+
 def deployment_text(deployment: Deployment) -> str:
     """'vLLM on 2 × L4 int8', 'vLLM on 1 × (4 L4, TP 4)', and for several pools who takes which prompts."""
     pools = [_pool_text(pool) for pool in deployment.pools]
-    return f"{ENGINE_NAMES[deployment.engine]} on {' and '.join(pools)}"
+    return f"{engine_text(deployment)} on {' and '.join(pools)}"
 
 
 def replica_text(replica: Replica) -> str:

@@ -17,11 +17,11 @@ from powerband.metrics.definitions import DEFINITIONS
 from powerband.metrics.shown import count_text, digits, plain, share_text
 from powerband.planner.report.formatting import (
     BOUND_WORDS,
-    ENGINE_NAMES,
     banded_seconds,
     brief_seconds,
     deployment_text,
     dollars,
+    engine_text,
 )
 from powerband.planner.report.json_export import finite
 from powerband.planner.report.table import (
@@ -88,7 +88,7 @@ def _evaluation(one: Evaluation, texts: dict[str, int]) -> dict[str, Any]:
     return {
         "name": deployment_text(one.deployment),
         "group": plain(" + ".join(devices)),
-        "engine": ENGINE_NAMES[one.deployment.engine],
+        "engine": engine_text(one.deployment),
         "precision": precisions_text(one.deployment),
         "devices": one.deployment.num_devices,
         "devices_text": plain(devices_text(one.deployment)),

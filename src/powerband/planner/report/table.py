@@ -18,12 +18,12 @@ from rich.text import Text
 
 from powerband.metrics.shown import NONE, count_text, digits, plain, share_text, time_interval_text
 from powerband.planner.report.formatting import (
-    ENGINE_NAMES,
     NEVER_S,
     banded_seconds,
     brief_seconds,
     deployment_text,
     dollars,
+    engine_text,
     precision_text,
 )
 from powerband.planner.results import Evaluation, PlanResults, Prediction, Pruned
@@ -238,7 +238,7 @@ class FrontierTable:
         kept = tuple(share_text(found.value) if (found := f.get("attainment")) else NONE for f in figures)
         return [
             _Column("", "", tuple(self.roles.get(id(one), "") for one in rows), is_text=True),
-            _Column("engine", "engine", tuple(ENGINE_NAMES[one.deployment.engine] for one in rows), is_text=True),
+            _Column("engine", "engine", tuple(engine_text(one.deployment) for one in rows), is_text=True),
             _Column("devices", "devices", tuple(devices_text(one.deployment) for one in rows), is_text=True),
             _Column("layout", "TP×PP×n", tuple(layout_code(one.deployment) for one in rows), is_text=True),
             _Column("precision", "precision", tuple(precisions_text(one.deployment) for one in rows), is_text=True),

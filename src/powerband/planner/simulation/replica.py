@@ -19,6 +19,7 @@ from powerband.core.request import Request
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, SimHandle, TraceInbox
 from powerband.core.step import Step, StepResult, TokenOutput, Work
+from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.planner.simulation.clients import output_start
 from powerband.planner.simulation.fast_forward import advance, ending, steady_rounds
@@ -326,8 +327,11 @@ class SimulatedReplica:
 
 
 def _limits(replica: Replica, engine: EngineName) -> SchedulerLimits:
-    """Other engines than ours queue without end."""
-    queue = {} if engine == "powerband" else {"max_num_queued_reqs": _NO_LIMIT, "max_num_queued_tokens": _NO_LIMIT}
+    queue = (
+        {}
+        if ENGINE_PRIORS[engine].limits_queue
+        else {"max_num_queued_reqs": _NO_LIMIT, "max_num_queued_tokens": _NO_LIMIT}
+    )
     return SchedulerLimits(
         max_model_len=replica.max_model_len,
         max_num_seqs=replica.max_num_seqs,

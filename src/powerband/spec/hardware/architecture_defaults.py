@@ -14,7 +14,6 @@ from powerband.spec.hardware.profile import (
     ElementwiseModel,
     Evidence,
     GemmModel,
-    HostModel,
     LinkModel,
 )
 
@@ -112,31 +111,6 @@ def host_transfer_model(profile: DeviceProfile) -> LinkModel | None:
 
 
 _SOURCE = "prior: no measurement of this device"
-
-# Engines' own overhead on a server's host, in seconds. TensorRT-LLM: AIConfigurator's authors see 0 to 0.6 ms a step.
-# vLLM, and HTTP in front of it: inference-sim's law, fitted to vLLM on H100 (0.13 ms a step and 32 us a layer, whose
-# kernels are in it; 4.4 us and, at its arrival, 15.6 ms a request). The others are taken to be like them.
-# step, of each request in it, from arrival to engine, of which one at a time, answer, of each layer, overlapped
-_HOST = {
-    "trtllm": (0.3e-3, 5e-6, 8e-3, 1.5e-3, 1e-3, 60e-6, False),
-    "vllm": (0.5e-3, 5e-6, 15e-3, 1.5e-3, 1e-3, 100e-6, False),
-    "sglang": (0.5e-3, 5e-6, 15e-3, 1.5e-3, 1e-3, 90e-6, True),
-    "powerband": (0.3e-3, 3e-6, 3e-3, 0.5e-3, 1e-3, 100e-6, True),
-}
-
-
-def host_model(engine: str) -> HostModel:
-    step, request, arrival, front, answer, layer, overlapped = _HOST[engine]
-    return HostModel(
-        step_s=step,
-        per_request_s=request,
-        arrival_s=arrival,
-        front_s=front,
-        answer_s=answer,
-        layer_s=layer,
-        overlapped=overlapped,
-        evidence=Evidence(source="prior: engines' own overhead on a server's host", error=0.5),
-    )
 
 
 def _throttled(profile: DeviceProfile) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from powerband.spec.config_reader import MAX_LAYERS, ConfigReader
 from powerband.spec.model.family_keys import (
     Defaults,
+    check_layer_types,
     experts_per_token,
     mixed_layers,
     one_rope,
@@ -175,7 +176,7 @@ def _gpt_oss(fields: ConfigReader) -> ModelSpec:
     for name, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
         if fields.number(name, value) != value:
             raise fields.error(f"'{name}' other than {value} is not supported ({fields.values[name]})", name)
-    if "rope_scaling" not in fields and "rope_parameters" not in fields:
+    if fields.table("rope_scaling") is None and "rope_parameters" not in fields:
         yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
         fields = ConfigReader({**fields.values, "rope_scaling": yarn}, fields.source)
     rope = one_rope(fields, shared, default_theta=150_000.0)
@@ -215,6 +216,7 @@ def _qwen3_moe(fields: ConfigReader) -> ModelSpec:
     rope = one_rope(fields, shared)
     bias = fields.boolean("attention_bias", False)
     num_experts = read_num_experts(fields, 128)
+    check_layer_types(fields, window)
     every = fields.integer("decoder_sparse_step", 1)
     dense = frozenset(fields.integers("mlp_only_layers"))
     return ModelSpec(

@@ -114,7 +114,21 @@ def read_num_layers(fields: ConfigReader) -> int:
 def same_layers(
     fields: ConfigReader, window: int | None, rope: RopeSpec, num_experts: int = 0
 ) -> tuple[LayerSpec, ...]:
+    check_layer_types(fields, window)
     return (LayerSpec(window, rope, num_experts),) * read_num_layers(fields)
+
+
+def check_layer_types(fields: ConfigReader, window: int | None) -> None:
+    """Refuse `layer_types` that say something else than a family does, which does not read them."""
+    kinds = fields.texts("layer_types")
+    own = "full_attention" if window is None else "sliding_attention"
+    if kinds is not None and kinds != [own] * read_num_layers(fields):
+        family = fields.values.get("model_type")
+        raise fields.error(
+            f"'layer_types' of a {family} model can only be {own!r} for all of its layers, not {shown(kinds)}",
+            "layer_types",
+            f"{family} does not read them, so its layers are all alike; remove them if that is right.",
+        )
 
 
 def mixed_layers(

@@ -18,6 +18,8 @@ def read_rope(fields: ConfigReader, head_dim: int, max_position: int, *, default
     table = fields.table("rope_scaling") or fields.table("rope_parameters") or ConfigReader({}, fields.source)
     theta = table.number("rope_theta", fields.number("rope_theta", default_theta, low=1.0), low=1.0)
     partial = table.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0, high=1.0), high=1.0)
+    if _kind(table) == "default" and fields.values.get("model_type") != "phi3":
+        partial = 1.0  # as in transformers, where of these families only Phi-3 reads it unless rope is scaled
     return rope_from_table(fields, table, head_dim, max_position, theta=theta, partial=partial)
 
 
@@ -32,7 +34,7 @@ def rope_from_table(
     if rotary_dim < 2 or rotary_dim % 2:
         raise fields.error(f"{rotary_dim} of a head's {head_dim} dimensions rotate; it must be even", "head_dim")
     plain = RopeSpec(theta=theta, rotary_dim=rotary_dim)
-    kind = table.text("rope_type", table.text("type", "default"))
+    kind = _kind(table)
     if fields.values.get("model_type") == "phi3" and kind in ("su", "yarn"):  # earlier names of longrope
         kind = "longrope"
     original = _original_length(fields, table, max_position) if kind in ("llama3", "yarn", "longrope") else 0
@@ -54,6 +56,10 @@ def rope_from_table(
             return _read_longrope(table, plain, original, max_position)
     known = "default, dynamic, linear, llama3, yarn, longrope"
     raise table.error(f"rope type {shown(kind)} is not supported", "rope_type", f"Supported: {known}.")
+
+
+def _kind(table: ConfigReader) -> str:
+    return table.text("rope_type", table.text("type", "default"))
 
 
 def _read_llama3(table: ConfigReader, plain: RopeSpec, original: int) -> RopeSpec:

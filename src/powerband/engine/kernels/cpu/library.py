@@ -2,7 +2,7 @@
 
 The sources (csrc/) use torch's stable ABI. They are compiled for the processor's *tier* by the compiler that the system
 has, into a cache directory named after everything that the result depends on. Without a compiler nothing breaks: plain
-torch computes instead, and `powerband doctor` says so.
+torch computes instead, and `powerband doctor` reports it.
 
     tier      needs
     amx       avx512 + bf16 and VNNI + AMX tiles for bf16 and int8
@@ -61,7 +61,7 @@ _COMMON_FLAGS = ("-std=c++20", "-fPIC", "-w", "-fno-math-errno", "-fvisibility=h
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What became of the kernels. `tier` is None when plain torch computes; `reason` says why, or what they are."""
+    """The state of the kernels. `tier` is None when plain torch computes; `reason` explains why, or describes them."""
 
     tier: str | None
     reason: str
@@ -160,8 +160,10 @@ def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
 
 @functools.cache
 def _identity(compiler: str) -> str:
-    told = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False)
-    return f"{os.path.realpath(compiler)} {told.stdout}"
+    version = subprocess.run(
+        [compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False
+    )
+    return f"{os.path.realpath(compiler)} {version.stdout}"
 
 
 def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path) -> None:

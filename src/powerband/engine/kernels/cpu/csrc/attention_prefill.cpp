@@ -8,7 +8,7 @@
 //     output += weights * V           [32 rows][head size]
 //
 // The K part of a block and its V part are read as they lie in the cache. Only what a stretch ends in the middle of is
-// copied: what lies beyond the last (or before the first) visible token is somebody else's, and 0 * NaN is NaN.
+// copied: what lies beyond the last (or before the first) visible token is another request's, and 0 * NaN is NaN.
 // Blocks of an int8 cache are copied as bf16, each once per task.
 #include "attention_prefill.h"
 

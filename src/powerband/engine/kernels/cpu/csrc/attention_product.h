@@ -5,7 +5,7 @@
 //     scores    A = queries   B = one panel: the K part of a block, depth = head size, columns = its 32 tokens
 //     output    A = weights   B = a panel per block: 32 dimensions of its V part, depth = its 32 tokens
 //
-// One struct per tier, each with the type that it wants A in. Rows come in multiples of 16; those that nobody needs may
+// One struct per tier, each with the type that it wants A in. Rows come in multiples of 16; those that are not needed may
 // hold anything, for no row touches another.
 #pragma once
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "between.h"
+#include "elementwise.h"
 #include "linear.h"
 #include "scratch.h"
 

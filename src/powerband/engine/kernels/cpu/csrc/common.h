@@ -11,7 +11,7 @@
 #include <string>
 
 #include "simd.h"
-#include "team.h"
+#include "thread_team.h"
 
 namespace powerband {
 
@@ -55,7 +55,7 @@ const T* pointer(const std::optional<Tensor>& t, const char* name) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs task(0) … task(count - 1), each once, on as many threads as torch is set to. A thread takes the next task when it
-// has finished one: a core that somebody else uses gets fewer of them. Tasks must not throw.
+// has finished one: a core that another process uses gets fewer of them. Tasks must not throw.
 template <class F>
 void run_tasks(int64_t count, const F& task) {
     const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());

@@ -1,5 +1,5 @@
 // The gated MLP's middle: activation(gate) * up in float32, rounded once. A row of gate_up is [gate | up].
-#include "between.h"
+#include "elementwise.h"
 #include "output.h"
 
 namespace powerband {

@@ -7,7 +7,7 @@
 // sum of each column is taken off at the end.
 #pragma once
 
-#include "largest.h"
+#include "argmax.h"
 #include "quantize_rows.h"
 
 namespace powerband {

@@ -1,5 +1,5 @@
 // The products as other operators call them: x [rows, in_features] times packed weights, each checked as its operator
-// does it. What the weights are is said where they are computed: linear_bf16.cpp, linear_int8.cpp, linear_int4.cpp.
+// does it. The form of the weights is described where they are computed: linear_bf16.cpp, linear_int8.cpp, linear_int4.cpp.
 #pragma once
 
 #include "common.h"

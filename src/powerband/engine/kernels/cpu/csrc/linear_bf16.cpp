@@ -5,7 +5,7 @@
 
 #include "common.h"
 #include "gemm_bf16.h"
-#include "largest.h"
+#include "argmax.h"
 #include "linear.h"
 #include "linear_epilogue.h"
 #include "output.h"

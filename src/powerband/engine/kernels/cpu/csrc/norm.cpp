@@ -1,5 +1,5 @@
 // RMSNorm of rows. A row is read from memory and written once: for the second pass it is in the cache.
-#include "between.h"
+#include "elementwise.h"
 #include "output.h"
 
 namespace powerband {

@@ -12,7 +12,7 @@
 
 namespace powerband {
 
-// Blocks of memory in huge pages, for whoever asks next when they are given back. There are never more than were in use
+// Blocks of memory in huge pages, reused when they are given back. There are never more than were in use
 // at once, and as larger ones are asked for, they replace the smaller ones.
 class OutputPool {
    public:

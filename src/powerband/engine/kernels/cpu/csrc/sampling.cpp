@@ -1,10 +1,10 @@
 // Tokens from logits, and their log-probabilities: a row is a task, and what it needs stays in its thread's scratch.
 //
 //     pass 1   maxima of blocks of 64 logits            greedy: done. top-k: candidates lie in the largest blocks.
-//     pass 2   weights e^((x - max) / temperature)      on the grid of choice.py, with their sums by block
+//     pass 2   weights e^((x - max) / temperature)      on the grid of ops.py, with their sums by block
 //     pass 3+  draw by inverse CDF                      nucleus: again among the likelier ones, until inside it
 //
-// What the choices mean is written in choice.py, which is the reference.
+// What the choices mean is written in ops.py, which is the reference.
 #include <algorithm>
 #include <tuple>
 #include <vector>

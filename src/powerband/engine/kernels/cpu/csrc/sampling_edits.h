@@ -1,5 +1,5 @@
-// What requests ask for to be done to their logits (engine/logits.py, the reference), on a float32 copy of the row that is
-// in its thread's cache. A row's tokens lie in `tokens`; `offsets` says where. Rows may share their allowed tokens.
+// What requests ask for to be done to their logits (engine/sampling/logits.py, the reference), on a float32 copy of the row that is
+// in its thread's cache. A row's tokens lie in `tokens`; `offsets` has where each part begins. Rows may share their allowed tokens.
 //
 //     offsets    0       1       2      3      4      5      6
 //                | allowed |     | biased |    |prompt|output|       values to add to the biased ones lie in `biases`

@@ -26,7 +26,7 @@
 // Vectors of 64 bytes go through memory in a call.
 #define POWERBAND_INLINE inline __attribute__((always_inline))
 
-#include "pair.h"
+#include "vector_pair.h"
 
 namespace powerband {
 

@@ -1,0 +1,71 @@
+"""What planning assumes of an engine where nothing was measured: its step, its host's overhead, its memory.
+
+Everything else that engines differ in is in `engines/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from powerband.spec.deployment import EngineName
+from powerband.spec.hardware.profile import Evidence, HostModel
+
+# Overhead on a server's host, in seconds. vLLM, and HTTP in front of it: inference-sim's law, fitted to vLLM on H100
+# (0.13 ms a step and 32 us a layer, whose kernels are in it; 4.4 us and, at its arrival, 15.6 ms a request).
+# TensorRT-LLM: AIConfigurator's authors see 0 to 0.6 ms a step. The others are taken to be like them.
+_HOST = HostModel(
+    step_s=0.5e-3,
+    per_request_s=5e-6,
+    arrival_s=15e-3,
+    front_s=1.5e-3,
+    answer_s=1e-3,
+    layer_s=100e-6,
+    overlapped=False,
+    evidence=Evidence(source="prior: engines' own overhead on a server's host", error=0.5),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePriors:
+    """The defaults are vLLM's."""
+
+    host: HostModel = _HOST
+    # Kernels of a layer beside products and attention: norms, rotary and cache write, activation.
+    kernels_per_layer: float = 5.0
+    # Sizes of a step of decodes for which CUDA graphs are captured; a step is padded to the next.
+    graph_sizes: tuple[int, ...] = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+    # A step with prefills in it takes as long as theirs and one of its decodes together: decodes gain nothing from
+    # weights that are read anyway. So it is in TensorRT-LLM's closed-loop figures, with every model and any ranks;
+    # vLLM's and those of our engine show the gain.
+    separates_decodes: bool = False
+    quantizes_head: bool = False  # to 8 bits, beside layers that it quantizes itself
+    is_measured_on_gpus: bool = True  # else its models of operators are those of other engines
+    limits_queue: bool = False  # refuses requests instead of queueing without end
+    uses_memory_plan: bool = False  # cost.memory, on one device without offload: the plan that it prints and obeys
+    block_size: int = 16  # tokens of a block of the KV cache
+    # Of each logit that a profiling step samples: in 16 and 32 bits, probabilities, sorted with indices, sums, noise.
+    sampler_bytes_per_logit: int = 36
+
+
+ENGINE_PRIORS: Mapping[EngineName, EnginePriors] = {
+    "powerband": EnginePriors(
+        host=replace(_HOST, step_s=0.3e-3, per_request_s=3e-6, arrival_s=3e-3, front_s=0.5e-3, overlapped=True),
+        graph_sizes=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+        quantizes_head=True,
+        is_measured_on_gpus=False,
+        limits_queue=True,
+        uses_memory_plan=True,
+        block_size=32,
+    ),
+    "vllm": EnginePriors(),
+    "sglang": EnginePriors(host=replace(_HOST, layer_s=90e-6, overlapped=True)),
+    "trtllm": EnginePriors(
+        host=replace(_HOST, step_s=0.3e-3, arrival_s=8e-3, layer_s=60e-6),
+        kernels_per_layer=4.0,
+        graph_sizes=(1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(576, 2049, 64)),
+        separates_decodes=True,
+        block_size=32,
+        sampler_bytes_per_logit=8,  # in 32 bits, twice: it samples in place
+    ),
+}

@@ -1,0 +1,179 @@
+"""From the works of a step to the tensors of a forward pass, in host buffers that are reused from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from powerband.core.params import SamplingParams
+from powerband.core.step import Work
+from powerband.engine.attention.base import AttentionBatch
+from powerband.engine.sampling.logits import SamplingState
+
+Int32s = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the runner keeps of a request between steps."""
+
+    id: str
+    params: SamplingParams
+    tokens: list[int]  # prompt and every sampled token whose value is known here
+    num_prompt_tokens: int
+    sampling: SamplingState
+    rope_length: int = 0
+    blocks: Int32s = field(default_factory=lambda: np.zeros(8, np.int32))  # grows by doubling
+    num_blocks: int = 0
+    # The token after `tokens`, sampled by a step in flight: (its sampled ids on the device, row).
+    pending: tuple[torch.Tensor, int] | None = None
+
+    def append_blocks(self, new: list[int]) -> None:
+        needed = self.num_blocks + len(new)
+        if needed > len(self.blocks):
+            grown = np.zeros(max(needed, 2 * len(self.blocks)), np.int32)
+            grown[: self.num_blocks] = self.blocks[: self.num_blocks]
+            self.blocks = grown
+        self.blocks[self.num_blocks : needed] = new
+        self.num_blocks = needed
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request's part of a forward pass."""
+
+    work: Work
+    state: RequestState
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    token_ids: torch.Tensor  # int64 [tokens]
+    positions: torch.Tensor  # int64 [tokens]
+    batch: AttentionBatch
+    rope_lengths: torch.Tensor | None = None  # int64 [tokens]: of models whose rotation depends on a sequence's length
+
+
+class InputBuffers:
+    """Builds inputs. `num_sets` steps may be in flight before a buffer is written again, without waiting for it.
+
+    On a GPU the buffers are pinned and copied without waiting. by_length: the model's rotation depends on the length
+    of a sequence.
+    """
+
+    def __init__(self, block_size: int, device: torch.device, *, by_length: bool = False, num_sets: int = 2) -> None:
+        self.block_size = block_size
+        self.by_length = by_length
+        self.device = device
+        self._sets = [_Buffers(device.type == "cuda") for _ in range(num_sets)]
+        self._next = 0
+
+    def build(self, rows: Sequence[Row]) -> Inputs:
+        """rows: those with one token first."""
+        buffers = self._sets[self._next]
+        self._next = (self._next + 1) % len(self._sets)
+        buffers.wait_for_copies()
+        counts = [row.work.num_tokens for row in rows]
+        ends = [row.work.start + row.work.num_tokens for row in rows]
+        num_tokens, width = sum(counts), max(row.state.num_blocks for row in rows)
+        tokens = buffers.tokens(num_tokens)
+        per_row = buffers.rows(len(rows))
+        tables = buffers.tables(len(rows), width)
+        _fill_tokens(tokens, rows)
+        for table, row in zip(tables.array, rows, strict=True):
+            table[: row.state.num_blocks] = row.state.blocks[: row.state.num_blocks]
+            table[row.state.num_blocks :] = 0
+        positions = tokens.array[1]
+        owner = np.repeat(np.arange(len(rows)), counts)
+        blocks = tables.array[owner, positions // self.block_size].astype(np.int64)
+        tokens.array[2] = blocks * self.block_size + positions % self.block_size
+        tokens.array[3] = np.repeat([row.state.rope_length for row in rows], counts)
+        starts = per_row.array[0]
+        starts[0] = 0
+        np.cumsum(counts, out=starts[1:])
+        per_row.array[1, 1:] = ends
+        on_device, rows_on_device = tokens.to(self.device), per_row.to(self.device)
+        batch = AttentionBatch(
+            query_starts=rows_on_device[0],
+            context_lens=rows_on_device[1, 1:],
+            block_tables=tables.to(self.device),
+            slots=on_device[2],
+            num_decodes=sum(count == 1 for count in counts),
+            query_starts_host=starts.tolist(),
+            context_lens_host=ends,
+        )
+        buffers.note_copies(self.device)
+        return Inputs(on_device[0], on_device[1], batch, on_device[3] if self.by_length else None)
+
+
+def _fill_tokens(tokens: _Staged, rows: Sequence[Row]) -> None:
+    """Token ids and positions. A token that only the device knows is written there later."""
+    ids: list[int] = []
+    positions: list[int] = []
+    for row in rows:
+        start, end = row.work.start, row.work.start + row.work.num_tokens
+        known = row.state.tokens[start:end]
+        ids += known
+        if len(known) < end - start:
+            ids.append(0)
+        positions += range(start, end)
+    tokens.array[0] = ids
+    tokens.array[1] = positions
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A host tensor and the numpy view of the same memory."""
+
+    tensor: torch.Tensor
+    array: npt.NDArray[Any]
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        return self.tensor if device.type == "cpu" else self.tensor.to(device, non_blocking=True)
+
+
+class _Buffers:
+    """Host memory of one step. It grows to the largest step seen and stays."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._memory = {torch.int64: self._new(0, torch.int64), torch.int32: self._new(0, torch.int32)}
+        self._tables = self._new(0, torch.int32)
+        self._copied: torch.cuda.Event | None = None
+
+    def note_copies(self, device: torch.device) -> None:
+        """What has been copied from here so far must have arrived before the memory is written again."""
+        if device.type == "cuda":
+            self._copied = torch.cuda.current_stream(device).record_event()
+
+    def wait_for_copies(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def tokens(self, count: int) -> _Staged:
+        """[ids, positions, slots, rope lengths] x tokens."""
+        return self._shaped(torch.int64, 4, count)
+
+    def rows(self, count: int) -> _Staged:
+        """[query starts, (unused, then context lengths)] x (rows + 1)."""
+        return self._shaped(torch.int32, 2, count + 1)
+
+    def tables(self, rows: int, width: int) -> _Staged:
+        if self._tables.numel() < rows * width:
+            self._tables = self._new(2 * rows * width, torch.int32)
+        tensor = self._tables[: rows * width].view(rows, width)
+        return _Staged(tensor, tensor.numpy())
+
+    def _shaped(self, dtype: torch.dtype, rows: int, count: int) -> _Staged:
+        if self._memory[dtype].numel() < rows * count:
+            self._memory[dtype] = self._new(2 * rows * count, dtype)
+        tensor = self._memory[dtype][: rows * count].view(rows, count)
+        return _Staged(tensor, tensor.numpy())
+
+    def _new(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, pin_memory=self._pinned)

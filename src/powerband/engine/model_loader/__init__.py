@@ -1,0 +1,1 @@
+"""From a checkpoint's name to a decoder that holds its weights."""

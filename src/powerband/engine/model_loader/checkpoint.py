@@ -1,0 +1,95 @@
+"""Finds a checkpoint: a name becomes a folder, fetched from the hub if it is not on this machine. No torch."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from powerband.errors import EnvironmentFault
+from powerband.spec.checkpoint.files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
+from powerband.spec.settings import EngineSettings
+
+# What is fetched from the hub beside weights: never pickles, never code.
+FETCHED = ("*.json", "tokenizer.model", "*.jinja", "*.txt")
+# Folders of a repository hold the same weights in other layouts (original/, onnx/), only templates are needed of them.
+NOT_FETCHED = ("*/*.safetensors", "*/*.json", "*/*.txt", *SET_ASIDE)
+
+
+def resolve_model(settings: EngineSettings) -> Path:
+    """The folder of the model that the settings name: in the package, on this machine, or fetched from the hub.
+
+    Everything fetched is of one revision. Raises EnvironmentFault.
+    """
+    name = settings.model
+    if name == "demo" and not Path(name).is_dir():
+        return Path(str(files("powerband") / "demo"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.count("/") != 1 or name.startswith((".", "~")):
+        raise EnvironmentFault(
+            f"There is no folder {name!r}.",
+            hint="Give a folder with config.json and safetensors, a Hugging Face id (owner/name), or 'demo'.",
+            code="model_not_found",
+            param="model",
+        )
+    return _fetch(name, settings.revision, weights=settings.load_format != "dummy")
+
+
+def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        kinds = [*FETCHED, *(_weights(name, revision) if weights else ())]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=list(NOT_FETCHED)))
+    except GatedRepoError as problem:
+        raise _not_available(
+            name, "access to it must be granted first", "Ask for it on its page, then set HF_TOKEN."
+        ) from problem
+    except RevisionNotFoundError as problem:
+        raise _not_available(
+            name, f"it has no revision {revision!r}", "Name a branch, tag or commit that exists."
+        ) from problem
+    except (RepositoryNotFoundError, HFValidationError) as problem:
+        raise _not_available(
+            name, "there is no such model", "Check the name; a private one needs HF_TOKEN."
+        ) from problem
+    except LocalEntryNotFoundError as problem:
+        hint = "Connect, or fetch it once with 'hf download' and give the folder."
+        raise _not_available(name, "the hub cannot be reached, and it was not fetched before", hint) from problem
+    except (HfHubHTTPError, OSError) as problem:
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:200]
+        raise _not_available(name, reason, "Try again, or give a folder.") from problem
+
+
+def _weights(name: str, revision: str | None) -> list[str]:
+    """The files of weights that will be loaded, by the rule for a folder on this machine. Raises EnvironmentFault.
+
+    All safetensors when the hub does not list its files now: what was fetched before may do.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        names = [sibling.rfilename for sibling in HfApi().model_info(name, revision=revision).siblings or ()]
+        index = Path(hf_hub_download(name, INDEX, revision=revision)) if INDEX in names else None
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return ["*.safetensors"]
+    top = [file for file in names if "/" not in file]
+    chosen = choose(top, indexed_files(index) if index is not None else None)
+    if not chosen:
+        raise nothing_to_load(f"{name!r} on the Hugging Face hub", top)
+    return chosen
+
+
+def _not_available(name: str, reason: str, hint: str) -> EnvironmentFault:
+    message = f"{name!r} is not a folder here and cannot be fetched from the Hugging Face hub: {reason}."
+    return EnvironmentFault(message, hint=hint, code="model_not_found", param="model")

@@ -1,0 +1,235 @@
+"""`powerband.LLM`: an engine in this process, for scripts. Prompts in, results in order out, as with vLLM's class."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import TracebackType
+from typing import Any
+
+from powerband.core.clock import MonotonicClock
+from powerband.core.loop import Abort, Add
+from powerband.core.params import SamplingParams
+from powerband.core.step import FinishReason, TokenOutput
+from powerband.engine.build import build_engine
+from powerband.engine.offline.inbox import InterruptGuard, LocalInbox, RequestFeed
+from powerband.engine.offline.progress import ProgressBar
+from powerband.engine.offline.prompts import Prompt, PromptReader, as_list, errors_naming, one_per_prompt
+from powerband.engine.offline.results import PromptGroup, RequestOutput
+from powerband.errors import EngineDead, InvalidRequest, UsageError
+from powerband.spec.settings import EngineSettings
+from powerband.text.chat_template import ChatTemplate
+from powerband.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model ready to generate. Keyword arguments are the fields of EngineSettings.
+
+    Not for several threads at once. Raises UsageError or EnvironmentFault when it cannot start.
+
+        llm = LLM("demo", max_num_seqs=16)
+        [result] = llm.generate("The list is", SamplingParams(temperature=0, max_tokens=8))
+        result.outputs[0].text
+    """
+
+    def __init__(self, model: str = "demo", **settings: Any) -> None:
+        _check_names(settings)
+        asked = EngineSettings(model=model, **settings)
+        self._inbox = LocalInbox()
+        self._engine = build_engine(asked, inbox=self._inbox, clock=MonotonicClock())
+        self.settings = self._engine.settings  # with every default that depends on model or machine filled in
+        revision = asked.revision if asked.tokenizer is None else None
+        info = self._engine.info
+        self._tokenizer = Tokenizer.load(asked.tokenizer or info.model_folder, revision=revision)
+        self.info = info.with_end(self._tokenizer.eos_token_id if self._tokenizer is not None else None)
+        self._reader = PromptReader(self.info, self._tokenizer)
+        self._template: ChatTemplate | None = None
+        self._ids = map(str, itertools.count())
+        logger.info("%s", self.info.summary)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every prompt; results are in the order of the prompts.
+
+        A prompt is text, a list of token ids, or vLLM's {"prompt": …} or {"prompt_token_ids": …}. `sampling_params` are
+        for all, or one per prompt; default: `get_default_sampling_params()`. `use_tqdm`: show progress on stderr. A
+        request that fails in the engine ends with finish_reason "error", alone. Raises InvalidRequest, naming the
+        prompt, before anything starts; EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted
+        and the engine is ready for more.
+        """
+        every_prompt = as_list(prompts)
+        every_params = one_per_prompt(sampling_params or self.get_default_sampling_params(), len(every_prompt))
+        every_priority = self._priorities(priority, len(every_prompt))
+        groups = []
+        for index, (prompt, params) in enumerate(zip(every_prompt, every_params, strict=True)):
+            with errors_naming(f"Prompt {index}"):
+                groups.append(self._reader.read(prompt, params, id=next(self._ids), priority=every_priority[index]))
+        self._run(groups, show_progress=use_tqdm)
+        return [group.result(self._tokenizer) for group in groups]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or several. Otherwise as `generate`."""
+        template = self._need_template()
+        prompts: list[Prompt] = []
+        for index, conversation in enumerate(_conversations(messages)):
+            with errors_naming(f"Conversation {index}"):
+                text = template.render(
+                    conversation,
+                    tools=tools,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    template_kwargs=chat_template_kwargs,
+                )
+            prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What counts where no sampling_params are given: generation_config.json's, as `generation_config` has it."""
+        return SamplingParams(**self.info.sampling_defaults)  # type: ignore[arg-type]  # checked when they were read
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """None when the checkpoint has none; then prompts are token ids."""
+        return self._tokenizer
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the KV of earlier prompts."""
+        self._engine.scheduler.reset_prefix_cache()
+
+    def close(self) -> None:
+        """End the engine's threads and processes. The object cannot be used afterwards."""
+        if self._template is not None:
+            self._template.close()
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, groups: list[PromptGroup], show_progress: bool) -> None:
+        """Feed the engine, no faster than its queue takes, until every answer is finished."""
+        feed = RequestFeed(
+            groups,
+            max_live=self.settings.max_num_seqs + self.settings.max_num_queued_reqs,
+            share_prompts=self.settings.enable_prefix_caching,
+        )
+        with ProgressBar(feed.num_left, shown=show_progress) as progress, InterruptGuard() as interruptions:
+            try:
+                while feed.num_left:
+                    self._inbox.commands += [Add(answer.request) for answer in feed.take()]
+                    self._distribute(self._engine.core.step(), feed, progress)
+                    if interruptions.num_seen:
+                        raise KeyboardInterrupt
+            except EngineDead:
+                raise
+            except BaseException:
+                self._inbox.commands += [Abort(id) for id in feed.live]
+                self._settle()
+                raise
+            self._settle()
+
+    def _distribute(self, outputs: list[TokenOutput], feed: RequestFeed, progress: ProgressBar) -> None:
+        """Add the outputs of a step to their answers."""
+        refused = []
+        finished = tokens_in = tokens_out = 0
+        for output in outputs:
+            if output.id not in feed.live:  # it met a stop string, and this was under way
+                continue
+            if output.error is not None and output.error.code == "queue_full":
+                refused.append(output.id)
+                continue
+            group, answer = feed.live[output.id]
+            delta = answer.add(output)
+            if delta.must_abort:
+                self._inbox.commands.append(Abort(output.id, FinishReason.STOP))
+            if answer.finished or answer.token_ids:
+                feed.advance(group, answer)
+            tokens_out += len(delta.token_ids)
+            if answer.finished:
+                finished += 1
+                tokens_in += len(group.prompt_ids)
+        feed.refuse(refused)
+        progress.advance(finished=finished, tokens_in=tokens_in, tokens_out=tokens_out)
+
+    def _settle(self) -> None:
+        """Carry out what is still to be aborted, and wait for the steps in flight."""
+        while self._inbox.commands or self._engine.core.busy:
+            self._engine.core.step()
+
+    def _priorities(self, priority: Sequence[int] | None, count: int) -> list[int]:
+        if priority is None:
+            return [0] * count
+        if self.settings.scheduling_policy != "priority":
+            raise UsageError(
+                f"priority has no effect with scheduling_policy '{self.settings.scheduling_policy}'.",
+                hint="Make the LLM with scheduling_policy='priority'.",
+                param="priority",
+            )
+        if len(priority) != count or not all(type(item) is int for item in priority):
+            raise InvalidRequest(f"priority must be {count} whole numbers, one per prompt.", param="priority")
+        return list(priority)
+
+    def _need_template(self) -> ChatTemplate:
+        if self._template is None and self._tokenizer is not None:
+            self._template = ChatTemplate.load(self._tokenizer, self.settings.chat_template)
+        if self._template is None:
+            raise InvalidRequest(
+                "The model has no chat template.",
+                hint="Use generate, or give a template with chat_template=FILE.",
+                code="no_chat_template",
+                param="messages",
+            )
+        return self._template
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        """Templates write the special tokens themselves."""
+        return [] if self._tokenizer is None else self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """One conversation or several as a list."""
+    single: list[Mapping[str, Any]] = []
+    several: list[Conversation] = []
+    for item in messages:
+        if isinstance(item, Mapping):
+            single.append(item)
+        else:
+            several.append(item)
+    if single and several:
+        raise InvalidRequest("messages mixes messages and conversations.", hint="Give one kind.", param="messages")
+    return [single] if single else several
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    known = [item.name for item in fields(EngineSettings)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(known)}."
+            raise UsageError(f"LLM has no setting '{name}'.", hint=hint, param=name)

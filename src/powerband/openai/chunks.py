@@ -1,0 +1,168 @@
+"""Chunks of a stream, and whole responses, as any server may send them: only the fields that are read here.
+
+Other servers leave fields out, send null, and add fields of their own. `server/replies.py` has what our server writes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Raw
+
+# Objects and lists take far more memory than the bytes that name them: beyond the first so many, at most one in so many
+# bytes. Log-probabilities, the densest of right answers, have one in 40.
+_FREE_BRACKETS = 1 << 16
+_BYTES_PER_BRACKET = 24
+# What is built for each: a field that is passed on, a token.
+_FREE_COLONS = 1 << 12
+_MAX_OTHER_BYTES = 64 << 10
+MAX_IDS = 1 << 17  # of one chunk; the ids of a prompt are not built
+
+NO_ERROR = NO_IDS = _NULL = Raw(b"null")  # what the fields are where they are not sent: cheap to compare
+TokenIds = list[Annotated[int, Meta(ge=0, le=2**32 - 1)]]
+Count = Annotated[int, Meta(ge=0, le=2**40)]
+_EMPTY = frozenset((b"null", b"false", b'""', b"{}", b"[]"))
+
+
+class InvalidChunk(ValueError):
+    """What should be a chunk is none."""
+
+
+class Part(msgspec.Struct, gc=False):
+    """Of a text that comes as a list of parts (Mistral and others)."""
+
+
+Text = str | list[Part] | None
+
+
+class ChunkDelta(msgspec.Struct, gc=False):
+    """What is only passed on, whatever its shape, is not built: `Raw`."""
+
+    role: str | None = None
+    content: Text = None
+    reasoning_content: Text = None
+    reasoning: Text = None
+    tool_calls: Raw = _NULL
+
+    @property
+    def has_calls(self) -> bool:
+        return len(self.tool_calls) > len(b"null")
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether it holds more than text: thoughts, calls of tools, parts."""
+        has_more = self.reasoning_content or self.reasoning or len(self.tool_calls) > len(b"null")
+        return bool(has_more) or isinstance(self.content, list)
+
+
+class ChunkChoice(msgspec.Struct, gc=False):
+    """finish_reason: None or '' (LocalAI and others) until the choice has ended."""
+
+    index: int | None = 0
+    text: str | None = None
+    delta: ChunkDelta | None = None
+    message: ChunkDelta | None = None
+    finish_reason: Annotated[str, Meta(max_length=64)] | None = None  # it is kept, of the last requests
+    token_ids: TokenIds | None = None
+    prompt_token_ids: Raw = NO_IDS  # decoded only to resume
+
+
+class ChunkUsageDetails(msgspec.Struct, gc=False):
+    cached_tokens: Count | None = None
+
+
+class ChunkUsage(msgspec.Struct, gc=False):
+    prompt_tokens: Count | None = 0
+    completion_tokens: Count | None = 0
+    prompt_tokens_details: ChunkUsageDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
+
+
+class Chunk(msgspec.Struct, gc=False):
+    """A chunk of either kind, and a whole answer, too, as far as it is counted."""
+
+    model: str | None = None
+    choices: list[ChunkChoice] | None = None
+    usage: ChunkUsage | None = None
+    error: Raw = NO_ERROR
+    prompt_token_ids: Raw = NO_IDS
+
+    @property
+    def has_error(self) -> bool:
+        return self.error is not NO_ERROR and bytes(self.error) not in _EMPTY
+
+
+class _LargeParts(msgspec.Struct, gc=False):
+    """Of a choice: the fields that may be large, not built."""
+
+    text: Raw = _NULL
+    delta: Raw = _NULL
+    message: Raw = _NULL
+    logprobs: Raw = _NULL
+    prompt_logprobs: Raw = _NULL
+    token_ids: Raw = _NULL
+    prompt_token_ids: Raw = _NULL
+
+
+class _LargeChunk(msgspec.Struct, gc=False):
+    choices: list[_LargeParts] | None = None
+    logprobs: Raw = _NULL
+    prompt_logprobs: Raw = _NULL
+    prompt_token_ids: Raw = _NULL
+
+
+_CHUNK = msgspec.json.Decoder(Chunk)
+_LARGE_CHUNK = msgspec.json.Decoder(_LargeChunk)
+FIELDS = msgspec.json.Decoder(dict[str, Raw])
+INVALID_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+
+
+def read_chunk(data: bytes, *, is_surface: bool = False) -> Chunk:
+    """is_surface: what lies deep is left out already, and its fields are not passed on. Raises InvalidChunk."""
+    try:
+        if not data.isascii():
+            data.decode()  # fields that are only passed on have to be text, too
+        if len(data) > _FREE_BRACKETS:
+            _check_brackets(data)
+            if not is_surface:
+                _check_parts(data)
+        return _CHUNK.decode(data)
+    except INVALID_JSON as problem:
+        raise InvalidChunk(str(problem)) from None
+
+
+def count_ids(ids: Raw) -> int:
+    """How many there are in a list of token ids, as JSON; 0 for null."""
+    return bytes(ids).count(b",") + 1 if has_ids(ids) else 0
+
+
+def has_ids(ids: Raw) -> bool:
+    return ids is not NO_IDS and bytes(ids) not in (b"null", b"[]")
+
+
+def _check_brackets(data: bytes) -> None:
+    num_brackets = data.count(b"{") + data.count(b"[")
+    if num_brackets > _FREE_BRACKETS + len(data) // _BYTES_PER_BRACKET:
+        raise InvalidChunk(f"it has {num_brackets} brackets in {len(data)} bytes")
+
+
+def _check_parts(data: bytes) -> None:
+    """Raise InvalidChunk for one that has so many fields, or tokens, that it would take long to build them."""
+    has_many_fields = data.count(b":") > _FREE_COLONS
+    if not has_many_fields and data.count(b",") <= MAX_IDS:
+        return
+    chunk = _LARGE_CHUNK.decode(data)
+    parts, choices = [chunk.logprobs, chunk.prompt_logprobs, chunk.prompt_token_ids], chunk.choices or []
+    for choice in choices:
+        parts += [choice.text, choice.delta, choice.message, choice.logprobs, choice.prompt_logprobs]
+        parts += [choice.token_ids, choice.prompt_token_ids]
+    other_bytes = len(data) - sum(map(len, parts))
+    if has_many_fields and other_bytes > _MAX_OTHER_BYTES:
+        raise InvalidChunk(f"it has {other_bytes} bytes in unknown fields")
+    num_ids = sum(bytes(choice.token_ids).count(b",") for choice in choices)
+    if num_ids >= MAX_IDS:
+        raise InvalidChunk(f"it has more than {MAX_IDS} token_ids")

@@ -1,0 +1,62 @@
+"""Fields of requests and of the list of models, as any client or server may send them: only those read here."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgspec
+from msgspec import Raw
+
+from powerband.openai.chunks import INVALID_JSON
+
+
+class StreamOptionFields(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class TextPart(msgspec.Struct, gc=False):
+    """A part of a message; without `text` it is a picture or the like."""
+
+    text: str | None = None
+
+
+class MessageFields(msgspec.Struct, gc=False):
+    role: str = ""
+    content: str | list[TextPart] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content or () if part.text is not None]
+
+
+class ListedModel(msgspec.Struct, gc=False):
+    id: str
+    owned_by: str | None = None
+    max_model_len: object = None
+
+    @property
+    def context_length(self) -> int | None:
+        """Of prompt and output together, in tokens."""
+        length = self.max_model_len
+        return length if isinstance(length, int) and length > 0 else None
+
+
+class _ModelList(msgspec.Struct):
+    data: list[Raw] | None = None
+
+
+_LIST = msgspec.json.Decoder(_ModelList)
+_MODEL = msgspec.json.Decoder(ListedModel)
+
+
+def read_models(body: bytes) -> list[ListedModel]:
+    """From the response to GET /v1/models; what is not valid is left out."""
+    found: list[ListedModel] = []
+    with contextlib.suppress(*INVALID_JSON):
+        for entry in _LIST.decode(body).data or ():
+            with contextlib.suppress(*INVALID_JSON):
+                found.append(_MODEL.decode(entry))
+    return found

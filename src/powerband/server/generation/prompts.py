@@ -1,0 +1,153 @@
+"""Prompts as token ids: from text, from a conversation, or as they were sent; checked against the context length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import msgspec
+
+from powerband.errors import InvalidRequest, RequestTooLong
+from powerband.server.protocol import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, TokenizeRequest
+from powerband.server.replica import Model, ServerState
+from powerband.text.tokenizer import Tokenizer
+
+_LONG_TEXT_CHARS = 4096  # longer texts are encoded in a thread, so that others' tokens go on
+
+
+@dataclass(slots=True)
+class Prompt:
+    token_ids: list[int]
+    text: str | None = None  # as sent; None when token ids were, or when it may have been cut
+
+
+async def completion_prompts(replica: ServerState, model: Model, body: CompletionRequest) -> list[Prompt]:
+    """The prompts of a completion. Raises InvalidRequest."""
+    sources = _split_prompts(body.prompt)
+    num_chars = sum(len(source) for source in sources if isinstance(source, str))
+    prompts = []
+    for source in sources:
+        if isinstance(source, str):
+            if not source:
+                raise InvalidRequest("'prompt' is empty.", param="prompt")
+            ids = await encode(
+                replica,
+                model,
+                source,
+                body.add_special_tokens is not False,
+                body.truncate_prompt_tokens,
+                in_thread=num_chars >= _LONG_TEXT_CHARS,
+            )
+            cut = body.truncate_prompt_tokens is not None and len(ids) == body.truncate_prompt_tokens
+            prompts.append(Prompt(ids, None if cut else source))
+        else:
+            prompts.append(Prompt(_truncated(source, body.truncate_prompt_tokens)))
+    for prompt in prompts:
+        check_prompt(prompt.token_ids, model, "prompt")
+    return prompts
+
+
+async def chat_prompt(replica: ServerState, model: Model, body: ChatRequest) -> Prompt:
+    """The conversation in the model's chat template. Raises InvalidRequest."""
+    text = await render(replica, model, body, body.messages)
+    # Templates write special tokens themselves.
+    ids = await encode(replica, model, text, body.add_special_tokens is True, body.truncate_prompt_tokens)
+    check_prompt(ids, model, "messages")
+    return Prompt(ids, text)
+
+
+async def render(
+    replica: ServerState, model: Model, body: ChatRequest | TokenizeRequest, messages: list[Message]
+) -> str:
+    continues = body.continue_final_message is True
+    return await replica.in_thread(
+        model.need_template().render,
+        [_plain(message, index) for index, message in enumerate(messages)],
+        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=body.chat_template_kwargs,
+    )
+
+
+async def encode(
+    replica: ServerState,
+    model: Model,
+    text: str,
+    add_special_tokens: bool,
+    truncate: int | None = None,
+    *,
+    in_thread: bool = False,
+) -> list[int]:
+    """Token ids of `text`. A text that is far too long is refused before that. in_thread: for one of many."""
+    tokenizer = model.need_tokenizer()
+    least = len(text) // _max_token_bytes(tokenizer)
+    if truncate is None and least > model.info.max_model_len:
+        raise RequestTooLong(
+            f"The prompt has {len(text)} characters, so at least {least} tokens; "
+            f"the context holds {model.info.max_model_len}.",
+            limit=model.info.max_model_len,
+            hint="Shorten the prompt.",
+            param="prompt",
+        )
+    if len(text) < _LONG_TEXT_CHARS and not in_thread:
+        ids = tokenizer.encode(text, add_special_tokens)
+    else:
+        ids = await replica.in_thread(tokenizer.encode, text, add_special_tokens)
+    return _truncated(ids, truncate)
+
+
+def check_prompt(ids: list[int], model: Model, param: str) -> None:
+    limit = model.info.max_model_len - 1
+    if not ids:
+        raise InvalidRequest("The prompt has no tokens.", param=param)
+    if len(ids) > limit:
+        raise RequestTooLong(
+            f"The prompt has {len(ids)} tokens; the context of {limit + 1} tokens takes {limit} and one output token.",
+            limit=limit,
+            hint="Shorten the prompt, or send truncate_prompt_tokens.",
+            param=param,
+        )
+    worst = max(ids)
+    if worst >= model.info.vocab_size or min(ids) < 0:
+        wrong = worst if worst >= model.info.vocab_size else min(ids)
+        raise InvalidRequest(
+            f"The prompt has token {wrong}; the model's vocabulary has tokens 0 to {model.info.vocab_size - 1}.",
+            param=param,
+        )
+
+
+def _plain(message: Message, index: int) -> dict[str, Any]:
+    if message.content is None and message.role != "assistant":
+        param = f"messages.{index}.content"
+        raise InvalidRequest(f"'{param}' is missing.", param=param)
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    plain.setdefault("content", "")
+    return plain
+
+
+def _split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """One prompt or several. A list of numbers is one prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequest("'prompt' is an empty list.", param="prompt")
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return [cast(list[int], prompt)]
+    texts = cast(list[str | list[int]], prompt)
+    if len(kinds) > 1:
+        raise InvalidRequest("'prompt' mixes texts, tokens and lists of tokens.", hint="Send one kind.", param="prompt")
+    if len(texts) > MAX_PROMPTS:
+        raise InvalidRequest(f"'prompt' has {len(texts)} prompts; the limit is {MAX_PROMPTS}.", param="prompt")
+    return texts
+
+
+def _truncated(ids: list[int], limit: int | None) -> list[int]:
+    return ids if limit is None else ids[-limit:]
+
+
+@lru_cache(maxsize=4)
+def _max_token_bytes(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token: no text has fewer tokens than its length over this."""
+    return max(max((len(tokenizer.token(id)) for id in range(tokenizer.vocab_size)), default=1), 1)

@@ -1,0 +1,1 @@
+"""The routes of a replica, one file for each group."""
