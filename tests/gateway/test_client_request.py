@@ -12,6 +12,7 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.gateway import ServedModel
 from powerband.gateway.proxy.client_request import MAX_PROMPTS, ClientRequest
+from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient, context_length
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress
@@ -174,3 +175,24 @@ def test_a_replica_with_a_short_context_does_not_cut_the_answers_of_others() -> 
     caps = [json.loads(found.upstream_body(replica, ANONYMOUS))["max_tokens"] for replica in replicas]
     assert caps[:2] == [4000, 4000], "where not even the prompt has room, the replica judges"
     assert 100 < caps[2] < 200
+
+
+def test_places_in_a_resumed_text_go_on_where_the_first_part_ended() -> None:
+    """vLLM counts the second part's from its own first character."""
+    asked = ClientRequest(b'{"model": "m", "prompt": "a", "logprobs": 1, "stream": true}', "completions")
+    state = StreamState(asked, "m")
+    state.begin(ReplicaAddress(id="r", url="http://r:1", model="m", engine="vllm"))
+    places: list[int] = []
+
+    def tell(text: str, offset: int, token: int) -> None:
+        logprobs = {"tokens": [text], "token_logprobs": [-1.0], "text_offset": [offset]}
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "token_ids": [token]}
+        shown = state.process_event(json.dumps({"model": "m", "choices": [choice]}).encode(), 0.0)
+        places.extend(json.loads(shown.removeprefix(b"data: "))["choices"][0]["logprobs"]["text_offset"])
+
+    tell("ab", 0, 1)
+    tell("cde", 2, 2)
+    for kept in (2, 3):
+        state.resume(kept=kept, counts_as_prompt=True)
+        tell("x", 0, kept + 1)
+    assert places == [0, 2, 5, 6]

@@ -202,6 +202,26 @@ def test_an_error_in_a_stream_is_the_requests_own_or_the_replicas(gateway: Runni
                 assert text_of(gateway.stream("/v1/chat/completions", CHAT)) == TEXT
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"object": "error", "message": "boom", "usage": {"prompt_tokens": 1, "completion_tokens": 1}},
+        {"object": "error", "message": ""},
+        {"errors": [{"title": "boom"}]},
+    ],
+)
+def test_an_error_event_in_any_form_ends_the_replica_s_part(gateway: RunningGateway, error: dict[str, Any]) -> None:
+    ends_in_spite_of_it = says(stream([error, chunk({"content": "wrong"}), STOP]))
+    with serving(gateway, ends_in_spite_of_it, says(stream([*WORDS, STOP]))):
+        for _ in range(3):
+            assert text_of(gateway.stream("/v1/chat/completions", CHAT)) == TEXT
+
+
+def test_what_comes_of_a_choice_after_its_end_is_not_passed_on(gateway: RunningGateway) -> None:
+    with serving(gateway, says(stream([*WORDS, STOP, *WORDS]))):
+        assert text_of(gateway.stream("/v1/chat/completions", CHAT)) == TEXT
+
+
 # ---- tokens of a text
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from powerband.gateway.proxy import whole_response
 from powerband.gateway.proxy.exchange import UpstreamFailure
-from powerband.gateway.proxy.whole_response import WholeAnswer
+from powerband.gateway.proxy.whole_response import LARGE_BYTES, AnswerBudget, TooManyAnswers, WholeAnswer
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
 VALUES = st.recursive(
@@ -102,3 +102,18 @@ def test_of_a_large_answer_little_is_decoded(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_large_answer_that_is_no_json_is_the_replicas_fault(data: bytes) -> None:
     with pytest.raises(UpstreamFailure, match="not what was asked for"):
         read_in_pieces(data)
+
+
+def test_answers_that_wait_for_their_clients_are_bounded_together_and_by_tenant() -> None:
+    budget = AnswerBudget(8 * LARGE_BYTES)
+    budget.add("a", 4 * LARGE_BYTES, 4 * LARGE_BYTES)
+    with pytest.raises(TooManyAnswers, match="of one client"):
+        budget.add("a", 2 * LARGE_BYTES, 2 * LARGE_BYTES)
+    budget.add("a", 100, 100)  # a small one
+    budget.release("a", 2 * LARGE_BYTES)
+    budget.add("b", 3 * LARGE_BYTES, 3 * LARGE_BYTES)
+    with pytest.raises(TooManyAnswers):
+        budget.add("c", 2 * LARGE_BYTES, 2 * LARGE_BYTES)
+    for tenant, size in (("a", 4 * LARGE_BYTES + 100), ("b", 3 * LARGE_BYTES), ("c", 2 * LARGE_BYTES)):
+        budget.release(tenant, size)
+    assert not budget.held

@@ -34,7 +34,13 @@ from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import context_length
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
-from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer
+from powerband.gateway.proxy.whole_response import (
+    MAX_RESPONSE_BYTES,
+    PiecesResponse,
+    ResponseTooLarge,
+    TooManyAnswers,
+    WholeAnswer,
+)
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.metrics.record import Outcome, RequestRecord
@@ -118,6 +124,7 @@ class GenerationResponse(Response):
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
+        self._held_bytes = 0  # of a whole answer
         self._is_prompt_counted = False
 
     def _new_state(self) -> StreamState:
@@ -145,6 +152,7 @@ class GenerationResponse(Response):
             raise
         finally:
             connection.when_lost(None)
+            self._release_answer()
             try:
                 self._finish()
             finally:
@@ -167,9 +175,17 @@ class GenerationResponse(Response):
 
     async def _collect(self, exchange: UpstreamExchange) -> WholeAnswer:
         """Raises UpstreamFailure, and ResponseTooLarge for what may be right: another replica would say as much."""
+        self._release_answer()
         answer, max_bytes = WholeAnswer(), self._client_request.max_answer_bytes
         while piece := await exchange.read():
             answer.add(piece)
+            self._held_bytes += len(piece)
+            try:
+                self._gateway.answers.add(self._request.tenant, len(piece), answer.size)
+            except TooManyAnswers:
+                exchange.close()
+                self._attempts.close("ok")
+                raise
             if answer.size > max_bytes:
                 problem = f"The replica's answer is larger than {max_bytes} bytes. No right answer to this request is."
                 raise UpstreamFailure("garbage", problem)
@@ -178,6 +194,11 @@ class GenerationResponse(Response):
                 self._attempts.close("ok")
                 raise ResponseTooLarge
         return answer
+
+    def _release_answer(self) -> None:
+        """Its client has it, or it broke off."""
+        self._gateway.answers.release(self._request.tenant, self._held_bytes)
+        self._held_bytes = 0
 
     def _read_whole(self, answer: WholeAnswer, replica: ReplicaAddress) -> list[bytes]:
         """Counted, and under the name that is served. Raises UpstreamFailure for what is no answer."""
@@ -372,7 +393,11 @@ class GenerationResponse(Response):
                 seconds = state.times_s[-1] - attempts.sent_s
                 self._served.estimates.learn(used[2], client_request.num_choices, seconds, state.text.size)
             return used, state.is_estimate
-        if not attempts.sent_s or self._error not in ("client_left", ResponseTooLarge.default_code):
+        if not attempts.sent_s or self._error not in (
+            "client_left",
+            ResponseTooLarge.default_code,
+            TooManyAnswers.default_code,
+        ):
             return (0, 0, 0), False
         output = 0
         if not client_request.is_stream:

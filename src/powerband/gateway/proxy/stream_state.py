@@ -32,7 +32,7 @@ from powerband.openai.chunks import (
     has_ids,
     read_chunk,
 )
-from powerband.openai.errors import read_error
+from powerband.openai.errors import MAX_ERROR_BYTES, read_error
 from powerband.openai.events import DONE, event
 
 # Fields that stay the same through a stream, besides the model.
@@ -77,6 +77,7 @@ class StreamState:
         self._is_other_kind = False  # the current replica sends completions, but the client requested chat
         self.keeps_text = False
         self._skipped = ""
+        self._text_offset = 0  # of what the current replica sends, where it counts from its own first character
         self.adapter: EngineAdapter | None = None  # of the replicas so far
         self._roles_sent: set[int] = set()  # choices whose role was sent
         self.is_resumed = False
@@ -163,6 +164,7 @@ class StreamState:
         self._is_other_kind = is_other_kind
         self._skipped = skipped
         self._before = kept if counts_as_prompt else 0
+        self._text_offset = sum(map(len, self.texts)) - len(skipped) if counts_as_prompt else 0
         self.num_tokens -= len(self.token_ids) - kept
         self._min_tokens = min(self._min_tokens, kept)
         self.usage, self._tokens_since_usage = None, self.num_tokens  # the next replica counts for itself
@@ -178,7 +180,7 @@ class StreamState:
         if chunk.error is not NO_ERROR and chunk.has_error:
             raise self.as_failure(chunk.error)
         if not chunk.choices:
-            if chunk.usage is None and read_error(data).message:  # older vLLM's and TensorRT-LLM's form
+            if _is_error(data):
                 raise self.as_failure(Raw(data))
             self._take_usage(chunk, 0)
             return self._rewritten(data, chunk) if chunk.usage is not None and self._wants_usage else b""
@@ -208,6 +210,8 @@ class StreamState:
             raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._num_choices}.")
         if choice.finish_reason and choice.finish_reason.lower() in _GIVEN_UP:
             raise UpstreamFailure("truncated", f"The replica gave up: finish_reason {choice.finish_reason!r}.")
+        if index in self._finished and (text or choice.token_ids or (delta is not None and delta.content)):
+            raise UpstreamFailure("garbage", f"The replica sent more of choice {index} after its end.")
         if self._skipped:
             text = choice.text = self._after_skipped(text or "", is_last=bool(choice.finish_reason))
         if delta is not None:
@@ -328,6 +332,8 @@ class StreamState:
             choice.pop("prompt_token_ids", None)
         if "finish_reason" in choice and bytes(choice["finish_reason"]) == b'""':
             choice["finish_reason"] = None
+        if self._text_offset and "logprobs" in choice:
+            choice["logprobs"] = _shifted(choice["logprobs"], self._text_offset)
         if self._is_other_kind:
             text = choice.pop("text", None)
             choice["delta"] = {"content": text} if text or "token_ids" in choice else {}
@@ -430,6 +436,26 @@ class StreamState:
     def _build_chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._client_request.endpoint == "chat" else "text_completion"
         return event(_ENCODE({**self._stable_fields, "model": self._model, "object": kind, "choices": choices, **more}))
+
+
+def _is_error(data: bytes) -> bool:
+    """Whether an event without choices is an error in a form that does not say so by its field 'error'."""
+    if len(data) > MAX_ERROR_BYTES:
+        return False
+    fields = FIELDS.decode(data)
+    kind = fields.get("object")
+    # Older vLLM's and TensorRT-LLM's form, with or without words; and JSON:API's.
+    if (kind is not None and bytes(kind) == b'"error"') or "errors" in fields:
+        return True
+    return "usage" not in fields and bool(read_error(data).message)
+
+
+def _shifted(logprobs: Raw, offset: int) -> Any:
+    """Log-probabilities of a completion whose places in the text begin so many characters later."""
+    found = msgspec.json.decode(logprobs)
+    if isinstance(found, dict) and isinstance(places := found.get("text_offset"), list):
+        found["text_offset"] = [place + offset if isinstance(place, int) else place for place in places]
+    return found
 
 
 def _parsed_text(delta: ChunkDelta) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 
 import msgspec
 import numpy as np
@@ -24,6 +25,7 @@ from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
 
 MAX_RESPONSE_BYTES = 64 << 20
+MAX_HELD_BYTES = 512 << 20  # of all answers that their clients have not read yet
 _LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
 LARGE_BYTES = 1 << 20  # beyond this only the surface is decoded: msgspec takes up to some 20 ms for a MiB
 MAX_SURFACE_BYTES = 4 << 20
@@ -45,6 +47,37 @@ class ResponseTooLarge(PowerbandError):
 
     def __init__(self, what: str = "answer", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _LESS) -> None:
         super().__init__(f"The {what} is larger than {max_bytes >> 20} MiB.", hint=hint)
+
+
+class TooManyAnswers(PowerbandError):
+    """The whole answers that wait for their clients are as large as may be, and this one is not small."""
+
+    http_status = 503
+    default_code = "too_many_answers"
+
+
+class AnswerBudget:
+    """Counts the bytes of whole answers until their clients have them. One tenant holds half at most."""
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.held: Counter[str] = Counter()  # by tenant
+
+    def add(self, tenant: str, size: int, total: int) -> None:
+        """More of an answer came, of which there are `total` now. Raises TooManyAnswers; `release` it in any case."""
+        self.held[tenant] += size
+        is_full = self.held[tenant] > self.max_bytes // 2 or self.held.total() > self.max_bytes
+        if is_full and total > LARGE_BYTES:
+            raise TooManyAnswers(
+                f"The whole answers that wait for their clients are larger than {self.max_bytes >> 20} MiB, or those of"
+                " one client than half.",
+                hint="Read faster, or ask for it as a stream.",
+            )
+
+    def release(self, tenant: str, size: int) -> None:
+        self.held[tenant] -= size
+        if not self.held[tenant]:
+            del self.held[tenant]
 
 
 class WholeAnswer:
