@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -26,6 +27,7 @@ from powerband.web.errors import HttpError
 P = ParamSpec("P")
 T = TypeVar("T")
 _TEXT_THREADS = 4
+LARGE_TEXT_BYTES = 256 << 10
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class ServerState:
         self._idle = asyncio.Event()
         self._idle.set()
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
+        self._large_texts = asyncio.Semaphore(_TEXT_THREADS // 2)
 
     async def start(self) -> EngineInfo:
         """Start the engine and load the tokenizer, concurrently if the folder is known. Raises the errors of both."""
@@ -190,6 +193,12 @@ class ServerState:
         """Run a slow function in a thread, so that the event loop goes on."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    def room_for_text(self, num_bytes: int) -> AbstractAsyncContextManager[object]:
+        """Enter it to render or encode a text in a thread: large texts get half of the threads, so that small ones do
+        not wait for all of them.
+        """
+        return self._large_texts if num_bytes >= LARGE_TEXT_BYTES else nullcontext()
 
     def _on_phase(self, name: str, fraction: float) -> None:
         self._loading_s = self._loading_s or time.monotonic()

@@ -61,13 +61,15 @@ async def render(
     replica: ServerState, model: Model, body: ChatRequest | TokenizeRequest, messages: list[Message]
 ) -> str:
     continues = body.continue_final_message is True
-    return await replica.in_thread(
-        model.need_template().render,
-        [_plain(message, index) for index, message in enumerate(messages)],
-        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=continues,
-        template_kwargs=body.chat_template_kwargs,
-    )
+    num_bytes = len(msgspec.json.encode((messages, body.chat_template_kwargs)))
+    async with replica.room_for_text(num_bytes):
+        return await replica.in_thread(
+            model.need_template().render,
+            [_plain(message, index) for index, message in enumerate(messages)],
+            add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+            continue_final_message=continues,
+            template_kwargs=body.chat_template_kwargs,
+        )
 
 
 async def encode(
@@ -93,7 +95,8 @@ async def encode(
     if len(text) < _LONG_TEXT_CHARS and not in_thread:
         ids = tokenizer.encode(text, add_special_tokens)
     else:
-        ids = await replica.in_thread(tokenizer.encode, text, add_special_tokens)
+        async with replica.room_for_text(len(text)):
+            ids = await replica.in_thread(tokenizer.encode, text, add_special_tokens)
     return _truncated(ids, truncate)
 
 
