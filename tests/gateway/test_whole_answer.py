@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from powerband.gateway.proxy import whole_response
 from powerband.gateway.proxy.exchange import UpstreamFailure
-from powerband.gateway.proxy.whole_response import LARGE_BYTES, AnswerBudget, TooManyAnswers, WholeAnswer
+from powerband.gateway.proxy.whole_response import LARGE_BYTES, AnswerBudget, AnswerTurns, TooManyAnswers, WholeAnswer
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
 VALUES = st.recursive(
@@ -117,3 +118,31 @@ def test_answers_that_wait_for_their_clients_are_bounded_together_and_by_tenant(
     for tenant, size in (("a", 4 * LARGE_BYTES + 100), ("b", 3 * LARGE_BYTES), ("c", 2 * LARGE_BYTES)):
         budget.release(tenant, size)
     assert not budget.held
+
+
+def test_of_many_large_answers_one_piece_is_scanned_in_a_turn_of_the_loop() -> None:
+    piece, scanned = b"x" * 4096, 0
+
+    class Counted(WholeAnswer):
+        def add(self, piece: bytes) -> None:
+            nonlocal scanned
+            scanned += self.is_large
+            super().add(piece)
+
+    async def receive(turns: AnswerTurns) -> None:
+        answer = Counted()
+        answer.add(b"{" + b" " * LARGE_BYTES)
+        for _ in range(20):
+            await turns.add(answer, piece)
+
+    async def test() -> None:
+        turns, most = AnswerTurns(), 0
+        receiving = [asyncio.create_task(receive(turns)) for _ in range(24)]
+        while not all(task.done() for task in receiving):
+            before = scanned
+            await asyncio.sleep(0)
+            most = max(most, scanned - before)
+        await asyncio.gather(*receiving)
+        assert (scanned, most) == (24 * 20, 1)
+
+    asyncio.run(test())

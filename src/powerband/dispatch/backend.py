@@ -331,9 +331,9 @@ class Backend:
         """Whether nothing has come for longer than usual, and than it may take to compute the prompts that are there:
         many engines let all streams wait for a new prompt.
         """
-        options, silence_s = self.options, self.silence_s(now_s, of_streams=True)
+        options = self.options
         patience_s = max(options.hang_timeout_s, options.hang_gap_multiplier * self.gap_s)
-        if silence_s <= patience_s:
+        if now_s - self.bytes_s <= patience_s or (silence_s := self.silence_s(now_s, of_streams=True)) <= patience_s:
             return False
         prompt_tokens = sum(one.prompt_tokens for one in self.in_flight if one.began_s is None and not one.is_lost)
         return silence_s > patience_s + prompt_tokens / options.min_prefill_rate

@@ -18,7 +18,7 @@ from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.observability.recent_requests import RecentRequests
 from powerband.gateway.proxy.estimates import TokenEstimates
 from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.whole_response import AnswerBudget
+from powerband.gateway.proxy.whole_response import AnswerBudget, AnswerTurns
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
@@ -52,6 +52,7 @@ class Gateway:
         self.settings = settings
         self.upstream = UpstreamClient(settings.stream_timeouts)
         self.answers = AnswerBudget()
+        self.answer_turns = AnswerTurns()
         self.recent = RecentRequests()
         self.routes = Routes()
         self.draining = False

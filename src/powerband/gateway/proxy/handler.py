@@ -178,7 +178,7 @@ class GenerationResponse(Response):
         self._release_answer()
         answer, max_bytes = WholeAnswer(), self._client_request.max_answer_bytes
         while piece := await exchange.read():
-            answer.add(piece)
+            await self._gateway.answer_turns.add(answer, piece)
             self._held_bytes += len(piece)
             try:
                 self._gateway.answers.add(self._request.tenant, len(piece), answer.size)

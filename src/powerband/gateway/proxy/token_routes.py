@@ -143,7 +143,7 @@ class TokenCountRoutes:
         try:
             answer = WholeAnswer(depth=1)
             while piece := await exchange.read():
-                answer.add(piece)
+                await self._gateway.answer_turns.add(answer, piece)
                 if answer.size > MAX_RESPONSE_BYTES:
                     raise ResponseTooLarge(hint="Send less text at a time.")
             return exchange.status, answer

@@ -9,6 +9,7 @@ decoded; it is found slice by slice, while the response arrives:
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import re
 from collections import Counter
@@ -78,6 +79,24 @@ class AnswerBudget:
         self.held[tenant] -= size
         if not self.held[tenant]:
             del self.held[tenant]
+
+
+class AnswerTurns:
+    """Of all large answers that are arriving, one piece is scanned in each turn of the event loop: it takes some
+    milliseconds, and other requests go on in between.
+    """
+
+    def __init__(self) -> None:
+        self._scanning = asyncio.Lock()
+
+    async def add(self, answer: WholeAnswer, piece: bytes) -> None:
+        """Raises UpstreamFailure, see `WholeAnswer.add`."""
+        if not answer.is_large and answer.size + len(piece) <= LARGE_BYTES:
+            answer.add(piece)
+            return
+        async with self._scanning:
+            answer.add(piece)
+            await asyncio.sleep(0)
 
 
 class WholeAnswer:
