@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.client_request import MAX_TOKENS
@@ -14,9 +13,6 @@ from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
 from powerband.openai.fields import read_models
-
-if TYPE_CHECKING:
-    from powerband.gateway.gateway import ServedModel
 
 MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
 MAX_IDLE = 128  # connections to one replica that are kept for later
@@ -169,13 +165,14 @@ class UpstreamClient:
 # ---- the context length of a model
 
 
-async def context_length(served: ServedModel, upstream: UpstreamClient) -> int | None:
+async def context_length(
+    replicas: Sequence[ReplicaAddress], known: dict[str, int | None], upstream: UpstreamClient
+) -> int | None:
     """The maximum tokens of prompt and output: the largest of the replicas' limits; None: no replica reports one.
 
     A replica with a lower one gets requests with a lower cap, so that none cuts the answers of the others.
+    known: limits by replica, which is added to.
     """
-    known = served.context_lengths
-    replicas = served.route.replicas
     await asyncio.gather(*(_ask(known, upstream, one) for one in replicas if one.id not in known))
     lengths = [length for one in replicas if (length := known.get(one.id)) is not None]
     return min(max(lengths), MAX_TOKENS) if lengths else None
