@@ -59,6 +59,8 @@ drills: $(READY)  ## do to a service what happens to services, and print what it
 # What this processor cannot run is skipped, and so is its own tier: all other tests run with that. Under the sanitizers the same tests look for bad memory accesses.
 # One thread for each of two processes; tests/engine/cpu_kernels/test_team.py has more. Every test runs in each tier, with every value of each of its parameters;
 # all combinations of them run with the own tier, and with the others when `make kernels CASES=all` says so.
+# They are compiled first, in no test's time and without the sanitizers' library in the compiler.
+COMPILE      = $(1) $(BIN)/python -c "from powerband.engine.kernels.cpu.library import compile_own; compile_own()"
 KERNEL_TESTS = OMP_NUM_THREADS=1 $(1) $(BIN)/python -m pytest --no-header -p no:cacheprovider $(if $(filter all,$(CASES)),,--fewer-cases) --save-counts $(COUNTS)/$(subst -,_,$@).json $(2)
 SANITIZERS   = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 kernels: $(READY)  ## the tests of the C++ kernels, compiled for older processors and with sanitizers; whole models without any (CASES=all)
@@ -72,11 +74,12 @@ kernels-off: $(READY)
 
 kernels-plain kernels-avx2 kernels-avx512: kernels-%: $(READY)
 	@echo "· kernels: $*"
+	@$(call COMPILE,POWERBAND_KERNEL_TIER=$*)
 	@$(call KERNEL_TESTS,POWERBAND_KERNEL_TIER=$*,tests/engine/cpu_kernels)
 
 kernels-sanitized: $(READY)
 	@echo "· kernels: sanitizers"
-	@if command -v g++ >/dev/null; then $(call KERNEL_TESTS,CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0,\
+	@if command -v g++ >/dev/null; then $(call COMPILE,CXX=g++ POWERBAND_KERNEL_SANITIZE=1) && $(call KERNEL_TESTS,CXX=g++ POWERBAND_KERNEL_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0,\
 	  tests/engine/cpu_kernels); else echo "skipped: there is no g++"; fi
 
 lint: $(READY)  ## ruff and mypy --strict

@@ -84,6 +84,11 @@ def load() -> Status:
     return Status(tier, f"compiled for this processor ({tier})")
 
 
+def compile_own() -> Path:
+    """Build the library that `load` would load, without loading it. Raises EnvironmentFault and UsageError."""
+    return build(choose_tier(os.environ.get(TIER_VARIABLE, ""), detect_cpu().features))
+
+
 def choose_tier(asked: str, features: Collection[str]) -> str:
     """The best tier for a processor with these features, or the one `asked` for. Raises UsageError if it cannot run."""
     runs = [tier for tier in TIERS if _required(tier) <= set(features)]
