@@ -1,4 +1,4 @@
-"""For Prometheus: which replicas there are, and what their /metrics say, through the gateway, which has their keys."""
+"""Prometheus service discovery for the replicas, and a proxy to their /metrics: the gateway has their API keys."""
 
 from __future__ import annotations
 
