@@ -305,7 +305,7 @@ class ClientRequest:
 
 
 def _check_case(fields: Mapping[str, Raw]) -> None:
-    """Reject known field names in another case: servers in Go (Ollama, LocalAI) accept them, so limits could be evaded."""
+    """Reject known field names in another case: servers in Go (Ollama, LocalAI) accept them, evading limits."""
     for name in fields:
         if name not in _NAMES and len(name) <= _MAX_NAME_CHARS and (usual := name.casefold()) in _NAMES:
             raise InvalidRequest(f"Unknown field '{name}'.", hint=f"Did you mean '{usual}'?", param=name)
