@@ -131,7 +131,7 @@ async def _run(store: ServiceStore, send_heartbeat: Callable[[], None]) -> int:
 
 
 def _tick(controller: Controller) -> bool:
-    """A bug or a full disk must not leave a service without its controller."""
+    """Log errors of a tick and continue: a bug or a full disk must not leave a service without its controller."""
     try:
         return controller.tick()
     except Exception:
