@@ -14,7 +14,7 @@ from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName
 
 # Servers that a replica may run. openai: any other server with OpenAI's API, such as Ollama, LM Studio, LocalAI and
-# Dynamo, of which only GET /v1/models is assumed.
+# Dynamo. Only GET /v1/models is assumed to work there.
 ServerName = Literal[EngineName, "llamacpp", "openai"]
 # Gauges: requests running and waiting, fraction of the KV cache in use (0 to 1). The others are counters.
 Metric = Literal[

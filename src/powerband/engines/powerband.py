@@ -129,5 +129,5 @@ POWERBAND = EngineAdapter(
     tenant_fields=_tenant_fields,
     retry_after_is_per_request=True,
     takes_resume_token_ids=True,
-    resume_text="another replica goes on with its streams",
+    resume_text="another replica resumes its streams",
 )

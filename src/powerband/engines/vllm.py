@@ -260,5 +260,5 @@ VLLM = EngineAdapter(
     returns_token_ids=True,
     tenant_fields=_tenant_fields,
     complete_stream=_complete_stream,
-    resume_text="another goes on with most of its streams",
+    resume_text="another replica resumes most of its streams",
 )

@@ -87,7 +87,7 @@ def deploy_plan(plan: Plan, options: DeploymentOptions, report: Report) -> Deplo
     desired, is_new = operations.apply(store, built.release, gateway, options.policy)
     ensure_controller(store)
     if not is_new:
-        report.describe("nothing is to be changed")
+        report.describe("nothing to change")
     status = operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)
     if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
         raise _start_failure(store, status, before)

@@ -56,8 +56,8 @@ async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, de
             problem = f" {error}"
         await asyncio.sleep(_PAUSE_S)
     raise EnvironmentFault(
-        f"The replica at {url} does not say what it serves.{problem}",
-        hint="Is it started? GET /v1/models must answer. Replicas that want a key are given by --routes.",
+        f"The replica at {url} did not report which models it serves.{problem}",
+        hint="Is it running? GET /v1/models must answer. Replicas that need an API key must be listed with --routes.",
         code="no_replica",
         param="replica",
     )

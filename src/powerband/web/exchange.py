@@ -115,14 +115,14 @@ class HttpExchange:
             await app(self._scope, self.receive, self.send)
         except Exception as error:
             if not self.is_lost:
-                logger.error("An answer broke off.", exc_info=error)
+                logger.error("The application failed; its response is incomplete.", exc_info=error)
         finally:
             if not (self.is_answered or self.is_lost):
                 if self.has_started:
                     self._connection.break_off()
                 else:
                     self._connection.refuse(
-                        HttpError(500, "internal_error", "The server met an error that it does not know.")
+                        HttpError(500, "internal_error", "The server failed with an unexpected error.")
                     )
 
     # ASGI.

@@ -78,7 +78,7 @@ class RequestIdMiddleware:
                 allowed = (error.headers or {}).get("Allow", "")
                 return HttpError(405, "method_not_allowed", f"This path takes {allowed}.", allow=allowed)
             return HttpError(error.status_code, "http_error", error.detail)
-        logger.error("Request %s met an error that the server does not know.", request_id, exc_info=error)
+        logger.error("Request %s failed with an unexpected error.", request_id, exc_info=error)
         return PowerbandError(
-            "The server met an error that it does not know.", hint=f"Its log has it under {request_id}."
+            "The server failed with an unexpected error.", hint=f"Its log has the details, under {request_id}."
         )

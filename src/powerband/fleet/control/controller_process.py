@@ -135,7 +135,7 @@ def _tick(controller: Controller) -> bool:
     try:
         return controller.tick()
     except Exception:
-        logger.exception("A tick failed; the controller goes on with the next one.")
+        logger.exception("A tick failed; the controller continues with the next one.")
         return True
 
 

@@ -88,14 +88,14 @@ class RequestFields(msgspec.Struct):
         """Raise InvalidRequest if engines would disagree about the maximum output, which limits and usage rely on."""
         for name, usual in (("n_predict", "max_tokens"), ("n_cmpl", "n")):
             if getattr(self, name) is not None:  # llama.cpp's names, which override the standard ones there
-                raise InvalidRequest(f"'{name}' is not taken.", hint=f"Say '{usual}'.", param=name)
+                raise InvalidRequest(f"'{name}' is not taken.", hint=f"Use '{usual}'.", param=name)
         if self.prompt_embeds is not UNSET and bytes(self.prompt_embeds) != b"null":  # each one adds choices
             raise InvalidRequest("'prompt_embeds' is not supported.", hint="Send 'prompt'.", param="prompt_embeds")
         if self.max_completion_tokens is None:
             return
         if endpoint == "completions":
             raise InvalidRequest(
-                "'max_completion_tokens' is for chats.", hint="Say 'max_tokens'.", param="max_completion_tokens"
+                "'max_completion_tokens' is for chats.", hint="Use 'max_tokens'.", param="max_completion_tokens"
             )
         if self.max_tokens not in (None, self.max_completion_tokens):
             raise InvalidRequest(

@@ -187,7 +187,7 @@ class GenerationResponse(Response):
                 self._attempts.close("ok")
                 raise
             if answer.size > max_bytes:
-                problem = f"The replica's answer is larger than {max_bytes} bytes. No right answer to this request is."
+                problem = f"The replica's answer is larger than {max_bytes} bytes. No valid one to this request is."
                 raise UpstreamFailure("garbage", problem)
             if answer.size > MAX_RESPONSE_BYTES:
                 exchange.close()
@@ -251,7 +251,7 @@ class GenerationResponse(Response):
                 if not attempts.response_started:
                     raise
                 if problem.code != OUTPUT_COMPLETE:
-                    raise ReplicaError(f"No replica goes on with this answer: {problem}") from None
+                    raise ReplicaError(f"No replica can continue this response: {problem}") from None
                 await self._send(send, state.finish())  # only the end of the answer was lost
                 return
             state.begin(replica)
@@ -285,7 +285,7 @@ class GenerationResponse(Response):
             if problem.code != "too_large":
                 raise
             if max_bytes < MAX_EVENT_BYTES:
-                raise UpstreamFailure("garbage", f"{problem} No right answer to this request has such.") from None
+                raise UpstreamFailure("garbage", f"{problem} No valid event of this response is.") from None
             exchange.close()
             self._attempts.close("ok")
             raise ResponseTooLarge("event of the answer", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
@@ -420,4 +420,4 @@ def _cancel_this_task() -> Callable[[], None]:
 
 
 def _stream_lost() -> ReplicaError:
-    return ReplicaError("The replica failed in the middle of the answer, and no other can go on with it.")
+    return ReplicaError("The replica failed in the middle of the response, and no other replica can continue it.")

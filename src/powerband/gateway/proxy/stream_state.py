@@ -261,7 +261,7 @@ class StreamState:
         skipped = self._skipped
         size = min(len(text), len(skipped))
         if text[:size] != skipped[:size] or (is_last and size < len(skipped)):
-            raise UpstreamFailure("resume", "The replica resumed with another text than the client has.")
+            raise UpstreamFailure("resume", "The replica resumed with text that differs from what the client has.")
         self._skipped = skipped[size:]
         return text[size:]
 
@@ -355,7 +355,7 @@ class StreamState:
         complaint = with_served_name(read_error(bytes(error)), self._inner_model, self._model)
         if complaint.is_about_request:
             return InvalidUpstreamRequest(complaint)
-        return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")
+        return UpstreamFailure(complaint.code or "error", f"The replica reported an error: {complaint.message}")
 
     def whole(self, answer: WholeAnswer, chunk: Chunk) -> list[bytes]:
         """A response that was not streamed, with the served model name."""
