@@ -149,7 +149,7 @@ class Pool:
         was_ready = sent.backend.is_ready
         self.dispatcher.release(sent, outcome, self.clock(), output_tokens=output_tokens, pause_s=pause_s)
         if outcome == "absent" and was_ready and not sent.backend.is_ready:
-            logger.warning("replica %s is unreachable: its requests wait, or go to others", sent.backend.id)
+            logger.warning("replica %s is unavailable: its requests wait, or go to others", sent.backend.id)
         self._deliver()
 
     def blame(self, sent: InFlightRequest) -> None:

@@ -91,7 +91,9 @@ class Relay:
         if self._problem is not None:
             raise self._problem
         if self._is_cut:
-            self._attempts.warn("It generated more tokens than requested. Does its engine support max_tokens?")
+            self._attempts.warn(
+                "It generated more tokens than requested. Does its engine ignore max_tokens or max_completion_tokens?"
+            )
             connection.write_chunk(self._state.cut("length"))
             return
         # Some servers do not send [DONE]: then every choice must have a finish reason.
