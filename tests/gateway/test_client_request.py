@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from powerband.errors import InvalidRequest
-from powerband.gateway.dispatch.pool import Pool
-from powerband.gateway.gateway import ServedModel
 from powerband.gateway.proxy.client_request import MAX_PROMPTS, ClientRequest
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.proxy.upstream import UpstreamClient, context_length
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
-from powerband.gateway.routes import ModelRoute, ReplicaAddress
+from powerband.gateway.routes import ReplicaAddress
 from powerband.spec.deployment import EngineName
 
 BODY = {"model": "demo", "prompt": "hello", "seed": 7, "an_extra": {"deep": [1.50, None]}}
@@ -165,11 +163,7 @@ def test_a_replica_with_a_short_context_does_not_cut_the_answers_of_others() -> 
     replicas = [ReplicaAddress(id=f"r{i}", url=f"http://r{i}:1", model="m", engine="vllm") for i in range(3)]
     lengths: dict[str, int | None] = {"r0": 1, "r1": 8192, "r2": 200}
 
-    async def max_context() -> int | None:
-        route, probing = ModelRoute(name="m", replicas=tuple(replicas)), asyncio.create_task(asyncio.sleep(0))
-        return await context_length(ServedModel(route, Pool(), probing, context_lengths=lengths), UpstreamClient())
-
-    assert asyncio.run(max_context()) == 8192
+    assert asyncio.run(context_length(replicas, lengths, UpstreamClient())) == 8192
     found = ClientRequest(b'{"model": "m", "messages": [{"role": "user", "content": "a question"}]}', "chat")
     found.cap, found.contexts = 4000, lengths
     caps = [json.loads(found.upstream_body(replica, ANONYMOUS))["max_tokens"] for replica in replicas]

@@ -42,9 +42,7 @@ class ServedModel:
     pool: Pool
     probing: asyncio.Task[None]
     estimates: TokenEstimates = field(default_factory=TokenEstimates)
-    context_lengths: dict[str, int | None] = field(
-        default_factory=dict
-    )  # by replica; None: the replica does not report it
+    context_lengths: dict[str, int | None] = field(default_factory=dict)  # by replica; None: it does not report one
 
 
 class Gateway:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import socket
 from typing import Literal
 
 from powerband.errors import EnvironmentFault, UsageError
@@ -19,7 +18,7 @@ def gateway_spec_from_flags(
 ) -> GatewaySpec:
     """The given port, else that of the current service, else a free one. Raises UsageError and EnvironmentFault."""
     from powerband.web.access import is_loopback
-    from powerband.web.listening import free_port
+    from powerband.web.listening import free_port, is_port_free
 
     is_open = is_loopback(host)
     auth = auth or ("open" if is_open else "keys")
@@ -39,8 +38,8 @@ def gateway_spec_from_flags(
     if current is not None and not current.removed and port in (None, current.gateway.port):
         return GatewaySpec(host=host, port=current.gateway.port, auth=auth, arguments=arguments)
     if port is None:
-        port = DEFAULT_PORT if _is_free(host, DEFAULT_PORT) else free_port(host)
-    elif not _is_free(host, port):
+        port = DEFAULT_PORT if is_port_free(host, DEFAULT_PORT) else free_port(host)
+    elif not is_port_free(host, port):
         raise EnvironmentFault(
             f"Port {port} on {host} is already in use.", hint="Choose another one with --port.", param="port"
         )
@@ -69,13 +68,3 @@ def _gateway_arguments(text: str) -> tuple[str, ...]:
         raise UsageError(f"gateway-args: {decided[0]} is set by deploy.", param="gateway_args")
     resolve((GatewaySettings,), KNOWN_SETTINGS, given, {}, None)
     return rename_options(arguments, new_names(GatewaySettings))
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True

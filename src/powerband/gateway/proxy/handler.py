@@ -313,8 +313,8 @@ class GenerationResponse(Response):
         request, key = self._request, self._key and self._accounts.keys.current(self._key)
         context = None
         if key is not None and request.is_open_ended and key.limits.counts_tokens:
-            context = await context_length(self._served, self._gateway.upstream)
-            self._client_request.contexts = self._served.context_lengths
+            known = self._client_request.contexts = self._served.context_lengths
+            context = await context_length(self._served.route.replicas, known, self._gateway.upstream)
             key = self._accounts.keys.current(key)
         price = price_from(self._served.route)
         self._reservation = self._accounts.limits.reserve(key, request, price, context=context)

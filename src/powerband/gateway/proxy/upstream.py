@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.client_request import MAX_TOKENS
@@ -14,9 +13,6 @@ from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
 from powerband.openai.fields import read_models
-
-if TYPE_CHECKING:
-    from powerband.gateway.gateway import ServedModel
 
 MAX_PAGE_BYTES = 1 << 20  # of metrics, model lists and the like: engines' pages have about 100 kB
 MAX_IDLE = 128  # idle connections per replica
@@ -169,13 +165,14 @@ class UpstreamClient:
 # ---- the context length of a model
 
 
-async def context_length(served: ServedModel, upstream: UpstreamClient) -> int | None:
-    """The largest context length of the model's replicas, prompt and output together; None: no replica reports one.
+async def context_length(
+    replicas: Sequence[ReplicaAddress], known: dict[str, int | None], upstream: UpstreamClient
+) -> int | None:
+    """The largest context length of these replicas, prompt and output together; None: no replica reports one.
 
     A replica with a shorter context gets requests with a lower max_tokens, so it does not limit the others.
+    known: context lengths by replica; this function adds new ones.
     """
-    known = served.context_lengths
-    replicas = served.route.replicas
     await asyncio.gather(*(_ask(known, upstream, one) for one in replicas if one.id not in known))
     lengths = [length for one in replicas if (length := known.get(one.id)) is not None]
     return min(max(lengths), MAX_TOKENS) if lengths else None
