@@ -100,7 +100,7 @@ def test_deploys_verifies_survives_crashes_rolls_scales_and_removes(
     assert complete(url) == 200
 
     assert main(["deploy", plan, "--name", "demo"]) == 0, "the same again changes nothing"
-    assert "nothing is to be changed" in capsys.readouterr().err
+    assert "nothing to change" in capsys.readouterr().err
     (first,) = status_of(folder).replicas
 
     controller = status_of(folder).pid

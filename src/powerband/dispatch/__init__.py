@@ -1,1 +1,1 @@
-"""Which replica a request goes to, and when: queue, fair share, admission, routing, outlier ejection. Pure logic."""
+"""Decides which replica a request goes to, and when: fair queue, admission, routing, outlier ejection. Pure logic."""

@@ -1,8 +1,9 @@
-"""Whether a request may wait, and until when: refuse at once, with a time to come back, rather than late.
+"""Admission control: may a request wait, and for how long? A request that would be late is rejected at once, with a
+Retry-After.
 
-A request's deadline is the one it names, or the operator's default, or the SLO's TTFT. The SLO counts only during an
-overload that lasts: the queue absorbs a spike of a few seconds, and a longer one while a replica is replaced. In a
-lasting overload, a request that has missed its SLO adds nothing to goodput and would make all others late.
+A request's deadline is its own `deadline_s`, else the operator's default, else the SLO's TTFT. The SLO counts only in
+a sustained overload: the queue absorbs a spike of a few seconds, or a longer one while a replica is being replaced. In
+a sustained overload, a request that has missed its SLO adds nothing to goodput and makes all others late.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.queue import FairQueue
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
-# Others may go first, and measurements vary: nearly all requests that are accepted must meet their deadline.
+# Headroom: others may go first and measurements vary, yet nearly all admitted requests must meet their deadline.
 _SAFETY_FACTOR = 1.25
 
 
 class AdmissionControl:
-    """Of one length pool. slo_ttft_s: the SLO's seconds to the first token; None: it has none. is_overloaded: for long
-    enough that the SLO counts as a deadline."""
+    """Admission control of one length pool.
+
+    slo_ttft_s: the SLO's TTFT in seconds; None: no SLO. is_overloaded: the overload has lasted long enough for the SLO
+    to count as a deadline.
+    """
 
     def __init__(self, options: DispatchOptions) -> None:
         self.capacity = Capacity()
@@ -30,10 +34,10 @@ class AdmissionControl:
         self.is_overloaded = False
         self._options = options
         self._late_since_s: float | None = None
-        self._incomplete_s = -math.inf  # when a backend was missing, last
+        self._incomplete_s = -math.inf  # the last time that a backend was missing
 
     def watch(self, queue: FairQueue, now_s: float, *, is_complete: bool) -> None:
-        """Find out whether there is an overload: called several times a second. is_complete: every backend serves."""
+        """Update `is_overloaded`; called several times a second. is_complete: every backend is serving."""
         if not is_complete:
             self._incomplete_s = now_s
         if self.slo_ttft_s is None:
@@ -62,7 +66,7 @@ class AdmissionControl:
         return self._late_since_s is None and not self.is_overloaded
 
     def check_late(self, request: DispatchRequest, now_s: float) -> None:
-        """For a request that need not wait. Raises DeadlineUnreachable if its deadline has passed."""
+        """Check a request that can be dispatched at once. Raises DeadlineUnreachable if its deadline has passed."""
         deadline_s = self._deadline_s(request, now_s)
         if deadline_s is not None and now_s >= deadline_s:
             raise self._infeasible(now_s - deadline_s)
@@ -70,7 +74,9 @@ class AdmissionControl:
     def admit(
         self, request: DispatchRequest, level: PriorityLevel, queue: FairQueue, now_s: float, waiting: tuple[int, int]
     ) -> float:
-        """When its wait ends at the latest. waiting: requests and tokens in the queues of all length pools.
+        """Admit a request to the queue. Returns the latest time at which its wait ends.
+
+        waiting: requests and tokens in the queues of all length pools.
 
         Raises PoolFull and DeadlineUnreachable.
         """
@@ -80,7 +86,7 @@ class AdmissionControl:
         deadline_s = self._deadline_s(request, now_s)
         if deadline_s is None:
             return latest_s
-        # A request that leaves the queue at its deadline would get its first token after it.
+        # A request that left the queue at its deadline would get its first token after the deadline.
         latest_s = min(latest_s, deadline_s - self.service.bound_s)
         late_s = now_s + _SAFETY_FACTOR * (wait_s or 0.0) - latest_s
         if late_s > 0:
@@ -95,7 +101,7 @@ class AdmissionControl:
         )
 
     def _predicted_wait_s(self, request: DispatchRequest, level: PriorityLevel, queue: FairQueue) -> float | None:
-        """Until a new request is dispatched, after all that are ahead of it."""
+        """Seconds until a new request would be dispatched, after all requests ahead of it; None: unknown."""
         ahead = queue.tokens_ahead(level, request.tenant)
         requests = queue.requests * ahead / queue.tokens if queue.tokens else 0.0
         return self.capacity.wait_s(ahead + request.prompt_tokens + request.output_tokens, requests + 1)
@@ -125,9 +131,10 @@ class AdmissionControl:
         raise PoolFull(f"All replicas are busy: {what}.", retry_after_s=retry_after_s, hint=hint)
 
     def _is_within_share(self, request: DispatchRequest, queue: FairQueue) -> bool:
-        """Whether its tenant has less than half of a fair share of the queue: one that fills it shuts no other out.
+        """Whether the request's tenant holds less than half of its fair share of the queue.
 
-        A tenant that is alone has no share beyond the limit.
+        Such a request is admitted even if the queue is full, so that one tenant cannot lock out the others. A tenant
+        that is alone gets nothing beyond the limit.
         """
         num_requests, num_tokens, num_tenants = queue.share_of(request.tenant)
         if num_tenants < 2:

@@ -1,7 +1,7 @@
 """One replica as its dispatcher sees it: requests in flight, health, and how many more requests it can take.
 
 starting ── probe ok ──► ready ── `unhealthy_threshold` failed probes ──► ejected ── `healthy_threshold` ok ──► ready
-                           └── failures of requests, or a hang ──► open (see breaker) ──► ready
+                           └── failed requests, or a hang ──► open (see breaker) ──► ready
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from powerband.dispatch.breaker import CircuitBreaker
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
-# ready: gets requests. starting: not yet found ready. ejected: probes found it unhealthy. open: its circuit breaker is.
-# draining: keeps what it has, gets nothing new.
+# ready: gets requests. starting: no probe has succeeded yet. ejected: probes found it unhealthy. open: its circuit
+# breaker is open. draining: finishes its running requests and gets no new ones.
 BackendState = Literal["ready", "starting", "ejected", "open", "draining"]
 BACKEND_STATES: tuple[BackendState, ...] = get_args(BackendState)
 
-_GAP_WEIGHT = 0.02
-_REFUSAL_PAUSE_S = 0.5  # without new requests, after it turned one away and named no time
-_MIN_PAUSE_S = 1.0  # at most, after the first refusal that names a time; twice as long after each that follows
+_GAP_WEIGHT = 0.02  # of the newest gap in the moving mean
+_REFUSAL_PAUSE_S = 0.5  # pause after a rejection without Retry-After (429, 503)
+_MIN_PAUSE_S = 1.0  # maximum pause after the first rejection with Retry-After; it doubles with each further one
 _MAX_PAUSE_S = 60.0
-_TRIAL_S = 1.0  # a request that was not turned away in this time was taken
-_ALONE_S = 60.0  # for which a tenant's refusals say nothing of the backend, once another's request was taken
-_FULL = 0.95  # of the KV cache
+_TRIAL_S = 1.0  # a trial request that was not rejected within this time counts as accepted
+_ALONE_S = 60.0  # a tenant's rejections are ignored for so long once the backend has accepted another tenant's request
+_FULL = 0.95  # fraction of the KV cache
 _LOG_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSpec:
-    """A replica that requests may go to. id: unique, never used again for another process."""
+    """A replica that requests may go to. id: unique, never reused for another process."""
 
     id: str
-    max_num_seqs: int = 256  # requests it computes at once
-    weight: float = 1.0  # its share beside others, where routing is weighted
-    max_prompt_tokens: int | None = None  # of the requests that it takes; None: any
-    draining: bool = False  # gets nothing new, keeps what it has
+    max_num_seqs: int = 256  # requests that it runs at once
+    weight: float = 1.0  # its relative share of the requests, with weighted routing
+    max_prompt_tokens: int | None = None  # longest prompt that it accepts; None: any
+    draining: bool = False  # finishes its running requests and gets no new ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
-    """What a replica's metrics report. None: it does not report this."""
+    """What a replica's metrics report. None: the replica does not report this."""
 
     running: int | None = None
     waiting: int | None = None
-    kv_usage: float | None = None  # share of the KV cache, 0 to 1
-    tokens: float | None = None  # computed since its start
+    kv_usage: float | None = None  # fraction of the KV cache, 0 to 1
+    tokens: float | None = None  # prompt and output tokens computed since the engine started
 
 
 class InFlightRequest:
@@ -86,20 +86,20 @@ class InFlightRequest:
         now_s: float,
         settle: Callable[[float], None],
     ) -> None:
-        """settle: called at its end with the tokens that its tenant has to pay for."""
+        """settle: called when the request ends, with the tokens to charge to its tenant."""
         self.backend, self.request, self.level, self.sent_s, self.settle = backend, request, level, now_s, settle
         self.queue_s = 0.0
         self.prompt_tokens = request.prompt_tokens
-        self.tokens = request.prompt_tokens + request.output_tokens  # at most
-        self.outstanding = self.tokens  # that it still counts for
+        self.tokens = request.prompt_tokens + request.output_tokens  # upper bound
+        self.outstanding = self.tokens  # its current part of `Backend.outstanding`
         self.is_trial = backend.breaker.sent()
         self.began_s: float | None = None  # when its first byte came
         self.bytes_s = now_s  # when its last byte came
-        self.read_since_s: float | None = now_s  # None: its socket is not read, since its client is slow
+        self.read_since_s: float | None = now_s  # None: reading is paused because the client is slow
         self.has_first_token = False
         self.is_released = False
-        self.is_suspected = False  # released so: the request itself may be at fault
-        self.is_lost = False  # the backend was found dead or hung: nothing more will come
+        self.is_suspected = False  # released as "suspected": the request itself may be at fault
+        self.is_lost = False  # the backend is dead or hung: no more data will come
         self.on_lost: Callable[[], None] | None = None
 
     def lose(self) -> None:
@@ -110,7 +110,7 @@ class InFlightRequest:
 
 
 class Backend:
-    """`limit`: requests that it may have at once. `outstanding`: tokens that those in flight still take, at most."""
+    """`limit`: maximum requests in flight. `outstanding`: upper bound of the tokens that those still need."""
 
     def __init__(self, spec: BackendSpec, options: DispatchOptions, now_s: float) -> None:
         self.spec = spec
@@ -118,30 +118,30 @@ class Backend:
         self.breaker = CircuitBreaker(options)
         self.in_flight: set[InFlightRequest] = set()
         self.outstanding = 0
-        self.sent_tokens = 0.0  # since the start, for shares by weight
-        self.turn = 0  # when it was chosen last
+        self.sent_tokens = 0.0  # since the start, for weighted routing
+        self.turn = 0  # number of the last dispatch to it, to break ties
         self.is_ready = False
         self.is_removed = False
         self.was_ready = False
-        self.since_s = now_s  # when it became what it is
-        self.paused_until_s = 0.0  # gets nothing until then: it turned a request away
-        self.refusals = 0  # in a row that named a time; then one request at a time is a trial
+        self.since_s = now_s  # when `is_ready` last changed
+        self.paused_until_s = 0.0  # gets no requests until then, because it rejected one
+        self.refusals = 0  # consecutive rejections with Retry-After; if any, one trial request is sent at a time
         self._refused_tenant = ""
-        self._alone_until_s: dict[str, float] = {}  # tenants that are refused while others are answered
+        self._alone_until_s: dict[str, float] = {}  # by tenant: rejections are about this tenant alone until then
         self.logged_s = -_LOG_INTERVAL_S
         self.limit = self.max_in_flight
         self.load = ReplicaLoad()
-        self.gap_s = 0.0  # between bytes of one stream, usually
+        self.gap_s = 0.0  # moving mean of the time between two reads of one stream
         self.bytes_s = now_s
         self.answered_s: float | None = None  # when it last completed a request
         self.restarts: int | None = None
         self.errors: deque[str] = deque(maxlen=5)
-        self.ejections = 0  # by its probes
+        self.ejections = 0  # by failed probes
         self.ejected_until_s = 0.0
         self._restarted_s = -math.inf
-        self._num_bad, self._num_good = 0, 0  # probes in a row
-        self._num_series = 0  # ejections without a long healthy time between them
-        self._num_crowded = 0  # reports in a row with too many requests waiting
+        self._num_bad, self._num_good = 0, 0  # consecutive failed and successful probes
+        self._num_series = 0  # ejections in close succession, for the exponential backoff
+        self._num_crowded = 0  # consecutive load reports with too many waiting requests
 
     @property
     def id(self) -> str:
@@ -157,7 +157,7 @@ class Backend:
 
     @property
     def is_serving(self) -> bool:
-        """Whether requests go to it, now or when a place becomes free."""
+        """Whether requests go to it, now or as soon as it has capacity."""
         return self.is_ready and not self.spec.draining and not self.is_removed
 
     def has_place(self, now_s: float) -> bool:
@@ -177,7 +177,7 @@ class Backend:
         return "ready" if self.breaker.is_closed else "open"
 
     def may_log(self, now_s: float) -> bool:
-        """Whether another line about its responses is due: the same fault comes with each request."""
+        """Whether another log line about its responses is due: each request may hit the same fault."""
         if now_s - self.logged_s < _LOG_INTERVAL_S:
             return False
         self.logged_s = now_s
@@ -186,7 +186,10 @@ class Backend:
     # What probes report.
 
     def probed_well(self, now_s: float, *, is_needed: bool = False) -> bool:
-        """Return whether that makes it ready. is_needed: no other is ready, so that an unstable one is better."""
+        """A probe succeeded. Returns whether the backend becomes ready.
+
+        is_needed: no other backend is ready, so an unstable one is readmitted early.
+        """
         self._num_bad = 0
         self._num_good += 1
         is_early = now_s < self.ejected_until_s and not is_needed
@@ -198,11 +201,11 @@ class Backend:
 
     @property
     def is_in_doubt(self) -> bool:
-        """It is ready, but its last probe failed."""
+        """Whether it is ready although its last probe failed."""
         return self.is_ready and self._num_bad > 0
 
     def probed_badly(self, now_s: float, code: str) -> bool:
-        """Return whether that ejects it."""
+        """A probe failed. Returns whether the backend is ejected."""
         self._num_good = 0
         self._num_bad += 1
         if not self.errors or self.errors[-1] != code:
@@ -210,8 +213,10 @@ class Backend:
         return self.is_ready and self._num_bad >= self.options.unhealthy_threshold and self._eject(now_s)
 
     def found_absent(self, now_s: float, code: str) -> bool:
-        """A request found that nothing listens there, or that its engine is gone: as good as `unhealthy_threshold`
-        failed probes. Return whether that ejects it."""
+        """A request was refused a connection, or the engine is gone: counts as `unhealthy_threshold` failed probes.
+
+        Returns whether the backend is ejected.
+        """
         self._num_bad = max(self._num_bad, self.options.unhealthy_threshold - 1)
         return self.probed_badly(now_s, code)
 
@@ -219,43 +224,42 @@ class Backend:
         self.is_ready = False
         self.ejections += 1
         self._num_series = 1 if now_s - self.since_s > self.options.max_ejection_s else self._num_series + 1
-        if self._num_series > 1:  # the first time it may be back as soon as it is healthy
+        if self._num_series > 1:  # after the first ejection, it returns as soon as it is healthy
             out_s = self.options.base_ejection_s * 2.0 ** min(self._num_series - 2, 16)
             self.ejected_until_s = now_s + min(out_s, self.options.max_ejection_s)
         self.since_s = now_s
         return True
 
     def lose_all(self) -> None:
-        """Nothing more will come of any request in flight."""
+        """The backend is dead or hung: fail all requests in flight."""
         for in_flight in tuple(self.in_flight):
             in_flight.lose()
 
     def restarted(self, now_s: float) -> None:
-        """Its engine is another process now. What one that restarts again and again did before is not forgotten."""
+        """The engine has restarted. Its state is reset, unless it restarts again and again."""
         is_rare = now_s - self._restarted_s > self.options.max_ejection_s
         self._restarted_s = now_s
         if is_rare:
             self.replaced()
 
     def replaced(self) -> None:
-        """It is another process now, which did nothing yet."""
+        """A new process has taken its place: reset what was learned about the old one."""
         self.limit, self._num_crowded = self.max_in_flight, 0
         self.paused_until_s, self.refusals = 0.0, 0
         self.breaker.reset()
 
-    # What it turns away.
+    # Rejections (429, 503).
 
     def sent(self, in_flight: InFlightRequest) -> None:
         if self.refusals and any(self._is_trial(one) for one in self.in_flight):
-            self._took(in_flight.request.tenant, in_flight.sent_s)  # the trial was not turned away
+            self._accepted(in_flight.request.tenant, in_flight.sent_s)  # the trial request was not rejected
         self.in_flight.add(in_flight)
 
     def refused(self, in_flight: InFlightRequest, now_s: float, pause_s: float) -> None:
-        """It turned a request away. pause_s: for which it wants to get no other; 0: it named no time, and has as much
-        as it takes.
+        """It rejected a request. pause_s: its Retry-After; 0: none, it is at capacity.
 
-        A time may be about this request alone, so that the backend is asked again soon, with one request, whatever time
-        it named.
+        A Retry-After may concern this request alone, so the backend soon gets one trial request, however long the
+        Retry-After is.
         """
         tenant = in_flight.request.tenant
         if now_s < self._alone_until_s.get(tenant, 0.0):
@@ -265,7 +269,7 @@ class Backend:
         if not pause_s:
             self.paused_until_s = max(self.paused_until_s, now_s + _REFUSAL_PAUSE_S)
             return
-        if not self.refusals or self._is_trial(in_flight):  # what was sent before the pause is a part of the same
+        if not self.refusals or self._is_trial(in_flight):  # rejections of requests sent before the pause count once
             self.refusals, self._refused_tenant = self.refusals + 1, tenant
         max_s = min(_MIN_PAUSE_S * 2.0 ** min(self.refusals - 1, 16), _MAX_PAUSE_S)
         self.paused_until_s = max(self.paused_until_s, now_s + min(max(pause_s, _REFUSAL_PAUSE_S), max_s))
@@ -276,21 +280,21 @@ class Backend:
     def _is_trial_running(self, now_s: float) -> bool:
         return any(self._is_trial(one) and now_s - one.sent_s < _TRIAL_S for one in self.in_flight)
 
-    def _took(self, tenant: str, now_s: float) -> None:
-        """It takes requests again."""
+    def _accepted(self, tenant: str, now_s: float) -> None:
+        """It accepts requests again."""
         if tenant != self._refused_tenant:
             self._alone_until_s = {one: end_s for one, end_s in self._alone_until_s.items() if end_s > now_s}
             self._alone_until_s[self._refused_tenant] = now_s + _ALONE_S
         self.refusals = 0
 
     def answered(self, in_flight: InFlightRequest, now_s: float) -> None:
-        """Where it does not report how many wait there, each answer is a sign that one more may come."""
+        """A request has ended. If the backend does not report its queue length, each one raises `limit` by one."""
         if self.refusals and self._is_trial(in_flight):
-            self._took(in_flight.request.tenant, now_s)
+            self._accepted(in_flight.request.tenant, now_s)
         if self.limit < self.max_in_flight and self.load.waiting is None:
             self.limit += 1
 
-    # What its streams show.
+    # Progress of its streams.
 
     def progressed(self, in_flight: InFlightRequest, now_s: float) -> None:
         gap_s = now_s - in_flight.bytes_s
@@ -298,23 +302,23 @@ class Backend:
         if in_flight.began_s is None:
             in_flight.began_s = now_s
             if self.refusals and self._is_trial(in_flight):
-                self._took(in_flight.request.tenant, now_s)
+                self._accepted(in_flight.request.tenant, now_s)
         elif in_flight.request.stream:
             self.gap_s += (gap_s - self.gap_s) * (_GAP_WEIGHT if self.gap_s else 1.0)
 
     def received(self, now_s: float) -> None:
-        """Bytes of any kind came on the socket of a request: also comments, and what is not read yet."""
+        """Bytes arrived on the socket of a request, including comments and data that was not processed yet."""
         self.bytes_s = now_s
 
     def paused(self, in_flight: InFlightRequest) -> None:
-        """Its socket is not read, since its client is slow: that nothing comes says nothing of the backend."""
+        """Reading is paused because the client is slow, so silence is no sign of a fault in the backend."""
         in_flight.read_since_s = None
 
     def resumed(self, in_flight: InFlightRequest, now_s: float) -> None:
         in_flight.read_since_s = in_flight.bytes_s = now_s
 
     def silence_s(self, now_s: float, *, of_streams: bool = False) -> float:
-        """Since the last byte, while requests are read and not given up; else 0. of_streams: that have begun."""
+        """Seconds since the last byte; 0 if no request is being read. of_streams: only streams that have begun."""
         read_since_s = min(
             (
                 one.read_since_s
@@ -328,8 +332,9 @@ class Backend:
         return now_s - max(self.bytes_s, read_since_s)
 
     def is_silent(self, now_s: float) -> bool:
-        """Whether nothing has come for longer than usual, and than it may take to compute the prompts that are there:
-        many engines let all streams wait for a new prompt.
+        """Whether its streams have been silent for longer than usual and than the prefill of its new prompts can take.
+
+        Many engines stall all streams during a prefill.
         """
         options = self.options
         patience_s = max(options.hang_timeout_s, options.hang_gap_multiplier * self.gap_s)
@@ -338,10 +343,10 @@ class Backend:
         prompt_tokens = sum(one.prompt_tokens for one in self.in_flight if one.began_s is None and not one.is_lost)
         return silence_s > patience_s + prompt_tokens / options.min_prefill_rate
 
-    # What its metrics report.
+    # Load reports from its metrics.
 
     def reported(self, load: ReplicaLoad) -> None:
-        """Take fewer requests when more wait there than should, and again more when none does."""
+        """Lower `limit` while too many requests wait in the backend's own queue, and raise it when none does."""
         self.load = load
         if load.waiting is None or load.running is None:
             return

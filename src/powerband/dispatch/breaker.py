@@ -1,8 +1,8 @@
 """Outlier ejection: the circuit breaker of one backend, which counts its failed requests; and the retry budget.
 
-closed ── failures in a row, or too large a share of them ──► open ── its time is over ──► half-open
-   ▲                                                           ▲                              │ one request
-   └───────────────────────── it succeeds ─────────────────────┴────────── it fails ──────────┘
+closed ── consecutive failures, or a high error ratio ──► open ── ejection time ends ──► half-open
+   ▲                                                       ▲                                 │ one trial request
+   └─────────────────────── it succeeds ───────────────────┴──────────── it fails ───────────┘
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from powerband.dispatch.options import DispatchOptions
 
 
 class CircuitBreaker:
-    """`is_closed`: requests go to the backend. `ejections`: times that it opened."""
+    """`is_closed`: requests go to the backend. `ejections`: how often it has opened."""
 
     def __init__(self, options: DispatchOptions) -> None:
         self.is_closed = True
@@ -23,23 +23,23 @@ class CircuitBreaker:
         self._options = options
         self._num_failed_in_a_row = 0
         self._results: deque[tuple[float, bool]] = deque()
-        self._num_failed = 0  # of those
+        self._num_failed = 0  # among `_results`
         self._backoff_exponent = 0
         self._is_trial_running = False
 
     def allows(self, now_s: float) -> bool:
-        """Half-open, it lets one request through."""
+        """Whether a request may be sent. Half-open, the breaker lets one request through."""
         return self.is_closed or (now_s >= self.open_until_s and not self._is_trial_running)
 
     def sent(self) -> bool:
-        """A request goes to the backend. Return whether it is the trial of a half-open breaker."""
+        """A request is sent to the backend. Returns whether it is the trial request of a half-open breaker."""
         self._is_trial_running = not self.is_closed
         return self._is_trial_running
 
     def ended(self, now_s: float, is_ok: bool | None, *, is_trial: bool, may_open: bool) -> None:
-        """A request ended. is_ok: True: it was answered; False: the backend failed; None: neither (its client left).
+        """A request ended. is_ok: True: it succeeded; False: the backend failed; None: neither (its client left).
 
-        may_open: there are enough other backends. What was sent before the breaker opened does not count.
+        may_open: enough other backends are left. Requests sent before the breaker opened do not count.
         """
         if is_trial:
             self._is_trial_running = False
@@ -52,12 +52,12 @@ class CircuitBreaker:
                 self._open(now_s)
 
     def force_open(self, now_s: float) -> None:
-        """Open, whatever was counted."""
+        """Open regardless of the counts."""
         self._is_trial_running = False
         self._open(now_s)
 
     def reset(self) -> None:
-        """The backend is another process now."""
+        """A new process has taken the backend's place."""
         self.is_closed, self._is_trial_running, self._backoff_exponent = True, False, 0
         self._forget()
 
@@ -94,7 +94,7 @@ class CircuitBreaker:
 
 
 class RetryBudget:
-    """Retries must not become the load: in each window a share of the live requests, and a few in any case."""
+    """Prevents retry storms: limits the retries in a window to a ratio of the live requests, or a few."""
 
     def __init__(self, options: DispatchOptions) -> None:
         self.taken = 0  # since the start
@@ -117,7 +117,7 @@ class RetryBudget:
 
 
 class RetryBudgets:
-    """A retry budget for each owner, so that the failures of one do not use up the retries of another."""
+    """One retry budget per owner, so that one owner's failures do not use up the retries of another."""
 
     def __init__(self, options: DispatchOptions) -> None:
         self.taken = 0  # since the start, by all
@@ -125,7 +125,7 @@ class RetryBudgets:
         self._budgets: dict[Hashable, RetryBudget] = {}
 
     def take(self, now_s: float, live: int, owner: Hashable) -> bool:
-        """live: requests of this owner."""
+        """Take a retry if the owner's budget allows it. live: the owner's requests in flight."""
         if owner not in self._budgets:
             for idle in [one for one, budget in self._budgets.items() if budget.is_unused(now_s)]:
                 del self._budgets[idle]

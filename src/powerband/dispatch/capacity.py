@@ -1,43 +1,43 @@
-"""How fast backends answer, measured while requests wait for them, and how long a new request would therefore wait.
+"""The throughput of backends, and the queueing time that a new request can expect from it.
 
-measured, while requests wait      ended / second                     once that was for as long as a request takes
-from what a request takes          in flight / seconds of one         Little's law; once a few have ended
-the plan's                         its requests / second              before that
+source of the rate                       requests / second               used
+completions while the queue is nonempty  completed / second              once measured for one mean request duration
+Little's law                             in flight / mean duration       once a few requests have ended
+the plan                                 the plan's rate                 before that
 
-A request counts with the tokens that it may take at most, both when it ends and when it is ahead of another. Clients
-name that limit, so requests that are ahead count at least an eighth of as many usual requests, and at most eight times
-as many.
+A request is weighted by its maximum tokens, both when it ends and when it is ahead of another. Clients choose that
+maximum, so N requests ahead count as at least N/8 and at most 8N average requests.
 """
 
 from __future__ import annotations
 
 import math
 
-_MEMORY_S = 15.0  # of saturated time: what is older counts less and less
-_MIN_ENDED = 8  # requests, before a measurement is used
-_MAX_FACTOR = 8  # by which requests that are ahead count more, or less, than as many usual ones
+_MEMORY_S = 15.0  # time constant of the exponential decay, in saturated time
+_MIN_ENDED = 8  # completed requests before a measurement is used
+_MAX_FACTOR = 8  # maximum weight, up or down, of requests ahead compared with average ones
 _WEIGHT = 0.05  # of the newest in a moving mean
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 1.0
 
 
 class Capacity:
-    """Of the backends of one length pool. planned: requests a second of one backend; None: not known."""
+    """The throughput of one length pool's backends. planned: requests per second of one backend; None: unknown."""
 
     def __init__(self) -> None:
         self.planned: float | None = None
-        self._backend_s = 0.0  # time with requests waiting, times backends ready
-        self._ended = 0.0  # requests in that time, those long ago counting less
+        self._backend_s = 0.0  # backend-seconds while saturated, decayed
+        self._ended = 0.0  # requests completed in that time, decayed
         self._seen_s: float | None = None
         self._is_saturated = False
         self._ready, self._live = 0, 0
         self._num_ended = 0
-        self._tokens = 0.0  # of a usual request
-        self._seconds = 0.0  # that a usual request takes
-        self._refused = 0.0  # without a dispatch since: they stand in an imagined line
+        self._tokens = 0.0  # moving mean of the tokens of a request
+        self._seconds = 0.0  # moving mean of the duration of a request
+        self._refused = 0.0  # rejected requests, less dispatches since: clients that will probably come back
 
     def observe(self, now_s: float, is_saturated: bool, ready: int, live: int) -> None:
-        """The state from now on. ready: backends that take requests. live: requests in flight there."""
+        """Record the state from now on. ready: serving backends. live: their requests in flight."""
         if self._is_saturated and self._ready and self._seen_s is not None and now_s > self._seen_s:
             past_s = now_s - self._seen_s
             left = math.exp(-past_s / _MEMORY_S)
@@ -46,7 +46,7 @@ class Capacity:
         self._seen_s, self._is_saturated, self._ready, self._live = now_s, is_saturated, ready, live
 
     def ended(self, tokens: int, seconds: float) -> None:
-        """A request of so many tokens at most ended, so many seconds after it was sent."""
+        """A request ended. tokens: its upper bound. seconds: since it was sent."""
         self._num_ended += 1
         weight = max(_WEIGHT, 1 / self._num_ended)
         self._tokens += (tokens - self._tokens) * weight
@@ -68,7 +68,7 @@ class Capacity:
         return self.planned * self._ready if self.planned else None
 
     def wait_s(self, tokens: float, requests: float) -> float | None:
-        """Until requests with so many tokens in all are dispatched. None: unknown."""
+        """Seconds until this many requests, with this many tokens in all, are dispatched. None: unknown."""
         rate = self.requests_per_s
         if rate is None:
             return None
@@ -76,7 +76,7 @@ class Capacity:
         return min(max(weight, requests / _MAX_FACTOR), requests * _MAX_FACTOR) / rate
 
     def retry_after_s(self, until_room_s: float | None) -> float:
-        """When to come back: after the clients that were refused before."""
+        """Retry-After for a request that is rejected now: later than for earlier rejections, to spread the retries."""
         self._refused += 1
         rate = self.requests_per_s
         line_s = DEFAULT_RETRY_AFTER_S if rate is None else self._refused / rate
@@ -84,7 +84,7 @@ class Capacity:
 
 
 class ServiceTime:
-    """Seconds from dispatch to first token: moving mean, and mean deviation from it."""
+    """Seconds from dispatch to first token: moving mean and mean absolute deviation."""
 
     def __init__(self) -> None:
         self.mean_s = 0.0

@@ -1,15 +1,16 @@
-"""Which backend a request goes to, and when: requests wait here, and nowhere else, until a backend has a place.
+"""Decides which backend a request goes to, and when. Requests queue here, and nowhere else, until a backend has a
+free slot.
 
-    submit ─► admitted? ─► a place is free ────────────► InFlightRequest ── release ─► its place goes to the next
+    submit ─► admitted? ─► a slot is free ─────────────► InFlightRequest ── release ─► the slot goes to the next
                  │ no       └ none: queue (fair, bounded) ──┘
                  └─► PoolFull, DeadlineUnreachable, …         … or QueueTimeout
 
-A backend has max_num_seqs places and a few more, so that it never runs dry; a request that still waits can go to any
-backend, also to one that is added later.
+A backend has max_num_seqs slots and a few more, so that it never idles. A queued request can go to any backend,
+including one that is added later.
 
-No clock, no input or output, nothing random: the caller passes the time of every event, never an earlier one than
-before, collects with `take_decided` what became of queued requests, and calls `tick` at `next_deadline`. The gateway
-does so with sockets and timers, the planner's simulator in virtual time.
+The dispatcher has no clock, does no I/O and uses no randomness. Its caller passes the time of every event, in
+nondecreasing order, collects the outcomes of queued requests with `take_decided`, and calls `tick` at `next_deadline`.
+The gateway does so with sockets and timers, the planner's simulator in virtual time.
 
     dispatcher = Dispatcher()
     dispatcher.update([BackendSpec(id="a")], now_s=0.0)
@@ -35,31 +36,31 @@ from powerband.dispatch.request import DispatchRequest, PriorityLevel
 from powerband.dispatch.routing import make_router
 
 NO_REPLICA_RETRY_S = 5.0
-TICK_S = 0.05  # between two looks at waiting requests and at backends that do not serve
-_HEALTHY_S = 60.0  # for which a completed request shows a backend to be healthy
-_MAX_PAUSE_S = 5.0  # that a request waits for replicas which asked for a pause; for a longer one it is refused
-_REPLACEMENT_S = 15.0  # for which a replica is expected while there is none
+TICK_S = 0.05  # between two checks of queued requests and of backends that are not serving
+_HEALTHY_S = 60.0  # a backend counts as healthy for so long after it has completed a request
+_MAX_PAUSE_S = 5.0  # requests wait for replicas that sent a Retry-After up to this; beyond it they are rejected
+_REPLACEMENT_S = 15.0  # without any replica, requests wait so long for a new one
 
-# How a request ended. ok: answered. failed: through the backend's fault. suspected: maybe through its own fault;
-# `blame` may follow. refused: the backend turned it away (429, 503). absent: nothing there could have run it. left: its
-# client left. unsent: its client left before it was sent.
+# How a request ended. ok: succeeded. failed: the backend was at fault. suspected: the request itself may be at fault;
+# `blame` may follow. refused: the backend rejected it (429, 503). absent: no server listens there, or its engine is
+# gone. left: the client disconnected. unsent: it was never sent to the backend.
 Outcome = Literal["ok", "failed", "suspected", "refused", "absent", "left", "unsent"]
 
 
 class Dispatcher:
-    """The queue before the replicas of one model, and what is known of them."""
+    """The queue in front of one model's replicas, and the state of each replica."""
 
     def __init__(self, options: DispatchOptions | None = None) -> None:
         self.options = options or DispatchOptions()
         self._backends: dict[str, Backend] = {}
-        self._leaving: list[Backend] = []  # removed, but still answering
+        self._leaving: list[Backend] = []  # removed, but with requests in flight
         self._pools = arrange((), (), self.options)
         self._router = make_router(self.options)
         self._retries = RetryBudgets(self.options)
         self._num_in_flight: Counter[str] = Counter()  # by tenant
         self._had_backend_s = -_REPLACEMENT_S
         self._decided: list[QueuedRequest] = []
-        self._expiries: list[tuple[float, int, QueuedRequest]] = []  # a heap; holds some that wait no more
+        self._expiries: list[tuple[float, int, QueuedRequest]] = []  # a heap; some have left the queue
         self._order = count()
         self._tick_due_s: float | None = None
 
@@ -68,29 +69,29 @@ class Dispatcher:
     def submit(
         self, request: DispatchRequest, now_s: float, *, avoid: Collection[str] = ()
     ) -> InFlightRequest | QueuedRequest:
-        """Send it to a backend, or queue it. avoid: backends that failed with it, used only if there are no others.
+        """Send a request to a backend, or queue it. avoid: backends that failed with it, used only if no other serves.
 
         Raises PoolFull, DeadlineUnreachable, NoReplicaAvailable and ReplicasBusy.
         """
         pool = pool_for(request, self._pools)
-        # A request that was accepted before does not go to the end of the line.
+        # A retry goes ahead of new requests.
         level = (0 if avoid else 1, request.priority)
         sent = None if pool.queue.requests else self._send_at_once(request, avoid, pool, level, now_s)
         return sent or self._enqueue(request, pool, level, frozenset(avoid), now_s)
 
     def take_decided(self) -> Sequence[QueuedRequest]:
-        """Queued requests that were sent or refused since the last call, in this order: see their `outcome`."""
+        """Queued requests that were sent or rejected since the last call, oldest first: see their `outcome`."""
         if not self._decided:
             return ()
         decided, self._decided = self._decided, []
         return decided
 
     def cancel(self, queued: QueuedRequest, now_s: float) -> None:
-        """Its client left while it waited."""
+        """The client disconnected while its request was queued."""
         self._remove(queued, now_s)
 
     def first_token(self, in_flight: InFlightRequest, now_s: float, prompt_tokens: int | None = None) -> None:
-        """The prompt is computed. prompt_tokens: as the backend counted them. Only the first call counts."""
+        """The prefill is done. prompt_tokens: the backend's count. Only the first call has an effect."""
         in_flight.backend.progressed(in_flight, now_s)
         if in_flight.has_first_token or in_flight.is_released:
             return
@@ -110,8 +111,9 @@ class Dispatcher:
         output_tokens: int = 0,
         pause_s: float = 0.0,
     ) -> None:
-        """It ended; its place goes to the next. Only the first call counts. output_tokens: that were generated.
-        pause_s: for which a backend that refused it wants no other.
+        """A request ended: its slot goes to the next one. Only the first call has an effect.
+
+        output_tokens: tokens generated. pause_s: the Retry-After of a backend that rejected it.
         """
         if in_flight.is_released:
             return
@@ -138,25 +140,25 @@ class Dispatcher:
                 self.changed(backend, now_s)
         elif outcome == "failed":
             backend.errors.append("failed")
-        # A tenant does not pay for what it did not get.
+        # Failed requests are not charged to the tenant's fair share.
         paid = in_flight.prompt_tokens + output_tokens if is_done else 0
         in_flight.settle(paid)
-        # The probes of a backend that was found dead have counted that already.
+        # If the backend was found dead, its probes have counted the failure already.
         is_ok = True if outcome == "ok" else False if outcome == "failed" else None
         self._count(in_flight, None if in_flight.is_lost else is_ok, now_s)
         if self.queued:
             self._dispatch(now_s)
 
     def blame(self, in_flight: InFlightRequest, now_s: float) -> None:
-        """A request that was released as suspected succeeds elsewhere: its backend was at fault."""
+        """A request that was released as "suspected" has succeeded elsewhere: this backend was at fault."""
         in_flight.backend.errors.append("failed")
         self._count(in_flight, False, now_s)
 
     def may_retry(self, in_flight: InFlightRequest, now_s: float) -> bool:
-        """Take another attempt from the budget of the request's tenant, after this one failed.
+        """Whether a failed request may be retried; takes the retry from its tenant's budget.
 
-        Requests that may be at fault themselves have a budget of their own. Where the backend is known to be gone, the
-        attempt is free: a replica's death costs one retry each, and makes no storm.
+        Suspected requests have a budget of their own. If the backend is known to be down, the retry is free: it happens
+        once for each of that backend's requests, so it cannot become a storm.
         """
         backend = in_flight.backend
         if not backend.is_serving or not backend.breaker.is_closed:
@@ -175,9 +177,10 @@ class Dispatcher:
         planned_rate: float | None = None,
         slo_ttft_s: float | None = None,
     ) -> None:
-        """These are the backends now; those that stay keep their state, and queued requests may go to any.
+        """Replace the set of backends. Backends that stay keep their state; queued requests may go to any.
 
-        planned_rate: requests a second that all are planned for. slo_ttft_s: the SLO's TTFT. None: not known.
+        planned_rate: requests per second that the plan expects of all together. slo_ttft_s: the SLO's TTFT. None:
+        unknown.
         """
         if any(not backend.spec.draining for backend in self._backends.values()):
             self._had_backend_s = now_s
@@ -201,32 +204,32 @@ class Dispatcher:
 
     @property
     def backends(self) -> list[Backend]:
-        """Also those that were removed and still answer requests."""
+        """All backends, including removed ones with requests in flight."""
         return [*self._backends.values(), *(backend for backend in self._leaving if backend.in_flight)]
 
     @property
     def current(self) -> Iterable[Backend]:
-        """Without those that were removed."""
+        """All backends except removed ones."""
         return self._backends.values()
 
     def changed(self, backend: Backend, now_s: float) -> None:
-        """A probe made it ready, or ejected it."""
+        """A probe has made the backend ready, or ejected it."""
         self._rearrange(now_s)
         if not backend.is_ready:
             self._router.forget(backend.id)
 
     def restarted(self, backend: Backend, now_s: float) -> None:
-        """Its engine is another process now."""
+        """The backend's engine has restarted."""
         backend.restarted(now_s)
         self._router.forget(backend.id)
 
     def replaced(self, backend: Backend) -> None:
-        """It is another process now, at another address."""
+        """A new process at another address has taken the backend's place."""
         backend.replaced()
         self._router.forget(backend.id)
 
     def hung(self, backend: Backend, now_s: float) -> None:
-        """Its probes are good, but nothing comes."""
+        """The backend passes its probes, but its streams are stuck."""
         backend.errors.append("hung")
         if backend.is_ready and self._may_open():
             backend.breaker.force_open(now_s)
@@ -234,9 +237,9 @@ class Dispatcher:
         backend.lose_all()
 
     def reported(self, backend: Backend, load: ReplicaLoad, now_s: float) -> None:
-        """What its metrics show."""
+        """Apply a load report from the backend's metrics."""
         before = backend.load.tokens
-        if load.tokens is not None and before is not None and load.tokens < before:  # its counters began again
+        if load.tokens is not None and before is not None and load.tokens < before:  # the counters were reset
             self.restarted(backend, now_s)
         backend.reported(load)
         self._dispatch(now_s)
@@ -248,17 +251,17 @@ class Dispatcher:
         return all(one is not None and one.answered_s is not None and one.answered_s >= since_s for one in backends)
 
     def has_others(self, than: Collection[str]) -> bool:
-        """Whether any other backend takes requests."""
+        """Whether any other backend is serving."""
         return any(backend.is_serving and backend.id not in than for backend in self._backends.values())
 
     def may_log(self, id: str, now_s: float) -> bool:
-        """Whether another line about this backend's responses is due."""
+        """Whether another log line about this backend's responses is due."""
         backend = self._backends.get(id)
         return backend is not None and backend.may_log(now_s)
 
     @property
     def is_ready(self) -> bool:
-        """Whether any backend takes requests."""
+        """Whether any backend is serving."""
         return any(backend.is_serving for backend in self._backends.values())
 
     # The queue.
@@ -278,12 +281,12 @@ class Dispatcher:
 
     @property
     def predicted_wait_s(self) -> float:
-        """Of all that wait, in the slowest length pool; 0 where it is not known."""
+        """Seconds until all queued requests are dispatched, in the slowest length pool; 0: unknown."""
         waits = (pool.admission.capacity.wait_s(pool.queue.tokens, pool.queue.requests) for pool in self._pools)
         return max(wait_s or 0.0 for wait_s in waits)
 
     def next_deadline(self) -> float | None:
-        """When `tick` is to be called, if nothing happens before; None: not at all."""
+        """When to call `tick` if nothing else happens first; None: no call is needed."""
         expiries = self._expiries
         while expiries and not expiries[0][2].is_queued:
             heapq.heappop(expiries)
@@ -293,7 +296,7 @@ class Dispatcher:
         return expires_s if self._tick_due_s is None else min(expires_s, self._tick_due_s)
 
     def tick(self, now_s: float) -> None:
-        """Time has passed: waits may be over, and pauses of backends too."""
+        """Handle what is due: queue timeouts, overload checks, and backends whose pause has ended."""
         while self._expiries and self._expiries[0][0] <= now_s:
             self._expire(heapq.heappop(self._expiries)[2], now_s)
         if self._tick_due_s is None or now_s < self._tick_due_s:
@@ -302,12 +305,12 @@ class Dispatcher:
         is_complete = self._is_complete
         for pool in self._pools:
             pool.admission.watch(pool.queue, now_s, is_complete=is_complete)
-            if pool.admission.is_overloaded:  # some were queued before it was
+            if pool.admission.is_overloaded:  # requests queued before the overload are checked now
                 for queued in tuple(pool.queue):
                     if not queued.avoid and pool.admission.is_late(queued.request, now_s):
                         self._expire(queued, now_s)
         if self.queued:
-            if self._is_hopeless(now_s):
+            if self._expects_no_replica(now_s):
                 self.refuse_all("No replica is ready, and none is expected.", now_s)
             self._refuse_paused(now_s)
             self._dispatch(now_s)
@@ -320,7 +323,7 @@ class Dispatcher:
             self._decide(queued, NoReplicaAvailable(why, retry_after_s=NO_REPLICA_RETRY_S))
 
     def _refuse_paused(self, now_s: float) -> None:
-        """Refuse queued requests whose backends have all paused for longer than a request waits for."""
+        """Reject queued requests whose backends are all paused for longer than `_MAX_PAUSE_S`."""
         for pool in self._pools:
             if any(backend.paused_until_s - now_s <= _MAX_PAUSE_S for backend in pool.serving):
                 continue
@@ -331,7 +334,7 @@ class Dispatcher:
                     self._remove(queued, now_s)
                     self._decide(queued, problem)
 
-    # Who goes where.
+    # Dispatch.
 
     def _rearrange(self, now_s: float) -> None:
         self._pools = arrange(self._pools, self._backends.values(), self.options)
@@ -356,7 +359,9 @@ class Dispatcher:
     def _pick(
         self, free: list[Backend], serving: list[Backend], requests: Iterable[QueuedRequest]
     ) -> QueuedRequest | None:
-        """Of one tenant's requests the first, or one soon after it that suits the only free backend better."""
+        """One tenant's next request: its first, or one of the next few that has a higher affinity to the only free
+        backend.
+        """
         first = next(iter(requests))
         if not _without(first.avoid, free, serving):
             return None
@@ -398,25 +403,25 @@ class Dispatcher:
         return self._send(request, backend, pool, level, now_s)
 
     def _count(self, in_flight: InFlightRequest, is_ok: bool | None, now_s: float) -> None:
-        """For the breaker of its backend."""
+        """Tell the backend's circuit breaker how a request ended."""
         may_open = is_ok is False and self._may_open()
         in_flight.backend.breaker.ended(now_s, is_ok, is_trial=in_flight.is_trial, may_open=may_open)
         if is_ok is False:
             self._schedule_tick(now_s)
 
     def _may_open(self) -> bool:
-        """One more breaker: at most half of the backends may be out for their failures, and never all."""
+        """Whether one more breaker may open: at most half of the serving backends may be ejected by their breakers."""
         serving = [backend for backend in self._backends.values() if backend.is_serving]
         num_open = sum(not backend.breaker.is_closed for backend in serving)
         return num_open + 1 <= len(serving) // 2
 
-    # Requests that wait, and how that ends.
+    # Queued requests and their outcomes.
 
     def _enqueue(
         self, request: DispatchRequest, pool: LengthPool, level: PriorityLevel, avoid: frozenset[str], now_s: float
     ) -> QueuedRequest:
-        """Raises what refuses it. A request that was accepted before is refused only when no replica is left."""
-        if self._is_hopeless(now_s):
+        """Queue a request. Raises PoolError if it is rejected; a retry skips admission control."""
+        if self._expects_no_replica(now_s):
             why = "No replica is ready, and none is expected."
             raise NoReplicaAvailable(why, retry_after_s=NO_REPLICA_RETRY_S)
         _check_pauses(pool, avoid, now_s)
@@ -437,8 +442,8 @@ class Dispatcher:
         self._schedule_tick(now_s)
         return queued
 
-    def _is_hopeless(self, now_s: float) -> bool:
-        """Whether no backend takes requests, and none has begun to start, or to recover, recently."""
+    def _expects_no_replica(self, now_s: float) -> bool:
+        """Whether no backend is ready, and none is likely to become ready soon."""
         staying = [backend for backend in self._backends.values() if not backend.spec.draining]
         if any(one.is_ready or now_s - one.since_s < self.options.max_queue_wait_s for one in staying):
             return False
@@ -464,7 +469,7 @@ class Dispatcher:
         return all(backend.is_serving and backend.breaker.is_closed for backend in self._backends.values())
 
     def _schedule_tick(self, now_s: float) -> None:
-        """Ticks are needed while requests wait, an overload is not over, or a backend does not serve."""
+        """Schedule a tick if requests are queued, an overload is being tracked, or a backend is not serving."""
         if self._tick_due_s is None and (
             self.queued or not self._is_complete or not all(pool.admission.is_settled for pool in self._pools)
         ):
@@ -472,7 +477,7 @@ class Dispatcher:
 
 
 def _check_pauses(pool: LengthPool, avoid: Collection[str], now_s: float) -> None:
-    """Raise ReplicasBusy when every backend has asked for a longer pause than a request waits for."""
+    """Raise ReplicasBusy if every backend is paused for longer than `_MAX_PAUSE_S`."""
     pauses_s = [backend.paused_until_s - now_s for backend in _without(avoid, pool.serving, pool.serving)]
     if pauses_s and (pause_s := min(pauses_s)) > _MAX_PAUSE_S:
         raise ReplicasBusy(
@@ -482,7 +487,7 @@ def _check_pauses(pool: LengthPool, avoid: Collection[str], now_s: float) -> Non
 
 
 def _without(avoid: Collection[str], free: list[Backend], serving: list[Backend]) -> list[Backend]:
-    """The free ones that are not to be avoided; if all that serve should be avoided, the free ones."""
+    """The free backends without those to avoid; all free backends if every serving one is to be avoided."""
     if not avoid:
         return free
     if all(backend.id in avoid for backend in serving):

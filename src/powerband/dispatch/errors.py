@@ -1,4 +1,4 @@
-"""Why a dispatcher does not take a request. All are 503 with a time to come back; 429 is for the limits of a key."""
+"""Errors with which a dispatcher rejects a request. All are 503 with a Retry-After; 429 is for a key's limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PoolError(PowerbandError):
 
 
 class PoolFull(PoolError):
-    """The queue is at its limit, or the wait would be longer than any request may wait."""
+    """The queue is full, or the predicted wait exceeds `max_queue_wait_s`."""
 
     default_code = "pool_full"
 
@@ -26,7 +26,7 @@ class DeadlineUnreachable(PoolError):
 
 
 class QueueTimeout(PoolError):
-    """No replica became available by the request's deadline, or within the longest wait that is allowed."""
+    """No replica became available by the request's deadline, or within `max_queue_wait_s`."""
 
     default_code = "queue_timeout"
 
@@ -38,6 +38,6 @@ class NoReplicaAvailable(PoolError):
 
 
 class ReplicasBusy(PoolError):
-    """Every replica has asked for a pause (Retry-After)."""
+    """Every replica has rejected requests with a long Retry-After."""
 
     default_code = "replicas_busy"

@@ -1,6 +1,6 @@
-"""Backends that take prompts up to the same length, the queue before them, and how fast they are.
+"""Length pools: the backends with the same maximum prompt length, their queue and their throughput.
 
-Equal replicas are one length pool.
+Replicas with equal limits form one length pool.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from powerband.dispatch.request import DispatchRequest
 
 
 class LengthPool:
-    """`serving`: backends that its requests go to: its own, or, while none of them serves, those for longer prompts."""
+    """`serving`: the backends that get its requests: its own, or while none of them serves, the next longer pool's."""
 
     def __init__(self, max_prompt_tokens: float, options: DispatchOptions) -> None:
         self.max_prompt_tokens = max_prompt_tokens
@@ -25,7 +25,7 @@ class LengthPool:
         self.serving: list[Backend] = []
 
     def observe(self, now_s: float) -> None:
-        """Requests began or ended to wait, or backends changed."""
+        """Update the capacity measurement after the queue or the backends have changed."""
         is_saturated = self.queue.requests > 0
         num_in_flight = sum(len(backend.in_flight) for backend in self.serving) if is_saturated else 0
         self.admission.capacity.observe(now_s, is_saturated, len(self.serving), num_in_flight)
@@ -37,7 +37,9 @@ def _max_prompt_tokens(backend: Backend) -> float:
 
 
 def pool_for(request: DispatchRequest, pools: Sequence[LengthPool]) -> LengthPool:
-    """The tightest that takes the prompt. Its length is an estimate, so the widest takes what is too long for all."""
+    """The pool with the smallest limit that fits the prompt. Prompt lengths are estimates, so the last pool takes the
+    rest.
+    """
     for pool in pools:
         if request.prompt_tokens <= pool.max_prompt_tokens:
             return pool
@@ -45,7 +47,7 @@ def pool_for(request: DispatchRequest, pools: Sequence[LengthPool]) -> LengthPoo
 
 
 def arrange(pools: Sequence[LengthPool], backends: Iterable[Backend], options: DispatchOptions) -> list[LengthPool]:
-    """The pools of these backends, tightest first; queued requests move to the pool that they now belong to."""
+    """Pools for these backends, smallest limit first. Moves queued requests to the pools they now belong to."""
     backends = list(backends)
     wanted = sorted({_max_prompt_tokens(backend) for backend in backends}) or [math.inf]
     if wanted != [pool.max_prompt_tokens for pool in pools]:

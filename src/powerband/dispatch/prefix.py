@@ -1,12 +1,12 @@
-"""Which prompts begin alike, and which backend has seen such a prefix: a guess at the replicas' prefix caches.
+"""Approximates the replicas' prefix caches: which backend has seen which prompt prefixes.
 
-A prompt's bytes are cut into blocks, and each block's key is chained to the one before, so that a key stands for all
-bytes up to its end. Blocks become longer, so that 128 keys reach as far as is worth looking, 1 MiB:
+A prompt's bytes are cut into blocks, and each block's key is chained to the one before, so a key identifies all bytes
+up to the end of its block. Blocks grow, so that 128 keys cover 1 MiB:
 
     bytes  0 ─ 256 ─ 512 ─ … ─ 4096 ─ 4608 ─ … ─ 12288 ─ …        16 of 256, 16 of 512, 16 of 1024, …
     keys      k0    k1           k15     k16
 
-A replica's radix tree is then a plain set: the cached keys of a prompt are always its first ones.
+A plain set can then stand in for a replica's radix tree: the cached keys of a prompt are always its first ones.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BLOCK_ENDS = tuple(accumulate(_FIRST_BYTES << (i // _SAME_SIZE) for i in range(_
 
 
 def prefix_keys(endpoint: str, prompt: bytes, tenant: str, salt: bytes = b"") -> tuple[bytes, ...]:
-    """Keys of the whole blocks at a prompt's beginning. Keys of different tenants are unrelated.
+    """Keys of a prompt's full blocks, first block first. Keys of different tenants are unrelated.
 
-    prompt: the JSON of `messages` or `prompt` as it came: a client that sends the same again sends the same bytes.
-    salt: what comes before it or keeps caches apart, such as `tools` and `cache_salt`.
+    prompt: the JSON of `messages` or `prompt` as received; a client that repeats a prompt repeats its bytes.
+    salt: what precedes the prompt in the cache or separates caches, such as `tools` and `cache_salt`.
     """
     chain = blake2b(f"{endpoint} {len(tenant)} {tenant} {len(salt)} ".encode() + salt, digest_size=_KEY_BYTES)
     keys = []
@@ -44,12 +44,12 @@ def prefix_keys(endpoint: str, prompt: bytes, tenant: str, salt: bytes = b"") ->
 
 
 def prefix_bytes(num_keys: int) -> int:
-    """Bytes that so many first keys stand for."""
+    """Bytes of the prefix that the first `num_keys` keys cover."""
     return BLOCK_ENDS[num_keys - 1] if num_keys else 0
 
 
 class PrefixIndex:
-    """What each backend has probably cached. max_blocks: remembered of each; the least recently used are forgotten."""
+    """The blocks that each backend has probably cached. max_blocks: per backend; the least recently used go first."""
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
@@ -59,14 +59,14 @@ class PrefixIndex:
         known = self._known.get(backend)
         if known is None:
             known = self._known[backend] = OrderedDict()
-        for key in reversed(keys):  # the beginning last, so that it lives longest
+        for key in reversed(keys):  # the first block last, so that it is evicted last
             known[key] = None
             known.move_to_end(key)
         while len(known) > self._max_blocks:
             known.popitem(last=False)
 
     def cached_share(self, backend: str, keys: Sequence[bytes]) -> float:
-        """The share of the keys' bytes that the backend has seen: 0 to 1."""
+        """The fraction of the keys' bytes that the backend has seen, 0 to 1."""
         known = self._known.get(backend)
         if not known or not keys or keys[0] not in known:
             return 0.0

@@ -1,13 +1,14 @@
-"""Requests that wait for a backend: by priority, and within a priority each tenant gets the same share of tokens.
+"""The queue for backends: by priority, and within a priority every tenant gets the same share of tokens.
 
     priority 0 ── tenant a ── r1 r4 r5      tag 300 = 220 used + 80 in flight   ◄ next: the lowest tag
                └─ tenant b ── r2            tag 820
     priority 5 ── tenant a ── r3            waits for all above
 
-Fair queuing with tokens as the cost, as the Virtual Token Counter does it (Sheng et al., "Fairness in serving large
-language models", OSDI 2024): a tenant's tag is what it has used, and what its requests in flight may use at most. A
-tenant that was idle starts level with the one that has used least of those that wait or run: idle time earns nothing,
-and what others only declare does not push it back. Requests of one tenant keep their order.
+Fair queuing with tokens as the cost, as in the Virtual Token Counter (Sheng et al., "Fairness in serving large
+language models", OSDI 2024). A tenant's tag is the tokens it has used plus the upper bound of its requests in flight.
+When an idle tenant becomes active, its counter is raised to the lowest one among active tenants, so idle time earns no
+credit. Only used tokens count for that, not the upper bounds that other tenants declare. Requests of one tenant keep
+their order.
 """
 
 from __future__ import annotations
@@ -22,37 +23,37 @@ from powerband.dispatch.backend import InFlightRequest
 from powerband.dispatch.errors import PoolError
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
-_MAX_IDLE_LEVELS = 64  # priority levels without requests that are remembered
+_MAX_IDLE_LEVELS = 64  # priority levels kept before idle ones are dropped
 _MAX_IDLE_TENANTS = 4096  # likewise
-_MAX_SAMPLED = 64  # tenants, when the tokens ahead of a request are estimated
+_MAX_SAMPLED = 64  # tenants sampled to estimate the tokens ahead of a request
 
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """A request that waits for a backend, until `outcome` says where it was sent or why it was refused."""
+    """A request in the queue. Afterwards `outcome` says where it was sent or why it was rejected."""
 
     request: DispatchRequest
     tokens: int
     level: PriorityLevel
     queued_s: float
     avoid: frozenset[str] = frozenset()  # backends that failed with it
-    num_passed: int = 0  # times that a later request of its tenant went first
+    num_passed: int = 0  # how often a later request of its tenant went first
     is_queued: bool = False
     outcome: InFlightRequest | PoolError | None = None
 
 
 class _Tenant:
-    """Of one priority: its requests that wait, what it has used, and what its requests in flight may use. In tokens."""
+    """One tenant at one priority: its queued requests, and the tokens it has used and may still use."""
 
     __slots__ = ("in_flight", "in_flight_tokens", "is_listed", "requests", "tokens", "used")
 
     def __init__(self) -> None:
         self.requests: OrderedDict[QueuedRequest, None] = OrderedDict()
-        self.tokens = 0  # of those
+        self.tokens = 0  # of queued requests
         self.in_flight = 0
-        self.in_flight_tokens = 0.0
-        self.used = 0.0  # only grows
-        self.is_listed = False  # among the active ones, by use
+        self.in_flight_tokens = 0.0  # upper bound
+        self.used = 0.0  # tokens; only grows
+        self.is_listed = False  # has an entry in `_PriorityClass._by_use`
 
     @property
     def tag(self) -> float:
@@ -64,16 +65,16 @@ class _Tenant:
 
 
 class _PriorityClass:
-    """Waiting requests of one priority. `waiting`: tenants that have any."""
+    """The queued requests of one priority. `waiting`: the tenants that have any."""
 
     def __init__(self) -> None:
         self.tenants: dict[str, _Tenant] = {}
         self.waiting: dict[str, _Tenant] = {}
         self.tokens = 0
-        self._max_tenants = _MAX_IDLE_TENANTS  # before idle ones are forgotten
-        self._last_used = 0.0  # by a tenant that became idle, at most
-        self._by_tag: list[tuple[float, int, str]] = []  # of waiting tenants; with another tag than theirs: out of date
-        self._by_use: list[tuple[float, int, _Tenant]] = []  # active ones; what they had used, at least
+        self._max_tenants = _MAX_IDLE_TENANTS  # before idle tenants are dropped
+        self._last_used = 0.0  # the highest `used` of a tenant that became idle
+        self._by_tag: list[tuple[float, int, str]] = []  # heap of waiting tenants; an entry with an old tag is stale
+        self._by_use: list[tuple[float, int, _Tenant]] = []  # heap of active tenants by an older `used`
         self._order = count()
 
     def push(self, queued: QueuedRequest) -> None:
@@ -117,14 +118,14 @@ class _PriorityClass:
         return found
 
     def charge(self, name: str, tokens: float) -> None:
-        """A request of so many tokens at most is dispatched."""
+        """A request with this upper bound of tokens is dispatched."""
         tenant = self._activate(name)
         tenant.in_flight += 1
         tenant.in_flight_tokens += tokens
         self._changed(name, tenant)
 
     def settle(self, name: str, tokens: float, used: float) -> None:
-        """A request that was charged with `tokens` has ended, and has used so many."""
+        """A request that was charged with `tokens` has ended. used: the tokens it really took."""
         tenant = self.tenants.get(name)
         if tenant is None or not tenant.in_flight:
             return
@@ -135,7 +136,7 @@ class _PriorityClass:
         self._check_idle(tenant)
 
     def tokens_ahead(self, name: str) -> float:
-        """Tokens ahead of a new request of this tenant, if no request came after it."""
+        """Tokens ahead of a new request of this tenant, assuming that no further requests arrive."""
         own = self.tenants.get(name)
         if own is not None and own.is_active:
             tag = own.tag + own.tokens
@@ -165,7 +166,7 @@ class _PriorityClass:
         return tenant
 
     def _least_used(self) -> float:
-        """By an active tenant; where none is, by the one that was."""
+        """The lowest `used` of active tenants; without any, the highest of tenants that became idle."""
         heap = self._by_use
         while heap:
             used, _, tenant = heap[0]
@@ -193,7 +194,7 @@ class _PriorityClass:
             heapq.heapify(self._by_tag)
 
     def _forget(self) -> None:
-        """Forget idle tenants: first those that would start level anyway, and if that is not enough, all."""
+        """Drop idle tenants: first those whose counter would be raised anyway; if that is not enough, all of them."""
         least, active = self._least_used(), {name: one for name, one in self.tenants.items() if one.is_active}
         kept = {name: one for name, one in self.tenants.items() if one.is_active or one.used > least}
         self.tenants = active if len(kept) > _MAX_IDLE_TENANTS // 2 + len(active) else kept
@@ -201,7 +202,7 @@ class _PriorityClass:
 
 
 class FairQueue:
-    """The queue of one length pool. `requests`, `tokens`: how many wait."""
+    """The queue of one length pool. `requests`, `tokens`: how many are queued."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -221,13 +222,13 @@ class FairQueue:
         self.tokens += queued.tokens
 
     def remove(self, queued: QueuedRequest) -> None:
-        """Take it out without serving it. Nothing happens if it is not queued any more."""
+        """Remove a request without dispatching it. Does nothing if it has left the queue."""
         if queued.is_queued:
             self._levels[queued.level].remove(queued)
             self._left(queued)
 
     def pop(self, choose: Callable[[Iterable[QueuedRequest]], QueuedRequest | None]) -> QueuedRequest | None:
-        """The next request. choose: gets each tenant's requests, the least served tenant first; returns one or None."""
+        """Take the next request. choose: gets each tenant's requests, lowest tag first; returns one of them or None."""
         for name in self._order:
             level = self._levels[name]
             if level.waiting:
@@ -238,23 +239,26 @@ class FairQueue:
         return None
 
     def charge(self, level: PriorityLevel, tenant: str, tokens: float) -> None:
-        """A request of so many tokens at most is dispatched without having waited."""
+        """A request with this upper bound of tokens is dispatched without queueing."""
         self._level(level).charge(tenant, tokens)
 
     def settle(self, level: PriorityLevel, tenant: str, tokens: float, used: float) -> None:
-        """A request that was charged with `tokens`, or waited with as many, has ended, and has used so many."""
+        """A request that was charged or queued with `tokens` has ended. used: the tokens it really took."""
         if level in self._levels:
             self._levels[level].settle(tenant, tokens, used)
 
     def share_of(self, tenant: str) -> tuple[int, int, int]:
-        """Its requests that wait, their tokens, and how many tenants have any at a priority, itself among them."""
+        """The tenant's queued requests, their tokens, and the number of waiting tenants including this one.
+
+        A tenant that waits at several priorities counts once for each.
+        """
         levels = [level for level in self._levels.values() if level.waiting]
         own = [level.waiting[tenant] for level in levels if tenant in level.waiting]
         num_tenants = sum(len(level.waiting) for level in levels) + (not own)
         return sum(len(one.requests) for one in own), sum(one.tokens for one in own), num_tenants
 
     def tokens_ahead(self, level: PriorityLevel, tenant: str) -> float:
-        """Tokens ahead of a new request, if no request came after it."""
+        """Tokens ahead of a new request, assuming that no further requests arrive."""
         if not self.requests:
             return 0.0
         before = sum(self._levels[name].tokens for name in self._order if name < level)

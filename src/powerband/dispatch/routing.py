@@ -1,13 +1,13 @@
-"""Which of the backends with a free place gets a request.
+"""Routing: chooses one of the backends with a free slot for a request.
 
-policy             next                                                good for
-prefix             most of the prompt in its cache, against its load   chats, agents, shared system prompts
-least-outstanding  the fewest tokens left to compute                   prompts with nothing in common
-session            the one that has the session; else the least work   clients that name their sessions
-weighted           the fewest tokens sent so far, by weight            replicas of different strength
+policy             chosen backend                                        good for
+prefix             most of the prompt in its prefix cache, less its load chats, agents, shared system prompts
+least-outstanding  fewest tokens left to compute                         prompts with nothing in common
+session            the one that served the session, else least work      clients that name their sessions
+weighted           fewest tokens sent so far, relative to its weight     replicas of different speeds
 
-`prefix` is the default: it is least-outstanding where prompts have nothing in common, costs some microseconds, and
-passes over backends with more than 1.5 times the mean load: one popular prefix spreads over as many as it needs.
+`prefix` is the default. It equals least-outstanding if prompts have nothing in common, and takes a few microseconds.
+It skips backends with more than 1.5 times the mean load, so a popular prefix spreads over as many as it needs.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from powerband.dispatch.prefix import PrefixIndex
 from powerband.dispatch.request import DispatchRequest
 
 MAX_LOAD_RATIO = 1.5
-_LOAD_WEIGHT = 0.5  # one mean load more weighs as much as half a prompt in the cache
-_MIN_LOAD = 0.125  # requests for each place: below that, load is not worth balancing
+_LOAD_WEIGHT = 0.5  # a load ratio higher by 1 outweighs half a cached prompt
+_MIN_LOAD = 0.125  # requests per slot, below which load is not worth balancing
 
 
 class Router(Protocol):
-    """`free`: backends that may get the request, at least one. `serving`: these and the ones that are full now."""
+    """`free`: backends that may get the request, at least one. `serving`: those and the ones that are full now."""
 
     def choose(self, request: DispatchRequest, free: Sequence[Backend], serving: Sequence[Backend]) -> Backend: ...
 
     def affinity(self, request: DispatchRequest, backend: Backend) -> float:
-        """How much is gained, 0 to 1, if this backend gets the request and no other does."""
+        """How much the request gains from this backend's cache or session, 0 to 1."""
         ...
 
     def dispatched(self, request: DispatchRequest, backend: Backend) -> None: ...
 
     def forget(self, backend: str) -> None:
-        """It is gone, or has lost its cache."""
+        """The backend is gone, or has lost its cache."""
         ...
 
 
@@ -55,7 +55,7 @@ def make_router(options: DispatchOptions) -> Router:
 
 
 class LeastOutstanding:
-    """By tokens for each request it computes at once (max_num_seqs); ties go to the one chosen least recently."""
+    """The fewest outstanding tokens per slot (max_num_seqs); ties go to the least recently chosen backend."""
 
     def __init__(self) -> None:
         self._turn = 0
@@ -73,7 +73,7 @@ class LeastOutstanding:
         backend.turn = self._turn
 
     def forget(self, _backend: str) -> None:
-        """There is nothing to forget."""
+        """Do nothing: this policy keeps no state per backend."""
 
 
 def _by_outstanding(backend: Backend) -> tuple[float, int]:
@@ -81,10 +81,10 @@ def _by_outstanding(backend: Backend) -> tuple[float, int]:
 
 
 class WeightedShares(LeastOutstanding):
-    """Shares of all tokens by weight; a backend with weight 0 gets what no other can take."""
+    """Distributes tokens in proportion to weights. A backend with weight 0 is used only when no other is free."""
 
     def choose(self, _request: DispatchRequest, free: Sequence[Backend], serving: Sequence[Backend]) -> Backend:
-        # A new backend does not make up for what the others got before it came.
+        # A new backend does not catch up on tokens that the others got before it was added.
         floor = min((b.sent_tokens / b.spec.weight for b in serving if b.spec.weight and b.turn), default=0.0)
         for backend in free:
             backend.sent_tokens = max(backend.sent_tokens, floor * backend.spec.weight if not backend.turn else 0.0)
@@ -101,7 +101,7 @@ def _weighted_order(backend: Backend) -> tuple[bool, float, int]:
 
 
 class SessionAffinity(LeastOutstanding):
-    """A session stays with its backend while that has a place. Beyond max_sessions the least recent are forgotten."""
+    """Keeps a session on its backend while that has a free slot. Evicts the oldest sessions beyond max_sessions."""
 
     def __init__(self, max_sessions: int) -> None:
         super().__init__()
@@ -129,12 +129,12 @@ class SessionAffinity(LeastOutstanding):
 
 
 def _session_key(request: DispatchRequest) -> str:
-    """Two tenants may use the same session name."""
+    """The session with its tenant, since two tenants may use the same name."""
     return f"{request.tenant} {request.session}"
 
 
 def _loads(request: DispatchRequest, serving: Sequence[Backend]) -> Callable[[Backend], float]:
-    """A backend's load over the mean: in outstanding tokens or in requests, whichever is more, for each place."""
+    """Returns the load ratio of a backend: its load per slot over the mean, by tokens or requests, the higher one."""
     places = sum(backend.max_num_seqs for backend in serving)
     mean_tokens = sum(backend.outstanding for backend in serving) / places
     mean_requests = sum(len(backend.in_flight) for backend in serving) / places
@@ -144,7 +144,7 @@ def _loads(request: DispatchRequest, serving: Sequence[Backend]) -> Callable[[Ba
 
 
 class PrefixAware(LeastOutstanding):
-    """Highest cached share of the prompt less half the load ratio, among those with at most 1.5 times the mean load."""
+    """Highest cached fraction of the prompt minus half the load ratio, among backends below 1.5 times the mean load."""
 
     def __init__(self, max_blocks: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The engines that a replica may run, and what they differ in: a file for each.
+"""Adapters for the engines that a replica may run, one file per engine.
 
-Command lines, paths, names of metrics, fields of requests, and how a broken stream continues at another replica.
+An adapter has the engine's command line, paths, metric names and request fields, and resumes a broken stream.
 
-`registry.ADAPTERS` has them by name. No other package compares names of engines: it reads the adapter's fields.
+`registry.ADAPTERS` has them by name. Other packages never compare engine names: they read the adapter's fields.
 """

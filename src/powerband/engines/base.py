@@ -1,4 +1,4 @@
-"""The interface between Powerband and an engine: all that the rest of the code has to know of one."""
+"""The interface between Powerband and an engine: everything that the rest of the code knows about it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from powerband.engines.launch import Command, LaunchRequest
 from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName
 
-# Servers that replicas may be. openai: any other that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI and
-# Dynamo: all that is known of it is that GET /v1/models lists what it serves.
+# Servers that a replica may run. openai: any other server with OpenAI's API, such as Ollama, LM Studio, LocalAI and
+# Dynamo. Only GET /v1/models is assumed to work there.
 ServerName = Literal[EngineName, "llamacpp", "openai"]
-# Gauges: requests running and waiting, share of the KV cache in use (0 to 1). Counters: the others.
+# Gauges: requests running and waiting, fraction of the KV cache in use (0 to 1). The others are counters.
 Metric = Literal[
     "running", "waiting", "kv_usage", "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "output_tokens"
 ]
@@ -32,16 +32,16 @@ class CannotResume(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokenStream:
-    """A stream whose replica failed, as far as its client has it."""
+    """A stream whose replica failed, up to where the client received it."""
 
     model: str  # its name at the replica
-    fields: Mapping[str, Raw]  # of the request, as a replica gets it
+    fields: Mapping[str, Raw]  # of the request, as sent to a replica
     is_chat: bool
     max_tokens: int | None
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]  # of the output
-    text: str  # of the output; that of the last tokens may be missing
-    has_sent_ids: bool  # the client has `token_ids`, too
+    text: str  # of the output; the text of the last tokens may be missing
+    has_sent_ids: bool  # the client has received `token_ids`, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Continuation:
     """A request for a completion that continues a stream."""
 
     fields: Mapping[str, Any]
-    kept: int  # output tokens that are in its prompt; the others are generated again
-    skipped: str  # text that it begins with and that the client has
+    kept: int  # output tokens that are part of its prompt; later ones are generated again
+    skipped: str  # text that the continuation begins with and that the client already has
 
 
 def _no_command(_request: LaunchRequest) -> Command:
@@ -63,7 +63,7 @@ def _no_fields(_tenant: str, _user: str | None, _cache_salt: str | None) -> Mapp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAdapter:
-    """One engine. The defaults hold for any server that speaks OpenAI's API."""
+    """One engine. The defaults hold for any server with OpenAI's API."""
 
     name: ServerName
     display_name: str
@@ -74,27 +74,27 @@ class EngineAdapter:
     # Raises UsageError for an unsupported setting, EnvironmentFault if the engine or the key is missing.
     command: Callable[[LaunchRequest], Command] = _no_command
 
-    # To watch them.
+    # To monitor them.
     ready_path: str = "/health"  # answers 200 when the engine accepts requests
-    ready_shows_progress: bool = False  # it answers 503 when steps do not advance, and counts restarts
+    ready_shows_progress: bool = False  # ready_path answers 503 when steps do not advance, and counts engine restarts
     config_path: str = ""  # answers {"engine": {"max_num_seqs": …}}; '': there is none
-    metrics_path: str = "/metrics"  # '': it has no metrics that are known
-    # Names of the same figure, in the order in which they are tried: older versions have other names.
+    metrics_path: str = "/metrics"  # '': it has no known metrics
+    # Names of each metric, in the order in which they are tried: older versions have other names.
     metrics: Mapping[Metric, tuple[bytes, ...]] = field(default_factory=dict)
     histograms: Mapping[Histogram, bytes] = field(default_factory=dict)
 
     # To send requests.
-    supports_n: bool = False  # it makes as many choices as `n` asks for
+    supports_n: bool = False  # it generates `n` choices
     returns_token_ids: bool = False  # `return_token_ids`: a stream has the ids of all tokens
-    returns_continuous_usage: bool = False  # `continuous_usage_stats`: chunks have the tokens of their choice so far
-    # Tenant, `user` and `cache_salt` of a request → the fields with which tenants share no cached prefix.
+    returns_continuous_usage: bool = False  # `continuous_usage_stats`: chunks report their choice's tokens so far
+    # Tenant, `user` and `cache_salt` of a request → fields that keep tenants from sharing cached prefixes.
     tenant_fields: Callable[[str, str | None, str | None], Mapping[str, str]] = _no_fields
-    # Retry-After of a refusal is about that request; others may be accepted at once.
+    # The Retry-After of a rejection (429, 503) is about that request alone; others may be accepted at once.
     retry_after_is_per_request: bool = False
 
     # To continue streams of replicas that failed.
-    takes_resume_token_ids: bool = False  # the same request with the ids of the output so far
-    # A completion after prompt and output; None: no token is missing. Raises CannotResume. The stream must have had the
-    # ids of both, and its text.
+    takes_resume_token_ids: bool = False  # it accepts the same request with the token ids of the output so far
+    # Builds a completion that continues prompt and output; None: no token is missing. Raises CannotResume. Needs the
+    # stream's text, and the ids of prompt and output.
     complete_stream: Callable[[BrokenStream, Ask], Awaitable[Continuation | None]] | None = None
     resume_text: str = "a stream that breaks off ends with an error"  # for the log

@@ -1,7 +1,7 @@
-"""What an engine can do, as far as planning needs it: on which devices, in which precisions, over how many of them.
+"""What an engine supports, as far as planning needs it: devices, precisions, and parallelism.
 
-From the documentation of vLLM 0.15 to 0.24 (hardware of quantization kernels, parallelism), SGLang 0.5 and
-TensorRT-LLM 1.x (support matrix). Ours: what this version runs.
+From the documentation of vLLM 0.15 to 0.24 (hardware support of quantization kernels, parallelism), SGLang 0.5 and
+TensorRT-LLM 1.x (support matrix). For Powerband's own engine: what this version runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from powerband.spec.deployment import KVPrecision, Quantization
 if TYPE_CHECKING:
     from powerband.spec.hardware.profile import DeviceKind, DeviceProfile
 
-# Architectures whose tensor cores, or kernels, take a precision; for all engines but ours.
+# GPU architectures whose tensor cores or kernels support a precision; for all engines but Powerband's own.
 _KERNELS: Mapping[Quantization, tuple[str, ...]] = {
     "none": ("turing", "ampere", "ada", "hopper", "blackwell", "cdna3"),
     "fp8": ("ada", "hopper", "blackwell", "cdna3"),
@@ -26,8 +26,8 @@ _KERNELS: Mapping[Quantization, tuple[str, ...]] = {
     "nvfp4": ("blackwell",),
     "mxfp4": ("ampere", "ada", "hopper", "blackwell", "cdna3"),
 }
-# What is tried without being asked for: as precise as 16 bits, for most purposes. Four bits cost quality that a planner
-# does not know.
+# Precisions that the planner tries by default: for most purposes as good as 16 bits. Four bits cost quality, which the
+# planner cannot assess.
 DEFAULT_QUANTIZATIONS: tuple[Quantization, ...] = ("none", "fp8", "int8", "w8a8")
 
 
@@ -43,7 +43,7 @@ def missing_kernels(profile: DeviceProfile, quantization: Quantization) -> str:
 def kv_precisions(
     profile: DeviceProfile, quantization: Quantization, stored: KVPrecision | None
 ) -> tuple[KVPrecision, ...]:
-    """What the KV cache may be held in. stored: what the checkpoint has scales for."""
+    """Precisions of the KV cache. stored: the precision that the checkpoint has scales for."""
     if stored is not None:
         return (stored,)
     has_fp8 = profile.architecture in _KERNELS["fp8"]
@@ -52,11 +52,11 @@ def kv_precisions(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapabilities:
-    """What an engine can do."""
+    """What an engine supports."""
 
     kinds: tuple[DeviceKind, ...] = ()
-    divides: bool = True  # a model over several devices
-    offloads: bool = False  # weights to the host's memory
+    divides: bool = True  # splits a model over several devices
+    offloads: bool = False  # offloads weights to host memory
     speculates: bool = True
     # Precisions that it quantizes to while loading; others need a quantized checkpoint.
     loads: tuple[Quantization, ...] = ("none",)

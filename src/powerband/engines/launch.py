@@ -1,7 +1,7 @@
-"""From a plan's replica to the command that starts it: what an engine's file gets for that, and what it makes.
+"""Launching a plan's replica: the request that an engine's adapter gets, and the command that it returns.
 
-Every setting of the plan becomes an option of the engine. A setting that the engine does not support is a UsageError
-that names it, never left out in silence. Each engine's file gives the sources of its options.
+Every setting of the plan becomes an option of the engine. A setting that the engine does not support raises a
+UsageError that names it; none is ignored silently. Each engine's file gives the sources of its options.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Command:
 class LaunchRequest:
     """The replica to start. The model's configuration and the device's profile are read on first use.
 
-    Imports are local: the gateway, which only needs the engines' dialects, needs none of the planner's code.
+    Imports are local, so that the gateway, which only needs the engines' HTTP APIs, imports none of the planner's code.
     """
 
     engine: EngineName
@@ -79,12 +79,12 @@ class LaunchRequest:
 
     @property
     def is_cpu(self) -> bool:
-        """The device of a plan that was written by hand may be just 'cpu'."""
+        """Whether the replica runs on a CPU. The device of a plan that was written by hand may be just 'cpu'."""
         return self.replica.device == "cpu" or self.profile.kind == "cpu"
 
     @property
     def layer_weight_bytes(self) -> int:
-        """Weights of the layers of the fullest rank."""
+        """Bytes of the layers' weights on the rank that has the most."""
         from powerband.cost.replica_memory import layer_weight_bytes
 
         return layer_weight_bytes(self.spec, self.replica)
@@ -140,7 +140,7 @@ class LaunchRequest:
                 raise self.unsupported(name, f"It supports: {value}.")
 
     def check_draft_method(self) -> str:
-        """'' if the plan has no draft tokens. Raises UsageError if it has, but no method; or the other way round."""
+        """The draft method; '' if the plan has no draft tokens. Raises UsageError if it has only one of the two."""
         method, count = self.draft_method, self.replica.draft_tokens
         if count and not method:
             hint = "Name it (ngram, or a draft model), or set draft_tokens to 0."

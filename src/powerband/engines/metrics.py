@@ -1,4 +1,4 @@
-"""Pages of any engine's Prometheus metrics, read under one set of names."""
+"""Parses any engine's Prometheus metrics into one set of names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def first_total(page: bytes, names: Iterable[bytes]) -> float | None:
 
 
 def known_metrics(page: bytes) -> dict[str, float]:
-    """Gauges and counters on a page of metrics, under our names. What an engine does not report is left out."""
+    """Gauges and counters on a page of metrics, by Powerband's names. Metrics that the engine lacks are left out."""
     found = {metric: first_total(page, names) for metric, names in _METRICS.items()}
     return {metric: value for metric, value in found.items() if value is not None}
 

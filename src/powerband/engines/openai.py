@@ -1,6 +1,6 @@
-"""Any other server that speaks OpenAI's API, such as Ollama, LM Studio, LocalAI and Dynamo.
+"""Any other server with OpenAI's API, such as Ollama, LM Studio, LocalAI and Dynamo.
 
-All that is known of it is that GET /v1/models lists what it serves.
+Only GET /v1/models is assumed: it lists the models that the server has loaded.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _kv_precisions(
 
 def _tenant_fields(tenant: str, user: str | None, _cache_salt: str | None) -> Mapping[str, str]:
     label = f"{tenant}/{user}" if user else tenant
-    if len(label) > MAX_LABEL_CHARS:  # cut, two users could have the same
+    if len(label) > MAX_LABEL_CHARS:  # truncating it could give two users the same label
         label = f"{tenant}/{hashlib.sha256(label.encode()).hexdigest()}"
     return {"user": label}
 
@@ -129,5 +129,5 @@ POWERBAND = EngineAdapter(
     tenant_fields=_tenant_fields,
     retry_after_is_per_request=True,
     takes_resume_token_ids=True,
-    resume_text="another replica goes on with its streams",
+    resume_text="another replica resumes its streams",
 )

@@ -3,11 +3,11 @@
 Options as `vllm serve --help=all` of version 0.32 prints them; https://docs.vllm.ai/en/stable/cli/serve/. Environment:
 https://docs.vllm.ai/en/stable/configuration/env_vars/.
 
-A broken stream continues as a completion of prompt ids + output ids, which `return_token_ids` asks for (since 0.10.2).
-That is exact for greedy decoding; sampling without a seed goes on with other random numbers. vLLM counts some things
-over the output alone (presence and frequency penalties, seeds, grammars, bad words) and parses others out of it (tool
-calls, reasoning); pictures and sounds are not in the ids of the prompt. Such a stream cannot continue, nor one whose
-request has fields that are not known here.
+A broken stream continues as a completion of prompt ids + output ids, which `return_token_ids` returns (since 0.10.2).
+That is exact for greedy decoding; sampling without a seed continues with other random numbers. Some features of vLLM
+depend on the output alone (presence and frequency penalties, seeds, grammars, bad words) or parse it (tool calls,
+reasoning), and images and audio are not in the prompt's ids. Streams with these, or with unknown request fields, cannot
+be resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KV = {"16bit": "auto", "fp8": "fp8"}
 _MAX_HOST_MEMORY_RATIO = 0.2  # for one replica's KV cache
 _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 _DEFAULT_MAX_TOKENS = 16  # of a completion
-# Fields of chats alone, and those that had their effect on the prompt, whose ids the completion begins with.
+# Fields to drop from the continuation: those of chats only, and those that only shaped the prompt, whose ids it has.
 _IN_PROMPT = frozenset(
     (
         *("messages", "max_completion_tokens", "top_logprobs", "chat_template", "chat_template_kwargs", "tools"),
@@ -37,9 +37,9 @@ _IN_PROMPT = frozenset(
         *("add_special_tokens", "reasoning_effort", "include_reasoning", "echo", "truncate_prompt_tokens"),
     )
 )
-# Fields that act on output in the prompt as on output that is generated, or do not change what is generated. Any other
-# may make the stream go on differently: presence penalties and grammars look at the output alone, embeddings are in no
-# id, and what an unknown field does is not known.
+# Fields that treat output in the prompt like generated output, or do not affect generation. Any other field may change
+# how the stream continues: presence penalties and grammars see only the generated output, embeddings have no ids, and
+# the effect of an unknown field is unknown.
 _CARRIED_ON = frozenset(
     (
         *("model", "prompt", "stream", "stream_options", "max_tokens", "min_tokens", "n", "best_of"),
@@ -85,7 +85,7 @@ def _command(request: LaunchRequest) -> Command:
     env = _cpu_environment(request.threads) if request.is_cpu else {}
     key = read_key(request.api_key_file)
     if key:
-        env["VLLM_API_KEY"] = key  # every user of the machine could read a flag
+        env["VLLM_API_KEY"] = key  # a flag would be visible to every user of the machine
     arguments = tuple(word for pair in options.items() for word in pair)
     return Command((*program, *start, *arguments, *flags, *request.extra), env)
 
@@ -145,7 +145,7 @@ def _tenant_fields(tenant: str, _user: str | None, cache_salt: str | None) -> Ma
 
 
 async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation | None:
-    """Tokens whose text the client does not have completely are generated again."""
+    """The continuation of a stream. Tokens whose text the client does not have completely are generated again."""
     fields, prompt_ids = stream.fields, stream.prompt_ids
     if stream.is_chat and (_value(fields, "logprobs") or not _is_text_only(fields["messages"])):
         raise CannotResume
@@ -171,11 +171,11 @@ async def _complete_stream(stream: BrokenStream, ask: Ask) -> Continuation | Non
 
 
 async def _kept_tokens(stream: BrokenStream, ask: Ask) -> tuple[Sequence[int], str]:
-    """As many of the output's ids as possible whose text the client has, and what it has beyond that: the beginning of
-    the next token, which ends in half a letter, or of what a stop string held back. The replica decodes them.
+    """The longest prefix of the output's ids whose text the client has completely, and the text it has beyond that.
 
-    With `include_stop_str_in_output` nothing is held back: the client may have the first half of a stop string, which
-    is looked for in what is generated alone. So as much text is generated again as such a half can have.
+    Text beyond it occurs if the next token ends in a partial UTF-8 character, or if a stop string held text back. The
+    replica decodes the ids. With `include_stop_str_in_output` nothing is held back, so the client may have the first
+    part of a stop string; vLLM only searches generated text, so that much text is generated again.
     """
     ids, text = stream.token_ids, stream.text
     half = _max_stop_chars(stream.fields) - 1 if _value(stream.fields, "include_stop_str_in_output") else 0
@@ -214,7 +214,7 @@ async def _context_length(stream: BrokenStream, ask: Ask) -> int:
 
 
 def _is_text_only(messages: Raw) -> bool:
-    """Whether all of a conversation is in the ids of its prompt: of pictures and sounds, only their places are."""
+    """Whether the prompt's ids contain the whole conversation: of images and audio, they only have placeholders."""
     try:
         conversation = _CONVERSATION.decode(messages)
     except INVALID_JSON:
@@ -260,5 +260,5 @@ VLLM = EngineAdapter(
     returns_token_ids=True,
     tenant_fields=_tenant_fields,
     complete_stream=_complete_stream,
-    resume_text="another goes on with most of its streams",
+    resume_text="another replica resumes most of its streams",
 )

@@ -1,4 +1,4 @@
-"""Carrying out a plan: the release, its start, the verification of its SLO, and the way back when one of them fails."""
+"""Deploys a plan: builds the release, starts it, verifies its SLO, and rolls back if a step fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GRACE_S = 60.0  # beyond the time that replicas have to become ready
 
 
 class Report(Protocol):
-    """Where a deployment reports what it does: lines of text, and the status as it changes."""
+    """Receives a deployment's progress: lines of text, and the status as it changes."""
 
     def __call__(self, status: ServiceStatus) -> None: ...
 
@@ -36,7 +36,7 @@ class Report(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentOptions:
-    gateway: Callable[[ServiceSpec | None], GatewaySpec]  # from what runs already
+    gateway: Callable[[ServiceSpec | None], GatewaySpec]  # given the running service's spec
     policy: Policy
     name: str = ""  # of the service; '': from the model's
     served_name: str = ""  # in the API; '': the model's
@@ -66,7 +66,7 @@ class Deployed:
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What there was of a service before. has_database: also of one that was removed."""
+    """What existed of a service before the deployment. has_database: True also for a removed service that has one."""
 
     is_running: bool
     has_database: bool
@@ -87,7 +87,7 @@ def deploy_plan(plan: Plan, options: DeploymentOptions, report: Report) -> Deplo
     desired, is_new = operations.apply(store, built.release, gateway, options.policy)
     ensure_controller(store)
     if not is_new:
-        report.describe("nothing is to be changed")
+        report.describe("nothing to change")
     status = operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)
     if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
         raise _start_failure(store, status, before)
@@ -118,7 +118,7 @@ def _release_options(
 
 
 def _replica_key_file(folder: Path) -> Path:
-    """The key of the replicas, which only the gateway has: no client of this machine can bypass it."""
+    """The replicas' API key, which only the gateway has, so that no client on this machine can bypass the gateway."""
     path = folder / "replica.key"
     if not path.exists():
         write_atomically(path, secrets.token_urlsafe(32).encode(), private=True)
@@ -136,7 +136,7 @@ def _report_plan(plan: Plan, built: BuiltRelease, store: ServiceStore, gateway: 
 
 
 def _start_failure(store: ServiceStore, status: ServiceStatus, before: _Before) -> EnvironmentFault:
-    """The error about a release that did not start, once nothing of it is left."""
+    """The error for a release that did not start, after it was cleaned up."""
     failed = status.failed_rollout
     why = failed.reason if failed is not None else ""
     log = f"\n{failed.log}" if failed is not None and failed.log else ""

@@ -1,4 +1,4 @@
-"""What the commands do to a service: change its desired state, and wait until the controller has carried it out."""
+"""Operations of the commands on a service: change its desired state, and wait until the controller has applied it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def apply(store: ServiceStore, release: Release, gateway: GatewaySpec, policy: P
 def update_spec(
     store: ServiceStore, change: Callable[[ServiceSpec, ServiceStatus | None], dict[str, Any]]
 ) -> ServiceSpec:
-    """change: returns the fields that differ. Raises UsageError if there is no such service."""
+    """Change the desired state. change: returns the fields to change. Raises UsageError if there is no such service."""
     with store.lock_spec():
         current = store.read_spec()
         if current is None:
@@ -63,7 +63,7 @@ def update_spec(
 
 
 def rollback(store: ServiceStore) -> ServiceSpec | None:
-    """Back to the last release that was ready. None: there is none."""
+    """Roll back to the last release that was ready. None: there is none."""
     with store.lock_spec():
         current = store.read_spec()
         if current is None or current.previous is None:
@@ -74,7 +74,7 @@ def rollback(store: ServiceStore) -> ServiceSpec | None:
 
 
 def watch_status(store: ServiceStore, generation: int, timeout_s: float) -> Iterator[ServiceStatus]:
-    """Each new status, beginning with the first that knows this generation, for `timeout_s` at most.
+    """Yield each new status of this generation or a later one, for at most `timeout_s`.
 
     Replaces a controller that has crashed or hangs. Raises EnvironmentFault if that fails.
     """
@@ -92,7 +92,7 @@ def watch_status(store: ServiceStore, generation: int, timeout_s: float) -> Iter
 def wait_for(
     store: ServiceStore, generation: int, on_status: Callable[[ServiceStatus], object], timeout_s: float
 ) -> ServiceStatus:
-    """Until the generation is ready, or has failed (`has_failed`). Raises EnvironmentFault after `timeout_s`."""
+    """Wait until the generation is ready, or has failed (`has_failed`). Raises EnvironmentFault after `timeout_s`."""
     for status in watch_status(store, generation, timeout_s):
         on_status(status)
         if status.has_failed(generation):
@@ -142,7 +142,7 @@ def record_action(store: ServiceStore, action: str, details: Mapping[str, Any]) 
 
 
 def _with_changes(current: ServiceSpec, status: ServiceStatus | None, **fields: Any) -> ServiceSpec:
-    """The next generation. A release that was all ready becomes the one for a rollback."""
+    """The next generation. If the current release was completely ready, it becomes the one for rollbacks."""
     is_established = status is not None and status.established >= current.generation
     previous = current.release if is_established else current.previous
     return current.updated(**{"previous": previous, **fields})

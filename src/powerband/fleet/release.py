@@ -1,4 +1,4 @@
-"""From a plan to a release for this machine: the engine's commands, threads and GPUs."""
+"""Builds a release for this machine from a plan: the engines' commands, threads and GPUs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PORT = "{port}"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseOptions:
     served_name: str  # in the API
-    api_key_file: str = ""  # holds the key that replicas ask for; '': they ask for none
-    executable: tuple[str, ...] = ()  # of the engine; (): the usual one
+    api_key_file: str = ""  # contains the replicas' API key; '': they need none
+    executable: tuple[str, ...] = ()  # of the engine; (): the default one
     extra: tuple[str, ...] = ()  # more arguments for the engine
     gpus_in_use: frozenset[int] = frozenset()  # by other services
     threads: int | None = None  # of a replica on a CPU; None: the cores are divided among the replicas
@@ -33,7 +33,7 @@ class ReleaseOptions:
 @dataclass(frozen=True, slots=True)
 class BuiltRelease:
     release: Release
-    notes: tuple[str, ...]  # what was chosen, for people
+    notes: tuple[str, ...]  # choices made, as sentences for the user
 
 
 def build_release(plan: Plan, options: ReleaseOptions) -> BuiltRelease:
@@ -131,7 +131,7 @@ def _device(name: str) -> DeviceProfile | None:
 def _threads(
     deployment: Deployment, profiles: list[DeviceProfile | None], desired: int | None
 ) -> tuple[int, list[str]]:
-    """Threads of each replica: as calibrated if that fits, else an equal part of the cores. With notes."""
+    """Threads of each replica: as calibrated if that fits, else an equal share of the cores. Also returns notes."""
     cores, replicas = detect_cpu().cores, sum(pool.count for pool in deployment.pools)
     machines = [profile.machine for profile in profiles if profile is not None and profile.machine is not None]
     calibrated = machines[0].threads if machines else None
@@ -163,7 +163,7 @@ def _gpus(deployment: Deployment, profiles: list[DeviceProfile | None], in_use: 
 
 
 def gpu_names() -> tuple[str, ...]:
-    """As the driver reports them, by index; () without a GPU or driver."""
+    """The GPUs as the driver reports them, by index; () without a GPU or driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()

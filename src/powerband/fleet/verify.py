@@ -43,7 +43,7 @@ class CheckedFigure:
 class Verification:
     lines: tuple[CheckedFigure, ...]
     verdict: RunVerdict
-    fault: str  # why the run says nothing about the service; '': it does
+    fault: str  # why the run is not valid evidence; '': it is
     requests: int
     errors: int
     seconds: float
@@ -63,7 +63,7 @@ def verify(
     report: Path | None = None,
     on_progress: Callable[[Live], object] | None = None,
 ) -> Verification:
-    """Load the service for `seconds`. Raises EnvironmentFault when it does not respond at all."""
+    """Run the load for `seconds`. Raises EnvironmentFault if the service does not respond at all."""
     capacity = known_client_capacity()
     experiment = Experiment(
         target=ServerAddress(base=url, endpoint="completions", model=model, headers=bearer(api_key)),
@@ -131,7 +131,7 @@ def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> CheckedF
 
 
 def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure]:
-    """Each limit at the SLO's percentile. The attainment decides whether they are met together."""
+    """One line per limit, at the SLO's percentile. Whether all are met together is decided by the attainment."""
     q = plan.slo.attainment * 100
     records = [sample.record() for sample in load.samples]
     answered = [r for r in records if r.scheduled_s in summary.window and r.outcome is Outcome.OK]
@@ -183,7 +183,7 @@ def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure
 
 
 def _asked_per_s(summary: Summary, load: LoadResult) -> float:
-    """Output tokens that the drawn requests asked for: by chance more or fewer than on average."""
+    """Output tokens that the sampled requests asked for, which may differ from the mean by chance."""
     within = [sample for sample in load.samples if sample.record().scheduled_s in summary.window]
     seconds = summary.window.seconds
     return sum(sample.asked_tokens for sample in within) / seconds if seconds > 0 else 0.0

@@ -1,1 +1,1 @@
-"""The front door: keys, limits, routing, failover, usage. Talks to replicas over HTTP only."""
+"""The gateway before the replicas: API keys, limits, routing, failover, usage. Talks to replicas over HTTP only."""

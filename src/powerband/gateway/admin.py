@@ -20,8 +20,8 @@ from powerband.web.body import decode, read_body
 from powerband.web.errors import json_response
 
 logger = logging.getLogger(__name__)
-_HIDDEN = "set"
-_AT_ONCE = 50  # records; encoding them takes about a quarter of a millisecond
+_HIDDEN = "set"  # shown in place of a replica's API key
+_RECORDS_PER_TURN = 50  # encoding them takes about a quarter of a millisecond
 
 
 class _Drain(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,14 +70,14 @@ class GatewayAdminRoutes:
         found = recent.after(int(asked))
         last = found[-1].sequence if found else min(int(asked), recent.last)
         encoded: list[bytes] = []
-        for start in range(0, len(found), _AT_ONCE):
-            encoded += [msgspec.json.encode(one) for one in found[start : start + _AT_ONCE]]
-            await asyncio.sleep(0)  # let streams go on
+        for start in range(0, len(found), _RECORDS_PER_TURN):
+            encoded += [msgspec.json.encode(one) for one in found[start : start + _RECORDS_PER_TURN]]
+            await asyncio.sleep(0)  # let other tasks run
         head = b'{"next":%d,"newest":%d,"records":[' % (last, recent.last)
         return Response(head + b",".join(encoded) + b"]}", media_type="application/json")
 
     def _note(self, request: Request, action: str, what: dict[str, Any]) -> None:
-        """Write the audit log. If that fails, the action stays in effect: routing does not depend on a disk."""
+        """Write to the audit log. If that fails, the action stays in effect: routing must not depend on the disk."""
         try:
             self._accounts.audit(actor_of(request), action, what)
         except PowerbandError as problem:

@@ -1,4 +1,4 @@
-"""All routes of a gateway, and what stands before them: request ids and errors outermost, then who may come in."""
+"""All routes of a gateway, and its middleware: outermost request ids and error responses, then authentication."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
 
 
 class ErrorCounterMiddleware:
-    """Counts what was refused before it became a request that ends as one."""
+    """Counts requests rejected before a `CompletedRequest` exists for them."""
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Asks replicas what they serve, for a gateway that knows only their addresses."""
+"""Discovers what replicas serve, for a gateway that knows only their addresses."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _PAUSE_S = 0.2
 async def discover(
     upstream: UpstreamClient, urls: Sequence[str], engine: ServerName | None = None, patience_s: float = PATIENCE_S
 ) -> Routes:
-    """Routes to these replicas, under the names that they serve. Waits for those that are starting.
+    """Routes to these replicas, under the model names that they serve. Waits for replicas that are starting.
 
-    engine: what they run; None: found out from what they answer, and logged.
-    Raises EnvironmentFault when one does not answer in time, and UsageError for what is no URL.
+    engine: what they run; None: detected from their responses, and logged.
+    Raises EnvironmentFault if a replica does not answer in time, and UsageError for an invalid URL.
     """
     deadline_s = time.monotonic() + patience_s
     found = await asyncio.gather(*(_ask(upstream, url.rstrip("/"), engine, deadline_s) for url in dict.fromkeys(urls)))
@@ -56,8 +56,8 @@ async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, de
             problem = f" {error}"
         await asyncio.sleep(_PAUSE_S)
     raise EnvironmentFault(
-        f"The replica at {url} does not say what it serves.{problem}",
-        hint="Is it started? GET /v1/models must answer. Replicas that want a key are given by --routes.",
+        f"The replica at {url} did not report which models it serves.{problem}",
+        hint="Is it running? GET /v1/models must answer. Replicas that need an API key must be listed with --routes.",
         code="no_replica",
         param="replica",
     )
@@ -66,7 +66,7 @@ async def _ask(upstream: UpstreamClient, url: str, engine: ServerName | None, de
 async def _identified(
     upstream: UpstreamClient, replica: ReplicaAddress, models: Sequence[ListedModel], engine: ServerName | None
 ) -> ReplicaAddress:
-    """Raises OSError."""
+    """The address with its model, engine and limits. Raises OSError."""
     model, owner = models[0].id, models[0].owned_by or ""
     if engine is not None:
         adapter, why = ADAPTERS[engine], "as --replica-engine says"
@@ -74,7 +74,7 @@ async def _identified(
         adapter = find_by_owner(owner) or OPENAI
         why = f"its models are owned by {owner!r}" if owner else "its models name no owner"
         status, _ = await upstream.fetch(replica, adapter.ready_path, _ASK_S)
-        if status in (404, 405, 501) and adapter is not OPENAI:  # something else that calls itself so
+        if status in (404, 405, 501) and adapter is not OPENAI:  # another server with the same `owned_by`
             adapter, why = OPENAI, f"{why}, but GET {adapter.ready_path} answers {status}"
     logger.info(
         "replica %s: engine %s (%s), model %r%s; probed at %s; %s",
@@ -85,7 +85,7 @@ async def _identified(
 
 
 async def _with_limit(upstream: UpstreamClient, replica: ReplicaAddress) -> ReplicaAddress:
-    """With how many requests it computes at once, where its engine reports that."""
+    """The address with max_num_seqs, if the engine reports it."""
     path = replica.adapter.config_path
     if not path:
         return replica

@@ -1,4 +1,6 @@
-"""The state of a running gateway: its models with a pool each, its upstream client, and who gets completed requests."""
+"""The state of a running gateway: its models with their pools, its upstream client, and the sinks for completed
+requests.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
 
-_STORE_AGAIN_S = 5.0
+_STORE_RETRY_S = 5.0
 _MAX_ROUTES_BYTES = 256 << 20
 
 
@@ -59,7 +61,7 @@ class Gateway:
         self.routes_changed: Callable[[], None] = lambda: None
         self.sinks: list[Callable[[CompletedRequest], None]] = [self.recent.append]
         self._routes_file = routes_file
-        self._storing: asyncio.TimerHandle | None = None  # retries to write the routes
+        self._storing: asyncio.TimerHandle | None = None  # retries writing the routes
         self._served: dict[str, ServedModel] = {}
         self._names: dict[str, ServedModel] = {}
         self._idle = asyncio.Event()
@@ -90,7 +92,7 @@ class Gateway:
             raise UsageError(problem.message, hint=hint, param="database") from None
 
     def set_routes(self, routes: Routes, *, store: bool = True) -> None:
-        """Replace all routes. Replicas that stay keep their state; requests at removed replicas go on."""
+        """Replace all routes. Replicas that stay keep their state; running requests at removed replicas finish."""
         self.routes = routes
         if store:
             self._store_routes()
@@ -121,11 +123,11 @@ class Gateway:
             return
         try:
             make_private_folder(self._routes_file.parent)
-            # The file contains keys of replicas.
+            # Private, because the file contains the replicas' API keys.
             write_atomically(self._routes_file, msgspec.json.encode(self.routes.as_dict()), private=True)
         except OSError as problem:
             logger.warning("The routes are in effect, but could not be written to %s: %s.", self._routes_file, problem)
-            self._storing = asyncio.get_running_loop().call_later(_STORE_AGAIN_S, self._store_routes)
+            self._storing = asyncio.get_running_loop().call_later(_STORE_RETRY_S, self._store_routes)
 
     def drain_replica(self, id: str, *, draining: bool = True) -> None:
         """Send it no new requests, or (False) send it requests again. Raises HttpError 404."""
@@ -203,7 +205,7 @@ class Gateway:
                 logger.exception("The sink %r failed for a completed request.", sink)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Accept no new requests. Returns whether all running ones finished in time."""
+        """Stop accepting requests. Returns whether all running ones finished in time."""
         self.draining = True
         try:
             async with asyncio.timeout(timeout_s):

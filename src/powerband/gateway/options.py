@@ -1,4 +1,6 @@
-"""Options of the gateway's parts, filled from its settings. Apart: settings need neither database nor sockets."""
+"""Options of the gateway's parts, filled from its settings. A module of their own, so that reading the settings imports
+neither the database nor sockets.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from dataclasses import dataclass
 
 from powerband.dispatch.options import DispatchOptions
 
-NO_DESCRIPTORS = "no_descriptors"  # the gateway has reached its limit of open files, which is no fault of a replica
+NO_DESCRIPTORS = "no_descriptors"  # the gateway has reached its limit of open files; not the replica's fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,17 +22,17 @@ class RetentionOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
-    """Of one exchange with a replica, in seconds."""
+    """Timeouts of one request to a replica, in seconds."""
 
     connect_s: float = 3.0
     first_byte_s: float = 60.0  # from sending the request to the first byte of the response body
     between_s: float = 60.0  # between two reads of the response body
-    whole_s: float = 3600.0
+    whole_s: float = 3600.0  # for the whole response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolOptions(DispatchOptions):
-    """How a pool dispatches requests, and probes its replicas. In seconds."""
+    """How a pool dispatches requests and probes its replicas. Times in seconds."""
 
     probe_interval_s: float = 0.5
     probe_timeout_s: float = 1.0

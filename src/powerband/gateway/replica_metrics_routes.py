@@ -1,4 +1,4 @@
-"""For Prometheus: which replicas there are, and what their /metrics say, through the gateway, which has their keys."""
+"""Prometheus service discovery for the replicas, and a proxy to their /metrics: the gateway has their API keys."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def make_routes(gateway: Gateway) -> list[Route]:
             path = known[id].adapter.metrics_path or "/metrics"
             status, body = await gateway.upstream.fetch(known[id], path, _PATIENCE_S)
         except OSError as problem:
-            raise HttpError(504, "upstream_timeout", f"Replica {id} tells no metrics: {problem}.") from None
+            raise HttpError(504, "upstream_timeout", f"Replica {id} did not return its metrics: {problem}.") from None
         if status != 200:
-            raise HttpError(502, "upstream_failed", f"Replica {id} answers {status} for its metrics.")
+            raise HttpError(502, "upstream_failed", f"Replica {id} answered GET {path} with {status}.")
         return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return [

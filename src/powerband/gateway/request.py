@@ -16,10 +16,10 @@ Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
 
 @dataclass(slots=True, kw_only=True)
 class GatewayRequest(DispatchRequest):
-    """One request to generate, from its arrival to its end. Times on time.monotonic().
+    """One client request, from its arrival to its end. Times on time.monotonic().
 
     tenant is the key's id. prompt_tokens and output_tokens are estimates for the queue, made before a replica has seen
-    the request: from the size of the prompt, max_tokens times n, and the model's usual responses.
+    the request: from the size of the prompt, max_tokens times n, and the model's mean output.
     """
 
     id: str
@@ -28,8 +28,8 @@ class GatewayRequest(DispatchRequest):
     max_prompt_tokens: int | None = None  # upper bound, for limits; None: prompt_tokens
     max_output_tokens: int | None = None  # upper bound, for limits; None: output_tokens
     is_open_ended: bool = False  # no max_tokens: the output ends with the context
-    answers: int = 1  # choices to compute
-    trace: TraceContext | None = None  # for replicas
+    answers: int = 1  # choices to compute, all prompts together
+    trace: TraceContext | None = None  # to send to replicas
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class CompletedRequest:
     queue_s: float = 0.0
     cost_usd: float = 0.0  # charged to the key
     is_estimate: bool = False  # no replica counted all of its tokens
-    failed: tuple[tuple[str, str], ...] = ()  # failed attempts: replica and code; without refusals
-    resumed: int = 0  # times that another replica resumed the stream
+    failed: tuple[tuple[str, str], ...] = ()  # failed attempts: replica and error code; rejections (429, 503) excluded
+    resumed: int = 0  # how often another replica resumed the stream
     finish_reason: str = ""
     sequence: int = field(default=0)  # of the completed request, from 1, for /admin/records

@@ -1,6 +1,6 @@
-"""What a gateway serves: models by name, and the replicas of each. One value, replaced as a whole.
+"""Routes: the models that a gateway serves, and the replicas of each. One immutable value, replaced as a whole.
 
-A fleet's controller sends it (PUT /admin/routes), or a file holds it; `Routes.from_dict` reads its form.
+It comes from a fleet's controller (PUT /admin/routes) or from a file; `Routes.from_dict` parses it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MAX_NAME = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaAddress:
-    """Where a replica listens, and which requests it takes."""
+    """Where a replica listens, and which requests it accepts."""
 
-    id: str  # unique, and never used again for another process
+    id: str  # unique, and never reused for another process
     url: str  # http://127.0.0.1:8001
-    model: str  # the name that the replica serves it by
-    engine: ServerName = "powerband"  # its dialect, for probes, metrics and resuming; 'openai': any other server
+    model: str  # the model's name at the replica
+    engine: ServerName = "powerband"  # decides probes, metrics and resuming; 'openai': any other server
     max_num_seqs: int = 256  # requests that it runs at once
     weight: float = 1.0  # its share of the requests relative to other replicas', with weighted routing
     max_prompt_tokens: int | None = field(default=None, metadata={"was": "longest_prompt"})
-    api_key: str = ""  # that the replica asks for
+    api_key: str = ""  # the replica's API key
     draining: bool = False  # gets no new requests; running ones finish
 
     @property
@@ -60,8 +60,8 @@ class ModelRoute:
     aliases: tuple[str, ...] = ()
     replicas: tuple[ReplicaAddress, ...] = ()
     rate: float | None = None  # requests per second that its plan promises
-    slo: SLO | None = None  # that metrics count attainment of
-    usd_per_million_input: float = 0.0  # prices of usage
+    slo: SLO | None = None  # the SLO whose attainment the metrics count
+    usd_per_million_input: float = 0.0  # price per million tokens
     usd_per_million_output: float = 0.0
 
     def __post_init__(self) -> None:
@@ -86,11 +86,11 @@ class Routes:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Routes:
-        """Raises UsageError for what is missing, unknown or wrong."""
+        """Raises UsageError for missing, unknown or invalid fields."""
         return read_record(cls, values, "routes")
 
     def as_dict(self, *, old_names: bool = False) -> dict[str, Any]:
-        """old_names: as the version before read them, which a gateway may still run."""
+        """old_names: use the previous version's field names, for a gateway that still runs that version."""
         found: dict[str, Any] = as_record(self, complete=True, old_names=old_names)
         return found
 

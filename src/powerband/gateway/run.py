@@ -65,7 +65,7 @@ def serve(
         accounts = Accounts.open(database, settings.accounts)
         try:
             key_file = database.with_name("admin.key")
-            # Otherwise nothing could create keys.
+            # Without an admin key, no other keys could be created.
             if not accounts.keys.admins() or (key_file.exists() and not has_admin_key(key_file)):
                 accounts.make_admin_key(key_file, "first")
             find = partial(discover, urls=replicas, engine=engine) if replicas else None
@@ -148,6 +148,6 @@ def _show(gateway: Gateway, seconds: float, url: str, database: Path) -> None:
     lines = [f"model      {', '.join((one.name, *one.aliases))}, replicas: {len(one.replicas)}" for one in models]
     lines = lines or ["model      none yet: set the routes with PUT /admin/routes"]
     lines += [f"database   {database}", f"ready      in {seconds:.2f} s", f"URL        {url}"]
-    with contextlib.suppress(OSError):  # a log on a full disk
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()

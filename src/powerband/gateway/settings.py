@@ -1,4 +1,4 @@
-"""Settings of a gateway, declared as in spec/settings.py. The routes are apart, in gateway/routes.py."""
+"""Settings of a gateway, declared as in spec/settings.py. The routes are separate, in gateway/routes.py."""
 
 from __future__ import annotations
 
@@ -173,6 +173,6 @@ class GatewaySettings:
 
     @property
     def whole_timeouts(self) -> Timeouts:
-        """Of answers that come at once, when all is done."""
+        """Timeouts of responses that are not streamed: their first byte comes only when everything is computed."""
         limit_s = self.request_timeout_s
         return Timeouts(connect_s=self.connect_timeout_s, first_byte_s=limit_s, between_s=limit_s, whole_s=limit_s)

@@ -1,8 +1,8 @@
-"""W3C trace context: which trace a request belongs to, taken over from the client and handed on to replicas.
+"""W3C trace context: which trace a request belongs to, received from the client and propagated to replicas.
 
-    client's span ──► gateway's span ──► its span of the exchange ──► replica's span
+    client's span ──► gateway's span ──► gateway's span of the upstream request ──► replica's span
 
-Without tracing at the gateway, what the client sent is handed on as it is.
+Without tracing at the gateway, the client's context is passed on unchanged.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _MAX_STATE = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceContext:
-    """Ids in hexadecimal. parent_id: the client's span, '' for none. span_id: the gateway's. exchange_id: of its
-    exchange with a replica, which the replica's is below. state: `tracestate`, handed on unread.
+    """Ids in hexadecimal. parent_id: the client's span; '': none. span_id: the gateway's span. exchange_id: the span of
+    its request to a replica, the parent of the replica's span. state: `tracestate`, passed on unchanged.
     """
 
     trace_id: str
@@ -31,13 +31,13 @@ class TraceContext:
 
     @property
     def headers(self) -> dict[str, str]:
-        """For replicas."""
+        """The headers to send to a replica."""
         found = {"traceparent": f"00-{self.trace_id}-{self.exchange_id}-{'01' if self.is_sampled else '00'}"}
         return {**found, "tracestate": self.state} if self.state else found
 
 
 def forwarded_trace(headers: Mapping[str, str]) -> TraceContext | None:
-    """The client's own context; None: it sent none that is valid."""
+    """The client's own context; None: it sent none, or an invalid one."""
     sent = _read(headers)
     if sent is None:
         return None
@@ -53,7 +53,7 @@ def forwarded_trace(headers: Mapping[str, str]) -> TraceContext | None:
 
 
 def continue_trace(headers: Mapping[str, str], share: float = 1.0) -> TraceContext:
-    """With spans of our own below the client's; a new trace where it sent none. share: of new ones that are sampled."""
+    """Add the gateway's spans below the client's span, or start a new trace. share: of new traces that are sampled."""
     sent = _read(headers)
     if sent is None:
         sent = f"{random.getrandbits(128) or 1:032x}", "", random.random() < share  # noqa: S311 (ids, no secrets)

@@ -1,7 +1,7 @@
-"""Connections to a server that are kept and used again, and the responses that come on them, one at a time.
+"""An HTTP/1.1 client: a pool of keep-alive connections to one server, each with one response at a time.
 
-HTTP/1.1 is parsed by httptools, in C. A subclass of `HttpResponse` gets each piece of the body as it arrives: the
-gateway's passes it on, `CollectedResponse` keeps it with the time of its arrival.
+Responses are parsed by httptools, in C. A subclass of `HttpResponse` gets each piece of the body as it arrives: the
+gateway's subclass passes it on, `CollectedResponse` keeps it with its arrival time.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import httptools
 
 from powerband.web.authority import split_authority
 
-MAX_HEAD_BYTES = 64 << 10  # of headers; also of trailers and of what frames chunks, beyond as much as the body has
-MAX_TURN_BYTES = 16 << 10  # of a larger read, others are served between; a body in tiny chunks takes 0.1 µs a byte
+MAX_HEAD_BYTES = 64 << 10  # of headers; also of trailers and chunk framing, beyond the size of the body
+MAX_TURN_BYTES = 16 << 10  # processed per turn of the event loop; a body in tiny chunks takes 0.1 µs per byte
 
 
 def request_head(method: str, target: str, host: str, length: int, headers: Mapping[str, str]) -> bytes:
-    """target: the path and query. length: of the body. headers: added to, or put in the place of, the usual ones."""
+    """target: the path and query. length: of the body. headers: added to the default ones, or replacing them."""
     lines = {"Host": host, "Content-Type": "application/json", "Content-Length": str(length), **headers}
     text = "".join([f"{name}: {value}\r\n" for name, value in lines.items()])
     return f"{method} {target} HTTP/1.1\r\n{text}\r\n".encode()
 
 
 class HttpResponse:
-    """A response being received. A subclass takes the body (`on_body`) and learns of the end (`on_end`).
+    """A response being received. A subclass handles the body (`on_body`) and the end (`on_end`).
 
-    Informational responses (1xx) before it and trailers behind it are skipped.
+    Informational responses (1xx) and trailers are skipped.
     """
 
     __slots__ = (
@@ -57,7 +57,7 @@ class HttpResponse:
         self.status = 0  # 0: its headers are not complete
         self.headers: list[tuple[bytes, bytes]] = []  # names in lower case
         self.received_s = 0.0  # when the latest bytes arrived, on time.monotonic(); 0: none have
-        self.bare_bytes = 0  # received, less twice the bytes of the body among them
+        self.bare_bytes = 0  # bytes of headers and framing, minus bytes of the body
         self.is_over = False  # complete or failed
         self.code = ""  # why it failed: 'reset', 'garbage', 'too_large', or as `fail` was called
         self.problem = ""  # the same in words
@@ -66,14 +66,14 @@ class HttpResponse:
         self._ends_with_connection = True  # neither a length nor chunks: the body ends where the connection does
 
     def fail(self, code: str, problem: str) -> None:
-        """It will not be complete; the connection is closed."""
+        """The response has failed; closes the connection."""
         if not self.is_over:
             self.is_over, self.code, self.problem = True, code, problem
             self._leave()
             self.on_end()
 
     def close(self) -> None:
-        """Want no more of it: closes the connection, unless the response is complete, so that the server notices."""
+        """Stop receiving. Closes the connection unless the response is complete, so that the server notices."""
         self._leave()
 
     def _leave(self) -> None:
@@ -84,11 +84,11 @@ class HttpResponse:
     # For subclasses.
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body; has to take twice its length off `bare_bytes`."""
+        """A piece of the body arrived. Must subtract twice its length from `bare_bytes`."""
         raise NotImplementedError
 
     def on_end(self) -> None:
-        """Called once, when it is complete or has failed."""
+        """Called once, when the response is complete or has failed."""
 
     # Called by the connection.
 
@@ -102,7 +102,7 @@ class HttpResponse:
             return
         self.received_s = time.monotonic()
         size, bare_bytes = len(data), self.bare_bytes
-        self.bare_bytes = bare_bytes + size if bare_bytes > 0 else size  # large chunks do not pay for later tiny ones
+        self.bare_bytes = bare_bytes + size if bare_bytes > 0 else size  # earlier large chunks earn no credit
         self._bytes_left -= size
         if self._bytes_left < 0:
             self.fail("too_large", f"the response is larger than {self.max_bytes} bytes")
@@ -113,7 +113,7 @@ class HttpResponse:
             self.fail("garbage", "the server changes the protocol")
         except httptools.HttpParserError as problem:
             self.fail("garbage", f"the response is not HTTP: {problem}")
-            connection.abort()  # also when this came behind a complete response
+            connection.abort()  # even if the garbage follows a complete response
         if self.bare_bytes > MAX_HEAD_BYTES:
             self.fail("garbage", f"the server sent {self.bare_bytes} bytes of headers and framing")
 
@@ -131,7 +131,7 @@ class HttpResponse:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status:
-            return  # a trailer, of which there may be any number
+            return  # a trailer
         name = name.lower()
         if name in (b"content-length", b"transfer-encoding"):
             self._ends_with_connection = False
@@ -184,19 +184,19 @@ class CollectedResponse(HttpResponse):
 
 
 class OutboundConnection(asyncio.Protocol):
-    """Carries one response at a time. pool: gets it back after each response that leaves it usable."""
+    """Carries one response at a time. pool: gets the connection back after each response that leaves it usable."""
 
     def __init__(self, pool: ConnectionPool | None = None) -> None:
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._response: HttpResponse | None = None
         self._is_paused = False
-        self._input = bytearray()  # of a large read, not received yet by the response
+        self._input = bytearray()  # the part of a large read that the response has not processed yet
         self.is_open = False
         self.idle_since_s = 0.0
 
     def send(self, request: Sequence[bytes], response: HttpResponse) -> None:
-        """Send the pieces of a request, and receive `response`. That fails when the connection is closed."""
+        """Send a request, given in pieces, and start receiving `response`, which fails if the connection is closed."""
         self._response = response
         response.begin(self)
         if self._transport is None or not self.is_open:
@@ -235,7 +235,7 @@ class OutboundConnection(asyncio.Protocol):
     # Called by its response.
 
     def leave(self, response: HttpResponse) -> None:
-        """The response is not wanted any more."""
+        """The response has been abandoned."""
         if self._response is response:
             self._response = None
             self.abort()
@@ -269,7 +269,7 @@ class OutboundConnection(asyncio.Protocol):
                 self._receive_turn()
 
     def _receive_turn(self) -> None:
-        """Receive a part of a large read. More is not read before the rest has been received, in turns of its own."""
+        """Process a part of a large read. The rest follows in later turns, before more is read from the socket."""
         response, transport = self._response, self._transport
         if response is None or transport is None or self._is_paused or not self._input:
             return
@@ -289,7 +289,7 @@ class OutboundConnection(asyncio.Protocol):
         self.is_open = False
         if self._pool is not None:
             self._pool.remove(self)
-        while self._input and self._response is not None:  # what came before can still be read
+        while self._input and self._response is not None:  # data received before is still processed
             data = bytes(self._input[:MAX_TURN_BYTES])
             del self._input[:MAX_TURN_BYTES]
             self._response.receive(data)
@@ -299,10 +299,10 @@ class OutboundConnection(asyncio.Protocol):
 
 
 class ConnectionPool:
-    """Connections to one server. The one used last is used next; a new one is made when none is idle."""
+    """Connections to one server. Reuses the most recently used idle one, else opens a new one."""
 
     def __init__(self, base: str, *, insecure: bool = False, max_idle: float = math.inf) -> None:
-        """base: 'http://host:port' with what precedes all paths. insecure: certificates are not checked.
+        """base: 'http://host:port', with an optional path prefix. insecure: certificates are not verified.
 
         Raises UsageError for an invalid address.
         """
@@ -316,9 +316,9 @@ class ConnectionPool:
         self._is_closed = False
 
     async def take(self, connect_s: float | None = None) -> tuple[OutboundConnection, bool]:
-        """A connection, and whether it was used before. connect_s: to make a new one.
+        """A connection, and whether it was used before. connect_s: timeout for opening a new one.
 
-        Raises OSError, and TimeoutError (which is one) after `connect_s`.
+        Raises OSError, including TimeoutError after `connect_s`.
         """
         while self._idle:
             connection = self._idle.pop()
@@ -342,18 +342,18 @@ class ConnectionPool:
             self._idle.remove(connection)
 
     def drop_idle(self, before_s: float = math.inf) -> None:
-        """Close those that were free before `before_s`. The oldest come first."""
+        """Close connections that have been idle since before `before_s`, oldest first."""
         while self._idle and self._idle[0].idle_since_s < before_s:
             self._idle.pop(0).abort()
 
     def close(self) -> None:
-        """Keep no connection from now on; those in use end with their response."""
+        """Close idle connections now, and those in use after their response."""
         self._is_closed = True
         self.drop_idle()
 
 
 def tls_context(insecure: bool) -> ssl.SSLContext:
-    """insecure: certificates are not checked."""
+    """insecure: certificates are not verified."""
     context = ssl.create_default_context()
     if insecure:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -1,4 +1,4 @@
-"""Single requests, for control traffic: one per connection, the whole response, a time and a size limit.
+"""Single requests, for control traffic: one per connection, with the whole response, a timeout and a size limit.
 
     response = await request("GET", f"{url}/readyz", timeout_s=2.0)
     response = request_sync("POST", f"{url}/admin/keys", json=body, headers=bearer(key))
@@ -61,10 +61,10 @@ async def request(
     max_bytes: int = MAX_RESPONSE_BYTES,
     tls: ssl.SSLContext | None = None,
 ) -> Response:
-    """Send one request. json: the body, encoded here; None: no body. tls: for https; None: certificates are checked.
+    """Send one request. json: the body, encoded here; None: no body. tls: for https; None: certificates are verified.
 
-    Raises OSError when there is no valid response, TimeoutError (which is one) when it takes longer than `timeout_s`
-    altogether, and ValueError for an invalid URL or header.
+    Raises OSError if there is no valid response, including TimeoutError after `timeout_s` in all, and ValueError for an
+    invalid URL or header.
     """
     parts = split_url(url)
     data = b"" if json is None else msgspec.json.encode(json)
@@ -77,7 +77,7 @@ async def request(
                 parts.port or _PORTS[parts.scheme],
                 ssl=(tls or True) if parts.scheme == "https" else None,
             )
-        except ssl.SSLCertVerificationError as error:  # a ValueError, too, as if the URL were invalid
+        except ssl.SSLCertVerificationError as error:  # is a ValueError, too, which callers take for an invalid URL
             raise ConnectionError(f"its certificate is not trusted: {error.verify_message}") from None
         response = CollectedResponse(max_bytes)
         await connection.exchange((head, data), response)

@@ -1,1 +1,1 @@
-"""The OpenAI API as it goes over the wire: server-sent events, chunks, errors, and fields that any server may send."""
+"""The OpenAI API's wire format: server-sent events, chunks, errors, and fields, as any server may send them."""

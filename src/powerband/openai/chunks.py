@@ -1,6 +1,7 @@
-"""Chunks of a stream, and whole responses, as any server may send them: only the fields that are read here.
+"""Chunks of a stream and whole responses, as any server may send them: only the fields that Powerband reads.
 
-Other servers leave fields out, send null, and add fields of their own. `server/replies.py` has what our server writes.
+Other servers leave fields out, send null, and add fields of their own. `server/replies.py` has what Powerband's server
+writes.
 """
 
 from __future__ import annotations
@@ -10,34 +11,34 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Raw
 
-# Objects and lists take far more memory than the bytes that name them: beyond the first so many, at most one in so many
-# bytes. Log-probabilities, the densest of right answers, have one in 40.
+# Decoded objects and lists take far more memory than their JSON. Beyond _FREE_BRACKETS, a response may have one bracket
+# per _BYTES_PER_BRACKET bytes. Log-probabilities, the densest valid content, have one in 40.
 _FREE_BRACKETS = 1 << 16
 _BYTES_PER_BRACKET = 24
-# What is built for each: a field that is passed on, a token.
+# Fields that are passed on and tokens are decoded one by one, so their number is limited, too.
 _FREE_COLONS = 1 << 12
 _MAX_OTHER_BYTES = 64 << 10
-MAX_IDS = 1 << 17  # of one chunk; the ids of a prompt are not built
+MAX_IDS = 1 << 17  # of one chunk; a prompt's ids are not decoded
 
-NO_ERROR = NO_IDS = _NULL = Raw(b"null")  # what the fields are where they are not sent: cheap to compare
+NO_ERROR = NO_IDS = _NULL = Raw(b"null")  # the value of missing fields: cheap to compare by identity
 TokenIds = list[Annotated[int, Meta(ge=0, le=2**32 - 1)]]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 _EMPTY = frozenset((b"null", b"false", b'""', b"{}", b"[]"))
 
 
 class InvalidChunk(ValueError):
-    """What should be a chunk is none."""
+    """The data is not a valid chunk."""
 
 
 class Part(msgspec.Struct, gc=False):
-    """Of a text that comes as a list of parts (Mistral and others)."""
+    """A part of a text that is sent as a list of parts (Mistral and others)."""
 
 
 Text = str | list[Part] | None
 
 
 class ChunkDelta(msgspec.Struct, gc=False):
-    """What is only passed on, whatever its shape, is not built: `Raw`."""
+    """A delta or a message. Fields that are only passed on stay undecoded (`Raw`)."""
 
     role: str | None = None
     content: Text = None
@@ -51,7 +52,7 @@ class ChunkDelta(msgspec.Struct, gc=False):
 
     @property
     def is_parsed(self) -> bool:
-        """Whether it holds more than text: thoughts, calls of tools, parts."""
+        """Whether it has more than plain text: reasoning, tool calls or parts."""
         has_more = self.reasoning_content or self.reasoning or len(self.tool_calls) > len(b"null")
         return bool(has_more) or isinstance(self.content, list)
 
@@ -63,7 +64,7 @@ class ChunkChoice(msgspec.Struct, gc=False):
     text: str | None = None
     delta: ChunkDelta | None = None
     message: ChunkDelta | None = None
-    finish_reason: Annotated[str, Meta(max_length=64)] | None = None  # it is kept, of the last requests
+    finish_reason: Annotated[str, Meta(max_length=64)] | None = None  # limited, because recent requests keep it
     token_ids: TokenIds | None = None
     prompt_token_ids: Raw = NO_IDS  # decoded only to resume
 
@@ -83,7 +84,7 @@ class ChunkUsage(msgspec.Struct, gc=False):
 
 
 class Chunk(msgspec.Struct, gc=False):
-    """A chunk of either kind, and a whole answer, too, as far as it is counted."""
+    """A chunk of a chat or a completion, or a whole response: the fields that are needed to count tokens."""
 
     model: str | None = None
     choices: list[ChunkChoice] | None = None
@@ -97,7 +98,7 @@ class Chunk(msgspec.Struct, gc=False):
 
 
 class _LargeParts(msgspec.Struct, gc=False):
-    """Of a choice: the fields that may be large, not built."""
+    """The fields of a choice that may be large, undecoded."""
 
     text: Raw = _NULL
     delta: Raw = _NULL
@@ -122,10 +123,10 @@ INVALID_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 def read_chunk(data: bytes, *, is_surface: bool = False) -> Chunk:
-    """is_surface: what lies deep is left out already, and its fields are not passed on. Raises InvalidChunk."""
+    """Decode a chunk. is_surface: data lacks the deep levels, and its fields are not passed on. Raises InvalidChunk."""
     try:
         if not data.isascii():
-            data.decode()  # fields that are only passed on have to be text, too
+            data.decode()  # checks UTF-8, also in fields that are only passed on
         if len(data) > _FREE_BRACKETS:
             _check_brackets(data)
             if not is_surface:
@@ -136,7 +137,7 @@ def read_chunk(data: bytes, *, is_surface: bool = False) -> Chunk:
 
 
 def count_ids(ids: Raw) -> int:
-    """How many there are in a list of token ids, as JSON; 0 for null."""
+    """The number of token ids in a JSON list; 0 for null."""
     return bytes(ids).count(b",") + 1 if has_ids(ids) else 0
 
 
@@ -151,7 +152,7 @@ def _check_brackets(data: bytes) -> None:
 
 
 def _check_parts(data: bytes) -> None:
-    """Raise InvalidChunk for one that has so many fields, or tokens, that it would take long to build them."""
+    """Raise InvalidChunk if there are so many fields or tokens that decoding them would take long."""
     has_many_fields = data.count(b":") > _FREE_COLONS
     if not has_many_fields and data.count(b",") <= MAX_IDS:
         return

@@ -37,22 +37,22 @@ class ErrorBody(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class ReportedError:
-    """'' for what it does not say."""
+    """An error that a server reported. Missing fields are ''."""
 
     message: str = ""
     code: str = ""
     type: str = ""
     param: str | None = None
-    status: int = 0  # that an error in the middle of a stream names
+    status: int = 0  # HTTP status named by an error in the middle of a stream
 
     @property
     def is_about_request(self) -> bool:
-        """Whether another replica would say the same."""
+        """Whether the request is at fault, so that another replica would reject it, too."""
         return self.status in _REQUEST_STATUSES or self.type.lower().startswith(("invalid_request", "badrequest"))
 
 
 def read_error(body: bytes) -> ReportedError:
-    """From the body of an error. Empty when it is in none of the forms."""
+    """Parse the body of an error response. Empty if it has none of the formats above."""
     if len(body) > MAX_ERROR_BYTES:
         return ReportedError()
     try:
@@ -62,7 +62,7 @@ def read_error(body: bytes) -> ReportedError:
 
 
 def error_from(value: Any) -> ReportedError:
-    """From a decoded body, or the 'error' of an event."""
+    """Parse a decoded body, or the 'error' of an event."""
     if isinstance(value, dict) and value.get("error"):
         value = value["error"]
     if isinstance(value, str):

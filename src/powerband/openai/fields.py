@@ -1,4 +1,4 @@
-"""Fields of requests and of the list of models, as any client or server may send them: only those read here."""
+"""Fields of requests and of the model list, as any client or server may send them: only those that Powerband reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StreamOptionFields(msgspec.Struct):
 
 
 class TextPart(msgspec.Struct, gc=False):
-    """A part of a message; without `text` it is a picture or the like."""
+    """A part of a message; without `text`, it is an image or other media."""
 
     text: str | None = None
 
@@ -39,7 +39,7 @@ class ListedModel(msgspec.Struct, gc=False):
 
     @property
     def context_length(self) -> int | None:
-        """Of prompt and output together, in tokens."""
+        """Maximum tokens of prompt and output together."""
         length = self.max_model_len
         return length if isinstance(length, int) and length > 0 else None
 
@@ -53,7 +53,7 @@ _MODEL = msgspec.json.Decoder(ListedModel)
 
 
 def read_models(body: bytes) -> list[ListedModel]:
-    """From the response to GET /v1/models; what is not valid is left out."""
+    """Parse the response to GET /v1/models. Invalid entries are left out."""
     found: list[ListedModel] = []
     with contextlib.suppress(*INVALID_JSON):
         for entry in _LIST.decode(body).data or ():

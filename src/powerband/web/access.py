@@ -1,4 +1,4 @@
-"""Which names and which pages may reach a server that asks for no key: web pages must not get in through a browser."""
+"""Host and origin checks for a server without an API key: web pages must not reach it through a user's browser."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 def check_host(scope: Scope, host: str) -> None:
-    """Without a key, a web page could reach a server through a name of its own that it points at loopback.
+    """Prevent DNS rebinding: without a key, a web page could reach the server through a domain that points to loopback.
 
-    host: on which the server listens. Raises HttpError 403 unless Host is an address, localhost, or that.
+    host: the address that the server listens on. Raises HttpError 403 unless Host is an IP address, localhost or that.
     """
     for header, value in scope["headers"]:
         if header != b"host":
@@ -31,12 +31,11 @@ def check_host(scope: Scope, host: str) -> None:
 
 
 def check_page(scope: Scope) -> None:
-    """Without a key, any web page that the user has open could send requests: browsers send them, and hide only the
-    answer. They name the page's origin in every request that changes something, and ask first (with OPTIONS, which no
-    route takes) before they send JSON for another page.
+    """Prevent cross-site requests: without a key, any web page that the user has open could send requests.
 
-    A page of this server's own comes in. Raises HttpError 403 for pages from elsewhere, and 415 for a body that is not
-    said to be JSON.
+    Browsers send such requests and only hide the response. They add the page's Origin to every unsafe request, and send
+    a preflight (OPTIONS, which no route accepts) before a cross-origin request with JSON. Raises HttpError 403 for a
+    page of another origin, and 415 for a body without a content type.
     """
     if scope["method"] in _SAFE_METHODS:
         return
@@ -58,7 +57,7 @@ def check_page(scope: Scope) -> None:
 
 
 def refuse_browsers(request: Request) -> None:
-    """A page from elsewhere can make a browser send such a request; browsers then name the page's origin."""
+    """Reject requests that a web page made a browser send: those have an Origin header."""
     if "origin" in request.headers:
         raise HttpError(403, "origin_not_allowed", "Administration does not take requests from web pages.")
 

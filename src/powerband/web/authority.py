@@ -1,4 +1,4 @@
-"""Where a server is, as an address says it."""
+"""The authority of a URL: host and port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a request's bytes to a typed value: bounded before it is read; complaints name field, value and limit."""
+"""Decodes a request's body into a typed value: size-limited before it is read; errors name field, value and limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from powerband.errors import InvalidRequest
 from powerband.web.errors import HttpError
 
 MAX_DEPTH = 64
-MAX_ITEMS = 100_000  # strings, lists and objects: each takes many times the bytes that it was sent with
+MAX_ITEMS = 100_000  # strings, lists and objects: decoded, each takes many times the bytes it was sent with
 _SLICE_BYTES = 64 << 10
 _QUOTE = ord('"')
 _AS_STEPS = bytes(0x01 if byte in b"[{" else 0xFF if byte in b"]}" else 0x00 for byte in range(256))  # as int8
@@ -24,7 +24,7 @@ _UNKNOWN = "Object contains unknown field `"
 _SHOWN_CHARS = 60
 _MAX_WHAT = 500
 _MAX_PATH = 1000
-_SHOWN_BODY_BYTES = 256 << 10  # of larger ones no value is shown: for that the whole would be decoded again
+_SHOWN_BODY_BYTES = 256 << 10  # errors about larger bodies show no value, because that takes decoding the body again
 _SECONDS_TO_SEND = 60
 
 Body = TypeVar("Body")
@@ -36,9 +36,9 @@ async def read_json(request: Request, kind: type[Body], max_bytes: int) -> Body:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body of a request that is said to be JSON. Raises HttpError 400, 408, 413 and 415."""
+    """The body of a request whose content type is JSON. Raises HttpError 400, 408, 413 and 415."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
-    if coding != "identity":  # what little bytes unfold to is not bounded by their number
+    if coding != "identity":  # a small compressed body may expand to any size
         raise HttpError(
             415, "unsupported_encoding", f"The content encoding is {_shown(coding)}.", hint="Send it plain."
         )
@@ -51,13 +51,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def decode(data: bytes, kind: type[Body]) -> Body:
-    """JSON as `kind`. Raises InvalidRequest.
+    """Decode JSON as `kind`. Raises InvalidRequest.
 
-    `kind.not_supported`, where there is one, names fields of the API that ask for something which cannot be done yet.
+    `kind.not_supported`, if present, names API fields that are not supported yet.
     """
     check_size(data)
     try:
-        data.decode()  # msgspec does not decode unknown fields, but replicas may
+        data.decode()  # checks UTF-8: msgspec skips unknown fields, but replicas may decode them
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise _complaint(str(error), data, kind) from None
@@ -92,9 +92,9 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 
 def check_size(data: bytes) -> None:
-    """Raise InvalidRequest when JSON is nested too deeply, or has so many parts that decoding would take long.
+    """Raise InvalidRequest if JSON is nested too deeply, or has so many parts that decoding would take long.
 
-    Costs a few milliseconds per MiB, whatever the content: every step takes time in proportion to the bytes.
+    Takes a few milliseconds per MiB whatever the content: every step is linear in the bytes.
     """
     strings = (data.count(b'"') - data.count(b'\\"')) // 2
     brackets = data.count(b"[") + data.count(b"{")
@@ -105,10 +105,10 @@ def check_size(data: bytes) -> None:
 
 
 def _containers(data: bytes) -> int:
-    """How many lists and objects JSON has. Raises InvalidRequest when they are nested too deeply.
+    """The number of lists and objects in JSON. Raises InvalidRequest if they are nested too deeply.
 
-    Escapes out, then whether a byte is in a string is the parity of the quotes before it. Where that is wrong, the data
-    is no JSON from there on, and the decoder says so.
+    Without escapes, the parity of the preceding quotes tells whether a byte is in a string. If that is wrong, the data
+    is invalid JSON from there on, and the decoder rejects it.
     """
     plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
     codes = np.frombuffer(plain, dtype=np.uint8)
@@ -127,9 +127,9 @@ def _containers(data: bytes) -> int:
 
 
 def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
-    """msgspec's complaint as ours: with the field's name, the value that was sent, and the nearest known field."""
+    """Convert msgspec's error: add the field's name, the value that was sent, and the nearest known field."""
     what, key, path = _parts_of(text)
-    path = path.partition("[...]")[0]  # inside an object with free keys, the object is what can be named
+    path = path.partition("[...]")[0]  # of an object with arbitrary keys, only the object itself has a name
     param = re.sub(r"\[(\d+)\]", r".\1", path).lstrip(".")
     if what.startswith(_UNKNOWN):
         return _unknown_field(what.removeprefix(_UNKNOWN).rstrip("`"), param, kind)
@@ -150,9 +150,9 @@ def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
 
 
 def _parts_of(text: str) -> tuple[str, bool, str]:
-    """Of msgspec's 'what - at `$.path`', or '… - at `key` in `$.path`': what, cut; whether it is of a key; the path.
+    """Split msgspec's 'what - at `$.path`' or '… - at `key` in `$.path`': what, whether it is about a key, the path.
 
-    Both may quote what was sent, which may be long.
+    Message and path may quote long input, so both are cut.
     """
     what, _, where = text.rpartition(" - at ")
     match = _WHERE.fullmatch(where)

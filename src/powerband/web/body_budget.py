@@ -1,4 +1,4 @@
-"""How many bytes of request bodies a server holds at once, all clients together."""
+"""Limits the memory for request bodies, over all clients of a server."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from typing import Protocol
 
 from powerband.web.errors import HttpError
 
-BODIES_AT_ONCE = 64  # of the largest size that is allowed
+BODIES_AT_ONCE = 64  # the budget is this many bodies of the maximum size
 SMALL_BYTES = 64 << 10
 
 
 class BudgetHolder(Protocol):
-    """A request."""
+    """A request whose body counts against the budget."""
 
     def refuse(self, error: HttpError) -> None:
-        """End it with this error, and drop its body."""
+        """End the request with this error, and drop its body."""
 
 
 class BodyBudget:
-    """Counts what came of each body, or what is kept of it, until its request has ended; by owner: the client's
-    address, and then its key.
+    """Counts the bytes of each body until its request has ended, by owner: the client's address, later its key.
 
-    An owner holds half of `max_bytes` at most. When there is no room, the owner that holds the most of those whose
-    bodies are coming gives way: the body that has been coming for the longest is refused, since honest ones come in
-    moments. That is the new one where all others are whole, unless it is small: how many whole requests there may be is
-    bounded by the queue.
+    An owner may hold half of `max_bytes`. If the budget is exceeded, one of the bodies still arriving is rejected: of
+    the owner that holds the most, the body that has been arriving for longest, since honest clients send theirs
+    quickly. If all other bodies are complete, that is the new one, unless it is small. The queue limits the number of
+    complete requests.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -32,53 +31,53 @@ class BodyBudget:
         self.held_bytes = 0
         self._held: dict[str, int] = {}  # by owner
         self._owners: dict[BudgetHolder, str] = {}
-        self._coming: dict[BudgetHolder, int] = {}  # the one that began first is first
-        self._whole: dict[BudgetHolder, int] = {}
+        self._arriving: dict[BudgetHolder, int] = {}  # bytes received; oldest first
+        self._complete: dict[BudgetHolder, int] = {}  # bytes kept
 
     def add(self, holder: BudgetHolder, size: int, owner: str = "") -> None:
-        """More of its body came."""
+        """A part of the body has arrived."""
         self._owners[holder] = owner
-        self._coming[holder] = self._coming.get(holder, 0) + size
+        self._arriving[holder] = self._arriving.get(holder, 0) + size
         self._count(owner, size)
-        while holder in self._coming and (debtor := self._debtor(owner)) is not None:
-            refused = next((one for one in self._coming if self._owners[one] == debtor), holder)
-            if refused is holder and self._coming[holder] <= SMALL_BYTES:
+        while holder in self._arriving and (over := self._over_budget(owner)) is not None:
+            refused = next((one for one in self._arriving if self._owners[one] == over), holder)
+            if refused is holder and self._arriving[holder] <= SMALL_BYTES:
                 break
             self.release(refused)
             refused.refuse(_too_many_bytes(self.max_bytes))
 
     def complete(self, holder: BudgetHolder) -> None:
-        """Its body is whole."""
-        if holder in self._coming:
-            self._whole[holder] = self._coming.pop(holder)
+        """The body is complete."""
+        if holder in self._arriving:
+            self._complete[holder] = self._arriving.pop(holder)
 
     def keep(self, holder: BudgetHolder, size: int, owner: str) -> None:
-        """No more than this is kept of its body, which is whole and belongs to this owner.
+        """At most `size` bytes of the complete body are kept, and count for this owner.
 
-        Raises HttpError 503 when the owner holds too much, unless the body is small.
+        Raises HttpError 503 if the owner holds too much, unless the body is small.
         """
-        if holder not in self._whole:
+        if holder not in self._complete:
             return
-        size = min(size, self._whole[holder])
+        size = min(size, self._complete[holder])
         self.release(holder)
         if size > SMALL_BYTES and self._held.get(owner, 0) + size > self.max_bytes // 2:
             raise _too_many_bytes(self.max_bytes)
-        self._whole[holder], self._owners[holder] = size, owner
+        self._complete[holder], self._owners[holder] = size, owner
         self._count(owner, size)
 
     def release(self, holder: BudgetHolder) -> None:
-        """It has ended, or its body is not needed."""
-        size = self._coming.pop(holder, 0) + self._whole.pop(holder, 0)
+        """The request has ended, or its body is not needed any more."""
+        size = self._arriving.pop(holder, 0) + self._complete.pop(holder, 0)
         if (owner := self._owners.pop(holder, None)) is not None:
             self._count(owner, -size)
 
-    def _debtor(self, owner: str) -> str | None:
-        """Who has to give way, now that more came of this owner."""
+    def _over_budget(self, owner: str) -> str | None:
+        """The owner whose body must be rejected, after more arrived from `owner`; None: none."""
         if self._held.get(owner, 0) > self.max_bytes // 2:
             return owner
         if self.held_bytes <= self.max_bytes:
             return None
-        return max({self._owners[one] for one in self._coming}, key=lambda one: self._held.get(one, 0))
+        return max({self._owners[one] for one in self._arriving}, key=lambda one: self._held.get(one, 0))
 
     def _count(self, owner: str, size: int) -> None:
         self.held_bytes += size

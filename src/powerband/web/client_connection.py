@@ -1,4 +1,4 @@
-"""Straight to a client's socket, for answers of many small pieces: no task is woken, and no layer passed, for each."""
+"""Writes chunks straight to a client's socket: a stream of many small chunks wakes no task and skips the middleware."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _EXTENSION = "powerband.line"
 
 
 class ClientConnection:
-    """Of one connection. An answer's head, and its end, go the usual way of ASGI; only pieces in between go here.
+    """One client's connection. A response's head and end go through ASGI; only the chunks in between go here.
 
-    is_behind: what was written waits in memory, since the client reads slowly: write no more until `when_writable`.
+    is_behind: written data is buffered, because the client reads slowly: write no more until `when_writable`.
     """
 
     __slots__ = ("_on_lost", "_on_writable", "_transport", "is_behind", "is_chunked", "is_lost", "keep_body")
@@ -24,13 +24,13 @@ class ClientConnection:
         self._on_lost: Callable[[], None] | None = None
         self._on_writable: Callable[[], None] | None = None
         self.is_behind = False
-        self.is_chunked = True  # not for clients of HTTP 1.0, which do not know it
+        self.is_chunked = True  # False for HTTP/1.0, which has no chunked coding
         self.is_lost = False
-        # Called with the bytes that are kept of the request's body, and whose it is. Raises HttpError for too many.
+        # Called with the bytes kept of the request's body, and their owner. Raises HttpError if there are too many.
         self.keep_body: Callable[[int, str], None] = _keep_any
 
     def write_chunk(self, data: bytes) -> None:
-        """As a chunk of HTTP's chunked coding. data: not empty."""
+        """Write data as one chunk of the chunked coding. data: not empty."""
         if not self.is_lost:
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
 
@@ -82,5 +82,5 @@ def set_client_connection(scope: Scope, line: ClientConnection) -> None:
 
 
 def client_connection(scope: Scope) -> ClientConnection:
-    """Of a request that came through our own server."""
+    """The connection of a request that was received by Powerband's own HTTP server."""
     return cast(ClientConnection, scope["extensions"][_EXTENSION])

@@ -1,8 +1,8 @@
-"""One client's connection: HTTP/1.1, one request after the other (RFC 9112), with a bound on everything that a client
-can send, leave open or not read.
+"""One client's connection: HTTP/1.1 with pipelining (RFC 9112), and a limit on everything that a client can send, leave
+open or not read.
 
-What comes waits as bytes until its turn: a head is parsed when the answer before it is whole, so that requests which
-are sent ahead are never more than bytes. The socket is read meanwhile, or a client that leaves would not be noticed.
+Pipelined requests are buffered as bytes: a head is parsed when the previous response is complete. The socket is still
+read meanwhile, to notice when the client disconnects.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from powerband.web.framing import Framing, framing_of
 from powerband.web.head import RequestHead, parse_head
 
 MAX_HEAD_BYTES = 64 << 10
-MAX_BLANK_LINES = 32  # before a request; the RFC asks for one
-MAX_AHEAD_BYTES = 64 << 10  # sent before the answer to what came first; and what one read of the socket brings
+MAX_BLANK_LINES = 32  # before a request; the RFC asks servers to accept at least one
+MAX_AHEAD_BYTES = 64 << 10  # of pipelined requests, plus what one read of the socket returns
 SECONDS_FOR_HEAD = 30.0
 SECONDS_IDLE = 75.0  # longer than most proxies keep an idle connection
-SECONDS_AHEAD = 10.0  # a client that has filled what may be sent ahead cannot be told from one that has left
-SECONDS_TO_READ = 60.0  # what waits to be sent, about 64 KiB
-SECONDS_TO_DISCARD = 10.0  # the rest of a request that has its answer already
-SECONDS_TO_CLOSE = 5.0  # in which the client can read why
+SECONDS_AHEAD = 10.0  # with the pipelining buffer full, the socket is not read, and a disconnect would go unnoticed
+SECONDS_TO_READ = 60.0  # for the client to read buffered data, about 64 KiB
+SECONDS_TO_DISCARD = 10.0  # for the rest of a request that has been answered already
+SECONDS_TO_CLOSE = 5.0  # for the client to read the last response
 
 _BLANK_LINES = re.compile(rb"(?:\r\n){0,%d}+" % (MAX_BLANK_LINES + 1))
 _HEAD_END = b"\r\n\r\n"
@@ -39,14 +39,14 @@ _HEAD_END = b"\r\n\r\n"
 class HttpConnection(asyncio.Protocol):
     """In one of four states:
 
-    | state    | exchange | framing | what comes is                               | until                              |
+    | state    | exchange | framing | input                                       | timeout                            |
     |----------|----------|---------|---------------------------------------------|------------------------------------|
     | waiting  | -        | -       | the head of the next request                | SECONDS_IDLE, SECONDS_FOR_HEAD     |
-    | body     | yes      | yes     | the body's; the socket rests while unread   | the application's time limit       |
-    | answer   | yes      | -       | kept, as bytes                              | SECONDS_AHEAD, when that is full   |
-    | discard  | -        | yes     | dropped, to the body's end                  | SECONDS_TO_DISCARD                 |
+    | body     | yes      | yes     | the body; reading pauses while it is unread | the application's                  |
+    | answer   | yes      | -       | buffered as bytes                           | SECONDS_AHEAD, if the buffer fills |
+    | discard  | -        | yes     | dropped up to the end of the body           | SECONDS_TO_DISCARD                 |
 
-    and at last, closing: what comes is dropped, for SECONDS_TO_CLOSE.
+    A closing connection drops its input, for SECONDS_TO_CLOSE.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class HttpConnection(asyncio.Protocol):
         limit: ConnectionLimit,
         *,
         server_state: ServerState,
-        **_: Any,  # what else uvicorn passes
+        **_: Any,  # other arguments that uvicorn passes
     ) -> None:
         self._app = app
         self._budget = budget
@@ -64,18 +64,18 @@ class HttpConnection(asyncio.Protocol):
         self._server = server_state
         self._loop = asyncio.get_running_loop()
         self._input = bytearray()
-        self._searched = 0  # bytes of the input in which no head ends
+        self._searched = 0  # bytes of the input already searched for the end of a head
         self._num_blank_lines = 0  # since the last head
         self._exchange: HttpExchange | None = None
         self._framing: Framing | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reading_timer: asyncio.TimerHandle | None = None
-        self._unread_bytes = 0  # by the client, when a timer was set
+        self._unread_bytes = 0  # bytes that the client had not read when a timer was set
         self._writable = asyncio.Event()
         self._writable.set()
         self._is_paused = False
         self._is_closing = False
-        self._must_close = False  # after the answer under way
+        self._must_close = False  # after the current response
 
     # ---- called by the event loop and by the server
 
@@ -107,7 +107,7 @@ class HttpConnection(asyncio.Protocol):
         self._advance()
 
     def eof_received(self) -> None:
-        """The client has left, or will send no more, which is taken for the same: the transport closes."""
+        """The client has disconnected, or half-closed, which is treated the same: the transport closes."""
         self._is_closing = True
         self._set_timer(SECONDS_TO_CLOSE)
 
@@ -123,7 +123,7 @@ class HttpConnection(asyncio.Protocol):
         self._line.resumed()
 
     def shutdown(self) -> None:
-        """The server ends: close, after the answer under way."""
+        """The server shuts down: close after the current response."""
         self._must_close = True
         if self._exchange is None:
             self._close()
@@ -170,17 +170,17 @@ class HttpConnection(asyncio.Protocol):
             self._close()
             return
         self._set_timer(SECONDS_IDLE if self._framing is None else SECONDS_TO_DISCARD)
-        if self._input or self._is_paused:  # in a turn of its own: others are served between pipelined requests
+        if self._input or self._is_paused:  # in a later turn, so that other clients run between pipelined requests
             self._loop.call_soon(self._advance)
 
     def refuse(self, error: HttpError) -> None:
-        """What cannot be handed on as a request is answered here, in the same shape as everything else."""
+        """Answer a request that is not passed to the application, with an error in the usual format, and close."""
         if self._is_closing:
             return
         if self._exchange is not None and self._exchange.has_started:
             self.break_off()
             return
-        if self._exchange is None and self._framing is not None:  # its request has an answer already
+        if self._exchange is None and self._framing is not None:  # the request has been answered already
             self._close()
             return
         response = error_response(error)
@@ -194,14 +194,14 @@ class HttpConnection(asyncio.Protocol):
         self._lose_exchange()
         self._is_closing = True
         self._limit.waits(self)
-        # A chunked answer without its last chunk is seen to be cut; others need an end that is an error.
+        # A chunked response is recognizably incomplete without its last chunk; others need a reset.
         self._transport.close() if self._line.is_chunked else self._transport.abort()
         self._set_timer(SECONDS_TO_CLOSE)
 
-    # ---- what came
+    # ---- input
 
     def _advance(self) -> None:
-        """Take of the input whatever has its turn."""
+        """Process the input as far as the current state allows."""
         try:
             while self._input and not self._is_closing:
                 if not (self._take_body() if self._framing is not None else self._take_head()):
@@ -212,7 +212,7 @@ class HttpConnection(asyncio.Protocol):
             self._rest_or_read()
 
     def _take_head(self) -> bool:
-        """Begin the next request. False: its head is not whole, or it is not its turn."""
+        """Begin the next request. False: its head is incomplete, or the previous request is still running."""
         if self._exchange is not None:
             return False
         data = self._input
@@ -220,7 +220,7 @@ class HttpConnection(asyncio.Protocol):
             self._drop_blank_lines()
         if not data or data == b"\r":
             return False
-        if not 65 <= data[0] <= 90:  # such as a TLS greeting, which has no end
+        if not 65 <= data[0] <= 90:  # such as a TLS ClientHello, in which no head ever ends
             raise HttpError(400, "invalid_http", "A request begins with a method, in capital letters.")
         end = data.find(_HEAD_END, max(0, self._searched - 3), MAX_HEAD_BYTES)
         if end < 0:
@@ -240,7 +240,7 @@ class HttpConnection(asyncio.Protocol):
         return True
 
     def _drop_blank_lines(self) -> None:
-        """Between requests they mean nothing (RFC 9112, 2.2). Raises HttpError beyond MAX_BLANK_LINES."""
+        """Skip blank lines between requests (RFC 9112, 2.2). Raises HttpError beyond MAX_BLANK_LINES."""
         found = _BLANK_LINES.match(self._input)
         if found is not None and (end := found.end()):
             self._num_blank_lines += end // 2
@@ -277,14 +277,14 @@ class HttpConnection(asyncio.Protocol):
         task.add_done_callback(self._server.tasks.discard)
 
     def _take_body(self) -> bool:
-        """Hand on what came of the body. False: no more of it is there, or the application has not read it."""
+        """Pass on the body. False: no more has arrived, or the application has not read enough of it."""
         framing, exchange = self._framing, self._exchange
         if framing is None or (exchange is not None and exchange.is_behind):
             return False
         content = framing.take(self._input)
         if framing.is_complete:
             self._framing = None
-            if exchange is None:  # its answer went before
+            if exchange is None:  # the request has been answered already
                 self._set_timer(SECONDS_IDLE)
         if exchange is not None:
             exchange.awaits_continue = False
@@ -298,7 +298,7 @@ class HttpConnection(asyncio.Protocol):
         return framing.is_complete
 
     def _rest_or_read(self) -> None:
-        """Read the socket unless what came is more than may wait."""
+        """Pause or resume reading from the socket, depending on how much input is buffered."""
         must_rest = self._framing is not None and self._framing.has_more
         if self._exchange is not None:
             is_full = len(self._input) >= MAX_AHEAD_BYTES
@@ -318,10 +318,10 @@ class HttpConnection(asyncio.Protocol):
             exchange.lose()
 
     def _close(self, *, is_sending: bool = False) -> None:
-        """After what was written.
+        """Close after the written data was sent.
 
-        is_sending: the client may still send, such as the rest of a head that was refused. Closed at once, the socket
-        would answer that with a reset, which takes the answer from the client (RFC 9112, 9.6).
+        is_sending: the client may still send, such as the rest of a rejected head. If the socket closed at once, that
+        data would cause a reset, and the client could lose the response (RFC 9112, 9.6).
         """
         self._is_closing = True
         self._limit.waits(self)

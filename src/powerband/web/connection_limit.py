@@ -1,4 +1,4 @@
-"""How many connections of clients a server holds at once."""
+"""Limits the number of client connections of a server."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ class LimitedConnection(Protocol):
     """A client's connection."""
 
     def drop(self) -> None:
-        """Close it at once; with the reason, if its client has begun a request."""
+        """Close the connection at once; with an error response if its client has begun a request."""
 
 
 class ConnectionLimit:
-    """Knows which connections wait for their clients: without a request, or in the middle of one.
+    """Tracks the connections that wait for their client: idle ones, and those whose request is incomplete.
 
-    Beyond `max_connections` the one that has waited for longest is closed. Honest clients send a request in moments, so
-    connections that are only held go first. When none waits but the new one, it is the new one.
+    Beyond `max_connections`, the connection that has waited for longest is closed. Honest clients send a request
+    quickly, so connections that are only held open go first. If only the new connection waits, it is closed.
     """
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
         self._open: set[LimitedConnection] = set()
-        self._waiting: dict[LimitedConnection, None] = {}  # the one that began first is first
+        self._waiting: dict[LimitedConnection, None] = {}  # oldest first
 
     def opened(self, connection: LimitedConnection) -> None:
-        """Counts until `closed`. It waits for its first request."""
+        """Count a new connection until `closed`. It waits for its first request."""
         self._open.add(connection)
         self.waits(connection)
         while len(self._open) > self.max_connections:
@@ -34,13 +34,13 @@ class ConnectionLimit:
             oldest.drop()
 
     def waits(self, connection: LimitedConnection) -> None:
-        """From now on for its client."""
+        """The connection waits for its client from now on."""
         self._waiting.pop(connection, None)
         if connection in self._open:
             self._waiting[connection] = None
 
     def works(self, connection: LimitedConnection) -> None:
-        """Its request is whole."""
+        """The connection's request is complete."""
         self._waiting.pop(connection, None)
 
     def closed(self, connection: LimitedConnection) -> None:

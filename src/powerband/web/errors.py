@@ -1,4 +1,4 @@
-"""What goes wrong between HTTP and the engine, in the shape that OpenAI's clients understand."""
+"""HTTP error responses, in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def error_response(error: ErrorInfo | PowerbandError) -> Response:
         headers["Allow"] = error.allow
     if info.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if info.http_status in (429, 503) and info.retry_after_s != math.inf:  # inf: coming back does not help
+    if info.http_status in (429, 503) and info.retry_after_s != math.inf:  # inf: a retry does not help
         headers["Retry-After"] = str(max(1, math.ceil(info.retry_after_s or 1.0)))
     return json_response(error_body(info), info.http_status, headers)

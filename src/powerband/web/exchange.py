@@ -1,4 +1,4 @@
-"""One request and its answer, as an application of ASGI sees them."""
+"""One request and its response: the interface between a connection and an ASGI application."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def status_line(status: int) -> bytes:
-    """A status that is not registered, such as a proxy's 499, has no phrase."""
+    """The status line. An unregistered status, such as 499, has no phrase."""
     return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n".encode()
 
 
 class ConnectionControl(Protocol):
-    """What an exchange asks of the connection that it is on."""
+    """What an exchange needs of its connection."""
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]: ...
@@ -33,23 +33,23 @@ class ConnectionControl(Protocol):
     def write(self, data: bytes) -> None: ...
 
     async def writable(self) -> None:
-        """Return when the client has read what was sent, or has left."""
+        """Wait until the write buffer has drained, or the client has disconnected."""
 
     def wants_body(self) -> None:
         """The application waits for more of the body."""
 
     def answered(self, exchange: HttpExchange) -> None:
-        """The answer is whole."""
+        """The response is complete."""
 
     def refuse(self, error: HttpError) -> None:
-        """Answer with this, unless an answer has begun, and close the connection."""
+        """Answer with this error unless a response has begun, and close the connection."""
 
     def break_off(self) -> None:
-        """Close the connection in the middle of an answer."""
+        """Close the connection in the middle of a response."""
 
 
 class HttpExchange:
-    """Runs the application. is_lost: the client has disconnected and will not read the response."""
+    """Runs the application for one request. is_lost: the client has disconnected."""
 
     __slots__ = (
         "_body",
@@ -76,9 +76,9 @@ class HttpExchange:
         self._line = line
         self._body = bytearray()
         self._news = asyncio.Event()  # more of the body, or the end of the exchange
-        self._unsent = b""  # a head that goes with the body it announces
+        self._unsent = b""  # a response head, sent together with the first part of the body
         self._has_body = True
-        self._left: int | None = None  # bytes of the answer's body still to come; None: it tells no length
+        self._left: int | None = None  # bytes of the response body still to come; None: no Content-Length
         self.awaits_continue = head.awaits_continue
         self.has_whole_body = False
         self.has_started = False
@@ -88,10 +88,9 @@ class HttpExchange:
 
     @property
     def is_behind(self) -> bool:
-        """The application has not read what came of the body, and more is to come.
+        """Whether the application is too far behind in reading the body, so that reading from the socket must pause.
 
-        Of a whole body nothing is left to wait for, and an application that asks for no more has to hear of a client
-        that leaves.
+        Reading never pauses for a complete body: the socket must be read to notice when the client disconnects.
         """
         return len(self._body) >= MAX_UNREAD_BYTES and not (self.has_whole_body or self.is_answered)
 
@@ -116,14 +115,14 @@ class HttpExchange:
             await app(self._scope, self.receive, self.send)
         except Exception as error:
             if not self.is_lost:
-                logger.error("An answer broke off.", exc_info=error)
+                logger.error("The application failed; its response is incomplete.", exc_info=error)
         finally:
             if not (self.is_answered or self.is_lost):
                 if self.has_started:
                     self._connection.break_off()
                 else:
                     self._connection.refuse(
-                        HttpError(500, "internal_error", "The server met an error that it does not know.")
+                        HttpError(500, "internal_error", "The server failed with an unexpected error.")
                     )
 
     # ASGI.
@@ -171,12 +170,13 @@ class HttpExchange:
         if self._line.is_chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         if self.awaits_continue or (self._left is None and not self._line.is_chunked):
-            # Whether a body comes that was not asked for cannot be known (RFC 9110, 10.1.1); the other ends the answer.
+            # After an unanswered Expect, the client may still send the body or not (RFC 9110, 10.1.1). A response with
+            # neither length nor chunks ends when the connection closes.
             self.keeps_connection = False
         if not self.keeps_connection:
             lines.append(b"connection: close\r\n")
         lines.append(b"\r\n")
-        self.has_started = True  # not before: an answer whose head cannot be written becomes a 500
+        self.has_started = True  # not earlier: if the head is invalid, a 500 can still be sent
         if self._left:
             self._unsent = b"".join(lines)
         else:

@@ -1,7 +1,7 @@
-"""Where a request's body ends: after a length, or by HTTP's chunked coding (RFC 9112, 7.1). What is not the body's is
-left, since it belongs to the next request.
+"""Finds the end of a request's body: by Content-Length or by the chunked coding (RFC 9112, 7.1). Bytes behind the body
+are left, since they belong to the next request.
 
-Both take memory for nothing but the content: extensions and trailers are bounded, checked and dropped.
+Only the content is kept: chunk extensions and trailers are size-limited, validated and dropped.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Protocol
 from powerband.web.errors import HttpError
 
 MAX_TRAILER_BYTES = 8 << 10
-MAX_FRAMING_BYTES = 16 << 10  # in chunks of a byte each, a body takes minutes to read
+MAX_FRAMING_BYTES = 16 << 10  # more framing than content: a large body in one-byte chunks would take minutes to read
 MAX_EXTENSION_BYTES = 8 << 10  # of all chunks together
-MAX_CHUNKS_AT_ONCE = 200  # less than a millisecond: others are served between
+MAX_CHUNKS_AT_ONCE = 200  # per turn of the event loop; takes less than a millisecond
 _MAX_SIZE_LINE = 1 << 10
 _SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[^\x00-\x08\x0a-\x1f\x7f]*+)?")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\x00-\x08\x0a-\x1f\x7f]*+")
 
 
 class Framing(Protocol):
-    """is_complete: the body has ended. has_more: `take` has left something that it could take at once."""
+    """is_complete: the body has ended. has_more: `take` stopped early, and should be called again."""
 
     is_complete: bool
     has_more: bool
 
     def take(self, data: bytearray) -> bytes:
-        """Remove what is the body's from the beginning of `data`; its content. Raises HttpError 400."""
+        """Remove the body's bytes from the beginning of `data`. Returns their content. Raises HttpError 400."""
 
 
 class LengthFraming:
@@ -60,7 +60,7 @@ class ChunkedFraming:
         self._part = _Part.SIZE
         self._left = 0  # of the chunk
         self._extension_bytes = 0
-        self._framing_bytes = 0  # of sizes and ends, less content; large chunks do not pay for tiny ones
+        self._framing_bytes = 0  # framing minus content, at least 0, so earlier large chunks earn no credit
         self._trailer_bytes = 0
 
     def take(self, data: bytearray) -> bytes:

@@ -1,5 +1,5 @@
-"""The head of a request: parsed by httptools, in C, and held to RFC 9110 and 9112 where two servers could read it
-differently. The framing of the body is decided here and nowhere else.
+"""The head of a request: parsed by httptools, in C, and checked against RFC 9110 and 9112 wherever two servers could
+interpret it differently (request smuggling). The framing of the body is decided only here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import httptools
 from powerband.web.errors import HttpError
 
 MAX_HEADERS = 200
-MAX_REQUEST_LINE_BYTES = 8 << 10  # as the RFC recommends at least (RFC 9112, 3)
+MAX_REQUEST_LINE_BYTES = 8 << 10  # the minimum that RFC 9112, 3 recommends
 _NOT_CONTROLS = bytes({*range(0x20, 0x100), *b"\t\r\n"} - {0x7F})  # the parser wants \r and \n in pairs
 _CLOSE = re.compile(rb"(?:^|,)[ \t]*+close[ \t]*+(?:,|$)", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,15}")
@@ -40,11 +40,11 @@ class RequestHead:
 
 
 def parse_head(data: bytes) -> RequestHead:
-    """data: from the request line to the empty line, included. Raises HttpError 400, 414, 417, 431, 501 and 505."""
+    """data: from the request line to the empty line, inclusive. Raises HttpError 400, 414, 417, 431, 501 and 505."""
     request_line = data[: data.find(b"\r\n")]
     if len(request_line) > MAX_REQUEST_LINE_BYTES:
         raise HttpError(414, "target_too_long", f"The request line is longer than {MAX_REQUEST_LINE_BYTES} bytes.")
-    if data.count(b"\n") > MAX_HEADERS + 2:  # before the parser calls back for each
+    if data.count(b"\n") > MAX_HEADERS + 2:  # before the parser makes a callback for each
         raise HttpError(431, "head_too_large", f"The request has more than {MAX_HEADERS} headers.")
     if data.translate(None, _NOT_CONTROLS):
         raise _invalid("The head has control characters")
@@ -53,7 +53,7 @@ def parse_head(data: bytes) -> RequestHead:
     try:
         parser.feed_data(data)
     except httptools.HttpParserUpgrade:
-        pass  # a server may ignore Upgrade (RFC 9110, 7.8); its body is a body like any other
+        pass  # a server may ignore Upgrade (RFC 9110, 7.8)
     except httptools.HttpParserError as problem:
         raise _invalid(str(problem)) from None
     if not fields.is_complete:
@@ -87,7 +87,7 @@ def parse_head(data: bytes) -> RequestHead:
 
 
 class _Fields:
-    """What the parser calls back with."""
+    """Collects the parser's callbacks. `meant`: values of the headers that the server itself interprets."""
 
     __slots__ = ("headers", "is_complete", "meant", "url")
 
@@ -121,7 +121,7 @@ def _parse_target(target: bytes) -> httptools.parser.url_parser.URL:
 
 
 def _check_host(hosts: Sequence[bytes], of_target: bytes | None, headers: Headers, version: str) -> None:
-    """Exactly one (RFC 9112, 3.2). Where the target has a host of its own, it is the one that counts."""
+    """Require exactly one Host (RFC 9112, 3.2). The host of an absolute target replaces it."""
     if len(hosts) > 1 or (not hosts and version == "1.1"):
         raise _invalid(f"The request has {len(hosts)} Host headers in place of one")
     if hosts and not _HOST.fullmatch(hosts[0]):

@@ -1,4 +1,4 @@
-"""A listening socket, uvicorn on it with our bounds, and signals that end it in order."""
+"""Listening sockets, uvicorn with Powerband's own HTTP connection, and graceful shutdown on signals."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from powerband.web.connection import HttpConnection
 from powerband.web.connection_limit import ConnectionLimit
 
 _BACKLOG = 2048
-_OTHER_DESCRIPTORS = 64  # files, pipes and what is open for a moment
+_OTHER_DESCRIPTORS = 64  # for files, pipes and short-lived descriptors
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, with its handling of signals left to this module."""
+    """uvicorn without its signal handling, which this module replaces."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -33,7 +33,7 @@ class HttpServer(uvicorn.Server):
 
 
 class Signals:
-    """The first signal asks for an orderly end, the second for an immediate one."""
+    """The first signal requests a graceful shutdown, the second an immediate one."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
@@ -52,19 +52,19 @@ class Signals:
 
 
 def raise_descriptor_limit() -> None:
-    """To what this process may have. It begins with leave for few, often 1,024, and each connection is one."""
+    """Raise the soft limit of open files, often 1,024, to the hard limit: each connection needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def max_connections() -> int:
-    """How many clients may be connected. As many descriptors are left for connections to replicas."""
+    """The maximum number of client connections. As many descriptors are left for connections to replicas."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, (soft - _OTHER_DESCRIPTORS) // 2)
 
 
 def make_server(app: ASGIApp, max_body_bytes: int) -> HttpServer:
-    """max_body_bytes: of the largest request; `BODIES_AT_ONCE` times that is held at most, all requests together."""
+    """max_body_bytes: of one request; all requests together may hold `BODIES_AT_ONCE` times that."""
     budget, limit = BodyBudget(BODIES_AT_ONCE * max_body_bytes), ConnectionLimit(max_connections())
     connection = partial(HttpConnection, app, budget, limit)
     return HttpServer(
@@ -84,7 +84,7 @@ def make_server(app: ASGIApp, max_body_bytes: int) -> HttpServer:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Taken before anything slow starts, so that a port in use is known at once. Raises EnvironmentFault."""
+    """Bind before anything slow starts, so that a port in use is reported at once. Raises EnvironmentFault."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]

@@ -1,4 +1,4 @@
-"""The outermost layer: gives every request an id, and every failure OpenAI's error shape, wherever it arose."""
+"""The outermost middleware: gives every request an id, and every error OpenAI's format."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ClientDisconnected(Exception):
 
 
 class RequestIdMiddleware:
-    """`X-Request-Id` in a response is ours, and `scope["state"]["request_id"]`.
+    """Sets the response's `X-Request-Id` and `scope["state"]["request_id"]` to a new id.
 
-    One that the client sends is a label for the log, never a key.
+    An id that the client sends is only logged as a label; it identifies nothing.
     """
 
     def __init__(self, app: ASGIApp, listed_in: str = "/openapi.json") -> None:
@@ -52,7 +52,7 @@ class RequestIdMiddleware:
         except ClientDisconnected:
             status = 499
         except Exception as error:
-            if status:  # too late for another answer: uvicorn closes the connection
+            if status:  # the response has begun: the server closes the connection
                 raise
             await error_response(self._as_powerband_error(error, request_id))(scope, receive, send_with_id)
         if logger.isEnabledFor(logging.DEBUG):
@@ -78,7 +78,7 @@ class RequestIdMiddleware:
                 allowed = (error.headers or {}).get("Allow", "")
                 return HttpError(405, "method_not_allowed", f"This path takes {allowed}.", allow=allowed)
             return HttpError(error.status_code, "http_error", error.detail)
-        logger.error("Request %s met an error that the server does not know.", request_id, exc_info=error)
+        logger.error("Request %s failed with an unexpected error.", request_id, exc_info=error)
         return PowerbandError(
-            "The server met an error that it does not know.", hint=f"Its log has it under {request_id}."
+            "The server failed with an unexpected error.", hint=f"Its log has the details, under {request_id}."
         )

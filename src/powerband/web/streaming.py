@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that a client has left, also while nothing is sent."""
+"""Server-sent events, and detection of client disconnects even while nothing is sent."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ STREAM_HEADERS = [
 
 
 class EventStream(Response):
-    """Sends `events` as they come, and calls `finish` at the end, whatever that was.
+    """Sends `events` as they come, and calls `finish` at the end, even after an error.
 
-    `send` waits while the client reads slowly, so that no more than uvicorn's own small buffer piles up here.
+    `send` waits while the client reads slowly, so only the small write buffer fills up.
     """
 
     def __init__(self, events: AsyncIterator[bytes], finish: Callable[[], None]) -> None:
@@ -44,7 +44,7 @@ class EventStream(Response):
 
 
 async def with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same events; an error after the first byte becomes the last event, in place of [DONE]."""
+    """The same events; an error becomes the last event, in place of [DONE]."""
     try:
         async for data in events:
             yield data
@@ -53,7 +53,7 @@ async def with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 class DisconnectWatcher:
-    """Watches for the client's leaving. `then` is called once when it has left; `left` stays true."""
+    """Watches for the client's disconnect. `then` is called once when it happens; `left` stays true."""
 
     def __init__(self, receive: Receive) -> None:
         self.left = False

@@ -1,11 +1,11 @@
-"""Keeps a service as its spec says: observes what runs, decides what to change, and acts, several times a second.
+"""The reconciliation loop: observes what runs, compares it with the service's spec, and acts, several times a second.
 
     desired.json ───┐                                    ┌──► target: start, stop, kill
     target ─────────┼──► observe ──► decide ──► act ─────┼──► gateway: routes
     probes, gateway ┘                                    └──► status.json
 
-A tick waits for nothing. What the controller remembers beyond the files only sets the pace (back-off after crashes, the
-beginning of a drain), so a new controller recovers from the files, the target and the gateway alone.
+A tick never blocks. The state that the controller keeps in memory only affects timing (crash back-off, the start of a
+drain), so a new controller recovers from the files, the target and the gateway.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from powerband.fleet.targets.base import ExitedInstance, Instance, Role, Target
 
 logger = logging.getLogger(__name__)
 
-REPLICA_GRACE_S = 15.0  # from the request to stop until it is killed
+REPLICA_GRACE_S = 15.0  # from SIGTERM to SIGKILL
 GATEWAY_GRACE_S = 45.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What a tick changes. release: the one in force; None: nothing is to run."""
+    """What a tick changes. release: the release to run; None: nothing should run."""
 
     release: Release | None
     replicas: Actions
@@ -61,7 +61,7 @@ class Decision:
 
 @dataclass(slots=True)
 class Controller:
-    """prober and gateway do their work in the same event loop. clock: time.monotonic(), except in tests."""
+    """prober and gateway run in the same event loop. clock: time.monotonic(), except in tests."""
 
     store: ServiceStore
     target: Target
@@ -76,7 +76,7 @@ class Controller:
     _generation: int = 0  # of the spec at the last tick
     _established: int = 0
     _failed: FailedRollout | None = None
-    _open_places: list[int] = field(default_factory=list)  # restarts so far of each place that a new replica takes
+    _open_places: list[int] = field(default_factory=list)  # restart counts for the replicas to start as replacements
     _gateway_restarts: int = 0
     _notes: list[str] = field(default_factory=list)  # of this tick
     _remediator: Remediator = field(init=False)
@@ -85,7 +85,7 @@ class Controller:
         self._remediator = Remediator(self.store, self.incidents)
 
     def recover(self) -> None:
-        """Continue where another controller stopped. What was ready is taken to be ready."""
+        """Continue where another controller stopped. Instances that were ready count as ready."""
         status = self.store.read_status()
         if status is None:
             return
@@ -112,7 +112,7 @@ class Controller:
                 self._gateway_restarts += 1
 
     def tick(self) -> bool:
-        """False: the service was removed, and nothing of it runs any more."""
+        """One pass of the loop. False: the service was removed, and none of its instances runs any more."""
         spec = self.store.read_spec()
         if spec is None:
             return False
@@ -125,7 +125,7 @@ class Controller:
     # ---- observe
 
     def _observe(self, spec: ServiceSpec, now_s: float) -> None:
-        """Which instances run, which exited, which became ready or hung."""
+        """Update which instances run, exited, became ready or hang."""
         self._notes = []
         if spec.generation != self._generation:
             self._generation = spec.generation
@@ -155,13 +155,13 @@ class Controller:
             self._open_place(state)
 
     def _open_place(self, state: InstanceState) -> None:
-        """The next replica that starts takes its place."""
+        """Let the next replica that starts count as its replacement."""
         if not state.is_replaced:
             state.is_replaced = True
             self._open_places.append(state.restarts + 1)
 
     def _is_idle(self, id: str) -> bool:
-        """Whether the gateway has stopped dispatching to the replica, and no request runs there any more."""
+        """Whether the gateway has stopped dispatching to the replica, and no request is in flight there."""
         snapshot = self.gateway.snapshot
         if snapshot is None or id not in snapshot.draining:
             return False
@@ -196,7 +196,7 @@ class Controller:
         )
 
     def _check_rollout(self, spec: ServiceSpec) -> None:
-        """Note that this generation has become ready; or give it up if it never was, and does not start."""
+        """Record that this generation has become ready, or give up a new one whose replicas do not start."""
         if spec.removed or spec.generation <= self._established or self._has_failed(spec):
             return
         revisions, gateway = pool_revisions(spec.release), gateway_revision(spec.gateway)
@@ -231,7 +231,7 @@ class Controller:
         if max_surge is None:
             existing = Counter((one.pool, one.revision) for one in self._states("replica"))
             desired = Counter({(i, revisions[i]): count for i, count in enumerate(release.counts)})
-            # More than desired: the room for one more is taken already. Exactly as desired: none is needed.
+            # With more replicas than desired, the surge replica exists already. As desired: none is needed.
             is_certain = existing == desired or existing.total() > desired.total()
             max_surge = 1 if is_certain or self._has_room(release) else 0
         return DesiredReplicas(
@@ -321,7 +321,7 @@ class Controller:
         status = self._status(spec, decision.release, now_s)
         try:
             self.store.write_status(status)
-        except OSError as error:  # the status is for people: the service runs without it
+        except OSError as error:  # the service runs without its status file
             logger.warning("Cannot write the status to %s: %s.", self.store.path, error)
         return status
 
@@ -360,7 +360,7 @@ class Controller:
             url = f"http://{spec.gateway.host}:{spec.gateway.port}"
             return GatewayStatus(state="down", url=url, restarts=self._gateway_restarts)
         snapshot = self.gateway.snapshot
-        # Ready to be used: it listens, and it has routes.
+        # Ready: it listens, and it has routes.
         has_routes = snapshot is not None and snapshot.routes_revision != "" and self.gateway.desired_routes is not None
         is_ready = state.ready_s is not None and has_routes and not state.instance.stopping
         return GatewayStatus(

@@ -131,11 +131,11 @@ async def _run(store: ServiceStore, send_heartbeat: Callable[[], None]) -> int:
 
 
 def _tick(controller: Controller) -> bool:
-    """A bug or a full disk must not leave a service without its controller."""
+    """Log errors of a tick and continue: a bug or a full disk must not leave a service without its controller."""
     try:
         return controller.tick()
     except Exception:
-        logger.exception("A tick failed; the controller goes on with the next one.")
+        logger.exception("A tick failed; the controller continues with the next one.")
         return True
 
 

@@ -1,7 +1,7 @@
-"""Back-off after crashes: when a crashed replica is replaced, and when a new release is given up.
+"""Crash-loop back-off: when a crashed replica is replaced, and when a new release is given up.
 
-The first replacement starts at once. If replicas keep crashing, the delays double: up to half a minute for those that
-crash before they are ready, up to a few seconds for those that crash later, since each of them serves for a while. A
+The first replacement starts at once. If replicas keep crashing, the delay doubles: up to half a minute for those that
+crash before they are ready, up to a few seconds for those that crash later, because each of them serves for a while. A
 replica that was ready for a minute resets the delay.
 """
 
@@ -14,8 +14,8 @@ from powerband.fleet.targets.base import ExitedInstance
 INITIAL_BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
 MAX_BACKOFF_AFTER_READY_S = 2.0
 STABLE_AFTER_S = 60.0
-MAX_FAILED_STARTS = 2  # one failure may be chance: another process took the port
-PERMANENT_EXIT_CODES = (2, 3)  # our own engine reports a usage or an environment error: a retry would fail again
+MAX_FAILED_STARTS = 2  # a single failure may be bad luck, such as a port taken by another process
+PERMANENT_EXIT_CODES = (2, 3)  # Powerband's engine reports a usage or environment error: a retry would fail again
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class _CrashHistory:
 
 @dataclass(slots=True)
 class CrashBackoff:
-    """By revision. Times in seconds, on one clock."""
+    """The crashes of each revision. Times in seconds, on one clock."""
 
     _histories: dict[str, _CrashHistory] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class CrashBackoff:
         self._histories.clear()
 
     def backing_off(self, now_s: float) -> set[str]:
-        """Revisions of which no instance may be started yet."""
+        """Revisions whose instances may not be started yet."""
         return {revision for revision, history in self._histories.items() if now_s < history.next_start_s}
 
     def is_failed(self, revision: str) -> bool:

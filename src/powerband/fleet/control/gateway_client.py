@@ -22,7 +22,7 @@ _RATE_WINDOW_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class GatewaySnapshot:
-    """What the gateway reported: the routes that are in force, and its pools."""
+    """What the gateway reported: its current routes, and its pools."""
 
     routes_revision: str
     draining: frozenset[str]  # ids of the replicas to which it dispatches no new requests
@@ -48,14 +48,14 @@ class _Routes(msgspec.Struct):
 
 
 class _RoutesPage(msgspec.Struct):
-    """The part of GET /admin/routes that versions have in common."""
+    """The fields of GET /admin/routes that all versions share."""
 
     routes: _Routes
     pools: tuple[PoolSnapshot, ...] = ()
 
 
 class _RecordsPage(msgspec.Struct):
-    """Of GET /admin/records."""
+    """The response to GET /admin/records."""
 
     next: int
     records: tuple[CompletedRequest, ...] = ()
@@ -66,7 +66,7 @@ class GatewayClient:
     """`poll_forever` runs in the controller's event loop; the controller reads and sets the fields in between."""
 
     admin_key: str
-    url: str = ""  # '': there is no gateway
+    url: str = ""  # '': no gateway runs
     desired_routes: Routes | None = None
     snapshot: GatewaySnapshot | None = None  # None: the gateway has not responded yet
     error: str = ""  # of the last poll
@@ -75,7 +75,7 @@ class GatewayClient:
     _completed_at: deque[float] = field(default_factory=deque)  # time.time()
 
     def connect_to(self, url: str) -> None:
-        """A gateway that has just been started: nothing is known of it, and it numbers its records from 0."""
+        """Switch to a gateway that has just been started: drop all state, and read its records from 0."""
         self.url, self.snapshot, self.next_record = url, None, 0
 
     def take_completed(self) -> Sequence[CompletedRequest]:
@@ -84,7 +84,7 @@ class GatewayClient:
         return taken
 
     def requests_per_s(self) -> float:
-        """Over the last minute."""
+        """Completed requests per second over the last minute."""
         now = time.time()
         while self._completed_at and self._completed_at[0] < now - _RATE_WINDOW_S:
             self._completed_at.popleft()
@@ -106,7 +106,7 @@ class GatewayClient:
         if self.desired_routes is not None and snapshot.routes_revision != self.desired_routes.revision:
             await self._put(self.desired_routes)
             snapshot = await self._read_snapshot()
-        if url == self.url:  # no other gateway was started meanwhile
+        if url == self.url:  # no other gateway was started in the meantime
             self.snapshot = snapshot
         response = await self._request("GET", f"/admin/records?after={self.next_record}")
         page = msgspec.json.decode(response.body, type=_RecordsPage)
@@ -117,7 +117,7 @@ class GatewayClient:
     async def _put(self, routes: Routes) -> None:
         try:
             await self._request("PUT", "/admin/routes", routes.as_dict())
-        except ConnectionError:  # a gateway that the version before started knows only the old names
+        except ConnectionError:  # a gateway of the previous version knows only the old names
             await self._request("PUT", "/admin/routes", routes.as_dict(old_names=True))
 
     async def _read_snapshot(self) -> GatewaySnapshot:
@@ -128,7 +128,7 @@ class GatewayClient:
         return GatewaySnapshot(page.routes.revision, draining, page.pools, time.monotonic())
 
     async def _request(self, method: str, path: str, body: object = None) -> Response:
-        """Raises OSError for a status other than 200, too."""
+        """Raises OSError, also for any status but 200."""
         headers = {**bearer(self.admin_key), "X-Powerband-Actor": "controller"}
         response = await request(method, f"{self.url}{path}", json=body, headers=headers, timeout_s=_TIMEOUT_S)
         if response.status != 200:

@@ -1,4 +1,4 @@
-"""From a release to what runs it: the instances to start, their devices, and the gateway's routes."""
+"""What a release needs in order to run: the instances to start, their devices, and the gateway's routes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GATEWAY_READY_PATH = "/livez"
 
 
 def pool_revisions(release: Release) -> tuple[str, ...]:
-    """For each pool an identifier of what its replicas run: it changes with their command, not with their number."""
+    """By pool, an identifier of what its replicas run: it depends on their command, not on their number."""
     return tuple(_digest([pool.command, pool.env]) for pool in release.pools)
 
 
@@ -35,7 +35,7 @@ def release_revision(release: Release) -> str:
 
 
 def gateway_revision(gateway: GatewaySpec) -> str:
-    """Options count under their names of the version before, so that a gateway need not restart for a new name."""
+    """An identifier of the gateway's spec. Uses the old names of renamed options, so a rename needs no restart."""
     before = {new: old for old, new in new_names(GatewaySettings).items()}
     arguments = rename_options(gateway.arguments, before)
     return _digest(msgspec.to_builtins(msgspec.structs.replace(gateway, arguments=arguments)))
@@ -90,7 +90,7 @@ def gateway_spec(gateway: GatewaySpec, store: ServiceStore, id: str) -> Instance
 
 
 def build_routes(release: Release, replicas: Sequence[Instance], draining: frozenset[str]) -> Routes:
-    """The gateway's routes. A replica of an older release counts towards the pool with its number."""
+    """The gateway's routes. A replica of an older release counts for the pool with the same index."""
     cost = release.plan.get("cost") or {}
     model = ModelRoute(
         name=release.served_name,

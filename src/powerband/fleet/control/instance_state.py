@@ -1,4 +1,4 @@
-"""A replica, or the gateway, as the controller knows it: what was observed of it, and what was decided about it.
+"""The controller's state of an instance (a replica or the gateway): what was observed, and what was decided.
 
 InstanceSpec (fleet.targets.base) says what to start, InstanceState what the controller knows of it, and ReplicaStatus
 (fleet.service.status) what `powerband status` shows.
@@ -13,7 +13,7 @@ from powerband.fleet.control.probes import ProbeResult
 from powerband.fleet.service.spec import Policy
 from powerband.fleet.targets.base import Instance
 
-MAX_MISSED_PROBES = 3  # in a row, before an instance may count as hung
+MAX_MISSED_PROBES = 3  # consecutive, before an instance may count as hung
 GATEWAY_START_TIMEOUT_S = 30.0  # it loads no weights
 _HEALTHY_FOR_S = 2.0  # after the last probe that found it ready
 
@@ -24,21 +24,21 @@ class InstanceState:
 
     instance: Instance
     first_seen_s: float = 0.0  # by this controller
-    restarts: int = 0  # crashes of it and of those whose place it took
+    restarts: int = 0  # its own crashes and those of its predecessors
 
     # observed
     probe: ProbeResult = field(default_factory=ProbeResult)
-    ready_s: float | None = None  # since when it is ready
+    ready_s: float | None = None  # when it became ready
     is_healthy: bool = False  # it is ready, by a recent probe
-    is_hung: bool = False  # it has to be killed
+    is_hung: bool = False  # it must be killed
     is_cordoned: bool = False  # a user drained it
     is_idle: bool = False  # it has no requests left
 
     # decided
-    draining_s: float | None = None  # since when it gets no new requests
+    draining_s: float | None = None  # when its drain began
     exit_expected: bool = False  # it was asked to stop: its exit is not a crash
-    to_replace: bool = False  # another replica is to take its place, gracefully
-    is_replaced: bool = False  # the next replica that starts takes its place
+    to_replace: bool = False  # drain it once another replica can take over
+    is_replaced: bool = False  # the next replica that starts is its replacement
 
     @property
     def id(self) -> str:
@@ -46,7 +46,7 @@ class InstanceState:
 
     @property
     def number(self) -> int:
-        """Of a replica: the later it was started, the larger."""
+        """A replica's sequence number: larger for replicas started later."""
         return int(self.instance.id.removeprefix("r"))
 
     @property
@@ -59,7 +59,7 @@ class InstanceState:
 
     @property
     def phase(self) -> Literal["starting", "ready", "stopping"]:
-        """ready: once it was, even if it is not healthy now."""
+        """'ready' means that it became ready once, even if it is unhealthy now."""
         if self.instance.stopping:
             return "stopping"
         return "starting" if self.ready_s is None else "ready"
@@ -73,11 +73,11 @@ class InstanceState:
         return self.draining_s is not None
 
     def is_drained(self, timeout_s: float, now_s: float) -> bool:
-        """It has finished its requests, or had time enough for them."""
+        """Whether it has finished its requests, or the drain has timed out."""
         return self.draining_s is not None and (self.is_idle or now_s - self.draining_s > timeout_s)
 
     def observe(self, instance: Instance, probe: ProbeResult, policy: Policy, now_s: float) -> bool:
-        """Returns True when it has become ready since the last observation."""
+        """Update the observed part. Returns True if it has become ready since the last observation."""
         self.instance, self.probe = instance, probe
         became_ready = probe.ready_s is not None and self.ready_s is None and not instance.stopping
         if became_ready:

@@ -1,4 +1,4 @@
-"""Health probes: each instance is asked whether it is ready, in a task of its own: a hung one delays no other."""
+"""Readiness probes: one task per instance, so that a hung instance does not delay the probes of others."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class ProbeResult:
 
     ready_s: float | None = None  # when it last reported that it is ready
     response_s: float | None = None  # when it last responded at all
-    failures: int = 0  # probes in a row without a response
-    timeouts: int = 0  # of these, the last in a row that timed out: it may accept connections and be hung
+    failures: int = 0  # consecutive probes without a response
+    timeouts: int = 0  # how many of the latest failures were timeouts: it may accept connections, but hang
     note: str = ""  # why it is not ready
-    metrics: str = ""  # its page of metrics, as last read
+    metrics: str = ""  # its latest /metrics page
 
 
 class HealthProber:
-    """Runs in the controller's event loop. api_key: what replicas ask for; it may be set at any time."""
+    """Runs in the controller's event loop. api_key: the replicas' API key; it may be set at any time."""
 
     def __init__(self) -> None:
         self.api_key = ""
@@ -61,7 +61,7 @@ class HealthProber:
             await self._probe(result, instance)
             if instance.role == "replica" and count % _PROBES_PER_METRICS_READ == 0 and result.ready_s is not None:
                 await self._read_metrics(result, instance)
-            await asyncio.sleep(0.0 if result.timeouts else PROBE_INTERVAL_S)  # a timeout was pause enough
+            await asyncio.sleep(0.0 if result.timeouts else PROBE_INTERVAL_S)  # a timeout has waited long enough
 
     async def _probe(self, result: ProbeResult, instance: Instance) -> None:
         try:

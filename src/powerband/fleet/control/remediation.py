@@ -1,4 +1,4 @@
-"""Shows the monitor what the controller observes, about once a second, and carries out its actions where allowed."""
+"""Feeds the monitor with the controller's observations, about once a second, and executes its actions if allowed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Remediator:
         has_room: Callable[[Release], bool],
         now_s: float,
     ) -> None:
-        """allowed: carry out the actions, instead of only suggesting them. has_room: for one more replica of a release.
+        """allowed: execute the actions, instead of only suggesting them. has_room: whether one more replica fits.
         now_s: time.monotonic().
         """
         self._completed += completed
@@ -116,8 +116,8 @@ class Remediator:
         instances: Mapping[str, InstanceState],
         has_room: Callable[[Release], bool],
     ) -> str:
-        """Returns what was done. Raises PowerbandError where that is not possible now."""
-        with self._store.lock_spec(wait_s=0.0):  # a tick waits for nothing; the action is suggested again
+        """Returns what was done. Raises PowerbandError if that is not possible now."""
+        with self._store.lock_spec(wait_s=0.0):  # a tick never blocks; the monitor will suggest the action again
             spec = self._store.read_spec()
             if spec is None or spec.removed or not has_room(spec.release):
                 raise UsageError("There is no room for one more replica here.")
@@ -133,7 +133,7 @@ class Remediator:
 
 
 def slo_target(release: Release) -> SLOTarget:
-    """From the release's plan, also if the trace that the plan was made from is not on this machine."""
+    """The target from the release's plan. Does not need the trace that the plan was made from."""
     predicted = {
         name: read_record(Prediction, figure, f"plan: predicted: {name}")
         for name, figure in release.plan.get("predicted", {}).items()

@@ -1,10 +1,10 @@
-"""The next actions of a rollout: a pure function of the desired and the observed replicas, without memory of its own.
+"""The next actions of a rollout: a pure, stateless function of the desired and the observed replicas.
 
     missing ──► start ──► starting ──► ready ──► draining ──► stop
                             outdated or surplus: only while enough others are ready
 
-Replicas are replaced one at a time. Never do more exist than desired plus `max_surge` (stopping ones count: they still
-hold memory), and never do fewer serve than desired (one fewer if `max_surge` is 0), unless they fail by themselves.
+Replicas are replaced one at a time. At most desired plus `max_surge` replicas exist (including stopping ones, which
+still hold memory). At least the desired number serve (one fewer if `max_surge` is 0), unless replicas fail.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from powerband.fleet.control.instance_state import InstanceState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredReplicas:
-    counts: tuple[int, ...]  # of each pool
-    revisions: tuple[str, ...]  # of each pool
+    counts: tuple[int, ...]  # by pool
+    revisions: tuple[str, ...]  # by pool
     max_surge: int = 1
     drain_timeout_s: float = 120.0
-    backing_off: Collection[str] = ()  # revisions of which none is started now, because they keep crashing
+    backing_off: Collection[str] = ()  # revisions not to start now, because their replicas keep crashing
 
     @property
     def total(self) -> int:
@@ -32,21 +32,21 @@ class DesiredReplicas:
 @dataclass(frozen=True, slots=True)
 class Actions:
     start: tuple[int, ...] = ()  # the pool of each new replica
-    drain: frozenset[str] = frozenset()  # ids of all replicas that are to get no new requests
+    drain: frozenset[str] = frozenset()  # ids of all replicas that should get no new requests
     stop: tuple[str, ...] = ()
     kill: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class _Availability:
-    """How many replicas still serve while the actions are chosen."""
+    """Counts the serving replicas while actions are chosen."""
 
     desired: DesiredReplicas
     serving: Counter[int] = field(default_factory=Counter)  # by pool
     cordoned: Counter[int] = field(default_factory=Counter)  # by pool
 
     def may_drop(self, pool: int) -> bool:
-        """Whether a replica of this pool may stop serving: enough others do, in its pool and altogether."""
+        """Whether a replica of this pool may stop serving: enough others serve, in its pool and in total."""
         desired = self.desired.counts[pool] if pool < len(self.desired.counts) else 0
         slack = 0 if self.desired.max_surge else 1
         enough_in_pool = self.serving[pool] - 1 >= desired - self.cordoned[pool] - slack
@@ -56,14 +56,14 @@ class _Availability:
 
 def next_actions(desired: DesiredReplicas, replicas: Sequence[InstanceState], now_s: float) -> Actions:
     """now_s: on the clock of the replicas' times."""
-    kill = [replica.id for replica in replicas if replica.is_hung]  # a stopping one, too: it ignores the request
+    kill = [replica.id for replica in replicas if replica.is_hung]  # even a stopping one: it ignores SIGTERM
     alive = [replica for replica in replicas if replica.phase != "stopping" and not replica.is_hung]
     retained = _retained(desired, alive)
     available = _Availability(desired, Counter(one.pool for one in alive if one.is_serving))
     available.cordoned.update(one.pool for one in alive if one.is_cordoned and one.id in retained)
     drain, stop = set(), []
     leaving = [replica for replica in alive if replica.id not in retained]
-    # Those that are draining already go on draining; then the oldest, since a new one has just been paid for.
+    # First those that are draining already, then the oldest: starting the new ones was expensive.
     for replica in sorted(leaving, key=lambda one: (not one.is_draining, one.number)):
         if replica.phase == "starting":
             stop.append(replica.id)
@@ -77,7 +77,7 @@ def next_actions(desired: DesiredReplicas, replicas: Sequence[InstanceState], no
 
 
 def _retained(desired: DesiredReplicas, alive: Sequence[InstanceState]) -> dict[str, InstanceState]:
-    """For each pool the desired number of replicas of its revision: serving ones first, old ones before new ones."""
+    """The replicas to keep: for each pool, the desired number of its revision; serving ones first, then older ones."""
     retained: dict[str, InstanceState] = {}
     for pool, (count, revision) in enumerate(zip(desired.counts, desired.revisions, strict=True)):
         current = [one for one in alive if (one.pool, one.revision) == (pool, revision) and not one.to_replace]

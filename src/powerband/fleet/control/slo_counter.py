@@ -19,7 +19,7 @@ class SLOCounter:
     since: float = 0.0  # time.time()
 
     def resume(self, load: ServiceLoad) -> None:
-        """Continue the counts of the controller before."""
+        """Continue the counts of the previous controller."""
         self.scheduled, self.good, self.since = load.scheduled, load.good, load.since
 
     def count(self, completed: Sequence[CompletedRequest], slo: SLO) -> None:

@@ -1,4 +1,4 @@
-"""From what the controller knows to what `powerband status` shows."""
+"""Converts the controller's state to the status that `powerband status` shows."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Whether a service meets its SLO and whether predictions still hold: windows, residuals, checks, incidents."""
+"""Monitors whether a service meets its SLO and its predictions still hold: windows, residuals, checks, incidents."""

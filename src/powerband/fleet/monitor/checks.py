@@ -1,4 +1,4 @@
-"""Checks of each replica and of the service as a whole: what is wrong, the likely cause, and what to do about it."""
+"""Checks of each replica and of the whole service. A finding says what is wrong, its likely cause, and what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Evidence = dict[str, float | str]
 
 # Of a replica
 _MIN_SILENCE_S = 5.0
-_SILENT_TOKEN_TIMES = 20  # times the usual time per output token
+_SILENT_TOKEN_TIMES = 20  # multiple of the usual time per output token
 _MIN_FAILURES = 3
 _MAX_FAILURE_RATIO = 0.05
 _MIN_EJECTED_S = 3.0
@@ -35,7 +35,7 @@ _MAX_CPU_PRESSURE, _MAX_MEMORY_PRESSURE, _MIN_FREE_MEMORY = 0.4, 0.1, 0.03
 
 
 def check_replicas(state: MonitorState) -> list[Finding]:
-    """At most one finding a replica: that of the first check, which explains the others."""
+    """At most one finding per replica: that of the first failing check, which explains the others."""
     found: dict[str, Finding] = {}
     for check in (_check_hang, _check_failures, _check_ejected, _check_slow, _check_leak):
         for finding in check(state):
@@ -44,7 +44,7 @@ def check_replicas(state: MonitorState) -> list[Finding]:
 
 
 def check_service(state: MonitorState, of_replicas: Sequence[Finding]) -> Iterator[Finding]:
-    """of_replicas: the findings of check_replicas, which may explain that of the service."""
+    """Findings about the whole service. of_replicas: the findings of check_replicas, which may explain them."""
     if (violated := _check_slo(state, of_replicas)) is not None:
         yield violated
     yield from _check_model(state)
@@ -61,7 +61,7 @@ def check_service(state: MonitorState, of_replicas: Sequence[Finding]) -> Iterat
         )
 
 
-# ---- of each replica
+# ---- checks of each replica
 
 
 def _check_hang(state: MonitorState) -> Iterator[Finding]:
@@ -69,7 +69,7 @@ def _check_hang(state: MonitorState) -> Iterator[Finding]:
     for replica in state.replicas:
         stuck_s = state.clock_s - state.progress[replica.id][1]
         has_metrics = replica.id in state.metrics
-        # A replica whose token counters still grow is only computing long responses that are not streamed.
+        # A replica whose token counters still grow is only busy with long responses that are not streamed.
         if replica.inflight and replica.silent_s > limit_s and (not has_metrics or stuck_s > limit_s):
             yield Finding(
                 kind="replica",
@@ -180,7 +180,7 @@ def _num_requests(count: int) -> str:
     return "1 request" if count == 1 else f"{count} requests"
 
 
-# ---- of the service: the SLO
+# ---- checks of the service: the SLO
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class _Explanation:
 
 
 def _check_slo(state: MonitorState, of_replicas: Sequence[Finding]) -> Finding | None:
-    """Misses burn the error budget too fast, or there is more load than the plan is made for and requests suffer."""
+    """Find out whether misses burn the error budget too fast, or the load exceeds the plan and requests suffer."""
     alert = state.burn.alert(state.clock_s)
     overload = _overload(state)
     if alert is None and overload is None:
@@ -223,7 +223,7 @@ def _check_slo(state: MonitorState, of_replicas: Sequence[Finding]) -> Finding |
 def _explain(
     state: MonitorState, finding: Finding, of_replicas: Sequence[Finding], overload: Evidence | None
 ) -> Finding:
-    """With the likeliest cause, and what to do about it."""
+    """The finding with the most likely cause, and advice."""
     order: list[Cause] = ["hang", "errors", "down", "slow_replica"]
     load = _explain_by_load(overload)
     if load is not None and "planned_rate" in load.evidence:
@@ -233,7 +233,7 @@ def _explain(
     if culprits:
         one = culprits[0]
         evidence = {**finding.evidence, **one.evidence, "replica": one.subject}
-        # The replica's own incident has the action; this one only explains.
+        # The replica's own incident suggests the action; this one only explains.
         return replace(
             finding, cause=one.cause, what=f"{finding.what} {one.what}", evidence=evidence, advice=one.advice
         )
@@ -335,7 +335,7 @@ def _overload(state: MonitorState) -> Evidence | None:
     return found if target.rate is None else {**found, "planned_rate": target.rate}
 
 
-# ---- of the service: its latency model and its machine
+# ---- checks of the service: its latency model and its machine
 
 
 def _check_model(state: MonitorState) -> Iterator[Finding]:
@@ -371,7 +371,7 @@ def _check_memory(state: MonitorState) -> Iterator[Finding]:
 
 
 def _host_pressure(state: MonitorState) -> Evidence | None:
-    """None: the machine has processor time and memory to spare."""
+    """A shortage of processor time or memory on the machine; None: it has enough of both."""
     host = state.host
     if host is None:
         return None

@@ -1,4 +1,4 @@
-"""Incidents: what is wrong, since when, the likely cause, and what to do. Kept in one file that survives restarts.
+"""Incidents: what is wrong, since when, the likely cause, and what to do. Stored in one file that survives restarts.
 
 An incident opens with a finding, stays open while the finding is repeated, and closes CLOSE_AFTER_S after the last one.
 A finding that returns within REOPEN_WITHIN_S reopens the same incident, which avoids a second notification.
@@ -26,7 +26,7 @@ _MAX_CLOSED = 500
 _MAX_ACTIONS = 20
 
 Kind = Literal["promise", "replica", "model", "host", "gateway"]
-# In order of likelihood: the first one counts where several are found.
+# In order of likelihood: if several are found, the first one counts.
 Cause = Literal[
     "load", "hang", "errors", "down", "slow_replica", "leak", "cache", "mix", "memory", "host", "model", "unknown"
 ]
@@ -95,7 +95,7 @@ class Incidents:
         return tuple(self._all)
 
     def update(self, now_s: float, findings: Iterable[Finding]) -> list[Incident]:
-        """Open, update and close incidents by the current findings. Returns the ones that were opened."""
+        """Open, update and close incidents according to the current findings. Returns those that were opened."""
         current = {(finding.kind, finding.subject): finding for finding in findings}
         for index, incident in enumerate(self._all):
             if not incident.is_open:

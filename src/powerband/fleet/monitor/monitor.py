@@ -23,12 +23,12 @@ _DISRUPTIVE = ("eject_replica", "restart_replica")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """What would help. The controller decides whether it is carried out."""
+    """A suggested action. The controller decides whether to execute it."""
 
     kind: ActionKind
     incident: str
     reason: str
-    replica: str = ""  # its id, where the action concerns one
+    replica: str = ""  # the replica's id, if the action is about one
 
 
 class Monitor:
@@ -60,7 +60,7 @@ class Monitor:
         self.incidents.record_action(action.incident, outcome)
 
     def set_target(self, target: SLOTarget) -> None:
-        """Another plan is in force: forget what was counted against the one before. Incidents stay."""
+        """Switch to another plan: drop the counts against the previous one. Incidents stay."""
         if target != self._state.target:
             self._state = MonitorState.for_target(target)
 
@@ -95,10 +95,10 @@ class Monitor:
         return Action(kind=incident.action, incident=incident.id, reason=incident.what, replica=replica)
 
     def _may_disrupt(self, incident: Incident, clock_s: float) -> bool:
-        """One replica at a time, and never eject the last one that works."""
+        """Whether a replica may be taken out of service: one at a time, and never the last ready one."""
         if self._disrupted_s is not None and clock_s - self._disrupted_s < _DISRUPTION_INTERVAL_S:
             return False
-        # Under overload, another replica would fail or be slow as well, and this one would be missed meanwhile.
+        # In an overload, any replica fails or is slow, and taking one out of service reduces capacity.
         if incident.cause in ("errors", "slow_replica") and any(one.cause == "load" for one in self.incidents.open):
             return False
         others = [one for one in self._state.replicas if one.id != incident.subject and one.state == "ready"]

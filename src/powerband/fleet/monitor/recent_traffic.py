@@ -19,7 +19,7 @@ _FAILED = (Outcome.ERROR, Outcome.TIMED_OUT)
 
 @dataclass(frozen=True, slots=True)
 class RequestSample:
-    """What is kept of a completed request."""
+    """The figures of a completed request that are kept."""
 
     time_s: float
     outcome: Outcome
@@ -95,7 +95,7 @@ class RecentTraffic:
         return max(completed + growth, 0), clock_s - first_s
 
     def failures(self, clock_s: float, window_s: float) -> tuple[Counter[str], Counter[str]]:
-        """By replica: the requests that it failed, and all that it was sent."""
+        """By replica: how many requests it failed, and how many it was sent."""
         failed: Counter[str] = Counter()
         sent: Counter[str] = Counter()
         for sample in self.within(clock_s, window_s):

@@ -1,4 +1,4 @@
-"""The figures of a replica's /metrics page that the monitor uses, for any engine. Read fast: once a second."""
+"""The metrics of a replica that the monitor uses, for any engine. Parsing must be fast: it runs once a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RESIDUALS = b"powerband_step_residual_ratio_bucket"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaMetrics:
-    values: Mapping[str, float] = field(default_factory=dict)  # by the names of engines.base.Metric; none is certain
+    values: Mapping[str, float] = field(default_factory=dict)  # by the names of engines.base.Metric; any may be missing
     # Cumulative number of steps by upper bound of observed / predicted seconds; empty: the engine is not calibrated.
     step_residuals: Mapping[float, float] = field(default_factory=dict)
 
@@ -28,7 +28,7 @@ class ReplicaMetrics:
 
 
 def read_metrics(text: str) -> ReplicaMetrics:
-    """Leaves out what it cannot read: a replica may be any engine. Values are summed over label sets."""
+    """Parse a page. Unknown metrics are left out, since a replica may run any engine. Sums values over label sets."""
     page = text.encode(errors="replace")
     residuals: dict[float, float] = {}
     for labels, count in samples(page, _RESIDUALS):

@@ -1,4 +1,4 @@
-"""Change detection on latency: does the latency model still hold, and which replicas are slower than it or their peers?
+"""Change detection on latency: does the latency model still hold, and is a replica slower than the model or its peers?
 
 A residual is ln(observed / predicted), which divides out the load, the main cause of latency. There are two sources, in
 windows of ten seconds: steps, from the histogram of observed / predicted seconds that calibrated engines export; or the
@@ -60,7 +60,7 @@ class Cusum:
 
 @dataclass(frozen=True, slots=True)
 class SlowReplica:
-    """Its steps or responses take `ratio` times as long as the reference."""
+    """A replica whose steps or responses take `ratio` times as long as the reference."""
 
     replica: str
     ratio: float
@@ -69,7 +69,7 @@ class SlowReplica:
 
 @dataclass(slots=True)
 class StepResiduals:
-    """Of all replicas. slack: for the model, at least SLACK: its predictions have a band."""
+    """The residuals of all replicas. slack: for the model; at least SLACK, because its predictions have a band."""
 
     slack: float = SLACK
     latest_ratio: dict[str, float] = field(default_factory=dict)  # by replica, of the last window with enough steps
@@ -93,7 +93,7 @@ class StepResiduals:
             steps[bound] = steps.get(bound, 0.0) + count
 
     def add_response(self, replica: str, tpot_s: float) -> None:
-        """Of a request that this replica alone answered."""
+        """Add a request that was answered by this replica alone."""
         if tpot_s > 0:
             self._responses.setdefault(replica, []).append(math.log(tpot_s))
 
@@ -152,7 +152,7 @@ class StepResiduals:
             self._step_cusums[replica] = cusum, now_s
 
     def _evaluate_responses(self, now_s: float) -> None:
-        """Only for replicas without step residuals."""
+        """Update the residuals from responses, for replicas without step residuals."""
         medians = {
             replica: median(values)
             for replica, values in self._responses.items()

@@ -20,8 +20,8 @@ WINDOWS_S = (60, 300, 3600)
 _MAX_AGE_S = 2 * 3600
 _CONFIDENCE = 0.999
 _CURRENT_S = 60
-_MIN_ERROR_BUDGET = 0.001  # for an SLO of 100 %, or a single miss would be an alert
-_MAX_MISS_RATIO = 0.9  # that an alert may ask for; with an SLO of 50 %, that is a burn rate of 1.8
+_MIN_ERROR_BUDGET = 0.001  # with an SLO of 100 %, a single miss would raise an alert
+_MAX_MISS_RATIO = 0.9  # upper limit of an alert's threshold; with an SLO of 50 %, this is a burn rate of 1.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ BURN_RATE_WINDOWS = (
 
 @dataclass(frozen=True, slots=True)
 class WindowCounts:
-    """Requests of a window: those that count towards the SLO, and those of them that met it."""
+    """The requests in a window that count towards the SLO, and how many of them met it."""
 
     good: int
     total: int
@@ -64,7 +64,7 @@ class SLOBurn:
     _misses: list[Counter[str]] = field(default_factory=list)  # of that second alone
 
     def add(self, time_s: float, misses: list[str]) -> None:
-        """A completed request, with the objectives that it missed."""
+        """Count a completed request, with the objectives that it missed."""
         second = int(time_s)
         if not self._seconds or second > self._seconds[-1]:
             self._seconds.append(second)
@@ -102,7 +102,7 @@ class SLOBurn:
         return max(1 - self.slo.attainment, _MIN_ERROR_BUDGET)
 
     def alert(self, now_s: float) -> BurnRateWindows | None:
-        """The first pair of windows over both of which the budget burns too fast."""
+        """The first pair of windows in both of which the budget burns too fast; None: there is none."""
         for pair in BURN_RATE_WINDOWS:
             long, short = self.window(now_s, pair.long_s), self.window(now_s, pair.short_s)
             max_attainment = 1 - min(pair.burn_rate * self.error_budget, _MAX_MISS_RATIO)

@@ -1,4 +1,4 @@
-"""What the monitor knows: the target it holds the service to, what it is shown, and what it derives from that."""
+"""The monitor's state: the target of the service, its observations, and what it derives from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BASELINE_FIGURES = ("prompt_tokens", "output_tokens", "cached_share", "tpot_s")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLOTarget:
-    """What a service is held to: the guarantee of its plan, or an SLO alone."""
+    """The target of a service: the guarantee of its plan, or only an SLO."""
 
     slo: SLO
     rate: float | None = None  # requests per second up to which the plan guarantees the SLO; None: there is no plan
@@ -53,7 +53,7 @@ class HostLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What the monitor is shown about once a second."""
+    """One observation of the service, about once a second."""
 
     now_s: float  # time.time()
     clock_s: float  # time.monotonic(), which the windows use
@@ -110,7 +110,7 @@ class MonitorState:
         self._track_replicas(present)
 
     def update_baseline(self, elapsed_s: float) -> None:
-        """To be called while there are no incidents."""
+        """Update the baseline. Call it only while there are no incidents."""
         recent = self.traffic.figures(self.clock_s, RECENT_S)
         if recent["answered"] < _MIN_SAMPLES:
             return
@@ -179,7 +179,7 @@ def read_host_load(root: Path = Path("/")) -> HostLoad | None:
 
 
 def _pressure(path: Path, kind: str) -> float | None:
-    """From lines like 'some avg10=1.23 avg60=…', in percent."""
+    """Parse lines like 'some avg10=1.23 avg60=…', in percent."""
     try:
         for line in path.read_text().splitlines():
             words = line.split()
@@ -191,7 +191,7 @@ def _pressure(path: Path, kind: str) -> float | None:
 
 
 def _set_since(times_s: dict[str, float], id: str, is_so: bool, now_s: float) -> None:
-    """Keep the time at which a condition began, as long as it holds."""
+    """Record when a condition began; remove the record when it ends."""
     if is_so:
         times_s.setdefault(id, now_s)
     else:

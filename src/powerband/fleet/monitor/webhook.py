@@ -1,4 +1,4 @@
-"""Notifies a URL when an incident opens or closes: a POST with JSON, with bounded retries, from a thread of its own.
+"""Notifies a URL when an incident opens or closes: a POST with JSON and a limited number of retries, in its own thread.
 
 The body is {"event": "opened" | "closed", "service": …, "text": a sentence, "incident": {…}, "sent_at": …}; chat
 systems show `text`. A response of 2xx confirms receipt; redirects are not followed.
@@ -44,7 +44,7 @@ class Webhook:
         self._thread.start()
 
     def notify(self, change: Change, incident: Incident) -> None:
-        """Never blocks: a message that finds the queue full, or that fails in every attempt, is logged and dropped."""
+        """Queue a message without blocking. If the queue is full or all attempts fail, it is logged and dropped."""
         service = f" at {self._service}" if self._service else ""
         message = {
             "event": change,
@@ -96,7 +96,7 @@ class WebhookNotifier:
         self._webhook: Webhook | None = None
 
     def set_url(self, url: str) -> None:
-        """Waits a moment while the webhook before sends what it has queued."""
+        """Set the URL. Waits briefly while the previous webhook sends its queue."""
         if url == self._url:
             return
         self.close()

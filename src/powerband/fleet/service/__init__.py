@@ -1,1 +1,1 @@
-"""A service: what it should be, what it is, and the files that hold both."""
+"""A service: its desired state, its observed status, and the files that hold both."""

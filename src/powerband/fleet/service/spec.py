@@ -1,4 +1,4 @@
-"""What a service should be: the release that it runs, its gateway, and how changes are carried out (desired.json).
+"""The desired state of a service: its release, its gateway, and its policy for changes (desired.json).
 
 `name=` keeps the field names of the file, so that a controller and a command of different versions understand it.
 """
@@ -35,7 +35,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     served_name: str
     pools: tuple[PoolRelease, ...]
     gpus: tuple[int, ...] = ()  # indices that the replicas may use; none on a CPU
-    api_key_file: str = ""  # holds the key that replicas ask for; '': they ask for none
+    api_key_file: str = ""  # contains the replicas' API key; '': they need none
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
         return SLO.from_dict(self.plan["slo"])
 
     def with_counts(self, counts: Sequence[int]) -> Release:
-        """The same release with other numbers of replicas. counts: of each pool."""
+        """The same release with other numbers of replicas. counts: by pool."""
         pools = [msgspec.structs.replace(pool, count=count) for pool, count in zip(self.pools, counts, strict=True)]
         return msgspec.structs.replace(self, pools=tuple(pools))
 
@@ -62,7 +62,7 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """How changes are carried out and failures handled. Times in seconds."""
+    """How changes are rolled out and failures handled. Times in seconds."""
 
     # Extra replicas during a rollout; 0: an old one stops first; None: 1 if memory and devices allow.
     max_surge: int | None = msgspec.field(default=None, name="surge")

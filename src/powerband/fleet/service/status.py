@@ -1,4 +1,4 @@
-"""What a service is, as its controller last observed it (status.json, `powerband status --json`).
+"""The status of a service, as its controller last observed it (status.json, `powerband status --json`).
 
 `name=` keeps the field names of the file. Times are seconds of time.time().
 """
@@ -72,7 +72,7 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     revision: str  # of the release that runs
     gateway: GatewayStatus
     replicas: tuple[ReplicaStatus, ...] = ()
-    established: int = 0  # the last generation of which everything became ready
+    established: int = 0  # the last generation that became completely ready
     failed_rollout: FailedRollout | None = msgspec.field(default=None, name="rejected")
     load: ServiceLoad = ServiceLoad()
     notes: tuple[str, ...] = ()

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-HEARTBEAT_TIMEOUT_S = 5.0  # without one, a controller counts as hung; it sends several a second
+HEARTBEAT_TIMEOUT_S = 5.0  # without a heartbeat for so long, a controller counts as hung; it sends several a second
 _LOCK_POLL_S = 0.02
 _LOCK_TIMEOUT_S = 20.0  # for another command to finish its change
 _DAMAGED = "Remove the service with 'powerband remove', or delete the file."
@@ -152,9 +152,9 @@ class ServiceStore:
         return self.controller_lock.stat().st_mtime
 
     def next_number(self) -> int:
-        """For the id of the next instance; never returns the same number twice. Called by the controller only.
+        """A number for the next instance's id; never the same twice. Called by the controller only.
 
-        On a full disk the number comes from the clock: in microseconds it is larger than any count.
+        On a full disk the number comes from the clock: microseconds are larger than any count.
         """
         path = self.path / "sequence"
         try:

@@ -1,4 +1,4 @@
-"""What the controller needs from the place where its instances run: today processes of this machine, later pods.
+"""The interface of a target, which runs the controller's instances: today as processes of this machine, later as pods.
 
 An instance is a replica or the gateway. A target keeps no desired state: it starts, lists and stops.
 """
@@ -17,7 +17,7 @@ Role = Literal["replica", "gateway"]
 class InstanceSpec:
     """An instance to start."""
 
-    id: str  # unique, never used again
+    id: str  # unique, never reused
     role: Role
     revision: str  # identifies what it runs
     command: tuple[str, ...]  # {port} in it becomes the port
@@ -56,7 +56,7 @@ class ExitedInstance:
 
 
 class Target(Protocol):
-    """No method waits for an instance."""
+    """Starts, lists and stops instances. No method blocks on an instance."""
 
     def start(self, spec: InstanceSpec) -> Instance:
         """Raises EnvironmentFault when the instance cannot be started. Once this returns, `list_instances` includes the

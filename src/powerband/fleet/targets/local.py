@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 # before, whose instances may still run.
 INSTANCE_TAG = "POWERBAND_MEMBER"
 _RECORDS = "members"
-# An instance takes its settings from its command line alone; of the user's POWERBAND_ variables it inherits only these.
+# An instance gets its settings only from its command line; it inherits only these of the user's POWERBAND_ variables.
 INHERITED_VARIABLES = (
     *("POWERBAND_CACHE", "POWERBAND_DEVICE_PROFILE", "POWERBAND_HERE", "POWERBAND_DEBUG"),
     *("POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE"),
 )
 MAX_KEPT_LOGS = 20
 LAST_LINES = 12
-_MEMORY_MARGIN = 1.1  # times the memory of the largest replica, for one more
+_MEMORY_MARGIN = 1.1  # one more replica needs this multiple of the largest replica's memory
 _SET_ASIDE = ".unreadable"  # suffix of a record that could not be decoded
 
 
@@ -79,7 +79,7 @@ class LocalTarget:
         for path in (self._records, self._logs):
             make_private_folder(path)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._unwritten: dict[str, _Record] = {}  # newer than their files, which the disk did not take
+        self._unwritten: dict[str, _Record] = {}  # newer than their files, because writing failed
         self._exited: list[ExitedInstance] = []
 
     def start(self, spec: InstanceSpec) -> Instance:
@@ -187,7 +187,7 @@ class LocalTarget:
             )
 
     def _open_log(self, id: str) -> BinaryIO:
-        """On a full disk, where no file can be created, /dev/null: the instance has to run all the same."""
+        """The log file. If it cannot be created (full disk), /dev/null, because the instance must run anyway."""
         try:
             return (self._logs / f"{id}.log").open("ab")
         except OSError as problem:
@@ -195,7 +195,7 @@ class LocalTarget:
             return open(os.devnull, "ab")
 
     def _reap(self, record: _Record) -> None:
-        """The instance's process has exited: kill what it left behind, and report it."""
+        """The instance's process has exited: kill its remaining children, and report it."""
         if record.process is not None:
             signal_session(record.process.pid, self._tag(record.id), signal.SIGKILL)
         child = self._children.pop(record.id, None)
@@ -208,7 +208,7 @@ class LocalTarget:
         self._exited.append(ExitedInstance(record.id, exit_code, log, exit_expected=record.stop_by is not None))
 
     def _free_port(self, host: str) -> int:
-        """A free port that no recorded instance has either: one that is just starting may not listen yet."""
+        """A free port that no recorded instance uses: one that is just starting may not listen yet."""
         taken = {record.url.rpartition(":")[2] for path in self._paths() if (record := self._read(path))}
         while True:
             port = free_port(host)
@@ -228,7 +228,7 @@ class LocalTarget:
         return sorted({*self._records.glob("*.json"), *map(self._path, self._unwritten)})
 
     def _write(self, record: _Record) -> None:
-        """A record that the disk does not take is kept in memory, and written as soon as possible."""
+        """Write a record. If that fails, it is kept in memory and written as soon as possible."""
         try:
             write_json(self._path(record.id), record)
             self._unwritten.pop(record.id, None)
@@ -258,7 +258,7 @@ class LocalTarget:
         return record
 
     def _set_aside(self, path: Path, problem: ValueError) -> None:
-        """End the instance of a record that cannot be decoded, since nothing else is known of it, and keep the file."""
+        """Kill the instance of a record that cannot be decoded, because it cannot be managed, and keep the file."""
         kept = path.with_suffix(_SET_ASIDE)
         os.replace(path, kept)
         tag = self._tag(path.stem)

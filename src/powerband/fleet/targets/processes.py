@@ -48,7 +48,7 @@ def identify(pid: int) -> ProcessId | None:
 
 
 def is_alive(expected: ProcessId) -> bool:
-    """Whether this very process runs. False for a zombie."""
+    """Whether exactly this process runs. False for a zombie."""
     found = identify(expected.pid)
     if found is None or found.boot != expected.boot or abs(found.started - expected.started) > _START_TOLERANCE:
         return False
@@ -64,7 +64,7 @@ def session_processes(session: int, tag: EnvironmentTag) -> list[psutil.Process]
 
 
 def signal_session(session: int, tag: EnvironmentTag, number: signal.Signals) -> None:
-    """Send a signal to every process of the session. Its leader alone is not enough: an engine outlives its server."""
+    """Send a signal to every process of the session, because an engine may outlive its server."""
     for process in session_processes(session, tag):
         with suppress(psutil.Error):
             process.send_signal(number)

@@ -80,7 +80,7 @@ class SlidingWindow:
         return self._sum
 
     def add(self, amount: int, now_s: float) -> list[int]:
-        """The cell that it went to, for `correct`."""
+        """Add an amount now. Returns its cell, for `correct`."""
         self.total(now_s)
         second = math.floor(now_s)
         if not self._cells or self._cells[-1][0] < second:
@@ -91,12 +91,12 @@ class SlidingWindow:
 
     def correct(self, cell: list[int], change: int, now_s: float) -> None:
         self.total(now_s)
-        if self._cells and self._cells[0][0] <= cell[0]:  # otherwise it has left, and with it all that it held
+        if self._cells and self._cells[0][0] <= cell[0]:  # otherwise the cell has expired
             cell[1] += change
             self._sum += change
 
     def wait_s(self, amount: int, limit: int, now_s: float) -> float:
-        """Seconds until `amount` is sure to fit below `limit`; what runs now may make it sooner."""
+        """Seconds until `amount` certainly fits below `limit`; running requests that end may make it fit sooner."""
         missing = self.total(now_s) + amount - limit
         for second, held in self._cells:
             if missing <= 0:
@@ -241,8 +241,9 @@ class Reservation:
 
 
 def room_for_output(context: int, max_prompt_tokens: int) -> int:
-    """Tokens that a context has beside a prompt. Engines refuse what cannot fit: the prompt's size is not known yet,
-    but three bytes a token are few.
+    """Tokens that a context has left beside a prompt, so that engines do not reject the request.
+
+    The prompt's exact size is not known yet; it is taken as at most one token per three bytes.
     """
     return context - min(max_prompt_tokens, max_prompt_tokens // 3 + 64)
 

@@ -1,1 +1,1 @@
-"""The dispatcher of each served model on an event loop, and the probes of its replicas."""
+"""Runs one dispatcher per served model on the event loop, and probes the replicas."""

@@ -1,12 +1,12 @@
-"""Asks every replica, twice a second, whether it makes progress; and takes note of those from which nothing comes.
+"""Active health checks: probes every replica twice a second, and detects hung ones by the silence of their streams.
 
-engine      asked for                       what shows progress
-powerband   /readyz                         it: steps advance, or there is nothing to do
-others      /health, and their metrics      their counters of tokens, and bytes on the streams that go through here
-unknown     /v1/models, which lists some    bytes on the streams that go through here
+engine      probe                            evidence of progress
+powerband   /readyz                          the probe itself: steps advance, or there is no work
+others      /health, and /metrics            the replica's token counters, and bytes on the gateway's streams
+unknown     /v1/models, nonempty             bytes on the gateway's streams
 
-A probe that times out is no fault while bytes come. After one that does, the next follows at once and has half the
-time: a replica that is stopped in the middle of everything is noticed within 2 s (0.5 until asked, 1, and 0.5).
+A probe that times out does not count as failed while bytes arrive. After a timeout that counts, the next probe has half
+the timeout: a replica that freezes is detected within 2 s (0.5 s until the probe, 1 s and 0.5 s timeouts).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 Fetch = Callable[[ReplicaAddress, str, float], Awaitable[tuple[int, bytes]]]
 _TICK_S = 0.05
-_HELD_UP_S = 0.4
+_HELD_UP_S = 0.4  # a longer gap between two steps means that this process itself was stalled
 _LOAD_TIMEOUT_S = 2.0
 
 
 class _Ready(msgspec.Struct):
-    """The part of our own /readyz that is read here."""
+    """The fields of Powerband's own /readyz that are read here."""
 
     engine_restarts: int = 0
 
@@ -54,15 +54,15 @@ class Prober:
         self._load_due_s: dict[str, float] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._step_s = pool.clock()
-        self._held_up_s = 0.0  # when this process itself was, last
+        self._held_up_s = 0.0  # when this process was last found stalled
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Probe until cancelled."""
         try:
             while True:
                 try:
                     self.step()
-                except Exception:  # a gateway that has stopped to look would be worse than any fault here
+                except Exception:  # probing must go on whatever happens
                     logger.exception("probing of %s", self._pool.model)
                 await asyncio.sleep(_TICK_S)
         finally:
@@ -71,7 +71,7 @@ class Prober:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def step(self) -> None:
-        """Begin what is due."""
+        """Start the probes and load reports that are due, and check for hung replicas."""
         pool, options, now_s = self._pool, self._pool.options, self._pool.clock()
         self._note_delay(now_s)
         backends = {backend.id: backend for backend in pool.backends}
@@ -84,17 +84,18 @@ class Prober:
             is_due = backend.is_ready and now_s >= self._load_due_s.get(backend.id, 0.0)
             if is_due and self._begin("load", backend, self._read_load):
                 self._load_due_s[backend.id] = now_s + options.metrics_interval_s
-            # A long step is no fault, and our own /readyz tells one from an engine that hangs.
+            # A long step is no fault: Powerband's own /readyz distinguishes it from a hung engine.
             is_trusted = pool.address(backend).adapter.ready_shows_progress and backend.is_ready
-            is_awake = now_s - self._held_up_s > options.probe_timeout_s  # long enough to have read what came meanwhile
-            # Where no other replica is there, cutting its streams would help nobody: each has a time limit of its own.
+            # After a stall, this process needs time to read what arrived meanwhile.
+            is_awake = now_s - self._held_up_s > options.probe_timeout_s
+            # Without another replica, failing its streams would not help; each stream has its own timeouts.
             has_others = pool.has_others((backend.id,))
             if is_awake and not is_trusted and has_others and backend.is_silent(now_s):
                 logger.warning("replica %s is silent: %d requests go elsewhere", backend.id, len(backend.in_flight))
                 pool.hung(backend)
 
     def _note_delay(self, now_s: float) -> None:
-        """Was this process held up? Then silence says nothing of others."""
+        """Record a stall of this process: silence during it says nothing about the replicas."""
         if now_s - self._step_s > _HELD_UP_S:
             self._held_up_s = now_s
         self._step_s = now_s
@@ -102,7 +103,7 @@ class Prober:
     def _begin(
         self, what: str, backend: Backend, function: Callable[[Backend, ReplicaAddress], Coroutine[Any, Any, None]]
     ) -> bool:
-        """Unless the one before still runs."""
+        """Start a task unless the previous one still runs. Returns whether it was started."""
         name = (what, backend.id)
         if name in self._tasks:
             return False
@@ -124,20 +125,20 @@ class Prober:
             if isinstance(problem, TimeoutError) or getattr(problem, "code", "") == "timeout":
                 self._timed_out(backend, sent_s)
             elif getattr(problem, "code", "") == NO_DESCRIPTORS:
-                pass  # it says nothing of the replica
+                pass  # says nothing about the replica
             elif backend.probed_badly(pool.clock(), type(problem).__name__):
                 self._gone(backend, "unreachable")
         else:
             if status == 200 and not (adapter.ready_path == "/v1/models" and _is_empty_list(body)):
-                self._well(backend, address, body)
+                self._succeeded(backend, address, body)
                 return
             self._explain(backend, address, status)
             if backend.probed_badly(pool.clock(), f"http_{status}"):
                 logger.warning("replica %s is not ready (HTTP %d)", backend.id, status)
-                pool.changed(backend)  # what it has, it may still end
+                pool.changed(backend)  # its running requests may still finish
 
     def _explain(self, backend: Backend, address: ReplicaAddress, status: int) -> None:
-        """Say why a replica will not become ready by waiting."""
+        """Log why waiting will not make a replica ready."""
         now_s, path = self._pool.clock(), address.adapter.ready_path
         if status in (401, 403) and backend.may_log(now_s):
             logger.warning("replica %s refuses the gateway's key: GET %s answers %d", backend.id, path, status)
@@ -147,7 +148,7 @@ class Prober:
                 *(backend.id, path, status, address.engine),
             )
 
-    def _well(self, backend: Backend, address: ReplicaAddress, body: bytes) -> None:
+    def _succeeded(self, backend: Backend, address: ReplicaAddress, body: bytes) -> None:
         if address.adapter.ready_shows_progress:
             with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
                 restarts = msgspec.json.decode(body, type=_Ready).engine_restarts
@@ -164,12 +165,12 @@ class Prober:
         if self._held_up_s >= sent_s:
             return  # it may have answered in time
         if backend.in_flight and now_s - backend.bytes_s < self._pool.options.probe_timeout_s / 2:
-            return  # slow to answer, but it works
+            return  # slow to answer, but making progress
         if backend.probed_badly(now_s, "probe_timeout"):
             self._gone(backend, "stopped")
 
     def _gone(self, backend: Backend, why: str) -> None:
-        """Nothing will come from it any more."""
+        """The replica is unreachable or frozen: fail all its requests in flight."""
         logger.warning("replica %s is %s: %d requests go elsewhere", backend.id, why, len(backend.in_flight))
         self._pool.changed(backend)
         backend.lose_all()
@@ -181,7 +182,7 @@ class Prober:
         try:
             status, page = await self._fetch(address, adapter.metrics_path, _LOAD_TIMEOUT_S)
         except OSError:
-            return  # the probe judges
+            return  # failures are left to the probe
         if status == 200:
             load = read_load(page, adapter)
             if load.tokens is not None and (backend.load.tokens or 0.0) < load.tokens:
@@ -190,7 +191,7 @@ class Prober:
 
 
 def read_load(page: bytes, adapter: EngineAdapter) -> ReplicaLoad:
-    """From a page of the engine's metrics. A page of 100 kB takes 0.1 ms."""
+    """Parse a page of the engine's metrics. Takes 0.1 ms for 100 kB."""
     names = adapter.metrics
     running, waiting = (first_total(page, names.get(name, ())) for name in ("running", "waiting"))
     counts = [first_total(page, names.get(name, ())) for name in ("prompt_tokens", "output_tokens")]
@@ -204,7 +205,7 @@ def read_load(page: bytes, adapter: EngineAdapter) -> ReplicaLoad:
 
 
 def _is_empty_list(body: bytes) -> bool:
-    """Whether a list of models has none: the server is up, and nothing is loaded."""
+    """Whether a list of models is empty: the server is up, but has loaded no model."""
     try:
         return not msgspec.json.decode(body, type=_Models).data
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

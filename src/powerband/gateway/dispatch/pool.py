@@ -1,6 +1,6 @@
-"""The dispatcher of one served model on an asyncio event loop: its timers, futures of requests that wait, and leases.
+"""The dispatcher of one served model on an asyncio event loop: its timer, the futures of queued requests, and leases.
 
-One event loop owns it all. Only `lease` waits.
+Belongs to one event loop. Only `lease` waits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Pool:
     # For the gateway.
 
     def update(self, route: ModelRoute) -> None:
-        """These are the replicas now. Those that stay keep their state; requests that wait may go to any."""
+        """Replace the set of replicas. Replicas that stay keep their state; queued requests may go to any."""
         self.model = route.name
         before, addresses = self._addresses, {address.id: address for address in route.replicas}
         self.dispatcher.update(
@@ -56,10 +56,10 @@ class Pool:
         self._deliver()
 
     async def lease(self, request: GatewayRequest, *, avoid: Collection[str] = ()) -> Lease:
-        """Wait for a place. avoid: replicas that failed with it, to be chosen only if there are no others.
+        """Wait for a slot at a replica. avoid: replicas that failed with the request, used only if no other serves.
 
-        Raises PoolFull, DeadlineUnreachable and NoReplicaAvailable at once, QueueTimeout after a wait. Cancelling it
-        leaves the queue.
+        Raises PoolFull, DeadlineUnreachable and NoReplicaAvailable at once, QueueTimeout after a wait. Cancelling the
+        call removes the request from the queue.
         """
         placed = self.dispatcher.submit(request, self.clock(), avoid=avoid)
         if isinstance(placed, QueuedRequest):
@@ -75,7 +75,7 @@ class Pool:
         return Lease(self, sent, request, self._addresses[sent.backend.id])
 
     def may_retry(self, lease: Lease) -> bool:
-        """Take another attempt from the budget of the request's tenant, after this one failed."""
+        """Whether a failed request may be retried; takes the retry from its tenant's budget."""
         return self.dispatcher.may_retry(lease.in_flight, self.clock())
 
     def are_healthy(self, ids: Iterable[str]) -> bool:
@@ -83,11 +83,11 @@ class Pool:
         return self.dispatcher.are_healthy(ids, self.clock())
 
     def has_others(self, than: Collection[str]) -> bool:
-        """Whether any other replica takes requests."""
+        """Whether any other replica is serving."""
         return self.dispatcher.has_others(than)
 
     def may_log(self, id: str) -> bool:
-        """Whether another line about this replica's responses is due."""
+        """Whether another log line about this replica's responses is due."""
         return self.dispatcher.may_log(id, self.clock())
 
     def snapshot(self) -> PoolSnapshot:
@@ -102,7 +102,7 @@ class Pool:
         )
 
     def close(self) -> None:
-        """Refuse the requests that wait."""
+        """Reject all queued requests."""
         self.dispatcher.refuse_all("The gateway is ending.", self.clock())
         self._deliver()
         if self._timer is not None:
@@ -113,33 +113,33 @@ class Pool:
 
     @property
     def backends(self) -> list[Backend]:
-        """Those to be probed: also the ones that only end what they have."""
+        """The backends to probe, including removed ones that finish their requests."""
         return self.dispatcher.backends
 
     @property
     def is_ready(self) -> bool:
-        """Whether any replica takes requests."""
+        """Whether any replica is serving."""
         return self.dispatcher.is_ready
 
     def address(self, backend: Backend) -> ReplicaAddress:
         return self._addresses[backend.id]
 
     def changed(self, backend: Backend) -> None:
-        """A probe made it ready, or ejected it."""
+        """A probe has made the backend ready, or ejected it."""
         self.dispatcher.changed(backend, self.clock())
         self._deliver()
 
     def restarted(self, backend: Backend) -> None:
-        """Its engine is another process now."""
+        """The backend's engine has restarted."""
         self.dispatcher.restarted(backend, self.clock())
 
     def hung(self, backend: Backend) -> None:
-        """Its probes are good, but nothing comes."""
+        """The backend passes its probes, but its streams are stuck."""
         self.dispatcher.hung(backend, self.clock())
         self._deliver()
 
     def reported(self, backend: Backend, load: ReplicaLoad) -> None:
-        """What a replica's metrics show."""
+        """Apply a load report from the replica's metrics."""
         self.dispatcher.reported(backend, load, self.clock())
         self._deliver()
 
@@ -149,7 +149,7 @@ class Pool:
         was_ready = sent.backend.is_ready
         self.dispatcher.release(sent, outcome, self.clock(), output_tokens=output_tokens, pause_s=pause_s)
         if outcome == "absent" and was_ready and not sent.backend.is_ready:
-            logger.warning("replica %s is not there: requests wait for it, or go elsewhere", sent.backend.id)
+            logger.warning("replica %s is unavailable: its requests wait, or go to others", sent.backend.id)
         self._deliver()
 
     def blame(self, sent: InFlightRequest) -> None:
@@ -159,12 +159,12 @@ class Pool:
     # Futures and the timer.
 
     def _deliver(self) -> None:
-        """Resolve the futures of requests that were sent or refused, and set the timer for the next deadline."""
+        """Resolve the futures of requests that were sent or rejected, and set the timer for the next deadline."""
         while decided := self.dispatcher.take_decided():
             for queued in decided:
                 future, outcome = self._futures.pop(queued), queued.outcome
                 if isinstance(outcome, InFlightRequest):
-                    if future.done():  # its client has just left
+                    if future.done():  # its client has just disconnected
                         self.dispatcher.release(outcome, "unsent", self.clock())
                     else:
                         future.set_result(outcome)
@@ -180,11 +180,11 @@ class Pool:
 
     def _wake(self) -> None:
         self._timer = None
-        self.dispatcher.tick(max(self.clock(), self._timer_due_s))  # timers may be early by the clock's resolution
+        self.dispatcher.tick(max(self.clock(), self._timer_due_s))  # a timer may fire early by the clock's resolution
         self._deliver()
 
     def _abandon(self, queued: QueuedRequest, future: asyncio.Future[InFlightRequest]) -> None:
-        """Its client left while it waited, or in the moment in which it got its place."""
+        """The client disconnected while its request was queued, or just as it was dispatched."""
         if self._futures.pop(queued, None) is not None:
             self.dispatcher.cancel(queued, self.clock())
         elif future.done() and not future.cancelled() and future.exception() is None:
@@ -193,7 +193,7 @@ class Pool:
 
 
 class Lease:
-    """A request's place with a replica, from dispatch until `close`."""
+    """A request's slot at a replica, from dispatch until `close`."""
 
     __slots__ = ("_pool", "in_flight", "replica", "request")
 
@@ -203,49 +203,50 @@ class Lease:
 
     @property
     def queue_s(self) -> float:
-        """Seconds that the request waited for it."""
+        """Seconds that the request was queued."""
         return self.in_flight.queue_s
 
     @property
     def is_lost(self) -> bool:
-        """The replica was found dead or hung while this ran: nothing more will come."""
+        """Whether the replica was found dead or hung: no more data will come."""
         return self.in_flight.is_lost
 
     def when_lost(self, callback: Callable[[], None]) -> None:
-        """Call back once, from the event loop; at once if that is so already. One callback at most."""
+        """Call `callback` once when the lease is lost; at once if it already is. Only one callback is kept."""
         if self.in_flight.is_lost:
             callback()
         else:
             self.in_flight.on_lost = callback
 
     def received(self) -> None:
-        """Bytes of any kind came."""
+        """Bytes arrived on the socket, of any kind."""
         self.in_flight.backend.received(self._pool.clock())
 
     def paused(self) -> None:
-        """The socket is not read for now."""
+        """Reading from the socket is paused."""
         self.in_flight.backend.paused(self.in_flight)
 
     def resumed(self) -> None:
-        """The socket is read again."""
+        """Reading from the socket has resumed."""
         self.in_flight.backend.resumed(self.in_flight, self._pool.clock())
 
     def progress(self) -> None:
-        """A part of the answer came."""
+        """A part of the response arrived."""
         self.in_flight.backend.progressed(self.in_flight, self._pool.clock())
 
     def first_token(self, prompt_tokens: int | None = None) -> None:
-        """The prompt is computed. prompt_tokens: as the replica counted them."""
+        """The prefill is done. prompt_tokens: the replica's count."""
         self._pool.dispatcher.first_token(self.in_flight, self._pool.clock(), prompt_tokens)
 
     def close(self, outcome: Outcome, *, output_tokens: int = 0, pause_s: float = 0.0) -> None:
-        """The first call counts. output_tokens: that were generated. pause_s: for which a replica that refused it
-        wants no other. `blame` may follow on "suspected".
+        """Free the slot. Only the first call has an effect. `blame` may follow on "suspected".
+
+        output_tokens: tokens generated. pause_s: the Retry-After of a replica that rejected the request.
         """
         self._pool.release(self.in_flight, outcome, output_tokens=output_tokens, pause_s=pause_s)
 
     def blame(self) -> None:
-        """It was closed as suspected, and the replica was at fault."""
+        """The lease was closed as "suspected", and the replica turned out to be at fault."""
         self._pool.blame(self.in_flight)
 
 

@@ -1,1 +1,1 @@
-"""What the gateway shows of itself: metrics, access log, traces, recent requests."""
+"""The gateway's observability: metrics, access log, traces, recent requests."""

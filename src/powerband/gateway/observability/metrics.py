@@ -86,7 +86,7 @@ class GaugeSnapshot:
 
 
 class _OneFamily(CollectorRegistry):
-    """For prometheus_client, which writes only registries."""
+    """A registry of one metric family: prometheus_client only renders registries."""
 
     def __init__(self, family: Metric) -> None:
         self._family = family

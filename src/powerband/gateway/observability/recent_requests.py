@@ -34,7 +34,7 @@ class RecentRequests:
             self._chunks -= len(self._requests.popleft().record.chunk_times_s)
 
     def after(self, number: int) -> list[CompletedRequest]:
-        """Requests that completed after the one of this number, oldest first, at most one page."""
+        """Requests that completed after this number, oldest first, at most one page."""
         found: list[CompletedRequest] = []
         chunks = 0
         for finished in self._newer(number):

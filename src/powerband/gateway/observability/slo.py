@@ -1,4 +1,4 @@
-"""Whether a live request kept the SLO, by the definition in metrics.slo."""
+"""Whether a live request met the SLO, as defined in metrics.slo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from powerband.spec.slo import SLO
 
 
 def slo_violations(finished: CompletedRequest, slo: SLO) -> list[str] | None:
-    """Why a request missed the SLO; empty: it kept it. None: it does not count."""
+    """The objectives that a request missed; empty: it met the SLO. None: it does not count."""
     return live_slo_misses(
         finished.record,
         slo,

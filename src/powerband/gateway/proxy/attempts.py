@@ -1,4 +1,4 @@
-"""A request's way to replicas: a place in the pool, the exchange, and another try elsewhere when that fails."""
+"""Sends a request to replicas: waits for a slot in the pool, sends it upstream, and retries elsewhere on failure."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ logger = logging.getLogger(__name__)
 
 MAX_REJECTIONS = 8
 _ERROR_BODY_S = 5.0
-_SHORTEST_PAUSE_S = 0.02
-_VERDICT_S = 2.0  # by when probes have found out that a replica is dead
-# Codes of our own replicas that take nothing now: the request has not reached an engine.
+_POLL_S = 0.02
+_VERDICT_S = 2.0  # within which probes detect a dead replica
+# Error codes of a Powerband replica that accepts no requests now: the request has not reached an engine.
 _ABSENT = ("starting", "not_ready", "draining", "engine_unavailable")
-_SHORT_S = 2.0  # a replica that wants no more than so long is asked once more
-_TOKENS_OF_A_GOOD_TRY = 32
-# Of the gateway's key for the replica; of what this server has at all.
+_SHORT_S = 2.0  # a replica with a Retry-After up to this is tried once more
+_MIN_TOKENS_OF_SUCCESS = 32  # an attempt that sent at least so many tokens resets the count of failures
+# Statuses about the gateway's key for the replica, and about endpoints or models that the server lacks.
 _KEY_STATUSES = (401, 402, 403, 407)
 _MISSING_STATUSES = (404, 405, 410, 501)
-# The path and body that a replica is to be sent.
+# Returns the path and body to send to a replica.
 BuildRequest = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
 
 
 class ReplicaError(PowerbandError):
-    """Replicas failed, and no other could take over."""
+    """Replicas failed, and no other replica could take over."""
 
     http_status = 502
     default_code = "upstream_failed"
 
 
 class PoisonRequest(PowerbandError):
-    """Replicas that answer others fail with this request."""
+    """Replicas that serve other requests fail with this one."""
 
     http_status = 400
     default_code = "request_fails"
 
 
 class UpstreamAttempts:
-    """`go` until there is an exchange to read; `failed` when it breaks; `close` at the end, whatever that is."""
+    """`go` returns a response to read; call `failed` when reading fails, and `end` in any case."""
 
     def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_attempts: int) -> None:
         self.request = request
@@ -78,13 +78,13 @@ class UpstreamAttempts:
         self._absent_since_s: float | None = None
         self.exchange: UpstreamExchange | None = None
         self.replicas: list[str] = []
-        self.broken: list[tuple[str, str]] = []  # replica and code of tries that failed, without refusals
+        self.broken: list[tuple[str, str]] = []  # replica and code of failed attempts; rejections excluded
         self.queue_s = 0.0
         self.sent_s = 0.0
-        self.response_started = False  # the client has a part of the answer
+        self.response_started = False  # the client has received a part of the response
 
     async def go(self, plan: BuildRequest, timeouts: Timeouts) -> tuple[ReplicaAddress, UpstreamExchange]:
-        """The replica, and its response with status 200, of which the body is still to be read.
+        """The replica, and its response with status 200, whose body is not read yet.
 
         Raises InvalidUpstreamRequest if a replica rejects the request itself, PoolError if the pool does, and
         ReplicaError after too many failures.
@@ -119,9 +119,9 @@ class UpstreamAttempts:
                 await self.failed(problem)
 
     async def _raise_for_status(self, exchange: UpstreamExchange, replica: ReplicaAddress) -> NoReturn:
-        """Raise InvalidUpstreamRequest for what the replica says against the request, UpstreamFailure for all else."""
+        """Raise InvalidUpstreamRequest if the replica finds the request invalid, else UpstreamFailure."""
         status, body = exchange.status, b""
-        with contextlib.suppress(UpstreamFailure, TimeoutError):  # the status says enough
+        with contextlib.suppress(UpstreamFailure, TimeoutError):  # without a body, the status is enough
             async with asyncio.timeout(_ERROR_BODY_S):
                 body = await exchange.read_all(MAX_ERROR_BYTES)
         complaint = with_served_name(read_error(body), replica.model, self.request.model)
@@ -131,7 +131,7 @@ class UpstreamAttempts:
             raise UpstreamFailure(code, shown, is_absence=True)
         if status in (429, 503) and code != "engine_dead":
             raise UpstreamFailure(code, shown, is_refusal=True, retry_after_s=retry_after_s(exchange.headers))
-        if status in _KEY_STATUSES:  # its words may quote the key
+        if status in _KEY_STATUSES:  # the replica's message is not shown, because it may quote the key
             problem = f"The replica refuses the gateway's key (HTTP {phrase(status)})."
             self._log(replica, f"{problem} Is its api_key in the routes right?")
             raise UpstreamFailure(f"http_{status}", problem, is_lasting=True)
@@ -149,9 +149,9 @@ class UpstreamAttempts:
             logger.warning("replica %s: %s", replica.id, what)
 
     async def failed(self, problem: UpstreamFailure, num_tokens: int = 0) -> None:
-        """The replica failed with this request, or refused it. Returns when another may be tried; else raises.
+        """The replica failed with the request, or rejected it. Returns if another attempt may be made, else raises.
 
-        num_tokens: how many it had sent before.
+        num_tokens: tokens that the replica sent before.
         """
         self._end_exchange()
         lease, self._lease = self._lease, None
@@ -164,7 +164,7 @@ class UpstreamAttempts:
         if id not in self._avoid:
             self._avoid.append(id)
         if problem.is_refusal:
-            # Ours says when there may be a place for this request, others when any may come again.
+            # Powerband's Retry-After is about this request alone; that of other engines is about all requests.
             is_alone = lease.replica.adapter.retry_after_is_per_request
             lease.close("refused", pause_s=0.0 if is_alone else problem.retry_after_s or 0.0)
             self._record_rejection(id, problem)
@@ -178,7 +178,7 @@ class UpstreamAttempts:
             raise _poison(problem, are_well=self._pool.are_healthy(id for id, _ in self.broken))
         if problem.is_lasting and not self._pool.has_others(self._avoid):
             raise self._error(problem)
-        self._num_failures = 1 if num_tokens >= _TOKENS_OF_A_GOOD_TRY else self._num_failures + 1
+        self._num_failures = 1 if num_tokens >= _MIN_TOKENS_OF_SUCCESS else self._num_failures + 1
         if self._num_failures >= self._max_attempts:
             self._verdict.settle()
             raise self._error(problem)
@@ -186,15 +186,17 @@ class UpstreamAttempts:
             raise self._error(problem)
 
     def _is_poison(self, lease: Lease, problem: UpstreamFailure) -> bool:
-        """Close the lease, and say whether the request itself is at fault."""
-        if problem.is_lasting or not problem.counts:  # it says nothing of this request
+        """Close the lease, and return whether the request itself is at fault."""
+        if problem.is_lasting or not problem.counts:  # says nothing about this request
             lease.close("failed" if problem.counts else "left")
             return False
         return self._verdict.failed(lease, problem.code)
 
     def _check_absence(self, problem: UpstreamFailure) -> None:
-        """Nothing was run, so that this is no try. The pool knows now, and the request waits there for a replica, but
-        in all no longer than any request may wait."""
+        """The request reached no engine, so this is not counted as an attempt: it may wait in the pool for a replica.
+
+        Raises once it has done so for longer than `max_queue_wait_s` in all.
+        """
         now_s = time.monotonic()
         if self._absent_since_s is None:
             self._absent_since_s = now_s
@@ -202,14 +204,14 @@ class UpstreamAttempts:
             raise self._error(problem)
 
     async def _may_retry(self, lease: Lease) -> bool:
-        """Where the budget is used up, probes have the last word: the victims of a replica that has died are free."""
+        """Whether to retry. With the budget used up, wait for the probes: retries after a replica's death are free."""
         deadline_s = time.monotonic() + _VERDICT_S
         while not (is_free := self._pool.may_retry(lease)) and time.monotonic() < deadline_s:
-            await asyncio.sleep(_SHORTEST_PAUSE_S)
+            await asyncio.sleep(_POLL_S)
         return is_free
 
     def _record_rejection(self, id: str, problem: UpstreamFailure) -> None:
-        """Go on to another replica, or to the same one once more if that is soon; else raise."""
+        """Return if another replica, or the same one after a short Retry-After, may be tried; else raise."""
         self._num_refusals[id] = self._num_refusals.get(id, 0) + 1
         asks_for_s = problem.retry_after_s or 0.0
         self._retry_after_s = min(self._retry_after_s, asks_for_s) if self._retry_after_s else asks_for_s
@@ -233,7 +235,7 @@ class UpstreamAttempts:
         return ReplicaError(shown)
 
     def warn(self, what: str) -> None:
-        """Log what is wrong with the replica of this try, not too often."""
+        """Log a fault of the current replica, rate-limited."""
         if self._lease is not None:
             self._log(self._lease.replica, what)
 
@@ -246,13 +248,13 @@ class UpstreamAttempts:
             self._lease.first_token(prompt_tokens)
 
     def close(self, outcome: Literal["ok", "failed", "refused", "left", "unsent"], output_tokens: int = 0) -> None:
-        """Free the place at the replica. The first call counts."""
+        """Free the slot at the replica. Only the first call has an effect."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.close(outcome, output_tokens=output_tokens)
 
     def end(self) -> None:
-        """Free everything. The connection is kept when nothing but the end of the answer is missing."""
+        """Free everything. The connection is reused if only the end of the response is missing."""
         exchange, self.exchange = self.exchange, None
         if exchange is not None and self._lease is None:
             self._upstream.drain(exchange)
@@ -272,13 +274,13 @@ def _headers(request: GatewayRequest) -> dict[str, str]:
 
 
 def _bind(lease: Lease, exchange: UpstreamExchange) -> None:
-    """The exchange fails when the replica is found to hang or to be gone; that is judged by what its socket does."""
+    """Report the socket's activity to the lease, and fail the exchange when the replica is found dead or hung."""
     exchange.observer = lease
     lease.when_lost(partial(exchange.fail, "lost", "the replica hangs or is gone"))
 
 
 def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:
-    """For a request with which two replicas fail in the same way. are_well: they answer others meanwhile."""
+    """The error of a request with which two replicas failed in the same way. are_well: they serve other requests."""
     shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
     if not are_well:
         return ReplicaError(shown)

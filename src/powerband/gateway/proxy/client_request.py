@@ -1,6 +1,6 @@
-"""What the gateway reads of a client's request, and the body that a replica gets in its place.
+"""A client's request as the gateway reads it, and the body that it sends to a replica instead.
 
-Fields that the gateway does not know pass through as they are: the replica judges them.
+Unknown fields pass through unchanged; the replica validates them.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ PATHS: dict[Endpoint, str] = {
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
 }
-COMPLETION_TOKENS = 16  # that a completion has at most where it names no limit: OpenAI's default, and the engines'
-# Of one token in an answer's JSON, at most: the longest of a vocabulary are runs of 128 blanks or so, and a control
-# character takes six bytes; with log-probabilities it stands there with twenty others.
+COMPLETION_TOKENS = 16  # default max_tokens of a completion, at OpenAI and in the engines
+# Upper bounds for one token in a response's JSON. The longest tokens of vocabularies are runs of about 128 blanks, and
+# an escaped control character takes six bytes; log-probabilities list up to twenty alternatives.
 _TOKEN_BYTES = 1024
 _TOKEN_BYTES_WITH_LOGPROBS = 64 << 10
-MAX_TOKENS = 1 << 20  # of one choice, where the request names no limit: no model has a longer context
+MAX_TOKENS = 1 << 20  # of one choice without max_tokens: no model has a longer context
 _SLACK_PROMPT_TOKENS = 1 << 16
-_PROMPT_BYTES = 32  # of an answer, for each of the prompt: its ids, and itself
+_PROMPT_BYTES = 32  # response bytes per byte of the prompt, which may be echoed with its ids
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _TRUE = Raw(b"true")
 MAX_PROMPTS = 1024  # of one request
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _TEXTS = msgspec.json.Decoder(list[str])
-# Beside the prompt, what engines compute (SGLang and Ollama fill in before a suffix); what they
-# do not, however long; and how long a field may be of which that is not known.
+# _FED: fields that engines may feed to the model besides the prompt (SGLang and Ollama support `suffix`). _NOT_FED:
+# fields that they do not, however long. An unknown field counts as fed if it is longer than _SHORT_FIELD bytes.
 _FED = frozenset(("suffix", "resume_token_ids", "documents", "tools"))
 _NOT_FED = frozenset(
     (
@@ -56,7 +56,7 @@ _SHORT_FIELD = 256
 
 
 class RequestFields(msgspec.Struct):
-    """The fields that the gateway reads, of both kinds of request."""
+    """The fields that the gateway reads, of chats and completions."""
 
     model: str | None = None
     prompt: Raw | UnsetType = UNSET
@@ -81,21 +81,21 @@ class RequestFields(msgspec.Struct):
 
     @property
     def limit(self) -> int | None:
-        """Output tokens of one choice, at most."""
+        """Maximum output tokens of one choice."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self, endpoint: Endpoint) -> None:
-        """Raise InvalidRequest when engines would not agree on how much may be made: limits and bills go by it."""
+        """Raise InvalidRequest if engines would disagree about the maximum output, which limits and usage rely on."""
         for name, usual in (("n_predict", "max_tokens"), ("n_cmpl", "n")):
-            if getattr(self, name) is not None:  # llama.cpp's names, which win over the usual ones there
-                raise InvalidRequest(f"'{name}' is not taken.", hint=f"Say '{usual}'.", param=name)
-        if self.prompt_embeds is not UNSET and bytes(self.prompt_embeds) != b"null":  # each makes choices of its own
+            if getattr(self, name) is not None:  # llama.cpp's names, which override the standard ones there
+                raise InvalidRequest(f"'{name}' is not taken.", hint=f"Use '{usual}'.", param=name)
+        if self.prompt_embeds is not UNSET and bytes(self.prompt_embeds) != b"null":  # each one adds choices
             raise InvalidRequest("'prompt_embeds' is not supported.", hint="Send 'prompt'.", param="prompt_embeds")
         if self.max_completion_tokens is None:
             return
         if endpoint == "completions":
             raise InvalidRequest(
-                "'max_completion_tokens' is for chats.", hint="Say 'max_tokens'.", param="max_completion_tokens"
+                "'max_completion_tokens' is for chats.", hint="Use 'max_tokens'.", param="max_completion_tokens"
             )
         if self.max_tokens not in (None, self.max_completion_tokens):
             raise InvalidRequest(
@@ -106,7 +106,7 @@ class RequestFields(msgspec.Struct):
 
 
 class UnsuitableReplica(Exception):
-    """The request needs a replica of another engine. error: what to raise where there is none."""
+    """The request needs a replica of another engine. error: raised if there is none."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -118,14 +118,14 @@ _MAX_NAME_CHARS = max(map(len, _NAMES))
 
 
 class ClientRequest:
-    """A request that was read. `request`: for queue and limits. `upstream_body`: what a replica is sent."""
+    """A parsed client request. `request`: the form for queue and limits. `upstream_body`: the body for a replica."""
 
     def __init__(self, data: bytes, endpoint: Endpoint) -> None:
         """Raises InvalidRequest."""
         self.endpoint = endpoint
         self.fields = decode(data, RequestFields)
         if len(data) > SMALL_BYTES and len(compact := msgspec.json.format(data, indent=-1)) < len(data) * 7 // 8:
-            data = compact  # what is kept until the answer has ended; the blanks that padded it are not
+            data = compact  # the body is kept until the response ends, so padding is dropped
             self.fields = decode(data, RequestFields)
         self.fields.check(endpoint)
         self.prompt = self._prompt()
@@ -133,17 +133,17 @@ class ClientRequest:
         self._fields: dict[str, Raw] = _FIELDS.decode(data)
         _check_case(self._fields)
         self.num_prompts, self.prompt_tokens, is_exact = _measure(self.prompt, endpoint)
-        # A token has a byte at least, and the JSON around a text more bytes than its chat template has tokens.
+        # A token has at least one byte, and the JSON around a text has more bytes than the chat template adds tokens.
         size = len(data) - len(self.prompt) + _text_bytes(self.prompt)
         self.max_prompt_tokens = self.prompt_tokens + self._fed_bytes() if is_exact else max(size, self.prompt_tokens)
         if "tools" in self._fields:
             self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
-        # Of its usage, at most, as far as is known here: templates add text, pictures are fetched by the replica.
+        # Upper bound of the prompt's reported usage. Templates add text, and replicas fetch images by URL.
         self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_answers
         if b"_url" in self.prompt:
             self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
-        self.contexts: Mapping[str, int | None] = {}  # of replicas, as far as they are known, for the cap
-        self.cap: int | None = None  # on the output of a request that names no limit, see `limit`
+        self.contexts: Mapping[str, int | None] = {}  # context length by replica, as far as known, for the cap
+        self.cap: int | None = None  # on the output of a request without max_tokens, see `limit`
 
     @property
     def size(self) -> int:
@@ -158,7 +158,7 @@ class ClientRequest:
         return bytes(value)
 
     def _fed_bytes(self) -> int:
-        """Of what engines may compute beside a prompt of ids: suffixes, and long fields not known here."""
+        """Bytes of fields that engines may feed to the model besides a prompt of ids."""
         fed = {name: len(bytes(value)) for name, value in self._fields.items() if name not in _NOT_FED}
         return sum(size for name, size in fed.items() if name in _FED or size > _SHORT_FIELD)
 
@@ -168,7 +168,7 @@ class ClientRequest:
 
     @property
     def limit(self) -> int | None:
-        """Output tokens of one choice, at most: as asked, or as its key's limits allow; None: as the context allows."""
+        """Maximum output tokens of one choice: as requested, or as the key's limits allow; None: up to the context."""
         return self.cap if self.fields.limit is None else self.fields.limit
 
     @property
@@ -177,23 +177,23 @@ class ClientRequest:
 
     @property
     def num_answers(self) -> int:
-        """That are computed, of which the best may be all that is answered."""
+        """Choices to compute; with best_of, not all of them are returned."""
         return self.num_prompts * max(self.fields.n or 1, self.fields.best_of or 1)
 
     @property
     def can_resume(self) -> bool:
-        """Whether there is one answer, which another replica could go on with."""
+        """Whether another replica could resume the response: only if there is a single choice."""
         fields = self.fields
         return self.num_choices == 1 and (fields.best_of or 1) == 1 and fields.limit != 0
 
     @property
     def resumed_ids(self) -> list[int]:
-        """Output that the client has already, and wants to be gone on with."""
+        """Token ids of output that the client already has and wants continued."""
         return self.fields.resume_token_ids or []
 
     @property
     def max_answer_bytes(self) -> int:
-        """More than any right answer to it has; without a limit to its tokens there is no such bound."""
+        """Upper bound of a valid response's size; without max_tokens, practically none."""
         limit = self.fields.limit
         if limit is None:
             return 1 << 62
@@ -214,7 +214,7 @@ class ClientRequest:
 
     @property
     def prompt_salt(self) -> bytes:
-        """What separates prompts in caches, besides their own text."""
+        """Fields that separate equal prompts in prefix caches."""
         return b"".join(bytes(self._fields[name]) for name in ("tools", "cache_salt") if name in self._fields)
 
     def request(
@@ -226,7 +226,7 @@ class ClientRequest:
         default_output_tokens: int,
         best_priority: int = 0,
     ) -> GatewayRequest:
-        """best_priority: nothing that the client writes gets it a better one."""
+        """The request for queue and limits. best_priority: the best priority that the client may ask for."""
         fields, now_s = self.fields, time.monotonic()
         default = default_output_tokens if self.endpoint == "chat" else COMPLETION_TOKENS
         output_tokens = (default if fields.limit is None else fields.limit) * self.num_answers
@@ -249,17 +249,17 @@ class ClientRequest:
         )
 
     def returns_token_ids(self, replica: ReplicaAddress) -> bool:
-        """Whether its stream says the ids of all tokens: to resume after them, and to count them."""
+        """Whether the replica's stream has the ids of all tokens, to resume after them and to count them."""
         return self.is_stream and self.fields.limit != 0 and replica.adapter.returns_token_ids
 
     def returns_usage(self, replica: ReplicaAddress) -> bool:
-        """Whether each chunk of its stream says how many tokens its choice has so far."""
+        """Whether each chunk of the replica's stream reports its choice's tokens so far."""
         return self.is_stream and replica.adapter.returns_continuous_usage
 
     def upstream_body(self, replica: ReplicaAddress, tenant: str, resumed: Sequence[int] = ()) -> bytes:
-        """resumed: ids of the output tokens that the client has, for our own engine to continue from.
+        """The body to send to a replica. resumed: output token ids that a Powerband replica continues from.
 
-        Raises UnsuitableReplica when the client has some that this replica could not go on after.
+        Raises UnsuitableReplica if the client sent resume_token_ids and this replica does not support them.
         """
         if self.resumed_ids and not replica.adapter.takes_resume_token_ids:
             raise UnsuitableReplica(
@@ -270,13 +270,13 @@ class ClientRequest:
                 )
             )
         fields = dict(self._fields)
-        # Waiting happens here: an engine whose queue knows no priorities would refuse them.
+        # Requests queue in the gateway; an engine without priority scheduling would reject these fields.
         changed = fields.pop("priority", None) is not None
         changed = fields.pop("deadline_s", None) is not None or changed
         if self.fields.model != replica.model:
             fields["model"] = _raw(replica.model)
             changed = True
-        if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # a client must not use a key's name
+        if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # no client may use another key's cache
             changed = True
             isolating = replica.adapter.tenant_fields(tenant, self.fields.user, self.fields.cache_salt)
             for name, value in isolating.items():
@@ -295,24 +295,24 @@ class ClientRequest:
                 fields["return_token_ids"] = _TRUE
             if resumed:
                 fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
-                fields.pop("echo", None)  # the client has it
+                fields.pop("echo", None)  # the client already has the prompt
         return msgspec.json.encode(fields) if changed else self._data
 
     def _cap_at(self, replica: ReplicaAddress, cap: int) -> int:
-        """A context in which the prompt has no room is none: the replica judges."""
+        """The cap, lowered to the replica's context. If the prompt may not fit, the replica decides."""
         room = room_for_output(self.contexts.get(replica.id) or MAX_TOKENS, self.max_prompt_tokens)
         return min(cap, room) if room > 0 else cap
 
 
 def _check_case(fields: Mapping[str, Raw]) -> None:
-    """Servers in Go (Ollama, LocalAI) read field names in any case: limits must not depend on which server it is."""
+    """Reject known field names in another case: servers in Go (Ollama, LocalAI) accept them, evading limits."""
     for name in fields:
         if name not in _NAMES and len(name) <= _MAX_NAME_CHARS and (usual := name.casefold()) in _NAMES:
             raise InvalidRequest(f"Unknown field '{name}'.", hint=f"Did you mean '{usual}'?", param=name)
 
 
 def with_model(data: bytes, model: str) -> bytes:
-    """A body with this model's name."""
+    """The body with its model name replaced."""
     return msgspec.json.encode({**_FIELDS.decode(data), "model": model})
 
 
@@ -321,16 +321,16 @@ def _raw(value: Any) -> Raw:
 
 
 def _text_bytes(prompt: bytes) -> int:
-    """At most, of its texts: an escape like \\u4e00 has six bytes, and stands for three at most."""
-    # Behind an escaped backslash it is none; such pairs of it are all left out, so that the result is never too low.
+    """Upper bound of the texts' bytes in UTF-8: an escape like \\u4e00 has six bytes, and stands for at most three."""
+    # After an escaped backslash it is no escape. All such cases are subtracted, so the result is never too low.
     num_escapes = prompt.count(b"\\u") - prompt.count(b"\\\\u")
     return len(prompt) - 3 * max(num_escapes, 0)
 
 
 def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int, bool]:
-    """Prompts, about how many tokens they have together, and whether that is exact. Raises InvalidRequest.
+    """Number of prompts, their tokens together, and whether that count is exact. Raises InvalidRequest.
 
-    prompt: JSON. Nothing is built of it: it may have millions of items.
+    prompt: JSON, which is not decoded because it may have millions of items.
     """
     if endpoint == "chat" or not prompt.startswith(b"["):
         return 1, max(1, len(prompt) // BYTES_PER_TOKEN), False

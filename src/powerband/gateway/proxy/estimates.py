@@ -1,9 +1,9 @@
-"""How many tokens an answer has where its replica does not say: an estimate, which the books mark as one.
+"""Estimates the tokens of a response whose replica does not count them. Usage records mark them as estimates.
 
-    text that came                 its size, times what tokens of this model were to their size so far
-    a whole answer, not waited for  seconds at the replica, times the tokens a second of whole answers of this model
+    text that was received               its size times this model's measured tokens per size
+    a response that was not waited for   seconds at the replica times this model's measured tokens per second
 
-Both are corrected by every answer that a replica has counted itself, and neither is low where nothing was counted yet.
+Every response that a replica has counted itself refines both. The initial values are rather too high than too low.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from powerband.dispatch.estimates import OutputEstimate
 
 ASCII_PER_TOKEN = 4  # English text has a few more, code a few less
 OTHER_BYTES_PER_TOKEN = 3  # of UTF-8: one token for a Chinese character
-FIRST_TOKENS_PER_S = 100.0  # of one choice, until an answer has been counted: a fast engine's
+FIRST_TOKENS_PER_S = 100.0  # of one choice, until a response has been counted: a fast engine's rate
 _NOT_ASCII = bytes(range(0x80, 0x100))
 _WEIGHT = 0.1  # of the newest in a moving mean
 _MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0
@@ -36,7 +36,7 @@ _CALLS = msgspec.json.Decoder(list[_Call])
 
 
 class TokenEstimates:
-    """What is known of the answers of one model. text_factor: tokens for each that `text_tokens` finds."""
+    """Measurements of one model's responses. text_factor: counted tokens per token that `text_tokens` estimates."""
 
     def __init__(self) -> None:
         self.tokens_per_s = FIRST_TOKENS_PER_S
@@ -45,7 +45,7 @@ class TokenEstimates:
         self._is_paced = False
 
     def learn(self, output_tokens: int, choices: int, seconds: float, text_tokens: float) -> None:
-        """A replica took so long for an answer whose tokens it has counted. text_tokens: of its text; 0: not seen."""
+        """Learn from a response whose tokens the replica has counted. text_tokens: of its text; 0: not seen."""
         if output_tokens <= 0:
             return
         self.output.observe(output_tokens / choices)
@@ -58,13 +58,13 @@ class TokenEstimates:
             self.text_factor += (factor - self.text_factor) * _WEIGHT
 
     def of_whole(self, seconds: float, choices: int, limit: int | None) -> int:
-        """Output tokens of all choices after so long at a replica. limit: of one choice, if the request names it."""
+        """Output tokens of all choices after `seconds` at a replica. limit: max_tokens of one choice; None: none."""
         each = math.ceil(seconds * self.tokens_per_s)
         return choices * (each if limit is None else min(each, limit))
 
 
 class TextTokenCount:
-    """Tokens of text that comes in pieces: by its size, and at least one for each piece."""
+    """Estimates the tokens of a text that arrives in pieces, from its size; at least one token per piece."""
 
     def __init__(self, estimates: TokenEstimates) -> None:
         self.size = 0.0  # in tokens, before the factor
@@ -73,7 +73,7 @@ class TextTokenCount:
         self._tokens = 0
 
     def add(self, text: str) -> int:
-        """How many more there are."""
+        """Add a piece. Returns by how many tokens the estimate grows."""
         self.size += text_tokens(text)
         self._pieces += 1
         before = self._tokens
@@ -90,7 +90,7 @@ def text_tokens(text: str) -> float:
 
 
 def call_text(calls: Raw) -> str:
-    """What the model wrote of calls of tools: names and arguments, without the JSON around them."""
+    """The text of tool calls that the model generated: names and arguments, without the JSON around them."""
     try:
         found = _CALLS.decode(calls)
     except msgspec.ValidationError:

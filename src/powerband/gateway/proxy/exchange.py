@@ -1,6 +1,6 @@
-"""A request to a replica, and its response as it comes: read piece by piece, or handed on, with a limit for each phase.
+"""A request to a replica and its response: read piece by piece or passed to a consumer, with a timeout for each phase.
 
-What came and was not read yet is bounded: the socket is not read while a reader is that far behind.
+Unread data is bounded: reading from the socket pauses while the reader is too far behind.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ MAX_UNREAD_BYTES = 64 << 10
 
 
 class UpstreamFailure(ConnectionError):
-    """A replica did not answer, or not to the end. `code`: what to call it in records and metrics.
+    """A replica did not answer, or not completely. `code`: the error code in records and metrics.
 
-    is_refusal: it is well, and has no room. is_absence: nothing listens there, or its engine is gone; the request has
-    not reached an engine. retry_after_s: it wants to be left alone for so long. counts: against the replica, for the
-    circuit breaker; else it only does not offer what was asked for. is_lasting: it would say so again.
+    is_refusal: the replica is healthy but at capacity (429, 503). is_absence: no server listens there, or its engine is
+    gone; the request has not reached an engine. retry_after_s: its Retry-After. counts: the circuit breaker counts the
+    failure; False: the replica lacks a feature or is not at fault. is_lasting: the replica would fail again.
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class UpstreamFailure(ConnectionError):
 
 
 class SocketObserver(Protocol):
-    """Hears what the socket of an exchange does."""
+    """Notified of the activity of an exchange's socket."""
 
     def received(self) -> None:
-        """Bytes of any kind came."""
+        """Bytes arrived, of any kind."""
 
     def paused(self) -> None:
-        """It is not read for now: the reader is behind."""
+        """Reading is paused, because the reader is behind."""
 
     def resumed(self) -> None: ...
 
 
 class UpstreamExchange(HttpResponse):
-    """A request that was sent, and its answer as it comes. `close` at any time; the end of it must be reached, or that.
+    """A request that was sent, and its response. Read it to the end, or call `close`, which is allowed at any time.
 
-    due_s: by when more has to come, on time.monotonic(), while a reader waits for it; else 0.
+    due_s: while a reader waits, the time on time.monotonic() by which more data must arrive; else 0.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class UpstreamExchange(HttpResponse):
     )
 
     def __init__(self, first_s: float, between_s: float, end_s: float) -> None:
-        """first_s: by when the first of the body has to come. between_s: at most until the next. end_s: for all."""
+        """first_s, end_s: when the body must have begun and ended. between_s: maximum time between two reads."""
         super().__init__()
         self._pieces: list[bytes] = []
         self._unread = 0
@@ -100,14 +100,14 @@ class UpstreamExchange(HttpResponse):
         return UpstreamFailure(self.code, f"{self.problem[:1].upper()}{self.problem[1:]}.")
 
     async def read_head(self) -> None:
-        """Wait until `status` and `headers` are there. Raises UpstreamFailure."""
+        """Wait for `status` and `headers`. Raises UpstreamFailure."""
         while not self.status:
             if self.code:
                 raise self._failure()
             await self._wait()
 
     async def read(self) -> bytes:
-        """All that came of the body since the last time, at least a byte; b'' at its end. Raises UpstreamFailure."""
+        """The body received since the last call, at least one byte; b'' at its end. Raises UpstreamFailure."""
         while True:
             if self._pieces:
                 return self._take()
@@ -133,14 +133,14 @@ class UpstreamExchange(HttpResponse):
             self.due_s = 0.0
 
     def no_progress(self) -> None:
-        """What was read last does not count: the time by which more has to come stays what it was before."""
+        """The data read last was no progress: restore the previous time limit."""
         self._limit_s = self._limit_before_s
 
     def _extend(self) -> None:
         self._limit_before_s, self._limit_s = self._limit_s, min(time.monotonic() + self.between_s, self.end_s)
 
     def hold(self) -> None:
-        """Hand on nothing until `release`, or the end; what comes meanwhile is bounded."""
+        """Pass on nothing until `release` or the end of the body. Data buffered meanwhile is bounded."""
         self._is_held = True
         self.due_s = self.end_s
         self._pause()
@@ -166,7 +166,7 @@ class UpstreamExchange(HttpResponse):
                 self.observer.resumed()
 
     async def read_all(self, max_bytes: int) -> bytes:
-        """The whole body. Raises UpstreamFailure, also when it is larger."""
+        """The whole body. Raises UpstreamFailure, also if it is larger than `max_bytes`."""
         pieces, size = [], 0
         while piece := await self.read():
             pieces.append(piece)
@@ -179,12 +179,12 @@ class UpstreamExchange(HttpResponse):
         return b"".join(pieces)
 
     def close(self) -> None:
-        """Want no more of it. Ends the connection unless the answer is whole, so that the replica notices."""
+        """Stop receiving. Closes the connection unless the response is complete, so that the replica aborts it."""
         self._pieces.clear()
         super().close()
 
     def drain(self, due_s: float) -> bool:
-        """Read no more, but leave the connection to what is left of the answer until `due_s`. True: nothing is."""
+        """Discard the rest of the response until `due_s`, to keep the connection. True: it is already complete."""
         if not self.is_over:
             self.is_let_end = True
             self.due_s = due_s
@@ -211,14 +211,14 @@ class UpstreamExchange(HttpResponse):
         self.flush()
 
     def flush(self) -> None:
-        """Hand on what came, or wake who reads."""
+        """Pass buffered data to the consumer, or wake the reader."""
         waiter = self._waiter
         if waiter is None or waiter.done():
             return
         if self._consumer is None:
             waiter.set_result(None)
             return
-        if self._is_held and not self.is_over:  # at the end the rest is handed on, which is little
+        if self._is_held and not self.is_over:  # at the end, the little that is left is passed on
             return
         try:
             wants_more = not self._pieces or self._consumer(self._take())

@@ -1,8 +1,8 @@
-"""/v1/chat/completions and /v1/completions: from a client's request to the end of its answer, and the record of it.
+"""/v1/chat/completions and /v1/completions: from a client's request to the end of the response and its usage record.
 
-limits ─► pool (waits here, nowhere else) ─► replica ─► client        whatever happens: settled, freed, noted
-                 ▲                             │
-                 └── fails, or breaks off ◄────┘
+limits ─► pool (the only queue) ─► replica ─► client        in any case: settle limits, free the slot, record usage
+                 ▲                   │
+                 └── on failure ◄────┘
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class GenerationRoutes:
         self._accounts = accounts
 
     async def chat(self, request: Request) -> Response:
-        """Answer a conversation, whole or as a stream of chunks."""
+        """Answer a conversation, as one response or as a stream of chunks."""
         return await self._take(request, "chat")
 
     async def completions(self, request: Request) -> Response:
-        """Continue one or several texts, whole or as a stream of chunks."""
+        """Continue one or several texts, as one response or as a stream of chunks."""
         return await self._take(request, "completions")
 
     async def _take(self, request: Request, endpoint: Endpoint) -> Response:
@@ -83,7 +83,7 @@ class GenerationRoutes:
             ANONYMOUS if key is None else key.id,
             request.headers,
             settings.default_output_tokens,
-            KeyLimits().priority if key is None else key.limits.priority,  # without a key: as one that was given none
+            KeyLimits().priority if key is None else key.limits.priority,  # without a key: the default
         )
         gateway_request.output_tokens = served.estimates.output.likely(
             gateway_request.output_tokens, gateway_request.answers
@@ -96,9 +96,9 @@ class GenerationRoutes:
 
 
 class GenerationResponse(Response):
-    """One request under way. Being a Response, it is called with the client's ASGI channels."""
+    """One running request. As a Response, it is called with the client's ASGI channels."""
 
-    def __init__(  # what a request is made of, from one place
+    def __init__(
         self,
         gateway: Gateway,
         accounts: Accounts,
@@ -124,7 +124,7 @@ class GenerationResponse(Response):
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
-        self._held_bytes = 0  # of a whole answer
+        self._held_bytes = 0  # of a buffered response
         self._is_prompt_counted = False
 
     def _new_state(self) -> StreamState:
@@ -135,7 +135,7 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._gateway.begin()
-        scope["state"]["finished"] = True  # its end will be noted, whatever that is
+        scope["state"]["finished"] = True  # it will be recorded, however it ends
         connection = self._connection = client_connection(scope)
         try:
             connection.when_lost(_cancel_this_task())
@@ -158,7 +158,7 @@ class GenerationResponse(Response):
             finally:
                 self._gateway.end()
 
-    # ---- whole answers
+    # ---- responses that are not streamed
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         attempts, timeouts = self._attempts, self._gateway.settings.whole_timeouts
@@ -174,7 +174,7 @@ class GenerationResponse(Response):
         await PiecesResponse(pieces)(scope, receive, send)
 
     async def _collect(self, exchange: UpstreamExchange) -> WholeAnswer:
-        """Raises UpstreamFailure, and ResponseTooLarge for what may be right: another replica would say as much."""
+        """Receive a response. Raises UpstreamFailure, and ResponseTooLarge, against which no other replica helps."""
         self._release_answer()
         answer, max_bytes = WholeAnswer(), self._client_request.max_answer_bytes
         while piece := await exchange.read():
@@ -187,7 +187,7 @@ class GenerationResponse(Response):
                 self._attempts.close("ok")
                 raise
             if answer.size > max_bytes:
-                problem = f"The replica's answer is larger than {max_bytes} bytes. No right answer to this request is."
+                problem = f"The replica's answer is larger than {max_bytes} bytes. No valid one to this request is."
                 raise UpstreamFailure("garbage", problem)
             if answer.size > MAX_RESPONSE_BYTES:
                 exchange.close()
@@ -196,12 +196,12 @@ class GenerationResponse(Response):
         return answer
 
     def _release_answer(self) -> None:
-        """Its client has it, or it broke off."""
+        """The buffered response was sent, or failed: release its memory budget."""
         self._gateway.answers.release(self._request.tenant, self._held_bytes)
         self._held_bytes = 0
 
     def _read_whole(self, answer: WholeAnswer, replica: ReplicaAddress) -> list[bytes]:
-        """Counted, and under the name that is served. Raises UpstreamFailure for what is no answer."""
+        """Count the tokens, and return the response with the served model name. Raises UpstreamFailure."""
         chunk, state = answer.read(), self._state
         state.begin(replica)
         if chunk.has_error:
@@ -221,7 +221,7 @@ class GenerationResponse(Response):
     # ---- streams
 
     async def _stream(self, send: Send) -> None:
-        """Events until the end; failing before the first byte raises, after it the failure is the last event."""
+        """Stream events to the end. A failure before the first byte raises; after it, the failure is the last event."""
         try:
             await self._relay(send)
         except (PowerbandError, CannotResume) as problem:
@@ -231,7 +231,7 @@ class GenerationResponse(Response):
                 raise
             error = problem if isinstance(problem, PowerbandError) else _stream_lost()
             self._record_error(error, status=200)
-            self._attempts.close("left")  # a client may take its time to read
+            self._attempts.close("left")  # before sending, because the client may be slow to read
             data = event(msgspec.json.encode(error_body(error_info(error))))
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return
@@ -240,7 +240,7 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": self._state.final_events(), "more_body": False})
 
     async def _relay(self, send: Send) -> None:
-        """The answer, from as many replicas as it takes, but for its last event."""
+        """Relay the response without its last event, from as many replicas as it takes."""
         attempts, state, settings = self._attempts, self._state, self._gateway.settings
         resumer = Resumer(self._client_request, state, self._gateway.upstream, self._request.tenant)
         plan = self._first_request
@@ -251,7 +251,7 @@ class GenerationResponse(Response):
                 if not attempts.response_started:
                     raise
                 if problem.code != OUTPUT_COMPLETE:
-                    raise ReplicaError(f"No replica goes on with this answer: {problem}") from None
+                    raise ReplicaError(f"No replica can continue this response: {problem}") from None
                 await self._send(send, state.finish())  # only the end of the answer was lost
                 return
             state.begin(replica)
@@ -273,7 +273,7 @@ class GenerationResponse(Response):
                 resumer = Resumer(self._client_request, state, self._gateway.upstream, self._request.tenant)
 
     async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
-        """Pass on events until the last. Raises UpstreamFailure when it does not come."""
+        """Relay the events of one replica. Raises UpstreamFailure if the stream is incomplete."""
         max_bytes = min(MAX_EVENT_BYTES, self._client_request.max_answer_bytes)
         relay = Relay(self._attempts, self._state, exchange, self._count_tokens, max_bytes)
         try:
@@ -285,7 +285,7 @@ class GenerationResponse(Response):
             if problem.code != "too_large":
                 raise
             if max_bytes < MAX_EVENT_BYTES:
-                raise UpstreamFailure("garbage", f"{problem} No right answer to this request has such.") from None
+                raise UpstreamFailure("garbage", f"{problem} No valid event of this response is.") from None
             exchange.close()
             self._attempts.close("ok")
             raise ResponseTooLarge("event of the answer", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
@@ -303,7 +303,7 @@ class GenerationResponse(Response):
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._attempts.response_started:
             self._attempts.response_started = True
-            # A new message each time: layers on its way add to it.
+            # A new list each time, because middleware adds headers to it.
             await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -336,7 +336,7 @@ class GenerationResponse(Response):
         self._fail(Outcome.TIMED_OUT if error.http_status == 504 else outcome, error.code, status or error.http_status)
 
     def _fail(self, outcome: Outcome, code: str, status: int) -> None:
-        if self._outcome is not Outcome.OK:  # an answer that is whole stays so
+        if self._outcome is not Outcome.OK:  # a complete response stays a success
             self._outcome, self._error, self._status = outcome, code, status
 
     def _finish(self) -> None:
@@ -381,10 +381,10 @@ class GenerationResponse(Response):
         )
 
     def _used(self, now_s: float) -> tuple[tuple[int, int, int], bool]:
-        """Prompt, cached and output tokens that the request is charged, and whether any of them is an estimate.
+        """Prompt, cached and output tokens to charge, and whether any of them is an estimate.
 
-        Who leaves, or asks for more than can be held, has made a replica work all the same. What failed is charged as
-        far as its client has it.
+        A client that disconnects, or whose response is too large to buffer, is charged, because the replica did the
+        work. A failed response is charged as far as the client received it.
         """
         attempts, state, client_request = self._attempts, self._state, self._client_request
         if state.num_tokens or state.usage is not None or (attempts.sent_s and self._outcome is Outcome.OK):
@@ -409,7 +409,7 @@ class GenerationResponse(Response):
 
 
 def _cancel_this_task() -> Callable[[], None]:
-    """For when the client has left: whatever is waited for, is not waited for any more."""
+    """A callback that cancels the current task, for when the client disconnects."""
     task = asyncio.current_task()
 
     def cancel() -> None:
@@ -420,4 +420,4 @@ def _cancel_this_task() -> Callable[[], None]:
 
 
 def _stream_lost() -> ReplicaError:
-    return ReplicaError("The replica failed in the middle of the answer, and no other can go on with it.")
+    return ReplicaError("The replica failed in the middle of the response, and no other replica can continue it.")

@@ -1,32 +1,32 @@
-"""Whose fault it is that a replica answers a request with an error of its own: poison, or a broken replica?
+"""Detects poison requests: when a replica answers a request with an error, is the request or the replica at fault?
 
-One replica that fails may be broken. Two that fail with the same request in the same way are not: the request is.
+One replica that fails may be broken. If two fail with the same request in the same way, the request is at fault.
 
-    A: 500 not_finite ── suspected ──┬── B: 200             A is at fault: counts for its breaker
-                                     ├── B: 500 not_finite  the request is: nothing counts, and no other is tried
-                                     ├── all tries fail     all of them are at fault, each in its own way
-                                     └── no other answer    nothing counts: a client that leaves proves nothing
+    A: 500 not_finite ── suspected ──┬── B: 200             A is at fault: counts for its circuit breaker
+                                     ├── B: 500 not_finite  the request is at fault: nothing counts, no more attempts
+                                     ├── all attempts fail  all replicas are at fault, each in its own way
+                                     └── client leaves      nothing counts
 """
 
 from __future__ import annotations
 
 from powerband.gateway.dispatch.pool import Lease
 
-# What a connection's end or a dead engine is called, and what can strike any request. All other codes are a replica's
-# own words about this one.
+# Codes of broken connections, dead engines and other failures that can affect any request. All other codes come from
+# the replica and are about this request.
 _NOT_ANSWERS = frozenset(
     ("connect", "reset", "lost", "timeout", "garbage", "truncated", "too_large", "resume", "engine_dead", "starting")
 )
 
 
 class PoisonDetector:
-    """Of one request's tries."""
+    """Judges the attempts of one request."""
 
     def __init__(self) -> None:
         self._suspected: list[tuple[Lease, str]] = []
 
     def failed(self, lease: Lease, code: str) -> bool:
-        """A try failed: its lease is closed here. True: the request is at fault."""
+        """An attempt failed: closes its lease, and returns whether the request is at fault."""
         if code in _NOT_ANSWERS:
             lease.close("failed")
             return False
@@ -38,7 +38,7 @@ class PoisonDetector:
         return is_poison
 
     def settle(self) -> None:
-        """Another replica answers, or all tries have failed: every suspected replica was at fault."""
+        """Another replica succeeded, or all attempts have failed: every suspected replica was at fault."""
         for lease, _ in self._suspected:
             lease.blame()
         self._suspected.clear()

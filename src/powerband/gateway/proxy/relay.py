@@ -1,4 +1,4 @@
-"""The part of a stream that one replica sends: from its bytes to the client's, event by event."""
+"""Relays the part of a stream that one replica sends to the client, event by event."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from powerband.web.client_connection import ClientConnection
 
 # A replica that sends only comments and empty events has failed.
 MAX_EVENTS_WITHOUT_TOKEN = 1 << 16
-_EVENTS_OF_A_TURN = 64  # each takes some 10 µs
+_EVENTS_OF_A_TURN = 64  # per turn of the event loop; each takes about 10 µs
 _BYTES_OF_A_TURN = 256 << 10
 _AFTER_FINISH_S = 5.0  # for the usage and the last event, after every choice has a finish reason
 
 
 class Relay:
-    """`read_first_events` until there is something for the client, then `forward` the rest.
+    """Call `read_first_events` to get the first data for the client, then `forward` for the rest.
 
-    A replica may send any number of events at once: they are processed in turns, with other requests in between.
+    A replica may send any number of events at once: they are processed in batches, so that other tasks run in between.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Relay:
         self._events: deque[bytes] = deque()  # not processed yet
         self._has_ended = False
         self._max_events = MAX_EVENTS_WITHOUT_TOKEN
-        self._is_cut = False  # its engine does not keep to the limit that was asked for
+        self._is_cut = False  # the stream is ended because the engine exceeds the requested limit
         self._problem: UpstreamFailure | None = None
 
     @property
@@ -52,7 +52,7 @@ class Relay:
         return not (self._has_ended or self._is_cut) and self._problem is None
 
     async def read_first_events(self) -> bytes:
-        """The first events that the client is to read. Raises UpstreamFailure when there are none."""
+        """The first events for the client. Raises UpstreamFailure if there are none."""
         while self._wants_more:
             if self._events:
                 await asyncio.sleep(0)
@@ -65,7 +65,7 @@ class Relay:
         raise self._problem or self._truncated()
 
     async def forward(self, connection: ClientConnection) -> None:
-        """The rest, until the last event. Raises UpstreamFailure when it does not come."""
+        """Forward the rest of the stream. Raises UpstreamFailure if it ends before its last event."""
 
         def take(piece: bytes) -> bool:
             self._split(piece)
@@ -91,10 +91,12 @@ class Relay:
         if self._problem is not None:
             raise self._problem
         if self._is_cut:
-            self._attempts.warn("It made more tokens than were asked for; does its engine know the limit by this name?")
+            self._attempts.warn(
+                "It generated more tokens than requested. Does its engine ignore max_tokens or max_completion_tokens?"
+            )
             connection.write_chunk(self._state.cut("length"))
             return
-        # Some servers end without [DONE]: then every choice must have a finish reason.
+        # Some servers do not send [DONE]: then every choice must have a finish reason.
         if not (self._state.may_end if self._has_ended else self._state.is_finished):
             raise self._truncated()
 
@@ -107,7 +109,7 @@ class Relay:
         if found:
             self._attempts.progress()
             self._events.extend(found)
-        else:  # a comment, or a part of an event: the time for the next one goes on
+        else:  # a comment or a partial event does not extend the time limit
             self._exchange.no_progress()
 
     def _write(self, connection: ClientConnection) -> None:
@@ -115,7 +117,7 @@ class Relay:
             connection.write_chunk(processed)
 
     def _process_events(self) -> bytes:
-        """What the client is to read of the next events, and what they say counted."""
+        """Process the next events: count their tokens, and return the data for the client."""
         state, events, now_s = self._state, self._events, time.monotonic()
         had_tokens, size = state.num_tokens, 0
         processed: list[bytes] = []
@@ -127,7 +129,7 @@ class Relay:
                     break
                 size += len(data)
                 processed.append(state.process_event(data, now_s))
-        except UpstreamFailure as problem:  # what came before it counts, so the client gets it
+        except UpstreamFailure as problem:  # the client still gets the events before it
             self._problem = problem
         self._check_bounds(grew=state.num_tokens != had_tokens)
         if state.num_tokens != had_tokens:
@@ -137,7 +139,7 @@ class Relay:
         return b"".join(processed)
 
     def _check_bounds(self, *, grew: bool) -> None:
-        """End a stream of nothing, or of more than was asked for."""
+        """End a stream without tokens, or with more tokens than requested."""
         num_events, state = self._reader.num_events, self._state
         if grew:
             self._max_events = num_events + MAX_EVENTS_WITHOUT_TOKEN

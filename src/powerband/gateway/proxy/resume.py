@@ -1,9 +1,9 @@
-"""Continues a stream that broke off at another replica: what to ask it for, so that the client notices nothing.
+"""Resumes a broken stream at another replica: which request continues it, so that the client notices nothing.
 
-engine                              asked for                                    exact
-takes the ids of the output so far  the same request, with them                  always
-completes a prompt of ids           a completion of prompt ids + output ids      as its file in `engines/` says
-others                              nothing: retried only before the first token –
+engine                              request                                      exact
+accepts the output's token ids      the same request, with those ids             always
+completes a prompt of token ids     a completion of prompt ids + output ids      see its file in `engines/`
+others                              none: retried only before the first token    –
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 
 class Resumer:
-    """Makes the plan of each further try of one stream."""
+    """Builds the request of each further attempt of one stream."""
 
     def __init__(
         self, client_request: ClientRequest, state: StreamState, upstream: UpstreamClient, tenant: str
@@ -42,8 +42,10 @@ class Resumer:
         self._tenant = tenant
 
     async def plan(self, replica: ReplicaAddress) -> tuple[str, bytes]:
-        """Path and body. Raises CannotResume; UnsuitableReplica if one of another engine can; UpstreamFailure when the
-        replica does not say what is needed; and InvalidUpstreamRequest when there is nothing left to ask for.
+        """Path and body for this replica.
+
+        Raises CannotResume; UnsuitableReplica if only a replica of another engine can resume; UpstreamFailure if the
+        replica does not return what is needed; and InvalidUpstreamRequest if the output is already complete.
         """
         state, client_request, adapter = self._state, self._client_request, replica.adapter
         path = PATHS[client_request.endpoint]
@@ -92,7 +94,7 @@ class Resumer:
         data = b"" if body is None else msgspec.json.encode(body)
         try:
             status, answer = await self._upstream.ask(replica, method, path, data, _ASK_S)
-            if 400 <= status < 500:  # it does not offer this
+            if 400 <= status < 500:  # the replica lacks this endpoint
                 raise CannotResume
             if status != 200:
                 raise UpstreamFailure("resume", f"{path} of a replica answers {status}.")

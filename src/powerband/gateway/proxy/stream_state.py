@@ -1,7 +1,7 @@
 """The state of one stream as its client sees it, even if several replicas sent parts of it.
 
 A replica's event is rewritten for the client: without the fields that only the gateway requested, and with the served
-model name. After another replica has resumed the stream, its id and creation time stay those that the client saw first.
+model name. When another replica resumes the stream, `id` and `created` stay those that the client saw first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _STABLE_FIELDS = ("id", "created", "system_fingerprint")
 _MAX_STABLE_BYTES = 512  # larger ones would be repeated with every event after a failover
 _ENCODE = msgspec.json.Encoder().encode
 _CHOICES = msgspec.json.Decoder(list[dict[str, Raw]])
-# Finish reasons of responses that an engine gave up: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
+# Finish reasons of responses that an engine aborted: vLLM and SGLang; errors of vLLM and Dynamo; TensorRT-LLM.
 _GIVEN_UP = frozenset(("abort", "aborted", "error", "cancelled", "canceled", "timeout"))
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
 
@@ -64,28 +64,28 @@ class StreamState:
         self._model = self._inner_model = model
         fields = client_request.fields
         self._wants_ids = bool(fields.return_token_ids)
-        self.wants_silence = self._wants_ids or bool(fields.logprobs)  # events of ids without text, too
+        self.wants_silence = self._wants_ids or bool(fields.logprobs)  # the client wants events without text, too
         self._wants_usage = client_request.wants_usage
-        self._strips_usage = False  # from chunks with choices: only the gateway requested it
-        self._usage_of: dict[int, int] | None = None  # output tokens by choice, if chunks report those
-        self._tokens_since_usage = 0  # output tokens that came after the last usage
+        self._strips_usage = False  # remove usage from chunks with choices: only the gateway requested it
+        self._usage_of: dict[int, int] | None = None  # output tokens by choice, if chunks report them
+        self._tokens_since_usage = 0  # output tokens received after the last usage
         self._has_sent_usage = False
-        self._prompt_sizes: dict[int, int] = {}  # tokens by number of the prompt, if replicas send its ids
+        self._prompt_sizes: dict[int, int] = {}  # tokens by prompt index, if replicas send the ids
         self._served_model = Raw(_ENCODE(model))
         self._stable_fields: dict[str, Raw] = {}
         self._before = 0  # output tokens of earlier replicas, if the current one does not count them
         self._is_other_kind = False  # the current replica sends completions, but the client requested chat
         self.keeps_text = False
         self._skipped = ""
-        self._text_offset = 0  # of what the current replica sends, where it counts from its own first character
-        self.adapter: EngineAdapter | None = None  # of the replicas so far
+        self._text_offset = 0  # added to the current replica's `text_offset`, which starts at 0
+        self.adapter: EngineAdapter | None = None  # of the current replica
         self._roles_sent: set[int] = set()  # choices whose role was sent
         self.is_resumed = False
         self.token_ids = array("q")  # of all output, if replicas send them; an array, because there may be many
-        # Leading ids whose text was sent, except what a stop string held back: a token may need the next for its text.
+        # Leading ids whose text was sent, except what a stop string held back. A token may need the next for its text.
         self.num_emitted = 0
         self.prompt_ids = NO_IDS
-        self.has_gap = False  # some output came without ids
+        self.has_gap = False  # some output arrived without ids
         self.is_parsed = False  # some output was reasoning or a tool call, parsed from the text
         self.texts: list[str] = []  # with keeps_text, to find where another engine resumes
         self.finish_reason = ""
@@ -109,7 +109,7 @@ class StreamState:
         return not self._open and self._is_complete(self._finished)
 
     def _is_complete(self, indexes: set[int]) -> bool:
-        """Whether these are all choices. A server that may not support n has to send one for each prompt."""
+        """Whether these are all choices. A server that may not support `n` must send at least one per prompt."""
         if self.adapter is not None and self.adapter.supports_n:
             return len(indexes) >= self._num_choices
         return (
@@ -157,8 +157,8 @@ class StreamState:
     ) -> None:
         """Another replica resumes after the first `kept` tokens. Later tokens are generated and sent again.
 
-        skipped: text that it repeats first, and that the client already has. is_other_kind: it sends completions, but
-        the client requested chat. counts_as_prompt: it counts the kept tokens as a part of the prompt.
+        skipped: text that the replica repeats first, and that the client already has. is_other_kind: the replica sends
+        completions, but the client requested chat. counts_as_prompt: the replica counts the kept tokens as prompt.
         """
         self.is_resumed = True
         self._is_other_kind = is_other_kind
@@ -204,7 +204,7 @@ class StreamState:
         return UpstreamFailure("garbage", f"{message}; {self._num_choices} were requested.")
 
     def _count(self, choice: ChunkChoice) -> int:
-        """Tokens that it adds. Raises UpstreamFailure for a choice that was not requested."""
+        """The tokens that a choice adds. Raises UpstreamFailure for a choice that was not requested."""
         index, text, delta = choice.index or 0, choice.text, choice.delta or choice.message
         if not 0 <= index < self._num_choices:
             raise UpstreamFailure("garbage", f"The replica sent choice {index} of {self._num_choices}.")
@@ -243,7 +243,7 @@ class StreamState:
         return 0
 
     def _take_usage(self, chunk: Chunk, tokens: int) -> None:
-        """tokens: that the chunk adds, as counted here. A usage of 0 tokens is ignored."""
+        """Take a chunk's usage; one with 0 output tokens is ignored. tokens: added by the chunk, as counted here."""
         usage = chunk.usage
         if usage is None or not usage.completion_tokens:
             self._tokens_since_usage += tokens
@@ -257,16 +257,16 @@ class StreamState:
         self.usage, self._tokens_since_usage = usage, 0
 
     def _after_skipped(self, text: str, *, is_last: bool) -> str:
-        """The text without the part that the client already has. Raises UpstreamFailure if it starts otherwise."""
+        """The text without the part that the client already has. Raises UpstreamFailure if it begins differently."""
         skipped = self._skipped
         size = min(len(text), len(skipped))
         if text[:size] != skipped[:size] or (is_last and size < len(skipped)):
-            raise UpstreamFailure("resume", "The replica resumed with another text than the client has.")
+            raise UpstreamFailure("resume", "The replica resumed with text that differs from what the client has.")
         self._skipped = skipped[size:]
         return text[size:]
 
     def _is_empty(self, choice: ChunkChoice) -> bool:
-        """Whether it has nothing for the client: only ids that the gateway requested, or a role sent before."""
+        """Whether a choice has nothing for the client: only ids that the gateway requested, or a role sent before."""
         delta = choice.delta
         if choice.text or choice.finish_reason:
             return False
@@ -314,7 +314,7 @@ class StreamState:
         return event(_ENCODE(fields))
 
     def _has_too_much(self, chunk: Chunk, returns_usage: bool) -> bool:
-        """Whether it has fields that only the gateway requested, or an empty finish_reason instead of null."""
+        """Whether a chunk has fields that only the gateway requested, or an empty finish_reason instead of null."""
         if chunk.usage is not None and not returns_usage:
             return True
         if chunk.prompt_token_ids is not NO_IDS and has_ids(chunk.prompt_token_ids) and not self._wants_ids:
@@ -327,7 +327,7 @@ class StreamState:
         return False
 
     def _rewrite_choice(self, choice: dict[str, Any]) -> None:
-        """Change a choice to what the client should get."""
+        """Rewrite a choice for the client."""
         if not self._wants_ids or self.is_resumed:
             choice.pop("prompt_token_ids", None)
         if "finish_reason" in choice and bytes(choice["finish_reason"]) == b'""':
@@ -341,7 +341,7 @@ class StreamState:
             choice.pop("token_ids", None)
 
     def _with_earlier_usage(self, data: Raw, usage: ChunkUsage) -> dict[str, Any]:
-        """Count earlier output, which was in this replica's prompt, as output."""
+        """The usage with earlier output, which was in this replica's prompt, counted as output."""
         counted = {
             "prompt_tokens": max(0, (usage.prompt_tokens or 0) - self._before),
             "completion_tokens": (usage.completion_tokens or 0) + self._before,
@@ -349,20 +349,22 @@ class StreamState:
         return {**FIELDS.decode(data), **counted}
 
     def as_failure(self, error: Raw) -> Exception:
-        """An error in a response: the replica's, so that another may succeed, or the request's."""
+        """The exception for an error in a response: UpstreamFailure (another replica may succeed), or
+        InvalidUpstreamRequest.
+        """
         complaint = with_served_name(read_error(bytes(error)), self._inner_model, self._model)
         if complaint.is_about_request:
             return InvalidUpstreamRequest(complaint)
-        return UpstreamFailure(complaint.code or "error", f"The replica met an error: {complaint.message}")
+        return UpstreamFailure(complaint.code or "error", f"The replica reported an error: {complaint.message}")
 
     def whole(self, answer: WholeAnswer, chunk: Chunk) -> list[bytes]:
         """A response that was not streamed, with the served model name."""
         return answer.pieces() if chunk.model == self._model else answer.renamed(self._model)
 
     def final_usage(self) -> tuple[int, int, int]:
-        """Prompt, cached and output tokens, as replicas reported them or, see `is_estimate`, as they were seen.
+        """Prompt, cached and output tokens: as replicas reported them, else as counted here (see `is_estimate`).
 
-        Never more than the request can have: its client pays for them.
+        Never more than the request's upper bound, because the client is charged for them.
         """
         usage = self.usage
         cached = 0 if usage is None else usage.cached_tokens
@@ -408,11 +410,11 @@ class StreamState:
         return count_ids(self.prompt_ids) if prompts == 1 else 0
 
     def finish(self) -> bytes:
-        """The event with the finish reason, if only that was lost."""
+        """The event with the finish reason, if nothing else was lost."""
         return self.cut("length" if self._has_all else "stop")
 
     def cut(self, reason: str) -> bytes:
-        """The event that ends all choices that have not ended."""
+        """The event with this finish reason for all unfinished choices."""
         self.finish_reason = reason
         empty: dict[str, Any] = {"delta": {}} if self._client_request.endpoint == "chat" else {"text": ""}
         left = [index for index in range(self._num_choices) if index not in self._finished]
@@ -426,7 +428,7 @@ class StreamState:
         return len(self._client_request.resumed_ids) + len(self.token_ids) == self._client_request.limit
 
     def final_events(self) -> bytes:
-        """The last events: the usage, if the client wants it and the replica did not send it, and the end."""
+        """The last events: the usage, if the client wants it and the replica did not send it, and [DONE]."""
         if not self._wants_usage or self._has_sent_usage:
             return DONE
         prompt, cached, output = self.final_usage()
@@ -439,19 +441,19 @@ class StreamState:
 
 
 def _is_error(data: bytes) -> bool:
-    """Whether an event without choices is an error in a form that does not say so by its field 'error'."""
+    """Whether an event without choices is an error in a format that has no field 'error'."""
     if len(data) > MAX_ERROR_BYTES:
         return False
     fields = FIELDS.decode(data)
     kind = fields.get("object")
-    # Older vLLM's and TensorRT-LLM's form, with or without words; and JSON:API's.
+    # The format of older vLLM and of TensorRT-LLM, with or without a message; and that of JSON:API.
     if (kind is not None and bytes(kind) == b'"error"') or "errors" in fields:
         return True
     return "usage" not in fields and bool(read_error(data).message)
 
 
 def _shifted(logprobs: Raw, offset: int) -> Any:
-    """Log-probabilities of a completion whose places in the text begin so many characters later."""
+    """A completion's log-probabilities with `offset` added to their `text_offset`."""
     found = msgspec.json.decode(logprobs)
     if isinstance(found, dict) and isinstance(places := found.get("text_offset"), list):
         found["text_offset"] = [place + offset if isinstance(place, int) else place for place in places]

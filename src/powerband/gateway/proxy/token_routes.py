@@ -1,7 +1,6 @@
-"""/tokenize and /detokenize: answered by a replica, counted against the key's limits, and kept in its usage.
+"""/tokenize and /detokenize: answered by a replica, counted against the key's limits, and recorded as usage.
 
-They make nothing that is priced, so they cost nothing. Their tokens count for tokens a minute, since a replica reads
-them as it does a prompt's.
+They generate nothing, so they are free. Their tokens count towards the key's tokens per minute.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from powerband.web.body import decode, read_body
 from powerband.web.errors import HttpError
 
 _ASK_S = 30.0
-_ASK_FIRST_S = 5.0  # while there is another replica to ask
-_SLACK_TOKENS = 4096  # that a chat template adds
+_ASK_FIRST_S = 5.0  # while there is another replica to try
+_SLACK_TOKENS = 4096  # allowance for what a chat template adds
 _MISSING_STATUSES = (404, 405, 410, 501)
-_REQUEST_STATUSES = (400, 413, 422)  # all others say something of the replica, or of the gateway's key for it
+_REQUEST_STATUSES = (400, 413, 422)  # others are about the replica, or the gateway's key for it
 
 
 class _ModelField(msgspec.Struct):
@@ -107,9 +106,9 @@ class TokenCountRoutes:
     async def _ask(
         self, gateway_request: GatewayRequest, served: ServedModel, data: bytes, name: str | None
     ) -> tuple[WholeAnswer, str]:
-        """A replica that is ready, each in its turn; the next one when it does not answer, or not to the question.
+        """Ask the ready replicas in round-robin order, until one gives a valid answer.
 
-        Raises InvalidUpstreamRequest for what a replica says against the request, and HttpError when none answers.
+        Raises InvalidUpstreamRequest if a replica finds the request invalid, and HttpError if none answers.
         """
         states = {one.id: one.state for one in served.pool.snapshot().replicas}
         replicas = [one for one in served.route.replicas if states.get(one.id) in ("ready", "draining")]
@@ -137,7 +136,7 @@ class TokenCountRoutes:
         raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[gateway_request.endpoint]}.")
 
     async def _call(self, replica: ReplicaAddress, path: str, body: bytes, ask_s: float) -> tuple[int, WholeAnswer]:
-        """Raises OSError, and ResponseTooLarge for what may be right: another replica would say as much."""
+        """Raises OSError, and ResponseTooLarge, which another replica's response would be, too."""
         timeouts = Timeouts(connect_s=ask_s, first_byte_s=ask_s, between_s=ask_s, whole_s=ask_s)
         exchange = await self._gateway.upstream.open(replica, path, body, timeouts)
         try:
@@ -151,7 +150,7 @@ class TokenCountRoutes:
             self._gateway.upstream.end(exchange)
 
     def _note(self, gateway_request: GatewayRequest, tokens: int, status: int, error: str, replica: str) -> None:
-        """For usage alone: it has none of the times that metrics and the watcher judge by."""
+        """Record usage only: the request has no TTFT or TPOT for the metrics and the monitor."""
         record = RequestRecord(
             scheduled_s=gateway_request.arrival_s,
             sent_s=gateway_request.arrival_s,

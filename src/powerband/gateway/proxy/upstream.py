@@ -1,4 +1,4 @@
-"""The client side: requests to replicas over connections that are kept, with a time limit for each phase."""
+"""The upstream client: sends requests to replicas over keep-alive connections, with a timeout for each phase."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from powerband.gateway.routes import ReplicaAddress
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
 from powerband.openai.fields import read_models
 
-MAX_PAGE_BYTES = 1 << 20  # of metrics, lists of models and the like: engines have some 100 kB
-MAX_IDLE = 128  # connections to one replica that are kept for later
-IDLE_S = 20.0  # servers close what is idle for longer; uvicorn's default is 5 s, vLLM's and ours are longer
+MAX_PAGE_BYTES = 1 << 20  # of metrics, model lists and the like: engines' pages have about 100 kB
+MAX_IDLE = 128  # idle connections per replica
+IDLE_S = 20.0  # idle timeout; vLLM's and Powerband's servers keep connections for longer, uvicorn by default for 5 s
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
-_LAST_WORDS_S = 1.0
+_DRAIN_S = 1.0
 _TICK_S = 0.1
 _MODELS_TIMEOUT_S = 2.0
 
@@ -48,7 +48,7 @@ class UpstreamClient:
         self.close_others(())
 
     def close_others(self, urls: Collection[str]) -> None:
-        """Close idle connections to all others; those in use end with their exchange."""
+        """Close idle connections to all URLs but these; a connection in use closes when its exchange ends."""
         for url in [url for url in self._pools if url not in urls]:
             self._pools.pop(url).close()
 
@@ -57,13 +57,13 @@ class UpstreamClient:
         return len(self._live)
 
     async def fetch(self, replica: ReplicaAddress, path: str, timeout_s: float) -> tuple[int, bytes]:
-        """GET. Raises OSError (UpstreamFailure and TimeoutError are such)."""
+        """GET a path. Raises OSError (including UpstreamFailure and TimeoutError)."""
         return await self.ask(replica, "GET", path, b"", timeout_s)
 
     async def ask(
         self, replica: ReplicaAddress, method: str, path: str, body: bytes, timeout_s: float
     ) -> tuple[int, bytes]:
-        """Status and whole body. Raises OSError."""
+        """Send a request. Returns the status and the whole body. Raises OSError."""
         timeouts = Timeouts(connect_s=timeout_s, first_byte_s=timeout_s, between_s=timeout_s, whole_s=timeout_s)
         async with asyncio.timeout(timeout_s):
             exchange = await self.open(replica, path, body, timeouts, method=method)
@@ -83,12 +83,12 @@ class UpstreamClient:
         headers: Mapping[str, str] | None = None,
         on_sent: Callable[[UpstreamExchange], None] = _ignore,
     ) -> UpstreamExchange:
-        """Send a request; returns with the head of the answer. `end` it afterwards. Raises UpstreamFailure.
+        """Send a request, and return when the response head has arrived. Raises UpstreamFailure. Call `end` afterwards.
 
         on_sent: called with the exchange before the response head arrives, so that others can make it fail.
 
-        A kept connection that breaks before any byte of the answer was most likely closed while the request was under
-        way: the request is sent once more, on a new one.
+        If a reused connection breaks before the first byte of the response, the server most likely closed it while it
+        was idle, so the request is sent again on a new connection.
         """
         limits = timeouts or self.timeouts
         pool = self._pool(replica.url)
@@ -119,8 +119,8 @@ class UpstreamClient:
         self._live.discard(exchange)
 
     def drain(self, exchange: UpstreamExchange) -> None:
-        """Its last event is there: what is left of it may come, so that the connection can be used again."""
-        if exchange.drain(time.monotonic() + _LAST_WORDS_S):
+        """The last event has arrived: read the end of the response in the background, to reuse the connection."""
+        if exchange.drain(time.monotonic() + _DRAIN_S):
             self._live.discard(exchange)
 
     def _pool(self, url: str) -> ConnectionPool:
@@ -139,7 +139,7 @@ class UpstreamClient:
                     raise
                 for other in self._pools.values():
                     other.drop_idle()
-                await asyncio.sleep(0)  # in which they are closed
+                await asyncio.sleep(0)  # lets the transports close
                 return await pool.take(connect_s)
         except TimeoutError:
             raise UpstreamFailure("connect", f"No connection to {pool.authority} within {connect_s:g} s.") from None
@@ -150,7 +150,7 @@ class UpstreamClient:
             raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
 
     async def _tick(self) -> None:
-        """One timer for all limits: a timer for each would be set and cancelled with each chunk of each stream."""
+        """Check all timeouts with one timer: a timer per stream would be reset with every chunk."""
         while True:
             await asyncio.sleep(_TICK_S)
             now_s = time.monotonic()
@@ -168,10 +168,10 @@ class UpstreamClient:
 async def context_length(
     replicas: Sequence[ReplicaAddress], known: dict[str, int | None], upstream: UpstreamClient
 ) -> int | None:
-    """The maximum tokens of prompt and output: the largest of the replicas' limits; None: no replica reports one.
+    """The largest context length of these replicas, prompt and output together; None: no replica reports one.
 
-    A replica with a lower one gets requests with a lower cap, so that none cuts the answers of the others.
-    known: limits by replica, which is added to.
+    A replica with a shorter context gets requests with a lower max_tokens, so it does not limit the others.
+    known: context lengths by replica; this function adds new ones.
     """
     await asyncio.gather(*(_ask(known, upstream, one) for one in replicas if one.id not in known))
     lengths = [length for one in replicas if (length := known.get(one.id)) is not None]
@@ -179,7 +179,7 @@ async def context_length(
 
 
 async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: ReplicaAddress) -> None:
-    """One that does not answer is asked again the next time."""
+    """Read one replica's context length. A replica that does not answer is asked again the next time."""
     try:
         status, body = await upstream.ask(replica, "GET", "/v1/models", b"", _MODELS_TIMEOUT_S)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a replica says against a request, and what the client gets of it."""
+"""Errors in which a replica rejects a request as invalid, and how the client sees them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_RETRY_AFTER_S = 30 * 86400.0
 
 
 class InvalidUpstreamRequest(PowerbandError):
-    """A replica says that the request is wrong: another would say the same."""
+    """A replica finds the request invalid; another replica would, too."""
 
     http_status = 400
     default_code = "invalid_request"
@@ -30,7 +30,7 @@ class InvalidUpstreamRequest(PowerbandError):
 
 
 def with_served_name(complaint: ReportedError, model: str, served: str) -> ReportedError:
-    """What the model is called behind the gateway concerns no client."""
+    """Replace the model's name at the replica by its served name."""
     if model == served or not model:
         return complaint
     return replace(complaint, message=complaint.message.replace(model, served))
@@ -49,7 +49,7 @@ def retry_after_s(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
     invalid.
     """
     value = next((value for name, value in headers if name == b"retry-after"), b"").decode("latin-1").strip()
-    if value.replace(".", "", 1).isdecimal() and value.isascii():  # some servers say fractions
+    if value.replace(".", "", 1).isdecimal() and value.isascii():  # some servers send fractions
         seconds = float(value)
     else:
         try:

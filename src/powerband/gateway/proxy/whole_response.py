@@ -1,7 +1,8 @@
-"""A response that is not streamed: kept as it arrives, decoded as far as needed, passed on with the served model name.
+"""A response that is not streamed: buffered as it arrives, decoded as far as needed, and passed on with the served
+model name.
 
-Decoding JSON of 60 MiB at once would block all other requests for a second. Of a large response only the surface is
-decoded; it is found slice by slice, while the response arrives:
+Decoding 60 MiB of JSON at once would block all other requests for a second. Of a large response, only the surface (its
+outer levels, with strings cut short) is decoded; it is extracted slice by slice while the response arrives:
 
     {"model": "m", "choices": [{"index": 0, "message": {"content": "…"}, "finish_reason": "stop"}], "usage": {…}}
     {"model": "m", "choices": [{"index": 0, "message": {}, "finish_reason": "stop"}], "usage": {…}}
@@ -26,22 +27,22 @@ from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
 
 MAX_RESPONSE_BYTES = 64 << 20
-MAX_HELD_BYTES = 512 << 20  # of all answers that their clients have not read yet
+MAX_HELD_BYTES = 512 << 20  # of all responses that are arriving or not yet sent to their clients
 _LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
-LARGE_BYTES = 1 << 20  # beyond this only the surface is decoded: msgspec takes up to some 20 ms for a MiB
+LARGE_BYTES = 1 << 20  # above this, only the surface is decoded: msgspec takes up to 20 ms for 1 MiB
 MAX_SURFACE_BYTES = 4 << 20
 _SLICE_BYTES = 64 << 10
 _INSIDE_CHOICES = 3
-_STRING_BYTES = 256  # of a string on the surface
+_STRING_BYTES = 256  # kept of each string on the surface
 _QUOTE = ord('"')
 _STEPS = np.array([1 if byte in b"[{" else -1 if byte in b"]}" else 0 for byte in range(256)], dtype=np.int8)
-# The surface has no escapes and is ASCII, so that its strings can be cut anywhere.
+# The surface is ASCII without escapes, so that its strings can be cut anywhere.
 _PLAIN = bytes(byte if byte < 0x80 and byte != ord("\\") else ord("_") for byte in range(256))
 _MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("[^"]*"|null)')
 
 
 class ResponseTooLarge(PowerbandError):
-    """An answer, or an event of a stream, may be right, but is larger than the gateway holds."""
+    """A response, or an event of a stream, may be valid, but is larger than the gateway buffers."""
 
     http_status = 502
     default_code = "answer_too_large"
@@ -51,21 +52,21 @@ class ResponseTooLarge(PowerbandError):
 
 
 class TooManyAnswers(PowerbandError):
-    """The whole answers that wait for their clients are as large as may be, and this one is not small."""
+    """The memory for responses that are not streamed is used up, and this response is not small."""
 
     http_status = 503
     default_code = "too_many_answers"
 
 
 class AnswerBudget:
-    """Counts the bytes of whole answers until their clients have them. One tenant holds half at most."""
+    """Limits the memory of buffered responses. One tenant may hold half of it at most."""
 
     def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
         self.max_bytes = max_bytes
         self.held: Counter[str] = Counter()  # by tenant
 
     def add(self, tenant: str, size: int, total: int) -> None:
-        """More of an answer came, of which there are `total` now. Raises TooManyAnswers; `release` it in any case."""
+        """Add `size` bytes of a response that has `total` so far. Raises TooManyAnswers; call `release` even then."""
         self.held[tenant] += size
         is_full = self.held[tenant] > self.max_bytes // 2 or self.held.total() > self.max_bytes
         if is_full and total > LARGE_BYTES:
@@ -82,15 +83,15 @@ class AnswerBudget:
 
 
 class AnswerTurns:
-    """Of all large answers that are arriving, one piece is scanned in each turn of the event loop: it takes some
-    milliseconds, and other requests go on in between.
+    """Scans large responses one piece per turn of the event loop, over all requests: a piece takes some milliseconds,
+    and other requests run in between.
     """
 
     def __init__(self) -> None:
         self._scanning = asyncio.Lock()
 
     async def add(self, answer: WholeAnswer, piece: bytes) -> None:
-        """Raises UpstreamFailure, see `WholeAnswer.add`."""
+        """Add a piece to a response. Raises UpstreamFailure, see `WholeAnswer.add`."""
         if not answer.is_large and answer.size + len(piece) <= LARGE_BYTES:
             answer.add(piece)
             return
@@ -100,10 +101,10 @@ class AnswerTurns:
 
 
 class WholeAnswer:
-    """`add` all pieces, then `read`. size: of what came, in bytes."""
+    """A buffered response: `add` all pieces, then `read`. size: bytes received."""
 
     def __init__(self, depth: int = _INSIDE_CHOICES) -> None:
-        """depth: how deep what is read of it lies."""
+        """depth: nesting depth of the deepest fields that are read."""
         self._depth = depth
         self._pieces: list[bytes] = []
         self._surface: _Surface | None = None
@@ -115,7 +116,7 @@ class WholeAnswer:
         return self._surface is not None
 
     def add(self, piece: bytes) -> None:
-        """Raises UpstreamFailure for what is no UTF-8."""
+        """Raises UpstreamFailure for invalid UTF-8."""
         self._pieces.append(piece)
         self.size += len(piece)
         if self._surface is not None:
@@ -126,25 +127,25 @@ class WholeAnswer:
                 self._surface.add(one)
 
     def read(self) -> Chunk:
-        """Raises UpstreamFailure for what is no answer."""
+        """Decode the response. Raises UpstreamFailure if it is not one."""
         try:
             return read_chunk(self.surface(), is_surface=self.is_large)
         except InvalidChunk as problem:
             raise UpstreamFailure.invalid(problem) from None
 
     def surface(self) -> bytes:
-        """All that is to be decoded: of a small answer everything. Raises UpstreamFailure for what is no UTF-8."""
+        """The JSON to decode: all of a small response. Raises UpstreamFailure for invalid UTF-8."""
         if self._surface is not None:
             return self._surface.end()
         self._pieces = [b"".join(self._pieces)]
         return self._pieces[0]
 
     def pieces(self) -> list[bytes]:
-        """As they came."""
+        """The pieces as received."""
         return self._pieces
 
     def renamed(self, model: str) -> list[bytes]:
-        """Its pieces, with this name in the place of the replica's. After `read`."""
+        """The pieces with the model name replaced. Call it after `read`."""
         name = msgspec.json.encode(model)
         if self._surface is None:
             return [msgspec.json.encode({**FIELDS.decode(self._pieces[0]), "model": Raw(name)})]
@@ -164,7 +165,7 @@ def _split(pieces: list[bytes], at: int) -> tuple[list[bytes], list[bytes]]:
 
 
 class PiecesResponse(Response):
-    """JSON in pieces, which are never joined."""
+    """A JSON response in pieces, which are never joined."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         super().__init__(media_type="application/json", headers={"content-length": str(sum(map(len, pieces)))})
@@ -178,7 +179,9 @@ class PiecesResponse(Response):
 
 
 class _Surface:
-    """What of JSON lies at most so deep, strings cut, and where its outermost level lies."""
+    """Extracts the surface of JSON: all that is nested at most `max_depth` levels deep, with strings cut short. Also
+    records the positions of the outermost level.
+    """
 
     def __init__(self, max_depth: int) -> None:
         self._max_depth = max_depth
@@ -186,12 +189,12 @@ class _Surface:
         self._kept: list[bytes] = []
         self._kept_bytes = 0
         self._outermost: list[bytes] = []
-        self._places: list[NDArray[np.int64]] = []  # of the outermost
+        self._places: list[NDArray[np.int64]] = []  # positions in the input of the bytes in `_outermost`
         self._position = 0
         self._depth = 0
         self._in_string = False
-        self._string_bytes = 0  # of the string that is open
-        self._is_escaped = False  # the next byte is
+        self._string_bytes = 0  # bytes so far of the string that is open
+        self._is_escaped = False  # whether the next byte is escaped
 
     def add(self, piece: bytes) -> None:
         """Raises UpstreamFailure."""
@@ -211,7 +214,7 @@ class _Surface:
             data = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")
         codes = np.frombuffer(data.translate(_PLAIN), dtype=np.uint8)
         quotes = codes == _QUOTE
-        inside = np.logical_xor.accumulate(quotes) ^ self._in_string  # a string and the quote that opens it
+        inside = np.logical_xor.accumulate(quotes) ^ self._in_string  # inside a string, or its opening quote
         steps = _STEPS[codes]
         steps[inside] = 0
         depths = np.cumsum(steps, dtype=np.int32) + self._depth
@@ -232,7 +235,7 @@ class _Surface:
         self._string_bytes = len(codes) - int(opened[-1])
 
     def end(self) -> bytes:
-        """The surface. Raises UpstreamFailure for what ends in the middle of a letter."""
+        """The surface. Raises UpstreamFailure if the input ends in the middle of a UTF-8 character."""
         try:
             self._utf8.decode(b"", final=True)
         except UnicodeDecodeError as problem:
@@ -240,7 +243,7 @@ class _Surface:
         return b"".join(self._kept)
 
     def span_of_model(self) -> tuple[int, int]:
-        """Where the model's name stands, with its quotes; where none does, twice where one can be put."""
+        """Start and end of the model name, quotes included. Without one, both are the place to insert the field."""
         places = np.concatenate(self._places)
         found = _MODEL.search(b"".join(self._outermost))
         if found is None:
