@@ -403,7 +403,7 @@ class Dispatcher:
         return self._send(request, backend, pool, level, now_s)
 
     def _count(self, in_flight: InFlightRequest, is_ok: bool | None, now_s: float) -> None:
-        """Tell the backend's circuit breaker how a request ended."""
+        """Report to the backend's circuit breaker how a request ended."""
         may_open = is_ok is False and self._may_open()
         in_flight.backend.breaker.ended(now_s, is_ok, is_trial=in_flight.is_trial, may_open=may_open)
         if is_ok is False:

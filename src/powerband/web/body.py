@@ -107,7 +107,7 @@ def check_size(data: bytes) -> None:
 def _containers(data: bytes) -> int:
     """The number of lists and objects in JSON. Raises InvalidRequest if they are nested too deeply.
 
-    Without escapes, the parity of the preceding quotes tells whether a byte is in a string. If that is wrong, the data
+    Without escapes, the parity of the preceding quotes shows whether a byte is in a string. If that is wrong, the data
     is invalid JSON from there on, and the decoder rejects it.
     """
     plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
