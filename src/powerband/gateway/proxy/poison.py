@@ -5,7 +5,7 @@ One replica that fails may be broken. If two fail with the same request in the s
     A: 500 not_finite ── suspected ──┬── B: 200             A is at fault: counts for its circuit breaker
                                      ├── B: 500 not_finite  the request is at fault: nothing counts, no more attempts
                                      ├── all attempts fail  all replicas are at fault, each in its own way
-                                     └── client leaves      nothing counts
+                                     └── no other attempt   nothing counts: the client left, or may not retry
 """
 
 from __future__ import annotations
