@@ -41,13 +41,6 @@ class ClientConnection:
         else:
             call()
 
-    async def writable(self) -> None:
-        """Wait until the client has caught up. If it disconnects, the waiting task is cancelled, see `when_lost`."""
-        if self.is_behind:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.when_writable(lambda: None if waiter.done() else waiter.set_result(None))
-            await waiter
-
     def when_lost(self, call: Callable[[], None] | None) -> None:
         """Call once when the client has closed its connection; at once if it has. None: do not."""
         self._on_lost = call
