@@ -25,7 +25,7 @@ demo: $(READY)  ## measure this machine, plan, deploy two replicas, verify the p
 bench: $(READY)  ## load the demo model for two minutes and report how it did (DURATION=30s)
 	@$(BIN)/python examples/bench.py $(if $(DURATION),--duration $(DURATION))
 
-check: $(READY)  ## between two edits: lint, types and the fast tests (two minutes; tests/slow_files.txt is what it leaves out)
+check: $(READY)  ## between two edits: lint, types and the fast tests (a minute and a half, the first time two; tests/slow_files.txt is what it leaves out)
 	@$(MAKE) --no-print-directory -j 2 lint fast
 
 fast: $(READY)
