@@ -139,6 +139,14 @@ def _optional(kind: type[Record], values: Mapping[str, Any], name: str) -> Recor
     return None if values.get(name) is None else read_record(kind, values[name], f"plan: {name}")
 
 
+def absolute_model(model: str) -> str:
+    """A model on this machine by its absolute path, so that a plan does not depend on where it was made; any other, and
+    'demo', as it is.
+    """
+    path = Path(model).expanduser()
+    return str(path.absolute()) if model != "demo" and path.exists() else model
+
+
 def read_plan(path: Path, trace: RequestTrace | None = None) -> Plan:
     """Raises EnvironmentFault when it cannot be read, UsageError when it is no plan."""
     return Plan.from_dict(read_table(path, "plan", param="plan"), trace)
