@@ -12,7 +12,8 @@ def send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> 
     """Without effect if the child has exited.
 
     Process.send_signal() asks subprocess.Popen whether the child has exited, which takes its exit status away from
-    asyncio's child watcher: the watcher then warns and reports 255 (https://github.com/python/cpython/issues/87744, mended in Python 3.13).
+    asyncio's child watcher: the watcher then warns and reports 255. Python 3.13
+    mended it: https://github.com/python/cpython/issues/87744.
     """
     if process.returncode is None:
         with suppress(ProcessLookupError):
