@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.service.scale import scaled
+from powerband.fleet.scaling import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
 from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions, replica_spec

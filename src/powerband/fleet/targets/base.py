@@ -50,9 +50,11 @@ class Instance:
 @dataclass(frozen=True, slots=True)
 class ExitedInstance:
     id: str
-    exit_code: int | None  # None: not known
+    exit_code: int | None  # negative: of the signal that ended it; None: not known
     log: str  # the last lines of its log
     exit_expected: bool = False  # it was asked to stop
+    oom_killed: bool = False  # the kernel killed it, or another process at the same time, because memory ran out
+    after_reboot: bool = False  # it ended with the machine
 
 
 class Target(Protocol):
