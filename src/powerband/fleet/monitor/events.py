@@ -24,7 +24,9 @@ MAX_EVENTS = 500
 REPEAT_WITHIN_S = 3600.0  # a repetition after a longer pause is an event of its own
 _MAX_LINE = 200  # characters of a log's last line
 
-NormalReason = Literal["Deployed", "Scaled", "Ready", "Stopped", "Removed", "ControllerStarted"]
+NormalReason = Literal[
+    "Deployed", "Scaled", "Cordoned", "Uncordoned", "Ready", "Stopped", "Removed", "ControllerStarted"
+]
 WarningReason = Literal[
     "Error", "OOMKilled", "Rebooted", "Killing", "Unhealthy", "BackOff", "FailedStart", "FailedRollout"
 ]
@@ -65,7 +67,7 @@ class Events:
         exit_code: int | None = None,
         signal: str = "",
         same_for: str = "",
-    ) -> None:
+    ) -> Event:
         """same_for: a prefix of subjects whose events with this reason and message are one event, the last's."""
         now_s = time.time()
         event = Event(
@@ -89,33 +91,26 @@ class Events:
         level = logging.INFO if event.type == "Normal" else logging.WARNING
         logger.log(level, "%s %s: %s", reason, subject, message, extra={"reason": reason, "subject": subject})
         self._write()
+        return event
 
-    def record_exit(self, exited: ExitedInstance, *, was_ready: bool) -> None:
-        """An exit that was not asked for. Those of instances that do not become ready are counted as one event."""
-        code = exited.exit_code
-        number = -code if code is not None and code < 0 else 0
-        name = signal.Signals(number).name if number in signal.valid_signals() and number else ""
-        reason: Reason = "Error"
-        if exited.after_reboot:
-            reason, how = "Rebooted", "the machine was restarted"
-        elif exited.oom_killed:
-            reason, how = "OOMKilled", "killed by the kernel: out of memory"
-        elif number:
-            how = f"killed by {name or f'signal {number}'}"
-        elif code is not None:
-            how = f"exit code {code}"
-        else:
-            how = "exited; an earlier controller had started it, so the exit code is not known"
-        if not was_ready:
-            how += ", before it was ready"
+    def record_exit(self, exited: ExitedInstance, *, was_ready: bool, was_asked: bool = False) -> Event:
+        """Exits of instances that do not become ready are counted as one event."""
+        reason, message, signal_name = _exit(exited)
+        if was_asked:
+            reason = "Stopped"
+        elif not was_ready:
+            message += ", before it was ready"
         last_line = exited.log.strip().rpartition("\n")[2][:_MAX_LINE]
-        self.record(
+        if reason == "Error" and not signal_name and last_line:
+            message += f": {last_line}"
+        code = exited.exit_code
+        return self.record(
             reason,
             exited.id,
-            f"{how}: {last_line}" if last_line and reason == "Error" and not number else how,
-            exit_code=128 + number if number else code,
-            signal=name,
-            same_for="" if was_ready else exited.id.rstrip("0123456789"),
+            message,
+            exit_code=128 - code if code is not None and code < 0 else code,
+            signal=signal_name,
+            same_for="" if was_ready or was_asked else exited.id.rstrip("0123456789"),
         )
 
     def _write(self) -> None:
@@ -125,6 +120,23 @@ class Events:
             write_atomically(self.path, msgspec.json.encode(self.all), durable=False)
         except OSError as error:  # a full disk costs the file; the log has the event
             logger.warning("Events cannot be written to %s: %s.", self.path, error.strerror)
+
+
+def _exit(exited: ExitedInstance) -> tuple[Reason, str, str]:
+    """The reason, the message, and the name of the signal that ended it, '' without one."""
+    code = exited.exit_code
+    name = ""
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+    if exited.after_reboot:
+        return "Rebooted", "the machine was restarted", name
+    if exited.oom_killed:
+        return "OOMKilled", "killed by the kernel: out of memory", name
+    if name:
+        return "Error", f"killed by {name}", name
+    if code is None:
+        return "Error", "exited while another controller was there, so the exit code is not known", name
+    return "Error", f"exit code {code}", name
 
 
 def read_events(path: Path) -> Sequence[Event]:
