@@ -16,9 +16,9 @@ from test_charging import replica, story_of
 from test_replica_answers import CALM, CHAT, STOP, chunk, log, says, serving, stream, whole
 
 from powerband.gateway.proxy import relay as relaying
-from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import read_chunk
 from powerband.openai.events import MAX_EVENT_BYTES
 
@@ -64,7 +64,7 @@ def test_a_large_token_look_up_is_answered_and_a_larger_one_asked_for_once(gatew
 class Exchange:
     """Hands on one piece. The rest of an upstream's exchange."""
 
-    between_s = 1.0
+    idle_s = 1.0
 
     def __init__(self, piece: bytes) -> None:
         self._pieces = [piece]

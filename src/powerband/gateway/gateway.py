@@ -20,7 +20,7 @@ from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.observability.recent_requests import RecentRequests
 from powerband.gateway.proxy.estimates import TokenEstimates
 from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.whole_response import AnswerBudget, AnswerTurns
+from powerband.gateway.proxy.whole_response import ResponseBudget, ResponseScanner
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
@@ -51,8 +51,8 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, routes_file: Path | None = None) -> None:
         self.settings = settings
         self.upstream = UpstreamClient(settings.stream_timeouts)
-        self.answers = AnswerBudget()
-        self.answer_turns = AnswerTurns()
+        self.response_budget = ResponseBudget()
+        self.response_scanner = ResponseScanner()
         self.recent = RecentRequests()
         self.routes = Routes()
         self.draining = False

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamExchange
 from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import count_ids
 from powerband.openai.events import END, EventReader, EventTooLarge
 from powerband.web.client_connection import ClientConnection
@@ -150,10 +151,10 @@ class Relay:
                 "garbage", f"The replica sent {MAX_EVENTS_WITHOUT_TOKEN} events without a token."
             )
         elif state.is_finished:
-            self._exchange.between_s = min(self._exchange.between_s, _AFTER_FINISH_S)
+            self._exchange.idle_s = min(self._exchange.idle_s, _AFTER_FINISH_S)
 
     def _truncated(self) -> UpstreamFailure:
         if not self._reader.num_events:
             kind = dict(self._exchange.headers).get(b"content-type", b"no content type").decode("latin-1")[:80]
             return UpstreamFailure("garbage", f"The replica answers a stream request without an event ({kind}).")
-        return UpstreamFailure("truncated", "The replica's stream ended before the answer did.")
+        return UpstreamFailure("truncated", "The replica's stream ended before the response did.")

@@ -15,10 +15,10 @@ from msgspec import Raw
 from powerband.engines.base import EngineAdapter
 from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
 from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
-from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, with_served_name
-from powerband.gateway.proxy.whole_response import WholeAnswer
+from powerband.gateway.proxy.whole_response import BufferedResponse
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import (
     FIELDS,
     NO_ERROR,
@@ -64,7 +64,7 @@ class StreamState:
         self._model = self._inner_model = model
         fields = client_request.fields
         self._wants_ids = bool(fields.return_token_ids)
-        self.wants_silence = self._wants_ids or bool(fields.logprobs)  # the client wants events without text, too
+        self.wants_empty_chunks = self._wants_ids or bool(fields.logprobs)  # the client wants events without text, too
         self._wants_usage = client_request.wants_usage
         self._strips_usage = False  # remove usage from chunks with choices: only the gateway requested it
         self._usage_of: dict[int, int] | None = None  # output tokens by choice, if chunks report them
@@ -74,7 +74,7 @@ class StreamState:
         self._served_model = Raw(_ENCODE(model))
         self._stable_fields: dict[str, Raw] = {}
         self._before = 0  # output tokens of earlier replicas, if the current one does not count them
-        self._is_other_kind = False  # the current replica sends completions, but the client requested chat
+        self._converts_to_chat = False  # the current replica sends completions, but the client requested chat
         self.keeps_text = False
         self._skipped = ""
         self._text_offset = 0  # added to the current replica's `text_offset`, which starts at 0
@@ -85,7 +85,7 @@ class StreamState:
         # Leading ids whose text was sent, except what a stop string held back. A token may need the next for its text.
         self.num_emitted = 0
         self.prompt_ids = NO_IDS
-        self.has_gap = False  # some output arrived without ids
+        self.has_missing_ids = False  # some output arrived without ids
         self.is_parsed = False  # some output was reasoning or a tool call, parsed from the text
         self.texts: list[str] = []  # with keeps_text, to find where another engine resumes
         self.finish_reason = ""
@@ -144,16 +144,16 @@ class StreamState:
             raise self._too_many_choices(chunk)
         self.num_tokens = sum(self._count(choice) for choice in chunk.choices or ())
         if not self._is_complete(has := self._finished | self._open):
-            message = f"The replica's answer has {len(has)} of {self._num_choices} choices."
+            message = f"The replica's response has {len(has)} of {self._num_choices} choices."
             raise UpstreamFailure("truncated", message)
         if size:
-            self.texts = [f"[an answer of {size} bytes]"]
+            self.texts = [f"[a response of {size} bytes]"]
             self.num_tokens = min(size // ASCII_PER_TOKEN, self._max_output)
         self._take_usage(chunk, self.num_tokens)
         _, _, self.num_tokens = self.final_usage()
 
     def resume(
-        self, *, kept: int, skipped: str = "", is_other_kind: bool = False, counts_as_prompt: bool = False
+        self, *, kept: int, skipped: str = "", converts_to_chat: bool = False, counts_as_prompt: bool = False
     ) -> None:
         """Another replica resumes after the first `kept` tokens. Later tokens are generated and sent again.
 
@@ -161,7 +161,7 @@ class StreamState:
         completions, but the client requested chat. counts_as_prompt: the replica counts the kept tokens as prompt.
         """
         self.is_resumed = True
-        self._is_other_kind = is_other_kind
+        self._converts_to_chat = converts_to_chat
         self._skipped = skipped
         self._before = kept if counts_as_prompt else 0
         self._text_offset = sum(map(len, self.texts)) - len(skipped) if counts_as_prompt else 0
@@ -186,10 +186,10 @@ class StreamState:
             return self._rewritten(data, chunk) if chunk.usage is not None and self._wants_usage else b""
         if len(chunk.choices) > self._num_choices:
             raise self._too_many_choices(chunk)
-        tokens, is_silent = 0, True
+        tokens, is_empty = 0, True
         for choice in chunk.choices:
             tokens += self._count(choice)
-            is_silent = is_silent and self._is_empty(choice)
+            is_empty = is_empty and self._is_empty(choice)
         self._take_usage(chunk, tokens)
         if chunk.prompt_token_ids is not NO_IDS and has_ids(chunk.prompt_token_ids) and not self._before:
             self.prompt_ids = chunk.prompt_token_ids
@@ -197,7 +197,7 @@ class StreamState:
             self.times_s.append(now_s)
             self.counts.append(tokens)
             self.num_tokens += tokens
-        return b"" if is_silent else self._rewritten(data, chunk)
+        return b"" if is_empty else self._rewritten(data, chunk)
 
     def _too_many_choices(self, chunk: Chunk) -> UpstreamFailure:
         message = f"The replica sent {len(chunk.choices or ())} choices at once"
@@ -237,7 +237,7 @@ class StreamState:
             self._min_tokens += len(choice.token_ids)
             return len(choice.token_ids)
         if text:
-            self.has_gap = True
+            self.has_missing_ids = True
             self._min_tokens += 1
             return self.text.add(text)
         return 0
@@ -271,7 +271,7 @@ class StreamState:
         if choice.text or choice.finish_reason:
             return False
         if delta is None:
-            return choice.token_ids is not None and not self.wants_silence
+            return choice.token_ids is not None and not self.wants_empty_chunks
         if delta.content or delta.is_parsed:
             return False
         if delta.role is not None:
@@ -279,7 +279,7 @@ class StreamState:
             is_repeated = self.is_resumed and index in self._roles_sent
             self._roles_sent.add(index)
             return is_repeated
-        return choice.token_ids is not None and not self.wants_silence
+        return choice.token_ids is not None and not self.wants_empty_chunks
 
     def _rewritten(self, data: bytes, chunk: Chunk) -> bytes:
         """The event for the client: the original bytes, if nothing has to change."""
@@ -307,7 +307,7 @@ class StreamState:
             fields.pop("usage", None)
         if self.is_resumed:
             fields |= self._stable_fields
-            if self._is_other_kind:
+            if self._converts_to_chat:
                 fields["object"] = "chat.completion.chunk"
             if chunk.usage is not None and self._before and returns_usage:
                 fields["usage"] = self._with_earlier_usage(fields["usage"], chunk.usage)
@@ -334,7 +334,7 @@ class StreamState:
             choice["finish_reason"] = None
         if self._text_offset and "logprobs" in choice:
             choice["logprobs"] = _shifted(choice["logprobs"], self._text_offset)
-        if self._is_other_kind:
+        if self._converts_to_chat:
             text = choice.pop("text", None)
             choice["delta"] = {"content": text} if text or "token_ids" in choice else {}
         if not self._wants_ids:
@@ -357,9 +357,9 @@ class StreamState:
             return InvalidUpstreamRequest(complaint)
         return UpstreamFailure(complaint.code or "error", f"The replica reported an error: {complaint.message}")
 
-    def whole(self, answer: WholeAnswer, chunk: Chunk) -> list[bytes]:
+    def whole(self, response: BufferedResponse, chunk: Chunk) -> list[bytes]:
         """A response that was not streamed, with the served model name."""
-        return answer.pieces() if chunk.model == self._model else answer.renamed(self._model)
+        return response.pieces() if chunk.model == self._model else response.renamed(self._model)
 
     def final_usage(self) -> tuple[int, int, int]:
         """Prompt, cached and output tokens: as replicas reported them, else as counted here (see `is_estimate`).
@@ -378,12 +378,12 @@ class StreamState:
     @property
     def _max_output(self) -> int:
         limit = self._client_request.limit
-        return (MAX_TOKENS if limit is None else limit) * self._client_request.num_answers
+        return (MAX_TOKENS if limit is None else limit) * self._client_request.num_sequences
 
     @property
     def is_estimate(self) -> bool:
         """Whether `final_usage` has counts that no replica reported."""
-        is_counted = self._tokens_since_usage == 0 or not self.has_gap
+        is_counted = self._tokens_since_usage == 0 or not self.has_missing_ids
         is_possible = (
             self._prompt_size() <= self._client_request.max_prompt_usage and self._counted_output <= self._max_output
         )

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.client_request import MAX_TOKENS
-from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.exchange import UpstreamExchange
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
 from powerband.openai.fields import read_models
 
@@ -64,7 +65,7 @@ class UpstreamClient:
         self, replica: ReplicaAddress, method: str, path: str, body: bytes, timeout_s: float
     ) -> tuple[int, bytes]:
         """Send a request. Returns the status and the whole body. Raises OSError."""
-        timeouts = Timeouts(connect_s=timeout_s, first_byte_s=timeout_s, between_s=timeout_s, whole_s=timeout_s)
+        timeouts = Timeouts(connect_s=timeout_s, first_byte_s=timeout_s, idle_s=timeout_s, total_s=timeout_s)
         async with asyncio.timeout(timeout_s):
             exchange = await self.open(replica, path, body, timeouts, method=method)
             try:
@@ -97,7 +98,7 @@ class UpstreamClient:
         while True:
             connection, was_used = await self._take(pool, limits.connect_s)
             now_s = time.monotonic()
-            exchange = UpstreamExchange(now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s)
+            exchange = UpstreamExchange(now_s + limits.first_byte_s, limits.idle_s, now_s + limits.total_s)
             self._live.add(exchange)
             connection.send((head, body), exchange)
             on_sent(exchange)
@@ -146,8 +147,9 @@ class UpstreamClient:
         except OSError as problem:
             message = f"No connection to {pool.authority}: {problem}."
             if problem.errno in _OUT_OF_DESCRIPTORS:
-                raise UpstreamFailure(NO_DESCRIPTORS, message, counts=False) from None
-            raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
+                raise UpstreamFailure(NO_DESCRIPTORS, message, FailureKind.GATEWAY_LIMIT) from None
+            kind = FailureKind.UNAVAILABLE if isinstance(problem, ConnectionRefusedError) else FailureKind.CONNECTION
+            raise UpstreamFailure("connect", message, kind) from None
 
     async def _tick(self) -> None:
         """Check all timeouts with one timer: a timer per stream would be reset with every chunk."""
@@ -157,7 +159,7 @@ class UpstreamClient:
             late = [exchange for exchange in self._live if exchange.due_s and exchange.due_s < now_s]
             for exchange in late:
                 exchange.fail("timeout", "the replica did not answer in time")
-            self._live -= {exchange for exchange in self._live if exchange.is_let_end and exchange.is_over}
+            self._live -= {exchange for exchange in self._live if exchange.is_draining and exchange.is_over}
             for pool in self._pools.values():
                 pool.drop_idle(now_s - IDLE_S)
 

@@ -23,12 +23,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.gateway.proxy.exchange import UpstreamFailure
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
 
 MAX_RESPONSE_BYTES = 64 << 20
 MAX_HELD_BYTES = 512 << 20  # of all responses that are arriving or not yet sent to their clients
-_LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
+_REDUCE_HINT = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
 LARGE_BYTES = 1 << 20  # above this, only the surface is decoded: msgspec takes up to 20 ms for 1 MiB
 MAX_SURFACE_BYTES = 4 << 20
 _SLICE_BYTES = 64 << 10
@@ -47,18 +47,18 @@ class ResponseTooLarge(PowerbandError):
     http_status = 502
     default_code = "answer_too_large"
 
-    def __init__(self, what: str = "answer", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _LESS) -> None:
+    def __init__(self, what: str = "response", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _REDUCE_HINT) -> None:
         super().__init__(f"The {what} is larger than {max_bytes >> 20} MiB.", hint=hint)
 
 
-class TooManyAnswers(PowerbandError):
+class ResponseBudgetExceeded(PowerbandError):
     """The memory for responses that are not streamed is used up, and this response is not small."""
 
     http_status = 503
     default_code = "too_many_answers"
 
 
-class AnswerBudget:
+class ResponseBudget:
     """Limits the memory of buffered responses. One tenant may hold half of it at most."""
 
     def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
@@ -66,13 +66,16 @@ class AnswerBudget:
         self.held: Counter[str] = Counter()  # by tenant
 
     def add(self, tenant: str, size: int, total: int) -> None:
-        """Add `size` bytes of a response that has `total` so far. Raises TooManyAnswers; call `release` even then."""
+        """Add `size` bytes of a response that has `total` so far. `release` is due even if this raises.
+
+        Raises ResponseBudgetExceeded.
+        """
         self.held[tenant] += size
         is_full = self.held[tenant] > self.max_bytes // 2 or self.held.total() > self.max_bytes
         if is_full and total > LARGE_BYTES:
-            raise TooManyAnswers(
-                f"The whole answers that wait for their clients are larger than {self.max_bytes >> 20} MiB, or those of"
-                " one client than half.",
+            raise ResponseBudgetExceeded(
+                f"The buffered responses that wait for their clients are larger than {self.max_bytes >> 20} MiB,"
+                " or those of one client than half.",
                 hint="Read faster, or ask for it as a stream.",
             )
 
@@ -82,7 +85,7 @@ class AnswerBudget:
             del self.held[tenant]
 
 
-class AnswerTurns:
+class ResponseScanner:
     """Scans large responses one piece per turn of the event loop, over all requests: a piece takes some milliseconds,
     and other requests run in between.
     """
@@ -90,17 +93,17 @@ class AnswerTurns:
     def __init__(self) -> None:
         self._scanning = asyncio.Lock()
 
-    async def add(self, answer: WholeAnswer, piece: bytes) -> None:
-        """Add a piece to a response. Raises UpstreamFailure, see `WholeAnswer.add`."""
-        if not answer.is_large and answer.size + len(piece) <= LARGE_BYTES:
-            answer.add(piece)
+    async def add(self, response: BufferedResponse, piece: bytes) -> None:
+        """Add a piece to a response. Raises UpstreamFailure, see `BufferedResponse.add`."""
+        if not response.is_large and response.size + len(piece) <= LARGE_BYTES:
+            response.add(piece)
             return
         async with self._scanning:
-            answer.add(piece)
+            response.add(piece)
             await asyncio.sleep(0)
 
 
-class WholeAnswer:
+class BufferedResponse:
     """A buffered response: `add` all pieces, then `read`. size: bytes received."""
 
     def __init__(self, depth: int = _INSIDE_CHOICES) -> None:
@@ -226,7 +229,7 @@ class _Surface:
         self._kept.append(codes[kept].tobytes())
         self._kept_bytes += len(self._kept[-1])
         if self._kept_bytes > MAX_SURFACE_BYTES:
-            raise UpstreamFailure("garbage", f"The replica's answer has {self._kept_bytes} bytes beside its choices.")
+            raise UpstreamFailure("garbage", f"The replica's response has {self._kept_bytes} bytes beside its choices.")
         kept &= levels <= 1
         self._outermost.append(codes[kept].tobytes())
         self._places.append(np.flatnonzero(kept) + self._position)
