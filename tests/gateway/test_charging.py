@@ -9,9 +9,9 @@ import pytest
 from msgspec import Raw
 
 from powerband.gateway.proxy.client_request import ClientRequest
-from powerband.gateway.proxy.estimates import TextTokenCount, TokenEstimates, call_text
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.token_estimates import TextTokenCount, TokenEstimates, call_text
 from powerband.openai.chunks import read_chunk
 
 WORDS = "word " * 10  # ten tokens

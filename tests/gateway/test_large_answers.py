@@ -17,7 +17,7 @@ from test_replica_answers import CALM, CHAT, STOP, chunk, log, says, serving, st
 
 from powerband.gateway.proxy import relay as relaying
 from powerband.gateway.proxy.relay import Relay
-from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES
+from powerband.gateway.upstream.buffered_response import MAX_RESPONSE_BYTES
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import read_chunk
 from powerband.openai.events import MAX_EVENT_BYTES

@@ -17,9 +17,9 @@ import pytest
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.exchange import MAX_UNREAD_BYTES
-from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.exchange import MAX_UNREAD_BYTES
 from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.http_client.connection import ConnectionPool
 from powerband.web.errors import HttpError

@@ -18,14 +18,14 @@ from powerband.files import make_private_folder, write_atomically
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.observability.recent_requests import RecentRequests
-from powerband.gateway.proxy.estimates import TokenEstimates
-from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.whole_response import ResponseBudget, ResponseScanner
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.gateway.trace_context import TraceContext, forwarded_trace
+from powerband.gateway.upstream.buffered_response import ResponseBudget, ResponseScanner
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.token_estimates import TokenEstimates
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)

@@ -16,17 +16,17 @@ from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, UnsuitableReplica
-from powerband.gateway.proxy.exchange import UpstreamExchange
 from powerband.gateway.proxy.poison import PoisonDetector
-from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.upstream_errors import (
+from powerband.gateway.request import GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.errors import (
     InvalidUpstreamRequest,
     phrase,
     retry_after_s,
     with_served_name,
 )
-from powerband.gateway.request import GatewayRequest
-from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.openai.errors import MAX_ERROR_BYTES, read_error
 from powerband.web.errors import HttpError

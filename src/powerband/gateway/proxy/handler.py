@@ -28,21 +28,21 @@ from powerband.gateway.accounts.limits import Reservation, price_from
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
-from powerband.gateway.proxy.exchange import UpstreamExchange
+from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
-from powerband.gateway.proxy.upstream import context_length
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
-from powerband.gateway.proxy.whole_response import (
+from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.buffered_response import (
     MAX_RESPONSE_BYTES,
     BufferedResponse,
     PiecesResponse,
     ResponseBudgetExceeded,
     ResponseTooLarge,
 )
-from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
-from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest
+from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.events import MAX_EVENT_BYTES, event

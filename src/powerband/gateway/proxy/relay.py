@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.exchange import UpstreamExchange
 from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import count_ids
 from powerband.openai.events import END, EventReader, EventTooLarge

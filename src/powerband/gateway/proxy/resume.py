@@ -18,9 +18,9 @@ from powerband.core.request import OUTPUT_COMPLETE
 from powerband.engines.base import BrokenStream, CannotResume
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest, UnsuitableReplica
 from powerband.gateway.proxy.stream_state import StreamState
-from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import TokenIds, has_ids
 from powerband.openai.errors import ReportedError

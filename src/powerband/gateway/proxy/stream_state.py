@@ -14,11 +14,11 @@ from msgspec import Raw
 
 from powerband.engines.base import EngineAdapter
 from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
-from powerband.gateway.proxy.estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, with_served_name
-from powerband.gateway.proxy.whole_response import BufferedResponse
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.buffered_response import BufferedResponse
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest, with_served_name
 from powerband.gateway.upstream.failure import UpstreamFailure
+from powerband.gateway.upstream.token_estimates import ASCII_PER_TOKEN, TextTokenCount, TokenEstimates, call_text
 from powerband.openai.chunks import (
     FIELDS,
     NO_ERROR,

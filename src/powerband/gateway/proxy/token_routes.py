@@ -20,15 +20,15 @@ from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, with_model
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, with_served_name
-from powerband.gateway.proxy.whole_response import (
+from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.buffered_response import (
     MAX_RESPONSE_BYTES,
     BufferedResponse,
     PiecesResponse,
     ResponseTooLarge,
 )
-from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
-from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest, with_served_name
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.chunks import INVALID_JSON
 from powerband.openai.errors import read_error

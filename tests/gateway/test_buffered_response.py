@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerband.gateway.proxy import whole_response
-from powerband.gateway.proxy.whole_response import (
+from powerband.gateway.upstream import buffered_response
+from powerband.gateway.upstream.buffered_response import (
     LARGE_BYTES,
     BufferedResponse,
     ResponseBudget,
@@ -54,8 +54,8 @@ def test_a_large_answer_is_read_as_a_small_one_and_renamed_in_place(
 ) -> None:
     data = json.dumps(answer, indent=indent, ensure_ascii=is_ascii).encode(errors="replace")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole_response, "LARGE_BYTES", 0)
-        patch.setattr(whole_response, "_SLICE_BYTES", 16)
+        patch.setattr(buffered_response, "LARGE_BYTES", 0)
+        patch.setattr(buffered_response, "_SLICE_BYTES", 16)
         read = BufferedResponse()
         for piece in in_pieces(data, size):
             read.add(piece)
@@ -90,7 +90,7 @@ def test_of_a_large_answer_little_is_decoded(monkeypatch: pytest.MonkeyPatch) ->
         decoded.append(len(data))
         return msgspec.json.decode(data)
 
-    monkeypatch.setattr(whole_response, "read_chunk", read_chunk)
+    monkeypatch.setattr(buffered_response, "read_chunk", read_chunk)
     assert read_in_pieces(large()).is_large
     assert decoded[0] < 1000
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
-from powerband.gateway.proxy.client_request import MAX_TOKENS
-from powerband.gateway.proxy.exchange import UpstreamExchange
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
-from powerband.openai.fields import read_models
 
 MAX_PAGE_BYTES = 1 << 20  # of metrics, model lists and the like: engines' pages have about 100 kB
 MAX_IDLE = 128  # idle connections per replica
@@ -21,7 +19,6 @@ IDLE_S = 20.0  # idle timeout; vLLM's and Powerband's servers keep connections f
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _DRAIN_S = 1.0
 _TICK_S = 0.1
-_MODELS_TIMEOUT_S = 2.0
 
 
 def _ignore(_exchange: UpstreamExchange) -> None:
@@ -162,30 +159,3 @@ class UpstreamClient:
             self._live -= {exchange for exchange in self._live if exchange.is_draining and exchange.is_over}
             for pool in self._pools.values():
                 pool.drop_idle(now_s - IDLE_S)
-
-
-# ---- the context length of a model
-
-
-async def context_length(
-    replicas: Sequence[ReplicaAddress], known: dict[str, int | None], upstream: UpstreamClient
-) -> int | None:
-    """The largest context length of these replicas, prompt and output together; None: no replica reports one.
-
-    A replica with a shorter context gets requests with a lower max_tokens, so it does not limit the others.
-    known: context lengths by replica; this function adds new ones.
-    """
-    await asyncio.gather(*(_ask(known, upstream, one) for one in replicas if one.id not in known))
-    lengths = [length for one in replicas if (length := known.get(one.id)) is not None]
-    return min(max(lengths), MAX_TOKENS) if lengths else None
-
-
-async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: ReplicaAddress) -> None:
-    """Read one replica's context length. A replica that does not answer is asked again the next time."""
-    try:
-        status, body = await upstream.ask(replica, "GET", "/v1/models", b"", _MODELS_TIMEOUT_S)
-    except OSError:
-        return
-    models = read_models(body) if status == 200 else []
-    lengths = [model.context_length for model in models if model.id == replica.model]
-    known[replica.id] = next((length for length in lengths if length is not None), None)
