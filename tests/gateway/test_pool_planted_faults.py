@@ -44,7 +44,7 @@ def _(right: Any, backend: Any, now_s: float) -> Any:
 
 @FAULTS.add("a replica that refused one gets the next at once", Backend.has_capacity)
 def _(right: Any, backend: Any, now_s: float) -> Any:
-    with changed(backend, paused_until_s=0.0):
+    with changed(backend.backoff, paused_until_s=0.0):
         return right(backend, now_s)
 
 
@@ -178,7 +178,7 @@ def _(right: Any, queue: Any, name: Any) -> Any:
     return level
 
 
-@FAULTS.add("waiting tokens are never taken off", FairQueue._left)
+@FAULTS.add("waiting tokens are never taken off", FairQueue._uncount)
 def _(right: Any, queue: Any, queued: Any) -> None:
     tokens = queue.tokens
     right(queue, queued)
@@ -196,12 +196,12 @@ def _(right: Any, waiting: Any, choose: Any) -> Any:
         return found
 
     found = right(waiting, chosen)
-    waiting._by_tag = [entry for entry in waiting._by_tag if entry[2] not in passed]
-    heapq.heapify(waiting._by_tag)
+    waiting._tag_heap = [entry for entry in waiting._tag_heap if entry[2] not in passed]
+    heapq.heapify(waiting._tag_heap)
     return found
 
 
-@FAULTS.add("a tenant whose tokens are corrected is lost", _PriorityClass._changed)
+@FAULTS.add("a tenant whose tokens are corrected is lost", _PriorityClass._tag_changed)
 def _(right: Any, waiting: Any, name: str, tenant: Any) -> None:
     if name not in waiting.waiting:
         right(waiting, name, tenant)

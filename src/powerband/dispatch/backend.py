@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from powerband.dispatch.breaker import CircuitBreaker
 from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.rejection import RejectionBackoff
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
 # ready: gets requests. starting: no probe has succeeded yet. ejected: probes found it unhealthy. open: its circuit
@@ -22,11 +23,6 @@ BackendState = Literal["ready", "starting", "ejected", "open", "draining"]
 BACKEND_STATES: tuple[BackendState, ...] = get_args(BackendState)
 
 _GAP_WEIGHT = 0.02  # of the newest gap in the moving mean
-_REJECTION_PAUSE_S = 0.5  # pause after a rejection without Retry-After (429, 503)
-_MIN_PAUSE_S = 1.0  # maximum pause after the first rejection with Retry-After; it doubles with each further one
-_MAX_PAUSE_S = 60.0
-_TRIAL_S = 1.0  # a trial request that was not rejected within this time counts as accepted
-_ALONE_S = 60.0  # a tenant's rejections are ignored for so long once the backend has accepted another tenant's request
 _FULL = 0.95  # fraction of the KV cache
 _LOG_INTERVAL_S = 60.0
 
@@ -102,6 +98,10 @@ class InFlightRequest:
         self.is_lost = False  # the backend is dead or hung: no more data will come
         self.on_lost: Callable[[], None] | None = None
 
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
     def mark_lost(self) -> None:
         self.is_lost = True
         callback, self.on_lost = self.on_lost, None
@@ -116,6 +116,7 @@ class Backend:
         self.spec = spec
         self.options = options
         self.breaker = CircuitBreaker(options)
+        self.backoff = RejectionBackoff()
         self.in_flight: set[InFlightRequest] = set()
         self.outstanding = 0
         self.sent_tokens = 0.0  # since the start, for weighted routing
@@ -124,10 +125,6 @@ class Backend:
         self.is_removed = False
         self.was_ready = False
         self.since_s = now_s  # when `is_ready` last changed
-        self.paused_until_s = 0.0  # gets no requests until then, because it rejected one
-        self.rejections = 0  # consecutive rejections with Retry-After; if any, one trial request is sent at a time
-        self._rejected_tenant = ""
-        self._alone_until_s: dict[str, float] = {}  # by tenant: rejections are about this tenant alone until then
         self.logged_s = -_LOG_INTERVAL_S
         self.limit = self.max_in_flight
         self.load = ReplicaLoad()
@@ -163,8 +160,7 @@ class Backend:
     def has_capacity(self, now_s: float) -> bool:
         return (
             len(self.in_flight) < self.limit
-            and now_s >= self.paused_until_s
-            and not (self.rejections and self._is_trial_running(now_s))
+            and self.backoff.allows(now_s, self.in_flight)
             and (self.breaker.is_closed or self.breaker.allows(now_s))
         )
 
@@ -245,52 +241,26 @@ class Backend:
     def replaced(self) -> None:
         """A new process has taken its place: reset what was learned about the old one."""
         self.limit, self._num_crowded = self.max_in_flight, 0
-        self.paused_until_s, self.rejections = 0.0, 0
+        self.backoff.reset()
         self.breaker.reset()
 
-    # Rejections (429, 503).
+    # Requests sent to it.
 
     def sent(self, in_flight: InFlightRequest) -> None:
-        if self.rejections and any(self._is_trial(one) for one in self.in_flight):
-            self._accepted(in_flight.request.tenant, in_flight.sent_s)  # the trial request was not rejected
+        self.backoff.sent(in_flight, self.in_flight)
         self.in_flight.add(in_flight)
 
-    def rejected(self, in_flight: InFlightRequest, now_s: float, pause_s: float) -> None:
-        """It rejected a request. pause_s: its Retry-After; 0: none, it is at capacity.
-
-        A Retry-After may concern this request alone, so the backend soon gets one trial request, however long the
-        Retry-After is.
-        """
-        tenant = in_flight.request.tenant
-        if now_s < self._alone_until_s.get(tenant, 0.0):
+    def rejected(self, in_flight: InFlightRequest, now_s: float, retry_after_s: float) -> None:
+        """It rejected a request. retry_after_s: its Retry-After; 0: none, it is at capacity."""
+        if self.backoff.ignores(in_flight.tenant, now_s):
             return
-        if self.in_flight or not pause_s:
+        if self.in_flight or not retry_after_s:
             self.limit = max(min(self.limit, len(self.in_flight)), 1)
-        if not pause_s:
-            self.paused_until_s = max(self.paused_until_s, now_s + _REJECTION_PAUSE_S)
-            return
-        if not self.rejections or self._is_trial(in_flight):  # rejections of requests sent before the pause count once
-            self.rejections, self._rejected_tenant = self.rejections + 1, tenant
-        max_s = min(_MIN_PAUSE_S * 2.0 ** min(self.rejections - 1, 16), _MAX_PAUSE_S)
-        self.paused_until_s = max(self.paused_until_s, now_s + min(max(pause_s, _REJECTION_PAUSE_S), max_s))
-
-    def _is_trial(self, in_flight: InFlightRequest) -> bool:
-        return in_flight.sent_s >= self.paused_until_s
-
-    def _is_trial_running(self, now_s: float) -> bool:
-        return any(self._is_trial(one) and now_s - one.sent_s < _TRIAL_S for one in self.in_flight)
-
-    def _accepted(self, tenant: str, now_s: float) -> None:
-        """It accepts requests again."""
-        if tenant != self._rejected_tenant:
-            self._alone_until_s = {one: end_s for one, end_s in self._alone_until_s.items() if end_s > now_s}
-            self._alone_until_s[self._rejected_tenant] = now_s + _ALONE_S
-        self.rejections = 0
+        self.backoff.rejected(in_flight, now_s, retry_after_s)
 
     def request_completed(self, in_flight: InFlightRequest, now_s: float) -> None:
         """A request has ended. If the backend does not report its queue length, each one raises `limit` by one."""
-        if self.rejections and self._is_trial(in_flight):
-            self._accepted(in_flight.request.tenant, now_s)
+        self.backoff.accepted(in_flight, now_s)
         if self.limit < self.max_in_flight and self.load.waiting is None:
             self.limit += 1
 
@@ -301,8 +271,7 @@ class Backend:
         in_flight.bytes_s = self.bytes_s = now_s
         if in_flight.began_s is None:
             in_flight.began_s = now_s
-            if self.rejections and self._is_trial(in_flight):
-                self._accepted(in_flight.request.tenant, now_s)
+            self.backoff.accepted(in_flight, now_s)
         elif in_flight.request.stream:
             self.gap_s += (gap_s - self.gap_s) * (_GAP_WEIGHT if self.gap_s else 1.0)
 

@@ -110,11 +110,11 @@ class Dispatcher:
         now_s: float,
         *,
         output_tokens: int = 0,
-        pause_s: float = 0.0,
+        retry_after_s: float = 0.0,
     ) -> None:
         """A request ended: its slot goes to the next one. Only the first call has an effect.
 
-        output_tokens: tokens generated. pause_s: the Retry-After of a backend that rejected it.
+        output_tokens: tokens generated. retry_after_s: the Retry-After of a backend that rejected it.
         """
         if in_flight.is_released:
             return
@@ -135,7 +135,7 @@ class Dispatcher:
             if outcome == "ok":
                 backend.last_success_s = now_s
         elif outcome == "rejected":
-            backend.rejected(in_flight, now_s, pause_s)
+            backend.rejected(in_flight, now_s, retry_after_s)
         elif outcome == "unavailable":
             if backend.mark_unavailable(now_s, "absent"):
                 self.changed(backend, now_s)
@@ -326,7 +326,7 @@ class Dispatcher:
     def _reject_paused(self, now_s: float) -> None:
         """Reject queued requests whose backends are all paused for longer than `_MAX_PAUSE_S`."""
         for pool in self._pools:
-            if any(backend.paused_until_s - now_s <= _MAX_PAUSE_S for backend in pool.serving):
+            if any(backend.backoff.paused_until_s - now_s <= _MAX_PAUSE_S for backend in pool.serving):
                 continue
             for queued in tuple(pool.queue):
                 try:
@@ -479,7 +479,7 @@ class Dispatcher:
 
 def _check_pauses(pool: LengthPool, avoid: Collection[str], now_s: float) -> None:
     """Raise ReplicasBusy if every backend is paused for longer than `_MAX_PAUSE_S`."""
-    pauses_s = [backend.paused_until_s - now_s for backend in _without(avoid, pool.serving, pool.serving)]
+    pauses_s = [backend.backoff.paused_until_s - now_s for backend in _without(avoid, pool.serving, pool.serving)]
     if pauses_s and (pause_s := min(pauses_s)) > _MAX_PAUSE_S:
         raise ReplicasBusy(
             f"Every replica has asked for a pause (Retry-After); the shortest ends in {pause_s:.0f} s.",

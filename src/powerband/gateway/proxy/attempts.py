@@ -161,7 +161,7 @@ class UpstreamAttempts:
             raise self._error(problem)
         # Powerband's Retry-After is about this request alone; that of other engines is about all requests.
         is_alone = lease.replica.adapter.retry_after_is_per_request
-        lease.close(problem.policy.outcome, pause_s=0.0 if is_alone else problem.retry_after_s or 0.0)
+        lease.close(problem.policy.outcome, retry_after_s=0.0 if is_alone else problem.retry_after_s or 0.0)
         if problem.kind is FailureKind.GATEWAY_LIMIT:
             raise HttpError(503, "too_many_connections", str(problem))
         id = lease.replica.id
