@@ -184,6 +184,12 @@ class PiecesResponse(Response):
 class _Surface:
     """Extracts the surface of JSON: all that is nested at most `max_depth` levels deep, with strings cut short. Also
     records the positions of the outermost level.
+
+    Each slice is scanned with numpy, an array element per byte:
+
+        bytes       {"a":[1],"b":"x[y"}
+        in_string   0110000001100111100    a string with its opening quote
+        levels      0111112111111111110    brackets are on the level around them
     """
 
     def __init__(self, max_depth: int) -> None:
@@ -193,10 +199,11 @@ class _Surface:
         self._kept_bytes = 0
         self._outermost: list[bytes] = []
         self._places: list[NDArray[np.int64]] = []  # positions in the input of the bytes in `_outermost`
-        self._position = 0
+        self._position = 0  # in the input, of the next slice
+        # At the end of the slices so far:
         self._depth = 0
         self._in_string = False
-        self._string_bytes = 0  # bytes so far of the string that is open
+        self._string_bytes = 0  # bytes of the string that is open
         self._is_escaped = False  # whether the next byte is escaped
 
     def add(self, piece: bytes) -> None:
@@ -207,35 +214,40 @@ class _Surface:
         except UnicodeDecodeError as problem:
             raise UpstreamFailure.invalid(problem) from None
         for start in range(0, len(piece), _SLICE_BYTES):
-            self._add(piece[start : start + _SLICE_BYTES])
+            self._scan(piece[start : start + _SLICE_BYTES])
 
-    def _add(self, data: bytes) -> None:
+    def _scan(self, data: bytes) -> None:
+        codes = np.frombuffer(self._without_escapes(data).translate(_PLAIN), dtype=np.uint8)
+        in_string = np.logical_xor.accumulate(codes == _QUOTE) ^ self._in_string
+        steps = _STEPS[codes]  # 1: an opening bracket, -1: a closing one
+        steps[in_string] = 0
+        depths = np.cumsum(steps, dtype=np.int32) + self._depth
+        levels = depths - (steps > 0)
+        # The index at which the string around each byte opened: below 0 if that was in an earlier slice.
+        indexes = np.arange(len(codes), dtype=np.int32)
+        opened = np.maximum.accumulate(np.where((codes == _QUOTE) & in_string, indexes, -self._string_bytes))
+        is_cut = in_string & (indexes - opened > _STRING_BYTES)
+        self._keep(codes, levels, ~is_cut)
+        self._depth, self._in_string = int(depths[-1]), bool(in_string[-1])
+        self._string_bytes = len(codes) - int(opened[-1])
+
+    def _without_escapes(self, data: bytes) -> bytes:
+        """The same number of bytes, in which every quote begins or ends a string."""
         if self._is_escaped:
             data = b"_" + data[1:]
         self._is_escaped = bool((len(data) - len(data.rstrip(b"\\"))) % 2)
-        if b"\\" in data:
-            data = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-        codes = np.frombuffer(data.translate(_PLAIN), dtype=np.uint8)
-        quotes = codes == _QUOTE
-        inside = np.logical_xor.accumulate(quotes) ^ self._in_string  # inside a string, or its opening quote
-        steps = _STEPS[codes]
-        steps[inside] = 0
-        depths = np.cumsum(steps, dtype=np.int32) + self._depth
-        levels = depths - (steps > 0)  # brackets belong to the level around them
-        kept = levels <= self._max_depth
-        places = np.arange(len(codes), dtype=np.int32)
-        opened = np.maximum.accumulate(np.where(quotes & inside, places, -self._string_bytes))
-        kept &= ~inside | (places - opened <= _STRING_BYTES)
-        self._kept.append(codes[kept].tobytes())
+        return data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
+
+    def _keep(self, codes: NDArray[np.uint8], levels: NDArray[np.int32], is_short: NDArray[np.bool_]) -> None:
+        """Raises UpstreamFailure if the surface gets too large."""
+        self._kept.append(codes[is_short & (levels <= self._max_depth)].tobytes())
         self._kept_bytes += len(self._kept[-1])
         if self._kept_bytes > MAX_SURFACE_BYTES:
             raise UpstreamFailure("garbage", f"The replica's response has {self._kept_bytes} bytes beside its choices.")
-        kept &= levels <= 1
-        self._outermost.append(codes[kept].tobytes())
-        self._places.append(np.flatnonzero(kept) + self._position)
+        is_outermost = is_short & (levels <= 1)
+        self._outermost.append(codes[is_outermost].tobytes())
+        self._places.append(np.flatnonzero(is_outermost) + self._position)
         self._position += len(codes)
-        self._depth, self._in_string = int(depths[-1]), bool(inside[-1])
-        self._string_bytes = len(codes) - int(opened[-1])
 
     def end(self) -> bytes:
         """The surface. Raises UpstreamFailure if the input ends in the middle of a UTF-8 character."""
