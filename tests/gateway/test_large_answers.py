@@ -146,10 +146,10 @@ def test_usage_that_no_request_can_have_is_not_charged(tokens: int) -> None:
     usage = {"prompt_tokens": tokens, "completion_tokens": tokens}
     body = {"choices": [{"index": 0, "text": "a"}], "usage": usage}
     state.process_whole(read_chunk(msgspec.json.encode(body)), replica("vllm"))
-    prompt, _, output = state.final_usage()
+    prompt, _, output = state.tokens.final_usage()
     assert output == 5
     assert prompt < 100_000
-    assert state.is_estimate
+    assert state.tokens.is_estimate
 
 
 def test_an_impossible_count_of_tokens_is_charged_as_what_was_sent(gateway: RunningGateway) -> None:

@@ -171,7 +171,7 @@ class GenerationResponse(Response):
             except UpstreamFailure as problem:
                 await attempts.handle_failure(problem)
         self._settle_status(200)
-        attempts.close("ok", self._state.num_tokens)
+        attempts.close("ok", self._state.tokens.num_output)
         await PiecesResponse(pieces)(scope, receive, send)
 
     async def _collect(self, exchange: UpstreamExchange) -> BufferedResponse:
@@ -211,9 +211,9 @@ class GenerationResponse(Response):
             raise UpstreamFailure("garbage", "The replica sent a response without choices.")
         state.process_whole(chunk, replica, size=response.size if response.is_large else 0)
         state.finish_reason = chunk.choices[0].finish_reason or ""
-        if state.num_tokens:
-            state.times_s.append(time.monotonic())
-            state.counts.append(state.num_tokens)
+        if state.tokens.num_output:
+            state.tokens.times_s.append(time.monotonic())
+            state.tokens.counts.append(state.tokens.num_output)
         return state.whole(response, chunk)
 
     async def _first_request(self, replica: ReplicaAddress) -> tuple[str, bytes]:
@@ -237,7 +237,7 @@ class GenerationResponse(Response):
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return
         self._settle_status(200)
-        self._attempts.close("ok", self._state.num_tokens)
+        self._attempts.close("ok", self._state.tokens.num_output)
         await send({"type": "http.response.body", "body": self._state.final_events(), "more_body": False})
 
     async def _relay(self, send: Send) -> None:
@@ -256,15 +256,15 @@ class GenerationResponse(Response):
                 await self._send(send, state.finish())  # only the end of the response was lost
                 return
             state.begin(replica)
-            num_before = state.num_tokens
+            num_before = state.tokens.num_output
             try:
                 await self._relay_exchange(exchange, send)
                 return
             except UpstreamFailure as problem:
                 if state.is_finished:
-                    attempts.close("failed", state.num_tokens)
+                    attempts.close("failed", state.tokens.num_output)
                     return  # nothing of the response itself is missing
-                await attempts.handle_failure(problem, state.num_tokens - num_before)
+                await attempts.handle_failure(problem, state.tokens.num_output - num_before)
             if attempts.response_started:
                 self._resumed += 1
                 plan = resumer.plan
@@ -295,7 +295,7 @@ class GenerationResponse(Response):
         reservation = self._reservation
         if reservation is None:
             return
-        if not self._is_prompt_counted and (prompt := self._state.counted_prompt):
+        if not self._is_prompt_counted and (prompt := self._state.tokens.reported_prompt):
             self._is_prompt_counted = True
             reservation.prompt_counted(prompt)
         if tokens > reservation.output:
@@ -331,7 +331,7 @@ class GenerationResponse(Response):
 
     def _record_error(self, error: PowerbandError, status: int = 0) -> None:
         if isinstance(error, InvalidUpstreamRequest):
-            self._attempts.close("ok", self._state.num_tokens)
+            self._attempts.close("ok", self._state.tokens.num_output)
         is_rejected = error.http_status < 500 or error.http_status == 503
         outcome = Outcome.REFUSED if is_rejected and not status else Outcome.ERROR
         self._fail(Outcome.TIMED_OUT if error.http_status == 504 else outcome, error.code, status or error.http_status)
@@ -356,8 +356,8 @@ class GenerationResponse(Response):
         record = RequestRecord(
             scheduled_s=request.arrival_s,
             sent_s=attempts.sent_s or now_s,
-            chunk_times_s=tuple(state.times_s),
-            chunk_tokens=tuple(state.counts),
+            chunk_times_s=tuple(state.tokens.times_s),
+            chunk_tokens=tuple(state.tokens.counts),
             outcome=self._outcome,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
@@ -387,13 +387,14 @@ class GenerationResponse(Response):
         A client that disconnects, or whose response is too large to buffer, is charged, because the replica did the
         work. A failed response is charged as far as the client received it.
         """
-        attempts, state, client_request = self._attempts, self._state, self._client_request
-        if state.num_tokens or state.usage is not None or (attempts.sent_s and self._outcome is Outcome.OK):
-            used = state.final_usage()
-            if self._outcome is Outcome.OK and not state.is_estimate and state.times_s and len(attempts.replicas) == 1:
-                seconds = state.times_s[-1] - attempts.sent_s
-                self._served.estimates.learn(used[2], client_request.num_choices, seconds, state.text.size)
-            return used, state.is_estimate
+        attempts, tokens, client_request = self._attempts, self._state.tokens, self._client_request
+        is_ok = self._outcome is Outcome.OK
+        if tokens.num_output or tokens.usage is not None or (attempts.sent_s and is_ok):
+            used = tokens.final_usage()
+            if is_ok and not tokens.is_estimate and tokens.times_s and len(attempts.replicas) == 1:
+                seconds = tokens.times_s[-1] - attempts.sent_s
+                self._served.estimates.learn(used[2], client_request.num_choices, seconds, tokens.text.size)
+            return used, tokens.is_estimate
         if not attempts.sent_s or self._error not in (
             "client_left",
             ResponseTooLarge.default_code,

@@ -49,23 +49,23 @@ class Resumer:
         """
         state, client_request, adapter = self._state, self._client_request, replica.adapter
         path = PATHS[client_request.endpoint]
-        if not state.num_tokens:
+        if not state.tokens.num_output:
             state.resume(kept=0)
             return path, client_request.upstream_body(replica, self._tenant)
-        if not client_request.can_resume or state.has_missing_ids:
+        if not client_request.can_resume or state.tokens.has_missing_ids:
             raise CannotResume
         if state.adapter is not adapter:
             raise UnsuitableReplica(CannotResume())
         if adapter.takes_resume_token_ids:
-            state.resume(kept=len(state.token_ids))
-            return path, client_request.upstream_body(replica, self._tenant, state.token_ids)
+            state.resume(kept=len(state.tokens.token_ids))
+            return path, client_request.upstream_body(replica, self._tenant, state.tokens.token_ids)
         if adapter.complete_stream is None:
             raise CannotResume
         body = client_request.upstream_body(replica, self._tenant)
         if not state.texts and not state.wants_empty_chunks:  # the client has nothing yet
             state.resume(kept=0)
             return path, body
-        if not has_ids(state.prompt_ids) or state.is_parsed:
+        if not has_ids(state.tokens.prompt_ids) or state.is_parsed:
             raise CannotResume
 
         async def ask(method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -77,8 +77,8 @@ class Resumer:
             fields=_FIELDS.decode(body),
             is_chat=is_chat,
             max_tokens=client_request.limit,
-            prompt_ids=_decoded(state.prompt_ids),
-            token_ids=state.token_ids,
+            prompt_ids=_decoded(state.tokens.prompt_ids),
+            token_ids=state.tokens.token_ids,
             text="".join(state.texts),
             has_sent_ids=state.wants_empty_chunks,
         )
