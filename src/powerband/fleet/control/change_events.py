@@ -20,7 +20,7 @@ def record_change(events: Events, before: ServiceSpec | None, spec: ServiceSpec)
     elif before is not None and pool_revisions(before.release) == pool_revisions(spec.release):
         was = " + ".join(map(str, before.release.counts))
         if was != counts:
-            events.record("Scaled", spec.name, f"from {was} to {counts} replicas")
+            events.record("Scaled", spec.name, f"replicas: from {was} to {counts}")
     else:
         revision = release_revision(spec.release)
-        events.record("Deployed", spec.name, f"generation {spec.generation}, revision {revision}, {counts} replicas")
+        events.record("Deployed", spec.name, f"generation {spec.generation}, revision {revision}, replicas: {counts}")

@@ -38,7 +38,7 @@ class InstanceState:
     draining_s: float | None = None  # when its drain began
     is_killed: bool = False  # because it hangs
     exit_expected: bool = False  # it was asked to stop: its exit is not a crash
-    to_replace: bool = False  # drain it once another replica can take over
+    pending_replacement: bool = False  # drain it once another replica can take over
     is_replaced: bool = False  # the next replica that starts is its replacement
 
     @property

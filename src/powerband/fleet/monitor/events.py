@@ -133,7 +133,7 @@ def _exit(exited: ExitedInstance) -> tuple[Reason, str, str]:
     if exited.oom_killed:
         return "OOMKilled", "killed by the kernel: out of memory", name
     if name:
-        return "Error", f"killed by {name}", name
+        return "Error", f"killed by {name} (exit code {128 - (code or 0)})", name
     if code is None:
         return "Error", "exited while another controller was there, so the exit code is not known", name
     return "Error", f"exit code {code}", name
