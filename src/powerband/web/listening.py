@@ -54,6 +54,15 @@ class Signals:
             self.second.set()
 
 
+def stopping_text(received: signal.Signals, num_active: int, timeout_s: float) -> str:
+    """What a server says when it is asked to stop."""
+    name = "Ctrl-C (SIGINT)" if received == signal.SIGINT else received.name
+    if not num_active:
+        return f"Stopping after {name}: no request is running."
+    requests = "1 running request has" if num_active == 1 else f"{num_active} running requests have"
+    return f"Stopping after {name}: {requests} {timeout_s:.0f} s to finish. A second signal stops at once."
+
+
 def raise_descriptor_limit() -> None:
     """Raise the soft limit of open files, often 1,024, to the hard limit: each connection needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -79,8 +79,6 @@ class CrashBackoff:
         found = []
         for revision, history in self._histories.items():
             if history.crashes > 1 and history.last is not None:
-                last_line = history.last.log.strip().rpartition("\n")[2]
-                found.append(
-                    f"{revision} crashed {history.crashes} times in a row, last {history.last.id}: {last_line[:200]}"
-                )
+                last = history.last
+                found.append(f"{revision} crashed {history.crashes} times in a row, last {last.id}: {last.error_line}")
         return found

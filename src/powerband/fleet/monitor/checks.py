@@ -68,7 +68,7 @@ def check_crashes(crashes: Sequence[str]) -> Iterator[Finding]:
             kind="replica",
             subject=SERVICE,
             cause="down",
-            what=f"{'; '.join(crashes)}.",
+            what=f"{'; '.join(crashes).rstrip('.')}.",
             advice="The controller starts another one. 'powerband events' lists crashes, 'powerband logs' shows why.",
         )
 

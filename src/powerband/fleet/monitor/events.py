@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 MAX_EVENTS = 500
 REPEAT_WITHIN_S = 3600.0  # a repetition after a longer pause is an event of its own
-_MAX_LINE = 200  # characters of a log's last line
 
 NormalReason = Literal[
     "Deployed", "Scaled", "Cordoned", "Uncordoned", "Ready", "Stopped", "Removed", "ControllerStarted"
@@ -100,9 +99,8 @@ class Events:
             reason = "Stopped"
         elif not was_ready:
             message += ", before it was ready"
-        last_line = exited.log.strip().rpartition("\n")[2][:_MAX_LINE]
-        if reason == "Error" and not signal_name and last_line:
-            message += f": {last_line}"
+        if reason == "Error" and not signal_name and exited.error_line:
+            message += f": {exited.error_line}"
         code = exited.exit_code
         return self.record(
             reason,
