@@ -16,6 +16,7 @@ from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
 from powerband.text.pieces import PieceRules, piece_rules
 from powerband.text.tokenizer_class import tokenizer_class
+from powerband.text.tokenizer_growth import check_growth
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Tokenizer:
                 )
         try:
             rust = RustTokenizer.from_file(str(file))
+            check_growth(rust)
             tokenizer = cls(rust, read_table(path / CONFIG), path)
             tokenizer._check()
         except BaseException as error:
