@@ -109,7 +109,7 @@ def _decoder(table: Any) -> dict[int, AddedToken]:
 
 
 def _with_names_of_5(config: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json with extra special tokens under their name of transformers 5, and named ones in one table."""
+    """tokenizer_config.json with extra special tokens under the name of transformers 5, and named ones in a table."""
     renamed = dict(config)
     if _EXTRA_BEFORE_5 in renamed and not renamed.get(_EXTRA):
         renamed[_EXTRA] = renamed.pop(_EXTRA_BEFORE_5)

@@ -100,6 +100,10 @@ class ChatTemplate:
             raise InvalidRequest(
                 "The messages have half a surrogate pair, which is not valid text.", param="messages"
             ) from None
+        except (TypeError, NotImplementedError) as error:
+            raise InvalidRequest(
+                f"The messages, or the tools, hold what JSON cannot: {error}.", param="messages"
+            ) from None
         text, left_out = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * num_bytes)
         if left_out is not None:
             raise _left_out(messages, *left_out)

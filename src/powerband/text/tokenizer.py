@@ -25,6 +25,7 @@ _FILES = [
     *("config.json", "*.jinja", "tokenizer.model"),
 ]
 _LEGACY_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+_MAX_FILE_BYTES = 256 << 20  # the largest published ones have 40 MB
 # What a tokenizer must be able to encode and decode before it is used: each shape of text that a step may fail on.
 _SAMPLES = ("", " ", "a", "Hello, world!", "\n\t  x", "Würde 東京 🙂", "0123456789 " * 20)
 
@@ -83,6 +84,10 @@ class Tokenizer:
                 raise EnvironmentFault(
                     f"{file} is a Git LFS pointer, not the file.", hint=LFS_HINT, code="tokenizer_format"
                 )
+        if (num_bytes := file.stat().st_size) > _MAX_FILE_BYTES:
+            raise EnvironmentFault(
+                f"{file} has {num_bytes:,} bytes; the limit is {_MAX_FILE_BYTES:,}.", code="tokenizer_format"
+            )
         try:
             rust = RustTokenizer.from_file(str(file))
             check_growth(rust)

@@ -1,5 +1,7 @@
-"""How much longer the steps of a tokenizer.json may make a text. Steps that replace text multiply: ten of them that write
-ten characters for one turn a prompt of three characters into gigabytes, in a library that ends the process then.
+"""What the steps of a tokenizer.json may cost: how much longer they may make a text, and how long a word may be.
+
+Steps that replace text multiply: ten of them that write ten characters for one turn a prompt of three characters into
+gigabytes, in a library that ends the process then.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 MAX_GROWTH = 256.0  # characters, or tokens, for one; published tokenizers have at most 36
 MAX_ADDED_TOKENS = 1024  # by the post-processor
+MAX_WORD_CHARS = 1000  # of WordPiece, whose time grows with their square; published ones have 100
 _TRIE_SIZE_BYTES = 4
 
 
@@ -23,10 +26,17 @@ def check_growth(rust: RustTokenizer) -> None:
     _check("normalizer and pre-tokenizer make", math.prod(map(_growth, encoding)))
     _check("decoder makes", math.prod(map(_growth, _steps(rust.decoder, "decoders"))))
     templates = [step for step in _steps(rust.post_processor, "processors") if step["type"] == "TemplateProcessing"]
-    _check("post-processor makes", math.prod(sum("Sequence" in piece for piece in step["single"]) for step in templates))
+    _check(
+        "post-processor makes", math.prod(sum("Sequence" in piece for piece in step["single"]) for step in templates)
+    )
     num_added = sum(map(_num_added, templates))
     if num_added > MAX_ADDED_TOKENS:
-        raise ValueError(f"its post-processor adds {num_added:,} tokens to each text; the limit is {MAX_ADDED_TOKENS:,}")
+        raise ValueError(
+            f"its post-processor adds {num_added:,} tokens to each text; the limit is {MAX_ADDED_TOKENS:,}"
+        )
+    word_chars = getattr(rust.model, "max_input_chars_per_word", 0)
+    if word_chars > MAX_WORD_CHARS:
+        raise ValueError(f"its max_input_chars_per_word is {word_chars:,}; the limit is {MAX_WORD_CHARS:,}")
 
 
 def _check(what: str, growth: float) -> None:
