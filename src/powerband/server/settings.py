@@ -23,6 +23,17 @@ class ServerSettings:
         30.0, "Seconds for running requests to finish after SIGTERM", group="Server", minimum=0, maximum=3600
     )
     max_body_bytes: int = setting(4 << 20, "Maximum request body", group="Server", minimum=1024, maximum=256 << 20)
+    unknown_fields: Literal["error", "ignore"] = setting(
+        "error",
+        "Unknown fields of a request. error: refuse the request, naming the field; ignore: go on without them, naming "
+        "them in the header X-Ignored-Fields",
+        group="Server",
+    )
+    allowed_origins: str | None = setting(
+        None,
+        "Origins of web pages that may use the API, separated by commas, such as https://chat.example.com; *: any page",
+        group="Server",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Minimum level of log lines", group="Server"
     )

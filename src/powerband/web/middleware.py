@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Iterable
+from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +16,15 @@ from powerband.web.errors import HttpError, error_response
 
 logger = logging.getLogger(__name__)
 _LABEL_CHARS = 128
+_IGNORED_STATE = "ignored_fields"
+_MAX_IGNORED_CHARS = 1000  # of the header
+
+
+def note_ignored_fields(scope: Scope, names: Iterable[str]) -> None:
+    """Name these fields of the request in the response's `X-Ignored-Fields`."""
+    # Names come from clients: quoted, so that none can be more than a name in a list.
+    value = ", ".join(quote(name[:_LABEL_CHARS], safe="$[]") for name in names)
+    scope["state"][_IGNORED_STATE] = value[:_MAX_IGNORED_CHARS].encode("ascii")
 
 
 class ClientDisconnected(Exception):
@@ -42,7 +53,10 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if ignored := scope["state"].get(_IGNORED_STATE):
+                    headers.append((b"x-ignored-fields", ignored))
+                message["headers"] = headers
             await send(message)
 
         scope.setdefault("state", {})["request_id"] = request_id
