@@ -198,6 +198,7 @@ def test_a_body_that_is_too_large(server: RunningServer) -> None:
 def test_unknown_paths_methods_and_content_types(server: RunningServer) -> None:
     missing = server.http.get("/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    assert missing.headers["x-request-id"]
     wrong = server.http.get(CHAT)
     assert (wrong.status_code, wrong.json()["error"]["code"], wrong.headers["allow"]) == (
         405,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerband.spec.settings import check_values, setting
+from powerband.web.origins import parse_origins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,3 +42,4 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_values(self)
+        parse_origins(self.allowed_origins)

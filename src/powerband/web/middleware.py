@@ -37,10 +37,8 @@ class RequestIdMiddleware:
     An id that the client sends is only logged as a label; it identifies nothing.
     """
 
-    def __init__(self, app: ASGIApp, listed_in: str = "/openapi.json") -> None:
-        """listed_in: the page that lists the paths."""
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._listed_in = listed_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,9 +83,7 @@ class RequestIdMiddleware:
             return error
         if isinstance(error, HTTPException):
             if error.status_code == 404:
-                return HttpError(
-                    404, "not_found", "There is no such path.", hint=f"The paths are listed in {self._listed_in}."
-                )
+                return HttpError(404, "not_found", "There is no such path.")
             if error.status_code == 405:
                 allowed = (error.headers or {}).get("Allow", "")
                 return HttpError(405, "method_not_allowed", f"This path takes {allowed}.", allow=allowed)
