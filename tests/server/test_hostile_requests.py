@@ -276,3 +276,17 @@ def test_the_server_is_as_well_as_before(server: RunningServer) -> None:
     assert server.http.get("/readyz").json()["engine_restarts"] == 0
     assert server.post(COMPLETIONS, prompt="a b c", max_tokens=3).status_code == 200
     server.until(lambda: server.figure("powerband_kv_cache_usage_ratio") == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_of_http_1_0_gets_no_chunks(server: RunningServer, stream: bool) -> None:
+    """RFC 9112, 6.1: no Transfer-Encoding for HTTP/1.0; the end of the connection ends the stream."""
+    body = json.dumps({"prompt": "a b", "max_tokens": 2, "stream": stream}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=30) as client:
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    lines, _, content = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in lines.lower()
+    assert content.startswith(b"data: {" if stream else b"{")
+    assert content.endswith(b"data: [DONE]\n\n" if stream else b"}")

@@ -17,6 +17,7 @@ from powerband.web.errors import HttpError, error_response
 logger = logging.getLogger(__name__)
 _LABEL_CHARS = 128
 _IGNORED_STATE = "ignored_fields"
+_IGNORED_HEADER = b"x-ignored-fields"
 _MAX_IGNORED_CHARS = 1000  # of the header
 
 
@@ -25,6 +26,13 @@ def note_ignored_fields(scope: Scope, names: Iterable[str]) -> None:
     # Names come from clients: quoted, so that none can be more than a name in a list.
     value = ", ".join(quote(name[:_LABEL_CHARS], safe="$[]") for name in names)
     scope["state"][_IGNORED_STATE] = value[:_MAX_IGNORED_CHARS].encode("ascii")
+
+
+def pass_on_ignored_fields(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Send the `X-Ignored-Fields` of another server's response (names in lower case) with the response to `scope`."""
+    for name, value in headers:
+        if name == _IGNORED_HEADER:
+            scope["state"][_IGNORED_STATE] = value[:_MAX_IGNORED_CHARS]
 
 
 class ClientDisconnected(Exception):
@@ -53,7 +61,7 @@ class RequestIdMiddleware:
                 status = message["status"]
                 headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
                 if ignored := scope["state"].get(_IGNORED_STATE):
-                    headers.append((b"x-ignored-fields", ignored))
+                    headers.append((_IGNORED_HEADER, ignored))
                 message["headers"] = headers
             await send(message)
 
