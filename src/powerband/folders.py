@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 CACHE_VARIABLE = "POWERBAND_CACHE"
+STATE_VARIABLE = "POWERBAND_STATE"
+WRITABLE_CACHE = f"Set {CACHE_VARIABLE} to a folder that this user can write."
+WRITABLE_STATE = f"Set {STATE_VARIABLE} to a folder that this user can write."
 
 
 def cache_directory() -> Path:
@@ -19,10 +22,18 @@ def cache_directory() -> Path:
 
 def state_home() -> Path:
     """$POWERBAND_STATE, or powerband/ in $XDG_STATE_HOME, or in ~/.local/state."""
-    if os.environ.get("POWERBAND_STATE"):
-        return Path(os.environ["POWERBAND_STATE"]).absolute()
+    if os.environ.get(STATE_VARIABLE):
+        return Path(os.environ[STATE_VARIABLE]).absolute()
     base = os.environ.get("XDG_STATE_HOME") or _home() / ".local" / "state"
     return Path(base) / "powerband"
+
+
+def expand_user(name: str) -> Path:
+    """A path whose ~ is the user's home; as it is for a user without one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def _home() -> Path:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import msgspec
@@ -19,6 +18,7 @@ from starlette.requests import Request
 from powerband.engine.client.messages import EngineInfo, Heartbeat
 from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import InvalidRequest, PowerbandError
+from powerband.folders import expand_user
 from powerband.metrics.prometheus import EngineMetrics
 from powerband.server.compatibility import Amendment
 from powerband.server.settings import ServerSettings
@@ -101,7 +101,7 @@ class ServerState:
     async def start(self) -> EngineInfo:
         """Start the engine and load the tokenizer, concurrently if the folder is known. Raises the errors of both."""
         start_s = time.monotonic()
-        folder = Path(self.engine_settings.model).expanduser()
+        folder = expand_user(self.engine_settings.model)
         early = asyncio.create_task(self._load_tokenizer(str(folder))) if folder.is_dir() else None
         try:
             info = await self.engine.start()
