@@ -334,7 +334,7 @@ def test_a_template_that_has_no_end_is_not_read(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "x.jinja").symlink_to("/dev/zero")
     assert ChatTemplate.load(Tokenizer.load(tmp_path)) is not None
-    with pytest.raises(EnvironmentFault, match="/dev/zero cannot be read: .* larger than 1 MiB"):
+    with pytest.raises(EnvironmentFault, match=r"/dev/zero cannot be read: .* larger than 1 MiB"):
         ChatTemplate.load(Tokenizer.load(tmp_path), "/dev/zero")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ _FILES = [
     *("config.json", "*.jinja", "tokenizer.model"),
 ]
 _LEGACY_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+_HUGE_TEXT_CHARS = 1 << 20  # the library takes up to 300 bytes for each
 _MAX_FILE_BYTES = 256 << 20  # the largest published ones have 40 MB
 # What a tokenizer must be able to encode and decode before it is used: each shape of text that a step may fail on.
 _SAMPLES = ("", " ", "a", "Hello, world!", "\n\t  x", "Würde 東京 🙂", "0123456789 " * 20)
@@ -127,6 +129,9 @@ class Tokenizer:
                 hint="Send other text, or token ids.",
                 code="tokenizer_failed",
             ) from error
+        if len(text) >= _HUGE_TEXT_CHARS:
+            del encoding
+            _return_freed_memory()
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -173,6 +178,12 @@ class Tokenizer:
     def _id_of(self, rust: RustTokenizer, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else rust.token_to_id(text)
+
+
+def _return_freed_memory() -> None:
+    """To the operating system. glibc keeps it otherwise, in as many arenas as there are threads."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _warn_of_other_ids(rust: RustTokenizer, files: TokenFiles, folder: Path) -> None:

@@ -69,11 +69,11 @@ def _growth(step: dict[str, Any]) -> float:
         case "ByteLevel":  # a byte as a character, which has two bytes itself
             return 2.0
         case "Precompiled":
-            return _longest_replacement(step["precompiled_charsmap"])
+            return _max_replacement_chars(step["precompiled_charsmap"])
     return 1.0
 
 
-def _longest_replacement(charsmap: str | list[int]) -> float:
+def _max_replacement_chars(charsmap: str | list[int]) -> float:
     """SentencePiece's: the size of a trie, the trie, then all replacements, each ended by a zero byte."""
     data = base64.b64decode(charsmap) if isinstance(charsmap, str) else bytes(charsmap)
     trie_bytes = int.from_bytes(data[:_TRIE_SIZE_BYTES], "little")
