@@ -91,6 +91,6 @@ def test_without_scipy_the_message_names_the_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(builtins, "__import__", without_scipy)
     with pytest.raises(EnvironmentFault, match="scipy") as failure:
         scipy_optimize()
-    assert "powerband[calibrate]" in (failure.value.hint or "")
+    assert "powerband[serve]" in (failure.value.hint or "")
     with pytest.raises(EnvironmentFault, match="scipy"):
         fit(StepSample((), 0, 1.0), {"seconds": (0.1, 2.0)}, lambda sample, _: sample.seconds, [None], [1.0])

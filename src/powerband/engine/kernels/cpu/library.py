@@ -23,11 +23,11 @@ import tempfile
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.extras import require
 from powerband.folders import cache_directory
 from powerband.spec.hardware.device import detect_cpu
 
@@ -76,6 +76,8 @@ def load() -> Status:
     asked = os.environ.get(TIER_VARIABLE, "")
     if asked == "off":
         return Status(None, f"{TIER_VARIABLE} is 'off'")
+    import torch
+
     try:
         tier = choose_tier(asked, detect_cpu().features)
         torch.ops.load_library(str(build(tier)))  # type: ignore[no-untyped-call]  # torch's own is untyped
@@ -86,7 +88,12 @@ def load() -> Status:
 
 def compile_own() -> Path:
     """Build the library that `load` would load, without loading it. Raises EnvironmentFault and UsageError."""
-    return build(choose_tier(os.environ.get(TIER_VARIABLE, ""), detect_cpu().features))
+    return build(own_tier())
+
+
+def own_tier() -> str:
+    """The tier that `load` would load. Raises UsageError if it was named and cannot run here."""
+    return choose_tier(os.environ.get(TIER_VARIABLE, ""), detect_cpu().features)
 
 
 def choose_tier(asked: str, features: Collection[str]) -> str:
@@ -103,6 +110,27 @@ def choose_tier(asked: str, features: Collection[str]) -> str:
 
 def build(tier: str) -> Path:
     """The library of this tier, compiled if need be. Raises EnvironmentFault where that is impossible."""
+    compiler, flags, library = _planned(tier)
+    if library.exists():
+        return library
+    folder = library.parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
+        if not library.exists():
+            _compile(compiler, flags, folder, library)
+    return library
+
+
+def is_compiled() -> bool:
+    """Whether `load` would compile nothing. Raises EnvironmentFault and UsageError."""
+    _, _, library = _planned(own_tier())
+    return library.exists()
+
+
+def _planned(tier: str) -> tuple[str, tuple[str, ...], Path]:
+    """(compiler, flags, library) of a tier. Raises EnvironmentFault where it cannot be compiled."""
+    require("torch", "Compiling the CPU kernels")
     compiler = find_compiler()
     if compiler is None:
         raise EnvironmentFault(
@@ -110,16 +138,7 @@ def build(tier: str) -> Path:
             hint="Install one (Debian: apt install g++).",
         )
     flags = _flags(tier, detect_cpu().features)
-    folder = cache_directory() / "kernels" / _key(compiler, flags)
-    library = folder / "powerband_kernels.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
-        if not library.exists():
-            _compile(compiler, flags, folder, library)
-    return library
+    return compiler, flags, cache_directory() / "kernels" / _key(compiler, flags) / "powerband_kernels.so"
 
 
 def find_compiler() -> str | None:
@@ -157,7 +176,7 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
-    digest = hashlib.sha256(repr((flags, torch.__version__, _identity(compiler))).encode())
+    digest = hashlib.sha256(repr((flags, version("torch"), _identity(compiler))).encode())
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:20]
@@ -165,10 +184,8 @@ def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
 
 @functools.cache
 def _identity(compiler: str) -> str:
-    version = subprocess.run(
-        [compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False
-    )
-    return f"{os.path.realpath(compiler)} {version.stdout}"
+    shown = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False)
+    return f"{os.path.realpath(compiler)} {shown.stdout}"
 
 
 def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path) -> None:
@@ -176,7 +193,7 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path)
 
     Object files are kept too: a change to one source costs the compilation of that source.
     """
-    root = Path(torch.__file__).parent
+    root = Path(str(require("torch", "Compiling the CPU kernels").origin)).parent
     include = ["-I", str(root / "include"), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
     kept = folder.parent / "objects"
     kept.mkdir(exist_ok=True, mode=0o700)
