@@ -104,8 +104,9 @@ accuracy: $(DEV)  ## how near the planner's predictions come to measured tables,
 accuracy-own: $(DEV)  ## predicted beside measured for our own engine on this machine, half an hour (ARGS="--models demo")
 	@$(BIN)/python -m benchmarks.accuracy_own $(ARGS)
 
-wheel: $(DEV)  ## a wheel and an sdist in dist/
-	@$(BIN)/python -m build --quiet --outdir dist
+wheel:  ## a wheel and an sdist in dist/ (the package build goes into a .venv of its own)
+	@test -x build/wheel/bin/python || { $(PYTHON) -m venv build/wheel && build/wheel/bin/pip install -q build; }
+	@build/wheel/bin/python -m build --outdir dist
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -119,7 +119,7 @@ def _kernel_status(findings: list[Problem]) -> library.Status:
         if not library.is_compiled():
             findings.append(
                 Problem(
-                    "The C++ kernels for this processor are not compiled yet; the first start does it, in up to a minute.",
+                    "The C++ kernels for this processor are not compiled yet: the first start does it, in a minute.",
                     "powerband doctor --compile",
                 )
             )

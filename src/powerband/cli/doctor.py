@@ -14,7 +14,6 @@ from cyclopts import Parameter
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
 from powerband.cost.sizing import readable
-from powerband.engine.kernels.cpu import library
 from powerband.diagnostics import (
     Problem,
     compute_report,
@@ -23,6 +22,7 @@ from powerband.diagnostics import (
     missing_packages,
     package_versions,
 )
+from powerband.engine.kernels.cpu import library
 
 EXIT_ENVIRONMENT = 3
 COMPILE_HELP = "Compile the C++ kernels for this processor, which the first start would do, and nothing else"
