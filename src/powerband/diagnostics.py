@@ -98,7 +98,7 @@ def compute_report(findings: list[Problem]) -> dict[str, Any]:
         findings.append(
             Problem(
                 f"Without C++ kernels plain torch computes, several times slower: {kernels.reason}",
-                "Install g++ 11 or newer (Debian: apt install g++); the kernels are compiled at the next start.",
+                f"{kernels.remedy} The kernels are compiled at the next start.".lstrip(),
             )
         )
     attention = choose_backend("auto", device, kernels)
@@ -115,7 +115,7 @@ def compute_report(findings: list[Problem]) -> dict[str, Any]:
 
 def _kernel_status(findings: list[Problem]) -> library.Status:
     """The kernels that the next start will have. They are not compiled here, since that takes long."""
-    with contextlib.suppress(PowerbandError):  # load() returns it as the reason
+    with contextlib.suppress(PowerbandError, OSError):  # load() returns it as the reason
         if not library.is_compiled():
             findings.append(
                 Problem(
