@@ -89,6 +89,7 @@ def search(plan_request: PlanRequest, *, workers: int | None = None, progress: P
         pruned=tuple(pruned),
         recommended=chosen,
         alternatives=others,
+        cut=schedule.cut_text,
         seconds=time.monotonic() - started_s,
     )
     why = reasons(

@@ -159,6 +159,7 @@ def _run(
             command=without_secrets(["powerband", *sys.argv[1:]]),
             watch=view,
             on_point=_print_point if several else None,
+            on_cut=lambda sentence: print(f"· {sentence}", file=sys.stderr),
         )
         report = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
     write_run(report, session.loads, folder)
@@ -226,6 +227,8 @@ def _experiment(
         duration_s=asked.duration_s,
         num_requests=asked.num_requests,
         seed=load.seed,
+        max_model_len=server.max_model_len,
+        strict_lengths=requests.strict_lengths,
         slo=slo,
         warm_up=warm_up,
         cool_down=cool_down,
@@ -242,7 +245,7 @@ def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: S
     from powerband.spec.workload.traces import read_trace
 
     decided: dict[str, object] = {name: getattr(load, name) for name in ("rate", "concurrency", "ramp", "steps")}
-    decided |= {name: value for name, value in vars(requests).items() if name != "respect_eos"}
+    decided |= {name: value for name, value in vars(requests).items() if not isinstance(value, bool)}
     decided |= {"slo": judging.slo, "attainment": judging.attainment}
     for name, value in decided.items():
         if value is not None:

@@ -38,6 +38,9 @@ class TargetFlags:
     model: Annotated[str | None, _target("--model", help="Name in the API; default: the server's first")] = None
     endpoint: Annotated[str, _target("--endpoint", "--backend", help="completions (default) or chat")] = "completions"
     api_key: Annotated[str | None, _target("--api-key", help="Default: $POWERBAND_API_KEY, $OPENAI_API_KEY")] = None
+    max_model_len: Annotated[
+        int | None, _target("--max-model-len", help="Cut requests to this context; default: what the server lists")
+    ] = None
     header: Annotated[
         list[str] | None, _target("--header", help="'Name: value', sent with every request; may be repeated")
     ] = None
