@@ -124,7 +124,7 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
     if (offer.acceptance is None) != (offer.draft_tokens == 0):
         raise UsageError("--draft-tokens and --acceptance go together.", param="acceptance")
     changes = offer.set or []
-    profiles = chosen_devices(offer.devices, offer.prices, changes)
+    profiles = chosen_devices(offer.devices, offer.prices, changes, offer.replicas)
     workload, rate = chosen_workload(requests, rate=need.rate)
     spec, stored = read_model(model)
     pinned = pinned_settings(changes)

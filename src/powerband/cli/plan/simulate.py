@@ -17,6 +17,7 @@ from powerband.cli.flags import Json
 from powerband.cli.load_options import ArrivalOptions, MixOptions
 from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
+from powerband.spec.deployment import LOCAL
 from powerband.spec.hardware.what_if import chosen_devices
 from powerband.spec.workload.fitting import refuse_cuts
 from powerband.spec.workload.options import RequestedLoad, has_requests, requested_load
@@ -111,7 +112,9 @@ def _profile_finder(deployment: Deployment, devices: str | None, changes: list[s
     named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
     if any(change.startswith("replica.") for change in changes):
         raise UsageError("The plan describes its replicas.", hint="Change it in the plan's file.", param="set")
-    profiles = {profile.name: profile for profile in chosen_devices(devices or ",".join(named), None, changes)}
+    replicas = sum(pool.count for pool in deployment.pools if pool.replica.device == LOCAL) or None
+    chosen = chosen_devices(devices or ",".join(named), None, changes, replicas)
+    profiles = {profile.name: profile for profile in chosen}
     missing = [name for name in named if name not in profiles]
     if missing:
         raise UsageError(
