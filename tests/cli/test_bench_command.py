@@ -97,11 +97,8 @@ def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[st
 
 def test_other_tools_spellings_are_understood(server: str, environment: dict[str, str], tmp_path: Path) -> None:
     vllm = ["--base-url", server, "--request-rate", "inf", "--num-prompts", "12", "--max-concurrency", "3"]
-    shown = bench(environment, *vllm, "--goodput", "ttft:900", "--out", str(tmp_path))
-    assert shown.returncode == 2
-    assert "--rate and --concurrency contradict each other" in shown.stderr
     sizes = ["--random-input-len", "8", "--random-output-len", "4", "--random-prefix-len", "0"]
-    shown = bench(environment, *vllm[:6], *sizes, "--goodput", "ttft:900", "--json", "--out", str(tmp_path))
+    shown = bench(environment, *vllm, *sizes, "--goodput", "ttft:900", "--json", "--out", str(tmp_path))
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["points"][0]["whole"]["answered"] == 12
 

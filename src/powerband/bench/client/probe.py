@@ -110,14 +110,28 @@ async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
     return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word, extra_prompt_tokens=extra)
 
 
-def parse_endpoint(text: str) -> Endpoint:
-    """vLLM's and GuideLLM's spellings, too. Raises UsageError."""
+def parse_endpoint(endpoint: str | None, backend: str | None = None) -> Endpoint:
+    """Also a path, and what vLLM and GuideLLM call a backend. Raises UsageError for what is unknown or contradicts."""
+    named, meant = _endpoint(endpoint, "endpoint"), _endpoint(backend, "backend")
+    # vLLM's backends 'vllm' and 'openai' are completions only where no endpoint is named.
+    if named and meant == "chat" and named != meant:
+        raise UsageError(
+            f"The backend '{backend}' and the endpoint '{endpoint}' contradict each other.", param="backend"
+        )
+    return named or meant or "completions"
+
+
+def _endpoint(text: str | None, param: str) -> Endpoint | None:
+    if text is None:
+        return None
     match text.strip("/").removeprefix("v1/").replace("_", "-"):
-        case "completions" | "text-completions" | "openai" | "vllm":
+        case "completions" | "text-completions" | "openai" | "vllm" | "openai-completions":
             return "completions"
         case "chat" | "chat/completions" | "chat-completions" | "openai-chat":
             return "chat"
-    raise UsageError(f"Unknown endpoint '{text}'.", hint="There are: completions, chat.", param="endpoint")
+        case "openai-http":
+            return None
+    raise UsageError(f"Unknown {param} '{text}'.", hint="There are: completions, chat.", param=param)
 
 
 def _prompt_tokens(page: Response) -> int:

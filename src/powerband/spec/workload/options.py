@@ -163,6 +163,8 @@ def _conversation(flags: MixOptions, known: Conversation | None) -> Conversation
 
 
 def _arrivals(load: ArrivalOptions, trace: RequestTrace | None, burstiness: float, duration_s: float) -> Arrivals:
+    if load.rate == math.inf and load.concurrency is not None:  # vLLM's way to say a closed loop
+        load = replace(load, rate=None)
     ways = {"rate": load.rate, "concurrency": load.concurrency, "ramp": load.ramp, "steps": load.steps}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
