@@ -11,7 +11,7 @@ from powerband.errors import InvalidRequest
 from powerband.server.protocol import ChatRequest, CompletionRequest
 from powerband.web.body import decode
 from powerband.web.errors import HttpError
-from powerband.web.framing import ChunkedFraming
+from powerband.web.http1.framing import ChunkedFraming
 
 
 def complaint(data: bytes, kind: type = CompletionRequest) -> InvalidRequest:

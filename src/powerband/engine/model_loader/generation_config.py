@@ -7,6 +7,7 @@ from typing import Any
 
 from powerband.core.params import SamplingParams
 from powerband.errors import EnvironmentFault, InvalidRequest, UsageError
+from powerband.folders import expand_user
 from powerband.spec.model.reader import read_config, read_end_token_ids
 from powerband.spec.settings import EngineSettings
 
@@ -64,7 +65,7 @@ def end_token_ids(settings: EngineSettings, folder: Path, known: tuple[int, ...]
 def _file(settings: EngineSettings, folder: Path) -> Path:
     if settings.generation_config in ("auto", "off"):
         return folder / FILE
-    file = Path(settings.generation_config).expanduser() / FILE
+    file = expand_user(settings.generation_config) / FILE
     if not file.is_file():
         raise EnvironmentFault(
             f"generation_config is {settings.generation_config!r}, but there is no file {file}.",
