@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from powerband.calibration.measure import with_refinement
 from powerband.cli.main import main
+from powerband.cli.plan.inputs import measured_devices
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault, UsageError
@@ -166,7 +168,31 @@ def test_a_profile_is_kept_for_each_number_of_threads_and_replicas_find_theirs(
         EnvironmentFault, match="measured with 8 threads; 2 replicas on its 8 cores have 4 each"
     ) as caught:
         read_local_profile(2)
-    assert caught.value.hint == "Measure it so, too: powerband calibrate --threads 4"
+    assert caught.value.hint == "Measure it, in two minutes on a CPU: powerband calibrate --threads 4"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_on_a_terminal_a_machine_that_is_planned_for_is_measured_first(
+    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int | None] = []
+
+    def measure(threads: int | None) -> None:
+        asked.append(threads)
+        write_profile(measured_with(CPU.cores, CPU.cores), tmp_path / "local.yaml")
+
+    monkeypatch.setattr("powerband.cli.plan.calibrate.calibrate_machine_once", measure)
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    if is_terminal:
+        assert [profile.name for profile in measured_devices("local", None, ())] == ["local"]
+        assert asked == [None]
+        assert "This machine has not been measured yet. Measuring it now, once" in capsys.readouterr().err
+    else:
+        with pytest.raises(EnvironmentFault, match="has not been measured yet") as caught:
+            measured_devices("local", None, (), 2)
+        assert caught.value.hint.endswith(f"powerband calibrate --threads {max(CPU.cores // 2, 1)}")
+        assert asked == []
 
 
 def test_a_model_has_one_refinement_in_each_form() -> None:

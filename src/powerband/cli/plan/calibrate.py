@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,6 +59,17 @@ def calibrate(
     write_profile(found.profile, path)
     _print(found, path, time.perf_counter() - began_s, as_json=json)
     return 0
+
+
+def calibrate_machine_once(threads: int | None) -> None:
+    """What the command does without a model, for commands that need it. threads: of an engine; None: all cores."""
+    from powerband.calibration.session import calibrate_machine
+
+    engine, path = EngineSettings(model="demo", threads=threads), local_profile_path(threads)
+    with progress_bar() as report:
+        found = calibrate_machine(engine, compute_device(engine), DEFAULT_SECONDS, path, report, has_model=False)
+    write_profile(found.profile, path)
+    print(f"· measured, and kept in {path}", file=sys.stderr)
 
 
 def _threads(engine: EngineSettings, from_log: Path | None) -> int | None:

@@ -13,11 +13,11 @@ from cyclopts import Group, Parameter
 from powerband.cli.flags import Json
 from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.devices import PRICES_HELP
-from powerband.cli.plan.inputs import read_model
+from powerband.cli.plan.inputs import measured_devices, read_model
 from powerband.cli.progress import progress_bar
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import ENGINES, parse_engines, parse_quantizations
-from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
+from powerband.spec.hardware.what_if import pinned_settings
 from powerband.spec.quantities import dollars_per_hour, share
 from powerband.spec.slo import SLO
 from powerband.spec.workload.fitting import MIN_MODEL_LEN
@@ -124,7 +124,7 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
     if (offer.acceptance is None) != (offer.draft_tokens == 0):
         raise UsageError("--draft-tokens and --acceptance go together.", param="acceptance")
     changes = offer.set or []
-    profiles = chosen_devices(offer.devices, offer.prices, changes, offer.replicas)
+    profiles = measured_devices(offer.devices, offer.prices, changes, offer.replicas)
     workload, rate = chosen_workload(requests, rate=need.rate)
     spec, stored = read_model(model)
     pinned = pinned_settings(changes)

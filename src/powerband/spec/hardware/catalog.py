@@ -27,7 +27,7 @@ from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
 from powerband.spec.yaml_codec import read_record
 
-_CALIBRATE = "'powerband calibrate' does it, in two minutes on a CPU."
+NOT_MEASURED = "not_measured"  # code of an error
 _MAX_BYTES = 4 << 20
 
 
@@ -104,9 +104,9 @@ def read_local_profile(replicas: int | None = None) -> DeviceProfile:
     if not found:
         path = local_profile_path()
         if not path.exists():
-            raise EnvironmentFault("This machine has not been measured yet.", hint=_CALIBRATE, param="devices")
+            raise _not_measured("This machine has not been measured yet.", replicas)
         machine = _machine_name(read_profile(path))
-        raise EnvironmentFault(f"{path} was measured on another machine ({machine}).", hint=_CALIBRATE, param="devices")
+        raise _not_measured(f"{path} was measured on another machine ({machine}).", replicas)
     if replicas is None or found[0].kind != "cpu":
         return found[0]
     cores = detect_cpu().cores
@@ -117,11 +117,23 @@ def read_local_profile(replicas: int | None = None) -> DeviceProfile:
     if not room:
         raise UsageError(f"{replicas} replicas on {cores} cores.", hint="At most one a core.", param="replicas")
     measured = " and ".join(str(profile.threads) for profile in found)
-    raise EnvironmentFault(
+    raise _not_measured(
         f"This machine was measured with {measured} threads; {replicas} replicas on its {cores} cores have "
         f"{room} each.",
-        hint=f"Measure it so, too: powerband calibrate --threads {room}",
-        param="replicas",
+        replicas,
+    )
+
+
+def needed_threads(replicas: int | None) -> int | None:
+    """CPU threads of each of so many replicas that share this machine's cores; None: all."""
+    return None if replicas in (None, 1) else max(detect_cpu().cores // (replicas or 1), 1)
+
+
+def _not_measured(message: str, replicas: int | None) -> EnvironmentFault:
+    threads = needed_threads(replicas)
+    command = "powerband calibrate" if threads is None else f"powerband calibrate --threads {threads}"
+    return EnvironmentFault(
+        message, hint=f"Measure it, in two minutes on a CPU: {command}", code=NOT_MEASURED, param="devices"
     )
 
 
