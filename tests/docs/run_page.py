@@ -219,6 +219,9 @@ class Machine:
         lines = [
             {"timestamp": 500 * n, "input_length": 300 + n, "output_length": 20, "hash_ids": [n]} for n in range(8)
         ]
+        replicas = [{"id": f"r{n}", "url": f"http://127.0.0.1:800{n}", "model": "demo"} for n in (1, 2)]
+        routes = {"revision": "1", "models": [{"name": "demo", "replicas": replicas}]}
+        (self.work / "routes.yaml").write_text(json.dumps(routes))
         (self.work / "conversation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
