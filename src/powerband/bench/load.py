@@ -33,7 +33,7 @@ from powerband.bench.server_metrics import ServerMetrics, scrape
 from powerband.child_process import send_signal
 from powerband.errors import EnvironmentFault
 from powerband.metrics.figures import Window
-from powerband.spec.workload.workload import Schedule
+from powerband.spec.workload.schedule import Schedule
 
 COMMAND = (sys.executable, "-m", "powerband.bench.client.worker")
 _START_S = 0.1  # from the word to go to the run's start, so that every worker has read it

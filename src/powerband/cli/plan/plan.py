@@ -13,13 +13,14 @@ from cyclopts import Group, Parameter
 from powerband.cli.flags import Json
 from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.devices import PRICES_HELP
-from powerband.cli.plan.inputs import read_model
+from powerband.cli.plan.inputs import measured_devices, read_model
 from powerband.cli.progress import progress_bar
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import ENGINES, parse_engines, parse_quantizations
-from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
+from powerband.spec.hardware.what_if import pinned_settings
 from powerband.spec.quantities import dollars_per_hour, share
 from powerband.spec.slo import SLO
+from powerband.spec.workload.fitting import MIN_MODEL_LEN
 from powerband.spec.workload.options import chosen_workload
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def plan(
 
 def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, offer: HardwareFlags) -> PlanRequest:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
-    from powerband.planner.plan_request import PlanRequest, max_request_tokens
+    from powerband.planner.plan_request import PlanRequest, fit_to_context
 
     slo = SLO.parse(need.slo)
     if not slo.limits:
@@ -135,9 +136,12 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
     engines, quantizations = parse_engines(offer.engine), parse_quantizations(offer.quantization)
     budget = dollars_per_hour(need.budget) if need.budget is not None else None
     acceptance = share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0
-    pinned = pinned_settings(offer.set or [])
+    changes = offer.set or []
+    pinned = pinned_settings(changes)
     workload, rate = chosen_workload(requests, rate=need.rate)
     spec, stored = read_model(model)
+    asked_len = _context(offer.max_model_len or pinned.get("max_model_len"), spec.max_position)
+    workload = fit_to_context(workload, need.seed, asked_len or spec.max_position, is_strict=requests.strict_lengths)
     return PlanRequest(
         model=model,
         spec=spec,
@@ -150,15 +154,26 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
         max_devices=offer.max_devices,
         replicas=offer.replicas,
         quantizations=quantizations,
-        max_model_len=offer.max_model_len or max_request_tokens(workload, need.seed, spec, slo.attainment),
+        max_model_len=asked_len or workload.max_model_len or spec.max_position,
         objective=need.objective,
         draft_tokens=offer.draft_tokens,
         draft_acceptance=acceptance,
         pinned=pinned,
         seed=need.seed,
         # Last: a machine that has not been calibrated must not hide a typo.
-        profiles=chosen_devices(offer.devices, offer.prices, offer.set or []),
+        profiles=measured_devices(offer.devices, offer.prices, changes, offer.replicas),
     )
+
+
+def _context(asked: int | None, known: int) -> int | None:
+    """Raises UsageError."""
+    if asked is not None and not MIN_MODEL_LEN <= asked <= known:
+        raise UsageError(
+            f"max_model_len is {asked}; the model knows {known:,} positions.",
+            hint=f"It lies between {MIN_MODEL_LEN} and {known}.",
+            param="max_model_len",
+        )
+    return asked
 
 
 def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:

@@ -16,8 +16,13 @@ from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
 from powerband.spec.quantities import number
 
 
-def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> list[DeviceProfile]:
-    """'L4,A100' with the user's prices and changes. Raises UsageError or EnvironmentFault."""
+def chosen_devices(
+    text: str, prices: Path | None, changes: Sequence[str], replicas: int | None = None
+) -> list[DeviceProfile]:
+    """'L4,A100' with the user's prices and changes. replicas: that share this machine, if that is asked for.
+
+    Raises UsageError or EnvironmentFault.
+    """
     catalog = load_catalog()
     if prices is not None:
         catalog = catalog.with_prices(read_prices(prices))
@@ -27,11 +32,11 @@ def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> li
     facts = [(target, name) for target, name, _ in map(_change, changes) if target != "replica"]
     for _, name in facts:
         _check_fact(name)
-    targets = [target for target, _ in facts if target != "device"]
     # This machine last: where it has not been calibrated, a typo among the others is what to say first.
-    for name in sorted((*names, *targets), key=lambda name: name in (LOCAL, OLD_LOCAL)):
-        catalog.find(name)
-    found = _distinct([catalog.find(name) for name in names])
+    for name in (*names, *(target for target, _ in facts if target != "device")):
+        if name not in (LOCAL, OLD_LOCAL):
+            catalog.find(name)
+    found = _distinct([catalog.find(name, replicas) for name in names])
     for change in changes:
         target, name, value = _change(change)
         if target != "replica":
