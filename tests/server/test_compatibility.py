@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,16 @@ def test_an_unknown_field_is_an_error_unless_the_server_ignores_them() -> None:
     )
     assert ignored == ["temprature", "messages.mood", "messages.content.lang"]
     assert request == chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}])[0]
+
+
+def test_any_number_of_unknown_fields_takes_time_in_proportion() -> None:
+    def cpu_s(count: int) -> float:
+        fields = {f"k{i}": 1 for i in range(count)}
+        start_s = time.process_time()
+        assert len(chat(**fields, ignores_unknown=True)[1]) == 64
+        return time.process_time() - start_s
+
+    assert min(cpu_s(64_000) for _ in range(3)) < 64 * min(cpu_s(4_000) for _ in range(3))
 
 
 def test_histories_of_other_servers_are_taken() -> None:
