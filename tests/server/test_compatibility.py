@@ -239,6 +239,8 @@ def test_odd_values_are_answered(server: RunningServer) -> None:
     empty = server.post(COMPLETIONS, prompt="a b", max_tokens=0)
     assert empty.json()["choices"][0]["text"] == ""
     assert empty.json()["usage"]["completion_tokens"] == 0
+    for prompt in ("", None):  # the beginning of a document, as at OpenAI
+        assert server.post(COMPLETIONS, prompt=prompt, max_tokens=1).json()["usage"]["prompt_tokens"] == 1
     likeliest = server.post(COMPLETIONS, prompt="a b", max_tokens=2, top_p=0, temperature=1)
     assert likeliest.json()["choices"][0]["text"] == "a b"
     assert "x-ignored-fields" not in likeliest.headers

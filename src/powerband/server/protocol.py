@@ -137,7 +137,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 class CompletionRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of /v1/completions."""
 
-    prompt: Prompt | None  # null, as the empty text: what begins a document
+    prompt: Prompt | None  # null, as the empty text: the beginning of a document
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=0, le=MAX_N, description="Only the same value as n")] | None = None
