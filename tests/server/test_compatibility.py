@@ -69,6 +69,7 @@ ASKED: list[tuple[str, Any, str]] = [
     ("documents", [{"text": "a"}], "Write them into a message."),
     ("chat_template", "{{ messages }}", "--chat-template FILE"),
     ("suffix", "end", "suffix"),
+    ("echo", True, "Repeating the last message"),
     ("typical_p", 0.5, "sampling"),
     ("repeat_penalty", 1.1, "Use 'repetition_penalty'."),
     ("truncation_side", "right", "Truncation"),
@@ -90,7 +91,8 @@ def test_a_feature_that_is_not_asked_for_is_no_error(name: str) -> None:
     values = [None] if name in protocol.ALWAYS_ASKS else [None, False, "", "none", [], {}]
     for value in (*values, *protocol.NOT_SUPPORTED[name].neutral):
         assert chat(**{name: value})[1] == []
-        text(**{name: value})
+        if name != "echo" or value in (None, False):
+            text(**{name: value})
 
 
 def test_null_is_the_default_of_every_field() -> None:
@@ -218,6 +220,7 @@ def test_values_that_openais_schema_allows_are_taken() -> None:
     chat(prompt_cache_retention="24h", stream=True, stream_options={"include_obfuscation": False})
     chat(n=128, top_p=0, logprobs=False, top_logprobs=0)
     text(max_tokens=0, best_of=1, top_p=0)
+    assert text(echo=True, max_tokens=3.0).echo
 
 
 def test_the_answer_names_what_was_ignored_and_the_log_does_so_once() -> None:

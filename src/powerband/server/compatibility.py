@@ -61,7 +61,7 @@ class Amendment:
 
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body in our form, changed in place. Raises InvalidRequest for what is not supported, or unknown."""
-        self._check_fields(body, self._kind, (), "", NOT_SUPPORTED, IGNORED)
+        self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED)
         for name in _whole_numbers(self._kind):
             value = body.get(name)
             if isinstance(value, float) and value.is_integer():  # in JSON, 3.0 is 3
@@ -183,6 +183,12 @@ def _move_reasoning(message: dict[str, Any], text: Any, name: str = "") -> None:
 @cache
 def _names(kind: Any) -> frozenset[str]:
     return frozenset(field_names(kind))
+
+
+@cache
+def _not_supported_by(kind: Any) -> Mapping[str, Missing]:
+    own = {"echo"} & _names(kind)
+    return {name: missing for name, missing in NOT_SUPPORTED.items() if name not in own}
 
 
 @cache

@@ -241,6 +241,7 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
     "image_url": Missing("Images are"),
     "prompt_embeds": Missing("Embeddings as a prompt are", instead="Send text or token ids."),
     "suffix": Missing("Text after the gap (suffix) is", instead="Write the model's own fill-in tokens into 'prompt'."),
+    "echo": Missing("Repeating the last message is"),  # of chats; text completions have it
     "prediction": Missing("Predicted output is"),
     "reasoning_effort": Missing(
         "An effort of reasoning is", instead="Send chat_template_kwargs, where the model's template reads them."
