@@ -10,6 +10,7 @@ terminal; whatever runs is ended by its process id. The first command that fails
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -93,16 +94,25 @@ class Machine:
         try:
             output, _ = process.communicate(timeout=LAST_S if is_endless else LIMIT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT if is_endless else signal.SIGKILL)
-            output, _ = process.communicate()
-            if not is_endless:
-                raise Failed(f"did not end within {LIMIT_S} s:\n{output.decode()}") from None
+            self._interrupt(process, is_endless=is_endless)
             return
         expected = CODES.get(words[0] if words else "", (0,))
         if process.returncode not in expected:
             raise Failed(f"exit {process.returncode}:\n{output.decode(errors='replace')}")
         if words[:1] == ["bench"] and "--fault" not in words:
             self._check_loads(output)
+
+    @staticmethod
+    def _interrupt(process: subprocess.Popen[bytes], *, is_endless: bool) -> None:
+        """Ctrl-C, for what goes on until then. Raises Failed for anything else, and for what goes on all the same."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if is_endless:
+                os.killpg(process.pid, signal.SIGINT)
+                process.communicate(timeout=READY_S)
+                return
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise Failed(f"did not end:\n{output.decode(errors='replace')}")
 
     def _check_loads(self, output: bytes) -> None:
         """A load may miss its SLO here; that requests fail is our mistake, or the page's."""
@@ -239,6 +249,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--calibrated", action="store_true")
     arguments = parser.parse_args()
+    # Whoever starts this in the background has Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     machine = Machine(arguments.folder, is_calibrated=arguments.calibrated)
     try:
         for block in blocks(arguments.page):

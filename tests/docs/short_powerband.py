@@ -28,7 +28,8 @@ def shorten() -> None:
     client_capacity.RateRamp.__init__.__kwdefaults__ |= {"levels": 2, "level_s": 1.0}
     search._SECONDS, search._MIN_REQUESTS = 15.0, 40
     search._MAX_SIMULATED, search._FRONTIER_SIMULATED, search._MAX_ALTERNATIVE_ROUNDS = 8, 2, 2
-    measure._SHAPES, measure._REQUESTS_ALONE, measure._USERS = measure._SHAPES[:1], 20, (2,)
+    measure.PRECISIONS, measure._SHAPES = ("none",), measure._SHAPES[:1]
+    measure._REQUESTS_ALONE, measure._USERS = 20, (2,)
     wait, measured = calibrate._calibrated, 1.0
 
     def calibrated(settings: Any, from_log: Any, _seconds: float, path: Any) -> Any:
