@@ -25,7 +25,7 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-from markdown_commands import ROOT, RUN, Block, blocks, powerband_lines, program
+from markdown_commands import ROOT, RUN, Block, blocks, powerband_lines, program, saved_files
 
 from powerband.spec.hardware.catalog import read_profile, write_profile
 from powerband.spec.hardware.device import detect_cpu
@@ -154,7 +154,7 @@ class Machine:
             process.wait(timeout=60)
 
     def close(self) -> None:
-        for service in Path(self.environment["POWERBAND_STATE"]).glob("*/desired.json"):
+        for service in (self.home / ".local/state/powerband").glob("*/desired.json"):
             subprocess.run(["powerband", "remove", service.parent.name], env=self.environment, check=False, timeout=120)
         for port in list(self.servers):
             self._end_server(port)
@@ -162,7 +162,7 @@ class Machine:
     def calibrate(self) -> None:
         """The profiles that a calibration leaves, from a stored one."""
         cpu, known = detect_cpu(), read_profile(KNOWN_PROFILE)
-        profiles = Path(self.environment["POWERBAND_CACHE"]) / "profiles"
+        profiles = self.home / ".cache/powerband/profiles"
         for threads in {cpu.cores, max(cpu.cores // 2, 1)}:
             if known.machine is None:
                 raise AssertionError("it was measured on a machine")
@@ -175,8 +175,6 @@ class Machine:
         return kept | {
             "HOME": str(self.home),
             "PATH": f"{self.folder / 'bin'}:{kept['PATH']}",
-            "POWERBAND_STATE": str(self.folder / "state"),
-            "POWERBAND_CACHE": str(self.home / ".cache/powerband"),
             "HF_HOME": str(self.folder / "hub"),
             "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing is fetched
             "COLUMNS": "100",
@@ -229,9 +227,6 @@ class Machine:
         lines = [
             {"timestamp": 500 * n, "input_length": 300 + n, "output_length": 20, "hash_ids": [n]} for n in range(8)
         ]
-        replicas = [{"id": f"r{n}", "url": f"http://127.0.0.1:800{n}", "model": "demo"} for n in (1, 2)]
-        routes = {"revision": "1", "models": [{"name": "demo", "replicas": replicas}]}
-        (self.work / "routes.yaml").write_text(json.dumps(routes))
         (self.work / "conversation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -252,6 +247,8 @@ def main() -> int:
     # Whoever starts this in the background has Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     machine = Machine(arguments.folder, is_calibrated=arguments.calibrated)
+    for file in saved_files(arguments.page):
+        (machine.work / file.name).write_text(file.content)
     try:
         for block in blocks(arguments.page):
             if block.left_out:
