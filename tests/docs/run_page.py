@@ -99,6 +99,8 @@ class Machine:
         expected = CODES.get(words[0] if words else "", (0,))
         if process.returncode not in expected:
             raise Failed(f"exit {process.returncode}:\n{output.decode(errors='replace')}")
+        if program(command) == "curl" and re.search(rb'"error"\s*:\s*{', output):
+            raise Failed(f"the server refused: {output.decode(errors='replace')}")
         if words[:1] == ["bench"] and "--fault" not in words:
             self._check_loads(output)
 
