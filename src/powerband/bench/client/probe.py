@@ -95,7 +95,7 @@ async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
     for tokens in lengths:
         planned = RequestMessage(0, (SegmentMessage(f"probe {tokens} {time.time_ns()}", tokens),), 1, 0, 0.0)
         body = msgspec.json.decode(ConversationPrompts(plain, maker).body(planned)) | {"stream": False}
-        body.pop("stream_options")
+        body.pop("stream_options", None)
         try:
             page = await post(target, target.path, body)
         except (OSError, TimeoutError) as problem:

@@ -96,6 +96,8 @@ class ConversationPrompts:
             fields |= {"prompt": self._text, "max_tokens": request.output_tokens}
         if target.ignore_eos:
             fields |= {"ignore_eos": True}
+        for name in target.rejected_fields:
+            _leave_out(name, fields)
         return msgspec.json.encode(fields | target.extra)
 
     def answered(self, text: str, tokens: int = 0) -> None:
@@ -114,6 +116,15 @@ class ConversationPrompts:
         room = target.max_model_len - request.output_tokens - self._history - target.extra_prompt_tokens - self._reserve
         is_exact = abs(target.words_per_token - 1) < _EXACT
         return room if is_exact or room < 1 else room - math.ceil(2 * math.sqrt(room))  # words of unequal tokens
+
+
+def _leave_out(name: str, fields: dict[str, Any]) -> None:
+    if name == "continuous_usage_stats":
+        fields["stream_options"] = {"include_usage": True}
+    else:
+        value = fields.pop(name, None)
+        if name == "max_tokens":
+            fields["max_completion_tokens"] = value
 
 
 def _shortened(segments: tuple[SegmentMessage, ...], tokens: int) -> tuple[SegmentMessage, ...]:
