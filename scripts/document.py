@@ -179,6 +179,7 @@ A plan may be written by hand, for instance for a machine that was not calibrate
 ```yaml
 {example}```
 
+<!-- tests leave out: takes two minutes of both cores; the plan itself is read by scripts/document.py -->
 ```
 powerband deploy plan.yaml
 ```
@@ -297,6 +298,7 @@ PLAN_TABLES: tuple[tuple[str, str, type, dict[str, str]], ...] = (
         Workload,
         {
             "name": "for reports",
+            "max_model_len": "longer requests are cut to so many tokens, prompt and output together; null: no limit",
             "arrivals": "when requests arrive: [arrivals](#arrivals)",
             "requests": "what they are: [requests](#requests); or `trace`: file, format and SHA-256 of a trace",
         },
