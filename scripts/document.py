@@ -176,10 +176,10 @@ unknown, missing or out of range is an error that names it.
 
 A plan may be written by hand, for instance for a machine that was not calibrated (`device: cpu`). This one is complete:
 
+<!-- tests write: plan.yaml -->
 ```yaml
 {example}```
 
-<!-- tests leave out: takes two minutes of both cores; the plan itself is read by scripts/document.py -->
 ```
 powerband deploy plan.yaml
 ```
@@ -298,9 +298,9 @@ PLAN_TABLES: tuple[tuple[str, str, type, dict[str, str]], ...] = (
         Workload,
         {
             "name": "for reports",
-            "max_model_len": "longer requests are cut to so many tokens, prompt and output together; null: no limit",
             "arrivals": "when requests arrive: [arrivals](#arrivals)",
             "requests": "what they are: [requests](#requests); or `trace`: file, format and SHA-256 of a trace",
+            "max_model_len": "longer requests are cut to this context (prompt plus output, in tokens)",
         },
     ),
     (

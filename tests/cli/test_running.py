@@ -115,10 +115,11 @@ def test_served_model_answers_and_sigterm_ends_in_order(server: tuple[subprocess
     assert process.wait(timeout=60) == 0
 
 
-def test_ctrl_c_ends_a_server_with_130(server: tuple[subprocess.Popen[bytes], str]) -> None:
+def test_ctrl_c_ends_a_server_with_130_and_says_so(server: tuple[subprocess.Popen[bytes], str], tmp_path: Path) -> None:
     process, _ = server
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
+    assert "Stopping after Ctrl-C (SIGINT): no request is running." in (tmp_path / "log").read_text()
 
 
 def test_ctrl_c_ends_generate_with_130() -> None:
