@@ -26,7 +26,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("powerband plan demo --devices L4 --rate 4 --prompt-tokens 32-512 --output-tokens 16-96", "without network"),
         ("powerband plan Qwen/Qwen3-8B --devices L4,A100-80G --workload chat --rate 4 --html plan.html", "a page"),
         ("powerband plan Qwen/Qwen3-8B --devices H100 --engine vllm --rate 20 -o plan.yaml", "for vLLM"),
-        ("powerband plan Qwen/Qwen3-0.6B --rate 0.2 --slo ttft=2s@p95,tpot=100ms@p95", "on this machine"),
+        ("powerband plan Qwen/Qwen3-0.6B --rate 0.2 --prompt-tokens 64-512 --output-tokens 16-128", "on this machine"),
     ),
     "simulate": (
         ("powerband simulate plan.yaml", "the plan's own load"),
@@ -45,7 +45,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "deploy": (
         ("powerband deploy plan.yaml", "start it, load it, compare with the promise"),
-        ("powerband deploy Qwen/Qwen3-0.6B --rate 0.2 --slo ttft=2s@p95,tpot=100ms@p95", "plan first"),
+        ("powerband deploy demo --rate 2 --slo ttft=2s@p95,tpot=100ms@p95", "plan first"),
         ("powerband deploy plan.yaml --host 0.0.0.0 --auth keys --verify-seconds 120 --strict", "for other machines"),
         ("powerband deploy plan.yaml --engine-command /opt/vllm/bin/vllm", "a plan for vLLM"),
         ("powerband deploy plan.yaml --reset-replicas", "with the plan's number of replicas, after 'powerband scale'"),
