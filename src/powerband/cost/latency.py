@@ -19,7 +19,7 @@ from powerband.cost.shapes import FORMATS, PLAIN, GemmFormat, GemmShape, RankSha
 from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName, Quantization, Replica
 from powerband.spec.hardware import architecture_defaults as priors
-from powerband.spec.hardware.profile import DeviceProfile, GemmModel, HostModel, Refinement
+from powerband.spec.hardware.profile import DeviceProfile, Evidence, GemmModel, HostModel, Refinement
 from powerband.spec.model.model_spec import ModelSpec
 
 OPERATORS = (
@@ -138,6 +138,11 @@ class LatencyModel:
             scale = self._measured.step_s(works, sampled) / sum(found.values())
             return {name: seconds * scale for name, seconds in found.items()}
         return found
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Of what takes most of a step's time: products and attention."""
+        return self._matrix[0].evidence, self._attention.prefill_evidence, self._attention.decode_evidence
 
     @property
     def band(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,11 +16,14 @@ from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
 from powerband.spec.quantities import number
 
 
-def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> list[DeviceProfile]:
-    """'L4,A100' with the user's prices and changes. Raises UsageError or EnvironmentFault."""
-    catalog = load_catalog()
-    if prices is not None:
-        catalog = catalog.with_prices(read_prices(prices))
+def chosen_devices(
+    text: str, prices: Path | None, changes: Sequence[str], providers: str | None = None
+) -> list[DeviceProfile]:
+    """'L4,A100' with the user's prices and changes. Raises UsageError or EnvironmentFault.
+
+    providers: 'aws,gcp': the clouds whose prices count, beside the user's own; None: all.
+    """
+    catalog = priced_catalog(prices, providers)
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise UsageError("No device is named.", hint="Like: --devices L4,A100-80G.", param="devices")
@@ -31,6 +35,17 @@ def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> li
     return found
 
 
+def priced_catalog(prices: Path | None, providers: str | None) -> Catalog:
+    """The catalog with the prices of some clouds, and with a user's own in place of them."""
+    catalog = load_catalog()
+    if providers is not None:
+        names = [name for part in providers.split(",") if (name := part.strip().lower())]
+        if not names:
+            raise UsageError("No provider is named.", hint="Like: --provider aws.", param="provider")
+        catalog = catalog.at_providers(names)
+    return catalog if prices is None else catalog.with_prices(read_prices(prices))
+
+
 def pinned_settings(changes: Sequence[str]) -> dict[str, Any]:
     """Of the changes, those of a replica: settings that every candidate must have. Raises UsageError."""
     hints = get_type_hints(Replica)
@@ -40,8 +55,8 @@ def pinned_settings(changes: Sequence[str]) -> dict[str, Any]:
         if target != "replica":
             continue
         if name not in hints or name == "device":
-            known = ", ".join(item.name for item in fields(Replica) if item.name != "device")
-            raise UsageError(f"A replica has no {shown(name)}.", hint=f"Known: {known}.", param="set")
+            known = [item.name for item in fields(Replica) if item.name != "device"]
+            raise _unknown(f"A replica has no {shown(name)}", name, known)
         found[name] = _typed(hints[name], value, change)
     return found
 
@@ -75,19 +90,15 @@ def _changed(
 
 
 def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
-    if name == "price":
+    if name == "price":  # of one device, and of so many times as much for a layout on several
         dollars = number(value, param="set")
         price = DevicePrice(usd_per_hour=dollars, where="--set", source="--set", confidence="user")
-        shared = DevicePrice(
-            usd_per_hour=dollars * profile.devices_per_node,
-            devices=profile.devices_per_node,
-            where=f"--set, {profile.devices_per_node} devices",
-            source="--set",
-            confidence="user",
-        )
-        return replace(profile, prices=(price, shared))
+        return replace(profile, prices=(price,))
+    known = ("price", *(item.name for item in fields(DeviceProfile)))
     values = profile.as_dict()
     *tables, last = name.split(".")
+    if (first := name.split(".")[0]) not in known:
+        raise _unknown(f"{profile.name}: {shown(first)} is unknown", first, known)
     inner: Any = values
     for table in tables:
         inner = inner.setdefault(table, {}) if isinstance(inner, dict) else None
@@ -95,6 +106,12 @@ def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
         raise UsageError(f"{profile.name} has no {shown(name)}.", param="set")
     inner[last] = value
     return DeviceProfile.from_dict(values, f"--set {name}")
+
+
+def _unknown(problem: str, name: str, known: Sequence[str]) -> UsageError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return UsageError(f"{problem}.", hint=f"{hint}Known: {', '.join(known)}.", param="set")
 
 
 def _typed(hint: Any, value: str, change: str) -> Any:
