@@ -215,6 +215,8 @@ class LatencyModel:
             return
         for matrix in shapes.projections:
             yield self._gemm("projections", self._matrix, matrix, tokens)
+        for matrix in shapes.plain_projections:
+            yield self._gemm("projections", self._plain, matrix, tokens)
         for matrix in shapes.router:
             yield self._gemm("experts", self._plain, matrix, tokens)
         for kind in shapes.experts:

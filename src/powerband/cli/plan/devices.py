@@ -10,9 +10,9 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
-from powerband.cost.device_band import device_band
 from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.engines.registry import ADAPTERS
+from powerband.planner.device_band import device_band
 from powerband.spec.deployment import ENGINES, EngineName
 from powerband.spec.hardware.catalog import local_profile, usd_per_hour
 from powerband.spec.hardware.profile import DeviceProfile
