@@ -38,7 +38,7 @@ def make_pool(routing: Routing, num_replicas: int, max_num_seqs: int) -> Pool:
     )
     pool.update(ModelRoute(name="m", replicas=tuple(addresses)))
     for backend in pool.backends:
-        backend.probed_well(time.monotonic())
+        backend.probe_succeeded(time.monotonic())
         pool.changed(backend)
     return pool
 

@@ -11,7 +11,7 @@ from powerband.core.clock import VirtualClock
 from powerband.core.kv_cache import KVCacheManager
 from powerband.core.loop import Add, EngineCore
 from powerband.core.params import SamplingParams
-from powerband.core.policy import POLICY_NAMES, Deadline, LongestPrefix, SchedulingPolicy, Shortest, make_policy
+from powerband.core.policy import POLICY_NAMES, CachedPrefixFirst, Deadline, SchedulingPolicy, Shortest, make_policy
 from powerband.core.request import EngineRequest
 from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor, TraceInbox, run_to_end
@@ -111,7 +111,7 @@ def test_longest_prefix_does_not_starve_the_unlike() -> None:
         EngineRequest(id=f"a{i:03d}", token_ids=[5] * 32 + [i], params=SamplingParams(max_tokens=4), arrival_s=0.03 * i)
         for i in range(100)
     ]
-    heard = serve_with(LongestPrefix(kv, patience_s=0.5), kv, [*alike, ask("other", 0.001, prompt=33)])
+    heard = serve_with(CachedPrefixFirst(kv, patience_s=0.5), kv, [*alike, ask("other", 0.001, prompt=33)])
     assert 0.4 < heard["other"][0].time_s < 0.7
 
 

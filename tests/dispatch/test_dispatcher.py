@@ -20,7 +20,7 @@ def dispatcher(*specs: BackendSpec, **options: object) -> Dispatcher:
     made = Dispatcher(DispatchOptions(**options))  # type: ignore[arg-type]  # fields of it
     made.update(specs or [BackendSpec(id="a", max_num_seqs=1)], 0.0)
     for backend in made.backends:
-        backend.probed_well(0.0)
+        backend.probe_succeeded(0.0)
         made.changed(backend, 0.0)
     return made
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from drill_loads import Load, answers_of, put, questions
@@ -101,16 +101,26 @@ class Attacked:
         checks = {
             f"others waited {self.seen.pause_s:.1f} s": self.seen.pause_s > max(PAUSE_S, 3 * calm.pause_s),
             f"a first token took {ttft_s:.1f} s": ttft_s > calm.ttft_s(load) + TTFT_S,
-            f"{_mib(self.grown)} for {_mib(self.sent)} sent": self.grown > 10 * self.sent + NOISE_BYTES,
-            f"{_mib(self.kept)} are kept": self.kept > NOISE_BYTES,
             f"{self.left:.0f} requests go on": self.left > MAX_LEFT,
             f"{self.ready} of {replicas} replicas are ready": self.ready < replicas,
         }
-        return [f"{self.name}: {says}" for says, is_so in checks.items() if is_so]
+        return [f"{self.name}: {says}" for says in (*_true_of(checks), *self.memory_faults())]
+
+    def memory_faults(self) -> list[str]:
+        return _true_of(
+            {
+                f"{_mib(self.grown)} for {_mib(self.sent)} sent": self.grown > 10 * self.sent + NOISE_BYTES,
+                f"{_mib(self.kept)} are kept": self.kept > NOISE_BYTES,
+            }
+        )
 
     def told(self, load: Load) -> str:
         others = f"pause {1e3 * self.seen.pause_s:.0f} ms, TTFT {1e3 * self.seen.ttft_s(load):.0f} ms"
         return f"{others}, {_mib(self.sent)} sent, {_mib(self.grown)} taken, {_mib(self.kept)} kept"
+
+
+def _true_of(checks: dict[str, bool]) -> list[str]:
+    return [says for says, is_so in checks.items() if is_so]
 
 
 def _mib(size: float) -> str:
@@ -153,6 +163,17 @@ async def _drill(site: Site, figures: Figures) -> list[str]:
 
 
 async def _attacked(site: Site, attack: Attack) -> Attacked:
+    """The attack, and once more if it took too much memory: what a first use takes (blocks of the KV cache, buffers of
+    larger batches) is not taken again, a leak is.
+    """
+    first = await _attacked_once(site, attack)
+    if not first.memory_faults():
+        return first
+    again = await _attacked_once(site, attack)
+    return replace(first, grown=min(first.grown, again.grown), kept=min(first.kept, again.kept))
+
+
+async def _attacked_once(site: Site, attack: Attack) -> Attacked:
     before, usual = site.memory_bytes, await site.running()
     async with _watching(site) as seen:
         sent = await attack(site.doors)

@@ -223,7 +223,7 @@ class Play:
         status = store.read_status()
         previous = None
         if current is not None:
-            is_whole = status is not None and status.established >= current.generation
+            is_whole = status is not None and status.last_ready_generation >= current.generation
             previous = current.release if is_whole else current.previous
         desired = ServiceSpec(
             name=store.name,

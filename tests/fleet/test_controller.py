@@ -32,7 +32,7 @@ def ids(play: Play) -> list[str]:
 def test_starts_replicas_and_gateway_and_then_changes_nothing(play: Play) -> None:
     assert play.is_as_desired()
     assert play.status().phase == "ready"
-    assert play.status().established == 1
+    assert play.status().last_ready_generation == 1
     before = ids(play)
     play.settle()
     assert ids(play) == before

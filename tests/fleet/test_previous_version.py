@@ -81,7 +81,7 @@ def test_reads_a_failed_rollout(store: ServiceStore) -> None:
     assert (failed.generation, failed.replica, failed.exit_code) == (2, "r9", 2)
     assert (failed.reason, failed.log) == ("r9 ended before it was ready (exit code 2)", "error: no such model")
     assert status.monitor["promised_rate"] == 4.0
-    assert (status.load.good, status.load.next_record, status.established) == (3, 3, 1)
+    assert (status.load.good, status.load.next_record, status.last_ready_generation) == (3, 3, 1)
 
 
 def test_writes_the_same_fields_so_that_both_versions_can_run_together(store: ServiceStore) -> None:
@@ -111,7 +111,7 @@ def test_the_controller_recovers_replicas_and_gateway_without_a_restart(store: S
     play.tick()
     play.tick()
     status = play.status()
-    assert (status.phase, status.established, world.started) == ("ready", 2, 0)
+    assert (status.phase, status.last_ready_generation, world.started) == ("ready", 2, 0)
     assert sorted(world.lives) == ["gateway-3", "r4", "r5"]
     assert {one.id: one.state for one in status.replicas} == {"r4": "drained", "r5": "ready"}
     assert (status.load.scheduled, status.load.good) == (3, 3)

@@ -153,7 +153,7 @@ def test_a_hung_replica_is_killed_and_replaced() -> None:
 
 
 def test_a_replica_to_replace_is_drained_once_another_serves() -> None:
-    existing = [replica(1, to_replace=True), replica(2)]
+    existing = [replica(1, pending_replacement=True), replica(2)]
     desired = DesiredReplicas(counts=(2,), revisions=("a",))
     actions = actions_for(desired, existing)
     assert (actions.start, actions.drain) == ((0,), frozenset())

@@ -109,11 +109,11 @@ class World:
 
     async def close(self, lease: Lease, outcome: str | None = None) -> None:
         asked = self.live.pop(lease)
-        outcome = outcome or self.rng.choice(("ok", "ok", "ok", "ok", "left", "failed", "refused"))
+        outcome = outcome or self.rng.choice(("ok", "ok", "ok", "ok", "cancelled", "failed", "rejected"))
         lease.close(outcome, output_tokens=self.rng.randrange(asked.request.output_tokens + 1))  # type: ignore[arg-type]  # as above
         if self.rng.random() < 0.2:
             lease.close("failed")  # a second time is none
-        if outcome == "refused":
+        if outcome == "rejected":
             self.busy[lease.replica.id] = self.loop.time() + BUSY_S
         if outcome == "failed" and self.pool.may_retry(lease):
             await self.ask(asked, avoid=(*asked.avoid, lease.replica.id))
@@ -150,7 +150,7 @@ class World:
             is_well = known.good >= 2 and now_s >= known.out_until_s
             if not known.is_up and (is_well or not known.was_up):
                 known.is_up, known.was_up, known.changed_s = True, True, now_s
-            if backend.probed_well(now_s):
+            if backend.probe_succeeded(now_s):
                 self.pool.changed(backend)
         else:
             known.bad, known.good = known.bad + 1, 0
@@ -159,7 +159,7 @@ class World:
                 if known.falls > 1:
                     known.out_until_s = now_s + min(5 * 2 ** (known.falls - 2), 60)
                 known.is_up, known.changed_s = False, now_s
-            if backend.probed_badly(now_s, "http_503"):
+            if backend.probe_failed(now_s, "http_503"):
                 self.pool.changed(backend)
         assert backend.is_ready == known.is_up, f"{name} is judged wrongly"
 

@@ -27,7 +27,7 @@ def make_pool(loop: VirtualLoop, *replicas: ReplicaAddress, ready: bool = True, 
 def make_ready(pool: Pool, *names: str) -> None:
     for backend in pool.backends:
         if not names or backend.id in names:
-            backend.probed_well(pool.clock())
+            backend.probe_succeeded(pool.clock())
             pool.changed(backend)
 
 

@@ -9,9 +9,9 @@ import pytest
 from msgspec import Raw
 
 from powerband.gateway.proxy.client_request import ClientRequest
-from powerband.gateway.proxy.estimates import TextTokenCount, TokenEstimates, call_text
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.token_estimates import TextTokenCount, TokenEstimates, call_text
 from powerband.openai.chunks import read_chunk
 
 WORDS = "word " * 10  # ten tokens
@@ -47,15 +47,15 @@ def tell(state: StreamState, *chunks: bytes) -> list[Any]:
 def test_chunks_of_many_tokens_are_charged_by_their_text() -> None:
     state = story_of()
     tell(state, *[chunk({"content": WORDS})] * 10)
-    _, _, output = state.final_usage()
+    _, _, output = state.tokens.final_usage()
     assert 100 <= output <= 130
-    assert state.is_estimate
+    assert state.tokens.is_estimate
 
 
 def test_a_chunk_is_a_token_at_least() -> None:
     state = story_of()
     tell(state, *[chunk({"content": "a"})] * 40)
-    assert state.final_usage()[2] == 40
+    assert state.tokens.final_usage()[2] == 40
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_chunk_is_a_token_at_least() -> None:
 def test_thoughts_and_calls_of_tools_are_text_too(delta: dict[str, Any]) -> None:
     state = story_of()
     tell(state, *[chunk(delta)] * 10)
-    assert 100 <= state.final_usage()[2] <= 130
+    assert 100 <= state.tokens.final_usage()[2] <= 130
 
 
 @pytest.mark.parametrize(
@@ -100,27 +100,27 @@ def test_who_leaves_is_charged_by_the_last_usage_of_every_choice() -> None:
     """vLLM's and SGLang's usage in a chunk is of that chunk's choice alone."""
     state = story_of("sglang", n=2)
     tell(state, *(chunk({"content": WORDS}, index=i % 2, usage=usage(10 * (i // 2 + 1))) for i in range(10)))
-    assert state.final_usage() == (7, 0, 100)
-    assert not state.is_estimate
+    assert state.tokens.final_usage() == (7, 0, 100)
+    assert not state.tokens.is_estimate
     tell(state, chunk(None, usage=usage(104)))
-    assert state.final_usage() == (7, 0, 104)
+    assert state.tokens.final_usage() == (7, 0, 104)
 
 
 def test_usage_that_comes_first_is_not_all() -> None:
     """Some translate from services that say the prompt's size, and one token, when an answer begins."""
     state = story_of()
     tell(state, chunk({"content": "a"}, usage=usage(1)), *[chunk({"content": WORDS})] * 10)
-    assert state.final_usage()[0] == 7
-    assert 100 <= state.final_usage()[2] <= 135
-    assert state.is_estimate
+    assert state.tokens.final_usage()[0] == 7
+    assert 100 <= state.tokens.final_usage()[2] <= 135
+    assert state.tokens.is_estimate
 
 
 def test_usage_of_zero_is_none() -> None:
     state = story_of()
     tell(state, *[chunk({"content": WORDS}, usage=usage(0, 0))] * 10)
-    assert state.final_usage()[2] >= 100
+    assert state.tokens.final_usage()[2] >= 100
     tell(state, chunk(None, usage=usage(100)))
-    assert state.final_usage() == (7, 0, 100)
+    assert state.tokens.final_usage() == (7, 0, 100)
 
 
 def test_ids_are_counted_of_every_choice() -> None:
@@ -131,8 +131,8 @@ def test_ids_are_counted_of_every_choice() -> None:
         chunk({"content": WORDS}, index=i % 2, token_ids=list(range(10)), prompt_token_ids=[1, 2]) for i in range(10)
     ]
     seen = tell(state, *chunks)
-    assert state.final_usage() == (2, 0, 100)
-    assert not state.is_estimate
+    assert state.tokens.final_usage() == (2, 0, 100)
+    assert not state.tokens.is_estimate
     assert not any("token_ids" in one["choices"][0] for one in seen)
 
 
@@ -140,11 +140,11 @@ def test_whole_answers_without_usage_are_estimated() -> None:
     body = {"model": "m", "choices": [{"index": 0, "message": {"content": WORDS * 10}, "finish_reason": "stop"}]}
     state = story_of(stream=False)
     state.process_whole(read_chunk(msgspec.json.encode(body)), replica("trtllm"))
-    assert 100 <= state.final_usage()[2] <= 130
-    assert state.is_estimate
+    assert 100 <= state.tokens.final_usage()[2] <= 130
+    assert state.tokens.is_estimate
     state = story_of(stream=False)
     state.process_whole(read_chunk(msgspec.json.encode({**body, "usage": usage(99)})), replica("trtllm"))
-    assert (state.final_usage(), state.is_estimate) == ((7, 0, 99), False)
+    assert (state.tokens.final_usage(), state.tokens.is_estimate) == ((7, 0, 99), False)
 
 
 def test_usage_that_a_client_wants_is_told_once_also_when_the_replica_leaves_it_out() -> None:

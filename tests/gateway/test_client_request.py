@@ -10,10 +10,11 @@ import pytest
 
 from powerband.errors import InvalidRequest
 from powerband.gateway.proxy.client_request import MAX_PROMPTS, ClientRequest
+from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.stream_state import StreamState
-from powerband.gateway.proxy.upstream import UpstreamClient, context_length
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
 from powerband.spec.deployment import EngineName
 
 BODY = {"model": "demo", "prompt": "hello", "seed": 7, "an_extra": {"deep": [1.50, None]}}

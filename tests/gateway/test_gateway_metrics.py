@@ -83,7 +83,7 @@ def test_nothing_that_a_client_sends_adds_a_series() -> None:
     for number in range(50):
         strange = finished(model=f"model-{number}", outcome=Outcome.REFUSED, status=429, error=f"code-{number}")
         metrics.observe(strange)
-        metrics.observe_refusal(f"code-{number}")
+        metrics.observe_rejection(f"code-{number}")
     found = samples(metrics)
     assert set(found) == before
     assert found["powerband_gateway_refused_total{reason=other}"] == 100

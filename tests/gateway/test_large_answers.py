@@ -16,9 +16,9 @@ from test_charging import replica, story_of
 from test_replica_answers import CALM, CHAT, STOP, chunk, log, says, serving, stream, whole
 
 from powerband.gateway.proxy import relay as relaying
-from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.relay import Relay
-from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES
+from powerband.gateway.upstream.buffered_response import MAX_RESPONSE_BYTES
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import read_chunk
 from powerband.openai.events import MAX_EVENT_BYTES
 
@@ -64,7 +64,7 @@ def test_a_large_token_look_up_is_answered_and_a_larger_one_asked_for_once(gatew
 class Exchange:
     """Hands on one piece. The rest of an upstream's exchange."""
 
-    between_s = 1.0
+    idle_s = 1.0
 
     def __init__(self, piece: bytes) -> None:
         self._pieces = [piece]
@@ -146,10 +146,10 @@ def test_usage_that_no_request_can_have_is_not_charged(tokens: int) -> None:
     usage = {"prompt_tokens": tokens, "completion_tokens": tokens}
     body = {"choices": [{"index": 0, "text": "a"}], "usage": usage}
     state.process_whole(read_chunk(msgspec.json.encode(body)), replica("vllm"))
-    prompt, _, output = state.final_usage()
+    prompt, _, output = state.tokens.final_usage()
     assert output == 5
     assert prompt < 100_000
-    assert state.is_estimate
+    assert state.tokens.is_estimate
 
 
 def test_an_impossible_count_of_tokens_is_charged_as_what_was_sent(gateway: RunningGateway) -> None:

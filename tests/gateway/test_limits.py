@@ -215,7 +215,7 @@ def test_output_beyond_what_was_taken_counts_while_it_comes() -> None:
     assert limits.used(key)["tokens_last_min"] == 95
 
 
-def text(size: int, output: int = 0, *, answers: int = 1, is_open_ended: bool = False) -> GatewayRequest:
+def text(size: int, output: int = 0, *, num_sequences: int = 1, is_open_ended: bool = False) -> GatewayRequest:
     """A request of so many bytes, of which nobody knows yet how many tokens they are."""
     return GatewayRequest(
         id="req_1",
@@ -225,7 +225,7 @@ def text(size: int, output: int = 0, *, answers: int = 1, is_open_ended: bool = 
         max_prompt_tokens=size,
         output_tokens=output,
         max_output_tokens=output,
-        answers=answers,
+        num_sequences=num_sequences,
         is_open_ended=is_open_ended,
     )
 
@@ -265,7 +265,7 @@ def test_what_names_no_limit_is_capped_by_what_is_left() -> None:
     limits, key = limits_at(Clock()), key_with(tokens_per_min=10_000)
     caps = [limits.reserve(key, text(0, 256, is_open_ended=True), context=100_000) for _ in range(4)]
     assert [one.cap for one in caps] == [2500, 1875, 1406, 1054]
-    assert limits.reserve(key, text(0, 512, answers=2, is_open_ended=True), context=100_000).cap == 395
+    assert limits.reserve(key, text(0, 512, num_sequences=2, is_open_ended=True), context=100_000).cap == 395
     assert limits.reserve(key, text(90, 256, is_open_ended=True), context=300).cap == 300 - 90
 
 
@@ -296,16 +296,16 @@ def test_what_a_key_is_charged_never_exceeds_its_budget(asked: list[Any], at_onc
     """Under any interleaving, however dense prompts are and however long answers become, up to what they may be."""
     limits, key = limits_at(Clock()), key_with(usd=300.0, usd_period="total")
     price, running = TokenPrice(1.0, 2.0), []
-    for size, output, answers, is_open_ended, dense, made in asked:
+    for size, output, num_sequences, is_open_ended, dense, made in asked:
         if len(running) >= at_once:
             running.pop(len(running) // 2)()
-        told = text(size, output * answers, answers=answers, is_open_ended=is_open_ended)
+        told = text(size, output * num_sequences, num_sequences=num_sequences, is_open_ended=is_open_ended)
         try:
             taken = limits.reserve(key, told, price, context=500)
         except (LimitReached, HttpError):
             continue
         prompt, most = math.ceil(size * dense), output if taken.cap is None else taken.cap
-        used = prompt, math.floor(most * answers * made)
+        used = prompt, math.floor(most * num_sequences * made)
         if dense > 0.5:
             taken.prompt_counted(prompt)
         running.append(partial(taken.settle, *used, price.of(*used)))

@@ -176,7 +176,7 @@ def test_a_second_attempt_goes_first_and_elsewhere() -> None:
 def test_a_replica_at_another_url_is_another_process() -> None:
     async def test(loop: VirtualLoop) -> None:
         pool = make_pool(loop, replica("a", 8))
-        (await pool.lease(request())).close("refused")  # it takes no more than it has: nothing
+        (await pool.lease(request())).close("rejected")  # it takes no more than it has: nothing
         assert pool.backends[0].limit == 1
         pool.update(ModelRoute(name="m", replicas=(replica("a", 8),)))
         assert pool.backends[0].limit == 1
@@ -192,7 +192,7 @@ def test_a_replica_at_another_url_is_another_process() -> None:
 def test_a_replica_that_asks_for_an_hour_is_tried_again_soon_by_one_request() -> None:
     async def test(loop: VirtualLoop) -> None:
         pool = make_pool(loop, replica("a", 8))
-        (await pool.lease(request())).close("refused", pause_s=3600.0)
+        (await pool.lease(request())).close("rejected", retry_after_s=3600.0)
         start_s = loop.time()
         waiting = [asyncio.ensure_future(pool.lease(request(str(i)))) for i in range(10)]
         pauses_s = []
@@ -202,7 +202,7 @@ def test_a_replica_that_asks_for_an_hour_is_tried_again_soon_by_one_request() ->
             pauses_s.append(round(loop.time() - start_s, 1))
             start_s = loop.time()
             waiting = [one for one in waiting if one not in done]
-            done.pop().result().close("refused", pause_s=3600.0)
+            done.pop().result().close("rejected", retry_after_s=3600.0)
         assert pauses_s == pytest.approx([1, 2, 4], abs=0.1)
         await asyncio.sleep(0.1)
         for one in waiting:  # the next pause is longer than a request waits
@@ -219,7 +219,7 @@ def test_a_pause_is_no_longer_than_the_replica_asks_for_and_ends_with_the_first_
     async def test(loop: VirtualLoop) -> None:
         pool = make_pool(loop, replica("a", 8))
         for _ in range(4):
-            (await pool.lease(request())).close("refused", pause_s=1.0)
+            (await pool.lease(request())).close("rejected", retry_after_s=1.0)
         start_s = loop.time()
         trial = await pool.lease(request())
         assert loop.time() - start_s == pytest.approx(1, abs=0.1)
@@ -236,7 +236,7 @@ def test_a_pause_is_no_longer_than_the_replica_asks_for_and_ends_with_the_first_
 def test_a_whole_answer_that_is_not_refused_at_once_is_taken() -> None:
     async def test(loop: VirtualLoop) -> None:
         pool = make_pool(loop, replica("a", 8))
-        (await pool.lease(request())).close("refused", pause_s=60.0)
+        (await pool.lease(request())).close("rejected", retry_after_s=60.0)
         start_s = loop.time()
         await asyncio.gather(*(pool.lease(request(str(i), stream=False)) for i in range(8)))
         assert loop.time() - start_s == pytest.approx(2, abs=0.2)
@@ -247,10 +247,10 @@ def test_a_whole_answer_that_is_not_refused_at_once_is_taken() -> None:
 def test_a_tenant_that_is_refused_while_others_are_answered_pauses_the_replica_for_no_one() -> None:
     async def test(loop: VirtualLoop) -> None:
         pool = make_pool(loop, replica("a", 8))
-        (await pool.lease(request(tenant="x"))).close("refused", pause_s=3600.0)
+        (await pool.lease(request(tenant="x"))).close("rejected", retry_after_s=3600.0)
         (await pool.lease(request(tenant="y"))).close("ok")
         for _ in range(20):
-            (await pool.lease(request(tenant="x"))).close("refused", pause_s=3600.0)
+            (await pool.lease(request(tenant="x"))).close("rejected", retry_after_s=3600.0)
             start_s = loop.time()
             (await pool.lease(request(tenant="y"))).close("ok")
             assert loop.time() == start_s

@@ -497,7 +497,7 @@ def test_a_replica_that_a_request_finds_absent_gets_nothing_until_its_probes_are
         lease = await site.pool.lease(request())
         gone = lease.replica.id
         site.machines[gone].state = "dead"
-        lease.close("absent")
+        lease.close("unavailable")
         assert site.state(gone) == "ejected"
         assert {(await site.pool.lease(request())).replica.id for _ in range(8)} == {"a", "b"} - {gone}
         site.machines[gone].state = "ready"
@@ -511,7 +511,7 @@ def test_where_all_are_absent_a_request_waits_for_the_first_that_is_back() -> No
         for machine in site.machines.values():
             machine.state = "dead"
         for _ in range(2):
-            (await site.pool.lease(request())).close("absent")
+            (await site.pool.lease(request())).close("unavailable")
         waiting = asyncio.create_task(site.pool.lease(request(), avoid=("a", "b")))
         await asyncio.sleep(3)
         assert not waiting.done()
@@ -526,7 +526,7 @@ def test_where_all_are_absent_a_request_waits_no_longer_than_its_deadline() -> N
         for machine in site.machines.values():
             machine.state = "dead"
         for _ in range(2):
-            (await site.pool.lease(request())).close("absent")
+            (await site.pool.lease(request())).close("unavailable")
         began_s = site.loop.time()
         with pytest.raises(QueueTimeout):
             await site.pool.lease(request(deadline_s=began_s + 2.0), avoid=("a",))

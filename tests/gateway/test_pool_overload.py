@@ -95,8 +95,8 @@ def test_nobody_is_refused_while_a_replica_is_replaced() -> None:
             await asyncio.sleep(1 / 12)
             if i == 200:
                 for backend in pool.backends:
-                    backend.probed_badly(loop.time(), "http_503")
-                    backend.probed_badly(loop.time(), "http_503")
+                    backend.probe_failed(loop.time(), "http_503")
+                    backend.probe_failed(loop.time(), "http_503")
                     pool.changed(backend)
             if i == 248:  # four seconds
                 make_ready(pool)

@@ -29,22 +29,22 @@ def play_often() -> None:
 # One replica: its places and its health
 
 
-@FAULTS.add("a replica that keeps failing is back as fast as one that failed once", Backend.probed_badly)
+@FAULTS.add("a replica that keeps failing is back as fast as one that failed once", Backend.probe_failed)
 def _(right: Any, backend: Any, *arguments: Any) -> Any:
     ejected = right(backend, *arguments)
     backend.ejected_until_s = 0.0
     return ejected
 
 
-@FAULTS.add("one place too many", Backend.has_place)
+@FAULTS.add("one place too many", Backend.has_capacity)
 def _(right: Any, backend: Any, now_s: float) -> Any:
     with changed(backend, limit=backend.limit + 1):
         return right(backend, now_s)
 
 
-@FAULTS.add("a replica that refused one gets the next at once", Backend.has_place)
+@FAULTS.add("a replica that refused one gets the next at once", Backend.has_capacity)
 def _(right: Any, backend: Any, now_s: float) -> Any:
-    with changed(backend, paused_until_s=0.0):
+    with changed(backend.backoff, paused_until_s=0.0):
         return right(backend, now_s)
 
 
@@ -53,19 +53,19 @@ def _(_right: Any, backend: Any) -> Any:
     return backend.is_ready and not backend.is_removed
 
 
-@FAULTS.add("one bad probe is enough", Backend.probed_badly)
+@FAULTS.add("one bad probe is enough", Backend.probe_failed)
 def _(right: Any, backend: Any, *arguments: Any) -> Any:
     with changed(backend, options=replace(backend.options, unhealthy_threshold=1)):
         return right(backend, *arguments)
 
 
-@FAULTS.add("one good probe is enough", Backend.probed_well)
+@FAULTS.add("one good probe is enough", Backend.probe_succeeded)
 def _(right: Any, backend: Any, *arguments: Any, **more: Any) -> Any:
     with changed(backend, options=replace(backend.options, healthy_threshold=1)):
         return right(backend, *arguments, **more)
 
 
-@FAULTS.add("good probes need not follow each other", Backend.probed_badly)
+@FAULTS.add("good probes need not follow each other", Backend.probe_failed)
 def _(right: Any, backend: Any, *arguments: Any) -> Any:
     good = backend._num_good
     ejected = right(backend, *arguments)
@@ -178,7 +178,7 @@ def _(right: Any, queue: Any, name: Any) -> Any:
     return level
 
 
-@FAULTS.add("waiting tokens are never taken off", FairQueue._left)
+@FAULTS.add("waiting tokens are never taken off", FairQueue._uncount)
 def _(right: Any, queue: Any, queued: Any) -> None:
     tokens = queue.tokens
     right(queue, queued)
@@ -196,12 +196,12 @@ def _(right: Any, waiting: Any, choose: Any) -> Any:
         return found
 
     found = right(waiting, chosen)
-    waiting._by_tag = [entry for entry in waiting._by_tag if entry[2] not in passed]
-    heapq.heapify(waiting._by_tag)
+    waiting._tag_heap = [entry for entry in waiting._tag_heap if entry[2] not in passed]
+    heapq.heapify(waiting._tag_heap)
     return found
 
 
-@FAULTS.add("a tenant whose tokens are corrected is lost", _PriorityClass._changed)
+@FAULTS.add("a tenant whose tokens are corrected is lost", _PriorityClass._tag_changed)
 def _(right: Any, waiting: Any, name: str, tenant: Any) -> None:
     if name not in waiting.waiting:
         right(waiting, name, tenant)

@@ -295,7 +295,7 @@ def test_a_key_that_a_replica_refuses_is_not_the_clients(gateway: RunningGateway
         assert (found, error["code"]) == (502, "upstream_failed")
         assert "sk-secret" not in error["message"]
         assert len(replica.posts) == 1, "it would say so again"
-        assert "refuses the gateway's key" in log(gateway)
+        assert "rejects the gateway's key" in log(gateway)
         assert "sk-secret" not in log(gateway)
     with serving(gateway, refuses, says(answer(whole()))):
         assert [gateway.post("/v1/chat/completions", CHAT).status_code for _ in range(8)] == [200] * 8

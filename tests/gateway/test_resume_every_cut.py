@@ -19,10 +19,10 @@ from powerband.core.request import OUTPUT_COMPLETE
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest
 from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
-from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
 from powerband.gateway.request import ANONYMOUS, Endpoint
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest
 from powerband.openai.errors import read_error
 from powerband.openai.events import END, EventReader
 

@@ -17,17 +17,18 @@ import pytest
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.exchange import MAX_UNREAD_BYTES, UpstreamFailure
-from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.exchange import MAX_UNREAD_BYTES
+from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.http_client.connection import ConnectionPool
 from powerband.web.errors import HttpError
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-PATIENT = Timeouts(connect_s=60.0, first_byte_s=60.0, between_s=60.0, whole_s=120.0)
-QUICK = Timeouts(connect_s=0.3, first_byte_s=0.3, between_s=0.3, whole_s=0.8)
+PATIENT = Timeouts(connect_s=60.0, first_byte_s=60.0, idle_s=60.0, total_s=120.0)
+QUICK = Timeouts(connect_s=0.3, first_byte_s=0.3, idle_s=0.3, total_s=0.8)
 
 
 @contextlib.asynccontextmanager
@@ -338,16 +339,18 @@ def test_the_gateways_own_limit_of_open_files_is_no_fault_of_a_replica(
                 return
             with pytest.raises(UpstreamFailure) as caught:
                 await whole(upstream, replica)
-            assert (caught.value.code, caught.value.counts, caught.value.is_absence) == (NO_DESCRIPTORS, False, False)
+            assert (caught.value.code, caught.value.kind) == (NO_DESCRIPTORS, FailureKind.GATEWAY_LIMIT)
 
             outcomes: list[str] = []
             request: Any = SimpleNamespace(model="m")
             attempts = UpstreamAttempts(request, None, upstream, max_attempts=3)  # type: ignore[arg-type]
-            attempts._lease = SimpleNamespace(close=outcomes.append, replica=replica)  # type: ignore[assignment]
+            attempts._lease = SimpleNamespace(  # type: ignore[assignment]
+                close=lambda outcome, **_more: outcomes.append(outcome), replica=replica
+            )
             with pytest.raises(HttpError) as refusal:
-                await attempts.failed(caught.value)
+                await attempts.handle_failure(caught.value)
             assert (refusal.value.http_status, refusal.value.code) == (503, "too_many_connections")
-            assert outcomes == ["left"]
+            assert outcomes == ["cancelled"]
 
     asyncio.run(act())
 

@@ -67,7 +67,7 @@ def metrics():
         output_tokens=3,
     )
     metrics.observe_request(record, finished_reason="stop", first_scheduled_s=5.05)
-    metrics.observe_refusal("queue_full")
+    metrics.observe_rejection("queue_full")
     metrics.update(STATS)
     return metrics
 
@@ -132,7 +132,7 @@ def test_latency_buckets_resolve_a_healthy_queue():
 
 def test_unknown_reasons_add_no_series(metrics):
     before = len(metrics.render().splitlines())
-    metrics.observe_refusal("made_up_by_a_user")
+    metrics.observe_rejection("made_up_by_a_user")
     record = RequestRecord(scheduled_s=0.0, sent_s=0.0)
     metrics.observe_request(record, finished_reason="made_up", first_scheduled_s=0.0)
     assert len(metrics.render().splitlines()) == before

@@ -146,7 +146,7 @@ class Service:
         slo = None if w.slo_ttft_s is None else SLO(ttft_s=w.slo_ttft_s)
         self.pool.update(ModelRoute(name="m", replicas=tuple(addresses), rate=w.planned_rate, slo=slo))
         for backend in self.pool.backends:
-            backend.probed_well(0.0)
+            backend.probe_succeeded(0.0)
             self.pool.changed(backend)
         self.timers: list[asyncio.TimerHandle | None] = [None] * len(layouts)
 

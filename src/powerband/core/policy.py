@@ -48,7 +48,7 @@ def make_policy(name: str, kv: KVCacheManager) -> SchedulingPolicy:
         case "shortest":
             return Shortest()
         case "longest-prefix":
-            return LongestPrefix(kv)
+            return CachedPrefixFirst(kv)
         case "deadline":
             return Deadline()
         case "fair":
@@ -94,7 +94,7 @@ class Shortest(FirstComeFirstServed):
         return (r.num_prompt_tokens + self.tokens_per_s * r.arrival_s, r.arrival_s, r.id)
 
 
-class LongestPrefix(FirstComeFirstServed):
+class CachedPrefixFirst(FirstComeFirstServed):
     """Requests whose prefix is in the cache first, while it is still there."""
 
     dynamic = True

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from powerband.dispatch.breaker import CircuitBreaker
 from powerband.dispatch.options import DispatchOptions
+from powerband.dispatch.rejection import RejectionBackoff
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
 # ready: gets requests. starting: no probe has succeeded yet. ejected: probes found it unhealthy. open: its circuit
@@ -22,11 +23,6 @@ BackendState = Literal["ready", "starting", "ejected", "open", "draining"]
 BACKEND_STATES: tuple[BackendState, ...] = get_args(BackendState)
 
 _GAP_WEIGHT = 0.02  # of the newest gap in the moving mean
-_REFUSAL_PAUSE_S = 0.5  # pause after a rejection without Retry-After (429, 503)
-_MIN_PAUSE_S = 1.0  # maximum pause after the first rejection with Retry-After; it doubles with each further one
-_MAX_PAUSE_S = 60.0
-_TRIAL_S = 1.0  # a trial request that was not rejected within this time counts as accepted
-_ALONE_S = 60.0  # a tenant's rejections are ignored for so long once the backend has accepted another tenant's request
 _FULL = 0.95  # fraction of the KV cache
 _LOG_INTERVAL_S = 60.0
 
@@ -63,8 +59,8 @@ class InFlightRequest:
         "has_first_token",
         "is_lost",
         "is_released",
-        "is_suspected",
         "is_trial",
+        "is_unconfirmed",
         "level",
         "on_lost",
         "outstanding",
@@ -98,11 +94,15 @@ class InFlightRequest:
         self.read_since_s: float | None = now_s  # None: reading is paused because the client is slow
         self.has_first_token = False
         self.is_released = False
-        self.is_suspected = False  # released as "suspected": the request itself may be at fault
+        self.is_unconfirmed = False  # released as "unconfirmed": the request itself may be at fault
         self.is_lost = False  # the backend is dead or hung: no more data will come
         self.on_lost: Callable[[], None] | None = None
 
-    def lose(self) -> None:
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    def mark_lost(self) -> None:
         self.is_lost = True
         callback, self.on_lost = self.on_lost, None
         if callback is not None:
@@ -116,6 +116,7 @@ class Backend:
         self.spec = spec
         self.options = options
         self.breaker = CircuitBreaker(options)
+        self.backoff = RejectionBackoff()
         self.in_flight: set[InFlightRequest] = set()
         self.outstanding = 0
         self.sent_tokens = 0.0  # since the start, for weighted routing
@@ -124,16 +125,12 @@ class Backend:
         self.is_removed = False
         self.was_ready = False
         self.since_s = now_s  # when `is_ready` last changed
-        self.paused_until_s = 0.0  # gets no requests until then, because it rejected one
-        self.refusals = 0  # consecutive rejections with Retry-After; if any, one trial request is sent at a time
-        self._refused_tenant = ""
-        self._alone_until_s: dict[str, float] = {}  # by tenant: rejections are about this tenant alone until then
         self.logged_s = -_LOG_INTERVAL_S
         self.limit = self.max_in_flight
         self.load = ReplicaLoad()
         self.gap_s = 0.0  # moving mean of the time between two reads of one stream
         self.bytes_s = now_s
-        self.answered_s: float | None = None  # when it last completed a request
+        self.last_success_s = -math.inf  # when it last completed a request
         self.restarts: int | None = None
         self.errors: deque[str] = deque(maxlen=5)
         self.ejections = 0  # by failed probes
@@ -160,11 +157,10 @@ class Backend:
         """Whether requests go to it, now or as soon as it has capacity."""
         return self.is_ready and not self.spec.draining and not self.is_removed
 
-    def has_place(self, now_s: float) -> bool:
+    def has_capacity(self, now_s: float) -> bool:
         return (
             len(self.in_flight) < self.limit
-            and now_s >= self.paused_until_s
-            and not (self.refusals and self._is_trial_running(now_s))
+            and self.backoff.allows(now_s, self.in_flight)
             and (self.breaker.is_closed or self.breaker.allows(now_s))
         )
 
@@ -185,7 +181,7 @@ class Backend:
 
     # What probes report.
 
-    def probed_well(self, now_s: float, *, is_needed: bool = False) -> bool:
+    def probe_succeeded(self, now_s: float, *, is_needed: bool = False) -> bool:
         """A probe succeeded. Returns whether the backend becomes ready.
 
         is_needed: no other backend is ready, so an unstable one is readmitted early.
@@ -204,7 +200,7 @@ class Backend:
         """Whether it is ready although its last probe failed."""
         return self.is_ready and self._num_bad > 0
 
-    def probed_badly(self, now_s: float, code: str) -> bool:
+    def probe_failed(self, now_s: float, code: str) -> bool:
         """A probe failed. Returns whether the backend is ejected."""
         self._num_good = 0
         self._num_bad += 1
@@ -212,13 +208,13 @@ class Backend:
             self.errors.append(code)
         return self.is_ready and self._num_bad >= self.options.unhealthy_threshold and self._eject(now_s)
 
-    def found_absent(self, now_s: float, code: str) -> bool:
+    def mark_unavailable(self, now_s: float, code: str) -> bool:
         """A request was refused a connection, or the engine is gone: counts as `unhealthy_threshold` failed probes.
 
         Returns whether the backend is ejected.
         """
         self._num_bad = max(self._num_bad, self.options.unhealthy_threshold - 1)
-        return self.probed_badly(now_s, code)
+        return self.probe_failed(now_s, code)
 
     def _eject(self, now_s: float) -> bool:
         self.is_ready = False
@@ -230,10 +226,10 @@ class Backend:
         self.since_s = now_s
         return True
 
-    def lose_all(self) -> None:
+    def fail_in_flight(self) -> None:
         """The backend is dead or hung: fail all requests in flight."""
         for in_flight in tuple(self.in_flight):
-            in_flight.lose()
+            in_flight.mark_lost()
 
     def restarted(self, now_s: float) -> None:
         """The engine has restarted. Its state is reset, unless it restarts again and again."""
@@ -245,52 +241,26 @@ class Backend:
     def replaced(self) -> None:
         """A new process has taken its place: reset what was learned about the old one."""
         self.limit, self._num_crowded = self.max_in_flight, 0
-        self.paused_until_s, self.refusals = 0.0, 0
+        self.backoff.reset()
         self.breaker.reset()
 
-    # Rejections (429, 503).
+    # Requests sent to it.
 
     def sent(self, in_flight: InFlightRequest) -> None:
-        if self.refusals and any(self._is_trial(one) for one in self.in_flight):
-            self._accepted(in_flight.request.tenant, in_flight.sent_s)  # the trial request was not rejected
+        self.backoff.sent(in_flight, self.in_flight)
         self.in_flight.add(in_flight)
 
-    def refused(self, in_flight: InFlightRequest, now_s: float, pause_s: float) -> None:
-        """It rejected a request. pause_s: its Retry-After; 0: none, it is at capacity.
-
-        A Retry-After may concern this request alone, so the backend soon gets one trial request, however long the
-        Retry-After is.
-        """
-        tenant = in_flight.request.tenant
-        if now_s < self._alone_until_s.get(tenant, 0.0):
+    def rejected(self, in_flight: InFlightRequest, now_s: float, retry_after_s: float) -> None:
+        """It rejected a request. retry_after_s: its Retry-After; 0: none, it is at capacity."""
+        if self.backoff.ignores(in_flight.tenant, now_s):
             return
-        if self.in_flight or not pause_s:
+        if self.in_flight or not retry_after_s:
             self.limit = max(min(self.limit, len(self.in_flight)), 1)
-        if not pause_s:
-            self.paused_until_s = max(self.paused_until_s, now_s + _REFUSAL_PAUSE_S)
-            return
-        if not self.refusals or self._is_trial(in_flight):  # rejections of requests sent before the pause count once
-            self.refusals, self._refused_tenant = self.refusals + 1, tenant
-        max_s = min(_MIN_PAUSE_S * 2.0 ** min(self.refusals - 1, 16), _MAX_PAUSE_S)
-        self.paused_until_s = max(self.paused_until_s, now_s + min(max(pause_s, _REFUSAL_PAUSE_S), max_s))
+        self.backoff.rejected(in_flight, now_s, retry_after_s)
 
-    def _is_trial(self, in_flight: InFlightRequest) -> bool:
-        return in_flight.sent_s >= self.paused_until_s
-
-    def _is_trial_running(self, now_s: float) -> bool:
-        return any(self._is_trial(one) and now_s - one.sent_s < _TRIAL_S for one in self.in_flight)
-
-    def _accepted(self, tenant: str, now_s: float) -> None:
-        """It accepts requests again."""
-        if tenant != self._refused_tenant:
-            self._alone_until_s = {one: end_s for one, end_s in self._alone_until_s.items() if end_s > now_s}
-            self._alone_until_s[self._refused_tenant] = now_s + _ALONE_S
-        self.refusals = 0
-
-    def answered(self, in_flight: InFlightRequest, now_s: float) -> None:
+    def request_completed(self, in_flight: InFlightRequest, now_s: float) -> None:
         """A request has ended. If the backend does not report its queue length, each one raises `limit` by one."""
-        if self.refusals and self._is_trial(in_flight):
-            self._accepted(in_flight.request.tenant, now_s)
+        self.backoff.accepted(in_flight, now_s)
         if self.limit < self.max_in_flight and self.load.waiting is None:
             self.limit += 1
 
@@ -301,8 +271,7 @@ class Backend:
         in_flight.bytes_s = self.bytes_s = now_s
         if in_flight.began_s is None:
             in_flight.began_s = now_s
-            if self.refusals and self._is_trial(in_flight):
-                self._accepted(in_flight.request.tenant, now_s)
+            self.backoff.accepted(in_flight, now_s)
         elif in_flight.request.stream:
             self.gap_s += (gap_s - self.gap_s) * (_GAP_WEIGHT if self.gap_s else 1.0)
 

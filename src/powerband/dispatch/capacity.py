@@ -34,7 +34,7 @@ class Capacity:
         self._num_ended = 0
         self._tokens = 0.0  # moving mean of the tokens of a request
         self._seconds = 0.0  # moving mean of the duration of a request
-        self._refused = 0.0  # rejected requests, less dispatches since: clients that will probably come back
+        self._num_rejected = 0.0  # rejected requests, less dispatches since: clients that will probably come back
 
     def observe(self, now_s: float, is_saturated: bool, ready: int, live: int) -> None:
         """Record the state from now on. ready: serving backends. live: their requests in flight."""
@@ -55,7 +55,7 @@ class Capacity:
             self._ended += 1
 
     def dispatched(self) -> None:
-        self._refused = max(self._refused - 1, 0.0)
+        self._num_rejected = max(self._num_rejected - 1, 0.0)
 
     @property
     def requests_per_s(self) -> float | None:
@@ -77,9 +77,9 @@ class Capacity:
 
     def retry_after_s(self, until_room_s: float | None) -> float:
         """Retry-After for a request that is rejected now: later than for earlier rejections, to spread the retries."""
-        self._refused += 1
+        self._num_rejected += 1
         rate = self.requests_per_s
-        line_s = DEFAULT_RETRY_AFTER_S if rate is None else self._refused / rate
+        line_s = DEFAULT_RETRY_AFTER_S if rate is None else self._num_rejected / rate
         return min(max((until_room_s or 0.0) + line_s, DEFAULT_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
 
 

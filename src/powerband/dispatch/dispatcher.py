@@ -41,10 +41,11 @@ _HEALTHY_S = 60.0  # a backend counts as healthy for so long after it has comple
 _MAX_PAUSE_S = 5.0  # requests wait for replicas that sent a Retry-After up to this; beyond it they are rejected
 _REPLACEMENT_S = 15.0  # without any replica, requests wait so long for a new one
 
-# How a request ended. ok: succeeded. failed: the backend was at fault. suspected: the request itself may be at fault;
-# `blame` may follow. refused: the backend rejected it (429, 503). absent: no server listens there, or its engine is
-# gone. left: the client disconnected. unsent: it was never sent to the backend.
-Outcome = Literal["ok", "failed", "suspected", "refused", "absent", "left", "unsent"]
+# How a request ended. ok: succeeded. failed: the backend was at fault. unconfirmed: the backend reported an error, but
+# the request itself may be at fault; `confirm_failure` may follow. rejected: the backend is at capacity (429, 503).
+# unavailable: no server listens there, or its engine is gone. cancelled: the client disconnected, or the failure says
+# nothing about the backend. unsent: it was never sent to the backend.
+Outcome = Literal["ok", "failed", "unconfirmed", "rejected", "unavailable", "cancelled", "unsent"]
 
 
 class Dispatcher:
@@ -109,16 +110,16 @@ class Dispatcher:
         now_s: float,
         *,
         output_tokens: int = 0,
-        pause_s: float = 0.0,
+        retry_after_s: float = 0.0,
     ) -> None:
         """A request ended: its slot goes to the next one. Only the first call has an effect.
 
-        output_tokens: tokens generated. pause_s: the Retry-After of a backend that rejected it.
+        output_tokens: tokens generated. retry_after_s: the Retry-After of a backend that rejected it.
         """
         if in_flight.is_released:
             return
         in_flight.is_released, in_flight.on_lost = True, None
-        in_flight.is_suspected = outcome == "suspected"
+        in_flight.is_unconfirmed = outcome == "unconfirmed"
         backend, request = in_flight.backend, in_flight.request
         pool = pool_for(request, self._pools)
         self._num_in_flight[request.tenant] -= 1
@@ -126,17 +127,17 @@ class Dispatcher:
             del self._num_in_flight[request.tenant]
         backend.in_flight.discard(in_flight)
         backend.outstanding -= in_flight.outstanding
-        is_done = outcome in ("ok", "left")
+        is_done = outcome in ("ok", "cancelled")
         if is_done:
             pool.observe(now_s)
             pool.admission.capacity.ended(in_flight.tokens, now_s - in_flight.sent_s)
-            backend.answered(in_flight, now_s)
+            backend.request_completed(in_flight, now_s)
             if outcome == "ok":
-                backend.answered_s = now_s
-        elif outcome == "refused":
-            backend.refused(in_flight, now_s, pause_s)
-        elif outcome == "absent":
-            if backend.found_absent(now_s, "absent"):
+                backend.last_success_s = now_s
+        elif outcome == "rejected":
+            backend.rejected(in_flight, now_s, retry_after_s)
+        elif outcome == "unavailable":
+            if backend.mark_unavailable(now_s, "absent"):
                 self.changed(backend, now_s)
         elif outcome == "failed":
             backend.errors.append("failed")
@@ -149,23 +150,23 @@ class Dispatcher:
         if self.queued:
             self._dispatch(now_s)
 
-    def blame(self, in_flight: InFlightRequest, now_s: float) -> None:
-        """A request that was released as "suspected" has succeeded elsewhere: this backend was at fault."""
+    def confirm_failure(self, in_flight: InFlightRequest, now_s: float) -> None:
+        """A request that was released as "unconfirmed" has succeeded elsewhere: this backend was at fault."""
         in_flight.backend.errors.append("failed")
         self._count(in_flight, False, now_s)
 
     def may_retry(self, in_flight: InFlightRequest, now_s: float) -> bool:
         """Whether a failed request may be retried; takes the retry from its tenant's budget.
 
-        Suspected requests have a budget of their own. If the backend is known to be down, the retry is free: it happens
-        once for each of that backend's requests, so it cannot become a storm.
+        Unconfirmed failures have a budget of their own. If the backend is known to be down, the retry is free: it
+        happens once for each of that backend's requests, so it cannot become a storm.
         """
         backend = in_flight.backend
         if not backend.is_serving or not backend.breaker.is_closed:
             self._retries.taken += 1
             return True
         tenant = in_flight.request.tenant
-        return self._retries.take(now_s, self._num_in_flight[tenant], (tenant, in_flight.is_suspected))
+        return self._retries.take(now_s, self._num_in_flight[tenant], (tenant, in_flight.is_unconfirmed))
 
     # Backends.
 
@@ -234,7 +235,7 @@ class Dispatcher:
         if backend.is_ready and self._may_open():
             backend.breaker.force_open(now_s)
             self._schedule_tick(now_s)
-        backend.lose_all()
+        backend.fail_in_flight()
 
     def reported(self, backend: Backend, load: ReplicaLoad, now_s: float) -> None:
         """Apply a load report from the backend's metrics."""
@@ -248,7 +249,7 @@ class Dispatcher:
         """Whether each of these backends completed a request in the last minute."""
         since_s = now_s - _HEALTHY_S
         backends = [self._backends.get(id) for id in ids]
-        return all(one is not None and one.answered_s is not None and one.answered_s >= since_s for one in backends)
+        return all(one is not None and one.last_success_s >= since_s for one in backends)
 
     def has_others(self, than: Collection[str]) -> bool:
         """Whether any other backend is serving."""
@@ -311,21 +312,21 @@ class Dispatcher:
                         self._expire(queued, now_s)
         if self.queued:
             if self._expects_no_replica(now_s):
-                self.refuse_all("No replica is ready, and none is expected.", now_s)
-            self._refuse_paused(now_s)
+                self.reject_all("No replica is ready, and none is expected.", now_s)
+            self._reject_paused(now_s)
             self._dispatch(now_s)
         self._schedule_tick(now_s)
 
-    def refuse_all(self, why: str, now_s: float) -> None:
-        """Refuse every queued request with NoReplicaAvailable."""
+    def reject_all(self, why: str, now_s: float) -> None:
+        """Reject every queued request with NoReplicaAvailable."""
         for queued in [queued for pool in self._pools for queued in pool.queue]:
             self._remove(queued, now_s)
             self._decide(queued, NoReplicaAvailable(why, retry_after_s=NO_REPLICA_RETRY_S))
 
-    def _refuse_paused(self, now_s: float) -> None:
+    def _reject_paused(self, now_s: float) -> None:
         """Reject queued requests whose backends are all paused for longer than `_MAX_PAUSE_S`."""
         for pool in self._pools:
-            if any(backend.paused_until_s - now_s <= _MAX_PAUSE_S for backend in pool.serving):
+            if any(backend.backoff.paused_until_s - now_s <= _MAX_PAUSE_S for backend in pool.serving):
                 continue
             for queued in tuple(pool.queue):
                 try:
@@ -343,7 +344,7 @@ class Dispatcher:
 
     def _dispatch(self, now_s: float) -> None:
         for pool in self._pools:
-            free = [one for one in pool.serving if one.has_place(now_s)] if pool.queue.requests else []
+            free = [one for one in pool.serving if one.has_capacity(now_s)] if pool.queue.requests else []
             while free and pool.queue.requests:
                 queued = pool.queue.pop(partial(self._pick, free, pool.serving))
                 if queued is None:
@@ -353,7 +354,7 @@ class Dispatcher:
                 sent = self._send(queued.request, backend, pool, queued.level, now_s)
                 sent.queue_s = now_s - queued.queued_s
                 self._decide(queued, sent)
-                free = [one for one in free if one.has_place(now_s)]
+                free = [one for one in free if one.has_capacity(now_s)]
             pool.observe(now_s)
 
     def _pick(
@@ -393,7 +394,7 @@ class Dispatcher:
     def _send_at_once(
         self, request: DispatchRequest, avoid: Collection[str], pool: LengthPool, level: PriorityLevel, now_s: float
     ) -> InFlightRequest | None:
-        free = _without(avoid, [backend for backend in pool.serving if backend.has_place(now_s)], pool.serving)
+        free = _without(avoid, [backend for backend in pool.serving if backend.has_capacity(now_s)], pool.serving)
         if not free:
             return None
         if not avoid:
@@ -478,7 +479,7 @@ class Dispatcher:
 
 def _check_pauses(pool: LengthPool, avoid: Collection[str], now_s: float) -> None:
     """Raise ReplicasBusy if every backend is paused for longer than `_MAX_PAUSE_S`."""
-    pauses_s = [backend.paused_until_s - now_s for backend in _without(avoid, pool.serving, pool.serving)]
+    pauses_s = [backend.backoff.paused_until_s - now_s for backend in _without(avoid, pool.serving, pool.serving)]
     if pauses_s and (pause_s := min(pauses_s)) > _MAX_PAUSE_S:
         raise ReplicasBusy(
             f"Every replica has asked for a pause (Retry-After); the shortest ends in {pause_s:.0f} s.",

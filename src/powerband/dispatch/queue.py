@@ -45,7 +45,7 @@ class QueuedRequest:
 class _Tenant:
     """One tenant at one priority: its queued requests, and the tokens it has used and may still use."""
 
-    __slots__ = ("in_flight", "in_flight_tokens", "is_listed", "requests", "tokens", "used")
+    __slots__ = ("in_flight", "in_flight_tokens", "is_in_usage_heap", "requests", "tokens", "used")
 
     def __init__(self) -> None:
         self.requests: OrderedDict[QueuedRequest, None] = OrderedDict()
@@ -53,7 +53,7 @@ class _Tenant:
         self.in_flight = 0
         self.in_flight_tokens = 0.0  # upper bound
         self.used = 0.0  # tokens; only grows
-        self.is_listed = False  # has an entry in `_PriorityClass._by_use`
+        self.is_in_usage_heap = False  # has an entry in `_PriorityClass._usage_heap`
 
     @property
     def tag(self) -> float:
@@ -65,7 +65,16 @@ class _Tenant:
 
 
 class _PriorityClass:
-    """The queued requests of one priority. `waiting`: the tenants that have any."""
+    """The queued requests of one priority. `waiting`: the tenants that have any.
+
+    Two heaps find the waiting tenant with the lowest tag and the active tenant with the lowest `used`. Neither is
+    updated in place when these numbers change (lazy deletion):
+
+    _tag_heap    (tag, order, tenant's name). A changed tag is pushed as a further entry. An entry whose tag is not its
+                 tenant's current one is stale, and dropped when it comes up; the heap is rebuilt if most are stale.
+    _usage_heap  (used, order, tenant), one entry per active tenant. `used` only grows, so an entry is never too high.
+                 One that comes up too low is replaced, one of an idle tenant dropped.
+    """
 
     def __init__(self) -> None:
         self.tenants: dict[str, _Tenant] = {}
@@ -73,9 +82,9 @@ class _PriorityClass:
         self.tokens = 0
         self._max_tenants = _MAX_IDLE_TENANTS  # before idle tenants are dropped
         self._last_used = 0.0  # the highest `used` of a tenant that became idle
-        self._by_tag: list[tuple[float, int, str]] = []  # heap of waiting tenants; an entry with an old tag is stale
-        self._by_use: list[tuple[float, int, _Tenant]] = []  # heap of active tenants by an older `used`
-        self._order = count()
+        self._tag_heap: list[tuple[float, int, str]] = []
+        self._usage_heap: list[tuple[float, int, _Tenant]] = []
+        self._order = count()  # equal tags and equal `used`: first in, first out
 
     def push(self, queued: QueuedRequest) -> None:
         name = queued.request.tenant
@@ -86,7 +95,7 @@ class _PriorityClass:
         self.tokens += queued.tokens
         if is_first:
             self.waiting[name] = tenant
-            self._offer(name)
+            self._push_tag(name)
 
     def remove(self, queued: QueuedRequest) -> None:
         name = queued.request.tenant
@@ -96,16 +105,16 @@ class _PriorityClass:
         self.tokens -= queued.tokens
         if not tenant.requests:
             del self.waiting[name]
-            self._check_idle(tenant)
+            self._record_idle(tenant)
 
     def pop(self, choose: Callable[[Iterable[QueuedRequest]], QueuedRequest | None]) -> QueuedRequest | None:
         skipped: list[tuple[float, int, str]] = []
         found = None
-        while self._by_tag and found is None:
-            entry = heapq.heappop(self._by_tag)
+        while self._tag_heap and found is None:
+            entry = heapq.heappop(self._tag_heap)
             tag, _, name = entry
             tenant = self.waiting.get(name)
-            if tenant is None or tag != tenant.tag:
+            if tenant is None or tag != tenant.tag:  # stale
                 continue
             found = choose(tenant.requests)
             if found is None:
@@ -114,7 +123,7 @@ class _PriorityClass:
                 self.charge(name, found.tokens)
                 self.remove(found)
         for entry in skipped:
-            heapq.heappush(self._by_tag, entry)
+            heapq.heappush(self._tag_heap, entry)
         return found
 
     def charge(self, name: str, tokens: float) -> None:
@@ -122,7 +131,7 @@ class _PriorityClass:
         tenant = self._activate(name)
         tenant.in_flight += 1
         tenant.in_flight_tokens += tokens
-        self._changed(name, tenant)
+        self._tag_changed(name, tenant)
 
     def settle(self, name: str, tokens: float, used: float) -> None:
         """A request that was charged with `tokens` has ended. used: the tokens it really took."""
@@ -132,8 +141,8 @@ class _PriorityClass:
         tenant.in_flight -= 1
         tenant.in_flight_tokens = tenant.in_flight_tokens - tokens if tenant.in_flight else 0.0
         tenant.used += used
-        self._changed(name, tenant)
-        self._check_idle(tenant)
+        self._tag_changed(name, tenant)
+        self._record_idle(tenant)
 
     def tokens_ahead(self, name: str) -> float:
         """Tokens ahead of a new request of this tenant, assuming that no further requests arrive."""
@@ -156,44 +165,45 @@ class _PriorityClass:
         tenant = self.tenants.get(name)
         if tenant is None:
             if len(self.tenants) >= self._max_tenants:
-                self._forget()
+                self._drop_idle()
             tenant = self.tenants[name] = _Tenant()
         if not tenant.is_active:
             tenant.used = max(tenant.used, self._least_used())
-            if not tenant.is_listed:
-                tenant.is_listed = True
-                heapq.heappush(self._by_use, (tenant.used, next(self._order), tenant))
+            if not tenant.is_in_usage_heap:
+                tenant.is_in_usage_heap = True
+                heapq.heappush(self._usage_heap, (tenant.used, next(self._order), tenant))
         return tenant
 
     def _least_used(self) -> float:
         """The lowest `used` of active tenants; without any, the highest of tenants that became idle."""
-        heap = self._by_use
+        heap = self._usage_heap
         while heap:
             used, _, tenant = heap[0]
             if not tenant.is_active:
                 heapq.heappop(heap)
-                tenant.is_listed = False
+                tenant.is_in_usage_heap = False
             elif used < tenant.used:
                 heapq.heapreplace(heap, (tenant.used, next(self._order), tenant))
             else:
                 return used
         return self._last_used
 
-    def _check_idle(self, tenant: _Tenant) -> None:
+    def _record_idle(self, tenant: _Tenant) -> None:
         if not tenant.is_active:
             self._last_used = max(self._last_used, tenant.used)
 
-    def _changed(self, name: str, tenant: _Tenant) -> None:
+    def _tag_changed(self, name: str, tenant: _Tenant) -> None:
         if tenant.requests:
-            self._offer(name)
+            self._push_tag(name)
 
-    def _offer(self, name: str) -> None:
-        heapq.heappush(self._by_tag, (self.waiting[name].tag, next(self._order), name))
-        if len(self._by_tag) > 64 + 4 * len(self.waiting):
-            self._by_tag = [(tenant.tag, next(self._order), name) for name, tenant in self.waiting.items()]
-            heapq.heapify(self._by_tag)
+    def _push_tag(self, name: str) -> None:
+        """Add a waiting tenant to the heap under its current tag."""
+        heapq.heappush(self._tag_heap, (self.waiting[name].tag, next(self._order), name))
+        if len(self._tag_heap) > 64 + 4 * len(self.waiting):
+            self._tag_heap = [(tenant.tag, next(self._order), name) for name, tenant in self.waiting.items()]
+            heapq.heapify(self._tag_heap)
 
-    def _forget(self) -> None:
+    def _drop_idle(self) -> None:
         """Drop idle tenants: first those whose counter would be raised anyway; if that is not enough, all of them."""
         least, active = self._least_used(), {name: one for name, one in self.tenants.items() if one.is_active}
         kept = {name: one for name, one in self.tenants.items() if one.is_active or one.used > least}
@@ -225,7 +235,7 @@ class FairQueue:
         """Remove a request without dispatching it. Does nothing if it has left the queue."""
         if queued.is_queued:
             self._levels[queued.level].remove(queued)
-            self._left(queued)
+            self._uncount(queued)
 
     def pop(self, choose: Callable[[Iterable[QueuedRequest]], QueuedRequest | None]) -> QueuedRequest | None:
         """Take the next request. choose: gets each tenant's requests, lowest tag first; returns one of them or None."""
@@ -234,7 +244,7 @@ class FairQueue:
             if level.waiting:
                 found = level.pop(choose)
                 if found is not None:
-                    self._left(found)
+                    self._uncount(found)
                     return found
         return None
 
@@ -264,7 +274,7 @@ class FairQueue:
         before = sum(self._levels[name].tokens for name in self._order if name < level)
         return before + (self._levels[level].tokens_ahead(tenant) if level in self._levels else 0.0)
 
-    def _left(self, queued: QueuedRequest) -> None:
+    def _uncount(self, queued: QueuedRequest) -> None:
         queued.is_queued = False
         self.requests -= 1
         self.tokens -= queued.tokens

@@ -55,10 +55,10 @@ class EngineCapabilities:
     """What an engine supports."""
 
     kinds: tuple[DeviceKind, ...] = ()
-    divides: bool = True  # splits a model over several devices
-    offloads: bool = False  # offloads weights to host memory
-    speculates: bool = True
+    supports_multi_device: bool = True  # splits a model over several devices
+    supports_cpu_offload: bool = False  # offloads weights to host memory
+    supports_speculation: bool = True
     # Precisions that it quantizes to while loading; others need a quantized checkpoint.
-    loads: tuple[Quantization, ...] = ("none",)
+    online_quantizations: tuple[Quantization, ...] = ("none",)
     missing_kernels: Callable[[DeviceProfile, Quantization], str] = missing_kernels
     kv_precisions: Callable[[DeviceProfile, Quantization, KVPrecision | None], tuple[KVPrecision, ...]] = kv_precisions

@@ -122,7 +122,7 @@ class LaunchRequest:
         desired = self.replica.quantization
         if desired == self.stored.quantization:
             return "none"
-        if desired == "none" or desired not in self.capabilities.loads:
+        if desired == "none" or desired not in self.capabilities.online_quantizations:
             raise self.unsupported("quantization", f"The checkpoint of {self.model} holds {self.stored.quantization}.")
         if self.stored.quantization != "none":
             raise self.unsupported("quantization", f"The checkpoint is quantized already: {self.stored.quantization}.")

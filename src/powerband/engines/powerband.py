@@ -78,8 +78,8 @@ def _flags(settings: EngineSettings) -> tuple[str, ...]:
 def _missing_kernels(profile: DeviceProfile, quantization: Quantization) -> str:
     if profile.kind == "cuda" and quantization != "none":
         return "powerband computes in 16 bits on GPUs so far"
-    if profile.kind == "cpu" and quantization not in _CAPABILITIES.loads:
-        return f"powerband on a CPU knows {', '.join(_CAPABILITIES.loads)}"
+    if profile.kind == "cpu" and quantization not in _CAPABILITIES.online_quantizations:
+        return f"powerband on a CPU knows {', '.join(_CAPABILITIES.online_quantizations)}"
     return ""
 
 
@@ -98,9 +98,9 @@ def _tenant_fields(tenant: str, user: str | None, _cache_salt: str | None) -> Ma
 
 _CAPABILITIES = EngineCapabilities(
     kinds=("cpu", "cuda"),
-    divides=False,
-    speculates=False,
-    loads=("none", "int8", "int4"),
+    supports_multi_device=False,
+    supports_speculation=False,
+    online_quantizations=("none", "int8", "int4"),
     missing_kernels=_missing_kernels,
     kv_precisions=_kv_precisions,
 )

@@ -83,7 +83,9 @@ SGLANG = EngineAdapter(
     name="sglang",
     display_name="SGLang",
     owned_by="sglang",
-    capabilities=EngineCapabilities(kinds=("cuda", "rocm"), offloads=True, loads=("none", "fp8")),
+    capabilities=EngineCapabilities(
+        kinds=("cuda", "rocm"), supports_cpu_offload=True, online_quantizations=("none", "fp8")
+    ),
     command=_command,
     metrics={  # only with --enable-metrics
         "running": (b"sglang:num_running_reqs",),

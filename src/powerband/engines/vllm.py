@@ -242,7 +242,9 @@ VLLM = EngineAdapter(
     name="vllm",
     display_name="vLLM",
     owned_by="vllm",
-    capabilities=EngineCapabilities(kinds=("cuda", "rocm"), offloads=True, loads=("none", "fp8")),
+    capabilities=EngineCapabilities(
+        kinds=("cuda", "rocm"), supports_cpu_offload=True, online_quantizations=("none", "fp8")
+    ),
     command=_command,
     # Before it is ready, it does not listen at its ready_path.
     metrics={

@@ -97,7 +97,7 @@ def wait_for(
         on_status(status)
         if status.has_failed(generation):
             return status
-        if status.established >= generation and status.phase == "ready":
+        if status.last_ready_generation >= generation and status.phase == "ready":
             return status
     raise EnvironmentFault(
         f"{store.name} was not ready within {timeout_s:.0f} s.",
@@ -143,6 +143,6 @@ def record_action(store: ServiceStore, action: str, details: Mapping[str, Any]) 
 
 def _with_changes(current: ServiceSpec, status: ServiceStatus | None, **fields: Any) -> ServiceSpec:
     """The next generation. If the current release was completely ready, it becomes the one for rollbacks."""
-    is_established = status is not None and status.established >= current.generation
+    is_established = status is not None and status.last_ready_generation >= current.generation
     previous = current.release if is_established else current.previous
     return current.updated(**{"previous": previous, **fields})

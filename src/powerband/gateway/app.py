@@ -62,5 +62,5 @@ class ErrorCounterMiddleware:
             await self._app(scope, receive, send)
         except (PowerbandError, HTTPException) as error:
             if "finished" not in scope["state"]:
-                self._metrics.observe_refusal(error.code if isinstance(error, PowerbandError) else "no_such_path")
+                self._metrics.observe_rejection(error.code if isinstance(error, PowerbandError) else "no_such_path")
             raise

@@ -14,8 +14,8 @@ from powerband.engines.base import ServerName
 from powerband.engines.openai import OPENAI
 from powerband.engines.registry import ADAPTERS, find_by_owner
 from powerband.errors import EnvironmentFault
-from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.gateway.upstream.client import UpstreamClient
 from powerband.openai.fields import ListedModel, read_models
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,14 @@ from powerband.files import make_private_folder, write_atomically
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.observability.recent_requests import RecentRequests
-from powerband.gateway.proxy.estimates import TokenEstimates
-from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.whole_response import AnswerBudget, AnswerTurns
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.snapshot import PoolSnapshot
 from powerband.gateway.trace_context import TraceContext, forwarded_trace
+from powerband.gateway.upstream.buffered_response import ResponseBudget, ResponseScanner
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.token_estimates import TokenEstimates
 from powerband.web.errors import HttpError
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, routes_file: Path | None = None) -> None:
         self.settings = settings
         self.upstream = UpstreamClient(settings.stream_timeouts)
-        self.answers = AnswerBudget()
-        self.answer_turns = AnswerTurns()
+        self.response_budget = ResponseBudget()
+        self.response_scanner = ResponseScanner()
         self.recent = RecentRequests()
         self.routes = Routes()
         self.draining = False

@@ -26,8 +26,8 @@ class Timeouts:
 
     connect_s: float = 3.0
     first_byte_s: float = 60.0  # from sending the request to the first byte of the response body
-    between_s: float = 60.0  # between two reads of the response body
-    whole_s: float = 3600.0  # for the whole response
+    idle_s: float = 60.0  # between two reads of the response body
+    total_s: float = 3600.0  # for the whole response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class GatewayRequest(DispatchRequest):
     max_prompt_tokens: int | None = None  # upper bound, for limits; None: prompt_tokens
     max_output_tokens: int | None = None  # upper bound, for limits; None: output_tokens
     is_open_ended: bool = False  # no max_tokens: the output ends with the context
-    answers: int = 1  # choices to compute, all prompts together
+    num_sequences: int = 1  # to generate: n or best_of of each prompt
     trace: TraceContext | None = None  # to send to replicas
 
 

@@ -26,10 +26,10 @@ from powerband.gateway.gateway import Gateway
 from powerband.gateway.observability.access_log import log_request
 from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.gateway.observability.tracing import Tracing
-from powerband.gateway.proxy.upstream import UpstreamClient
 from powerband.gateway.routes import Routes
 from powerband.gateway.settings import GatewaySettings
 from powerband.gateway.trace_context import continue_trace
+from powerband.gateway.upstream.client import UpstreamClient
 from powerband.metrics.logging import set_up_logging
 from powerband.web.access import is_loopback
 from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, url_of

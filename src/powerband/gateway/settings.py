@@ -167,12 +167,12 @@ class GatewaySettings:
         return Timeouts(
             connect_s=self.connect_timeout_s,
             first_byte_s=self.first_byte_timeout_s,
-            between_s=self.stream_idle_timeout_s,
-            whole_s=self.request_timeout_s,
+            idle_s=self.stream_idle_timeout_s,
+            total_s=self.request_timeout_s,
         )
 
     @property
     def whole_timeouts(self) -> Timeouts:
         """Timeouts of responses that are not streamed: their first byte comes only when everything is computed."""
         limit_s = self.request_timeout_s
-        return Timeouts(connect_s=self.connect_timeout_s, first_byte_s=limit_s, between_s=limit_s, whole_s=limit_s)
+        return Timeouts(connect_s=self.connect_timeout_s, first_byte_s=limit_s, idle_s=limit_s, total_s=limit_s)

@@ -133,7 +133,7 @@ class EngineMetrics(Collector):
                 self._observe("prefill_seconds", record.chunk_times_s[0] - first_scheduled_s)
                 self._observe("decode_seconds", record.chunk_times_s[-1] - record.chunk_times_s[0])
 
-    def observe_refusal(self, code: str) -> None:
+    def observe_rejection(self, code: str) -> None:
         """A request was refused before it ran; `code` is the error's."""
         self._refused[code if code in self._refused else "other"] += 1
 

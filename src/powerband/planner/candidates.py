@@ -99,10 +99,10 @@ def _unsupported_reason(
     if profile.kind not in capabilities.kinds:
         return f"{engine} on a device of kind {profile.kind} is not modelled"
     reason = capabilities.missing_kernels(profile, quantization)
-    if not reason and space.draft_tokens and not capabilities.speculates:
+    if not reason and space.draft_tokens and not capabilities.supports_speculation:
         return f"{engine} does not speculate yet"
     is_asked = quantization in (*space.quantizations, stored.quantization)
-    if not reason and not is_asked and quantization not in capabilities.loads:
+    if not reason and not is_asked and quantization not in capabilities.online_quantizations:
         return "it needs a checkpoint that was quantized so (ask for it with --quantization)"
     return reason
 
@@ -116,7 +116,7 @@ def _replicas(
     space: SearchSpace,
 ) -> Iterator[Replica]:
     capabilities = ADAPTERS[engine].capabilities
-    max_devices = min(space.max_devices, profile.devices_per_node) if capabilities.divides else 1
+    max_devices = min(space.max_devices, profile.devices_per_node) if capabilities.supports_multi_device else 1
     kv: KVPrecision
     for tensor, stages in _layouts(max_devices):
         for experts in {1, tensor if _has_experts(spec) else 1}:
@@ -158,7 +158,9 @@ def _has_experts(spec: ModelSpec) -> bool:
 def _with_offload(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, replica: Replica) -> ReplicaOption:
     """With as much of the weights in the host's memory as it takes to fit; none, where it fits without or never."""
     whole = ReplicaOption(engine, replica, plan_replica(spec, profile, replica, engine))
-    may_offload = ADAPTERS[engine].capabilities.offloads and profile.kind != "cpu" and replica.num_devices == 1
+    may_offload = (
+        ADAPTERS[engine].capabilities.supports_cpu_offload and profile.kind != "cpu" and replica.num_devices == 1
+    )
     if not whole.memory.problem or replica.offload_share or not may_offload:
         return whole
     for share in _OFFLOAD_RATIOS:

@@ -33,8 +33,8 @@ INT64 = 2**63 - 1
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": INT32}
 
 
-def _array(items: dict[str, Any], longest: int | None = None) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1} | ({"maxItems": longest} if longest else {})
+def _array(items: dict[str, Any], max_items: int | None = None) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1} | ({"maxItems": max_items} if max_items else {})
 
 
 Count = Annotated[int, Meta(ge=0, le=INT32)]

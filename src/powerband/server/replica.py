@@ -168,7 +168,7 @@ class ServerState:
             yield
         except PowerbandError as error:
             if error.http_status < 500:
-                self.metrics.observe_refusal(error.code)
+                self.metrics.observe_rejection(error.code)
             raise
 
     def begin(self) -> None:

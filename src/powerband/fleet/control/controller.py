@@ -74,7 +74,7 @@ class Controller:
     _instances: dict[str, InstanceState] = field(default_factory=dict)
     _backoff: CrashBackoff = field(default_factory=CrashBackoff)
     _generation: int = 0  # of the spec at the last tick
-    _established: int = 0
+    _last_ready_generation: int = 0
     _failed: FailedRollout | None = None
     _open_places: list[int] = field(default_factory=list)  # restart counts for the replicas to start as replacements
     _gateway_restarts: int = 0
@@ -89,7 +89,7 @@ class Controller:
         status = self.store.read_status()
         if status is None:
             return
-        self._established, self._failed = status.established, status.failed_rollout
+        self._last_ready_generation, self._failed = status.last_ready_generation, status.failed_rollout
         self._gateway_restarts = status.gateway.restarts
         self.slo_counter.resume(status.load)
         self.gateway.url, self.gateway.next_record = status.gateway.url, status.load.next_record
@@ -197,7 +197,7 @@ class Controller:
 
     def _check_rollout(self, spec: ServiceSpec) -> None:
         """Record that this generation has become ready, or give up a new one whose replicas do not start."""
-        if spec.removed or spec.generation <= self._established or self._has_failed(spec):
+        if spec.removed or spec.generation <= self._last_ready_generation or self._has_failed(spec):
             return
         revisions, gateway = pool_revisions(spec.release), gateway_revision(spec.gateway)
         replicas = Counter((one.pool, one.revision) for one in self._states("replica") if one.ready_s is not None)
@@ -205,7 +205,7 @@ class Controller:
         has_replicas = all(replicas[pool, revision] >= count for pool, (count, revision) in counts)
         has_gateway = any(one.revision == gateway for one in self._states("gateway") if one.ready_s is not None)
         if has_replicas and has_gateway:
-            self._established = spec.generation
+            self._last_ready_generation = spec.generation
             return
         for revision in (*revisions, gateway):
             exited = self._backoff.last_crash(revision)
@@ -287,7 +287,7 @@ class Controller:
             instance = self.target.start(replica_spec(release, pool, id, devices))
         except PowerbandError as error:
             self._notes.append(str(error))
-            if spec.generation > self._established:
+            if spec.generation > self._last_ready_generation:
                 self._failed = FailedRollout(generation=spec.generation, reason=str(error))
             return
         restarts = self._open_places.pop(0) if self._open_places else 0
@@ -314,7 +314,7 @@ class Controller:
                 completed,
                 self.gateway.snapshot,
                 self._instances,
-                allowed=spec.policy.auto_remediate and spec.generation <= self._established,
+                allowed=spec.policy.auto_remediate and spec.generation <= self._last_ready_generation,
                 has_room=self._has_room,
                 now_s=now_s,
             )
@@ -332,7 +332,7 @@ class Controller:
             for state in self._states("replica")
         )
         gateway = self._gateway_status(spec, offset_s)
-        is_established = spec.generation <= self._established
+        is_established = spec.generation <= self._last_ready_generation
         return ServiceStatus(
             at=time.time(),
             pid=os.getpid(),
@@ -341,7 +341,7 @@ class Controller:
             revision=release_revision(release) if release is not None else "",
             gateway=gateway,
             replicas=replicas,
-            established=self._established,
+            last_ready_generation=self._last_ready_generation,
             failed_rollout=self._failed,
             load=self.slo_counter.load(
                 requests_per_s=self.gateway.requests_per_s(),

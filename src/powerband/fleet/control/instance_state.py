@@ -37,7 +37,7 @@ class InstanceState:
     # decided
     draining_s: float | None = None  # when its drain began
     exit_expected: bool = False  # it was asked to stop: its exit is not a crash
-    to_replace: bool = False  # drain it once another replica can take over
+    pending_replacement: bool = False  # drain it once another replica can take over
     is_replaced: bool = False  # the next replica that starts is its replacement
 
     @property

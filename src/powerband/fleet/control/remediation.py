@@ -100,7 +100,7 @@ class Remediator:
             if action.kind == "add_replica":
                 outcome = self._add_replica(snapshot, instances, has_room)
             elif action.replica in instances:
-                instances[action.replica].to_replace = True
+                instances[action.replica].pending_replacement = True
                 outcome = f"{action.replica} is being drained and replaced"
             else:
                 raise UsageError(f"{action.replica} has exited.")

@@ -80,7 +80,7 @@ def _retained(desired: DesiredReplicas, alive: Sequence[InstanceState]) -> dict[
     """The replicas to keep: for each pool, the desired number of its revision; serving ones first, then older ones."""
     retained: dict[str, InstanceState] = {}
     for pool, (count, revision) in enumerate(zip(desired.counts, desired.revisions, strict=True)):
-        current = [one for one in alive if (one.pool, one.revision) == (pool, revision) and not one.to_replace]
+        current = [one for one in alive if (one.pool, one.revision) == (pool, revision) and not one.pending_replacement]
         current.sort(
             key=lambda one: (
                 one.is_draining and not one.is_cordoned,

@@ -72,7 +72,7 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     revision: str  # of the release that runs
     gateway: GatewayStatus
     replicas: tuple[ReplicaStatus, ...] = ()
-    established: int = 0  # the last generation that became completely ready
+    last_ready_generation: int = msgspec.field(default=0, name="established")  # whose replicas were all ready
     failed_rollout: FailedRollout | None = msgspec.field(default=None, name="rejected")
     load: ServiceLoad = ServiceLoad()
     notes: tuple[str, ...] = ()

@@ -281,7 +281,7 @@ class Limits:
         likely_prompt = max_prompt if is_exact else math.ceil(max_prompt * account.density)
         cap = self._cap(limits, account, request, (likely_prompt, max_prompt), price, context)
         requested = request.output_tokens if request.max_output_tokens is None else request.max_output_tokens
-        output = requested if cap is None else cap * request.answers
+        output = requested if cap is None else cap * request.num_sequences
         max_usd = price.of(max_prompt, output)
         self._check_possible(limits, request.prompt_tokens + output, max_usd)
         prompt = likely_prompt
@@ -309,10 +309,10 @@ class Limits:
         if not request.is_open_ended or not limits.counts_tokens:
             return None
         expected = request.max_output_tokens or request.output_tokens
-        output = float(expected if context is None else context * request.answers)
+        output = float(expected if context is None else context * request.num_sequences)
         for allowed, left in self._room(limits, account, request, prompt, price):
             output = min(output, max(min(expected, allowed), left / _SHARE))
-        each = max(1, math.floor(output / request.answers))
+        each = max(1, math.floor(output / request.num_sequences))
         return each if context is None else max(1, min(each, room_for_output(context, prompt[1])))
 
     def _room(

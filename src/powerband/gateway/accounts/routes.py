@@ -182,13 +182,13 @@ class ReportRoutes:
         intact."""
         after, limit = _number(request, "after", 0), _number(request, "limit", 100)
         found = await self._accounts.store.query(lambda connection: entries(connection, after, limit))
-        answer: dict[str, Any] = {"object": "list", "data": [asdict(entry) for entry in found]}
+        body: dict[str, Any] = {"object": "list", "data": [asdict(entry) for entry in found]}
         if request.query_params.get("check") == "1":
             head = self._accounts.audit_head
             check = partial(verify_chain, head=head)
-            answer["broken_at"] = await self._accounts.store.query(lambda connection: check(entries(connection)))
-            answer["head"] = {"seq": head.seq, "hash": head.hash}
-        return json_response(answer)
+            body["broken_at"] = await self._accounts.store.query(lambda connection: check(entries(connection)))
+            body["head"] = {"seq": head.seq, "hash": head.hash}
+        return json_response(body)
 
     async def note(self, request: Request) -> Response:
         body = await read_json(request, AuditBody, MAX_BODY_BYTES)

@@ -126,14 +126,14 @@ class Prober:
                 self._timed_out(backend, sent_s)
             elif getattr(problem, "code", "") == NO_DESCRIPTORS:
                 pass  # says nothing about the replica
-            elif backend.probed_badly(pool.clock(), type(problem).__name__):
+            elif backend.probe_failed(pool.clock(), type(problem).__name__):
                 self._gone(backend, "unreachable")
         else:
             if status == 200 and not (adapter.ready_path == "/v1/models" and _is_empty_list(body)):
                 self._succeeded(backend, address, body)
                 return
             self._explain(backend, address, status)
-            if backend.probed_badly(pool.clock(), f"http_{status}"):
+            if backend.probe_failed(pool.clock(), f"http_{status}"):
                 logger.warning("replica %s is not ready (HTTP %d)", backend.id, status)
                 pool.changed(backend)  # its running requests may still finish
 
@@ -141,7 +141,7 @@ class Prober:
         """Log why waiting will not make a replica ready."""
         now_s, path = self._pool.clock(), address.adapter.ready_path
         if status in (401, 403) and backend.may_log(now_s):
-            logger.warning("replica %s refuses the gateway's key: GET %s answers %d", backend.id, path, status)
+            logger.warning("replica %s rejects the gateway's key: GET %s answers %d", backend.id, path, status)
         elif status in (404, 405, 501) and backend.may_log(now_s):
             logger.warning(
                 "replica %s is not ready: GET %s answers %d; is its engine %r? 'openai' is any server",
@@ -155,7 +155,7 @@ class Prober:
                 if backend.restarts not in (None, restarts):
                     self._pool.restarted(backend)
                 backend.restarts = restarts
-        if backend.probed_well(self._pool.clock(), is_needed=not self._pool.is_ready):
+        if backend.probe_succeeded(self._pool.clock(), is_needed=not self._pool.is_ready):
             logger.info("replica %s is ready", backend.id)
             self._pool.changed(backend)
 
@@ -166,14 +166,14 @@ class Prober:
             return  # it may have answered in time
         if backend.in_flight and now_s - backend.bytes_s < self._pool.options.probe_timeout_s / 2:
             return  # slow to answer, but making progress
-        if backend.probed_badly(now_s, "probe_timeout"):
+        if backend.probe_failed(now_s, "probe_timeout"):
             self._gone(backend, "stopped")
 
     def _gone(self, backend: Backend, why: str) -> None:
         """The replica is unreachable or frozen: fail all its requests in flight."""
         logger.warning("replica %s is %s: %d requests go elsewhere", backend.id, why, len(backend.in_flight))
         self._pool.changed(backend)
-        backend.lose_all()
+        backend.fail_in_flight()
 
     async def _read_load(self, backend: Backend, address: ReplicaAddress) -> None:
         adapter = address.adapter

@@ -103,7 +103,7 @@ class Pool:
 
     def close(self) -> None:
         """Reject all queued requests."""
-        self.dispatcher.refuse_all("The gateway is ending.", self.clock())
+        self.dispatcher.reject_all("The gateway is ending.", self.clock())
         self._deliver()
         if self._timer is not None:
             self._timer.cancel()
@@ -145,15 +145,17 @@ class Pool:
 
     # For leases.
 
-    def release(self, sent: InFlightRequest, outcome: Outcome, *, output_tokens: int = 0, pause_s: float = 0.0) -> None:
+    def release(
+        self, sent: InFlightRequest, outcome: Outcome, *, output_tokens: int = 0, retry_after_s: float = 0.0
+    ) -> None:
         was_ready = sent.backend.is_ready
-        self.dispatcher.release(sent, outcome, self.clock(), output_tokens=output_tokens, pause_s=pause_s)
-        if outcome == "absent" and was_ready and not sent.backend.is_ready:
+        self.dispatcher.release(sent, outcome, self.clock(), output_tokens=output_tokens, retry_after_s=retry_after_s)
+        if outcome == "unavailable" and was_ready and not sent.backend.is_ready:
             logger.warning("replica %s is unavailable: its requests wait, or go to others", sent.backend.id)
         self._deliver()
 
-    def blame(self, sent: InFlightRequest) -> None:
-        self.dispatcher.blame(sent, self.clock())
+    def confirm_failure(self, sent: InFlightRequest) -> None:
+        self.dispatcher.confirm_failure(sent, self.clock())
         self._deliver()
 
     # Futures and the timer.
@@ -238,16 +240,16 @@ class Lease:
         """The prefill is done. prompt_tokens: the replica's count."""
         self._pool.dispatcher.first_token(self.in_flight, self._pool.clock(), prompt_tokens)
 
-    def close(self, outcome: Outcome, *, output_tokens: int = 0, pause_s: float = 0.0) -> None:
-        """Free the slot. Only the first call has an effect. `blame` may follow on "suspected".
+    def close(self, outcome: Outcome, *, output_tokens: int = 0, retry_after_s: float = 0.0) -> None:
+        """Free the slot. Only the first call has an effect. `confirm_failure` may follow on "unconfirmed".
 
-        output_tokens: tokens generated. pause_s: the Retry-After of a replica that rejected the request.
+        output_tokens: tokens generated. retry_after_s: the Retry-After of a replica that rejected the request.
         """
-        self._pool.release(self.in_flight, outcome, output_tokens=output_tokens, pause_s=pause_s)
+        self._pool.release(self.in_flight, outcome, output_tokens=output_tokens, retry_after_s=retry_after_s)
 
-    def blame(self) -> None:
-        """The lease was closed as "suspected", and the replica turned out to be at fault."""
-        self._pool.blame(self.in_flight)
+    def confirm_failure(self) -> None:
+        """The lease was closed as "unconfirmed", and the replica turned out to be at fault."""
+        self._pool.confirm_failure(self.in_flight)
 
 
 def _spec(address: ReplicaAddress) -> BackendSpec:

@@ -141,7 +141,7 @@ class GatewayMetrics(Collector):
         """Count a completed request. One for an unknown model counts only as refused."""
         record, request = finished.record, finished.request
         if record.outcome is Outcome.REFUSED:
-            self.observe_refusal(finished.error)
+            self.observe_rejection(finished.error)
         if request.model not in self._routes:
             return
         name, status = request.model, str(finished.status) if finished.status in STATUSES else OTHER
@@ -166,7 +166,7 @@ class GatewayMetrics(Collector):
         self._observe_times(finished)
         self._observe_otel(finished, status)
 
-    def observe_refusal(self, code: str) -> None:
+    def observe_rejection(self, code: str) -> None:
         """Count a refused request, which may not have been parsed; `code` is the error's."""
         self._refused[code if code in self._refused else OTHER] += 1
 

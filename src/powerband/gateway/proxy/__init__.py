@@ -1,1 +1,1 @@
-"""A request's way to a replica and its answer's way back, also when replicas fail in the middle."""
+"""Forwards requests to replicas and relays their responses, also when replicas fail in the middle."""

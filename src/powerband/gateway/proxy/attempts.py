@@ -8,25 +8,26 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Literal, NoReturn
+from typing import NoReturn
 
-from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S
+from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S, Outcome
 from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
-from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
+from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, UnsuitableReplica
-from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.poison import PoisonDetector
-from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.upstream_errors import (
+from powerband.gateway.request import GatewayRequest
+from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.errors import (
     InvalidUpstreamRequest,
     phrase,
     retry_after_s,
     with_served_name,
 )
-from powerband.gateway.request import GatewayRequest
-from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.exchange import UpstreamExchange
+from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.openai.errors import MAX_ERROR_BYTES, read_error
 from powerband.web.errors import HttpError
 
@@ -35,10 +36,10 @@ logger = logging.getLogger(__name__)
 MAX_REJECTIONS = 8
 _ERROR_BODY_S = 5.0
 _POLL_S = 0.02
-_VERDICT_S = 2.0  # within which probes detect a dead replica
+_DEAD_REPLICA_DETECTION_S = 2.0  # within which probes detect a dead replica
 # Error codes of a Powerband replica that accepts no requests now: the request has not reached an engine.
-_ABSENT = ("starting", "not_ready", "draining", "engine_unavailable")
-_SHORT_S = 2.0  # a replica with a Retry-After up to this is tried once more
+_UNAVAILABLE_CODES = ("starting", "not_ready", "draining", "engine_unavailable")
+_MAX_RETRY_DELAY_S = 2.0  # a replica with a Retry-After up to this is tried once more
 _MIN_TOKENS_OF_SUCCESS = 32  # an attempt that sent at least so many tokens resets the count of failures
 # Statuses about the gateway's key for the replica, and about endpoints or models that the server lacks.
 _KEY_STATUSES = (401, 402, 403, 407)
@@ -62,7 +63,7 @@ class PoisonRequest(PowerbandError):
 
 
 class UpstreamAttempts:
-    """`go` returns a response to read; call `failed` when reading fails, and `end` in any case."""
+    """`send` returns a response to read; call `handle_failure` when reading fails, and `end` in any case."""
 
     def __init__(self, request: GatewayRequest, pool: Pool, upstream: UpstreamClient, *, max_attempts: int) -> None:
         self.request = request
@@ -70,20 +71,20 @@ class UpstreamAttempts:
         self._upstream = upstream
         self._max_attempts = max_attempts
         self._lease: Lease | None = None
-        self._verdict = PoisonDetector()
+        self._poison_detector = PoisonDetector()
         self._avoid: list[str] = []
         self._num_failures = 0
-        self._num_refusals: dict[str, int] = {}  # by replica
+        self._num_rejections: dict[str, int] = {}  # by replica
         self._retry_after_s = 0.0
-        self._absent_since_s: float | None = None
+        self._unavailable_since_s: float | None = None
         self.exchange: UpstreamExchange | None = None
         self.replicas: list[str] = []
-        self.broken: list[tuple[str, str]] = []  # replica and code of failed attempts; rejections excluded
+        self.failed_attempts: list[tuple[str, str]] = []  # replica and code of failed attempts; rejections excluded
         self.queue_s = 0.0
         self.sent_s = 0.0
         self.response_started = False  # the client has received a part of the response
 
-    async def go(self, plan: BuildRequest, timeouts: Timeouts) -> tuple[ReplicaAddress, UpstreamExchange]:
+    async def send(self, plan: BuildRequest, timeouts: Timeouts) -> tuple[ReplicaAddress, UpstreamExchange]:
         """The replica, and its response with status 200, whose body is not read yet.
 
         Raises InvalidUpstreamRequest if a replica rejects the request itself, PoolError if the pool does, and
@@ -106,7 +107,7 @@ class UpstreamAttempts:
                     on_sent=partial(_bind, lease),
                 )
                 if exchange.status == 200:
-                    self._verdict.settle()
+                    self._poison_detector.confirm_failures()
                     return replica, exchange
                 await self._raise_for_status(exchange, replica)
             except UnsuitableReplica as unsuitable:
@@ -116,7 +117,7 @@ class UpstreamAttempts:
                 if not self._pool.has_others(self._avoid):
                     raise unsuitable.error from None
             except UpstreamFailure as problem:
-                await self.failed(problem)
+                await self.handle_failure(problem)
 
     async def _raise_for_status(self, exchange: UpstreamExchange, replica: ReplicaAddress) -> NoReturn:
         """Raise InvalidUpstreamRequest if the replica finds the request invalid, else UpstreamFailure."""
@@ -127,19 +128,20 @@ class UpstreamAttempts:
         complaint = with_served_name(read_error(body), replica.model, self.request.model)
         shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
         code = complaint.code or f"http_{status}"
-        if status == 503 and code in _ABSENT:
-            raise UpstreamFailure(code, shown, is_absence=True)
+        if status == 503 and code in _UNAVAILABLE_CODES:
+            raise UpstreamFailure(code, shown, FailureKind.UNAVAILABLE)
         if status in (429, 503) and code != "engine_dead":
-            raise UpstreamFailure(code, shown, is_refusal=True, retry_after_s=retry_after_s(exchange.headers))
+            delay_s = retry_after_s(exchange.headers)
+            raise UpstreamFailure(code, shown, FailureKind.REJECTED, retry_after_s=delay_s)
         if status in _KEY_STATUSES:  # the replica's message is not shown, because it may quote the key
-            problem = f"The replica refuses the gateway's key (HTTP {phrase(status)})."
+            problem = f"The replica rejects the gateway's key (HTTP {phrase(status)})."
             self._log(replica, f"{problem} Is its api_key in the routes right?")
-            raise UpstreamFailure(f"http_{status}", problem, is_lasting=True)
+            raise UpstreamFailure(f"http_{status}", problem, FailureKind.UNAUTHORIZED)
         if status in _MISSING_STATUSES:
             self._log(replica, f"It has no {PATHS[self.request.endpoint]} for model {replica.model!r} (HTTP {status}).")
-            raise UpstreamFailure(code, f"The replica does not offer this: {shown}", counts=False, is_lasting=True)
+            raise UpstreamFailure(code, f"The replica does not offer this: {shown}", FailureKind.UNSUPPORTED)
         if 400 <= status < 500 and status not in (408, 421, 425):
-            self._verdict.settle()
+            self._poison_detector.confirm_failures()
             self.close("ok")
             raise InvalidUpstreamRequest(complaint, status)
         raise UpstreamFailure(code, shown)
@@ -148,7 +150,7 @@ class UpstreamAttempts:
         if self._pool.may_log(replica.id):
             logger.warning("replica %s: %s", replica.id, what)
 
-    async def failed(self, problem: UpstreamFailure, num_tokens: int = 0) -> None:
+    async def handle_failure(self, problem: UpstreamFailure, num_tokens: int = 0) -> None:
         """The replica failed with the request, or rejected it. Returns if another attempt may be made, else raises.
 
         num_tokens: tokens that the replica sent before.
@@ -157,80 +159,71 @@ class UpstreamAttempts:
         lease, self._lease = self._lease, None
         if lease is None:
             raise self._error(problem)
-        if problem.code == NO_DESCRIPTORS:
-            lease.close("left")
+        # Powerband's Retry-After is about this request alone; that of other engines is about all requests.
+        is_alone = lease.replica.adapter.retry_after_is_per_request
+        lease.close(problem.policy.outcome, retry_after_s=0.0 if is_alone else problem.retry_after_s or 0.0)
+        if problem.kind is FailureKind.GATEWAY_LIMIT:
             raise HttpError(503, "too_many_connections", str(problem))
         id = lease.replica.id
         if id not in self._avoid:
             self._avoid.append(id)
-        if problem.is_refusal:
-            # Powerband's Retry-After is about this request alone; that of other engines is about all requests.
-            is_alone = lease.replica.adapter.retry_after_is_per_request
-            lease.close("refused", pause_s=0.0 if is_alone else problem.retry_after_s or 0.0)
+        if problem.kind is FailureKind.REJECTED:
             self._record_rejection(id, problem)
             return
-        self.broken.append((id, problem.code))
-        if problem.is_absence:
-            lease.close("absent")
-            self._check_absence(problem)
+        self.failed_attempts.append((id, problem.code))
+        if problem.kind is FailureKind.UNAVAILABLE:
+            self._check_unavailable(problem)
             return
-        if self._is_poison(lease, problem):
-            raise _poison(problem, are_well=self._pool.are_healthy(id for id, _ in self.broken))
-        if problem.is_lasting and not self._pool.has_others(self._avoid):
+        if problem.kind is FailureKind.ERROR_RESPONSE and self._poison_detector.record_failure(lease, problem.code):
+            raise _poison(problem, are_well=self._pool.are_healthy(id for id, _ in self.failed_attempts))
+        if problem.policy.is_permanent and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _MIN_TOKENS_OF_SUCCESS else self._num_failures + 1
         if self._num_failures >= self._max_attempts:
-            self._verdict.settle()
+            self._poison_detector.confirm_failures()
             raise self._error(problem)
-        if problem.counts and not await self._may_retry(lease):
+        if problem.policy.counts and not await self._may_retry(lease):
             raise self._error(problem)
 
-    def _is_poison(self, lease: Lease, problem: UpstreamFailure) -> bool:
-        """Close the lease, and return whether the request itself is at fault."""
-        if problem.is_lasting or not problem.counts:  # says nothing about this request
-            lease.close("failed" if problem.counts else "left")
-            return False
-        return self._verdict.failed(lease, problem.code)
-
-    def _check_absence(self, problem: UpstreamFailure) -> None:
+    def _check_unavailable(self, problem: UpstreamFailure) -> None:
         """The request reached no engine, so this is not counted as an attempt: it may wait in the pool for a replica.
 
         Raises once it has done so for longer than `max_queue_wait_s` in all.
         """
         now_s = time.monotonic()
-        if self._absent_since_s is None:
-            self._absent_since_s = now_s
-        if now_s - self._absent_since_s > self._pool.options.max_queue_wait_s:
+        if self._unavailable_since_s is None:
+            self._unavailable_since_s = now_s
+        if now_s - self._unavailable_since_s > self._pool.options.max_queue_wait_s:
             raise self._error(problem)
 
     async def _may_retry(self, lease: Lease) -> bool:
         """Whether to retry. With the budget used up, wait for the probes: retries after a replica's death are free."""
-        deadline_s = time.monotonic() + _VERDICT_S
+        deadline_s = time.monotonic() + _DEAD_REPLICA_DETECTION_S
         while not (is_free := self._pool.may_retry(lease)) and time.monotonic() < deadline_s:
             await asyncio.sleep(_POLL_S)
         return is_free
 
     def _record_rejection(self, id: str, problem: UpstreamFailure) -> None:
         """Return if another replica, or the same one after a short Retry-After, may be tried; else raise."""
-        self._num_refusals[id] = self._num_refusals.get(id, 0) + 1
-        asks_for_s = problem.retry_after_s or 0.0
-        self._retry_after_s = min(self._retry_after_s, asks_for_s) if self._retry_after_s else asks_for_s
-        is_done = sum(self._num_refusals.values()) > MAX_REJECTIONS
-        has_others = self._pool.has_others(self._num_refusals)
-        if is_done or not (has_others or (asks_for_s <= _SHORT_S and self._num_refusals[id] <= 2)):
+        self._num_rejections[id] = self._num_rejections.get(id, 0) + 1
+        delay_s = problem.retry_after_s or 0.0
+        self._retry_after_s = min(self._retry_after_s, delay_s) if self._retry_after_s else delay_s
+        is_done = sum(self._num_rejections.values()) > MAX_REJECTIONS
+        has_others = self._pool.has_others(self._num_rejections)
+        if is_done or not (has_others or (delay_s <= _MAX_RETRY_DELAY_S and self._num_rejections[id] <= 2)):
             raise self._error(problem)
 
     def _error(self, problem: UpstreamFailure) -> PowerbandError:
         tries, replicas = len(self.replicas), len(set(self.replicas))
         where = f"{tries} {'try' if tries == 1 else 'tries'} at {replicas} replica{'s'[: replicas > 1]}"
         shown = f"{str(problem).removesuffix('.')} ({where})."
-        if problem.is_refusal:
+        if problem.kind is FailureKind.REJECTED:
             error = HttpError(503, "replicas_busy", shown)
             error.retry_after_s = max(1.0, self._retry_after_s)
             return error
-        if problem.is_absence:
+        if problem.kind is FailureKind.UNAVAILABLE:
             return NoReplicaAvailable(shown, retry_after_s=NO_REPLICA_RETRY_S)
-        if problem.code == "timeout":
+        if problem.kind is FailureKind.TIMEOUT:
             return HttpError(504, "upstream_timeout", shown)
         return ReplicaError(shown)
 
@@ -247,7 +240,7 @@ class UpstreamAttempts:
         if self._lease is not None:
             self._lease.first_token(prompt_tokens)
 
-    def close(self, outcome: Literal["ok", "failed", "refused", "left", "unsent"], output_tokens: int = 0) -> None:
+    def close(self, outcome: Outcome, output_tokens: int = 0) -> None:
         """Free the slot at the replica. Only the first call has an effect."""
         lease, self._lease = self._lease, None
         if lease is not None:
@@ -260,7 +253,7 @@ class UpstreamAttempts:
             self._upstream.drain(exchange)
         elif exchange is not None:
             self._upstream.end(exchange)
-        self.close("left")
+        self.close("cancelled")
 
     def _end_exchange(self) -> None:
         exchange, self.exchange = self.exchange, None

@@ -139,7 +139,7 @@ class ClientRequest:
         if "tools" in self._fields:
             self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
         # Upper bound of the prompt's reported usage. Templates add text, and replicas fetch images by URL.
-        self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_answers
+        self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_sequences
         if b"_url" in self.prompt:
             self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
         self.contexts: Mapping[str, int | None] = {}  # context length by replica, as far as known, for the cap
@@ -176,7 +176,7 @@ class ClientRequest:
         return self.num_prompts * (self.fields.n or 1)
 
     @property
-    def num_answers(self) -> int:
+    def num_sequences(self) -> int:
         """Choices to compute; with best_of, not all of them are returned."""
         return self.num_prompts * max(self.fields.n or 1, self.fields.best_of or 1)
 
@@ -192,7 +192,7 @@ class ClientRequest:
         return self.fields.resume_token_ids or []
 
     @property
-    def max_answer_bytes(self) -> int:
+    def max_response_bytes(self) -> int:
         """Upper bound of a valid response's size; without max_tokens, practically none."""
         limit = self.fields.limit
         if limit is None:
@@ -229,7 +229,7 @@ class ClientRequest:
         """The request for queue and limits. best_priority: the best priority that the client may ask for."""
         fields, now_s = self.fields, time.monotonic()
         default = default_output_tokens if self.endpoint == "chat" else COMPLETION_TOKENS
-        output_tokens = (default if fields.limit is None else fields.limit) * self.num_answers
+        output_tokens = (default if fields.limit is None else fields.limit) * self.num_sequences
         return GatewayRequest(
             id=id,
             endpoint=self.endpoint,
@@ -240,7 +240,7 @@ class ClientRequest:
             max_prompt_tokens=self.max_prompt_tokens,
             max_output_tokens=output_tokens,
             is_open_ended=fields.limit is None and self.endpoint == "chat",
-            answers=self.num_answers,
+            num_sequences=self.num_sequences,
             stream=self.is_stream,
             priority=max(fields.priority or 0, best_priority),
             arrival_s=now_s,

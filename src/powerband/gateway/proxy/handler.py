@@ -28,21 +28,22 @@ from powerband.gateway.accounts.limits import Reservation, price_from
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
-from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
+from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
-from powerband.gateway.proxy.upstream import context_length
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
-from powerband.gateway.proxy.whole_response import (
-    MAX_RESPONSE_BYTES,
-    PiecesResponse,
-    ResponseTooLarge,
-    TooManyAnswers,
-    WholeAnswer,
-)
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.buffered_response import (
+    MAX_RESPONSE_BYTES,
+    BufferedResponse,
+    PiecesResponse,
+    ResponseBudgetExceeded,
+    ResponseTooLarge,
+)
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest
+from powerband.gateway.upstream.exchange import UpstreamExchange
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.events import MAX_EVENT_BYTES, event
 from powerband.web.body import read_body
@@ -86,7 +87,7 @@ class GenerationRoutes:
             KeyLimits().priority if key is None else key.limits.priority,  # without a key: the default
         )
         gateway_request.output_tokens = served.estimates.output.likely(
-            gateway_request.output_tokens, gateway_request.answers
+            gateway_request.output_tokens, gateway_request.num_sequences
         )
         gateway_request.trace = self._gateway.trace(request.headers)
         gateway_request.prefix_keys = prefix_keys(
@@ -152,7 +153,7 @@ class GenerationResponse(Response):
             raise
         finally:
             connection.when_lost(None)
-            self._release_answer()
+            self._release_response()
             try:
                 self._finish()
             finally:
@@ -163,57 +164,57 @@ class GenerationResponse(Response):
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         attempts, timeouts = self._attempts, self._gateway.settings.whole_timeouts
         while True:
-            replica, exchange = await attempts.go(self._first_request, timeouts)
+            replica, exchange = await attempts.send(self._first_request, timeouts)
             try:
                 pieces = self._read_whole(await self._collect(exchange), replica)
                 break
             except UpstreamFailure as problem:
-                await attempts.failed(problem)
+                await attempts.handle_failure(problem)
         self._settle_status(200)
-        attempts.close("ok", self._state.num_tokens)
+        attempts.close("ok", self._state.tokens.num_output)
         await PiecesResponse(pieces)(scope, receive, send)
 
-    async def _collect(self, exchange: UpstreamExchange) -> WholeAnswer:
+    async def _collect(self, exchange: UpstreamExchange) -> BufferedResponse:
         """Receive a response. Raises UpstreamFailure, and ResponseTooLarge, against which no other replica helps."""
-        self._release_answer()
-        answer, max_bytes = WholeAnswer(), self._client_request.max_answer_bytes
+        self._release_response()
+        response, max_bytes = BufferedResponse(), self._client_request.max_response_bytes
         while piece := await exchange.read():
-            await self._gateway.answer_turns.add(answer, piece)
+            await self._gateway.response_scanner.add(response, piece)
             self._held_bytes += len(piece)
             try:
-                self._gateway.answers.add(self._request.tenant, len(piece), answer.size)
-            except TooManyAnswers:
+                self._gateway.response_budget.add(self._request.tenant, len(piece), response.size)
+            except ResponseBudgetExceeded:
                 exchange.close()
                 self._attempts.close("ok")
                 raise
-            if answer.size > max_bytes:
-                problem = f"The replica's answer is larger than {max_bytes} bytes. No valid one to this request is."
+            if response.size > max_bytes:
+                problem = f"The replica's response is larger than {max_bytes} bytes. No valid one to this request is."
                 raise UpstreamFailure("garbage", problem)
-            if answer.size > MAX_RESPONSE_BYTES:
+            if response.size > MAX_RESPONSE_BYTES:
                 exchange.close()
                 self._attempts.close("ok")
                 raise ResponseTooLarge
-        return answer
+        return response
 
-    def _release_answer(self) -> None:
+    def _release_response(self) -> None:
         """The buffered response was sent, or failed: release its memory budget."""
-        self._gateway.answers.release(self._request.tenant, self._held_bytes)
+        self._gateway.response_budget.release(self._request.tenant, self._held_bytes)
         self._held_bytes = 0
 
-    def _read_whole(self, answer: WholeAnswer, replica: ReplicaAddress) -> list[bytes]:
+    def _read_whole(self, response: BufferedResponse, replica: ReplicaAddress) -> list[bytes]:
         """Count the tokens, and return the response with the served model name. Raises UpstreamFailure."""
-        chunk, state = answer.read(), self._state
+        chunk, state = response.read(), self._state
         state.begin(replica)
         if chunk.has_error:
             raise state.as_failure(chunk.error)
         if not chunk.choices:
-            raise UpstreamFailure("garbage", "The replica sent an answer without choices.")
-        state.process_whole(chunk, replica, size=answer.size if answer.is_large else 0)
+            raise UpstreamFailure("garbage", "The replica sent a response without choices.")
+        state.process_whole(chunk, replica, size=response.size if response.is_large else 0)
         state.finish_reason = chunk.choices[0].finish_reason or ""
-        if state.num_tokens:
-            state.times_s.append(time.monotonic())
-            state.counts.append(state.num_tokens)
-        return state.whole(answer, chunk)
+        if state.tokens.num_output:
+            state.tokens.times_s.append(time.monotonic())
+            state.tokens.counts.append(state.tokens.num_output)
+        return state.whole(response, chunk)
 
     async def _first_request(self, replica: ReplicaAddress) -> tuple[str, bytes]:
         return PATHS[self._request.endpoint], self._client_request.upstream_body(replica, self._request.tenant)
@@ -231,12 +232,12 @@ class GenerationResponse(Response):
                 raise
             error = problem if isinstance(problem, PowerbandError) else _stream_lost()
             self._record_error(error, status=200)
-            self._attempts.close("left")  # before sending, because the client may be slow to read
+            self._attempts.close("cancelled")  # before sending, because the client may be slow to read
             data = event(msgspec.json.encode(error_body(error_info(error))))
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return
         self._settle_status(200)
-        self._attempts.close("ok", self._state.num_tokens)
+        self._attempts.close("ok", self._state.tokens.num_output)
         await send({"type": "http.response.body", "body": self._state.final_events(), "more_body": False})
 
     async def _relay(self, send: Send) -> None:
@@ -246,24 +247,24 @@ class GenerationResponse(Response):
         plan = self._first_request
         while True:
             try:
-                replica, exchange = await attempts.go(plan, settings.stream_timeouts)
+                replica, exchange = await attempts.send(plan, settings.stream_timeouts)
             except InvalidUpstreamRequest as problem:
                 if not attempts.response_started:
                     raise
                 if problem.code != OUTPUT_COMPLETE:
                     raise ReplicaError(f"No replica can continue this response: {problem}") from None
-                await self._send(send, state.finish())  # only the end of the answer was lost
+                await self._send(send, state.finish())  # only the end of the response was lost
                 return
             state.begin(replica)
-            num_before = state.num_tokens
+            num_before = state.tokens.num_output
             try:
                 await self._relay_exchange(exchange, send)
                 return
             except UpstreamFailure as problem:
                 if state.is_finished:
-                    attempts.close("failed", state.num_tokens)
-                    return  # nothing of the answer itself is missing
-                await attempts.failed(problem, state.num_tokens - num_before)
+                    attempts.close("failed", state.tokens.num_output)
+                    return  # nothing of the response itself is missing
+                await attempts.handle_failure(problem, state.tokens.num_output - num_before)
             if attempts.response_started:
                 self._resumed += 1
                 plan = resumer.plan
@@ -274,7 +275,7 @@ class GenerationResponse(Response):
 
     async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
         """Relay the events of one replica. Raises UpstreamFailure if the stream is incomplete."""
-        max_bytes = min(MAX_EVENT_BYTES, self._client_request.max_answer_bytes)
+        max_bytes = min(MAX_EVENT_BYTES, self._client_request.max_response_bytes)
         relay = Relay(self._attempts, self._state, exchange, self._count_tokens, max_bytes)
         try:
             if not self._attempts.response_started:
@@ -288,13 +289,13 @@ class GenerationResponse(Response):
                 raise UpstreamFailure("garbage", f"{problem} No valid event of this response is.") from None
             exchange.close()
             self._attempts.close("ok")
-            raise ResponseTooLarge("event of the answer", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
+            raise ResponseTooLarge("event of the response", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
 
     def _count_tokens(self, tokens: int) -> None:
         reservation = self._reservation
         if reservation is None:
             return
-        if not self._is_prompt_counted and (prompt := self._state.counted_prompt):
+        if not self._is_prompt_counted and (prompt := self._state.tokens.reported_prompt):
             self._is_prompt_counted = True
             reservation.prompt_counted(prompt)
         if tokens > reservation.output:
@@ -330,9 +331,9 @@ class GenerationResponse(Response):
 
     def _record_error(self, error: PowerbandError, status: int = 0) -> None:
         if isinstance(error, InvalidUpstreamRequest):
-            self._attempts.close("ok", self._state.num_tokens)
-        refused = error.http_status < 500 or error.http_status == 503
-        outcome = Outcome.REFUSED if refused and not status else Outcome.ERROR
+            self._attempts.close("ok", self._state.tokens.num_output)
+        is_rejected = error.http_status < 500 or error.http_status == 503
+        outcome = Outcome.REFUSED if is_rejected and not status else Outcome.ERROR
         self._fail(Outcome.TIMED_OUT if error.http_status == 504 else outcome, error.code, status or error.http_status)
 
     def _fail(self, outcome: Outcome, code: str, status: int) -> None:
@@ -355,8 +356,8 @@ class GenerationResponse(Response):
         record = RequestRecord(
             scheduled_s=request.arrival_s,
             sent_s=attempts.sent_s or now_s,
-            chunk_times_s=tuple(state.times_s),
-            chunk_tokens=tuple(state.counts),
+            chunk_times_s=tuple(state.tokens.times_s),
+            chunk_tokens=tuple(state.tokens.counts),
             outcome=self._outcome,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
@@ -370,7 +371,7 @@ class GenerationResponse(Response):
                 ended_at=time.time(),
                 error=self._error,
                 replicas=tuple(attempts.replicas),
-                failed=tuple(attempts.broken),
+                failed=tuple(attempts.failed_attempts),
                 seconds=now_s - request.arrival_s,
                 queue_s=attempts.queue_s,
                 resumed=self._resumed,
@@ -386,17 +387,18 @@ class GenerationResponse(Response):
         A client that disconnects, or whose response is too large to buffer, is charged, because the replica did the
         work. A failed response is charged as far as the client received it.
         """
-        attempts, state, client_request = self._attempts, self._state, self._client_request
-        if state.num_tokens or state.usage is not None or (attempts.sent_s and self._outcome is Outcome.OK):
-            used = state.final_usage()
-            if self._outcome is Outcome.OK and not state.is_estimate and state.times_s and len(attempts.replicas) == 1:
-                seconds = state.times_s[-1] - attempts.sent_s
-                self._served.estimates.learn(used[2], client_request.num_choices, seconds, state.text.size)
-            return used, state.is_estimate
+        attempts, tokens, client_request = self._attempts, self._state.tokens, self._client_request
+        is_ok = self._outcome is Outcome.OK
+        if tokens.num_output or tokens.usage is not None or (attempts.sent_s and is_ok):
+            used = tokens.final_usage()
+            if is_ok and not tokens.is_estimate and tokens.times_s and len(attempts.replicas) == 1:
+                seconds = tokens.times_s[-1] - attempts.sent_s
+                self._served.estimates.learn(used[2], client_request.num_choices, seconds, tokens.text.size)
+            return used, tokens.is_estimate
         if not attempts.sent_s or self._error not in (
             "client_left",
             ResponseTooLarge.default_code,
-            TooManyAnswers.default_code,
+            ResponseBudgetExceeded.default_code,
         ):
             return (0, 0, 0), False
         output = 0
@@ -404,7 +406,7 @@ class GenerationResponse(Response):
             limit = client_request.limit
             if limit is None and client_request.endpoint == "completions":
                 limit = COMPLETION_TOKENS
-            output = self._served.estimates.of_whole(now_s - attempts.sent_s, client_request.num_answers, limit)
+            output = self._served.estimates.of_whole(now_s - attempts.sent_s, client_request.num_sequences, limit)
         return (self._request.prompt_tokens, 0, output), True
 
 

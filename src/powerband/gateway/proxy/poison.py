@@ -2,7 +2,7 @@
 
 One replica that fails may be broken. If two fail with the same request in the same way, the request is at fault.
 
-    A: 500 not_finite ── suspected ──┬── B: 200             A is at fault: counts for its circuit breaker
+    A: 500 not_finite ── unconfirmed ┬── B: 200             A is at fault: counts for its circuit breaker
                                      ├── B: 500 not_finite  the request is at fault: nothing counts, no more attempts
                                      ├── all attempts fail  all replicas are at fault, each in its own way
                                      └── no other attempt   nothing counts: the client left, or may not retry
@@ -12,33 +12,25 @@ from __future__ import annotations
 
 from powerband.gateway.dispatch.pool import Lease
 
-# Codes of broken connections, dead engines and other failures that can affect any request. All other codes come from
-# the replica and are about this request.
-_NOT_ANSWERS = frozenset(
-    ("connect", "reset", "lost", "timeout", "garbage", "truncated", "too_large", "resume", "engine_dead", "starting")
-)
-
 
 class PoisonDetector:
     """Judges the attempts of one request."""
 
     def __init__(self) -> None:
-        self._suspected: list[tuple[Lease, str]] = []
+        self._unconfirmed: list[tuple[Lease, str]] = []
 
-    def failed(self, lease: Lease, code: str) -> bool:
-        """An attempt failed: closes its lease, and returns whether the request is at fault."""
-        if code in _NOT_ANSWERS:
-            lease.close("failed")
-            return False
-        lease.close("suspected")
-        is_poison = any(code == other and lease.replica.id != one.replica.id for one, other in self._suspected)
-        self._suspected.append((lease, code))
+    def record_failure(self, lease: Lease, code: str) -> bool:
+        """A replica reported an error, so its lease was closed as "unconfirmed". Returns whether the request is
+        at fault.
+        """
+        is_poison = any(code == other and lease.replica.id != one.replica.id for one, other in self._unconfirmed)
+        self._unconfirmed.append((lease, code))
         if is_poison:
-            self._suspected.clear()
+            self._unconfirmed.clear()
         return is_poison
 
-    def settle(self) -> None:
-        """Another replica succeeded, or all attempts have failed: every suspected replica was at fault."""
-        for lease, _ in self._suspected:
-            lease.blame()
-        self._suspected.clear()
+    def confirm_failures(self) -> None:
+        """Another replica succeeded, or all attempts have failed: every unconfirmed replica was at fault."""
+        for lease, _ in self._unconfirmed:
+            lease.confirm_failure()
+        self._unconfirmed.clear()

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.upstream.exchange import UpstreamExchange
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import count_ids
 from powerband.openai.events import END, EventReader, EventTooLarge
 from powerband.web.client_connection import ClientConnection
@@ -119,7 +120,7 @@ class Relay:
     def _process_events(self) -> bytes:
         """Process the next events: count their tokens, and return the data for the client."""
         state, events, now_s = self._state, self._events, time.monotonic()
-        had_tokens, size = state.num_tokens, 0
+        had_tokens, size = state.tokens.num_output, 0
         processed: list[bytes] = []
         try:
             while events and len(processed) < _EVENTS_OF_A_TURN and size < _BYTES_OF_A_TURN:
@@ -131,11 +132,11 @@ class Relay:
                 processed.append(state.process_event(data, now_s))
         except UpstreamFailure as problem:  # the client still gets the events before it
             self._problem = problem
-        self._check_bounds(grew=state.num_tokens != had_tokens)
-        if state.num_tokens != had_tokens:
-            self._on_tokens(state.num_tokens)
+        self._check_bounds(grew=state.tokens.num_output != had_tokens)
+        if state.tokens.num_output != had_tokens:
+            self._on_tokens(state.tokens.num_output)
             if not had_tokens:
-                self._attempts.first_token(count_ids(state.prompt_ids) or None)
+                self._attempts.first_token(count_ids(state.tokens.prompt_ids) or None)
         return b"".join(processed)
 
     def _check_bounds(self, *, grew: bool) -> None:
@@ -143,17 +144,17 @@ class Relay:
         num_events, state = self._reader.num_events, self._state
         if grew:
             self._max_events = num_events + MAX_EVENTS_WITHOUT_TOKEN
-            if state.has_too_many:
+            if state.tokens.has_too_many:
                 self._is_cut = True
         elif num_events > self._max_events:
             self._problem = UpstreamFailure(
                 "garbage", f"The replica sent {MAX_EVENTS_WITHOUT_TOKEN} events without a token."
             )
         elif state.is_finished:
-            self._exchange.between_s = min(self._exchange.between_s, _AFTER_FINISH_S)
+            self._exchange.idle_s = min(self._exchange.idle_s, _AFTER_FINISH_S)
 
     def _truncated(self) -> UpstreamFailure:
         if not self._reader.num_events:
             kind = dict(self._exchange.headers).get(b"content-type", b"no content type").decode("latin-1")[:80]
             return UpstreamFailure("garbage", f"The replica answers a stream request without an event ({kind}).")
-        return UpstreamFailure("truncated", "The replica's stream ended before the answer did.")
+        return UpstreamFailure("truncated", "The replica's stream ended before the response did.")

@@ -17,11 +17,11 @@ from msgspec import Raw
 from powerband.core.request import OUTPUT_COMPLETE
 from powerband.engines.base import BrokenStream, CannotResume
 from powerband.gateway.proxy.client_request import PATHS, ClientRequest, UnsuitableReplica
-from powerband.gateway.proxy.exchange import UpstreamFailure
 from powerband.gateway.proxy.stream_state import StreamState
-from powerband.gateway.proxy.upstream import UpstreamClient
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import TokenIds, has_ids
 from powerband.openai.errors import ReportedError
 
@@ -49,23 +49,23 @@ class Resumer:
         """
         state, client_request, adapter = self._state, self._client_request, replica.adapter
         path = PATHS[client_request.endpoint]
-        if not state.num_tokens:
+        if not state.tokens.num_output:
             state.resume(kept=0)
             return path, client_request.upstream_body(replica, self._tenant)
-        if not client_request.can_resume or state.has_gap:
+        if not client_request.can_resume or state.tokens.has_missing_ids:
             raise CannotResume
         if state.adapter is not adapter:
             raise UnsuitableReplica(CannotResume())
         if adapter.takes_resume_token_ids:
-            state.resume(kept=len(state.token_ids))
-            return path, client_request.upstream_body(replica, self._tenant, state.token_ids)
+            state.resume(kept=len(state.tokens.token_ids))
+            return path, client_request.upstream_body(replica, self._tenant, state.tokens.token_ids)
         if adapter.complete_stream is None:
             raise CannotResume
         body = client_request.upstream_body(replica, self._tenant)
-        if not state.texts and not state.wants_silence:  # the client has nothing yet
+        if not state.texts and not state.wants_empty_chunks:  # the client has nothing yet
             state.resume(kept=0)
             return path, body
-        if not has_ids(state.prompt_ids) or state.is_parsed:
+        if not has_ids(state.tokens.prompt_ids) or state.is_parsed:
             raise CannotResume
 
         async def ask(method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -77,15 +77,15 @@ class Resumer:
             fields=_FIELDS.decode(body),
             is_chat=is_chat,
             max_tokens=client_request.limit,
-            prompt_ids=_decoded(state.prompt_ids),
-            token_ids=state.token_ids,
+            prompt_ids=_decoded(state.tokens.prompt_ids),
+            token_ids=state.tokens.token_ids,
             text="".join(state.texts),
-            has_sent_ids=state.wants_silence,
+            has_sent_ids=state.wants_empty_chunks,
         )
         found = await adapter.complete_stream(broken, ask)
         if found is None:
             raise InvalidUpstreamRequest(ReportedError("All tokens have come.", code=OUTPUT_COMPLETE))
-        state.resume(kept=found.kept, skipped=found.skipped, is_other_kind=is_chat, counts_as_prompt=True)
+        state.resume(kept=found.kept, skipped=found.skipped, converts_to_chat=is_chat, counts_as_prompt=True)
         return PATHS["completions"], msgspec.json.encode(found.fields)
 
     async def _ask(
@@ -93,12 +93,12 @@ class Resumer:
     ) -> dict[str, Any]:
         data = b"" if body is None else msgspec.json.encode(body)
         try:
-            status, answer = await self._upstream.ask(replica, method, path, data, _ASK_S)
+            status, response = await self._upstream.ask(replica, method, path, data, _ASK_S)
             if 400 <= status < 500:  # the replica lacks this endpoint
                 raise CannotResume
             if status != 200:
                 raise UpstreamFailure("resume", f"{path} of a replica answers {status}.")
-            found: dict[str, Any] = msgspec.json.decode(answer, type=dict[str, Any])
+            found: dict[str, Any] = msgspec.json.decode(response, type=dict[str, Any])
         except (OSError, msgspec.MsgspecError) as problem:
             raise UpstreamFailure("resume", f"{path} of a replica failed: {problem}.") from None
         return found

@@ -20,10 +20,15 @@ from powerband.gateway.accounts.keys import Key
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, with_model
-from powerband.gateway.proxy.upstream_errors import InvalidUpstreamRequest, with_served_name
-from powerband.gateway.proxy.whole_response import MAX_RESPONSE_BYTES, PiecesResponse, ResponseTooLarge, WholeAnswer
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.buffered_response import (
+    MAX_RESPONSE_BYTES,
+    BufferedResponse,
+    PiecesResponse,
+    ResponseTooLarge,
+)
+from powerband.gateway.upstream.errors import InvalidUpstreamRequest, with_served_name
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.chunks import INVALID_JSON
 from powerband.openai.errors import read_error
@@ -56,13 +61,13 @@ class TokenCountRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text, as a replica of the model says."""
-        return await self._answer(request, "tokenize")
+        return await self._handle(request, "tokenize")
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, as a replica of the model says."""
-        return await self._answer(request, "detokenize")
+        return await self._handle(request, "detokenize")
 
-    async def _answer(self, request: Request, endpoint: Literal["tokenize", "detokenize"]) -> Response:
+    async def _handle(self, request: Request, endpoint: Literal["tokenize", "detokenize"]) -> Response:
         data = await read_body(request, self._gateway.settings.max_body_bytes)
         name = decode(data, _ModelField).model
         served, key = self._gateway.served(name), request.state.key
@@ -88,7 +93,7 @@ class TokenCountRoutes:
         """Raises LimitReached, and HttpError when no replica answers."""
         reservation = self._accounts.limits.reserve(key and self._accounts.keys.current(key), gateway_request)
         try:
-            answer, replica = await self._ask(gateway_request, served, data, name)
+            response, replica = await self._ask(gateway_request, served, data, name)
         except InvalidUpstreamRequest as fault:
             reservation.settle(0, 0, 0.0)
             self._note(gateway_request, 0, fault.http_status, fault.code, "")
@@ -98,15 +103,15 @@ class TokenCountRoutes:
             raise
         tokens = gateway_request.prompt_tokens
         if gateway_request.endpoint == "tokenize":
-            tokens = min(_read_count(answer.surface()), len(data) + _SLACK_TOKENS) or tokens
+            tokens = min(_read_count(response.surface()), len(data) + _SLACK_TOKENS) or tokens
         reservation.settle(tokens, 0, 0.0)
         self._note(gateway_request, tokens, 200, "", replica)
-        return PiecesResponse(answer.pieces())
+        return PiecesResponse(response.pieces())
 
     async def _ask(
         self, gateway_request: GatewayRequest, served: ServedModel, data: bytes, name: str | None
-    ) -> tuple[WholeAnswer, str]:
-        """Ask the ready replicas in round-robin order, until one gives a valid answer.
+    ) -> tuple[BufferedResponse, str]:
+        """Ask the ready replicas in round-robin order, until one gives a valid response.
 
         Raises InvalidUpstreamRequest if a replica finds the request invalid, and HttpError if none answers.
         """
@@ -120,12 +125,12 @@ class TokenCountRoutes:
             ask_s = _ASK_S if replica is replicas[-1] else _ASK_FIRST_S
             body = data if name == replica.model else with_model(data, replica.model)
             try:
-                status, answer = await self._call(replica, PATHS[gateway_request.endpoint], body, ask_s)
-                reported = answer.surface()
+                status, response = await self._call(replica, PATHS[gateway_request.endpoint], body, ask_s)
+                reported = response.surface()
             except OSError:
                 continue
             if status == 200 and _is_object(reported):
-                return answer, replica.id
+                return response, replica.id
             lacking += status in _MISSING_STATUSES
             if status in _REQUEST_STATUSES:
                 raise InvalidUpstreamRequest(
@@ -135,17 +140,19 @@ class TokenCountRoutes:
             raise HttpError(404, "not_found", f"The model's engine has no {PATHS[gateway_request.endpoint]}.")
         raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[gateway_request.endpoint]}.")
 
-    async def _call(self, replica: ReplicaAddress, path: str, body: bytes, ask_s: float) -> tuple[int, WholeAnswer]:
+    async def _call(
+        self, replica: ReplicaAddress, path: str, body: bytes, ask_s: float
+    ) -> tuple[int, BufferedResponse]:
         """Raises OSError, and ResponseTooLarge, which another replica's response would be, too."""
-        timeouts = Timeouts(connect_s=ask_s, first_byte_s=ask_s, between_s=ask_s, whole_s=ask_s)
+        timeouts = Timeouts(connect_s=ask_s, first_byte_s=ask_s, idle_s=ask_s, total_s=ask_s)
         exchange = await self._gateway.upstream.open(replica, path, body, timeouts)
         try:
-            answer = WholeAnswer(depth=1)
+            response = BufferedResponse(depth=1)
             while piece := await exchange.read():
-                await self._gateway.answer_turns.add(answer, piece)
-                if answer.size > MAX_RESPONSE_BYTES:
+                await self._gateway.response_scanner.add(response, piece)
+                if response.size > MAX_RESPONSE_BYTES:
                     raise ResponseTooLarge(hint="Send less text at a time.")
-            return exchange.status, answer
+            return exchange.status, response
         finally:
             self._gateway.upstream.end(exchange)
 
@@ -164,17 +171,17 @@ class TokenCountRoutes:
         self._accounts.usage_log.note(finished)
 
 
-def _is_object(answer: bytes) -> bool:
+def _is_object(response: bytes) -> bool:
     try:
-        answer.decode()
-        msgspec.json.decode(answer, type=dict[str, msgspec.Raw])
+        response.decode()
+        msgspec.json.decode(response, type=dict[str, msgspec.Raw])
     except INVALID_JSON:
         return False
     return True
 
 
-def _read_count(answer: bytes) -> int:
+def _read_count(response: bytes) -> int:
     try:
-        return max(0, _COUNTED.decode(answer).count or 0)
+        return max(0, _COUNTED.decode(response).count or 0)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return 0

@@ -131,7 +131,7 @@ def dispatcher_for(
     ]
     dispatcher.update(specs, 0.0, planned_rate=planned_rate, slo_ttft_s=slo_ttft_s)
     for backend in dispatcher.backends:
-        backend.probed_well(0.0)
+        backend.probe_succeeded(0.0)
         dispatcher.changed(backend, 0.0)
     return dispatcher
 

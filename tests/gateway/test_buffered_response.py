@@ -11,9 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerband.gateway.proxy import whole_response
-from powerband.gateway.proxy.exchange import UpstreamFailure
-from powerband.gateway.proxy.whole_response import LARGE_BYTES, AnswerBudget, AnswerTurns, TooManyAnswers, WholeAnswer
+from powerband.gateway.upstream import buffered_response
+from powerband.gateway.upstream.buffered_response import (
+    LARGE_BYTES,
+    BufferedResponse,
+    ResponseBudget,
+    ResponseBudgetExceeded,
+    ResponseScanner,
+)
+from powerband.gateway.upstream.failure import UpstreamFailure
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=20)
 VALUES = st.recursive(
@@ -48,9 +54,9 @@ def test_a_large_answer_is_read_as_a_small_one_and_renamed_in_place(
 ) -> None:
     data = json.dumps(answer, indent=indent, ensure_ascii=is_ascii).encode(errors="replace")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole_response, "LARGE_BYTES", 0)
-        patch.setattr(whole_response, "_SLICE_BYTES", 16)
-        read = WholeAnswer()
+        patch.setattr(buffered_response, "LARGE_BYTES", 0)
+        patch.setattr(buffered_response, "_SLICE_BYTES", 16)
+        read = BufferedResponse()
         for piece in in_pieces(data, size):
             read.add(piece)
         chunk = read.read()
@@ -63,8 +69,8 @@ def test_a_large_answer_is_read_as_a_small_one_and_renamed_in_place(
     assert renamed == {**json.loads(data), "model": "served"}
 
 
-def read_in_pieces(data: bytes) -> WholeAnswer:
-    answer = WholeAnswer()
+def read_in_pieces(data: bytes) -> BufferedResponse:
+    answer = BufferedResponse()
     for piece in in_pieces(data, 256 << 10):
         answer.add(piece)
     answer.read()
@@ -84,7 +90,7 @@ def test_of_a_large_answer_little_is_decoded(monkeypatch: pytest.MonkeyPatch) ->
         decoded.append(len(data))
         return msgspec.json.decode(data)
 
-    monkeypatch.setattr(whole_response, "read_chunk", read_chunk)
+    monkeypatch.setattr(buffered_response, "read_chunk", read_chunk)
     assert read_in_pieces(large()).is_large
     assert decoded[0] < 1000
 
@@ -106,14 +112,14 @@ def test_a_large_answer_that_is_no_json_is_the_replicas_fault(data: bytes) -> No
 
 
 def test_answers_that_wait_for_their_clients_are_bounded_together_and_by_tenant() -> None:
-    budget = AnswerBudget(8 * LARGE_BYTES)
+    budget = ResponseBudget(8 * LARGE_BYTES)
     budget.add("a", 4 * LARGE_BYTES, 4 * LARGE_BYTES)
-    with pytest.raises(TooManyAnswers, match="of one client"):
+    with pytest.raises(ResponseBudgetExceeded, match="of one client"):
         budget.add("a", 2 * LARGE_BYTES, 2 * LARGE_BYTES)
     budget.add("a", 100, 100)  # a small one
     budget.release("a", 2 * LARGE_BYTES)
     budget.add("b", 3 * LARGE_BYTES, 3 * LARGE_BYTES)
-    with pytest.raises(TooManyAnswers):
+    with pytest.raises(ResponseBudgetExceeded):
         budget.add("c", 2 * LARGE_BYTES, 2 * LARGE_BYTES)
     for tenant, size in (("a", 4 * LARGE_BYTES + 100), ("b", 3 * LARGE_BYTES), ("c", 2 * LARGE_BYTES)):
         budget.release(tenant, size)
@@ -123,20 +129,20 @@ def test_answers_that_wait_for_their_clients_are_bounded_together_and_by_tenant(
 def test_of_many_large_answers_one_piece_is_scanned_in_a_turn_of_the_loop() -> None:
     piece, scanned = b"x" * 4096, 0
 
-    class Counted(WholeAnswer):
+    class Counted(BufferedResponse):
         def add(self, piece: bytes) -> None:
             nonlocal scanned
             scanned += self.is_large
             super().add(piece)
 
-    async def receive(turns: AnswerTurns) -> None:
+    async def receive(turns: ResponseScanner) -> None:
         answer = Counted()
         answer.add(b"{" + b" " * LARGE_BYTES)
         for _ in range(20):
             await turns.add(answer, piece)
 
     async def test() -> None:
-        turns, most = AnswerTurns(), 0
+        turns, most = ResponseScanner(), 0
         receiving = [asyncio.create_task(receive(turns)) for _ in range(24)]
         while not all(task.done() for task in receiving):
             before = scanned

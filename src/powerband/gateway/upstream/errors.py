@@ -22,7 +22,7 @@ class InvalidUpstreamRequest(PowerbandError):
 
     def __init__(self, complaint: ReportedError, status: int = 400) -> None:
         super().__init__(
-            complaint.message or f"The replica refuses the request: {phrase(status)}.",
+            complaint.message or f"The replica rejects the request: {phrase(status)}.",
             code=complaint.code,
             param=complaint.param,
         )

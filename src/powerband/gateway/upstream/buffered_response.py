@@ -23,12 +23,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.errors import PowerbandError
-from powerband.gateway.proxy.exchange import UpstreamFailure
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import FIELDS, Chunk, InvalidChunk, read_chunk
 
 MAX_RESPONSE_BYTES = 64 << 20
 MAX_HELD_BYTES = 512 << 20  # of all responses that are arriving or not yet sent to their clients
-_LESS = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
+_REDUCE_HINT = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
 LARGE_BYTES = 1 << 20  # above this, only the surface is decoded: msgspec takes up to 20 ms for 1 MiB
 MAX_SURFACE_BYTES = 4 << 20
 _SLICE_BYTES = 64 << 10
@@ -47,18 +47,18 @@ class ResponseTooLarge(PowerbandError):
     http_status = 502
     default_code = "answer_too_large"
 
-    def __init__(self, what: str = "answer", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _LESS) -> None:
+    def __init__(self, what: str = "response", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _REDUCE_HINT) -> None:
         super().__init__(f"The {what} is larger than {max_bytes >> 20} MiB.", hint=hint)
 
 
-class TooManyAnswers(PowerbandError):
+class ResponseBudgetExceeded(PowerbandError):
     """The memory for responses that are not streamed is used up, and this response is not small."""
 
     http_status = 503
     default_code = "too_many_answers"
 
 
-class AnswerBudget:
+class ResponseBudget:
     """Limits the memory of buffered responses. One tenant may hold half of it at most."""
 
     def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
@@ -66,13 +66,16 @@ class AnswerBudget:
         self.held: Counter[str] = Counter()  # by tenant
 
     def add(self, tenant: str, size: int, total: int) -> None:
-        """Add `size` bytes of a response that has `total` so far. Raises TooManyAnswers; call `release` even then."""
+        """Add `size` bytes of a response that has `total` so far. `release` is due even if this raises.
+
+        Raises ResponseBudgetExceeded.
+        """
         self.held[tenant] += size
         is_full = self.held[tenant] > self.max_bytes // 2 or self.held.total() > self.max_bytes
         if is_full and total > LARGE_BYTES:
-            raise TooManyAnswers(
-                f"The whole answers that wait for their clients are larger than {self.max_bytes >> 20} MiB, or those of"
-                " one client than half.",
+            raise ResponseBudgetExceeded(
+                f"The buffered responses that wait for their clients are larger than {self.max_bytes >> 20} MiB,"
+                " or those of one client than half.",
                 hint="Read faster, or ask for it as a stream.",
             )
 
@@ -82,7 +85,7 @@ class AnswerBudget:
             del self.held[tenant]
 
 
-class AnswerTurns:
+class ResponseScanner:
     """Scans large responses one piece per turn of the event loop, over all requests: a piece takes some milliseconds,
     and other requests run in between.
     """
@@ -90,17 +93,17 @@ class AnswerTurns:
     def __init__(self) -> None:
         self._scanning = asyncio.Lock()
 
-    async def add(self, answer: WholeAnswer, piece: bytes) -> None:
-        """Add a piece to a response. Raises UpstreamFailure, see `WholeAnswer.add`."""
-        if not answer.is_large and answer.size + len(piece) <= LARGE_BYTES:
-            answer.add(piece)
+    async def add(self, response: BufferedResponse, piece: bytes) -> None:
+        """Add a piece to a response. Raises UpstreamFailure, see `BufferedResponse.add`."""
+        if not response.is_large and response.size + len(piece) <= LARGE_BYTES:
+            response.add(piece)
             return
         async with self._scanning:
-            answer.add(piece)
+            response.add(piece)
             await asyncio.sleep(0)
 
 
-class WholeAnswer:
+class BufferedResponse:
     """A buffered response: `add` all pieces, then `read`. size: bytes received."""
 
     def __init__(self, depth: int = _INSIDE_CHOICES) -> None:
@@ -181,6 +184,12 @@ class PiecesResponse(Response):
 class _Surface:
     """Extracts the surface of JSON: all that is nested at most `max_depth` levels deep, with strings cut short. Also
     records the positions of the outermost level.
+
+    Each slice is scanned with numpy, an array element per byte:
+
+        bytes       {"a":[1],"b":"x[y"}
+        in_string   0110000001100111100    a string with its opening quote
+        levels      0111112111111111110    brackets are on the level around them
     """
 
     def __init__(self, max_depth: int) -> None:
@@ -190,10 +199,11 @@ class _Surface:
         self._kept_bytes = 0
         self._outermost: list[bytes] = []
         self._places: list[NDArray[np.int64]] = []  # positions in the input of the bytes in `_outermost`
-        self._position = 0
+        self._position = 0  # in the input, of the next slice
+        # At the end of the slices so far:
         self._depth = 0
         self._in_string = False
-        self._string_bytes = 0  # bytes so far of the string that is open
+        self._string_bytes = 0  # bytes of the string that is open
         self._is_escaped = False  # whether the next byte is escaped
 
     def add(self, piece: bytes) -> None:
@@ -204,35 +214,40 @@ class _Surface:
         except UnicodeDecodeError as problem:
             raise UpstreamFailure.invalid(problem) from None
         for start in range(0, len(piece), _SLICE_BYTES):
-            self._add(piece[start : start + _SLICE_BYTES])
+            self._scan(piece[start : start + _SLICE_BYTES])
 
-    def _add(self, data: bytes) -> None:
+    def _scan(self, data: bytes) -> None:
+        codes = np.frombuffer(self._without_escapes(data).translate(_PLAIN), dtype=np.uint8)
+        in_string = np.logical_xor.accumulate(codes == _QUOTE) ^ self._in_string
+        steps = _STEPS[codes]  # 1: an opening bracket, -1: a closing one
+        steps[in_string] = 0
+        depths = np.cumsum(steps, dtype=np.int32) + self._depth
+        levels = depths - (steps > 0)
+        # The index at which the string around each byte opened: below 0 if that was in an earlier slice.
+        indexes = np.arange(len(codes), dtype=np.int32)
+        opened = np.maximum.accumulate(np.where((codes == _QUOTE) & in_string, indexes, -self._string_bytes))
+        is_cut = in_string & (indexes - opened > _STRING_BYTES)
+        self._keep(codes, levels, ~is_cut)
+        self._depth, self._in_string = int(depths[-1]), bool(in_string[-1])
+        self._string_bytes = len(codes) - int(opened[-1])
+
+    def _without_escapes(self, data: bytes) -> bytes:
+        """The same number of bytes, in which every quote begins or ends a string."""
         if self._is_escaped:
             data = b"_" + data[1:]
         self._is_escaped = bool((len(data) - len(data.rstrip(b"\\"))) % 2)
-        if b"\\" in data:
-            data = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-        codes = np.frombuffer(data.translate(_PLAIN), dtype=np.uint8)
-        quotes = codes == _QUOTE
-        inside = np.logical_xor.accumulate(quotes) ^ self._in_string  # inside a string, or its opening quote
-        steps = _STEPS[codes]
-        steps[inside] = 0
-        depths = np.cumsum(steps, dtype=np.int32) + self._depth
-        levels = depths - (steps > 0)  # brackets belong to the level around them
-        kept = levels <= self._max_depth
-        places = np.arange(len(codes), dtype=np.int32)
-        opened = np.maximum.accumulate(np.where(quotes & inside, places, -self._string_bytes))
-        kept &= ~inside | (places - opened <= _STRING_BYTES)
-        self._kept.append(codes[kept].tobytes())
+        return data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
+
+    def _keep(self, codes: NDArray[np.uint8], levels: NDArray[np.int32], is_short: NDArray[np.bool_]) -> None:
+        """Raises UpstreamFailure if the surface gets too large."""
+        self._kept.append(codes[is_short & (levels <= self._max_depth)].tobytes())
         self._kept_bytes += len(self._kept[-1])
         if self._kept_bytes > MAX_SURFACE_BYTES:
-            raise UpstreamFailure("garbage", f"The replica's answer has {self._kept_bytes} bytes beside its choices.")
-        kept &= levels <= 1
-        self._outermost.append(codes[kept].tobytes())
-        self._places.append(np.flatnonzero(kept) + self._position)
+            raise UpstreamFailure("garbage", f"The replica's response has {self._kept_bytes} bytes beside its choices.")
+        is_outermost = is_short & (levels <= 1)
+        self._outermost.append(codes[is_outermost].tobytes())
+        self._places.append(np.flatnonzero(is_outermost) + self._position)
         self._position += len(codes)
-        self._depth, self._in_string = int(depths[-1]), bool(inside[-1])
-        self._string_bytes = len(codes) - int(opened[-1])
 
     def end(self) -> bytes:
         """The surface. Raises UpstreamFailure if the input ends in the middle of a UTF-8 character."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
-from powerband.gateway.proxy.client_request import MAX_TOKENS
-from powerband.gateway.proxy.exchange import UpstreamExchange, UpstreamFailure
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.exchange import UpstreamExchange
+from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
-from powerband.openai.fields import read_models
 
 MAX_PAGE_BYTES = 1 << 20  # of metrics, model lists and the like: engines' pages have about 100 kB
 MAX_IDLE = 128  # idle connections per replica
@@ -20,7 +19,6 @@ IDLE_S = 20.0  # idle timeout; vLLM's and Powerband's servers keep connections f
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _DRAIN_S = 1.0
 _TICK_S = 0.1
-_MODELS_TIMEOUT_S = 2.0
 
 
 def _ignore(_exchange: UpstreamExchange) -> None:
@@ -64,7 +62,7 @@ class UpstreamClient:
         self, replica: ReplicaAddress, method: str, path: str, body: bytes, timeout_s: float
     ) -> tuple[int, bytes]:
         """Send a request. Returns the status and the whole body. Raises OSError."""
-        timeouts = Timeouts(connect_s=timeout_s, first_byte_s=timeout_s, between_s=timeout_s, whole_s=timeout_s)
+        timeouts = Timeouts(connect_s=timeout_s, first_byte_s=timeout_s, idle_s=timeout_s, total_s=timeout_s)
         async with asyncio.timeout(timeout_s):
             exchange = await self.open(replica, path, body, timeouts, method=method)
             try:
@@ -97,7 +95,7 @@ class UpstreamClient:
         while True:
             connection, was_used = await self._take(pool, limits.connect_s)
             now_s = time.monotonic()
-            exchange = UpstreamExchange(now_s + limits.first_byte_s, limits.between_s, now_s + limits.whole_s)
+            exchange = UpstreamExchange(now_s + limits.first_byte_s, limits.idle_s, now_s + limits.total_s)
             self._live.add(exchange)
             connection.send((head, body), exchange)
             on_sent(exchange)
@@ -146,8 +144,9 @@ class UpstreamClient:
         except OSError as problem:
             message = f"No connection to {pool.authority}: {problem}."
             if problem.errno in _OUT_OF_DESCRIPTORS:
-                raise UpstreamFailure(NO_DESCRIPTORS, message, counts=False) from None
-            raise UpstreamFailure("connect", message, is_absence=isinstance(problem, ConnectionRefusedError)) from None
+                raise UpstreamFailure(NO_DESCRIPTORS, message, FailureKind.GATEWAY_LIMIT) from None
+            kind = FailureKind.UNAVAILABLE if isinstance(problem, ConnectionRefusedError) else FailureKind.CONNECTION
+            raise UpstreamFailure("connect", message, kind) from None
 
     async def _tick(self) -> None:
         """Check all timeouts with one timer: a timer per stream would be reset with every chunk."""
@@ -157,33 +156,6 @@ class UpstreamClient:
             late = [exchange for exchange in self._live if exchange.due_s and exchange.due_s < now_s]
             for exchange in late:
                 exchange.fail("timeout", "the replica did not answer in time")
-            self._live -= {exchange for exchange in self._live if exchange.is_let_end and exchange.is_over}
+            self._live -= {exchange for exchange in self._live if exchange.is_draining and exchange.is_over}
             for pool in self._pools.values():
                 pool.drop_idle(now_s - IDLE_S)
-
-
-# ---- the context length of a model
-
-
-async def context_length(
-    replicas: Sequence[ReplicaAddress], known: dict[str, int | None], upstream: UpstreamClient
-) -> int | None:
-    """The largest context length of these replicas, prompt and output together; None: no replica reports one.
-
-    A replica with a shorter context gets requests with a lower max_tokens, so it does not limit the others.
-    known: context lengths by replica; this function adds new ones.
-    """
-    await asyncio.gather(*(_ask(known, upstream, one) for one in replicas if one.id not in known))
-    lengths = [length for one in replicas if (length := known.get(one.id)) is not None]
-    return min(max(lengths), MAX_TOKENS) if lengths else None
-
-
-async def _ask(known: dict[str, int | None], upstream: UpstreamClient, replica: ReplicaAddress) -> None:
-    """Read one replica's context length. A replica that does not answer is asked again the next time."""
-    try:
-        status, body = await upstream.ask(replica, "GET", "/v1/models", b"", _MODELS_TIMEOUT_S)
-    except OSError:
-        return
-    models = read_models(body) if status == 200 else []
-    lengths = [model.context_length for model in models if model.id == replica.model]
-    known[replica.id] = next((length for length in lengths if length is not None), None)

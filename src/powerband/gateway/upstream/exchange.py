@@ -10,41 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.http_client.connection import HttpResponse
 
 MAX_UNREAD_BYTES = 64 << 10
-
-
-class UpstreamFailure(ConnectionError):
-    """A replica did not answer, or not completely. `code`: the error code in records and metrics.
-
-    is_refusal: the replica is healthy but at capacity (429, 503). is_absence: no server listens there, or its engine is
-    gone; the request has not reached an engine. retry_after_s: its Retry-After. counts: the circuit breaker counts the
-    failure; False: the replica lacks a feature or is not at fault. is_lasting: the replica would fail again.
-    """
-
-    def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        is_refusal: bool = False,
-        is_absence: bool = False,
-        retry_after_s: float | None = None,
-        counts: bool = True,
-        is_lasting: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.is_refusal = is_refusal
-        self.is_absence = is_absence
-        self.retry_after_s = retry_after_s
-        self.counts = counts
-        self.is_lasting = is_lasting
-
-    @classmethod
-    def invalid(cls, problem: Exception) -> UpstreamFailure:
-        return cls("garbage", f"The replica's answer is not what was asked for: {problem}.")
 
 
 class SocketObserver(Protocol):
@@ -74,26 +43,26 @@ class UpstreamExchange(HttpResponse):
         "_pieces",
         "_unread",
         "_waiter",
-        "between_s",
         "due_s",
         "end_s",
-        "is_let_end",
+        "idle_s",
+        "is_draining",
         "observer",
     )
 
-    def __init__(self, first_s: float, between_s: float, end_s: float) -> None:
+    def __init__(self, first_s: float, idle_s: float, end_s: float) -> None:
         """first_s, end_s: when the body must have begun and ended. between_s: maximum time between two reads."""
         super().__init__()
         self._pieces: list[bytes] = []
         self._unread = 0
-        self.is_let_end = False
+        self.is_draining = False
         self._waiter: asyncio.Future[None] | None = None
         self._consumer: Callable[[bytes], bool] | None = None
         self._is_held = False
         self._is_paused = False
         self.observer: SocketObserver | None = None
         self._limit_s = self._limit_before_s = min(first_s, end_s)
-        self.between_s, self.end_s = between_s, end_s
+        self.idle_s, self.end_s = idle_s, end_s
         self.due_s = 0.0
 
     def _failure(self) -> UpstreamFailure:
@@ -137,7 +106,7 @@ class UpstreamExchange(HttpResponse):
         self._limit_s = self._limit_before_s
 
     def _extend(self) -> None:
-        self._limit_before_s, self._limit_s = self._limit_s, min(time.monotonic() + self.between_s, self.end_s)
+        self._limit_before_s, self._limit_s = self._limit_s, min(time.monotonic() + self.idle_s, self.end_s)
 
     def hold(self) -> None:
         """Pass on nothing until `release` or the end of the body. Data buffered meanwhile is bounded."""
@@ -173,9 +142,7 @@ class UpstreamExchange(HttpResponse):
             size += len(piece)
             if size > max_bytes:
                 self.close()
-                raise UpstreamFailure(
-                    "too_large", f"The replica's answer is larger than {max_bytes} bytes.", counts=False
-                )
+                raise UpstreamFailure("too_large", f"The replica's response is larger than {max_bytes} bytes.")
         return b"".join(pieces)
 
     def close(self) -> None:
@@ -186,7 +153,7 @@ class UpstreamExchange(HttpResponse):
     def drain(self, due_s: float) -> bool:
         """Discard the rest of the response until `due_s`, to keep the connection. True: it is already complete."""
         if not self.is_over:
-            self.is_let_end = True
+            self.is_draining = True
             self.due_s = due_s
         return self.is_over
 
@@ -203,7 +170,7 @@ class UpstreamExchange(HttpResponse):
     def on_body(self, body: bytes) -> None:
         size = len(body)
         self.bare_bytes -= size + size
-        if not self.is_let_end:
+        if not self.is_draining:
             self._pieces.append(body)
             self._unread += size
 
