@@ -93,7 +93,7 @@ def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixtu
         (["--set", "replica.speed=3"], 2, "A replica has no 'speed'"),
         (["--set", "nonsense"], 2, "set is 'nonsense'"),
         (["--workload", "nothing"], 2, "There is no workload 'nothing'"),
-        (["--set", "device.memory_bytes=2e9"], 2, "No deployment of"),
+        (["--set", "device.memory_bytes=1e9"], 2, "No deployment of"),
         (["--draft-tokens", "3"], 2, "go together"),
         (["--prompt-tokens", "9000"], 2, "longer than the 4,096 positions that the model knows"),
         (["-o", "/nowhere/plan.yaml"], 3, "there is no such folder"),

@@ -41,19 +41,28 @@ def calibrate(
         Path | None,
         Parameter(name=("--out", "-o"), help="Output file; default: this machine's profile", group=_MEASURING),
     ] = None,
+    force: Annotated[
+        bool, Parameter(help="Keep the result even if its predictions are far off", negative="", group=_MEASURING)
+    ] = False,
     json: Annotated[Json, Parameter(group=_MEASURING)] = False,
 ) -> int:
     """Measure this machine, and keep the result as the device 'local'.
 
     Without MODEL: performance models for any model, from small synthetic ones in each precision.
     With MODEL: also its own steps, alone and under load behind its API, which is much more accurate.
-    Best on an idle machine; about two minutes on a CPU.
+    Best on an idle machine; about two minutes on a CPU. What turns out too far off is measured once
+    more, and then refused.
     """
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
         raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
     path = out or local_profile_path()
+    from powerband.calibration.quality import check_fits, load_per_core
+
+    load_before = load_per_core()
     found = _calibrated(settings, from_log, seconds, path)
+    if not force:
+        check_fits(found.rows(), found.host, load_before)
     write_profile(found.profile, path)
     _print(found, path, time.perf_counter() - began_s, as_json=json)
     return 0

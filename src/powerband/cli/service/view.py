@@ -11,6 +11,7 @@ from powerband.cli.tables import print_table
 from powerband.fleet.service.spec import ServiceSpec
 from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
 from powerband.fleet.service.store import ServiceStore
+from powerband.metrics.shown import share_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,7 +121,7 @@ def _attainment_text(desired: ServiceSpec, status: ServiceStatus) -> str:
         return "no requests yet"
     asked = desired.release.plan["slo"].get("attainment", 0.95)
     since = _ago(load.since)
-    return f"{load.attainment:.1%} of {load.scheduled:,} requests since {since}, {asked * 100:g} % are promised"
+    return f"{share_text(load.attainment)} of {load.scheduled:,} requests since {since}, {asked * 100:g} % are promised"
 
 
 def _ago(at: float) -> str:
