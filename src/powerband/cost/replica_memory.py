@@ -6,6 +6,7 @@ that is divided: the same parts, with what those engines are known to take.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from powerband.cost.shapes import FORMATS, kv_row_bytes
 from powerband.errors import PowerbandError
 from powerband.spec.deployment import EngineName, Quantization, Replica
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.kv_layout import KVLayout
 from powerband.spec.model.counts import count_parameters
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
@@ -25,6 +27,7 @@ from powerband.spec.settings import EngineSettings
 # What engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a small vocabulary,
 # 1.3 GiB with large ones, on an H100 (num_gpu_blocks reported by inference-sim's runs).
 _RUNTIME_BYTES = 300 << 20  # context, libraries, fragments
+_NEARLY_EQUAL = 1.5  # vLLM's kv_cache_utils
 _COLLECTIVES_BYTES = 400 << 20  # NCCL's and custom all-reduce's buffers (AIConfigurator reserves 342 to 392 MB)
 
 
@@ -37,11 +40,19 @@ class ReplicaMemory:
     num_blocks: int
     block_size: int
     problem: str = ""
+    layout: KVLayout | None = None  # of a cache that keeps windows only; None: all layers keep every position
+    max_model_len: int = 1
 
     @property
     def kv_tokens(self) -> int:
-        """Positions that the replica's KV cache holds."""
-        return self.num_blocks * self.block_size
+        """Positions that the replica's KV cache holds, of requests as long as they may be."""
+        return self.tokens_at(self.max_model_len)
+
+    def tokens_at(self, context: float) -> int:
+        """Positions that it holds of requests of so many positions: with windows, longer ones take less for each."""
+        if self.layout is None:
+            return self.num_blocks * self.block_size
+        return self.layout.tokens(self.num_blocks, context)
 
 
 def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> ReplicaMemory:
@@ -67,14 +78,35 @@ def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engi
     if left < 0:
         needs = f"needs {_gb(sum(parts.values()))} without a KV cache, has {_gb(available)}"
         return ReplicaMemory(parts, available, 0, assumed.block_size, needs)
-    block_size = assumed.block_size
-    block = block_size * kv_bytes_per_token(spec, replica)
+    size, length = assumed.block_size, replica.max_model_len
+    layout, block = _kv_blocks(spec, profile, replica, assumed)
     blocks = left // block
+    needed = layout.pages(-(-length // size)) + layout.reserved if layout is not None else -(-length // size)
     problem = ""
-    if blocks * block_size < replica.max_model_len:
-        whole = -(-replica.max_model_len // block_size) * block
-        problem = f"one request of {replica.max_model_len} tokens needs {_gb(whole)} of KV cache, {_gb(left)} are left"
-    return ReplicaMemory({**parts, "kv_cache": blocks * block}, available, blocks, block_size, problem)
+    if blocks < needed:
+        problem = f"one request of {length} tokens needs {_gb(needed * block)} of KV cache, {_gb(left)} are left"
+    return ReplicaMemory({**parts, "kv_cache": blocks * block}, available, blocks, size, problem, layout, length)
+
+
+def _kv_blocks(
+    spec: ModelSpec, profile: DeviceProfile, replica: Replica, assumed: EnginePriors
+) -> tuple[KVLayout | None, int]:
+    """The layout of an engine's cache for a model with sliding windows, and the bytes of a block of it."""
+    rank, size = shard(spec, replica), assumed.block_size
+    by_window = Counter(layer.window for layer in rank.layers)
+    layer_bytes = kv_bytes_per_token(spec, replica) / rank.num_layers * size
+    num_full, num_windowed = by_window[None], rank.num_layers - by_window[None]
+    if not num_windowed or profile.kind == "cpu" or not assumed.frees_windows:
+        share = assumed.window_share if num_full and spec.family in assumed.window_families else 1.0
+        return None, round((num_full + share * num_windowed) * layer_bytes)
+    counts = [count for count in by_window.values() if count]
+    # As many layers in a group as there are of the rarer kind; where kinds are nearly equal, of the other one.
+    group = max(counts) if max(counts) < _NEARLY_EQUAL * min(counts) else min(counts)
+    groups = {window: -(-count // group) for window, count in by_window.items() if count}
+    step_blocks = -(-min(replica.max_num_batched_tokens, replica.max_model_len) // size)
+    windows = tuple((number, -(-(window - 1) // size) + 1) for window, number in groups.items() if window is not None)
+    reserved = step_blocks * sum(number for number, _ in windows)
+    return KVLayout(size, groups.get(None, 0), windows, reserved), round(group * layer_bytes)
 
 
 def weight_bytes(spec: ModelSpec, replica: Replica) -> int:

@@ -12,7 +12,7 @@ from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import ReplicaOption
-from powerband.planner.closed_form import ClosedForm, StepTimes
+from powerband.planner.closed_form import HELD_OUTPUT, ClosedForm, StepTimes
 from powerband.planner.plan_request import PlanRequest, WorkloadStats, mean_tokens
 from powerband.planner.results import Bound, Evaluation, Prediction
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
@@ -68,8 +68,9 @@ def size_replica(
     memory = kind.memory if replica == kind.replica else plan_replica(plan_request.spec, profile, replica, kind.engine)
     if memory.problem:
         return None
+    held = times.weight.prompt + times.weight.output * HELD_OUTPUT
     nominal, slowest, fastest = (
-        ClosedForm(times, replica, memory.kv_tokens, percentile=plan_request.slo.attainment, slowdown=slowdown)
+        ClosedForm(times, replica, memory.tokens_at(held), percentile=plan_request.slo.attainment, slowdown=slowdown)
         for slowdown in (1.0, 1 + band, 1 / (1 + band))
     )
     return SizedReplica(
