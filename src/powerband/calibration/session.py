@@ -19,6 +19,7 @@ from powerband.calibration.measure import (
 from powerband.calibration.quality import better_of_two
 from powerband.cost.step_log import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.extras import require
 from powerband.spec.hardware.catalog import local_profile
 from powerband.spec.hardware.profile import DeviceProfile, HostModel
 from powerband.spec.settings import EngineSettings
@@ -64,6 +65,7 @@ def calibrate_machine(
     seconds: for the machine and for the model together, or for a named model alone. What comes out too far off is
     measured once more. Raises EnvironmentFault.
     """
+    require("torch", "Calibration")
     scipy_optimize()
     profile, machine = local_profile(path) if has_model else None, None
     if profile is None:

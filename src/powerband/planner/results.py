@@ -67,6 +67,7 @@ class PlanResults:
     budget_usd_per_hour: float | None = None
     price_origins: Mapping[str, str] = field(default_factory=dict)  # of machines by name: 'list price; 2025'
     reasons: tuple[str, ...] = ()  # why this one: sentences
+    cut: str = ""  # what of the requests was cut to fit the model's context, in a sentence
     alternatives: Mapping[str, Evaluation] = field(default_factory=dict)  # 'cheaper', 'faster', 'nearest'
     seconds: float = 0.0
 

@@ -14,12 +14,17 @@ from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.engines.registry import ADAPTERS
 from powerband.planner.device_band import device_band
 from powerband.spec.deployment import ENGINES, EngineName
-from powerband.spec.hardware.catalog import local_profile, usd_per_hour
+from powerband.spec.hardware.catalog import local_profiles, usd_per_hour
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.hardware.what_if import priced_catalog
 
 PRICES_HELP = "YAML: 'L4: 0.71' (dollars per hour, of one), or a list of usd_per_hour, devices, where"
 PROVIDER_HELP = "Prices of these clouds only: aws, azure, gcp, lambda, runpod, vast"
+_FOOTNOTES = """
+TFLOP/s are dense peaks of the maker; prices are the lowest known for a machine with one device (x8: with
+eight, its share), on demand, of any cloud (--provider aws: of one). 'speed known to' is the band of plans for
+a model of 8 billion parameters in 16 bits on one device; prior: from relatives of the device, not measured.
+'powerband devices NAME' shows the sources of speeds and prices; --prices FILE puts in your own."""
 
 
 def devices(
@@ -42,21 +47,13 @@ def devices(
         _print_profile(catalog.find(name), as_json=json)
         return 0
     profiles = list(catalog.profiles.values())
-    if (here := local_profile()) is not None:
-        profiles.insert(0, here)
+    profiles = [*local_profiles(), *profiles]
     if json:
         print(json_format.dumps([profile.as_dict() for profile in profiles], indent=2))
         return 0
     header = ("device", "memory", "bandwidth", "16-bit", "fp8", "int8", "link", "$/h", "where", "speed known to")
     print_table([header, *map(_row, sorted(profiles, key=_order))])
-    print("\nTFLOP/s are dense peaks of the maker; prices are the lowest known for a machine with one device (x8: with")
-    print(
-        "eight, its share), on demand, of any cloud (--provider aws: of one). 'speed known to' is the band of plans for"
-    )
-    print(
-        "a model of 8 billion parameters in 16 bits on one device; prior: from relatives of the device, not measured."
-    )
-    print("'powerband devices NAME' shows the sources of speeds and prices; --prices FILE puts in your own.")
+    print(_FOOTNOTES)
     return 0
 
 

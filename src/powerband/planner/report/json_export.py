@@ -41,6 +41,7 @@ def results_as_dict(results: PlanResults) -> dict[str, Any]:
         "budget_usd_per_hour": results.budget_usd_per_hour,
         "price_origins": dict(results.price_origins),
         "workload": dict(results.workload),
+        "cut": results.cut,
         "seconds": results.seconds,
         "reasons": list(results.reasons),
         "recommended": number_of(results.recommended),

@@ -15,7 +15,7 @@ from powerband.spec.deployment import Deployment
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.kv_layout import KVLayout
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.workload.workload import Schedule
+from powerband.spec.workload.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
