@@ -138,12 +138,22 @@ def duration_text(seconds: float) -> str:
 
 def print_verification(verified: Verification) -> None:
     """Promised beside measured, on stdout."""
-    rows = [[line.name, line.promised, line.predicted, line.measured, line.verdict] for line in verified.lines]
+    # A run that says nothing keeps and breaks nothing either.
+    is_valid = verified.verdict != "invalid"
+    rows = [
+        [line.name, line.promised, line.predicted, line.measured, line.verdict if is_valid else ""]
+        for line in verified.lines
+    ]
     print_table([["", "promised", "predicted", "measured", ""], *rows])
     errors = f", {verified.errors} failed" if verified.errors else ""
     print(f"\n{_VERDICTS[verified.verdict]}: {verified.requests} requests in {verified.seconds:.0f} s{errors}.")
     if verified.fault:
         print(f"Why: {verified.fault}.")
+    missed = [f"{line.name} {line.outside}" for line in verified.lines if line.outside]
+    if missed and is_valid:
+        print(
+            f"Measured outside the predicted band: {', '.join(missed)}. 'powerband calibrate MODEL' improves predictions."
+        )
     if verified.verdict == "unclear":
         print("More requests tell more: --verify-seconds.")
     if verified.report:
