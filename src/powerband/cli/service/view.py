@@ -152,7 +152,7 @@ def print_verification(verified: Verification) -> None:
     missed = [f"{line.name} {line.outside}" for line in verified.lines if line.outside]
     if missed and is_valid:
         print(
-            f"Measured outside the predicted band: {', '.join(missed)}. 'powerband calibrate MODEL' improves predictions."
+            print(f"Measured outside the predicted band: {', '.join(missed)} ('powerband calibrate' measures again).")
         )
     if verified.verdict == "unclear":
         print("More requests tell more: --verify-seconds.")
