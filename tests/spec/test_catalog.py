@@ -110,8 +110,8 @@ def test_a_what_if_price_is_that_of_one_device(devices_each: int) -> None:
 @pytest.mark.parametrize(
     ("change", "problem", "hint"),
     [
-        ("L4.prize=3", "L4: 'prize' is unknown.", "Did you mean price? Known: price, name, kind, "),
-        ("L4.memory_byte=3", "L4: 'memory_byte' is unknown.", "Did you mean memory_bytes? "),
+        ("L4.prize=3", "A device has no 'prize'.", "Did you mean price? Known: price, name, kind, "),
+        ("L4.memory_byte=3", "A device has no 'memory_byte'.", "Did you mean memory_bytes? "),
         ("L4.link.bytes=3", "--set link.bytes: link: 'bytes' is unknown.", "Did you mean bytes_per_s? Known: name, "),
     ],
 )

@@ -16,7 +16,7 @@ from powerband.cli.progress import progress_bar
 from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
 from powerband.errors import UsageError
-from powerband.spec.hardware.catalog import local_profile_path, write_profile
+from powerband.spec.hardware.catalog import check_profile_can_be_written, local_profile_path, write_profile
 from powerband.spec.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def calibrate(
     from powerband.calibration.quality import check_fits, load_per_core
 
     path = out or local_profile_path(_threads(settings.engine, from_log))
+    check_profile_can_be_written(path)
     load_before = load_per_core()
     found = _calibrated(settings, from_log, seconds, path)
     if not force:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from powerband.errors import UsageError
 from powerband.spec.config_reader import shown
-from powerband.spec.deployment import Replica
+from powerband.spec.deployment import LOCAL, OLD_LOCAL, Replica
 from powerband.spec.hardware.catalog import Catalog, load_catalog, read_prices
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
 from powerband.spec.quantities import number
@@ -32,6 +32,13 @@ def chosen_devices(
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise UsageError("No device is named.", hint="Like: --devices L4,A100-80G.", param="devices")
+    facts = [(target, name) for target, name, _ in map(_change, changes) if target != "replica"]
+    for _, name in facts:
+        _check_fact(name)
+    # This machine last: where it has not been calibrated, a typo among the others is what to say first.
+    for name in (*names, *(target for target, _ in facts if target != "device")):
+        if name not in (LOCAL, OLD_LOCAL):
+            catalog.find(name)
     found = _distinct([catalog.find(name, replicas) for name in names])
     for change in changes:
         target, name, value = _change(change)
@@ -84,6 +91,13 @@ def _change(text: str) -> tuple[str, str, str]:
     return target, name, value.strip()
 
 
+def _check_fact(name: str) -> None:
+    """Raises UsageError, with the nearest that there is."""
+    known = ["price", *(item.name for item in fields(DeviceProfile))]
+    if name.partition(".")[0] not in known:
+        raise _unknown(f"A device has no {shown(name)}", name, known)
+
+
 def _changed(
     profiles: list[DeviceProfile], catalog: Catalog, target: str, name: str, value: str
 ) -> list[DeviceProfile]:
@@ -99,11 +113,8 @@ def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
         dollars = number(value, param="set")
         price = DevicePrice(usd_per_hour=dollars, where="--set", source="--set", confidence="user")
         return replace(profile, prices=(price,))
-    known = ("price", *(item.name for item in fields(DeviceProfile)))
     values = profile.as_dict()
     *tables, last = name.split(".")
-    if (first := name.split(".")[0]) not in known:
-        raise _unknown(f"{profile.name}: {shown(first)} is unknown", first, known)
     inner: Any = values
     for table in tables:
         inner = inner.setdefault(table, {}) if isinstance(inner, dict) else None
