@@ -148,7 +148,7 @@ def test_a_prompt_fits_the_demo_models_context_to_the_token(prefix, own, output,
     limit = 1024
     target = ServerAddress(base="", endpoint="completions", model="m", max_model_len=limit)
     body = ConversationPrompts(target, MAKER).body(
-        request(("shared", min(prefix, 400)), (key, min(own, limit - 400 - output)), output_tokens=output)
+        request((f"shared {key}", min(prefix, 400)), (key, min(own, limit - 400 - output)), output_tokens=output)
     )
     assert tokens_in(json.loads(body)["prompt"], DEMO) + output <= limit
 
