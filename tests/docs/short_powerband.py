@@ -21,7 +21,7 @@ def shorten() -> None:
     from powerband.spec.workload import options
 
     options.DEFAULT_DURATION_S = 3.0
-    deploy.VerifyFlags.__init__.__kwdefaults__["verify_seconds"] = 12.0
+    deploy.VerifyFlags.__init__.__kwdefaults__["verify_seconds"] = 16.0
     session.SWEEP = (0.25, 1.0)
     session._FULL_LOAD = 8
     rate_search.MIN_REQUESTS, rate_search.RESOLUTION, rate_search._CONFIRMATIONS = 2, 1.9, 1
