@@ -85,7 +85,6 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("powerband incidents", "those that are open"),
         ("powerband incidents --all --json", "also those that are over"),
     ),
-    "events": (("powerband events", "what happened to replicas, gateway and controller"),),
     "usage": (
         ("powerband usage", "of the last 24 hours, by key and model"),
         ("powerband usage --by key,day --since 30d --csv usage.csv", "a month, by key and day"),
