@@ -130,6 +130,7 @@ class Backend:
         self.load = ReplicaLoad()
         self.gap_s = 0.0  # moving mean of the time between two reads of one stream
         self.bytes_s = now_s
+        self.probed_s = -math.inf  # when a probe last succeeded
         self.last_success_s = -math.inf  # when it last completed a request
         self.restarts: int | None = None
         self.errors: deque[str] = deque(maxlen=5)
@@ -186,6 +187,7 @@ class Backend:
 
         is_needed: no other backend is ready, so an unstable one is readmitted early.
         """
+        self.probed_s = now_s
         self._num_bad = 0
         self._num_good += 1
         is_early = now_s < self.ejected_until_s and not is_needed
@@ -194,6 +196,11 @@ class Backend:
         self.is_ready = self.was_ready = True
         self.since_s = now_s
         return True
+
+    @property
+    def alive_s(self) -> float:
+        """When it last sent bytes or passed a probe."""
+        return max(self.bytes_s, self.probed_s)
 
     @property
     def is_in_doubt(self) -> bool:

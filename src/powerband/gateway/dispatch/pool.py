@@ -213,6 +213,11 @@ class Lease:
         """Whether the replica was found dead or hung: no more data will come."""
         return self.in_flight.is_lost
 
+    @property
+    def has_shown_life(self) -> bool:
+        """Whether the replica sent bytes of any response, or passed a probe, after it got the request."""
+        return self.in_flight.backend.alive_s > self.in_flight.sent_s
+
     def when_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback` once when the lease is lost; at once if it already is. Only one callback is kept."""
         if self.in_flight.is_lost:
