@@ -79,7 +79,7 @@ def compute_report(findings: list[Problem]) -> dict[str, Any]:
         findings.append(
             Problem(
                 f"Without C++ kernels plain torch computes, several times slower: {kernels.reason}",
-                "Install g++ 11 or newer (Debian: apt install g++); the kernels are compiled at the next start.",
+                f"{kernels.remedy} The kernels are compiled at the next start.".lstrip(),
             )
         )
     attention = choose_backend("auto", device, kernels)

@@ -55,6 +55,18 @@ def test_no_compiler_is_a_finding(capsys: Output, monkeypatch: pytest.MonkeyPatc
     assert "apt install g++" in shown
 
 
+def test_a_cache_that_cannot_be_written_is_a_finding_and_no_compiler_is_asked_for(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    monkeypatch.setenv("POWERBAND_CACHE", "/proc/nowhere")  # which not even root can write
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "The CPU kernels cannot be compiled into /proc/nowhere/kernels/" in shown
+    assert "Set POWERBAND_CACHE to a folder that this user can write. The kernels are compiled" in shown
+    assert "apt install" not in shown
+
+
 def test_asked_device_is_not_looked_for() -> None:
     assert compute_device(EngineSettings(device="cuda")) == "cuda"
     assert compute_device(EngineSettings(device="cpu")) == "cpu"

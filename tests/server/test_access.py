@@ -38,7 +38,7 @@ def all_operations() -> list[tuple[str, str]]:
         found = operations(ServerState(EngineSettings(), ServerSettings()))
         return [(o.method, o.path.replace("{name:path}", "demo")) for o in found]
 
-    return [*asyncio.run(table()), ("GET", "/openapi.json"), ("GET", "/no/such/path"), ("PUT", "/v1/models")]
+    return [*asyncio.run(table()), ("GET", "/openapi.json"), ("PUT", "/v1/models"), ("OPTIONS", "/v1/models")]
 
 
 def test_every_route_but_livez_asks_for_the_key() -> None:
@@ -84,7 +84,7 @@ def test_the_key_opens_every_route() -> None:
 )
 def test_no_spelling_of_a_path_gets_around_the_key(path: str) -> None:
     [response] = ask(ServerSettings(api_key=KEY), ("GET", path, {"Host": "livez"}))
-    assert response.status_code == 401
+    assert response.status_code in (401, 404)  # 404: no route has it
 
 
 def test_a_second_authorization_header_does_not_help() -> None:
@@ -146,6 +146,105 @@ def test_without_a_key_pages_from_elsewhere_are_refused(path: str, headers: dict
     assert response.status_code in ((403,) if status == 403 else (400, 503))
     [response] = ask(ServerSettings(api_key=KEY), ("POST", path, {**said, "Authorization": f"Bearer {KEY}"}))
     assert response.status_code != 403
+
+
+UNKNOWN_PATHS = [
+    ("/v1/chat/completions/", "Did you mean '/v1/chat/completions'?"),
+    ("/v1//chat/completions", "Did you mean '/v1/chat/completions'?"),
+    ("/V1/Chat/Completions", "Did you mean '/v1/chat/completions'?"),
+    ("/chat/completions", "Did you mean '/v1/chat/completions'? The base URL for OpenAI's clients ends with /v1"),
+    ("/models", "Did you mean '/v1/models'? The base URL"),
+    ("/models/demo", "Did you mean '/v1/models/demo'? The base URL"),
+    ("/v1/v1/completions", "Did you mean '/v1/completions'?"),
+    ("/api/v1/models", "Did you mean '/v1/models'?"),
+    ("/openai/chat/completions", "Did you mean '/v1/chat/completions'?"),
+    ("/v1/tokenize", "Did you mean '/tokenize'?"),
+    ("/v1/models/", "Did you mean '/v1/models'?"),
+    ("/v1/chat/completion", "Did you mean '/v1/chat/completions'?"),
+    ("/v1/embeddings", "Embeddings cannot be used here. Use /v1/chat/completions."),
+    ("/v1/responses", "OpenAI's Responses API cannot be used here."),
+    ("/v1/messages", "Anthropic's API cannot be used here."),
+    ("/api/chat", "Ollama's API cannot be used here."),
+    ("/", "The base URL for OpenAI's clients ends with /v1, such as http://localhost:8000/v1."),
+    ("/v1", "The base URL"),
+    ("/v1/", "The base URL"),
+    ("/docs", "The paths are listed in /openapi.json."),
+    ("/favicon.ico", "The paths are listed in /openapi.json."),
+    ("/" + "a" * 5000, "The paths are listed in /openapi.json."),
+]
+
+
+@pytest.mark.parametrize(("path", "hint"), UNKNOWN_PATHS)
+def test_an_unknown_path_is_not_found_whatever_the_key_and_says_what_is_meant(path: str, hint: str) -> None:
+    wrong = {"Authorization": "Bearer wrong"}
+    for response in ask(ServerSettings(api_key=KEY), ("POST", path, {}), ("GET", path, wrong)):
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (404, "not_found")
+        assert error["message"].startswith(f"There is no path '{path[:20]}")
+        assert hint in error["message"]
+        assert len(response.content) < 1000
+
+
+PAGE = "http://localhost:5173"
+PREFLIGHT = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("allowed", [f"https://chat.example.com, {PAGE}/", "*", f'["{PAGE}"]'])
+def test_a_page_that_is_allowed_uses_the_api(allowed: str, key: str | None) -> None:
+    settings = ServerSettings(api_key=key, allowed_origins=allowed)
+    from_page = {"Origin": PAGE, "Sec-Fetch-Site": "cross-site", "Content-Type": "application/json"}
+    with_key = {**from_page, **({"Authorization": f"Bearer {KEY}"} if key else {})}
+    preflight, version, answer, refused = ask(
+        settings,
+        ("OPTIONS", "/v1/chat/completions", PREFLIGHT),
+        ("GET", "/version", with_key),
+        ("POST", "/v1/chat/completions", with_key),
+        ("POST", "/v1/nothing", from_page),
+    )
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    assert (version.status_code, refused.status_code) == (200, 404)
+    assert answer.status_code in (400, 503)  # it came in, and the engine has not started
+    for response in (preflight, version, answer, refused):  # a page can read errors, too
+        assert response.headers["access-control-allow-origin"] == ("*" if allowed == "*" else PAGE)
+    assert "X-Request-Id" in version.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("allowed", [None, "https://chat.example.com"])
+def test_a_page_that_is_not_allowed_does_not(allowed: str | None, key: str | None) -> None:
+    settings = ServerSettings(api_key=key, allowed_origins=allowed)
+    headers = {"Origin": PAGE, "Content-Type": "application/json"}
+    preflight, answer = ask(
+        settings, ("OPTIONS", "/v1/chat/completions", PREFLIGHT), ("POST", "/v1/chat/completions", headers)
+    )
+    assert preflight.status_code in (400, 401, 405)
+    assert answer.status_code == (403 if key is None else 401)
+    for response in (preflight, answer):
+        assert "access-control-allow-origin" not in response.headers
+
+
+def test_no_page_administrates_even_where_it_is_allowed() -> None:
+    [response] = ask(ServerSettings(allowed_origins="*"), ("POST", "/admin/drain", {"Origin": PAGE}))
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
+def test_an_allowed_page_does_not_open_other_names_of_the_server() -> None:
+    """A name that leads to this machine would make any page one of the same origin (DNS rebinding)."""
+    [response] = ask(ServerSettings(allowed_origins="*"), ("GET", "/version", {"Host": "evil.example"}))
+    assert response.json()["error"]["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize("origins", ["localhost:3000", "https://a.example/path", "https://*.example.com", "a b"])
+def test_what_is_no_origin_is_refused_at_the_start(origins: str) -> None:
+    with pytest.raises(UsageError, match="not the origin of a web page"):
+        ServerSettings(allowed_origins=origins)
 
 
 def test_without_a_key_a_body_says_that_it_is_json() -> None:

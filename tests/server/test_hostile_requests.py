@@ -37,32 +37,47 @@ def refuse(server: RunningServer, path: str, body: Any, status: int = 400) -> di
 
 FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"prompt": "a", "temprature": 1}, "temprature", "Did you mean 'temperature'?"),
-    (COMPLETIONS, {"prompt": "a", "stream_options": {"use": True}}, "stream_options.use", "listed in /openapi.json"),
-    (COMPLETIONS, {"prompt": "a", "n": 0}, "n", "'n' is 0: expected `int` >= 1."),
-    (COMPLETIONS, {"prompt": "a", "n": 17}, "n", "'n' is 17: expected `int` <= 16."),
-    (COMPLETIONS, {"prompt": "a", "n": 10**30}, "n", "<= 16"),
-    (COMPLETIONS, {"prompt": "a", "n": "2"}, "n", "got `str`"),
-    (COMPLETIONS, {"prompt": "a", "n": True}, "n", "got `bool`"),
-    (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature", ">= 0"),
-    (COMPLETIONS, {"prompt": "a", "temperature": 1e6}, "temperature", "<= 100"),
-    (COMPLETIONS, {"prompt": "a", "top_p": 0}, "top_p", "> 0"),
-    (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens", ">= 0"),
-    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens", "echo"),
+    (COMPLETIONS, {"prompt": "a", "stream_options": {"use": True}}, "stream_options.use", "listed in docs/api.md"),
+    (COMPLETIONS, {"prompt": "a", "n": 0}, "n", "'n' is 0: it must be a whole number from 1 to 128."),
+    (COMPLETIONS, {"prompt": "a", "n": 129}, "n", "'n' is 129: it must be a whole number from 1 to 128."),
+    (COMPLETIONS, {"prompt": "a", "n": 10**30}, "n", "from 1 to 128"),
+    (COMPLETIONS, {"prompt": "a", "n": "2"}, "n", "'n' is \"2\": it must be a whole number"),
+    (COMPLETIONS, {"prompt": "a", "n": True}, "n", "'n' is true: it must be a whole number"),
+    (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature", "a number from 0 to 100"),
+    (COMPLETIONS, {"prompt": "a", "temperature": 1e6}, "temperature", "a number from 0 to 100"),
+    (COMPLETIONS, {"prompt": "a", "top_p": -0.1}, "top_p", "a number from 0 to 1"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens", "a whole number from 0"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 2.5}, "max_tokens", "'max_tokens' is 2.5: it must be a whole number"),
     (COMPLETIONS, {"prompt": "a", "max_tokens": 4, "min_tokens": 5}, "min_tokens", "must not exceed max_tokens"),
-    (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs", "<= 20"),
-    (COMPLETIONS, {"prompt": "a", "stop": ["x"] * 17}, "stop", "length <= 16"),
-    (COMPLETIONS, {"prompt": "a", "stop": "x" * 257}, "stop", "length <= 256"),
+    (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20"),
+    (COMPLETIONS, {"prompt": "a", "stop": ["x"] * 17}, "stop", "a list of at most 16 entries"),
+    (COMPLETIONS, {"prompt": "a", "stop": "x" * 257}, "stop", "a text of 1 to 256 characters"),
     (COMPLETIONS, {"prompt": "a", "stop": "é" * 200}, "stop.0", "400 bytes; the limit is 256"),
-    (COMPLETIONS, {"prompt": "a", "stop": [""]}, "stop.0", "length >= 1"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "length <= 300"),
+    (COMPLETIONS, {"prompt": "a", "stop": ["", 1]}, "stop.0", "a text of 1 to 256 characters"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "logit_bias": {str(i): 1 for i in range(301)}},
+        "logit_bias",
+        "an object of at most 300 entries",
+    ),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias", "ends at 4095"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "A key"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "<= 100"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "logit_bias": {"x": 1}},
+        "logit_bias",
+        "A key of 'logit_bias' is wrong: it must be a whole number",
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "logit_bias": {"1": 101}},
+        "logit_bias",
+        "each value must be a number from -100 to 100",
+    ),
     (COMPLETIONS, {"prompt": "a", "stop_token_ids": [5000]}, "stop_token_ids", "ends at 4095"),
-    (COMPLETIONS, {"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids", "length >= 1"),
-    (COMPLETIONS, {"prompt": "a", "bad_words": ["x"] * 257}, "bad_words", "length <= 256"),
-    (COMPLETIONS, {"prompt": "a", "best_of": 4}, "best_of", "best_of is 4 and n is 1"),
-    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "length <= 0"),
+    (COMPLETIONS, {"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids", "a list of 1 to 65536 entries"),
+    (COMPLETIONS, {"prompt": "a", "bad_words": ["x"] * 257}, "bad_words", "a list of at most 256 entries"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 4}, "best_of", "'best_of' is 4 and 'n' is 1"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options", "needs stream"),
     (COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "cannot be streamed"),
     (COMPLETIONS, {"prompt": "a", "priority": 1}, "priority", "no effect with the scheduling policy 'fcfs'"),
@@ -75,33 +90,45 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"prompt": [4096]}, "prompt", "token 4096"),
     (COMPLETIONS, {"prompt": [-1]}, "prompt", "token -1"),
     (COMPLETIONS, {"prompt": [2**40]}, "prompt", "tokens 0 to 4095"),
-    (COMPLETIONS, {"prompt": None}, "prompt", "got `null`"),
+    (COMPLETIONS, {"prompt": None}, "prompt", "no tokens"),
+    (COMPLETIONS, {"prompt": {"a": 1}}, "prompt", "'prompt' is {\"a\":1}: it must be a text or a list."),
     (COMPLETIONS, {"prompt": "\ud800"}, "", ""),
     (COMPLETIONS, {}, "prompt", "'prompt' is missing."),
-    (COMPLETIONS, {"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds", "not supported yet"),
-    (COMPLETIONS, {"prompt": "a", "structured_outputs": {}}, "structured_outputs", "not supported yet"),
-    (CHAT, {"messages": []}, "messages", "length >= 1"),
+    (COMPLETIONS, {"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds", "Send text or token ids"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "structured_outputs": {"json": {"type": "object"}}},
+        "structured_outputs",
+        "Structured",
+    ),
+    (CHAT, {"messages": []}, "messages", "a list of 1 to 4096 entries"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "'messages.0.role' is \"king\""),
     (CHAT, {"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages.0.nam", "Did you mean 'name'?"),
     (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
         "messages.0.content.0.type",
-        "",
+        "Images are not supported: the model 'parrot' takes text only.",
     ),
-    (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format.type", ""),
-    (CHAT, {"messages": USER, "tools": [{}]}, "tools", "length <= 0"),
+    (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "Structured output"),
+    (CHAT, {"messages": USER, "tools": [{}]}, "tools", "'tools' is not supported. Tool calls are"),
     (CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     (CHAT, {"messages": USER, "max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "send one"),
-    (CHAT, {"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template", "Did you mean 'chat_template_kwargs'?"),
+    (CHAT, {"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template", "--chat-template FILE"),
     (
         CHAT,
         {"messages": USER, "chat_template_kwargs": {"messages": []}},
         "chat_template_kwargs.messages",
         "may not set",
     ),
+    (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"a": [0.5] * 1025}},
+        "chat_template_kwargs",
+        "a list of at most 1024",
+    ),
     (CHAT, {"messages": USER, "chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs.__class__", "may not"),
-    (CHAT, {"messages": USER, "user": "x" * 513}, "user", "length <= 512"),
+    (CHAT, {"messages": USER, "user": "x" * 513}, "user", "a text of at most 512 characters"),
     ("/tokenize", {}, "prompt", "Exactly one"),
     ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt", "no effect"),
     ("/detokenize", {"tokens": [4096]}, "tokens", "ends at 4095"),
@@ -177,6 +204,7 @@ def test_a_body_that_is_too_large(server: RunningServer) -> None:
 def test_unknown_paths_methods_and_content_types(server: RunningServer) -> None:
     missing = server.http.get("/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+    assert missing.headers["x-request-id"]
     wrong = server.http.get(CHAT)
     assert (wrong.status_code, wrong.json()["error"]["code"], wrong.headers["allow"]) == (
         405,
@@ -254,3 +282,17 @@ def test_the_server_is_as_well_as_before(server: RunningServer) -> None:
     assert server.http.get("/readyz").json()["engine_restarts"] == 0
     assert server.post(COMPLETIONS, prompt="a b c", max_tokens=3).status_code == 200
     server.until(lambda: server.figure("powerband_kv_cache_usage_ratio") == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_of_http_1_0_gets_no_chunks(server: RunningServer, stream: bool) -> None:
+    """RFC 9112, 6.1: no Transfer-Encoding for HTTP/1.0; the end of the connection ends the stream."""
+    body = json.dumps({"prompt": "a b", "max_tokens": 2, "stream": stream}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=30) as client:
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    lines, _, content = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in lines.lower()
+    assert content.startswith(b"data: {" if stream else b"{")
+    assert content.endswith(b"data: [DONE]\n\n" if stream else b"}")

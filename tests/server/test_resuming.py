@@ -83,7 +83,7 @@ def test_it_goes_on_wherever_the_first_one_stopped(server: RunningServer, path: 
         ({"resume_token_ids": [5], "prompt": ["a", "b"]}, "one prompt"),
         ({"resume_token_ids": [5], "echo": True}, "echoed already"),
         ({"resume_token_ids": [5], "prompt_logprobs": 1}, "no prompt_logprobs"),
-        ({"resume_token_ids": []}, "length"),
+        ({"resume_token_ids": []}, "1 to 1048576 entries"),
         ({"resume_token_ids": [5] * 250, "max_tokens": None}, "max_tokens is 16"),
     ],
 )

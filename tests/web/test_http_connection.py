@@ -12,12 +12,12 @@ import pytest
 from connections_for_tests import Recorder, answer, connect, ends, exchange, request, run, serving, until
 from starlette.types import Receive, Scope, Send
 
-from powerband.web import connection
 from powerband.web.body_budget import BODIES_AT_ONCE, SMALL_BYTES, BodyBudget
 from powerband.web.client_connection import client_connection
 from powerband.web.errors import HttpError
-from powerband.web.framing import MAX_CHUNKS_AT_ONCE, ChunkedFraming
-from powerband.web.head import MAX_HEADERS, MAX_REQUEST_LINE_BYTES, parse_head
+from powerband.web.http1 import connection
+from powerband.web.http1.framing import MAX_CHUNKS_AT_ONCE, ChunkedFraming
+from powerband.web.http1.head import MAX_HEADERS, MAX_REQUEST_LINE_BYTES, parse_head
 
 CLOSE = "Connection: close"
 

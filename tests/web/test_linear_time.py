@@ -25,8 +25,8 @@ from powerband.spec.settings import memory_bytes
 from powerband.spec.slo import SLO
 from powerband.spec.workload.lengths import parse_lengths
 from powerband.web.body import check_size, decode
-from powerband.web.framing import ChunkedFraming
-from powerband.web.head import parse_head
+from powerband.web.http1.framing import ChunkedFraming
+from powerband.web.http1.head import parse_head
 
 MAX_GROWTH = 24.0  # of the time, from a text to one that is eight times as long
 LARGE_ENOUGH_S = 0.002

@@ -12,6 +12,7 @@ from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
 from powerband.core.params import SamplingParams
 from powerband.errors import PowerbandError
+from powerband.folders import expand_user
 from powerband.spec.settings import EngineSettings
 
 HIDDEN = "(set, not shown)"
@@ -72,7 +73,7 @@ def _folder(settings: EngineSettings) -> Path | None:
     """Where the model lies on this machine; nothing is fetched."""
     from powerband.engine.model_loader.checkpoint import resolve_model
 
-    if settings.model == "demo" or Path(settings.model).expanduser().is_dir():
+    if settings.model == "demo" or expand_user(settings.model).is_dir():
         return resolve_model(settings)
     from huggingface_hub import snapshot_download
 

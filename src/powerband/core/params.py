@@ -10,7 +10,7 @@ from typing import Any
 
 from powerband.errors import InvalidRequest
 
-MAX_N = 16
+MAX_N = 128  # OpenAI's
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256

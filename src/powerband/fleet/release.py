@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 from powerband.engines.launch import LaunchRequest
 from powerband.engines.registry import ADAPTERS
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet.service.spec import PoolRelease, Release
+from powerband.folders import expand_user
 from powerband.spec.deployment import LOCAL, Deployment, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog, local_profile
 from powerband.spec.hardware.device import detect_cpu
@@ -54,7 +54,7 @@ def build_release(plan: Plan, options: ReleaseOptions) -> BuiltRelease:
     if not on_cpu[0]:
         gpus = _gpus(deployment, profiles, options.gpus_in_use)
         notes = [f"GPUs {', '.join(map(str, gpus))}"]
-    model = str(Path(plan.model).expanduser().absolute()) if Path(plan.model).expanduser().is_dir() else plan.model
+    model = str(expand_user(plan.model).absolute()) if expand_user(plan.model).is_dir() else plan.model
     release = Release(
         plan=plan.as_dict(),
         served_name=options.served_name,
@@ -67,7 +67,7 @@ def build_release(plan: Plan, options: ReleaseOptions) -> BuiltRelease:
 
 def default_served_name(model: str) -> str:
     """A folder's own name, or the model id."""
-    path = Path(model).expanduser()
+    path = expand_user(model)
     return path.absolute().name if path.is_dir() else model
 
 

@@ -17,7 +17,10 @@ from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.gateway.proxy.handler import GenerationRoutes
 from powerband.gateway.proxy.token_routes import TokenCountRoutes
 from powerband.gateway.replica_metrics_routes import make_routes as scraping_routes
+from powerband.web.access import allow_pages
 from powerband.web.middleware import RequestIdMiddleware
+from powerband.web.origins import parse_origins
+from powerband.web.paths import KnownPathsMiddleware
 
 
 def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> ASGIApp:
@@ -44,10 +47,10 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
     ]
     router = Router(routes, redirect_slashes=False)
     settings = gateway.settings
-    return RequestIdMiddleware(
-        ErrorCounterMiddleware(ApiKeyMiddleware(router, accounts, settings.auth, settings.host), metrics),
-        listed_in="docs/api.md",
-    )
+    origins = parse_origins(settings.allowed_origins)
+    closed = ApiKeyMiddleware(router, accounts, settings.auth, settings.host, origins=origins)
+    known = KnownPathsMiddleware(closed, routes, "docs/api.md")
+    return allow_pages(RequestIdMiddleware(ErrorCounterMiddleware(known, metrics)), origins)
 
 
 class ErrorCounterMiddleware:

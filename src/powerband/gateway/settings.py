@@ -7,6 +7,7 @@ from typing import Literal
 
 from powerband.gateway.options import PoolOptions, RetentionOptions, Timeouts
 from powerband.spec.settings import check_values, setting
+from powerband.web.origins import parse_origins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,11 @@ class GatewaySettings:
     )
     auth: Literal["open", "keys"] = setting(
         "open", "keys: every request needs an API key; open: only the admin API does", group="Gateway"
+    )
+    allowed_origins: str | None = setting(
+        None,
+        "Origins of web pages that may use the API, separated by commas, such as https://chat.example.com; *: any page",
+        group="Gateway",
     )
     usage_retention_days: float = setting(
         90.0, "Days for which single requests stay in the database; daily sums are kept", group="Gateway", minimum=0
@@ -139,6 +145,7 @@ class GatewaySettings:
 
     def __post_init__(self) -> None:
         check_values(self)
+        parse_origins(self.allowed_origins)
 
     @property
     def accounts(self) -> RetentionOptions:

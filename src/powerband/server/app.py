@@ -30,8 +30,11 @@ from powerband.server.routes.completions import CompletionRoutes
 from powerband.server.routes.health import HealthRoutes
 from powerband.server.routes.models import ModelRoutes
 from powerband.server.routes.tokens import TokenRoutes
+from powerband.web.access import allow_pages
 from powerband.web.errors import json_response
 from powerband.web.middleware import RequestIdMiddleware
+from powerband.web.origins import parse_origins
+from powerband.web.paths import KnownPathsMiddleware
 
 
 def operations(replica: ServerState) -> list[Operation]:
@@ -98,4 +101,6 @@ def make_app(replica: ServerState) -> ASGIApp:
     routes.append(Route("/openapi.json", openapi, methods=["GET"]))
     router = Router(routes, redirect_slashes=False)
     settings = replica.settings
-    return RequestIdMiddleware(BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure))
+    origins = parse_origins(settings.allowed_origins)
+    closed = BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure, origins=origins)
+    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json")), origins)

@@ -1,9 +1,10 @@
-"""Authentication: a wrapper around the whole application, so that a new route is closed unless it is opened."""
+"""Authentication: a wrapper around all routes, so that a new one is closed unless it is opened."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Collection
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,8 +24,12 @@ class BearerTokenMiddleware:
     absolute URL cannot make the two differ.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, host: str, *, any_host: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, key: str | None, host: str, *, any_host: bool = False, origins: Collection[str] = ()
+    ) -> None:
+        """origins: of web pages that may send requests without a key."""
         self._app = app
+        self._origins = origins
         self._digest = hashlib.sha256(key.encode()).digest() if key else None
         self._host = host
         self._any_host = any_host
@@ -35,7 +40,7 @@ class BearerTokenMiddleware:
                 self._check_key([value for name, value in scope["headers"] if name == b"authorization"])
             elif not self._any_host:
                 check_host(scope, self._host)
-                check_page(scope)
+                check_page(scope, self._origins)
         await self._app(scope, receive, send)
 
     def _check_key(self, values: list[bytes]) -> None:

@@ -1,11 +1,14 @@
-"""The requests that the API takes: OpenAI's fields, and vLLM's extras under vLLM's names. Unknown fields are errors.
+"""The requests that the API takes: OpenAI's fields, and vLLM's extras under vLLM's names.
 
-Bounds stand in the types, so that the OpenAPI description shows exactly what is enforced.
+Bounds stand in the types, so that the OpenAPI description shows exactly what is enforced. What other servers take
+beyond these types is listed below them, and `compatibility.py` says what becomes of it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -26,6 +29,7 @@ MAX_PROMPTS = 64
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_LABEL_CHARS = 512
+MAX_TEMPLATE_LIST = 1024
 MAX_RESUMED_TOKENS = 1 << 20
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -43,15 +47,17 @@ Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_BYTES)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
-
+# What a chat template may be given beside messages; more would be copied several times on the way to its process.
+TemplateScalar = bool | int | float | str | None
+TemplateValue = TemplateScalar | Annotated[list[TemplateScalar], Meta(max_length=MAX_TEMPLATE_LIST)]
 
 Nothing = Annotated[list[Any], Meta(max_length=0)]
 # A text, a list of token ids, or a list of either; msgspec can only say so loosely.
 Prompt = str | list[str | int | list[int]]
 PROMPT_SCHEMA = {
     "anyOf": [
-        {"type": "string", "minLength": 1},
-        _array({"type": "string", "minLength": 1}, MAX_PROMPTS),
+        {"type": ["string", "null"]},
+        _array({"type": "string"}, MAX_PROMPTS),
         _array(_TOKEN),
         _array(_array(_TOKEN), MAX_PROMPTS),
     ]
@@ -61,19 +67,11 @@ Biases = Annotated[
     Meta(max_length=MAX_LOGIT_BIAS, extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}}),
 ]
 
-# Fields of OpenAI's API that ask for something this server cannot do yet.
-# fmt: off
-NOT_SUPPORTED = frozenset((
-    "audio", "function_call", "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex",
-    "image_url", "input_audio", "json_schema", "prediction", "prompt_embeds", "reasoning_effort",
-    "structured_outputs", "use_beam_search", "verbosity", "web_search_options",
-))
-# fmt: on
-
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    include_usage: Annotated[bool, Meta(description="Send a last chunk with the usage")] = False
-    continuous_usage_stats: Annotated[bool, Meta(description="Send the usage so far with every chunk")] = False
+    include_usage: Annotated[bool, Meta(description="Send a last chunk with the usage")] | None = None
+    continuous_usage_stats: Annotated[bool, Meta(description="Send the usage so far with every chunk")] | None = None
+    include_obfuscation: Annotated[bool, Meta(description="No effect: there is no padding")] | None = None
 
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
@@ -83,15 +81,13 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
 class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What chat and text completions have in common. null means the default, everywhere."""
 
-    not_supported: ClassVar[frozenset[str]] = NOT_SUPPORTED
-
     model: Annotated[str | None, Meta(description="Name of the served model; default: the only one there is")] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
@@ -102,8 +98,9 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     )
     metadata: Annotated[dict[str, Label], Meta(max_length=16, description="No effect: nothing is stored")] | None = None
     store: Annotated[bool, Meta(description="No effect: nothing is stored")] | None = None
-    service_tier: Annotated[Literal["auto", "default"], Meta(description="No effect: there is one tier")] | None = None
+    service_tier: Annotated[Label, Meta(description="No effect: there is one tier")] | None = None
     prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
+    prompt_cache_retention: Annotated[Label, Meta(description="No effect")] | None = None
     safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
 
     top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
@@ -143,10 +140,10 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 class CompletionRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of /v1/completions."""
 
-    prompt: Prompt
+    prompt: Prompt | None  # null, as the empty text: what begins a document
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Annotated[int, Meta(ge=1, le=MAX_N, description="Only the same value as n")] | None = None
+    best_of: Annotated[int, Meta(ge=0, le=MAX_N, description="Only the same value as n")] | None = None
     suffix: Annotated[str, Meta(max_length=0, description="Not supported; only empty")] | None = None
 
 
@@ -183,7 +180,7 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     response_format: TextFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
     tools: Nothing | None = None
     tool_choice: Annotated[Literal["none", "auto"], Meta(description="No effect without tools")] | None = None
@@ -193,8 +190,6 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of /tokenize: either `prompt` or `messages`."""
 
-    not_supported: ClassVar[frozenset[str]] = NOT_SUPPORTED
-
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
@@ -202,7 +197,7 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -211,3 +206,114 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     tokens: list[Token]
     model: str | None = None
     skip_special_tokens: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Something that other servers have and this one has not.
+
+    neutral: values that do not ask for it, besides null, false, "", "none", and empty lists and objects.
+    """
+
+    what: str  # as the beginning of a sentence
+    neutral: tuple[Any, ...] = ()
+    instead: str = ""
+
+
+_TOOLS, _STRUCTURED = "Tool calls are", "Structured output is"
+_SAMPLER = "This way of sampling is"
+# Fields of OpenAI's API, vLLM, SGLang, llama.cpp and others that ask for something this server cannot do. They are
+# errors wherever they ask for it: the answer would be another than the one that was asked for.
+NOT_SUPPORTED: Mapping[str, Missing] = {
+    "tools": Missing(_TOOLS),
+    "tool_choice": Missing(_TOOLS, neutral=("auto",)),
+    "parallel_tool_calls": Missing(_TOOLS, neutral=(True,)),
+    "functions": Missing(_TOOLS),
+    "function_call": Missing(_TOOLS, neutral=("auto",)),
+    "response_format": Missing(_STRUCTURED, neutral=({"type": "text"},)),
+    **dict.fromkeys(
+        (
+            *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+            *("json_schema", "grammar", "regex", "ebnf"),
+        ),
+        Missing(_STRUCTURED),
+    ),
+    "modalities": Missing("Output other than text is", neutral=(["text"],)),
+    "audio": Missing("Audio is"),
+    "input_audio": Missing("Audio is"),
+    "image_url": Missing("Images are"),
+    "prompt_embeds": Missing("Embeddings as a prompt are", instead="Send text or token ids."),
+    "suffix": Missing("Text after the gap (suffix) is", instead="Write the model's own fill-in tokens into 'prompt'."),
+    "prediction": Missing("Predicted output is"),
+    "reasoning_effort": Missing(
+        "An effort of reasoning is", instead="Send chat_template_kwargs, where the model's template reads them."
+    ),
+    "thinking_token_budget": Missing("A budget of reasoning tokens is", neutral=(-1,)),
+    "verbosity": Missing("Verbosity is"),
+    "web_search_options": Missing("Web search is"),
+    "moderation": Missing("Moderation is"),
+    "chat_template": Missing("A chat template of one request is", instead="Start with --chat-template FILE."),
+    "documents": Missing("Passing documents is", instead="Write them into a message."),
+    "use_beam_search": Missing("Beam search is"),
+    "num_beams": Missing("Beam search is", neutral=(1,)),
+    "logits_processors": Missing("A logits processor of one request is"),
+    "custom_logit_processor": Missing("A logits processor of one request is"),
+    "logprob_token_ids": Missing("Log-probabilities of chosen tokens are"),
+    "return_tokens_as_token_ids": Missing("Token ids as text are", instead="Use 'return_token_ids'."),
+    "return_prompt_text": Missing("The rendered prompt is", instead="Send it to /tokenize."),
+    "repetition_detection": Missing("Ending an output that repeats itself is"),
+    "truncation_side": Missing("Truncation at this side is", neutral=("left",)),
+    "min_new_tokens": Missing("This name is", neutral=(0,), instead="Use 'min_tokens'."),
+    "max_new_tokens": Missing("This name is", instead="Use 'max_tokens'."),
+    "n_predict": Missing("This name is", neutral=(-1,), instead="Use 'max_tokens'."),
+    "repeat_penalty": Missing("This name is", neutral=(1,), instead="Use 'repetition_penalty'."),
+    "no_repeat_ngram_size": Missing(_SAMPLER, neutral=(0,)),
+    "typical_p": Missing(_SAMPLER, neutral=(0, 1)),
+    "tfs_z": Missing(_SAMPLER, neutral=(1,)),
+    **dict.fromkeys(
+        ("top_a", "mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range", "penalty_alpha"),
+        Missing(_SAMPLER, neutral=(0,)),
+    ),
+}
+ALWAYS_ASKS = frozenset(("web_search_options",))  # {} asks for a search as it is done by default
+# Fields that clients of other servers send and that change nothing here: they are ignored, and the response says so.
+IGNORED = frozenset(
+    (
+        # OpenAI
+        *("prompt_cache_options", "extra_body", "extra_headers"),
+        # vLLM, SGLang
+        *("include_reasoning", "request_id", "session_id", "mm_processor_kwargs", "media_io_kwargs"),
+        *("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "length_penalty", "early_stopping"),
+        *("spaces_between_special_tokens", "stream_interval", "return_token_offsets", "return_mm_kwargs"),
+        *("guided_decoding_backend", "guided_whitespace_pattern"),
+        *("routed_experts_prompt_start", "separate_reasoning", "stream_reasoning", "rid", "no_stop_trim"),
+        # OpenRouter, DeepSeek, Qwen and others that reason
+        *("reasoning", "thinking", "enable_thinking", "think", "provider", "transforms", "route", "models", "usage"),
+        # llama.cpp, Ollama
+        *("keep_alive", "options", "num_ctx", "cache_prompt", "id_slot", "slot_id", "n_keep", "samplers"),
+        *("timings_per_token", "mirostat_tau", "mirostat_eta", "repeat_last_n"),
+    )
+)
+MESSAGE_NOT_SUPPORTED: Mapping[str, Missing] = {
+    "tool_calls": Missing(_TOOLS),
+    "function_call": Missing(_TOOLS),
+    "audio": Missing("Audio is"),
+    "images": Missing("Images are"),
+    "prefix": Missing("This name is", instead="Use 'continue_final_message'."),
+    "partial": Missing("This name is", instead="Use 'continue_final_message'."),
+}
+MESSAGE_IGNORED = frozenset(
+    (
+        *("id", "object", "created", "created_at", "status", "type", "index", "metadata", "annotations", "citations"),
+        *("cache_control", "reasoning", "reasoning_details", "reasoning_signature", "thinking", "thinking_blocks"),
+        *("provider_specific_fields", "stop_reason", "finish_reason", "token_ids"),
+    )
+)
+PART_IGNORED = frozenset(("id", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint", "citations"))
+# Parts of a message that are no text, and what they are.
+MEDIA_PARTS = {
+    **dict.fromkeys(("image_url", "input_image", "image", "image_pil", "image_embeds"), "Images are"),
+    **dict.fromkeys(("input_audio", "audio_url", "audio", "audio_embeds"), "Audio is"),
+    **dict.fromkeys(("video_url", "video"), "Videos are"),
+    **dict.fromkeys(("file", "input_file", "document"), "Files are"),
+}

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import msgspec
+from starlette.requests import Request
 
 from powerband.engine.client.messages import EngineInfo, Heartbeat
 from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import InvalidRequest, PowerbandError
+from powerband.folders import expand_user
 from powerband.metrics.prometheus import EngineMetrics
+from powerband.server.compatibility import Amendment
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 from powerband.text.chat_template import ChatTemplate
 from powerband.text.tokenizer import Tokenizer
+from powerband.web.body import read_json
 from powerband.web.errors import HttpError
+from powerband.web.middleware import note_ignored_fields
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Body = TypeVar("Body")
 _TEXT_THREADS = 4
 LARGE_TEXT_BYTES = 256 << 10
+HUGE_TEXT_BYTES = 1 << 20
+_MAX_LOGGED_FIELDS = 256
 
 
 @dataclass(slots=True)
@@ -83,15 +93,17 @@ class ServerState:
         self.seconds: dict[str, float] = {}  # of the start, by phase
         self._loading_s = 0.0  # when the engine's process had its imports done
         self._model: Model | None = None
+        self._logged_fields: set[str] = set()  # ignored ones that the log has named
         self._idle = asyncio.Event()
         self._idle.set()
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
         self._large_texts = asyncio.Semaphore(_TEXT_THREADS // 2)
+        self._huge_text = asyncio.Lock()
 
     async def start(self) -> EngineInfo:
         """Start the engine and load the tokenizer, concurrently if the folder is known. Raises the errors of both."""
         start_s = time.monotonic()
-        folder = Path(self.engine_settings.model).expanduser()
+        folder = expand_user(self.engine_settings.model)
         early = asyncio.create_task(self._load_tokenizer(str(folder))) if folder.is_dir() else None
         try:
             info = await self.engine.start()
@@ -134,6 +146,21 @@ class ServerState:
         if self._model is None:
             raise HttpError(503, "starting", f"The engine is starting ({self.phase}).", hint="Wait for /readyz.")
         return self._model
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """The body of a request as `kind`. Raises InvalidRequest naming the field, and HttpError.
+
+        Fields that are ignored are named in the response, and in the log once each.
+        """
+        amendment = Amendment(kind, self.name, ignores_unknown=self.settings.unknown_fields == "ignore")
+        body = await read_json(request, kind, self.settings.max_body_bytes, amendment)
+        if amendment.ignored:
+            note_ignored_fields(request.scope, amendment.ignored)
+            new = [name for name in amendment.ignored if name not in self._logged_fields]
+            for name in new[: _MAX_LOGGED_FIELDS - len(self._logged_fields)]:
+                self._logged_fields.add(name)
+                logger.warning("Requests have the field %r, which is ignored. This is logged once.", name[:100])
+        return body
 
     def check_name(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -196,8 +223,10 @@ class ServerState:
 
     def room_for_text(self, num_bytes: int) -> AbstractAsyncContextManager[object]:
         """Enter it to render or encode a text in a thread: large texts get half of the threads, so that small ones do
-        not wait for all of them.
+        not wait for all of them. Huge ones, of which a tokenizer may take 300 times their size, run one at a time.
         """
+        if num_bytes >= HUGE_TEXT_BYTES:
+            return self._huge_text
         return self._large_texts if num_bytes >= LARGE_TEXT_BYTES else nullcontext()
 
     def _on_phase(self, name: str, fraction: float) -> None:

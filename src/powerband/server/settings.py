@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerband.spec.settings import check_values, setting
+from powerband.web.origins import parse_origins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,17 @@ class ServerSettings:
         30.0, "Seconds for running requests to finish after SIGTERM", group="Server", minimum=0, maximum=3600
     )
     max_body_bytes: int = setting(4 << 20, "Maximum request body", group="Server", minimum=1024, maximum=256 << 20)
+    unknown_fields: Literal["error", "ignore"] = setting(
+        "error",
+        "Unknown fields of a request. error: refuse the request, naming the field; ignore: go on without them, naming "
+        "them in the header X-Ignored-Fields",
+        group="Server",
+    )
+    allowed_origins: str | None = setting(
+        None,
+        "Origins of web pages that may use the API, separated by commas, such as https://chat.example.com; *: any page",
+        group="Server",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Minimum level of log lines", group="Server"
     )
@@ -30,3 +42,4 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_values(self)
+        parse_origins(self.allowed_origins)

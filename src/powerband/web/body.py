@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import re
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from powerband.errors import InvalidRequest
 from powerband.web.errors import HttpError
+from powerband.web.field_types import allowed_values, field_names
 
 MAX_DEPTH = 64
 MAX_ITEMS = 100_000  # strings, lists and objects: decoded, each takes many times the bytes it was sent with
@@ -24,15 +26,17 @@ _UNKNOWN = "Object contains unknown field `"
 _SHOWN_CHARS = 60
 _MAX_WHAT = 500
 _MAX_PATH = 1000
-_SHOWN_BODY_BYTES = 256 << 10  # errors about larger bodies show no value, because that takes decoding the body again
+_SHOWN_BODY_BYTES = 256 << 10  # errors about larger bodies may show no value, which takes decoding the body again
+_MAX_AMENDED_VALUES = 300_000  # numbers of a larger body that is decoded again; 10 ms
 _SECONDS_TO_SEND = 60
 
 Body = TypeVar("Body")
+Amend = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-async def read_json(request: Request, kind: type[Body], max_bytes: int) -> Body:
+async def read_json(request: Request, kind: type[Body], max_bytes: int, amend: Amend | None = None) -> Body:
     """The body as `kind`. Raises as `read_body` and `decode` do."""
-    return decode(await read_body(request, max_bytes), kind)
+    return decode(await read_body(request, max_bytes), kind, amend)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -50,19 +54,42 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return await _read(request, max_bytes)
 
 
-def decode(data: bytes, kind: type[Body]) -> Body:
-    """Decode JSON as `kind`. Raises InvalidRequest.
+def decode(data: bytes, kind: type[Body], amend: Amend | None = None) -> Body:
+    """Decode JSON as `kind`. Raises InvalidRequest naming the field, its value, and what it may be.
 
-    `kind.not_supported`, if present, names API fields that are not supported yet.
+    amend: called with a body that is not of this kind; what it returns is tried instead.
     """
     check_size(data)
     try:
         data.decode()  # checks UTF-8: msgspec skips unknown fields, but replicas may decode them
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise _complaint(str(error), data, kind) from None
+        problem = str(error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        raise _not_json(error) from None
+    if len(data) > _SHOWN_BODY_BYTES and (amend is None or _num_commas(data) > _MAX_AMENDED_VALUES):
+        raise _complaint(problem, kind, "is wrong")
+    try:
+        value = msgspec.json.decode(data)
+    except msgspec.ValidationError:  # a number such as 1e999, which is no value at all
+        raise _complaint(problem, kind, "cannot be read") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _not_json(error) from None
+    if amend is not None and isinstance(value, dict):
+        value = amend(value)
+        try:
+            return msgspec.convert(value, kind, str_keys=True)
+        except msgspec.ValidationError as error:
+            problem = str(error)
+    raise _complaint(problem, kind, "is", value)
+
+
+def unknown_field(name: str, parent: str, known: Iterable[str], hint: str) -> InvalidRequest:
+    """hint: used where no known name is close."""
+    param = f"{parent}.{name}".lstrip(".")[:_SHOWN_CHARS]
+    near = difflib.get_close_matches(name[:_SHOWN_CHARS], list(known), n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else hint
+    return InvalidRequest(f"Unknown field '{param}'.", hint=hint, param=param, code="unknown_parameter")
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -126,27 +153,45 @@ def _containers(data: bytes) -> int:
     return containers
 
 
-def _complaint(text: str, data: bytes, kind: type[Any]) -> InvalidRequest:
-    """Convert msgspec's error: add the field's name, the value that was sent, and the nearest known field."""
-    what, key, path = _parts_of(text)
-    path = path.partition("[...]")[0]  # of an object with arbitrary keys, only the object itself has a name
-    param = re.sub(r"\[(\d+)\]", r".\1", path).lstrip(".")
+def _num_commas(data: bytes) -> int:
+    """Commas outside of strings: about as many as a body has values. Only of valid JSON."""
+    plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
+    return sum(part.count(b",") for part in plain.split(b'"')[::2])
+
+
+def _not_json(error: Exception) -> InvalidRequest:
+    if isinstance(error, UnicodeDecodeError):
+        what = f"it is not UTF-8 (byte {error.start})"
+    elif isinstance(error, RecursionError):
+        what = "it is nested too deeply"
+    else:
+        what = str(error).removeprefix("JSON is malformed: ").replace("Input data was truncated", "it ends too early")
+    return InvalidRequest(f"The body is not valid JSON: {what}.", code="invalid_json")
+
+
+def _complaint(problem: str, kind: type[Any], found: str, value: Any = None) -> InvalidRequest:
+    """Replace msgspec's message: name the field, the value that was sent, and what it may be.
+
+    found: what is said of the field; with "is", its value in the body `value` follows.
+    """
+    what, is_key, path = _parts_of(problem)
+    place = path.partition("[...]")[0]  # of an object with arbitrary keys, only the object itself has a name
+    param = re.sub(r"\[(\d+)\]", r".\1", place).lstrip(".")
     if what.startswith(_UNKNOWN):
-        return _unknown_field(what.removeprefix(_UNKNOWN).rstrip("`"), param, kind)
+        name = what.removeprefix(_UNKNOWN).rstrip("`")
+        return unknown_field(name, param, field_names(kind, path), "The fields are listed in docs/api.md.")
     if what.startswith("Object missing required field"):
         name = what.partition("`")[2].rstrip("`")
         param = f"{param}.{name}".lstrip(".")
         return InvalidRequest(f"'{param}' is missing.", param=param)
-    expected = what[:1].lower() + what[1:]
-    if key:
-        return InvalidRequest(f"A key of '{param}' is wrong: {expected}.", param=param)
-    if len(data) > _SHOWN_BODY_BYTES:
-        return InvalidRequest(f"'{param or 'body'}' is wrong: {expected}.", param=param or None)
-    try:
-        found = f"is {_shown(_value_at(msgspec.json.decode(data), path))}"
-    except (msgspec.DecodeError, RecursionError):  # such as 1e999, which is no value at all
-        found = "cannot be read"
-    return InvalidRequest(f"'{param or 'body'}' {found}: {expected}.", param=param or None)
+    allowed = allowed_values(kind, path, of_key=is_key)
+    if is_key:
+        return InvalidRequest(f"A key of '{param}' is wrong: it must be {allowed}.", param=param)
+    if found == "is":
+        found = f"is {_shown(_value_at(value, place))}"
+    if path != place:
+        return InvalidRequest(f"'{param}' {found}: each value must be {allowed}.", param=param or None)
+    return InvalidRequest(f"'{param or 'body'}' {found}: it must be {allowed}.", param=param or None)
 
 
 def _parts_of(text: str) -> tuple[str, bool, str]:
@@ -159,22 +204,6 @@ def _parts_of(text: str) -> tuple[str, bool, str]:
     if match is None:
         return text[:_MAX_WHAT], False, ""
     return what[:_MAX_WHAT], match[1] is not None, match[2][:_MAX_PATH]
-
-
-def _unknown_field(name: str, parent: str, kind: type[Any]) -> InvalidRequest:
-    param = f"{parent}.{name}".lstrip(".")[:_SHOWN_CHARS]
-    if name in getattr(kind, "not_supported", ()):
-        return InvalidRequest(f"'{param}' is not supported yet.", param=param, code="unsupported_parameter")
-    near = difflib.get_close_matches(name[:_SHOWN_CHARS], _field_names(kind, nested=bool(parent)), n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else "The fields are listed in /openapi.json."
-    return InvalidRequest(f"Unknown field '{param}'.", hint=hint, param=param, code="unknown_parameter")
-
-
-def _field_names(kind: type[Any], nested: bool) -> tuple[str, ...]:
-    _, components = msgspec.json.schema_components([kind])
-    names = {name: tuple(schema.get("properties", ())) for name, schema in components.items()}
-    own = names.pop(kind.__name__, ())
-    return tuple(field for fields in names.values() for field in fields) if nested else own
 
 
 def _value_at(value: Any, path: str) -> Any:

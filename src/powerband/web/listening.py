@@ -17,8 +17,8 @@ from starlette.types import ASGIApp
 
 from powerband.errors import EnvironmentFault
 from powerband.web.body_budget import BODIES_AT_ONCE, BodyBudget
-from powerband.web.connection import HttpConnection
-from powerband.web.connection_limit import ConnectionLimit
+from powerband.web.http1.connection import HttpConnection
+from powerband.web.http1.connection_limit import ConnectionLimit
 
 _BACKLOG = 2048
 _OTHER_DESCRIPTORS = 64  # for files, pipes and short-lived descriptors

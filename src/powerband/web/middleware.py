@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Iterable
+from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +16,23 @@ from powerband.web.errors import HttpError, error_response
 
 logger = logging.getLogger(__name__)
 _LABEL_CHARS = 128
+_IGNORED_STATE = "ignored_fields"
+_IGNORED_HEADER = b"x-ignored-fields"
+_MAX_IGNORED_CHARS = 1000  # of the header
+
+
+def note_ignored_fields(scope: Scope, names: Iterable[str]) -> None:
+    """Name these fields of the request in the response's `X-Ignored-Fields`."""
+    # Names come from clients: quoted, so that none can be more than a name in a list.
+    value = ", ".join(quote(name[:_LABEL_CHARS], safe="$[]") for name in names)
+    scope["state"][_IGNORED_STATE] = value[:_MAX_IGNORED_CHARS].encode("ascii")
+
+
+def pass_on_ignored_fields(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Send the `X-Ignored-Fields` of another server's response (names in lower case) with the response to `scope`."""
+    for name, value in headers:
+        if name == _IGNORED_HEADER:
+            scope["state"][_IGNORED_STATE] = value[:_MAX_IGNORED_CHARS]
 
 
 class ClientDisconnected(Exception):
@@ -26,10 +45,8 @@ class RequestIdMiddleware:
     An id that the client sends is only logged as a label; it identifies nothing.
     """
 
-    def __init__(self, app: ASGIApp, listed_in: str = "/openapi.json") -> None:
-        """listed_in: the page that lists the paths."""
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._listed_in = listed_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +59,10 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if ignored := scope["state"].get(_IGNORED_STATE):
+                    headers.append((_IGNORED_HEADER, ignored))
+                message["headers"] = headers
             await send(message)
 
         scope.setdefault("state", {})["request_id"] = request_id
@@ -71,9 +91,7 @@ class RequestIdMiddleware:
             return error
         if isinstance(error, HTTPException):
             if error.status_code == 404:
-                return HttpError(
-                    404, "not_found", "There is no such path.", hint=f"The paths are listed in {self._listed_in}."
-                )
+                return HttpError(404, "not_found", "There is no such path.")
             if error.status_code == 405:
                 allowed = (error.headers or {}).get("Allow", "")
                 return HttpError(405, "method_not_allowed", f"This path takes {allowed}.", allow=allowed)

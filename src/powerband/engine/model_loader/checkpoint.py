@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from powerband.errors import EnvironmentFault
+from powerband.folders import expand_user
 from powerband.spec.checkpoint.files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
 from powerband.spec.settings import EngineSettings
 
@@ -23,7 +24,7 @@ def resolve_model(settings: EngineSettings) -> Path:
     name = settings.model
     if name == "demo" and not Path(name).is_dir():
         return Path(str(files("powerband") / "demo"))
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_dir():
         return path
     if path.is_absolute() or name.count("/") != 1 or name.startswith((".", "~")):

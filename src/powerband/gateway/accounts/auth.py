@@ -11,6 +11,7 @@ may send any other text to an open gateway.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,8 +51,19 @@ class ApiKeyMiddleware:
     request without a key must be addressed to it or to a name of this machine.
     """
 
-    def __init__(self, app: ASGIApp, accounts: Accounts, auth: Auth, host: str, *, any_host: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        accounts: Accounts,
+        auth: Auth,
+        host: str,
+        *,
+        any_host: bool = False,
+        origins: Collection[str] = (),
+    ) -> None:
+        """origins: of web pages that may send requests without a key."""
         self._app = app
+        self._origins = origins
         self._accounts = accounts
         self._auth = auth
         self._host = host
@@ -87,7 +99,7 @@ class ApiKeyMiddleware:
         if self._auth == "open" and needed != "admin" and not any(_is_gateway_key(value) for value in sent):
             if not self._any_host:
                 check_host(scope, self._host)
-                check_page(scope)
+                check_page(scope, self._origins)
             return None
         key = self._accounts.keys.authenticate(sent)
         if needed not in key.scopes:

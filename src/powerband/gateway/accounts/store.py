@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from powerband.errors import EnvironmentFault, PowerbandError
 from powerband.files import make_private_folder
+from powerband.folders import WRITABLE_STATE
 from powerband.gateway.accounts.schema import CHANGES, SCHEMA, VERSION
 
 logger = logging.getLogger(__name__)
@@ -327,7 +328,8 @@ def _lock(path: Path) -> int:
         make_private_folder(path.parent)
         file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise EnvironmentFault(f"Cannot open the gateway's database {path}: {error}.") from error
+        hint = f"{WRITABLE_STATE} Or name another file with --database."
+        raise EnvironmentFault(f"Cannot open the gateway's database {path}: {error.strerror}.", hint=hint) from error
     give_up_at = time.monotonic() + _LOCK_S
     while True:
         try:

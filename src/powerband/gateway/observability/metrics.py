@@ -34,7 +34,7 @@ REFUSED_REASONS = (
     *("pool_full", "deadline_infeasible", "queue_timeout", "no_replica", "replicas_busy", "draining", "not_ready"),
     *("requests_limit", "tokens_limit", "concurrency_limit", "spend_limit", "model_not_allowed"),
     *KEY_REASONS,
-    *("host_not_allowed", "origin_not_allowed", "model_not_found", "invalid_json", "invalid_request"),
+    *("host_not_allowed", "origin_not_allowed", "not_found", "model_not_found", "invalid_json", "invalid_request"),
     *("unknown_parameter", "unsupported_parameter", "context_length_exceeded", "request_too_large", "request_timeout"),
     *("unsupported_media_type", "unsupported_encoding", "store_unavailable", OTHER),
 )

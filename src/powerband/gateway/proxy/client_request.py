@@ -23,6 +23,7 @@ from powerband.gateway.routes import ReplicaAddress
 from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
 from powerband.web.body_budget import SMALL_BYTES
+from powerband.web.field_types import whole_number_fields
 
 PATHS: dict[Endpoint, str] = {
     "chat": "/v1/chat/completions",
@@ -40,6 +41,7 @@ _SLACK_PROMPT_TOKENS = 1 << 16
 _PROMPT_BYTES = 32  # response bytes per byte of the prompt, which may be echoed with its ids
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _TRUE = Raw(b"true")
+_NOTHING = (b"null", b"false", b'""', b"[]")  # values that ask for nothing
 MAX_PROMPTS = 1024  # of one request
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _TEXTS = msgspec.json.Decoder(list[str])
@@ -64,7 +66,7 @@ class RequestFields(msgspec.Struct):
     stream: bool | None = None
     stream_options: StreamOptionFields | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None  # OpenAI's limit
-    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    best_of: Annotated[int, Meta(ge=0, le=128)] | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     n_predict: Any = None
@@ -89,7 +91,7 @@ class RequestFields(msgspec.Struct):
         for name, usual in (("n_predict", "max_tokens"), ("n_cmpl", "n")):
             if getattr(self, name) is not None:  # llama.cpp's names, which override the standard ones there
                 raise InvalidRequest(f"'{name}' is not taken.", hint=f"Use '{usual}'.", param=name)
-        if self.prompt_embeds is not UNSET and bytes(self.prompt_embeds) != b"null":  # each one adds choices
+        if self.prompt_embeds is not UNSET and bytes(self.prompt_embeds) not in _NOTHING:  # each one adds choices
             raise InvalidRequest("'prompt_embeds' is not supported.", hint="Send 'prompt'.", param="prompt_embeds")
         if self.max_completion_tokens is None:
             return
@@ -113,6 +115,8 @@ class UnsuitableReplica(Exception):
         self.error = error
 
 
+_WHOLE = re.compile(rb"(-?[0-9]{1,15})\.0{1,15}")
+_WHOLE_NUMBERS = whole_number_fields(RequestFields)
 _NAMES = frozenset(RequestFields.__struct_fields__)
 _MAX_NAME_CHARS = max(map(len, _NAMES))
 
@@ -123,7 +127,7 @@ class ClientRequest:
     def __init__(self, data: bytes, endpoint: Endpoint) -> None:
         """Raises InvalidRequest."""
         self.endpoint = endpoint
-        self.fields = decode(data, RequestFields)
+        data, self.fields = _decode_fields(data)
         if len(data) > SMALL_BYTES and len(compact := msgspec.json.format(data, indent=-1)) < len(data) * 7 // 8:
             data = compact  # the body is kept until the response ends, so padding is dropped
             self.fields = decode(data, RequestFields)
@@ -304,6 +308,23 @@ class ClientRequest:
         return min(cap, room) if room > 0 else cap
 
 
+def _decode_fields(data: bytes) -> tuple[bytes, RequestFields]:
+    """The body and its fields; whole numbers that are written like 3.0, as some clients do, become 3 in both."""
+    try:
+        return data, decode(data, RequestFields)
+    except InvalidRequest:
+        try:
+            fields = _FIELDS.decode(data)
+        except msgspec.DecodeError:
+            fields = {}
+        found = {name: _WHOLE.fullmatch(bytes(fields[name])) for name in _WHOLE_NUMBERS if name in fields}
+        plain = {name: Raw(match[1]) for name, match in found.items() if match is not None}
+        if not plain:
+            raise
+        data = msgspec.json.encode(fields | plain)
+        return data, decode(data, RequestFields)
+
+
 def _check_case(fields: Mapping[str, Raw]) -> None:
     """Reject known field names in another case: servers in Go (Ollama, LocalAI) accept them, evading limits."""
     for name in fields:
@@ -342,11 +363,7 @@ def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int, bool]:
         return num_prompts, max(1, len(prompt) // BYTES_PER_TOKEN), False
     num_lists = prompt.count(b"[") - 1
     if b'"' in prompt or (num_lists and first != b"["):
-        raise InvalidRequest(
-            "'prompt' mixes texts, token ids and lists.",
-            hint="Send a text, texts, ids, or lists of ids.",
-            param="prompt",
-        )
+        raise _mixed_prompts()
     _check_prompts(num_lists)
     return max(1, num_lists), prompt.count(b",") + 1, True
 
@@ -361,5 +378,11 @@ def _check_prompts(num_prompts: int) -> None:
 def _check_texts(prompt: bytes) -> None:
     try:
         _TEXTS.decode(prompt)
-    except msgspec.ValidationError as problem:
-        raise InvalidRequest(f"'prompt' is no list of texts: {problem}.", param="prompt") from None
+    except msgspec.ValidationError:
+        raise _mixed_prompts() from None
+
+
+def _mixed_prompts() -> InvalidRequest:
+    return InvalidRequest(
+        "'prompt' mixes texts, token ids and lists.", hint="Send a text, texts, ids, or lists of ids.", param="prompt"
+    )

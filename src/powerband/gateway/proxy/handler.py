@@ -49,7 +49,7 @@ from powerband.openai.events import MAX_EVENT_BYTES, event
 from powerband.web.body import read_body
 from powerband.web.client_connection import ClientConnection, client_connection
 from powerband.web.errors import error_body
-from powerband.web.middleware import ClientDisconnected
+from powerband.web.middleware import ClientDisconnected, pass_on_ignored_fields
 from powerband.web.streaming import STREAM_HEADERS
 
 _WITHOUT_STREAM = "Ask for it without stream, or for fewer log-probabilities."
@@ -121,6 +121,7 @@ class GenerationResponse(Response):
         self._state = self._new_state()
         self._reservation: Reservation | None = None
         self._connection: ClientConnection | None = None
+        self._scope: Scope = {"state": {}}
         self._status = 500
         self._outcome = Outcome.ERROR
         self._error = ""
@@ -137,6 +138,7 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._gateway.begin()
         scope["state"]["finished"] = True  # it will be recorded, however it ends
+        self._scope = scope
         connection = self._connection = client_connection(scope)
         try:
             connection.when_lost(_cancel_this_task())
@@ -167,6 +169,7 @@ class GenerationResponse(Response):
             replica, exchange = await attempts.send(self._first_request, timeouts)
             try:
                 pieces = self._read_whole(await self._collect(exchange), replica)
+                pass_on_ignored_fields(scope, exchange.headers)
                 break
             except UpstreamFailure as problem:
                 await attempts.handle_failure(problem)
@@ -279,6 +282,7 @@ class GenerationResponse(Response):
         relay = Relay(self._attempts, self._state, exchange, self._count_tokens, max_bytes)
         try:
             if not self._attempts.response_started:
+                pass_on_ignored_fields(self._scope, exchange.headers)
                 await self._send(send, await relay.read_first_events())
             if self._connection is not None:
                 await relay.forward(self._connection)

@@ -24,13 +24,11 @@ class Prompt:
 
 async def completion_prompts(replica: ServerState, model: Model, body: CompletionRequest) -> list[Prompt]:
     """The prompts of a completion. Raises InvalidRequest."""
-    sources = _split_prompts(body.prompt)
+    sources = _split_prompts(body.prompt or "")
     num_chars = sum(len(source) for source in sources if isinstance(source, str))
     prompts = []
     for source in sources:
         if isinstance(source, str):
-            if not source:
-                raise InvalidRequest("'prompt' is empty.", param="prompt")
             ids = await encode(
                 replica,
                 model,
@@ -84,7 +82,7 @@ async def encode(
     """Token ids of `text`. A text that is far too long is refused before that. in_thread: for one of many."""
     tokenizer = model.need_tokenizer()
     least = len(text) // _max_token_bytes(tokenizer)
-    if truncate is None and least > model.info.max_model_len:
+    if least > model.info.max_model_len:  # also where it would be truncated: encoding takes memory first
         raise RequestTooLong(
             f"The prompt has {len(text)} characters, so at least {least} tokens; "
             f"the context holds {model.info.max_model_len}.",
@@ -103,7 +101,7 @@ async def encode(
 def check_prompt(ids: list[int], model: Model, param: str) -> None:
     limit = model.info.max_model_len - 1
     if not ids:
-        raise InvalidRequest("The prompt has no tokens.", param=param)
+        raise InvalidRequest("The prompt has no tokens: it is empty, and the model adds none.", param=param)
     if len(ids) > limit:
         raise RequestTooLong(
             f"The prompt has {len(ids)} tokens; the context of {limit + 1} tokens takes {limit} and one output token.",
@@ -125,7 +123,8 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         param = f"messages.{index}.content"
         raise InvalidRequest(f"'{param}' is missing.", param=param)
     plain: dict[str, Any] = msgspec.to_builtins(message)
-    plain.setdefault("content", "")
+    refusal = plain.pop("refusal", None)
+    plain["content"] = plain.get("content") or refusal or ""  # a model's refusal is its answer
     return plain
 
 
@@ -133,8 +132,6 @@ def _split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list
     """One prompt or several. A list of numbers is one prompt."""
     if isinstance(prompt, str):
         return [prompt]
-    if not prompt:
-        raise InvalidRequest("'prompt' is an empty list.", param="prompt")
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [cast(list[int], prompt)]

@@ -21,17 +21,18 @@ _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 
 def completion_params(body: CompletionRequest, model: Model, max_prompt_tokens: int) -> SamplingParams:
     """Sampling for every prompt of a completion. Raises InvalidRequest naming the field."""
-    if body.best_of is not None and body.best_of != (body.n or 1):
+    if body.best_of and body.best_of != (body.n or 1):
         raise InvalidRequest(
-            f"best_of is {body.best_of} and n is {body.n or 1}; only equal values are supported.", param="best_of"
+            f"'best_of' is {body.best_of} and 'n' is {body.n or 1}; choosing the best of several is not supported.",
+            hint="Leave it out.",
+            param="best_of",
+            code="unsupported_parameter",
         )
     room = model.info.max_model_len - max_prompt_tokens
     max_tokens = _default_max_tokens(body, model, min(_COMPLETION_MAX_TOKENS, room))
     if body.max_tokens is not None:
         max_tokens = body.max_tokens
     if max_tokens == 0:
-        if not body.echo:
-            raise InvalidRequest("max_tokens is 0, which only makes sense with echo.", param="max_tokens")
         max_tokens = 1  # computed to score the prompt, and then left out
     prompt_logprobs = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
     return _params(body, model, room, max_tokens, body.logprobs, prompt_logprobs=prompt_logprobs)
@@ -43,13 +44,15 @@ def chat_params(body: ChatRequest, model: Model, prompt_tokens: int) -> Sampling
     Raises InvalidRequest naming the field.
     """
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if asked == 0:
+        raise InvalidRequest("'max_tokens' is 0; a chat's answer has at least one token.", param="max_tokens")
     if body.max_tokens is not None and asked != body.max_tokens:
         raise InvalidRequest(
             f"max_tokens is {body.max_tokens} and max_completion_tokens is {asked}.",
             hint="They mean the same: send one.",
             param="max_tokens",
         )
-    if body.top_logprobs is not None and body.logprobs is not True:
+    if body.top_logprobs and body.logprobs is not True:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     room = model.info.max_model_len - prompt_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -85,6 +88,8 @@ def _params(
     fields: dict[str, Any] = {name: value for name, value in model.info.sampling_defaults.items() if name in _SAME_NAME}
     fields |= {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
     fields |= overrides
+    if body.top_p == 0:  # the least share that can be kept: the most likely token
+        fields |= {"top_p": 1.0, "temperature": 0.0}
     params = SamplingParams(
         **fields,
         n=body.n or 1,

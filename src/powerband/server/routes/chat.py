@@ -30,7 +30,6 @@ from powerband.server.replies import (
     PromptLogprobs,
     Usage,
 )
-from powerband.web.body import read_json
 
 
 class ChatRoutes:
@@ -41,7 +40,7 @@ class ChatRoutes:
         """Answer a conversation, whole or as a stream of chunks."""
         replica = self._replica
         with replica.counting_refusals():
-            body = await read_json(request, ChatRequest, replica.settings.max_body_bytes)
+            body = await replica.read(request, ChatRequest)
             arrival_s = time.monotonic()
             replica.check_name(body.model)
             model = replica.accept()

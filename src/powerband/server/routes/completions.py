@@ -27,7 +27,6 @@ from powerband.server.replies import (
     PromptLogprobs,
     Usage,
 )
-from powerband.web.body import read_json
 
 
 class CompletionRoutes:
@@ -38,7 +37,7 @@ class CompletionRoutes:
         """Continue one or several texts, whole or as a stream of chunks."""
         replica = self._replica
         with replica.counting_refusals():
-            body = await read_json(request, CompletionRequest, replica.settings.max_body_bytes)
+            body = await replica.read(request, CompletionRequest)
             arrival_s = time.monotonic()
             replica.check_name(body.model)
             if body.echo and body.resume_token_ids:

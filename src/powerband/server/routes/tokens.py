@@ -10,7 +10,6 @@ from powerband.server.generation.prompts import encode, render
 from powerband.server.protocol import DetokenizeRequest, TokenizeRequest
 from powerband.server.replica import ServerState
 from powerband.server.replies import Detokenized, Tokenized
-from powerband.web.body import read_json
 from powerband.web.errors import json_response
 
 
@@ -21,7 +20,7 @@ class TokenRoutes:
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text, or of a conversation as its template writes it."""
         replica = self._replica
-        body = await read_json(request, TokenizeRequest, replica.settings.max_body_bytes)
+        body = await replica.read(request, TokenizeRequest)
         replica.check_name(body.model)
         model = replica.model
         if (body.prompt is None) == (body.messages is None):
@@ -41,7 +40,7 @@ class TokenRoutes:
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         replica = self._replica
-        body = await read_json(request, DetokenizeRequest, replica.settings.max_body_bytes)
+        body = await replica.read(request, DetokenizeRequest)
         replica.check_name(body.model)
         model = replica.model
         tokenizer = model.need_tokenizer()

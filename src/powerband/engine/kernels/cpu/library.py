@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.folders import cache_directory
+from powerband.folders import WRITABLE_CACHE, cache_directory
 from powerband.spec.hardware.device import detect_cpu
 
 TIERS = ("amx", "avx512", "avx2", "plain")
@@ -61,10 +61,14 @@ _COMMON_FLAGS = ("-std=c++20", "-fPIC", "-w", "-fno-math-errno", "-fvisibility=h
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of the kernels. `tier` is None when plain torch computes; `reason` explains why, or describes them."""
+    """The state of the kernels. `tier` is None when plain torch computes; `reason` explains why, or describes them.
+
+    remedy: what would help, where that is known.
+    """
 
     tier: str | None
     reason: str
+    remedy: str = ""
 
 
 @functools.cache
@@ -75,11 +79,13 @@ def load() -> Status:
     """
     asked = os.environ.get(TIER_VARIABLE, "")
     if asked == "off":
-        return Status(None, f"{TIER_VARIABLE} is 'off'")
+        return Status(None, f"{TIER_VARIABLE} is 'off'", f"Unset {TIER_VARIABLE}.")
     try:
         tier = choose_tier(asked, detect_cpu().features)
         torch.ops.load_library(str(build(tier)))  # type: ignore[no-untyped-call]  # torch's own is untyped
-    except (EnvironmentFault, UsageError, OSError, subprocess.SubprocessError) as problem:
+    except (EnvironmentFault, UsageError) as problem:
+        return Status(None, problem.message, problem.hint)
+    except (OSError, subprocess.SubprocessError) as problem:
         return Status(None, str(problem))
     return Status(tier, f"compiled for this processor ({tier})")
 
@@ -114,8 +120,14 @@ def build(tier: str) -> Path:
     library = folder / "powerband_kernels.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / "lock").open("w")
+    except OSError as problem:
+        raise EnvironmentFault(
+            f"The CPU kernels cannot be compiled into {folder}: {problem.strerror}.", hint=WRITABLE_CACHE
+        ) from problem
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
         if not library.exists():
             _compile(compiler, flags, folder, library)

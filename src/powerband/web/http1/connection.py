@@ -16,11 +16,11 @@ from uvicorn.server import ServerState
 
 from powerband.web.body_budget import BodyBudget
 from powerband.web.client_connection import ClientConnection, set_client_connection
-from powerband.web.connection_limit import ConnectionLimit
 from powerband.web.errors import HttpError, error_response
-from powerband.web.exchange import HttpExchange, status_line
-from powerband.web.framing import Framing, framing_of
-from powerband.web.head import RequestHead, parse_head
+from powerband.web.http1.connection_limit import ConnectionLimit
+from powerband.web.http1.exchange import HttpExchange, status_line
+from powerband.web.http1.framing import Framing, framing_of
+from powerband.web.http1.head import RequestHead, parse_head
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_BLANK_LINES = 32  # before a request; the RFC asks servers to accept at least one

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from powerband.web.client_connection import ClientConnection
 from powerband.web.errors import HttpError
-from powerband.web.head import RequestHead
+from powerband.web.http1.head import RequestHead
 
 logger = logging.getLogger(__name__)
 

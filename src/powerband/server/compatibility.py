@@ -1,0 +1,178 @@
+"""Requests as clients of other servers write them, in the form that protocol.py knows.
+
+Called only for bodies that the types do not take as they are, so that it costs other requests nothing.
+
+| a field that                                  | becomes                                          |
+|-----------------------------------------------|--------------------------------------------------|
+| asks for something this server cannot do      | an error that names it (`unsupported_parameter`) |
+| is known and changes nothing here             | ignored, and named in `X-Ignored-Fields`         |
+| is unknown and null                           | left out: it asks for nothing                    |
+| is unknown                                    | an error, or ignored (`--unknown-fields ignore`) |
+| says the same in another form                 | our form                                         |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+from powerband.errors import InvalidRequest
+from powerband.server.protocol import (
+    ALWAYS_ASKS,
+    IGNORED,
+    MEDIA_PARTS,
+    MESSAGE_IGNORED,
+    MESSAGE_NOT_SUPPORTED,
+    NOT_SUPPORTED,
+    PART_IGNORED,
+    ContentPart,
+    Message,
+    Missing,
+    StreamOptions,
+)
+from powerband.web.body import unknown_field
+from powerband.web.field_types import field_names, whole_number_fields
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_REASONING_PARTS = ("thinking", "reasoning")
+_REASONING_NAMES = ("reasoning", "thinking")  # of a message; ours is reasoning_content
+_HINT = "The fields are listed in docs/api.md; a server with --unknown-fields ignore takes others, too."
+
+
+class Amendment:
+    """Amends one body. `ignored`: the fields that it left out, without indexes, as in 'messages.reasoning_details'."""
+
+    def __init__(self, kind: type[Any], model: str, *, ignores_unknown: bool) -> None:
+        """model: its name, for errors."""
+        self._kind: Any = kind
+        self._model = model
+        self._ignores_unknown = ignores_unknown
+        self.ignored: list[str] = []
+
+    def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body in our form, changed in place. Raises InvalidRequest for what is not supported, or unknown."""
+        self._check_fields(body, self._kind, "", NOT_SUPPORTED, IGNORED)
+        for name in _whole_numbers(self._kind):
+            value = body.get(name)
+            if isinstance(value, float) and value.is_integer():  # in JSON, 3.0 is 3
+                body[name] = int(value)
+        stop = body.get("stop")
+        if stop == "":
+            del body["stop"]
+        elif isinstance(stop, list) and all(isinstance(text, str) for text in stop):
+            body["stop"] = [text for text in stop if text]
+        if isinstance(options := body.get("stream_options"), dict):
+            self._check_fields(options, StreamOptions, "stream_options")
+        if isinstance(messages := body.get("messages"), list):
+            for index, message in enumerate(messages):
+                if isinstance(message, dict):
+                    self._amend_message(message, f"messages.{index}")
+        return body
+
+    def _amend_message(self, message: dict[str, Any], path: str) -> None:
+        if message.get("role") == "function":  # OpenAI's name before there were tools
+            message["role"] = "tool"
+        if message.get("role") == "assistant":
+            for name in _REASONING_NAMES:
+                _move_reasoning(message, message.get(name), name)
+        self._check_fields(message, Message, path, MESSAGE_NOT_SUPPORTED, MESSAGE_IGNORED)
+        content = message.get("content")
+        if content == []:
+            message["content"] = ""
+        elif isinstance(content, list):
+            for index, part in enumerate(content):
+                if isinstance(part, dict):
+                    content[index] = self._amended_part(message, part, f"{path}.content.{index}")
+
+    def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: str) -> dict[str, Any]:
+        kind = part.get("type")
+        if not isinstance(kind, str):
+            return part
+        if kind in MEDIA_PARTS:
+            raise InvalidRequest(
+                f"'{path}' is of type {kind}. {MEDIA_PARTS[kind]} not supported: the model '{self._model}' takes text "
+                "only.",
+                hint='Send parts like {"type": "text", "text": "…"}.',
+                param=f"{path}.type",
+                code="unsupported_parameter",
+            )
+        if kind in _REASONING_PARTS and message.get("role") == "assistant":
+            _move_reasoning(message, part.get(kind, part.get("text")))
+            self._ignore(f"{path}.{kind}")
+            return {"type": "text", "text": ""}
+        if kind in _TEXT_PARTS:
+            if (text := part.pop(_TEXT_PARTS[kind], None)) is not None:
+                part |= {"type": "text", "text": text}
+            self._check_fields(part, ContentPart, path, {}, PART_IGNORED)
+        return part
+
+    def _check_fields(
+        self,
+        fields: dict[str, Any],
+        kind: Any,
+        path: str,
+        not_supported: Mapping[str, Missing] | None = None,
+        ignored: Collection[str] = (),
+    ) -> None:
+        """Leave out what asks for nothing or changes nothing. Raises InvalidRequest for the rest."""
+        known = _names(kind)
+        for name, value in list(fields.items()):
+            missing = (not_supported or {}).get(name)
+            if missing is not None:
+                if asks(name, value, missing):
+                    raise _not_supported(f"{path}.{name}".lstrip("."), missing)
+                del fields[name]
+            elif name in ignored or name not in known:
+                if value is not None:
+                    if name not in ignored and not self._ignores_unknown:
+                        raise unknown_field(name, path, known, _HINT)
+                    self._ignore(f"{path}.{name}")
+                del fields[name]
+
+    def _ignore(self, path: str) -> None:
+        name = ".".join(word for word in path.split(".") if word and not word.isdigit())
+        if name not in self.ignored:
+            self.ignored.append(name)
+
+
+def asks(name: str, value: Any, missing: Missing) -> bool:
+    """Whether a field of a feature that is not supported asks for it."""
+    if name in ALWAYS_ASKS:
+        return value is not None
+    return not (_is_nothing(value) or value in missing.neutral)
+
+
+def _is_nothing(value: Any) -> bool:
+    """null, false, "", "none", [], and objects of these: their server's default, which is not to do it."""
+    if isinstance(value, dict):
+        return all(map(_is_nothing, value.values()))
+    return value is None or value is False or value in ("", "none", [])
+
+
+def _not_supported(param: str, missing: Missing) -> InvalidRequest:
+    return InvalidRequest(
+        f"'{param}' is not supported. {missing.what} not available on this server.",
+        hint=missing.instead or "Leave it out.",
+        param=param,
+        code="unsupported_parameter",
+    )
+
+
+def _move_reasoning(message: dict[str, Any], text: Any, name: str = "") -> None:
+    """Reasoning under another name becomes `reasoning_content`, unless the message has that."""
+    if not isinstance(text, str) and text is not None:
+        return
+    message.pop(name, None)
+    if text and not message.get("reasoning_content"):
+        message["reasoning_content"] = text
+
+
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(field_names(kind))
+
+
+@cache
+def _whole_numbers(kind: Any) -> tuple[str, ...]:
+    return tuple(whole_number_fields(kind))

@@ -1,0 +1,87 @@
+"""Paths that no route has: 404 with what was probably meant, before any key is asked for.
+
+Asked for a key, the user of a wrong base URL would look for the fault in the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from powerband.web.errors import HttpError
+
+_SHOWN_CHARS = 100
+_PREFIXES = ("/v1", "/v1/v1", "/api/v1", "/openai/v1", "/openai", "/api")
+_BASE_URL = "The base URL for OpenAI's clients ends with /v1, such as http://localhost:8000/v1."
+_CHAT = "Use /v1/chat/completions."
+# The beginning of a path → the API that it belongs to.
+_OTHER_APIS = {
+    "/v1/responses": "OpenAI's Responses API",
+    "/v1/embeddings": "Embeddings",
+    "/v1/images": "Images",
+    "/v1/audio": "Audio",
+    "/v1/moderations": "Moderation",
+    "/v1/files": "Files",
+    "/v1/batches": "Batches",
+    "/v1/assistants": "OpenAI's Assistants API",
+    "/v1/threads": "OpenAI's Assistants API",
+    "/v1/realtime": "OpenAI's Realtime API",
+    "/v1/messages": "Anthropic's API",
+    "/v1/rerank": "Reranking",
+    "/v2/rerank": "Reranking",
+    "/rerank": "Reranking",
+    "/v1/score": "Scoring",
+    "/score": "Scoring",
+    "/pooling": "Pooling",
+    "/classify": "Classification",
+    "/api/": "Ollama's API",
+    "/generate": "SGLang's and TGI's API",
+    "/completion": "llama.cpp's API",
+    "/infill": "llama.cpp's API",
+}
+
+
+class KnownPathsMiddleware:
+    """Raises HttpError 404 for a path that no route has. The router decides about all others."""
+
+    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute], listed_in: str) -> None:
+        """listed_in: the page that lists the paths."""
+        self._app = app
+        self._listed_in = listed_in
+        paths = [route.path for route in routes if isinstance(route, Route)]
+        self._paths = frozenset(path for path in paths if "{" not in path)
+        self._prefixes = tuple(path.partition("{")[0] for path in paths if "{" in path)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._knows(scope["path"]):
+            raise self._not_found(scope["path"])
+        await self._app(scope, receive, send)
+
+    def _knows(self, path: str) -> bool:
+        return path in self._paths or (path.startswith(self._prefixes) and path not in self._prefixes)
+
+    def _not_found(self, path: str) -> HttpError:
+        shown = path if len(path) <= _SHOWN_CHARS else f"{path[:_SHOWN_CHARS]}…"
+        return HttpError(404, "not_found", f"There is no path {shown!r}.", hint=self._meant(path[:_SHOWN_CHARS]))
+
+    def _meant(self, path: str) -> str:
+        plain = "/" + "/".join(part for part in path.lower().split("/") if part)
+        if plain in ("/", "/v1"):
+            return f"{_BASE_URL} The paths are listed in {self._listed_in}."
+        if self._knows(plain):
+            return f"Did you mean '{plain}'?"
+        if self._knows(f"/v1{plain}"):
+            return f"Did you mean '/v1{plain}'? {_BASE_URL}"
+        for prefix in _PREFIXES:
+            bare = plain.removeprefix(prefix)
+            for meant in (f"/v1{bare}", bare):
+                if bare != plain and self._knows(meant):
+                    return f"Did you mean '{meant}'?"
+        for beginning, name in _OTHER_APIS.items():
+            if plain.startswith(beginning):
+                return f"{name} cannot be used here. {_CHAT}"
+        near = difflib.get_close_matches(plain, self._paths, n=1, cutoff=0.75)
+        return f"Did you mean '{near[0]}'?" if near else f"The paths are listed in {self._listed_in}."
