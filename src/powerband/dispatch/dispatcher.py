@@ -76,7 +76,7 @@ class Dispatcher:
         """
         pool = pool_for(request, self._pools)
         # A retry goes ahead of new requests.
-        level = (0 if avoid else 1, request.priority)
+        level = pool.queue.level_for(request.tenant, (0 if avoid else 1, request.priority))
         sent = None if pool.queue.requests else self._send_at_once(request, avoid, pool, level, now_s)
         return sent or self._enqueue(request, pool, level, frozenset(avoid), now_s)
 
