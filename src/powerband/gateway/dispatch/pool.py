@@ -86,6 +86,10 @@ class Pool:
         """Whether any other replica is serving."""
         return self.dispatcher.has_others(than)
 
+    def serves_longer(self, max_prompt_tokens: int) -> bool:
+        """Whether a replica that accepts prompts longer than this is serving."""
+        return self.dispatcher.serves_longer(max_prompt_tokens)
+
     def may_log(self, id: str) -> bool:
         """Whether another log line about this replica's responses is due."""
         return self.dispatcher.may_log(id, self.clock())

@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
+from powerband.core.request import OUTPUT_COMPLETE
 from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S, Outcome
 from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
@@ -118,8 +120,29 @@ class UpstreamAttempts:
                 self.close("unsent")
                 if not self._pool.has_others(self._avoid):
                     raise unsuitable.error from None
+            except InvalidUpstreamRequest as problem:
+                if not self.go_to_longer(problem):
+                    self.close("ok")
+                    raise
             except UpstreamFailure as problem:
                 await self.handle_failure(problem)
+
+    def go_to_longer(self, problem: InvalidUpstreamRequest) -> bool:
+        """The replica rejected the request as invalid. Returns whether one that accepts longer prompts serves: the next
+        attempt goes to it.
+
+        A prompt's length is an estimate, and replicas word it differently that one is too long.
+        """
+        lease = self._lease
+        if lease is None or problem.code == OUTPUT_COMPLETE:
+            return False
+        limit = lease.replica.max_prompt_tokens
+        if limit is None or not self._pool.serves_longer(limit):
+            return False
+        self._end_exchange()
+        self.close("ok")
+        self.request = replace(self.request, prompt_tokens=limit + 1)
+        return True
 
     async def _raise_for_status(self, exchange: UpstreamExchange, replica: ReplicaAddress) -> NoReturn:
         """Raise InvalidUpstreamRequest if the replica finds the request invalid, else UpstreamFailure."""
@@ -143,7 +166,6 @@ class UpstreamAttempts:
             self._log(replica, f"It has no {PATHS[self.request.endpoint]} for model {replica.model!r} (HTTP {status}).")
             raise UpstreamFailure(code, f"The replica does not offer this: {shown}", FailureKind.UNSUPPORTED)
         if 400 <= status < 500 and status not in (408, 421, 425):
-            self.close("ok")
             raise InvalidUpstreamRequest(complaint, status)
         raise UpstreamFailure(code, shown)
 
