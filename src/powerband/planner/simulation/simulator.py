@@ -32,7 +32,7 @@ from powerband.metrics.record import RequestRecord
 from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
 from powerband.planner.simulation.replica import SimulatedReplica, StepModel
 from powerband.spec.deployment import Deployment
-from powerband.spec.workload.workload import Schedule
+from powerband.spec.workload.schedule import Schedule
 
 # An engine without a gateway before it: whatever is sent is queued at the engine.
 NO_GATEWAY = DispatchOptions(max_waiting_per_replica=1 << 40, max_queue_wait_s=math.inf)

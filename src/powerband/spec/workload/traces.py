@@ -25,7 +25,8 @@ from powerband.documents import parse_json
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.config_reader import shown
 from powerband.spec.workload.lengths import MAX_TOKENS
-from powerband.spec.workload.workload import MAX_TURNS, RequestTrace, Segment, TracedRequest
+from powerband.spec.workload.schedule import Segment
+from powerband.spec.workload.workload import MAX_TURNS, RequestTrace, TracedRequest
 
 MOONCAKE_BLOCK = 512
 MAX_FILE_BYTES = 1 << 30

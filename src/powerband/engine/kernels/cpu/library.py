@@ -19,15 +19,19 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import IO
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.extras import require
 from powerband.folders import WRITABLE_CACHE, cache_directory
 from powerband.spec.hardware.device import detect_cpu
 
@@ -36,6 +40,7 @@ FAST_TIERS = TIERS[:-1]  # faster than plain torch
 TIER_VARIABLE = "POWERBAND_KERNEL_TIER"  # a tier, or "off"; for tests and comparisons
 SANITIZE_VARIABLE = "POWERBAND_KERNEL_SANITIZE"  # "1": with address and undefined-behaviour sanitizers
 SOURCES = Path(__file__).parent / "csrc"
+REPORT_EVERY_S = 10.0  # while they are compiled
 OLDEST_TORCH = 0x020B000000000000  # 2.11: the stable ABI that the sources are written against
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -56,7 +61,11 @@ _FLAGS = {
     "amx_bf16": "-mamx-bf16",
     "amx_int8": "-mamx-int8",
 }
+_BUILD_ERRORS = (EnvironmentFault, UsageError, OSError, subprocess.SubprocessError)
 _COMMON_FLAGS = ("-std=c++20", "-fPIC", "-w", "-fno-math-errno", "-fvisibility=hidden")
+
+
+Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,8 @@ def load() -> Status:
     asked = os.environ.get(TIER_VARIABLE, "")
     if asked == "off":
         return Status(None, f"{TIER_VARIABLE} is 'off'", f"Unset {TIER_VARIABLE}.")
+    import torch
+
     try:
         tier = choose_tier(asked, detect_cpu().features)
         torch.ops.load_library(str(build(tier)))  # type: ignore[no-untyped-call]  # torch's own is untyped
@@ -90,9 +101,21 @@ def load() -> Status:
     return Status(tier, f"compiled for this processor ({tier})")
 
 
-def compile_own() -> Path:
+def load_with_progress(progress: Progress) -> Status:
+    """As `load`. progress: called with the fraction that is compiled, if something is."""
+    with suppress(*_BUILD_ERRORS):  # `load` reports it
+        compile_own(progress)
+    return load()
+
+
+def compile_own(progress: Progress | None = None) -> Path:
     """Build the library that `load` would load, without loading it. Raises EnvironmentFault and UsageError."""
-    return build(choose_tier(os.environ.get(TIER_VARIABLE, ""), detect_cpu().features))
+    return build(own_tier(), progress)
+
+
+def own_tier() -> str:
+    """The tier that `load` would load. Raises UsageError if it was named and cannot run here."""
+    return choose_tier(os.environ.get(TIER_VARIABLE, ""), detect_cpu().features)
 
 
 def choose_tier(asked: str, features: Collection[str]) -> str:
@@ -107,8 +130,43 @@ def choose_tier(asked: str, features: Collection[str]) -> str:
     return asked
 
 
-def build(tier: str) -> Path:
-    """The library of this tier, compiled if need be. Raises EnvironmentFault where that is impossible."""
+def build(tier: str, progress: Progress | None = None) -> Path:
+    """The library of this tier, compiled if need be, which stderr shows. Raises EnvironmentFault where that is
+    impossible. progress: called with the fraction that is compiled.
+    """
+    compiler, flags, library = _planned(tier)
+    if library.exists():
+        return library
+    with _lock_file(library.parent) as lock:
+        _wait_for(lock)
+        if not library.exists():
+            _compile(compiler, flags, library.parent, library, progress or (lambda _fraction: None))
+    return library
+
+
+def _lock_file(folder: Path) -> IO[str]:
+    """Raises EnvironmentFault if nothing can be written into the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return (folder / "lock").open("w")
+    except OSError as problem:
+        raise EnvironmentFault(
+            f"The CPU kernels cannot be compiled into {folder}: {problem.strerror}.", hint=WRITABLE_CACHE
+        ) from problem
+
+
+def is_compiled() -> bool:
+    """Whether `load` would compile nothing. Raises EnvironmentFault where it could not, and UsageError."""
+    _, _, library = _planned(own_tier())
+    if library.exists():
+        return True
+    _lock_file(library.parent).close()
+    return False
+
+
+def _planned(tier: str) -> tuple[str, tuple[str, ...], Path]:
+    """(compiler, flags, library) of a tier. Raises EnvironmentFault where it cannot be compiled."""
+    require("torch", "Compiling the CPU kernels")
     compiler = find_compiler()
     if compiler is None:
         raise EnvironmentFault(
@@ -116,22 +174,7 @@ def build(tier: str) -> Path:
             hint="Install one (Debian: apt install g++).",
         )
     flags = _flags(tier, detect_cpu().features)
-    folder = cache_directory() / "kernels" / _key(compiler, flags)
-    library = folder / "powerband_kernels.so"
-    if library.exists():
-        return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (folder / "lock").open("w")
-    except OSError as problem:
-        raise EnvironmentFault(
-            f"The CPU kernels cannot be compiled into {folder}: {problem.strerror}.", hint=WRITABLE_CACHE
-        ) from problem
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
-        if not library.exists():
-            _compile(compiler, flags, folder, library)
-    return library
+    return compiler, flags, cache_directory() / "kernels" / _key(compiler, flags) / "powerband_kernels.so"
 
 
 def find_compiler() -> str | None:
@@ -169,7 +212,7 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
-    digest = hashlib.sha256(repr((flags, torch.__version__, _identity(compiler))).encode())
+    digest = hashlib.sha256(repr((flags, version("torch"), _identity(compiler))).encode())
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:20]
@@ -177,18 +220,46 @@ def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
 
 @functools.cache
 def _identity(compiler: str) -> str:
-    version = subprocess.run(
-        [compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False
-    )
-    return f"{os.path.realpath(compiler)} {version.stdout}"
+    shown = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False)
+    return f"{os.path.realpath(compiler)} {shown.stdout}"
 
 
-def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path) -> None:
+def _wait_for(lock: IO[str]) -> None:
+    """Of those that start at the same time, one compiles, and the others wait for it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _show("Waiting for another process, which is compiling the CPU kernels.")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _show(text: str) -> None:
+    """On stderr, with or without a terminal: a first start would otherwise be silent for up to a minute."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _follow(compiling: Sequence[Future[str]], progress: Progress) -> list[str]:
+    """The results, in order, when all are there."""
+    _show("Compiling the CPU kernels for this processor. This happens once, and takes up to a minute.")
+    began_s = shown_s = time.monotonic()
+    left = set(compiling)
+    while left:
+        _, left = wait(left, timeout=REPORT_EVERY_S, return_when=FIRST_COMPLETED)
+        progress(1 - len(left) / len(compiling))
+        if left and time.monotonic() - shown_s >= REPORT_EVERY_S:
+            shown_s = time.monotonic()
+            done = len(compiling) - len(left)
+            _show(f"Compiling the CPU kernels: {done} of {len(compiling)} files, {shown_s - began_s:.0f} s.")
+    return [one.result() for one in compiling]
+
+
+def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path, progress: Progress) -> None:
     """Every source by itself, as many at a time as there are cores, then all together.
 
     Object files are kept too: a change to one source costs the compilation of that source.
     """
-    root = Path(torch.__file__).parent
+    root = Path(str(require("torch", "Compiling the CPU kernels").origin)).parent
     include = ["-I", str(root / "include"), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
     kept = folder.parent / "objects"
     kept.mkdir(exist_ok=True, mode=0o700)
@@ -204,7 +275,7 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path)
             return str(target)
 
         with ThreadPoolExecutor(detect_cpu().cores) as pool:
-            objects = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
+            objects = _follow([pool.submit(compiled, source) for source in sorted(SOURCES.glob("*.cpp"))], progress)
         made = Path(scratch) / library.name
         _run([compiler, *flags, "-shared", *objects, "-o", str(made), "-L", str(root / "lib"), "-ltorch_cpu", "-lc10"])
         made.replace(library)
