@@ -28,7 +28,8 @@ program group side system hand order public word name form line city real open l
 WORDS = _COMMON.split()
 _STREAM_WORDS = 1 << 16
 _NO_LIMIT = 1 << 30  # tokens
-_EXACT = 0.01  # words per token may differ from 1 by so much, where each is one
+ONE_TOKEN_A_WORD = 0.02  # words per token may seem to differ from 1 by so much, where each is one
+_FIRST_WORD = 3  # tokens more than one, for a word that no space stands before
 _ANSWER_RESERVE = 8  # an answer may become longer by this part of it when it is read again
 
 
@@ -111,8 +112,9 @@ class ConversationPrompts:
         target = self._target
         if target.max_model_len is None:
             return _NO_LIMIT
-        room = target.max_model_len - request.output_tokens - self._history - target.extra_prompt_tokens - self._reserve
-        is_exact = abs(target.words_per_token - 1) < _EXACT
+        taken = request.output_tokens + self._history + target.extra_prompt_tokens
+        room = target.max_model_len - taken - self._reserve - _FIRST_WORD
+        is_exact = abs(target.words_per_token - 1) < ONE_TOKEN_A_WORD
         return room if is_exact or room < 1 else room - math.ceil(2 * math.sqrt(room))  # words of unequal tokens
 
 
