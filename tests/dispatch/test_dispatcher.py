@@ -200,3 +200,49 @@ def test_a_tenant_whose_requests_may_take_many_tokens_leaves_others_a_share_of_t
         pool.submit(request(tenant="modest"), 1.0)
     with pytest.raises(PoolFull):
         pool.submit(request(tenant="modest"), 1.0)
+
+
+def test_a_tenant_whose_requests_are_rejected_slows_nobody_else() -> None:
+    """Ten a second are too large for it. Ten clients of another tenant ask again as soon as they are answered."""
+
+    def answered(*, with_rejected: bool) -> int:
+        pool = dispatcher(BackendSpec(id="a", max_num_seqs=32))
+        running: list[InFlightRequest] = []
+        num_waiting = num_ended = 0
+        for step in range(1000):
+            now_s = 1.0 + step / 100
+            for sent in [one for one in running if now_s - one.sent_s >= 0.295]:
+                running.remove(sent)
+                pool.release(sent, "ok", now_s)
+                num_ended += 1
+            for tenant in ["good"] * (10 - len(running) - num_waiting) + ["bad"] * (with_rejected and step % 10 == 0):
+                placed = pool.submit(request(tenant=tenant), now_s)
+                if isinstance(placed, InFlightRequest):
+                    running.append(placed)
+                num_waiting += isinstance(placed, QueuedRequest) and tenant == "good"
+            while decided := [one.outcome for one in pool.take_decided()]:
+                running += [one for one in decided if isinstance(one, InFlightRequest)]
+                num_waiting -= sum(one.request.tenant == "good" for one in decided if isinstance(one, InFlightRequest))
+            for sent in [one for one in running if one.tenant == "bad"]:
+                running.remove(sent)
+                pool.release(sent, "rejected", now_s)
+            pool.tick(now_s)
+        return num_ended
+
+    assert answered(with_rejected=True) >= 0.95 * answered(with_rejected=False) > 300
+
+
+def test_without_retry_after_a_rejection_lowers_the_limit_to_what_the_backend_runs_or_has_just_accepted() -> None:
+    pool = dispatcher(BackendSpec(id="a", max_num_seqs=32))
+    (backend,) = pool.backends
+    first, second, third = fill(pool, 3)
+    pool.release(third, "rejected", 1.0)
+    assert backend.limit == 2
+    pool.first_token(second, 1.0)
+    pool.release(second, "failed", 1.5)
+    pool.release(first, "rejected", 2.0)
+    assert backend.limit == 2, "it accepted one beside another a second ago"
+    sent = pool.submit(request(), 20.0)
+    assert isinstance(sent, InFlightRequest)
+    pool.release(sent, "rejected", 20.0)
+    assert backend.limit == 1, "that was long ago"

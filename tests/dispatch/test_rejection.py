@@ -15,11 +15,13 @@ class Sent:
     tenant: str = "a"
 
 
-def test_a_rejection_without_retry_after_pauses_for_half_a_second() -> None:
+def test_a_rejection_without_retry_after_pauses_its_tenant_alone_for_half_a_second() -> None:
     backoff = RejectionBackoff()
-    backoff.rejected(Sent(0.0), 10.0, 0.0)
-    assert not backoff.allows(10.49, [])
-    assert backoff.allows(10.5, [Sent(10.5)]), "several requests at once"
+    backoff.rejected(Sent(0.0, "a"), 10.0, 0.0)
+    assert not backoff.allows_tenant("a", 10.49)
+    assert backoff.allows_tenant("a", 10.5)
+    assert backoff.allows_tenant("b", 10.0)
+    assert backoff.allows(10.0, [Sent(10.0)]), "several requests at once"
 
 
 def test_pauses_double_with_each_rejected_trial_up_to_what_the_backend_asked_for() -> None:

@@ -120,10 +120,11 @@ async def _drill(
 async def _strike(service: Service, chosen: tuple[tuple[str, signal.Signals], ...], chance: random.Random) -> Strike:
     """Send the signals, and wait until every process that got one is gone and another is in its place."""
     victims: list[ProcessId] = []
-    for member, number in chosen:
+    for member, _ in chosen:
         found = [one for one in _processes(service, member) if one not in victims]
         victims.append(chance.choice(found))
-        os.kill(victims[-1].pid, number)
+    for victim, (_, number) in zip(victims, chosen, strict=True):
+        os.kill(victim.pid, number)
     at_s = time.monotonic()
     while not await _is_whole(service, victims):
         assert time.monotonic() - at_s < _GIVE_UP_S, f"not whole after {chosen}: {service.status}"

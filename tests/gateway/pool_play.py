@@ -72,7 +72,7 @@ class World:
     count: int = 0
     grants: int = 0
     refused: dict[str, int] = field(default_factory=dict)
-    busy: dict[str, float] = field(default_factory=dict)  # replicas that refused one: until then they get nothing
+    busy: dict[tuple[str, str], float] = field(default_factory=dict)  # until then a replica gets nothing of a tenant
 
     def __post_init__(self) -> None:
         options = PoolOptions(
@@ -114,7 +114,7 @@ class World:
         if self.rng.random() < 0.2:
             lease.close("failed")  # a second time is none
         if outcome == "rejected":
-            self.busy[lease.replica.id] = self.loop.time() + BUSY_S
+            self.busy[lease.replica.id, asked.request.tenant] = self.loop.time() + BUSY_S
         if outcome == "failed" and self.pool.may_retry(lease):
             await self.ask(asked, avoid=(*asked.avoid, lease.replica.id))
 
@@ -238,7 +238,7 @@ class World:
         assert known is not None, "a replica that is gone"
         assert known.is_up, "a replica that is not ready"
         assert not known.address.draining, "a replica that drains"
-        assert self.loop.time() >= self.busy.get(lease.replica.id, 0.0), "a replica that has just refused one"
+        assert not self.is_paused(lease.replica.id, asked), "a replica that has just refused one of this tenant"
         limit = lease.replica.max_prompt_tokens
         assert limit is None or asked.request.prompt_tokens <= limit or not self.serves_long(), "too long for it"
         if lease.replica.id in asked.avoid:
@@ -250,8 +250,11 @@ class World:
                     continue
                 if other.flow == asked.flow and self.routing == "least-outstanding":
                     assert other.number > asked.number, "it overtook one of the same tenant"
-                if other.flow[2] == asked.flow[2]:
+                if other.flow[2] == asked.flow[2] and not self.is_paused(lease.replica.id, other):
                     assert other.request.priority >= asked.request.priority, "a higher priority waits"
+
+    def is_paused(self, replica: str, asked: Asked) -> bool:
+        return self.loop.time() < self.busy.get((replica, asked.request.tenant), 0.0)
 
     def serves_long(self) -> bool:
         return any(k.address.max_prompt_tokens is None for k in self.known.values())
@@ -290,7 +293,7 @@ class World:
                 if behind or known.address.id in asked.avoid:
                     continue
                 backend = members[known.address.id]
-                is_idle = len(backend.in_flight) < backend.limit and now_s >= self.busy.get(backend.id, 0.0)
+                is_idle = len(backend.in_flight) < backend.limit and not self.is_paused(backend.id, asked)
                 assert not (is_idle and backend.breaker.is_closed), "it waits though there is a place"
 
     async def end(self) -> None:

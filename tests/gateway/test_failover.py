@@ -154,6 +154,15 @@ def test_streams_of_two_replicas_that_die_at_once_go_on_at_the_next(running: Run
         assert {one["record"]["outcome"] for one in running.records(before)} == {"ok"}
 
 
+def test_a_stream_that_breaks_off_at_every_replica_ends_after_ten_failures(running: RunningGateway) -> None:
+    breaks = Behavior(drop_every=1, drop_after_chunks=40)
+    with replicas(running, breaks, breaks) as before:
+        told = running.stream("/v1/completions", {**TEXT, "max_tokens": 1000})
+        assert told[-1]["error"]["code"] == "upstream_failed"
+        assert text_of(told) == words(0, 400)
+        assert len(running.records(before)[-1]["failed"]) == 10
+
+
 def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(running: RunningGateway) -> None:
     breaks = Behavior(tpot_s=0.002, drop_every=1, drop_after_chunks=3)
     with replicas(running, breaks) as before:

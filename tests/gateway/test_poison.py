@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from powerband.gateway.options import PoolOptions
 NUM_REPLICAS = 4
 GOOD = {"model": "m", "prompt": "good", "max_tokens": 2}
 POISON = {"model": "m", "prompt": "poison", "max_tokens": 2}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "poison"}], "max_tokens": 2}
 ANSWER = {
     "id": "cmpl-1",
     "object": "text_completion",
@@ -28,35 +30,71 @@ ANSWER = {
     "choices": [{"index": 0, "text": " yes", "logprobs": None, "finish_reason": "length"}],
     "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
 }
+ROLE = {"id": "1", "model": "m", "choices": [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]}
 FAILURE = {"error": {"message": "Not finite.", "type": "server_error", "param": None, "code": "not_finite"}}
 
 
 class Replica:
-    """Fails with the prompt "poison", and with every request while it `is_broken`. `code`: what it then says."""
+    """Fails with the prompt "poison", and with every request while it `is_broken`. `code`: what it then says.
 
-    def __init__(self) -> None:
-        self.num_poisoned = 0
+    A stream fails with an event. "crash" and "hang" do that to the replica; it is back `back_after_s` later.
+    """
+
+    def __init__(self, back_after_s: float = 0.3) -> None:
+        self.num_poisoned = self.num_ends = 0
         self.is_broken = False
         self.code = "not_finite"
+        self.back_after_s = back_after_s
+        self.port = 0
+        self.probed = threading.Condition()
+        self.awake = threading.Event()
+        self.awake.set()
+        self.connections: set[socket.socket] = set()
+        self.timers: list[threading.Timer] = []
+        self.start()
+
+    def start(self) -> None:
         replica = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def setup(self) -> None:
+                super().setup()
+                replica.connections.add(self.connection)
+
             def do_GET(self) -> None:
+                replica.awake.wait()
                 self.answer(200, {"status": "ok", "engine_restarts": 0})
+                with replica.probed:
+                    replica.probed.notify_all()
 
             def do_POST(self) -> None:
+                replica.awake.wait()
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fails = body["prompt"] == "poison" or replica.is_broken
+                prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+                if prompt in ("crash", "hang"):
+                    self.close_connection = True
+                    replica.crash() if prompt == "crash" else replica.hang()
+                    return
+                fails = prompt == "poison" or replica.is_broken
                 replica.num_poisoned += fails
                 failure = {"error": {**FAILURE["error"], "code": replica.code}}
-                self.answer(500 if fails else 200, failure if fails else ANSWER)
+                if fails and body.get("stream"):
+                    self.answer_stream([ROLE, failure] if "messages" in body else [failure])
+                else:
+                    self.answer(500 if fails else 200, failure if fails else ANSWER)
 
             def answer(self, status: int, value: Any) -> None:
-                data = json.dumps(value).encode()
+                self.answer_with(status, "application/json", json.dumps(value).encode())
+
+            def answer_stream(self, events: list[Any]) -> None:
+                data = "".join(f"data: {one}\n\n" for one in (*map(json.dumps, events), "[DONE]"))
+                self.answer_with(200, "text/event-stream", data.encode())
+
+            def answer_with(self, status: int, kind: str, data: bytes) -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -64,14 +102,46 @@ class Replica:
             def log_message(self, *_: object) -> None:
                 """Be silent."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                """Be silent."""
+
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
 
-    def close(self) -> None:
+    def crash(self) -> None:
+        """As when its process is killed: nothing listens, and its connections end."""
+        self.num_ends += 1
+        self.stop()
+        self.back(self.start)
+
+    def hang(self) -> None:
+        """As when its process is stopped, some time after it got the request."""
+        self.num_ends += 1
+        with self.probed:
+            self.probed.wait()
+        self.awake.clear()
+        self.back(self.awake.set, 6.0)
+        self.awake.wait()
+
+    def back(self, how: Any, after_s: float = 0.0) -> None:
+        self.timers.append(threading.Timer(after_s or self.back_after_s, how))
+        self.timers[-1].start()
+
+    def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+        while self.connections:
+            with contextlib.suppress(OSError):
+                self.connections.pop().shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for timer in self.timers:
+            timer.join()
+        self.stop()
         self.thread.join()
 
 
@@ -103,6 +173,50 @@ def test_poison_is_tried_twice_and_counts_against_no_replica(service: tuple[Runn
     assert answers[0].json()["error"]["code"] == "request_fails"
     assert sum(replica.num_poisoned for replica in replicas) == 20
     assert set(gateway.replica_states().values()) == {"ready"}
+
+
+@pytest.mark.parametrize("body", [POISON, CHAT], ids=["at once", "after the role"])
+def test_poison_that_is_reported_within_a_stream_counts_against_no_replica(
+    service: tuple[RunningGateway, list[Replica]], body: dict[str, Any]
+) -> None:
+    gateway, replicas = service
+    until(lambda: gateway.post("/v1/completions", GOOD).status_code == 200 and len(used(gateway)) == NUM_REPLICAS)
+    path = "/v1/chat/completions" if body is CHAT else "/v1/completions"
+    answers = [gateway.post(path, {**body, "stream": True}) for _ in range(10)]
+    assert {answer.status_code for answer in answers} == ({200} if body is CHAT else {400})
+    assert all('"code":"request_fails"' in answer.text for answer in answers)
+    assert sum(replica.num_poisoned for replica in replicas) == 20
+    assert set(gateway.replica_states().values()) == {"ready"}
+
+
+@pytest.mark.parametrize("prompt", ["crash", "hang"])
+def test_a_request_that_ends_replicas_ends_two_at_most(
+    service: tuple[RunningGateway, list[Replica]], prompt: str
+) -> None:
+    """Although those that crashed are soon back, and others serve."""
+    gateway, replicas = service
+    until(lambda: gateway.post("/v1/completions", GOOD).status_code == 200 and len(used(gateway)) == NUM_REPLICAS)
+    answer = gateway.post("/v1/completions", {**GOOD, "prompt": prompt})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request_fails")
+    assert "crashed or hung twice while they ran this request" in answer.json()["error"]["message"]
+    assert sum(replica.num_ends for replica in replicas) == 2
+    assert gateway.post("/v1/completions", GOOD).status_code == 200
+    assert sum(replica.num_ends for replica in replicas) == 2
+
+
+def test_a_request_that_crashes_the_only_replica_crashes_it_twice_at_most(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway:
+        replica = Replica()
+        route = {
+            "revision": "1",
+            "models": [{"name": "m", "replicas": [{"id": "r", "url": replica.url, "model": "m"}]}],
+        }
+        gateway.admin.put("/admin/routes", json=route).raise_for_status()
+        until(lambda: gateway.post("/v1/completions", GOOD).status_code == 200)
+        assert gateway.post("/v1/completions", {**GOOD, "prompt": "crash"}).status_code == 400
+        assert replica.num_ends == 2
+        assert gateway.post("/v1/completions", GOOD).status_code == 200
+        replica.close()
 
 
 def test_without_good_answers_meanwhile_the_request_is_not_accused(

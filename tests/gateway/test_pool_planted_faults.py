@@ -12,9 +12,11 @@ from pool_play import play
 from planted_faults import Fault, Faults, assert_caught, changed, does_nothing
 from powerband.dispatch.admission import AdmissionControl
 from powerband.dispatch.backend import Backend
-from powerband.dispatch.dispatcher import Dispatcher, _without
+from powerband.dispatch.dispatcher import Dispatcher
 from powerband.dispatch.length_pools import arrange, pool_for
 from powerband.dispatch.queue import FairQueue, _PriorityClass
+from powerband.dispatch.rejection import RejectionBackoff
+from powerband.dispatch.routing import without
 from powerband.gateway.dispatch.pool import Pool
 
 FAULTS = Faults()
@@ -42,10 +44,9 @@ def _(right: Any, backend: Any, now_s: float) -> Any:
         return right(backend, now_s)
 
 
-@FAULTS.add("a replica that refused one gets the next at once", Backend.has_capacity)
-def _(right: Any, backend: Any, now_s: float) -> Any:
-    with changed(backend.backoff, paused_until_s=0.0):
-        return right(backend, now_s)
+@FAULTS.add("a replica that refused one gets the tenant's next at once", RejectionBackoff.allows_tenant)
+def _(_right: Any, _backoff: Any, _tenant: Any, _now_s: float) -> Any:
+    return True
 
 
 @FAULTS.add("draining replicas get more", Backend.is_serving)
@@ -129,7 +130,7 @@ def _(right: Any, dispatcher: Any, sent: Any, *arguments: Any, **more: Any) -> N
 # Second attempts
 
 
-@FAULTS.add("second attempts go to the same replica", _without)
+@FAULTS.add("second attempts go to the same replica", without)
 def _(_right: Any, _avoid: Any, free: Any, _serving: Any) -> Any:
     return free
 
@@ -167,8 +168,8 @@ def _(right: Any, *arguments: Any) -> Any:
 
 
 @FAULTS.add("last come, first served", Dispatcher._pick)
-def _(right: Any, dispatcher: Any, free: Any, serving: Any, requests: Any) -> Any:
-    return right(dispatcher, free, serving, list(requests)[::-1])
+def _(right: Any, dispatcher: Any, free: Any, serving: Any, now_s: float, requests: Any) -> Any:
+    return right(dispatcher, free, serving, now_s, list(requests)[::-1])
 
 
 @FAULTS.add("priorities are upside down", FairQueue._level)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import make_pool, replica, request, settle
 
+from powerband.dispatch.backend import BackendSpec
 from powerband.dispatch.capacity import Capacity
+from powerband.dispatch.dispatcher import Dispatcher
+from powerband.dispatch.errors import PoolFull
+from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.queue import FairQueue, QueuedRequest
 from virtual_loop import VirtualLoop, virtually
 
@@ -200,6 +205,50 @@ def test_tenants_that_always_wait_are_served_alike(sizes: list[tuple[int, int]])
         served[tenant] += taken.tokens
         pending[tenant] -= 1
         assert max(served[t] for t in pending) - min(served[t] for t in pending) <= 200
+
+
+def test_a_tenant_that_waits_at_many_priorities_counts_once() -> None:
+    queue = FairQueue()
+    for priority in range(5):
+        queue.push(ticket("many", priority=priority))
+    assert queue.share_of("other") == (0, 0, 2)
+    assert queue.share_of("many") == (5, 50, 1)
+    assert take(queue)
+    assert queue.share_of("many") == (4, 40, 1)
+
+
+def test_a_tenant_uses_eight_priorities_at_a_time_and_a_ninth_becomes_the_next_later_one() -> None:
+    queue = FairQueue()
+    for priority in range(10, 90, 10):
+        assert queue.level_for("many", (1, priority)) == (1, priority)
+        queue.push(ticket("many", priority=priority))
+    asked = {5: 10, 10: 10, 11: 20, 45: 50, 80: 80, 2**31 - 1: 80}
+    assert {priority: queue.level_for("many", (1, priority))[1] for priority in asked} == asked
+    assert queue.level_for("many", (0, 7)) == (0, 7), "retries have levels of their own"
+    assert queue.level_for("other", (1, 45)) == (1, 45)
+    first = take(queue)
+    assert first
+    assert queue.level_for("many", (1, 45)) == (1, 50), "a request in flight still uses its level"
+    queue.settle(first.level, "many", first.tokens, 10)
+    assert queue.level_for("many", (1, 45)) == (1, 45)
+
+
+def test_a_tenant_with_a_priority_for_each_request_locks_nobody_out() -> None:
+    """And the levels that every lookup goes through stay few."""
+
+    def queued_by_others(num_priorities: int) -> int:
+        pool = Dispatcher(DispatchOptions(max_queued_requests=500, max_queued_tokens=100_000))
+        pool.update([BackendSpec(id="a", max_num_seqs=1)], 0.0)
+        found = 0
+        for tenant in ("many", "other"):
+            for number in range(1000):
+                with contextlib.suppress(PoolFull):
+                    pool.submit(request(tenant=tenant, priority=number % num_priorities), 0.0)
+                    found += tenant == "other"
+        assert max(len(one.queue._levels) for one in pool._pools) <= 64
+        return found
+
+    assert queued_by_others(1000) == queued_by_others(1) > 100
 
 
 def test_memory_of_tenants_is_bounded() -> None:

@@ -18,6 +18,7 @@ import pytest
 from powerband.gateway.options import NO_DESCRIPTORS, Timeouts
 from powerband.gateway.proxy.attempts import UpstreamAttempts
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream import client
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.gateway.upstream.exchange import MAX_UNREAD_BYTES
 from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
@@ -166,7 +167,8 @@ def test_each_phase_has_its_limit() -> None:
     assert failure(says(CHUNKED, *[b"2\r\nab\r\n"] * 10, pause_s=0.15), QUICK) == "timeout", "the whole"
 
 
-def test_connections_are_used_again_and_a_stale_one_is_no_failure() -> None:
+def test_connections_are_used_again_and_a_stale_one_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_STALE_S", 60.0)
     connections = []
 
     async def closes_after_two(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -184,6 +186,55 @@ def test_connections_are_used_again_and_a_stale_one_is_no_failure() -> None:
 
     assert asyncio.run(act()) == [b"ok"] * 5
     assert connections == [2, 2, 1]
+
+
+def test_a_request_that_the_server_may_have_begun_to_process_is_not_sent_again() -> None:
+    sent = []
+
+    async def breaks_later(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sent.append(await request(reader))
+        writer.write(OK)
+        sent.append(await request(reader))
+        await asyncio.sleep(3 * client._STALE_S)
+
+    async def act() -> None:
+        async with upstream_to(breaks_later) as (upstream, replica):
+            await whole(upstream, replica)
+            with pytest.raises(UpstreamFailure, match="The server closed the connection"):
+                await whole(upstream, replica)
+
+    asyncio.run(act())
+    assert len(sent) == 2
+
+
+def test_where_nobody_listens_any_more_after_a_connection_broke_the_break_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that ends at once with a request has not been absent: the request may be the cause."""
+    monkeypatch.setattr(client, "_STALE_S", 60.0)
+
+    async def act() -> None:
+        servers: list[asyncio.Server] = []
+
+        async def ends(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await request(reader)
+            writer.write(OK)
+            await request(reader)
+            servers[0].close()
+            writer.close()
+
+        servers.append(await asyncio.start_server(ends, "127.0.0.1", 0))
+        upstream = UpstreamClient(PATIENT)
+        replica = ReplicaAddress(id="r", url=f"http://127.0.0.1:{servers[0].sockets[0].getsockname()[1]}", model="m")
+        await whole(upstream, replica)
+        assert await upstream.is_listening(replica, 60.0)
+        with pytest.raises(UpstreamFailure) as caught:
+            await whole(upstream, replica)
+        assert (caught.value.code, caught.value.kind) == ("reset", FailureKind.CONNECTION)
+        assert not await upstream.is_listening(replica, 60.0)
+        await upstream.close()
+
+    asyncio.run(act())
 
 
 def test_a_new_connection_that_breaks_is_not_tried_again() -> None:

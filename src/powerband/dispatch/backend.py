@@ -23,6 +23,7 @@ BackendState = Literal["ready", "starting", "ejected", "open", "draining"]
 BACKEND_STATES: tuple[BackendState, ...] = get_args(BackendState)
 
 _GAP_WEIGHT = 0.02  # of the newest gap in the moving mean
+_PROVEN_S = 10.0
 _FULL = 0.95  # fraction of the KV cache
 _LOG_INTERVAL_S = 60.0
 
@@ -130,6 +131,7 @@ class Backend:
         self.load = ReplicaLoad()
         self.gap_s = 0.0  # moving mean of the time between two reads of one stream
         self.bytes_s = now_s
+        self.probed_s = -math.inf  # when a probe last succeeded
         self.last_success_s = -math.inf  # when it last completed a request
         self.restarts: int | None = None
         self.errors: deque[str] = deque(maxlen=5)
@@ -137,6 +139,8 @@ class Backend:
         self.ejected_until_s = 0.0
         self._restarted_s = -math.inf
         self._num_bad, self._num_good = 0, 0  # consecutive failed and successful probes
+        self._num_accepted = 0  # the most requests in flight when it accepted one …
+        self._accepted_s = -math.inf  # … which counts for `_PROVEN_S`
         self._num_series = 0  # ejections in close succession, for the exponential backoff
         self._num_crowded = 0  # consecutive load reports with too many waiting requests
 
@@ -186,6 +190,7 @@ class Backend:
 
         is_needed: no other backend is ready, so an unstable one is readmitted early.
         """
+        self.probed_s = now_s
         self._num_bad = 0
         self._num_good += 1
         is_early = now_s < self.ejected_until_s and not is_needed
@@ -194,6 +199,11 @@ class Backend:
         self.is_ready = self.was_ready = True
         self.since_s = now_s
         return True
+
+    @property
+    def alive_s(self) -> float:
+        """When it last sent bytes or passed a probe."""
+        return max(self.bytes_s, self.probed_s)
 
     @property
     def is_in_doubt(self) -> bool:
@@ -240,7 +250,7 @@ class Backend:
 
     def replaced(self) -> None:
         """A new process has taken its place: reset what was learned about the old one."""
-        self.limit, self._num_crowded = self.max_in_flight, 0
+        self.limit, self._num_crowded, self._num_accepted = self.max_in_flight, 0, 0
         self.backoff.reset()
         self.breaker.reset()
 
@@ -251,18 +261,29 @@ class Backend:
         self.in_flight.add(in_flight)
 
     def rejected(self, in_flight: InFlightRequest, now_s: float, retry_after_s: float) -> None:
-        """It rejected a request. retry_after_s: its Retry-After; 0: none, it is at capacity."""
-        if self.backoff.ignores(in_flight.tenant, now_s):
+        """It rejected a request. retry_after_s: its Retry-After; 0: none.
+
+        It may be at capacity, so `limit` falls to what it still runs, but not below what it accepted a moment ago: then
+        the rejection concerns the request or its tenant.
+        """
+        if retry_after_s and self.backoff.ignores(in_flight.tenant, now_s):
             return
         if self.in_flight or not retry_after_s:
-            self.limit = max(min(self.limit, len(self.in_flight)), 1)
+            proven = self._num_accepted if now_s - self._accepted_s < _PROVEN_S else 0
+            self.limit = min(self.limit, max(len(self.in_flight), proven, 1))
         self.backoff.rejected(in_flight, now_s, retry_after_s)
 
     def request_completed(self, in_flight: InFlightRequest, now_s: float) -> None:
         """A request has ended. If the backend does not report its queue length, each one raises `limit` by one."""
-        self.backoff.accepted(in_flight, now_s)
+        if in_flight.began_s is None:
+            self._accepted(in_flight, len(self.in_flight) + 1, now_s)
         if self.limit < self.max_in_flight and self.load.waiting is None:
             self.limit += 1
+
+    def _accepted(self, in_flight: InFlightRequest, num_in_flight: int, now_s: float) -> None:
+        self.backoff.accepted(in_flight, now_s)
+        if num_in_flight >= self._num_accepted or now_s - self._accepted_s >= _PROVEN_S:
+            self._num_accepted, self._accepted_s = num_in_flight, now_s
 
     # Progress of its streams.
 
@@ -271,7 +292,7 @@ class Backend:
         in_flight.bytes_s = self.bytes_s = now_s
         if in_flight.began_s is None:
             in_flight.began_s = now_s
-            self.backoff.accepted(in_flight, now_s)
+            self._accepted(in_flight, len(self.in_flight), now_s)
         elif in_flight.request.stream:
             self.gap_s += (gap_s - self.gap_s) * (_GAP_WEIGHT if self.gap_s else 1.0)
 

@@ -33,7 +33,7 @@ from powerband.dispatch.length_pools import LengthPool, arrange, pool_for
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.queue import QueuedRequest
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
-from powerband.dispatch.routing import make_router
+from powerband.dispatch.routing import make_router, open_to, without
 
 NO_REPLICA_RETRY_S = 5.0
 TICK_S = 0.05  # between two checks of queued requests and of backends that are not serving
@@ -76,7 +76,7 @@ class Dispatcher:
         """
         pool = pool_for(request, self._pools)
         # A retry goes ahead of new requests.
-        level = (0 if avoid else 1, request.priority)
+        level = pool.queue.level_for(request.tenant, (0 if avoid else 1, request.priority))
         sent = None if pool.queue.requests else self._send_at_once(request, avoid, pool, level, now_s)
         return sent or self._enqueue(request, pool, level, frozenset(avoid), now_s)
 
@@ -255,6 +255,10 @@ class Dispatcher:
         """Whether any other backend is serving."""
         return any(backend.is_serving and backend.id not in than for backend in self._backends.values())
 
+    def serves_longer(self, max_prompt_tokens: int) -> bool:
+        """Whether a backend that accepts prompts longer than this is serving."""
+        return any(pool.max_prompt_tokens > max_prompt_tokens and pool.serving for pool in self._pools)
+
     def may_log(self, id: str, now_s: float) -> bool:
         """Whether another log line about this backend's responses is due."""
         backend = self._backends.get(id)
@@ -346,10 +350,10 @@ class Dispatcher:
         for pool in self._pools:
             free = [one for one in pool.serving if one.has_capacity(now_s)] if pool.queue.requests else []
             while free and pool.queue.requests:
-                queued = pool.queue.pop(partial(self._pick, free, pool.serving))
+                queued = pool.queue.pop(partial(self._pick, free, pool.serving, now_s))
                 if queued is None:
                     break
-                among = _without(queued.avoid, free, pool.serving)
+                among = open_to(queued.request, queued.avoid, free, pool.serving, now_s)
                 backend = self._router.choose(queued.request, among, pool.serving)
                 sent = self._send(queued.request, backend, pool, queued.level, now_s)
                 sent.queue_s = now_s - queued.queued_s
@@ -358,13 +362,13 @@ class Dispatcher:
             pool.observe(now_s)
 
     def _pick(
-        self, free: list[Backend], serving: list[Backend], requests: Iterable[QueuedRequest]
+        self, free: list[Backend], serving: list[Backend], now_s: float, requests: Iterable[QueuedRequest]
     ) -> QueuedRequest | None:
         """One tenant's next request: its first, or one of the next few that has a higher affinity to the only free
         backend.
         """
         first = next(iter(requests))
-        if not _without(first.avoid, free, serving):
+        if not open_to(first.request, first.avoid, free, serving, now_s):
             return None
         lookahead = self.options.affinity_lookahead
         if len(free) > 1 or len(serving) == 1 or first.num_passed >= lookahead:
@@ -394,7 +398,8 @@ class Dispatcher:
     def _send_at_once(
         self, request: DispatchRequest, avoid: Collection[str], pool: LengthPool, level: PriorityLevel, now_s: float
     ) -> InFlightRequest | None:
-        free = _without(avoid, [backend for backend in pool.serving if backend.has_capacity(now_s)], pool.serving)
+        free = [backend for backend in pool.serving if backend.has_capacity(now_s)]
+        free = open_to(request, avoid, free, pool.serving, now_s)
         if not free:
             return None
         if not avoid:
@@ -479,18 +484,9 @@ class Dispatcher:
 
 def _check_pauses(pool: LengthPool, avoid: Collection[str], now_s: float) -> None:
     """Raise ReplicasBusy if every backend is paused for longer than `_MAX_PAUSE_S`."""
-    pauses_s = [backend.backoff.paused_until_s - now_s for backend in _without(avoid, pool.serving, pool.serving)]
+    pauses_s = [backend.backoff.paused_until_s - now_s for backend in without(avoid, pool.serving, pool.serving)]
     if pauses_s and (pause_s := min(pauses_s)) > _MAX_PAUSE_S:
         raise ReplicasBusy(
             f"Every replica has asked for a pause (Retry-After); the shortest ends in {pause_s:.0f} s.",
             retry_after_s=pause_s,
         )
-
-
-def _without(avoid: Collection[str], free: list[Backend], serving: list[Backend]) -> list[Backend]:
-    """The free backends without those to avoid; all free backends if every serving one is to be avoided."""
-    if not avoid:
-        return free
-    if all(backend.id in avoid for backend in serving):
-        return free
-    return [backend for backend in free if backend.id not in avoid]

@@ -8,13 +8,14 @@ Fair queuing with tokens as the cost, as in the Virtual Token Counter (Sheng et 
 language models", OSDI 2024). A tenant's tag is the tokens it has used plus the upper bound of its requests in flight.
 When an idle tenant becomes active, its counter is raised to the lowest one among active tenants, so idle time earns no
 credit. Only used tokens count for that, not the upper bounds that other tenants declare. Requests of one tenant keep
-their order.
+their order. A tenant uses at most `MAX_LEVELS` priorities at a time, so that no client makes the others' lookups long.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from bisect import bisect, bisect_left, insort
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -23,6 +24,7 @@ from powerband.dispatch.backend import InFlightRequest
 from powerband.dispatch.errors import PoolError
 from powerband.dispatch.request import DispatchRequest, PriorityLevel
 
+MAX_LEVELS = 8  # priority levels that one tenant's requests may use at a time
 _MAX_IDLE_LEVELS = 64  # priority levels kept before idle ones are dropped
 _MAX_IDLE_TENANTS = 4096  # likewise
 _MAX_SAMPLED = 64  # tenants sampled to estimate the tokens ahead of a request
@@ -133,16 +135,17 @@ class _PriorityClass:
         tenant.in_flight_tokens += tokens
         self._tag_changed(name, tenant)
 
-    def settle(self, name: str, tokens: float, used: float) -> None:
-        """A request that was charged with `tokens` has ended. used: the tokens it really took."""
+    def settle(self, name: str, tokens: float, used: float) -> bool:
+        """A request that was charged with `tokens` has ended. used: the tokens it really took. False: there is none."""
         tenant = self.tenants.get(name)
         if tenant is None or not tenant.in_flight:
-            return
+            return False
         tenant.in_flight -= 1
         tenant.in_flight_tokens = tenant.in_flight_tokens - tokens if tenant.in_flight else 0.0
         tenant.used += used
         self._tag_changed(name, tenant)
         self._record_idle(tenant)
+        return True
 
     def tokens_ahead(self, name: str) -> float:
         """Tokens ahead of a new request of this tenant, assuming that no further requests arrive."""
@@ -211,6 +214,17 @@ class _PriorityClass:
         self._max_tenants = _MAX_IDLE_TENANTS + 2 * len(active)
 
 
+class _Share:
+    """One tenant at all priorities. requests, tokens: queued. levels: its requests, queued or in flight, by level."""
+
+    __slots__ = ("levels", "requests", "tokens")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.tokens = 0
+        self.levels: Counter[PriorityLevel] = Counter()
+
+
 class FairQueue:
     """The queue of one length pool. `requests`, `tokens`: how many are queued."""
 
@@ -218,24 +232,44 @@ class FairQueue:
         self.requests = 0
         self.tokens = 0
         self._levels: dict[PriorityLevel, _PriorityClass] = {}
-        self._order: list[PriorityLevel] = []
+        self._order: list[PriorityLevel] = []  # sorted
+        self._max_levels = _MAX_IDLE_LEVELS  # before idle levels are dropped
+        self._shares: dict[str, _Share] = {}  # of tenants with requests that are queued or in flight
+        self._num_waiting = 0  # tenants with queued requests
 
     def __iter__(self) -> Iterator[QueuedRequest]:
         for level in self._order:
             for tenant in self._levels[level].waiting.values():
                 yield from tenant.requests
 
+    def level_for(self, tenant: str, wanted: PriorityLevel) -> PriorityLevel:
+        """The level of a tenant's new request: `wanted`, unless the tenant uses `MAX_LEVELS` other ones. Then it is the
+        next one of these that is served later, or the last.
+        """
+        share = self._shares.get(tenant)
+        if share is None or wanted in share.levels:
+            return wanted
+        used = sorted(level for level in share.levels if level[0] == wanted[0])
+        if len(used) < MAX_LEVELS:
+            return wanted
+        return used[min(bisect(used, wanted), len(used) - 1)]
+
     def push(self, queued: QueuedRequest) -> None:
         self._level(queued.level).push(queued)
         queued.is_queued = True
         self.requests += 1
         self.tokens += queued.tokens
+        share = self._began(queued.level, queued.request.tenant)
+        self._num_waiting += not share.requests
+        share.requests += 1
+        share.tokens += queued.tokens
 
     def remove(self, queued: QueuedRequest) -> None:
         """Remove a request without dispatching it. Does nothing if it has left the queue."""
         if queued.is_queued:
             self._levels[queued.level].remove(queued)
             self._uncount(queued)
+            self._ended(queued.level, queued.request.tenant)
 
     def pop(self, choose: Callable[[Iterable[QueuedRequest]], QueuedRequest | None]) -> QueuedRequest | None:
         """Take the next request. choose: gets each tenant's requests, lowest tag first; returns one of them or None."""
@@ -251,39 +285,55 @@ class FairQueue:
     def charge(self, level: PriorityLevel, tenant: str, tokens: float) -> None:
         """A request with this upper bound of tokens is dispatched without queueing."""
         self._level(level).charge(tenant, tokens)
+        self._began(level, tenant)
 
     def settle(self, level: PriorityLevel, tenant: str, tokens: float, used: float) -> None:
         """A request that was charged or queued with `tokens` has ended. used: the tokens it really took."""
-        if level in self._levels:
-            self._levels[level].settle(tenant, tokens, used)
+        if level in self._levels and self._levels[level].settle(tenant, tokens, used):
+            self._ended(level, tenant)
 
     def share_of(self, tenant: str) -> tuple[int, int, int]:
-        """The tenant's queued requests, their tokens, and the number of waiting tenants including this one.
-
-        A tenant that waits at several priorities counts once for each.
-        """
-        levels = [level for level in self._levels.values() if level.waiting]
-        own = [level.waiting[tenant] for level in levels if tenant in level.waiting]
-        num_tenants = sum(len(level.waiting) for level in levels) + (not own)
-        return sum(len(one.requests) for one in own), sum(one.tokens for one in own), num_tenants
+        """The tenant's queued requests, their tokens, and the number of waiting tenants including this one."""
+        share = self._shares.get(tenant) or _Share()
+        return share.requests, share.tokens, self._num_waiting + (not share.requests)
 
     def tokens_ahead(self, level: PriorityLevel, tenant: str) -> float:
         """Tokens ahead of a new request, assuming that no further requests arrive."""
         if not self.requests:
             return 0.0
-        before = sum(self._levels[name].tokens for name in self._order if name < level)
+        before = sum(self._levels[name].tokens for name in islice(self._order, bisect_left(self._order, level)))
         return before + (self._levels[level].tokens_ahead(tenant) if level in self._levels else 0.0)
 
+    def _began(self, level: PriorityLevel, tenant: str) -> _Share:
+        share = self._shares.setdefault(tenant, _Share())
+        share.levels[level] += 1
+        return share
+
+    def _ended(self, level: PriorityLevel, tenant: str) -> None:
+        share = self._shares[tenant]
+        share.levels[level] -= 1
+        if not share.levels[level]:
+            del share.levels[level]
+        if not share.levels:
+            del self._shares[tenant]
+
     def _uncount(self, queued: QueuedRequest) -> None:
+        """A request has left the queue; if it was dispatched, its tenant still uses the level."""
         queued.is_queued = False
         self.requests -= 1
         self.tokens -= queued.tokens
+        share = self._shares[queued.request.tenant]
+        share.requests -= 1
+        share.tokens -= queued.tokens
+        self._num_waiting -= not share.requests
 
     def _level(self, name: PriorityLevel) -> _PriorityClass:
         level = self._levels.get(name)
         if level is None:
-            if len(self._levels) >= _MAX_IDLE_LEVELS:
+            if len(self._levels) >= self._max_levels:
                 self._levels = {known: old for known, old in self._levels.items() if old.is_in_use}
+                self._order = sorted(self._levels)
+                self._max_levels = _MAX_IDLE_LEVELS + 2 * len(self._levels)
             level = self._levels[name] = _PriorityClass()
-            self._order = sorted(self._levels)
+            insort(self._order, name)
         return level

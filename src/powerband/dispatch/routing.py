@@ -13,7 +13,7 @@ It skips backends with more than 1.5 times the mean load, so a popular prefix sp
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from powerband.dispatch.backend import Backend
@@ -174,3 +174,21 @@ class PrefixAware(LeastOutstanding):
 
     def forget(self, backend: str) -> None:
         self._index.forget(backend)
+
+
+def without(avoid: Collection[str], free: list[Backend], serving: list[Backend]) -> list[Backend]:
+    """The free backends without those to avoid; all free backends if every serving one is to be avoided."""
+    if not avoid:
+        return free
+    if all(backend.id in avoid for backend in serving):
+        return free
+    return [backend for backend in free if backend.id not in avoid]
+
+
+def open_to(
+    request: DispatchRequest, avoid: Collection[str], free: list[Backend], serving: list[Backend], now_s: float
+) -> list[Backend]:
+    """The free backends, without those to avoid and those that pause the request's tenant."""
+    return [
+        backend for backend in without(avoid, free, serving) if backend.backoff.allows_tenant(request.tenant, now_s)
+    ]

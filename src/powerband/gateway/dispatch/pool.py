@@ -86,6 +86,10 @@ class Pool:
         """Whether any other replica is serving."""
         return self.dispatcher.has_others(than)
 
+    def serves_longer(self, max_prompt_tokens: int) -> bool:
+        """Whether a replica that accepts prompts longer than this is serving."""
+        return self.dispatcher.serves_longer(max_prompt_tokens)
+
     def may_log(self, id: str) -> bool:
         """Whether another log line about this replica's responses is due."""
         return self.dispatcher.may_log(id, self.clock())
@@ -212,6 +216,11 @@ class Lease:
     def is_lost(self) -> bool:
         """Whether the replica was found dead or hung: no more data will come."""
         return self.in_flight.is_lost
+
+    @property
+    def has_shown_life(self) -> bool:
+        """Whether the replica sent bytes of any response, or passed a probe, after it got the request."""
+        return self.in_flight.backend.alive_s > self.in_flight.sent_s
 
     def when_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback` once when the lease is lost; at once if it already is. Only one callback is kept."""

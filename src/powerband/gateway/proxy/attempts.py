@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
+from powerband.core.request import OUTPUT_COMPLETE
 from powerband.dispatch.dispatcher import NO_REPLICA_RETRY_S, Outcome
 from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 MAX_REJECTIONS = 8
 _ERROR_BODY_S = 5.0
+_MAX_FAILURES = 10  # of one request, however many tokens came in between
+_CRASH_PAUSE_S = 0.1  # before a retry after a crash: others that crash for the same reason are found in the meantime
+_LISTENING_S = 0.5  # a server that accepts no connection within this time has crashed
 _POLL_S = 0.02
 _DEAD_REPLICA_DETECTION_S = 2.0  # within which probes detect a dead replica
 # Error codes of a Powerband replica that accepts no requests now: the request has not reached an engine.
@@ -107,7 +112,6 @@ class UpstreamAttempts:
                     on_sent=partial(_bind, lease),
                 )
                 if exchange.status == 200:
-                    self._poison_detector.confirm_failures()
                     return replica, exchange
                 await self._raise_for_status(exchange, replica)
             except UnsuitableReplica as unsuitable:
@@ -116,8 +120,29 @@ class UpstreamAttempts:
                 self.close("unsent")
                 if not self._pool.has_others(self._avoid):
                     raise unsuitable.error from None
+            except InvalidUpstreamRequest as problem:
+                if not self.go_to_longer(problem):
+                    self.close("ok")
+                    raise
             except UpstreamFailure as problem:
                 await self.handle_failure(problem)
+
+    def go_to_longer(self, problem: InvalidUpstreamRequest) -> bool:
+        """The replica rejected the request as invalid. Returns whether one that accepts longer prompts serves: the next
+        attempt goes to it.
+
+        A prompt's length is an estimate, and replicas word it differently that one is too long.
+        """
+        lease = self._lease
+        if lease is None or problem.code == OUTPUT_COMPLETE:
+            return False
+        limit = lease.replica.max_prompt_tokens
+        if limit is None or not self._pool.serves_longer(limit):
+            return False
+        self._end_exchange()
+        self.close("ok")
+        self.request = replace(self.request, prompt_tokens=limit + 1)
+        return True
 
     async def _raise_for_status(self, exchange: UpstreamExchange, replica: ReplicaAddress) -> NoReturn:
         """Raise InvalidUpstreamRequest if the replica finds the request invalid, else UpstreamFailure."""
@@ -141,8 +166,6 @@ class UpstreamAttempts:
             self._log(replica, f"It has no {PATHS[self.request.endpoint]} for model {replica.model!r} (HTTP {status}).")
             raise UpstreamFailure(code, f"The replica does not offer this: {shown}", FailureKind.UNSUPPORTED)
         if 400 <= status < 500 and status not in (408, 421, 425):
-            self._poison_detector.confirm_failures()
-            self.close("ok")
             raise InvalidUpstreamRequest(complaint, status)
         raise UpstreamFailure(code, shown)
 
@@ -175,15 +198,28 @@ class UpstreamAttempts:
             self._check_unavailable(problem)
             return
         if problem.kind is FailureKind.ERROR_RESPONSE and self._poison_detector.record_failure(lease, problem.code):
-            raise _poison(problem, are_well=self._pool.are_healthy(id for id, _ in self.failed_attempts))
+            shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
+            raise self._poison(shown, hint="They answer others; another try would fail, too: change the request.")
+        if await self._has_crashed(lease, problem) and self._poison_detector.record_crash():
+            shown = f"{problem} Replicas crashed or hung twice while they ran this request."
+            raise self._poison(shown, hint="They ran others well, so it is probably the cause: change the request.")
         if problem.policy.is_permanent and not self._pool.has_others(self._avoid):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _MIN_TOKENS_OF_SUCCESS else self._num_failures + 1
-        if self._num_failures >= self._max_attempts:
+        if self._num_failures >= self._max_attempts or len(self.failed_attempts) >= _MAX_FAILURES:
             self._poison_detector.confirm_failures()
             raise self._error(problem)
         if problem.policy.counts and not await self._may_retry(lease):
             raise self._error(problem)
+
+    async def _has_crashed(self, lease: Lease, problem: UpstreamFailure) -> bool:
+        """Whether the replica's process or engine crashed or hung after it got the request, not before."""
+        if problem.code == "lost":
+            return lease.has_shown_life
+        if problem.code not in ("reset", "engine_dead"):
+            return False
+        await asyncio.sleep(_CRASH_PAUSE_S)
+        return problem.code == "engine_dead" or not await self._upstream.is_listening(lease.replica, _LISTENING_S)
 
     def _check_unavailable(self, problem: UpstreamFailure) -> None:
         """The request reached no engine, so this is not counted as an attempt: it may wait in the pool for a replica.
@@ -227,6 +263,12 @@ class UpstreamAttempts:
             return HttpError(504, "upstream_timeout", shown)
         return ReplicaError(shown)
 
+    def _poison(self, shown: str, *, hint: str) -> PowerbandError:
+        """The error of a request that is at fault. hint: for when the replicas that failed with it served others."""
+        if not self._pool.are_healthy(id for id, _ in self.failed_attempts):
+            return ReplicaError(shown)
+        return PoisonRequest(shown, hint=hint)
+
     def warn(self, what: str) -> None:
         """Log a fault of the current replica, rate-limited."""
         if self._lease is not None:
@@ -237,11 +279,14 @@ class UpstreamAttempts:
             self._lease.progress()
 
     def first_token(self, prompt_tokens: int | None) -> None:
+        self._poison_detector.confirm_failures()
         if self._lease is not None:
             self._lease.first_token(prompt_tokens)
 
     def close(self, outcome: Outcome, output_tokens: int = 0) -> None:
         """Free the slot at the replica. Only the first call has an effect."""
+        if outcome == "ok":
+            self._poison_detector.confirm_failures()
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.close(outcome, output_tokens=output_tokens)
@@ -270,11 +315,3 @@ def _bind(lease: Lease, exchange: UpstreamExchange) -> None:
     """Report the socket's activity to the lease, and fail the exchange when the replica is found dead or hung."""
     exchange.observer = lease
     lease.when_lost(partial(exchange.fail, "lost", "the replica hangs or is gone"))
-
-
-def _poison(problem: UpstreamFailure, *, are_well: bool) -> PowerbandError:
-    """The error of a request with which two replicas failed in the same way. are_well: they serve other requests."""
-    shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
-    if not are_well:
-        return ReplicaError(shown)
-    return PoisonRequest(shown, hint="They answer others; another try would fail, too: change the request.")

@@ -171,6 +171,9 @@ class GenerationResponse(Response):
                 pieces = self._read_whole(await self._collect(exchange), replica)
                 pass_on_ignored_fields(scope, exchange.headers)
                 break
+            except InvalidUpstreamRequest as problem:
+                if not attempts.go_to_longer(problem):
+                    raise
             except UpstreamFailure as problem:
                 await attempts.handle_failure(problem)
         self._settle_status(200)
@@ -263,6 +266,9 @@ class GenerationResponse(Response):
             try:
                 await self._relay_exchange(exchange, send)
                 return
+            except InvalidUpstreamRequest as problem:
+                if attempts.response_started or not attempts.go_to_longer(problem):
+                    raise
             except UpstreamFailure as problem:
                 if state.is_finished:
                     attempts.close("failed", state.tokens.num_output)
@@ -271,7 +277,7 @@ class GenerationResponse(Response):
             if attempts.response_started:
                 self._resumed += 1
                 plan = resumer.plan
-                attempts.request = replace(self._request, deadline_s=None)
+                attempts.request = replace(attempts.request, deadline_s=None)
             else:
                 self._state = state = self._new_state()
                 resumer = Resumer(self._client_request, state, self._gateway.upstream, self._request.tenant)

@@ -1,16 +1,22 @@
-"""Detects poison requests: when a replica answers a request with an error, is the request or the replica at fault?
+"""Detects poison requests: when a replica fails with a request, is the request or the replica at fault?
 
 One replica that fails may be broken. If two fail with the same request in the same way, the request is at fault.
 
-    A: 500 not_finite ── unconfirmed ┬── B: 200             A is at fault: counts for its circuit breaker
+    A: 500 not_finite ── unconfirmed ┬── B: 200 and output  A is at fault: counts for its circuit breaker
                                      ├── B: 500 not_finite  the request is at fault: nothing counts, no more attempts
                                      ├── all attempts fail  all replicas are at fault, each in its own way
                                      └── no other attempt   nothing counts: the client left, or may not retry
+
+    A: crash ──► B: crash                                   the request is at fault: no more attempts
+
+A crash ends other requests, too. Those go on elsewhere; only one that was in flight at two crashes ends.
 """
 
 from __future__ import annotations
 
 from powerband.gateway.dispatch.pool import Lease
+
+MAX_CRASHES = 2  # of replicas with one request in flight
 
 
 class PoisonDetector:
@@ -18,6 +24,7 @@ class PoisonDetector:
 
     def __init__(self) -> None:
         self._unconfirmed: list[tuple[Lease, str]] = []
+        self._num_crashes = 0
 
     def record_failure(self, lease: Lease, code: str) -> bool:
         """A replica reported an error, so its lease was closed as "unconfirmed". Returns whether the request is
@@ -28,6 +35,13 @@ class PoisonDetector:
         if is_poison:
             self._unconfirmed.clear()
         return is_poison
+
+    def record_crash(self) -> bool:
+        """A replica's process or engine crashed or hung while it ran the request. Returns whether the request is at
+        fault.
+        """
+        self._num_crashes += 1
+        return self._num_crashes >= MAX_CRASHES
 
     def confirm_failures(self) -> None:
         """Another replica succeeded, or all attempts have failed: every unconfirmed replica was at fault."""

@@ -17,6 +17,7 @@ MAX_PAGE_BYTES = 1 << 20  # of metrics, model lists and the like: engines' pages
 MAX_IDLE = 128  # idle connections per replica
 IDLE_S = 20.0  # idle timeout; vLLM's and Powerband's servers keep connections for longer, uvicorn by default for 5 s
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_STALE_S = 0.05  # a reused connection that breaks within this time of the request had been closed while it was idle
 _DRAIN_S = 1.0
 _TICK_S = 0.1
 
@@ -85,15 +86,21 @@ class UpstreamClient:
 
         on_sent: called with the exchange before the response head arrives, so that others can make it fail.
 
-        If a reused connection breaks before the first byte of the response, the server most likely closed it while it
-        was idle, so the request is sent again on a new connection.
+        If a reused connection breaks within `_STALE_S`, the server had most likely closed it while it was idle, so the
+        request is sent once more, on a new connection. If it breaks later, the server may have begun to process the
+        request (RFC 9110, section 9.2.2). If no server listens any more, the request may be what ended it: this is
+        reported as the broken connection.
         """
         limits = timeouts or self.timeouts
         pool = self._pool(replica.url)
         lines = {"Authorization": f"Bearer {replica.api_key}"} if replica.api_key else {}
         head = request_head(method, pool.prefix + path, pool.authority, len(body), {**lines, **(headers or {})})
+        broken: UpstreamFailure | None = None
         while True:
-            connection, was_used = await self._take(pool, limits.connect_s)
+            try:
+                connection, was_used = await self._take(pool, limits.connect_s)
+            except UpstreamFailure as problem:
+                raise broken or problem from None
             now_s = time.monotonic()
             exchange = UpstreamExchange(now_s + limits.first_byte_s, limits.idle_s, now_s + limits.total_s)
             self._live.add(exchange)
@@ -103,7 +110,9 @@ class UpstreamClient:
                 await exchange.read_head()
             except UpstreamFailure as problem:
                 self.end(exchange)
-                if was_used and not exchange.received_s and problem.code == "reset":
+                is_early = not exchange.received_s and time.monotonic() - now_s < _STALE_S
+                if broken is None and was_used and is_early and problem.code == "reset":
+                    broken = problem
                     pool.drop_idle()  # its other idle connections are as old
                     continue
                 raise
@@ -111,6 +120,16 @@ class UpstreamClient:
                 self.end(exchange)
                 raise
             return exchange
+
+    async def is_listening(self, replica: ReplicaAddress, timeout_s: float) -> bool:
+        """Whether the replica's server accepts a connection now."""
+        pool = self._pool(replica.url)
+        try:
+            connection, _ = await self._take(pool, timeout_s)
+        except UpstreamFailure as problem:
+            return problem.kind is FailureKind.GATEWAY_LIMIT  # says nothing about the replica
+        connection.finish(is_reusable=True)
+        return True
 
     def end(self, exchange: UpstreamExchange) -> None:
         exchange.close()
