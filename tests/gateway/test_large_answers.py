@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from byte_replica import answer
@@ -150,6 +152,39 @@ def test_usage_that_no_request_can_have_is_not_charged(tokens: int) -> None:
     assert output == 5
     assert prompt < 100_000
     assert state.tokens.is_estimate
+
+
+def test_a_prompt_count_that_no_request_can_have_does_not_use_up_a_limit_while_the_stream_runs(
+    gateway: RunningGateway,
+) -> None:
+    """The reservation grows to what can be charged in the end, about 65,000 tokens, not to what the replica says."""
+    key = gateway.admin.post("/admin/keys", json={"name": "app", "limits": {"tokens_per_min": 1_000_000}}).json()
+    may_end = threading.Event()
+
+    async def play(writer: asyncio.StreamWriter, _: dict[str, Any]) -> None:
+        usage = {"prompt_tokens": 2**40 - 1, "completion_tokens": 1}
+        first = stream([{**chunk({"content": "a"}), "usage": usage}], done=False).removesuffix(b"0\r\n\r\n")
+        writer.write(first)
+        await writer.drain()
+        while not may_end.is_set():
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    def used() -> int:
+        return int(gateway.admin.get(f"/admin/keys/{key['id']}").json()["used"]["tokens_last_min"])
+
+    with (
+        serving(gateway, play),
+        httpx.stream(
+            "POST",
+            f"{gateway.url}/v1/chat/completions",
+            json={**CHAT, "stream": True},
+            headers={"Authorization": f"Bearer {key['secret']}"},
+        ) as told,
+    ):
+        assert next(told.iter_lines())  # the usage came with it
+        assert 60_000 < used() < 100_000
+        may_end.set()
 
 
 def test_an_impossible_count_of_tokens_is_charged_as_what_was_sent(gateway: RunningGateway) -> None:

@@ -428,7 +428,7 @@ def test_one_token_and_then_silence_is_not_retried_for_ever(gateway: RunningGate
 
 
 def test_a_stream_ends_soon_after_the_limit_that_its_engine_does_not_keep(gateway: RunningGateway) -> None:
-    endless = stream([chunk({"content": " a"})] * 5000, done=False)
+    endless = stream([chunk({"content": " a" * 100})] * 5000, done=False)
     with serving(gateway, says(endless)) as (replica,):
         told = gateway.stream("/v1/chat/completions", CHAT)
         assert told[-1] == "[DONE]"

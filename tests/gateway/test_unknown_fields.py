@@ -73,7 +73,7 @@ def test_an_event_without_content_is_left_out() -> None:
     nothing = {"content": "", "refusal": None, "tool_calls": [], "audio": {}, "annotations": []}
     assert received(stream_of(), choices=choice(nothing, logprobs=None, stop_reason=None), usage=None) == []
     assert received(stream_of(), choices=choice(None)) == []
-    # The gateway asked for this usage; the client did not. A client without include_usage expects choices in each event.
+    # Only the gateway asked for this usage. A client without include_usage expects choices in each event.
     assert received(stream_of("llamacpp"), choices=[], usage=USAGE, timings={"prompt_n": 1}) == []
 
 

@@ -292,14 +292,15 @@ class GenerationResponse(Response):
             raise ResponseTooLarge("event of the response", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
 
     def _count_tokens(self, tokens: int) -> None:
-        reservation = self._reservation
+        """Correct the reservation by what the replica reports, up to what the request can be charged in the end."""
+        reservation, counter = self._reservation, self._state.tokens
         if reservation is None:
             return
-        if not self._is_prompt_counted and (prompt := self._state.tokens.reported_prompt):
+        if not self._is_prompt_counted and counter.reported_prompt:
             self._is_prompt_counted = True
-            reservation.prompt_counted(prompt)
+            reservation.prompt_counted(counter.final_usage()[0])
         if tokens > reservation.output:
-            reservation.add_output_tokens(tokens)
+            reservation.add_output_tokens(min(tokens, counter.max_output))
 
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._attempts.response_started:
@@ -391,9 +392,8 @@ class GenerationResponse(Response):
         is_ok = self._outcome is Outcome.OK
         if tokens.num_output or tokens.usage is not None or (attempts.sent_s and is_ok):
             used = tokens.final_usage()
-            if is_ok and not tokens.is_estimate and tokens.times_s and len(attempts.replicas) == 1:
-                seconds = tokens.times_s[-1] - attempts.sent_s
-                self._served.estimates.learn(used[2], client_request.num_choices, seconds, tokens.text.size)
+            if is_ok and not tokens.is_estimate and used[2] and len(attempts.replicas) == 1:
+                tokens.teach(self._served.estimates, used[2], attempts.sent_s)
             return used, tokens.is_estimate
         if not attempts.sent_s or self._error not in (
             "client_left",
