@@ -54,6 +54,47 @@ def test_what_is_too_large_is_run_once_and_counts_against_no_replica(gateway: Ru
             assert set(gateway.replica_states().values()) == {"ready"}
 
 
+def test_a_right_response_is_passed_on_however_large_it_is_for_its_tokens(gateway: RunningGateway) -> None:
+    """SGLang's hidden states, vLLM's routed experts, audio in a message: megabytes for a few tokens."""
+    choice = {**json.loads(whole())["choices"][0], "hidden_states": [[-0.0123456789] * 4096] * 100}
+    for said, asked in (
+        (
+            whole(choices=[{**json.loads(whole())["choices"][0], "hidden_states": states}]),
+            {"return_hidden_states": True},
+        ),
+        (whole(audio={"data": "A" * (5 << 20)}), {}),
+    ):
+        with serving(gateway, says(answer(said))) as (replica,):
+            told = gateway.post("/v1/chat/completions", {**CHAT, **asked})
+            assert (told.status_code, len(replica.posts)) == (200, 1)
+            assert len(told.content) > 5 << 20
+
+
+def test_a_response_that_the_gateway_cannot_buffer_is_the_replicas_fault_only_if_no_right_one_is_as_large(
+    gateway: RunningGateway,
+) -> None:
+    lie = answer(whole(x="y" * MAX_RESPONSE_BYTES))
+    with serving(gateway, says(lie), says(lie)) as replicas:
+        told = gateway.post("/v1/chat/completions", {**CHAT, "return_hidden_states": True})
+        assert (told.status_code, told.json()["error"]["code"]) == (502, "answer_too_large")
+        assert sum(len(one.posts) for one in replicas) == 1
+    with serving(gateway, says(lie), says(answer(whole()))):
+        assert [gateway.post("/v1/chat/completions", CHAT).status_code for _ in range(8)] == [200] * 8
+        assert sorted(gateway.replica_states().values()) == ["open", "ready"]
+
+
+def test_a_response_with_much_beside_its_choices_is_too_large_and_counts_against_no_replica(
+    gateway: RunningGateway,
+) -> None:
+    said = answer(whole(embeddings=[[0.0123456789] * 4096] * 100))
+    with serving(gateway, says(said), says(said)) as replicas:
+        for number in range(1, 6):
+            told = gateway.post("/v1/chat/completions", UNLIMITED)
+            assert (told.status_code, told.json()["error"]["code"]) == (502, "answer_too_large")
+            assert sum(len(one.posts) for one in replicas) == number
+        assert set(gateway.replica_states().values()) == {"ready"}
+
+
 def test_a_large_token_look_up_is_answered_and_a_larger_one_asked_for_once(gateway: RunningGateway) -> None:
     for size, status in ((1 << 20, 200), (MAX_RESPONSE_BYTES // 5, 502)):
         said = answer(b'{"count":7,"tokens":[%b]}' % b",".join([b"12345"] * size))
@@ -127,7 +168,7 @@ def test_events_that_come_at_once_are_told_in_turns(is_behind: bool) -> None:
 
     async def relay() -> None:
         others = asyncio.create_task(count_turns())
-        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None, 1 << 20)  # type: ignore[arg-type]
+        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None)  # type: ignore[arg-type]
         line.write_chunk(await told.read_first_events())
         await told.forward(line)
         others.cancel()

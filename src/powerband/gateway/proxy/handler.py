@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
 import msgspec
 from starlette.requests import Request
@@ -35,7 +36,6 @@ from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.buffered_response import (
-    MAX_RESPONSE_BYTES,
     BufferedResponse,
     PiecesResponse,
     ResponseBudgetExceeded,
@@ -177,24 +177,27 @@ class GenerationResponse(Response):
     async def _collect(self, exchange: UpstreamExchange) -> BufferedResponse:
         """Receive a response. Raises UpstreamFailure, and ResponseTooLarge, against which no other replica helps."""
         self._release_response()
-        response, max_bytes = BufferedResponse(), self._client_request.max_response_bytes
+        response = BufferedResponse()
         while piece := await exchange.read():
-            await self._gateway.response_scanner.add(response, piece)
-            self._held_bytes += len(piece)
             try:
+                await self._gateway.response_scanner.add(response, piece)
+                self._held_bytes += len(piece)
                 self._gateway.response_budget.add(self._request.tenant, len(piece), response.size)
+            except ResponseTooLarge as error:
+                self._raise_too_large(exchange, error)
             except ResponseBudgetExceeded:
                 exchange.close()
                 self._attempts.close("ok")
                 raise
-            if response.size > max_bytes:
-                problem = f"The replica's response is larger than {max_bytes} bytes. No valid one to this request is."
-                raise UpstreamFailure("garbage", problem)
-            if response.size > MAX_RESPONSE_BYTES:
-                exchange.close()
-                self._attempts.close("ok")
-                raise ResponseTooLarge
         return response
+
+    def _raise_too_large(self, exchange: UpstreamExchange, error: ResponseTooLarge) -> NoReturn:
+        """A response, or an event of it, is larger than the gateway buffers: the replica's fault if no right one is."""
+        if (max_bytes := self._client_request.max_response_bytes) < error.max_bytes:
+            raise UpstreamFailure("garbage", f"{error.message} A right one has at most {max_bytes} bytes.") from None
+        exchange.close()
+        self._attempts.close("ok")
+        raise error from None
 
     def _release_response(self) -> None:
         """The buffered response was sent, or failed: release its memory budget."""
@@ -275,8 +278,7 @@ class GenerationResponse(Response):
 
     async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
         """Relay the events of one replica. Raises UpstreamFailure if the stream is incomplete."""
-        max_bytes = min(MAX_EVENT_BYTES, self._client_request.max_response_bytes)
-        relay = Relay(self._attempts, self._state, exchange, self._count_tokens, max_bytes)
+        relay = Relay(self._attempts, self._state, exchange, self._count_tokens)
         try:
             if not self._attempts.response_started:
                 await self._send(send, await relay.read_first_events())
@@ -285,11 +287,8 @@ class GenerationResponse(Response):
         except UpstreamFailure as problem:
             if problem.code != "too_large":
                 raise
-            if max_bytes < MAX_EVENT_BYTES:
-                raise UpstreamFailure("garbage", f"{problem} No valid event of this response is.") from None
-            exchange.close()
-            self._attempts.close("ok")
-            raise ResponseTooLarge("event of the response", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
+            error = ResponseTooLarge("event of the response", MAX_EVENT_BYTES, _WITHOUT_STREAM)
+            self._raise_too_large(exchange, error)
 
     def _count_tokens(self, tokens: int) -> None:
         """Correct the reservation by what the replica reports, up to what the request can be charged in the end."""

@@ -49,6 +49,7 @@ class ResponseTooLarge(PowerbandError):
 
     def __init__(self, what: str = "response", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _REDUCE_HINT) -> None:
         super().__init__(f"The {what} is larger than {max_bytes >> 20} MiB.", hint=hint)
+        self.max_bytes = max_bytes
 
 
 class ResponseBudgetExceeded(PowerbandError):
@@ -94,7 +95,7 @@ class ResponseScanner:
         self._scanning = asyncio.Lock()
 
     async def add(self, response: BufferedResponse, piece: bytes) -> None:
-        """Add a piece to a response. Raises UpstreamFailure, see `BufferedResponse.add`."""
+        """Add a piece to a response. Raises as `BufferedResponse.add` does."""
         if not response.is_large and response.size + len(piece) <= LARGE_BYTES:
             response.add(piece)
             return
@@ -119,9 +120,11 @@ class BufferedResponse:
         return self._surface is not None
 
     def add(self, piece: bytes) -> None:
-        """Raises UpstreamFailure for invalid UTF-8."""
+        """Raises UpstreamFailure for invalid UTF-8, and ResponseTooLarge."""
         self._pieces.append(piece)
         self.size += len(piece)
+        if self.size > MAX_RESPONSE_BYTES:
+            raise ResponseTooLarge
         if self._surface is not None:
             self._surface.add(piece)
         elif self.size > LARGE_BYTES:
@@ -207,7 +210,7 @@ class _Surface:
         self._is_escaped = False  # whether the next byte is escaped
 
     def add(self, piece: bytes) -> None:
-        """Raises UpstreamFailure."""
+        """Raises UpstreamFailure and ResponseTooLarge."""
         try:
             if not piece.isascii() or self._utf8.getstate()[0]:
                 self._utf8.decode(piece)
@@ -239,11 +242,11 @@ class _Surface:
         return data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
 
     def _keep(self, codes: NDArray[np.uint8], levels: NDArray[np.int32], is_short: NDArray[np.bool_]) -> None:
-        """Raises UpstreamFailure if the surface gets too large."""
+        """Raises ResponseTooLarge if the surface gets too large."""
         self._kept.append(codes[is_short & (levels <= self._max_depth)].tobytes())
         self._kept_bytes += len(self._kept[-1])
         if self._kept_bytes > MAX_SURFACE_BYTES:
-            raise UpstreamFailure("garbage", f"The replica's response has {self._kept_bytes} bytes beside its choices.")
+            raise ResponseTooLarge("response without its choices", MAX_SURFACE_BYTES)
         is_outermost = is_short & (levels <= 1)
         self._outermost.append(codes[is_outermost].tobytes())
         self._places.append(np.flatnonzero(is_outermost) + self._position)
