@@ -58,10 +58,7 @@ def test_a_right_response_is_passed_on_however_large_it_is_for_its_tokens(gatewa
     """SGLang's hidden states, vLLM's routed experts, audio in a message: megabytes for a few tokens."""
     choice = {**json.loads(whole())["choices"][0], "hidden_states": [[-0.0123456789] * 4096] * 100}
     for said, asked in (
-        (
-            whole(choices=[{**json.loads(whole())["choices"][0], "hidden_states": states}]),
-            {"return_hidden_states": True},
-        ),
+        (whole(choices=[choice]), {"return_hidden_states": True}),
         (whole(audio={"data": "A" * (5 << 20)}), {}),
     ):
         with serving(gateway, says(answer(said))) as (replica,):

@@ -36,6 +36,7 @@ from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.buffered_response import (
+    BudgetShare,
     BufferedResponse,
     PiecesResponse,
     ResponseBudgetExceeded,
@@ -125,7 +126,7 @@ class GenerationResponse(Response):
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
-        self._held_bytes = 0  # of a buffered response
+        self._buffered = BudgetShare(gateway.response_budget, request.tenant)
         self._is_prompt_counted = False
 
     def _new_state(self) -> StreamState:
@@ -153,7 +154,7 @@ class GenerationResponse(Response):
             raise
         finally:
             connection.when_lost(None)
-            self._release_response()
+            self._buffered.release()
             try:
                 self._finish()
             finally:
@@ -176,13 +177,12 @@ class GenerationResponse(Response):
 
     async def _collect(self, exchange: UpstreamExchange) -> BufferedResponse:
         """Receive a response. Raises UpstreamFailure, and ResponseTooLarge, against which no other replica helps."""
-        self._release_response()
+        self._buffered.release()
         response = BufferedResponse()
         while piece := await exchange.read():
             try:
-                await self._gateway.response_scanner.add(response, piece)
-                self._held_bytes += len(piece)
-                self._gateway.response_budget.add(self._request.tenant, len(piece), response.size)
+                await self._gateway.response_scanner.add(response, piece, self._request.tenant)
+                self._buffered.add(len(piece), response.size)
             except ResponseTooLarge as error:
                 self._raise_too_large(exchange, error)
             except ResponseBudgetExceeded:
@@ -198,11 +198,6 @@ class GenerationResponse(Response):
         exchange.close()
         self._attempts.close("ok")
         raise error from None
-
-    def _release_response(self) -> None:
-        """The buffered response was sent, or failed: release its memory budget."""
-        self._gateway.response_budget.release(self._request.tenant, self._held_bytes)
-        self._held_bytes = 0
 
     def _read_whole(self, response: BufferedResponse, replica: ReplicaAddress) -> list[bytes]:
         """Count the tokens, and return the response with the served model name. Raises UpstreamFailure."""

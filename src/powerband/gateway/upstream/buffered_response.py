@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import codecs
 import re
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -86,22 +87,69 @@ class ResponseBudget:
             del self.held[tenant]
 
 
+class BudgetShare:
+    """What one request holds of the budget. Call `release` in the end, which is allowed at any time."""
+
+    def __init__(self, budget: ResponseBudget, tenant: str) -> None:
+        self._budget, self._tenant = budget, tenant
+        self._size = 0
+
+    def add(self, size: int, total: int) -> None:
+        """See `ResponseBudget.add`. Raises ResponseBudgetExceeded."""
+        self._size += size
+        self._budget.add(self._tenant, size, total)
+
+    def release(self) -> None:
+        size, self._size = self._size, 0
+        self._budget.release(self._tenant, size)
+
+
 class ResponseScanner:
     """Scans large responses one piece per turn of the event loop, over all requests: a piece takes some milliseconds,
-    and other requests run in between.
+    and other requests run in between. Tenants take turns, however many responses each has.
     """
 
     def __init__(self) -> None:
-        self._scanning = asyncio.Lock()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant, in the order of their turns
+        self._is_scanning = False
 
-    async def add(self, response: BufferedResponse, piece: bytes) -> None:
+    async def add(self, response: BufferedResponse, piece: bytes, tenant: str) -> None:
         """Add a piece to a response. Raises as `BufferedResponse.add` does."""
         if not response.is_large and response.size + len(piece) <= LARGE_BYTES:
             response.add(piece)
             return
-        async with self._scanning:
+        await self._wait_for_turn(tenant)
+        try:
             response.add(piece)
             await asyncio.sleep(0)
+        finally:
+            self._pass_on()
+
+    async def _wait_for_turn(self, tenant: str) -> None:
+        if not self._is_scanning:
+            self._is_scanning = True
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # cancelled after it had got its turn
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        """Give the turn to the next tenant that waits."""
+        while self._waiting:
+            tenant = next(iter(self._waiting))
+            turns = self._waiting.pop(tenant)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[tenant] = turns  # at the end
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._is_scanning = False
 
 
 class BufferedResponse:
@@ -173,15 +221,21 @@ def _split(pieces: list[bytes], at: int) -> tuple[list[bytes], list[bytes]]:
 class PiecesResponse(Response):
     """A JSON response in pieces, which are never joined."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[bytes], release: Callable[[], None] | None = None) -> None:
+        """release: called when the response has been sent, or the client has left."""
         super().__init__(media_type="application/json", headers={"content-length": str(sum(map(len, pieces)))})
         self._pieces = pieces
+        self._release = release
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        for piece in self._pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if self._release is not None:
+                self._release()
 
 
 class _Surface:
