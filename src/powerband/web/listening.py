@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from powerband.errors import EnvironmentFault
+from powerband.web.acceptor import Acceptor
 from powerband.web.body_budget import BODIES_AT_ONCE, BodyBudget
 from powerband.web.connection import HttpConnection
 from powerband.web.connection_limit import ConnectionLimit
@@ -25,7 +26,18 @@ _OTHER_DESCRIPTORS = 64  # for files, pipes and short-lived descriptors
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handling, which this module replaces."""
+    """uvicorn without its signal handling, which this module replaces, and with a faster way to accept connections."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        make_connection = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        make_protocol = partial(
+            make_connection,
+            config=self.config,
+            server_state=self.server_state,
+            app_state={},
+        )
+        self.servers = [Acceptor(listener, make_protocol) for listener in sockets or ()]  # type: ignore[misc]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

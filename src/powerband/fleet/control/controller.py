@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from powerband.errors import PowerbandError
+from powerband.errors import EnvironmentFault, PowerbandError
 from powerband.fleet.control.crash_backoff import CrashBackoff
 from powerband.fleet.control.gateway_client import GatewayClient
 from powerband.fleet.control.instance_specs import (
@@ -74,6 +74,7 @@ class Controller:
     _instances: dict[str, InstanceState] = field(default_factory=dict)
     _backoff: CrashBackoff = field(default_factory=CrashBackoff)
     _generation: int = 0  # of the spec at the last tick
+    _spec: ServiceSpec | None = None  # as last read
     _last_ready_generation: int = 0
     _failed: FailedRollout | None = None
     _open_places: list[int] = field(default_factory=list)  # restart counts for the replicas to start as replacements
@@ -88,6 +89,8 @@ class Controller:
         """Continue where another controller stopped. Instances that were ready count as ready."""
         status = self.store.read_status()
         if status is None:
+            if self.store.has_status():
+                self.store.set_aside("status.json")
             return
         self._last_ready_generation, self._failed = status.last_ready_generation, status.failed_rollout
         self._gateway_restarts = status.gateway.restarts
@@ -113,7 +116,7 @@ class Controller:
 
     def tick(self) -> bool:
         """One pass of the loop. False: the service was removed, and none of its instances runs any more."""
-        spec = self.store.read_spec()
+        spec = self._read_spec()
         if spec is None:
             return False
         now_s = self.clock()
@@ -121,6 +124,19 @@ class Controller:
         decision = self._decide(spec, now_s)
         self._act(spec, decision, now_s)
         return self._report(spec, decision, now_s).phase != "removed"
+
+    def _read_spec(self) -> ServiceSpec | None:
+        """The desired state. A damaged file is replaced by the last one that was read. Raises EnvironmentFault."""
+        try:
+            self._spec = self.store.read_spec()
+        except EnvironmentFault as problem:
+            if self._spec is None:
+                raise
+            logger.warning("%s", problem)
+            with self.store.lock_spec(wait_s=0.0):
+                self.store.set_aside("desired.json")
+                self.store.write_spec(self._spec)
+        return self._spec
 
     # ---- observe
 
