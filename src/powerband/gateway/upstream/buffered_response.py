@@ -32,6 +32,7 @@ MAX_HELD_BYTES = 512 << 20  # of all responses that are arriving or not yet sent
 _REDUCE_HINT = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
 LARGE_BYTES = 1 << 20  # above this, only the surface is decoded: msgspec takes up to 20 ms for 1 MiB
 MAX_SURFACE_BYTES = 4 << 20
+_SMALL_BYTES = 64 << 10  # responses that are never refused for lack of memory
 _SLICE_BYTES = 64 << 10
 _INSIDE_CHOICES = 3
 _STRING_BYTES = 256  # kept of each string on the surface
@@ -74,7 +75,7 @@ class ResponseBudget:
         """
         self.held[tenant] += size
         is_full = self.held[tenant] > self.max_bytes // 2 or self.held.total() > self.max_bytes
-        if is_full and total > LARGE_BYTES:
+        if is_full and total > _SMALL_BYTES:
             raise ResponseBudgetExceeded(
                 f"The buffered responses that wait for their clients are larger than {self.max_bytes >> 20} MiB,"
                 " or those of one client than half.",

@@ -9,9 +9,8 @@ import socket
 import pytest
 import uvloop
 
-from powerband.web import acceptor as accepting
-from powerband.web.acceptor import MAX_ACCEPTS_OF_A_TURN, Acceptor
-from powerband.web.listening import listen
+from powerband.web import listening
+from powerband.web.listening import MAX_ACCEPTS_OF_A_TURN, Acceptor, listen
 
 
 class Counted(asyncio.Protocol):
@@ -70,7 +69,7 @@ class FullListener:
 def test_without_file_descriptors_accepting_goes_on_after_a_pause(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(accepting, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(listening, "_PAUSE_S", 0.01)
 
     async def test() -> None:
         Counted.num_made = 0
