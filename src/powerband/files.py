@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that it can be looked at and is not read again. Raises OSError."""
+    kept = path.with_name(f"{path.name}.damaged")
+    os.replace(path, kept)
+    return kept
+
+
 def write_atomically(path: Path, data: bytes, *, durable: bool = True, private: bool = False) -> None:
     """Raises OSError; then what was there before still is, and nothing else.
 

@@ -87,6 +87,30 @@ def test_a_new_controller_recovers_running_replicas(play: Play) -> None:
     assert ids(play) == before
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 64, b'{"phase": 1}', b"\xb3"], ids=["empty", "zeros", "other", "no UTF-8"]
+)
+def test_a_new_controller_goes_on_without_a_status_that_is_damaged(play: Play, content: bytes) -> None:
+    before, path = ids(play), play.world.store.path / "status.json"
+    path.write_bytes(content)
+    play.new_controller()
+    play.settle(10)
+    assert play.status().phase == "ready"
+    assert ids(play) == before, "what runs is observed again"
+    assert path.with_name("status.json.damaged").read_bytes() == content
+
+
+def test_a_damaged_desired_state_is_replaced_by_the_one_that_the_controller_has_read(play: Play) -> None:
+    path = play.world.store.path / "desired.json"
+    before = path.read_bytes()
+    path.write_bytes(b"")
+    play.world.die(gateway_of(play))
+    play.settle(10)
+    assert play.status().phase == "ready"
+    assert path.read_bytes() == before
+    assert path.with_name("desired.json.damaged").exists()
+
+
 def test_replaces_a_replica_that_crashed_while_no_controller_ran(play: Play) -> None:
     play.world.die(ids(play)[0])
     play.world.die(gateway_of(play))

@@ -139,7 +139,7 @@ def test_of_many_large_answers_one_piece_is_scanned_in_a_turn_of_the_loop() -> N
         answer = Counted()
         answer.add(b"{" + b" " * LARGE_BYTES)
         for _ in range(20):
-            await turns.add(answer, piece)
+            await turns.add(answer, piece, "a")
 
     async def test() -> None:
         turns, most = ResponseScanner(), 0
@@ -152,3 +152,36 @@ def test_of_many_large_answers_one_piece_is_scanned_in_a_turn_of_the_loop() -> N
         assert (scanned, most) == (24 * 20, 1)
 
     asyncio.run(test())
+
+
+def test_tenants_take_turns_however_many_large_answers_each_has() -> None:
+    order: list[str] = []
+
+    class Noted(BufferedResponse):
+        def __init__(self, tenant: str) -> None:
+            super().__init__()
+            self.tenant = tenant
+
+        def add(self, piece: bytes) -> None:
+            if self.is_large:
+                order.append(self.tenant)
+            super().add(piece)
+
+    async def receive(turns: ResponseScanner, tenant: str) -> None:
+        answer = Noted(tenant)
+        answer.add(b"{" + b" " * LARGE_BYTES)
+        for _ in range(10):
+            await turns.add(answer, b" " * 4096, tenant)
+
+    async def test() -> None:
+        turns = ResponseScanner()
+        receiving = [asyncio.create_task(receive(turns, tenant)) for tenant in ["a"] * 30 + ["b"]]
+        await asyncio.sleep(0)
+        receiving[0].cancel()  # while it has its turn
+        receiving[1].cancel()  # while it waits
+        await asyncio.gather(*receiving, return_exceptions=True)
+
+    asyncio.run(test())
+    assert order.count("b") == 10
+    assert len(order) == 28 * 10 + 1 + 10
+    assert max(place for place, tenant in enumerate(order) if tenant == "b") <= 3 * 10

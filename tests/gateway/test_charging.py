@@ -58,6 +58,23 @@ def test_a_chunk_is_a_token_at_least() -> None:
     assert state.tokens.final_usage()[2] == 40
 
 
+@pytest.mark.parametrize("engine", ["openai", "llamacpp"])
+def test_a_stream_of_letters_is_not_taken_for_one_of_too_many_tokens(engine: str) -> None:
+    state = story_of(engine, max_tokens=200)
+    seen = tell(state, *[chunk({"content": "a"})] * 800, chunk(None, usage=usage(200)))
+    assert len(seen) == 800
+    assert not state.tokens.has_too_many
+    assert state.tokens.final_usage()[2] == 200
+
+
+def test_text_that_no_such_number_of_tokens_can_have_is_too_much() -> None:
+    state = story_of("openai", max_tokens=8)
+    tell(state, chunk({"content": " " * 128 * 8}))
+    assert not state.tokens.has_too_many
+    tell(state, chunk({"content": " " * 256 * 80}))
+    assert state.tokens.has_too_many
+
+
 @pytest.mark.parametrize(
     "delta",
     [
@@ -155,15 +172,46 @@ def test_usage_that_a_client_wants_is_told_once_also_when_the_replica_leaves_it_
     assert state.final_events() == b"data: [DONE]\n\n"
 
 
-def test_estimates_are_corrected_by_what_replicas_count() -> None:
+def test_a_response_that_was_not_waited_for_is_charged_at_the_measured_pace() -> None:
     estimates = TokenEstimates()
     for _ in range(50):
-        estimates.learn(output_tokens=200, choices=2, seconds=2.0, text_tokens=100.0)
+        estimates.learn_pace(100, 2.0, has_prompt=False)
     assert estimates.tokens_per_s == pytest.approx(50.0)
-    assert estimates.text_factor == pytest.approx(2.0, rel=0.01)
     assert estimates.of_whole(3.0, choices=2, limit=None) == 300
     assert estimates.of_whole(3.0, choices=2, limit=40) == 80
-    assert TextTokenCount(estimates).add("a" * 400) == pytest.approx(200, abs=2)
+
+
+def test_short_responses_and_long_prompts_do_not_change_the_pace() -> None:
+    estimates = TokenEstimates()
+    for _ in range(50):
+        estimates.learn_pace(1, 20.0, has_prompt=False)
+        estimates.learn_pace(64, 20.0, has_prompt=True)
+    assert estimates.tokens_per_s == 100.0
+    estimates.learn_pace(4000, 0.01, has_prompt=True)  # from a cache
+    assert estimates.tokens_per_s <= 1000.0
+
+
+def test_what_one_stream_shows_of_its_tokens_does_not_change_what_another_pays() -> None:
+    estimates = TokenEstimates()
+    for text, tokens in (("ok", 400), (" " * 4000, 40)):
+        for _ in range(40):  # reasoning that is left out; runs of blanks
+            state = story_of("openai", estimates=estimates)
+            tell(state, chunk({"content": text}, finish_reason="stop"), chunk(None, usage=usage(tokens)))
+            state.tokens.teach(estimates, tokens, 0.0)
+        state = story_of("openai", estimates=estimates)
+        tell(state, *[chunk({"content": WORDS})] * 10)
+        assert 100 <= state.tokens.final_usage()[2] <= 130
+
+
+def test_a_stream_that_is_left_at_a_server_that_sends_letters_is_not_charged_by_the_letter() -> None:
+    estimates = TokenEstimates()
+    for _ in range(40):
+        state = story_of("openai", estimates=estimates)
+        tell(state, *[chunk({"content": "a"})] * 400, chunk(None, usage=usage(100)))
+        state.tokens.teach(estimates, 100, 0.0)
+    state = story_of("openai", estimates=estimates)
+    tell(state, *[chunk({"content": "a"})] * 400)
+    assert 100 <= state.tokens.final_usage()[2] <= 130
 
 
 def test_calls_of_tools_of_no_known_form_are_counted_all_the_same() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from byte_replica import answer
@@ -50,6 +52,44 @@ def test_what_is_too_large_is_run_once_and_counts_against_no_replica(gateway: Ru
                 assert (told.status_code, told.json()["error"]["code"]) == (502, "answer_too_large")
                 assert sum(len(one.posts) for one in replicas) == number
             assert set(gateway.replica_states().values()) == {"ready"}
+
+
+def test_a_right_response_is_passed_on_however_large_it_is_for_its_tokens(gateway: RunningGateway) -> None:
+    """SGLang's hidden states, vLLM's routed experts, audio in a message: megabytes for a few tokens."""
+    choice = {**json.loads(whole())["choices"][0], "hidden_states": [[-0.0123456789] * 4096] * 100}
+    for said, asked in (
+        (whole(choices=[choice]), {"return_hidden_states": True}),
+        (whole(audio={"data": "A" * (5 << 20)}), {}),
+    ):
+        with serving(gateway, says(answer(said))) as (replica,):
+            told = gateway.post("/v1/chat/completions", {**CHAT, **asked})
+            assert (told.status_code, len(replica.posts)) == (200, 1)
+            assert len(told.content) > 5 << 20
+
+
+def test_a_response_that_the_gateway_cannot_buffer_is_the_replicas_fault_only_if_no_right_one_is_as_large(
+    gateway: RunningGateway,
+) -> None:
+    lie = answer(whole(x="y" * MAX_RESPONSE_BYTES))
+    with serving(gateway, says(lie), says(lie)) as replicas:
+        told = gateway.post("/v1/chat/completions", {**CHAT, "return_hidden_states": True})
+        assert (told.status_code, told.json()["error"]["code"]) == (502, "answer_too_large")
+        assert sum(len(one.posts) for one in replicas) == 1
+    with serving(gateway, says(lie), says(answer(whole()))):
+        assert [gateway.post("/v1/chat/completions", CHAT).status_code for _ in range(8)] == [200] * 8
+        assert sorted(gateway.replica_states().values()) == ["open", "ready"]
+
+
+def test_a_response_with_much_beside_its_choices_is_too_large_and_counts_against_no_replica(
+    gateway: RunningGateway,
+) -> None:
+    said = answer(whole(embeddings=[[0.0123456789] * 4096] * 100))
+    with serving(gateway, says(said), says(said)) as replicas:
+        for number in range(1, 6):
+            told = gateway.post("/v1/chat/completions", UNLIMITED)
+            assert (told.status_code, told.json()["error"]["code"]) == (502, "answer_too_large")
+            assert sum(len(one.posts) for one in replicas) == number
+        assert set(gateway.replica_states().values()) == {"ready"}
 
 
 def test_a_large_token_look_up_is_answered_and_a_larger_one_asked_for_once(gateway: RunningGateway) -> None:
@@ -125,7 +165,7 @@ def test_events_that_come_at_once_are_told_in_turns(is_behind: bool) -> None:
 
     async def relay() -> None:
         others = asyncio.create_task(count_turns())
-        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None, 1 << 20)  # type: ignore[arg-type]
+        told: Any = Relay(Trip(), state, Exchange(piece), lambda _: None)  # type: ignore[arg-type]
         line.write_chunk(await told.read_first_events())
         await told.forward(line)
         others.cancel()
@@ -150,6 +190,39 @@ def test_usage_that_no_request_can_have_is_not_charged(tokens: int) -> None:
     assert output == 5
     assert prompt < 100_000
     assert state.tokens.is_estimate
+
+
+def test_a_prompt_count_that_no_request_can_have_does_not_use_up_a_limit_while_the_stream_runs(
+    gateway: RunningGateway,
+) -> None:
+    """The reservation grows to what can be charged in the end, about 65,000 tokens, not to what the replica says."""
+    key = gateway.admin.post("/admin/keys", json={"name": "app", "limits": {"tokens_per_min": 1_000_000}}).json()
+    may_end = threading.Event()
+
+    async def play(writer: asyncio.StreamWriter, _: dict[str, Any]) -> None:
+        usage = {"prompt_tokens": 2**40 - 1, "completion_tokens": 1}
+        first = stream([{**chunk({"content": "a"}), "usage": usage}], done=False).removesuffix(b"0\r\n\r\n")
+        writer.write(first)
+        await writer.drain()
+        while not may_end.is_set():
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    def used() -> int:
+        return int(gateway.admin.get(f"/admin/keys/{key['id']}").json()["used"]["tokens_last_min"])
+
+    with (
+        serving(gateway, play),
+        httpx.stream(
+            "POST",
+            f"{gateway.url}/v1/chat/completions",
+            json={**CHAT, "stream": True},
+            headers={"Authorization": f"Bearer {key['secret']}"},
+        ) as told,
+    ):
+        assert next(told.iter_lines())  # the usage came with it
+        assert 60_000 < used() < 100_000
+        may_end.set()
 
 
 def test_an_impossible_count_of_tokens_is_charged_as_what_was_sent(gateway: RunningGateway) -> None:

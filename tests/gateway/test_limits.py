@@ -249,6 +249,41 @@ def test_a_text_takes_half_a_token_a_byte_until_its_key_is_known_and_then_what_i
     running.cancel()
 
 
+def test_thin_prompts_do_not_let_a_burst_of_dense_ones_through() -> None:
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=3000)
+    for _ in range(20):
+        limits.reserve(key, text(2500, 1)).settle(25, 1, 0.0)
+    running = [limits.reserve(key, text(290, 1)) for _ in range(10)]
+    with pytest.raises(LimitReached, match=r"not counted yet may have up to 2900, this one up to 290\.") as caught:
+        limits.reserve(key, text(290, 1))
+    assert caught.value.retry_after_s == 1.0
+    for one in running:
+        one.settle(290, 1, 0.0)
+    assert limits.used(key)["tokens_last_min"] == 520 + 2910
+    assert refusal(limits, key, text(290, 1)) == "tokens_limit"
+
+
+def test_prompts_that_are_counted_or_given_as_ids_do_not_wait_for_each_other() -> None:
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=3000)
+    running = []
+    for _ in range(20):  # streams: the replica counts the prompt with the first token
+        running.append(limits.reserve(key, text(400, 1)))
+        running[-1].prompt_counted(100)
+    limits.reserve(key, text(400, 1)).cancel()
+    running.append(limits.reserve(key, text(400, 1)))
+    limits.reserve(key, request(500, 1)).cancel()
+    for one in running:
+        one.settle(100, 1, 0.0)
+    limits.reserve(key, text(800, 1)).cancel()
+
+
+def test_a_count_that_no_prompt_can_have_does_not_raise_what_later_prompts_reserve() -> None:
+    limits, key = limits_at(Clock()), key_with(tokens_per_min=1_000_000)
+    limits.reserve(key, text(40)).settle(4000, 0, 0.0)
+    limits.reserve(key, text(400))
+    assert limits.used(key)["tokens_last_min"] == 4000 + 400
+
+
 def test_a_text_that_fits_alone_is_let_in_alone() -> None:
     """By its bytes it could have more tokens than a minute allows; it is not refused for that."""
     limits, key = limits_at(Clock()), key_with(tokens_per_min=1000)

@@ -188,7 +188,7 @@ def test_what_never_got_to_a_replica_counts_for_nothing(gateway: RunningGateway)
 
 def test_a_crowd_through_the_gateway_is_held_to_every_limit(paced: RunningGateway) -> None:
     """100 at once, and then one after the other: no more run than may, and no more tokens are used than may be."""
-    client = client_of(paced, tokens_per_min=12_000, max_concurrency=10)
+    client = client_of(paced, tokens_per_min=12_000, max_concurrency=4)
     most, over = 0, threading.Event()
 
     def watch() -> None:
@@ -210,7 +210,7 @@ def test_a_crowd_through_the_gateway_is_held_to_every_limit(paced: RunningGatewa
     codes = {answer.json()["error"]["code"] for answer in answers if answer.status_code == 429}
     assert len(served) + sum(answer.status_code == 429 for answer in answers) == len(answers)
     assert codes == {"concurrency_limit", "tokens_limit"}
-    assert 1 <= most <= 10
+    assert 1 <= most <= 4
     used = sum(answer.json()["usage"]["total_tokens"] for answer in served)
     assert client.settled(requests=len(served))["tokens_last_min"] == used <= 12_000
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)

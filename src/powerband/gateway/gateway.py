@@ -5,6 +5,7 @@ requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from powerband.documents import read_json_table
-from powerband.errors import PowerbandError, UsageError
-from powerband.files import make_private_folder, write_atomically
+from powerband.errors import PowerbandError
+from powerband.files import make_private_folder, set_aside, write_atomically
 from powerband.gateway.dispatch.health import Prober
 from powerband.gateway.dispatch.pool import Pool
 from powerband.gateway.observability.recent_requests import RecentRequests
@@ -82,14 +83,16 @@ class Gateway:
     # ---- routes
 
     def stored_routes(self) -> Routes | None:
-        """The routes that an earlier process stored. Raises UsageError when the file is invalid."""
+        """The routes that an earlier process stored. None: there are none, or the file was damaged and is set aside."""
         if self._routes_file is None or not self._routes_file.exists():
             return None
         try:
             return Routes.from_dict(read_json_table(self._routes_file, "routes file", max_bytes=_MAX_ROUTES_BYTES))
         except PowerbandError as problem:
-            hint = "Remove the file, or give --routes."
-            raise UsageError(problem.message, hint=hint, param="database") from None
+            with contextlib.suppress(OSError):
+                kept = set_aside(self._routes_file)
+                logger.error("%s It is kept as %s. Set the routes with --routes or PUT /admin/routes.", problem, kept)
+            return None
 
     def set_routes(self, routes: Routes, *, store: bool = True) -> None:
         """Replace all routes. Replicas that stay keep their state; running requests at removed replicas finish."""

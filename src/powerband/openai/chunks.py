@@ -6,6 +6,7 @@ writes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import Annotated
 
 import msgspec
@@ -24,6 +25,15 @@ NO_ERROR = NO_IDS = _NULL = Raw(b"null")  # the value of missing fields: cheap t
 TokenIds = list[Annotated[int, Meta(ge=0, le=2**32 - 1)]]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
 _EMPTY = frozenset((b"null", b"false", b'""', b"{}", b"[]"))
+# Fields of an event, a choice and a delta that say nothing by themselves. llama.cpp sends `timings` with the usage.
+_EVENT_FIELDS = frozenset(
+    (
+        *("id", "object", "created", "model", "system_fingerprint", "service_tier"),
+        *("choices", "usage", "timings", "prompt_token_ids"),
+    )
+)
+_CHOICE_FIELDS = frozenset(("index", "delta", "finish_reason", "token_ids", "prompt_token_ids"))
+_DELTA_FIELDS = frozenset(("role",))
 
 
 class InvalidChunk(ValueError):
@@ -119,6 +129,8 @@ class _LargeChunk(msgspec.Struct, gc=False):
 _CHUNK = msgspec.json.Decoder(Chunk)
 _LARGE_CHUNK = msgspec.json.Decoder(_LargeChunk)
 FIELDS = msgspec.json.Decoder(dict[str, Raw])
+_OPTIONAL_FIELDS = msgspec.json.Decoder(dict[str, Raw] | None)
+_CHOICES = msgspec.json.Decoder(list[dict[str, Raw]] | None)
 INVALID_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
@@ -134,6 +146,24 @@ def read_chunk(data: bytes, *, is_surface: bool = False) -> Chunk:
         return _CHUNK.decode(data)
     except INVALID_JSON as problem:
         raise InvalidChunk(str(problem)) from None
+
+
+def has_unknown_content(data: bytes) -> bool:
+    """Whether a chunk has any content that `Chunk` does not read: a field of a delta, a choice or the chunk itself."""
+    chunk = FIELDS.decode(data)
+    if _has_content(chunk, _EVENT_FIELDS):
+        return True
+    for choice in _CHOICES.decode(chunk["choices"]) or () if "choices" in chunk else ():
+        if _has_content(choice, _CHOICE_FIELDS):
+            return True
+        delta = _OPTIONAL_FIELDS.decode(choice["delta"]) if "delta" in choice else None
+        if delta is not None and _has_content(delta, _DELTA_FIELDS):
+            return True
+    return False
+
+
+def _has_content(fields: Mapping[str, Raw], known: Set[str]) -> bool:
+    return any(bytes(fields[name]) not in _EMPTY for name in fields.keys() - known)
 
 
 def count_ids(ids: Raw) -> int:

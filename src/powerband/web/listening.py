@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
@@ -22,13 +23,84 @@ from powerband.web.body_budget import BODIES_AT_ONCE, BodyBudget
 from powerband.web.http1.connection import HttpConnection
 from powerband.web.http1.connection_limit import ConnectionLimit
 
+logger = logging.getLogger(__name__)
+
 _BACKLOG = 2048
 _MAX_COMMAND_CHARACTERS = 100
+MAX_ACCEPTS_OF_A_TURN = 128  # each takes some 50 µs
+_PAUSE_S = 1.0  # when the process has no file descriptor or memory left
 _OTHER_DESCRIPTORS = 64  # for files, pipes and short-lived descriptors
 
 
+class Acceptor:
+    """Accepts the connections of a listening socket until `close`: all that wait, in one turn of the event loop.
+
+    uvloop's own server accepts one a turn, so that after a burst, or while turns are long, new clients would wait for
+    seconds behind others.
+    """
+
+    def __init__(self, listener: socket.socket, make_protocol: Callable[[], asyncio.Protocol]) -> None:
+        """listener: not blocking; closed by its owner, after `close`."""
+        self._listener = listener
+        self._make_protocol = make_protocol
+        self._loop = asyncio.get_running_loop()
+        self._connecting: set[asyncio.Task[None]] = set()  # keeps the tasks alive
+        self._resuming: asyncio.TimerHandle | None = None
+        self._resume()
+
+    def close(self) -> None:
+        if self._resuming is None:
+            self._loop.remove_reader(self._listener)
+        else:
+            self._resuming.cancel()
+
+    async def wait_closed(self) -> None:
+        """Wait for the connections that are being accepted."""
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+
+    def _resume(self) -> None:
+        self._resuming = None
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(MAX_ACCEPTS_OF_A_TURN):
+            try:
+                accepted, _address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as problem:
+                logger.error("Cannot accept connections for %g s: %s.", _PAUSE_S, problem)
+                self._loop.remove_reader(self._listener)
+                self._resuming = self._loop.call_later(_PAUSE_S, self._resume)
+                return
+            task = self._loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        try:
+            accepted.setblocking(False)
+            if accepted.family != socket.AF_UNIX:
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(self._make_protocol, accepted)
+        except OSError:
+            accepted.close()  # the client has left
+
+
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handling, which this module replaces."""
+    """uvicorn without its signal handling, which this module replaces, and with a faster way to accept connections."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        make_connection = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        make_protocol = partial(
+            make_connection,
+            config=self.config,
+            server_state=self.server_state,
+            app_state={},
+        )
+        # uvicorn uses only their `close` and `wait_closed`.
+        self.servers = cast(list[asyncio.Server], [Acceptor(listener, make_protocol) for listener in sockets or ()])
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

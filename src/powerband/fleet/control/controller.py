@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from powerband.errors import PowerbandError
+from powerband.errors import EnvironmentFault, PowerbandError
 from powerband.fleet.control.change_events import record_change
 from powerband.fleet.control.crash_backoff import CrashBackoff
 from powerband.fleet.control.gateway_client import GatewayClient
@@ -77,7 +77,7 @@ class Controller:
     _instances: dict[str, InstanceState] = field(default_factory=dict)
     _backoff: CrashBackoff = field(default_factory=CrashBackoff)
     _generation: int = 0  # of the spec at the last tick, also of the controller before
-    _spec: ServiceSpec | None = None  # at the last tick
+    _spec: ServiceSpec | None = None  # as last read
     _last_ready_generation: int = 0
     _failed: FailedRollout | None = None
     _open_places: list[int] = field(default_factory=list)  # restart counts for the replicas to start as replacements
@@ -95,6 +95,8 @@ class Controller:
         status = self.store.read_status()
         self.events.record("ControllerStarted", "controller", f"pid {os.getpid()}")
         if status is None:
+            if self.store.has_status():
+                self.store.set_aside("status.json")
             return
         self._generation = status.generation
         self._last_ready_generation, self._failed = status.last_ready_generation, status.failed_rollout
@@ -123,7 +125,7 @@ class Controller:
 
     def tick(self) -> bool:
         """One pass of the loop. False: the service was removed, and none of its instances runs any more."""
-        spec = self.store.read_spec()
+        spec = self._read_spec()
         if spec is None:
             return False
         now_s = self.clock()
@@ -131,6 +133,19 @@ class Controller:
         decision = self._decide(spec, now_s)
         self._act(spec, decision, now_s)
         return self._report(spec, decision, now_s).phase != "removed"
+
+    def _read_spec(self) -> ServiceSpec | None:
+        """The desired state. A damaged file is replaced by the last one that was read. Raises EnvironmentFault."""
+        try:
+            return self.store.read_spec()
+        except EnvironmentFault as problem:
+            if self._spec is None:
+                raise
+            logger.warning("%s", problem)
+            with self.store.lock_spec(wait_s=0.0):
+                self.store.set_aside("desired.json")
+                self.store.write_spec(self._spec)
+            return self._spec
 
     # ---- observe
 

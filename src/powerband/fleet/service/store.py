@@ -27,7 +27,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from powerband.errors import EnvironmentFault, UsageError
-from powerband.files import make_private_folder, write_atomically
+from powerband.files import make_private_folder, set_aside, write_atomically
 from powerband.fleet.service.spec import ServiceSpec
 from powerband.fleet.service.status import ServiceStatus
 from powerband.folders import state_home
@@ -104,8 +104,20 @@ class ServiceStore:
         return _read(self.path / "desired.json", ServiceSpec)
 
     def read_status(self) -> ServiceStatus | None:
-        """None: no controller has written a status yet. Raises EnvironmentFault when the file is damaged."""
-        return _read(self.path / "status.json", ServiceStatus)
+        """None: no controller has written a status yet, or the file is damaged; the controller writes it again."""
+        try:
+            return _read(self.path / "status.json", ServiceStatus)
+        except EnvironmentFault as problem:
+            logger.warning("%s", problem)
+            return None
+
+    def has_status(self) -> bool:
+        return (self.path / "status.json").exists()
+
+    def set_aside(self, name: str) -> None:
+        """Rename a damaged file of the service to NAME.damaged."""
+        with contextlib.suppress(OSError):
+            logger.warning("The damaged file is kept as %s.", set_aside(self.path / name))
 
     def write_status(self, status: ServiceStatus) -> None:
         """Raises OSError."""

@@ -7,8 +7,10 @@ the prompt as soon as a replica has counted it, the rest when it ends.
 
     prompt   For a budget in USD: one token for each byte of the body, which is an upper bound (except for what a chat
              template or an image adds to a short body; a budget can be exceeded by that much). For tokens per minute:
-             the tokens per byte of the key's earlier prompts, or 0.5 before the first. A request that could exceed the
-             limit alone reserves all of it.
+             the tokens per byte of the key's earlier prompts, at least 0.25, or 0.5 before the first. A request that
+             could exceed the limit alone reserves all of it. Since earlier prompts prove nothing about the next ones,
+             the upper bounds of all running prompts that no replica has counted yet stay within the limit, too; a
+             single one may exceed it.
     output   max_tokens times n. Without max_tokens: the smaller of the context length and a quarter of what is left,
              but at least the setting default_output_tokens; the replica gets this number as max_tokens.
 
@@ -39,6 +41,7 @@ _SOON_S = 1.0  # Retry-After when the time is unknown
 _NOTHING_USD = 1e-9  # sums of floats
 _SHARE = 4  # a request without max_tokens reserves 1/4 of what is left, to leave some for others
 _FIRST_DENSITY = 0.5  # tokens a byte: twice that of English; of Chinese it is a third
+_MIN_DENSITY = 0.25  # that of English
 _LEARNING = 5  # a lower density of a key's prompts counts with weight 1/5, a higher one fully
 
 
@@ -120,6 +123,7 @@ class _Account:
         self.tokens = SlidingWindow()
         self.running = 0
         self.density = _FIRST_DENSITY  # tokens of its prompts for each that they could have had
+        self.uncounted = 0  # upper bound of the tokens of running prompts that no replica has counted
         self.reserved_usd = 0.0
         self.total_usd = 0.0
         self.month_usd = 0.0
@@ -127,6 +131,7 @@ class _Account:
 
     def learn(self, density: float) -> None:
         """Up at once, down in steps."""
+        density = min(max(density, _MIN_DENSITY), 1.0)
         step = 1 if density > self.density else _LEARNING
         self.density += (density - self.density) / step
 
@@ -151,6 +156,7 @@ class Reservation:
         "_open",
         "_price",
         "_prompt",
+        "_uncounted",
         "_usd",
         "cap",
         "output",
@@ -180,9 +186,11 @@ class Reservation:
         self._price = price
         self._usd = price.of(max_prompt, output)
         self._open = account is not None
+        self._uncounted = max_prompt if learns else 0
         self.output = output
         self.cap = cap
         if account is not None:
+            account.uncounted += self._uncounted
             now_s = limits.monotonic()
             self._cells = account.requests.add(1, now_s), account.tokens.add(prompt + output, now_s)
             account.running += 1
@@ -191,11 +199,16 @@ class Reservation:
     def prompt_counted(self, tokens: int) -> None:
         """A replica has counted the prompt: return what was reserved beyond that."""
         if self._open and self._account is not None:
+            self._end_uncounted(self._account)
             self._take(tokens - self._prompt)
             self._prompt = tokens
             change_usd = self._price.of(tokens, self.output) - self._usd
             self._account.reserved_usd += change_usd
             self._usd += change_usd
+
+    def _end_uncounted(self, account: _Account) -> None:
+        account.uncounted -= self._uncounted
+        self._uncounted = 0
 
     def add_output_tokens(self, output_tokens: int) -> None:
         """Output tokens so far: those beyond the reservation count at once."""
@@ -226,6 +239,7 @@ class Reservation:
         if not self._open or account is None:
             return
         self._open = False
+        self._end_uncounted(account)
         now_s = self._limits.monotonic()
         if not counts:
             account.requests.correct(self._cells[0], -1, now_s)
@@ -288,6 +302,8 @@ class Limits:
         if limits.tokens_per_min is not None:
             prompt = min(prompt, limits.tokens_per_min - output)
         self._check_rates(limits, account, prompt + output)
+        if not is_exact:
+            self._check_uncounted(limits, account, max_prompt)
         self._check_spend(limits, account, max_usd)
         return Reservation(
             self, account, prompt, output, max_prompt=max_prompt, price=price, cap=cap, learns=not is_exact
@@ -389,6 +405,16 @@ class Limits:
                 used = minute.total(now_s)
                 message = f"The API key may use {limit} {what} per minute; {used} are used, {amount} requested."
                 raise LimitReached(code, message, retry_after_s=wait_s, hint=f"Try again in {math.ceil(wait_s)} s.")
+
+    def _check_uncounted(self, limits: KeyLimits, account: _Account, max_prompt: int) -> None:
+        limit, used = limits.tokens_per_min, account.uncounted
+        if limit is not None and used and used + max_prompt > limit:
+            message = (
+                f"The API key may use {limit} tokens per minute; running prompts that are not counted yet may have up"
+                f" to {used}, this one up to {max_prompt}."
+            )
+            hint = "Wait until they are counted: those of streams are with the first token."
+            raise LimitReached("tokens_limit", message, retry_after_s=_SOON_S, hint=hint)
 
     def _check_spend(self, limits: KeyLimits, account: _Account, max_usd: float) -> None:
         if limits.usd is None:

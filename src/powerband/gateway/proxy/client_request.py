@@ -119,6 +119,14 @@ _WHOLE = re.compile(rb"(-?[0-9]{1,15})\.0{1,15}")
 _WHOLE_NUMBERS = whole_number_fields(RequestFields)
 _NAMES = frozenset(RequestFields.__struct_fields__)
 _MAX_NAME_CHARS = max(map(len, _NAMES))
+# Fields after which a response has nothing but text, token ids and log-probabilities.
+_TEXT_FIELDS = _NAMES | frozenset(
+    (
+        *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "top_logprobs", "echo"),
+        *("prompt_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format", "metadata", "store"),
+    )
+)
 
 
 class ClientRequest:
@@ -197,9 +205,12 @@ class ClientRequest:
 
     @property
     def max_response_bytes(self) -> int:
-        """Upper bound of a valid response's size; without max_tokens, practically none."""
+        """Upper bound of a right response's size if only text was requested; else, practically none.
+
+        Fields like SGLang's `return_hidden_states` make right responses much larger.
+        """
         limit = self.fields.limit
-        if limit is None:
+        if limit is None or not self._fields.keys() <= _TEXT_FIELDS:
             return 1 << 62
         has_logprobs = any(name in self._fields for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
         token_bytes = _TOKEN_BYTES_WITH_LOGPROBS if has_logprobs else _TOKEN_BYTES

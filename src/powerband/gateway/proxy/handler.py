@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
 import msgspec
 from starlette.requests import Request
@@ -35,7 +36,7 @@ from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.buffered_response import (
-    MAX_RESPONSE_BYTES,
+    BudgetShare,
     BufferedResponse,
     PiecesResponse,
     ResponseBudgetExceeded,
@@ -126,7 +127,7 @@ class GenerationResponse(Response):
         self._outcome = Outcome.ERROR
         self._error = ""
         self._resumed = 0
-        self._held_bytes = 0  # of a buffered response
+        self._buffered = BudgetShare(gateway.response_budget, request.tenant)
         self._is_prompt_counted = False
 
     def _new_state(self) -> StreamState:
@@ -155,7 +156,7 @@ class GenerationResponse(Response):
             raise
         finally:
             connection.when_lost(None)
-            self._release_response()
+            self._buffered.release()
             try:
                 self._finish()
             finally:
@@ -182,30 +183,27 @@ class GenerationResponse(Response):
 
     async def _collect(self, exchange: UpstreamExchange) -> BufferedResponse:
         """Receive a response. Raises UpstreamFailure, and ResponseTooLarge, against which no other replica helps."""
-        self._release_response()
-        response, max_bytes = BufferedResponse(), self._client_request.max_response_bytes
+        self._buffered.release()
+        response = BufferedResponse()
         while piece := await exchange.read():
-            await self._gateway.response_scanner.add(response, piece)
-            self._held_bytes += len(piece)
             try:
-                self._gateway.response_budget.add(self._request.tenant, len(piece), response.size)
+                await self._gateway.response_scanner.add(response, piece, self._request.tenant)
+                self._buffered.add(len(piece), response.size)
+            except ResponseTooLarge as error:
+                self._raise_too_large(exchange, error)
             except ResponseBudgetExceeded:
                 exchange.close()
                 self._attempts.close("ok")
                 raise
-            if response.size > max_bytes:
-                problem = f"The replica's response is larger than {max_bytes} bytes. No valid one to this request is."
-                raise UpstreamFailure("garbage", problem)
-            if response.size > MAX_RESPONSE_BYTES:
-                exchange.close()
-                self._attempts.close("ok")
-                raise ResponseTooLarge
         return response
 
-    def _release_response(self) -> None:
-        """The buffered response was sent, or failed: release its memory budget."""
-        self._gateway.response_budget.release(self._request.tenant, self._held_bytes)
-        self._held_bytes = 0
+    def _raise_too_large(self, exchange: UpstreamExchange, error: ResponseTooLarge) -> NoReturn:
+        """A response, or an event of it, is larger than the gateway buffers: the replica's fault if no right one is."""
+        if (max_bytes := self._client_request.max_response_bytes) < error.max_bytes:
+            raise UpstreamFailure("garbage", f"{error.message} A right one has at most {max_bytes} bytes.") from None
+        exchange.close()
+        self._attempts.close("ok")
+        raise error from None
 
     def _read_whole(self, response: BufferedResponse, replica: ReplicaAddress) -> list[bytes]:
         """Count the tokens, and return the response with the served model name. Raises UpstreamFailure."""
@@ -284,8 +282,7 @@ class GenerationResponse(Response):
 
     async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
         """Relay the events of one replica. Raises UpstreamFailure if the stream is incomplete."""
-        max_bytes = min(MAX_EVENT_BYTES, self._client_request.max_response_bytes)
-        relay = Relay(self._attempts, self._state, exchange, self._count_tokens, max_bytes)
+        relay = Relay(self._attempts, self._state, exchange, self._count_tokens)
         try:
             if not self._attempts.response_started:
                 pass_on_ignored_fields(self._scope, exchange.headers)
@@ -295,21 +292,19 @@ class GenerationResponse(Response):
         except UpstreamFailure as problem:
             if problem.code != "too_large":
                 raise
-            if max_bytes < MAX_EVENT_BYTES:
-                raise UpstreamFailure("garbage", f"{problem} No valid event of this response is.") from None
-            exchange.close()
-            self._attempts.close("ok")
-            raise ResponseTooLarge("event of the response", MAX_EVENT_BYTES, _WITHOUT_STREAM) from None
+            error = ResponseTooLarge("event of the response", MAX_EVENT_BYTES, _WITHOUT_STREAM)
+            self._raise_too_large(exchange, error)
 
     def _count_tokens(self, tokens: int) -> None:
-        reservation = self._reservation
+        """Correct the reservation by what the replica reports, up to what the request can be charged in the end."""
+        reservation, counter = self._reservation, self._state.tokens
         if reservation is None:
             return
-        if not self._is_prompt_counted and (prompt := self._state.tokens.reported_prompt):
+        if not self._is_prompt_counted and counter.reported_prompt:
             self._is_prompt_counted = True
-            reservation.prompt_counted(prompt)
+            reservation.prompt_counted(counter.final_usage()[0])
         if tokens > reservation.output:
-            reservation.add_output_tokens(tokens)
+            reservation.add_output_tokens(min(tokens, counter.max_output))
 
     async def _send(self, send: Send, data: bytes) -> None:
         if not self._attempts.response_started:
@@ -401,9 +396,8 @@ class GenerationResponse(Response):
         is_ok = self._outcome is Outcome.OK
         if tokens.num_output or tokens.usage is not None or (attempts.sent_s and is_ok):
             used = tokens.final_usage()
-            if is_ok and not tokens.is_estimate and tokens.times_s and len(attempts.replicas) == 1:
-                seconds = tokens.times_s[-1] - attempts.sent_s
-                self._served.estimates.learn(used[2], client_request.num_choices, seconds, tokens.text.size)
+            if is_ok and not tokens.is_estimate and used[2] and len(attempts.replicas) == 1:
+                tokens.teach(self._served.estimates, used[2], attempts.sent_s)
             return used, tokens.is_estimate
         if not attempts.sent_s or self._error not in (
             "client_left",

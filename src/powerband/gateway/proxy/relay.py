@@ -34,14 +34,13 @@ class Relay:
         state: StreamState,
         exchange: UpstreamExchange,
         on_tokens: Callable[[int], None],
-        max_event_bytes: int,
     ) -> None:
         """on_tokens: called with the total number of tokens whenever it grows."""
         self._attempts = attempts
         self._state = state
         self._exchange = exchange
         self._on_tokens = on_tokens
-        self._reader = EventReader(max_event_bytes)
+        self._reader = EventReader()
         self._events: deque[bytes] = deque()  # not processed yet
         self._has_ended = False
         self._max_events = MAX_EVENTS_WITHOUT_TOKEN

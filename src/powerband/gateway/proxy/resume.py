@@ -62,7 +62,7 @@ class Resumer:
         if adapter.complete_stream is None:
             raise CannotResume
         body = client_request.upstream_body(replica, self._tenant)
-        if not state.texts and not state.wants_empty_chunks:  # the client has nothing yet
+        if not (state.texts or state.is_parsed or state.wants_empty_chunks):  # the client has nothing yet
             state.resume(kept=0)
             return path, body
         if not has_ids(state.tokens.prompt_ids) or state.is_parsed:

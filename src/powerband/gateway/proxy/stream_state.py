@@ -28,6 +28,7 @@ from powerband.openai.chunks import (
     ChunkChoice,
     ChunkDelta,
     InvalidChunk,
+    has_unknown_content,
     read_chunk,
 )
 from powerband.openai.errors import MAX_ERROR_BYTES, read_error
@@ -65,7 +66,7 @@ class StreamState:
         self.texts: list[str] = []  # with keeps_text, to find where another engine resumes
         self.keeps_text = False
         self._always_keeps_text = keeps_text
-        self.is_parsed = False  # some output was reasoning or a tool call, parsed from the text
+        self.is_parsed = False  # some output was reasoning, a tool call or an unknown field, parsed from the text
         self._skipped = ""  # text that the current replica repeats, and that the client already has
 
     @property
@@ -144,7 +145,7 @@ class StreamState:
                 raise self.as_failure(Raw(data))
             self.tokens.add_usage(chunk, 0)
             is_wanted = chunk.usage is not None and self._client_request.wants_usage
-            return self._rewriter.rewrite(data, chunk) if is_wanted else b""
+            return self._rewriter.rewrite(data, chunk) if is_wanted or has_unknown_content(data) else b""
         if len(chunk.choices) > self._num_choices:
             raise self._too_many_choices(chunk)
         tokens, is_empty = 0, True
@@ -156,7 +157,11 @@ class StreamState:
             self.tokens.add_prompt_ids(chunk.prompt_token_ids)
         if tokens:
             self.tokens.add(tokens, now_s)
-        return b"" if is_empty else self._rewriter.rewrite(data, chunk)
+        if is_empty:
+            if not has_unknown_content(data):
+                return b""
+            self.is_parsed = True
+        return self._rewriter.rewrite(data, chunk)
 
     def _too_many_choices(self, chunk: Chunk) -> UpstreamFailure:
         message = f"The replica sent {len(chunk.choices or ())} choices at once"
@@ -200,7 +205,9 @@ class StreamState:
         return text[size:]
 
     def _is_empty(self, choice: ChunkChoice) -> bool:
-        """Whether a choice has nothing for the client: only ids that the gateway requested, or a role sent before."""
+        """Whether no field that is read has anything for the client: only ids that the gateway requested, or a role
+        that was sent before.
+        """
         delta = choice.delta
         if choice.text or choice.finish_reason:
             return False

@@ -12,6 +12,7 @@ from powerband.gateway.upstream.token_estimates import TextTokenCount, TokenEsti
 from powerband.openai.chunks import NO_IDS, Chunk, ChunkUsage, count_ids, has_ids
 
 _SLACK_TOKENS = 64  # engines differ in whether they count the end of a turn
+_MAX_TOKEN_CHARS = 256  # the longest tokens of vocabularies are runs of 128 blanks
 
 
 class TokenCounter:
@@ -35,7 +36,7 @@ class TokenCounter:
         self._prompt_sizes: dict[int, int] = {}  # tokens by prompt index, if replicas send the ids
         self._usage_of: dict[int, int] | None = None  # output tokens by choice, if chunks report them
         self._tokens_since_usage = 0  # output tokens received after the last usage
-        self._min_generated = 0  # lower bound: ids, and one for each text without ids
+        self._chars_without_ids = 0
         self._max_generated = 0  # upper bound of what was requested
 
     def begin(self, *, reports_each_choice: bool) -> None:
@@ -48,14 +49,15 @@ class TokenCounter:
         """Only the first `kept` tokens stay. counts_as_prompt: the next replica counts them as prompt."""
         self.num_in_prompt = kept if counts_as_prompt else 0
         self.num_output -= len(self.token_ids) - kept
-        self._min_generated = min(self._min_generated, kept)
+        self._chars_without_ids = 0
         self.usage, self._tokens_since_usage = None, self.num_output  # the next replica counts for itself
         del self.token_ids[kept:]
 
     @property
     def has_too_many(self) -> bool:
-        """Whether there are more tokens than requested."""
-        return self._min_generated > self._max_generated + _SLACK_TOKENS
+        """Whether there are certainly more tokens than requested. Chunks prove nothing: some servers send letters."""
+        min_generated = len(self.token_ids) + self._chars_without_ids // _MAX_TOKEN_CHARS
+        return min_generated > self._max_generated + _SLACK_TOKENS
 
     # What the events show.
 
@@ -63,11 +65,10 @@ class TokenCounter:
         """Count a part of the output. Returns its tokens, which are passed to `add` with those of all its event."""
         if token_ids:
             self.token_ids.extend(token_ids)
-            self._min_generated += len(token_ids)
             return len(token_ids)
         if text:
             self.has_missing_ids = True
-            self._min_generated += 1
+            self._chars_without_ids += len(text)
             return self.text.add(text)
         return 0
 
@@ -108,6 +109,17 @@ class TokenCounter:
         cached = 0 if self.usage is None else self.usage.cached_tokens
         prompt = min(self.reported_prompt or self._client_request.prompt_tokens, self._client_request.max_prompt_usage)
         return prompt, min(cached, prompt), min(self._output, self.max_output)
+
+    def teach(self, estimates: TokenEstimates, output: int, sent_s: float) -> None:
+        """Refine the estimates with a complete response. output: its tokens, as the replica has counted them."""
+        choices, times_s, is_stream = self._client_request.num_choices, self.times_s, self._client_request.is_stream
+        estimates.output.observe(output / choices)
+        if times_s:
+            generated = output - self.counts[0] if is_stream else output
+            begin_s = times_s[0] if is_stream else sent_s
+            estimates.learn_pace(generated / choices, times_s[-1] - begin_s, has_prompt=not is_stream)
+        if is_stream:
+            estimates.learn_chunks(output, self.text.num_chunks)
 
     @property
     def is_estimate(self) -> bool:

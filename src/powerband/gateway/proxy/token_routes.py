@@ -22,12 +22,7 @@ from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS, with_model
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
-from powerband.gateway.upstream.buffered_response import (
-    MAX_RESPONSE_BYTES,
-    BufferedResponse,
-    PiecesResponse,
-    ResponseTooLarge,
-)
+from powerband.gateway.upstream.buffered_response import BudgetShare, BufferedResponse, PiecesResponse
 from powerband.gateway.upstream.errors import InvalidUpstreamRequest, with_served_name
 from powerband.metrics.record import Outcome, RequestRecord
 from powerband.openai.chunks import INVALID_JSON
@@ -92,13 +87,16 @@ class TokenCountRoutes:
     ) -> Response:
         """Raises LimitReached, and HttpError when no replica answers."""
         reservation = self._accounts.limits.reserve(key and self._accounts.keys.current(key), gateway_request)
+        buffered = BudgetShare(self._gateway.response_budget, gateway_request.tenant)
         try:
-            response, replica = await self._ask(gateway_request, served, data, name)
+            response, replica = await self._ask(gateway_request, served, data, name, buffered)
         except InvalidUpstreamRequest as fault:
+            buffered.release()
             reservation.settle(0, 0, 0.0)
             self._note(gateway_request, 0, fault.http_status, fault.code, "")
             raise
         except BaseException:
+            buffered.release()
             reservation.cancel()
             raise
         tokens = gateway_request.prompt_tokens
@@ -106,10 +104,15 @@ class TokenCountRoutes:
             tokens = min(_read_count(response.surface()), len(data) + _SLACK_TOKENS) or tokens
         reservation.settle(tokens, 0, 0.0)
         self._note(gateway_request, tokens, 200, "", replica)
-        return PiecesResponse(response.pieces())
+        return PiecesResponse(response.pieces(), buffered.release)
 
     async def _ask(
-        self, gateway_request: GatewayRequest, served: ServedModel, data: bytes, name: str | None
+        self,
+        gateway_request: GatewayRequest,
+        served: ServedModel,
+        data: bytes,
+        name: str | None,
+        buffered: BudgetShare,
     ) -> tuple[BufferedResponse, str]:
         """Ask the ready replicas in round-robin order, until one gives a valid response.
 
@@ -125,7 +128,7 @@ class TokenCountRoutes:
             ask_s = _ASK_S if replica is replicas[-1] else _ASK_FIRST_S
             body = data if name == replica.model else with_model(data, replica.model)
             try:
-                status, response = await self._call(replica, PATHS[gateway_request.endpoint], body, ask_s)
+                status, response = await self._call(replica, gateway_request, body, ask_s, buffered)
                 reported = response.surface()
             except OSError:
                 continue
@@ -141,17 +144,17 @@ class TokenCountRoutes:
         raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[gateway_request.endpoint]}.")
 
     async def _call(
-        self, replica: ReplicaAddress, path: str, body: bytes, ask_s: float
+        self, replica: ReplicaAddress, gateway_request: GatewayRequest, body: bytes, ask_s: float, buffered: BudgetShare
     ) -> tuple[int, BufferedResponse]:
-        """Raises OSError, and ResponseTooLarge, which another replica's response would be, too."""
+        """Raises OSError, and ResponseTooLarge and ResponseBudgetExceeded, against which no other replica helps."""
+        buffered.release()
         timeouts = Timeouts(connect_s=ask_s, first_byte_s=ask_s, idle_s=ask_s, total_s=ask_s)
-        exchange = await self._gateway.upstream.open(replica, path, body, timeouts)
+        exchange = await self._gateway.upstream.open(replica, PATHS[gateway_request.endpoint], body, timeouts)
         try:
             response = BufferedResponse(depth=1)
             while piece := await exchange.read():
-                await self._gateway.response_scanner.add(response, piece)
-                if response.size > MAX_RESPONSE_BYTES:
-                    raise ResponseTooLarge(hint="Send less text at a time.")
+                await self._gateway.response_scanner.add(response, piece, gateway_request.tenant)
+                buffered.add(len(piece), response.size)
             return exchange.status, response
         finally:
             self._gateway.upstream.end(exchange)

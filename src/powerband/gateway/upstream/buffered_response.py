@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import codecs
 import re
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -31,6 +32,7 @@ MAX_HELD_BYTES = 512 << 20  # of all responses that are arriving or not yet sent
 _REDUCE_HINT = "Ask for it as a stream, or for fewer choices, tokens or log-probabilities."
 LARGE_BYTES = 1 << 20  # above this, only the surface is decoded: msgspec takes up to 20 ms for 1 MiB
 MAX_SURFACE_BYTES = 4 << 20
+_SMALL_BYTES = 64 << 10  # responses that are never refused for lack of memory
 _SLICE_BYTES = 64 << 10
 _INSIDE_CHOICES = 3
 _STRING_BYTES = 256  # kept of each string on the surface
@@ -49,6 +51,7 @@ class ResponseTooLarge(PowerbandError):
 
     def __init__(self, what: str = "response", max_bytes: int = MAX_RESPONSE_BYTES, hint: str = _REDUCE_HINT) -> None:
         super().__init__(f"The {what} is larger than {max_bytes >> 20} MiB.", hint=hint)
+        self.max_bytes = max_bytes
 
 
 class ResponseBudgetExceeded(PowerbandError):
@@ -72,7 +75,7 @@ class ResponseBudget:
         """
         self.held[tenant] += size
         is_full = self.held[tenant] > self.max_bytes // 2 or self.held.total() > self.max_bytes
-        if is_full and total > LARGE_BYTES:
+        if is_full and total > _SMALL_BYTES:
             raise ResponseBudgetExceeded(
                 f"The buffered responses that wait for their clients are larger than {self.max_bytes >> 20} MiB,"
                 " or those of one client than half.",
@@ -85,22 +88,69 @@ class ResponseBudget:
             del self.held[tenant]
 
 
+class BudgetShare:
+    """What one request holds of the budget. Call `release` in the end, which is allowed at any time."""
+
+    def __init__(self, budget: ResponseBudget, tenant: str) -> None:
+        self._budget, self._tenant = budget, tenant
+        self._size = 0
+
+    def add(self, size: int, total: int) -> None:
+        """See `ResponseBudget.add`. Raises ResponseBudgetExceeded."""
+        self._size += size
+        self._budget.add(self._tenant, size, total)
+
+    def release(self) -> None:
+        size, self._size = self._size, 0
+        self._budget.release(self._tenant, size)
+
+
 class ResponseScanner:
     """Scans large responses one piece per turn of the event loop, over all requests: a piece takes some milliseconds,
-    and other requests run in between.
+    and other requests run in between. Tenants take turns, however many responses each has.
     """
 
     def __init__(self) -> None:
-        self._scanning = asyncio.Lock()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant, in the order of their turns
+        self._is_scanning = False
 
-    async def add(self, response: BufferedResponse, piece: bytes) -> None:
-        """Add a piece to a response. Raises UpstreamFailure, see `BufferedResponse.add`."""
+    async def add(self, response: BufferedResponse, piece: bytes, tenant: str) -> None:
+        """Add a piece to a response. Raises as `BufferedResponse.add` does."""
         if not response.is_large and response.size + len(piece) <= LARGE_BYTES:
             response.add(piece)
             return
-        async with self._scanning:
+        await self._wait_for_turn(tenant)
+        try:
             response.add(piece)
             await asyncio.sleep(0)
+        finally:
+            self._pass_on()
+
+    async def _wait_for_turn(self, tenant: str) -> None:
+        if not self._is_scanning:
+            self._is_scanning = True
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # cancelled after it had got its turn
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        """Give the turn to the next tenant that waits."""
+        while self._waiting:
+            tenant = next(iter(self._waiting))
+            turns = self._waiting.pop(tenant)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[tenant] = turns  # at the end
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._is_scanning = False
 
 
 class BufferedResponse:
@@ -119,9 +169,11 @@ class BufferedResponse:
         return self._surface is not None
 
     def add(self, piece: bytes) -> None:
-        """Raises UpstreamFailure for invalid UTF-8."""
+        """Raises UpstreamFailure for invalid UTF-8, and ResponseTooLarge."""
         self._pieces.append(piece)
         self.size += len(piece)
+        if self.size > MAX_RESPONSE_BYTES:
+            raise ResponseTooLarge
         if self._surface is not None:
             self._surface.add(piece)
         elif self.size > LARGE_BYTES:
@@ -170,15 +222,21 @@ def _split(pieces: list[bytes], at: int) -> tuple[list[bytes], list[bytes]]:
 class PiecesResponse(Response):
     """A JSON response in pieces, which are never joined."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[bytes], release: Callable[[], None] | None = None) -> None:
+        """release: called when the response has been sent, or the client has left."""
         super().__init__(media_type="application/json", headers={"content-length": str(sum(map(len, pieces)))})
         self._pieces = pieces
+        self._release = release
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        for piece in self._pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if self._release is not None:
+                self._release()
 
 
 class _Surface:
@@ -207,7 +265,7 @@ class _Surface:
         self._is_escaped = False  # whether the next byte is escaped
 
     def add(self, piece: bytes) -> None:
-        """Raises UpstreamFailure."""
+        """Raises UpstreamFailure and ResponseTooLarge."""
         try:
             if not piece.isascii() or self._utf8.getstate()[0]:
                 self._utf8.decode(piece)
@@ -239,11 +297,11 @@ class _Surface:
         return data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
 
     def _keep(self, codes: NDArray[np.uint8], levels: NDArray[np.int32], is_short: NDArray[np.bool_]) -> None:
-        """Raises UpstreamFailure if the surface gets too large."""
+        """Raises ResponseTooLarge if the surface gets too large."""
         self._kept.append(codes[is_short & (levels <= self._max_depth)].tobytes())
         self._kept_bytes += len(self._kept[-1])
         if self._kept_bytes > MAX_SURFACE_BYTES:
-            raise UpstreamFailure("garbage", f"The replica's response has {self._kept_bytes} bytes beside its choices.")
+            raise ResponseTooLarge("response without its choices", MAX_SURFACE_BYTES)
         is_outermost = is_short & (levels <= 1)
         self._outermost.append(codes[is_outermost].tobytes())
         self._places.append(np.flatnonzero(is_outermost) + self._position)

@@ -1,9 +1,10 @@
 """Estimates the tokens of a response whose replica does not count them. Usage records mark them as estimates.
 
-    text that was received               its size times this model's measured tokens per size
+    text that was received               its size, but at least a token for each chunk
     a response that was not waited for   seconds at the replica times this model's measured tokens per second
 
-Every response that a replica has counted itself refines both. The initial values are rather too high than too low.
+The size of a token is not measured: what one key asks for (reasoning that is left out, runs of blanks) would change
+what another key pays.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ OTHER_BYTES_PER_TOKEN = 3  # of UTF-8: one token for a Chinese character
 FIRST_TOKENS_PER_S = 100.0  # of one choice, until a response has been counted: a fast engine's rate
 _NOT_ASCII = bytes(range(0x80, 0x100))
 _WEIGHT = 0.1  # of the newest in a moving mean
-_MIN_FACTOR, _MAX_FACTOR = 0.25, 4.0
+_MIN_TOKENS = 32  # of a response, to learn from it
+_MIN_TOKENS_WITH_PROMPT = 256  # if the time includes that of the prompt, which is as long as a client likes
+_MAX_TOKENS_PER_S = 1000.0  # more is no generation, but a cache or a proxy that sends a whole response at once
 
 
 class _Function(msgspec.Struct, gc=False):
@@ -36,26 +39,29 @@ _CALLS = msgspec.json.Decoder(list[_Call])
 
 
 class TokenEstimates:
-    """Measurements of one model's responses. text_factor: counted tokens per token that `text_tokens` estimates."""
+    """Measurements of one model's responses to all keys: only what depends on the servers, not on what a key asks for.
+
+    tokens_per_s: of one choice, while it is generated. tokens_per_chunk: at most 1; of servers that send letters, less.
+    """
 
     def __init__(self) -> None:
         self.tokens_per_s = FIRST_TOKENS_PER_S
-        self.text_factor = 1.0
+        self.tokens_per_chunk = 1.0
         self.output = OutputEstimate()
         self._is_paced = False
 
-    def learn(self, output_tokens: int, choices: int, seconds: float, text_tokens: float) -> None:
-        """Learn from a response whose tokens the replica has counted. text_tokens: of its text; 0: not seen."""
-        if output_tokens <= 0:
+    def learn_pace(self, tokens: float, seconds: float, *, has_prompt: bool) -> None:
+        """Learn from the tokens of one choice, counted by the replica. has_prompt: `seconds` include the prompt's."""
+        if seconds <= 0 or tokens < (_MIN_TOKENS_WITH_PROMPT if has_prompt else _MIN_TOKENS):
             return
-        self.output.observe(output_tokens / choices)
-        if seconds > 0:
-            pace = output_tokens / choices / seconds
-            self.tokens_per_s += (pace - self.tokens_per_s) * (_WEIGHT if self._is_paced else 1.0)
-            self._is_paced = True
-        if text_tokens > 0:
-            factor = min(max(output_tokens / text_tokens, _MIN_FACTOR), _MAX_FACTOR)
-            self.text_factor += (factor - self.text_factor) * _WEIGHT
+        pace = min(tokens / seconds, _MAX_TOKENS_PER_S)
+        self.tokens_per_s += (pace - self.tokens_per_s) * (_WEIGHT if self._is_paced else 1.0)
+        self._is_paced = True
+
+    def learn_chunks(self, tokens: int, num_chunks: int) -> None:
+        """Learn from a stream of `num_chunks` chunks with text, whose tokens the replica has counted."""
+        if num_chunks >= _MIN_TOKENS:
+            self.tokens_per_chunk += (min(tokens / num_chunks, 1.0) - self.tokens_per_chunk) * _WEIGHT
 
     def of_whole(self, seconds: float, choices: int, limit: int | None) -> int:
         """Output tokens of all choices after `seconds` at a replica. limit: max_tokens of one choice; None: none."""
@@ -64,20 +70,20 @@ class TokenEstimates:
 
 
 class TextTokenCount:
-    """Estimates the tokens of a text that arrives in pieces, from its size; at least one token per piece."""
+    """Estimates the tokens of a text that arrives in chunks: from its size, and at least `tokens_per_chunk` each."""
 
     def __init__(self, estimates: TokenEstimates) -> None:
-        self.size = 0.0  # in tokens, before the factor
-        self._factor = estimates.text_factor
-        self._pieces = 0
+        self.num_chunks = 0
+        self._tokens_per_chunk = estimates.tokens_per_chunk
+        self._size = 0.0  # in tokens
         self._tokens = 0
 
     def add(self, text: str) -> int:
-        """Add a piece. Returns by how many tokens the estimate grows."""
-        self.size += text_tokens(text)
-        self._pieces += 1
+        """Add a chunk. Returns by how many tokens the estimate grows."""
+        self._size += text_tokens(text)
+        self.num_chunks += 1
         before = self._tokens
-        self._tokens = max(before, self._pieces, math.ceil(self.size * self._factor))
+        self._tokens = max(before, math.ceil(max(self._size, self.num_chunks * self._tokens_per_chunk)))
         return self._tokens - before
 
 
