@@ -43,7 +43,8 @@ from powerband.spec.settings import EngineSettings
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.workload.lengths import Fixed, Uniform
 from powerband.spec.workload.presets import preset
-from powerband.spec.workload.workload import RequestMix, Schedule, SharedPrefix, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import RequestMix, SharedPrefix, Workload
 
 RESULT = Path(__file__).parent / "results" / "accuracy-own.json"
 SHARES = (0.3, 0.6, 0.9)  # of the capacity

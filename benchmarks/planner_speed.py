@@ -36,7 +36,8 @@ from powerband.spec.model.reader import read_model_spec
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.presets import preset
-from powerband.spec.workload.workload import Schedule, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import Workload
 
 SEED, REQUESTS = 0, 1000
 DEVICES, RATE = ("L4", "A10G", "L40S", "A100-80G", "H100", "H200"), 8.0

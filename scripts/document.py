@@ -1,19 +1,30 @@
-"""Write docs/settings.md and docs/metrics.md from the code: `python scripts/document.py`. A test keeps them current."""
+"""Write docs/settings.md, docs/metrics.md and docs/plan-file.md from the code: `python scripts/document.py`.
+
+A test keeps them current.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
 
 from powerband.cli.flags import KNOWN_SETTINGS
 from powerband.cli.settings import PREFIX
 from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.metrics.prometheus import ALIASES, EngineMetrics
 from powerband.renamed import new_names, option
+from powerband.spec.deployment import Deployment, Replica, ReplicaPool
+from powerband.spec.plan import Plan, PlanCost, Promise
 from powerband.spec.settings import KIND_NAMES, choices, value_types
+from powerband.spec.slo import SLO
+from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, Replay
+from powerband.spec.workload.lengths import KINDS as LENGTHS
+from powerband.spec.workload.workload import RequestMix, Workload
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SETTINGS = """\
@@ -90,7 +101,8 @@ cd boards && prometheus --config.file=prometheus.yml --storage.tsdb.path=data
 
 def pages() -> dict[Path, str]:
     """The content of every page that this script writes."""
-    return {DOCS / "settings.md": settings_page(), DOCS / "metrics.md": metrics_page()}
+    made = {"settings": settings_page(), "metrics": metrics_page(), "plan-file": plan_page()}
+    return {DOCS / f"{name}.md": content for name, content in made.items()}
 
 
 def metrics_page() -> str:
@@ -149,6 +161,221 @@ def _values(declared: Any, metadata: Any) -> str:
     low, high = metadata["minimum"], metadata["maximum"]
     limits = f", {low} to {high}" if high is not None else f", at least {low}" if low is not None else ""
     return KIND_NAMES[kind] + limits
+
+
+PLAN = """\
+# Plan file
+
+<!-- Written by scripts/document.py from the classes of spec/. Change those, then run the script. -->
+
+`powerband plan -o plan.yaml` writes a plan, `powerband deploy plan.yaml` carries it out, `powerband simulate plan.yaml`
+plays other loads through it, and `powerband bench URL --plan plan.yaml` checks its promise. It is plain YAML. What is
+unknown, missing or out of range is an error that names it.
+
+## By hand
+
+A plan may be written by hand, for instance for a machine that was not calibrated (`device: cpu`). This one is complete:
+
+```yaml
+{example}```
+
+```
+powerband deploy plan.yaml
+```
+
+A field with a default may be left out. Without `deployment` a plan is a promise, which `powerband bench URL --plan
+plan.yaml` checks at any server.
+"""
+PLAN_EXAMPLE = """\
+version: 1
+model: demo
+deployment:
+  engine: powerband
+  pools:
+    - replica: {device: cpu, max_model_len: 1024, max_num_seqs: 16}
+      count: 2
+workload:
+  name: short chats
+  arrivals: {kind: open, phases: [{start: 2.0, end: 2.0}]}
+  requests:
+    prompt: {kind: uniform, low: 32, high: 160}
+    output: {kind: uniform, low: 16, high: 64}
+slo: {ttft_s: 0.5, tpot_s: 0.05, attainment: 0.95}
+promise: {rate: 2.0}
+"""
+# Title, where its tables stand, its class, and what its fields mean. A field without a word here stops the script.
+PLAN_TABLES: tuple[tuple[str, str, type, dict[str, str]], ...] = (
+    (
+        "The file",
+        "",
+        Plan,
+        {
+            "model": "Hugging Face id, folder, or `demo`",
+            "workload": "what it was made for: [workload](#workload)",
+            "slo": "what its users may expect: [slo](#slo)",
+            "promise": "the load at which they may: [promise](#promise)",
+            "deployment": "what to run: [deployment](#deployment)",
+            "predicted": "figure → `value`, `low`, `high` (for nine measurements in ten). Nothing depends on it",
+            "cost": "[cost](#cost). Nothing depends on it",
+        },
+    ),
+    (
+        "deployment",
+        "",
+        Deployment,
+        {
+            "engine": "what serves",
+            "pools": "[pools](#pool), ordered by `max_prompt_tokens`; the last one has none and takes any prompt",
+        },
+    ),
+    (
+        "pool",
+        "An entry of `deployment: pools`.",
+        ReplicaPool,
+        {
+            "replica": "how each [replica](#replica) is made",
+            "count": "number of replicas",
+            "max_prompt_tokens": "maximum prompt of the requests that it gets; null: no limit",
+        },
+    ),
+    (
+        "replica",
+        "",
+        Replica,
+        {
+            "device": "`local`: this machine as calibrated; `cpu`: not calibrated; a name in the catalog, or a file",
+            "tensor_parallel": "devices over which each layer is divided",
+            "pipeline_parallel": "stages over which the layers are divided",
+            "expert_parallel": "devices over which whole experts are divided: 1 or `tensor_parallel`",
+            "quantization": "precision of the weights",
+            "kv_precision": "precision of the KV cache",
+            "offload_share": "fraction of the weights that stay in the host's memory",
+            "max_model_len": "maximum prompt plus output, in tokens",
+            "max_num_seqs": "maximum requests that run at once",
+            "max_num_batched_tokens": "token budget of a step",
+            "long_prefill_token_threshold": "maximum prefill chunk of one request in a step; 0: the token budget",
+            "gpu_memory_utilization": "fraction of a GPU's memory that the engine may use",
+            "enable_prefix_caching": "reuse the KV cache of common prefixes",
+            "draft_tokens": "speculative decoding: tokens drafted in each step",
+            "draft_acceptance": "fraction of them that is expected to be accepted",
+        },
+    ),
+    (
+        "slo",
+        "A request meets the SLO when it meets all limits.",
+        SLO,
+        {
+            "ttft_s": "maximum seconds to the first token",
+            "tpot_s": "maximum mean seconds per output token after the first",
+            "stall_s": "maximum pause between two tokens",
+            "e2e_s": "maximum seconds for the whole answer",
+            "attainment": "fraction of requests that must meet it",
+        },
+    ),
+    (
+        "promise",
+        "",
+        Promise,
+        {
+            "rate": "requests per second",
+            "output_tokens_per_s": "at least so many output tokens per second at that rate; null: not promised",
+        },
+    ),
+    (
+        "cost",
+        "",
+        PlanCost,
+        {
+            "usd_per_hour": "of all machines",
+            "usd_per_million_tokens": "of output, at the promised rate",
+            "machines": "machine → how many",
+        },
+    ),
+    (
+        "workload",
+        "",
+        Workload,
+        {
+            "name": "for reports",
+            "arrivals": "when requests arrive: [arrivals](#arrivals)",
+            "requests": "what they are: [requests](#requests); or `trace`: file, format and SHA-256 of a trace",
+        },
+    ),
+    (
+        "arrivals",
+        "With `kind: open`: requests arrive whether or not others were answered.",
+        OpenLoop,
+        {
+            "phases": "a list of `start`, `end` (requests per second) and `seconds`; without `seconds`: without end",
+            "burstiness": "1: Poisson; below 1: burstier",
+        },
+    ),
+    (
+        "arrivals, closed",
+        "With `kind: closed`: users who each wait for their answer.",
+        ClosedLoop,
+        {
+            "concurrency": "number of users",
+            "think_s": "mean seconds from an answer to the next request",
+        },
+    ),
+    (
+        "arrivals, replayed",
+        "With `kind: replay`: at the times of a trace.",
+        Replay,
+        {"speedup": "so many times as fast"},
+    ),
+    (
+        "requests",
+        "Lengths are in tokens: [lengths](#lengths).",
+        RequestMix,
+        {
+            "prompt": "length of a prompt, or of a turn, beyond the prefix",
+            "output": "length of an answer",
+            "prefix": "what prompts have in common: `tokens` (lengths), `groups` (number of different ones), `share`"
+            " (of requests that have one), `skew` (0: all alike; else Zipf's exponent)",
+            "conversation": "`turns` (lengths) and `think_s`: requests that wait for each other's answers",
+        },
+    ),
+)
+
+
+PLAN_HEAD = "| field | value | default | meaning |\n|---|---|---|---|\n"
+
+
+def plan_page() -> str:
+    Plan.from_dict(yaml.safe_load(PLAN_EXAMPLE))  # an example that cannot be read stops the script
+    parts = [PLAN.replace("{example}", PLAN_EXAMPLE)]
+    for title, about, kind, words in PLAN_TABLES:
+        rows = ["| `version` | `1` | required | version of the format |\n"] if kind is Plan else []
+        hints, items = get_type_hints(kind), {item.name: item for item in fields(kind)}
+        if unknown := words.keys() - items.keys():
+            raise SystemExit(f"{kind.__name__} has no {', '.join(unknown)}")
+        for name, item in items.items():
+            rows.append(f"| `{name}` | {_plan_type(hints[name])} | {_plan_default(item)} | {words[name]} |\n")
+        parts.append(f"\n## {title}\n\n" + (f"{about}\n\n" if about else "") + PLAN_HEAD + "".join(rows))
+    kinds = [f"| `{name}` | {_lengths_fields(kind)} |\n" for name, kind in LENGTHS.items()]
+    parts.append("\n## lengths\n\nA table with a `kind`, and with:\n\n| kind | fields |\n|---|---|\n" + "".join(kinds))
+    return "".join(parts)
+
+
+def _lengths_fields(kind: type) -> str:
+    shown = (f"`{f.name}`" + ("" if f.default is MISSING else f" ({f.default})") for f in fields(kind) if f.init)
+    return ", ".join(shown)
+
+
+def _plan_type(declared: Any) -> str:
+    if choices(declared):
+        return ", ".join(f"`{choice}`" for choice in choices(declared))
+    is_optional = NoneType in get_args(declared)
+    kind = next(k for k in get_args(declared) if k is not NoneType) if is_optional else declared
+    return KIND_NAMES.get(kind, "a list" if get_origin(kind) is tuple else "a table")
+
+
+def _plan_default(item: Field[Any]) -> str:
+    if item.default is MISSING:
+        return "required" if item.default_factory is MISSING else "–"
+    return "–" if item.default is None else f"`{yaml.safe_dump(item.default).splitlines()[0]}`"
 
 
 if __name__ == "__main__":

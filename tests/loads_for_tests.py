@@ -25,7 +25,8 @@ from powerband.mock_server.process import mock_server_process
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import Arrivals, OpenLoop
 from powerband.spec.workload.lengths import Fixed
-from powerband.spec.workload.workload import RequestMix, Schedule, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import RequestMix, Workload
 
 
 @dataclass

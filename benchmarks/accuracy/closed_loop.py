@@ -12,7 +12,7 @@ from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
 from powerband.spec.deployment import Deployment, EngineName, Replica, ReplicaPool
-from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
+from powerband.spec.workload.schedule import Chain, PlannedRequest, Schedule, Segment
 
 # Requests of each user: InferenceX sends ten times as many as there are users; for the others nothing is told.
 _ROUNDS, _ROUNDS_INFERENCEX = 10, 10

@@ -19,7 +19,7 @@ from powerband.cost.replica_memory import plan_replica
 from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog
-from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
+from powerband.spec.workload.schedule import Chain, PlannedRequest, Schedule, Segment
 
 _MODELS = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",

@@ -9,7 +9,7 @@ from powerband.cost.replica_memory import plan_replica
 from powerband.metrics.record import percentile
 from powerband.planner.simulation.simulator import NO_GATEWAY, simulate
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
-from powerband.spec.workload.workload import Chain, PlannedRequest, Schedule, Segment
+from powerband.spec.workload.schedule import Chain, PlannedRequest, Schedule, Segment
 
 FIGURES = ("ttft", "tpot", "e2e")
 STATISTICS = ("mean", "p50", "p90", "p99")

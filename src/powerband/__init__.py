@@ -19,6 +19,9 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 def __getattr__(name: str) -> Any:
     """Load on first use, so that importing the package costs nothing."""
     if name == "LLM":
+        from powerband.extras import require
+
+        require("torch", "LLM")
         from powerband.engine.offline.llm import LLM
 
         return LLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import shutil
@@ -11,12 +12,16 @@ from typing import Any
 
 from powerband.calibration.bandwidth import read_bandwidth_bytes_per_s
 from powerband.cost.sizing import readable
+from powerband.engine.kernels.cpu import library
+from powerband.errors import PowerbandError
+from powerband.extras import WITHOUT_TORCH, is_installed, pip_command
+from powerband.spec.hardware.catalog import read_local_profile
 from powerband.spec.hardware.device import detect_cpu, has_gpu_nodes
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is missing or slower than it need be. A fatal one keeps Powerband from serving."""
+    """One thing that is missing or slower than it need be. With a fatal one no command works."""
 
     problem: str
     remedy: str
@@ -24,11 +29,11 @@ class Problem:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed version of each package that Powerband needs at run time; None: not installed."""
+    """Installed version of each package that Powerband always needs, and of torch; None: not installed."""
     found: dict[str, str | None] = {}
     for requirement in requires("powerband") or ():
-        if "extra ==" not in requirement:
-            name = re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0]
+        name = re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0]
+        if "extra ==" not in requirement or name == "torch":
             try:
                 found[name] = version(name)
             except PackageNotFoundError:
@@ -37,12 +42,27 @@ def package_versions() -> dict[str, str | None]:
 
 
 def missing_packages(versions: dict[str, str | None]) -> list[Problem]:
-    """A fatal finding for each package that is not installed."""
-    return [
+    """A finding for each package that is not installed: fatal, unless only some commands need it."""
+    found = [
         Problem(f"The package {name} is not installed.", f"pip install {name}", fatal=True)
-        for name, found in versions.items()
-        if found is None
+        for name, version in versions.items()
+        if version is None and name != "torch"
     ]
+    if versions.get("torch") is None:
+        found.append(Problem(f"torch is not installed; it is needed for {WITHOUT_TORCH}.", pip_command("torch")))
+    elif not is_installed("scipy"):
+        found.append(Problem("scipy is not installed; 'powerband calibrate' needs it.", pip_command("scipy")))
+    return found
+
+
+def missing_calibration() -> list[Problem]:
+    """A finding if no plan can be made for this machine, since no profile of it is there."""
+    try:
+        read_local_profile()
+    except PowerbandError as error:
+        needed = "'powerband plan' without --devices and 'powerband deploy MODEL' need that."
+        return [Problem(f"{error.message} {needed}", error.hint)]
+    return []
 
 
 def machine_report() -> dict[str, Any]:
@@ -71,10 +91,9 @@ def compute_report(findings: list[Problem]) -> dict[str, Any]:
             )
         )
     from powerband.engine.attention import choose_backend
-    from powerband.engine.kernels.cpu import library
 
     device = "cuda" if gpus else "cpu"
-    kernels = library.load()
+    kernels = _kernel_status(findings)
     if kernels.tier is None and not gpus:
         findings.append(
             Problem(
@@ -92,6 +111,20 @@ def compute_report(findings: list[Problem]) -> dict[str, Any]:
         "torch_cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]  # torch's own is untyped
     }
+
+
+def _kernel_status(findings: list[Problem]) -> library.Status:
+    """The kernels that the next start will have. They are not compiled here, since that takes long."""
+    with contextlib.suppress(PowerbandError, OSError):  # load() returns it as the reason
+        if not library.is_compiled():
+            findings.append(
+                Problem(
+                    "The C++ kernels for this processor are not compiled yet: the first start does it, in a minute.",
+                    "powerband doctor --compile",
+                )
+            )
+            return library.Status(library.own_tier(), "not compiled yet")
+    return library.load()
 
 
 def _weight_cache() -> str:

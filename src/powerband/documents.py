@@ -24,6 +24,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_HINT = "Run 'git lfs pull' in its folder."
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
+MAX_JSON_NODES = (
+    2_000_000  # lists and objects of a JSON file: an index of 100,000 tensors has as many, their headers 3 each
+)
 MAX_VALUES = 100_000  # names and values, each alias counting as all that it stands for
 MAX_TEXT = 4096  # characters of one value
 MAX_NAME = 200
@@ -92,6 +95,8 @@ def parse_json(content: bytes | str, object_pairs_hook: Callable[[list[tuple[str
     """Any JSON within the bounds of depth and digits. Raises ValueError."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        if text.count("[") + text.count("{") > MAX_JSON_NODES:  # each takes 60 bytes, for two in the file
+            raise _TooMuch(f"it has more than {MAX_JSON_NODES:,} lists and objects")
         values = json.loads(text, parse_int=_integer, object_pairs_hook=object_pairs_hook)
     except (RecursionError, UnicodeDecodeError) as problem:
         raise _TooMuch(_one_line(problem)) from None

@@ -16,7 +16,8 @@ from powerband.metrics.record import Outcome
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import Arrivals, OpenLoop
 from powerband.spec.workload.lengths import LogNormal
-from powerband.spec.workload.workload import PlannedRequest, RequestMix, Schedule, SharedPrefix, Workload
+from powerband.spec.workload.schedule import PlannedRequest, Schedule
+from powerband.spec.workload.workload import RequestMix, SharedPrefix, Workload
 
 LIMITS = SLO(ttft_s=0.5, tpot_s=0.05, attainment=0.95)
 MIX = RequestMix(LogNormal(median=300, sigma=0.8, high=4096), LogNormal(median=60, sigma=0.6, high=256))

@@ -19,7 +19,7 @@ from powerband.metrics.record import Outcome, percentile
 from powerband.mock_server.behavior import Behavior
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import ClosedLoop
-from powerband.spec.workload.workload import Segment
+from powerband.spec.workload.schedule import Segment
 
 PACED = Behavior(ttft_s=0.060, tpot_s=0.008)
 

@@ -136,6 +136,42 @@ def test_a_new_conversation_forgets_the_last(target):
     assert talk.body(request(("0/1", 20))) == fresh.body(request(("0/1", 20)))
 
 
+# --- in a context ----------------------------------------------------------------------------------------------------
+
+
+def test_each_word_is_one_token_of_the_demo_model():
+    assert all(tokens_in(f" {word}", DEMO) == 1 for word in WORDS)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 100), st.booleans()), min_size=1, max_size=12),
+    extra=st.integers(0, 30),
+    recount=st.floats(0.9, 1.05),
+)
+def test_a_conversation_never_grows_beyond_the_context(lengths, extra, recount):
+    """extra: tokens that a chat template adds to each prompt; recount: tokens of an answer when it is read again."""
+    limit = 600
+    target = ServerAddress(base="", endpoint="chat", model="m", max_model_len=limit, extra_prompt_tokens=extra)
+    talk = ConversationPrompts(target, MAKER)
+    for number, (prompt, output, _) in enumerate(lengths):
+        body = json.loads(talk.body(request((f"{number}", prompt), turn=number, output_tokens=output)))
+        prompt_tokens = sum(len(message["content"].split()) for message in body["messages"]) + extra
+        assert prompt_tokens + body["max_tokens"] <= limit
+        talk.answered(" ".join(["the"] * round(output * recount)), prompt_tokens + output)
+
+
+@pytest.mark.parametrize("words_per_token", [0.5, 0.75, 1.4])
+def test_words_of_unequal_tokens_leave_a_reserve(words_per_token):
+    target = ServerAddress(
+        base="", endpoint="completions", model="m", max_model_len=1000, words_per_token=words_per_token
+    )
+    prompts = ConversationPrompts(target, PromptMaker(words_per_token))
+    near = json.loads(prompts.body(request(("near", 900), output_tokens=100)))["prompt"]
+    assert len(near.split()) == pytest.approx(840 * words_per_token, abs=1)
+    far = json.loads(prompts.body(request(("far", 700), output_tokens=100)))["prompt"]
+    assert len(far.split()) == pytest.approx(700 * words_per_token, abs=1)
+
+
 def test_recorded_text_is_sent_as_it_is():
     body = json.loads(ConversationPrompts(CHAT, MAKER).body(request(("key", 3, "Why is the sky\u2028blue?"))))
     assert body["messages"] == [{"role": "user", "content": "Why is the sky\u2028blue?"}]

@@ -20,7 +20,8 @@ from powerband.metrics.record import Outcome
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop
 from powerband.spec.workload.lengths import Fixed
-from powerband.spec.workload.workload import RequestMix, Schedule, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import RequestMix, Workload
 
 SERVICE_S, SLOTS = 0.5, 4  # so that it serves 8 requests a second and no more
 CAPACITY = SLOTS / SERVICE_S

@@ -57,6 +57,24 @@ def bench(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
     pytest.skip("Other programs keep this machine too busy to measure.")
 
 
+def test_requests_are_cut_to_the_servers_context_or_refused(environment: dict[str, str], tmp_path: Path) -> None:
+    with scripted(ttft_s=0.01, tpot_s=0.001, max_model_len=512) as url:
+        load = ["--workload", "rag", "--rate", "20", "--requests", "30", "--out", str(tmp_path / "run")]
+        shown = bench(environment, url, *load)
+        assert "30 of 30 requests are longer than the context of 512 tokens" in shown.stderr
+        report = read_run(tmp_path / "run")
+        assert report.workload["max_model_len"] == 512
+        assert report.points[0].cut is not None
+        assert report.points[0].whole.answered == 30
+        for line in read_requests(tmp_path / "run", 1)[0]:
+            assert line.prompt_tokens + line.output_tokens <= 512
+        strict = bench(environment, url, *load, "--strict-lengths")
+        assert strict.returncode == 2
+        assert "30 of 30 requests are longer than the context of 512 tokens, the longest " in strict.stderr
+        smaller = bench(environment, url, *load, "--max-model-len", "128", "--json")
+        assert json.loads(smaller.stdout)["workload"]["max_model_len"] == 128
+
+
 def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     load = ["--rate", "30", "--duration", "2s", "--slo", "ttft=300ms,tpot=100ms", "--api-key", "hush", *SHORT]
@@ -79,11 +97,8 @@ def test_a_load_leaves_a_table_and_three_files(server: str, environment: dict[st
 
 def test_other_tools_spellings_are_understood(server: str, environment: dict[str, str], tmp_path: Path) -> None:
     vllm = ["--base-url", server, "--request-rate", "inf", "--num-prompts", "12", "--max-concurrency", "3"]
-    shown = bench(environment, *vllm, "--goodput", "ttft:900", "--out", str(tmp_path))
-    assert shown.returncode == 2
-    assert "--rate and --concurrency contradict each other" in shown.stderr
     sizes = ["--random-input-len", "8", "--random-output-len", "4", "--random-prefix-len", "0"]
-    shown = bench(environment, *vllm[:6], *sizes, "--goodput", "ttft:900", "--json", "--out", str(tmp_path))
+    shown = bench(environment, *vllm, *sizes, "--goodput", "ttft:900", "--json", "--out", str(tmp_path))
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["points"][0]["whole"]["answered"] == 12
 

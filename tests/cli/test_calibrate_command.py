@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 
 from powerband.calibration.measure import with_refinement
 from powerband.cli.main import main
+from powerband.cli.plan.inputs import measured_devices
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import RunConfiguration, header_line
-from powerband.errors import EnvironmentFault
+from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.hardware.catalog import (
     local_profile,
     local_profile_path,
@@ -51,7 +53,9 @@ FORM = RunConfiguration(
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles of these tests are this machine's, but not for anybody else."""
-    monkeypatch.setattr("powerband.spec.hardware.catalog.local_profile_path", lambda: tmp_path / "local.yaml")
+    monkeypatch.setattr(
+        "powerband.spec.hardware.catalog.local_profile_path", lambda threads=None: tmp_path / "local.yaml"
+    )
 
 
 def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +140,59 @@ def test_a_profile_of_another_machine_is_not_this_machines(tmp_path: Path) -> No
         read_local_profile()
     write_profile(KNOWN, tmp_path / "local.yaml")
     assert read_local_profile() == local_profile() == KNOWN
+
+
+def measured_with(threads: int, cores: int = 8) -> DeviceProfile:
+    machine = MeasuredMachine(name=CPU.name, cores=cores, threads=threads, date="2026-11-30")
+    return replace(KNOWN, machine=machine)
+
+
+def test_a_profile_is_kept_for_each_number_of_threads_and_replicas_find_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.delenv("POWERBAND_DEVICE_PROFILE", raising=False)
+    monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
+    monkeypatch.setattr("powerband.spec.hardware.catalog.detect_cpu", lambda: replace(CPU, cores=8))
+    for threads in (8, 4, 1):
+        write_profile(measured_with(threads), local_profile_path(threads))
+    assert len(list((tmp_path / "profiles").iterdir())) == 3
+    assert local_profile_path() == local_profile_path(8) == tmp_path / "profiles" / "local.yaml"
+    found = {replicas: read_local_profile(replicas).threads for replicas in (None, 1, 2, 3, 4, 8)}
+    assert found == {None: 8, 1: 8, 2: 4, 3: 1, 4: 1, 8: 1}
+    with pytest.raises(UsageError, match="9 replicas on 8 cores"):
+        read_local_profile(9)
+    for threads in (4, 1):
+        local_profile_path(threads).unlink()
+    with pytest.raises(
+        EnvironmentFault, match="measured with 8 threads; 2 replicas on its 8 cores have 4 each"
+    ) as caught:
+        read_local_profile(2)
+    assert caught.value.hint == "Measure it, in two minutes on a CPU: powerband calibrate --threads 4"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_on_a_terminal_a_machine_that_is_planned_for_is_measured_first(
+    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int | None] = []
+
+    def measure(threads: int | None) -> None:
+        asked.append(threads)
+        write_profile(measured_with(CPU.cores, CPU.cores), tmp_path / "local.yaml")
+
+    monkeypatch.setattr("powerband.cli.plan.calibrate.calibrate_machine_once", measure)
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    if is_terminal:
+        assert [profile.name for profile in measured_devices("local", None, ())] == ["local"]
+        assert asked == [None]
+        assert "This machine has not been measured yet. Measuring it now, once" in capsys.readouterr().err
+    else:
+        with pytest.raises(EnvironmentFault, match="has not been measured yet") as caught:
+            measured_devices("local", None, (), 2)
+        assert caught.value.hint.endswith(f"powerband calibrate --threads {max(CPU.cores // 2, 1)}")
+        assert asked == []
 
 
 def test_a_model_has_one_refinement_in_each_form() -> None:

@@ -28,11 +28,54 @@ def test_report_is_complete_and_finds_nothing_wrong_here(capsys: Output) -> None
 
 
 def test_missing_package_is_named_and_ends_with_3(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "package_versions", lambda: {"torch": None, "uvicorn": "0.35"})
+    monkeypatch.setattr(doctor, "package_versions", lambda: {"torch": "2.13.0", "uvicorn": None})
     assert main(["doctor"]) == 3
+    assert "The package uvicorn is not installed.\n    pip install uvicorn" in capsys.readouterr().out
+
+
+def test_without_torch_doctor_says_what_is_not_possible_and_which_extra_brings_it(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "package_versions", lambda: {"torch": None, "uvicorn": "0.35"})
+    assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "The package torch is not installed.\n    pip install torch" in shown
-    assert "compute" not in shown, "what needs torch is left out"
+    assert "torch is not installed; it is needed for serve, generate" in shown
+    assert "\n    pip install 'powerband[serve]'\n" in shown
+    assert "compute\n" not in shown, "what needs torch is left out"
+
+
+def test_a_machine_that_was_not_calibrated_is_a_finding(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("POWERBAND_DEVICE_PROFILE", str(tmp_path / "local.yaml"))
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "This machine has not been measured yet. 'powerband plan' without --devices" in shown
+    assert "'powerband calibrate' does it" in shown
+
+
+def test_kernels_that_are_not_compiled_yet_are_a_finding_and_stay_so(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
+    assert main(["doctor"]) == 0
+    assert "not compiled yet: the first start does it, in a minute.\n    powerband doctor --compile" in (
+        capsys.readouterr().out
+    )
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_compile_only_compiles(capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def compiled(tier: str) -> Path:
+        return tmp_path / f"{tier}.so"
+
+    monkeypatch.setattr(library, "build", compiled)
+    assert main(["doctor", "--compile"]) == 0
+    assert str(compiled(library.own_tier())) in capsys.readouterr().out
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert main(["doctor", "--compile"]) == 3
+    assert "No C++ compiler was found" in capsys.readouterr().err
 
 
 def test_gpu_that_torch_cannot_use_is_a_finding(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,8 @@ def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixtu
         (["--workload", "nothing"], 2, "There is no workload 'nothing'"),
         (["--set", "device.memory_bytes=2e9"], 2, "No deployment of"),
         (["--draft-tokens", "3"], 2, "go together"),
-        (["--prompt-tokens", "9000"], 2, "longer than the 4,096 positions that the model knows"),
+        (["--prompt-tokens", "9000", "--strict-lengths"], 2, "requests are longer than the context of 4,096 tokens"),
+        (["--max-model-len", "5000"], 2, "max_model_len is 5000; the model knows 4,096 positions"),
         (["-o", "/nowhere/plan.yaml"], 3, "there is no such folder"),
     ],
 )
@@ -107,6 +110,55 @@ def test_what_is_wrong_is_told(
     light = [] if options[0] in ("--workload", "--prompt-tokens") else [*LIGHT]
     assert main(["plan", model, *arguments, *light, *options]) == code
     assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_when_nothing_keeps_the_slo_a_rate_and_an_slo_are_named_that_would_be_kept(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--devices", "L4", "--max-devices", "1", "--engine", "vllm", "--quantization", "none", *LIGHT]
+    load = ["--rate", "200", "--slo", "ttft=300ms@p95,tpot=50ms@p95"]
+    assert main(["plan", model, *asked, *load]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    rate = re.search(r"At ([\d.e+]+) of the 200 requests/s it would: --rate \1 ", text)
+    assert rate is not None, text
+    assert main(["plan", model, *asked, "--rate", rate[1], *load[2:]]) == 0
+    capsys.readouterr()
+    load = ["--rate", "2", "--slo", "ttft=1ms@p95,tpot=1ms@p95"]
+    assert main(["plan", model, *asked, *load]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    slo = re.search(r"At 2 requests/s this SLO would be kept: --slo (\S+)", text)
+    assert slo is not None, text
+    assert main(["plan", model, *asked, "--rate", "2", "--slo", slo[1]]) == 0
+
+
+def test_where_nothing_is_possible_every_kind_of_reason_is_shown(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--devices", "L4,A100-80G", "--max-devices", "2", "--replicas", "3", "--rate", "2", *LIGHT]
+    assert main(["plan", model, *asked]) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert "3 of 1 devices have no room: at most 2 may be used" in text
+    assert "3 of 2 devices have no room: at most 2 may be used" in text
+    assert "it needs a checkpoint that was quantized so" in text
+
+
+def test_a_plan_records_the_context_to_which_its_requests_are_cut(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.yaml"
+    asked = ["--devices", "L4", "--workload", "chat", "--rate", "0.2", "--max-model-len", "1024"]
+    assert main(["plan", model, *asked, "--slo", "ttft=9s,tpot=1s", "-o", str(path), "--workers", "1"]) == 0
+    assert "requests are longer than the context of 1,024 tokens" in " ".join(capsys.readouterr().out.split())
+    known = read_plan(path)
+    assert known.workload.max_model_len == 1024
+    assert known.deployment is not None
+    assert known.deployment.pools[0].replica.max_model_len == 1024
+    assert main(["simulate", str(path), "--requests", "60", "--json", "--out", str(tmp_path / "run")]) == 0
+    point = json.loads(capsys.readouterr().out)["points"][0]
+    assert point["errors"] == []
+    assert (
+        point["schedule_digest"] == replace(known.workload, arrivals=known.arrivals).draw(0, num_requests=60).digest()
+    )
 
 
 @pytest.mark.parametrize(

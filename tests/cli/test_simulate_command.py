@@ -50,6 +50,25 @@ def test_the_plans_own_load_is_played_and_judged(
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "requests.jsonl", "report.html"}
 
 
+def test_no_request_is_longer_than_the_plans_context(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = replace(
+        plan,
+        deployment=Deployment(engine="vllm", pools=(ReplicaPool(replica=Replica(device="H100", max_model_len=1024)),)),
+    )
+    assert run(short, tmp_path, "--json") == 0
+    shown = capsys.readouterr()
+    assert "requests are longer than the context of 1,024 tokens" in shown.err
+    report = json.loads(shown.out)
+    assert report["workload"]["max_model_len"] == 1024
+    assert report["points"][0]["errors"] == []
+    assert run(short, tmp_path, "--strict-lengths") == 2
+    # What flags say instead of the plan's workload is cut alike.
+    assert run(short, tmp_path, "--prompt-tokens", "2000", "--output-tokens", "50", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["points"][0]["errors"] == []
+
+
 def test_a_trace_is_played_and_equal_seeds_give_equal_results(
     plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,3 +123,22 @@ def test_without_parameters_a_model_answers_as_transformers_does(tmp_path: Path)
         assert llm.generate("The module is", use_tqdm=False)[0].outputs[0].text == expected
         explicit = SamplingParams(temperature=0, max_tokens=24)
         assert llm.generate("The module is", explicit, use_tqdm=False)[0].outputs[0].text != expected
+
+
+def test_settings_that_change_outputs_and_are_not_applied_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain: dict[str, Any] = {
+        "num_beams": 1,
+        "typical_p": 1.0,
+        "bad_words_ids": None,
+        "no_repeat_ngram_size": 0,
+        "max_length": 4096,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(plain))
+    sampling_defaults(EngineSettings(model=str(tmp_path)), tmp_path)
+    assert not caplog.records
+    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 4, "suppress_tokens": [3]}))
+    sampling_defaults(EngineSettings(model=str(tmp_path)), tmp_path)
+    assert "generation_config.json: not applied" in caplog.text
+    assert "suppress_tokens=[3], num_beams=4" in caplog.text

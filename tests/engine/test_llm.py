@@ -193,6 +193,10 @@ def test_a_wrong_prompt_is_named_before_anything_starts(llm: LLM, prompt: Any, k
 def test_wrong_parameters_are_named_before_anything_starts(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="There are 2 prompts and 3 sampling_params"):
         run(llm, prompts(2), [GREEDY] * 3)
+    with pytest.raises(InvalidRequest, match="There are 2 prompts and 0 sampling_params"):
+        run(llm, prompts(2), [])
+    with pytest.raises(InvalidRequest, match="Prompts are given as bytes"):
+        run(llm, b"abc", GREEDY)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=r"Prompt 0: stop_token_ids names token 160"):
         run(llm, prompts(1), SamplingParams(stop_token_ids=[VOCAB_SIZE]))
     with pytest.raises(InvalidRequest, match="Prompt 0: stop needs a tokenizer"):
@@ -234,6 +238,10 @@ def test_chat_uses_the_template(demo: LLM) -> None:
     assert [result.outputs[0].text for result in several] == [single.outputs[0].text] * 2
     with pytest.raises(InvalidRequest, match="messages mixes"):
         demo.chat([talk[0], talk], GREEDY)
+    with pytest.raises(InvalidRequest, match="messages are given as str"):
+        demo.chat("hello")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="hold what JSON cannot"):
+        demo.chat([{"role": "user", "content": object()}])
 
 
 def test_a_model_without_a_template_says_so(llm: LLM) -> None:

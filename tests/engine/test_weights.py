@@ -252,6 +252,24 @@ def test_without_network_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert caught.value.param == "model"
 
 
+def test_without_network_a_model_that_was_fetched_before_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--some--model"
+    snapshot = model / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    assert resolve_model(EngineSettings(model="some/model")) == snapshot
+    with pytest.raises(EnvironmentFault, match="the hub cannot be reached, and it was not fetched before"):
+        resolve_model(EngineSettings(model="another/model"))
+
+
 def fetched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, float], index: list[str], *, listed: bool = True
 ) -> list[str]:

@@ -83,6 +83,23 @@ def test_each_replica_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         build_release(plan("L4"), replace(MAKING, gpus_in_use=frozenset({0})))
 
 
+def test_gpus_that_cuda_visible_devices_hides_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "gpu_names", lambda: ("NVIDIA L4",) * 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    made = build_release(plan("L4"), MAKING).release
+    assert made.gpus == (1, 3)
+    assert replica_spec(made, 0, "r1", (3,)).env.items() >= {
+        ("CUDA_VISIBLE_DEVICES", "3"),
+        ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),  # the order of nvidia-smi
+    }
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(EnvironmentFault, match="needs 2 × L4; 1 are free"):
+        build_release(plan("L4"), MAKING)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f2c")
+    with pytest.raises(UsageError, match="understands the numbers of nvidia-smi"):
+        build_release(plan("L4"), MAKING)
+
+
 def test_refuses_a_plan_without_a_deployment() -> None:
     with pytest.raises(UsageError, match="no deployment"):
         build_release(replace(plan(), deployment=None), MAKING)

@@ -70,6 +70,7 @@ def test_a_key_is_made_used_limited_and_revoked(
     assert (row["requests"], row["output_tokens"]) == (1, answer.json()["usage"]["completion_tokens"])
     file = tmp_path / "usage.csv"
     run(capsys, "usage", "--csv", str(file), *flags)
+    assert run(capsys, "usage", "--csv", "-", *flags) == file.read_text()
     assert [one["requests"] for one in csv.DictReader(file.open()) if one["key_name"] == "app"] == ["1"]
     assert "total" in run(capsys, "usage", "--by", "model,day", "--since", "30d", *flags)
 

@@ -10,7 +10,8 @@ from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.profile import Evidence, HostModel
 from powerband.spec.workload.arrivals import Arrivals, OpenLoop
 from powerband.spec.workload.lengths import Fixed, Lengths
-from powerband.spec.workload.workload import RequestMix, Schedule, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import RequestMix, Workload
 
 NO_HOST = HostModel(
     step_s=0.0, per_request_s=0.0, arrival_s=0.0, answer_s=0.0, overlapped=False, evidence=Evidence(source="", error=0)

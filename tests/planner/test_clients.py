@@ -9,7 +9,7 @@ from powerband.core.step import FinishReason
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.dispatch.prefix import BLOCK_ENDS
 from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
-from powerband.spec.workload.workload import Chain, PlannedRequest, Segment
+from powerband.spec.workload.schedule import Chain, PlannedRequest, Segment
 
 SEGMENTS = st.lists(st.builds(Segment, st.sampled_from("abc"), st.integers(1, 400)), min_size=1, max_size=4)
 

@@ -34,7 +34,8 @@ from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
 from powerband.spec.workload.lengths import Fixed, Uniform
-from powerband.spec.workload.workload import Conversation, Schedule, SharedPrefix
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import Conversation, SharedPrefix
 from virtual_loop import VirtualLoop, virtually
 
 REFUSED = "refused"

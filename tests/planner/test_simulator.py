@@ -165,3 +165,13 @@ def test_more_bandwidth_is_never_slower() -> None:
     e2e = [(s.e2e_s or 0, f.e2e_s or 0) for s, f in pairs]
     assert sum(f for _, f in e2e) < sum(s for s, _ in e2e)
     assert fast.seconds <= slow.seconds + 1e-9
+
+
+def test_a_pause_of_a_year_costs_no_time() -> None:
+    """Replicas report their load once a second, but not through a pause; what comes after it is served as before."""
+    early = drawn(2, output=Fixed(3))
+    late = replace(early.chains[1], start_s=366 * 86400.0)
+    paused = replace(early, chains=(early.chains[0], late), duration_s=late.start_s + 1)
+    first, last = played(paused).records
+    assert last.scheduled_s == late.start_s
+    assert last.ttft_s == pytest.approx(first.ttft_s, abs=1e-6)

@@ -121,6 +121,12 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
         "chat_template_kwargs.messages",
         "may not set",
     ),
+    (
+        CHAT,
+        {"messages": USER, "chat_template_kwargs": {"a": [0.5] * 1025}},
+        "chat_template_kwargs",
+        "a list of at most 1024",
+    ),
     (CHAT, {"messages": USER, "chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs.__class__", "may not"),
     (CHAT, {"messages": USER, "user": "x" * 513}, "user", "a text of at most 512 characters"),
     ("/tokenize", {}, "prompt", "Exactly one"),

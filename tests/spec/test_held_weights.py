@@ -85,6 +85,7 @@ def test_formats(configuration: dict[str, Any], expected: WeightFormat) -> None:
         (w4a16(num_bits=2), "compressed-tensors with 2 bits"),
         (w4a16(strategy="block"), "one scale per 'block'"),
         ({**W8A8, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
+        ({**W8A8, "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "rotated weights"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(configuration: dict[str, Any], named: str) -> None:

@@ -24,6 +24,7 @@ HOSTILE = {
     "a deep list": b"[" * 100_000,
     "a deep table": b'{"a":' * 100 + b"1" + b"}" * 100,
     "a huge number": b'{"weight_map":' + b"9" * 5000 + b"}",
+    "millions of lists": b'{"a":[' + b"[]," * 2_000_000 + b"1]}",
     "no UTF-8": b'{"a": "\xff"}',
     "no JSON": b"{",
 }

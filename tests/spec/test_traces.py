@@ -352,3 +352,16 @@ def test_a_file_without_an_end_is_not_read_without_an_end(monkeypatch):
     monkeypatch.setattr(traces, "MAX_FILE_BYTES", 1 << 20)
     with pytest.raises(UsageError, match=r"/dev/zero is larger than 1 MiB\. Cut it\."):
         read_trace(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        MOONCAKE.replace("3500", "1e300"),
+        MOONCAKE.replace("3500", str(367 * 86_400_000)),
+        AZURE.replace("2023-11-16 18:18", "9999-11-16 18:18"),
+    ],
+)
+def test_a_trace_of_more_than_a_year_is_refused(tmp_path, content):
+    with pytest.raises(UsageError, match="days after its first; the limit is 366"):
+        read_trace(written(tmp_path, content))

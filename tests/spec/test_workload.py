@@ -16,12 +16,12 @@ from powerband.errors import UsageError
 from powerband.spec.workload import workload as workload_module
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, RatePhase, Replay
 from powerband.spec.workload.lengths import Empirical, Fixed, LogNormal, Uniform
+from powerband.spec.workload.schedule import Segment
 from powerband.spec.workload.workload import (
     MAX_REQUESTS,
     Conversation,
     RequestMix,
     RequestTrace,
-    Segment,
     SharedPrefix,
     TracedRequest,
     Workload,

@@ -72,6 +72,30 @@ CASES = {
     "a table of names of the model's own": ({"model_specific_special_tokens": {"image_token": "<|img|>"}}, {}),
     "a name of the model's own": ({"image_token": "<|img|>", "eos_token": "<|end|>"}, {}),
     "both spellings": ({"extra_special_tokens": ["<|turn|>"], "additional_special_tokens": ["<|end|>"]}, {}),
+    "a list and a table": (
+        {"additional_special_tokens": ["<|turn|>"], "extra_special_tokens": {"image_token": "<|img|>"}},
+        {},
+    ),
+    "a list in each file": (
+        {"additional_special_tokens": ["<|turn|>"]},
+        {"special_tokens_map.json": {"additional_special_tokens": ["<|end|>"]}},
+    ),
+    "an empty list, and one in the map": (
+        {"extra_special_tokens": []},
+        {"special_tokens_map.json": {"additional_special_tokens": ["<|end|>"]}},
+    ),
+    "an empty table, and a list in the map": (
+        {"extra_special_tokens": {}},
+        {"special_tokens_map.json": {"additional_special_tokens": ["<|end|>"]}},
+    ),
+    "null, and a list in the map": (
+        {"additional_special_tokens": None},
+        {"special_tokens_map.json": {"additional_special_tokens": ["<|end|>"]}},
+    ),
+    "lists of one name in both files": (
+        {"extra_special_tokens": ["<|turn|>"]},
+        {"special_tokens_map.json": {"extra_special_tokens": ["<|end|>", "<|turn|>"]}},
+    ),
     "special tokens are split": ({"split_special_tokens": True, "eos_token": "<|end|>"}, {}),
     "nothing": ({}, {}),
 }
@@ -120,13 +144,19 @@ def test_any_mixture_of_files_equals_transformers(seed, tmp_path):
     config = {name: draw.choice(texts) for name in ("bos_token", "eos_token", "pad_token") if draw.random() < 0.5}
     if draw.random() < 0.6:
         config["added_tokens_decoder"] = {str(NEXT + i): some_token() for i in range(draw.randint(0, 3))}
-    if draw.random() < 0.5:
-        config["additional_special_tokens"] = draw.sample(texts, 2)
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        if draw.random() < 0.5:
+            config[name] = draw.choice([draw.sample(texts, 2), [], None])
+    if draw.random() < 0.2:
+        config["extra_special_tokens"] = {"image_token": draw.choice(texts)}
     files = {}
     if draw.random() < 0.5:
         files["added_tokens.json"] = {text: NEXT + i for i, text in enumerate(draw.sample(texts, 2))}
     if draw.random() < 0.5:
         files["special_tokens_map.json"] = {"eos_token": some_token(), "unk_token": draw.choice(texts)}
+        if draw.random() < 0.5:
+            name = draw.choice(["additional_special_tokens", "extra_special_tokens"])
+            files["special_tokens_map.json"][name] = draw.sample(texts, 2)
     assert_equal_to_transformers(checkpoint(tmp_path, byte_level, config, files))
 
 

@@ -328,6 +328,16 @@ def test_templates_are_found_where_checkpoints_keep_them(tmp_path):
         template.close()
 
 
+def test_a_template_that_has_no_end_is_not_read(tmp_path):
+    save(byte_level(), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("main")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "x.jinja").symlink_to("/dev/zero")
+    assert ChatTemplate.load(Tokenizer.load(tmp_path)) is not None
+    with pytest.raises(EnvironmentFault, match=r"/dev/zero cannot be read: .* larger than 1 MiB"):
+        ChatTemplate.load(Tokenizer.load(tmp_path), "/dev/zero")
+
+
 def test_a_checkpoint_without_a_template_gives_none(tmp_path):
     assert ChatTemplate.load(Tokenizer.load(save(byte_level(), tmp_path))) is None
 

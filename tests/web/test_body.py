@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 import pytest
 
 from powerband.errors import InvalidRequest
 from powerband.server.protocol import ChatRequest, CompletionRequest
-from powerband.web.body import decode
+from powerband.web.body import _num_commas, decode
 from powerband.web.errors import HttpError
 from powerband.web.http1.framing import ChunkedFraming
 
@@ -69,3 +70,16 @@ def read_all(framing: ChunkedFraming, data: bytes) -> bytes:
         content += framing.take(left)
         if not framing.has_more:
             return bytes(content)
+
+
+def test_only_commas_outside_of_strings_count_as_values() -> None:
+    assert _num_commas(b'{"a,b":[1,2,"x,y\\",z"],"c":"\\\\","d":3}') == 4
+
+
+def test_a_body_of_a_million_numbers_is_not_decoded_a_second_time() -> None:
+    def amend(body: dict[str, Any]) -> dict[str, Any]:
+        raise AssertionError("it was decoded")
+
+    numbers = b"[" + b"1," * 1_000_000 + b"1]"
+    with pytest.raises(InvalidRequest, match="Unknown field 'k'"):
+        decode(b'{"model":"m","prompt":"a","k":%b}' % numbers, CompletionRequest, amend)

@@ -31,7 +31,7 @@ from powerband.bench.client.worker import read_message
 from powerband.bench.server_metrics import ServerMetrics, scrape
 from powerband.errors import EnvironmentFault
 from powerband.metrics.figures import Window
-from powerband.spec.workload.workload import Schedule
+from powerband.spec.workload.schedule import Schedule
 
 COMMAND = (sys.executable, "-m", "powerband.bench.client.worker")
 _START_S = 0.1  # from the word to go to the run's start, so that every worker has read it

@@ -32,6 +32,7 @@ from powerband.errors import EnvironmentFault
 from powerband.metrics.record import Outcome
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop
+from powerband.spec.workload.fitting import refuse_cuts
 from powerband.spec.workload.workload import Workload
 
 SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # of the throughput under a full closed loop
@@ -54,6 +55,8 @@ class Experiment:
     cool_down: float = 0.05  # fraction left out at the end
     options: LoadOptions = field(default_factory=LoadOptions)
     ceiling_chunks_per_s: float | None = None  # capacity of this machine's client; None: not calibrated
+    max_model_len: int | None = None  # requests are cut to this context; None: to that of the server
+    strict_lengths: bool = False  # UsageError where requests would be cut
 
     def at_rate(self, rate: float) -> Experiment:
         """The same requests, open loop, at this rate."""
@@ -69,6 +72,7 @@ class BenchSession:
     """Call `open` first, then one of `single`, `sweep` and `find_rate`. `loads` are those of the report's points.
 
     watch: called several times a second with the load that runs. on_point: called with each point as it ends.
+    on_cut: called with a sentence before a load whose requests had to be cut.
     """
 
     def __init__(
@@ -78,8 +82,10 @@ class BenchSession:
         command: Sequence[str] = (),
         watch: Callable[[Live], object] | None = None,
         on_point: Callable[[Point], object] | None = None,
+        on_cut: Callable[[str], object] | None = None,
     ) -> None:
         self._experiment, self._command = experiment, tuple(command)
+        self._on_cut = on_cut
         self._watch, self._on_point = watch, on_point or (lambda _point: None)
         self._server: ServerInfo | None = None
         self._started_at = utc_now()
@@ -87,9 +93,16 @@ class BenchSession:
         self.loads: list[LoadResult] = []
 
     async def open(self, wait_s: float = 0.0) -> ServerInfo:
-        """Find the server and its model. Raises as probe.find_server and probe.calibrate_prompt_words."""
-        target, self._server = await find_server(self._experiment.target, wait_s)
-        self._experiment = replace(self._experiment, target=await calibrate_prompt_words(target))
+        """Find the server, its model and its context. Raises as probe.find_server and probe.calibrate_prompt_words."""
+        experiment = self._experiment
+        target, self._server = await find_server(experiment.target, wait_s)
+        known = [length for length in (experiment.max_model_len, self._server.max_model_len) if length is not None]
+        target = msgspec.structs.replace(target, max_model_len=min(known, default=None))
+        self._experiment = replace(
+            experiment,
+            target=await calibrate_prompt_words(target),
+            workload=experiment.workload.within(target.max_model_len),
+        )
         return self._server
 
     async def single(self) -> RunReport:
@@ -155,6 +168,11 @@ class BenchSession:
         schedule = experiment.workload.draw(
             experiment.seed, duration_s=experiment.duration_s, num_requests=experiment.num_requests
         )
+        if experiment.strict_lengths:
+            refuse_cuts(schedule.cut, schedule.num_requests)
+        if schedule.cut is not None and self._on_cut is not None:
+            self._on_cut(schedule.cut_text)
+            self._on_cut = None  # once: other loads of a session send the like
         if self._points:
             await self._idle()
         # New texts for each load: a prefix cache that knew them from the one before would make the server look faster.

@@ -34,7 +34,8 @@ from powerband.mock_server.server import body_digest
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.workload.arrivals import ClosedLoop, OpenLoop, RatePhase
 from powerband.spec.workload.lengths import Fixed
-from powerband.spec.workload.workload import RequestMix, Schedule, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import RequestMix, Workload
 
 MAX_LATE_S = 0.005
 _GAP_S, _TOKENS = 0.010, 100

@@ -2,7 +2,7 @@
 
 fitted = fit(model, {"compute_share": (0.05, 1.0), "overhead_s": (1e-7, 1e-4)}, predict, points, seconds)
 
-scipy is needed to calibrate and for nothing else; it is imported by the first fit (pip install 'powerband[calibrate]').
+scipy is needed to calibrate and for nothing else; it is imported by the first fit (pip install 'powerband[serve]').
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from powerband.errors import EnvironmentFault
+from powerband.extras import require
 
 Model = TypeVar("Model")
 Point = TypeVar("Point")
@@ -28,13 +28,10 @@ _REWEIGHTINGS = 8
 
 
 def scipy_optimize() -> ModuleType:
-    """Raises EnvironmentFault where scipy is not installed."""
-    try:
-        import scipy.optimize
-    except ImportError:
-        raise EnvironmentFault(
-            "Calibration needs scipy, which is not installed.", hint="Run: pip install 'powerband[calibrate]'"
-        ) from None
+    """Raises MissingPackage where scipy is not installed."""
+    require("scipy", "Calibration")
+    import scipy.optimize
+
     return cast(ModuleType, scipy.optimize)
 
 

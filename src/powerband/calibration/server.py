@@ -28,7 +28,8 @@ from powerband.cost.step_log import StepLogRun, read_step_log
 from powerband.errors import EnvironmentFault
 from powerband.spec.workload.arrivals import ClosedLoop
 from powerband.spec.workload.lengths import Fixed
-from powerband.spec.workload.workload import RequestMix, Schedule, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import RequestMix, Workload
 from powerband.web.listening import free_port
 
 START_S = 300.0

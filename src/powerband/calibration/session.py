@@ -18,6 +18,7 @@ from powerband.calibration.measure import (
 )
 from powerband.cost.step_log import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.extras import require
 from powerband.spec.hardware.catalog import local_profile
 from powerband.spec.hardware.profile import DeviceProfile, HostModel
 from powerband.spec.settings import EngineSettings
@@ -62,6 +63,7 @@ def calibrate_machine(
 
     seconds: for the machine and for the model together, or for a named model alone. Raises EnvironmentFault.
     """
+    require("torch", "Calibration")
     scipy_optimize()
     profile, machine = local_profile(path) if has_model else None, None
     if profile is None:

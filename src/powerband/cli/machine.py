@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from powerband.extras import is_installed
 from powerband.spec.hardware.device import has_gpu_nodes
 from powerband.spec.settings import EngineSettings
 
@@ -12,6 +13,8 @@ def compute_device(settings: EngineSettings) -> str:
         return settings.device
     if not has_gpu_nodes():
         return "cpu"
+    if not is_installed("torch"):
+        return "cuda"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

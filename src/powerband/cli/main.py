@@ -48,6 +48,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Measure and inspect": {
         "bench": ("powerband.cli.bench.bench:bench", "Send load to an OpenAI-compatible server and measure it."),
         "doctor": ("powerband.cli.doctor:doctor", "Show what this machine has and what is missing."),
+        "version": ("powerband.cli.main:print_version", "Show the version."),
     },
 }
 # Commands with subcommands: their section and their line in `powerband --help`.
@@ -81,18 +82,34 @@ def build_app(called: str = "") -> App:
         version_flags=["--version"],
         result_action="return_value",
     )
-    app["--help"].group = app["--version"].group = Group("Options", sort_key=len(SECTIONS))
+    options = Group("Options", sort_key=len(SECTIONS))
+    app["--help"].group = app["--version"].group = options
+    completion = "--install-completion"
+    app.command(
+        "powerband.cli.completion:install_completion",
+        name=completion,
+        group=options,
+        **_help(completion, called, "Install completion for your shell."),
+    )
     for section, commands in SECTIONS.items():
         for name, (path, summary) in commands.items():
-            # A summary would take the place of the command's own help.
-            own = {} if name == called else {"help": summary}
-            app.command(path, name=name, group=sections[section], **own)
+            app.command(path, name=name, group=sections[section], **_help(name, called, summary))
     for group, (section, about, inner_commands) in GROUPS.items():
         inner = App(name=group, help=about, group=sections[section])
         for name, path in inner_commands.items():
-            inner.command(_function(path) if called == group else path, name=name)
+            own = _help(f"{group} {name}", f"{group} {name}" if called == group else "")
+            inner.command(_function(path) if called == group else path, name=name, **own)
         app.command(inner)
     return app
+
+
+def _help(command: str, called: str, summary: str = "") -> dict[str, str]:
+    """What --help shows of a command: its line among the others or, if it is called, the examples beneath its help."""
+    if command != called:
+        return {"help": summary} if summary else {}
+    from powerband.cli.examples import help_examples
+
+    return {"help_epilogue": help_examples(command)}
 
 
 def _function(path: str) -> Callable[..., object]:
@@ -162,6 +179,11 @@ def _unexpected(error: Exception) -> int:
         traceback.print_exc(file=log)
     message = f"Powerband failed unexpectedly: {type(error).__name__}: {error}"
     return _complain(message, f"The traceback is in {log.name}; POWERBAND_DEBUG=1 prints it here.", FAILURE)
+
+
+def print_version() -> None:
+    """Print the version of Powerband. 'powerband doctor' prints those of the packages that it uses."""
+    print(_version())
 
 
 def _version() -> str:

@@ -11,7 +11,7 @@ from powerband.cost.memory import MemoryPlan
 from powerband.cost.step_log import RunConfiguration
 from powerband.errors import PowerbandError
 from powerband.spec.deployment import Replica
-from powerband.spec.hardware.catalog import load_catalog, local_profile
+from powerband.spec.hardware.catalog import load_catalog, local_profiles
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.model.model_spec import ModelSpec
 
@@ -53,10 +53,13 @@ def find_device_estimates(form: RunConfiguration, spec: ModelSpec, memory: Memor
 
 
 def _profile(form: RunConfiguration) -> DeviceProfile | None:
-    here = local_profile()
-    machine = here.machine if here is not None else None
-    if machine is not None and (machine.name, machine.threads) == (form.device_name, form.threads or machine.threads):
-        return here
+    for here in local_profiles():
+        machine = here.machine
+        if machine is not None and (machine.name, machine.threads) == (
+            form.device_name,
+            form.threads or machine.threads,
+        ):
+            return here
     if form.device == "cpu":
         return None
     return catalog_device(form.device_name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from powerband.engines.base import EngineAdapter
 from powerband.engines.capabilities import EngineCapabilities
 from powerband.engines.launch import Command, LaunchRequest
+from powerband.extras import require
 from powerband.spec.deployment import KVPrecision, Quantization
 from powerband.spec.settings import EngineSettings
 
@@ -29,6 +30,8 @@ def _command(request: LaunchRequest) -> Command:
         raise request.unsupported("kv_precision", "It supports 16bit, int8 and float32.")
     request.check_draft_method()
     settings = _settings(request)
+    if not request.executable:
+        require("torch", "Powerband's engine")
     command = (
         *(request.executable or _OWN),
         "serve",

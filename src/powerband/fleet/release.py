@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Container
 from dataclasses import dataclass
 
 from powerband.engines.launch import LaunchRequest
@@ -122,7 +125,7 @@ def _device(name: str) -> DeviceProfile | None:
         present = ", ".join(sorted(set(gpu_names()))) or f"{detect_cpu().name}, and no GPU"
         raise UsageError(
             f"The plan is for {name}; this machine has {present}.",
-            hint="Plan for this machine: powerband plan MODEL --devices here.",
+            hint="Plan for this machine: powerband plan MODEL --devices local.",
             param="plan",
         )
     return profile
@@ -150,16 +153,31 @@ def _gpus(deployment: Deployment, profiles: list[DeviceProfile | None], in_use: 
     found = [
         index
         for index, name in enumerate(gpu_names())
-        if any(one is not None and _is_gpu(one, name) for one in profiles)
+        if index in visible_gpus() and any(one is not None and _is_gpu(one, name) for one in profiles)
     ]
     free = tuple(index for index in found if index not in in_use)
     if deployment.num_devices > len(free):
         raise EnvironmentFault(
             f"The plan needs {deployment.num_devices} × {deployment.pools[0].replica.device}; {len(free)} are free.",
-            hint="Plan with --max-devices, or remove another service.",
+            hint="Plan with --max-devices, remove another service, or name more in CUDA_VISIBLE_DEVICES.",
             param="plan",
         )
     return free
+
+
+def visible_gpus() -> Container[int]:
+    """The GPUs that $CUDA_VISIBLE_DEVICES leaves to deployments: all where it is not set. Raises UsageError."""
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is None:
+        return range(sys.maxsize)
+    names = [name.strip() for name in variable.split(",") if name.strip()]
+    if not all(name.isdecimal() for name in names):
+        raise UsageError(
+            f"CUDA_VISIBLE_DEVICES is {variable!r}; 'powerband deploy' understands the numbers of nvidia-smi.",
+            hint="For example CUDA_VISIBLE_DEVICES=0,2.",
+            param="CUDA_VISIBLE_DEVICES",
+        )
+    return {int(name) for name in names}
 
 
 def gpu_names() -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def replica_options(
                 for replica in _replicas(spec, engine, profile, quantization, stored, space):
                     kind = _with_offload(spec, engine, profile, replica)
                     if kind.memory.problem:
-                        left_out[_option_name(engine, replica), kind.memory.problem] += 1
+                        left_out[option_name(engine, replica), kind.memory.problem] += 1
                     else:
                         found.append(kind)
     pruned = [Pruned(what, reason, count) for (what, reason), count in left_out.items()]
@@ -171,7 +171,7 @@ def _with_offload(spec: ModelSpec, engine: EngineName, profile: DeviceProfile, r
     return whole
 
 
-def _option_name(engine: EngineName, replica: Replica) -> str:
+def option_name(engine: EngineName, replica: Replica) -> str:
     layout = layout_text(replica)
     name = f"{engine} on {replica.num_devices} {replica.device}, {_precision(replica.quantization)}"
     return f"{name}, {layout}" if layout else name

@@ -103,6 +103,18 @@ def max_replicas(plan_request: PlanRequest, replica: Replica) -> int:
     return plan_request.max_devices // replica.num_devices
 
 
+def no_room_text(plan_request: PlanRequest, replica: Replica) -> str:
+    """Why there can be none, or not as many as asked for."""
+    machine, wanted = plan_request.profile(replica.device).machine, plan_request.replicas or 1
+    room = max_replicas(plan_request, replica)
+    if plan_request.profile(replica.device).kind == "cpu" and machine is not None:
+        return (
+            f"{wanted} replicas have no room: this machine of {machine.cores} cores was measured with "
+            f"{machine.threads} threads each, so it holds {room}"
+        )
+    return f"{wanted} of {replica.num_devices} devices have no room: at most {plan_request.max_devices} may be used"
+
+
 def estimate(plan_request: PlanRequest, unit: SizedReplica, count: int) -> Evaluation:
     """`count` of these replicas, each with an equal share of the rate."""
     deployment = Deployment(engine=unit.kind.engine, pools=(ReplicaPool(replica=unit.replica, count=count),))

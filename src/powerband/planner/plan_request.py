@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from powerband.errors import UsageError
 from powerband.planner.candidates import SearchSpace
 from powerband.planner.results import Objective
 from powerband.spec.deployment import EngineName, Quantization
@@ -15,7 +14,9 @@ from powerband.spec.model.checkpoint_precision import CheckpointPrecision
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import OpenLoop, Replay
-from powerband.spec.workload.workload import Schedule, Workload
+from powerband.spec.workload.fitting import refuse_cuts
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import Workload
 
 _SAMPLED_REQUESTS = 4000  # of which the longest counts
 _DENSE_ARRIVALS = OpenLoop.at(1000.0)
@@ -120,9 +121,8 @@ def request_tokens(schedule: Schedule) -> list[WorkloadStats]:
 
 
 def mean_turns(schedule: Schedule) -> float:
-    """Mean requests of a conversation: what arrives at a rate are conversations."""
-    starts = sum(request.turn == 0 for chain in schedule.chains for request in chain.requests)
-    return schedule.num_requests / max(starts, 1)
+    """Mean requests of an arrival, which is a conversation, also one that begins again on its way."""
+    return schedule.num_requests / max(len(schedule.chains), 1)
 
 
 def mean_tokens(
@@ -142,19 +142,13 @@ def mean_tokens(
     )
 
 
-def max_request_tokens(workload: Workload, seed: int, model: ModelSpec, attainment: float) -> int:
-    """Tokens, prompt and answer together, of the longest of many requests, up to whole thousands and to what the model
-    knows. Raises UsageError when so many are longer than that, that the SLO cannot be kept.
+def fit_to_context(workload: Workload, seed: int, limit: int, *, is_strict: bool = False) -> Workload:
+    """The workload with the context that it needs, in `max_model_len`: that of the longest of many requests, up to
+    whole thousands and to `limit`. Longer requests are cut; is_strict: UsageError instead.
     """
-    drawn = replace(workload, arrivals=_DENSE_ARRIVALS).draw(seed, num_requests=_SAMPLED_REQUESTS)
-    lengths = sorted(request.prompt + request.output for request in request_tokens(drawn))
-    limit = model.max_position
-    share = sum(length > limit for length in lengths) / len(lengths)
-    if share > 1 - attainment:
-        raise UsageError(
-            f"{share:.0%} of the requests are longer than the {limit:,} positions that the model knows, the longest "
-            f"{lengths[-1]:,} tokens: they cannot be served.",
-            hint="Plan for a model with a longer context, or for shorter requests (--prompt-tokens, --turns).",
-            param="workload",
-        )
-    return min(-(-lengths[-1] // 1024) * 1024, limit)
+    fitted = replace(workload.within(limit), arrivals=_DENSE_ARRIVALS)
+    drawn = fitted.draw(seed, num_requests=_SAMPLED_REQUESTS)
+    if is_strict:
+        refuse_cuts(drawn.cut, drawn.num_requests)
+    max_tokens = max(request.prompt + request.output for request in request_tokens(drawn))
+    return workload.within(min(-(-max_tokens // 1024) * 1024, limit))

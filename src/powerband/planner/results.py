@@ -65,6 +65,7 @@ class PlanResults:
     recommended: Evaluation | None  # None: nothing meets the SLO within the budget
     budget_usd_per_hour: float | None = None
     reasons: tuple[str, ...] = ()  # why this one: sentences
+    cut: str = ""  # what of the requests was cut to fit the model's context, in a sentence
     alternatives: Mapping[str, Evaluation] = field(default_factory=dict)  # 'cheaper', 'faster', 'nearest'
     seconds: float = 0.0
 

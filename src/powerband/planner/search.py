@@ -18,13 +18,15 @@ from functools import partial
 
 from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
-from powerband.planner.candidates import replica_options
+from powerband.planner.candidates import option_name, replica_options
 from powerband.planner.correction import corrected
-from powerband.planner.estimates import LIMITS, estimate, replica_counts, sized_replicas
+from powerband.planner.estimates import LIMITS, estimate, no_room_text, replica_counts, sized_replicas
 from powerband.planner.mixed_pools import mixed_deployments
 from powerband.planner.plan_request import PlanRequest, mean_turns, request_tokens
+from powerband.planner.remedies import meets_slo, remedies
 from powerband.planner.report.formatting import deployment_text
 from powerband.planner.report.reasons import reasons
+from powerband.planner.report.table import pruned_by_reason
 from powerband.planner.results import Bound, Evaluation, PlanResults, Prediction, Pruned
 from powerband.planner.selection import alternatives, marked, order, price, recommended, within_budget
 from powerband.planner.simulation.task import MAX_REPLICAS, SimulationSummary, SimulationTask, run_simulation_task
@@ -60,9 +62,14 @@ def search(plan_request: PlanRequest, *, workers: int | None = None, progress: P
     evaluations, sized = [], []
     for unit in sized_replicas(plan_request, found, requests, turns):
         sized.append(unit)
-        evaluations += [estimate(plan_request, unit, count) for count in replica_counts(plan_request, unit)]
+        counts = replica_counts(plan_request, unit)
+        evaluations += [estimate(plan_request, unit, count) for count in counts]
+        if not counts:
+            pruned.append(Pruned(option_name(unit.kind.engine, unit.replica), no_room_text(plan_request, unit.replica)))
         report(len(sized), len(LIMITS) * len(found), "closed form")
     evaluations += mixed_deployments(plan_request, sized, requests, turns)
+    if not evaluations:
+        raise _nothing_fits(plan_request, pruned)
     report(0, _MAX_SIMULATED, f"simulating, first estimate: {_best_text(plan_request, evaluations)}")
     before = {evaluation.deployment: evaluation for evaluation in evaluations}
     with _worker_pool(plan_request, workers) as simulate_all:
@@ -89,18 +96,37 @@ def search(plan_request: PlanRequest, *, workers: int | None = None, progress: P
         pruned=tuple(pruned),
         recommended=chosen,
         alternatives=others,
+        cut=schedule.cut_text,
         seconds=time.monotonic() - started_s,
     )
-    why = reasons(
-        chosen,
-        evaluations,
-        others,
+    return replace(found_in_all, reasons=tuple(_why(plan_request, found_in_all, report)))
+
+
+def _why(plan_request: PlanRequest, results: PlanResults, report: Progress) -> Iterator[str]:
+    yield from reasons(
+        results.recommended,
+        results.evaluations,
+        results.alternatives,
         slo=plan_request.slo,
         rate=plan_request.rate,
         budget_usd_per_h=plan_request.budget_usd_per_h,
-        unit=found_in_all.unit,
+        unit=results.unit,
     )
-    return replace(found_in_all, reasons=why)
+    nearest = results.alternatives.get("nearest")
+    if results.recommended is None and nearest is not None and not _only_budget(plan_request, results.evaluations):
+        report(_MAX_SIMULATED, _MAX_SIMULATED, "nothing keeps the SLO: looking for what would")
+        yield from remedies(plan_request, nearest, partial(_simulate_slow, nearest))
+
+
+def _only_budget(plan_request: PlanRequest, evaluations: Sequence[Evaluation]) -> bool:
+    """Whether nothing but the budget is missed."""
+    return plan_request.budget_usd_per_h is not None and any(one.meets_slo for one in evaluations)
+
+
+def _simulate_slow(one: Evaluation, plan_request: PlanRequest, rate: float) -> SimulationSummary:
+    """At the slow edge of its band."""
+    task = _task(plan_request, one, rate)
+    return run_simulation_task(plan_request, replace(task, slowdown=1 + _band(plan_request, one.deployment)))
 
 
 def _best_text(plan_request: PlanRequest, evaluations: Sequence[Evaluation]) -> str:
@@ -265,7 +291,7 @@ class _SimulationRounds:
                 for rate, slowdown in zip(rates, speeds, strict=True)
             ]
             for i, one in enumerate(self.simulate_all(tasks)):
-                if _meets_slo(self.plan_request, one):
+                if meets_slo(self.plan_request, one):
                     kept[i] = max(kept[i], rates[i])
                 else:
                     missed[i] = min(missed[i], rates[i])
@@ -290,7 +316,7 @@ def _evaluate(
         for name in ("ttft_s", "ttft_mean_s", "e2e_s", "e2e_mean_s"):
             figures[name] = Prediction(math.inf, figures[name].low, math.inf)
     capacity = figures["capacity"]
-    if _meets_slo(plan_request, slow):
+    if meets_slo(plan_request, slow):
         figures["capacity"] = Prediction(
             max(capacity.value, plan_request.rate), max(capacity.low, plan_request.rate), capacity.high
         )
@@ -300,14 +326,10 @@ def _evaluate(
         before,
         method="simulation",
         figures=figures,
-        meets_slo=_meets_slo(plan_request, slow),
+        meets_slo=meets_slo(plan_request, slow),
         binds=_bottleneck(before, nominal),
         operators=nominal.operators,
     )
-
-
-def _meets_slo(plan_request: PlanRequest, simulated: SimulationSummary) -> bool:
-    return simulated.keeps_up and simulated.figures["attainment"] >= plan_request.slo.attainment
 
 
 def _bottleneck(before: Evaluation, simulated: SimulationSummary) -> Bound:
@@ -343,9 +365,13 @@ def _band(plan_request: PlanRequest, deployment: Deployment) -> float:
 
 
 def _nothing_fits(plan_request: PlanRequest, pruned: Sequence[Pruned]) -> UsageError:
-    listed = "; ".join(f"{one.what}: {one.reason}" for one in pruned[:4])
+    listed = "; ".join(
+        f"{sum(one.count for one in members):,} × {members[0].reason} ({members[0].what})"
+        for _, members in pruned_by_reason(pruned)
+    )
     return UsageError(
-        f"No deployment of {plan_request.model} is possible on these devices. {listed}.",
-        hint="Offer larger or more devices (--devices, --max-devices), or another --quantization or --engine.",
+        f"No deployment of {plan_request.model} is possible on these devices: {listed}.",
+        hint="Offer larger or more devices (--devices, --max-devices), fewer --replicas, or another --quantization or "
+        "--engine.",
         param="devices",
     )

@@ -29,6 +29,7 @@ MAX_PROMPTS = 64
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_LABEL_CHARS = 512
+MAX_TEMPLATE_LIST = 1024
 MAX_RESUMED_TOKENS = 1 << 20
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -46,7 +47,9 @@ Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_BYTES)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
-
+# What a chat template may be given beside messages; more would be copied several times on the way to its process.
+TemplateScalar = bool | int | float | str | None
+TemplateValue = TemplateScalar | Annotated[list[TemplateScalar], Meta(max_length=MAX_TEMPLATE_LIST)]
 
 Nothing = Annotated[list[Any], Meta(max_length=0)]
 # A text, a list of token ids, or a list of either; msgspec can only say so loosely.
@@ -177,7 +180,7 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     response_format: TextFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
     tools: Nothing | None = None
     tool_choice: Annotated[Literal["none", "auto"], Meta(description="No effect without tools")] | None = None
@@ -194,7 +197,7 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

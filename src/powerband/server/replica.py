@@ -36,6 +36,7 @@ T = TypeVar("T")
 Body = TypeVar("Body")
 _TEXT_THREADS = 4
 LARGE_TEXT_BYTES = 256 << 10
+HUGE_TEXT_BYTES = 1 << 20
 _MAX_LOGGED_FIELDS = 256
 
 
@@ -97,6 +98,7 @@ class ServerState:
         self._idle.set()
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
         self._large_texts = asyncio.Semaphore(_TEXT_THREADS // 2)
+        self._huge_text = asyncio.Lock()
 
     async def start(self) -> EngineInfo:
         """Start the engine and load the tokenizer, concurrently if the folder is known. Raises the errors of both."""
@@ -221,8 +223,10 @@ class ServerState:
 
     def room_for_text(self, num_bytes: int) -> AbstractAsyncContextManager[object]:
         """Enter it to render or encode a text in a thread: large texts get half of the threads, so that small ones do
-        not wait for all of them.
+        not wait for all of them. Huge ones, of which a tokenizer may take 300 times their size, run one at a time.
         """
+        if num_bytes >= HUGE_TEXT_BYTES:
+            return self._huge_text
         return self._large_texts if num_bytes >= LARGE_TEXT_BYTES else nullcontext()
 
     def _on_phase(self, name: str, fraction: float) -> None:

@@ -22,6 +22,8 @@ CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA, _EXTRA_BEFORE_5 = "extra_special_tokens", "additional_special_tokens"
+_OWN = "model_specific_special_tokens"
 _MAX_BYTES = 64 << 20
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -62,12 +64,12 @@ def read_token_files(
     """
     known = rust.get_added_tokens_decoder()
     given: dict[int, AddedToken] = {}
-    merged = dict(config)
+    merged = _with_names_of_5(config)
     if "added_tokens_decoder" in config:
         given = _checked(folder / CONFIG, lambda: _decoder(config["added_tokens_decoder"]))
         by_text = {token.content: token for token in given.values()}
     else:
-        merged |= _checked(folder / _MAP, lambda: _special(read_table(folder / _MAP)))
+        merged = _checked(folder / _MAP, lambda: _with_map(merged, read_table(folder / _MAP)))
         given = _checked(folder / _ADDED, lambda: _legacy(read_table(folder / _ADDED), merged))
         by_text = {token.content: token for token in (*given.values(), *known.values())}
         given = {**given, **known}  # of two tokens with one id, the one of tokenizer.json
@@ -106,9 +108,31 @@ def _decoder(table: Any) -> dict[int, AddedToken]:
     return {int(id): _token(value) for id, value in table.items()}
 
 
-def _special(table: dict[str, Any]) -> dict[str, Any]:
-    """special_tokens_map.json, all of whose tokens are special."""
-    return {name: {**value, "special": True} if isinstance(value, dict) else value for name, value in table.items()}
+def _with_names_of_5(config: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json with extra special tokens under the name of transformers 5, and named ones in a table."""
+    renamed = dict(config)
+    if _EXTRA_BEFORE_5 in renamed and not renamed.get(_EXTRA):
+        renamed[_EXTRA] = renamed.pop(_EXTRA_BEFORE_5)
+    if isinstance(renamed.get(_EXTRA), dict):
+        own = renamed.get(_OWN)
+        renamed[_OWN] = (own if isinstance(own, dict) else {}) | renamed.pop(_EXTRA)
+    return renamed
+
+
+def _with_map(config: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """special_tokens_map.json, all of whose tokens are special, over tokenizer_config.json. Lists of extra ones are
+    joined; where both name them under different names, tokenizer_config.json counts (see `_extra`).
+    """
+    special = {name: {**value, "special": True} if isinstance(value, dict) else value for name, value in table.items()}
+    if isinstance(table.get(_EXTRA), list):
+        known = config.get(_EXTRA) or []
+        special[_EXTRA] = [*known, *(one for one in table[_EXTRA] if one not in known)]
+    elif isinstance(table.get(_EXTRA), dict):
+        special[_EXTRA] = table[_EXTRA]
+    merged = config | special
+    if isinstance(merged.get(_EXTRA), dict):
+        merged[_OWN] = (merged.get(_OWN) or {}) | merged.pop(_EXTRA)
+    return merged
 
 
 def _legacy(table: dict[str, Any], config: dict[str, Any]) -> dict[int, AddedToken]:
@@ -121,19 +145,18 @@ def _legacy(table: dict[str, Any], config: dict[str, Any]) -> dict[int, AddedTok
 
 
 def _named(config: dict[str, Any]) -> dict[str, AddedToken]:
-    """Standard names first, then those of the model's own: keys in _token, and tables of transformers 4 and 5."""
+    """Standard names first, then those of the model's own: keys in _token, and the table of them."""
     own = [name for name in config if name.endswith("_token") and name not in _NAMES]
     found = {name: config[name] for name in (*_NAMES, *own) if _is_token(config.get(name))}
-    for table in map(config.get, ("extra_special_tokens", "model_specific_special_tokens")):
-        if isinstance(table, dict):
-            found |= {name: value for name, value in table.items() if _is_token(value)}
+    if isinstance(table := config.get(_OWN), dict):
+        found |= {name: value for name, value in table.items() if _is_token(value)}
     return {name: _token(value, special=True) for name, value in found.items()}
 
 
 def _extra(config: dict[str, Any]) -> list[AddedToken]:
-    """extra_special_tokens, which was additional_special_tokens until transformers 4."""
-    values = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    return [] if isinstance(values, dict) else [_token(value, special=True) for value in values]
+    """extra_special_tokens, even if they are empty; without that name those of special_tokens_map.json's old one."""
+    values = config[_EXTRA] if _EXTRA in config else config.get(_EXTRA_BEFORE_5)
+    return [_token(value, special=True) for value in values or []]
 
 
 def _is_token(value: Any) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from powerband.errors import EnvironmentFault, InvalidRequest
+from powerband.documents import read_bytes
+from powerband.errors import EnvironmentFault, InvalidRequest, PowerbandError, UsageError
 from powerband.text.template_process import TemplateLimits, TemplateProcesses
 from powerband.text.tokenizer import Tokenizer
 
@@ -99,6 +100,10 @@ class ChatTemplate:
             raise InvalidRequest(
                 "The messages have half a surrogate pair, which is not valid text.", param="messages"
             ) from None
+        except (TypeError, NotImplementedError) as error:
+            raise InvalidRequest(
+                f"The messages, or the tools, hold what JSON cannot: {error}.", param="messages"
+            ) from None
         text, left_out = self._processes.render(name, context, _MAX_TEXT_CHARS + 8 * num_bytes)
         if left_out is not None:
             raise _left_out(messages, *left_out)
@@ -113,7 +118,7 @@ def _checkpoint_templates(tokenizer: Tokenizer) -> dict[str, str]:
     """chat_template.jinja and additional_chat_templates/, else "chat_template" of tokenizer_config.json."""
     main = tokenizer.folder / "chat_template.jinja"
     if main.is_file():
-        others = sorted((tokenizer.folder / "additional_chat_templates").glob("*.jinja"))
+        others = sorted(filter(Path.is_file, (tokenizer.folder / "additional_chat_templates").glob("*.jinja")))
         return {"default": _read(main)} | {file.stem: _read(file) for file in others}
     found = tokenizer.config.get("chat_template")
     if isinstance(found, str):
@@ -147,13 +152,15 @@ def _invalid(problem: str) -> EnvironmentFault:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_bytes(file, "chat template", max_bytes=_MAX_TEMPLATE_BYTES).decode()
+    except (EnvironmentFault, UsageError, UnicodeDecodeError) as error:
+        reason = error.message if isinstance(error, PowerbandError) else f"{error}."
         raise EnvironmentFault(
-            f"The chat template {file} cannot be read: {error}.",
+            f"The chat template {file} cannot be read: {reason}",
             hint="Give the path of a text file in UTF-8.",
             code="chat_template_invalid",
         ) from error
+    return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _plain_message(message: Mapping[str, Any], index: int, reads: Mapping[str, Any]) -> dict[str, Any]:

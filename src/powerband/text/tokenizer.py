@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.text.added_tokens import CONFIG, TokenFiles, read_table, read_token_files
 from powerband.text.pieces import PieceRules, piece_rules
 from powerband.text.tokenizer_class import tokenizer_class
+from powerband.text.tokenizer_growth import check_growth
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ _FILES = [
     *("config.json", "*.jinja", "tokenizer.model"),
 ]
 _LEGACY_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+_HUGE_TEXT_CHARS = 1 << 20  # the library takes up to 300 bytes for each
+_MAX_FILE_BYTES = 256 << 20  # the largest published ones have 40 MB
 # What a tokenizer must be able to encode and decode before it is used: each shape of text that a step may fail on.
 _SAMPLES = ("", " ", "a", "Hello, world!", "\n\t  x", "Würde 東京 🙂", "0123456789 " * 20)
 
@@ -82,8 +86,13 @@ class Tokenizer:
                 raise EnvironmentFault(
                     f"{file} is a Git LFS pointer, not the file.", hint=LFS_HINT, code="tokenizer_format"
                 )
+        if (num_bytes := file.stat().st_size) > _MAX_FILE_BYTES:
+            raise EnvironmentFault(
+                f"{file} has {num_bytes:,} bytes; the limit is {_MAX_FILE_BYTES:,}.", code="tokenizer_format"
+            )
         try:
             rust = RustTokenizer.from_file(str(file))
+            check_growth(rust)
             tokenizer = cls(rust, read_table(path / CONFIG), path)
             tokenizer._check()
         except BaseException as error:
@@ -120,6 +129,9 @@ class Tokenizer:
                 hint="Send other text, or token ids.",
                 code="tokenizer_failed",
             ) from error
+        if len(text) >= _HUGE_TEXT_CHARS:
+            del encoding
+            _return_freed_memory()
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -166,6 +178,12 @@ class Tokenizer:
     def _id_of(self, rust: RustTokenizer, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else rust.token_to_id(text)
+
+
+def _return_freed_memory() -> None:
+    """To the operating system. glibc keeps it otherwise, in as many arenas as there are threads."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _warn_of_other_ids(rust: RustTokenizer, files: TokenFiles, folder: Path) -> None:

@@ -27,6 +27,7 @@ _SHOWN_CHARS = 60
 _MAX_WHAT = 500
 _MAX_PATH = 1000
 _SHOWN_BODY_BYTES = 256 << 10  # errors about larger bodies may show no value, which takes decoding the body again
+_MAX_AMENDED_VALUES = 300_000  # numbers of a larger body that is decoded again; 10 ms
 _SECONDS_TO_SEND = 60
 
 Body = TypeVar("Body")
@@ -66,7 +67,7 @@ def decode(data: bytes, kind: type[Body], amend: Amend | None = None) -> Body:
         problem = str(error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _not_json(error) from None
-    if amend is None and len(data) > _SHOWN_BODY_BYTES:
+    if len(data) > _SHOWN_BODY_BYTES and (amend is None or _num_commas(data) > _MAX_AMENDED_VALUES):
         raise _complaint(problem, kind, "is wrong")
     try:
         value = msgspec.json.decode(data)
@@ -150,6 +151,12 @@ def _containers(data: bytes) -> int:
         in_string, depth = bool(inside[-1]), int(depths[-1]) if len(depths) else depth
         containers += int(np.count_nonzero(outside > 0))
     return containers
+
+
+def _num_commas(data: bytes) -> int:
+    """Commas outside of strings: about as many as a body has values. Only of valid JSON."""
+    plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in data else data
+    return sum(part.count(b",") for part in plain.split(b'"')[::2])
 
 
 def _not_json(error: Exception) -> InvalidRequest:

@@ -20,7 +20,9 @@ class ServerAddress(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str] = {}
     extra: dict[str, object] = {}  # into every body, over what would be there
     ignore_eos: bool = True  # as many output tokens as the schedule says
+    max_model_len: int | None = None  # tokens of prompt and output together; None: not known
     words_per_token: float = 1.0  # of the prompts that are made up, on this server
+    extra_prompt_tokens: int = 0  # that the server adds to a prompt: of its chat template, a first token
     salt: str = ""  # into every text that is made up: another salt, other texts of the same lengths
     insecure: bool = False  # do not check the certificate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from powerband.openai.fields import ListedModel, read_models
 from powerband.web.authority import split_authority
 
 _PROBE_TOKENS = (32, 288)
+_MIN_PROBED_LEN = 64  # tokens of context; what is shorter is not probed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +81,17 @@ async def find_server(target: ServerAddress, wait_s: float = 0.0) -> tuple[Serve
 
 
 async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
-    """With how many of our words make a token on this server, from two short requests.
+    """With how many of our words make a token on this server, and how many it adds, from two short requests.
 
     Raises EnvironmentFault when it cannot answer them.
     """
     plain = msgspec.structs.replace(target, words_per_token=1.0)
     maker, counts = PromptMaker(), []
-    for tokens in _PROBE_TOKENS:
+    room = target.max_model_len or _PROBE_TOKENS[1] * 2
+    if room < _MIN_PROBED_LEN:
+        return target
+    lengths = _PROBE_TOKENS[0] // (4 if room < _PROBE_TOKENS[1] else 1), min(_PROBE_TOKENS[1], room // 4)
+    for tokens in lengths:
         planned = RequestMessage(0, (SegmentMessage(f"probe {tokens} {time.time_ns()}", tokens),), 1, 0, 0.0)
         body = msgspec.json.decode(ConversationPrompts(plain, maker).body(planned)) | {"stream": False}
         body.pop("stream_options")
@@ -99,18 +105,33 @@ async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
     short, long = counts
     if not short or not long or long <= short:
         return target  # it does not tell
-    tokens_per_word = (long - short) / (_PROBE_TOKENS[1] - _PROBE_TOKENS[0])
-    return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word)
+    tokens_per_word = (long - short) / (lengths[1] - lengths[0])
+    extra = max(math.ceil(short - lengths[0] * tokens_per_word), 0)
+    return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word, extra_prompt_tokens=extra)
 
 
-def parse_endpoint(text: str) -> Endpoint:
-    """vLLM's and GuideLLM's spellings, too. Raises UsageError."""
+def parse_endpoint(endpoint: str | None, backend: str | None = None) -> Endpoint:
+    """Also a path, and what vLLM and GuideLLM call a backend. Raises UsageError for what is unknown or contradicts."""
+    named, meant = _endpoint(endpoint, "endpoint"), _endpoint(backend, "backend")
+    # vLLM's backends 'vllm' and 'openai' are completions only where no endpoint is named.
+    if named and meant == "chat" and named != meant:
+        raise UsageError(
+            f"The backend '{backend}' and the endpoint '{endpoint}' contradict each other.", param="backend"
+        )
+    return named or meant or "completions"
+
+
+def _endpoint(text: str | None, param: str) -> Endpoint | None:
+    if text is None:
+        return None
     match text.strip("/").removeprefix("v1/").replace("_", "-"):
-        case "completions" | "text-completions" | "openai" | "vllm":
+        case "completions" | "text-completions" | "openai" | "vllm" | "openai-completions":
             return "completions"
         case "chat" | "chat/completions" | "chat-completions" | "openai-chat":
             return "chat"
-    raise UsageError(f"Unknown endpoint '{text}'.", hint="There are: completions, chat.", param="endpoint")
+        case "openai-http":
+            return None
+    raise UsageError(f"Unknown {param} '{text}'.", hint="There are: completions, chat.", param=param)
 
 
 def _prompt_tokens(page: Response) -> int:

@@ -1,13 +1,14 @@
 """Prompts out of segments, and the bytes of a request.
 
 The text of a segment is made up from its key: common English words, of which each is one token in the vocabularies
-of large models (`Target.words_per_token` corrects for others). Equal keys begin alike, different keys differ from the
-first words on, so that a prefix cache finds exactly what the schedule says.
+of large models and in that of the demo model (`ServerAddress.words_per_token` corrects for others). Equal keys begin
+alike, different keys differ from the first words on, so that a prefix cache finds exactly what the schedule says.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from typing import Any
 
@@ -17,18 +18,18 @@ from powerband.bench.client.messages import RequestMessage, SegmentMessage, Serv
 from powerband.http_client.connection import request_head
 
 _COMMON = """
-the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one
-you were all her she there would their we him been has when who will no more if out so up said what its about than
-into them can only other time new some could these two may first then do any like my now over such our man me even
-most made after also did many off before must well back through years where much your way down should because long
-each just state those people too world still between life being under day same another while last might great year
-since against work used part go came right come around take three small few every place think house second home
-school number water point program business group side general system power country hand order public large fact book
-word name form line light city night area real study best company open matter money level table party field music
-force road change interest space story plan
+the of and to in is that for it as was with be by on not he but at are this have from or an they which one you were
+all there would their we been has when will no more if out so up what its about than into them can only other time
+new some could these two may first then do any like over such man me even most made after also many off before must
+well back through where your way should because long each just state those too still between being under day same
+another while last year since against work used part go right around take three every place second number point
+program group side system hand order public word name form line city real open level table field change space
 """
 WORDS = _COMMON.split()
 _STREAM_WORDS = 1 << 16
+_NO_LIMIT = 1 << 30  # tokens
+_EXACT = 0.01  # words per token may differ from 1 by so much, where each is one
+_ANSWER_RESERVE = 8  # an answer may become longer by this part of it when it is read again
 
 
 class PromptMaker:
@@ -58,19 +59,29 @@ class PromptMaker:
 
 
 class ConversationPrompts:
-    """The conversation so far, which its next request repeats."""
+    """The conversation so far, which its next request repeats.
+
+    A schedule's requests fit the server's context by their numbers of tokens. What the server adds to a prompt, and
+    what its tokenizer makes of the words, takes room as well: where that is missing, a prompt gets some words less.
+    """
 
     def __init__(self, target: ServerAddress, maker: PromptMaker) -> None:
         self._target, self._maker = target, maker
         self._messages: list[dict[str, str]] = []
         self._text = ""
+        self._history = self._reserve = 0  # tokens of the conversation so far, and how uncertain their number is
 
     def body(self, request: RequestMessage) -> bytes:
         """JSON of the request. A turn of 0 begins a new conversation."""
         target = self._target
-        if request.turn == 0:
+        if request.turn == 0 or self._room(request) < 1:
             self._messages, self._text = [], ""
-        new = "".join(self._maker.text(segment) for segment in request.segments).rstrip()
+            self._history = self._reserve = 0
+        segments = _shortened(request.segments, self._room(request))
+        self._history += sum(segment.tokens for segment in segments) + request.output_tokens
+        self._history += target.extra_prompt_tokens
+        self._reserve = request.output_tokens // _ANSWER_RESERVE
+        new = "".join(self._maker.text(segment) for segment in segments).rstrip()
         fields: dict[str, Any] = {
             "model": target.model,
             "stream": True,
@@ -87,11 +98,33 @@ class ConversationPrompts:
             fields |= {"ignore_eos": True}
         return msgspec.json.encode(fields | target.extra)
 
-    def answered(self, text: str) -> None:
+    def answered(self, text: str, tokens: int = 0) -> None:
+        """tokens: of the whole conversation, by the server's count; 0: not counted."""
+        self._history = tokens or self._history
         if self._target.endpoint == "chat":
             self._messages.append({"role": "assistant", "content": text})
         else:
             self._text += text
+
+    def _room(self, request: RequestMessage) -> int:
+        """Tokens that new text may have."""
+        target = self._target
+        if target.max_model_len is None:
+            return _NO_LIMIT
+        room = target.max_model_len - request.output_tokens - self._history - target.extra_prompt_tokens - self._reserve
+        is_exact = abs(target.words_per_token - 1) < _EXACT
+        return room if is_exact or room < 1 else room - math.ceil(2 * math.sqrt(room))  # words of unequal tokens
+
+
+def _shortened(segments: tuple[SegmentMessage, ...], tokens: int) -> tuple[SegmentMessage, ...]:
+    """With a last one short enough for the sum, of at least one token."""
+    excess = sum(segment.tokens for segment in segments) - tokens
+    if excess <= 0:
+        return segments
+    *first, last = segments
+    left = max(last.tokens - excess, 1)
+    text = last.text[: max(len(last.text) * left // last.tokens, 1)] if last.text else last.text
+    return (*first, SegmentMessage(last.key, left, text))
 
 
 def request_bytes(target: ServerAddress, body: bytes) -> bytes:

@@ -120,7 +120,7 @@ class LoadWorker:
             if reading is None or reading.problem:
                 is_lost = True
             else:
-                talk.answered(reading.text)
+                talk.answered(reading.text, reading.prompt_tokens and reading.prompt_tokens + reading.output_tokens)
 
     async def _run_request(
         self, planned: RequestMessage, chain: int, due_s: float, ready: bytes

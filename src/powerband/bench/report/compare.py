@@ -197,7 +197,9 @@ def _same_requests(a: RunReport, b: RunReport, first: Point, second: Point) -> b
     """Whether the i-th request of both is the same: prompts and lengths follow from the seed and the mix alone."""
     if first.schedule_digest == second.schedule_digest:
         return True
-    return first.seed == second.seed and a.workload.get("requests") == b.workload.get("requests")
+    return first.seed == second.seed and all(
+        a.workload.get(name) == b.workload.get(name) for name in ("requests", "max_model_len")
+    )
 
 
 def _differences(a: RunReport, b: RunReport) -> Iterator[str]:

@@ -21,7 +21,7 @@ from powerband.bench.report.other_tools import aliases
 from powerband.bench.report.results import SCHEMA, RunReport
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.metrics.figures import PERCENTILES
-from powerband.spec.workload.workload import PlannedRequest, Schedule
+from powerband.spec.workload.schedule import PlannedRequest, Schedule
 
 RUN_FILE, REQUESTS_FILE = "run.json", "requests.jsonl"
 _DIGITS = 6  # of a second

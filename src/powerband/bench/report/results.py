@@ -26,7 +26,7 @@ from powerband.metrics.statistics import Interval
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import Arrivals, ClosedLoop, OpenLoop
-from powerband.spec.workload.workload import Schedule
+from powerband.spec.workload.schedule import LengthCut, Schedule
 
 SCHEMA = "powerband.bench/1"
 # A client that is busier than this share of what it was calibrated to bear delays what it measures.
@@ -115,6 +115,7 @@ class Point:
     wall_s: float
     saturated: bool  # the queue grew until the end
     stopped: bool  # early, by decision
+    cut: LengthCut | None = None  # requests that were cut to fit the context; None: none
 
     @property
     def verdict(self) -> Verdict:
@@ -232,6 +233,7 @@ def build_point(
         wall_s=result.wall_s,
         saturated=saturated,
         stopped=result.stopped,
+        cut=result.schedule.cut,
     )
 
 

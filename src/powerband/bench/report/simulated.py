@@ -21,7 +21,8 @@ from powerband.bench.saturation import is_saturated
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.metrics.record import RequestRecord
 from powerband.spec.plan import Plan
-from powerband.spec.workload.workload import Schedule, Workload
+from powerband.spec.workload.schedule import Schedule
+from powerband.spec.workload.workload import Workload
 
 
 def simulated_load(

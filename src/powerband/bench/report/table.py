@@ -170,6 +170,9 @@ def outcomes_text(point: Point) -> str:
     text = f"{count_text(point.summary.scheduled, 'request')} that count: {', '.join(parts) or 'none'}"
     if point.unsent:
         text += f"; {point.unsent:,} planned were not due before the end"
+    if point.cut is not None:
+        context = f"the context of {point.cut.max_model_len:,} tokens"
+        text += f"; {point.cut.requests:,} of the whole run were cut to fit {context}"
     if point.short_answers:
         text += f"; {count_text(point.short_answers, 'answer')} shorter than asked for"
     return text

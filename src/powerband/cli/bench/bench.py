@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from powerband.cli.bench.options import RequestOptions, SLOFlags, TargetFlags
+from powerband.cli.bench.other_tools import OtherToolsFlags, translated, url_of
 from powerband.cli.flags import Json
 from powerband.cli.load_options import ArrivalOptions
 from powerband.cli.tables import print_table
@@ -77,6 +78,7 @@ def bench(
     server: TargetFlags | None = None,
     judging: SLOFlags | None = None,
     output: OutputFlags | None = None,
+    other: OtherToolsFlags | None = None,
 ) -> int:
     """Send load to an OpenAI-compatible server and measure it.
 
@@ -86,12 +88,10 @@ def bench(
     not sustain the load (INVALID), 4 if no request was answered.
     """
     modes, output = modes or BenchModeFlags(), output or OutputFlags()
-    if url is not None and base_url is not None:
-        raise UsageError("The server is named twice.", param="url")
-    _check_modes(modes)
     is_load = not (modes.explain_metrics or modes.compare is not None or modes.calibrate)
-    if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging)):
+    if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging, other)):
         raise UsageError("This sends no load: the server and its options have no effect.", hint="Leave them out.")
+    _check_modes(modes)
     if modes.explain_metrics:
         from powerband.metrics.definitions import explained
 
@@ -101,11 +101,16 @@ def bench(
         return _compare(*modes.compare, as_json=output.json)
     if modes.calibrate:
         return _calibrate(as_json=output.json)
-    flags = load or ArrivalOptions(), requests or RequestOptions(), server or TargetFlags(), judging or SLOFlags()
-    target = _target(url or base_url or DEFAULT_URL, flags[1], flags[2])
+    other, server = other or OtherToolsFlags(), server or TargetFlags()
+    load, requests, judging, is_sweep = translated(
+        other, load or ArrivalOptions(), requests or RequestOptions(), judging or SLOFlags()
+    )
+    modes = replace(modes, sweep=modes.sweep or is_sweep)
+    _check_modes(modes)
+    target = _target(url_of(url, base_url, other) or DEFAULT_URL, requests, server)
     if modes.fault is not None:
-        return _fault(modes, target, flags[0], as_json=output.json)
-    return _run(modes, output, target, *flags)
+        return _fault(modes, target, load, as_json=output.json)
+    return _run(modes, output, target, load, requests, server, judging)
 
 
 def _check_modes(modes: BenchModeFlags) -> None:
@@ -159,6 +164,7 @@ def _run(
             command=without_secrets(["powerband", *sys.argv[1:]]),
             watch=view,
             on_point=_print_point if several else None,
+            on_cut=lambda sentence: print(f"· {sentence}", file=sys.stderr),
         )
         report = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
     write_run(report, session.loads, folder)
@@ -226,6 +232,8 @@ def _experiment(
         duration_s=asked.duration_s,
         num_requests=asked.num_requests,
         seed=load.seed,
+        max_model_len=server.max_model_len,
+        strict_lengths=requests.strict_lengths,
         slo=slo,
         warm_up=warm_up,
         cool_down=cool_down,
@@ -242,7 +250,7 @@ def _plan(path: Path, load: ArrivalOptions, requests: RequestOptions, judging: S
     from powerband.spec.workload.traces import read_trace
 
     decided: dict[str, object] = {name: getattr(load, name) for name in ("rate", "concurrency", "ramp", "steps")}
-    decided |= {name: value for name, value in vars(requests).items() if name != "respect_eos"}
+    decided |= {name: value for name, value in vars(requests).items() if not isinstance(value, bool)}
     decided |= {"slo": judging.slo, "attainment": judging.attainment}
     for name, value in decided.items():
         if value is not None:
@@ -274,7 +282,7 @@ def _target(url: str, requests: RequestOptions, flags: TargetFlags) -> ServerAdd
             )
     return ServerAddress(
         base=parse_url(url),
-        endpoint=parse_endpoint(flags.endpoint),
+        endpoint=parse_endpoint(flags.endpoint, flags.backend),
         model=flags.model or "",
         headers=headers,
         extra=extra,

@@ -36,8 +36,17 @@ add_flags(RequestOptions, REQUESTS)
 @dataclass(frozen=True, kw_only=True)
 class TargetFlags:
     model: Annotated[str | None, _target("--model", help="Name in the API; default: the server's first")] = None
-    endpoint: Annotated[str, _target("--endpoint", "--backend", help="completions (default) or chat")] = "completions"
+    endpoint: Annotated[
+        str | None,
+        _target("--endpoint", "--request-type", help="completions (default) or chat; or a path, /v1/chat/completions"),
+    ] = None
+    backend: Annotated[
+        str | None, _target("--backend", "--backend-type", help="The same, as vLLM names it: openai, vllm, openai-chat")
+    ] = None
     api_key: Annotated[str | None, _target("--api-key", help="Default: $POWERBAND_API_KEY, $OPENAI_API_KEY")] = None
+    max_model_len: Annotated[
+        int | None, _target("--max-model-len", help="Cut requests to this context; default: what the server lists")
+    ] = None
     header: Annotated[
         list[str] | None, _target("--header", help="'Name: value', sent with every request; may be repeated")
     ] = None
@@ -58,7 +67,7 @@ class TargetFlags:
 class SLOFlags:
     slo: Annotated[
         str | None,
-        _judging("--slo", "--goodput", help="Limits: ttft=500ms,tpot=50ms; also stall and e2e"),
+        _judging("--slo", help="Limits: ttft=500ms,tpot=50ms; also stall and e2e"),
     ] = None
     attainment: Annotated[
         str | None, _judging("--attainment", help="Fraction of requests that must meet it; default: 95%")

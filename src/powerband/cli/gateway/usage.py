@@ -25,7 +25,9 @@ def usage(
     *,
     by: Annotated[str, Parameter(help="Columns to group by, separated by commas: key, model, day")] = "key,model",
     since: Annotated[str, Parameter(help="Time span, such as 30m, 24h or 7d; above 7d in whole days")] = "24h",
-    csv: Annotated[Path | None, Parameter(help="Write the rows to this file; '-': stdout")] = None,
+    csv: Annotated[
+        Path | None, Parameter(help="Write the rows to this file; '-': stdout", allow_leading_hyphen=True)
+    ] = None,
     gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:

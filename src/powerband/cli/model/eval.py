@@ -14,7 +14,7 @@ from typing import Annotated, Literal, get_args
 from cyclopts import Parameter
 
 from powerband.cli.flags import Json, takes_settings
-from powerband.cli.model.serve import require_model
+from powerband.cli.model.serve import require_engine
 from powerband.cli.progress import progress_bar
 from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
@@ -42,7 +42,7 @@ def evaluate(
 
     The text is the documentation of the Python that runs this: another version carries slightly different text.
     """
-    require_model(settings)
+    require_engine(settings)
     if samples < 1:
         raise UsageError(f"--samples is {samples}; it must be at least 1.", param="samples")
     rows: list[ModelEvaluation] = []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from powerband.cli.flags import Json, takes_settings
-from powerband.cli.model.serve import require_model
+from powerband.cli.model.serve import require_engine
 from powerband.cli.settings import Resolved
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
@@ -95,7 +95,7 @@ def generate(
     """Write the model's answer to a prompt on stdout, as it is generated."""
     import asyncio
 
-    require_model(settings)
+    require_engine(settings)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("The prompt is empty.", param="prompt")

@@ -14,6 +14,7 @@ from powerband.cost.memory import MemoryPlan, plan_memory
 from powerband.cost.precision import auto_dtype
 from powerband.engine.model_loader.checkpoint import resolve_model
 from powerband.errors import EnvironmentFault
+from powerband.extras import require
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.model.counts import count_parameters
 from powerband.spec.model.model_spec import ModelSpec
@@ -64,13 +65,14 @@ def plan_on_this_machine(spec: ModelSpec, settings: EngineSettings) -> MemoryPla
 
 def _has_fast_kernels() -> bool:
     """Whether an engine would find or build kernels that are faster than plain torch."""
-    from powerband.engine.kernels.cpu import library  # it loads torch
+    from powerband.engine.kernels.cpu import library
 
     return library.find_compiler() is not None and library.choose_tier("", detect_cpu().features) in library.FAST_TIERS
 
 
 def _gpu_memory() -> tuple[int, int]:
     """(total, free) bytes of the GPU. Raises EnvironmentFault when there is none that torch can use."""
+    require("torch", "The memory plan of a GPU")
     import torch
 
     if not torch.cuda.is_available():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from powerband.cli.flags import takes_settings
 from powerband.cli.settings import Resolved
 from powerband.errors import UsageError
+from powerband.extras import require
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 
@@ -15,17 +16,18 @@ def serve(settings: Resolved) -> int:
 
     The first signal drains: no new requests, and running ones may finish. The second stops at once.
     """
-    require_model(settings)
+    require_engine(settings)
     from powerband.server.run import serve as run
 
     return run(settings.engine, settings.server)
 
 
-def require_model(settings: Resolved) -> None:
-    """Raise UsageError if no model was named."""
+def require_engine(settings: Resolved) -> None:
+    """Raise UsageError if no model was named, and MissingPackage without torch."""
     if "model" not in settings.asked:
         raise UsageError(
             "No model was given.",
             hint="Give a folder, a Hugging Face id, or 'demo' for the model in the package.",
             param="model",
         )
+    require("torch", "Powerband's engine")

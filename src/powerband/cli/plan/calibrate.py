@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,16 +48,37 @@ def calibrate(
 
     Without MODEL: performance models for any model, from small synthetic ones in each precision.
     With MODEL: also its own steps, alone and under load behind its API, which is much more accurate.
+    With --threads: for replicas that share the cores; kept beside the measurement with all cores.
     Best on an idle machine; about two minutes on a CPU.
     """
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
         raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
-    path = out or local_profile_path()
+    path = out or local_profile_path(_threads(settings.engine, from_log))
     found = _calibrated(settings, from_log, seconds, path)
     write_profile(found.profile, path)
     _print(found, path, time.perf_counter() - began_s, as_json=json)
     return 0
+
+
+def calibrate_machine_once(threads: int | None) -> None:
+    """What the command does without a model, for commands that need it. threads: of an engine; None: all cores."""
+    from powerband.calibration.session import calibrate_machine
+
+    engine, path = EngineSettings(model="demo", threads=threads), local_profile_path(threads)
+    with progress_bar() as report:
+        found = calibrate_machine(engine, compute_device(engine), DEFAULT_SECONDS, path, report, has_model=False)
+    write_profile(found.profile, path)
+    print(f"· measured, and kept in {path}", file=sys.stderr)
+
+
+def _threads(engine: EngineSettings, from_log: Path | None) -> int | None:
+    """Of the engine that is measured, or that wrote the log."""
+    if from_log is None:
+        return engine.threads
+    from powerband.cost.step_log import read_step_log
+
+    return read_step_log(from_log)[0].form.threads
 
 
 def _calibrated(settings: Resolved, from_log: Path | None, seconds: float, path: Path) -> Calibration:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
 from powerband.spec.hardware.architecture_defaults import gemm_model
-from powerband.spec.hardware.catalog import load_catalog, local_profile, read_prices, usd_per_hour
+from powerband.spec.hardware.catalog import load_catalog, local_profiles, read_prices, usd_per_hour
 from powerband.spec.hardware.profile import DeviceProfile
 
 PRICES_HELP = "YAML: 'L4: 0.71' (dollars per hour), or a list of usd_per_hour, devices, where"
@@ -38,8 +38,7 @@ def devices(
         _print_profile(catalog.find(name), as_json=json)
         return 0
     profiles = list(catalog.profiles.values())
-    if (here := local_profile()) is not None:
-        profiles.insert(0, here)
+    profiles = [*local_profiles(), *profiles]
     if json:
         print(json_format.dumps([profile.as_dict() for profile in profiles], indent=2))
         return 0

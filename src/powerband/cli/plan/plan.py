@@ -13,13 +13,14 @@ from cyclopts import Group, Parameter
 from powerband.cli.flags import Json
 from powerband.cli.load_options import MixOptions
 from powerband.cli.plan.devices import PRICES_HELP
-from powerband.cli.plan.inputs import read_model
+from powerband.cli.plan.inputs import measured_devices, read_model
 from powerband.cli.progress import progress_bar
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.deployment import ENGINES, parse_engines, parse_quantizations
-from powerband.spec.hardware.what_if import chosen_devices, pinned_settings
+from powerband.spec.hardware.what_if import pinned_settings
 from powerband.spec.quantities import dollars_per_hour, share
 from powerband.spec.slo import SLO
+from powerband.spec.workload.fitting import MIN_MODEL_LEN
 from powerband.spec.workload.options import chosen_workload
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def plan(
 
 def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, offer: HardwareFlags) -> PlanRequest:
     """Raises UsageError or EnvironmentFault for what cannot be asked."""
-    from powerband.planner.plan_request import PlanRequest, max_request_tokens
+    from powerband.planner.plan_request import PlanRequest, fit_to_context
 
     slo = SLO.parse(need.slo)
     if not slo.limits:
@@ -123,9 +124,12 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
     if (offer.acceptance is None) != (offer.draft_tokens == 0):
         raise UsageError("--draft-tokens and --acceptance go together.", param="acceptance")
     changes = offer.set or []
-    profiles = chosen_devices(offer.devices, offer.prices, changes)
+    profiles = measured_devices(offer.devices, offer.prices, changes, offer.replicas)
     workload, rate = chosen_workload(requests, rate=need.rate)
     spec, stored = read_model(model)
+    pinned = pinned_settings(changes)
+    asked_len = _context(offer.max_model_len or pinned.get("max_model_len"), spec.max_position)
+    workload = fit_to_context(workload, need.seed, asked_len or spec.max_position, is_strict=requests.strict_lengths)
     return PlanRequest(
         model=model,
         spec=spec,
@@ -139,13 +143,24 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
         max_devices=offer.max_devices,
         replicas=offer.replicas,
         quantizations=parse_quantizations(offer.quantization),
-        max_model_len=offer.max_model_len or max_request_tokens(workload, need.seed, spec, slo.attainment),
+        max_model_len=asked_len or workload.max_model_len or spec.max_position,
         objective=need.objective,
         draft_tokens=offer.draft_tokens,
         draft_acceptance=share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0,
-        pinned=pinned_settings(changes),
+        pinned=pinned,
         seed=need.seed,
     )
+
+
+def _context(asked: int | None, known: int) -> int | None:
+    """Raises UsageError."""
+    if asked is not None and not MIN_MODEL_LEN <= asked <= known:
+        raise UsageError(
+            f"max_model_len is {asked}; the model knows {known:,} positions.",
+            hint=f"It lies between {MIN_MODEL_LEN} and {known}.",
+            param="max_model_len",
+        )
+    return asked
 
 
 def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:

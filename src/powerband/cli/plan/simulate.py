@@ -17,8 +17,10 @@ from powerband.cli.flags import Json
 from powerband.cli.load_options import ArrivalOptions, MixOptions
 from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
+from powerband.spec.deployment import LOCAL
 from powerband.spec.hardware.what_if import chosen_devices
-from powerband.spec.workload.options import RequestedLoad, requested_load
+from powerband.spec.workload.fitting import refuse_cuts
+from powerband.spec.workload.options import RequestedLoad, has_requests, requested_load
 
 if TYPE_CHECKING:
     from powerband.bench.load import LoadResult
@@ -63,11 +65,15 @@ def simulate(
 
     load, requests, judging = load or ArrivalOptions(), requests or MixOptions(), judging or SLOFlags()
     known, deployment = _plan_with_deployment(plan, load)
-    asked = _requested_load(known, load, requests)
+    asked = _requested_load(known, deployment, load, requests)
     schedule = asked.workload.draw(load.seed, duration_s=asked.duration_s, num_requests=asked.num_requests)
+    if requests.strict_lengths:
+        refuse_cuts(schedule.cut, schedule.num_requests)
     find = _profile_finder(deployment, devices, set or [])
     made = simulation_inputs(read_model(known.model)[0], deployment, find)
     print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
+    if schedule.cut_text:
+        print(f"· {schedule.cut_text}", file=sys.stderr)
     simulated = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)
     result = simulated_load(
         schedule, simulated.indices, simulated.records, seconds=simulated.seconds, unsent=simulated.unsent
@@ -106,7 +112,9 @@ def _profile_finder(deployment: Deployment, devices: str | None, changes: list[s
     named = list(dict.fromkeys(pool.replica.device for pool in deployment.pools))
     if any(change.startswith("replica.") for change in changes):
         raise UsageError("The plan describes its replicas.", hint="Change it in the plan's file.", param="set")
-    profiles = {profile.name: profile for profile in chosen_devices(devices or ",".join(named), None, changes)}
+    replicas = sum(pool.count for pool in deployment.pools if pool.replica.device == LOCAL) or None
+    chosen = chosen_devices(devices or ",".join(named), None, changes, replicas)
+    profiles = {profile.name: profile for profile in chosen}
     missing = [name for name in named if name not in profiles]
     if missing:
         raise UsageError(
@@ -117,18 +125,16 @@ def _profile_finder(deployment: Deployment, devices: str | None, changes: list[s
     return profiles.__getitem__
 
 
-def _requested_load(plan: Plan, load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
-    """What the flags say; where they say nothing of what or when, the plan's workload and rate."""
+def _requested_load(plan: Plan, deployment: Deployment, load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
+    """What the flags say; where they say nothing of what or when, the plan's workload and rate. No request is longer
+    than the plan's replicas allow.
+    """
     given = [load.rate, load.concurrency, load.ramp, load.steps, load.trace, load.burstiness, load.speedup]
     asked = requested_load(load, requests)
     has_arrivals = any(value is not None for value in given)
-    has_requests = load.trace is not None or requests != MixOptions()
-    workload = asked.workload if has_requests else replace(asked.workload, name=plan.workload.name)
-    if not has_requests:
-        workload = replace(workload, requests=plan.workload.requests)
-    if not has_arrivals:
-        workload = replace(workload, arrivals=plan.arrivals)
-    return replace(asked, workload=workload)
+    workload = asked.workload if load.trace is not None or has_requests(requests) else plan.workload
+    workload = replace(workload, arrivals=asked.workload.arrivals if has_arrivals else plan.arrivals)
+    return replace(asked, workload=workload.within(max(pool.replica.max_model_len for pool in deployment.pools)))
 
 
 def _report(report: RunReport, result: LoadResult, out: Path | None, *, as_json: bool) -> int:

@@ -175,6 +175,8 @@ def _resolve_plan(
     if results.recommended is None:
         Console(stderr=True).print(plan_table(results))
         return None
+    if results.cut and not quiet:
+        print(f"· {results.cut}", file=sys.stderr)
     return plan_from(plan_request, results.recommended)
 
 

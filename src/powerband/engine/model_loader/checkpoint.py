@@ -66,7 +66,7 @@ def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
     except LocalEntryNotFoundError as problem:
         hint = "Connect, or fetch it once with 'hf download' and give the folder."
         raise _not_available(name, "the hub cannot be reached, and it was not fetched before", hint) from problem
-    except (HfHubHTTPError, OSError) as problem:
+    except (HfHubHTTPError, _no_connection(), OSError) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0][:200]
         raise _not_available(name, reason, "Try again, or give a folder.") from problem
 
@@ -82,13 +82,21 @@ def _weights(name: str, revision: str | None) -> list[str]:
     try:
         names = [sibling.rfilename for sibling in HfApi().model_info(name, revision=revision).siblings or ()]
         index = Path(hf_hub_download(name, INDEX, revision=revision)) if INDEX in names else None
-    except (HfHubHTTPError, HFValidationError, OSError):
+    except (HfHubHTTPError, HFValidationError, _no_connection(), OSError):
         return ["*.safetensors"]
     top = [file for file in names if "/" not in file]
     chosen = choose(top, indexed_files(index) if index is not None else None)
     if not chosen:
         raise nothing_to_load(f"{name!r} on the Hugging Face hub", top)
     return chosen
+
+
+def _no_connection() -> type[Exception]:
+    """What the hub's HTTP client raises where it gets no answer; the client differs between versions of the library."""
+    from huggingface_hub import errors
+
+    found: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # imported there, from the client
+    return found
 
 
 def _not_available(name: str, reason: str, hint: str) -> EnvironmentFault:

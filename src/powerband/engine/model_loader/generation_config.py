@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from powerband.folders import expand_user
 from powerband.spec.model.reader import read_config, read_end_token_ids
 from powerband.spec.settings import EngineSettings
 
+logger = logging.getLogger(__name__)
 FILE = "generation_config.json"
 # Names in generation_config.json → in SamplingParams. Others (beams, n-grams) belong to transformers' own ways.
 _NAMES = {
@@ -20,6 +22,16 @@ _NAMES = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
+}
+# Those of them that change an output, and their values that change nothing.
+_IGNORED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), (None, [], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
+    **dict.fromkeys(
+        ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (None, 0)
+    ),
+    **dict.fromkeys(("num_beams", "encoder_repetition_penalty", "typical_p", "guidance_scale"), (None, 1)),
+    **dict.fromkeys(("penalty_alpha", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (None, 0)),
 }
 _WHOLE = ("top_k", "max_new_tokens")
 SAMPLING_FIELDS = tuple(_NAMES.values())
@@ -35,6 +47,9 @@ def sampling_defaults(settings: EngineSettings, folder: Path) -> dict[str, float
         return {}
     file = sampling_file(settings, folder)
     values = read_config(file)
+    ignored = [f"{name}={values[name]!r:.60}" for name, plain in _IGNORED.items() if values.get(name) not in plain]
+    if ignored:
+        logger.warning("%s: not applied, although transformers' generate() applies it: %s", file, ", ".join(ignored))
     given = {ours: _number(values[theirs], theirs) for theirs, ours in _NAMES.items() if values.get(theirs) is not None}
     if values.get("do_sample") is False:
         given["temperature"] = 0.0

@@ -71,12 +71,13 @@ class LLM:
         and the engine is ready for more.
         """
         every_prompt = as_list(prompts)
-        every_params = one_per_prompt(sampling_params or self.get_default_sampling_params(), len(every_prompt))
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        every_params = one_per_prompt(params, len(every_prompt))
         every_priority = self._priorities(priority, len(every_prompt))
         groups = []
-        for index, (prompt, params) in enumerate(zip(every_prompt, every_params, strict=True)):
+        for index, (prompt, own) in enumerate(zip(every_prompt, every_params, strict=True)):
             with errors_naming(f"Prompt {index}"):
-                groups.append(self._reader.read(prompt, params, id=next(self._ids), priority=every_priority[index]))
+                groups.append(self._reader.read(prompt, own, id=next(self._ids), priority=every_priority[index]))
         self._run(groups, show_progress=use_tqdm)
         return [group.result(self._tokenizer) for group in groups]
 
@@ -213,7 +214,13 @@ class LLM:
 
 
 def _conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    """One conversation or several as a list."""
+    """One conversation or several as a list. Raises InvalidRequest."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise InvalidRequest(
+            f"messages are given as {type(messages).__name__}.",
+            hint="Give a list of messages, such as [{'role': 'user', 'content': '…'}], or a list of such lists.",
+            param="messages",
+        )
     single: list[Mapping[str, Any]] = []
     several: list[Conversation] = []
     for item in messages:

@@ -111,7 +111,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list. A list of numbers is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if isinstance(prompts, bytes | bytearray | memoryview) or not isinstance(prompts, Sequence):
         raise InvalidRequest(
             f"Prompts are given as {type(prompts).__name__}; give text, token ids, or a list of these.", param="prompts"
         )

@@ -62,7 +62,9 @@ def excess_threads(release: Release) -> str:
 
 def replica_spec(release: Release, pool: int, id: str, devices: tuple[int, ...]) -> InstanceSpec:
     made = release.pools[pool]
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
+    visible = {}
+    if devices:  # numbered as nvidia-smi does, which is not CUDA's own order where a machine has GPUs of several kinds
+        visible = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
     return InstanceSpec(
         id=id,
         role="replica",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.errors import UsageError
+from powerband.extras import missing
 from powerband.gateway.observability.slo import has_first_token
 from powerband.gateway.request import CompletedRequest
 from powerband.gateway.trace_context import new_span_id
@@ -25,7 +26,7 @@ _END_S = 2.0
 class Tracing:
     """endpoint: OTLP over HTTP, e.g. http://127.0.0.1:4318. Its headers come from OTEL_EXPORTER_OTLP_HEADERS.
 
-    Raises EnvironmentFault if the packages are missing, and UsageError for an invalid URL.
+    Raises MissingPackage if the packages are missing, and UsageError for an invalid URL.
     """
 
     def __init__(self, endpoint: str, *, service: str = "powerband-gateway") -> None:
@@ -40,11 +41,7 @@ class Tracing:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
-            raise EnvironmentFault(
-                "Tracing needs OpenTelemetry, which is not installed.",
-                hint="pip install 'powerband[otel]', or leave out --otlp-endpoint.",
-                param="otlp_endpoint",
-            ) from None
+            raise missing("opentelemetry", "--otlp-endpoint") from None
         self._api = trace
         self._ids = _GivenIds()
         self._provider = TracerProvider(

@@ -40,6 +40,7 @@ def results_as_dict(results: PlanResults) -> dict[str, Any]:
         "slo": results.slo.as_dict(),
         "budget_usd_per_hour": results.budget_usd_per_hour,
         "workload": dict(results.workload),
+        "cut": results.cut,
         "seconds": results.seconds,
         "reasons": list(results.reasons),
         "recommended": number_of(results.recommended),

@@ -164,6 +164,7 @@ def _facts(results: PlanResults) -> list[tuple[str, str]]:
         ("Model", plain(results.model)),
         ("Load", f"{results.rate:.3g} {results.unit} of {plain(str(results.workload.get('name', 'a workload')))}"),
         ("SLO", f"{slo} for {slo.attainment * 100:g} % of requests" if slo.limits else "none"),
+        *([("Cut", results.cut)] if results.cut else []),
         ("Objective", results.objective),
         (
             "Looked at",

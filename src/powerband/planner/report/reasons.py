@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from powerband.planner.report.formatting import (
     BOUND_WORDS,
-    NEVER_S,
     banded_seconds,
     brief_seconds,
     deployment_text,
@@ -16,7 +15,6 @@ from powerband.planner.report.formatting import (
 )
 from powerband.planner.results import Evaluation
 from powerband.spec.deployment import Deployment
-from powerband.spec.quantities import shown_seconds
 from powerband.spec.slo import SLO
 
 _LARGEST = 3  # operators that are named
@@ -141,11 +139,6 @@ def _none(
     if nearest is not None:
         yield f"Nearest is {deployment_text(nearest.deployment)}: {_misses(nearest, slo, rate)}."
         yield f"What binds there is {BOUND_WORDS[nearest.binds]}."
-        for name in _LIMITED:
-            limit, figure = slo.limits.get(name), nearest.figures.get(f"{name}_s")
-            if limit is not None and figure is not None and limit < figure.high < NEVER_S:
-                enough = shown_seconds(float(f"{figure.high:.3g}"))
-                yield f"An SLO of {name}={enough} would be kept, or other devices (--devices)."
 
 
 def _misses(evaluation: Evaluation, slo: SLO, rate: float) -> str:

@@ -39,7 +39,10 @@ LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 def plan_table(results: PlanResults) -> RenderableType:
     """For a rich Console."""
     parts: list[RenderableType] = [Text(headline(results), style="bold")]
-    parts += [Text(plan_request(results), style="dim"), ""]
+    parts += [Text(plan_request(results), style="dim")]
+    if results.cut:
+        parts.append(Text(results.cut, style="yellow"))
+    parts.append("")
     shown = results.recommended or results.alternatives.get("nearest")
     if shown is not None:
         title = "Promise" if results.recommended else "Prediction"

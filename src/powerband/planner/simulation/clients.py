@@ -20,7 +20,7 @@ from powerband.dispatch.backend import InFlightRequest
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.dispatch.prefix import BLOCK_ENDS
 from powerband.metrics.record import Outcome, RequestRecord
-from powerband.spec.workload.workload import Chain, PlannedRequest, Segment
+from powerband.spec.workload.schedule import Chain, PlannedRequest, Segment
 
 _BLOCK_ENDS = tuple(end // BYTES_PER_TOKEN for end in BLOCK_ENDS)  # in tokens
 _SPAN = 1 << 31  # token ids are 32 bits wide; a text counts up from a number below this

@@ -14,7 +14,7 @@ from powerband.planner.simulation.simulator import Simulation, simulate
 from powerband.spec.deployment import Deployment
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.workload.workload import Schedule
+from powerband.spec.workload.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,13 @@ from powerband.metrics.record import RequestRecord
 from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
 from powerband.planner.simulation.replica import SimulatedReplica, StepModel
 from powerband.spec.deployment import Deployment
-from powerband.spec.workload.workload import Schedule
+from powerband.spec.workload.schedule import Schedule
 
 # An engine without a gateway before it: whatever is sent is queued at the engine.
 NO_GATEWAY = DispatchOptions(max_waiting_per_replica=1 << 40, max_queue_wait_s=math.inf)
 # What happens to a request of a chain, in the order of what happens at once.
 _FIRST_TOKEN, _END, _ARRIVAL = range(3)
+_MAX_IDLE_REPORTS = 1000  # of replicas that have nothing to do, before the next arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,17 @@ class _Simulator:
             for replica, backend in zip(self._replicas, self._dispatcher.backends, strict=True):
                 self._on_outputs(replica.settle(now, self._on_run))
                 self._dispatcher.reported(backend, replica.load, now)
+            self._skip_idle_reports()
         self._deliver(now)
+
+    def _skip_idle_reports(self) -> None:
+        """In a long pause of the workload, every replica would report every second that it does nothing."""
+        interval_s = self._dispatcher.options.metrics_interval_s
+        if self._queued or self._open or not self._events:
+            return
+        num_reports = (self._events[0][0] - self._report_s) // interval_s
+        if num_reports > _MAX_IDLE_REPORTS:
+            self._report_s += num_reports * interval_s
 
     def _happen(self, now: float, number: int, kind: int, opened: SimulatedRequest | None) -> None:
         if opened is None:

@@ -82,7 +82,7 @@ async def encode(
     """Token ids of `text`. A text that is far too long is refused before that. in_thread: for one of many."""
     tokenizer = model.need_tokenizer()
     least = len(text) // _max_token_bytes(tokenizer)
-    if truncate is None and least > model.info.max_model_len:
+    if least > model.info.max_model_len:  # also where it would be truncated: encoding takes memory first
         raise RequestTooLong(
             f"The prompt has {len(text)} characters, so at least {least} tokens; "
             f"the context holds {model.info.max_model_len}.",

@@ -133,6 +133,8 @@ def _compressed_tensors(table: ConfigReader) -> WeightFormat:
     sparsity = table.table("sparsity_config")
     if sparsity is not None and sparsity.text("format", "dense") != "dense":
         raise _unsupported(table, "compressed-tensors with sparse weights", "sparsity_config")
+    if table.values.get("transform_config"):
+        raise _unsupported(table, "compressed-tensors with rotated weights", "transform_config")
     ignored = _patterns(table, "ignore")
     return WeightFormat(
         method="compressed-tensors",

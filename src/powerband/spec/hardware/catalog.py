@@ -27,7 +27,7 @@ from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
 from powerband.spec.yaml_codec import read_record
 
-_CALIBRATE = "'powerband calibrate' does it, in two minutes on a CPU."
+NOT_MEASURED = "not_measured"  # code of an error
 _MAX_BYTES = 4 << 20
 
 
@@ -37,13 +37,14 @@ class Catalog:
 
     profiles: Mapping[str, DeviceProfile]
 
-    def find(self, name: str) -> DeviceProfile:
-        """By name or alias in any case; 'local': this machine's profile; a path: the profile in that file.
+    def find(self, name: str, replicas: int | None = None) -> DeviceProfile:
+        """By name or alias in any case; 'local': this machine's profile, for so many replicas that share it; a path:
+        the profile in that file.
 
         Raises UsageError for an unknown name, EnvironmentFault where a file or a calibration is missing.
         """
         if local_name(name) == LOCAL:
-            return read_local_profile()
+            return read_local_profile(replicas)
         if name.endswith((".yaml", ".yml")):
             return read_profile(Path(name))
         wanted = name.casefold()
@@ -79,34 +80,78 @@ def load_catalog() -> Catalog:
     return Catalog({profile.name: profile for profile in profiles})
 
 
-def local_profile_path() -> Path:
-    """The file with this machine's profile: $POWERBAND_DEVICE_PROFILE, else in the cache."""
+def local_profile_path(threads: int | None = None) -> Path:
+    """The file with this machine's profile for engines with so many CPU threads; None: with all cores. It is
+    $POWERBAND_DEVICE_PROFILE, else in the cache, one file for each number of threads.
+    """
     if named := os.environ.get("POWERBAND_DEVICE_PROFILE"):
         return Path(named)
     if named := os.environ.get("POWERBAND_HERE"):
         warn_renamed("$POWERBAND_HERE", "$POWERBAND_DEVICE_PROFILE")
         return Path(named)
     folder = cache_directory() / "profiles"
+    if threads is not None and threads < detect_cpu().cores:
+        return folder / f"local-{threads}-threads.yaml"
     written_before = folder / "here.yaml"  # by version 0.1
     return written_before if written_before.exists() and not (folder / "local.yaml").exists() else folder / "local.yaml"
 
 
-def read_local_profile() -> DeviceProfile:
-    """This machine's profile. Raises EnvironmentFault if it was not calibrated, or if another machine was."""
-    path = local_profile_path()
-    if not path.exists():
-        raise EnvironmentFault("This machine has not been measured yet.", hint=_CALIBRATE, param="devices")
-    profile = read_profile(path)
-    if not is_local(profile):
-        raise EnvironmentFault(
-            f"{path} was measured on another machine ({_machine_name(profile)}).", hint=_CALIBRATE, param="devices"
-        )
-    return profile
+def read_local_profile(replicas: int | None = None) -> DeviceProfile:
+    """This machine's profile: of as many threads as each of `replicas` has when they share the cores; None: of the most
+    that were measured. Raises EnvironmentFault if there is none, or if another machine was measured.
+    """
+    found = local_profiles()
+    if not found:
+        path = local_profile_path()
+        if not path.exists():
+            raise _not_measured("This machine has not been measured yet.", replicas)
+        machine = _machine_name(read_profile(path))
+        raise _not_measured(f"{path} was measured on another machine ({machine}).", replicas)
+    if replicas is None or found[0].kind != "cpu":
+        return found[0]
+    cores = detect_cpu().cores
+    room = cores // replicas
+    for profile in found:
+        if profile.threads <= room:
+            return profile
+    if not room:
+        raise UsageError(f"{replicas} replicas on {cores} cores.", hint="At most one a core.", param="replicas")
+    measured = " and ".join(str(profile.threads) for profile in found)
+    raise _not_measured(
+        f"This machine was measured with {measured} threads; {replicas} replicas on its {cores} cores have "
+        f"{room} each.",
+        replicas,
+    )
+
+
+def needed_threads(replicas: int | None) -> int | None:
+    """CPU threads of each of so many replicas that share this machine's cores; None: all."""
+    return None if replicas in (None, 1) else max(detect_cpu().cores // (replicas or 1), 1)
+
+
+def _not_measured(message: str, replicas: int | None) -> EnvironmentFault:
+    threads = needed_threads(replicas)
+    command = "powerband calibrate" if threads is None else f"powerband calibrate --threads {threads}"
+    return EnvironmentFault(
+        message, hint=f"Measure it, in two minutes on a CPU: {command}", code=NOT_MEASURED, param="devices"
+    )
+
+
+def local_profiles() -> list[DeviceProfile]:
+    """What was measured on this machine, by its number of threads, the most first. Raises as read_profile."""
+    usual = local_profile_path()
+    found = {}
+    for path in (usual, *sorted(usual.parent.glob("local-*-threads.yaml"))):
+        profile = local_profile(path)
+        if profile is not None:
+            found[profile.threads] = profile
+    return [found[threads] for threads in sorted(found, reverse=True)]
 
 
 def local_profile(path: Path | None = None) -> DeviceProfile | None:
     """This machine's profile; None: not calibrated. path: of another file than usual. Raises as read_profile."""
-    path = path or local_profile_path()
+    if path is None:
+        return next(iter(local_profiles()), None)
     profile = read_profile(path) if path.exists() else None
     return profile if profile is not None and is_local(profile) else None
 

@@ -205,6 +205,11 @@ class DeviceProfile:
     machine: MeasuredMachine | None = None  # None: not measured on one
     refinements: tuple[Refinement, ...] = ()
 
+    @property
+    def threads(self) -> int:
+        """CPU threads of an engine for which it holds; of a GPU 0."""
+        return self.machine.threads if self.kind == "cpu" and self.machine is not None else 0
+
     def refinement(
         self, model: str, engine: EngineName, quantization: Quantization, kv_precision: KVPrecision
     ) -> Refinement | None:

@@ -15,15 +15,20 @@ from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
 from powerband.spec.quantities import number
 
 
-def chosen_devices(text: str, prices: Path | None, changes: Sequence[str]) -> list[DeviceProfile]:
-    """'L4,A100' with the user's prices and changes. Raises UsageError or EnvironmentFault."""
+def chosen_devices(
+    text: str, prices: Path | None, changes: Sequence[str], replicas: int | None = None
+) -> list[DeviceProfile]:
+    """'L4,A100' with the user's prices and changes. replicas: that share this machine, if that is asked for.
+
+    Raises UsageError or EnvironmentFault.
+    """
     catalog = load_catalog()
     if prices is not None:
         catalog = catalog.with_prices(read_prices(prices))
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise UsageError("No device is named.", hint="Like: --devices L4,A100-80G.", param="devices")
-    found = _distinct([catalog.find(name) for name in names])
+    found = _distinct([catalog.find(name, replicas) for name in names])
     for change in changes:
         target, name, value = _change(change)
         if target != "replica":

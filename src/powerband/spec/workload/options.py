@@ -6,7 +6,7 @@ Each option is declared here once; commands make flags of them. vLLM's and Guide
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +73,7 @@ class MixOptions:
     prefix_groups: int | None = option(None, "Number of different prefixes")
     turns: str | None = option(None, "Turns of a conversation, each sent after the answer before; 1: single requests")
     think: str | None = option(None, "Mean time from an answer to the next turn")
+    strict_lengths: bool = option(False, "Refuse requests longer than the model's context; default: cut them to fit it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def requested_load(load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
 def _content(flags: MixOptions, trace: RequestTrace | None) -> tuple[RequestMix | RequestTrace, float, str]:
     """The requests, the burstiness that goes with them, and a name."""
     if trace is not None:
-        given = [name for name in _MIX_OPTIONS if getattr(flags, name) is not None]
+        given = _chosen(flags)
         if given:
             flag = given[0].replace("_", "-")
             raise UsageError(f"--{flag} has no effect with --trace.", hint="A trace has its own requests.")
@@ -123,7 +124,14 @@ def _content(flags: MixOptions, trace: RequestTrace | None) -> tuple[RequestMix 
     return mix, chosen.burstiness, name if mix == chosen.mix else f"{name}, changed"
 
 
-_MIX_OPTIONS = ("workload", "prompt_tokens", "output_tokens", "prefix_tokens", "prefix_groups", "turns", "think")
+def _chosen(flags: MixOptions) -> list[str]:
+    """Names of the options that say what requests are; the others say how to send them."""
+    return [item.name for item in fields(MixOptions) if item.default is None and getattr(flags, item.name) is not None]
+
+
+def has_requests(flags: MixOptions) -> bool:
+    """Whether they say anything of what requests are."""
+    return bool(_chosen(flags))
 
 
 def _prefix(flags: MixOptions, known: SharedPrefix | None) -> SharedPrefix | None:
@@ -155,6 +163,8 @@ def _conversation(flags: MixOptions, known: Conversation | None) -> Conversation
 
 
 def _arrivals(load: ArrivalOptions, trace: RequestTrace | None, burstiness: float, duration_s: float) -> Arrivals:
+    if load.rate == math.inf and load.concurrency is not None:  # vLLM's way to say a closed loop
+        load = replace(load, rate=None)
     ways = {"rate": load.rate, "concurrency": load.concurrency, "ramp": load.ramp, "steps": load.steps}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
@@ -205,7 +215,7 @@ def chosen_workload(requests: MixOptions, *, rate: float | None) -> tuple[Worklo
         asked = requested_load(ArrivalOptions(rate=rate), requests)
         return asked.workload, rate
     if path.suffix in (".yaml", ".yml"):
-        if requests != MixOptions(workload=text):
+        if has_requests(replace(requests, workload=None)):
             raise UsageError(
                 f"{text} already describes the requests.", hint="Change it in that file.", param="workload"
             )

@@ -25,10 +25,12 @@ from powerband.documents import parse_json
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.config_reader import shown
 from powerband.spec.workload.lengths import MAX_TOKENS
-from powerband.spec.workload.workload import MAX_TURNS, RequestTrace, Segment, TracedRequest
+from powerband.spec.workload.schedule import Segment
+from powerband.spec.workload.workload import MAX_TURNS, RequestTrace, TracedRequest
 
 MOONCAKE_BLOCK = 512
 MAX_FILE_BYTES = 1 << 30
+MAX_SPAN_S = 366 * 86400.0  # from the first request to the last
 _HEAD_CHARS = 1 << 16
 _MAX_PROBLEMS = 300
 _TOKENS_PER_BYTE = 0.25  # of English text, where no tokenizer counts
@@ -64,6 +66,9 @@ def read_trace(path: Path, *, format: str = "auto", count_tokens: Count | None =
     requests.sort(key=lambda request: request.time_s)
     if requests and (first_s := requests[0].time_s):
         requests = [replace(request, time_s=request.time_s - first_s) for request in requests]
+    if requests and requests[-1].time_s > MAX_SPAN_S:
+        days = requests[-1].time_s / 86400
+        raise _wrong(path, f"its last request is {days:.4g} days after its first; the limit is {MAX_SPAN_S / 86400:g}")
     source = {"file": path.name, "format": kind, "sha256": hashlib.sha256(raw).hexdigest()}
     return RequestTrace(source, tuple(requests))
 

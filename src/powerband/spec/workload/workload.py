@@ -12,8 +12,6 @@ plays it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from bisect import bisect_right
@@ -34,69 +32,14 @@ from powerband.spec.workload.arrivals import (
     arrivals_as_dict,
     arrivals_from_dict,
 )
+from powerband.spec.workload.fitting import MIN_MODEL_LEN, fit_chains
 from powerband.spec.workload.lengths import Lengths, lengths_as_dict, lengths_from_dict
+from powerband.spec.workload.schedule import Chain, PlannedRequest, Schedule, Segment
 
 MAX_REQUESTS = 2_000_000
 MAX_TURNS = 1000
 # Of a closed loop that only a duration ends: more than its users will get answered.
 _OPEN_ENDED, _OPEN_ENDED_EACH = 20_000, 200
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A piece of a prompt, about `tokens` long. Pieces with the same key begin with the same text."""
-
-    key: str
-    tokens: int
-    text: str | None = None  # as it was recorded; None: made up from the key
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRequest:
-    """One request of a schedule."""
-
-    index: int
-    segments: tuple[Segment, ...]
-    output_tokens: int
-    turn: int = 0  # 0 begins a conversation; the prompt of a later turn is the conversation so far and its own segments
-    think_s: float = 0.0  # from the answer before it in its chain to its own arrival
-
-    @property
-    def new_tokens(self) -> int:
-        """Of its own segments."""
-        return sum(segment.tokens for segment in self.segments)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Requests of which each waits for the answer to the one before: a conversation, or a user of a closed loop."""
-
-    start_s: float
-    requests: tuple[PlannedRequest, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Every request of a load, drawn before it begins."""
-
-    seed: int
-    chains: tuple[Chain, ...]  # by start
-    duration_s: float  # no request arrives later; infinity: no limit
-
-    @property
-    def num_requests(self) -> int:
-        return sum(len(chain.requests) for chain in self.chains)
-
-    def digest(self) -> str:
-        """SHA-256 over every time (to the nanosecond), length, key and text: equal digests are equal schedules."""
-        hasher = hashlib.sha256(f"{self.duration_s!r}".encode())
-        for chain in self.chains:
-            requests = [
-                (r.index, r.turn, round(r.think_s, 9), r.output_tokens, [(s.key, s.tokens, s.text) for s in r.segments])
-                for r in chain.requests
-            ]
-            hasher.update(json.dumps((round(chain.start_s, 9), requests)).encode())
-        return hasher.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +118,14 @@ class Workload:
     name: str
     arrivals: Arrivals
     requests: RequestMix | RequestTrace
+    max_model_len: int | None = None  # tokens of prompt and output together: longer requests are cut; None: no limit
 
     def __post_init__(self) -> None:
+        length = self.max_model_len
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < MIN_MODEL_LEN):
+            raise UsageError(
+                f"max_model_len is {shown(length)}.", hint=f"It is {MIN_MODEL_LEN} or more.", param="max_model_len"
+            )
         if not isinstance(self.arrivals, Replay):
             return
         if isinstance(self.requests, RequestMix):
@@ -188,8 +137,14 @@ class Workload:
                 param="trace",
             )
 
+    def within(self, max_model_len: int | None) -> Workload:
+        """With requests cut to fit this context, too; None: a context that is not known."""
+        if max_model_len is None or (self.max_model_len is not None and self.max_model_len <= max_model_len):
+            return self
+        return replace(self, max_model_len=max_model_len)
+
     def draw(self, seed: int, *, duration_s: float = math.inf, num_requests: int | None = None) -> Schedule:
-        """One schedule of at most `num_requests` requests that arrive before `duration_s`.
+        """One schedule of at most `num_requests` requests that arrive before `duration_s`, cut to `max_model_len`.
 
         Raises UsageError when nothing would end it, or when not one request falls into it.
         """
@@ -206,7 +161,10 @@ class Workload:
             chains = _users(self.arrivals, self._conversations(seed), max_requests, seed)
         else:
             chains = _on_time(self._starts(seed, duration_s), self._conversations(seed), max_requests)
-        schedule = Schedule(seed, tuple(chains), duration_s)
+        cut = None
+        if self.max_model_len is not None:
+            chains, cut = fit_chains(chains, self.max_model_len)
+        schedule = Schedule(seed, tuple(chains), duration_s, cut)
         if not chains:
             raise UsageError(f"No request arrives within {duration_s:g} s.", hint="Raise the rate or the duration.")
         if schedule.num_requests > MAX_REQUESTS:
@@ -251,18 +209,20 @@ class Workload:
             if isinstance(self.requests, RequestMix)
             else {"trace": dict(self.requests.source)}
         )
-        return {"name": self.name, "arrivals": arrivals_as_dict(self.arrivals), "requests": requests}
+        values = {"name": self.name, "arrivals": arrivals_as_dict(self.arrivals), "requests": requests}
+        return values if self.max_model_len is None else {**values, "max_model_len": self.max_model_len}
 
     @classmethod
     def from_dict(cls, values: Any, trace: RequestTrace | None = None) -> Workload:
         """The inverse of `as_dict`. trace: where one is named, it, read again. Raises UsageError."""
         try:
-            _only(values, ("name", "arrivals", "requests"))
+            _only(values, ("name", "arrivals", "requests", "max_model_len"))
             requests = values["requests"]
             return cls(
                 name=str(values["name"]),
                 arrivals=arrivals_from_dict(values["arrivals"]),
                 requests=_same_trace(requests["trace"], trace) if "trace" in requests else mix_from_dict(requests),
+                max_model_len=values.get("max_model_len"),
             )
         except KeyError as problem:
             raise UsageError(f"This is not a valid workload: it has no {problem}.", param="workload") from None

@@ -23,11 +23,12 @@ import tempfile
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import IO
 
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.extras import require
 from powerband.folders import WRITABLE_CACHE, cache_directory
 from powerband.spec.hardware.device import detect_cpu
 
@@ -80,6 +81,8 @@ def load() -> Status:
     asked = os.environ.get(TIER_VARIABLE, "")
     if asked == "off":
         return Status(None, f"{TIER_VARIABLE} is 'off'", f"Unset {TIER_VARIABLE}.")
+    import torch
+
     try:
         tier = choose_tier(asked, detect_cpu().features)
         torch.ops.load_library(str(build(tier)))  # type: ignore[no-untyped-call]  # torch's own is untyped
@@ -92,7 +95,12 @@ def load() -> Status:
 
 def compile_own() -> Path:
     """Build the library that `load` would load, without loading it. Raises EnvironmentFault and UsageError."""
-    return build(choose_tier(os.environ.get(TIER_VARIABLE, ""), detect_cpu().features))
+    return build(own_tier())
+
+
+def own_tier() -> str:
+    """The tier that `load` would load. Raises UsageError if it was named and cannot run here."""
+    return choose_tier(os.environ.get(TIER_VARIABLE, ""), detect_cpu().features)
 
 
 def choose_tier(asked: str, features: Collection[str]) -> str:
@@ -109,6 +117,39 @@ def choose_tier(asked: str, features: Collection[str]) -> str:
 
 def build(tier: str) -> Path:
     """The library of this tier, compiled if need be. Raises EnvironmentFault where that is impossible."""
+    compiler, flags, library = _planned(tier)
+    if library.exists():
+        return library
+    with _lock_file(library.parent) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
+        if not library.exists():
+            _compile(compiler, flags, library.parent, library)
+    return library
+
+
+def _lock_file(folder: Path) -> IO[str]:
+    """Raises EnvironmentFault if nothing can be written into the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return (folder / "lock").open("w")
+    except OSError as problem:
+        raise EnvironmentFault(
+            f"The CPU kernels cannot be compiled into {folder}: {problem.strerror}.", hint=WRITABLE_CACHE
+        ) from problem
+
+
+def is_compiled() -> bool:
+    """Whether `load` would compile nothing. Raises EnvironmentFault where it could not, and UsageError."""
+    _, _, library = _planned(own_tier())
+    if library.exists():
+        return True
+    _lock_file(library.parent).close()
+    return False
+
+
+def _planned(tier: str) -> tuple[str, tuple[str, ...], Path]:
+    """(compiler, flags, library) of a tier. Raises EnvironmentFault where it cannot be compiled."""
+    require("torch", "Compiling the CPU kernels")
     compiler = find_compiler()
     if compiler is None:
         raise EnvironmentFault(
@@ -116,22 +157,7 @@ def build(tier: str) -> Path:
             hint="Install one (Debian: apt install g++).",
         )
     flags = _flags(tier, detect_cpu().features)
-    folder = cache_directory() / "kernels" / _key(compiler, flags)
-    library = folder / "powerband_kernels.so"
-    if library.exists():
-        return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (folder / "lock").open("w")
-    except OSError as problem:
-        raise EnvironmentFault(
-            f"The CPU kernels cannot be compiled into {folder}: {problem.strerror}.", hint=WRITABLE_CACHE
-        ) from problem
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
-        if not library.exists():
-            _compile(compiler, flags, folder, library)
-    return library
+    return compiler, flags, cache_directory() / "kernels" / _key(compiler, flags) / "powerband_kernels.so"
 
 
 def find_compiler() -> str | None:
@@ -169,7 +195,7 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
-    digest = hashlib.sha256(repr((flags, torch.__version__, _identity(compiler))).encode())
+    digest = hashlib.sha256(repr((flags, version("torch"), _identity(compiler))).encode())
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:20]
@@ -177,10 +203,8 @@ def _digest(compiler: str, flags: tuple[str, ...], *sources: Path) -> str:
 
 @functools.cache
 def _identity(compiler: str) -> str:
-    version = subprocess.run(
-        [compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False
-    )
-    return f"{os.path.realpath(compiler)} {version.stdout}"
+    shown = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=False)
+    return f"{os.path.realpath(compiler)} {shown.stdout}"
 
 
 def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path) -> None:
@@ -188,7 +212,7 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path)
 
     Object files are kept too: a change to one source costs the compilation of that source.
     """
-    root = Path(torch.__file__).parent
+    root = Path(str(require("torch", "Compiling the CPU kernels").origin)).parent
     include = ["-I", str(root / "include"), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
     kept = folder.parent / "objects"
     kept.mkdir(exist_ok=True, mode=0o700)

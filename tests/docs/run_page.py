@@ -1,0 +1,258 @@
+"""Types the commands of one page, in order, as somebody would who reads it on a machine of their own.
+
+    python run_page.py PAGE FOLDER [--calibrated]
+
+FOLDER becomes that machine: a home, a working directory with the files that pages speak of, a Hugging Face cache with
+stand-ins for the models that they name, and `powerband` on the path. Servers go on in the background, as in another
+terminal; whatever runs is ended by its process id. The first command that fails ends it, with what it printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+from markdown_commands import ROOT, RUN, Block, blocks, powerband_lines, program
+
+from powerband.spec.hardware.catalog import read_profile, write_profile
+from powerband.spec.hardware.device import detect_cpu
+
+DEMO = ROOT / "src/powerband/demo"
+KNOWN_PROFILE = ROOT / "tests/spec/written_by_0_1_0/here.yaml"
+MODELS = {  # what stands in for a model of the hub: the demo model, which is a Qwen3; or its config.json, to plan for
+    "Qwen/Qwen3-0.6B": None,
+    "Qwen/Qwen3-8B": (4096, 36, 32, 8, 12288, 151936),
+}
+PORTS = {"serve": 8000, "gateway": 8080}  # unless a command says another
+LIMIT_S = 300  # of one command
+READY_S = 120
+# What a load says about a busy machine is no error: the SLO was missed, or the client could not keep up.
+CODES = {"bench": (0, 1, 3)}
+MEANT_TO_LAST = (["logs"], ["-f"]), (["status"], ["--watch"])
+LAST_S = 3
+
+
+class Failed(Exception):
+    """A command did not do what its page says."""
+
+
+class Machine:
+    def __init__(self, folder: Path, *, is_calibrated: bool) -> None:
+        self.folder, self.home, self.work = folder, folder / "home", folder / "work"
+        self.variables = folder / "variables.sh"
+        self.servers: dict[int, subprocess.Popen[bytes]] = {}  # by port
+        self.environment = self._environment()
+        self._prepare(is_calibrated)
+
+    def run_block(self, block: Block) -> None:
+        for command in filter(None, block.first.split("; ")):
+            self._serve(command)
+        for command in block.commands:
+            if program(command) not in RUN:
+                raise Failed(f"{program(command)} is not run here: say why above the block (tests leave out: …)")
+            began_s = time.monotonic()
+            self._run(command)
+            print(f"{time.monotonic() - began_s:6.1f} s  {command}", flush=True)
+
+    def _run(self, command: str) -> None:
+        lines = powerband_lines(command)
+        words = lines[0] if lines else []
+        if words[:1] in (["serve"], ["gateway"]):
+            self._serve(command)
+            return
+        if ("localhost:8000" in command or "127.0.0.1:8000" in command) and not answers(8000):
+            self._serve("powerband serve demo")
+        is_endless = any(words[: len(head)] == head and set(tail) <= set(words) for head, tail in MEANT_TO_LAST)
+        self._typed(command, words, is_endless=is_endless)
+        if words[:1] == ["calibrate"]:
+            self.calibrate()  # what was measured in a second, on a machine that others use, is no ground for a plan
+
+    def _typed(self, command: str, words: list[str], *, is_endless: bool) -> None:
+        script = f"set -a; . {self.variables}; {command}\ncode=$?; export -p >{self.variables}; exit $code"
+        process = subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=self.work,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=LAST_S if is_endless else LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT if is_endless else signal.SIGKILL)
+            output, _ = process.communicate()
+            if not is_endless:
+                raise Failed(f"did not end within {LIMIT_S} s:\n{output.decode()}") from None
+            return
+        expected = CODES.get(words[0] if words else "", (0,))
+        if process.returncode not in expected:
+            raise Failed(f"exit {process.returncode}:\n{output.decode(errors='replace')}")
+        if words[:1] == ["bench"] and "--fault" not in words:
+            self._check_loads(output)
+
+    def _check_loads(self, output: bytes) -> None:
+        """A load may miss its SLO here; that requests fail is our mistake, or the page's."""
+        found = re.search(rb"report: (\S+)/report\.html", output)
+        report = self.work / found[1].decode() / "run.json" if found else None
+        for point in json.loads(report.read_text())["points"] if report else ():
+            if point["errors"]:
+                raise Failed(f"requests failed: {point['errors']}\n{output.decode(errors='replace')}")
+
+    def _serve(self, command: str) -> None:
+        """Start a server in the background, in place of one at its port, and wait until it answers."""
+        words = shlex.split(command.replace("\\\n", " "), comments=True)
+        port = int(words[words.index("--port") + 1]) if "--port" in words else PORTS[words[1]]
+        self._end_server(port)
+        log = self.folder / f"server-{port}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {command}"],
+                cwd=self.work,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self.servers[port] = process
+        path = "/livez" if "gateway" in words else "/readyz"
+        until_s = time.monotonic() + READY_S
+        while not answers(port, path):
+            if process.poll() is not None or time.monotonic() > until_s:
+                raise Failed(f"is not ready:\n{log.read_text(errors='replace')}")
+            time.sleep(0.2)
+
+    def _end_server(self, port: int) -> None:
+        """As with Ctrl-C."""
+        process = self.servers.pop(port, None)
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+    def close(self) -> None:
+        for service in Path(self.environment["POWERBAND_STATE"]).glob("*/desired.json"):
+            subprocess.run(["powerband", "remove", service.parent.name], env=self.environment, check=False, timeout=120)
+        for port in list(self.servers):
+            self._end_server(port)
+
+    def calibrate(self) -> None:
+        """The profiles that a calibration leaves, from a stored one."""
+        cpu, known = detect_cpu(), read_profile(KNOWN_PROFILE)
+        profiles = Path(self.environment["POWERBAND_CACHE"]) / "profiles"
+        for threads in {cpu.cores, max(cpu.cores // 2, 1)}:
+            if known.machine is None:
+                raise AssertionError("it was measured on a machine")
+            machine = replace(known.machine, name=cpu.name, cores=cpu.cores, threads=threads)
+            name = "local.yaml" if threads == cpu.cores else f"local-{threads}-threads.yaml"
+            write_profile(replace(known, machine=machine), profiles / name)
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("POWERBAND_", "HF_", "XDG_"))}
+        return kept | {
+            "HOME": str(self.home),
+            "PATH": f"{self.folder / 'bin'}:{kept['PATH']}",
+            "POWERBAND_STATE": str(self.folder / "state"),
+            "POWERBAND_CACHE": str(self.home / ".cache/powerband"),
+            "HF_HOME": str(self.folder / "hub"),
+            "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing is fetched
+            "COLUMNS": "100",
+        }
+
+    def _prepare(self, is_calibrated: bool) -> None:
+        for folder in (self.home / "models", self.work / ".venv/bin", self.folder / "bin"):
+            folder.mkdir(parents=True)
+        self.variables.touch()
+        # Kernels are compiled once for all pages.
+        kernels = Path(os.environ.get("POWERBAND_CACHE", Path.home() / ".cache/powerband")) / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        (self.home / ".cache/powerband").mkdir(parents=True)
+        (self.home / ".cache/powerband/kernels").symlink_to(kernels)
+        short = Path(__file__).with_name("short_powerband.py")
+        for place in (self.folder / "bin", self.work / ".venv/bin"):
+            command = place / "powerband"
+            command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{short}" "$@"\n')
+            command.chmod(0o755)
+        shutil.copytree(DEMO, self.home / "models/my-model")
+        for name, shape in MODELS.items():
+            self._stand_in(name, shape)
+        self._write_files()
+        if is_calibrated:
+            self.calibrate()
+
+    def _stand_in(self, name: str, shape: tuple[int, ...] | None) -> None:
+        """A model in the Hugging Face cache, as if it had been fetched."""
+        model = self.folder / f"hub/hub/models--{name.replace('/', '--')}"
+        revision = "0" * 40
+        (model / "refs").mkdir(parents=True)
+        (model / "refs/main").write_text(revision)
+        snapshot = model / "snapshots" / revision
+        if shape is None:
+            shutil.copytree(DEMO, snapshot)
+            return
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+        config = json.loads((DEMO / "config.json").read_text())
+        config |= dict(zip((*names, "vocab_size"), shape, strict=True))
+        config |= {"head_dim": 128, "max_position_embeddings": 40960, "tie_word_embeddings": False, "layer_types": None}
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps(config))
+
+    def _write_files(self) -> None:
+        """What pages speak of as the reader's own."""
+        rows = [f"2026-11-16 18:17:{second:02d}.0,{200 + 7 * second},{10 + second}" for second in range(0, 20, 2)]
+        (self.work / "conversations.csv").write_text(
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n"
+        )
+        lines = [
+            {"timestamp": 500 * n, "input_length": 300 + n, "output_length": 20, "hash_ids": [n]} for n in range(8)
+        ]
+        replicas = [{"id": f"r{n}", "url": f"http://127.0.0.1:800{n}", "model": "demo"} for n in (1, 2)]
+        routes = {"revision": "1", "models": [{"name": "demo", "replicas": replicas}]}
+        (self.work / "routes.yaml").write_text(json.dumps(routes))
+        (self.work / "conversation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def answers(port: int, path: str = "/livez") -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("page", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--calibrated", action="store_true")
+    arguments = parser.parse_args()
+    machine = Machine(arguments.folder, is_calibrated=arguments.calibrated)
+    try:
+        for block in blocks(arguments.page):
+            if block.left_out:
+                continue
+            try:
+                machine.run_block(block)
+            except Failed as problem:
+                print(f"{block.page.name}:{block.line}: {block.commands}\n{problem}")
+                return 1
+    finally:
+        machine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
