@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import vllm_replica
-from byte_replica import ByteReplica, answer
-from gateways_for_tests import RunningGateway, gateway_before, running_gateway, until
+from byte_replica import answer
+from gateways_for_tests import RunningGateway, gateway_before, running_gateway
+from pass_through_gateway import client_of, last_record, new_key, serving
 
 from powerband.mock_server.behavior import Behavior
 
 CALM = ("--stream-idle-timeout-s=2", "--first-byte-timeout-s=2")
-REVISIONS = itertools.count(1)
-Respond = Callable[[str, dict[str, Any]], bytes]
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}}
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"input": ["one", "two"]},
@@ -41,40 +38,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
     with running_gateway(tmp_path_factory.mktemp("gateway"), *CALM) as running:
         yield running
         assert "Traceback" not in (running.database.parent / "gateway.log").read_text()
-
-
-@contextlib.contextmanager
-def serving(
-    gateway: RunningGateway, *responders: Respond, engine: str = "vllm", name: str = "public"
-) -> Iterator[list[ByteReplica]]:
-    """The gateway serves a model by a replica for each responder, where it is called 'inner'."""
-    revision = f"p{next(REVISIONS)}"
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(vllm_replica.vllm_replica(one)) for one in responders or (vllm_replica.respond,)]
-        replicas = [
-            {"id": f"{revision}-{number}", "url": one.url, "model": "inner", "engine": engine}
-            for number, one in enumerate(found)
-        ]
-        prices = {"usd_per_million_input": 1e6, "usd_per_million_output": 2e6}
-        model = {"name": name, "replicas": replicas, **prices}
-        gateway.admin.put("/admin/routes", json={"revision": revision, "models": [model]}).raise_for_status()
-        until(lambda: set(gateway.replica_states().values()) == {"ready"})
-        yield found
-
-
-def client_of(gateway: RunningGateway, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
-
-
-def new_key(gateway: RunningGateway, **limits: Any) -> tuple[str, str]:
-    """Its id and its secret."""
-    made = gateway.admin.post("/admin/keys", json={"name": "test", "limits": limits})
-    made.raise_for_status()
-    return made.json()["id"], made.json()["secret"]
-
-
-def last_record(gateway: RunningGateway) -> dict[str, Any]:
-    return gateway.records()[-1]
 
 
 # ---- responses that are not streamed

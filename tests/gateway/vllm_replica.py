@@ -168,15 +168,21 @@ def respond(path: str, body: Event) -> bytes:
     return answer(json.dumps(WHOLE[path](body)))
 
 
+class Held(bytes):
+    """After these bytes the connection stays open."""
+
+
 @contextlib.contextmanager
 def vllm_replica(respond: Callable[[str, Event], bytes] = respond) -> Iterator[ByteReplica]:
-    """respond: path and body of a request → the bytes of the response; after empty ones, the connection closes."""
+    """respond: path and body of a request → the bytes of the response, after which the connection closes unless they
+    are complete.
+    """
     with byte_replica(owner="vllm", paths=("/v1/models", "/health")) as replica:
 
         async def play(writer: asyncio.StreamWriter, body: Event) -> None:
             data = respond(replica.post_paths[-1], body)
             writer.write(data)
-            if not data.endswith((b"0\r\n\r\n", b"}")):
+            if not (data.endswith((b"0\r\n\r\n", b"}")) or isinstance(data, Held)):
                 await writer.drain()
                 writer.close()
 
