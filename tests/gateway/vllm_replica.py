@@ -136,6 +136,57 @@ def message_events(body: Event) -> list[Event]:
     ]
 
 
+# ---- chats with tools and reasoning
+
+
+def _calls() -> list[Event]:
+    return [{"id": f"call_{n}", "type": "function", "function": CALL} for n in range(2)]
+
+
+def chat(body: Event) -> Event:
+    calls = _calls() if body.get("tools") and body.get("tool_choice") != "none" else []
+    message = {"role": "assistant", "content": None if calls else TEXT, "tool_calls": calls, "reasoning": "hm"}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls" if calls else "stop"}
+    usage = {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16, "prompt_tokens_details": None}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": [{**choice, "stop_reason": None, "token_ids": None}],
+        "usage": usage,
+        "prompt_logprobs": None,
+        "prompt_token_ids": None,
+        "kv_transfer_params": None,
+    }
+
+
+def chat_events(body: Event) -> list[Event]:
+    """The arguments of a call come in pieces; with return_token_ids each chunk has the ids of its tokens."""
+    deltas: list[Event] = [{"role": "assistant", "content": ""}, {"reasoning": "h"}, {"reasoning": "m"}]
+    if body.get("tools"):
+        for place, call in enumerate(_calls()):
+            begun = {**call, "index": place, "function": {"name": CALL["name"], "arguments": ""}}
+            deltas.append({"tool_calls": [begun]})
+            pieces = [{"index": place, "function": {"arguments": piece}} for piece in ('{"city"', ': "Oslo"}')]
+            deltas += [{"tool_calls": [piece]} for piece in pieces]
+    else:
+        deltas += [{"content": word} for word in WORDS]
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+    events = []
+    for number, delta in enumerate(deltas):
+        choice: Event = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        if body.get("return_token_ids") and number:
+            choice["token_ids"] = [number]
+        events.append({**head, "choices": [choice]})
+    if body.get("return_token_ids"):
+        events[0]["prompt_token_ids"] = list(range(7))
+    last = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls" if body.get("tools") else "stop"}
+    events.append({**head, "choices": [{**last, "stop_reason": None}]})
+    usage = {"prompt_tokens": 7, "completion_tokens": len(deltas), "total_tokens": 7 + len(deltas)}
+    return [*events, {**head, "choices": [], "usage": usage}]
+
+
 # ---- the replica
 
 WHOLE: dict[str, Callable[[Event], Event]] = {
@@ -150,13 +201,15 @@ WHOLE: dict[str, Callable[[Event], Event]] = {
     "/v1/responses": response,
     "/v1/messages": message,
     "/v1/messages/count_tokens": lambda _: {"input_tokens": 7},
+    "/v1/chat/completions": chat,
 }
-STREAMS = {"/v1/responses": response_events, "/v1/messages": message_events}
+STREAMS = {"/v1/responses": response_events, "/v1/messages": message_events, "/v1/chat/completions": chat_events}
 
 
 def as_frames(events: Sequence[Event]) -> list[bytes]:
     """Each event as a chunk of the chunked coding."""
-    lines = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in events]
+    types = [f"event: {event['type']}\n" if "type" in event else "" for event in events]
+    lines = [f"{kind}data: {json.dumps(event)}\n\n".encode() for kind, event in zip(types, events, strict=True)]
     return [b"%x\r\n%b\r\n" % (len(line), line) for line in lines]
 
 
@@ -164,7 +217,8 @@ def respond(path: str, body: Event) -> bytes:
     if path not in WHOLE:
         return answer('{"detail":"Not Found"}', status=404)
     if body.get("stream"):
-        return b"".join((CHUNKED, *as_frames(STREAMS[path](body)), b"0\r\n\r\n"))
+        done = b"e\r\ndata: [DONE]\n\n\r\n" if path == "/v1/chat/completions" else b""
+        return b"".join((CHUNKED, *as_frames(STREAMS[path](body)), done, b"0\r\n\r\n"))
     return answer(json.dumps(WHOLE[path](body)))
 
 
