@@ -5,12 +5,12 @@ Everything it does, a user can do by hand; it prints the commands. Standard libr
 
 import argparse
 import signal
+import socket
 import subprocess
 import sys
 
-from demo import HOST, free_port, stop, wait_until_ready
-
 REQUESTS = "--workload chat --prompt-tokens 32-256 --prefix-tokens 64 --output-tokens 16-96"
+START = "120s"  # the first start compiles the kernels
 LOAD = f"{REQUESTS} --rate 8 --slo ttft=200ms,tpot=20ms"
 
 
@@ -19,25 +19,32 @@ def main() -> int:
     parser.add_argument("--duration", default="2m", help="of the load; default: 2m")
     parser.add_argument("--out", help="folder for the results; default: a new one in bench-runs/")
     arguments = parser.parse_args()
-    port = free_port()
-    url = f"http://{HOST}:{port}"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(130))  # so that the server is stopped then, too
-    options = [*LOAD.split(), "--duration", arguments.duration, *(["--out", arguments.out] if arguments.out else [])]
+    options = [
+        *LOAD.split(),
+        "--wait",
+        START,
+        "--duration",
+        arguments.duration,
+        *(["--out", arguments.out] if arguments.out else []),
+    ]
     print(f"$ powerband serve demo --port {port} --log-level warning", flush=True)
     serve = [sys.executable, "-m", "powerband", "serve", "demo", "--port", str(port), "--log-level", "warning"]
     server = subprocess.Popen(serve, process_group=0)  # Ctrl-C is for this script, which then asks the server to end
     try:
-        if not wait_until_ready(server, url):
-            return server.returncode or 4
         print(f"\n$ powerband bench {url} {' '.join(options)}", flush=True)
         return subprocess.run([sys.executable, "-m", "powerband", "bench", url, *options], check=False).returncode
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     finally:
-        stop(server)
+        server.terminate()
+        server.wait()
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ unknown, missing or out of range is an error that names it.
 
 A plan may be written by hand, for instance for a machine that was not calibrated (`device: cpu`). This one is complete:
 
+<!-- tests write: plan.yaml -->
 ```yaml
 {example}```
 
@@ -299,6 +300,7 @@ PLAN_TABLES: tuple[tuple[str, str, type, dict[str, str]], ...] = (
             "name": "for reports",
             "arrivals": "when requests arrive: [arrivals](#arrivals)",
             "requests": "what they are: [requests](#requests); or `trace`: file, format and SHA-256 of a trace",
+            "max_model_len": "longer requests are cut to this context (prompt plus output, in tokens)",
         },
     ),
     (

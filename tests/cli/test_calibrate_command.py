@@ -219,3 +219,16 @@ def test_the_usual_place_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     monkeypatch.setenv("POWERBAND_CACHE", str(tmp_path))
     assert local_profile_path() == tmp_path / "profiles" / "local.yaml"
+
+
+def test_a_profile_that_could_not_be_written_is_not_measured_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object, **__: object) -> None:
+        raise AssertionError("minutes of measuring")
+
+    monkeypatch.setattr("powerband.calibration.session.calibrate_machine", measure)
+    assert main(["calibrate", "--out", "/proc/nowhere/local.yaml"]) == 3
+    shown = capsys.readouterr().err
+    assert "Cannot write /proc/nowhere/local.yaml" in shown
+    assert "Set POWERBAND_CACHE to a folder that this user can write. Or name another file with --out." in shown

@@ -55,6 +55,16 @@ def test_a_plan_is_recommended_written_and_can_be_simulated(
     assert main(["simulate", str(file), "--requests", "100", "--out", str(tmp_path / "run")]) == 0
 
 
+def test_plan_names_a_model_on_this_machine_by_its_absolute_path(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path.parent)
+    file = tmp_path / "plan.yaml"
+    for relative in (tmp_path.name, f"./{tmp_path.name}/config.json"):
+        assert plan(relative, "-o", str(file)) == 0
+        assert read_plan(file).model == str(tmp_path.parent / relative)
+
+
 def test_the_same_question_has_the_same_answer(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     found: list[dict[str, Any]] = []
     for _ in range(2):
@@ -82,6 +92,44 @@ def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixtu
     assert {replica["max_num_seqs"] for replica in replicas} == {32}
 
 
+UNMEASURED = "This machine has not been measured yet."
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--engine tgi", "Unknown engine 'tgi'"),
+        ("--workload nope", "There is no workload 'nope'"),
+        ("--rate -1", "rate is -1; it must be above 0"),
+        ("--rate nan --prompt-tokens 32", "rate is nan"),
+        ("--budget little", "budget is 'little'"),
+        ("--quantization int3", "Unknown quantization"),
+        ("--draft-tokens 2 --acceptance 3", "acceptance is '3'"),
+        ("--max-model-len 0", "max_model_len is 0; it must be at least 1"),
+        ("--seed -1", "seed is -1"),
+        ("--set local.prize=3", "A device has no 'prize'"),
+        ("--set M4.price=3", "There is no device 'M4'"),
+        ("--devices local,nope", "There is no device 'nope'"),
+        ("--prices nope.yaml", "nope.yaml"),
+        ("--turns x", "turns is x"),
+        ("--workers 0", "workers is 0"),
+        ("-o /nowhere/plan.yaml", "no such folder"),
+        ("", UNMEASURED),
+    ],
+)
+def test_machine_without_a_calibration_hides_no_other_mistake(
+    options: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POWERBAND_DEVICE_PROFILE", str(tmp_path / "none.yaml"))
+    rate = [] if "--rate" in options else ["--rate", "1"]
+    lengths = [] if "--workload" in options or "--turns" in options else ["--output-tokens", "8"]
+    lengths += [] if "--prompt-tokens" in options or "--workload" in options else ["--prompt-tokens", "32"]
+    assert main(["plan", "demo", *rate, *lengths, *options.split()]) in (2, 3)
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert (UNMEASURED in said) == (not options)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
@@ -91,7 +139,8 @@ def test_what_if_the_device_were_another(model: str, capsys: pytest.CaptureFixtu
         (["--engine", "llamacpp"], 2, "Unknown engine 'llamacpp'"),
         (["--quantization", "int3"], 2, "Unknown quantization 'int3'"),
         (["--quantization", "nvfp4"], 2, "no kernels for nvfp4 on ada"),
-        (["--set", "device.memory=3"], 2, "'memory' is unknown"),
+        (["--set", "device.memory=3"], 2, "A device has no 'memory'. hint: Did you mean memory_bytes?"),
+        (["--set", "L4.prize=3"], 2, "Did you mean price?"),
         (["--set", "replica.speed=3"], 2, "A replica has no 'speed'"),
         (["--set", "nonsense"], 2, "set is 'nonsense'"),
         (["--workload", "nothing"], 2, "There is no workload 'nothing'"),

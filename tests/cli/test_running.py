@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -113,10 +115,11 @@ def test_served_model_answers_and_sigterm_ends_in_order(server: tuple[subprocess
     assert process.wait(timeout=60) == 0
 
 
-def test_ctrl_c_ends_a_server_with_130(server: tuple[subprocess.Popen[bytes], str]) -> None:
+def test_ctrl_c_ends_a_server_with_130_and_says_so(server: tuple[subprocess.Popen[bytes], str], tmp_path: Path) -> None:
     process, _ = server
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
+    assert "Stopping after Ctrl-C (SIGINT): no request is running." in (tmp_path / "log").read_text()
 
 
 def test_ctrl_c_ends_generate_with_130() -> None:
@@ -138,3 +141,26 @@ def test_the_offline_example_runs() -> None:
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("→") == 2
     assert "answer 1" in shown.stdout
+
+
+def test_the_bench_example_runs_and_leaves_a_report(tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "bench.py"
+    command = [sys.executable, str(example), "--duration", "3s", "--out", str(tmp_path / "result")]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT, cwd=tmp_path)
+    assert "Traceback" not in shown.stderr, shown.stderr
+    assert (tmp_path / "result" / "report.html").exists(), shown.stdout + shown.stderr
+
+
+def test_the_chat_example_streams_an_answer(server: tuple[subprocess.Popen[bytes], str]) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "chat.py"
+    command = [sys.executable, str(example), "--url", server[1], "--max-tokens", "8"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=True)
+    assert re.search(r"assistant  \w.*\n\(\d+ prompt tokens, 8 output tokens\)", shown.stdout)
+
+
+def test_what_make_demo_and_make_bench_run_needs_no_tool_of_development() -> None:
+    for path in (Path(__file__).resolve().parents[2] / "examples").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert imported - {*sys.stdlib_module_names, "powerband"} == set(), path.name

@@ -77,6 +77,37 @@ def test_unknown_variable_names_the_nearest_known_one() -> None:
     assert caught.value.hint == "Did you mean POWERBAND_MAX_NUM_SEQS?"
 
 
+@pytest.mark.parametrize("service", ["POWERBAND", "POWERBAND_GATEWAY", "POWERBAND_VLLM", "POWERBAND_2"])
+@pytest.mark.parametrize(("address", "host"), [("10.43.1.39", "10.43.1.39"), ("fd00::1:39", "[fd00::1:39]")])
+def test_variables_that_kubernetes_sets_for_a_service_are_no_settings(service: str, address: str, host: str) -> None:
+    """As the kubelet's envvars.FromServices makes them, for a Service with a port of the name http."""
+    links = {
+        f"{service}_SERVICE_HOST": address,
+        f"{service}_SERVICE_PORT": "8000",
+        f"{service}_SERVICE_PORT_HTTP": "8000",
+        f"{service}_PORT": f"tcp://{host}:8000",
+        f"{service}_PORT_8000_TCP": f"tcp://{host}:8000",
+        f"{service}_PORT_8000_TCP_PROTO": "tcp",
+        f"{service}_PORT_8000_TCP_PORT": "8000",
+        f"{service}_PORT_8000_TCP_ADDR": address,
+    }
+    assert resolved(environment=links).asked == set()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("POWERBAND_SERVICE_PROT", "8000"), ("POWERBAND_SERVICE_HOST", "me"), ("POWERBAND_PORT_X", "tcp://1.2.3.4:1")],
+)
+def test_variables_that_only_resemble_service_links_are_still_refused(variable: str, value: str) -> None:
+    with pytest.raises(UsageError, match=variable):
+        resolved(environment={variable: value})
+
+
+def test_port_of_ours_is_still_a_setting() -> None:
+    settings = resolve([ServerSettings], KNOWN, {}, {"POWERBAND_PORT": "9000"}, None)
+    assert settings.server.port == 9000
+
+
 def test_unknown_key_names_the_nearest_known_one(file: Path) -> None:
     file.write_text("max_sequences: 1\nmax_num_seq: 1\n")
     with pytest.raises(UsageError, match=r"'max_sequences' in .* is not a setting") as caught:

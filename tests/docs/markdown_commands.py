@@ -4,6 +4,10 @@ A comment in the line above a block says what a reader has done before, or why t
 
     <!-- tests first run: powerband serve demo -->
     <!-- tests leave out: needs a GPU -->
+
+and above a block in another language, under which name the reader has saved it:
+
+    <!-- tests write: plan.yaml -->
 """
 
 from __future__ import annotations
@@ -33,9 +37,17 @@ _OTHERS = (
 )
 _SHELLS = ("", "sh", "bash", "console", "shell")
 _BLOCK = re.compile(
-    r"(?:^<!-- tests (first run|leave out): ([^\n]*?) -->\n+)?^( *)```([\w.-]*)[^\n]*\n(.*?)^ *```", re.M | re.S
+    r"(?:^<!-- tests (first run|leave out|write): ([^\n]*?) -->\n+)?^( *)```([\w.-]*)[^\n]*\n(.*?)^ *```", re.M | re.S
 )
 _VARIABLE = re.compile(r"[A-Z_]+=")
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A fenced block that the reader has saved."""
+
+    name: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,11 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def saved_files(page: Path) -> list[SavedFile]:
+    found = _BLOCK.findall(page.read_text())
+    return [SavedFile(what, body) for how, what, _, _, body in found if how == "write"]
+
+
 def commands(body: str) -> list[str]:
     """Lines that belong together are one command: after a backslash, and within quotes."""
     found, pending = [], ""
@@ -80,8 +97,8 @@ def program(command: str) -> str:
     """'powerband' of 'KEY=$(powerband keys create app)' and of '.venv/bin/powerband serve'."""
     words = command.split()
     while words and _VARIABLE.match(words[0]):
-        words[0] = words[0].partition("=")[2].removeprefix("$(")
-        words = words if words[0] and "://" not in words[0] else words[1:]
+        _, inside, first = words[0].partition("=$(")
+        words = [first, *words[1:]] if inside else words[1:]
     return words[0].rpartition("/")[2] if words else ""
 
 

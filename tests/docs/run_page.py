@@ -10,6 +10,7 @@ terminal; whatever runs is ended by its process id. The first command that fails
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-from markdown_commands import ROOT, RUN, Block, blocks, powerband_lines, program
+from markdown_commands import ROOT, RUN, Block, blocks, powerband_lines, program, saved_files
 
 from powerband.spec.hardware.catalog import read_profile, write_profile
 from powerband.spec.hardware.device import detect_cpu
@@ -93,16 +94,27 @@ class Machine:
         try:
             output, _ = process.communicate(timeout=LAST_S if is_endless else LIMIT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT if is_endless else signal.SIGKILL)
-            output, _ = process.communicate()
-            if not is_endless:
-                raise Failed(f"did not end within {LIMIT_S} s:\n{output.decode()}") from None
+            self._interrupt(process, is_endless=is_endless)
             return
         expected = CODES.get(words[0] if words else "", (0,))
         if process.returncode not in expected:
             raise Failed(f"exit {process.returncode}:\n{output.decode(errors='replace')}")
+        if program(command) == "curl" and re.search(rb'"error"\s*:\s*{', output):
+            raise Failed(f"the server refused: {output.decode(errors='replace')}")
         if words[:1] == ["bench"] and "--fault" not in words:
             self._check_loads(output)
+
+    @staticmethod
+    def _interrupt(process: subprocess.Popen[bytes], *, is_endless: bool) -> None:
+        """Ctrl-C, for what goes on until then. Raises Failed for anything else, and for what goes on all the same."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if is_endless:
+                os.killpg(process.pid, signal.SIGINT)
+                process.communicate(timeout=READY_S)
+                return
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise Failed(f"did not end:\n{output.decode(errors='replace')}")
 
     def _check_loads(self, output: bytes) -> None:
         """A load may miss its SLO here; that requests fail is our mistake, or the page's."""
@@ -144,7 +156,7 @@ class Machine:
             process.wait(timeout=60)
 
     def close(self) -> None:
-        for service in Path(self.environment["POWERBAND_STATE"]).glob("*/desired.json"):
+        for service in (self.home / ".local/state/powerband").glob("*/desired.json"):
             subprocess.run(["powerband", "remove", service.parent.name], env=self.environment, check=False, timeout=120)
         for port in list(self.servers):
             self._end_server(port)
@@ -152,7 +164,7 @@ class Machine:
     def calibrate(self) -> None:
         """The profiles that a calibration leaves, from a stored one."""
         cpu, known = detect_cpu(), read_profile(KNOWN_PROFILE)
-        profiles = Path(self.environment["POWERBAND_CACHE"]) / "profiles"
+        profiles = self.home / ".cache/powerband/profiles"
         for threads in {cpu.cores, max(cpu.cores // 2, 1)}:
             if known.machine is None:
                 raise AssertionError("it was measured on a machine")
@@ -165,8 +177,6 @@ class Machine:
         return kept | {
             "HOME": str(self.home),
             "PATH": f"{self.folder / 'bin'}:{kept['PATH']}",
-            "POWERBAND_STATE": str(self.folder / "state"),
-            "POWERBAND_CACHE": str(self.home / ".cache/powerband"),
             "HF_HOME": str(self.folder / "hub"),
             "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing is fetched
             "COLUMNS": "100",
@@ -219,9 +229,6 @@ class Machine:
         lines = [
             {"timestamp": 500 * n, "input_length": 300 + n, "output_length": 20, "hash_ids": [n]} for n in range(8)
         ]
-        replicas = [{"id": f"r{n}", "url": f"http://127.0.0.1:800{n}", "model": "demo"} for n in (1, 2)]
-        routes = {"revision": "1", "models": [{"name": "demo", "replicas": replicas}]}
-        (self.work / "routes.yaml").write_text(json.dumps(routes))
         (self.work / "conversation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -239,7 +246,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--calibrated", action="store_true")
     arguments = parser.parse_args()
+    # Whoever starts this in the background has Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     machine = Machine(arguments.folder, is_calibrated=arguments.calibrated)
+    for file in saved_files(arguments.page):
+        (machine.work / file.name).write_text(file.content)
     try:
         for block in blocks(arguments.page):
             if block.left_out:

@@ -17,7 +17,7 @@ def shorten() -> None:
     from powerband.cli.model import eval as evaluation
     from powerband.cli.plan import calibrate
     from powerband.cli.service import deploy
-    from powerband.planner import search
+    from powerband.planner import estimates, search
     from powerband.spec.workload import options
 
     options.DEFAULT_DURATION_S = 3.0
@@ -26,9 +26,11 @@ def shorten() -> None:
     session._FULL_LOAD = 8
     rate_search.MIN_REQUESTS, rate_search.RESOLUTION, rate_search._CONFIRMATIONS = 2, 1.9, 1
     client_capacity.RateRamp.__init__.__kwdefaults__ |= {"levels": 2, "level_s": 1.0}
-    search._SECONDS, search._MIN_REQUESTS = 15.0, 40
+    search._SECONDS, search._MIN_REQUESTS, search._SAMPLED_REQUESTS = 15.0, 40, 300
+    search.LIMITS = estimates.LIMITS = estimates.LIMITS[:1]
     search._MAX_SIMULATED, search._FRONTIER_SIMULATED, search._MAX_ALTERNATIVE_ROUNDS = 8, 2, 2
-    measure._SHAPES, measure._REQUESTS_ALONE, measure._USERS = measure._SHAPES[:1], 20, (2,)
+    measure.PRECISIONS, measure._SHAPES = ("none",), measure._SHAPES[:1]
+    measure._REQUESTS_ALONE, measure._USERS = 20, (2,)
     wait, measured = calibrate._calibrated, 1.0
 
     def calibrated(settings: Any, from_log: Any, _seconds: float, path: Any) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from cyclopts import CycloptsError
+from markdown_commands import PAGES, RUN, Block, blocks, commands, powerband_lines, program
 
-from docs.markdown_commands import PAGES, RUN, Block, blocks, commands, powerband_lines, program
 from powerband.cli.main import build_app
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]

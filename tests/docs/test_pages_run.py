@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from docs.markdown_commands import PAGES, blocks
+from markdown_commands import PAGES, blocks
 
 RUNNER = Path(__file__).with_name("run_page.py")
 RUNNING = [page for page in PAGES if any(not block.left_out for block in blocks(page))]

@@ -231,9 +231,9 @@ def test_reads_incidents(store: ServiceStore) -> None:
 
 
 def test_commands_show_the_service(store: ServiceStore, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "demo"]) == 0
+    assert main(["status", "demo"]) == 3, "its processes are gone"
     assert "100.0% of 3 requests" in capsys.readouterr().out
-    assert main(["status", "demo", "--json"]) == 0
+    assert main(["status", "demo", "--json"]) == 3
     shown = json.loads(capsys.readouterr().out)
     assert shown["desired"] == json.loads((WRITTEN / "desired.json").read_text())
     assert main(["incidents", "demo"]) == 0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from powerband.cli.service.scale import scaled
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
 from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions, replica_spec
 from powerband.fleet.release import ReleaseOptions, build_release, default_served_name
+from powerband.fleet.scaling import scaled
 from powerband.fleet.service.spec import PoolRelease, Release
 from powerband.fleet.targets.base import Instance
 from powerband.fleet.targets.local import LocalTarget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +16,8 @@ from powerband.fleet.targets.base import Instance
 ROUNDS = 60
 
 
-def replica(number: int, *, pool: int = 0, revision: str = "a", ready: bool = True, **fields: bool) -> InstanceState:
-    """fields: is_hung and so on."""
+def replica(number: int, *, pool: int = 0, revision: str = "a", ready: bool = True, **fields: Any) -> InstanceState:
+    """fields: hang_reason and so on."""
     instance = Instance(id=f"r{number}", role="replica", revision=revision, pool=pool, url="", pid=1, started_at=0.0)
     return InstanceState(instance=instance, ready_s=0.0 if ready else None, is_healthy=True, **fields)
 
@@ -100,7 +101,7 @@ def test_converges_after_crashes_hangs_and_spec_changes(changes: list, random) -
                 if event == "crash":
                     world.replicas.remove(victim)
                 else:
-                    victim.is_hung = True
+                    victim.hang_reason = "it hangs"
     last, _ = changes[-1]
     world.settle(last)
     assert world.is_as_desired(last)
@@ -147,7 +148,7 @@ def test_a_cordoned_replica_is_not_replaced() -> None:
 
 
 def test_a_hung_replica_is_killed_and_replaced() -> None:
-    existing = [replica(1, is_hung=True), replica(2)]
+    existing = [replica(1, hang_reason="it hangs"), replica(2)]
     actions = actions_for(DesiredReplicas(counts=(2,), revisions=("a",)), existing)
     assert (actions.kill, actions.start) == (("r1",), (0,))
 

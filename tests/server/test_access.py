@@ -19,6 +19,7 @@ from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
 
 KEY = "sk-correct-horse"
+PROBES = ("/livez", "/startupz", "/readyz", "/health")
 
 
 def ask(settings: ServerSettings, *requests: tuple[str, str, dict[str, str]]) -> list[httpx.Response]:
@@ -41,7 +42,7 @@ def all_operations() -> list[tuple[str, str]]:
     return [*asyncio.run(table()), ("GET", "/openapi.json"), ("PUT", "/v1/models"), ("OPTIONS", "/v1/models")]
 
 
-def test_every_route_but_livez_asks_for_the_key() -> None:
+def test_every_route_but_the_probes_asks_for_the_key() -> None:
     table = all_operations()
     assert len(table) > 18
     wrong_keys: list[dict[str, str]] = [
@@ -56,8 +57,10 @@ def test_every_route_but_livez_asks_for_the_key() -> None:
     for headers in wrong_keys:
         requests = [(method, path, headers) for method, path in table]
         for (_, path, _), response in zip(requests, ask(ServerSettings(api_key=KEY), *requests), strict=True):
-            assert response.status_code == (200 if path == "/livez" else 401), path
-            if path != "/livez":
+            if path in PROBES:  # no engine has started here
+                assert response.status_code == (200 if path == "/livez" else 503), path
+            else:
+                assert response.status_code == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert response.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
                 assert KEY not in response.text
@@ -70,10 +73,19 @@ def test_the_key_opens_every_route() -> None:
         assert response.status_code not in (401, 403), path
 
 
+@pytest.mark.parametrize("settings", [ServerSettings(api_key=KEY), ServerSettings()])
+def test_probes_of_kubernetes_get_an_answer(settings: ServerSettings) -> None:
+    """The kubelet sends no key, and names the pod's address or what httpHeaders says as the host."""
+    requests = [("GET", path, {"Host": "model.example", "User-Agent": "kube-probe/1.34"}) for path in PROBES]
+    assert {response.status_code for response in ask(settings, *requests)} <= {200, 503}
+
+
 @pytest.mark.parametrize(
     "path",
     [
         "//livez",
+        "/readyz/../metrics",
+        "/health/",
         "/livez/",
         "/livez/../v1/models",
         "/v1/models?/livez",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ ASKED: list[tuple[str, Any, str]] = [
     ("documents", [{"text": "a"}], "Write them into a message."),
     ("chat_template", "{{ messages }}", "--chat-template FILE"),
     ("suffix", "end", "suffix"),
+    ("echo", True, "Repeating the last message"),
     ("typical_p", 0.5, "sampling"),
     ("repeat_penalty", 1.1, "Use 'repetition_penalty'."),
     ("truncation_side", "right", "Truncation"),
@@ -89,7 +91,8 @@ def test_a_feature_that_is_not_asked_for_is_no_error(name: str) -> None:
     values = [None] if name in protocol.ALWAYS_ASKS else [None, False, "", "none", [], {}]
     for value in (*values, *protocol.NOT_SUPPORTED[name].neutral):
         assert chat(**{name: value})[1] == []
-        text(**{name: value})
+        if name != "echo" or value in (None, False):
+            text(**{name: value})
 
 
 def test_null_is_the_default_of_every_field() -> None:
@@ -146,6 +149,16 @@ def test_an_unknown_field_is_an_error_unless_the_server_ignores_them() -> None:
     )
     assert ignored == ["temprature", "messages.mood", "messages.content.lang"]
     assert request == chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}])[0]
+
+
+def test_any_number_of_unknown_fields_takes_time_in_proportion() -> None:
+    def cpu_s(count: int) -> float:
+        fields = {f"k{i}": 1 for i in range(count)}
+        start_s = time.process_time()
+        assert len(chat(**fields, ignores_unknown=True)[1]) == 64
+        return time.process_time() - start_s
+
+    assert min(cpu_s(64_000) for _ in range(3)) < 64 * min(cpu_s(4_000) for _ in range(3))
 
 
 def test_histories_of_other_servers_are_taken() -> None:
@@ -207,6 +220,7 @@ def test_values_that_openais_schema_allows_are_taken() -> None:
     chat(prompt_cache_retention="24h", stream=True, stream_options={"include_obfuscation": False})
     chat(n=128, top_p=0, logprobs=False, top_logprobs=0)
     text(max_tokens=0, best_of=1, top_p=0)
+    assert text(echo=True, max_tokens=3.0).echo
 
 
 def test_the_answer_names_what_was_ignored_and_the_log_does_so_once() -> None:
@@ -228,6 +242,8 @@ def test_odd_values_are_answered(server: RunningServer) -> None:
     empty = server.post(COMPLETIONS, prompt="a b", max_tokens=0)
     assert empty.json()["choices"][0]["text"] == ""
     assert empty.json()["usage"]["completion_tokens"] == 0
+    for prompt in ("", None):  # the beginning of a document, as at OpenAI
+        assert server.post(COMPLETIONS, prompt=prompt, max_tokens=1).json()["usage"]["prompt_tokens"] == 1
     likeliest = server.post(COMPLETIONS, prompt="a b", max_tokens=2, top_p=0, temperature=1)
     assert likeliest.json()["choices"][0]["text"] == "a b"
     assert "x-ignored-fields" not in likeliest.headers

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from powerband.bench.client.messages import (
 )
 from powerband.bench.client.worker import read_message
 from powerband.bench.server_metrics import ServerMetrics, scrape
+from powerband.child_process import send_signal
 from powerband.errors import EnvironmentFault
 from powerband.metrics.figures import Window
 from powerband.spec.workload.schedule import Schedule
@@ -135,8 +137,7 @@ async def run_load(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            send_signal(process, signal.SIGKILL)
             await process.wait()
     return _result(live, stopped)
 

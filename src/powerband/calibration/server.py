@@ -24,6 +24,7 @@ from powerband.bench.client.http import get
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.client.probe import calibrate_prompt_words, find_server
 from powerband.bench.load import Live, LoadOptions, LoadResult, run_load
+from powerband.child_process import send_signal
 from powerband.cost.step_log import StepLogRun, read_step_log
 from powerband.errors import EnvironmentFault
 from powerband.spec.workload.arrivals import ClosedLoop
@@ -121,9 +122,7 @@ async def _ready(process: asyncio.subprocess.Process, port: int, log: Path) -> S
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+    send_signal(process, signal.SIGTERM)
     try:
         await asyncio.wait_for(process.wait(), _STOP_S)
     except TimeoutError:

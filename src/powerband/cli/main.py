@@ -38,6 +38,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "status": ("powerband.cli.service.status:status", "Show replicas, load and SLO attainment."),
         "scale": ("powerband.cli.service.scale:scale", "Change the number of replicas."),
         "drain": ("powerband.cli.service.drain:drain", "Stop sending new requests to a replica."),
+        "events": ("powerband.cli.service.events:events", "Show crashes, restarts and other events of a service."),
         "logs": ("powerband.cli.service.logs:logs", "Show logs of replicas, gateway and controller."),
         "remove": ("powerband.cli.service.remove:remove", "Stop and remove a service."),
         "incidents": ("powerband.cli.service.incidents:incidents", "Show what puts the SLO at risk, and what to do."),
@@ -127,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except PowerbandError as error:
         return _complain(error.message, error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        return _complain("interrupted", "", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:  # with a text where something goes on
+        return _complain("interrupted", str(interrupt), INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output closed the pipe. Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,6 +19,7 @@ from powerband.documents import read_table
 from powerband.errors import UsageError
 from powerband.renamed import new_names, option, warn_renamed
 from powerband.server.settings import ServerSettings
+from powerband.service_links import is_service_link
 from powerband.spec.config_reader import shown
 from powerband.spec.settings import EngineSettings, value_types
 
@@ -111,7 +112,7 @@ def _from_command_line(given: Mapping[str, Any], renamed: Mapping[str, str]) -> 
 def _from_environment(environment: Mapping[str, str], types: Mapping[str, Any], renamed: Mapping[str, str]) -> _Layer:
     given: dict[str, str] = {}
     for variable, text in environment.items():
-        if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES:
+        if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES or is_service_link(variable, text):
             continue
         name = variable.removeprefix(PREFIX).lower()
         if variable != _variable(name) or (name not in types and name not in renamed):

@@ -1,12 +1,12 @@
-"""Aligned plain text for people: columns as wide as their widest cell."""
+"""Aligned plain text for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from powerband.metrics.shown import table_lines
+
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells on stdout in left-aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """On stdout, in left-aligned columns."""
+    print("\n".join(table_lines(rows)))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
@@ -29,9 +30,8 @@ from powerband.engine.client.messages import EngineInfo
 from powerband.engine.device_estimates import DeviceEstimates, find_device_estimates
 from powerband.engine.executor.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
-from powerband.engine.kernels.cpu.library import FAST_TIERS
+from powerband.engine.kernels.cpu.library import FAST_TIERS, load_with_progress
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
-from powerband.engine.kernels.cpu.library import load as load_kernels
 from powerband.engine.model_loader.generation_config import end_token_ids, sampling_defaults
 from powerband.engine.model_loader.weights import resolve_model
 from powerband.engine.residuals import Residuals
@@ -94,7 +94,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
         torch.set_num_threads(settings.threads or cpu.cores)
         if settings.kernels == "auto":
             on_progress("kernels", 0.0)
-            kernels = load_kernels()
+            kernels = load_with_progress(partial(on_progress, "kernels"))
     stopwatch.lap("kernels")
     kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
     dtype: str = settings.dtype

@@ -7,18 +7,18 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from powerband.bench.load import Live
 from powerband.errors import EnvironmentFault
 from powerband.files import write_atomically
 from powerband.fleet import operations
 from powerband.fleet.control.controller_process import ensure_controller
-from powerband.fleet.release import BuiltRelease, ReleaseOptions, build_release, default_served_name
+from powerband.fleet.release import BuiltRelease, ReleaseOptions, build_release
+from powerband.fleet.scaling import Report, keep_scaled
 from powerband.fleet.service.spec import GatewaySpec, Policy, ServiceSpec
 from powerband.fleet.service.status import ServiceStatus
 from powerband.fleet.service.store import ServiceStore
-from powerband.fleet.targets.local import LocalTarget
+from powerband.fleet.targets.local import devices_of_other_services
 from powerband.fleet.verify import Verification, verify
 from powerband.planner.report.formatting import deployment_text
 from powerband.spec.plan import Plan
@@ -26,29 +26,22 @@ from powerband.spec.plan import Plan
 _GRACE_S = 60.0  # beyond the time that replicas have to become ready
 
 
-class Report(Protocol):
-    """Receives a deployment's progress: lines of text, and the status as it changes."""
-
-    def __call__(self, status: ServiceStatus) -> None: ...
-
-    def describe(self, text: str) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentOptions:
-    gateway: Callable[[ServiceSpec | None], GatewaySpec]  # given the running service's spec
+    store: ServiceStore
+    gateway: GatewaySpec
     policy: Policy
-    name: str = ""  # of the service; '': from the model's
-    served_name: str = ""  # in the API; '': the model's
+    served_name: str  # in the API
     engine_command: tuple[str, ...] = ()
     engine_args: tuple[str, ...] = ()
     threads: int | None = None
+    reset_replicas: bool = False  # to the plan's, also where 'powerband scale' set another number
     verify: bool | None = None  # None: if something has changed
     verify_seconds: float = 60.0
     report: Path | None = None  # of the verification, as HTML
     strict: bool = False  # roll back if the SLO is broken
-    watch: contextlib.AbstractContextManager[Callable[[Live], object] | None] = field(
-        default_factory=contextlib.nullcontext
+    watch: Callable[[Plan], contextlib.AbstractContextManager[Callable[[Live], object] | None]] = field(
+        default=lambda _plan: contextlib.nullcontext()
     )
 
 
@@ -77,52 +70,75 @@ def deploy_plan(plan: Plan, options: DeploymentOptions, report: Report) -> Deplo
 
     Raises EnvironmentFault if the release does not start; then what ran before runs again.
     """
-    served_name = options.served_name or default_served_name(plan.model)
-    store = ServiceStore.named(options.name or operations.service_name(served_name))
+    store, gateway = options.store, options.gateway
     before = _Before(is_running=store.exists(), has_database=store.database.exists())
-    gateway = options.gateway(store.read_spec())
-    store.create()
-    built = build_release(plan, _release_options(options, served_name, store, gateway))
+    current = store.read_spec()
+    # Before anything is written: a plan that cannot be deployed leaves no state.
+    built = build_release(plan, _release_options(options))
+    release, note = keep_scaled(
+        built.release,
+        current.release if current is not None and not current.removed else None,
+        reset=options.reset_replicas,
+    )
     _report_plan(plan, built, store, gateway, report)
-    desired, is_new = operations.apply(store, built.release, gateway, options.policy)
-    ensure_controller(store)
-    if not is_new:
-        report.describe("nothing to change")
-    status = operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)
-    if status.failed_rollout is not None and status.failed_rollout.generation == desired.generation:
-        raise _start_failure(store, status, before)
+    if note:
+        report.describe(note)
+    store.create()
+    if gateway.auth == "keys":
+        _make_replica_key(store)
+    desired, is_new = operations.apply(store, release, gateway, options.policy)
+    with operations.going_on(store, "goes on: it was being started" if is_new else "goes on"):
+        status = _started(store, desired, before, report, is_new=is_new)
     if is_new:
-        operations.record_action(
-            store, "deploy", {"revision": status.revision, "replicas": list(desired.release.counts)}
-        )
+        operations.record_action(store, "deploy", {"revision": status.revision, "replicas": list(release.counts)})
     report.describe(f"{store.name} is ready: {status.gateway.url}/v1")
     is_asked = is_new if options.verify is None else options.verify
-    verification = _verified(plan, desired, status, store, options, report) if is_asked else None
+    with operations.going_on(store, "goes on running; only its verification was ended"):
+        verification = _verified(plan, desired, status, options, report) if is_asked else None
     deployed = Deployed(store, status, verification, is_new)
     if deployed.is_broken and options.strict:
         _roll_back(store, before, report)
     return deployed
 
 
-def _release_options(
-    options: DeploymentOptions, served_name: str, store: ServiceStore, gateway: GatewaySpec
-) -> ReleaseOptions:
+def _started(
+    store: ServiceStore, desired: ServiceSpec, before: _Before, report: Report, *, is_new: bool
+) -> ServiceStatus:
+    """Wait until the service is ready. Raises EnvironmentFault if it does not start, after it was cleaned up."""
+    try:
+        ensure_controller(store)
+    except EnvironmentFault:
+        if not before.is_running:
+            store.delete(purge=not before.has_database)
+        raise
+    if not is_new:
+        report.describe("nothing to change")
+    status = operations.wait_for(store, desired.generation, report, desired.policy.start_timeout_s + _GRACE_S)
+    if status.has_failed(desired.generation):
+        raise _start_failure(store, status, before)
+    return status
+
+
+def _release_options(options: DeploymentOptions) -> ReleaseOptions:
     return ReleaseOptions(
-        served_name=served_name,
-        api_key_file=str(_replica_key_file(store.path)) if gateway.auth == "keys" else "",
+        served_name=options.served_name,
+        api_key_file=str(_replica_key_file(options.store)) if options.gateway.auth == "keys" else "",
         executable=options.engine_command,
         extra=options.engine_args,
         threads=options.threads,
-        gpus_in_use=LocalTarget(store.path).devices_in_use(),
+        gpus_in_use=devices_of_other_services(options.store.path),
     )
 
 
-def _replica_key_file(folder: Path) -> Path:
+def _replica_key_file(store: ServiceStore) -> Path:
     """The replicas' API key, which only the gateway has, so that no client on this machine can bypass the gateway."""
-    path = folder / "replica.key"
+    return store.path / "replica.key"
+
+
+def _make_replica_key(store: ServiceStore) -> None:
+    path = _replica_key_file(store)
     if not path.exists():
         write_atomically(path, secrets.token_urlsafe(32).encode(), private=True)
-    return path
 
 
 def _report_plan(plan: Plan, built: BuiltRelease, store: ServiceStore, gateway: GatewaySpec, report: Report) -> None:
@@ -150,17 +166,16 @@ def _verified(
     plan: Plan,
     desired: ServiceSpec,
     status: ServiceStatus,
-    store: ServiceStore,
     options: DeploymentOptions,
     report: Report,
 ) -> Verification:
     report.describe(f"verifying the promise: {plan.promise.rate:.3g} requests/s for {options.verify_seconds:g} s")
-    with options.watch as watch:
+    with options.watch(plan) as watch:
         return verify(
             plan,
             status.gateway.url,
             model=desired.release.served_name,
-            api_key=store.admin_key.read_text().strip(),
+            api_key=options.store.admin_key.read_text().strip(),
             seconds=options.verify_seconds,
             report=options.report,
             on_progress=watch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from powerband.errors import EnvironmentFault, PowerbandError, UsageError
@@ -101,13 +101,20 @@ def wait_for(
             return status
     raise EnvironmentFault(
         f"{store.name} was not ready within {timeout_s:.0f} s.",
-        hint="See 'powerband status' and 'powerband logs'; 'powerband remove' stops it.",
+        hint=f"See 'powerband events {store.name}' and 'powerband logs {store.name}'; 'powerband remove' stops it.",
     )
 
 
 def remove(store: ServiceStore, on_status: Callable[[ServiceStatus], object], *, purge: bool) -> None:
     """Stop everything and delete the state. Raises EnvironmentFault if something does not stop."""
     spec = update_spec(store, lambda _current, _status: {"removed": True})
+    with going_on(store, "is still being removed"):
+        _wait_for_removal(store, spec, on_status, purge=purge)
+
+
+def _wait_for_removal(
+    store: ServiceStore, spec: ServiceSpec, on_status: Callable[[ServiceStatus], object], *, purge: bool
+) -> None:
     ensure_controller(store)
     deadline_s = time.monotonic() + _REMOVE_TIMEOUT_S + spec.policy.drain_timeout_s
     while time.monotonic() < deadline_s:
@@ -120,7 +127,54 @@ def remove(store: ServiceStore, on_status: Callable[[ServiceStatus], object], *,
         if not store.controller_alive() and (status is None or status.phase != "removed"):
             ensure_controller(store)
         time.sleep(POLL_INTERVAL_S)
-    raise EnvironmentFault(f"{store.name} did not stop in time.", hint="'powerband status' shows what still runs.")
+    raise EnvironmentFault(
+        f"{store.name} did not stop in time.", hint=f"'powerband status {store.name}' shows what still runs."
+    )
+
+
+def drain(store: ServiceStore, replica: str, *, undo: bool, wait: bool) -> ReplicaStatus | None:
+    """Send a replica no new requests (undo: again), and with `wait` wait until its requests have finished. Returns its
+    status then; None: it has exited. Raises UsageError for an unknown replica.
+    """
+
+    def change(current: ServiceSpec, status: ServiceStatus | None) -> dict[str, Any]:
+        found = find_replica(status, replica)
+        if undo and found.id not in current.drained:
+            raise UsageError(f"{replica} was not drained.", param="replica")
+        others = tuple(id for id in current.drained if id != replica)
+        return {"drained": others if undo else (*others, replica)}
+
+    desired = update_spec(store, change)
+    with going_on(store, f"drains {replica}"):
+        ensure_controller(store)
+        record_action(store, "undrain" if undo else "drain", {"replica": replica})
+        found = None
+        for status in watch_status(store, desired.generation, desired.policy.drain_timeout_s):
+            found = next((one for one in status.replicas if one.id == replica), None)
+            is_done = found is None or undo or (found.state == "drained" and not found.running)
+            if is_done or not wait:
+                break
+    return found
+
+
+def is_last_ready(store: ServiceStore, replica: str) -> bool:
+    """Whether no other replica is ready and gets requests."""
+    desired, status = store.read_spec(), store.read_status()
+    drained = desired.drained if desired is not None else ()
+    replicas = status.replicas if status is not None else ()
+    return not any(one.state == "ready" and one.id not in drained and one.id != replica for one in replicas)
+
+
+@contextmanager
+def going_on(store: ServiceStore, what: str) -> Iterator[None]:
+    """While a command only waits for the controller: Ctrl-C ends the command alone, and says what goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        name = store.name
+        raise KeyboardInterrupt(
+            f"{name} {what}. 'powerband status {name} --watch' shows it, 'powerband remove {name}' stops it."
+        ) from None
 
 
 def find_replica(status: ServiceStatus | None, id: str) -> ReplicaStatus:

@@ -18,7 +18,7 @@ from powerband.spec.deployment import LOCAL, Deployment, ReplicaPool
 from powerband.spec.hardware.catalog import load_catalog, local_profile
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DeviceProfile
-from powerband.spec.plan import Plan
+from powerband.spec.plan import Plan, absolute_model
 
 _PORT = "{port}"
 
@@ -57,7 +57,7 @@ def build_release(plan: Plan, options: ReleaseOptions) -> BuiltRelease:
     if not on_cpu[0]:
         gpus = _gpus(deployment, profiles, options.gpus_in_use)
         notes = [f"GPUs {', '.join(map(str, gpus))}"]
-    model = str(expand_user(plan.model).absolute()) if expand_user(plan.model).is_dir() else plan.model
+    model = absolute_model(plan.model)
     release = Release(
         plan=plan.as_dict(),
         served_name=options.served_name,

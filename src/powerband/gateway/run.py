@@ -32,7 +32,7 @@ from powerband.gateway.trace_context import continue_trace
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.metrics.logging import set_up_logging
 from powerband.web.access import is_loopback
-from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, url_of
+from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, stopping_text, url_of
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ async def _serve(
 
 async def _drain(gateway: Gateway, signals: Signals) -> None:
     timeout_s = gateway.settings.drain_timeout_s
-    if gateway.num_active:
-        logger.info("Draining: %d requests have %.0f s to finish.", gateway.num_active, timeout_s)
+    if signals.received is not None:
+        logger.info("%s", stopping_text(signals.received, gateway.num_active, timeout_s))
     drained = asyncio.create_task(gateway.drain(timeout_s))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)
@@ -146,7 +146,9 @@ def _show(gateway: Gateway, seconds: float, url: str, database: Path) -> None:
     """Print the start-up block on stderr: stdout is for results."""
     models = gateway.routes.models
     lines = [f"model      {', '.join((one.name, *one.aliases))}, replicas: {len(one.replicas)}" for one in models]
-    lines = lines or ["model      none yet: set the routes with PUT /admin/routes"]
+    lines = lines or [
+        "model      none yet: give --replica URL or --routes FILE, or set the routes with PUT /admin/routes"
+    ]
     lines += [f"database   {database}", f"ready      in {seconds:.2f} s", f"URL        {url}"]
     with contextlib.suppress(OSError):  # stderr may be a file on a full disk
         sys.stderr.write("\n".join(lines) + "\n")

@@ -146,6 +146,10 @@ class EngineMetrics(Collector):
         for name in ("num_preemptions", "prefix_queries", "prefix_hits"):
             self._counters[name] = stats[name]
 
+    def figures(self) -> dict[str, float]:
+        """The counters and gauges by field."""
+        return {**self._counters, **self._gauges}
+
     def render(self) -> bytes:
         """The text that /metrics answers (content type: prometheus_client.CONTENT_TYPE_LATEST)."""
         return generate_latest(self.registry)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from powerband.metrics.record import Outcome
 from powerband.metrics.statistics import Interval
 
@@ -73,3 +75,17 @@ def time_interval_text(interval: Interval | None) -> str:
 def count_text(count: int, noun: str) -> str:
     """'1 request', '2,000 requests'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells in left-aligned columns, as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def duration_text(seconds: float) -> str:
+    """'42 s', '7 min', '3.5 h', '12 days'."""
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import msgspec
 
 from powerband.bench.client.http import delete, get
 from powerband.bench.client.messages import ServerAddress
+from powerband.child_process import send_signal
 from powerband.errors import EnvironmentFault
 from powerband.mock_server.behavior import Behavior, ServerRecord
 
@@ -48,6 +50,5 @@ async def mock_server_process(script: Behavior) -> AsyncIterator[MockServerProce
             raise EnvironmentFault("The mock server does not start.", code="no_server")
         yield MockServerProcess(ServerAddress(base=address, endpoint="completions", model=script.model), process.pid)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        send_signal(process, signal.SIGKILL)
         await process.wait()

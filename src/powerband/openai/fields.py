@@ -35,13 +35,16 @@ class MessageFields(msgspec.Struct, gc=False):
 class ListedModel(msgspec.Struct, gc=False):
     id: str
     owned_by: str | None = None
-    max_model_len: object = None
+    max_model_len: object = None  # vLLM, SGLang, Powerband
+    listed_length: object = msgspec.field(default=None, name="context_length")  # OpenRouter and others
+    context_window: object = None  # Groq
+    max_context_length: object = None  # LM Studio, Mistral
 
     @property
     def context_length(self) -> int | None:
         """Maximum tokens of prompt and output together."""
-        length = self.max_model_len
-        return length if isinstance(length, int) and length > 0 else None
+        lengths = (self.max_model_len, self.listed_length, self.context_window, self.max_context_length)
+        return next((n for n in lengths if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 class _ModelList(msgspec.Struct):

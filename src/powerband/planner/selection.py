@@ -10,7 +10,7 @@ from dataclasses import replace
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.results import Evaluation, Objective
 from powerband.spec.hardware.catalog import usd_per_hour
-from powerband.spec.plan import Plan, PlanCost, Promise
+from powerband.spec.plan import Plan, PlanCost, Promise, absolute_model
 
 _MARGIN = 1.05  # a latency that is better by less is no reason of its own
 _CLEARLY_FASTER = 0.9  # of a latency: what is lower than this share of it is faster
@@ -128,7 +128,7 @@ def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
             machines=dict(machines),
         )
     return Plan(
-        model=plan_request.model,
+        model=absolute_model(plan_request.model),
         workload=plan_request.workload,
         slo=plan_request.slo,
         promise=Promise(plan_request.rate, chosen.figures["output_tokens_per_s"].low),

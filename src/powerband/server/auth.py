@@ -14,7 +14,8 @@ from powerband.server.settings import ServerSettings
 from powerband.web.access import check_host, check_page, is_loopback
 from powerband.web.errors import HttpError
 
-OPEN_PATHS = frozenset({"/livez"})
+# Probes: those of Kubernetes and of load balancers carry no key, and another Host than ours.
+OPEN_PATHS = frozenset({"/livez", "/startupz", "/readyz", "/health"})
 
 
 class BearerTokenMiddleware:

@@ -37,22 +37,31 @@ from powerband.web.field_types import field_names, whole_number_fields
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _REASONING_PARTS = ("thinking", "reasoning")
 _REASONING_NAMES = ("reasoning", "thinking")  # of a message; ours is reasoning_content
+_MAX_IGNORED = 64  # that are named: clients may send any number of unknown fields
+_Path = tuple[str | int, ...]
 _HINT = "The fields are listed in docs/api.md; a server with --unknown-fields ignore takes others, too."
 
 
 class Amendment:
-    """Amends one body. `ignored`: the fields that it left out, without indexes, as in 'messages.reasoning_details'."""
+    """Amends one body. `ignored`: the fields that it left out, without indexes, as in 'messages.reasoning_details'.
+
+    Takes time in proportion to the body's length.
+    """
 
     def __init__(self, kind: type[Any], model: str, *, ignores_unknown: bool) -> None:
         """model: its name, for errors."""
         self._kind: Any = kind
         self._model = model
         self._ignores_unknown = ignores_unknown
-        self.ignored: list[str] = []
+        self._ignored: dict[str, None] = {}
+
+    @property
+    def ignored(self) -> list[str]:
+        return list(self._ignored)
 
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body in our form, changed in place. Raises InvalidRequest for what is not supported, or unknown."""
-        self._check_fields(body, self._kind, "", NOT_SUPPORTED, IGNORED)
+        self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED)
         for name in _whole_numbers(self._kind):
             value = body.get(name)
             if isinstance(value, float) and value.is_integer():  # in JSON, 3.0 is 3
@@ -63,77 +72,76 @@ class Amendment:
         elif isinstance(stop, list) and all(isinstance(text, str) for text in stop):
             body["stop"] = [text for text in stop if text]
         if isinstance(options := body.get("stream_options"), dict):
-            self._check_fields(options, StreamOptions, "stream_options")
+            self._check_fields(options, StreamOptions, ("stream_options",), "stream_options.")
         if isinstance(messages := body.get("messages"), list):
             for index, message in enumerate(messages):
                 if isinstance(message, dict):
-                    self._amend_message(message, f"messages.{index}")
+                    self._amend_message(message, ("messages", index))
         return body
 
-    def _amend_message(self, message: dict[str, Any], path: str) -> None:
+    def _amend_message(self, message: dict[str, Any], path: _Path) -> None:
         if message.get("role") == "function":  # OpenAI's name before there were tools
             message["role"] = "tool"
         if message.get("role") == "assistant":
             for name in _REASONING_NAMES:
                 _move_reasoning(message, message.get(name), name)
-        self._check_fields(message, Message, path, MESSAGE_NOT_SUPPORTED, MESSAGE_IGNORED)
+        self._check_fields(message, Message, path, "messages.", MESSAGE_NOT_SUPPORTED, MESSAGE_IGNORED)
         content = message.get("content")
         if content == []:
             message["content"] = ""
         elif isinstance(content, list):
             for index, part in enumerate(content):
                 if isinstance(part, dict):
-                    content[index] = self._amended_part(message, part, f"{path}.content.{index}")
+                    content[index] = self._amended_part(message, part, (*path, "content", index))
 
-    def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: str) -> dict[str, Any]:
+    def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: _Path) -> dict[str, Any]:
         kind = part.get("type")
         if not isinstance(kind, str):
             return part
         if kind in MEDIA_PARTS:
             raise InvalidRequest(
-                f"'{path}' is of type {kind}. {MEDIA_PARTS[kind]} not supported: the model '{self._model}' takes text "
-                "only.",
+                f"'{_joined(path)}' is of type {kind}. {MEDIA_PARTS[kind]} not supported: "
+                f"the model '{self._model}' takes text only.",
                 hint='Send parts like {"type": "text", "text": "…"}.',
-                param=f"{path}.type",
+                param=_joined((*path, "type")),
                 code="unsupported_parameter",
             )
         if kind in _REASONING_PARTS and message.get("role") == "assistant":
             _move_reasoning(message, part.get(kind, part.get("text")))
-            self._ignore(f"{path}.{kind}")
             return {"type": "text", "text": ""}
         if kind in _TEXT_PARTS:
             if (text := part.pop(_TEXT_PARTS[kind], None)) is not None:
                 part |= {"type": "text", "text": text}
-            self._check_fields(part, ContentPart, path, {}, PART_IGNORED)
+            self._check_fields(part, ContentPart, path, "messages.content.", {}, PART_IGNORED)
         return part
 
     def _check_fields(
         self,
         fields: dict[str, Any],
         kind: Any,
-        path: str,
+        path: _Path,
+        place: str,
         not_supported: Mapping[str, Missing] | None = None,
         ignored: Collection[str] = (),
     ) -> None:
-        """Leave out what asks for nothing or changes nothing. Raises InvalidRequest for the rest."""
+        """Leave out what asks for nothing or changes nothing. Raises InvalidRequest for the rest.
+
+        place: the beginning of the names of ignored fields.
+        """
         known = _names(kind)
         for name, value in list(fields.items()):
             missing = (not_supported or {}).get(name)
             if missing is not None:
                 if asks(name, value, missing):
-                    raise _not_supported(f"{path}.{name}".lstrip("."), missing)
+                    raise _not_supported(_joined((*path, name)), missing)
                 del fields[name]
             elif name in ignored or name not in known:
                 if value is not None:
                     if name not in ignored and not self._ignores_unknown:
-                        raise unknown_field(name, path, known, _HINT)
-                    self._ignore(f"{path}.{name}")
+                        raise unknown_field(name, _joined(path), known, _HINT)
+                    if len(self._ignored) < _MAX_IGNORED:
+                        self._ignored[place + name] = None
                 del fields[name]
-
-    def _ignore(self, path: str) -> None:
-        name = ".".join(word for word in path.split(".") if word and not word.isdigit())
-        if name not in self.ignored:
-            self.ignored.append(name)
 
 
 def asks(name: str, value: Any, missing: Missing) -> bool:
@@ -159,6 +167,10 @@ def _not_supported(param: str, missing: Missing) -> InvalidRequest:
     )
 
 
+def _joined(path: _Path) -> str:
+    return ".".join(map(str, path))
+
+
 def _move_reasoning(message: dict[str, Any], text: Any, name: str = "") -> None:
     """Reasoning under another name becomes `reasoning_content`, unless the message has that."""
     if not isinstance(text, str) and text is not None:
@@ -171,6 +183,12 @@ def _move_reasoning(message: dict[str, Any], text: Any, name: str = "") -> None:
 @cache
 def _names(kind: Any) -> frozenset[str]:
     return frozenset(field_names(kind))
+
+
+@cache
+def _not_supported_by(kind: Any) -> Mapping[str, Missing]:
+    own = {"echo"} & _names(kind)
+    return {name: missing for name, missing in NOT_SUPPORTED.items() if name not in own}
 
 
 @cache

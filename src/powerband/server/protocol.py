@@ -140,7 +140,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 class CompletionRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of /v1/completions."""
 
-    prompt: Prompt | None  # null, as the empty text: what begins a document
+    prompt: Prompt | None  # null, as the empty text: the beginning of a document
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=0, le=MAX_N, description="Only the same value as n")] | None = None
@@ -244,6 +244,7 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
     "image_url": Missing("Images are"),
     "prompt_embeds": Missing("Embeddings as a prompt are", instead="Send text or token ids."),
     "suffix": Missing("Text after the gap (suffix) is", instead="Write the model's own fill-in tokens into 'prompt'."),
+    "echo": Missing("Repeating the last message is"),  # of chats; text completions have it
     "prediction": Missing("Predicted output is"),
     "reasoning_effort": Missing(
         "An effort of reasoning is", instead="Send chat_template_kwargs, where the model's template reads them."

@@ -18,12 +18,14 @@ from powerband.metrics.logging import set_up_logging
 from powerband.server.app import make_app
 from powerband.server.replica import ServerState
 from powerband.server.settings import ServerSettings
+from powerband.server.throughput import log_throughput
 from powerband.spec.settings import EngineSettings
-from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, url_of
+from powerband.web.listening import Signals, listen, make_server, raise_descriptor_limit, stopping_text, url_of
 
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+_REPORT_EVERY_S = 10.0  # while it starts
 _LAST_WORDS_S = 1.0  # for the answers to requests that did not end in time
 
 
@@ -55,18 +57,23 @@ async def _serve(
     listening = asyncio.create_task(server.serve([listener]), name="http")
     starting = asyncio.create_task(replica.start(), name="start")
     ending = asyncio.create_task(signals.first.wait(), name="signal")
+    reporting = asyncio.create_task(_report_start(replica), name="report")
     try:
         await asyncio.wait({starting, ending, listening}, return_when=asyncio.FIRST_COMPLETED)
+        reporting.cancel()
         if starting.done():
             _show(
                 starting.result(), replica.seconds, time.monotonic() - start_s, url_of(server_settings.host, listener)
             )
+            reporting = asyncio.create_task(log_throughput(replica.metrics), name="throughput")
             await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
             await _drain(replica, signals, server_settings.drain_timeout_s)
     finally:
-        starting.cancel()
-        ending.cancel()
-        await asyncio.gather(starting, ending, return_exceptions=True)
+        if signals.received is not None and not starting.done():
+            logger.info("Stopping after %s, before the start was complete.", signals.received.name)
+        for task in (starting, ending, reporting):
+            task.cancel()
+        await asyncio.gather(starting, ending, reporting, return_exceptions=True)
         await replica.stop()
         server.should_exit = True
         if not listening.done():
@@ -76,9 +83,19 @@ async def _serve(
     return INTERRUPTED if signals.received == signal.SIGINT else 0
 
 
+async def _report_start(replica: ServerState) -> None:
+    """A start that takes long shows how far it is, on a terminal and without one. The kernels show it themselves."""
+    began_s = time.monotonic()
+    while True:
+        await asyncio.sleep(_REPORT_EVERY_S)
+        if not replica.phase.startswith("kernels"):
+            sys.stderr.write(f"starting   {replica.phase}, {time.monotonic() - began_s:.0f} s\n")
+            sys.stderr.flush()
+
+
 async def _drain(replica: ServerState, signals: Signals, timeout_s: float) -> None:
-    if replica.num_active:
-        logger.info("Draining: %d requests may take %.0f s more.", replica.num_active, timeout_s)
+    if signals.received is not None:
+        logger.info("%s", stopping_text(signals.received, replica.num_active, timeout_s))
     drained = asyncio.create_task(replica.drain(timeout_s))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait({drained, second}, return_when=asyncio.FIRST_COMPLETED)

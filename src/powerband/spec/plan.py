@@ -22,6 +22,7 @@ import yaml
 
 from powerband.documents import read_table
 from powerband.errors import EnvironmentFault, UsageError
+from powerband.folders import expand_user
 from powerband.spec.config_reader import shown
 from powerband.spec.deployment import Deployment, local_name
 from powerband.spec.slo import SLO
@@ -137,6 +138,14 @@ def _deployment(values: Mapping[str, Any]) -> Deployment | None:
 
 def _optional(kind: type[Record], values: Mapping[str, Any], name: str) -> Record | None:
     return None if values.get(name) is None else read_record(kind, values[name], f"plan: {name}")
+
+
+def absolute_model(model: str) -> str:
+    """A model on this machine by its absolute path, so that a plan does not depend on where it was made; any other, and
+    'demo', as it is.
+    """
+    path = expand_user(model)
+    return str(path.absolute()) if model != "demo" and path.exists() else model
 
 
 def read_plan(path: Path, trace: RequestTrace | None = None) -> Plan:

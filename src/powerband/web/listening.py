@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import resource
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
+import psutil
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -21,6 +23,7 @@ from powerband.web.http1.connection import HttpConnection
 from powerband.web.http1.connection_limit import ConnectionLimit
 
 _BACKLOG = 2048
+_MAX_COMMAND_CHARACTERS = 100
 _OTHER_DESCRIPTORS = 64  # for files, pipes and short-lived descriptors
 
 
@@ -49,6 +52,15 @@ class Signals:
             self.first.set()
         else:
             self.second.set()
+
+
+def stopping_text(received: signal.Signals, num_active: int, timeout_s: float) -> str:
+    """What a server says when it is asked to stop."""
+    name = "Ctrl-C (SIGINT)" if received == signal.SIGINT else received.name
+    if not num_active:
+        return f"Stopping after {name}: no request is running."
+    requests = "1 running request has" if num_active == 1 else f"{num_active} running requests have"
+    return f"Stopping after {name}: {requests} {timeout_s:.0f} s to finish. A second signal stops at once."
 
 
 def raise_descriptor_limit() -> None:
@@ -86,25 +98,69 @@ def make_server(app: ASGIApp, max_body_bytes: int) -> HttpServer:
 def listen(host: str, port: int) -> socket.socket:
     """Bind before anything slow starts, so that a port in use is reported at once. Raises EnvironmentFault."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
+        listener = _bind(host, port)
+        listener.listen(_BACKLOG)
     except OSError as error:
-        raise EnvironmentFault(
-            f"Cannot listen on {host} port {port}: {error.strerror or error}.",
-            hint="Choose another with --port, or end the process that has it.",
-            code="cannot_listen",
-            param="port",
-        ) from error
+        raise _cannot_listen(host, port, error) from error
     listener.setblocking(False)
     return listener
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises EnvironmentFault as `listen` does."""
+    try:
+        _bind(host, port).close()
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def is_port_free(host: str, port: int) -> bool:
+    try:
+        _bind(host, port).close()
+    except OSError:
+        return False
+    return True
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> EnvironmentFault:
+    reason, hint = error.strerror or str(error), "Choose another with --port."
+    if error.errno == errno.EADDRINUSE:
+        user = _port_user(port)
+        reason += f" by {user}" if user else ""
+        hint = "Choose another with --port, or end the process that has it."
+    elif error.errno == errno.EACCES:
+        hint = "Ports below 1024 are for root: choose another with --port."
+    elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        hint = "--host is an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them."
+    return EnvironmentFault(
+        f"Cannot listen on {host} port {port}: {reason}.", hint=hint, code="cannot_listen", param="port"
+    )
+
+
+def _port_user(port: int) -> str:
+    """'pid 123 (python -m http.server 8000)': the process that listens on the port. '': the system does not show it,
+    as with a process of another user.
+    """
+    with contextlib.suppress(psutil.Error, OSError):
+        for found in psutil.net_connections("tcp"):
+            if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid is not None:
+                command = " ".join(psutil.Process(found.pid).cmdline())
+                return f"pid {found.pid} ({command[:_MAX_COMMAND_CHARACTERS]})"
+    return ""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -113,16 +169,6 @@ def free_port(host: str = "127.0.0.1") -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def is_port_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
 
 
 def url_of(host: str, listener: socket.socket) -> str:

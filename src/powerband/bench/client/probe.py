@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -150,7 +151,21 @@ async def _identify(target: ServerAddress, card: ListedModel) -> ServerInfo:
             version = str(body.get("version", ""))
     except (OSError, TimeoutError):
         pass
-    return ServerInfo("unknown" if engine is None else engine.name, version, card.context_length)
+    name = "unknown" if engine is None else engine.name
+    context = card.context_length
+    if context is None and name == "llamacpp":
+        context = await _llamacpp_context(target)
+    return ServerInfo(name, version, context)
+
+
+async def _llamacpp_context(target: ServerAddress) -> int | None:
+    """What llama.cpp's server gives each request, which its list of models does not say."""
+    try:
+        page: Any = (await get(target, "/props")).json()
+        context = page["default_generation_settings"]["n_ctx"]
+    except (OSError, TimeoutError, KeyError, TypeError, ValueError):
+        return None
+    return context if isinstance(context, int) and context > 0 else None
 
 
 def _silent(target: ServerAddress, why: str) -> EnvironmentFault:

@@ -71,7 +71,6 @@ def bench(
     url: Annotated[str | None, Parameter(help=f"The server; default: {DEFAULT_URL}")] = None,
     /,
     *,
-    base_url: Annotated[str | None, Parameter(name=("--base-url", "--target"), help="The same", show=False)] = None,
     modes: BenchModeFlags | None = None,
     load: ArrivalOptions | None = None,
     requests: RequestOptions | None = None,
@@ -89,7 +88,7 @@ def bench(
     """
     modes, output = modes or BenchModeFlags(), output or OutputFlags()
     is_load = not (modes.explain_metrics or modes.compare is not None or modes.calibrate)
-    if not is_load and any(given is not None for given in (url, base_url, load, requests, server, judging, other)):
+    if not is_load and any(given is not None for given in (url, load, requests, server, judging, other)):
         raise UsageError("This sends no load: the server and its options have no effect.", hint="Leave them out.")
     _check_modes(modes)
     if modes.explain_metrics:
@@ -107,7 +106,7 @@ def bench(
     )
     modes = replace(modes, sweep=modes.sweep or is_sweep)
     _check_modes(modes)
-    target = _target(url_of(url, base_url, other) or DEFAULT_URL, requests, server)
+    target = _target(url_of(url, other) or DEFAULT_URL, requests, server)
     if modes.fault is not None:
         return _fault(modes, target, load, as_json=output.json)
     return _run(modes, output, target, load, requests, server, judging)

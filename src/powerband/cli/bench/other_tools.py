@@ -38,6 +38,7 @@ class OtherToolsFlags:
     ] = None
     dataset_path: Annotated[Path | None, _flag("vLLM: as --trace")] = None
     random_range_ratio: Annotated[float | None, _flag("vLLM: lengths up to this part shorter or longer")] = None
+    base_url: Annotated[str | None, _flag("Both: URL of the server", "--base-url", "--target")] = None
     host: Annotated[str | None, _flag("vLLM: host of the server")] = None
     port: Annotated[int | None, _flag("vLLM: port of the server; 8000")] = None
     ignore_eos: Annotated[bool, _flag("vLLM: the default here; see --respect-eos")] = False
@@ -50,13 +51,13 @@ class OtherToolsFlags:
     ] = None
 
 
-def url_of(url: str | None, base_url: str | None, other: OtherToolsFlags) -> str | None:
+def url_of(url: str | None, other: OtherToolsFlags) -> str | None:
     """The server that is named. 'serve' and 'benchmark' are the other tools' subcommands. Raises UsageError for two."""
     url = None if url in ("serve", "benchmark") else url
     address = None
     if other.host is not None or other.port is not None:
         address = f"http://{other.host or '127.0.0.1'}:{other.port or 8000}"
-    given = [one for one in (url, base_url, address) if one is not None]
+    given = [one for one in (url, other.base_url, address) if one is not None]
     if len(given) > 1:
         raise UsageError("The server is named twice.", param="url")
     return given[0] if given else None

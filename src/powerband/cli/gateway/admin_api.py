@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from powerband.cli.service.names import OldName
 from powerband.errors import EnvironmentFault, PowerbandError, UsageError
 
 TIMEOUT_S = 60.0
@@ -16,9 +17,9 @@ TIMEOUT_S = 60.0
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class GatewayFlags:
-    """Which gateway to ask."""
+    """Which gateway to ask, where it is not that of a service named as the first argument."""
 
-    service: Annotated[str | None, Parameter(help="Deployed service; default: the only one")] = None
+    name: OldName = None
     url: Annotated[
         str | None, Parameter(help="Gateway, such as http://127.0.0.1:8080, instead of a deployed service")
     ] = None
@@ -62,23 +63,23 @@ class AdminApi:
         return found
 
 
-def find_gateway(flags: GatewayFlags | None) -> AdminApi:
-    """Raises UsageError and EnvironmentFault."""
+def find_gateway(flags: GatewayFlags | None, service: str | None = None) -> AdminApi:
+    """The gateway of the service, else of the only one, or that of --url. Raises UsageError and EnvironmentFault."""
     from powerband.fleet.service.store import endpoint
     from powerband.folders import state_home
 
     flags = flags or GatewayFlags()
-    service, url, admin_key_file = flags.service, flags.url, flags.admin_key_file
+    url, admin_key_file = flags.url, flags.admin_key_file
     if url is None:
         if admin_key_file is not None:
             raise UsageError("--admin-key-file needs --url.", param="admin_key_file")
         try:
-            return AdminApi(*endpoint(service))
+            return AdminApi(*endpoint(service, flags.name))
         except UsageError as error:
-            hint = "Name a service with --service, or a gateway's address with --url."
+            hint = f"{error.hint} --url names a gateway by its address."
             raise UsageError(error.message, hint=hint, param="service") from None
-    if service is not None:
-        raise UsageError("Both --service and --url are given.", hint="Give one.", param="service")
+    if service is not None or flags.name is not None:
+        raise UsageError("Both a service and --url are given.", hint="Give one.", param="url")
     file = admin_key_file or state_home() / "gateway" / "admin.key"
     try:
         return AdminApi(url, file.read_text(encoding="ascii").strip())

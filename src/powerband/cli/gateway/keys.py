@@ -12,10 +12,11 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.gateway.admin_api import AdminApi, GatewayFlags, find_gateway
+from powerband.cli.service.names import Service
 from powerband.cli.tables import print_table
 from powerband.errors import UsageError
 
-WhichKey = Annotated[str, Parameter(help="Id or name of a key")]
+WhichKey = Annotated[tuple[str, ...], Parameter(name="[SERVICE] KEY", help="Id or name of a key", negative="")]
 
 
 @Parameter(name="*")
@@ -47,7 +48,10 @@ _UNITS = {"m": 60, "h": 3600, "d": 86400}
 
 
 def create(
-    name: Annotated[str, Parameter(help="Name of the key, shown in usage and audit log")],
+    words: Annotated[
+        tuple[str, ...],
+        Parameter(name="[SERVICE] NAME", help="Name of the key, shown in usage and audit log", negative=""),
+    ],
     /,
     *,
     scopes: Annotated[str, Parameter(help="Scopes, separated by commas: infer, metrics, admin")] = "infer",
@@ -57,11 +61,12 @@ def create(
     json: Json = False,
 ) -> int:
     """Create a key called NAME and print it, this once: the gateway stores only its hash."""
+    api, name = _find(gateway, words)
     given = (limits or LimitFlags()).given()
     body: dict[str, Any] = {"name": name, "scopes": _split_names(scopes), "limits": given}
     if expires is not None:
         body["expires_in_s"] = _seconds(expires)
-    key = find_gateway(gateway).call("POST", "/admin/keys", body)
+    key = api.call("POST", "/admin/keys", body)
     if json:
         print(json_format.dumps(key, indent=2))
         return 0
@@ -70,9 +75,9 @@ def create(
     return 0
 
 
-def show_all(*, gateway: GatewayFlags | None = None, json: Json = False) -> int:
+def show_all(service: Service = None, /, *, gateway: GatewayFlags | None = None, json: Json = False) -> int:
     """List all keys with their limits and current usage."""
-    keys = find_gateway(gateway).call("GET", "/admin/keys")["data"]
+    keys = find_gateway(gateway, service).call("GET", "/admin/keys")["data"]
     if json:
         print(json_format.dumps(keys, indent=2))
         return 0
@@ -81,7 +86,7 @@ def show_all(*, gateway: GatewayFlags | None = None, json: Json = False) -> int:
 
 
 def limit(
-    key: WhichKey,
+    words: WhichKey,
     /,
     *,
     limits: LimitFlags | None = None,
@@ -99,20 +104,27 @@ def limit(
         changes[name] = [] if name == "models" else None
     if not changes:
         raise UsageError("No limit is given.", hint="'powerband keys limit --help' lists them.")
-    api = find_gateway(gateway)
+    api, key = _find(gateway, words)
     return _changed(api.call("PATCH", f"/admin/keys/{_find_key_id(api, key)}", {"limits": changes}), as_json=json)
 
 
 def revoke(
-    key: WhichKey,
+    words: WhichKey,
     /,
     *,
     gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
     """Revoke KEY at once. Its running requests may finish."""
-    api = find_gateway(gateway)
+    api, key = _find(gateway, words)
     return _changed(api.call("DELETE", f"/admin/keys/{_find_key_id(api, key)}"), as_json=json)
+
+
+def _find(gateway: GatewayFlags | None, words: tuple[str, ...]) -> tuple[AdminApi, str]:
+    """The gateway, and the word after the service's name."""
+    if len(words) > 2:
+        raise UsageError(f"Unexpected: {' '.join(words[2:])}.")
+    return find_gateway(gateway, words[0] if len(words) > 1 else None), words[-1]
 
 
 def _changed(key: dict[str, Any], *, as_json: bool) -> int:

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.gateway.admin_api import GatewayFlags, find_gateway
+from powerband.cli.service.names import Service
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.metrics.logging import one_line
@@ -22,6 +23,8 @@ _LATER_COLUMNS = ("estimated", "ttft_p50_s", "ttft_p95_s", "score", "scored")
 
 
 def usage(
+    service: Service = None,
+    /,
     *,
     by: Annotated[str, Parameter(help="Columns to group by, separated by commas: key, model, day")] = "key,model",
     since: Annotated[str, Parameter(help="Time span, such as 30m, 24h or 7d; above 7d in whole days")] = "24h",
@@ -37,7 +40,7 @@ def usage(
     import urllib.parse
 
     query = urllib.parse.urlencode({"by": by, "since": since})
-    found = find_gateway(gateway).call("GET", f"/admin/usage?{query}")
+    found = find_gateway(gateway, service).call("GET", f"/admin/usage?{query}")
     if json:
         print(json_format.dumps(found, indent=2))
     elif csv is not None:
@@ -51,13 +54,15 @@ def usage(
 
 
 def audit(
+    service: Service = None,
+    /,
     *,
     after: Annotated[int, Parameter(help="Show only entries after this number")] = 0,
     gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
     """Show the audit log of administrators' actions and verify its hash chain. Exits with 1 if it was tampered with."""
-    api = find_gateway(gateway)
+    api = find_gateway(gateway, service)
     answer = api.call("GET", f"/admin/audit?check=1&after={max(0, after)}&limit={_PAGE}")
     entries, page = list(answer["data"]), answer["data"]
     while len(page) == _PAGE:

@@ -16,7 +16,7 @@ from powerband.cli.progress import progress_bar
 from powerband.cli.settings import Resolved
 from powerband.cli.tables import print_table
 from powerband.errors import UsageError
-from powerband.spec.hardware.catalog import local_profile_path, write_profile
+from powerband.spec.hardware.catalog import check_profile_can_be_written, local_profile_path, write_profile
 from powerband.spec.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def calibrate(
     if not 1 <= seconds <= 3600:
         raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
     path = out or local_profile_path(_threads(settings.engine, from_log))
+    check_profile_can_be_written(path)
     found = _calibrated(settings, from_log, seconds, path)
     write_profile(found.profile, path)
     _print(found, path, time.perf_counter() - began_s, as_json=json)

@@ -88,6 +88,16 @@ class PlanOutputFlags:
     workers: Annotated[int | None, _flag(_OUTPUT, help="Processes; default: all cores")] = None
 
 
+# The flags' class, the flag, and its least value.
+_MINIMUMS = (
+    (RequirementFlags, "seed", 0),
+    (HardwareFlags, "max_devices", 1),
+    (HardwareFlags, "replicas", 1),
+    (HardwareFlags, "max_model_len", 1),
+    (HardwareFlags, "draft_tokens", 0),
+)
+
+
 def plan(
     model: Annotated[str, Parameter(help="Hugging Face id, folder, config.json, or 'demo'")],
     /,
@@ -104,8 +114,8 @@ def plan(
     Exits with 1 if no deployment meets the SLO within the budget.
     """
     need, offer, output = need or RequirementFlags(), offer or HardwareFlags(), output or PlanOutputFlags()
-    plan_request = plan_request_from(model, need, requests or MixOptions(), offer)
     _check_outputs(output)
+    plan_request = plan_request_from(model, need, requests or MixOptions(), offer)
     results = search_with_progress(plan_request, output.workers, quiet=output.json)
     return _print_results(results, plan_request, output)
 
@@ -117,38 +127,41 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
     slo = SLO.parse(need.slo)
     if not slo.limits:
         raise UsageError("The SLO limits nothing.", hint="Like: --slo ttft=1s@p95,tpot=60ms@p95.", param="slo")
-    if offer.max_devices < 1:
-        raise UsageError(f"max_devices is {offer.max_devices}; it must be at least 1.", param="max_devices")
-    if offer.replicas is not None and offer.replicas < 1:
-        raise UsageError(f"replicas is {offer.replicas}; it must be at least 1.", param="replicas")
+    for flags, name, low in _MINIMUMS:
+        value = getattr(need if flags is RequirementFlags else offer, name)
+        if value is not None and not value >= low:
+            raise UsageError(f"{name} is {value}; it must be at least {low}.", param=name)
     if (offer.acceptance is None) != (offer.draft_tokens == 0):
         raise UsageError("--draft-tokens and --acceptance go together.", param="acceptance")
+    engines, quantizations = parse_engines(offer.engine), parse_quantizations(offer.quantization)
+    budget = dollars_per_hour(need.budget) if need.budget is not None else None
+    acceptance = share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0
     changes = offer.set or []
-    profiles = measured_devices(offer.devices, offer.prices, changes, offer.replicas)
+    pinned = pinned_settings(changes)
     workload, rate = chosen_workload(requests, rate=need.rate)
     spec, stored = read_model(model)
-    pinned = pinned_settings(changes)
     asked_len = _context(offer.max_model_len or pinned.get("max_model_len"), spec.max_position)
     workload = fit_to_context(workload, need.seed, asked_len or spec.max_position, is_strict=requests.strict_lengths)
     return PlanRequest(
         model=model,
         spec=spec,
         stored=stored,
-        profiles=profiles,
-        engines=parse_engines(offer.engine),
+        engines=engines,
         workload=workload,
         rate=rate,
         slo=slo,
-        budget_usd_per_h=dollars_per_hour(need.budget) if need.budget is not None else None,
+        budget_usd_per_h=budget,
         max_devices=offer.max_devices,
         replicas=offer.replicas,
-        quantizations=parse_quantizations(offer.quantization),
+        quantizations=quantizations,
         max_model_len=asked_len or workload.max_model_len or spec.max_position,
         objective=need.objective,
         draft_tokens=offer.draft_tokens,
-        draft_acceptance=share(offer.acceptance, param="acceptance") if offer.acceptance is not None else 0.0,
+        draft_acceptance=acceptance,
         pinned=pinned,
         seed=need.seed,
+        # Last: a machine that has not been calibrated must not hide a typo.
+        profiles=measured_devices(offer.devices, offer.prices, changes, offer.replicas),
     )
 
 
@@ -205,7 +218,9 @@ def _print_paths(output: PlanOutputFlags) -> None:
 
 
 def _check_outputs(output: PlanOutputFlags) -> None:
-    """Before the search, not after it. Raises EnvironmentFault."""
+    """Before the search, not after it. Raises EnvironmentFault and UsageError."""
+    if output.workers is not None and output.workers < 1:
+        raise UsageError(f"workers is {output.workers}; it must be at least 1.", param="workers")
     for path in (output.out, output.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise EnvironmentFault(f"Cannot write {path}: there is no such folder.", param="out")

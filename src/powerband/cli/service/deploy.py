@@ -6,7 +6,6 @@ import contextlib
 import json as json_format
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +18,9 @@ from powerband.errors import EnvironmentFault, UsageError
 from powerband.renamed import warn_renamed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from powerband.bench.load import Live
     from powerband.fleet.deployment import Deployed, DeploymentOptions
     from powerband.fleet.service.spec import Policy
     from powerband.spec.plan import Plan
@@ -52,6 +54,9 @@ class ServiceFlags:
         Literal["open", "keys"] | None,
         _flag(_SERVICE, help="open: requests need no API key (default on loopback); keys: every request needs one"),
     ] = None
+    reset_replicas: Annotated[
+        bool, _flag(_SERVICE, help="Use the plan's number of replicas, also after 'powerband scale'")
+    ] = False
     threads: Annotated[int | None, _flag(_SERVICE, help="CPU threads of a replica; default: a fair part")] = None
     max_surge: Annotated[
         int | None, _flag(_SERVICE, help="Extra replicas during a rollout: 0 or 1; default: 1 if memory allows")
@@ -107,14 +112,15 @@ def deploy(
     service, proving = service or ServiceFlags(), proving or VerifyFlags()
     if plan is None:
         return _ensure_controllers()
-    _check_options(proving)
-    from powerband.cli.service.view import ServiceProgress
+    from powerband.cli.service.progress import ServiceProgress
     from powerband.fleet.deployment import deploy_plan
 
-    chosen = _resolve_plan(plan, need, requests, offer, quiet=proving.json)
+    chosen = _read_plan(plan, need, requests, offer)
+    # Before the search for a plan, which may take minutes.
+    options = _options(chosen.model if chosen is not None else plan, service, proving)
+    chosen = chosen or _find_plan(plan, need, requests, offer, quiet=proving.json)
     if chosen is None:
         return NO_PLAN
-    options = _options(chosen, service, proving)
     deployed = deploy_plan(chosen, options, ServiceProgress(quiet=proving.json))
     _print_result(deployed, as_json=proving.json)
     return SLO_BROKEN if deployed.is_broken and proving.strict else 0
@@ -127,7 +133,7 @@ def _check_options(proving: VerifyFlags) -> None:
             f"verify_seconds is {proving.verify_seconds:g}; it must be between 5 and 86400.", param="verify_seconds"
         )
     if proving.report is not None and not proving.report.absolute().parent.is_dir():
-        raise EnvironmentFault(f"Cannot write {proving.report}: its directory does not exist.", param="report")
+        raise EnvironmentFault(f"Cannot write {proving.report}: there is no such folder.", param="report")
 
 
 def _ensure_controllers() -> int:
@@ -147,21 +153,28 @@ def _ensure_controllers() -> int:
     return 0
 
 
-def _resolve_plan(
-    text: str, need: RequirementFlags | None, requests: MixOptions | None, offer: HardwareFlags | None, *, quiet: bool
+def _read_plan(
+    text: str, need: RequirementFlags | None, requests: MixOptions | None, offer: HardwareFlags | None
 ) -> Plan | None:
-    """None: no deployment meets the SLO, which was printed. Raises UsageError for options that a plan decides."""
+    """None: a model is given, not a plan. Raises UsageError for options that a plan decides."""
     from powerband.spec.plan import read_plan
 
     path = Path(text)
-    if path.suffix in (".yaml", ".yml"):
-        if any(flags is not None for flags in (need, requests, offer)):
-            raise UsageError(
-                f"{text} already contains the requirements and the hardware.",
-                hint="Leave out the options of 'powerband plan'.",
-                param="plan",
-            )
-        return read_plan(path)
+    if path.suffix not in (".yaml", ".yml"):
+        return None
+    if any(flags is not None for flags in (need, requests, offer)):
+        raise UsageError(
+            f"{text} already contains the requirements and the hardware.",
+            hint="Leave out the options of 'powerband plan'.",
+            param="plan",
+        )
+    return read_plan(path)
+
+
+def _find_plan(
+    model: str, need: RequirementFlags | None, requests: MixOptions | None, offer: HardwareFlags | None, *, quiet: bool
+) -> Plan | None:
+    """None: no deployment meets the SLO, which was printed."""
     from rich.console import Console
 
     from powerband.cli.plan.plan import plan_request_from, search_with_progress
@@ -169,7 +182,7 @@ def _resolve_plan(
     from powerband.planner.selection import plan_from
 
     plan_request = plan_request_from(
-        text, need or RequirementFlags(), requests or MixOptions(), offer or HardwareFlags()
+        model, need or RequirementFlags(), requests or MixOptions(), offer or HardwareFlags()
     )
     results = search_with_progress(plan_request, None, quiet=quiet)
     if results.recommended is None:
@@ -180,26 +193,41 @@ def _resolve_plan(
     return plan_from(plan_request, results.recommended)
 
 
-def _options(plan: Plan, flags: ServiceFlags, proving: VerifyFlags) -> DeploymentOptions:
+def _options(model: str, flags: ServiceFlags, proving: VerifyFlags) -> DeploymentOptions:
+    """Raises UsageError and EnvironmentFault for what cannot be asked."""
     import shlex
 
     from powerband.bench.report.live import LiveView
     from powerband.cli.service.gateway_flags import gateway_spec_from_flags
     from powerband.fleet.deployment import DeploymentOptions
+    from powerband.fleet.operations import service_name
+    from powerband.fleet.release import default_served_name
+    from powerband.fleet.service.store import ServiceStore
+
+    _check_options(proving)
+    if flags.threads is not None and flags.threads < 1:
+        raise UsageError(f"threads is {flags.threads}; it must be at least 1.", param="threads")
+    served_name = flags.served_model_name or default_served_name(model)
+    store = ServiceStore.named(flags.name or service_name(served_name))
+    current = store.read_spec()
+
+    def watch(plan: Plan) -> contextlib.AbstractContextManager[Callable[[Live], object] | None]:
+        return contextlib.nullcontext() if proving.json else LiveView(plan.slo, label=plan.workload.name)
 
     return DeploymentOptions(
-        gateway=partial(gateway_spec_from_flags, flags.host, flags.port, flags.auth, flags.gateway_args),
+        store=store,
+        gateway=gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, current),
         policy=_policy(flags),
-        name=flags.name or "",
-        served_name=flags.served_model_name,
+        served_name=served_name,
         engine_command=tuple(shlex.split(flags.engine_command)),
         engine_args=tuple(shlex.split(flags.engine_args)),
         threads=flags.threads,
+        reset_replicas=flags.reset_replicas,
         verify=proving.verify,
         verify_seconds=proving.verify_seconds,
         report=proving.report,
         strict=proving.strict,
-        watch=contextlib.nullcontext() if proving.json else LiveView(plan.slo, label=plan.workload.name),
+        watch=watch,
     )
 
 
@@ -230,20 +258,25 @@ def _policy(flags: ServiceFlags) -> Policy:
 def _print_result(deployed: Deployed, *, as_json: bool) -> None:
     store, verified = deployed.store, deployed.verification
     if as_json:
-        from powerband.cli.service.status import status_dict
+        from powerband.fleet.report.status_table import status_as_dict
 
         shown: dict[str, object] = {"service": store.name, "status": None}
         if store.exists():
-            shown = status_dict(store)
+            shown = status_as_dict(store)
         shown |= {"changed": deployed.changed, "verification": verified.as_dict() if verified is not None else None}
         print(json_format.dumps(shown, indent=1))
         return
     if verified is not None:
-        from powerband.cli.service.view import print_verification
+        from powerband.fleet.report.verification_table import verification_lines
 
-        print_verification(verified)
+        print("\n".join(verification_lines(verified)))
     if not store.exists():
         print(f"{store.name} was removed again.")
     else:
         print(f"{store.name} serves {deployed.status.gateway.url}/v1")
-        print("powerband status · powerband logs -f · powerband scale N · powerband remove", file=sys.stderr)
+        name = store.name
+        print(
+            f"It goes on running: powerband status {name} · powerband events {name} · powerband logs {name} -f"
+            f" · powerband scale {name} N · powerband remove {name}",
+            file=sys.stderr,
+        )

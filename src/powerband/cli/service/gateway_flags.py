@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Literal
 
-from powerband.errors import EnvironmentFault, UsageError
+from powerband.errors import UsageError
 from powerband.fleet.service.spec import GatewaySpec, ServiceSpec
 from powerband.renamed import new_names, rename_options
 
@@ -18,7 +18,7 @@ def gateway_spec_from_flags(
 ) -> GatewaySpec:
     """The given port, else that of the current service, else a free one. Raises UsageError and EnvironmentFault."""
     from powerband.web.access import is_loopback
-    from powerband.web.listening import free_port, is_port_free
+    from powerband.web.listening import check_port, free_port, is_port_free
 
     is_open = is_loopback(host)
     auth = auth or ("open" if is_open else "keys")
@@ -39,10 +39,8 @@ def gateway_spec_from_flags(
         return GatewaySpec(host=host, port=current.gateway.port, auth=auth, arguments=arguments)
     if port is None:
         port = DEFAULT_PORT if is_port_free(host, DEFAULT_PORT) else free_port(host)
-    elif not is_port_free(host, port):
-        raise EnvironmentFault(
-            f"Port {port} on {host} is already in use.", hint="Choose another one with --port.", param="port"
-        )
+    else:
+        check_port(host, port)
     return GatewaySpec(host=host, port=port, auth=auth, arguments=arguments)
 
 

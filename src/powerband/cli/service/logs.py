@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from powerband.cli.service.remove import Name
+from powerband.cli.service.names import OldName
 from powerband.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,20 +19,30 @@ _EVERY_S = 0.3
 
 
 def logs(
-    process: Annotated[str | None, Parameter(help="Replica, 'gateway' or 'controller'; default: all")] = None,
+    words: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="[SERVICE] [PROCESS]",
+            help="PROCESS: a replica, 'gateway' or 'controller'; default: all",
+            negative="",
+            show_default=False,
+        ),
+    ] = (),
     /,
     *,
-    name: Name = None,
+    name: OldName = None,
     follow: Annotated[
         bool, Parameter(name=("--follow", "-f"), help="Keep printing new lines, until Ctrl-C", negative="")
     ] = False,
     lines: Annotated[int, Parameter(name=("--lines", "-n"), help="Number of lines from the end of each log")] = 20,
 ) -> int:
     """Print the end of logs, including those of removed replicas."""
-    from powerband.fleet.service.store import find_service
+    from powerband.fleet.service.store import services, split_operands
     from powerband.fleet.targets.local import last_lines
 
-    folder = find_service(name)
+    has_service = len(words) > 1 or any(store.name in words for store in services())
+    folder, rest = split_operands(words, name, 0 if has_service and len(words) == 1 else 1)
+    process = rest[0] if rest else None
     if not 0 <= lines <= 1_000_000:
         raise UsageError(f"lines is {lines}; it must be between 0 and 1000000.", param="lines")
     files = _files(folder, process)

@@ -1,4 +1,4 @@
-"""`powerband remove`: stop and remove a service."""
+"""`powerband remove`: stop and remove services."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-NAME_HELP = "Service; default: the only one"
-Name = Annotated[str | None, Parameter(help=NAME_HELP)]
+from powerband.cli.service.names import SERVICE_HELP, OldName
 
 
 def remove(
-    name: Annotated[str | None, Parameter(help=NAME_HELP)] = None,
+    services: Annotated[
+        tuple[str, ...], Parameter(name="[SERVICE…]", help=SERVICE_HELP, negative="", show_default=False)
+    ] = (),
     /,
     *,
+    name: OldName = None,
     purge: Annotated[bool, Parameter(help="Also delete keys, usage and audit log", negative="")] = False,
 ) -> int:
-    """Stop and remove a service. Running requests may finish, then the gateway and all replicas stop.
+    """Stop and remove services. Running requests may finish, then the gateway and all replicas stop.
 
-    Its keys, usage and audit log are kept for the next service of that name, unless --purge is given.
+    Keys, usage and audit log are kept for the next service of that name, unless --purge is given.
     """
-    from powerband.cli.service.view import ServiceProgress
+    from powerband.cli.service.progress import ServiceProgress
     from powerband.fleet import operations
     from powerband.fleet.service.store import find_service
 
-    folder = find_service(name)
-    operations.record_action(folder, "remove", {"purge": purge})
-    operations.remove(folder, ServiceProgress(), purge=purge)
-    kept = "" if purge else f" Its keys and usage are kept in {folder.database}."
-    print(f"{folder.name} was removed.{kept}")
+    for store in [find_service(one, name) for one in services or (None,)]:
+        operations.record_action(store, "remove", {"purge": purge})
+        operations.remove(store, ServiceProgress(), purge=purge)
+        kept = "" if purge else f" Its keys and usage are kept in {store.database}."
+        print(f"{store.name} was removed.{kept}")
     return 0

@@ -1,74 +1,53 @@
-"""`powerband status`: replicas, load and SLO attainment of a service."""
+"""`powerband status`: replicas, load, SLO attainment and last events of a service."""
 
 from __future__ import annotations
 
 import json as json_format
-import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from powerband.cli.flags import Json
-from powerband.cli.service.remove import NAME_HELP
-from powerband.errors import UsageError
+from powerband.cli.service.names import SERVICE_HELP, OldName
+from powerband.cli.watching import Watch, show
 
-if TYPE_CHECKING:
-    from powerband.fleet.service.store import ServiceStore
-
-_EVERY_S = 1.0
-_CLEAR = "\x1b[H\x1b[J"
+NOT_SERVING = 3
 
 
 def status(
-    name: Annotated[str | None, Parameter(help=f"{NAME_HELP}, or all")] = None,
+    service: Annotated[str | None, Parameter(help=f"{SERVICE_HELP}, or all")] = None,
     /,
     *,
-    watch: Annotated[bool, Parameter(help="Refresh every second, until Ctrl-C", negative="")] = False,
+    name: OldName = None,
+    watch: Watch = False,
     json: Json = False,
 ) -> int:
-    """Show the replicas, load and SLO attainment of a service."""
+    """Show the replicas, load, SLO attainment and last events of a service.
+
+    Exits with 0 if the service can answer requests: its gateway and a replica are ready. Exits with 3 if not, or if
+    there is no service.
+    """
     from powerband.fleet.control.controller_process import ensure_controller
-    from powerband.fleet.service.store import find_service, services
+    from powerband.fleet.report.status_table import is_serving, status_as_dict, status_lines
+    from powerband.fleet.service.store import NO_SERVICE_HINT, find_service, services
 
-    folders = [find_service(name)] if name is not None else services()
-    if not folders:
-        raise UsageError("No service is deployed.", hint="'powerband deploy' starts one.", param="name")
-    if not watch:
-        _show(folders, as_json=json)
-        return 0
-    while True:
-        for folder in folders:
-            ensure_controller(folder)
-        if not json:
-            print(_CLEAR, end="")
-        _show(folders, as_json=json)
-        time.sleep(_EVERY_S)
+    asked = service if service is not None else name
+    known = services()
+    if not known or asked not in (None, *(store.name for store in known)):
+        deployed = f"Deployed: {', '.join(store.name for store in known)}." if known else NO_SERVICE_HINT
+        missing = "No service is deployed." if asked is None else f"There is no service {asked!r}."
+        print("null" if json else f"{missing} {deployed}")
+        return NOT_SERVING
+    stores = known if asked is None else [find_service(service, name)]
 
+    def text() -> str:
+        if watch:
+            for store in stores:
+                ensure_controller(store)
+        if json:
+            return "\n".join(json_format.dumps(status_as_dict(store)) for store in stores)
+        shown = [status_lines(store, desired) for store in stores if (desired := store.read_spec()) is not None]
+        return "\n\n".join("\n".join(lines) for lines in shown)
 
-def _show(folders: list[ServiceStore], *, as_json: bool) -> None:
-    from powerband.cli.service.view import print_status
-
-    for number, folder in enumerate(folders):
-        desired = folder.read_spec()
-        if desired is None:
-            continue
-        if as_json:
-            print(json_format.dumps(status_dict(folder)), flush=True)
-            continue
-        if number:
-            print()
-        print_status(folder, desired, folder.read_status())
-
-
-def status_dict(folder: ServiceStore) -> dict[str, object]:
-    """What --json prints: status.json, with what is desired beside it."""
-    import msgspec
-
-    desired, found = folder.read_spec(), folder.read_status()
-    return {
-        "service": folder.name,
-        "controller_alive": folder.controller_alive(),
-        "desired": msgspec.to_builtins(desired),
-        "status": msgspec.to_builtins(found),
-        "attainment": found.load.attainment if found is not None else None,
-    }
+    show(text, watch=watch, clears=not json)
+    return 0 if all(map(is_serving, stores)) else NOT_SERVING

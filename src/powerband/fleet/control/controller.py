@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from powerband.errors import PowerbandError
+from powerband.fleet.control.change_events import record_change
 from powerband.fleet.control.crash_backoff import CrashBackoff
 from powerband.fleet.control.gateway_client import GatewayClient
 from powerband.fleet.control.instance_specs import (
@@ -36,6 +37,7 @@ from powerband.fleet.control.remediation import Remediator
 from powerband.fleet.control.rollout import Actions, DesiredReplicas, next_actions
 from powerband.fleet.control.slo_counter import SLOCounter
 from powerband.fleet.control.status import replica_status, service_phase
+from powerband.fleet.monitor.events import Events
 from powerband.fleet.monitor.incidents import Incidents
 from powerband.fleet.service.spec import Release, ServiceSpec
 from powerband.fleet.service.status import FailedRollout, GatewayStatus, ServiceStatus
@@ -69,16 +71,20 @@ class Controller:
     gateway: GatewayClient
     clock: Callable[[], float] = time.monotonic
     incidents: Incidents | None = None  # None: kept in memory only
+    events: Events = field(default_factory=Events)
     slo_counter: SLOCounter = field(default_factory=SLOCounter)
     webhook: str = ""  # as the spec had it at the last tick
     _instances: dict[str, InstanceState] = field(default_factory=dict)
     _backoff: CrashBackoff = field(default_factory=CrashBackoff)
-    _generation: int = 0  # of the spec at the last tick
+    _generation: int = 0  # of the spec at the last tick, also of the controller before
+    _spec: ServiceSpec | None = None  # at the last tick
     _last_ready_generation: int = 0
     _failed: FailedRollout | None = None
     _open_places: list[int] = field(default_factory=list)  # restart counts for the replicas to start as replacements
     _gateway_restarts: int = 0
     _notes: list[str] = field(default_factory=list)  # of this tick
+    _failed_starts: set[str] = field(default_factory=set)  # reasons that have been events since the last change
+    _crashes: list[str] = field(default_factory=list)  # since the last observation by the monitor, one sentence each
     _remediator: Remediator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,8 +93,10 @@ class Controller:
     def recover(self) -> None:
         """Continue where another controller stopped. Instances that were ready count as ready."""
         status = self.store.read_status()
+        self.events.record("ControllerStarted", "controller", f"pid {os.getpid()}")
         if status is None:
             return
+        self._generation = status.generation
         self._last_ready_generation, self._failed = status.last_ready_generation, status.failed_rollout
         self._gateway_restarts = status.gateway.restarts
         self.slo_counter.resume(status.load)
@@ -106,6 +114,8 @@ class Controller:
         for exited in self.target.take_exited():
             if exited.exit_expected:
                 continue
+            known = replicas.get(exited.id, status.gateway)
+            self._record_crash(exited, was_ready=known.ready_at is not None)
             if exited.id in replicas:
                 self._open_places.append(replicas[exited.id].restarts + 1)
             elif exited.id.startswith("gateway-"):
@@ -128,8 +138,11 @@ class Controller:
         """Update which instances run, exited, became ready or hang."""
         self._notes = []
         if spec.generation != self._generation:
+            record_change(self.events, self._spec, spec)
             self._generation = spec.generation
             self._backoff.reset()
+            self._failed_starts.clear()
+        self._spec = spec
         self.webhook = spec.policy.webhook
         self.prober.api_key = replica_key(spec.release.api_key_file)
         instances = self.target.list_instances()
@@ -140,19 +153,33 @@ class Controller:
             state = self._instances.setdefault(instance.id, InstanceState(instance=instance, first_seen_s=now_s))
             state.is_cordoned = instance.id in spec.drained
             state.is_idle = self._is_idle(instance.id)
+            was_healthy = state.is_healthy
             if state.observe(instance, self.prober.result(instance.id), spec.policy, now_s):
                 self._backoff.record_ready(instance.revision)
+                self.events.record("Ready", instance.id, f"after {now_s - state.first_seen_s:.1f} s")
+            if was_healthy and not state.is_healthy and not instance.stopping:
+                self.events.record("Unhealthy", instance.id, state.probe.note or "no response to its probes")
 
     def _record_exit(self, exited: ExitedInstance, now_s: float) -> None:
         state = self._instances.pop(exited.id, None)
         if state is None or state.exit_expected:
+            if state is not None:
+                self.events.record_exit(exited, was_ready=state.ready_s is not None, was_asked=True)
             return
+        if not exited.exit_expected:  # one that hung was killed, which is an event of its own
+            self._record_crash(exited, was_ready=state.ready_s is not None)
         ready_for_s = None if state.ready_s is None else now_s - state.ready_s
-        self._backoff.record_crash(state.revision, exited, now_s, ready_for_s=ready_for_s)
+        delay_s = self._backoff.record_crash(state.revision, exited, now_s, ready_for_s=ready_for_s)
+        if delay_s:
+            self.events.record("BackOff", state.instance.role, f"the next start waits {delay_s:g} s")
         if state.instance.role == "gateway":
             self._gateway_restarts += 1
         else:
             self._open_place(state)
+
+    def _record_crash(self, exited: ExitedInstance, *, was_ready: bool) -> None:
+        event = self.events.record_exit(exited, was_ready=was_ready)
+        self._crashes.append(f"{exited.id} crashed: {event.message}")
 
     def _open_place(self, state: InstanceState) -> None:
         """Let the next replica that starts count as its replacement."""
@@ -218,6 +245,7 @@ class Controller:
                     log=exited.log,
                     exit_code=exited.exit_code,
                 )
+                self.events.record("FailedRollout", spec.name, f"generation {spec.generation}: {self._failed.reason}")
                 return
 
     def _has_failed(self, spec: ServiceSpec) -> bool:
@@ -259,11 +287,13 @@ class Controller:
             if state.id in actions.kill:
                 if not state.exit_expected:
                     self._open_place(state)
+                self._record_killing(state)
                 self.target.stop(state.id, 0.0)
             elif state.id in actions.stop:
                 state.exit_expected = True
                 self.target.stop(state.id, REPLICA_GRACE_S)
         for id in decision.kill_gateways:
+            self._record_killing(self._instances[id])
             self.target.stop(id, 0.0)
         for id in decision.stop_gateways:
             self._instances[id].exit_expected = True
@@ -277,16 +307,21 @@ class Controller:
         replicas = [one for one in self._replicas() if not one.stopping]
         self.gateway.desired_routes = build_routes(release, replicas, actions.drain)
 
+    def _record_killing(self, state: InstanceState) -> None:
+        if not state.is_killed:
+            state.is_killed = True
+            self.events.record("Killing", state.id, state.hang_reason)
+
     def _start_replica(self, spec: ServiceSpec, release: Release, pool: int, now_s: float) -> None:
         devices = self._free_devices(release, pool)
         if devices is None:
-            self._notes.append("No free devices for one more replica.")
+            self._note_failed_start(spec, "No free devices for one more replica.")
             return
         try:
             id = f"r{self.store.next_number()}"
             instance = self.target.start(replica_spec(release, pool, id, devices))
         except PowerbandError as error:
-            self._notes.append(str(error))
+            self._note_failed_start(spec, str(error))
             if spec.generation > self._last_ready_generation:
                 self._failed = FailedRollout(generation=spec.generation, reason=str(error))
             return
@@ -298,20 +333,29 @@ class Controller:
         try:
             instance = self.target.start(gateway_spec(spec.gateway, self.store, id))
         except PowerbandError as error:
-            self._notes.append(str(error))
+            self._note_failed_start(spec, str(error))
             return
         self._instances[id] = InstanceState(instance=instance, first_seen_s=now_s)
         self.gateway.connect_to(instance.url)
+
+    def _note_failed_start(self, spec: ServiceSpec, reason: str) -> None:
+        """Every tick tries again; it is an event once."""
+        self._notes.append(reason)
+        if reason not in self._failed_starts:
+            self._failed_starts.add(reason)
+            self.events.record("FailedStart", spec.name, reason)
 
     # ---- report
 
     def _report(self, spec: ServiceSpec, decision: Decision, now_s: float) -> ServiceStatus:
         completed = self.gateway.take_completed()
         self.slo_counter.count(completed, spec.release.slo)
+        crashes, self._crashes = self._crashes, []
         if decision.release is not None:
             self._remediator.run(
                 decision.release,
                 completed,
+                crashes,
                 self.gateway.snapshot,
                 self._instances,
                 allowed=spec.policy.auto_remediate and spec.generation <= self._last_ready_generation,

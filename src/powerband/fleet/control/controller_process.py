@@ -21,6 +21,7 @@ from powerband.errors import EnvironmentFault
 from powerband.fleet.control.controller import Controller
 from powerband.fleet.control.gateway_client import GatewayClient
 from powerband.fleet.control.probes import HealthProber
+from powerband.fleet.monitor.events import Events
 from powerband.fleet.monitor.incidents import Incidents
 from powerband.fleet.monitor.webhook import WebhookNotifier
 from powerband.fleet.service.store import ServiceStore, lock
@@ -109,7 +110,8 @@ async def _run(store: ServiceStore, send_heartbeat: Callable[[], None]) -> int:
     prober, gateway = HealthProber(), GatewayClient(_admin_key(store))
     notifier = WebhookNotifier(store.name)
     incidents = Incidents(store.incidents, notifier.notify)
-    controller = Controller(store, LocalTarget(store.path), prober, gateway, incidents=incidents)
+    events = Events(store.events)
+    controller = Controller(store, LocalTarget(store.path), prober, gateway, incidents=incidents, events=events)
     controller.recover()
     polling = asyncio.create_task(gateway.poll_forever(), name="gateway")
     logger.info("The controller of %s is running.", store.name)

@@ -35,8 +35,10 @@ class CrashBackoff:
 
     _histories: dict[str, _CrashHistory] = field(default_factory=dict)
 
-    def record_crash(self, revision: str, exited: ExitedInstance, now_s: float, *, ready_for_s: float | None) -> None:
-        """ready_for_s: how long the instance had been ready; None: it never was."""
+    def record_crash(self, revision: str, exited: ExitedInstance, now_s: float, *, ready_for_s: float | None) -> float:
+        """Returns for how many seconds no other is started. ready_for_s: how long the instance had been ready; None: it
+        never was.
+        """
         history = self._histories.setdefault(revision, _CrashHistory())
         if ready_for_s is not None and ready_for_s >= STABLE_AFTER_S:
             history.crashes = 0
@@ -47,7 +49,9 @@ class CrashBackoff:
             history.is_permanent = exited.exit_code in PERMANENT_EXIT_CODES
         max_s = MAX_BACKOFF_S if ready_for_s is None else MAX_BACKOFF_AFTER_READY_S
         doublings = min(history.crashes - 2, 16)
-        history.next_start_s = now_s + (0.0 if doublings < 0 else min(INITIAL_BACKOFF_S * 2**doublings, max_s))
+        delay_s = 0.0 if doublings < 0 else min(INITIAL_BACKOFF_S * 2**doublings, max_s)
+        history.next_start_s = now_s + delay_s
+        return delay_s
 
     def record_ready(self, revision: str) -> None:
         if revision in self._histories:
@@ -75,8 +79,6 @@ class CrashBackoff:
         found = []
         for revision, history in self._histories.items():
             if history.crashes > 1 and history.last is not None:
-                last_line = history.last.log.strip().rpartition("\n")[2]
-                found.append(
-                    f"{revision} crashed {history.crashes} times in a row, last {history.last.id}: {last_line[:200]}"
-                )
+                last = history.last
+                found.append(f"{revision} crashed {history.crashes} times in a row, last {last.id}: {last.error_line}")
         return found

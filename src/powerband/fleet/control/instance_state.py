@@ -30,12 +30,13 @@ class InstanceState:
     probe: ProbeResult = field(default_factory=ProbeResult)
     ready_s: float | None = None  # when it became ready
     is_healthy: bool = False  # it is ready, by a recent probe
-    is_hung: bool = False  # it must be killed
+    hang_reason: str = ""  # why it must be killed; '': it need not
     is_cordoned: bool = False  # a user drained it
     is_idle: bool = False  # it has no requests left
 
     # decided
     draining_s: float | None = None  # when its drain began
+    is_killed: bool = False  # because it hangs
     exit_expected: bool = False  # it was asked to stop: its exit is not a crash
     pending_replacement: bool = False  # drain it once another replica can take over
     is_replaced: bool = False  # the next replica that starts is its replacement
@@ -65,6 +66,10 @@ class InstanceState:
         return "starting" if self.ready_s is None else "ready"
 
     @property
+    def is_hung(self) -> bool:
+        return self.hang_reason != ""
+
+    @property
     def is_serving(self) -> bool:
         return self.phase == "ready" and self.is_healthy and not self.is_cordoned and not self.is_hung
 
@@ -84,11 +89,11 @@ class InstanceState:
             self.ready_s = now_s
         since_ready_s = now_s - max(probe.ready_s or 0.0, self.first_seen_s)
         self.is_healthy = self.ready_s is not None and since_ready_s < _HEALTHY_FOR_S
-        self.is_hung = self._looks_hung(policy, now_s)
+        self.hang_reason = self._why_hung(policy, now_s)
         return became_ready
 
-    def _looks_hung(self, policy: Policy, now_s: float) -> bool:
-        """Whether it has not responded, has not been ready, or has been starting for too long.
+    def _why_hung(self, policy: Policy, now_s: float) -> str:
+        """It has not responded, has not been ready, or has been starting for too long; '': none of these.
 
         An instance that accepts connections but never responds is hung in any phase, even if this controller has never
         seen it healthy. One that refuses connections may still be starting, or already be stopping.
@@ -96,13 +101,16 @@ class InstanceState:
         probe = self.probe
         is_silent = now_s - max(probe.response_s or 0.0, self.first_seen_s) > policy.hang_timeout_s
         if probe.timeouts >= MAX_MISSED_PROBES and is_silent:
-            return True
+            return f"it hangs: no response to its probes for {policy.hang_timeout_s:g} s"
         if self.phase == "stopping":
-            return False
+            return ""
         if self.phase == "starting":
             is_gateway = self.instance.role == "gateway"
             timeout_s = GATEWAY_START_TIMEOUT_S if is_gateway else policy.start_timeout_s
-            return now_s - self.first_seen_s > timeout_s
+            return f"not ready within {timeout_s:g} s" if now_s - self.first_seen_s > timeout_s else ""
         if probe.failures:
-            return probe.failures >= MAX_MISSED_PROBES and is_silent
-        return now_s - max(probe.ready_s or 0.0, self.first_seen_s) > policy.unready_timeout_s
+            is_gone = probe.failures >= MAX_MISSED_PROBES and is_silent
+            return f"no connection for {policy.hang_timeout_s:g} s: {probe.note}" if is_gone else ""
+        if now_s - max(probe.ready_s or 0.0, self.first_seen_s) <= policy.unready_timeout_s:
+            return ""
+        return f"not ready for {policy.unready_timeout_s:g} s: {probe.note}"

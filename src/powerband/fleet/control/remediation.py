@@ -37,11 +37,13 @@ class Remediator:
         self._release: Release | None = None
         self._observed_s = -INTERVAL_S
         self._completed: list[CompletedRequest] = []
+        self._crashes: list[str] = []
 
     def run(
         self,
         release: Release,
         completed: Sequence[CompletedRequest],
+        crashes: Sequence[str],
         snapshot: GatewaySnapshot | None,
         instances: Mapping[str, InstanceState],
         *,
@@ -49,10 +51,12 @@ class Remediator:
         has_room: Callable[[Release], bool],
         now_s: float,
     ) -> None:
-        """allowed: execute the actions, instead of only suggesting them. has_room: whether one more replica fits.
+        """crashes: since the last call, a sentence each. allowed: execute the actions, instead of only suggesting them.
+        has_room: whether one more replica fits.
         now_s: time.monotonic().
         """
         self._completed += completed
+        self._crashes += crashes
         if now_s - self._observed_s < INTERVAL_S:
             return
         self._observed_s = now_s
@@ -62,11 +66,12 @@ class Remediator:
             now_s=time.time(),
             clock_s=now_s,
             completed=tuple(self._completed),
+            crashes=tuple(self._crashes),
             pools=snapshot.pools if snapshot is not None and is_recent else None,
             metrics={id: state.probe.metrics for id, state in instances.items() if state.probe.metrics},
             host=read_host_load(),
         )
-        self._completed = []
+        self._completed, self._crashes = [], []
         for action in monitor.observe(observation):
             if allowed and action.kind != "replan":
                 self._execute(action, snapshot, instances, has_room)

@@ -61,6 +61,18 @@ def check_service(state: MonitorState, of_replicas: Sequence[Finding]) -> Iterat
         )
 
 
+def check_crashes(crashes: Sequence[str]) -> Iterator[Finding]:
+    """crashes: since the last check, a sentence each. Crashes that follow each other are one incident."""
+    if crashes:
+        yield Finding(
+            kind="replica",
+            subject=SERVICE,
+            cause="down",
+            what=f"{'; '.join(crashes).rstrip('.')}.",
+            advice="The controller starts another one. 'powerband events' lists crashes, 'powerband logs' shows why.",
+        )
+
+
 # ---- checks of each replica
 
 

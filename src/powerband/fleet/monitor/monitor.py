@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from powerband.fleet.monitor.checks import check_replicas, check_service
+from powerband.fleet.monitor.checks import check_crashes, check_replicas, check_service
 from powerband.fleet.monitor.incidents import ActionKind, Incident, Incidents
 from powerband.fleet.monitor.slo_burn import WINDOWS_S
 from powerband.fleet.monitor.state import RECENT_S, MonitorState, Observation, SLOTarget
@@ -46,7 +46,8 @@ class Monitor:
         state = self._state
         state.observe(observation)
         of_replicas = check_replicas(state)
-        self.incidents.update(observation.now_s, [*of_replicas, *check_service(state, of_replicas)])
+        findings = [*of_replicas, *check_service(state, of_replicas), *check_crashes(observation.crashes)]
+        self.incidents.update(observation.now_s, findings)
         if not self.incidents.open:
             state.update_baseline(observation.clock_s - self._observed_s if self._observed_s is not None else 1.0)
         self._observed_s = observation.clock_s

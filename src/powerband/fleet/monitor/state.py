@@ -58,6 +58,7 @@ class Observation:
     now_s: float  # time.time()
     clock_s: float  # time.monotonic(), which the windows use
     completed: tuple[CompletedRequest, ...] = ()  # requests, since the last observation
+    crashes: tuple[str, ...] = ()  # of replicas and the gateway, since the last observation, a sentence each
     pools: tuple[PoolSnapshot, ...] | None = ()  # None: the gateway does not respond
     metrics: Mapping[str, str] = field(default_factory=dict)  # /metrics of the replicas that responded, by id
     host: HostLoad | None = None

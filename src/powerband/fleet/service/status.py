@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
-ServicePhase = Literal["starting", "ready", "degraded", "rolling", "failed", "removing", "removed"]
-ReplicaPhase = Literal["starting", "ready", "unready", "draining", "drained", "stopping"]
+# 'down' and 'exited' are what commands show where no controller is alive; the file does not hold them.
+ServicePhase = Literal["starting", "ready", "degraded", "rolling", "failed", "removing", "removed", "down"]
+ReplicaPhase = Literal["starting", "ready", "unready", "draining", "drained", "stopping", "exited"]
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ desired.json     the desired state       written under desired.lock, by commands
 status.json      the observed state      written by the controller
 controller.lock  held by the running controller; its modification time is the last heartbeat
 members/         the instances that the local target started (fleet.targets.local)
+events.json      what happened            written by the controller, as is incidents.json
 admin.key        the gateway's first admin key, readable by this user only
 gateway.db       the gateway's keys, usage and audit log
 logs/            of the gateway, the controller and every replica
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -38,6 +39,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 HEARTBEAT_TIMEOUT_S = 5.0  # without a heartbeat for so long, a controller counts as hung; it sends several a second
 _LOCK_POLL_S = 0.02
 _LOCK_TIMEOUT_S = 20.0  # for another command to finish its change
+NO_SERVICE_HINT = "'powerband deploy PLAN' starts one."
 _DAMAGED = "Remove the service with 'powerband remove', or delete the file."
 
 
@@ -77,6 +79,10 @@ class ServiceStore:
     @property
     def incidents(self) -> Path:
         return self.path / "incidents.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.json"
 
     def create(self) -> None:
         """Make the folder. Raises EnvironmentFault."""
@@ -172,7 +178,7 @@ class ServiceStore:
             return
         for name in ("members", "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("desired.json", "status.json", "routes.json"):
+        for name in ("desired.json", "status.json", "routes.json", "events.json", "incidents.json"):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -183,16 +189,26 @@ def services() -> list[ServiceStore]:
     return sorted((folder for folder in found if folder.exists()), key=lambda folder: folder.name)
 
 
-def find_service(name: str | None) -> ServiceStore:
-    """The service with this name; without a name, the only one. Raises UsageError that lists the services."""
+def find_service(name: str | None, old_flag: str | None = None) -> ServiceStore:
+    """The service with this name; without a name, the only one. Raises UsageError that lists the services.
+
+    old_flag: the name from --name or --service, which commands had before they took it as an argument.
+    """
+    if name is not None and old_flag is not None and name != old_flag:
+        raise UsageError(f"Two services are named: {name} and {old_flag}.", hint="Name one.", param="name")
+    name = name if name is not None else old_flag
     known = services()
     names = ", ".join(folder.name for folder in known)
     if name is None:
         if len(known) == 1:
             return known[0]
         if not known:
-            raise UsageError("No service is deployed.", hint="'powerband deploy' starts one.", param="name")
-        raise UsageError(f"There are several services: {names}.", hint="Name one with --name.", param="name")
+            raise UsageError("No service is deployed.", hint=NO_SERVICE_HINT, param="name")
+        raise UsageError(
+            f"There are several services: {names}.",
+            hint=f"Name one right after the command, as in 'powerband status {known[0].name}'.",
+            param="name",
+        )
     folder = ServiceStore.named(name)
     if not folder.exists():
         hint = f"Deployed: {names}." if names else "No service is deployed."
@@ -200,9 +216,20 @@ def find_service(name: str | None) -> ServiceStore:
     return folder
 
 
-def endpoint(name: str | None) -> tuple[str, str]:
+def split_operands(words: Sequence[str], old_flag: str | None, operands: int) -> tuple[ServiceStore, Sequence[str]]:
+    """'[SERVICE] OPERAND…' of a command line: the service, and the other words.
+
+    operands: how many words follow the service's name. Raises UsageError as find_service, and for more words.
+    """
+    name, rest = (words[0], words[1:]) if len(words) > operands else (None, words)
+    if len(rest) > operands:
+        raise UsageError(f"Unexpected: {' '.join(rest[operands:])}.")
+    return find_service(name, old_flag), rest
+
+
+def endpoint(name: str | None, old_flag: str | None = None) -> tuple[str, str]:
     """URL of a service's gateway, and its admin key. Raises as find_service, and EnvironmentFault before its start."""
-    folder = find_service(name)
+    folder = find_service(name, old_flag)
     status = folder.read_status()
     if status is None or not folder.admin_key.exists():
         raise EnvironmentFault(f"The gateway of {folder.name} has not started yet.", param="name")

@@ -47,12 +47,24 @@ class Instance:
     devices: tuple[int, ...] = ()
 
 
+_MAX_ERROR_LINE = 300  # characters
+
+
 @dataclass(frozen=True, slots=True)
 class ExitedInstance:
     id: str
-    exit_code: int | None  # None: not known
+    exit_code: int | None  # negative: of the signal that ended it; None: not known
     log: str  # the last lines of its log
     exit_expected: bool = False  # it was asked to stop
+    oom_killed: bool = False  # the kernel killed it, or another process at the same time, because memory ran out
+    after_reboot: bool = False  # it ended with the machine
+
+    @property
+    def error_line(self) -> str:
+        """Its last error, else the last line of its log: Powerband's own errors end with a hint."""
+        lines = [line for line in self.log.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return (errors or lines or [""])[-1].strip()[:_MAX_ERROR_LINE]
 
 
 class Target(Protocol):

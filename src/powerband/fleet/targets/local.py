@@ -28,10 +28,12 @@ from powerband.fleet.targets.processes import (
     ProcessId,
     identify,
     is_alive,
+    oom_kills,
     resident_bytes,
     session_leader_with,
     session_processes,
     signal_session,
+    was_rebooted_since,
 )
 from powerband.spec.hardware.device import usable_memory
 from powerband.web.listening import free_port
@@ -81,6 +83,7 @@ class LocalTarget:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._unwritten: dict[str, _Record] = {}  # newer than their files, because writing failed
         self._exited: list[ExitedInstance] = []
+        self._oom_kills = oom_kills()  # when the instances were listed last
 
     def start(self, spec: InstanceSpec) -> Instance:
         port = spec.port if spec.port is not None else self._free_port(spec.host)
@@ -127,6 +130,7 @@ class LocalTarget:
             if record.stop_by is not None and time.time() >= record.stop_by:
                 signal_session(record.process.pid, self._tag(record.id), signal.SIGKILL)
             found.append(_instance(record))
+        self._oom_kills = oom_kills()
         return found
 
     def take_exited(self) -> Sequence[ExitedInstance]:
@@ -152,11 +156,7 @@ class LocalTarget:
         return path if path.exists() else None
 
     def devices_in_use(self) -> frozenset[int]:
-        services = self._records.parent.parent
-        others = (path for path in services.glob(f"*/{_RECORDS}/*.json") if path.parent != self._records)
-        records = (record for path in others if (record := _read_record(path)) is not None)
-        alive = (one for one in records if one.process is not None and is_alive(one.process))
-        return frozenset(device for record in alive for device in record.devices)
+        return devices_of_other_services(self._records.parent)
 
     def has_room_for_replica(self) -> bool:
         sizes = [
@@ -204,8 +204,15 @@ class LocalTarget:
             with suppress(subprocess.TimeoutExpired):
                 exit_code = child.wait(1.0)
         self._delete(record.id)
-        log = last_lines(self._logs / f"{record.id}.log")
-        self._exited.append(ExitedInstance(record.id, exit_code, log, exit_expected=record.stop_by is not None))
+        exited = ExitedInstance(
+            record.id,
+            exit_code,
+            last_lines(self._logs / f"{record.id}.log"),
+            exit_expected=record.stop_by is not None,
+            oom_killed=exit_code in (None, -signal.SIGKILL) and oom_kills() > self._oom_kills,
+            after_reboot=record.process is not None and was_rebooted_since(record.process),
+        )
+        self._exited.append(exited)
 
     def _free_port(self, host: str) -> int:
         """A free port that no recorded instance uses: one that is just starting may not listen yet."""
@@ -275,6 +282,21 @@ class LocalTarget:
         for path in logs[:-MAX_KEPT_LOGS]:
             if not self._path(path.stem).exists():
                 path.unlink(missing_ok=True)
+
+
+def devices_of_other_services(service: Path) -> frozenset[int]:
+    """Accelerators that instances of other services use. service: the folder of this one, which need not exist yet."""
+    others = (path for path in service.parent.glob(f"*/{_RECORDS}/*.json") if path.parent.parent != service)
+    records = (record for path in others if (record := _read_record(path)) is not None)
+    alive = (one for one in records if one.process is not None and is_alive(one.process))
+    return frozenset(device for record in alive for device in record.devices)
+
+
+def running_instances(service: Path) -> frozenset[str]:
+    """Ids of the instances whose processes run, of a service whose controller may be gone. Changes nothing."""
+    records = (_read_record(path) for path in (service / _RECORDS).glob("*.json"))
+    alive = (record for record in records if record is not None and record.process is not None)
+    return frozenset(record.id for record in alive if record.process is not None and is_alive(record.process))
 
 
 def _read_record(path: Path) -> _Record | None:

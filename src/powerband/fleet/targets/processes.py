@@ -85,6 +85,30 @@ def resident_bytes(process: psutil.Process) -> int:
     return 0
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed since the boot because memory ran out: of this process's container, and
+    of the machine. 0 where the system does not say.
+    """
+    group = ""
+    with suppress(OSError, IndexError):
+        group = (root / "proc/self/cgroup").read_text().partition("0::")[2].splitlines()[0].lstrip("/")
+    files = (root / "sys/fs/cgroup" / group / "memory.events", root / "proc/vmstat")
+    return sum(_count_of("oom_kill", path) for path in files)
+
+
+def was_rebooted_since(process: ProcessId) -> bool:
+    return process.boot != _boot_id()
+
+
+def _count_of(name: str, path: Path) -> int:
+    """From lines of 'name count'. 0: there is none."""
+    with suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
+
+
 def _running(pid: int) -> psutil.Process | None:
     """None: there is no such process, or only a zombie."""
     with suppress(psutil.Error):

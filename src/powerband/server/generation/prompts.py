@@ -24,7 +24,7 @@ class Prompt:
 
 async def completion_prompts(replica: ServerState, model: Model, body: CompletionRequest) -> list[Prompt]:
     """The prompts of a completion. Raises InvalidRequest."""
-    sources = _split_prompts(body.prompt or "")
+    sources = _split_prompts("" if body.prompt is None else body.prompt)
     num_chars = sum(len(source) for source in sources if isinstance(source, str))
     prompts = []
     for source in sources:
@@ -37,6 +37,8 @@ async def completion_prompts(replica: ServerState, model: Model, body: Completio
                 body.truncate_prompt_tokens,
                 in_thread=num_chars >= _LONG_TEXT_CHARS,
             )
+            if not source and not ids:
+                ids = _beginning(model)
             cut = body.truncate_prompt_tokens is not None and len(ids) == body.truncate_prompt_tokens
             prompts.append(Prompt(ids, None if cut else source))
         else:
@@ -101,7 +103,7 @@ async def encode(
 def check_prompt(ids: list[int], model: Model, param: str) -> None:
     limit = model.info.max_model_len - 1
     if not ids:
-        raise InvalidRequest("The prompt has no tokens: it is empty, and the model adds none.", param=param)
+        raise InvalidRequest("The prompt has no tokens.", param=param)
     if len(ids) > limit:
         raise RequestTooLong(
             f"The prompt has {len(ids)} tokens; the context of {limit + 1} tokens takes {limit} and one output token.",
@@ -132,6 +134,8 @@ def _split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list
     """One prompt or several. A list of numbers is one prompt."""
     if isinstance(prompt, str):
         return [prompt]
+    if not prompt:
+        raise InvalidRequest("'prompt' is an empty list.", param="prompt")
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [cast(list[int], prompt)]
@@ -141,6 +145,13 @@ def _split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list
     if len(texts) > MAX_PROMPTS:
         raise InvalidRequest(f"'prompt' has {len(texts)} prompts; the limit is {MAX_PROMPTS}.", param="prompt")
     return texts
+
+
+def _beginning(model: Model) -> list[int]:
+    """What stands for an empty text: the token that separates documents, as at OpenAI. Empty where there is none."""
+    tokenizer = model.need_tokenizer()
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [] if first is None else [first]
 
 
 def _truncated(ids: list[int], limit: int | None) -> list[int]:

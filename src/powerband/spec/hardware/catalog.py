@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from powerband.documents import parse_table, read_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.files import write_atomically
-from powerband.folders import cache_directory
+from powerband.folders import WRITABLE_CACHE, cache_directory
 from powerband.renamed import warn_renamed
 from powerband.spec.config_reader import shown
 from powerband.spec.deployment import LOCAL, OLD_LOCAL, local_name
@@ -156,6 +157,16 @@ def local_profile(path: Path | None = None) -> DeviceProfile | None:
     return profile if profile is not None and is_local(profile) else None
 
 
+def check_profile_can_be_written(path: Path) -> None:
+    """Before minutes of measuring. Raises EnvironmentFault."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as problem:
+        raise _cannot_write(path, problem) from None
+
+
 def write_profile(profile: DeviceProfile, path: Path) -> None:
     """All or nothing. Raises EnvironmentFault."""
     import yaml
@@ -164,7 +175,12 @@ def write_profile(profile: DeviceProfile, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True).encode())
     except OSError as problem:
-        raise EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", param="out") from None
+        raise _cannot_write(path, problem) from None
+
+
+def _cannot_write(path: Path, problem: OSError) -> EnvironmentFault:
+    hint = f"{WRITABLE_CACHE} Or name another file with --out."
+    return EnvironmentFault(f"Cannot write {path}: {problem.strerror}.", hint=hint, param="out")
 
 
 def is_local(profile: DeviceProfile) -> bool:

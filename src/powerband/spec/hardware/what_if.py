@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, get_type_hints
 
 from powerband.errors import UsageError
 from powerband.spec.config_reader import shown
-from powerband.spec.deployment import Replica
+from powerband.spec.deployment import LOCAL, OLD_LOCAL, Replica
 from powerband.spec.hardware.catalog import Catalog, load_catalog, read_prices
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
 from powerband.spec.quantities import number
@@ -28,6 +29,13 @@ def chosen_devices(
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise UsageError("No device is named.", hint="Like: --devices L4,A100-80G.", param="devices")
+    facts = [(target, name) for target, name, _ in map(_change, changes) if target != "replica"]
+    for _, name in facts:
+        _check_fact(name)
+    # This machine last: where it has not been calibrated, a typo among the others is what to say first.
+    for name in (*names, *(target for target, _ in facts if target != "device")):
+        if name not in (LOCAL, OLD_LOCAL):
+            catalog.find(name)
     found = _distinct([catalog.find(name, replicas) for name in names])
     for change in changes:
         target, name, value = _change(change)
@@ -67,6 +75,15 @@ def _change(text: str) -> tuple[str, str, str]:
             param="set",
         )
     return target, name, value.strip()
+
+
+def _check_fact(name: str) -> None:
+    """Raises UsageError, with the nearest that there is."""
+    known = ["price", *(item.name for item in fields(DeviceProfile))]
+    if name.partition(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(f"A device has no {shown(name)}.", hint=f"{hint}Known: {', '.join(known)}.", param="set")
 
 
 def _changed(

@@ -207,6 +207,8 @@ def chosen_workload(requests: MixOptions, *, rate: float | None) -> tuple[Worklo
 
     Raises UsageError or EnvironmentFault.
     """
+    if rate is not None and not 0 < rate < math.inf:
+        raise UsageError(f"rate is {rate:g}; it must be above 0.", hint="Requests a second, like 8.", param="rate")
     text = requests.workload or "chat"
     path = Path(text)
     if text in PRESETS:

@@ -19,9 +19,12 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +40,7 @@ FAST_TIERS = TIERS[:-1]  # faster than plain torch
 TIER_VARIABLE = "POWERBAND_KERNEL_TIER"  # a tier, or "off"; for tests and comparisons
 SANITIZE_VARIABLE = "POWERBAND_KERNEL_SANITIZE"  # "1": with address and undefined-behaviour sanitizers
 SOURCES = Path(__file__).parent / "csrc"
+REPORT_EVERY_S = 10.0  # while they are compiled
 OLDEST_TORCH = 0x020B000000000000  # 2.11: the stable ABI that the sources are written against
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -57,7 +61,11 @@ _FLAGS = {
     "amx_bf16": "-mamx-bf16",
     "amx_int8": "-mamx-int8",
 }
+_BUILD_ERRORS = (EnvironmentFault, UsageError, OSError, subprocess.SubprocessError)
 _COMMON_FLAGS = ("-std=c++20", "-fPIC", "-w", "-fno-math-errno", "-fvisibility=hidden")
+
+
+Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +101,16 @@ def load() -> Status:
     return Status(tier, f"compiled for this processor ({tier})")
 
 
-def compile_own() -> Path:
+def load_with_progress(progress: Progress) -> Status:
+    """As `load`. progress: called with the fraction that is compiled, if something is."""
+    with suppress(*_BUILD_ERRORS):  # `load` reports it
+        compile_own(progress)
+    return load()
+
+
+def compile_own(progress: Progress | None = None) -> Path:
     """Build the library that `load` would load, without loading it. Raises EnvironmentFault and UsageError."""
-    return build(own_tier())
+    return build(own_tier(), progress)
 
 
 def own_tier() -> str:
@@ -115,15 +130,17 @@ def choose_tier(asked: str, features: Collection[str]) -> str:
     return asked
 
 
-def build(tier: str) -> Path:
-    """The library of this tier, compiled if need be. Raises EnvironmentFault where that is impossible."""
+def build(tier: str, progress: Progress | None = None) -> Path:
+    """The library of this tier, compiled if need be, which stderr shows. Raises EnvironmentFault where that is
+    impossible. progress: called with the fraction that is compiled.
+    """
     compiler, flags, library = _planned(tier)
     if library.exists():
         return library
     with _lock_file(library.parent) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # others who start at the same time wait for the one who compiles
+        _wait_for(lock)
         if not library.exists():
-            _compile(compiler, flags, library.parent, library)
+            _compile(compiler, flags, library.parent, library, progress or (lambda _fraction: None))
     return library
 
 
@@ -207,7 +224,37 @@ def _identity(compiler: str) -> str:
     return f"{os.path.realpath(compiler)} {shown.stdout}"
 
 
-def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path) -> None:
+def _wait_for(lock: IO[str]) -> None:
+    """Of those that start at the same time, one compiles, and the others wait for it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _show("Waiting for another process, which is compiling the CPU kernels.")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _show(text: str) -> None:
+    """On stderr, with or without a terminal: a first start would otherwise be silent for up to a minute."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _follow(compiling: Sequence[Future[str]], progress: Progress) -> list[str]:
+    """The results, in order, when all are there."""
+    _show("Compiling the CPU kernels for this processor. This happens once, and takes up to a minute.")
+    began_s = shown_s = time.monotonic()
+    left = set(compiling)
+    while left:
+        _, left = wait(left, timeout=REPORT_EVERY_S, return_when=FIRST_COMPLETED)
+        progress(1 - len(left) / len(compiling))
+        if left and time.monotonic() - shown_s >= REPORT_EVERY_S:
+            shown_s = time.monotonic()
+            done = len(compiling) - len(left)
+            _show(f"Compiling the CPU kernels: {done} of {len(compiling)} files, {shown_s - began_s:.0f} s.")
+    return [one.result() for one in compiling]
+
+
+def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path, progress: Progress) -> None:
     """Every source by itself, as many at a time as there are cores, then all together.
 
     Object files are kept too: a change to one source costs the compilation of that source.
@@ -228,7 +275,7 @@ def _compile(compiler: str, flags: tuple[str, ...], folder: Path, library: Path)
             return str(target)
 
         with ThreadPoolExecutor(detect_cpu().cores) as pool:
-            objects = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
+            objects = _follow([pool.submit(compiled, source) for source in sorted(SOURCES.glob("*.cpp"))], progress)
         made = Path(scratch) / library.name
         _run([compiler, *flags, "-shared", *objects, "-o", str(made), "-L", str(root / "lib"), "-ltorch_cpu", "-lc10"])
         made.replace(library)

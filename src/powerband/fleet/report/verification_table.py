@@ -1,0 +1,28 @@
+"""What `powerband deploy` prints of a verification."""
+
+from __future__ import annotations
+
+from powerband.fleet.verify import Verification
+from powerband.metrics.shown import table_lines
+
+_VERDICTS = {
+    "kept": "The promise is kept",
+    "broken": "The promise is broken",
+    "unclear": "Missed, but by so few requests that it may be chance",
+    "invalid": "The run says nothing about the service",
+}
+
+
+def verification_lines(verified: Verification) -> list[str]:
+    """Promised beside measured."""
+    rows = [[line.name, line.promised, line.predicted, line.measured, line.verdict] for line in verified.lines]
+    lines = table_lines([["", "promised", "predicted", "measured", ""], *rows])
+    errors = f", {verified.errors} failed" if verified.errors else ""
+    lines += ["", f"{_VERDICTS[verified.verdict]}: {verified.requests} requests in {verified.seconds:.0f} s{errors}."]
+    if verified.fault:
+        lines.append(f"Why: {verified.fault}.")
+    if verified.verdict == "unclear":
+        lines.append("More requests tell more: --verify-seconds.")
+    if verified.report:
+        lines.append(f"report: {verified.report}")
+    return lines
