@@ -43,6 +43,8 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
         Route("/metrics", pages.metrics, methods=["GET"]),
         Route("/admin/routes", admin.routes, methods=["GET"]),
         Route("/admin/routes", admin.put_routes, methods=["PUT"]),
+        Route("/admin/routes/{name:path}", admin.put_model, methods=["PUT"]),
+        Route("/admin/routes/{name:path}", admin.delete_model, methods=["DELETE"]),
         Route("/admin/records", admin.records, methods=["GET"]),
         Route("/admin/drain", admin.drain, methods=["POST"]),
         *pass_through_routes(gateway, accounts),

@@ -31,6 +31,7 @@ from powerband.gateway.proxy.request_fields import (
 )
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.chunks import INVALID_JSON
 from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
 from powerband.web.field_types import whole_number_fields
@@ -308,7 +309,7 @@ def _decode_fields(data: bytes) -> tuple[bytes, RequestFields]:
     except InvalidRequest:
         try:
             fields = _FIELDS.decode(data)
-        except msgspec.DecodeError:
+        except INVALID_JSON:
             fields = {}
         found = {name: _WHOLE.fullmatch(bytes(fields[name])) for name in _WHOLE_NUMBERS if name in fields}
         plain = {name: Raw(match[1]) for name, match in found.items() if match is not None}
