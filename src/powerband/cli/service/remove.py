@@ -31,7 +31,8 @@ def remove(
     for store in [find_service(one, name) for one in services or (None,)]:
         operations.check_removable(store)
         operations.record_action(store, "remove", {"purge": purge})
+        database = store.gateway_store.database
         operations.remove(store, ServiceProgress(), purge=purge)
-        kept = "" if purge else f" Its keys and usage are kept in {store.database}."
+        kept = "" if purge and database == store.database else f" Its keys and usage are kept in {database}."
         print(f"{store.name} was removed.{kept}")
     return 0
