@@ -66,7 +66,7 @@ def test_kernels_that_are_not_compiled_yet_are_a_finding_and_stay_so(
 
 
 def test_compile_only_compiles(capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def compiled(tier: str) -> Path:
+    def compiled(tier: str, _progress: object = None) -> Path:
         return tmp_path / f"{tier}.so"
 
     monkeypatch.setattr(library, "build", compiled)

@@ -94,7 +94,7 @@ def test_mistakes_are_named(flags: list[str], capsys: pytest.CaptureFixture[str]
         (["keys", "limit", "a", "--lift", "rpm", *flags], 2, "known are requests_per_min"),
         (["usage", "--by", "secret", *flags], 2, "known are key, model, day"),
         (["usage", "--since", "yesterday", *flags], 2, "such as 24h"),
-        (["usage", *url, "--admin-key-file", str(tmp_path / "none")], 3, "Cannot read the admin key"),
+        (["usage", *url, "--admin-key-file", str(tmp_path / "none")], 3, "none: No such file or directory."),
         (["usage", "--url", "http://127.0.0.1:9", *flags[2:]], 3, "No gateway at http://127.0.0.1:9"),
         (["usage", "--url", "nowhere", *flags[2:]], 2, "Invalid URL"),
     ):

@@ -26,7 +26,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("powerband plan demo --devices L4 --rate 4 --prompt-tokens 32-512 --output-tokens 16-96", "without network"),
         ("powerband plan Qwen/Qwen3-8B --devices L4,A100-80G --workload chat --rate 4 --html plan.html", "a page"),
         ("powerband plan Qwen/Qwen3-8B --devices H100 --engine vllm --rate 20 -o plan.yaml", "for vLLM"),
-        ("powerband plan Qwen/Qwen3-0.6B --rate 0.2 --slo ttft=2s@p95,tpot=100ms@p95", "on this machine"),
+        ("powerband plan Qwen/Qwen3-0.6B --rate 0.2 --prompt-tokens 64-512 --output-tokens 16-128", "on this machine"),
     ),
     "simulate": (
         ("powerband simulate plan.yaml", "the plan's own load"),
@@ -45,27 +45,36 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "deploy": (
         ("powerband deploy plan.yaml", "start it, load it, compare with the promise"),
-        ("powerband deploy Qwen/Qwen3-0.6B --rate 0.2 --slo ttft=2s@p95,tpot=100ms@p95", "plan first"),
+        ("powerband deploy demo --rate 2 --slo ttft=2s@p95,tpot=100ms@p95", "plan first"),
         ("powerband deploy plan.yaml --host 0.0.0.0 --auth keys --verify-seconds 120 --strict", "for other machines"),
         ("powerband deploy plan.yaml --engine-command /opt/vllm/bin/vllm", "a plan for vLLM"),
+        ("powerband deploy plan.yaml --reset-replicas", "with the plan's number of replicas, after 'powerband scale'"),
         ("powerband deploy", "after a reboot: start what was deployed"),
     ),
     "status": (
         ("powerband status", "all services"),
         ("powerband status --watch", "every second"),
         ("powerband status demo --json", "for programs"),
+        ("until powerband status demo > /dev/null; do sleep 1; done", "wait until it can answer"),
     ),
     "scale": (
         ("powerband scale 3", "three replicas"),
+        ("powerband scale demo 3", "of one of several services"),
         ("powerband scale 0=2 1=1", "two of the first pool, one of the second"),
     ),
     "drain": (
         ("powerband drain r2", "nothing new for r2"),
+        ("powerband drain demo r2", "of one of several services"),
         ("powerband drain r2 --undo", "send it requests again"),
+    ),
+    "events": (
+        ("powerband events", "crashes, restarts and changes, the newest last"),
+        ("powerband events demo --watch", "of one of several services, every second"),
     ),
     "logs": (
         ("powerband logs", "the last lines of all"),
-        ("powerband logs r2 -n 100", "of one replica"),
+        ("powerband logs r2 -n 100", "of one replica, also of one that crashed"),
+        ("powerband logs demo r2", "of one of several services"),
         ("powerband logs gateway -f", "of the gateway, as they come"),
     ),
     "remove": (
@@ -81,7 +90,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("powerband usage --by key,day --since 30d --csv usage.csv", "a month, by key and day"),
         ("powerband usage --url http://127.0.0.1:8080", "of a gateway that was not deployed"),
     ),
-    "audit": (("powerband audit", "exits with 1 if an entry was changed or removed"),),
+    "audit": (
+        ("powerband audit demo", "of one of several services"),
+        ("powerband audit", "exits with 1 if an entry was changed or removed"),
+    ),
     "gateway": (
         ("powerband gateway --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002", "vLLM or others"),
         ("powerband gateway --routes routes.yaml --host 0.0.0.0 --auth keys", "every request needs a key"),
@@ -100,6 +112,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "version": (("powerband version", "for a bug report; the same as powerband --version"),),
     "keys create": (
         ("powerband keys create app", "prints the key, this once"),
+        ("powerband keys create demo app", "at one of several services"),
         (
             "powerband keys create app --requests-per-min 60 --tokens-per-min 100000 --usd 20 --expires 90d",
             "with limits",

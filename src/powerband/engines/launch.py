@@ -193,7 +193,7 @@ def read_key(path: str | None) -> str:
     try:
         return Path(path).read_text().split("\n", 1)[0].strip()
     except OSError as problem:
-        raise EnvironmentFault(f"Cannot read the key in {path}: {problem.strerror}.", param="api_key_file") from None
+        raise EnvironmentFault(f"Cannot read {path}: {problem.strerror}.", param="api_key_file") from None
 
 
 def _config_of(model: str) -> Path:

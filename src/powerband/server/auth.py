@@ -79,5 +79,6 @@ def _read_key(file: Path) -> str:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EnvironmentFault(f"The key file {file} cannot be read: {error}.", code="api_key_file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise EnvironmentFault(f"Cannot read {file}: {reason}.", code="api_key_file", param="api_key_file") from error
     return lines[0].strip() if lines else ""

@@ -77,7 +77,7 @@ class ServerState:
         self.settings = settings
         self.name = engine_settings.served_model_name or engine_settings.model
         self.metrics = EngineMetrics(self.name)
-        self.phase = "start"
+        self.phase = "process and imports"
         self.engine = make_engine(
             engine_settings,
             log=(settings.log_level, settings.log_format),

@@ -150,6 +150,9 @@ def absolute_model(model: str) -> str:
 
 def read_plan(path: Path, trace: RequestTrace | None = None) -> Plan:
     """Raises EnvironmentFault when it cannot be read, UsageError when it is no plan."""
+    if not path.exists():
+        hint = "'powerband plan MODEL -o plan.yaml' writes one."
+        raise EnvironmentFault(f"Cannot read {path}: No such file or directory.", hint=hint, param="plan")
     return Plan.from_dict(read_table(path, "plan", param="plan"), trace)
 
 

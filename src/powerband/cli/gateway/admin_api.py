@@ -85,7 +85,8 @@ def find_gateway(flags: GatewayFlags | None, service: str | None = None) -> Admi
         return AdminApi(url, file.read_text(encoding="ascii").strip())
     except (OSError, UnicodeDecodeError) as error:
         hint = "Name a file that holds an admin key with --admin-key-file."
-        raise EnvironmentFault(f"Cannot read the admin key {file}: {error}.", hint=hint) from None
+        reason = getattr(error, "strerror", None) or error
+        raise EnvironmentFault(f"Cannot read {file}: {reason}.", hint=hint, param="admin_key_file") from None
 
 
 def _user() -> str:

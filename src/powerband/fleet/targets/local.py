@@ -7,6 +7,7 @@ environment. So a controller that crashes between the two leaves nothing that th
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -51,6 +52,7 @@ INHERITED_VARIABLES = (
 )
 MAX_KEPT_LOGS = 20
 LAST_LINES = 12
+_OOM_RECENT_S = 5.0  # the kernel counts a kill before the process has exited
 _MEMORY_MARGIN = 1.1  # one more replica needs this multiple of the largest replica's memory
 _SET_ASIDE = ".unreadable"  # suffix of a record that could not be decoded
 
@@ -83,7 +85,8 @@ class LocalTarget:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._unwritten: dict[str, _Record] = {}  # newer than their files, because writing failed
         self._exited: list[ExitedInstance] = []
-        self._oom_kills = oom_kills()  # when the instances were listed last
+        self._oom_kills = oom_kills()  # when it was read last
+        self._oom_killed_s = -math.inf  # when that last grew, on time.monotonic()
 
     def start(self, spec: InstanceSpec) -> Instance:
         port = spec.port if spec.port is not None else self._free_port(spec.host)
@@ -114,6 +117,7 @@ class LocalTarget:
 
     def list_instances(self) -> Sequence[Instance]:
         found = []
+        self._watch_oom_kills()
         for unwritten in tuple(self._unwritten.values()):
             self._write(unwritten)
         for path in self._paths():
@@ -130,7 +134,6 @@ class LocalTarget:
             if record.stop_by is not None and time.time() >= record.stop_by:
                 signal_session(record.process.pid, self._tag(record.id), signal.SIGKILL)
             found.append(_instance(record))
-        self._oom_kills = oom_kills()
         return found
 
     def take_exited(self) -> Sequence[ExitedInstance]:
@@ -209,10 +212,18 @@ class LocalTarget:
             exit_code,
             last_lines(self._logs / f"{record.id}.log"),
             exit_expected=record.stop_by is not None,
-            oom_killed=exit_code in (None, -signal.SIGKILL) and oom_kills() > self._oom_kills,
+            oom_killed=exit_code in (None, -signal.SIGKILL) and self._watch_oom_kills(),
             after_reboot=record.process is not None and was_rebooted_since(record.process),
         )
         self._exited.append(exited)
+
+    def _watch_oom_kills(self) -> bool:
+        """Whether the kernel has killed a process in the last seconds because memory ran out."""
+        number, now_s = oom_kills(), time.monotonic()
+        if number > self._oom_kills:
+            self._oom_killed_s = now_s
+        self._oom_kills = number
+        return now_s - self._oom_killed_s < _OOM_RECENT_S
 
     def _free_port(self, host: str) -> int:
         """A free port that no recorded instance uses: one that is just starting may not listen yet."""

@@ -306,7 +306,9 @@ def _decode_fields(data: bytes) -> tuple[bytes, RequestFields]:
     """The body and its fields; whole numbers that are written like 3.0, as some clients do, become 3 in both."""
     try:
         return data, decode(data, RequestFields)
-    except InvalidRequest:
+    except InvalidRequest as error:
+        if error.code != InvalidRequest.default_code:  # no JSON, or nested too deeply to be decoded
+            raise
         try:
             fields = _FIELDS.decode(data)
         except INVALID_JSON:
