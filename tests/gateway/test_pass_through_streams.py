@@ -182,7 +182,8 @@ def test_a_lie_is_asked_of_another_replica(gateway: RunningGateway, path: str, l
 def test_a_replica_that_sends_more_than_was_asked_for_is_stopped(gateway: RunningGateway, path: str) -> None:
     def floods(path: str, body: Event) -> bytes:
         events = vllm_replica.STREAMS[path](body)
-        return b"".join((CHUNKED, *as_frames([*events[: FIRST[path]], *([events[FIRST[path]]] * 3000)]), END))
+        output = json.loads(json.dumps(events[FIRST[path]]).replace(vllm_replica.WORDS[0], "x" * 300))
+        return b"".join((CHUNKED, *as_frames([*events[: FIRST[path]], *([output] * 3000)]), END))
 
     with serving(gateway, floods, name=f"flood-{path}"):
         events = stream(gateway, path, f"flood-{path}")
