@@ -46,7 +46,7 @@ def main() -> int:
             say(f"· this machine was measured before: {profile}")
         else:
             half = str(max(cores // 2, 1))
-            run("calibrate", "demo", "--device", "cpu", "--threads", half, "--seconds", str(MEASURING_S))
+            run("calibrate", "demo", "--device", "cpu", "--threads", half, "--seconds", str(MEASURING_S), "--force")
         run("plan", "demo", *LOAD, "--slo", SLO, "--replicas", str(replicas), "--engine", "powerband", "-o", str(plan))
         run("deploy", str(plan), "--name", SERVICE, *port, "--verify", "--verify-seconds", str(VERIFY_S))
         url = gateway_url()

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from powerband.bench.client import probe
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.client.probe import ServerInfo, find_server
+from powerband.http_client.request import Response
 
 
 def found(pages: dict[str, Any]) -> ServerInfo:
@@ -61,3 +63,29 @@ def listed(**card: object) -> dict[str, Any]:
 )
 def test_the_context_of_a_server(pages: dict[str, Any], context: int | None) -> None:
     assert found(pages).max_model_len == context
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words_per_token", "extra"),
+    [
+        ((32, 288), 1.0, 0),
+        ((33, 288), 1.0, 1),  # a first word of two tokens
+        ((32, 291), 1.0, 0),
+        ((44, 300), 1.0, 12),  # a chat template
+        ((44, 428), 1 / 1.5, 0),
+        ((0, 0), 1.0, 0),  # it does not count
+    ],
+)
+def test_words_are_fitted_to_the_servers_tokens(
+    tokens: tuple[int, int], words_per_token: float, extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter(tokens)
+
+    async def post(*_arguments: object) -> Response:
+        return Response(200, json.dumps({"usage": {"prompt_tokens": next(counts)}}).encode())
+
+    monkeypatch.setattr(probe, "post", post)
+    target = ServerAddress(base="http://test:1", endpoint="chat", model="m", max_model_len=2048)
+    fitted = asyncio.run(probe.calibrate_prompt_words(target))
+    assert fitted.words_per_token == pytest.approx(words_per_token)
+    assert fitted.extra_prompt_tokens == extra

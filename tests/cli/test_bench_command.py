@@ -17,6 +17,7 @@ import yaml
 from powerband.bench.report.result_files import read_requests, read_run
 from powerband.calibration.client_capacity import ClientCapacity
 from powerband.cli.main import main
+from powerband.metrics.record import Outcome
 
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("POWERBAND_")}, "COLUMNS": "100"}
 SHORT = ["--prompt-tokens", "8", "--prefix-tokens", "0", "--output-tokens", "4"]
@@ -207,19 +208,69 @@ def test_a_plan_is_checked(server: str, environment: dict[str, str], tmp_path: P
     assert (shown.returncode, "set by the plan" in shown.stderr) == (2, True)
 
 
-def test_ctrl_c_ends_it_with_nothing_left_behind(server: str, environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_load_leaves_what_it_measured_and_no_process(
+    number: signal.Signals, code: int, server: str, environment: dict[str, str], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "powerband", "bench", server, "--rate", "20", "--duration", "60s"]
     process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
-    while "sent" not in process.stderr.readline():
+    while "sent" not in (line := process.stderr.readline()) or " 0 of" in line:
         assert process.poll() is None
     workers = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in children_of(task)]
     assert workers
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in said
+    assert process.returncode == code
+    assert f"interrupted: what was measured until then is in {tmp_path}" in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    run = read_run(tmp_path)
+    assert (run.interrupted, run.points[0].verdict) == (True, "INVALID")
+    assert "interrupted after" in run.points[0].client.fault
+    assert any(sample.outcome is Outcome.OK for sample in read_requests(tmp_path, 1)[0])
+    assert (tmp_path / "report.html").exists()
+
+
+def test_an_interrupted_sweep_keeps_the_rates_that_ended(
+    server: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "powerband", "bench", server, "--rates", "5,10", *SHORT, "--duration", "2s"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("· 5/s"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    first = read_run(tmp_path).points[0]
+    assert (first.label, first.stopped, "interrupted" in first.client.fault) == ("5/s", False, False)
+
+
+def test_what_is_interrupted_before_any_load_leaves_no_folder(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "powerband", "bench", "http://127.0.0.1:9", "--wait", "60s", "--out", str(out)]
+    process = subprocess.Popen(command, env=environment)
+    while not out.exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert not out.exists()
+
+
+def test_the_clients_own_limit_of_files_makes_a_load_invalid(environment: dict[str, str], tmp_path: Path) -> None:
+    with scripted(ttft_s=1.0, tpot_s=0.001) as url:
+        command = [sys.executable, "-m", "powerband", "bench", url, "--concurrency", "100", "--requests", "100", *SHORT]
+        shown = subprocess.run(
+            ["prlimit", "--nofile=64:64", *command, "--out", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+        )
+    assert shown.returncode == 3
+    [point] = read_run(tmp_path).points
+    assert (point.verdict, "requests were not sent" in point.client.fault) == ("INVALID", True)
+    assert "ulimit -n" in point.client.fault
 
 
 def children_of(task: Path) -> list[str]:

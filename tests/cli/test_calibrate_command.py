@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from powerband.calibration.measure import with_refinement
+from powerband.calibration.curve_fit import FitErrors
+from powerband.calibration.measure import ModelFit, with_refinement
+from powerband.calibration.quality import better_of_two, check_fits
+from powerband.calibration.session import Calibration
 from powerband.cli.main import main
 from powerband.cli.plan.inputs import measured_devices
 from powerband.cost.measured_steps import MeasuredStepTimes
@@ -23,7 +27,14 @@ from powerband.spec.hardware.catalog import (
     write_profile,
 )
 from powerband.spec.hardware.device import detect_cpu
-from powerband.spec.hardware.profile import DeviceProfile, Evidence, MeasuredMachine, Refinement, StepTimeModel
+from powerband.spec.hardware.profile import (
+    DeviceProfile,
+    Evidence,
+    HostModel,
+    MeasuredMachine,
+    Refinement,
+    StepTimeModel,
+)
 from powerband.spec.model.reader import read_model_spec
 
 CPU = detect_cpu()
@@ -50,6 +61,20 @@ FORM = RunConfiguration(
 )
 
 
+FLAT = StepTimeModel(
+    tokens=(1,),
+    token_s=(0.001,),
+    rows=(1,),
+    row_s=(0.0,),
+    positions=(0, 100000),
+    position_s=(0.0, 0.0),
+    decode_s=0.0,
+    chunk_s=0.0,
+    pair_s=0.0,
+    read_s=0.0,
+)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles of these tests are this machine's, but not for anybody else."""
@@ -58,10 +83,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_demo_model_is_measured_alone_and_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_model_is_measured_alone_and_under_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "profile.yaml"
     write_profile(KNOWN, path)
-    assert main(["calibrate", "demo", "--seconds", "3", "--out", str(path), "--json"]) == 0
+    # However busy this machine is.
+    monkeypatch.setattr("powerband.calibration.quality.MAX_P90", math.inf)
+    monkeypatch.setattr("powerband.calibration.quality.MAX_MEDIAN", math.inf)
+    assert main(["calibrate", "demo", "--seconds", "3", "--out", str(path), "--json", "--force"]) == 0
     [row] = json.loads(capsys.readouterr().out)["measured"]
     assert (row["what"], row["steps"] >= 16) == ("demo, 16 bits", True)
     [refinement] = read_profile(path).refinements
@@ -103,6 +133,50 @@ def test_a_step_log_refines_the_profile(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["calibrate", "--from", str(log), "-o", str(path)]) == 0
     [second] = read_profile(path).refinements
     assert MeasuredStepTimes(second.steps).step_s([(1, 200)] * 4, 4) == pytest.approx(0.0021, rel=0.03)
+
+
+def erratic(count: int) -> list[str]:
+    """Two steps in three take twenty times as long, for no reason that a step's shape shows."""
+    even, slow = steps(count), steps(count, scale=20.0)
+    return [slow[i] if i % 3 else even[i] for i in range(len(even))]
+
+
+def test_a_fit_that_is_far_off_is_refused_with_the_reason_unless_it_is_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (7.5, 7.5, 7.5))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    path, log = tmp_path / "profile.yaml", tmp_path / "steps.jsonl"
+    write_profile(KNOWN, path)
+    log.write_text("\n".join([header_line(FORM), *erratic(400)]) + "\n")
+    assert main(["calibrate", "--from", str(log), "-o", str(path)]) == 3
+    shown = capsys.readouterr().err
+    assert "too far off to plan with, and nothing was kept: mine, 16 bits: half of the steps are off by" in shown
+    assert "The load average was 7.5 on 2 cores before it began: other programs run here." in shown
+    assert "keep it as it is with --force" in shown
+    assert read_profile(path) == KNOWN
+    assert main(["calibrate", "--from", str(log), "-o", str(path), "--force"]) == 0
+    assert read_profile(path).refinements
+
+
+@pytest.mark.parametrize(("p90s", "kept"), [([0.2], 0.2), ([4.59, 0.3], 0.3), ([4.59, 5.0], 4.59)])
+def test_what_is_too_far_off_is_measured_once_more_and_the_better_is_kept(p90s: list[float], kept: float) -> None:
+    measured = iter(p90s)
+    found = better_of_two(lambda: FitErrors(10, 0.1, 0.1, next(measured), 0.0), lambda fit: fit)
+    assert found.p90 == kept
+    assert next(measured, None) is None
+
+
+def test_a_way_of_a_second_from_the_engine_to_a_client_is_refused() -> None:
+    host = HostModel(
+        step_s=1e-3, per_request_s=1e-5, arrival_s=1e-3, answer_s=1.108, evidence=Evidence(source="test", error=0.3)
+    )
+    refinement = Refinement(
+        model="abc", name="mine", steps=FLAT, host=host, evidence=Evidence(source="test", error=0.1)
+    )
+    found = Calibration(KNOWN, None, ModelFit(refinement, 100, FitErrors(100, 0.1, 0.1, 0.2, 0.0), 50))
+    with pytest.raises(EnvironmentFault, match="a token to its client takes 1108 ms"):
+        check_fits(found.rows(), found.host, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -196,19 +270,7 @@ def test_on_a_terminal_a_machine_that_is_planned_for_is_measured_first(
 
 
 def test_a_model_has_one_refinement_in_each_form() -> None:
-    steps = StepTimeModel(
-        tokens=(1,),
-        token_s=(0.001,),
-        rows=(1,),
-        row_s=(0.0,),
-        positions=(0, 100000),
-        position_s=(0.0, 0.0),
-        decode_s=0.0,
-        chunk_s=0.0,
-        pair_s=0.0,
-        read_s=0.0,
-    )
-    refinement = Refinement(model="abc", name="mine", steps=steps, evidence=Evidence(source="test", error=0.1))
+    refinement = Refinement(model="abc", name="mine", steps=FLAT, evidence=Evidence(source="test", error=0.1))
     once = with_refinement(with_refinement(KNOWN, refinement), replace(refinement, name="again"))
     assert [known.name for known in once.refinements] == ["again"]
     both = with_refinement(once, replace(refinement, quantization="int8", kv_precision="int8"))

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model_configs import LLAMA_8B
 from powerband.cli.main import main
+from powerband.cost.latency import LatencyModel
+from powerband.spec.deployment import Replica
 from powerband.spec.hardware.catalog import load_catalog
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.model.reader import read_model_spec
 
 
 def test_the_table_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,9 +39,32 @@ def test_prices_of_ones_own_are_shown(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    ("name", "evidence"), [("L4", "prior"), ("A10G", "prior"), ("A100-40G", "prior"), ("H100", "measured")]
+)
+def test_a_speed_taken_from_relatives_is_not_called_measured(
+    name: str, evidence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{name} "))
+    band = LatencyModel(
+        read_model_spec(LLAMA_8B), load_catalog().find(name), Replica(device=name, max_model_len=8192), "vllm"
+    ).band
+    assert row.rstrip().endswith(f"±{band:.0%} ({evidence})")  # the band that plans use
+
+
+def test_prices_are_those_of_the_provider_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "--provider", "aws"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "aws g6.xlarge" in rows["L4"]
+    assert "gcp" not in "".join(rows.values())
+    assert " - " in rows["MI300X"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         (["devices", "l5"], 2, "There is no device 'l5' in the catalog."),
+        (["devices", "--provider", "amazon"], 2, "No price of the provider 'amazon' is known."),
         (["devices", "--prices", "/nowhere.yaml"], 3, "Cannot read /nowhere.yaml"),
         (["devices", "/nowhere.yaml"], 3, "Cannot read /nowhere.yaml"),
     ],

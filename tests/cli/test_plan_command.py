@@ -144,7 +144,7 @@ def test_machine_without_a_calibration_hides_no_other_mistake(
         (["--set", "replica.speed=3"], 2, "A replica has no 'speed'"),
         (["--set", "nonsense"], 2, "set is 'nonsense'"),
         (["--workload", "nothing"], 2, "There is no workload 'nothing'"),
-        (["--set", "device.memory_bytes=2e9"], 2, "No deployment of"),
+        (["--set", "device.memory_bytes=1e9"], 2, "No deployment of"),
         (["--draft-tokens", "3"], 2, "go together"),
         (["--prompt-tokens", "9000", "--strict-lengths"], 2, "requests are longer than the context of 4,096 tokens"),
         (["--max-model-len", "5000"], 2, "max_model_len is 5000; the model knows 4,096 positions"),

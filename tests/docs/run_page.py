@@ -59,7 +59,7 @@ class Machine:
 
     def run_block(self, block: Block) -> None:
         for command in filter(None, block.first.split("; ")):
-            self._serve(command)
+            self._run(command)
         for command in block.commands:
             if program(command) not in RUN:
                 raise Failed(f"{program(command)} is not run here: say why above the block (tests leave out: …)")

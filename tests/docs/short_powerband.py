@@ -21,10 +21,11 @@ def shorten() -> None:
     from powerband.spec.workload import options
 
     options.DEFAULT_DURATION_S = 3.0
-    deploy.VerifyFlags.__init__.__kwdefaults__["verify_seconds"] = 5.0
+    deploy.VerifyFlags.__init__.__kwdefaults__["verify_seconds"] = 16.0
     session.SWEEP = (0.25, 1.0)
     session._FULL_LOAD = 8
     rate_search.MIN_REQUESTS, rate_search.RESOLUTION, rate_search._CONFIRMATIONS = 2, 1.9, 1
+    session.BenchSession._single_user_rate = _at_least(session.BenchSession._single_user_rate, 2.0)
     client_capacity.RateRamp.__init__.__kwdefaults__ |= {"levels": 2, "level_s": 1.0}
     search._SECONDS, search._MIN_REQUESTS, search._SAMPLED_REQUESTS = 15.0, 40, 300
     search.LIMITS = estimates.LIMITS = estimates.LIMITS[:1]
@@ -39,6 +40,15 @@ def shorten() -> None:
     calibrate._calibrated = calibrated
     evaluation.evaluate_model = _few_samples(evaluation.evaluate_model)
     pieces.PIECES = 2
+
+
+def _at_least(function: Any, low: float) -> Any:
+    """A load of three seconds needs some requests."""
+
+    async def run(session: Any) -> float:
+        return max(await function(session), low)
+
+    return run
 
 
 def _few_samples(function: Any) -> Any:

@@ -10,6 +10,7 @@ from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult
 from powerband.bench.report.results import ClientMachine, OfferedLoad, ReportedAddress, RunReport, build_point, utc_now
 from powerband.bench.server_metrics import ServerMetrics
+from powerband.fleet.report.verification_table import verification_lines
 from powerband.fleet.verify import Verification, check_report
 from powerband.metrics.record import Outcome
 from powerband.spec.plan import Plan, Prediction, Promise
@@ -85,6 +86,22 @@ def test_compares_measured_promised_and_predicted() -> None:
     assert line(found, "TPOT p95")[2:] == ("10.0 ms", "kept")
     assert line(found, "SLO attainment")[0] == "≥ 95 %"
     assert line(found, "output tokens/s")[3] == "kept"
+
+
+@pytest.mark.parametrize(("ttft_s", "outside"), [(0.03, "below"), (0.05, ""), (0.08, "above")])
+def test_a_figure_outside_its_predicted_band_is_named_though_it_is_kept(ttft_s: float, outside: str) -> None:
+    found = verified(*(sample(i, ttft_s=ttft_s) for i in range(200)))
+    assert found.verdict == "kept"
+    assert next(one for one in found.lines if one.name == "TTFT p95").outside == outside
+    shown = "\n".join(verification_lines(found))
+    assert (f"Measured outside the predicted band: TTFT p95 {outside}" in shown) is bool(outside)
+
+
+def test_a_run_that_says_nothing_keeps_nothing() -> None:
+    found = verified(*(sample(i, sent_s=i / 10 + 0.04, ttft_s=0.09) for i in range(50)))
+    shown = "\n".join(verification_lines(found))
+    assert "The run says nothing about the service" in shown
+    assert " kept" not in shown
 
 
 def test_names_the_figure_that_is_broken() -> None:

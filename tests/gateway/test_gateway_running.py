@@ -70,6 +70,13 @@ def test_routes_are_replaced_while_streams_run(tmp_path: Path) -> None:
         assert stream.is_whole
 
 
+def test_models_are_listed_with_the_largest_context_of_their_replicas(tmp_path: Path) -> None:
+    with gateway_before(tmp_path, Behavior(max_model_len=4096), Behavior(max_model_len=8192)) as gateway:
+        [card] = gateway.http.get("/v1/models").json()["data"]
+        assert card["max_model_len"] == 8192
+        assert gateway.http.get(f"/v1/models/{card['id']}").json() == card
+
+
 def test_a_replica_that_drains_gets_nothing_new(tmp_path: Path) -> None:
     with gateway_before(tmp_path, SLOW, Behavior()) as gateway:
         first = next(iter(gateway.replica_states()))

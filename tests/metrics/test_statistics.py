@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, linregress, norm
 
+from powerband.metrics.shown import share_text
 from powerband.metrics.statistics import (
     MIN_FOR_INTERVAL,
     bootstrap,
@@ -30,6 +31,13 @@ def test_wilsons_interval_is_scipys(trials, share, confidence):
     successes = round(share * trials)
     theirs = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     assert wilson(successes, trials, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("trials", [1, 60, 528, 4999])
+def test_an_interval_of_all_or_none_holds_that_share_exactly(trials):
+    assert wilson(trials, trials)[1] == 1.0
+    assert wilson(0, trials)[0] == 0.0
+    assert share_text(wilson(trials, trials)[1]) == "100 %"
 
 
 def test_without_trials_every_share_is_possible():

@@ -9,6 +9,7 @@ import pytest
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.hardware.catalog import load_catalog, read_prices, read_profile, usd_per_hour
 from powerband.spec.hardware.profile import DevicePrice
+from powerband.spec.hardware.what_if import chosen_devices, pinned_settings, priced_catalog
 
 
 def price(dollars: float, devices: int, where: str, confidence: str = "high") -> DevicePrice:
@@ -75,7 +76,56 @@ def test_a_replica_lies_on_one_machine() -> None:
     assert usd_per_hour([single, eight], 9, 1) == (7.0, {"one": 1, "eight": 1})
     assert usd_per_hour([single, eight], 1, 4) == (6.0, {"eight": 1})
     assert usd_per_hour([single, eight], 3, 4) == (12.0, {"eight": 2})
-    assert usd_per_hour([single], 1, 2) is None
+
+
+def test_a_price_of_one_device_serves_for_every_layout_unless_more_is_said() -> None:
+    single, four = price(1.0, 1, "one"), price(3.5, 4, "four")
+    assert usd_per_hour([single], 1, 2) == (2.0, {"one": 2})
+    assert usd_per_hour([single], 3, 4) == (12.0, {"one": 12})
+    assert usd_per_hour([single, four], 1, 2) == (3.5, {"four": 1})  # a machine with two is listed: the one with four
+    assert usd_per_hour([single, four], 1, 8) == (7.0, {"four": 2})
+    assert usd_per_hour([], 1, 1) is None
+
+
+def test_prices_of_one_provider(tmp_path: Path) -> None:
+    file = tmp_path / "prices.yaml"
+    file.write_text("H100: 9.9\n")
+    catalog = priced_catalog(file, "aws,gcp")
+    assert {p.where.split()[0] for p in catalog.find("L4").prices} == {"aws", "gcp"}
+    assert [p.usd_per_hour for p in catalog.find("H100").prices] == [9.9]  # a user's own count with any provider
+    assert catalog.find("MI300X").prices == ()
+    with pytest.raises(UsageError, match="'awss'") as problem:
+        priced_catalog(None, "awss")
+    assert "Did you mean aws? Known: aws, azure, gcp, lambda, runpod, vast." in problem.value.hint
+
+
+@pytest.mark.parametrize("devices_each", [1, 2, 4, 8])
+def test_a_what_if_price_is_that_of_one_device(devices_each: int) -> None:
+    (h100,) = chosen_devices("H100", None, ["H100.price=2.5"])
+    found = usd_per_hour(h100.prices, 1, devices_each)
+    assert found is not None
+    assert found[0] == 2.5 * devices_each
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "hint"),
+    [
+        ("L4.prize=3", "A device has no 'prize'.", "Did you mean price? Known: price, name, kind, "),
+        ("L4.memory_byte=3", "A device has no 'memory_byte'.", "Did you mean memory_bytes? "),
+        ("L4.link.bytes=3", "--set link.bytes: link: 'bytes' is unknown.", "Did you mean bytes_per_s? Known: name, "),
+    ],
+)
+def test_a_wrong_name_in_a_what_if_says_what_is_meant(change: str, problem: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        chosen_devices("L4", None, [change])
+    assert caught.value.message == problem
+    assert caught.value.hint.startswith(hint)
+
+
+def test_a_wrong_setting_of_a_replica_in_a_what_if_says_what_is_meant() -> None:
+    with pytest.raises(UsageError, match="A replica has no 'max_num_seq'") as caught:
+        pinned_settings(["replica.max_num_seq=3"])
+    assert caught.value.hint.startswith("Did you mean max_num_seqs? Known: tensor_parallel, ")
 
 
 def test_rumoured_prices_count_only_where_there_is_no_other() -> None:

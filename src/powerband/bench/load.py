@@ -92,6 +92,7 @@ class LoadResult:
     chunks_per_s: float  # received by the busiest worker
     unsent: int
     stopped: bool  # by `stop`, before its end
+    interrupted: bool = False  # by the user, before its end
 
 
 async def run_load(

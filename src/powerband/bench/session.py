@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from powerband.bench.client.accepted_fields import find_accepted_fields, rejected_text
 from powerband.bench.client.http import get
 from powerband.bench.client.messages import ServerAddress
 from powerband.bench.client.probe import ServerInfo, calibrate_prompt_words, find_server
@@ -39,6 +42,10 @@ SWEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # of the throughput under 
 _FULL_LOAD = 64  # users, to see what a server can do at most
 _IDLE_WAIT_S = 10.0
 _BEGINNING = 3  # requests, to see how long one takes alone
+
+
+class _Interrupted(Exception):
+    """The user ended the run; what was measured has been kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +79,7 @@ class BenchSession:
     """Call `open` first, then one of `single`, `sweep` and `find_rate`. `loads` are those of the report's points.
 
     watch: called several times a second with the load that runs. on_point: called with each point as it ends.
-    on_cut: called with a sentence before a load whose requests had to be cut.
+    on_note: called with a sentence about what is sent otherwise than asked: requests that were cut, rejected fields.
     """
 
     def __init__(
@@ -82,15 +89,20 @@ class BenchSession:
         command: Sequence[str] = (),
         watch: Callable[[Live], object] | None = None,
         on_point: Callable[[Point], object] | None = None,
-        on_cut: Callable[[str], object] | None = None,
+        on_note: Callable[[str], object] = lambda _sentence: None,
     ) -> None:
         self._experiment, self._command = experiment, tuple(command)
-        self._on_cut = on_cut
+        self._on_note, self._is_cut_noted = on_note, False
         self._watch, self._on_point = watch, on_point or (lambda _point: None)
         self._server: ServerInfo | None = None
         self._started_at = utc_now()
         self._points: list[Point] = []
+        self._is_interrupted = False
         self.loads: list[LoadResult] = []
+
+    def interrupt(self) -> None:
+        """End the running load and the run: its report has what was measured until then."""
+        self._is_interrupted = True
 
     async def open(self, wait_s: float = 0.0) -> ServerInfo:
         """Find the server, its model and its context. Raises as probe.find_server and probe.calibrate_prompt_words."""
@@ -98,6 +110,10 @@ class BenchSession:
         target, self._server = await find_server(experiment.target, wait_s)
         known = [length for length in (experiment.max_model_len, self._server.max_model_len) if length is not None]
         target = msgspec.structs.replace(target, max_model_len=min(known, default=None))
+        with contextlib.suppress(OSError, TimeoutError):  # a server that is not ready is the next probe's to report
+            target = await find_accepted_fields(target)
+        if target.rejected_fields:
+            self._on_note(f"{rejected_text(target)}.")
         self._experiment = replace(
             experiment,
             target=await calibrate_prompt_words(target),
@@ -107,20 +123,24 @@ class BenchSession:
 
     async def single(self) -> RunReport:
         """One load, as it was asked for."""
+        return await self._reported(self._single())
+
+    async def _single(self) -> None:
         result, arrivals = await self._load(self._experiment), self._experiment.workload.arrivals
         rates = {r for p in arrivals.phases for r in (p.start, p.end)} if isinstance(arrivals, OpenLoop) else set()
         self._keep(result, "run", OfferedLoad.of(arrivals, result.schedule), is_steady=len(rates) == 1)
-        return self._report()
 
     async def sweep(self, rates: Sequence[float] = ()) -> RunReport:
         """Without `rates`: from a tenth of what the server can do to a little beyond it."""
+        return await self._reported(self._sweep(rates))
+
+    async def _sweep(self, rates: Sequence[float]) -> None:
         if not rates:
             max_rate = await self._max_rate()
             rates = [max_rate * share for share in SWEEP]
         for rate in sorted(rates):
             experiment = self._experiment.at_rate(rate)
             self._keep(await self._load(experiment), f"{rate:.3g}/s", OfferedLoad("rate", rate))
-        return self._report()
 
     async def find_rate(self, first: float | None = None) -> RunReport:
         """The highest rate that keeps the SLO. first: where to begin; default: what one user alone would reach.
@@ -136,8 +156,17 @@ class BenchSession:
             cool_down=experiment.cool_down,
             shown=self._keep_trial,
         )
-        found = await searcher.find_rate(first or await self._single_user_rate())
-        return self._report(_found_rate(found))
+
+        async def search() -> FoundRate:
+            return _found_rate(await searcher.find_rate(first or await self._single_user_rate()))
+
+        return await self._reported(search())
+
+    async def _reported(self, run: Coroutine[None, None, FoundRate | None]) -> RunReport:
+        try:
+            return self._report(await run)
+        except _Interrupted:
+            return self._report()
 
     async def _run_trial(self, rate: float, seed: int, stop: Callable[[Live], bool] | None) -> LoadResult:
         return await self._load(replace(self._experiment.at_rate(rate), seed=seed), stop)
@@ -158,6 +187,8 @@ class BenchSession:
         return self._rate_of(result)
 
     def _rate_of(self, result: LoadResult) -> float:
+        if self._is_interrupted:
+            raise _Interrupted
         answered = [sample for sample in result.samples if sample.outcome is Outcome.OK and sample.chunk_times_s]
         if not answered:
             why = next((sample.error for sample in result.samples if sample.error), "no request was answered")
@@ -170,14 +201,21 @@ class BenchSession:
         )
         if experiment.strict_lengths:
             refuse_cuts(schedule.cut, schedule.num_requests)
-        if schedule.cut is not None and self._on_cut is not None:
-            self._on_cut(schedule.cut_text)
-            self._on_cut = None  # once: other loads of a session send the like
+        if schedule.cut is not None and not self._is_cut_noted:
+            self._on_note(schedule.cut_text)
+            self._is_cut_noted = True  # other loads of a session send the like
         if self._points:
             await self._idle()
+        if self._is_interrupted:
+            raise _Interrupted
         # New texts for each load: a prefix cache that knew them from the one before would make the server look faster.
         target = msgspec.structs.replace(experiment.target, salt=f"{time.time_ns()} ")
-        return await run_load(target, schedule, experiment.options, watch=self._watch, stop=stop)
+
+        def ends(live: Live) -> bool:
+            return self._is_interrupted or (stop is not None and stop(live))
+
+        result = await run_load(target, schedule, experiment.options, watch=self._watch, stop=ends)
+        return replace(result, interrupted=True) if self._is_interrupted and result.stopped else result
 
     async def _idle(self) -> None:
         """Until the server says that nothing runs any more, or says nothing, or a while has gone by: what an aborted
@@ -211,6 +249,8 @@ class BenchSession:
         self._points.append(point)
         self.loads.append(result)
         self._on_point(point)
+        if self._is_interrupted:
+            raise _Interrupted
 
     def _report(self, found: FoundRate | None = None) -> RunReport:
         experiment = self._experiment
@@ -228,7 +268,30 @@ class BenchSession:
             cool_down=experiment.cool_down,
             points=tuple(self._points),
             found=found,
+            interrupted=self._is_interrupted,
         )
+
+
+@contextlib.contextmanager
+def interrupted_by_signals(session: BenchSession) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM interrupt the session, and are listed; a second one ends the process as usual."""
+    loop, received = asyncio.get_running_loop(), list[int]()
+
+    def interrupt(number: signal.Signals) -> None:
+        received.append(number)
+        session.interrupt()
+        restore()
+
+    def restore() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt, number)
+    try:
+        yield received
+    finally:
+        restore()
 
 
 def _found_rate(found: CapacityResult) -> FoundRate:

@@ -26,6 +26,7 @@ from powerband.calibration.engine_fit import (
     window_errors,
 )
 from powerband.calibration.operator_fit import ModelSteps, PrecisionFit, fit_precision, peak_rates
+from powerband.calibration.quality import better_of_two
 from powerband.calibration.step_fit import fit_steps, held_out_error
 from powerband.cost.measured_steps import MeasuredStepTimes
 from powerband.cost.step_log import RunConfiguration, StepLogRun, StepSample
@@ -91,15 +92,26 @@ def measure_machine(device: str, threads: int | None, budget_s: float, report: R
     profile: DeviceProfile | None = None
     precisions = PRECISIONS if device == "cpu" else PRECISIONS[:1]
     for precision in precisions:
-        measured = _timed(device, threads, precision, budget_s / len(precisions), report)
-        if profile is None:
-            profile = _facts(measured, threads)
-        report(f"{precision}: fit", 0.5)
-        profile, found = fit_precision(profile, [steps for steps, _ in measured])
+        once = partial(_measure_precision, device, threads, precision, budget_s / len(precisions), report, profile)
+        profile, found = better_of_two(once, lambda measured: measured[1].held_out)
         fits.append(found)
     if profile is None:
         raise AssertionError("there is a precision")
     return DeviceFits(profile, tuple(fits))
+
+
+def _measure_precision(
+    device: str,
+    threads: int | None,
+    precision: OwnPrecision,
+    budget_s: float,
+    report: ReportProgress,
+    known: DeviceProfile | None,
+) -> tuple[DeviceProfile, PrecisionFit]:
+    """known: with the laws of other precisions; None: this is the first one."""
+    measured = _timed(device, threads, precision, budget_s, report)
+    report(f"{precision}: fit", 0.5)
+    return fit_precision(known or _facts(measured, threads), [steps for steps, _ in measured])
 
 
 @dataclass(frozen=True, slots=True)

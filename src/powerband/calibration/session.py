@@ -16,6 +16,7 @@ from powerband.calibration.measure import (
     measure_model,
     with_refinement,
 )
+from powerband.calibration.quality import better_of_two
 from powerband.cost.step_log import read_step_log
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.extras import require
@@ -61,7 +62,8 @@ def calibrate_machine(
 ) -> Calibration:
     """Measure the machine, unless `path` holds its profile and a model was named; then that model, or the demo model.
 
-    seconds: for the machine and for the model together, or for a named model alone. Raises EnvironmentFault.
+    seconds: for the machine and for the model together, or for a named model alone. What comes out too far off is
+    measured once more. Raises EnvironmentFault.
     """
     require("torch", "Calibration")
     scipy_optimize()
@@ -69,7 +71,8 @@ def calibrate_machine(
     if profile is None:
         machine = measure_machine(device, engine.threads, _MACHINE_FRACTION * seconds, report)
         profile = machine.profile
-    model = measure_model(engine, seconds * (1 if has_model else 1 - _MACHINE_FRACTION), report)
+    budget_s = seconds * (1 if has_model else 1 - _MACHINE_FRACTION)
+    model = better_of_two(lambda: measure_model(engine, budget_s, report), lambda fit: fit.errors)
     if machine is not None and model.refinement.host is not None:
         profile = replace(profile, host={**profile.host, "powerband": model.refinement.host})
     return Calibration(with_refinement(profile, model.refinement), machine, model)

@@ -58,6 +58,11 @@ class KVCacheManager:
         """Positions that the whole cache can hold."""
         return self.pool.num_blocks * self.block_size
 
+    @property
+    def num_free(self) -> int:
+        """Blocks that requests could get."""
+        return self.pool.num_free
+
     def match(self, r: Request) -> PrefixMatch:
         """Find the longest cached prefix that leaves at least one token to compute."""
         blocks, refs = self.matching_blocks(r), self.pool.refs

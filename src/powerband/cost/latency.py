@@ -19,7 +19,7 @@ from powerband.cost.shapes import FORMATS, PLAIN, GemmFormat, GemmShape, RankSha
 from powerband.errors import UsageError
 from powerband.spec.deployment import EngineName, Quantization, Replica
 from powerband.spec.hardware import architecture_defaults as priors
-from powerband.spec.hardware.profile import DeviceProfile, GemmModel, HostModel, Refinement
+from powerband.spec.hardware.profile import DeviceProfile, Evidence, GemmModel, HostModel, Refinement
 from powerband.spec.model.model_spec import ModelSpec
 
 OPERATORS = (
@@ -140,6 +140,11 @@ class LatencyModel:
         return found
 
     @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Of what takes most of a step's time: products and attention."""
+        return self._matrix[0].evidence, self._attention.prefill_evidence, self._attention.decode_evidence
+
+    @property
     def band(self) -> float:
         """Nine steps in ten lie within ± this share: errors of the laws by their part of usual steps."""
         if self._measured is not None:
@@ -210,6 +215,8 @@ class LatencyModel:
             return
         for matrix in shapes.projections:
             yield self._gemm("projections", self._matrix, matrix, tokens)
+        for matrix in shapes.plain_projections:
+            yield self._gemm("projections", self._plain, matrix, tokens)
         for matrix in shapes.router:
             yield self._gemm("experts", self._plain, matrix, tokens)
         for kind in shapes.experts:

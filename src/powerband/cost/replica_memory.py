@@ -6,6 +6,7 @@ that is divided: the same parts, with what those engines are known to take.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,17 +14,20 @@ from typing import Any, Literal
 from powerband.cost.engine_priors import ENGINE_PRIORS, EnginePriors
 from powerband.cost.footprint import activation_bytes
 from powerband.cost.memory import plan_memory
+from powerband.cost.projections import EXPERTS, parts_of, quantized_parts, rank_matrix, undivided_blocks
 from powerband.cost.shapes import FORMATS, kv_row_bytes
 from powerband.errors import PowerbandError
-from powerband.spec.deployment import EngineName, Replica
+from powerband.spec.deployment import EngineName, Quantization, Replica
 from powerband.spec.hardware.profile import DeviceProfile
-from powerband.spec.model.counts import ParameterCounts, count_parameters
+from powerband.spec.kv_layout import KVLayout
+from powerband.spec.model.counts import count_parameters
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.settings import EngineSettings
 
 # What engines take beyond weights, activations and KV cache. vLLM 0.15: 0.4 GiB beside a model with a small vocabulary,
 # 1.3 GiB with large ones, on an H100 (num_gpu_blocks reported by inference-sim's runs).
 _RUNTIME_BYTES = 300 << 20  # context, libraries, fragments
+_NEARLY_EQUAL = 1.5  # vLLM's kv_cache_utils
 _COLLECTIVES_BYTES = 400 << 20  # NCCL's and custom all-reduce's buffers (AIConfigurator reserves 342 to 392 MB)
 
 
@@ -36,11 +40,19 @@ class ReplicaMemory:
     num_blocks: int
     block_size: int
     problem: str = ""
+    layout: KVLayout | None = None  # of a cache that keeps windows only; None: all layers keep every position
+    max_model_len: int = 1
 
     @property
     def kv_tokens(self) -> int:
-        """Positions that the replica's KV cache holds."""
-        return self.num_blocks * self.block_size
+        """Positions that the replica's KV cache holds, of requests as long as they may be."""
+        return self.tokens_at(self.max_model_len)
+
+    def tokens_at(self, context: float) -> int:
+        """Positions that it holds of requests of so many positions: with windows, longer ones take less for each."""
+        if self.layout is None:
+            return self.num_blocks * self.block_size
+        return self.layout.tokens(self.num_blocks, context)
 
 
 def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engine: EngineName) -> ReplicaMemory:
@@ -52,10 +64,13 @@ def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engi
     if assumed.uses_memory_plan and replica.num_devices == 1 and not replica.offload_share:
         return _own(spec, profile, replica)
     rank = shard(spec, replica)
+    activations = activation_bytes(rank, tokens=replica.max_num_batched_tokens, dtype="bfloat16")
+    # Activations are gone when logits are there: of both, the larger counts.
+    sampling = _sampling(spec, replica, assumed) + _experts_workspace(rank, replica)
     parts = {
         "weights": weight_bytes(spec, replica),
-        "activations": activation_bytes(rank, tokens=replica.max_num_batched_tokens, dtype="bfloat16"),
-        "sampling": _sampling(spec, replica, assumed),
+        "activations": activations,
+        "sampling": max(sampling - activations, 0),
         "runtime": _RUNTIME_BYTES + (_COLLECTIVES_BYTES if replica.num_devices > 1 else 0),
     }
     available = int(profile.memory_bytes * replica.gpu_memory_utilization)
@@ -63,14 +78,35 @@ def plan_replica(spec: ModelSpec, profile: DeviceProfile, replica: Replica, engi
     if left < 0:
         needs = f"needs {_gb(sum(parts.values()))} without a KV cache, has {_gb(available)}"
         return ReplicaMemory(parts, available, 0, assumed.block_size, needs)
-    block_size = assumed.block_size
-    block = block_size * kv_bytes_per_token(spec, replica)
+    size, length = assumed.block_size, replica.max_model_len
+    layout, block = _kv_blocks(spec, profile, replica, assumed)
     blocks = left // block
+    needed = layout.pages(-(-length // size)) + layout.reserved if layout is not None else -(-length // size)
     problem = ""
-    if blocks * block_size < replica.max_model_len:
-        whole = -(-replica.max_model_len // block_size) * block
-        problem = f"one request of {replica.max_model_len} tokens needs {_gb(whole)} of KV cache, {_gb(left)} are left"
-    return ReplicaMemory({**parts, "kv_cache": blocks * block}, available, blocks, block_size, problem)
+    if blocks < needed:
+        problem = f"one request of {length} tokens needs {_gb(needed * block)} of KV cache, {_gb(left)} are left"
+    return ReplicaMemory({**parts, "kv_cache": blocks * block}, available, blocks, size, problem, layout, length)
+
+
+def _kv_blocks(
+    spec: ModelSpec, profile: DeviceProfile, replica: Replica, assumed: EnginePriors
+) -> tuple[KVLayout | None, int]:
+    """The layout of an engine's cache for a model with sliding windows, and the bytes of a block of it."""
+    rank, size = shard(spec, replica), assumed.block_size
+    by_window = Counter(layer.window for layer in rank.layers)
+    layer_bytes = kv_bytes_per_token(spec, replica) / rank.num_layers * size
+    num_full, num_windowed = by_window[None], rank.num_layers - by_window[None]
+    if not num_windowed or profile.kind == "cpu" or not assumed.frees_windows:
+        share = assumed.window_share if num_full and spec.family in assumed.window_families else 1.0
+        return None, round((num_full + share * num_windowed) * layer_bytes)
+    counts = [count for count in by_window.values() if count]
+    # As many layers in a group as there are of the rarer kind; where kinds are nearly equal, of the other one.
+    group = max(counts) if max(counts) < _NEARLY_EQUAL * min(counts) else min(counts)
+    groups = {window: -(-count // group) for window, count in by_window.items() if count}
+    step_blocks = -(-min(replica.max_num_batched_tokens, replica.max_model_len) // size)
+    windows = tuple((number, -(-(window - 1) // size) + 1) for window, number in groups.items() if window is not None)
+    reserved = step_blocks * sum(number for number, _ in windows)
+    return KVLayout(size, groups.get(None, 0), windows, reserved), round(group * layer_bytes)
 
 
 def weight_bytes(spec: ModelSpec, replica: Replica) -> int:
@@ -79,8 +115,10 @@ def weight_bytes(spec: ModelSpec, replica: Replica) -> int:
     Of a model in stages, the first holds the embedding and the last the head; the larger counts.
     """
     layers = layer_weight_bytes(spec, replica)
-    embedding = spec.vocab_size * spec.hidden_size * 2 // replica.tensor_parallel
-    ends = embedding if spec.tie_embeddings or replica.pipeline_parallel > 1 else 2 * embedding
+    embedding = head = spec.vocab_size * spec.hidden_size * 2 // replica.tensor_parallel
+    if spec.quantized_modules is not None and spec.quantized_modules.head:
+        head = round(embedding / 2 * _bytes_of_element(spec, replica.quantization))
+    ends = embedding if spec.tie_embeddings or replica.pipeline_parallel > 1 else embedding + head
     kept = round(layers * (1 - replica.offload_share))
     # While one layer computes, the next one's weights arrive.
     arriving = 2 * layers // shard(spec, replica).num_layers if replica.offload_share else 0
@@ -89,12 +127,33 @@ def weight_bytes(spec: ModelSpec, replica: Replica) -> int:
 
 def layer_weight_bytes(spec: ModelSpec, replica: Replica) -> int:
     """Weights of the layers of the fullest rank, offloaded ones included."""
-    counts = count_parameters(shard(spec, replica))
-    small = counts.experts
-    if replica.quantization != "mxfp4":
-        small += counts.attention + counts.mlp
-    plain = _layer_parameters(counts) - small
-    return round(small * FORMATS[replica.quantization].weight_bytes + plain * 2)
+    sizes = _bytes_by_layer(spec, replica)
+    stage = -(-len(sizes) // replica.pipeline_parallel)
+    return round(max(sum(sizes[first : first + stage]) for first in range(0, len(sizes), stage)))
+
+
+def _bytes_by_layer(spec: ModelSpec, replica: Replica) -> list[float]:
+    """Of one rank of tensor_parallel: the projections as they are stored, norms, biases and routers in 16 bits."""
+    counts = count_parameters(shard(spec, replace(replica, pipeline_parallel=1)))
+    in_format = _bytes_of_element(spec, replica.quantization)
+    matrices: list[tuple[int, float]] = []  # of each layer: elements, and bytes of them
+    for layer, quantized in zip(spec.layers, quantized_parts(spec), strict=True):
+        sizes = {part: rank_matrix(spec, layer, part, replica).size for part in parts_of(layer)}
+        plain = {*parts_of(layer)} - quantized
+        if replica.quantization == "mxfp4":
+            plain |= {part for part in sizes if part not in EXPERTS}
+        held = sum(size * (2 if part in plain else in_format) for part, size in sizes.items())
+        matrices.append((sum(sizes.values()), held))
+    others = counts.total - counts.embedding - counts.head - sum(size for size, _ in matrices)
+    return [held + others * 2 / len(matrices) for _, held in matrices]
+
+
+def _bytes_of_element(spec: ModelSpec, quantization: Quantization) -> float:
+    """Of a quantized matrix, its share of scales in it: a 16-bit scale and a zero point for each group of int4."""
+    modules = spec.quantized_modules
+    if quantization == "int4" and modules is not None:
+        return 0.5 + (2.5 / modules.block_inputs if modules.block_inputs > 1 else 0.0)
+    return FORMATS[quantization].weight_bytes
 
 
 def kv_bytes_per_token(spec: ModelSpec, replica: Replica) -> int:
@@ -117,13 +176,19 @@ def shard(spec: ModelSpec, replica: Replica) -> ModelSpec:
     )
 
 
-def _layer_parameters(counts: ParameterCounts) -> int:
-    return counts.total - counts.embedding - counts.head
-
-
 def _sampling(spec: ModelSpec, replica: Replica, assumed: EnginePriors) -> int:
+    """Logits and what sampling makes of them: of one row for each sequence, not for each token."""
     rows = min(replica.max_num_seqs, replica.max_num_batched_tokens)
     return rows * spec.vocab_size * assumed.sampler_bytes_per_logit
+
+
+def _experts_workspace(rank: ModelSpec, replica: Replica) -> int:
+    """Inputs and results of the chosen experts' products: kept from step to step, while logits are sampled, too."""
+    if not any(layer.num_experts for layer in rank.layers):
+        return 0
+    width, hidden = rank.expert_intermediate_size, rank.hidden_size
+    rows = replica.max_num_batched_tokens * rank.num_experts_per_token
+    return rows * (max(2 * width, hidden) + width) * 2
 
 
 def _indivisible(spec: ModelSpec, replica: Replica) -> str:
@@ -132,9 +197,13 @@ def _indivisible(spec: ModelSpec, replica: Replica) -> str:
         return f"{spec.num_heads} heads cannot be divided over {tp} devices"
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         return f"{spec.num_kv_heads} heads of keys and values cannot be divided over {tp} devices"
+    if any(layer.num_experts == 0 for layer in spec.layers) and spec.intermediate_size % tp:
+        return f"an inner size of {spec.intermediate_size} cannot be divided over {tp} devices"
+    if spec.expert_intermediate_size % tp and replica.expert_parallel == 1:
+        return f"experts of {spec.expert_intermediate_size} cannot be divided over {tp} devices"
     if pp > spec.num_layers:
         return f"{spec.num_layers} layers cannot be divided over {pp} stages"
-    return ""
+    return undivided_blocks(spec, replica)
 
 
 def _own(spec: ModelSpec, profile: DeviceProfile, replica: Replica) -> ReplicaMemory:

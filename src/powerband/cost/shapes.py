@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from powerband.cost.operator_models import AttentionCall
+from powerband.cost.projections import Part, quantized_parts
 from powerband.errors import UsageError
 from powerband.spec.deployment import KVPrecision, Quantization, Replica
 from powerband.spec.model.model_spec import ModelSpec
@@ -58,7 +59,8 @@ class RankShapes:
     """All pipeline stages of one tensor-parallel rank together."""
 
     layers: int
-    projections: tuple[GemmShape, ...]
+    projections: tuple[GemmShape, ...]  # in the replica's precision
+    plain_projections: tuple[GemmShape, ...]  # that a quantized checkpoint leaves in 16 bits
     router: tuple[GemmShape, ...]
     experts: tuple[ExpertShape, ...]
     head: GemmShape
@@ -80,12 +82,14 @@ class RankShapes:
         kv_heads = max(1, -(-spec.num_kv_heads // ranks))  # fewer than ranks: each is held by several
         dense = sum(layer.num_experts == 0 for layer in spec.layers)
         inner = -(-spec.intermediate_size // ranks)
-        projections = [
-            GemmShape(spec.num_layers, (heads + 2 * kv_heads) * dim, hidden),
-            GemmShape(spec.num_layers, hidden, heads * dim),
-        ]
+        shapes: dict[frozenset[Part], GemmShape] = {
+            frozenset(("q", "k", "v")): GemmShape(spec.num_layers, (heads + 2 * kv_heads) * dim, hidden),
+            frozenset(("o",)): GemmShape(spec.num_layers, hidden, heads * dim),
+        }
         if dense:
-            projections += [GemmShape(dense, 2 * inner, hidden), GemmShape(dense, hidden, inner)]
+            shapes[frozenset(("gate", "up"))] = GemmShape(dense, 2 * inner, hidden)
+            shapes[frozenset(("down",))] = GemmShape(dense, hidden, inner)
+        projections, plain_projections = _by_precision(spec, replica, shapes)
         kinds = Counter(layer.num_experts for layer in spec.layers if layer.num_experts)
         divided = replica.expert_parallel
         width = spec.expert_intermediate_size if divided > 1 else -(-spec.expert_intermediate_size // ranks)
@@ -93,14 +97,15 @@ class RankShapes:
         kv_bytes = 2.0 * kv_heads * kv_row_bytes(dim, replica.kv_precision)
         windows = Counter(layer.window for layer in spec.layers)
         weight_bytes = FORMATS[replica.quantization].weight_bytes
-        projection_bytes = PLAIN.weight_bytes if replica.quantization == "mxfp4" else weight_bytes
-        held = sum(matrix.layers * matrix.n * matrix.k for matrix in projections) * projection_bytes
+        held = sum(matrix.layers * matrix.n * matrix.k for matrix in projections) * weight_bytes
+        held += sum(matrix.layers * matrix.n * matrix.k for matrix in plain_projections) * PLAIN.weight_bytes
         held += sum(
             kind.layers * kind.num_experts / kind.ranks * 3 * hidden * kind.width * weight_bytes for kind in experts
         )
         return cls(
             layers=spec.num_layers,
-            projections=tuple(projections),
+            projections=projections,
+            plain_projections=plain_projections,
             router=tuple(GemmShape(count, number, hidden) for number, count in kinds.items()),
             experts=experts,
             head=GemmShape(1, -(-spec.vocab_size // ranks), hidden),
@@ -109,6 +114,19 @@ class RankShapes:
             * (spec.num_layers * (6 * hidden + 2 * (heads + 2 * kv_heads) * dim) + dense * 3 * inner),
             layer_weight_bytes=held,
         )
+
+
+def _by_precision(
+    spec: ModelSpec, replica: Replica, shapes: Mapping[frozenset[Part], GemmShape]
+) -> tuple[tuple[GemmShape, ...], tuple[GemmShape, ...]]:
+    """Each product in as many layers as hold all its parts in the replica's precision, and in the other layers."""
+    if replica.quantization == "mxfp4":
+        return (), tuple(shapes.values())
+    found = []
+    for parts, shape in shapes.items():
+        quantized = sum(parts <= held for held in quantized_parts(spec))
+        found.append((shape._replace(layers=quantized), shape._replace(layers=shape.layers - quantized)))
+    return tuple(one for one, _ in found if one.layers), tuple(other for _, other in found if other.layers)
 
 
 def kv_row_bytes(head_dim: int, precision: KVPrecision) -> float:

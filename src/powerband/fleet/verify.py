@@ -37,6 +37,7 @@ class CheckedFigure:
     predicted: str
     measured: str
     verdict: FigureVerdict
+    outside: Literal["above", "below", ""] = ""  # the predicted band
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,12 @@ def _attainment(plan: Plan, summary: Summary, *, is_saturated: bool) -> CheckedF
     if is_saturated:
         text += ", and the queue grew to the end"
     return CheckedFigure(
-        "SLO attainment", f"≥ {promised * 100:g} %", _band(plan.predicted.get("attainment"), share_text), text, verdict
+        "SLO attainment",
+        f"≥ {promised * 100:g} %",
+        _band(plan.predicted.get("attainment"), share_text),
+        text,
+        verdict,
+        _outside(plan.predicted.get("attainment"), measured),
     )
 
 
@@ -149,6 +155,7 @@ def _latencies(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFi
                 _band(plan.predicted.get(f"{name}_s"), time_text),
                 NONE if math.isnan(measured) else time_text(measured),
                 verdict,
+                _outside(plan.predicted.get(f"{name}_s"), measured),
             )
         )
     return found
@@ -177,8 +184,11 @@ def _rates(plan: Plan, summary: Summary, load: LoadResult) -> list[CheckedFigure
         asked = _asked_per_s(summary, load)
         verdict: FigureVerdict = "kept" if reached >= min(promised, _MIN_OUTPUT_RATIO * asked) else "broken"
         text = digits(reached) + (f" of {digits(asked)} asked for" if reached < promised else "")
-        predicted = _band(plan.predicted.get("output_tokens_per_s"), digits)
-        lines.append(CheckedFigure("output tokens/s", f"≥ {digits(promised)}", predicted, text, verdict))
+        figure = plan.predicted.get("output_tokens_per_s")
+        outside = _outside(figure, reached)
+        lines.append(
+            CheckedFigure("output tokens/s", f"≥ {digits(promised)}", _band(figure, digits), text, verdict, outside)
+        )
     return lines
 
 
@@ -187,6 +197,12 @@ def _asked_per_s(summary: Summary, load: LoadResult) -> float:
     within = [sample for sample in load.samples if sample.record().scheduled_s in summary.window]
     seconds = summary.window.seconds
     return sum(sample.asked_tokens for sample in within) / seconds if seconds > 0 else 0.0
+
+
+def _outside(figure: Prediction | None, measured: float) -> Literal["above", "below", ""]:
+    if figure is None or math.isnan(measured) or figure.low <= measured <= figure.high:
+        return ""
+    return "above" if measured > figure.high else "below"
 
 
 def _band(figure: Prediction | None, text: Callable[[float], str]) -> str:

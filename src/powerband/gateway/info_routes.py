@@ -14,6 +14,7 @@ from starlette.responses import Response
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
+from powerband.gateway.proxy.context_length import context_length
 from powerband.web.errors import HttpError, json_response
 
 
@@ -39,12 +40,12 @@ class InfoRoutes:
 
     async def models(self, _request: Request) -> Response:
         """All served names, including aliases."""
-        return json_response({"object": "list", "data": [self._card(name) for name in self._gateway.names()]})
+        cards = await asyncio.gather(*(self._card(name) for name in self._gateway.names()))
+        return json_response({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self._gateway.served(name)
-        return json_response(self._card(name))
+        return json_response(await self._card(name))
 
     async def metrics(self, _request: Request) -> Response:
         figures = self._accounts.figures()
@@ -61,9 +62,13 @@ class InfoRoutes:
             await asyncio.sleep(0)
         return Response(b"".join(parts), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    def _card(self, name: str) -> dict[str, Any]:
+    async def _card(self, name: str) -> dict[str, Any]:
+        """With the largest context of the model's replicas, as they list it; without, where none does."""
         served = self._gateway.served(name)
         card: dict[str, Any] = {"id": name, "object": "model", "created": self._created_s, "owned_by": "powerband"}
         if name != served.route.name:
             card["root"] = served.route.name
+        context = await context_length(served.route.replicas, served.context_lengths, self._gateway.upstream)
+        if context is not None:
+            card["max_model_len"] = context
         return card

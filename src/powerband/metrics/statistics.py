@@ -33,7 +33,8 @@ def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Inter
     z2, share = z_of(confidence) ** 2, successes / trials
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     reach = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
-    return max(middle - reach, 0.0), min(middle + reach, 1.0)
+    # With none or all successes an edge is 0 or 1 exactly, which rounding misses.
+    return max(middle - reach, 0.0) if successes else 0.0, min(middle + reach, 1.0) if successes < trials else 1.0
 
 
 def percentile_interval(ordered: Sequence[float], q: float, confidence: float = CONFIDENCE) -> Interval:

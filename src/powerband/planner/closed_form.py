@@ -23,6 +23,7 @@ from powerband.planner.results import Bound
 from powerband.spec.deployment import Replica
 from powerband.spec.slo import SLO
 
+HELD_OUTPUT = 0.6  # of an answer: what its request holds of it, on average
 _ROUNDS = 12  # of bisection
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # between them, steps are on straight lines
 
@@ -66,7 +67,7 @@ class ClosedForm:
         self._percentile, self._slowdown = percentile, slowdown
         self._chunk = replica.long_prefill_token_threshold or replica.max_num_batched_tokens
         self._deviations = max(NormalDist().inv_cdf(min(percentile, 0.9999)), 0.0)
-        by_cache = kv_tokens / (weight.prompt + weight.output * 0.6)
+        by_cache = kv_tokens / (weight.prompt + weight.output * HELD_OUTPUT)
         self.seats = max(min(float(replica.max_num_seqs), by_cache), 1.0)
         self.by_memory = by_cache < replica.max_num_seqs
         self._tokens_per_step = _tokens_per_step(replica)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import ReplicaOption
-from powerband.planner.closed_form import ClosedForm, StepTimes
+from powerband.planner.closed_form import HELD_OUTPUT, ClosedForm, StepTimes
 from powerband.planner.plan_request import PlanRequest, WorkloadStats, mean_tokens
 from powerband.planner.results import Bound, Evaluation, Prediction
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
@@ -66,8 +68,9 @@ def size_replica(
     memory = kind.memory if replica == kind.replica else plan_replica(plan_request.spec, profile, replica, kind.engine)
     if memory.problem:
         return None
+    held = times.weight.prompt + times.weight.output * HELD_OUTPUT
     nominal, slowest, fastest = (
-        ClosedForm(times, replica, memory.kv_tokens, percentile=plan_request.slo.attainment, slowdown=slowdown)
+        ClosedForm(times, replica, memory.tokens_at(held), percentile=plan_request.slo.attainment, slowdown=slowdown)
         for slowdown in (1.0, 1 + band, 1 / (1 + band))
     )
     return SizedReplica(
@@ -124,7 +127,7 @@ def estimate(plan_request: PlanRequest, unit: SizedReplica, count: int) -> Evalu
         method="closed form",
         figures=estimate_figures(unit, plan_request.rate, count),
         meets_slo=unit.guaranteed_rate * count >= plan_request.rate,
-        usd_per_hour=deployment_price(plan_request, deployment),
+        **deployment_price(plan_request, deployment),
         binds=binds,
         operators=operators,
         kv_tokens=unit.kind.memory.kv_tokens,
@@ -157,16 +160,23 @@ def estimate_capacity(unit: SizedReplica, count: int) -> Prediction:
     )
 
 
-def deployment_price(plan_request: PlanRequest, deployment: Deployment) -> float | None:
-    """Dollars per hour of the cheapest machines; None: not all have a known price."""
+class DeploymentPrice(TypedDict):
+    usd_per_hour: float | None
+    machines: Mapping[str, int]
+
+
+def deployment_price(plan_request: PlanRequest, deployment: Deployment) -> DeploymentPrice:
+    """Dollars per hour of the cheapest machines, and which these are; None: not all have a known price."""
     total = 0.0
+    machines: Counter[str] = Counter()
     for pool in deployment.pools:
         prices = plan_request.profile(pool.replica.device).prices
         found = usd_per_hour(prices, pool.count, pool.replica.num_devices)
         if found is None:
-            return None
+            return {"usd_per_hour": None, "machines": {}}
         total += found[0]
-    return total
+        machines.update(found[1])
+    return {"usd_per_hour": total, "machines": dict(machines)}
 
 
 def notes(plan_request: PlanRequest, deployment: Deployment) -> tuple[str, ...]:
@@ -176,6 +186,12 @@ def notes(plan_request: PlanRequest, deployment: Deployment) -> tuple[str, ...]:
             found.append(f"{pool.replica.offload_share:.0%} of the weights come from the host's memory in every step")
         if pool.replica.quantization not in ("none", plan_request.stored.quantization):
             found.append(f"weights in {pool.replica.quantization}: check the quality for your use")
+        listed = [price for price in plan_request.profile(pool.replica.device).prices if price.confidence != "user"]
+        devices = pool.replica.num_devices
+        if listed and all(price.devices < devices for price in listed):
+            found.append(
+                f"no machine with {devices} {pool.replica.device} is listed: {devices} of them are priced singly"
+            )
     if not ENGINE_PRIORS[deployment.engine].is_measured_on_gpus and any(
         plan_request.profile(pool.replica.device).kind != "cpu" for pool in deployment.pools
     ):

@@ -74,9 +74,8 @@ def _best(plan_request: PlanRequest, units: Sequence[SizedReplica]) -> list[Size
 
 
 def _price(plan_request: PlanRequest, unit: SizedReplica) -> float | None:
-    return deployment_price(
-        plan_request, Deployment(engine=unit.kind.engine, pools=(ReplicaPool(replica=unit.replica),))
-    )
+    deployment = Deployment(engine=unit.kind.engine, pools=(ReplicaPool(replica=unit.replica),))
+    return deployment_price(plan_request, deployment)["usd_per_hour"]
 
 
 def _sized_for(
@@ -136,7 +135,7 @@ def _evaluate(
         method="closed form",
         figures=figures,
         meets_slo=figures["capacity"].low >= plan_request.rate,
-        usd_per_hour=deployment_price(plan_request, deployment),
+        **deployment_price(plan_request, deployment),
         binds=binds,
         operators=operators,
         kv_tokens=sides[-1][0].kind.memory.kv_tokens,

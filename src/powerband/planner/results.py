@@ -28,6 +28,7 @@ class Evaluation:
     figures: Mapping[str, Prediction]
     meets_slo: bool  # at the pessimistic edge of its bands
     usd_per_hour: float | None  # None: no price is known
+    machines: Mapping[str, int] = field(default_factory=dict)  # that this price is of: how many of each, by name
     binds: Bound
     operators: Mapping[str, float]  # share of a replica's busy time by operator, the largest first
     kv_tokens: int  # of one replica (of the last pool)
@@ -64,6 +65,7 @@ class PlanResults:
     pruned: tuple[Pruned, ...]
     recommended: Evaluation | None  # None: nothing meets the SLO within the budget
     budget_usd_per_hour: float | None = None
+    price_origins: Mapping[str, str] = field(default_factory=dict)  # of machines by name: 'list price; 2025'
     reasons: tuple[str, ...] = ()  # why this one: sentences
     cut: str = ""  # what of the requests was cut to fit the model's context, in a sentence
     alternatives: Mapping[str, Evaluation] = field(default_factory=dict)  # 'cheaper', 'faster', 'nearest'

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from powerband.planner.report.formatting import deployment_text
 from powerband.planner.report.reasons import reasons
 from powerband.planner.report.table import pruned_by_reason
 from powerband.planner.results import Bound, Evaluation, PlanResults, Prediction, Pruned
-from powerband.planner.selection import alternatives, marked, order, price, recommended, within_budget
+from powerband.planner.selection import alternatives, have_one_price, marked, order, price, recommended, within_budget
 from powerband.planner.simulation.task import MAX_REPLICAS, SimulationSummary, SimulationTask, run_simulation_task
 from powerband.spec.deployment import Deployment
 from powerband.spec.workload.workload import RequestMix
@@ -41,7 +42,6 @@ _PER_PRICE = 3  # of one price that are simulated
 _FRONTIER_SIMULATED = 6  # that are simulated besides, so that the frontier shows more than closed forms
 _BATCH = 4
 _MAX_RECHECKS = 3  # times that others of the same price are looked at, when simulations have told how closed forms err
-_SAME_PRICE = 1e-3  # of a price
 _MAX_ALTERNATIVE_ROUNDS = 6  # times that alternatives are looked for anew, because simulated they are none
 _SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
 _MIN_REQUESTS, _MAX_REQUESTS = 150, 1200  # requests
@@ -91,6 +91,7 @@ def search(plan_request: PlanRequest, *, workers: int | None = None, progress: P
         rate=plan_request.rate,
         slo=plan_request.slo,
         budget_usd_per_hour=plan_request.budget_usd_per_h,
+        price_origins={price.where: price.origin for profile in plan_request.profiles for price in profile.prices},
         workload=plan_request.workload.as_dict(),
         evaluations=tuple(evaluations),
         pruned=tuple(pruned),
@@ -111,6 +112,7 @@ def _why(plan_request: PlanRequest, results: PlanResults, report: Progress) -> I
         rate=plan_request.rate,
         budget_usd_per_h=plan_request.budget_usd_per_h,
         unit=results.unit,
+        unpriced=[profile.name for profile in plan_request.profiles if not profile.prices],
     )
     nearest = results.alternatives.get("nearest")
     if results.recommended is None and nearest is not None and not _only_budget(plan_request, results.evaluations):
@@ -202,7 +204,7 @@ class _SimulationRounds:
                 for evaluation in corrected(list(by_deployment.values()), before)
                 if evaluation.method != "simulation"
                 and evaluation.figures["capacity"].high >= self.plan_request.rate
-                and abs(price(evaluation) - price(best)) < _SAME_PRICE * price(best)
+                and have_one_price(evaluation, best)
                 and order(self.plan_request.objective, evaluation) < limit
             ]
             if not better:
@@ -251,10 +253,7 @@ class _SimulationRounds:
     def _next(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         plan_request = self.plan_request
         best = recommended(plan_request, evaluations)
-        seen: dict[float, int] = {}
-        for evaluation in evaluations:
-            if evaluation.method == "simulation":
-                seen[round(price(evaluation), 4)] = seen.get(round(price(evaluation), 4), 0) + 1
+        seen = Counter(_price_level(evaluation) for evaluation in evaluations if evaluation.method == "simulation")
         chosen: list[Evaluation] = []
         for evaluation in sorted(evaluations, key=lambda e: (not e.meets_slo, order(plan_request.objective, e))):
             if evaluation.method == "simulation" or not within_budget(plan_request, evaluation):
@@ -263,10 +262,10 @@ class _SimulationRounds:
                 continue
             if best is not None and order(plan_request.objective, evaluation) >= order(plan_request.objective, best):
                 continue
-            level = round(price(evaluation), 4)
-            if plan_request.objective == "cost" and seen.get(level, 0) >= _PER_PRICE:
+            level = _price_level(evaluation)
+            if plan_request.objective == "cost" and seen[level] >= _PER_PRICE:
                 continue
-            seen[level] = seen.get(level, 0) + 1
+            seen[level] += 1
             chosen.append(evaluation)
             if len(chosen) == _BATCH:
                 break
@@ -330,6 +329,11 @@ def _evaluate(
         binds=_bottleneck(before, nominal),
         operators=nominal.operators,
     )
+
+
+def _price_level(evaluation: Evaluation) -> tuple[bool, float]:
+    unpriced, amount = price(evaluation)
+    return unpriced, round(amount, 4)
 
 
 def _bottleneck(before: Evaluation, simulated: SimulationSummary) -> Bound:

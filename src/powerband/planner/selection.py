@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from powerband.planner.plan_request import PlanRequest
 from powerband.planner.results import Evaluation, Objective
-from powerband.spec.hardware.catalog import usd_per_hour
 from powerband.spec.plan import Plan, PlanCost, Promise, absolute_model
 
 _MARGIN = 1.05  # a latency that is better by less is no reason of its own
+_SAME_PRICE = 1e-3  # of a price
 _CLEARLY_FASTER = 0.9  # of a latency: what is lower than this share of it is faster
 _USED = ("ttft_s", "tpot_s")  # by which the frontier is drawn, beside the price
 
 
-def price(evaluation: Evaluation) -> float:
-    """Dollars per hour; without a known price, the number of devices."""
-    return evaluation.usd_per_hour if evaluation.usd_per_hour is not None else float(evaluation.deployment.num_devices)
+def price(evaluation: Evaluation) -> tuple[bool, float]:
+    """(no price is known, dollars per hour or, without a known price, the number of devices).
+
+    What has no known price counts as dearer than all that has one.
+    """
+    if evaluation.usd_per_hour is None:
+        return True, float(evaluation.deployment.num_devices)
+    return False, evaluation.usd_per_hour
+
+
+def have_one_price(first: Evaluation, second: Evaluation) -> bool:
+    """Whether two deployments cost the same, or have no known price and as many devices."""
+    (ours, amount), (theirs, other) = price(first), price(second)
+    return ours == theirs and abs(amount - other) < _SAME_PRICE * other
 
 
 def order(objective: Objective, evaluation: Evaluation) -> tuple[float, ...]:
     """The smaller the better."""
+    unpriced, amount = price(evaluation)
     capacity = evaluation.figures["capacity"].low
     latency = evaluation.figures["e2e_mean_s"].high  # what can be promised
     if objective == "latency":
-        return latency, price(evaluation), -capacity
+        return latency, unpriced, amount, -capacity
     if objective == "throughput":
-        return -capacity, price(evaluation), latency
-    return price(evaluation), latency, -capacity
+        return -capacity, unpriced, amount, latency
+    return unpriced, amount, latency, -capacity
 
 
 def within_budget(plan_request: PlanRequest, evaluation: Evaluation) -> bool:
@@ -57,7 +68,7 @@ def alternatives(
         near = min(evaluations, key=lambda evaluation: _excess(plan_request, evaluation), default=None)
         return {"nearest": near} if near is not None else {}
     found = {}
-    cheaper = [e for e in evaluations if price(e) < price(chosen) * 0.999 and _is_finite(e)]
+    cheaper = [e for e in evaluations if price(e) < price(chosen) and not have_one_price(e, chosen) and _is_finite(e)]
     if cheaper:
         found["cheaper"] = min(cheaper, key=lambda e: _excess(plan_request, e))
     tpot_s, e2e_s = chosen.figures["tpot_mean_s"].value, chosen.figures["e2e_mean_s"].value
@@ -79,34 +90,36 @@ def marked(evaluations: Sequence[Evaluation], chosen: Evaluation | None = None) 
 
     What never ends is dominated, too; of those that are alike, what was chosen is not.
     """
-    points = [(price(e), *(e.figures[name].value for name in _USED)) for e in evaluations]
+    points = [(*price(e), *(e.figures[name].value for name in _USED)) for e in evaluations]
     ordered = sorted(range(len(points)), key=lambda i: (points[i], -evaluations[i].figures["capacity"].low))
     kept: list[tuple[float, ...]] = []
     dominated = [True] * len(points)
     for i in ordered:
         point = points[i]
         is_beaten = any(_beats(other, point) for other in kept)
-        if math.isfinite(point[1]) and (not is_beaten or evaluations[i] is chosen):
+        if math.isfinite(point[2]) and (not is_beaten or evaluations[i] is chosen):
             dominated[i] = False
             kept.append(point)
     return [replace(e, dominated=beaten) for e, beaten in zip(evaluations, dominated, strict=True)]
 
 
 def _beats(other: tuple[float, ...], point: tuple[float, ...]) -> bool:
-    """Costs no more, and is slower by a hair at most."""
-    return other[0] <= point[0] and all(a <= b * _MARGIN for a, b in zip(other[1:], point[1:], strict=True))
+    """Costs no more, and is slower by a hair at most. What a deployment without a price costs beside one is unknown."""
+    is_no_dearer = other[0] == point[0] and other[1] <= point[1]
+    return is_no_dearer and all(a <= b * _MARGIN for a, b in zip(other[2:], point[2:], strict=True))
 
 
-def _excess(plan_request: PlanRequest, evaluation: Evaluation) -> tuple[float, float, float]:
+def _excess(plan_request: PlanRequest, evaluation: Evaluation) -> tuple[float, ...]:
     """How far the worst limit is exceeded at the pessimistic edge, what is answered all the same, and the price."""
     worst = 1.0
     for name, limit in plan_request.slo.limits.items():
         figure = evaluation.figures.get(f"{name}_s")
         if figure is not None:
             worst = max(worst, figure.high / limit)
-    if not within_budget(plan_request, evaluation) and plan_request.budget_usd_per_h:
-        worst = max(worst, price(evaluation) / plan_request.budget_usd_per_h)
-    return worst, -evaluation.figures["output_tokens_per_s"].value, price(evaluation)
+    if plan_request.budget_usd_per_h and not within_budget(plan_request, evaluation):
+        unknown = evaluation.usd_per_hour is None
+        worst = max(worst, math.inf if unknown else (evaluation.usd_per_hour or 0.0) / plan_request.budget_usd_per_h)
+    return worst, -evaluation.figures["output_tokens_per_s"].value, *price(evaluation)
 
 
 def _is_finite(evaluation: Evaluation) -> bool:
@@ -115,17 +128,12 @@ def _is_finite(evaluation: Evaluation) -> bool:
 
 def plan_from(plan_request: PlanRequest, chosen: Evaluation) -> Plan:
     """The plan of a deployment. It promises what is predicted at the pessimistic end."""
-    machines: Counter[str] = Counter()
-    prices = {profile.name: profile.prices for profile in plan_request.profiles}
-    for pool in chosen.deployment.pools:
-        found = usd_per_hour(prices[pool.replica.device], pool.count, pool.replica.num_devices)
-        machines.update(found[1] if found is not None else {})
     cost = None
     if chosen.usd_per_hour is not None and chosen.usd_per_million_tokens is not None:
         cost = PlanCost(
             usd_per_hour=chosen.usd_per_hour,
             usd_per_million_tokens=chosen.usd_per_million_tokens,
-            machines=dict(machines),
+            machines=chosen.machines,
         )
     return Plan(
         model=absolute_model(plan_request.model),

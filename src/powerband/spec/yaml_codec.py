@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import types
 from collections.abc import Mapping
@@ -28,8 +29,10 @@ def read_record(kind: type[Record], values: object, where: str) -> Record:
     values = _with_new_names(kind, values, where)
     unknown = [name for name in values if name not in hints]
     if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), hints, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
         raise UsageError(
-            f"{where}: {shown(unknown[0])} is unknown.", hint=f"Known: {', '.join(hints)}.", param=str(unknown[0])
+            f"{where}: {shown(unknown[0])} is unknown.", hint=f"{hint}Known: {', '.join(hints)}.", param=str(unknown[0])
         )
     for item in fields(cast(Any, kind)):
         if item.name not in values and item.default is MISSING and item.default_factory is MISSING:

@@ -25,6 +25,7 @@ class ServerAddress(msgspec.Struct, frozen=True, kw_only=True):
     extra_prompt_tokens: int = 0  # that the server adds to a prompt: of its chat template, a first token
     salt: str = ""  # into every text that is made up: another salt, other texts of the same lengths
     insecure: bool = False  # do not check the certificate
+    rejected_fields: tuple[str, ...] = ()  # not sent, see `accepted_fields`
 
     @property
     def path(self) -> str:
@@ -68,6 +69,12 @@ class StartSignal(msgspec.Struct, frozen=True):
     """start_at: the run's start, on the system's monotonic clock, which all processes share."""
 
     start_at: float
+
+
+# Errors that are this client's own limits, not the server's failures: they make a load INVALID.
+FILE_LIMIT = "the client may open no more files: raise 'ulimit -n', or load with fewer connections or more --workers"
+PORT_LIMIT = "the client has no local port left: load with fewer connections, or widen net.ipv4.ip_local_port_range"
+CLIENT_LIMITS = (FILE_LIMIT, PORT_LIMIT)
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -12,7 +12,7 @@ import msgspec
 
 from powerband.bench.client.http import get, post
 from powerband.bench.client.messages import Endpoint, RequestMessage, SegmentMessage, ServerAddress
-from powerband.bench.client.prompts import ConversationPrompts, PromptMaker
+from powerband.bench.client.prompts import ONE_TOKEN_A_WORD, ConversationPrompts, PromptMaker
 from powerband.bench.client.responses import error_text
 from powerband.engines.registry import find_by_owner
 from powerband.errors import EnvironmentFault, UsageError
@@ -95,7 +95,7 @@ async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
     for tokens in lengths:
         planned = RequestMessage(0, (SegmentMessage(f"probe {tokens} {time.time_ns()}", tokens),), 1, 0, 0.0)
         body = msgspec.json.decode(ConversationPrompts(plain, maker).body(planned)) | {"stream": False}
-        body.pop("stream_options")
+        body.pop("stream_options", None)
         try:
             page = await post(target, target.path, body)
         except (OSError, TimeoutError) as problem:
@@ -107,6 +107,8 @@ async def calibrate_prompt_words(target: ServerAddress) -> ServerAddress:
     if not short or not long or long <= short:
         return target  # it does not tell
     tokens_per_word = (long - short) / (lengths[1] - lengths[0])
+    if abs(tokens_per_word - 1) < ONE_TOKEN_A_WORD:  # but for the first word, which may be several
+        tokens_per_word = 1.0
     extra = max(math.ceil(short - lengths[0] * tokens_per_word), 0)
     return msgspec.structs.replace(target, words_per_token=1 / tokens_per_word, extra_prompt_tokens=extra)
 

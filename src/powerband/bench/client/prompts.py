@@ -28,7 +28,8 @@ program group side system hand order public word name form line city real open l
 WORDS = _COMMON.split()
 _STREAM_WORDS = 1 << 16
 _NO_LIMIT = 1 << 30  # tokens
-_EXACT = 0.01  # words per token may differ from 1 by so much, where each is one
+ONE_TOKEN_A_WORD = 0.02  # words per token may seem to differ from 1 by so much, where each is one
+_FIRST_WORD = 3  # tokens more than one, for a word that no space stands before
 _ANSWER_RESERVE = 8  # an answer may become longer by this part of it when it is read again
 
 
@@ -96,6 +97,8 @@ class ConversationPrompts:
             fields |= {"prompt": self._text, "max_tokens": request.output_tokens}
         if target.ignore_eos:
             fields |= {"ignore_eos": True}
+        for name in target.rejected_fields:
+            _leave_out(name, fields)
         return msgspec.json.encode(fields | target.extra)
 
     def answered(self, text: str, tokens: int = 0) -> None:
@@ -111,9 +114,19 @@ class ConversationPrompts:
         target = self._target
         if target.max_model_len is None:
             return _NO_LIMIT
-        room = target.max_model_len - request.output_tokens - self._history - target.extra_prompt_tokens - self._reserve
-        is_exact = abs(target.words_per_token - 1) < _EXACT
+        taken = request.output_tokens + self._history + target.extra_prompt_tokens
+        room = target.max_model_len - taken - self._reserve - _FIRST_WORD
+        is_exact = abs(target.words_per_token - 1) < ONE_TOKEN_A_WORD
         return room if is_exact or room < 1 else room - math.ceil(2 * math.sqrt(room))  # words of unequal tokens
+
+
+def _leave_out(name: str, fields: dict[str, Any]) -> None:
+    if name == "continuous_usage_stats":
+        fields["stream_options"] = {"include_usage": True}
+    else:
+        value = fields.pop(name, None)
+        if name == "max_tokens":
+            fields["max_completion_tokens"] = value
 
 
 def _shortened(segments: tuple[SegmentMessage, ...], tokens: int) -> tuple[SegmentMessage, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -21,6 +22,8 @@ import time
 import msgspec
 
 from powerband.bench.client.messages import (
+    FILE_LIMIT,
+    PORT_LIMIT,
     ChainMessage,
     FromWorker,
     RequestMessage,
@@ -40,6 +43,7 @@ from powerband.metrics.record import Outcome
 
 _MAX_SAMPLES = 500  # in one message
 REFUSED = (429, 503)
+_CLIENT_LIMITS = {errno.EMFILE: FILE_LIMIT, errno.ENFILE: FILE_LIMIT, errno.EADDRNOTAVAIL: PORT_LIMIT}
 
 
 class LoadWorker:
@@ -144,7 +148,8 @@ class LoadWorker:
             problem = f"not answered within {self._job.timeout_s:g} s"
             self._keep(planned, chain, due_s, sent_s, None, Outcome.TIMED_OUT, problem)
         except OSError as problem:
-            self._keep(planned, chain, due_s, sent_s, None, Outcome.ERROR, f"no connection: {problem}")
+            error = _CLIENT_LIMITS.get(problem.errno or 0, f"no connection: {problem}")
+            self._keep(planned, chain, due_s, sent_s, None, Outcome.ERROR, error)
         finally:
             self._running -= 1
         return None
@@ -246,6 +251,8 @@ async def _main() -> None:
     transport.set_write_buffer_limits(0)  # what is drained is gone: nothing is left behind when this process ends
     send = MessageWriter(asyncio.StreamWriter(transport, protocol, None, loop))
     job = msgspec.msgpack.decode(await read_message(reader), type=WorkerJob)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # of open files, of which each connection is one
     with contextlib.suppress(OSError):
         os.nice(-10)  # where it may: it needs little, and that at once
     # What a run makes is kept until its end: a collector would find little, and stop the clock while it looks.

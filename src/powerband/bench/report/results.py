@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
-from powerband.bench.client.messages import Endpoint, Sample, ServerAddress
+from powerband.bench.client.messages import CLIENT_LIMITS, Endpoint, Sample, ServerAddress
 from powerband.bench.client.probe import ServerInfo
 from powerband.bench.load import LoadResult, steady_window
 from powerband.bench.server_metrics import ServerMetrics
@@ -185,11 +185,14 @@ class RunReport:
     cool_down: float
     points: tuple[Point, ...]
     found: FoundRate | None = None
+    interrupted: bool = False  # by the user: what was measured until then
     schema: str = field(default=SCHEMA)
 
     @property
     def headline(self) -> str:
-        """What a search found; '' for other runs."""
+        """What a search found, or that the run is not complete; '' for other runs."""
+        if self.interrupted:
+            return "Interrupted: this is what was measured until then."
         if self.found is None:
             return ""
         if not self.found.requests_per_s:
@@ -286,6 +289,11 @@ def _whole_run(answered: Sequence[Sample]) -> Throughput:
 
 def _client(result: LoadResult, summary: Summary, ceiling_chunks_per_s: float | None) -> ClientFigures:
     fault = summary.client_fault
+    limited = Counter(sample.error for sample in result.samples if sample.error in CLIENT_LIMITS)
+    for limit, count in limited.most_common(1):
+        fault = f"{count} of {len(result.samples)} requests were not sent: {limit}"
+    if result.interrupted:
+        fault = f"the load was interrupted after {result.wall_s:.0f} s, and lacks what was running then"
     if not fault and not summary.scheduled:
         fault = "no request was scheduled in the part that counts"
     if not fault and ceiling_chunks_per_s and result.chunks_per_s > MAX_CAPACITY_RATIO * ceiling_chunks_per_s:

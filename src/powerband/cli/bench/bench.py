@@ -6,6 +6,7 @@ import contextlib
 import json as json_format
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -154,18 +155,19 @@ def _run(
     plan = _plan(modes.plan, load, requests, judging) if modes.plan is not None else None
     experiment = _experiment(modes, plan, target, load, requests, server, judging)
     folder = output.out or Path("bench-runs", datetime.now().strftime("%Y%m%d-%H%M%S"))
-    _check_folder(folder)
     view = LiveView(experiment.slo, label=experiment.workload.name)
     several = modes.sweep or modes.rates is not None or modes.find_rate
-    with view:
+    with _results_folder(folder), view:
         session = BenchSession(
             experiment,
             command=without_secrets(["powerband", *sys.argv[1:]]),
             watch=view,
             on_point=_print_point if several else None,
-            on_cut=lambda sentence: print(f"· {sentence}", file=sys.stderr),
+            on_note=lambda sentence: print(f"· {sentence}", file=sys.stderr),
         )
-        report = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
+        report, received = asyncio.run(_drive(session, modes, load, seconds(server.wait, param="wait")))
+    if received and not report.points:
+        raise KeyboardInterrupt
     write_run(report, session.loads, folder)
     page = folder / "report.html"
     write_report(report, [load.samples for load in session.loads], page)
@@ -174,17 +176,28 @@ def _run(
     else:
         Console().print(run_table(report))
         print(f"\nreport: {page}")
+    if received:
+        print(f"interrupted: what was measured until then is in {folder}", file=sys.stderr)
+        return 128 + received
     return _exit_code(report, plan)
 
 
-async def _drive(session: BenchSession, modes: BenchModeFlags, load: ArrivalOptions, wait_s: float) -> RunReport:
+async def _drive(
+    session: BenchSession, modes: BenchModeFlags, load: ArrivalOptions, wait_s: float
+) -> tuple[RunReport, int]:
+    """The report, and the number of the signal that interrupted the run, or 0."""
+    from powerband.bench.session import interrupted_by_signals
+
     await session.open(wait_s)
-    if modes.find_rate:
-        return await session.find_rate(load.rate)
-    if modes.sweep or modes.rates is not None:
-        listed = [number(text, param="rates") for text in modes.rates.split(",")] if modes.rates is not None else []
-        return await session.sweep(listed)
-    return await session.single()
+    with interrupted_by_signals(session) as received:
+        if modes.find_rate:
+            report = await session.find_rate(load.rate)
+        elif modes.sweep or modes.rates is not None:
+            listed = [number(text, param="rates") for text in modes.rates.split(",")] if modes.rates is not None else []
+            report = await session.sweep(listed)
+        else:
+            report = await session.single()
+    return report, received[0] if received else 0
 
 
 def _print_point(point: Point) -> None:
@@ -383,9 +396,17 @@ def _fault_rows(result: FaultResult) -> list[list[str]]:
     return rows
 
 
-def _check_folder(folder: Path) -> None:
-    """Before the load, not after it. Raises EnvironmentFault."""
+@contextlib.contextmanager
+def _results_folder(folder: Path) -> Iterator[None]:
+    """Make it before the load, not after it, and remove it if the run leaves nothing. Raises EnvironmentFault."""
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise EnvironmentFault(f"Cannot write results to {folder}: {problem.strerror}.", param="out") from None
+        yield
+    except BaseException as problem:
+        with contextlib.suppress(OSError):
+            if is_new:
+                folder.rmdir()
+        if isinstance(problem, OSError) and problem.filename == str(folder):
+            raise EnvironmentFault(f"Cannot write results to {folder}: {problem.strerror}.", param="out") from None
+        raise

@@ -42,6 +42,9 @@ def calibrate(
         Path | None,
         Parameter(name=("--out", "-o"), help="Output file; default: this machine's profile", group=_MEASURING),
     ] = None,
+    force: Annotated[
+        bool, Parameter(help="Keep the result even if its predictions are far off", negative="", group=_MEASURING)
+    ] = False,
     json: Annotated[Json, Parameter(group=_MEASURING)] = False,
 ) -> int:
     """Measure this machine, and keep the result as the device 'local'.
@@ -49,14 +52,20 @@ def calibrate(
     Without MODEL: performance models for any model, from small synthetic ones in each precision.
     With MODEL: also its own steps, alone and under load behind its API, which is much more accurate.
     With --threads: for replicas that share the cores; kept beside the measurement with all cores.
-    Best on an idle machine; about two minutes on a CPU.
+    Best on an idle machine; about two minutes on a CPU. What turns out too far off is measured once
+    more, and then refused.
     """
     began_s = time.perf_counter()
     if not 1 <= seconds <= 3600:
         raise UsageError(f"seconds is {seconds:g}.", hint="It lies between 1 and 3600.", param="seconds")
+    from powerband.calibration.quality import check_fits, load_per_core
+
     path = out or local_profile_path(_threads(settings.engine, from_log))
     check_profile_can_be_written(path)
+    load_before = load_per_core()
     found = _calibrated(settings, from_log, seconds, path)
+    if not force:
+        check_fits(found.rows(), found.host, load_before)
     write_profile(found.profile, path)
     _print(found, path, time.perf_counter() - began_s, as_json=json)
     return 0
@@ -64,11 +73,17 @@ def calibrate(
 
 def calibrate_machine_once(threads: int | None) -> None:
     """What the command does without a model, for commands that need it. threads: of an engine; None: all cores."""
+    from powerband.calibration.quality import check_fits, load_per_core
     from powerband.calibration.session import calibrate_machine
 
-    engine, path = EngineSettings(model="demo", threads=threads), local_profile_path(threads)
+    engine, path, load_before = (
+        EngineSettings(model="demo", threads=threads),
+        local_profile_path(threads),
+        load_per_core(),
+    )
     with progress_bar() as report:
         found = calibrate_machine(engine, compute_device(engine), DEFAULT_SECONDS, path, report, has_model=False)
+    check_fits(found.rows(), found.host, load_before)
     write_profile(found.profile, path)
     print(f"· measured, and kept in {path}", file=sys.stderr)
 

@@ -10,11 +10,21 @@ from cyclopts import Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.tables import print_table
-from powerband.spec.hardware.architecture_defaults import gemm_model
-from powerband.spec.hardware.catalog import load_catalog, local_profiles, read_prices, usd_per_hour
+from powerband.cost.engine_priors import ENGINE_PRIORS
+from powerband.engines.registry import ADAPTERS
+from powerband.planner.device_band import device_band
+from powerband.spec.deployment import ENGINES, EngineName
+from powerband.spec.hardware.catalog import local_profiles, usd_per_hour
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.hardware.what_if import priced_catalog
 
-PRICES_HELP = "YAML: 'L4: 0.71' (dollars per hour), or a list of usd_per_hour, devices, where"
+PRICES_HELP = "YAML: 'L4: 0.71' (dollars per hour, of one), or a list of usd_per_hour, devices, where"
+PROVIDER_HELP = "Prices of these clouds only: aws, azure, gcp, lambda, runpod, vast"
+_FOOTNOTES = """
+TFLOP/s are dense peaks of the maker; prices are the lowest known for a machine with one device (x8: with
+eight, its share), on demand, of any cloud (--provider aws: of one). 'speed known to' is the band of plans for
+a model of 8 billion parameters in 16 bits on one device; prior: from relatives of the device, not measured.
+'powerband devices NAME' shows the sources of speeds and prices; --prices FILE puts in your own."""
 
 
 def devices(
@@ -24,6 +34,7 @@ def devices(
     /,
     *,
     prices: Annotated[Path | None, Parameter(help=PRICES_HELP)] = None,
+    provider: Annotated[str | None, Parameter(help=PROVIDER_HELP)] = None,
     json: Json = False,
 ) -> int:
     """Show the catalog of devices: facts, links, prices, and how sure their speed is.
@@ -31,9 +42,7 @@ def devices(
     With NAME: its profile as YAML, which may be saved, changed and given to
     'powerband plan --devices FILE.yaml'.
     """
-    catalog = load_catalog()
-    if prices is not None:
-        catalog = catalog.with_prices(read_prices(prices))
+    catalog = priced_catalog(prices, provider)
     if name is not None:
         _print_profile(catalog.find(name), as_json=json)
         return 0
@@ -44,8 +53,7 @@ def devices(
         return 0
     header = ("device", "memory", "bandwidth", "16-bit", "fp8", "int8", "link", "$/h", "where", "speed known to")
     print_table([header, *map(_row, sorted(profiles, key=_order))])
-    print("\nTFLOP/s are dense peaks of the maker; prices are the lowest known for a machine with one device (x8: with")
-    print("eight, its share), on demand. 'powerband devices NAME' shows sources; --prices FILE puts in your own.")
+    print(_FOOTNOTES)
     return 0
 
 
@@ -57,8 +65,7 @@ def _row(profile: DeviceProfile) -> tuple[str, ...]:
     peaks = profile.peak_flops_per_s
     link = profile.link or profile.host_link
     dollars, where = _price(profile)
-    law = profile.gemm.get("*", {}).get("none")
-    evidence = (law or gemm_model(profile, "none")).evidence
+    found = device_band(profile, _usual_engine(profile))
     return (
         profile.name,
         f"{profile.memory_bytes / 2**30:.0f} GiB",
@@ -67,7 +74,17 @@ def _row(profile: DeviceProfile) -> tuple[str, ...]:
         f"{link.name} {link.bytes_per_s / 1e9:.0f} GB/s" if link is not None else "-",
         dollars,
         where,
-        f"±{evidence.error:.0%} ({'measured' if law is not None else 'prior'})",
+        f"±{found.share:.0%} ({found.evidence})",
+    )
+
+
+def _usual_engine(profile: DeviceProfile) -> EngineName:
+    """The first engine that runs on such a device and was measured there."""
+    return next(
+        name
+        for name in ENGINES
+        if profile.kind in ADAPTERS[name].capabilities.kinds
+        and (profile.kind == "cpu" or ENGINE_PRIORS[name].is_measured_on_gpus)
     )
 
 

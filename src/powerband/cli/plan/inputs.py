@@ -26,11 +26,15 @@ def read_model(name: str) -> tuple[ModelSpec, CheckpointPrecision]:
 
 
 def measured_devices(
-    text: str, prices: Path | None, changes: Sequence[str], replicas: int | None = None
+    text: str,
+    prices: Path | None,
+    changes: Sequence[str],
+    replicas: int | None = None,
+    providers: str | None = None,
 ) -> list[DeviceProfile]:
     """As chosen_devices. On a terminal, a machine that is planned for and was not measured yet is measured first."""
     try:
-        return chosen_devices(text, prices, changes, replicas)
+        return chosen_devices(text, prices, changes, replicas, providers)
     except EnvironmentFault as error:
         if error.code != NOT_MEASURED or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
@@ -38,4 +42,4 @@ def measured_devices(
     from powerband.cli.plan.calibrate import calibrate_machine_once
 
     calibrate_machine_once(needed_threads(replicas))
-    return chosen_devices(text, prices, changes, replicas)
+    return chosen_devices(text, prices, changes, replicas, providers)

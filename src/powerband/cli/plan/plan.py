@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter
 
 from powerband.cli.flags import Json
 from powerband.cli.load_options import MixOptions
-from powerband.cli.plan.devices import PRICES_HELP
+from powerband.cli.plan.devices import PRICES_HELP, PROVIDER_HELP
 from powerband.cli.plan.inputs import measured_devices, read_model
 from powerband.cli.progress import progress_bar
 from powerband.errors import EnvironmentFault, UsageError
@@ -73,6 +73,7 @@ class HardwareFlags:
         str | None, _flag(_OFFERED, help="... and the fraction of them that is accepted, e.g. 70%")
     ] = None
     prices: Annotated[Path | None, _flag(_OFFERED, help=PRICES_HELP)] = None
+    provider: Annotated[str | None, _flag(_OFFERED, help=PROVIDER_HELP)] = None
     set: Annotated[
         list[str] | None,
         _flag(_OFFERED, help="What if: device.memory_bytes=48e9, L4.price=0.5, replica.max_num_seqs=64"),
@@ -161,7 +162,7 @@ def plan_request_from(model: str, need: RequirementFlags, requests: MixOptions, 
         pinned=pinned,
         seed=need.seed,
         # Last: a machine that has not been calibrated must not hide a typo.
-        profiles=measured_devices(offer.devices, offer.prices, changes, offer.replicas),
+        profiles=measured_devices(offer.devices, offer.prices, changes, offer.replicas, offer.provider),
     )
 
 

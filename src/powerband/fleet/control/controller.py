@@ -367,7 +367,7 @@ class Controller:
 
     def _report(self, spec: ServiceSpec, decision: Decision, now_s: float) -> ServiceStatus:
         completed = self.gateway.take_completed()
-        self.slo_counter.count(completed, spec.release.slo)
+        self.slo_counter.count(completed, spec.release.plan, spec.release.slo)
         crashes, self._crashes = self._crashes, []
         if decision.release is not None:
             self._remediator.run(

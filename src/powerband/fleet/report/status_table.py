@@ -13,7 +13,7 @@ from powerband.fleet.service.spec import ServiceSpec
 from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.local import running_instances
-from powerband.metrics.shown import duration_text, table_lines
+from powerband.metrics.shown import duration_text, share_text, table_lines
 from powerband.spec.slo import SLO
 
 LAST_EVENTS = 5
@@ -142,4 +142,5 @@ def _attainment_text(desired: ServiceSpec, status: ServiceStatus) -> str:
         return "no requests yet"
     asked = desired.release.plan["slo"].get("attainment", 0.95)
     since = duration_text(time.time() - load.since)
-    return f"{load.attainment:.1%} of {load.scheduled:,} requests since {since} ago, {asked * 100:g} % are promised"
+    kept = f"{share_text(load.attainment)} of {load.scheduled:,} requests"
+    return f"{kept} since {since} ago, {asked * 100:g} % are promised"

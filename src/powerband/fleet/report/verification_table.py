@@ -15,12 +15,22 @@ _VERDICTS = {
 
 def verification_lines(verified: Verification) -> list[str]:
     """Promised beside measured."""
-    rows = [[line.name, line.promised, line.predicted, line.measured, line.verdict] for line in verified.lines]
+    # A run that says nothing keeps and breaks nothing either.
+    is_valid = verified.verdict != "invalid"
+    rows = [
+        [line.name, line.promised, line.predicted, line.measured, line.verdict if is_valid else ""]
+        for line in verified.lines
+    ]
     lines = table_lines([["", "promised", "predicted", "measured", ""], *rows])
     errors = f", {verified.errors} failed" if verified.errors else ""
     lines += ["", f"{_VERDICTS[verified.verdict]}: {verified.requests} requests in {verified.seconds:.0f} s{errors}."]
     if verified.fault:
         lines.append(f"Why: {verified.fault}.")
+    missed = [f"{line.name} {line.outside}" for line in verified.lines if line.outside]
+    if missed and is_valid:
+        lines.append(
+            f"Measured outside the predicted band: {', '.join(missed)} ('powerband calibrate' measures again)."
+        )
     if verified.verdict == "unclear":
         lines.append("More requests tell more: --verify-seconds.")
     if verified.report:

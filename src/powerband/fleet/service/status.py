@@ -48,6 +48,7 @@ class ServiceLoad(msgspec.Struct, frozen=True, kw_only=True):
     scheduled: int = 0  # requests that count towards the SLO, since `since`
     good: int = 0  # of these, the ones that met it
     since: float = 0.0
+    plan: str = ""  # digest of the plan whose requests are counted
     next_record: int = 0  # number of the gateway's first record that was not counted yet
 
     @property

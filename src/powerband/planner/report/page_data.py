@@ -11,6 +11,7 @@ Times in seconds, what never ends is null.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from powerband.metrics.definitions import DEFINITIONS
@@ -35,6 +36,7 @@ from powerband.planner.report.table import (
     percentile_text,
     plan_request,
     precisions_text,
+    price_lines,
     pruned_by_reason,
     share_band_text,
 )
@@ -47,7 +49,7 @@ _DEFINED = ("TTFT", "TPOT", "E2E", "SLO attainment")
 
 def page_data(results: PlanResults) -> dict[str, Any]:
     texts: dict[str, int] = {}
-    evaluations = [_evaluation(one, texts) for one in results.evaluations]
+    evaluations = [_evaluation(one, texts, results.price_origins) for one in results.evaluations]
     numbers = {id(one): number for number, one in enumerate(results.evaluations)}
     roles = {name: numbers[id(one)] for name, one in results.alternatives.items() if id(one) in numbers}
     chosen = results.recommended
@@ -79,7 +81,7 @@ def page_data(results: PlanResults) -> dict[str, Any]:
     }
 
 
-def _evaluation(one: Evaluation, texts: dict[str, int]) -> dict[str, Any]:
+def _evaluation(one: Evaluation, texts: dict[str, int], origins: Mapping[str, str]) -> dict[str, Any]:
     def number(text: str) -> int:
         return texts.setdefault(text, len(texts))
 
@@ -94,7 +96,8 @@ def _evaluation(one: Evaluation, texts: dict[str, int]) -> dict[str, Any]:
         "devices_text": plain(devices_text(one.deployment)),
         "layout": layout_code(one.deployment),
         "limits": limits_code(one.deployment),
-        "setting": [number(plain(line)) for text in layout_lines(one.deployment) for line in text.split("\n")],
+        "setting": [number(plain(line)) for text in layout_lines(one.deployment) for line in text.split("\n")]
+        + [number(line) for line in price_lines(one, origins)],
         "usd_per_hour": one.usd_per_hour,
         "usd_per_million_tokens": one.usd_per_million_tokens,
         "figures": {name: _banded(figure) for name, figure in one.figures.items()},

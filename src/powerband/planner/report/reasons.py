@@ -30,8 +30,12 @@ def reasons(
     rate: float,
     budget_usd_per_h: float | None,
     unit: str = "requests/s",
+    unpriced: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """evaluations: all of them. alternatives: 'cheaper', 'faster', 'nearest', see PlanResults. unit: of rates."""
+    """evaluations: all of them. alternatives: 'cheaper', 'faster', 'nearest', see PlanResults. unit: of rates.
+
+    unpriced: devices of which no price is known.
+    """
     if recommended is None:
         return tuple(_none(evaluations, alternatives.get("nearest"), slo, rate, budget_usd_per_h))
     return (
@@ -40,6 +44,7 @@ def reasons(
         *_cheaper(recommended, alternatives.get("cheaper"), slo, rate),
         *_faster(recommended, alternatives.get("faster")),
         *_changing(recommended, evaluations, f"{rate:.3g}", unit),
+        *_uncompared(recommended, evaluations, unpriced),
     )
 
 
@@ -115,6 +120,24 @@ def _changing(chosen: Evaluation, evaluations: Sequence[Evaluation], asked: str,
             f"{deployment_text(nearest.deployment)} would be as cheap if its price fell by {1 - share:.0%} "
             f"(from {dollars(nearest.usd_per_hour)} to {dollars(chosen.usd_per_hour)} an hour)."
         )
+
+
+def _uncompared(chosen: Evaluation, evaluations: Sequence[Evaluation], unpriced: Sequence[str]) -> Iterator[str]:
+    """Devices that could have been chosen, if their price were known."""
+    able = {
+        device
+        for one in evaluations
+        if one.meets_slo and one.usd_per_hour is None
+        for device in _devices(one.deployment)
+    }
+    names = [name for name in unpriced if name in able]
+    if not names or (chosen.usd_per_hour is None and len({*names, *_devices(chosen.deployment)}) == 1):
+        return
+    rest = "they are" if len(names) > 1 else "it is"
+    yield (
+        f"No price of {' and '.join(names)} is known: {rest} chosen only where nothing with a price would do. "
+        f"--set {names[0]}.price=DOLLARS or --prices gives one."
+    )
 
 
 def _devices(deployment: Deployment) -> set[str]:

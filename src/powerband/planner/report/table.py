@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -47,7 +47,12 @@ def plan_table(results: PlanResults) -> RenderableType:
     if shown is not None:
         title = "Promise" if results.recommended else "Prediction"
         parts.append(
-            _facts([(title, "\n".join(_promise(shown, results.slo, results.rate, results.unit))), *facts(shown)])
+            _facts(
+                [
+                    (title, "\n".join(_promise(shown, results.slo, results.rate, results.unit))),
+                    *facts(shown, results.price_origins),
+                ]
+            )
         )
     if results.reasons:
         parts += ["", _facts([("Why" if results.recommended else "Why not", "\n".join(map(plain, results.reasons)))])]
@@ -62,7 +67,8 @@ def headline(results: PlanResults) -> str:
     """The answer in a sentence."""
     chosen, nearest = results.recommended, results.alternatives.get("nearest")
     if chosen is not None:
-        price = f" for {dollars(chosen.usd_per_hour)} an hour" if chosen.usd_per_hour is not None else ""
+        known = chosen.usd_per_hour is not None
+        price = f" for {dollars(chosen.usd_per_hour)} an hour" if known else " (no price is known)"
         return f"{deployment_text(chosen.deployment)}{price} keeps the SLO."
     within = " within the budget" if results.budget_usd_per_hour is not None else ""
     near = f" Nearest is {deployment_text(nearest.deployment)}." if nearest is not None else ""
@@ -81,10 +87,11 @@ def plan_request(results: PlanResults) -> str:
     return "; ".join([*parts, f"{searched}, for the best {results.objective}"])
 
 
-def facts(one: Evaluation) -> list[tuple[str, str]]:
-    """What a deployment costs and how it is set up."""
+def facts(one: Evaluation, origins: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a deployment costs and how it is set up. origins: of prices, see PlanResults."""
     return [
         ("Cost", cost_text(one)),
+        *(("Prices", line) for line in price_lines(one, origins)),
         *(("Replicas", text) for text in layout_lines(one.deployment)),
         (
             "Memory",
@@ -100,8 +107,16 @@ def percentile_text(slo: SLO) -> str:
 
 def cost_text(one: Evaluation) -> str:
     if one.usd_per_hour is None:
-        return "no price is known"
+        return "no price is known (--prices or --set DEVICE.price=DOLLARS gives one)"
     return f"{dollars(one.usd_per_hour)} an hour, {dollars(one.usd_per_million_tokens)} per million output tokens"
+
+
+def price_lines(one: Evaluation, origins: Mapping[str, str]) -> list[str]:
+    """Of each kind of machine: how many of it, and where its price comes from."""
+    return [
+        f"{count} × {plain(name)}" + (f": {plain(origin)}" if (origin := origins.get(name)) else "")
+        for name, count in one.machines.items()
+    ]
 
 
 def layout_lines(deployment: Deployment) -> list[str]:

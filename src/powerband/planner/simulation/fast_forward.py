@@ -110,7 +110,7 @@ def _share_prefix(q: Request, r: Request, num_blocks: int) -> bool:
 
 def _within_memory(scheduler: Scheduler, max_rounds: int) -> int:
     """How many of `max_rounds` the free blocks suffice for."""
-    free, size = scheduler.kv.pool.num_free, scheduler.kv.block_size
+    free, size = scheduler.kv.num_free, scheduler.kv.block_size
     room = [r.capacity - r.num_computed for r in scheduler.running]  # rounds until each request needs a block
 
     def blocks(rounds: int) -> int:

@@ -13,18 +13,20 @@ from powerband.errors import EnvironmentFault
 from powerband.planner.simulation.simulator import Simulation, simulate
 from powerband.spec.deployment import Deployment
 from powerband.spec.hardware.profile import DeviceProfile
+from powerband.spec.kv_layout import KVLayout
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.workload.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationInputs:
-    """A deployment that fits, with its models. models, num_blocks: by pool."""
+    """A deployment that fits, with its models. models, num_blocks, layouts: by pool."""
 
     deployment: Deployment
     models: tuple[LatencyModel, ...]
     num_blocks: tuple[int, ...]
     block_size: int
+    layouts: tuple[KVLayout | None, ...] = ()
 
     @property
     def band(self) -> float:
@@ -47,6 +49,7 @@ class SimulationInputs:
             self.models,
             self.num_blocks,
             self.block_size,
+            layouts=self.layouts,
             slowdown=slowdown,
             options=options,
             planned_rate=planned_rate,
@@ -61,7 +64,7 @@ def simulation_inputs(
     """find: a device's profile by name. Raises UsageError for what a device cannot compute, EnvironmentFault where a
     replica does not fit.
     """
-    models, blocks, sizes = [], [], set()
+    models, blocks, sizes, layouts = [], [], set(), []
     for pool in deployment.pools:
         profile = find(pool.replica.device)
         memory = plan_replica(spec, profile, pool.replica, deployment.engine)
@@ -70,4 +73,5 @@ def simulation_inputs(
         models.append(LatencyModel(spec, profile, pool.replica, deployment.engine))
         blocks.append(memory.num_blocks)
         sizes.add(memory.block_size)
-    return SimulationInputs(deployment, tuple(models), tuple(blocks), min(sizes))
+        layouts.append(memory.layout)
+    return SimulationInputs(deployment, tuple(models), tuple(blocks), min(sizes), tuple(layouts))

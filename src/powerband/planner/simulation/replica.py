@@ -23,8 +23,10 @@ from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.dispatch.backend import ReplicaLoad
 from powerband.planner.simulation.clients import output_start
 from powerband.planner.simulation.fast_forward import advance, ending, steady_rounds
+from powerband.planner.simulation.windowed_cache import WindowedKVCache
 from powerband.spec.deployment import EngineName, Replica
 from powerband.spec.hardware.profile import HostModel
+from powerband.spec.kv_layout import KVLayout
 
 _AT_ONCE = 64  # rounds of a run that are planned before others get their turn
 _MAX_SHAPES = 128  # of steps that are kept to tell where the time goes
@@ -216,7 +218,7 @@ def _decodes(contexts: list[int], later: int) -> list[tuple[int, int]]:
 
 
 class SimulatedReplica:
-    """An engine, and when it acts next. seed: for the acceptance of drafts.
+    """An engine, and when it acts next. seed: for the acceptance of drafts. layout: see ReplicaMemory.
 
     fast_forward: apply identical steps at once; the result is the same.
     """
@@ -229,6 +231,7 @@ class SimulatedReplica:
         *,
         num_blocks: int,
         block_size: int,
+        layout: KVLayout | None = None,
         slowdown: float = 1.0,
         seed: int = 0,
         fast_forward: bool = True,
@@ -237,7 +240,11 @@ class SimulatedReplica:
         self.clock = VirtualClock()
         self.inbox = TraceInbox(self.clock, ())
         self.executor = ModelExecutor(self.clock, model, replica, slowdown, seed)
-        kv = KVCacheManager(num_blocks, block_size, prefix_caching=replica.enable_prefix_caching)
+        kv = (
+            KVCacheManager(num_blocks, block_size, prefix_caching=replica.enable_prefix_caching)
+            if layout is None
+            else WindowedKVCache(num_blocks, layout, prefix_caching=replica.enable_prefix_caching)
+        )
         self.scheduler = Scheduler(
             kv,
             _limits(replica, engine),
@@ -290,11 +297,10 @@ class SimulatedReplica:
     @property
     def load(self) -> ReplicaLoad:
         """What its metrics would report."""
-        kv = self.scheduler.kv.pool
         return ReplicaLoad(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            kv_usage=1 - kv.num_free / kv.num_blocks,
+            kv_usage=self.scheduler.kv.usage().share,
         )
 
     def _finish_run(self, due_s: float, on_run: OnRun) -> list[TokenOutput]:

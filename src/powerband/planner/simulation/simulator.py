@@ -32,6 +32,7 @@ from powerband.metrics.record import RequestRecord
 from powerband.planner.simulation.clients import ConversationClient, SimulatedRequest
 from powerband.planner.simulation.replica import SimulatedReplica, StepModel
 from powerband.spec.deployment import Deployment
+from powerband.spec.kv_layout import KVLayout
 from powerband.spec.workload.schedule import Schedule
 
 # An engine without a gateway before it: whatever is sent is queued at the engine.
@@ -85,6 +86,7 @@ def simulate(
     num_blocks: Sequence[int],  # of a replica of each pool
     block_size: int,
     *,
+    layouts: Sequence[KVLayout | None] = (),  # of each pool's KV cache; empty: every layer keeps every position
     slowdown: float = 1.0,  # factor on every duration
     options: DispatchOptions | None = None,  # default: those of a gateway without settings of its own
     planned_rate: float | None = None,  # requests a second that the gateway expects; None: it does not know
@@ -104,6 +106,7 @@ def simulate(
             models[index],
             num_blocks=num_blocks[index],
             block_size=block_size,
+            layout=layouts[index] if layouts else None,
             slowdown=slowdown,
             seed=schedule.seed,
             fast_forward=fast_forward,

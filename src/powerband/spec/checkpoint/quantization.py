@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from powerband.errors import UsageError
+from powerband.spec.checkpoint.module_patterns import ModulePatterns
 from powerband.spec.config_reader import ConfigReader, shown
 
 Bits = Literal[4, 8]
@@ -30,7 +31,6 @@ QUANTIZATION_FILES = {
     "quant_config.json": "awq",  # AutoAWQ
     "hf_quant_config.json": "modelopt",
 }
-_MAX_PATTERNS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,11 @@ class WeightFormat:
     zeros_minus_one: bool = False  # GPTQ's first format stores one less than each zero point
     ordered: bool = False  # inputs are grouped in order of activation (desc_act, actorder)
     head: bool = False  # whether the head is stored so, too
-    ignored: tuple[str, ...] = ()  # modules in 16 bits: parts of names, or after "re:" patterns of whole names
+    ignored: tuple[str, ...] = ()  # modules in 16 bits, as in module_patterns
 
     def stores(self, module: str) -> bool:
         """Whether a projection is stored in this format, according to the configuration."""
-        return not any(_matches(pattern, module) for pattern in self.ignored)
+        return not ModulePatterns(self.ignored).match(module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def _compressed_tensors(table: ConfigReader) -> WeightFormat:
         symmetric=weights.boolean("symmetric", True),
         packed=packed,
         ordered=weights.values.get("actorder") == "group",
-        head=not any(_matches(pattern, "lm_head") for pattern in ignored),
+        head=not ModulePatterns(ignored).match("lm_head"),
         ignored=ignored,
     )
 
@@ -165,26 +165,7 @@ def _group_size(table: ConfigReader, name: str = "group_size") -> int:
 
 
 def _patterns(table: ConfigReader, name: str) -> tuple[str, ...]:
-    patterns = tuple(table.texts(name) or ())
-    if len(patterns) > _MAX_PATTERNS:
-        raise table.error(f"'{name}' names {len(patterns)} modules", name)
-    return patterns
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """Patterns know `.*` only, and are matched without backtracking: a configuration cannot make this slow."""
-    if not pattern.startswith("re:"):
-        return module == pattern or f".{pattern}." in f".{module}."
-    first, *rest = pattern[3:].removesuffix("$").replace("\\.", ".").split(".*")
-    if not module.startswith(first):
-        return False
-    at = len(first)
-    for part in rest:
-        found = module.find(part, at)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return not pattern.endswith("$") or module.endswith(rest[-1] if rest else first)
+    return tuple(table.texts(name) or ())
 
 
 def _unsupported(table: ConfigReader, what: str, name: str) -> UsageError:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 from powerband.documents import parse_table, read_table
 from powerband.errors import EnvironmentFault, UsageError
@@ -59,6 +59,28 @@ class Catalog:
             hint=(f"Near: {', '.join(near)}. " if near else "")
             + "'powerband devices' lists all; a file NAME.yaml describes another one.",
             param="devices",
+        )
+
+    def at_providers(self, providers: Collection[str]) -> Catalog:
+        """With the prices of these clouds only. Raises UsageError for one of which no price is known."""
+        prices = [price for profile in self.profiles.values() for price in profile.prices]
+        known = sorted({name for price in prices for name in price.providers})
+        for name in providers:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {near[0]}? " if near else ""
+                raise UsageError(
+                    f"No price of the provider {shown(name)} is known.",
+                    hint=f"{hint}Known: {', '.join(known)}.",
+                    param="provider",
+                )
+        return Catalog(
+            {
+                name: replace(
+                    profile, prices=tuple(price for price in profile.prices if {*price.providers} & {*providers})
+                )
+                for name, profile in self.profiles.items()
+            }
         )
 
     def with_prices(self, prices: Mapping[str, tuple[DevicePrice, ...]]) -> Catalog:
@@ -228,24 +250,45 @@ def usd_per_hour(
 ) -> tuple[float, dict[str, int]] | None:
     """The cheapest machines for `replicas` of `devices_each` devices: (dollars per hour, machines by name).
 
-    A replica lies on one machine; a machine holds as many as fit. None: no machine with a known price is large enough.
-    Prices of low confidence count only where there are no others; a user's go before all.
+    A replica lies on one machine; a machine holds as many as fit. Where no listed machine is large enough, the price
+    of a smaller one counts as a price per device: a replica of four costs as much as four machines of one device. None:
+    no price is known. Prices of low confidence count only where there are no others; a user's go before all.
     """
-    fitting = [price for price in prices if price.devices >= devices_each]
+    known = list(prices)
+    usable = _best_known([price for price in known if price.devices >= devices_each]) or _best_known(known)
+    machines = [_joined(price, devices_each) for price in usable]
+    return _cheapest(machines, replicas, devices_each) if machines else None
+
+
+def _best_known(prices: list[DevicePrice]) -> list[DevicePrice]:
     for trusted in ({"user"}, {"high", "medium"}, {"low"}):
-        known = [price for price in fitting if price.confidence in trusted]
-        if known:
-            return _cheapest(known, replicas, devices_each)
-    return None
+        if known := [price for price in prices if price.confidence in trusted]:
+            return known
+    return []
 
 
-def _cheapest(prices: list[DevicePrice], replicas: int, devices_each: int) -> tuple[float, dict[str, int]]:
+class _Machine(NamedTuple):
+    """Machines of one kind that are rented together."""
+
+    where: str
+    number: int
+    devices: int  # of all of them
+    usd_per_hour: float  # of all of them
+
+
+def _joined(price: DevicePrice, devices: int) -> _Machine:
+    """As many machines as together have so many devices."""
+    count = -(-devices // price.devices)
+    return _Machine(price.where, count, price.devices * count, price.usd_per_hour * count)
+
+
+def _cheapest(machines: list[_Machine], replicas: int, devices_each: int) -> tuple[float, dict[str, int]]:
     """Machines that hold at least `replicas`: the unbounded knapsack by dynamic programming."""
     best: list[tuple[float, dict[str, int]]] = [(0.0, {})]
     for wanted in range(1, replicas + 1):
         choices = []
-        for price in prices:
-            rest, machines = best[max(wanted - price.devices // devices_each, 0)]
-            choices.append((rest + price.usd_per_hour, {**machines, price.where: machines.get(price.where, 0) + 1}))
+        for one in machines:
+            rest, rented = best[max(wanted - one.devices // devices_each, 0)]
+            choices.append((rest + one.usd_per_hour, {**rented, one.where: rented.get(one.where, 0) + one.number}))
         best.append(min(choices, key=lambda choice: choice[0]))
     return best[replicas]

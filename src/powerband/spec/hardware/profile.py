@@ -32,6 +32,17 @@ class DevicePrice:
     date: str = ""
     confidence: Literal["high", "medium", "low", "user"] = "medium"
 
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The clouds in `where`, in lower case: 'lambda/runpod B200' → lambda, runpod."""
+        return tuple(self.where.split(" ")[0].lower().split("/"))
+
+    @property
+    def origin(self) -> str:
+        """Where the price was found, and when: 'list price, from memory; 2025'."""
+        doubt = "low confidence" if self.confidence == "low" else ""
+        return "; ".join(part for part in (self.source, self.date, doubt) if part)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceLink:
@@ -47,6 +58,11 @@ class Evidence:
 
     source: str
     error: float
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether the coefficients are those of a relative: nothing was measured on such a device."""
+        return self.source.startswith("prior")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

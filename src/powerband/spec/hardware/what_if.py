@@ -17,15 +17,18 @@ from powerband.spec.quantities import number
 
 
 def chosen_devices(
-    text: str, prices: Path | None, changes: Sequence[str], replicas: int | None = None
+    text: str,
+    prices: Path | None,
+    changes: Sequence[str],
+    replicas: int | None = None,
+    providers: str | None = None,
 ) -> list[DeviceProfile]:
     """'L4,A100' with the user's prices and changes. replicas: that share this machine, if that is asked for.
 
+    providers: 'aws,gcp': the clouds whose prices count, beside the user's own; None: all.
     Raises UsageError or EnvironmentFault.
     """
-    catalog = load_catalog()
-    if prices is not None:
-        catalog = catalog.with_prices(read_prices(prices))
+    catalog = priced_catalog(prices, providers)
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise UsageError("No device is named.", hint="Like: --devices L4,A100-80G.", param="devices")
@@ -44,6 +47,17 @@ def chosen_devices(
     return found
 
 
+def priced_catalog(prices: Path | None, providers: str | None) -> Catalog:
+    """The catalog with the prices of some clouds, and with a user's own in place of them."""
+    catalog = load_catalog()
+    if providers is not None:
+        names = [name for part in providers.split(",") if (name := part.strip().lower())]
+        if not names:
+            raise UsageError("No provider is named.", hint="Like: --provider aws.", param="provider")
+        catalog = catalog.at_providers(names)
+    return catalog if prices is None else catalog.with_prices(read_prices(prices))
+
+
 def pinned_settings(changes: Sequence[str]) -> dict[str, Any]:
     """Of the changes, those of a replica: settings that every candidate must have. Raises UsageError."""
     hints = get_type_hints(Replica)
@@ -53,8 +67,8 @@ def pinned_settings(changes: Sequence[str]) -> dict[str, Any]:
         if target != "replica":
             continue
         if name not in hints or name == "device":
-            known = ", ".join(item.name for item in fields(Replica) if item.name != "device")
-            raise UsageError(f"A replica has no {shown(name)}.", hint=f"Known: {known}.", param="set")
+            known = [item.name for item in fields(Replica) if item.name != "device"]
+            raise _unknown(f"A replica has no {shown(name)}", name, known)
         found[name] = _typed(hints[name], value, change)
     return found
 
@@ -81,9 +95,7 @@ def _check_fact(name: str) -> None:
     """Raises UsageError, with the nearest that there is."""
     known = ["price", *(item.name for item in fields(DeviceProfile))]
     if name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise UsageError(f"A device has no {shown(name)}.", hint=f"{hint}Known: {', '.join(known)}.", param="set")
+        raise _unknown(f"A device has no {shown(name)}", name, known)
 
 
 def _changed(
@@ -97,17 +109,10 @@ def _changed(
 
 
 def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
-    if name == "price":
+    if name == "price":  # of one device, and of so many times as much for a layout on several
         dollars = number(value, param="set")
         price = DevicePrice(usd_per_hour=dollars, where="--set", source="--set", confidence="user")
-        shared = DevicePrice(
-            usd_per_hour=dollars * profile.devices_per_node,
-            devices=profile.devices_per_node,
-            where=f"--set, {profile.devices_per_node} devices",
-            source="--set",
-            confidence="user",
-        )
-        return replace(profile, prices=(price, shared))
+        return replace(profile, prices=(price,))
     values = profile.as_dict()
     *tables, last = name.split(".")
     inner: Any = values
@@ -117,6 +122,12 @@ def _with(profile: DeviceProfile, name: str, value: str) -> DeviceProfile:
         raise UsageError(f"{profile.name} has no {shown(name)}.", param="set")
     inner[last] = value
     return DeviceProfile.from_dict(values, f"--set {name}")
+
+
+def _unknown(problem: str, name: str, known: Sequence[str]) -> UsageError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return UsageError(f"{problem}.", hint=f"{hint}Known: {', '.join(known)}.", param="set")
 
 
 def _typed(hint: Any, value: str, change: str) -> Any:

@@ -1,17 +1,18 @@
 """In which precision a checkpoint is stored, as its configuration says: what planning needs of any engine's formats.
 
-The engine's own reader (spec.quantization) can load some of them; here all are distinguished by their cost.
+The engine's own reader (spec.checkpoint.quantization) can load some of them; here all are distinguished by their cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import QUANTIZATION_KEYS
+from powerband.spec.checkpoint.quantized_modules import read_quantized_modules
 from powerband.spec.config_reader import shown
 from powerband.spec.deployment import KVPrecision, Quantization
 from powerband.spec.model.model_spec import ModelSpec
@@ -33,15 +34,18 @@ def read_for_planning(path: Path) -> tuple[ModelSpec, CheckpointPrecision]:
     """
     config = read_model_config(path)
     plain = {name: value for name, value in config.items() if name not in QUANTIZATION_KEYS}
-    return with_stored_head(read_model_spec(plain), path), stored_precision(config)
+    spec = with_stored_head(read_model_spec(plain), path)
+    found = _quantization(config)
+    modules = read_quantized_modules(found, _method(found)) if found is not None else None
+    return replace(spec, quantized_modules=modules), stored_precision(config)
 
 
 def stored_precision(config: Mapping[str, Any]) -> CheckpointPrecision:
     """From what `read_model_config` returns. Raises UsageError for what is none of the known formats."""
-    found = next((config[key] for key in QUANTIZATION_KEYS if isinstance(config.get(key), Mapping)), None)
+    found = _quantization(config)
     if found is None:
         return CheckpointPrecision()
-    method = str(found.get("quant_method", "compressed-tensors" if "config_groups" in found else "unknown")).lower()
+    method = _method(found)
     if method in ("gptq", "awq", "gptq_marlin", "awq_marlin"):
         return CheckpointPrecision("int8" if found.get("bits", found.get("w_bit")) == 8 else "int4")
     if method == "mxfp4":
@@ -53,6 +57,14 @@ def stored_precision(config: Mapping[str, Any]) -> CheckpointPrecision:
     if method == "modelopt":
         return _modelopt(found)
     raise _unknown(f"quant_method {shown(method)}")
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((config[key] for key in QUANTIZATION_KEYS if isinstance(config.get(key), Mapping)), None)
+
+
+def _method(found: Mapping[str, Any]) -> str:
+    return str(found.get("quant_method", "compressed-tensors" if "config_groups" in found else "unknown")).lower()
 
 
 def _compressed_tensors(found: Mapping[str, Any]) -> CheckpointPrecision:

@@ -7,10 +7,11 @@ Translating a family's config.json into this form is `spec/model/families.py`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from powerband.spec.checkpoint.quantization import WeightFormat
+from powerband.spec.checkpoint.quantized_modules import QuantizedModules
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     quantization: str | None = None  # how the checkpoint's weights are stored, e.g. "mxfp4"; None: plain
     weight_format: WeightFormat | None = None  # the details, where the engine computes with the stored values
+    # What is quantized in a checkpoint that is planned as if it were stored in 16 bits. No part of shape_digest.
+    quantized_modules: QuantizedModules | None = field(default=None, repr=False)
 
     @property
     def num_layers(self) -> int:

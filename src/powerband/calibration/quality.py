@@ -1,0 +1,69 @@
+"""Whether a calibration is good enough to plan with. On a machine that others use it may be off by a factor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from powerband.calibration.curve_fit import FitErrors
+from powerband.errors import EnvironmentFault
+from powerband.spec.hardware.profile import HostModel
+
+# Catalog devices that nobody has measured are known to ±25 to 35 %. What is further off than these tells nothing.
+MAX_MEDIAN, MAX_P90 = 0.5, 1.0
+MAX_WAY_S = 0.5  # from a client to the engine, and back
+_MAX_LOAD = 0.25  # of other programs: of each core
+
+Fit = TypeVar("Fit")
+
+
+def is_usable(errors: FitErrors) -> bool:
+    return errors.median <= MAX_MEDIAN and errors.p90 <= MAX_P90
+
+
+def better_of_two(measure: Callable[[], Fit], errors: Callable[[Fit], FitErrors]) -> Fit:
+    """Measured once; where that is not usable, once more, and the better of both."""
+    first = measure()
+    if is_usable(errors(first)):
+        return first
+    return min((first, measure()), key=lambda fit: errors(fit).p90)
+
+
+def load_per_core() -> float:
+    """Of the last minute, by all programs."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def check_fits(rows: Sequence[Mapping[str, Any]], host: HostModel | None, load_before: float) -> None:
+    """Raises EnvironmentFault, with the reason, where one is not usable.
+
+    rows, host: of a Calibration. load_before: load_per_core() before it began.
+    """
+    problems = list(_problems(rows, host))
+    if not problems:
+        return
+    cores = os.cpu_count() or 1
+    busy = f"The load average was {load_before * cores:.1f} on {cores} cores before it began: other programs run here. "
+    raise EnvironmentFault(
+        f"The calibration is too far off to plan with, and nothing was kept: {'; '.join(problems)}.",
+        hint=(busy if load_before > _MAX_LOAD else "")
+        + "Stop other programs and calibrate again, or keep it as it is with --force.",
+        code="poor_calibration",
+        param="force",
+    )
+
+
+def _problems(rows: Sequence[Mapping[str, Any]], host: HostModel | None) -> Iterator[str]:
+    for row in rows:
+        median, p90 = row["error"]["median"], row["error"]["p90"]
+        if median > MAX_MEDIAN or p90 > MAX_P90:
+            yield (
+                f"{row['what']}: half of the steps are off by {median:.0%} or more, and one in ten by {p90:.0%} "
+                f"(at most {MAX_MEDIAN:.0%} and {MAX_P90:.0%})"
+            )
+    if host is None:
+        return
+    for way, seconds in {"a request to the engine": host.arrival_s, "a token to its client": host.answer_s}.items():
+        if seconds > MAX_WAY_S:
+            yield f"the way of {way} takes {seconds * 1e3:.0f} ms (at most {MAX_WAY_S * 1e3:.0f} ms)"
