@@ -195,14 +195,14 @@ class Play:
         client = self.controller.gateway
         gateway = next((life for life in self.world.lives.values() if life.instance.role == "gateway"), None)
         client.snapshot = None
-        if gateway is not None and gateway.ready and client.desired_routes is not None:
-            draining = frozenset(r.id for m in client.desired_routes.models for r in m.replicas if r.draining)
+        if gateway is not None and gateway.ready and client.desired_route is not None:
+            draining = frozenset(one.id for one in client.desired_route.replicas if one.draining)
             snapshots = tuple(
                 ReplicaSnapshot(id=life.instance.id, state="ready", inflight=life.inflight)
                 for life in self.world.replicas()
             )
             pools = (PoolSnapshot(model="m", replicas=snapshots),)
-            client.snapshot = GatewaySnapshot(client.desired_routes.revision, draining, pools, self.world.now_s)
+            client.snapshot = GatewaySnapshot(client.desired_route.revision, draining, pools, self.world.now_s)
 
     def settle(self, rounds: int = 40) -> ServiceStatus:
         for _ in range(rounds):

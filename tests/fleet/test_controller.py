@@ -234,9 +234,9 @@ def test_a_replica_that_a_user_drained_gets_no_new_requests_and_is_not_replaced(
     status = play.settle()
     assert {one.id: one.state for one in status.replicas}[first] == "drained"
     assert len(status.replicas) == 2
-    wanted = play.controller.gateway.desired_routes
+    wanted = play.controller.gateway.desired_route
     assert wanted is not None
-    assert [one.id for one in wanted.models[0].replicas if one.draining] == [first]
+    assert [one.id for one in wanted.replicas if one.draining] == [first]
 
 
 EVENTS = st.one_of(

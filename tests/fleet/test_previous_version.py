@@ -36,7 +36,7 @@ from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.base import Instance
 from powerband.fleet.targets.local import INSTANCE_TAG, LocalTarget
 from powerband.fleet.targets.processes import identify
-from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.renamed import warn_renamed
 from powerband.spec.plan import read_plan
 
@@ -154,6 +154,8 @@ class OldGatewayHandler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         routes = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/admin/routes":
+            return self.respond(404, {})
         replicas = [replica for model in routes["models"] for replica in model["replicas"]]
         if any("max_prompt_tokens" in replica for replica in replicas):
             return self.respond(400, {"error": {"message": "routes: models: 'max_prompt_tokens' is unknown."}})
@@ -184,12 +186,11 @@ def old_gateway() -> Iterator[OldGateway]:
 
 def test_a_controller_sends_routes_to_a_gateway_of_the_version_before(old_gateway: OldGateway) -> None:
     replica = ReplicaAddress(id="r1", url="http://127.0.0.1:1", model="m", max_prompt_tokens=7, draining=True)
-    routes = Routes(models=(ModelRoute(name="m", replicas=(replica,)),), revision="2")
-    client = GatewayClient("key", old_gateway.url, routes)
+    client = GatewayClient("key", old_gateway.url, "m", ModelRoute(name="m", replicas=(replica,), revision="2"))
     asyncio.run(client._poll())
     assert old_gateway.routes["models"][0]["replicas"][0]["longest_prompt"] == 7
     assert client.snapshot is not None
-    assert (client.snapshot.routes_revision, client.snapshot.draining) == ("2", frozenset({"r1"}))
+    assert (client.snapshot.route_revision, client.snapshot.draining) == ("2", frozenset({"r1"}))
 
 
 @pytest.fixture

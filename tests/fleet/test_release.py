@@ -9,7 +9,7 @@ import pytest
 
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.fleet import release
-from powerband.fleet.control.instance_specs import build_routes, free_devices, pool_revisions, replica_spec
+from powerband.fleet.control.instance_specs import build_route, free_devices, pool_revisions, replica_spec
 from powerband.fleet.release import ReleaseOptions, build_release, default_served_name
 from powerband.fleet.scaling import scaled
 from powerband.fleet.service.spec import PoolRelease, Release
@@ -113,12 +113,11 @@ def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
 def test_routes_name_replicas_by_what_they_run_and_change_their_revision_with_it() -> None:
     release = made()
     running = Instance(id="r1", role="replica", revision="a", pool=0, url="http://127.0.0.1:1", pid=1, started_at=0.0)
-    routes, drained = build_routes(release, [running], frozenset()), build_routes(release, [running], frozenset({"r1"}))
-    (model,) = routes.models
+    model, drained = build_route(release, [running], frozenset()), build_route(release, [running], frozenset({"r1"}))
     assert (model.name, model.rate, model.slo) == ("demo", 1.0, SLO(ttft_s=1.0))
     assert model.replicas[0].max_num_seqs == 8
-    assert drained.models[0].replicas[0].draining
-    assert routes.revision != drained.revision
+    assert drained.replicas[0].draining
+    assert model.revision != drained.revision
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ class ByteReplica:
     paths: tuple[str, ...] = ("/v1/models",)  # that answer 200 to GET
     posts: list[dict[str, Any]] = field(default_factory=list)
     gets: list[str] = field(default_factory=list)
+    post_paths: list[str] = field(default_factory=list)  # of `posts`
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
@@ -32,6 +33,7 @@ class ByteReplica:
                 body = await reader.readexactly(length)
                 if head.startswith("POST"):
                     self.posts.append(json.loads(body))
+                    self.post_paths.append(head.split(" ")[1])
                     assert self.play is not None
                     await self.play(writer, self.posts[-1])
                 else:

@@ -84,6 +84,7 @@ class EngineAdapter:
     histograms: Mapping[Histogram, bytes] = field(default_factory=dict)
 
     # To send requests.
+    endpoints: frozenset[str] | None = None  # paths besides chats and completions that it offers; None: unknown
     supports_n: bool = False  # it generates `n` choices
     returns_token_ids: bool = False  # `return_token_ids`: a stream has the ids of all tokens
     returns_continuous_usage: bool = False  # `continuous_usage_stats`: chunks report their choice's tokens so far
@@ -98,3 +99,6 @@ class EngineAdapter:
     # stream's text, and the ids of prompt and output.
     complete_stream: Callable[[BrokenStream, Ask], Awaitable[Continuation | None]] | None = None
     resume_text: str = "a stream that breaks off ends with an error"  # for the log
+
+    def may_offer(self, path: str) -> bool:
+        return self.endpoints is None or path in self.endpoints

@@ -32,6 +32,7 @@ class DeploymentOptions:
     gateway: GatewaySpec
     policy: Policy
     served_name: str  # in the API
+    gateway_service: str = ""  # the service whose gateway serves the model; '': its own
     engine_command: tuple[str, ...] = ()
     engine_args: tuple[str, ...] = ()
     threads: int | None = None
@@ -80,13 +81,13 @@ def deploy_plan(plan: Plan, options: DeploymentOptions, report: Report) -> Deplo
         current.release if current is not None and not current.removed else None,
         reset=options.reset_replicas,
     )
-    _report_plan(plan, built, store, gateway, report)
+    _report_plan(plan, built, options, report)
     if note:
         report.describe(note)
     store.create()
     if gateway.auth == "keys":
         _make_replica_key(store)
-    desired, is_new = operations.apply(store, release, gateway, options.policy)
+    desired, is_new = operations.apply(store, release, gateway, options.policy, options.gateway_service)
     with operations.going_on(store, "goes on: it was being started" if is_new else "goes on"):
         status = _started(store, desired, before, report, is_new=is_new)
     if is_new:
@@ -141,14 +142,16 @@ def _make_replica_key(store: ServiceStore) -> None:
         write_atomically(path, secrets.token_urlsafe(32).encode(), private=True)
 
 
-def _report_plan(plan: Plan, built: BuiltRelease, store: ServiceStore, gateway: GatewaySpec, report: Report) -> None:
+def _report_plan(plan: Plan, built: BuiltRelease, options: DeploymentOptions, report: Report) -> None:
+    store, gateway, owner = options.store, options.gateway, options.gateway_service
     if plan.deployment is not None:
         report.describe(f"plan: {built.release.served_name}, {deployment_text(plan.deployment)}")
     limits = f"{plan.slo} for {plan.slo.attainment * 100:g} % of requests at {plan.promise.rate:.3g} a second"
     report.describe(f"promise: {limits}")
     for note in built.notes:
         report.describe(note)
-    report.describe(f"service {store.name}: gateway on {gateway.host}:{gateway.port}, state in {store.path}")
+    whose = f"the gateway of {owner}" if owner else "gateway"
+    report.describe(f"service {store.name}: {whose} on {gateway.host}:{gateway.port}, state in {store.path}")
 
 
 def _start_failure(store: ServiceStore, status: ServiceStatus, before: _Before) -> EnvironmentFault:
@@ -175,7 +178,7 @@ def _verified(
             plan,
             status.gateway.url,
             model=desired.release.served_name,
-            api_key=options.store.admin_key.read_text().strip(),
+            api_key=options.store.gateway_store.admin_key.read_text().strip(),
             seconds=options.verify_seconds,
             report=options.report,
             on_progress=watch,

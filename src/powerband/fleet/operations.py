@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import msgspec
+
 from powerband.errors import EnvironmentFault, PowerbandError, UsageError
 from powerband.fleet.control.controller_process import ensure_controller
 from powerband.fleet.service.spec import GatewaySpec, Policy, Release, ServiceSpec
 from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
-from powerband.fleet.service.store import ServiceStore, endpoint
+from powerband.fleet.service.store import ServiceStore, endpoint, services_behind
 from powerband.http_client.request import bearer, request_sync
 
 POLL_INTERVAL_S = 0.1
@@ -25,12 +27,24 @@ def service_name(served_name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", served_name.lower()).strip("-._")[:63] or "service"
 
 
-def apply(store: ServiceStore, release: Release, gateway: GatewaySpec, policy: Policy) -> tuple[ServiceSpec, bool]:
-    """Write the desired state. Returns False if it is the same already. Raises UsageError for another model."""
+def apply(
+    store: ServiceStore, release: Release, gateway: GatewaySpec, policy: Policy, gateway_service: str = ""
+) -> tuple[ServiceSpec, bool]:
+    """Write the desired state. Returns False if it is the same already. Raises UsageError for another model.
+
+    gateway_service: the service whose gateway serves the model; '': its own.
+    """
     with store.lock_spec():
         current = store.read_spec()
         if current is None or current.removed:
-            spec = ServiceSpec(name=store.name, generation=1, release=release, gateway=gateway, policy=policy)
+            spec = ServiceSpec(
+                name=store.name,
+                generation=1,
+                release=release,
+                gateway=gateway,
+                policy=policy,
+                shared_gateway=gateway_service or msgspec.UNSET,
+            )
             store.write_spec(spec)
             return spec, True
         if current.release.served_name != release.served_name:
@@ -38,6 +52,12 @@ def apply(store: ServiceStore, release: Release, gateway: GatewaySpec, policy: P
                 f"The service {store.name} serves {current.release.served_name}, not {release.served_name}.",
                 hint="Deploy it as another service, with --name.",
                 param="name",
+            )
+        if current.gateway_service != gateway_service:
+            raise UsageError(
+                f"The service {store.name} is behind {_gateway_name(current.gateway_service)}.",
+                hint="Remove it first to change that, or deploy it under another --name.",
+                param="gateway",
             )
         status = store.read_status()
         has_failed = status is not None and status.has_failed(current.generation)
@@ -106,10 +126,28 @@ def wait_for(
 
 
 def remove(store: ServiceStore, on_status: Callable[[ServiceStatus], object], *, purge: bool) -> None:
-    """Stop everything and delete the state. Raises EnvironmentFault if something does not stop."""
+    """Stop everything and delete the state. A service behind another's gateway only loses its model there.
+
+    Raises UsageError if the gateway serves the models of other services, EnvironmentFault if something does not stop.
+    """
+    check_removable(store)
     spec = update_spec(store, lambda _current, _status: {"removed": True})
     with going_on(store, "is still being removed"):
         _wait_for_removal(store, spec, on_status, purge=purge)
+
+
+def _gateway_name(service: str) -> str:
+    return f"the gateway of {service}" if service else "a gateway of its own"
+
+
+def check_removable(store: ServiceStore) -> None:
+    """Raises UsageError if other services' models are served by the gateway of this one."""
+    if behind := [one.name for one in services_behind(store)]:
+        raise UsageError(
+            f"The gateway of {store.name} also serves {', '.join(behind)}.",
+            hint=f"Remove them first: powerband remove {' '.join(behind)} {store.name}",
+            param="name",
+        )
 
 
 def _wait_for_removal(

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from powerband.errors import InvalidRequest, PowerbandError, UsageError
 from powerband.gateway.accounts.accounts import Accounts, actor_of
 from powerband.gateway.gateway import Gateway
-from powerband.gateway.routes import Routes
+from powerband.gateway.routes import ModelRoute, Routes
 from powerband.spec.yaml_codec import as_record
 from powerband.web.access import refuse_browsers
 from powerband.web.body import decode, read_body
@@ -50,6 +50,32 @@ class GatewayAdminRoutes:
         if routes != self._gateway.routes and (not routes.revision or routes.revision != self._gateway.routes.revision):
             self._gateway.set_routes(routes)
             self._note(request, "routes", {"revision": routes.revision, "models": [one.name for one in routes.models]})
+        return json_response(self._state())
+
+    async def put_model(self, request: Request) -> Response:
+        """Add or replace the route of one model; the others stay. The same revision again changes nothing."""
+        refuse_browsers(request)
+        name, routes = request.path_params["name"], self._gateway.routes
+        data = await read_body(request, self._gateway.settings.max_body_bytes)
+        try:
+            model = ModelRoute.from_dict({"name": name, **decode(data, dict[str, Any])})
+            if model.name != name:
+                raise UsageError(f"The path names the model {name[:80]!r}, the body {model.name[:80]!r}.", param="name")
+            known = routes.model(name)
+            if model != known and not (known is not None and model.revision and model.revision == known.revision):
+                self._gateway.set_routes(routes.with_model(model))
+                self._note(request, "routes", {"model": name, "revision": model.revision})
+        except UsageError as problem:
+            raise InvalidRequest(problem.message, hint=problem.hint, param=problem.param) from None
+        return json_response(self._state())
+
+    async def delete_model(self, request: Request) -> Response:
+        """Remove the route of one model; its running requests finish. Without such a model, nothing changes."""
+        refuse_browsers(request)
+        name, routes = request.path_params["name"], self._gateway.routes
+        if routes.model(name) is not None:
+            self._gateway.set_routes(routes.without_model(name))
+            self._note(request, "routes", {"model": name, "removed": True})
         return json_response(self._state())
 
     async def drain(self, request: Request) -> Response:

@@ -11,10 +11,12 @@ from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.auth import ApiKeyMiddleware
 from powerband.gateway.accounts.routes import make_routes
 from powerband.gateway.admin import GatewayAdminRoutes
+from powerband.gateway.anthropic_errors import AnthropicErrorsMiddleware
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.info_routes import InfoRoutes
 from powerband.gateway.observability.metrics import GatewayMetrics
 from powerband.gateway.proxy.handler import GenerationRoutes
+from powerband.gateway.proxy.pass_through.routes import make_routes as pass_through_routes
 from powerband.gateway.proxy.token_routes import TokenCountRoutes
 from powerband.gateway.replica_metrics_routes import make_routes as scraping_routes
 from powerband.web.access import allow_pages
@@ -33,6 +35,7 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
         Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/v1/messages/count_tokens", tokens.count_tokens, methods=["POST"]),
         Route("/version", pages.version, methods=["GET"]),
         Route("/livez", pages.live, methods=["GET"]),
         Route("/readyz", pages.ready, methods=["GET"]),
@@ -40,8 +43,11 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
         Route("/metrics", pages.metrics, methods=["GET"]),
         Route("/admin/routes", admin.routes, methods=["GET"]),
         Route("/admin/routes", admin.put_routes, methods=["PUT"]),
+        Route("/admin/routes/{name:path}", admin.put_model, methods=["PUT"]),
+        Route("/admin/routes/{name:path}", admin.delete_model, methods=["DELETE"]),
         Route("/admin/records", admin.records, methods=["GET"]),
         Route("/admin/drain", admin.drain, methods=["POST"]),
+        *pass_through_routes(gateway, accounts),
         *scraping_routes(gateway),
         *make_routes(accounts),
     ]
@@ -50,7 +56,8 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
     origins = parse_origins(settings.allowed_origins)
     closed = ApiKeyMiddleware(router, accounts, settings.auth, settings.host, origins=origins)
     known = KnownPathsMiddleware(closed, routes, "docs/api.md")
-    return allow_pages(RequestIdMiddleware(ErrorCounterMiddleware(known, metrics)), origins)
+    counted = AnthropicErrorsMiddleware(RequestIdMiddleware(ErrorCounterMiddleware(known, metrics)))
+    return allow_pages(counted, origins)
 
 
 class ErrorCounterMiddleware:

@@ -11,7 +11,13 @@ from powerband.metrics.record import RequestRecord
 
 __all__ = ["ANONYMOUS", "CompletedRequest", "Endpoint", "GatewayRequest"]
 
-Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
+# fmt: off
+Endpoint = Literal[
+    "chat", "completions", "tokenize", "detokenize", "count_tokens",
+    # Passed through to engines that offer them:
+    "responses", "messages", "embeddings", "rerank", "score", "pooling", "classify",
+]
+# fmt: on
 
 
 @dataclass(slots=True, kw_only=True)

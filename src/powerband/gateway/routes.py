@@ -63,6 +63,16 @@ class ModelRoute:
     slo: SLO | None = None  # the SLO whose attainment the metrics count
     usd_per_million_input: float = 0.0  # price per million tokens
     usd_per_million_output: float = 0.0
+    revision: str = ""  # identifies this route: sent again, it changes nothing
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelRoute:
+        """Raises UsageError for missing, unknown or invalid fields."""
+        return read_record(cls, values, "route")
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = as_record(self, complete=True)
+        return found
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.aliases):
@@ -83,6 +93,19 @@ class Routes:
             twice = sorted(one for one, times in Counter(found).items() if times > 1)
             if twice:
                 raise UsageError(f"The {what} {twice[0]!r} occurs twice.", hint="Each must be unique.", param="routes")
+
+    def with_model(self, model: ModelRoute) -> Routes:
+        """The same routes with this model, in place of the one with its name. Raises UsageError if it collides with
+        another one.
+        """
+        others = [one for one in self.models if one.name != model.name]
+        return Routes(models=(*others, model))
+
+    def without_model(self, name: str) -> Routes:
+        return Routes(models=tuple(one for one in self.models if one.name != name))
+
+    def model(self, name: str) -> ModelRoute | None:
+        return next((one for one in self.models if one.name == name), None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Routes:

@@ -74,7 +74,7 @@ class RequestIdMiddleware:
         except Exception as error:
             if status:  # the response has begun: the server closes the connection
                 raise
-            await error_response(self._as_powerband_error(error, request_id))(scope, receive, send_with_id)
+            await error_response(self._as_powerband_error(error, request_id), scope)(scope, receive, send_with_id)
         if logger.isEnabledFor(logging.DEBUG):
             label = dict(scope["headers"]).get(b"x-request-id", b"").decode("ascii", "replace")[:_LABEL_CHARS]
             logger.debug(

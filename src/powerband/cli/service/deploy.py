@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from powerband.bench.load import Live
     from powerband.fleet.deployment import Deployed, DeploymentOptions
-    from powerband.fleet.service.spec import Policy
+    from powerband.fleet.service.spec import GatewaySpec, Policy
+    from powerband.fleet.service.store import ServiceStore
     from powerband.spec.plan import Plan
 
 SLO_BROKEN = 1
@@ -48,7 +49,10 @@ def _old_flag() -> Parameter:
 class ServiceFlags:
     name: Annotated[str | None, _flag(_SERVICE, help="Name of the service; default: the model's")] = None
     served_model_name: Annotated[str, _flag(_SERVICE, help="Name in the API; default: MODEL as given")] = ""
-    host: Annotated[str, _flag(_SERVICE, help="Address of the gateway; default: 127.0.0.1")] = "127.0.0.1"
+    gateway: Annotated[
+        str | None, _flag(_SERVICE, help="Add the model to the gateway of this service instead of starting one")
+    ] = None
+    host: Annotated[str | None, _flag(_SERVICE, help="Address of the gateway; default: 127.0.0.1")] = None
     port: Annotated[int | None, _flag(_SERVICE, help="Port of the gateway; default: 8000, or a free one")] = None
     auth: Annotated[
         Literal["open", "keys"] | None,
@@ -198,7 +202,6 @@ def _options(model: str, flags: ServiceFlags, proving: VerifyFlags) -> Deploymen
     import shlex
 
     from powerband.bench.report.live import LiveView
-    from powerband.cli.service.gateway_flags import gateway_spec_from_flags
     from powerband.fleet.deployment import DeploymentOptions
     from powerband.fleet.operations import service_name
     from powerband.fleet.release import default_served_name
@@ -209,14 +212,15 @@ def _options(model: str, flags: ServiceFlags, proving: VerifyFlags) -> Deploymen
         raise UsageError(f"threads is {flags.threads}; it must be at least 1.", param="threads")
     served_name = flags.served_model_name or default_served_name(model)
     store = ServiceStore.named(flags.name or service_name(served_name))
-    current = store.read_spec()
 
     def watch(plan: Plan) -> contextlib.AbstractContextManager[Callable[[Live], object] | None]:
         return contextlib.nullcontext() if proving.json else LiveView(plan.slo, label=plan.workload.name)
 
+    gateway, gateway_service = _gateway(flags, served_name, store)
     return DeploymentOptions(
         store=store,
-        gateway=gateway_spec_from_flags(flags.host, flags.port, flags.auth, flags.gateway_args, current),
+        gateway=gateway,
+        gateway_service=gateway_service,
         policy=_policy(flags),
         served_name=served_name,
         engine_command=tuple(shlex.split(flags.engine_command)),
@@ -229,6 +233,27 @@ def _options(model: str, flags: ServiceFlags, proving: VerifyFlags) -> Deploymen
         strict=proving.strict,
         watch=watch,
     )
+
+
+def _gateway(flags: ServiceFlags, served_name: str, store: ServiceStore) -> tuple[GatewaySpec, str]:
+    """The gateway, and the service that it belongs to if that is another one. Raises UsageError."""
+    from powerband.cli.service.gateway_flags import gateway_spec_from_flags, gateway_spec_of
+
+    current = store.read_spec()
+    joined = flags.gateway
+    if joined is None and current is not None and not current.removed:
+        joined = current.gateway_service or None
+    if joined is None:
+        host = flags.host or "127.0.0.1"
+        return gateway_spec_from_flags(host, flags.port, flags.auth, flags.gateway_args, current), ""
+    for name in ("host", "port", "auth", "gateway_args"):
+        if getattr(flags, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for a gateway of its own; {store.name} uses that of {joined}.",
+                hint=f"Deploy {joined} with it.",
+                param=name,
+            )
+    return gateway_spec_of(joined, served_name, store), joined
 
 
 def _policy(flags: ServiceFlags) -> Policy:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from powerband.errors import UsageError
 from powerband.fleet.service.spec import GatewaySpec, ServiceSpec
 from powerband.renamed import new_names, rename_options
+
+if TYPE_CHECKING:
+    from powerband.fleet.service.store import ServiceStore
 
 DEFAULT_PORT = 8000
 _DEPLOYED = ("host", "port", "auth", "database", "routes", "replica", "config")
@@ -42,6 +45,30 @@ def gateway_spec_from_flags(
     else:
         check_port(host, port)
     return GatewaySpec(host=host, port=port, auth=auth, arguments=arguments)
+
+
+def gateway_spec_of(owner: str, served_name: str, store: ServiceStore) -> GatewaySpec:
+    """The gateway of another service, to which this service's model is added. Raises UsageError."""
+    from powerband.fleet.service.store import find_service, services_behind
+
+    found = find_service(owner)
+    spec = found.read_spec()
+    if spec is None or spec.removed or found.name == store.name:
+        raise UsageError(f"The service {owner!r} has no gateway to add a model to.", param="gateway")
+    if spec.gateway_service:
+        raise UsageError(
+            f"The service {owner} has no gateway of its own: it is behind that of {spec.gateway_service}.",
+            hint=f"Use --gateway {spec.gateway_service}.",
+            param="gateway",
+        )
+    others = [spec, *(one.read_spec() for one in services_behind(found) if one.name != store.name)]
+    if any(one is not None and one.release.served_name == served_name for one in others):
+        raise UsageError(
+            f"The gateway of {owner} already serves a model called {served_name}.",
+            hint="Give this one another --served-model-name.",
+            param="gateway",
+        )
+    return spec.gateway
 
 
 def _gateway_arguments(text: str) -> tuple[str, ...]:

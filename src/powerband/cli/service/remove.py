@@ -20,6 +20,8 @@ def remove(
 ) -> int:
     """Stop and remove services. Running requests may finish, then the gateway and all replicas stop.
 
+    A service that was added to another's gateway leaves it; a gateway that still serves others is not removed.
+
     Keys, usage and audit log are kept for the next service of that name, unless --purge is given.
     """
     from powerband.cli.service.progress import ServiceProgress
@@ -27,8 +29,10 @@ def remove(
     from powerband.fleet.service.store import find_service
 
     for store in [find_service(one, name) for one in services or (None,)]:
+        operations.check_removable(store)
         operations.record_action(store, "remove", {"purge": purge})
+        database = store.gateway_store.database
         operations.remove(store, ServiceProgress(), purge=purge)
-        kept = "" if purge else f" Its keys and usage are kept in {store.database}."
+        kept = "" if purge and database == store.database else f" Its keys and usage are kept in {database}."
         print(f"{store.name} was removed.{kept}")
     return 0

@@ -22,7 +22,7 @@ from powerband.fleet.control.change_events import record_change
 from powerband.fleet.control.crash_backoff import CrashBackoff
 from powerband.fleet.control.gateway_client import GatewayClient
 from powerband.fleet.control.instance_specs import (
-    build_routes,
+    build_route,
     free_devices,
     gateway_revision,
     gateway_spec,
@@ -35,6 +35,7 @@ from powerband.fleet.control.instance_state import InstanceState
 from powerband.fleet.control.probes import HealthProber
 from powerband.fleet.control.remediation import Remediator
 from powerband.fleet.control.rollout import Actions, DesiredReplicas, next_actions
+from powerband.fleet.control.shared_gateway import SharedGateway
 from powerband.fleet.control.slo_counter import SLOCounter
 from powerband.fleet.control.status import replica_status, service_phase
 from powerband.fleet.monitor.events import Events
@@ -85,6 +86,8 @@ class Controller:
     _notes: list[str] = field(default_factory=list)  # of this tick
     _failed_starts: set[str] = field(default_factory=set)  # reasons that have been events since the last change
     _crashes: list[str] = field(default_factory=list)  # since the last observation by the monitor, one sentence each
+    _shared: SharedGateway | None = None  # instead of a gateway of this service
+    _shared_pid: int = 0  # as the controller before knew it
     _remediator: Remediator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +103,7 @@ class Controller:
             return
         self._generation = status.generation
         self._last_ready_generation, self._failed = status.last_ready_generation, status.failed_rollout
-        self._gateway_restarts = status.gateway.restarts
+        self._gateway_restarts, self._shared_pid = status.gateway.restarts, status.gateway.pid
         self.slo_counter.resume(status.load)
         self.gateway.url, self.gateway.next_record = status.gateway.url, status.load.next_record
         now_s = self.clock()
@@ -159,6 +162,10 @@ class Controller:
             self._failed_starts.clear()
         self._spec = spec
         self.webhook = spec.policy.webhook
+        self.gateway.model = spec.release.served_name
+        if spec.gateway_service:
+            self._shared = self._shared or SharedGateway(spec.gateway_service, self.gateway, self._shared_pid)
+            self._shared.follow()
         self.prober.api_key = replica_key(spec.release.api_key_file)
         instances = self.target.list_instances()
         for exited in self.target.take_exited():
@@ -222,13 +229,15 @@ class Controller:
         self._check_rollout(spec)
         release = None if spec.removed else spec.previous if self._has_failed(spec) else spec.release
         gateways = self._states("gateway")
-        if release is None:  # the gateway goes first: as long as it runs, it may dispatch to any replica
+        # The gateway goes first: as long as it runs, it may dispatch to any replica. A shared one drains them.
+        if release is None and self._shared is None:
             for state in self._states("replica"):
                 state.is_idle = not gateways
         revision = gateway_revision(spec.gateway)
         killed = [one.id for one in gateways if one.is_hung]
         stopped = [one.id for one in gateways if not one.is_hung and (release is None or one.revision != revision)]
-        may_start = release is not None and not gateways and revision not in self._backoff.backing_off(now_s)
+        may_start = release is not None and self._shared is None and not gateways
+        may_start = may_start and revision not in self._backoff.backing_off(now_s)
         return Decision(
             release=release,
             replicas=next_actions(self._desired_replicas(spec, release, now_s), self._states("replica"), now_s),
@@ -246,6 +255,8 @@ class Controller:
         counts = enumerate(zip(spec.release.counts, revisions, strict=True))
         has_replicas = all(replicas[pool, revision] >= count for pool, (count, revision) in counts)
         has_gateway = any(one.revision == gateway for one in self._states("gateway") if one.ready_s is not None)
+        if self._shared is not None:
+            has_gateway = self._shared.status(is_removed=False).state == "ready"
         if has_replicas and has_gateway:
             self._last_ready_generation = spec.generation
             return
@@ -313,14 +324,20 @@ class Controller:
         for id in decision.stop_gateways:
             self._instances[id].exit_expected = True
             self.target.stop(id, GATEWAY_GRACE_S)
-        if release is None:
-            return
-        for pool in actions.start:
-            self._start_replica(spec, release, pool, now_s)
-        if decision.start_gateway:
-            self._start_gateway(spec, now_s)
+        if release is not None:
+            for pool in actions.start:
+                self._start_replica(spec, release, pool, now_s)
+            if decision.start_gateway:
+                self._start_gateway(spec, now_s)
+        self._set_route(spec, release, actions.drain)
+
+    def _set_route(self, spec: ServiceSpec, release: Release | None, draining: frozenset[str]) -> None:
+        if release is None and self._shared is None:
+            return  # the gateway stops
         replicas = [one for one in self._replicas() if not one.stopping]
-        self.gateway.desired_routes = build_routes(release, replicas, actions.drain)
+        self.gateway.is_withdrawn = release is None and not replicas
+        route = build_route(release or spec.release, replicas, draining)
+        self.gateway.desired_route = None if self.gateway.is_withdrawn else route
 
     def _record_killing(self, state: InstanceState) -> None:
         if not state.is_killed:
@@ -333,7 +350,8 @@ class Controller:
             self._note_failed_start(spec, "No free devices for one more replica.")
             return
         try:
-            id = f"r{self.store.next_number()}"
+            owner = f"{spec.name}-" if spec.gateway_service else ""  # unique among all replicas of a shared gateway
+            id = f"{owner}r{self.store.next_number()}"
             instance = self.target.start(replica_spec(release, pool, id, devices))
         except PowerbandError as error:
             self._note_failed_start(spec, str(error))
@@ -414,13 +432,15 @@ class Controller:
         )
 
     def _gateway_status(self, spec: ServiceSpec, offset_s: float) -> GatewayStatus:
+        if self._shared is not None:
+            return self._shared.status(is_removed=spec.removed)
         state = next(iter(self._states("gateway")), None)
         if state is None:
             url = f"http://{spec.gateway.host}:{spec.gateway.port}"
             return GatewayStatus(state="down", url=url, restarts=self._gateway_restarts)
         snapshot = self.gateway.snapshot
         # Ready: it listens, and it has routes.
-        has_routes = snapshot is not None and snapshot.routes_revision != "" and self.gateway.desired_routes is not None
+        has_routes = snapshot is not None and snapshot.route_revision != "" and self.gateway.desired_route is not None
         is_ready = state.ready_s is not None and has_routes and not state.instance.stopping
         return GatewayStatus(
             state="ready" if is_ready else "starting",

@@ -143,6 +143,7 @@ def _tick(controller: Controller) -> bool:
 
 def _admin_key(store: ServiceStore) -> str:
     """The gateway's first admin key, created before the gateway's first start."""
+    store = store.gateway_store
     if not has_admin_key(store.admin_key):
         accounts = Accounts.open(store.database)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import msgspec
@@ -14,7 +15,7 @@ from powerband.engines.registry import ADAPTERS
 from powerband.fleet.service.spec import GatewaySpec, PoolRelease, Release
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.base import Instance, InstanceSpec
-from powerband.gateway.routes import ModelRoute, ReplicaAddress, Routes
+from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.gateway.settings import GatewaySettings
 from powerband.renamed import new_names, rename_options
 from powerband.spec.hardware.device import detect_cpu
@@ -91,8 +92,8 @@ def gateway_spec(gateway: GatewaySpec, store: ServiceStore, id: str) -> Instance
     )
 
 
-def build_routes(release: Release, replicas: Sequence[Instance], draining: frozenset[str]) -> Routes:
-    """The gateway's routes. A replica of an older release counts for the pool with the same index."""
+def build_route(release: Release, replicas: Sequence[Instance], draining: frozenset[str]) -> ModelRoute:
+    """The model's route at the gateway. A replica of an older release counts for the pool with the same index."""
     cost = release.plan.get("cost") or {}
     model = ModelRoute(
         name=release.served_name,
@@ -101,7 +102,7 @@ def build_routes(release: Release, replicas: Sequence[Instance], draining: froze
         slo=release.slo,
         usd_per_million_output=float(cost.get("usd_per_million_tokens", 0.0)),
     )
-    return Routes(models=(model,), revision=_digest(as_record(model, complete=True)))
+    return replace(model, revision=_digest(as_record(model, complete=True)))
 
 
 def _address(release: Release, replica: Instance, draining: frozenset[str]) -> ReplicaAddress:

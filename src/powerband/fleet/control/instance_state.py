@@ -48,7 +48,7 @@ class InstanceState:
     @property
     def number(self) -> int:
         """A replica's sequence number: larger for replicas started later."""
-        return int(self.instance.id.removeprefix("r"))
+        return int(self.instance.id.rpartition("r")[2])
 
     @property
     def pool(self) -> int:

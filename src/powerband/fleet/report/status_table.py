@@ -29,8 +29,11 @@ def read_observed_status(store: ServiceStore) -> ServiceStatus | None:
         return status
     running = running_instances(store.path)
     replicas = tuple(one if one.id in running else _exited(one) for one in status.replicas)
-    gateway = status.gateway
-    if not any(id.startswith("gateway-") for id in running):
+    gateway, spec = status.gateway, store.read_spec()
+    if spec is not None and spec.gateway_service:
+        owner = read_observed_status(ServiceStore.named(spec.gateway_service))
+        gateway = msgspec.structs.replace(gateway, state=owner.gateway.state if owner is not None else "down")
+    elif not any(id.startswith("gateway-") for id in running):
         gateway = msgspec.structs.replace(gateway, state="down", pid=0, started_at=0.0, ready_at=None)
     phase = status.phase
     if not running:
@@ -68,7 +71,8 @@ def status_lines(store: ServiceStore, desired: ServiceSpec) -> list[str]:
         return table_lines([*rows, ["state", f"not known yet; 'powerband logs {store.name} controller' may say why"]])
     rows.append(["state", _state_text(store, status)])
     rows.append(["revision", f"{status.revision or 'none'} (generation {status.generation})"])
-    rows.append(["gateway", f"{status.gateway.url}/v1  {status.gateway.state}, pid {status.gateway.pid or 'none'}"])
+    gateway = f"{status.gateway.url}/v1  {status.gateway.state}, pid {status.gateway.pid or 'none'}"
+    rows.append(["gateway", f"{gateway}, of {desired.gateway_service}" if desired.gateway_service else gateway])
     rows.append(["promise", promise_text(desired)])
     load, promised = status.load, desired.release.plan["promise"]["rate"]
     rate = f"{load.requests_per_s:.2f} requests/s of {promised:.3g}"

@@ -85,6 +85,14 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     previous: Release | None = None  # the last release that was ready, for a rollback
     drained: tuple[str, ...] = ()  # replicas that get no new requests until undone
     removed: bool = False
+    # The service whose gateway serves this one's model. Unset: its own; then the field is not written, so that a
+    # controller of the version before reads the file.
+    shared_gateway: str | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="gateway_service")
+
+    @property
+    def gateway_service(self) -> str:
+        """The service whose gateway serves this one's model; '': its own."""
+        return self.shared_gateway or ""
 
     def updated(self, **fields: Any) -> ServiceSpec:
         """The next generation, with other values in these fields."""

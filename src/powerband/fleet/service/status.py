@@ -11,6 +11,7 @@ import msgspec
 
 # 'down' and 'exited' are what commands show where no controller is alive; the file does not hold them.
 ServicePhase = Literal["starting", "ready", "degraded", "rolling", "failed", "removing", "removed", "down"]
+GatewayPhase = Literal["starting", "ready", "down"]
 ReplicaPhase = Literal["starting", "ready", "unready", "draining", "drained", "stopping", "exited"]
 
 
@@ -31,7 +32,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True):
-    state: Literal["starting", "ready", "down"]
+    state: GatewayPhase
     url: str
     pid: int = 0
     started_at: float = 0.0

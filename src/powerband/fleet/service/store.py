@@ -84,6 +84,12 @@ class ServiceStore:
     def events(self) -> Path:
         return self.path / "events.json"
 
+    @property
+    def gateway_store(self) -> ServiceStore:
+        """Of the service whose gateway serves this one's model: usually of this one."""
+        spec = self.read_spec()
+        return ServiceStore.named(spec.gateway_service) if spec is not None and spec.gateway_service else self
+
     def create(self) -> None:
         """Make the folder. Raises EnvironmentFault."""
         try:
@@ -242,10 +248,17 @@ def split_operands(words: Sequence[str], old_flag: str | None, operands: int) ->
 def endpoint(name: str | None, old_flag: str | None = None) -> tuple[str, str]:
     """URL of a service's gateway, and its admin key. Raises as find_service, and EnvironmentFault before its start."""
     folder = find_service(name, old_flag)
+    folder = folder.gateway_store
     status = folder.read_status()
     if status is None or not folder.admin_key.exists():
         raise EnvironmentFault(f"The gateway of {folder.name} has not started yet.", param="name")
     return status.gateway.url, folder.admin_key.read_text().strip()
+
+
+def services_behind(owner: ServiceStore) -> list[ServiceStore]:
+    """The other services whose models the gateway of this one serves."""
+    specs = [(store, store.read_spec()) for store in services()]
+    return [store for store, spec in specs if spec is not None and spec.gateway_service == owner.name]
 
 
 @contextlib.contextmanager

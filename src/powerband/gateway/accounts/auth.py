@@ -20,6 +20,7 @@ from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import PREFIX, SCOPES, Key
 from powerband.gateway.accounts.keys import Scope as KeyScope
 from powerband.gateway.accounts.limits import LimitReached
+from powerband.gateway.anthropic_errors import is_anthropic
 from powerband.web.access import check_host, check_page
 from powerband.web.errors import HttpError, error_response
 
@@ -28,18 +29,27 @@ Auth = Literal["open", "keys"]
 OPEN = frozenset({"/livez", "/readyz", "/health"})
 METRICS = frozenset({"/metrics", "/metrics/targets"})
 METRICS_BELOW = ("/metrics/replicas/",)
-INFER = frozenset(
+# Requests to these count against limits, and their responses have the limits' headers.
+COUNTED = frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
-        "/v1/feedback",
-        "/v1/models",
         "/tokenize",
         "/detokenize",
-        "/version",
-        "/openapi.json",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/rerank",
+        "/v2/rerank",
+        "/v1/score",
+        "/score",
+        "/pooling",
+        "/classify",
     }
 )
+INFER = COUNTED | {"/v1/feedback", "/v1/models", "/version", "/openapi.json"}
 INFER_BELOW = ("/v1/models/",)
 
 
@@ -88,14 +98,14 @@ class ApiKeyMiddleware:
         try:
             await self._app(scope, receive, send_with_limits)
         except LimitReached as error:
-            await error_response(error)(scope, receive, send_with_limits)
+            await error_response(error, scope)(scope, receive, send_with_limits)
 
     def _admit(self, scope: Scope) -> Key | None:
         path = scope["path"]
         needed = needed_scope(path)
         if needed is None:
             return None
-        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        sent = _keys(scope)
         if self._auth == "open" and needed != "admin" and not any(_is_gateway_key(value) for value in sent):
             if not self._any_host:
                 check_host(scope, self._host)
@@ -112,6 +122,15 @@ class ApiKeyMiddleware:
         return key
 
 
+def _keys(scope: Scope) -> list[bytes]:
+    """The request's Authorization headers. Anthropic's clients send `x-api-key` instead."""
+    headers = scope["headers"]
+    sent = [value for name, value in headers if name == b"authorization"]
+    if not sent and is_anthropic(scope["path"]):
+        sent = [b"Bearer " + value for name, value in headers if name == b"x-api-key"]
+    return sent
+
+
 def needed_scope(path: str) -> KeyScope | None:
     """The scope that a path requires; None: no key."""
     if path in OPEN:
@@ -125,7 +144,7 @@ def needed_scope(path: str) -> KeyScope | None:
 
 def _is_counted(path: str) -> bool:
     """Whether requests to this path count against limits and get their headers."""
-    return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
+    return path.startswith("/v1/") or path in COUNTED
 
 
 def _is_gateway_key(value: bytes) -> bool:

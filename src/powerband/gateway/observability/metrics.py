@@ -65,7 +65,8 @@ _OTEL = {
     "gen_ai_client_operation_duration_seconds": ("Sent to a replica until the end of its response", _OTEL_SECONDS),
     "gen_ai_client_token_usage": ("Input and output tokens of a request", _OTEL_TOKENS),
 }
-_OPERATIONS = {"chat": "chat", "completions": "text_completion"}
+# gen_ai.operation.name; others are named as their endpoint.
+_OPERATIONS = {"chat": "chat", "completions": "text_completion", "responses": "chat", "messages": "chat"}
 PROVIDER = "powerband"
 
 _Labels = tuple[str, ...]
@@ -216,7 +217,7 @@ class GatewayMetrics(Collector):
         is_ok = record.outcome is Outcome.OK
         # An attribute that is absent is an empty label to Prometheus.
         error = "" if is_ok else "timeout" if record.outcome is Outcome.TIMED_OUT else status
-        labels = _OPERATIONS[request.endpoint], request.model, error
+        labels = _OPERATIONS.get(request.endpoint, request.endpoint), request.model, error
 
         def observe(name: str, value: float | None, *more: str) -> None:
             if value is not None:

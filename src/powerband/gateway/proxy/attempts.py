@@ -17,8 +17,9 @@ from powerband.dispatch.errors import NoReplicaAvailable
 from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import Timeouts
-from powerband.gateway.proxy.client_request import PATHS, UnsuitableReplica
+from powerband.gateway.proxy.client_request import PATHS
 from powerband.gateway.proxy.poison import PoisonDetector
+from powerband.gateway.proxy.request_fields import UnsuitableReplica
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.client import UpstreamClient
@@ -60,6 +61,10 @@ class ReplicaError(PowerbandError):
     default_code = "upstream_failed"
 
 
+class EndpointMissing(ReplicaError):
+    """No replica offers the endpoint, or the model by this name."""
+
+
 class PoisonRequest(PowerbandError):
     """Replicas that serve other requests fail with this one."""
 
@@ -83,6 +88,7 @@ class UpstreamAttempts:
         self._retry_after_s = 0.0
         self._unavailable_since_s: float | None = None
         self.exchange: UpstreamExchange | None = None
+        self.replica: ReplicaAddress | None = None  # of the latest attempt
         self.replicas: list[str] = []
         self.failed_attempts: list[tuple[str, str]] = []  # replica and code of failed attempts; rejections excluded
         self.queue_s = 0.0
@@ -97,7 +103,7 @@ class UpstreamAttempts:
         """
         while True:
             lease = self._lease = await self._pool.lease(self.request, avoid=tuple(self._avoid))
-            replica = lease.replica
+            replica = self.replica = lease.replica
             self.queue_s += lease.queue_s
             self.replicas.append(replica.id)
             try:
@@ -163,7 +169,9 @@ class UpstreamAttempts:
             self._log(replica, f"{problem} Is its api_key in the routes right?")
             raise UpstreamFailure(f"http_{status}", problem, FailureKind.UNAUTHORIZED)
         if status in _MISSING_STATUSES:
-            self._log(replica, f"It has no {PATHS[self.request.endpoint]} for model {replica.model!r} (HTTP {status}).")
+            if self.request.endpoint in PATHS:  # which every engine has
+                path = PATHS[self.request.endpoint]
+                self._log(replica, f"It has no {path} for model {replica.model!r} (HTTP {status}).")
             raise UpstreamFailure(code, f"The replica does not offer this: {shown}", FailureKind.UNSUPPORTED)
         if 400 <= status < 500 and status not in (408, 421, 425):
             raise InvalidUpstreamRequest(complaint, status)
@@ -261,7 +269,7 @@ class UpstreamAttempts:
             return NoReplicaAvailable(shown, retry_after_s=NO_REPLICA_RETRY_S)
         if problem.kind is FailureKind.TIMEOUT:
             return HttpError(504, "upstream_timeout", shown)
-        return ReplicaError(shown)
+        return EndpointMissing(shown) if problem.kind is FailureKind.UNSUPPORTED else ReplicaError(shown)
 
     def _poison(self, shown: str, *, hint: str) -> PowerbandError:
         """The error of a request that is at fault. hint: for when the replicas that failed with it served others."""

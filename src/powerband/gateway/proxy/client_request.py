@@ -17,12 +17,23 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.engines.powerband import MAX_LABEL_CHARS
 from powerband.errors import InvalidRequest
-from powerband.gateway.accounts.limits import room_for_output
+from powerband.gateway.proxy.request_fields import (
+    MAX_TOKENS,
+    SLACK_PROMPT_TOKENS,
+    UnsuitableReplica,
+    as_raw,
+    asks_for_nothing,
+    capped,
+    check_case,
+    max_response_bytes,
+    max_text_bytes,
+    without_padding,
+)
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.openai.chunks import INVALID_JSON
 from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode
-from powerband.web.body_budget import SMALL_BYTES
 from powerband.web.field_types import whole_number_fields
 
 PATHS: dict[Endpoint, str] = {
@@ -30,18 +41,11 @@ PATHS: dict[Endpoint, str] = {
     "completions": "/v1/completions",
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
+    "count_tokens": "/v1/messages/count_tokens",
 }
 COMPLETION_TOKENS = 16  # default max_tokens of a completion, at OpenAI and in the engines
-# Upper bounds for one token in a response's JSON. The longest tokens of vocabularies are runs of about 128 blanks, and
-# an escaped control character takes six bytes; log-probabilities list up to twenty alternatives.
-_TOKEN_BYTES = 1024
-_TOKEN_BYTES_WITH_LOGPROBS = 64 << 10
-MAX_TOKENS = 1 << 20  # of one choice without max_tokens: no model has a longer context
-_SLACK_PROMPT_TOKENS = 1 << 16
-_PROMPT_BYTES = 32  # response bytes per byte of the prompt, which may be echoed with its ids
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _TRUE = Raw(b"true")
-_NOTHING = (b"null", b"false", b'""', b"[]")  # values that ask for nothing
 MAX_PROMPTS = 1024  # of one request
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _TEXTS = msgspec.json.Decoder(list[str])
@@ -91,7 +95,7 @@ class RequestFields(msgspec.Struct):
         for name, usual in (("n_predict", "max_tokens"), ("n_cmpl", "n")):
             if getattr(self, name) is not None:  # llama.cpp's names, which override the standard ones there
                 raise InvalidRequest(f"'{name}' is not taken.", hint=f"Use '{usual}'.", param=name)
-        if self.prompt_embeds is not UNSET and bytes(self.prompt_embeds) not in _NOTHING:  # each one adds choices
+        if self.prompt_embeds is not UNSET and not asks_for_nothing(self.prompt_embeds):  # each one adds choices
             raise InvalidRequest("'prompt_embeds' is not supported.", hint="Send 'prompt'.", param="prompt_embeds")
         if self.max_completion_tokens is None:
             return
@@ -107,18 +111,9 @@ class RequestFields(msgspec.Struct):
             )
 
 
-class UnsuitableReplica(Exception):
-    """The request needs a replica of another engine. error: raised if there is none."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 _WHOLE = re.compile(rb"(-?[0-9]{1,15})\.0{1,15}")
 _WHOLE_NUMBERS = whole_number_fields(RequestFields)
 _NAMES = frozenset(RequestFields.__struct_fields__)
-_MAX_NAME_CHARS = max(map(len, _NAMES))
 # Fields after which a response has nothing but text, token ids and log-probabilities.
 _TEXT_FIELDS = _NAMES | frozenset(
     (
@@ -136,26 +131,29 @@ class ClientRequest:
         """Raises InvalidRequest."""
         self.endpoint = endpoint
         data, self.fields = _decode_fields(data)
-        if len(data) > SMALL_BYTES and len(compact := msgspec.json.format(data, indent=-1)) < len(data) * 7 // 8:
-            data = compact  # the body is kept until the response ends, so padding is dropped
-            self.fields = decode(data, RequestFields)
+        if (compact := without_padding(data)) is not data:
+            data, self.fields = compact, decode(compact, RequestFields)
         self.fields.check(endpoint)
         self.prompt = self._prompt()
         self._data = data
         self._fields: dict[str, Raw] = _FIELDS.decode(data)
-        _check_case(self._fields)
+        check_case(self._fields, _NAMES)
         self.num_prompts, self.prompt_tokens, is_exact = _measure(self.prompt, endpoint)
         # A token has at least one byte, and the JSON around a text has more bytes than the chat template adds tokens.
-        size = len(data) - len(self.prompt) + _text_bytes(self.prompt)
+        size = len(data) - len(self.prompt) + max_text_bytes(self.prompt)
         self.max_prompt_tokens = self.prompt_tokens + self._fed_bytes() if is_exact else max(size, self.prompt_tokens)
         if "tools" in self._fields:
             self.prompt_tokens += len(bytes(self._fields["tools"])) // BYTES_PER_TOKEN
         # Upper bound of the prompt's reported usage. Templates add text, and replicas fetch images by URL.
-        self.max_prompt_usage = (self.max_prompt_tokens + _SLACK_PROMPT_TOKENS) * self.num_sequences
+        self.max_prompt_usage = (self.max_prompt_tokens + SLACK_PROMPT_TOKENS) * self.num_sequences
         if b"_url" in self.prompt:
             self.max_prompt_usage = max(self.max_prompt_usage, MAX_TOKENS)
         self.contexts: Mapping[str, int | None] = {}  # context length by replica, as far as known, for the cap
         self.cap: int | None = None  # on the output of a request without max_tokens, see `limit`
+
+    @property
+    def path(self) -> str:
+        return PATHS[self.endpoint]
 
     @property
     def size(self) -> int:
@@ -209,13 +207,15 @@ class ClientRequest:
 
         Fields like SGLang's `return_hidden_states` make right responses much larger.
         """
-        limit = self.fields.limit
-        if limit is None or not self._fields.keys() <= _TEXT_FIELDS:
+        if not self._fields.keys() <= _TEXT_FIELDS:
             return 1 << 62
         has_logprobs = any(name in self._fields for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
-        token_bytes = _TOKEN_BYTES_WITH_LOGPROBS if has_logprobs else _TOKEN_BYTES
-        of_prompt = len(self.prompt) * (_TOKEN_BYTES_WITH_LOGPROBS if has_logprobs else _PROMPT_BYTES)
-        return (1 << 20) + (limit * token_bytes + of_prompt) * self.num_choices
+        return max_response_bytes(
+            self.fields.limit,
+            has_logprobs=has_logprobs,
+            prompt_bytes=len(self.prompt),
+            num_choices=self.num_choices,
+        )
 
     @property
     def wants_usage(self) -> bool:
@@ -289,15 +289,16 @@ class ClientRequest:
         changed = fields.pop("priority", None) is not None
         changed = fields.pop("deadline_s", None) is not None or changed
         if self.fields.model != replica.model:
-            fields["model"] = _raw(replica.model)
+            fields["model"] = as_raw(replica.model)
             changed = True
         if tenant != ANONYMOUS or "user" in fields or "cache_salt" in fields:  # no client may use another key's cache
             changed = True
             isolating = replica.adapter.tenant_fields(tenant, self.fields.user, self.fields.cache_salt)
             for name, value in isolating.items():
-                fields[name] = _raw(value)
+                fields[name] = as_raw(value)
         if self.cap is not None and self.fields.limit is None:
-            fields["max_tokens"] = _raw(self._cap_at(replica, self.cap))
+            context = self.contexts.get(replica.id) or MAX_TOKENS
+            fields["max_tokens"] = as_raw(capped(self.cap, context, self.max_prompt_tokens))
             changed = True
         if self.is_stream:
             changed = True
@@ -305,18 +306,13 @@ class ClientRequest:
             options["include_usage"] = _TRUE
             if self.returns_usage(replica):
                 options["continuous_usage_stats"] = _TRUE
-            fields["stream_options"] = _raw(options)
+            fields["stream_options"] = as_raw(options)
             if self.returns_token_ids(replica):
                 fields["return_token_ids"] = _TRUE
             if resumed:
-                fields["resume_token_ids"] = _raw([*self.resumed_ids, *resumed])
+                fields["resume_token_ids"] = as_raw([*self.resumed_ids, *resumed])
                 fields.pop("echo", None)  # the client already has the prompt
         return msgspec.json.encode(fields) if changed else self._data
-
-    def _cap_at(self, replica: ReplicaAddress, cap: int) -> int:
-        """The cap, lowered to the replica's context. If the prompt may not fit, the replica decides."""
-        room = room_for_output(self.contexts.get(replica.id) or MAX_TOKENS, self.max_prompt_tokens)
-        return min(cap, room) if room > 0 else cap
 
 
 def _decode_fields(data: bytes) -> tuple[bytes, RequestFields]:
@@ -328,7 +324,7 @@ def _decode_fields(data: bytes) -> tuple[bytes, RequestFields]:
             raise
         try:
             fields = _FIELDS.decode(data)
-        except msgspec.DecodeError:
+        except INVALID_JSON:
             fields = {}
         found = {name: _WHOLE.fullmatch(bytes(fields[name])) for name in _WHOLE_NUMBERS if name in fields}
         plain = {name: Raw(match[1]) for name, match in found.items() if match is not None}
@@ -338,27 +334,9 @@ def _decode_fields(data: bytes) -> tuple[bytes, RequestFields]:
         return data, decode(data, RequestFields)
 
 
-def _check_case(fields: Mapping[str, Raw]) -> None:
-    """Reject known field names in another case: servers in Go (Ollama, LocalAI) accept them, evading limits."""
-    for name in fields:
-        if name not in _NAMES and len(name) <= _MAX_NAME_CHARS and (usual := name.casefold()) in _NAMES:
-            raise InvalidRequest(f"Unknown field '{name}'.", hint=f"Did you mean '{usual}'?", param=name)
-
-
 def with_model(data: bytes, model: str) -> bytes:
     """The body with its model name replaced."""
     return msgspec.json.encode({**_FIELDS.decode(data), "model": model})
-
-
-def _raw(value: Any) -> Raw:
-    return Raw(msgspec.json.encode(value))
-
-
-def _text_bytes(prompt: bytes) -> int:
-    """Upper bound of the texts' bytes in UTF-8: an escape like \\u4e00 has six bytes, and stands for at most three."""
-    # After an escaped backslash it is no escape. All such cases are subtracted, so the result is never too low.
-    num_escapes = prompt.count(b"\\u") - prompt.count(b"\\\\u")
-    return len(prompt) - 3 * max(num_escapes, 0)
 
 
 def _measure(prompt: bytes, endpoint: Endpoint) -> tuple[int, int, bool]:

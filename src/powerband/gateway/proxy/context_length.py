@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from powerband.gateway.proxy.client_request import MAX_TOKENS
+from powerband.gateway.proxy.request_fields import MAX_TOKENS
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.openai.fields import read_models

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import msgspec
 from starlette.requests import Request
@@ -27,15 +28,17 @@ from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import Key, KeyLimits
 from powerband.gateway.accounts.limits import Reservation, price_from
 from powerband.gateway.gateway import Gateway, ServedModel
-from powerband.gateway.proxy.attempts import ReplicaError, UpstreamAttempts
-from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, PATHS, ClientRequest
+from powerband.gateway.proxy.attempts import BuildRequest, ReplicaError, UpstreamAttempts
+from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, ClientRequest
 from powerband.gateway.proxy.context_length import context_length
+from powerband.gateway.proxy.interfaces import ProxiedRequest, ResponseState
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import Resumer
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.request import ANONYMOUS, CompletedRequest, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.buffered_response import (
+    INSIDE_CHOICES,
     BudgetShare,
     BufferedResponse,
     PiecesResponse,
@@ -75,29 +78,37 @@ class GenerationRoutes:
         client_request = ClientRequest(data, endpoint)
         del data
         served = self._gateway.served(client_request.fields.model)
-        key: Key | None = request.state.key
-        if request.client is not None:
-            owner = request.client.host if key is None else key.id
-            client_connection(request.scope).keep_body(client_request.size, owner)
-        gateway_request = client_request.request(
-            request.state.request_id,
-            served.route.name,
-            ANONYMOUS if key is None else key.id,
-            request.headers,
-            settings.default_output_tokens,
-            KeyLimits().priority if key is None else key.limits.priority,  # without a key: the default
-        )
-        gateway_request.output_tokens = served.estimates.output.likely(
-            gateway_request.output_tokens, gateway_request.num_sequences
-        )
-        gateway_request.trace = self._gateway.trace(request.headers)
+        gateway_request, key = admit(self._gateway, served, request, client_request)
         gateway_request.prefix_keys = prefix_keys(
             endpoint, client_request.prompt, gateway_request.tenant, client_request.prompt_salt
         )
         return GenerationResponse(self._gateway, self._accounts, served, client_request, gateway_request, key)
 
 
-class GenerationResponse(Response):
+def admit(
+    gateway: Gateway, served: ServedModel, request: Request, client_request: ProxiedRequest
+) -> tuple[GatewayRequest, Key | None]:
+    """The request for queue and limits, and its key. Raises HttpError if the client's bodies take too much memory."""
+    key: Key | None = request.state.key
+    if request.client is not None:
+        owner = request.client.host if key is None else key.id
+        client_connection(request.scope).keep_body(client_request.size, owner)
+    gateway_request = client_request.request(
+        request.state.request_id,
+        served.route.name,
+        ANONYMOUS if key is None else key.id,
+        request.headers,
+        gateway.settings.default_output_tokens,
+        KeyLimits().priority if key is None else key.limits.priority,  # without a key: the default
+    )
+    gateway_request.output_tokens = served.estimates.output.likely(
+        gateway_request.output_tokens, gateway_request.num_sequences
+    )
+    gateway_request.trace = gateway.trace(request.headers)
+    return gateway_request, key
+
+
+class ProxiedResponse(Response, ABC):
     """One running request. As a Response, it is called with the client's ASGI channels."""
 
     def __init__(
@@ -105,7 +116,7 @@ class GenerationResponse(Response):
         gateway: Gateway,
         accounts: Accounts,
         served: ServedModel,
-        client_request: ClientRequest,
+        client_request: ProxiedRequest,
         request: GatewayRequest,
         key: Key | None,
     ) -> None:
@@ -117,7 +128,10 @@ class GenerationResponse(Response):
         self._request = request
         self._key = key
         self._attempts = UpstreamAttempts(
-            request, served.pool, gateway.upstream, max_attempts=gateway.settings.max_attempts
+            request,
+            served.pool,
+            gateway.upstream,
+            max_attempts=gateway.settings.max_attempts,
         )
         self._state = self._new_state()
         self._reservation: Reservation | None = None
@@ -130,11 +144,22 @@ class GenerationResponse(Response):
         self._buffered = BudgetShare(gateway.response_budget, request.tenant)
         self._is_prompt_counted = False
 
-    def _new_state(self) -> StreamState:
-        served = self._served
-        return StreamState(
-            self._client_request, served.route.name, served.estimates, keeps_text=self._accounts.content.on
-        )
+    _buffered_depth: ClassVar[int] = INSIDE_CHOICES  # see BufferedResponse
+
+    @abstractmethod
+    def _new_state(self) -> ResponseState:
+        """The state before the first event."""
+
+    @abstractmethod
+    def _plan_resume(self) -> BuildRequest:
+        """The request of each further attempt, after the client has received a part of the response.
+
+        Raises CannotResume.
+        """
+
+    @abstractmethod
+    def _error_event(self, error: PowerbandError) -> bytes:
+        """The last event of a stream that failed."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._gateway.begin()
@@ -184,7 +209,7 @@ class GenerationResponse(Response):
     async def _collect(self, exchange: UpstreamExchange) -> BufferedResponse:
         """Receive a response. Raises UpstreamFailure, and ResponseTooLarge, against which no other replica helps."""
         self._buffered.release()
-        response = BufferedResponse()
+        response = BufferedResponse(self._buffered_depth)
         while piece := await exchange.read():
             try:
                 await self._gateway.response_scanner.add(response, piece, self._request.tenant)
@@ -207,21 +232,15 @@ class GenerationResponse(Response):
 
     def _read_whole(self, response: BufferedResponse, replica: ReplicaAddress) -> list[bytes]:
         """Count the tokens, and return the response with the served model name. Raises UpstreamFailure."""
-        chunk, state = response.read(), self._state
-        state.begin(replica)
-        if chunk.has_error:
-            raise state.as_failure(chunk.error)
-        if not chunk.choices:
-            raise UpstreamFailure("garbage", "The replica sent a response without choices.")
-        state.process_whole(chunk, replica, size=response.size if response.is_large else 0)
-        state.finish_reason = chunk.choices[0].finish_reason or ""
-        if state.tokens.num_output:
-            state.tokens.times_s.append(time.monotonic())
-            state.tokens.counts.append(state.tokens.num_output)
-        return state.whole(response, chunk)
+        tokens = self._state.tokens
+        pieces = self._state.read_whole(response, replica)
+        if tokens.num_output:
+            tokens.times_s.append(time.monotonic())
+            tokens.counts.append(tokens.num_output)
+        return pieces
 
     async def _first_request(self, replica: ReplicaAddress) -> tuple[str, bytes]:
-        return PATHS[self._request.endpoint], self._client_request.upstream_body(replica, self._request.tenant)
+        return self._client_request.path, self._client_request.upstream_body(replica, self._request.tenant)
 
     # ---- streams
 
@@ -237,8 +256,7 @@ class GenerationResponse(Response):
             error = problem if isinstance(problem, PowerbandError) else _stream_lost()
             self._record_error(error, status=200)
             self._attempts.close("cancelled")  # before sending, because the client may be slow to read
-            data = event(msgspec.json.encode(error_body(error_info(error))))
-            await send({"type": "http.response.body", "body": data, "more_body": False})
+            await send({"type": "http.response.body", "body": self._error_event(error), "more_body": False})
             return
         self._settle_status(200)
         self._attempts.close("ok", self._state.tokens.num_output)
@@ -247,8 +265,7 @@ class GenerationResponse(Response):
     async def _relay(self, send: Send) -> None:
         """Relay the response without its last event, from as many replicas as it takes."""
         attempts, state, settings = self._attempts, self._state, self._gateway.settings
-        resumer = Resumer(self._client_request, state, self._gateway.upstream, self._request.tenant)
-        plan = self._first_request
+        plan: BuildRequest = self._first_request
         while True:
             try:
                 replica, exchange = await attempts.send(plan, settings.stream_timeouts)
@@ -273,12 +290,11 @@ class GenerationResponse(Response):
                     return  # nothing of the response itself is missing
                 await attempts.handle_failure(problem, state.tokens.num_output - num_before)
             if attempts.response_started:
+                plan = self._plan_resume()
                 self._resumed += 1
-                plan = resumer.plan
                 attempts.request = replace(attempts.request, deadline_s=None)
             else:
                 self._state = state = self._new_state()
-                resumer = Resumer(self._client_request, state, self._gateway.upstream, self._request.tenant)
 
     async def _relay_exchange(self, exchange: UpstreamExchange, send: Send) -> None:
         """Relay the events of one replica. Raises UpstreamFailure if the stream is incomplete."""
@@ -427,3 +443,32 @@ def _cancel_this_task() -> Callable[[], None]:
 
 def _stream_lost() -> ReplicaError:
     return ReplicaError("The replica failed in the middle of the response, and no other replica can continue it.")
+
+
+class GenerationResponse(ProxiedResponse):
+    """The response to a chat or a completion, which another replica can resume."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        accounts: Accounts,
+        served: ServedModel,
+        client_request: ClientRequest,
+        request: GatewayRequest,
+        key: Key | None,
+    ) -> None:
+        self._understood = client_request
+        super().__init__(gateway, accounts, served, client_request, request, key)
+
+    def _new_state(self) -> StreamState:
+        served = self._served
+        self._latest = StreamState(
+            self._understood, served.route.name, served.estimates, keeps_text=self._accounts.content.on
+        )
+        return self._latest
+
+    def _plan_resume(self) -> BuildRequest:
+        return Resumer(self._understood, self._latest, self._gateway.upstream, self._request.tenant).plan
+
+    def _error_event(self, error: PowerbandError) -> bytes:
+        return event(msgspec.json.encode(error_body(error_info(error))))

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from powerband.gateway.proxy.attempts import UpstreamAttempts
-from powerband.gateway.proxy.stream_state import StreamState
+from powerband.gateway.proxy.interfaces import ResponseState
 from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import UpstreamFailure
 from powerband.openai.chunks import count_ids
@@ -31,7 +31,7 @@ class Relay:
     def __init__(
         self,
         attempts: UpstreamAttempts,
-        state: StreamState,
+        state: ResponseState,
         exchange: UpstreamExchange,
         on_tokens: Callable[[int], None],
     ) -> None:
@@ -49,7 +49,7 @@ class Relay:
 
     @property
     def _wants_more(self) -> bool:
-        return not (self._has_ended or self._is_cut) and self._problem is None
+        return not (self._has_ended or self._is_cut or self._state.is_over) and self._problem is None
 
     async def read_first_events(self) -> bytes:
         """The first events for the client. Raises UpstreamFailure if there are none."""

@@ -16,7 +16,8 @@ from msgspec import Raw
 
 from powerband.core.request import OUTPUT_COMPLETE
 from powerband.engines.base import BrokenStream, CannotResume
-from powerband.gateway.proxy.client_request import PATHS, ClientRequest, UnsuitableReplica
+from powerband.gateway.proxy.client_request import PATHS, ClientRequest
+from powerband.gateway.proxy.request_fields import UnsuitableReplica
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.client import UpstreamClient

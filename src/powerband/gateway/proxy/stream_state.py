@@ -17,8 +17,8 @@ from powerband.gateway.proxy.event_rewriter import EventRewriter
 from powerband.gateway.proxy.token_counter import TokenCounter
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.buffered_response import BufferedResponse
-from powerband.gateway.upstream.errors import InvalidUpstreamRequest, with_served_name
 from powerband.gateway.upstream.failure import UpstreamFailure
+from powerband.gateway.upstream.reported import reported_failure
 from powerband.gateway.upstream.token_estimates import ASCII_PER_TOKEN, TokenEstimates, call_text
 from powerband.openai.chunks import (
     FIELDS,
@@ -75,6 +75,10 @@ class StreamState:
         return len(self._finished) >= self._num_choices
 
     @property
+    def is_over(self) -> bool:
+        return False  # the usage and the last event may follow
+
+    @property
     def may_end(self) -> bool:
         """Every choice that has started has a finish reason, and none is missing."""
         return not self._open and self._is_complete(self._finished)
@@ -96,6 +100,21 @@ class StreamState:
         self._rewriter.begin(replica)
         resumes_by_text = adapter.complete_stream is not None and self._client_request.can_resume
         self.keeps_text = self._always_keeps_text or resumes_by_text
+
+    def read_whole(self, response: BufferedResponse, replica: ReplicaAddress) -> list[bytes]:
+        """Count the tokens of a response that was not streamed, and return it with the served model name.
+
+        Raises UpstreamFailure and InvalidUpstreamRequest.
+        """
+        chunk = response.read()
+        self.begin(replica)
+        if chunk.has_error:
+            raise self.as_failure(chunk.error)
+        if not chunk.choices:
+            raise UpstreamFailure("garbage", "The replica sent a response without choices.")
+        self.process_whole(chunk, replica, size=response.size if response.is_large else 0)
+        self.finish_reason = chunk.choices[0].finish_reason or ""
+        return response.pieces() if chunk.model == self._model else response.renamed(self._model)
 
     def process_whole(self, chunk: Chunk, replica: ReplicaAddress, *, size: int = 0) -> None:
         """Process a response that was not streamed. Raises UpstreamFailure.
@@ -226,14 +245,7 @@ class StreamState:
         """The exception for an error in a response: UpstreamFailure (another replica may succeed), or
         InvalidUpstreamRequest.
         """
-        complaint = with_served_name(read_error(bytes(error)), self._inner_model, self._model)
-        if complaint.is_about_request:
-            return InvalidUpstreamRequest(complaint)
-        return UpstreamFailure(complaint.code or "error", f"The replica reported an error: {complaint.message}")
-
-    def whole(self, response: BufferedResponse, chunk: Chunk) -> list[bytes]:
-        """A response that was not streamed, with the served model name."""
-        return response.pieces() if chunk.model == self._model else response.renamed(self._model)
+        return reported_failure(bytes(error), self._inner_model, self._model)
 
     def finish(self) -> bytes:
         """The event with the finish reason, if nothing else was lost."""

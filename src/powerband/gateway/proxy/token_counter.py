@@ -7,7 +7,8 @@ from array import array
 import msgspec
 from msgspec import Raw
 
-from powerband.gateway.proxy.client_request import MAX_TOKENS, ClientRequest
+from powerband.gateway.proxy.interfaces import ProxiedRequest
+from powerband.gateway.proxy.request_fields import MAX_TOKENS
 from powerband.gateway.upstream.token_estimates import TextTokenCount, TokenEstimates
 from powerband.openai.chunks import NO_IDS, Chunk, ChunkUsage, count_ids, has_ids
 
@@ -21,7 +22,7 @@ class TokenCounter:
     token_ids: of all output, as far as replicas send them. times_s and counts: when how many output tokens came.
     """
 
-    def __init__(self, client_request: ClientRequest, estimates: TokenEstimates | None) -> None:
+    def __init__(self, client_request: ProxiedRequest, estimates: TokenEstimates | None) -> None:
         """estimates: of the model's responses, for tokens that the replica does not count."""
         self._client_request = client_request
         self.text = TextTokenCount(estimates or TokenEstimates())

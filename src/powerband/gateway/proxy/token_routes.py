@@ -1,4 +1,5 @@
-"""/tokenize and /detokenize: answered by a replica, counted against the key's limits, and recorded as usage.
+"""/tokenize, /detokenize and /v1/messages/count_tokens: answered by a replica, counted against the key's limits, and
+recorded as usage.
 
 They generate nothing, so they are free. Their tokens count towards the key's tokens per minute.
 """
@@ -43,6 +44,7 @@ class _ModelField(msgspec.Struct):
 
 class _TokenCount(msgspec.Struct):
     count: int | None = None
+    input_tokens: int | None = None  # of /v1/messages/count_tokens
 
 
 _COUNTED = msgspec.json.Decoder(_TokenCount)
@@ -62,7 +64,11 @@ class TokenCountRoutes:
         """The text of token ids, as a replica of the model says."""
         return await self._handle(request, "detokenize")
 
-    async def _handle(self, request: Request, endpoint: Literal["tokenize", "detokenize"]) -> Response:
+    async def count_tokens(self, request: Request) -> Response:
+        """The number of tokens of a conversation in Anthropic's format, as a replica of the model says."""
+        return await self._handle(request, "count_tokens")
+
+    async def _handle(self, request: Request, endpoint: Literal["tokenize", "detokenize", "count_tokens"]) -> Response:
         data = await read_body(request, self._gateway.settings.max_body_bytes)
         name = decode(data, _ModelField).model
         served, key = self._gateway.served(name), request.state.key
@@ -73,7 +79,7 @@ class TokenCountRoutes:
             tenant=ANONYMOUS if key is None else key.id,
             prompt_tokens=data.count(b",") + 1 if endpoint == "detokenize" else max(1, len(data) // BYTES_PER_TOKEN),
             output_tokens=0,
-            max_prompt_tokens=len(data) if endpoint == "tokenize" else None,
+            max_prompt_tokens=len(data) if endpoint != "detokenize" else None,
             arrival_s=time.monotonic(),
         )
         try:
@@ -100,7 +106,7 @@ class TokenCountRoutes:
             reservation.cancel()
             raise
         tokens = gateway_request.prompt_tokens
-        if gateway_request.endpoint == "tokenize":
+        if gateway_request.endpoint != "detokenize":
             tokens = min(_read_count(response.surface()), len(data) + _SLACK_TOKENS) or tokens
         reservation.settle(tokens, 0, 0.0)
         self._note(gateway_request, tokens, 200, "", replica)
@@ -140,7 +146,10 @@ class TokenCountRoutes:
                     with_served_name(read_error(reported), replica.model, gateway_request.model), status
                 )
         if replicas and lacking == len(replicas):
-            raise HttpError(404, "not_found", f"The model's engine has no {PATHS[gateway_request.endpoint]}.")
+            engine = replicas[0].adapter.display_name
+            raise HttpError(
+                404, "not_found", f"The model's engine, {engine}, has no {PATHS[gateway_request.endpoint]}."
+            )
         raise HttpError(503, "no_replica", f"No replica of the model answers {PATHS[gateway_request.endpoint]}.")
 
     async def _call(
@@ -185,6 +194,7 @@ def _is_object(response: bytes) -> bool:
 
 def _read_count(response: bytes) -> int:
     try:
-        return max(0, _COUNTED.decode(response).count or 0)
+        found = _COUNTED.decode(response)
+        return max(0, found.count or found.input_tokens or 0)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return 0

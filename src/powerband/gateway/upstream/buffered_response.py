@@ -34,7 +34,7 @@ LARGE_BYTES = 1 << 20  # above this, only the surface is decoded: msgspec takes 
 MAX_SURFACE_BYTES = 4 << 20
 _SMALL_BYTES = 64 << 10  # responses that are never refused for lack of memory
 _SLICE_BYTES = 64 << 10
-_INSIDE_CHOICES = 3
+INSIDE_CHOICES = 3
 _STRING_BYTES = 256  # kept of each string on the surface
 _QUOTE = ord('"')
 _STEPS = np.array([1 if byte in b"[{" else -1 if byte in b"]}" else 0 for byte in range(256)], dtype=np.int8)
@@ -156,7 +156,7 @@ class ResponseScanner:
 class BufferedResponse:
     """A buffered response: `add` all pieces, then `read`. size: bytes received."""
 
-    def __init__(self, depth: int = _INSIDE_CHOICES) -> None:
+    def __init__(self, depth: int = INSIDE_CHOICES) -> None:
         """depth: nesting depth of the deepest fields that are read."""
         self._depth = depth
         self._pieces: list[bytes] = []

@@ -1,0 +1,48 @@
+"""Errors in the format of Anthropic's API, for the paths below /v1/messages.
+
+{"type": "error", "error": {"type": "not_found_error", "message": "…"}}    https://docs.anthropic.com/en/api/errors
+"""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from powerband.core.step import ErrorInfo
+from powerband.web.errors import error_body, set_error_format
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_PATH = "/v1/messages"
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API."""
+    return path == _PATH or path.startswith(f"{_PATH}/")
+
+
+def anthropic_error(error: ErrorInfo) -> bytes:
+    kind = _TYPES.get(error.http_status, "invalid_request_error" if error.http_status < 500 else "api_error")
+    found = error_body(error).error
+    # Powerband adds `code`, because errors of one type have several causes.
+    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": found.message, "code": found.code}})
+
+
+class AnthropicErrorsMiddleware:
+    """Outside of RequestIdMiddleware, which sends the errors."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_anthropic(scope.get("path", "")):
+            set_error_format(scope, anthropic_error)
+        await self._app(scope, receive, send)
