@@ -31,7 +31,7 @@ def test_a_user_without_a_home_has_folders_at_the_root_as_containers_have(monkey
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["status"], 2, "No service is deployed"),
+        (["status"], 3, "No service is deployed"),
         (["memory", "demo"], 0, "KV cache"),
         (["config", "show"], 0, "max_model_len"),
         (["memory", "~/nothing"], 3, "There is no folder '~/nothing'"),

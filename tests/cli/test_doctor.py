@@ -51,7 +51,7 @@ def test_a_machine_that_was_not_calibrated_is_a_finding(
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "This machine has not been measured yet. 'powerband plan' without --devices" in shown
-    assert "'powerband calibrate' does it" in shown
+    assert "Measure it, in two minutes on a CPU: powerband calibrate" in shown
 
 
 def test_kernels_that_are_not_compiled_yet_are_a_finding_and_stay_so(

@@ -11,8 +11,8 @@ from powerband.core.params import SamplingParams
 from powerband.errors import InvalidRequest
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("n", 0, "n is 0; it must be between 1 and 16."),
-    ("n", 17, "n is 17; it must be between 1 and 16."),
+    ("n", 0, "n is 0; it must be between 1 and 128."),
+    ("n", 129, "n is 129; it must be between 1 and 128."),
     ("n", True, "n is True; it must be a whole number."),
     ("n", 1.0, "n is 1.0; it must be a whole number."),
     ("max_tokens", 0, "max_tokens is 0; it must be between 1 and 2147483647."),

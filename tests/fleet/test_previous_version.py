@@ -87,7 +87,10 @@ def test_reads_a_failed_rollout(store: ServiceStore) -> None:
 def test_writes_the_same_fields_so_that_both_versions_can_run_together(store: ServiceStore) -> None:
     """A controller of the version before reads what a command of this one writes, until it is replaced."""
     for name, value in (("desired.json", store.read_spec()), ("status.json", store.read_status())):
-        assert json.loads(msgspec.json.encode(value)) == json.loads((WRITTEN / name).read_text())
+        written = json.loads(msgspec.json.encode(value))
+        if name == "status.json":
+            assert written["load"].pop("plan") == ""  # new, and ignored by the version before
+        assert written == json.loads((WRITTEN / name).read_text())
     assert (INSTANCE_TAG, CONTROLLER_TAG) == ("POWERBAND_MEMBER", "POWERBAND_CONTROLLER")
 
 
@@ -233,7 +236,7 @@ def test_reads_incidents(store: ServiceStore) -> None:
 
 def test_commands_show_the_service(store: ServiceStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "demo"]) == 3, "its processes are gone"
-    assert "100.0% of 3 requests" in capsys.readouterr().out
+    assert "down: none of its processes runs" in capsys.readouterr().out
     assert main(["status", "demo", "--json"]) == 3
     shown = json.loads(capsys.readouterr().out)
     assert shown["desired"] == json.loads((WRITTEN / "desired.json").read_text())

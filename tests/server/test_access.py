@@ -309,7 +309,7 @@ def test_a_key_from_a_file(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(UsageError, match="not empty"):
         server_key(ServerSettings(api_key_file=str(file)))
-    with pytest.raises(EnvironmentFault, match="cannot be read"):
+    with pytest.raises(EnvironmentFault, match="Cannot read"):
         server_key(ServerSettings(api_key_file=str(tmp_path / "missing")))
     with pytest.raises(UsageError, match="Give one"):
         server_key(ServerSettings(api_key=KEY, api_key_file=str(file)))

@@ -55,7 +55,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("powerband status", "all services"),
         ("powerband status --watch", "every second"),
         ("powerband status demo --json", "for programs"),
-        ("until powerband status demo > /dev/null; do sleep 1; done", "wait until it can answer"),
+        ("powerband status demo", "exits with 3 until it can answer"),
     ),
     "scale": (
         ("powerband scale 3", "three replicas"),
