@@ -10,11 +10,11 @@ import pytest
 
 from powerband.errors import InvalidRequest
 from powerband.gateway.proxy.client_request import MAX_PROMPTS, ClientRequest
-from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.stream_state import StreamState
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.context_lengths import ContextLengths
 from powerband.spec.deployment import EngineName
 
 BODY = {"model": "demo", "prompt": "hello", "seed": 7, "an_extra": {"deep": [1.50, None]}}
@@ -162,11 +162,12 @@ def test_blanks_that_pad_a_body_are_not_kept() -> None:
 
 def test_a_replica_with_a_short_context_does_not_cut_the_answers_of_others() -> None:
     replicas = [ReplicaAddress(id=f"r{i}", url=f"http://r{i}:1", model="m", engine="vllm") for i in range(3)]
-    lengths: dict[str, int | None] = {"r0": 1, "r1": 8192, "r2": 200}
+    lengths = ContextLengths()
+    lengths.known = {"r0": 1, "r1": 8192, "r2": 200}
 
-    assert asyncio.run(context_length(replicas, lengths, UpstreamClient())) == 8192
+    assert asyncio.run(lengths.largest(replicas, UpstreamClient())) == 8192
     found = ClientRequest(b'{"model": "m", "messages": [{"role": "user", "content": "a question"}]}', "chat")
-    found.cap, found.contexts = 4000, lengths
+    found.cap, found.contexts = 4000, lengths.known
     caps = [json.loads(found.upstream_body(replica, ANONYMOUS))["max_tokens"] for replica in replicas]
     assert caps[:2] == [4000, 4000], "where not even the prompt has room, the replica judges"
     assert 100 < caps[2] < 200
@@ -191,3 +192,42 @@ def test_places_in_a_resumed_text_go_on_where_the_first_part_ended() -> None:
         state.resume(kept=kept, counts_as_prompt=True)
         tell("x", 0, kept + 1)
     assert places == [0, 2, 5, 6]
+
+
+class Replicas(UpstreamClient):
+    """Replicas that answer GET /v1/models with a status and a context length, or never."""
+
+    def __init__(self, pages: dict[str, tuple[int, int] | None]) -> None:
+        super().__init__()
+        self.pages = pages
+        self.asked: list[str] = []
+
+    async def ask(
+        self, replica: ReplicaAddress, method: str, path: str, body: bytes, timeout_s: float
+    ) -> tuple[int, bytes]:
+        self.asked.append(replica.id)
+        page = self.pages[replica.id]
+        if page is None:
+            await asyncio.sleep(0.05)
+            raise TimeoutError
+        status, length = page
+        return status, json.dumps({"data": [{"id": "m", "max_model_len": length}]}).encode()
+
+
+def test_a_replica_that_hangs_or_still_loads_is_asked_again_while_nobody_waits() -> None:
+    replicas = [ReplicaAddress(id=f"r{i}", url=f"http://r{i}:1", model="m", engine="vllm") for i in range(3)]
+    upstream = Replicas({"r0": (200, 4096), "r1": None, "r2": (503, 0)})
+
+    async def run() -> None:
+        lengths = ContextLengths()
+        assert await lengths.largest(replicas, upstream) == 4096
+        waiting = lengths.largest(replicas, upstream)
+        assert await asyncio.wait_for(waiting, 0.04) == 4096, "r1 would take longer"
+        upstream.pages["r2"] = (200, 8192)
+        await asyncio.sleep(0.06)
+        await lengths.largest(replicas, upstream)
+        await asyncio.sleep(0.06)
+        assert await lengths.largest(replicas, upstream) == 8192
+        assert upstream.asked.count("r0") == 1
+
+    asyncio.run(run())

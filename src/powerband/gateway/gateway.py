@@ -26,6 +26,7 @@ from powerband.gateway.snapshot import PoolSnapshot
 from powerband.gateway.trace_context import TraceContext, forwarded_trace
 from powerband.gateway.upstream.buffered_response import ResponseBudget, ResponseScanner
 from powerband.gateway.upstream.client import UpstreamClient
+from powerband.gateway.upstream.context_lengths import ContextLengths
 from powerband.gateway.upstream.token_estimates import TokenEstimates
 from powerband.web.errors import HttpError
 
@@ -43,7 +44,7 @@ class ServedModel:
     pool: Pool
     probing: asyncio.Task[None]
     estimates: TokenEstimates = field(default_factory=TokenEstimates)
-    context_lengths: dict[str, int | None] = field(default_factory=dict)  # by replica; None: it does not report one
+    context_lengths: ContextLengths = field(default_factory=ContextLengths)
 
 
 class Gateway:

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.observability.metrics import GatewayMetrics, GaugeSnapshot
-from powerband.gateway.proxy.context_length import context_length
 from powerband.web.errors import HttpError, json_response
 
 
@@ -68,7 +67,7 @@ class InfoRoutes:
         card: dict[str, Any] = {"id": name, "object": "model", "created": self._created_s, "owned_by": "powerband"}
         if name != served.route.name:
             card["root"] = served.route.name
-        context = await context_length(served.route.replicas, served.context_lengths, self._gateway.upstream)
+        context = await served.context_lengths.largest(served.route.replicas, self._gateway.upstream)
         if context is not None:
             card["max_model_len"] = context
         return card

@@ -18,7 +18,6 @@ from powerband.dispatch.estimates import BYTES_PER_TOKEN
 from powerband.engines.powerband import MAX_LABEL_CHARS
 from powerband.errors import InvalidRequest
 from powerband.gateway.proxy.request_fields import (
-    MAX_TOKENS,
     SLACK_PROMPT_TOKENS,
     UnsuitableReplica,
     as_raw,
@@ -31,6 +30,7 @@ from powerband.gateway.proxy.request_fields import (
 )
 from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.context_lengths import MAX_TOKENS
 from powerband.openai.chunks import INVALID_JSON
 from powerband.openai.fields import StreamOptionFields
 from powerband.web.body import decode

@@ -30,7 +30,6 @@ from powerband.gateway.accounts.limits import Reservation, price_from
 from powerband.gateway.gateway import Gateway, ServedModel
 from powerband.gateway.proxy.attempts import BuildRequest, ReplicaError, UpstreamAttempts
 from powerband.gateway.proxy.client_request import COMPLETION_TOKENS, ClientRequest
-from powerband.gateway.proxy.context_length import context_length
 from powerband.gateway.proxy.interfaces import ProxiedRequest, ResponseState
 from powerband.gateway.proxy.relay import Relay
 from powerband.gateway.proxy.resume import Resumer
@@ -335,8 +334,9 @@ class ProxiedResponse(Response, ABC):
         request, key = self._request, self._key and self._accounts.keys.current(self._key)
         context = None
         if key is not None and request.is_open_ended and key.limits.counts_tokens:
-            known = self._client_request.contexts = self._served.context_lengths
-            context = await context_length(self._served.route.replicas, known, self._gateway.upstream)
+            lengths = self._served.context_lengths
+            self._client_request.contexts = lengths.known
+            context = await lengths.largest(self._served.route.replicas, self._gateway.upstream)
             key = self._accounts.keys.current(key)
         price = price_from(self._served.route)
         self._reservation = self._accounts.limits.reserve(key, request, price, context=context)

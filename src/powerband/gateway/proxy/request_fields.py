@@ -12,7 +12,6 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.limits import room_for_output
 from powerband.web.body_budget import SMALL_BYTES
 
-MAX_TOKENS = 1 << 20  # of one choice without max_tokens: no model has a longer context
 SLACK_PROMPT_TOKENS = 1 << 16  # of text that templates add to a prompt
 # Upper bounds for one token in a response's JSON. The longest tokens of vocabularies are runs of about 128 blanks, and
 # an escaped control character takes six bytes; log-probabilities list up to twenty alternatives.

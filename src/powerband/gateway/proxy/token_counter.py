@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Raw
 
 from powerband.gateway.proxy.interfaces import ProxiedRequest
-from powerband.gateway.proxy.request_fields import MAX_TOKENS
+from powerband.gateway.upstream.context_lengths import MAX_TOKENS
 from powerband.gateway.upstream.token_estimates import TextTokenCount, TokenEstimates
 from powerband.openai.chunks import NO_IDS, Chunk, ChunkUsage, count_ids, has_ids
 

@@ -17,7 +17,6 @@ from powerband.errors import InvalidRequest
 from powerband.gateway.proxy.pass_through.endpoints import PassThroughEndpoint
 from powerband.gateway.proxy.pass_through.prompt_size import measure
 from powerband.gateway.proxy.request_fields import (
-    MAX_TOKENS,
     SLACK_PROMPT_TOKENS,
     UnsuitableReplica,
     as_raw,
@@ -29,6 +28,7 @@ from powerband.gateway.proxy.request_fields import (
 )
 from powerband.gateway.request import ANONYMOUS, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
+from powerband.gateway.upstream.context_lengths import MAX_TOKENS
 from powerband.openai.chunks import FIELDS
 from powerband.web.body import decode
 from powerband.web.errors import HttpError
