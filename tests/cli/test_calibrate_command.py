@@ -153,7 +153,7 @@ def test_a_fit_that_is_far_off_is_refused_with_the_reason_unless_it_is_forced(
     shown = capsys.readouterr().err
     assert "too far off to plan with, and nothing was kept: mine, 16 bits: half of the steps are off by" in shown
     assert "The load average was 7.5 on 2 cores before it began: other programs run here." in shown
-    assert "keep it as it is with --force" in shown
+    assert "with --force, which keeps whatever is measured" in shown
     assert read_profile(path) == KNOWN
     assert main(["calibrate", "--from", str(log), "-o", str(path), "--force"]) == 0
     assert read_profile(path).refinements

@@ -62,6 +62,7 @@ def gateway(replica: ByteReplica, tmp_path_factory: pytest.TempPathFactory) -> I
     ("path", "hint"),
     [
         (f"{CHAT}/", f"Did you mean '{CHAT}'?"),
+        (f"{CHAT}/chat/completions", "The base URL for OpenAI's clients ends with /v1"),
         ("/chat/completions", f"Did you mean '{CHAT}'? The base URL for OpenAI's clients ends with /v1"),
         ("/models", "Did you mean '/v1/models'? The base URL"),
         ("/v1/v1/models", "Did you mean '/v1/models'?"),

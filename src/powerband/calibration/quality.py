@@ -48,7 +48,7 @@ def check_fits(rows: Sequence[Mapping[str, Any]], host: HostModel | None, load_b
     raise EnvironmentFault(
         f"The calibration is too far off to plan with, and nothing was kept: {'; '.join(problems)}.",
         hint=(busy if load_before > _MAX_LOAD else "")
-        + "Stop other programs and calibrate again, or keep it as it is with --force.",
+        + "Stop other programs and calibrate again, or with --force, which keeps whatever is measured.",
         code="poor_calibration",
         param="force",
     )

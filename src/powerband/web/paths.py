@@ -83,5 +83,8 @@ class KnownPathsMiddleware:
         for beginning, name in _OTHER_APIS.items():
             if plain.startswith(beginning):
                 return f"{name} cannot be used here. {_CHAT}"
-        near = difflib.get_close_matches(plain, self._paths, n=1, cutoff=0.75)
+        if any(plain.startswith(f"{known}/") for known in self._paths):  # a whole path was given as the base URL
+            return _BASE_URL
+        public = [known for known in self._paths if not known.startswith("/admin/")]
+        near = difflib.get_close_matches(plain, public, n=1, cutoff=0.75)
         return f"Did you mean '{near[0]}'?" if near else f"The paths are listed in {self._listed_in}."

@@ -116,6 +116,7 @@ class Point:
     saturated: bool  # the queue grew until the end
     stopped: bool  # early, by decision
     cut: LengthCut | None = None  # requests that were cut to fit the context; None: none
+    interrupted: bool = False  # by the user: requests that were running then are left out
 
     @property
     def verdict(self) -> Verdict:
@@ -237,6 +238,7 @@ def build_point(
         saturated=saturated,
         stopped=result.stopped,
         cut=result.schedule.cut,
+        interrupted=result.interrupted,
     )
 
 
@@ -293,7 +295,7 @@ def _client(result: LoadResult, summary: Summary, ceiling_chunks_per_s: float | 
     for limit, count in limited.most_common(1):
         fault = f"{count} of {len(result.samples)} requests were not sent: {limit}"
     if result.interrupted:
-        fault = f"the load was interrupted after {result.wall_s:.0f} s, and lacks what was running then"
+        fault = f"the load was interrupted after {result.wall_s:.0f} s; requests that were running then are left out"
     if not fault and not summary.scheduled:
         fault = "no request was scheduled in the part that counts"
     if not fault and ceiling_chunks_per_s and result.chunks_per_s > MAX_CAPACITY_RATIO * ceiling_chunks_per_s:

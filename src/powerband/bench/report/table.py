@@ -55,7 +55,8 @@ def verdict_text(point: Point) -> str:
     """The reason beside the verdict's word, in a sentence."""
     summary = point.summary
     if point.client.fault:
-        return f"{point.client.fault[0].upper()}{point.client.fault[1:]}. The figures are not about the server."
+        of = "are those of the requests that had ended" if point.interrupted else "are not about the server"
+        return f"{point.client.fault[0].upper()}{point.client.fault[1:]}. The figures {of}."
     if summary.slo is None:
         return "No SLO was given (--slo ttft=500ms,tpot=50ms)."
     within = share_interval_text(summary.attainment_interval)

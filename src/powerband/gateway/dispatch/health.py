@@ -91,7 +91,9 @@ class Prober:
             # Without another replica, failing its streams would not help; each stream has its own timeouts.
             has_others = pool.has_others((backend.id,))
             if is_awake and not is_trusted and has_others and backend.is_silent(now_s):
-                logger.warning("replica %s is silent: %d requests go elsewhere", backend.id, len(backend.in_flight))
+                logger.warning(
+                    "replica %s is silent; %d requests were running at it", backend.id, len(backend.in_flight)
+                )
                 pool.hung(backend)
 
     def _note_delay(self, now_s: float) -> None:
@@ -171,7 +173,7 @@ class Prober:
 
     def _gone(self, backend: Backend, why: str) -> None:
         """The replica is unreachable or frozen: fail all its requests in flight."""
-        logger.warning("replica %s is %s: %d requests go elsewhere", backend.id, why, len(backend.in_flight))
+        logger.warning("replica %s is %s; %d requests were running at it", backend.id, why, len(backend.in_flight))
         self._pool.changed(backend)
         backend.fail_in_flight()
 
