@@ -24,17 +24,17 @@ def shorten() -> None:
 
     options.DEFAULT_DURATION_S = 3.0
     deployment.deploy_plan = _verified_shortly(deployment.deploy_plan)
-    session.SWEEP = (0.25, 1.0)
+    session.SWEEP = (0.5, 1.0)
     session._FULL_LOAD = 8
     rate_search.RESOLUTION, rate_search._CONFIRMATIONS, rate_search._STEPS_BACK = 1.9, 1, 1
     rate_search.Searcher._is_met, rate_search.Searcher._bracket = _is_met, _bracket
-    for name in ("_single_user_rate", "_max_rate"):
-        setattr(session.BenchSession, name, _at_least(getattr(session.BenchSession, name), 4.0))
+    session.BenchSession._single_user_rate = _at_least(session.BenchSession._single_user_rate, 2.0)
+    session.BenchSession._max_rate = _at_least(session.BenchSession._max_rate, 4.0)
     client_capacity.RateRamp.__init__.__kwdefaults__ |= {"levels": 2, "level_s": 1.0}
     search._SECONDS, search._MIN_REQUESTS, search._SAMPLED_REQUESTS = 15.0, 40, 300
     search.LIMITS = estimates.LIMITS = estimates.LIMITS[:1]
     search._BISECTIONS, search._worker_pool = 2, _in_this_process(search._worker_pool)
-    search._MAX_SIMULATED, search._FRONTIER_SIMULATED, search._MAX_ALTERNATIVE_ROUNDS = 8, 2, 2
+    search._MAX_SIMULATED, search._FRONTIER_SIMULATED, search._MAX_ALTERNATIVE_ROUNDS = 4, 1, 1
     measure.PRECISIONS, measure._SHAPES = ("none",), measure._SHAPES[:1]
     measure._REQUESTS_ALONE, measure._USERS = 20, (2,)
     # How good a measurement of a second is says nothing about the command.
