@@ -1,10 +1,11 @@
 """Types the commands of one page, in order, as somebody would who reads it on a machine of their own.
 
-    python run_page.py PAGE FOLDER [--calibrated]
+    python run_page.py PAGE FOLDER [--calibrated] [--only-plans]
 
 FOLDER becomes that machine: a home, a working directory with the files that pages speak of, a Hugging Face cache with
 stand-ins for the models that they name, and `powerband` on the path. Servers go on in the background, as in another
-terminal; whatever runs is ended by its process id. The first command that fails ends it, with what it printed.
+terminal. The first command that fails ends it, with its exit code and the end of what it printed. FOLDER's processes
+are known by their HOME: none outlives the run, and one that is left by commands that all worked is a failure.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ MODELS = {  # what stands in for a model of the hub: the demo model, which is a 
     "Qwen/Qwen3-8B": (4096, 36, 32, 8, 12288, 151936),
 }
 PORTS = {"serve": 8000, "gateway": 8080}  # unless a command says another
-LIMIT_S = 300  # of one command
+LIMIT_S = 240  # of one command, on a machine that is busy
 READY_S = 120
 # What a load says about a busy machine is no error: the SLO was missed, or the client could not keep up.
-CODES = {"bench": (0, 1, 3)}
+CODES = {"bench": (0, 1, 3), "simulate": (0, 1)}
+PLANNING = ("calibrate", "plan", "simulate", "devices")
+SHOWN_LINES = 40  # of what a command that failed has printed
 MEANT_TO_LAST = (["logs"], ["-f"]), (["status"], ["--watch"])
 LAST_S = 3
 
@@ -50,35 +53,40 @@ class Failed(Exception):
 
 
 class Machine:
-    def __init__(self, folder: Path, *, is_calibrated: bool) -> None:
+    def __init__(self, folder: Path, *, is_calibrated: bool, measures: bool) -> None:
         self.folder, self.home, self.work = folder, folder / "home", folder / "work"
+        self.measures = measures
         self.variables = folder / "variables.sh"
         self.servers: dict[int, subprocess.Popen[bytes]] = {}  # by port
         self.environment = self._environment()
         self._prepare(is_calibrated)
 
-    def run_block(self, block: Block) -> None:
-        for command in filter(None, block.first.split("; ")):
+    def run_block(self, block: Block, *, only_plans: bool) -> None:
+        for command in () if only_plans else filter(None, block.first.split("; ")):
             self._run(command)
         for command in block.commands:
             if program(command) not in RUN:
                 raise Failed(f"{program(command)} is not run here: say why above the block (tests leave out: …)")
-            began_s = time.monotonic()
-            self._run(command)
-            print(f"{time.monotonic() - began_s:6.1f} s  {command}", flush=True)
+            if not only_plans or any(line[0] in PLANNING for line in powerband_lines(command)):
+                self._run(command)
 
     def _run(self, command: str) -> None:
+        print(f"$ {command}", flush=True)
+        began_s = time.monotonic()
         lines = powerband_lines(command)
         words = lines[0] if lines else []
         if words[:1] in (["serve"], ["gateway"]):
             self._serve(command)
-            return
-        if ("localhost:8000" in command or "127.0.0.1:8000" in command) and not answers(8000):
-            self._serve("powerband serve demo")
-        is_endless = any(words[: len(head)] == head and set(tail) <= set(words) for head, tail in MEANT_TO_LAST)
-        self._typed(command, words, is_endless=is_endless)
+        elif words == ["calibrate"] and not self.measures:
+            self.calibrate()
+        else:
+            if ("localhost:8000" in command or "127.0.0.1:8000" in command) and not answers(8000):
+                self._serve("powerband serve demo")
+            is_endless = any(words[: len(head)] == head and set(tail) <= set(words) for head, tail in MEANT_TO_LAST)
+            self._typed(command, words, is_endless=is_endless)
         if words[:1] == ["calibrate"]:
             self.calibrate()  # what was measured in a second, on a machine that others use, is no ground for a plan
+        print(f"  {time.monotonic() - began_s:.1f} s", flush=True)
 
     def _typed(self, command: str, words: list[str], *, is_endless: bool) -> None:
         script = f"set -a; . {self.variables}; {command}\ncode=$?; export -p >{self.variables}; exit $code"
@@ -98,9 +106,9 @@ class Machine:
             return
         expected = CODES.get(words[0] if words else "", (0,))
         if process.returncode not in expected:
-            raise Failed(f"exit {process.returncode}:\n{output.decode(errors='replace')}")
+            raise Failed(f"exit code {process.returncode}:\n{end_of(output)}")
         if program(command) == "curl" and re.search(rb'"error"\s*:\s*{', output):
-            raise Failed(f"the server refused: {output.decode(errors='replace')}")
+            raise Failed(f"the server refused: {end_of(output)}")
         if words[:1] == ["bench"] and "--fault" not in words:
             self._check_loads(output)
 
@@ -114,7 +122,7 @@ class Machine:
                 return
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise Failed(f"did not end:\n{output.decode(errors='replace')}")
+        raise Failed(f"did not end:\n{end_of(output)}")
 
     def _check_loads(self, output: bytes) -> None:
         """A load may miss its SLO here; that requests fail is our mistake, or the page's."""
@@ -122,7 +130,7 @@ class Machine:
         report = self.work / found[1].decode() / "run.json" if found else None
         for point in json.loads(report.read_text())["points"] if report else ():
             if point["errors"]:
-                raise Failed(f"requests failed: {point['errors']}\n{output.decode(errors='replace')}")
+                raise Failed(f"requests failed: {point['errors']}\n{end_of(output)}")
 
     def _serve(self, command: str) -> None:
         """Start a server in the background, in place of one at its port, and wait until it answers."""
@@ -145,7 +153,7 @@ class Machine:
         until_s = time.monotonic() + READY_S
         while not answers(port, path):
             if process.poll() is not None or time.monotonic() > until_s:
-                raise Failed(f"is not ready:\n{log.read_text(errors='replace')}")
+                raise Failed(f"is not ready (exit code {process.poll()}):\n{end_of(log.read_bytes())}")
             time.sleep(0.2)
 
     def _end_server(self, port: int) -> None:
@@ -153,13 +161,26 @@ class Machine:
         process = self.servers.pop(port, None)
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=READY_S)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"the server at port {port} does not end on Ctrl-C") from None
 
-    def close(self) -> None:
+    def remove_services(self) -> None:
         for service in (self.home / ".local/state/powerband").glob("*/desired.json"):
-            subprocess.run(["powerband", "remove", service.parent.name], env=self.environment, check=False, timeout=120)
+            self._run(f"powerband remove {service.parent.name}")
         for port in list(self.servers):
             self._end_server(port)
+
+    def kill_all(self) -> None:
+        """Until none is left: they may start others meanwhile."""
+        while left := processes_of(self.home):
+            for number in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            for process in self.servers.values():
+                process.poll()
+            time.sleep(0.05)
 
     def calibrate(self) -> None:
         """The profiles that a calibration leaves, from a stored one."""
@@ -221,7 +242,9 @@ class Machine:
         (snapshot / "config.json").write_text(json.dumps(config))
 
     def _write_files(self) -> None:
-        """What pages speak of as the reader's own."""
+        """What pages speak of as the reader's own. ~/plan.yaml: that of plan-file.md, to be copied before a block."""
+        for file in saved_files(ROOT / "docs/plan-file.md"):
+            (self.home / file.name).write_text(file.content)
         rows = [f"2026-11-16 18:17:{second:02d}.0,{200 + 7 * second},{10 + second}" for second in range(0, 20, 2)]
         (self.work / "conversations.csv").write_text(
             "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n"
@@ -240,28 +263,60 @@ def answers(port: int, path: str = "/livez") -> bool:
         return False
 
 
+def processes_of(home: Path) -> dict[int, str]:
+    """Of the machine with this home, and the command of each."""
+    found, variable = {}, f"HOME={home}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if variable in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def end_of(output: bytes) -> str:
+    return "\n".join(output.decode(errors="replace").splitlines()[-SHOWN_LINES:])
+
+
+def run(page: Path, machine: Machine, *, only_plans: bool, ends_s: float) -> None:
+    """Raises Failed, with the command's place on the page."""
+    for block in blocks(page):
+        if block.left_out:
+            continue
+        try:
+            machine.run_block(block, only_plans=only_plans)
+        except Failed as problem:
+            raise Failed(f"in the block at {page.name}:{block.line}: {problem}") from None
+    machine.remove_services()
+    until_s = time.monotonic() + ends_s
+    while left := processes_of(machine.home):
+        if time.monotonic() > until_s:
+            raise Failed(f"processes are left: {left}")
+        time.sleep(0.1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("page", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--calibrated", action="store_true")
+    parser.add_argument("--calibrated", action="store_true", help="begin on a machine that has been calibrated")
+    parser.add_argument("--only-plans", action="store_true", help="only commands that plan")
+    parser.add_argument("--ends-s", type=float, default=30.0, help="until all that were told to end are gone")
     arguments = parser.parse_args()
     # Whoever starts this in the background has Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    machine = Machine(arguments.folder, is_calibrated=arguments.calibrated)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A calibration is the same on every page, and measured on its own.
+    measures = arguments.page.name == "calibration.md"
+    machine = Machine(arguments.folder, is_calibrated=arguments.calibrated, measures=measures)
     for file in saved_files(arguments.page):
         (machine.work / file.name).write_text(file.content)
     try:
-        for block in blocks(arguments.page):
-            if block.left_out:
-                continue
-            try:
-                machine.run_block(block)
-            except Failed as problem:
-                print(f"{block.page.name}:{block.line}: {block.commands}\n{problem}")
-                return 1
+        run(arguments.page, machine, only_plans=arguments.only_plans, ends_s=arguments.ends_s)
+    except Failed as problem:
+        print(f"FAILED {problem}", flush=True)
+        return 1
     finally:
-        machine.close()
+        machine.kill_all()
     return 0
 
 
