@@ -1,4 +1,4 @@
-"""Every command of the pages that deploy most works as it stands there."""
+"""Every command of the pages that deploy works as it stands there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/, but of the pages that deploy most, works as it stands there."""
+"""Every command of README.md and docs/, but of the pages that deploy or measure, works as it stands there."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ from markdown_commands import PAGES, blocks
 
 RUNNER = Path(__file__).with_name("run_page.py")
 RUNNING = [page for page in PAGES if any(not block.left_out for block in blocks(page))]
-# Those that deploy take longest. They are a test file of their own, so that two processes share the work.
+# Those that deploy and those that measure take longest: each kind is a test file, so that processes share the work.
 DEPLOYING = [page for page in RUNNING if page.name in ("cli.md", "getting-started.md", "operating.md", "plan-file.md")]
-OTHERS = [page for page in RUNNING if page not in DEPLOYING]
+MEASURING = [page for page in RUNNING if page.name in ("benchmarking.md", "calibration.md", "quantization.md")]
+OTHERS = [page for page in RUNNING if page not in DEPLOYING + MEASURING]
 LIMIT_S = 900  # of a page, on a machine that is busy
 
 

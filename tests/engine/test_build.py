@@ -173,6 +173,16 @@ def test_step_log_holds_the_shape_of_every_step(folder: Path, tmp_path: Path) ->
     assert sum(step["sampled"] for step in steps) == 8
 
 
+def test_step_log_can_be_read_while_the_engine_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("powerband.engine.step_log._FLUSH_S", 0.0)
+    path = tmp_path / "steps.jsonl"
+    with TestEngine(folder, step_log=str(path)) as engine:
+        engine.generate([[1, 2, 3]])
+        assert read_step_log(path)[0].samples
+
+
 def test_step_log_is_bounded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("powerband.engine.step_log.StepLog.__init__.__kwdefaults__", {"limit_bytes": 2000})
     path = tmp_path / "steps.jsonl"

@@ -21,6 +21,7 @@ from powerband.cost.step_log import RunConfiguration, header_line
 from powerband.errors import EnvironmentFault
 
 DEFAULT_LIMIT_BYTES = 64 << 20
+_FLUSH_S = 1.0  # the log of a live engine is read, too
 
 
 class StepLog:
@@ -39,6 +40,7 @@ class StepLog:
                 param="step_log",
             ) from problem
         self._size = self._file.tell()
+        self._flushed_s = 0.0
         self._write(self._header)
 
     def __call__(self, record: StepRecord) -> None:
@@ -61,6 +63,9 @@ class StepLog:
         if self._size + len(line) >= self.limit_bytes:
             self._rotate()
         self._write(line)
+        if record.submitted_s - self._flushed_s >= _FLUSH_S:
+            self._file.flush()
+            self._flushed_s = record.submitted_s
 
     def close(self) -> None:
         self._file.close()

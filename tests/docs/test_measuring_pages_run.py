@@ -1,0 +1,15 @@
+"""Every command of the pages that measure works as it stands there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typed_pages import MEASURING, cases, type_page
+
+
+@pytest.mark.parametrize(("page", "options"), cases(MEASURING))
+def test_a_page_can_be_typed_from_its_first_command_to_its_last(
+    page: Path, options: list[str], own_network: list[str], tmp_path: Path
+) -> None:
+    type_page(page, options, own_network, tmp_path)
