@@ -24,9 +24,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_HINT = "Run 'git lfs pull' in its folder."
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
-MAX_JSON_NODES = (
-    2_000_000  # lists and objects of a JSON file: an index of 100,000 tensors has as many, their headers 3 each
-)
+MAX_JSON_NODES = 2_000_000  # lists and objects of a JSON file; a safetensors header has three for each tensor
 MAX_VALUES = 100_000  # names and values, each alias counting as all that it stands for
 MAX_TEXT = 4096  # characters of one value
 MAX_NAME = 200

@@ -83,7 +83,8 @@ class KnownPathsMiddleware:
         for beginning, name in _OTHER_APIS.items():
             if plain.startswith(beginning):
                 return f"{name} cannot be used here. {_CHAT}"
-        if any(plain.startswith(f"{known}/") for known in self._paths):  # a whole path was given as the base URL
+        # A whole path was given as the base URL.
+        if any(plain.startswith(f"{known}/") for known in self._paths if known.startswith("/v1/")):
             return _BASE_URL
         public = [known for known in self._paths if not known.startswith("/admin/")]
         near = difflib.get_close_matches(plain, public, n=1, cutoff=0.75)
