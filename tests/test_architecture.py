@@ -23,12 +23,15 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = SOURCE / "powerband"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOOR_1 = ("core", "cost", "dispatch", "engines", "text", "spec", "metrics", "openai", "web", "http_client")
+FLOOR_1 = (
+    *("core", "cost", "dispatch", "engines", "text", "structured", "spec", "metrics", "openai", "web", "http_client"),
+)
 # Room → rooms it may import, besides itself and powerband.errors.
 MAY_IMPORT = {
     "spec": (),
     "metrics": ("spec",),
     "text": ("spec",),
+    "structured": ("core", "text"),
     "cost": ("spec",),
     "core": ("spec", "metrics"),
     "dispatch": (),
