@@ -42,6 +42,7 @@ from powerband.bench.client.precise_timer import PreciseTimer
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker, request_bytes
 from powerband.bench.client.responses import MAX_RESPONSE_BYTES, ParsedResponse, parse_response
 from powerband.http_client.connection import CollectedResponse, ConnectionPool
+from powerband.http_client.problems import connection_problem
 from powerband.metrics.record import Outcome
 
 _MAX_SAMPLES = 500  # in one message
@@ -182,7 +183,7 @@ class LoadWorker:
         except TimeoutError:
             self._keep(request, None, Outcome.TIMED_OUT, f"not answered within {self._job.timeout_s:g} s")
         except OSError as problem:
-            error = _CLIENT_LIMITS.get(problem.errno or 0, f"no connection: {problem}")
+            error = _CLIENT_LIMITS.get(problem.errno or 0, f"no connection: {connection_problem(problem)}")
             self._keep(request, None, Outcome.ERROR, error)
         finally:
             self._running -= 1
