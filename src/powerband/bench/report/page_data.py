@@ -30,7 +30,16 @@ from powerband.bench.report.table import (
 )
 from powerband.metrics.definitions import DEFINITIONS, PERCENTILES, PREAMBLE
 from powerband.metrics.record import Outcome, percentile
-from powerband.metrics.shown import FIGURES, OUTCOMES, digits, plain, share_interval_text, share_text, time_text
+from powerband.metrics.shown import (
+    FIGURES,
+    OUTCOMES,
+    count_text,
+    digits,
+    plain,
+    share_interval_text,
+    share_text,
+    time_text,
+)
 from powerband.metrics.slo import slo_misses
 from powerband.spec.slo import SLO
 
@@ -147,6 +156,11 @@ def _tiles(point: Point) -> list[tuple[str, str, str]]:
             p99 = figure.percentiles[99.0]
             note = f"p99 {time_text(p99)}" if p99 is not None else f"{time_text(figure.maximum)} at most"
             tiles.append((f"{FIGURES[name]}, median", time_text(figure.percentiles[50.0]), note))
+    of_all = f"of {count_text(summary.scheduled, 'request')}"
+    in_flight = summary.outcomes.get(Outcome.ABORTED.value, 0)
+    failed = summary.scheduled - in_flight - summary.outcomes.get(Outcome.OK.value, 0)
+    tiles += [("Failed", f"{failed:,}", of_all)] if failed else []
+    tiles += [("In flight when stopped", f"{in_flight:,}", of_all)] if in_flight else []
     prompts = f"{digits(summary.prompt_tokens_per_s)} of prompts"
     return [*tiles, ("Output tokens/s", digits(summary.output_tokens_per_s), prompts)]
 
@@ -209,6 +223,8 @@ def _scatter(samples: Sequence[Sample], slo: SLO | None, max_points: int) -> dic
     failed: list[float] = []
     for sample in samples:
         record = sample.record()
+        if sample.outcome is Outcome.ABORTED:
+            continue
         if sample.outcome is not Outcome.OK or record.ttft_s is None:
             failed.append(round(sample.scheduled_s, 3))
             continue
@@ -245,7 +261,7 @@ def _slowest(answered: Sequence[Sample], slo: SLO | None) -> list[dict[str, Any]
             "prompt_tokens": sample.prompt_tokens,
             "cached_tokens": sample.cached_tokens,
             "output_tokens": sample.output_tokens,
-            "missed": [FIGURES[name] for name in slo_misses(sample.record(), slo)] if slo is not None else [],
+            "missed": [FIGURES[name] for name in slo_misses(sample.record(), slo) or ()] if slo is not None else [],
         }
         for sample in done[:SLOWEST]
     ]
