@@ -19,7 +19,7 @@ from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS
-from powerband.gateway.proxy.poison import PoisonDetector
+from powerband.gateway.proxy.poison import MAX_CRASHES, PoisonDetector
 from powerband.gateway.proxy.request_fields import UnsuitableReplica
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
@@ -200,9 +200,8 @@ class UpstreamAttempts:
         if problem.kind is FailureKind.ERROR_RESPONSE and self._poison_detector.record_failure(lease, problem.code):
             shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
             raise self._poison(shown, hint="They answer others; another try would fail, too: change the request.")
-        if await self._has_crashed(lease, problem) and self._poison_detector.record_crash():
-            shown = f"{problem} Replicas crashed or hung twice while they ran this request."
-            raise self._poison(shown, hint="They ran others well, so it is probably the cause: change the request.")
+        if await self._has_crashed(lease, problem):
+            self._record_crash(lease, problem)
         self._num_failures_of_kind[problem.kind] += 1
         is_last = self._num_failures_of_kind[problem.kind] >= problem.policy.max_failures
         if is_last or (problem.policy.is_permanent and not self._pool.has_others(self._avoid)):
@@ -217,11 +216,23 @@ class UpstreamAttempts:
     async def _has_crashed(self, lease: Lease, problem: UpstreamFailure) -> bool:
         """Whether the replica's process or engine crashed or hung after it got the request, not before."""
         if problem.code == "lost":
-            return lease.has_shown_life
+            return lease.may_have_hung_replica
         if problem.code not in ("reset", "engine_dead"):
             return False
         await asyncio.sleep(_CRASH_PAUSE_S)
         return problem.code == "engine_dead" or not await self._upstream.is_listening(lease.replica, _LISTENING_S)
+
+    def _record_crash(self, lease: Lease, problem: UpstreamFailure) -> None:
+        """Raises if the request is at fault, or has been in too many crashes."""
+        detector = self._poison_detector
+        is_poison, number = detector.record_crash(lease), detector.num_crashes
+        if is_poison:
+            times = "twice" if number == 2 else f"{number} times"
+            shown = f"{problem} Replicas crashed or hung {times} while they ran this request."
+            raise self._poison(shown, hint="They ran others well, so it is probably the cause: change the request.")
+        if number >= MAX_CRASHES:
+            raise self._error(problem)
+        self.request = replace(self.request, num_crashes=number, crashed_s=self._pool.record_crash())
 
     def _check_unavailable(self, problem: UpstreamFailure) -> None:
         """The request reached no engine, so this is not counted as an attempt: it may wait in the pool for a replica.

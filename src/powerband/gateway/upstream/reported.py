@@ -77,8 +77,8 @@ def _is_about_key(status: int, complaint: ReportedError, serves_others: bool) ->
     """Whether an error with a status that may be about the key or about the request is about the key."""
     if _KEY_CODES.search(f"{complaint.code} {complaint.type}"):
         return True
-    says_nothing = complaint.message.strip(" .!").lower() in ("", phrase(status)[4:].lower())
-    return not serves_others and (says_nothing or _KEY_MESSAGES.search(complaint.message) is not None)
+    is_generic = complaint.message.strip(" .!").lower() in ("", phrase(status)[4:].lower())
+    return not serves_others and (is_generic or _KEY_MESSAGES.search(complaint.message) is not None)
 
 
 def _forbidden(status: int, complaint: ReportedError) -> UpstreamFailure:
