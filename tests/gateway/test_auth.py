@@ -116,8 +116,10 @@ def test_answers_carry_what_is_left_and_refusals_when_to_come_back(accounts: Acc
 
 def test_errors_carry_what_is_left(accounts: Accounts) -> None:
     app = app_of(accounts, "keys")
-    _, secret = accounts.keys.create("app", limits=KeyLimits(requests_per_min=2, tokens_per_min=1000))
-    invalid, missing = ask(app, "/v1/invalid", "/v1/models/", secret=secret)
+    _, secret = accounts.keys.create(
+        "app", ("infer", "admin"), limits=KeyLimits(requests_per_min=2, tokens_per_min=1000)
+    )
+    invalid, missing = ask(app, "/v1/invalid", "/v1/there-is-none", secret=secret)
     assert (invalid.status_code, missing.status_code) == (400, 404)
     for answer in (invalid, missing):
         assert answer.headers["x-ratelimit-limit-requests"] == "2"
