@@ -253,11 +253,16 @@ def error_groups(samples: Sequence[Sample]) -> tuple[ErrorGroup, ...]:
     examples: dict[tuple[str, int, str], str] = {}
     for sample in samples:
         if sample.outcome not in (Outcome.OK, Outcome.ABORTED):
-            key = sample.outcome.value, sample.status, re.sub(r"\d+", "#", sample.error)
+            key = failure_kind(sample.outcome.value, sample.status, sample.error)
             counts[key] += 1
             examples.setdefault(key, sample.error)
     common = counts.most_common(MAX_ERROR_GROUPS)
     return tuple(ErrorGroup(key[0], key[1], examples[key], count) for key, count in common)
+
+
+def failure_kind(outcome: str, status: int, message: str) -> tuple[str, int, str]:
+    """What failures that are alike have in common: the message without its numbers."""
+    return outcome, status, re.sub(r"\d+", "#", message)
 
 
 def without_secrets(arguments: Sequence[str]) -> tuple[str, ...]:
