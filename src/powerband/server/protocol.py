@@ -80,30 +80,20 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["text"]
 
 
-class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What chat and text completions have in common. null means the default, everywhere."""
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What requests that generate have in common in every API. null means the default, everywhere."""
 
     model: Annotated[str | None, Meta(description="Name of the served model; default: the only one there is")] = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
-    max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
     seed: Annotated[int, Meta(ge=-INT64 - 1, le=INT64)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     user: Annotated[Label, Meta(description="The tenant of fair-share scheduling and of the prefix cache")] | None = (
         None
     )
-    metadata: Annotated[dict[str, Label], Meta(max_length=16, description="No effect: nothing is stored")] | None = None
-    store: Annotated[bool, Meta(description="No effect: nothing is stored")] | None = None
-    service_tier: Annotated[Label, Meta(description="No effect: there is one tier")] | None = None
-    prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
-    prompt_cache_retention: Annotated[Label, Meta(description="No effect")] | None = None
-    safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
 
     top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
     min_p: Probability | None = None
@@ -115,14 +105,37 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     skip_special_tokens: bool | None = None
     allowed_token_ids: Annotated[list[Token], Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT32, description="Keep only the last tokens")] | None = None
-    add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1, description="Lower is served first")] | None = None
     cache_salt: Annotated[Label, Meta(description="Only prompts with the same salt share cached prefixes")] | None = (
         None
     )
+    deadline_s: (
+        Annotated[float, Meta(gt=0, le=86400, description="Seconds from now by which the first token is wanted")] | None
+    ) = None
+
+
+class OpenAIRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """What requests of OpenAI's APIs have in common, with fields that change nothing here."""
+
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    metadata: Annotated[dict[str, Label], Meta(max_length=16, description="No effect: nothing is stored")] | None = None
+    store: Annotated[bool, Meta(description="No effect: nothing is stored")] | None = None
+    service_tier: Annotated[Label, Meta(description="No effect: there is one tier")] | None = None
+    prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
+    prompt_cache_retention: Annotated[Label, Meta(description="No effect")] | None = None
+    safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
+
+
+class GenerationRequest(OpenAIRequest, forbid_unknown_fields=True, kw_only=True):
+    """What chat and text completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT32, description="Keep only the last tokens")] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
     resume_token_ids: (
         Annotated[
             list[Token],
@@ -133,9 +146,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
             ),
         ]
         | None
-    ) = None
-    deadline_s: (
-        Annotated[float, Meta(gt=0, le=86400, description="Seconds from now by which the first token is wanted")] | None
     ) = None
 
 
