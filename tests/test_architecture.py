@@ -25,6 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOOR_1 = (
     *("core", "cost", "dispatch", "engines", "text", "structured", "spec", "metrics", "openai", "web", "http_client"),
+    "output_parsers",
 )
 # Room → rooms it may import, besides itself and powerband.errors.
 MAY_IMPORT = {
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "dispatch": (),
     "engines": ("spec", "cost", "metrics", "openai"),
     "openai": (),
+    "output_parsers": ("openai",),
     "web": ("core", "openai"),
     "http_client": ("web",),
     "engine": FLOOR_1,

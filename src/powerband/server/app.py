@@ -24,11 +24,14 @@ from powerband.server.replies import (
     Tokenized,
     Version,
 )
+from powerband.server.responses.objects import InputTokenCount, ResponseEvent, ResponseObject
+from powerband.server.responses.requests import ResponsesRequest
 from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
 from powerband.server.routes.health import HealthRoutes
 from powerband.server.routes.models import ModelRoutes
+from powerband.server.routes.responses import ResponsesRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
 from powerband.web.errors import json_response
@@ -36,36 +39,17 @@ from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
 from powerband.web.paths import KnownPathsMiddleware
 
+_TAKEN = (400, 404, 408, 413, 415, 503)
+
 
 def operations(replica: ServerState) -> list[Operation]:
-    chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
+    tokens = TokenRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
-    taken = (400, 404, 408, 413, 415, 503)
-    work = (*taken, 429)
     return [
+        *_generating(replica),
+        Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, _TAKEN),
         Operation(
-            "POST",
-            "/v1/chat/completions",
-            chat.create,
-            "Answer a conversation",
-            ChatCompletion,
-            ChatRequest,
-            ChatChunk,
-            work,
-        ),
-        Operation(
-            "POST",
-            "/v1/completions",
-            completions.create,
-            "Continue texts",
-            Completion,
-            CompletionRequest,
-            Completion,
-            work,
-        ),
-        Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, taken),
-        Operation(
-            "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, taken
+            "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, _TAKEN
         ),
         Operation("GET", "/v1/models", models.models, "The served model", ModelList, errors=(503,)),
         Operation("GET", "/v1/models/{name:path}", models.model, "One served model", ModelCard, errors=(404, 503)),
@@ -88,6 +72,63 @@ def operations(replica: ServerState) -> list[Operation]:
     ]
 
 
+def _generating(replica: ServerState) -> list[Operation]:
+    """The operations of the APIs that generate."""
+    chat, completions, responses = ChatRoutes(replica), CompletionRoutes(replica), ResponsesRoutes(replica)
+    work = (*_TAKEN, 429)
+    return [
+        Operation(
+            "POST",
+            "/v1/chat/completions",
+            chat.create,
+            "Answer a conversation",
+            ChatCompletion,
+            ChatRequest,
+            ChatChunk,
+            work,
+        ),
+        Operation(
+            "POST",
+            "/v1/completions",
+            completions.create,
+            "Continue texts",
+            Completion,
+            CompletionRequest,
+            Completion,
+            work,
+        ),
+        Operation(
+            "POST",
+            "/v1/responses",
+            responses.create,
+            "Answer an input (OpenAI's Responses)",
+            ResponseObject,
+            ResponsesRequest,
+            ResponseEvent,
+            work,
+        ),
+        Operation(
+            "POST",
+            "/v1/responses/input_tokens",
+            responses.count,
+            "Count the tokens of an input",
+            InputTokenCount,
+            ResponsesRequest,
+            None,
+            _TAKEN,
+        ),
+    ]
+
+
+_ELSEWHERE = dict.fromkeys(
+    (
+        *("/admin/keys", "/admin/usage", "/admin/audit", "/admin/routes", "/admin/records", "/admin/feedback"),
+        *("/admin/content", "/v1/feedback", "/metrics/targets", "/metrics/replicas"),
+    ),
+    "This is a replica. Keys, limits, usage and routes are managed at a gateway (powerband gateway).",
+)
+
+
 def make_app(replica: ServerState) -> ASGIApp:
     """The whole application. Raises UsageError when it would be open to the network unasked."""
     key = server_key(replica.settings)
@@ -103,4 +144,4 @@ def make_app(replica: ServerState) -> ASGIApp:
     settings = replica.settings
     origins = parse_origins(settings.allowed_origins)
     closed = BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure, origins=origins)
-    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json")), origins)
+    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json", _ELSEWHERE)), origins)
