@@ -39,6 +39,7 @@ _NAMES = {
     "json_schema": "schema",
     "reasoning_effort": "reasoning.effort",
     "tool_call_id": "call_id",
+    "truncate_prompt_tokens": 'truncation "auto"',
 }
 _SAME_NAME = OpenAIRequest.__struct_fields__
 
