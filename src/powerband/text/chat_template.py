@@ -11,8 +11,9 @@ import msgspec
 
 from powerband.documents import read_bytes
 from powerband.errors import EnvironmentFault, InvalidRequest, PowerbandError, UsageError
-from powerband.text.template_process import TemplateLimits, TemplateProcesses
+from powerband.text.template_process import TemplateProcesses
 from powerband.text.tokenizer import Tokenizer
+from powerband.worker_process import WorkerLimits
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TEXT_CHARS = 1 << 20  # beyond eight times the input
@@ -37,7 +38,7 @@ class ChatTemplate:
         self,
         templates: Mapping[str, str],
         variables: Mapping[str, str] | None = None,
-        limits: TemplateLimits | None = None,
+        limits: WorkerLimits | None = None,
     ) -> None:
         for name, source in templates.items():
             try:
@@ -48,11 +49,11 @@ class ChatTemplate:
                 raise _invalid(f"The chat template '{name}' is larger than {_MAX_TEMPLATE_BYTES} bytes.")
         self._sources = dict(templates)
         self._variables = dict(variables or {})
-        self._processes = TemplateProcesses(self._sources, self._variables, limits or TemplateLimits())
+        self._processes = TemplateProcesses(self._sources, self._variables, limits or WorkerLimits())
 
     @classmethod
     def load(
-        cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: TemplateLimits | None = None
+        cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: WorkerLimits | None = None
     ) -> ChatTemplate | None:
         """The template in `file`, else the checkpoint's own. None when it has none."""
         sources = {"default": _read(Path(file))} if file else _checkpoint_templates(tokenizer)

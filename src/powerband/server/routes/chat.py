@@ -17,6 +17,7 @@ from powerband.server.generation.logprobs import LogprobWriter
 from powerband.server.generation.prompts import chat_prompt
 from powerband.server.generation.respond import respond
 from powerband.server.generation.sampling import chat_params
+from powerband.server.generation.structured import with_grammar
 from powerband.server.protocol import ChatRequest
 from powerband.server.replica import ServerState
 from powerband.server.replies import (
@@ -48,6 +49,7 @@ class ChatRoutes:
             model = replica.accept()
             prompt = await chat_prompt(replica, model, body)
             params = chat_params(body, model, len(prompt.token_ids))
+            params = await with_grammar(replica, model, body, params)
             generation = Generation(replica, model, body, [prompt], params, arrival_s)
             answer = _ChatResponse(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
