@@ -179,7 +179,7 @@ def test_command_prints_events_as_a_table_and_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
-    assert main(["events"]) == 2
+    assert main(["events"]) == 3
     assert "No service is deployed." in capsys.readouterr().err
     play = play_in(tmp_path / "demo")
     play.desire(release(1))

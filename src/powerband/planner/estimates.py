@@ -17,6 +17,7 @@ from powerband.planner.plan_request import PlanRequest, WorkloadStats, mean_toke
 from powerband.planner.results import Bound, Evaluation, Prediction
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import usd_per_hour
+from powerband.spec.quantities import count_text
 
 # (max_num_seqs, max_num_batched_tokens): the default first.
 LIMITS = ((256, 2048), (64, 2048), (256, 512), (256, 8192))
@@ -112,8 +113,8 @@ def no_room_text(plan_request: PlanRequest, replica: Replica) -> str:
     room = max_replicas(plan_request, replica)
     if plan_request.profile(replica.device).kind == "cpu" and machine is not None:
         return (
-            f"{wanted} replicas have no room: this machine of {machine.cores} cores was measured with "
-            f"{machine.threads} threads each, so it holds {room}"
+            f"{count_text(wanted, 'replica')} have no room: this machine of {count_text(machine.cores, 'core')} was "
+            f"measured with {count_text(machine.threads, 'thread')} each, so it holds {room}"
         )
     return f"{wanted} of {replica.num_devices} devices have no room: at most {plan_request.max_devices} may be used"
 

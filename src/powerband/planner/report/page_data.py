@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from powerband.metrics.definitions import DEFINITIONS
-from powerband.metrics.shown import count_text, digits, plain, share_text
+from powerband.metrics.shown import digits, plain, share_text
 from powerband.planner.report.formatting import (
     BOUND_WORDS,
     banded_seconds,
@@ -41,6 +41,7 @@ from powerband.planner.report.table import (
     share_band_text,
 )
 from powerband.planner.results import Evaluation, PlanResults, Prediction
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 MAX_PRUNED = 200  # of one reason, that are named

@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from powerband.metrics.shown import NONE, count_text, digits, plain, share_text, time_interval_text
+from powerband.metrics.shown import NONE, digits, plain, share_text, time_interval_text
 from powerband.planner.report.formatting import (
     NEVER_S,
     banded_seconds,
@@ -28,6 +28,7 @@ from powerband.planner.report.formatting import (
 )
 from powerband.planner.results import Evaluation, PlanResults, Prediction, Pruned
 from powerband.spec.deployment import Deployment, Replica
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 MAX_ROWS = 24  # of the frontier
@@ -132,7 +133,7 @@ def layout_lines(deployment: Deployment) -> list[str]:
 
 def limits_text(replica: Replica) -> str:
     parts = [
-        f"up to {replica.max_num_seqs} requests and {replica.max_num_batched_tokens:,} tokens a step",
+        f"up to {count_text(replica.max_num_seqs, 'request')} and {replica.max_num_batched_tokens:,} tokens a step",
         f"context {replica.max_model_len:,}",
         f"{replica.gpu_memory_utilization:.0%} of memory",
     ]
