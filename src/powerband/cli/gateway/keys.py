@@ -79,7 +79,7 @@ def create(
     if expires is not None:
         body["expires_in_s"] = _seconds(expires)
     api, body["name"] = _find(gateway, words)
-    key = api.call("POST", "/admin/keys", body | ({"force": True} if force else {}))
+    key = api.call("POST", "/admin/keys", body | {"unique_name": not force})
     if json:
         print(json_format.dumps(key, indent=2))
         return 0

@@ -178,7 +178,7 @@ def _context(asked: int | None, known: int) -> int | None:
 
 
 def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
-    """With its progress on stderr, where that is a terminal."""
+    """With its progress on stderr."""
     from powerband.planner.search import search
 
     with progress_bar(quiet=quiet) as report:
