@@ -17,10 +17,10 @@ from powerband.web.errors import HttpError
 _SHOWN_CHARS = 100
 _PREFIXES = ("/v1", "/v1/v1", "/api/v1", "/openai/v1", "/openai", "/api")
 _BASE_URL = "The base URL for OpenAI's clients ends with /v1, such as http://localhost:8000/v1."
+_NOT_STORED = "Responses are not stored: send the whole conversation to /v1/responses."
 _CHAT = "Use /v1/chat/completions."
 # The beginning of a path → the API that it belongs to.
 _OTHER_APIS = {
-    "/v1/responses": "OpenAI's Responses API",
     "/v1/embeddings": "Embeddings",
     "/v1/images": "Images",
     "/v1/audio": "Audio",
@@ -30,7 +30,6 @@ _OTHER_APIS = {
     "/v1/assistants": "OpenAI's Assistants API",
     "/v1/threads": "OpenAI's Assistants API",
     "/v1/realtime": "OpenAI's Realtime API",
-    "/v1/messages": "Anthropic's API",
     "/v1/rerank": "Reranking",
     "/v2/rerank": "Reranking",
     "/rerank": "Reranking",
@@ -91,6 +90,8 @@ class KnownPathsMiddleware:
             for meant in (f"/v1{bare}", bare):
                 if bare != plain and self._knows(meant):
                     return f"Did you mean '{meant}'?"
+        if plain.startswith("/v1/responses/") and self._knows("/v1/responses"):
+            return _NOT_STORED
         for beginning, name in _OTHER_APIS.items():
             if plain.startswith(beginning):
                 return f"{name} cannot be used here. {_CHAT}"
