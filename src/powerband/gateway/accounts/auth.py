@@ -19,17 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import PREFIX, SCOPES, Key
 from powerband.gateway.accounts.keys import Scope as KeyScope
-<<<<<<< HEAD
-from powerband.gateway.accounts.limits import LimitReached
 from powerband.web.access import check_host, check_page
 from powerband.web.anthropic import sent_keys
-from powerband.web.errors import HttpError, error_response
-=======
-from powerband.gateway.anthropic_errors import is_anthropic
-from powerband.web.access import check_host, check_page
 from powerband.web.errors import HttpError
 from powerband.web.middleware import add_headers
->>>>>>> main
 
 Auth = Literal["open", "keys"]
 
