@@ -152,14 +152,16 @@ class EngineProcess:
 
     # ---- work
 
-    def submit(self, requests: Sequence[EngineRequest]) -> TokenStream:
-        """Hand over requests that one reader waits for; closing the stream aborts them.
+    def submit(self, requests: Sequence[EngineRequest], stream: TokenStream | None = None) -> TokenStream:
+        """Hand over requests that one reader waits for; closing the stream aborts them. stream: the reader's, if it has
+        one already.
 
         What the engine refuses (queue full, too long) arrives as a request's only output, with `error` set.
         Raises EngineDead when no engine can take them now.
         """
         channel = self._ready_channel()
-        stream = TokenStream([request.id for request in requests], self._abort)
+        stream = stream or TokenStream((), self._abort)
+        stream.add([request.id for request in requests])
         for request in requests:
             self._streams[request.id] = stream
         for message in Submit.of(requests):

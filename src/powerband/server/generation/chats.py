@@ -1,0 +1,42 @@
+"""From a chat request to its generation: prompt, sampling, and how the output is read."""
+
+from __future__ import annotations
+
+from powerband.errors import InvalidRequest
+from powerband.output_parsers.tool_use import ToolUse, tool_use
+from powerband.server.generation.engine_requests import Generation
+from powerband.server.generation.output_reader import OutputReader
+from powerband.server.generation.prompts import chat_prompt
+from powerband.server.generation.reasoning import thinking_budget
+from powerband.server.generation.sampling import chat_params
+from powerband.server.protocol import ChatRequest
+from powerband.server.replica import Model, ServerState
+
+
+async def chat_generation(replica: ServerState, model: Model, body: ChatRequest, arrival_s: float) -> Generation:
+    """Raises InvalidRequest naming the place."""
+    use = tools_of(body, model)
+    budget = thinking_budget(body, model)
+    prompt = await chat_prompt(replica, model, body, None if use is None else use.for_template)
+    params = chat_params(body, model, len(prompt.token_ids))
+    end = model.format.continued(_last_text(body)) if body.continue_final_message else prompt.text or ""
+    reader = OutputReader(model.format, end, use, keeps_reasoning=body.include_reasoning is not False, budget=budget)
+    return Generation(replica, model, body, [prompt], params, arrival_s, reader)
+
+
+def tools_of(body: ChatRequest, model: Model) -> ToolUse | None:
+    """Raises InvalidRequest naming the place."""
+    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if use is not None and use.rules is not None and not model.format.tools:
+        raise InvalidRequest(
+            "The format in which this model calls tools is not known.",
+            hint="Leave 'tools' out, or start the server with --tool-call-parser NAME.",
+            code="tools_not_supported",
+            param="tools",
+        )
+    return use
+
+
+def _last_text(body: ChatRequest) -> str:
+    content = body.messages[-1].content or ""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
