@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from powerband.errors import PowerbandError
 
+_PATH = re.compile(r"'([a-z_]+\.[0-9a-z_.]+)'")  # as errors quote it
+
 
 class FieldPlaces:
     """Where the fields of a chat request came from: 'messages.3' → 'input.5', 'max_tokens' → 'max_output_tokens'."""
@@ -38,9 +40,8 @@ class FieldPlaces:
             yield
         except PowerbandError as error:
             if error.param is not None:
-                own = self.of(error.param)
-                error.message = error.message.replace(f"'{error.param}'", f"'{own}'")
-                error.param = own
+                error.param = self.of(error.param)
+            error.message = _PATH.sub(lambda match: f"'{self.of(match[1])}'", error.message)
             error.message, error.hint = self._renamed(error.message), self._renamed(error.hint)
             raise
 

@@ -9,6 +9,7 @@ import msgspec
 from powerband.errors import InvalidRequest
 from powerband.openai.tools import FunctionCall, FunctionDefinition, FunctionName, NamedTool, Tool, ToolCall, ToolChoice
 from powerband.server.field_places import FieldPlaces
+from powerband.server.generation.reasoning import has_switch
 from powerband.server.messages.requests import (
     AnyChoice,
     AutoChoice,
@@ -17,11 +18,13 @@ from powerband.server.messages.requests import (
     MessagesRequest,
     NoneChoice,
     TextInput,
+    ThinkingConfig,
     ThinkingInput,
     ToolResultInput,
     ToolUseInput,
 )
 from powerband.server.protocol import ChatRequest, ContentPart, Message, SamplingFields
+from powerband.server.replica import Model
 
 _NAMES = {
     "max_completion_tokens": "max_tokens",
@@ -33,11 +36,12 @@ _NAMES = {
     "parameters": "input_schema",
     "tool_call_id": "tool_use_id",
     "arguments": "input",
+    "the assistant's message with their 'tool_calls'": "the message with their tool_use blocks",
     ", or send truncate_prompt_tokens": "",
 }
 
 
-def to_chat(body: CountTokensRequest) -> tuple[ChatRequest, FieldPlaces]:
+def to_chat(body: CountTokensRequest, model: Model) -> tuple[ChatRequest, FieldPlaces]:
     """The request as a chat, and where its fields came from. Raises InvalidRequest."""
     places = FieldPlaces(_NAMES)
     if body.output_config is not None and body.output_config.format is not None:
@@ -59,9 +63,28 @@ def to_chat(body: CountTokensRequest) -> tuple[ChatRequest, FieldPlaces]:
     )
     if conversation.messages[-1].role == "assistant":  # the beginning of the answer
         chat.continue_final_message, chat.add_generation_prompt = True, False
+    _set_thinking(chat, body.thinking or ThinkingConfig(type="disabled"), model)
     if isinstance(body, MessagesRequest):
         chat.max_tokens, chat.stop = body.max_tokens, body.stop_sequences
     return chat, places
+
+
+def _set_thinking(chat: ChatRequest, config: ThinkingConfig, model: Model) -> None:
+    """As in Anthropic's API, only a request that asks for thinking gets it."""
+    if config.type == "disabled":
+        chat.include_reasoning = False
+        if has_switch(model):
+            chat.reasoning_effort = "none"
+        return
+    if config.type == "enabled" and not model.format.reasoning:
+        raise InvalidRequest(
+            "'thinking' asks for reasoning, but none is recognized in this model's answers.",
+            hint="Leave it out.",
+            param="thinking",
+            code="unsupported_parameter",
+        )
+    chat.thinking_token_budget = config.budget_tokens if model.format.reasoning else None
+    chat.include_reasoning = config.display != "omitted"
 
 
 class _Conversation:

@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from powerband.core.step import ErrorInfo
 from powerband.openai.events import named_event
+from powerband.output_parsers.events import CallArguments, CallStart, Content, Reasoning
+from powerband.server.generation.chats import chat_generation, count_tokens
 from powerband.server.generation.engine_requests import Generation, OutputPiece
-from powerband.server.generation.prompts import chat_prompt
 from powerband.server.generation.respond import respond
-from powerband.server.generation.sampling import chat_params
 from powerband.server.messages.amendment import MessagesAmendment
 from powerband.server.messages.objects import InputTokens, MessageObject, MessageUsage, Stop, ThinkingTokens
 from powerband.server.messages.requests import CountTokensRequest, MessagesRequest
@@ -39,14 +39,10 @@ class MessagesRoutes:
             arrival_s = time.monotonic()
             replica.check_name(body.model)
             model = replica.accept()
-            chat, places = to_chat(body)
+            chat, places = to_chat(body, model)
             with places.translating():
-                prompt = await chat_prompt(replica, model, chat)
                 # Every request has to have a limit, so clients send one that fits no particular model.
-                room = model.info.max_model_len - len(prompt.token_ids)
-                chat.max_tokens = min(body.max_tokens, room)
-                params = chat_params(chat, model, len(prompt.token_ids))
-                generation = Generation(replica, model, chat, [prompt], params, arrival_s)
+                generation = await chat_generation(replica, model, chat, arrival_s, caps_max_tokens=True)
                 answer = _MessageBuilder(generation, body, replica.name)
                 stream = bool(body.stream)
                 return await respond(request, generation, answer, stream=stream, last_event=_failed)
@@ -56,10 +52,11 @@ class MessagesRoutes:
         replica = self._replica
         body = await replica.read(request, CountTokensRequest, MessagesAmendment)
         replica.check_name(body.model)
-        chat, places = to_chat(body)
+        model = replica.model
+        chat, places = to_chat(body, model)
         with places.translating():
-            prompt = await chat_prompt(replica, replica.model, chat)
-        return json_response(InputTokens(len(prompt.token_ids)))
+            count = await count_tokens(replica, model, chat)
+        return json_response(InputTokens(count))
 
 
 class _MessageBuilder:
@@ -91,8 +88,16 @@ class _MessageBuilder:
 
     def _write(self, pieces: list[OutputPiece]) -> None:
         for piece in pieces:
-            if piece.text:
-                self._writer.add_text(piece.text)
+            for event in piece.events:
+                match event:
+                    case Content(text):
+                        self._writer.add_text(text)
+                    case Reasoning(text):
+                        self._writer.add_reasoning(text)
+                    case CallStart():
+                        self._writer.begin_call(event.id, event.name)
+                    case CallArguments():
+                        self._writer.add_arguments(event.text)
 
     def _end(self) -> None:
         [choice] = self._generation.choices
