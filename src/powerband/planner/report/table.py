@@ -25,6 +25,7 @@ from powerband.planner.report.formatting import (
     dollars,
     engine_text,
     precision_text,
+    price_lines,
 )
 from powerband.planner.results import Evaluation, PlanResults, Prediction, Pruned
 from powerband.spec.deployment import Deployment, Replica
@@ -92,7 +93,7 @@ def facts(one: Evaluation, origins: Mapping[str, str]) -> list[tuple[str, str]]:
     """What a deployment costs and how it is set up. origins: of prices, see PlanResults."""
     return [
         ("Cost", cost_text(one)),
-        *(("Prices", line) for line in price_lines(one, origins)),
+        *(("Prices", line) for line in price_lines(one.machines, origins)),
         *(("Replicas", text) for text in layout_lines(one.deployment)),
         (
             "Memory",
@@ -110,14 +111,6 @@ def cost_text(one: Evaluation) -> str:
     if one.usd_per_hour is None:
         return "no price is known (--prices or --set DEVICE.price=DOLLARS gives one)"
     return f"{dollars(one.usd_per_hour)} an hour, {dollars(one.usd_per_million_tokens)} per million output tokens"
-
-
-def price_lines(one: Evaluation, origins: Mapping[str, str]) -> list[str]:
-    """Of each kind of machine: how many of it, and where its price comes from."""
-    return [
-        f"{count} × {plain(name)}" + (f": {plain(origin)}" if (origin := origins.get(name)) else "")
-        for name, count in one.machines.items()
-    ]
 
 
 def layout_lines(deployment: Deployment) -> list[str]:
