@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from powerband.output_parsers.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from powerband.output_parsers.text_parser import TextParser, past_space
@@ -12,7 +12,7 @@ class OutputParser:
     """Feeds text through the parsers of a family and puts the result in order.
 
     Blanks around calls and after the reasoning are not content. Of calls beyond `max_calls` nothing is given out.
-    keeps_reasoning: False leaves the reasoning out.
+    keeps_reasoning: False leaves the reasoning out. make_id: for calls without an id.
     """
 
     def __init__(
@@ -22,11 +22,13 @@ class OutputParser:
         *,
         max_calls: int | None = None,
         keeps_reasoning: bool = True,
+        make_id: Callable[[], str] = str,
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools
         self._max_calls = max_calls
         self._keeps_reasoning = keeps_reasoning
+        self._make_id = make_id
         self._blanks = ""  # that may turn out to be content
         self._drops_blanks = False
         self._has_content = False
@@ -81,7 +83,9 @@ class OutputParser:
                 case CallStart() | CallArguments() | CallEnd():
                     self._drops_blanks, self._has_content, self._blanks = True, False, ""
                     if self._max_calls is None or event.index < self._max_calls:
-                        self.num_calls = max(self.num_calls, event.index + 1)
+                        if isinstance(event, CallStart):
+                            self.num_calls += 1
+                            event.id = event.id or self._make_id()
                         yield event
 
     def _content(self, text: str) -> Iterator[Content]:

@@ -20,6 +20,7 @@ from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.folders import expand_user
 from powerband.metrics.prometheus import EngineMetrics
+from powerband.output_parsers.formats import OutputFormat
 from powerband.server.compatibility import Amendment
 from powerband.server.settings import ServerSettings
 from powerband.spec.settings import EngineSettings
@@ -49,6 +50,7 @@ class Model:
     tokenizer: Tokenizer | None  # None: the checkpoint has none, and only token ids are taken
     template: ChatTemplate | None
     grammars: GrammarCompiler | None = None
+    format: OutputFormat = field(default_factory=OutputFormat)  # in which it calls tools and reasons
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def need_tokenizer(self) -> Tokenizer:
@@ -126,10 +128,12 @@ class ServerState:
         if tokenizer is not None:
             template = await self.in_thread(ChatTemplate.load, tokenizer, self.engine_settings.chat_template)
         info = info.with_end(tokenizer.eos_token_id if tokenizer is not None else None)
+        settings, source = self.engine_settings, template.source if template is not None else ""
         grammars = None
         if tokenizer is not None:
             grammars = GrammarCompiler(tokenizer, info.vocab_size, info.eos_token_ids)
-        self._model = Model(info, tokenizer, template, grammars)
+        format = OutputFormat.of(source, settings.tool_call_parser, settings.reasoning_parser)
+        self._model = Model(info, tokenizer, template, grammars, format)
         loading_s = self._loading_s or engine_s
         self.seconds = {
             "process and imports": loading_s - start_s,
