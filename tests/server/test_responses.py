@@ -148,7 +148,7 @@ def test_instructions_come_before_the_input_as_the_system(server: RunningServer)
         ("max_tokens", 3, "max_output_tokens"),
         ("response_format", {"type": "json_object"}, "text.format"),
         ("reasoning_effort", "low", "reasoning.effort"),
-        ("guided_json", {"type": "object"}, "Structured output"),
+        ("guided_json", {"type": "object"}, "text.format"),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(server: RunningServer, field: str, value: Any, words: str) -> None:

@@ -19,11 +19,13 @@ from powerband.server.protocol import (
     MAX_MESSAGES,
     MAX_PARTS,
     NOT_SUPPORTED,
+    JsonObjectFormat,
     Label,
     Missing,
     OpenAIRequest,
     ReasoningEffort,
     TemplateValue,
+    TextFormat,
 )
 
 MAX_ITEMS = MAX_MESSAGES - 1  # `instructions` become a message, too
@@ -116,15 +118,7 @@ class AllowedFunctions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True,
     tools: Annotated[list[NamedFunction], Meta(min_length=1, max_length=MAX_TOOLS)]
 
 
-class PlainFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
-    """Any text."""
-
-
-class JsonObjectFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
-    """Any JSON object."""
-
-
-class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"):
+class SchemaFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"):
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
     schema: dict[str, Any]
     description: str | None = None
@@ -132,7 +126,7 @@ class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True,
 
 
 class TextConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    format: PlainFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    format: TextFormat | JsonObjectFormat | SchemaFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -213,6 +207,16 @@ _OWN: Mapping[str, Missing] = {
     "max_tokens": _OUTPUT_LIMIT,
     "max_completion_tokens": _OUTPUT_LIMIT,
     "response_format": Missing("This name is", instead="Use 'text.format'."),
+    **dict.fromkeys(
+        ("structured_outputs", "guided_json", "json_schema"), Missing("This name is", instead="Use 'text.format'.")
+    ),
+    **dict.fromkeys(
+        (
+            *("guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern"),
+            *("structural_tag", "regex", "grammar", "ebnf"),
+        ),
+        Missing("A form other than JSON is", instead="Send 'structured_outputs' to /v1/chat/completions."),
+    ),
     "reasoning_effort": Missing("This name is", instead="Use 'reasoning.effort'."),
     "verbosity": Missing("This name is", instead="Use 'text.verbosity'."),
     "logprobs": Missing("This name is", instead="Use 'top_logprobs' with message.output_text.logprobs in 'include'."),

@@ -18,16 +18,24 @@ from powerband.openai.tools import (
     ToolChoice,
 )
 from powerband.server.field_places import FieldPlaces
-from powerband.server.protocol import ChatRequest, ContentPart, Message, OpenAIRequest
+from powerband.server.protocol import (
+    ChatRequest,
+    ContentPart,
+    JsonSchema,
+    JsonSchemaFormat,
+    Message,
+    OpenAIRequest,
+    ResponseFormat,
+)
 from powerband.server.responses.requests import (
     FunctionCallItem,
     FunctionResultItem,
     MessageItem,
     NamedFunction,
-    PlainFormat,
     ReasoningItem,
     RefusalInput,
     ResponsesRequest,
+    SchemaFormat,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -51,13 +59,13 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
     logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs and not logprobs:
         raise InvalidRequest(f"top_logprobs needs '{LOGPROBS}' in 'include'.", param="top_logprobs")
-    _refuse_structure(body)
     chat = ChatRequest(
         **{name: getattr(body, name) for name in _SAME_NAME},
         messages=_Conversation(body, places).messages,
         max_completion_tokens=body.max_output_tokens,
         logprobs=logprobs or None,
         top_logprobs=body.top_logprobs if logprobs else None,
+        response_format=_form(body, places),
         chat_template_kwargs=body.chat_template_kwargs,
         tools=_tools(body, places),
         tool_choice=_choice(body, places),
@@ -68,15 +76,13 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
     return chat, places
 
 
-def _refuse_structure(body: ResponsesRequest) -> None:
+def _form(body: ResponsesRequest, places: FieldPlaces) -> ResponseFormat | None:
     wanted = body.text.format if body.text else None
-    if wanted is not None and not isinstance(wanted, PlainFormat):
-        raise InvalidRequest(
-            "'text.format' is not supported. Structured output is not available on this server.",
-            hint="Leave it out.",
-            param="text.format",
-            code="unsupported_parameter",
-        )
+    if not isinstance(wanted, SchemaFormat):
+        return wanted
+    places.add("response_format.json_schema.schema", "text.format.schema")
+    fields = {name: getattr(wanted, name) for name in ("name", "schema", "strict", "description")}
+    return JsonSchemaFormat(JsonSchema(**fields))
 
 
 class _Conversation:
