@@ -132,11 +132,11 @@ def test_an_agents_loop_goes_on_with_the_results(client: openai.OpenAI) -> None:
 
 
 def test_a_resumed_stream_goes_on_with_the_same_deltas(server: RunningServer) -> None:
-    """Cut after any token: what both replicas send adds up to what one sends."""
+    """Cut after many tokens: what both replicas send adds up to what one sends."""
     whole = chunks(server, LONG, tools=TOOLS, return_token_ids=True)
     ids = [id for chunk in whole for choice in chunk["choices"] for id in choice.get("token_ids") or []]
     expected = accumulated(whole)
-    for cut in range(1, len(ids) - 1):
+    for cut in range(1, len(ids) - 1, 4):
         before, num_tokens = [], 0
         for chunk in whole:
             if num_tokens == cut:

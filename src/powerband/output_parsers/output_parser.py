@@ -41,7 +41,7 @@ class OutputParser:
         return any(parser is not None and parser.in_reasoning for parser in (self._reasoning, self._tools))
 
     def feed_token(self, text: str) -> list[Event]:
-        """The events that one token's text completes. Tokens of the reasoning are counted, but for those of its tags."""
+        """The events that one token's text completes. Tokens of the reasoning are counted, those of its tags not."""
         before = self.in_reasoning
         events = self.feed(text)
         if not self.in_reasoning:
