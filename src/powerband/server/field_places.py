@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping
 
 from powerband.errors import PowerbandError
 
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PATH = re.compile(r"'([a-z_]+\.[0-9a-z_.]+)'")  # as errors quote it
 
 
 class FieldPlaces:
     """Where the fields of a chat request came from: 'messages.3' → 'input.5', 'max_tokens' → 'max_output_tokens'."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        """names: of single fields."""
+        """names: of single fields, and phrases of hints."""
         self._names = dict(names)
         self._places = dict(names)
+        self._words = re.compile("|".join(rf"(?:\b|(?=\W)){re.escape(name)}\b" for name in names))
 
     def add(self, chat: str, own: str) -> None:
         """chat: the path of a field in the chat request, such as 'messages.3.content'."""
@@ -39,11 +40,10 @@ class FieldPlaces:
             yield
         except PowerbandError as error:
             if error.param is not None:
-                own = self.of(error.param)
-                error.message = error.message.replace(f"'{error.param}'", f"'{own}'")
-                error.param = own
+                error.param = self.of(error.param)
+            error.message = _PATH.sub(lambda match: f"'{self.of(match[1])}'", error.message)
             error.message, error.hint = self._renamed(error.message), self._renamed(error.hint)
             raise
 
     def _renamed(self, text: str) -> str:
-        return _WORD.sub(lambda match: self._names.get(match[0], match[0]), text)
+        return self._words.sub(lambda match: self._names[match[0]], text)

@@ -52,7 +52,15 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # Keywords that mean something only beside another one.
 _BESIDE = {"minContains": "contains", "maxContains": "contains", "then": "if", "else": "if", "additionalItems": "items"}
 _APPLICATORS = ("anyOf", "oneOf", "allOf", "$ref", "patternProperties")
-FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+# Dates that there are, from year 1 on, and times without leap seconds, which only some minutes have (RFC 3339).
+_DATE = (
+    r"(([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])"
+    r"|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    r"|([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29)"
+)
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 # Formats of JSON Schema that cannot be enforced. Others ("int32", "password") are not JSON Schema's, and describe.
 _UNSUPPORTED_FORMATS = frozenset(
     (
@@ -87,11 +95,12 @@ class SchemaReader:
             here = (*path, name)
             if name in _LISTS:
                 items = enumerate(self._typed(value, list, here, "a list of schemas"))
-                read[name] = [self._read(item, (*here, str(index)), depth + 2) for index, item in items]
+                parts = [self._read(item, (*here, str(index)), depth + 2) for index, item in items]
+                read[name] = [*read.get(name, []), *parts]
             elif name in _MAPS:
-                parts = self._typed(value, dict, here, "an object of schemas").items()
+                named = self._typed(value, dict, here, "an object of schemas").items()
                 read[name] = {
-                    self._name(name, key, here): self._read(part, (*here, key), depth + 2) for key, part in parts
+                    self._name(name, key, here): self._read(part, (*here, key), depth + 2) for key, part in named
                 }
             elif name in _SCHEMAS:
                 read[name] = self._read(value, here, depth + 1)
@@ -145,7 +154,9 @@ class SchemaReader:
         elif name == "pattern":
             value = portable(self._typed(value, str, path, "a regular expression"))
         elif name == "format" and self._typed(value, str, path, "a string") not in FORMATS:
-            if value in _UNSUPPORTED_FORMATS:
+            if value in _PATTERNS:
+                read.setdefault("allOf", []).append({"pattern": _PATTERNS[value]})
+            elif value in _UNSUPPORTED_FORMATS:
                 raise self._error(path, f"is {_shown(value)}, which cannot be enforced", "Leave it out.")
             return
         elif name in ("const", "enum"):

@@ -16,16 +16,29 @@ from powerband.server.protocol import ChatRequest
 from powerband.server.replica import Model, ServerState
 
 
-async def chat_generation(replica: ServerState, model: Model, body: ChatRequest, arrival_s: float) -> Generation:
-    """Raises InvalidRequest naming the place."""
+async def chat_generation(
+    replica: ServerState, model: Model, body: ChatRequest, arrival_s: float, *, caps_max_tokens: bool = False
+) -> Generation:
+    """Raises InvalidRequest naming the place. caps_max_tokens: a max_tokens that the context has no room for means
+    what it has room for.
+    """
     use = tools_of(body, model)
     budget = thinking_budget(body, model)
     prompt = await chat_prompt(replica, model, body, None if use is None else use.for_template)
+    if caps_max_tokens and body.max_tokens is not None:
+        body.max_tokens = min(body.max_tokens, model.info.max_model_len - len(prompt.token_ids))
     params = chat_params(body, model, len(prompt.token_ids))
     end = model.format.continued(_last_text(body)) if body.continue_final_message else prompt.text or ""
     params = await _with_grammar(replica, model, body, params, end, use)
     reader = OutputReader(model.format, end, use, keeps_reasoning=body.include_reasoning is not False, budget=budget)
     return Generation(replica, model, body, [prompt], params, arrival_s, reader)
+
+
+async def count_tokens(replica: ServerState, model: Model, body: ChatRequest) -> int:
+    """The number of tokens of the prompt. Raises InvalidRequest naming the place."""
+    use = tools_of(body, model)
+    prompt = await chat_prompt(replica, model, body, None if use is None else use.for_template)
+    return len(prompt.token_ids)
 
 
 async def _with_grammar(

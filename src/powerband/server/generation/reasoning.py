@@ -29,12 +29,22 @@ def template_kwargs(body: ChatRequest, model: Model) -> dict[str, Any]:
             raise _no_effect("reasoning_effort", f"is {effort!r}, but this model always reasons", "Send 'low'.")
         kwargs.setdefault("reasoning_effort", _GPT_OSS_EFFORTS[effort] if is_gpt_oss else effort)
         return kwargs
-    switch = next((name for name in _SWITCHES if template.has_variable(name)), None)
-    if switch is not None:
+    if (switch := _switch(model)) is not None:
         kwargs.setdefault(switch, effort not in ("none", "minimal"))
     elif effort != "none" or model.format.reasoning:
         raise _no_effect("reasoning_effort", "has no effect: the model's chat template has no switch for reasoning")
     return kwargs
+
+
+def has_switch(model: Model) -> bool:
+    """Whether the effort 'none' turns the reasoning off."""
+    return not model.need_template().has_variable("reasoning_effort") and _switch(model) is not None
+
+
+def _switch(model: Model) -> str | None:
+    """The variable of the chat template that turns reasoning on and off."""
+    template = model.need_template()
+    return next((name for name in _SWITCHES if template.has_variable(name)), None)
 
 
 def thinking_budget(body: ChatRequest, model: Model) -> int | None:

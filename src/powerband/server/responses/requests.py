@@ -190,6 +190,9 @@ class ResponsesRequest(OpenAIRequest, forbid_unknown_fields=True, kw_only=True):
         | None
     ) = None
     stream_options: ResponseStreamOptions | None = None
+    thinking_token_budget: (
+        Annotated[int, Meta(ge=-1, le=INT32, description="Maximum tokens of reasoning; -1: no limit")] | None
+    ) = None
     chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
 
 

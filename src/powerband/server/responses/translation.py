@@ -39,6 +39,8 @@ _NAMES = {
     "json_schema": "schema",
     "reasoning_effort": "reasoning.effort",
     "tool_call_id": "call_id",
+    "the assistant's message with their 'tool_calls'": "their function_call items",
+    "truncate_prompt_tokens": 'truncation "auto"',
 }
 _SAME_NAME = OpenAIRequest.__struct_fields__
 
@@ -60,6 +62,7 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
         tools=_tools(body, places),
         tool_choice=_choice(body, places),
         parallel_tool_calls=body.parallel_tool_calls,
+        thinking_token_budget=body.thinking_token_budget,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
     return chat, places
