@@ -29,13 +29,17 @@ from powerband.server.replica import Model
 _NAMES = {
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config.format",
-    "json_schema": "schema",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
     "stop": "stop_sequences",
+}
+_INNER = {
+    "json_schema": "schema",
     "parameters": "input_schema",
     "tool_call_id": "tool_use_id",
     "arguments": "input",
+}
+_PHRASES = {
     "the assistant's message with their 'tool_calls'": "the message with their tool_use blocks",
     ", or send truncate_prompt_tokens": "",
 }
@@ -43,7 +47,7 @@ _NAMES = {
 
 def to_chat(body: CountTokensRequest, model: Model) -> tuple[ChatRequest, FieldPlaces]:
     """The request as a chat, and where its fields came from. Raises InvalidRequest."""
-    places = FieldPlaces(_NAMES)
+    places = FieldPlaces(_NAMES, _INNER, _PHRASES)
     if body.output_config is not None and body.output_config.format is not None:
         raise InvalidRequest(
             "'output_config.format' is not supported. Structured output is not available on this server.",

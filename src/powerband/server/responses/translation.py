@@ -36,9 +36,10 @@ _NAMES = {
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
-    "json_schema": "schema",
     "reasoning_effort": "reasoning.effort",
-    "tool_call_id": "call_id",
+}
+_INNER = {"json_schema": "schema", "tool_call_id": "call_id"}
+_PHRASES = {
     "the assistant's message with their 'tool_calls'": "their function_call items",
     "truncate_prompt_tokens": 'truncation "auto"',
 }
@@ -47,7 +48,7 @@ _SAME_NAME = OpenAIRequest.__struct_fields__
 
 def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
     """The request as a chat, and where its fields came from. Raises InvalidRequest."""
-    places = FieldPlaces(_NAMES)
+    places = FieldPlaces(_NAMES, _INNER, _PHRASES)
     logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs and not logprobs:
         raise InvalidRequest(f"top_logprobs needs '{LOGPROBS}' in 'include'.", param="top_logprobs")
