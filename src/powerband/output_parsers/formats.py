@@ -31,7 +31,7 @@ from powerband.output_parsers.families.mistral import TAG as TOOL_CALLS
 from powerband.output_parsers.families.pythonic import LLAMA_TAGS, PythonicParser, gemma_grammar, pythonic_grammar
 from powerband.output_parsers.families.qwen3_coder import Qwen3CoderParser, qwen3_coder_grammar
 from powerband.output_parsers.families.think import ThinkParser
-from powerband.output_parsers.grammar import CallRules, Grammar, ThinkTags
+from powerband.output_parsers.grammar import CallRules, Grammar, ThinkTags, form_of_answer
 from powerband.output_parsers.output_parser import OutputParser
 from powerband.output_parsers.text_parser import TextParser
 from powerband.output_parsers.tool_use import ToolUse
@@ -187,13 +187,23 @@ class OutputFormat:
         make_id = _short_id if self.tools and TOOL_FORMATS[self.tools].short_ids else _call_id
         return OutputParser(reasoning, tools, max_calls=max_calls, keeps_reasoning=keeps_reasoning, make_id=make_id)
 
-    def grammar(self, prompt: str, rules: CallRules, token_id: Callable[[str], int | None]) -> str:
-        """What keeps calls in their form, as llguidance takes it."""
+    def grammar(
+        self, prompt: str, rules: CallRules | None, token_id: Callable[[str], int | None], answer: str = ""
+    ) -> str:
+        """What keeps calls in their form, and an answer that is no call in its own, as llguidance takes it.
+
+        answer: a grammar; "": any text. Raises ValueError for one that cannot be part of another.
+        """
         thinking = None
         if self.reasoning and self.reasoning != "openai_gptoss":
             tags = REASONING_FORMATS[self.reasoning].tags
             thinking = ThinkTags(*tags, starts_open=self.starts_in_reasoning(prompt))
-        return TOOL_FORMATS[self.tools].grammar(Grammar(token_id, thinking), rules)
+        grammar = Grammar(token_id, thinking, form_of_answer(answer) if answer else "")
+        if rules is not None:
+            return TOOL_FORMATS[self.tools].grammar(grammar, rules)
+        if self.reasoning == "openai_gptoss":
+            return harmony_grammar(grammar, CallRules(()))
+        return grammar.write(f"{grammar.reasoning} WS? {grammar.answer or 'TEXT'}")
 
     def reasoning_end(self) -> str:
         """The text that ends the reasoning, for a model that is to stop it."""

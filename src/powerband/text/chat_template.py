@@ -12,8 +12,9 @@ import msgspec
 
 from powerband.documents import read_bytes
 from powerband.errors import EnvironmentFault, InvalidRequest, PowerbandError, UsageError
-from powerband.text.template_process import TemplateLimits, TemplateProcesses
+from powerband.text.template_process import TemplateProcesses
 from powerband.text.tokenizer import Tokenizer
+from powerband.worker_process import WorkerLimits
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TEXT_CHARS = 1 << 20  # beyond eight times the input
@@ -38,7 +39,7 @@ class ChatTemplate:
         self,
         templates: Mapping[str, str],
         variables: Mapping[str, str] | None = None,
-        limits: TemplateLimits | None = None,
+        limits: WorkerLimits | None = None,
     ) -> None:
         for name, source in templates.items():
             try:
@@ -50,7 +51,7 @@ class ChatTemplate:
         self._sources = dict(templates)
         self._variables = dict(variables or {})
         self._reads_reasoning, self._reads_thinking = map(self._has_field, ("reasoning", "thinking"))
-        self._processes = TemplateProcesses(self._sources, self._variables, limits or TemplateLimits())
+        self._processes = TemplateProcesses(self._sources, self._variables, limits or WorkerLimits())
 
     @property
     def source(self) -> str:
@@ -73,7 +74,7 @@ class ChatTemplate:
 
     @classmethod
     def load(
-        cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: TemplateLimits | None = None
+        cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: WorkerLimits | None = None
     ) -> ChatTemplate | None:
         """The template in `file`, else the checkpoint's own. None when it has none."""
         sources = {"default": _read(Path(file))} if file else _checkpoint_templates(tokenizer)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from powerband.bench.report.compare import Comparison, Difference, FigureComparison, PointComparison
 from powerband.metrics.shown import FIGURES, NONE, digits, plain, share_text, time_interval_text, time_text
+from powerband.spec.quantities import count_text
 
 STYLES = {"faster": "green", "slower": "red", "no difference shown": "dim", "too few requests": "dim"}
 _RATES = {
@@ -38,7 +39,8 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 def _heading(point: PointComparison) -> str:
     counts = next(((figure.count_a, figure.count_b) for figure in point.figures.values()), (0, 0))
-    pairs, requests = f"{counts[0]:,} pairs of requests", f"{counts[0]:,} and {counts[1]:,} requests, not paired"
+    pairs = f"{count_text(counts[0], 'pair')} of requests"
+    requests = f"{counts[0]:,} and {count_text(counts[1], 'request')}, not paired"
     return f"{plain(point.label)}: {pairs if point.paired else requests}"
 
 

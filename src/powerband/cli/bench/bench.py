@@ -223,7 +223,7 @@ def _experiment(
     from powerband.calibration.client_capacity import known_client_capacity
 
     if not 1 <= server.workers <= 256:
-        raise UsageError(f"workers is {server.workers}.", hint="It lies between 1 and 256.", param="workers")
+        raise UsageError(f"--workers is {server.workers}; it must be between 1 and 256.", param="workers")
     slo = judging.made() if plan is None else plan.slo
     if modes.find_rate and slo is None:
         raise UsageError("--find-rate needs an --slo.", hint="Give one: --slo ttft=500ms,tpot=50ms.", param="slo")

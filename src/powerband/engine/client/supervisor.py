@@ -66,6 +66,19 @@ _MIN_RESTART_S = 60.0  # that a restart may take, or several times as long as th
 _RESTART_FACTOR = 5  # … which may have had the weights to download
 
 
+@dataclass(frozen=True, slots=True)
+class EngineExit:
+    """Why an engine's process ended."""
+
+    reason: str
+    code: int | None  # 128 + the number of the signal that ended it; None: not known
+
+    @classmethod
+    def of(cls, error: PowerbandError, exited: asyncio.Task[int]) -> EngineExit:
+        code = exited.result() if exited.done() else None
+        return cls(error.message, 128 - code if code is not None and code < 0 else code)
+
+
 @dataclass(slots=True)
 class _ProcessRun:
     """One run of the engine's process."""
@@ -113,6 +126,7 @@ class EngineProcess:
         self._current: _ProcessRun | None = None
         self._supervision: asyncio.Task[None] | None = None
         self.num_restarts = 0
+        self.last_exit: EngineExit | None = None  # before the last restart
         self._first_start_s = 0.0
 
     # ---- life
@@ -264,6 +278,7 @@ class EngineProcess:
             if self._current is not None:
                 since_s = time.monotonic()
                 error = await self._watch(self._current)
+                self.last_exit = EngineExit.of(error, self._current.exited)
                 logger.error("%s It is started again.", error)
                 self._monitor.ended(EngineState.DEAD, str(error))
                 self._fail_everything(error)

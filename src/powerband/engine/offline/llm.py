@@ -49,7 +49,7 @@ class LLM:
         info = self._engine.info
         self._tokenizer = Tokenizer.load(asked.tokenizer or info.model_folder, revision=revision)
         self.info = info.with_end(self._tokenizer.eos_token_id if self._tokenizer is not None else None)
-        self._reader = PromptReader(self.info, self._tokenizer)
+        self._reader = PromptReader(self.info, self._tokenizer, self._engine.grammars)
         self._template: ChatTemplate | None = None
         self._ids = map(str, itertools.count())
         logger.info("%s", self.info.summary)

@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
+from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.engine.client.messages import EngineInfo
 from powerband.engine.client.output import OutputProcessor
 from powerband.engine.offline.results import Answer, PromptGroup
 from powerband.errors import InvalidRequest, PowerbandError, RequestTooLong
+from powerband.structured.compiled import Grammars
+from powerband.structured.specification import grammar_of
 from powerband.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -22,9 +27,11 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 class PromptReader:
     """Knows one engine's vocabulary, context and tokenizer (None: prompts must be token ids)."""
 
-    def __init__(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, info: EngineInfo, tokenizer: Tokenizer | None, grammars: Grammars | None = None) -> None:
         self._info = info
+        self._grammars = grammars
         self._tokenizer = tokenizer
+        self._known: dict[bytes, str] = {}  # the last specification's grammar: prompts in a row mostly share it
 
     def read(self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int) -> PromptGroup:
         """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong."""
@@ -102,9 +109,23 @@ class PromptReader:
         if self._tokenizer is not None:
             encode = self._tokenizer.encode
             params = params.with_bad_word_ids(lambda word: encode(word, add_special_tokens=False))
+        if params.structured_outputs is not None:
+            params = params.with_grammar(self._grammar(params.structured_outputs))
         room = max(self._info.max_model_len - num_prompt_tokens, params.min_tokens)
         eos = self._info.eos_token_ids if params.eos_token_ids is None else params.eos_token_ids
         return replace(params, max_tokens=params.max_tokens or room, eos_token_ids=eos)
+
+    def _grammar(self, outputs: StructuredOutputsParams) -> str:
+        if self._tokenizer is None or self._grammars is None:
+            raise InvalidRequest(
+                "structured_outputs need a tokenizer, and the model has none.", param="structured_outputs"
+            )
+        key = msgspec.json.encode(outputs)
+        if key not in self._known:
+            grammar = grammar_of(outputs, self._grammars.tokens)
+            self._grammars.prepare(grammar)
+            self._known = {key: grammar}
+        return self._known[key]
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
