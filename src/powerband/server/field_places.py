@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from powerband.errors import PowerbandError
 
-_PATH = re.compile(r"'([a-z_]+\.[0-9a-z_.]+)'")  # as errors quote it
+_PATH = re.compile(r"'([a-z_]+\.[^'\s]+)'")  # as errors quote it
 
 
 class FieldPlaces:
@@ -20,12 +20,12 @@ class FieldPlaces:
         """
         self._inner = dict(inner)
         # A name that is also a word is one only in quotes.
-        quoted = {
-            name if "_" in name else f"'{name}'": own if "_" in name else f"'{own}'" for name, own in names.items()
-        }
-        self._words = {**quoted, **phrases}
+        plain = {name: own for name, own in names.items() if "_" in name and "." not in name}
+        quoted = {f"'{name}'": f"'{own}'" for name, own in names.items() if "_" not in name}
+        self._words = {**plain, **quoted, **phrases}
+        words = "|".join(rf"(?<![\w.]){re.escape(name)}(?!\w)" for name in plain)
+        self._mentions = re.compile("|".join((words, *map(re.escape, (*quoted, *phrases)))))
         self._places = dict(names)
-        self._mentions = re.compile("|".join(rf"(?:\b|(?=\W)){re.escape(text)}(?:\b|(?!\w))" for text in self._words))
 
     def add(self, chat: str, own: str) -> None:
         """chat: the path of a field in the chat request, such as 'messages.3.content'."""
@@ -37,7 +37,9 @@ class FieldPlaces:
         for count in range(len(parts), 0, -1):
             own = self._places.get(".".join(parts[:count]))
             if own is not None:
-                return ".".join((own, *(self._inner.get(part, part) for part in parts[count:])))
+                if count == len(parts):
+                    return own
+                return ".".join((own, self._inner.get(parts[count], parts[count]), *parts[count + 1 :]))
         return param
 
     @contextlib.contextmanager
