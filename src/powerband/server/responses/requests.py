@@ -118,15 +118,17 @@ class AllowedFunctions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True,
     tools: Annotated[list[NamedFunction], Meta(min_length=1, max_length=MAX_TOOLS)]
 
 
-class SchemaFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"):
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+class JsonSchemaText(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"):
+    """JSON of a schema. It is enforced whether `strict` or not."""
+
+    name: Label
     schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = None
 
 
 class TextConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    format: TextFormat | JsonObjectFormat | SchemaFormat | None = None
+    format: TextFormat | JsonObjectFormat | JsonSchemaText | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -207,16 +209,6 @@ _OWN: Mapping[str, Missing] = {
     "max_tokens": _OUTPUT_LIMIT,
     "max_completion_tokens": _OUTPUT_LIMIT,
     "response_format": Missing("This name is", instead="Use 'text.format'."),
-    **dict.fromkeys(
-        ("structured_outputs", "guided_json", "json_schema"), Missing("This name is", instead="Use 'text.format'.")
-    ),
-    **dict.fromkeys(
-        (
-            *("guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern"),
-            *("structural_tag", "regex", "grammar", "ebnf"),
-        ),
-        Missing("A form other than JSON is", instead="Send 'structured_outputs' to /v1/chat/completions."),
-    ),
     "reasoning_effort": Missing("This name is", instead="Use 'reasoning.effort'."),
     "verbosity": Missing("This name is", instead="Use 'text.verbosity'."),
     "logprobs": Missing("This name is", instead="Use 'top_logprobs' with message.output_text.logprobs in 'include'."),

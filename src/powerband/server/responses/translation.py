@@ -30,12 +30,12 @@ from powerband.server.protocol import (
 from powerband.server.responses.requests import (
     FunctionCallItem,
     FunctionResultItem,
+    JsonSchemaText,
     MessageItem,
     NamedFunction,
     ReasoningItem,
     RefusalInput,
     ResponsesRequest,
-    SchemaFormat,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -44,9 +44,11 @@ _NAMES = {
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
-    "json_schema": "schema",
+    "response_format.json_schema": "text.format",
     "reasoning_effort": "reasoning.effort",
-    "tool_call_id": "call_id",
+}
+_INNER = {"tool_call_id": "call_id"}
+_PHRASES = {
     "the assistant's message with their 'tool_calls'": "their function_call items",
     "truncate_prompt_tokens": 'truncation "auto"',
 }
@@ -55,7 +57,7 @@ _SAME_NAME = OpenAIRequest.__struct_fields__
 
 def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
     """The request as a chat, and where its fields came from. Raises InvalidRequest."""
-    places = FieldPlaces(_NAMES)
+    places = FieldPlaces(_NAMES, _INNER, _PHRASES)
     logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs and not logprobs:
         raise InvalidRequest(f"top_logprobs needs '{LOGPROBS}' in 'include'.", param="top_logprobs")
@@ -65,24 +67,24 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
         max_completion_tokens=body.max_output_tokens,
         logprobs=logprobs or None,
         top_logprobs=body.top_logprobs if logprobs else None,
-        response_format=_form(body, places),
         chat_template_kwargs=body.chat_template_kwargs,
         tools=_tools(body, places),
         tool_choice=_choice(body, places),
         parallel_tool_calls=body.parallel_tool_calls,
         thinking_token_budget=body.thinking_token_budget,
+        response_format=_response_format(body),
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
     return chat, places
 
 
-def _form(body: ResponsesRequest, places: FieldPlaces) -> ResponseFormat | None:
-    wanted = body.text.format if body.text else None
-    if not isinstance(wanted, SchemaFormat):
-        return wanted
-    places.add("response_format.json_schema.schema", "text.format.schema")
-    fields = {name: getattr(wanted, name) for name in ("name", "schema", "strict", "description")}
-    return JsonSchemaFormat(JsonSchema(**fields))
+def _response_format(body: ResponsesRequest) -> ResponseFormat | None:
+    asked = body.text.format if body.text else None
+    if isinstance(asked, JsonSchemaText):
+        return JsonSchemaFormat(
+            JsonSchema(name=asked.name, schema=asked.schema, strict=asked.strict, description=asked.description)
+        )
+    return asked
 
 
 class _Conversation:
