@@ -118,7 +118,7 @@ def _checkpoint_templates(tokenizer: Tokenizer) -> dict[str, str]:
     """chat_template.jinja and additional_chat_templates/, else "chat_template" of tokenizer_config.json."""
     main = tokenizer.folder / "chat_template.jinja"
     if main.exists():
-        others = sorted((tokenizer.folder / "additional_chat_templates").glob("*.jinja"))
+        others = sorted(filter(Path.is_file, (tokenizer.folder / "additional_chat_templates").glob("*.jinja")))
         return {"default": _read(main)} | {file.stem: _read(file) for file in others}
     found = tokenizer.config.get("chat_template")
     if isinstance(found, str):
