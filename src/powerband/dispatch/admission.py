@@ -139,7 +139,7 @@ class AdmissionControl:
         if (is_full or over > 0) and self._is_within_share(request, queue):
             return
         if is_full:
-            what = f"{requests} requests are waiting; the limit is {options.max_queued_requests}"
+            what = f"requests waiting: {requests}; the limit is {options.max_queued_requests}"
             until_room_s = capacity.wait_s(tokens / requests, 1)
         elif requests and over > 0:  # an empty queue takes any request
             what = f"{tokens} tokens are waiting and this takes up to {own}; the limit is {options.max_queued_tokens}"
