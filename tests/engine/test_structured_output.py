@@ -135,7 +135,7 @@ def plain(llm: LLM) -> list[list[int]]:
     [
         {"async_scheduling": True},
         {"max_num_batched_tokens": 16, "enable_prefix_caching": False},
-        {"kv_cache_memory": "1MiB", "max_model_len": 170, "enable_prefix_caching": False, "async_scheduling": True},
+        {"kv_cache_memory": "1MiB", "max_model_len": 168, "enable_prefix_caching": False, "async_scheduling": True},
         {"kernels": "off", "attention_backend": "reference"},
     ],
     ids=["overlap", "chunks", "preemption", "reference"],

@@ -158,6 +158,15 @@ def test_errors_have_anthropics_form_and_name_the_field(
     assert words in refusal(server, **body)["message"]
 
 
+def test_a_form_of_the_answer_is_part_of_the_output_config(server: RunningServer) -> None:
+    def sent(schema: dict[str, Any]) -> dict[str, Any]:
+        return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+
+    post(server, **sent({"type": "object"}))
+    remote = {"type": "object", "properties": {"arguments": {"$ref": "http://example.com/schema"}}}
+    assert "output_config.format.schema.properties.arguments" in refusal(server, **sent(remote))["message"]
+
+
 def test_other_errors_have_anthropics_form(server: RunningServer, client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         client.messages.create(model="claude", messages=HI, max_tokens=3)

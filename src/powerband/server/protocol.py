@@ -154,6 +154,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     skip_special_tokens: bool | None = None
     allowed_token_ids: Annotated[list[Token], Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1, description="Lower is served first")] | None = None
     cache_salt: Annotated[Label, Meta(description="Only prompts with the same salt share cached prefixes")] | None = (
         None
@@ -186,7 +187,6 @@ class GenerationRequest(OpenAIRequest, forbid_unknown_fields=True, kw_only=True)
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
     resume_token_ids: (
         Annotated[
             list[Token],

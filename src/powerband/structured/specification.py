@@ -18,6 +18,7 @@ from powerband.structured.compiled import compile_grammar
 from powerband.structured.finite import endless_place
 from powerband.structured.json_schema import SchemaReader, children
 from powerband.structured.regex import portable
+from powerband.structured.trial import check_repeats, follow
 
 # Between the parts of JSON. A bound, since a model that has lost its way writes blank lines until it is cut off.
 _WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"
@@ -31,13 +32,21 @@ def grammar_of(outputs: StructuredOutputsParams, tokens: LLTokenizer, places: Pl
     """One grammar for `Grammars`, which has been compiled once. Raises InvalidRequest naming the place."""
     place = (places or {}).get(outputs.kind, f"structured_outputs.{outputs.kind}")
     value = getattr(outputs, outputs.kind)
-    size = len(value if isinstance(value, str) else json.dumps(value))
+    try:
+        size = len(value if isinstance(value, str) else json.dumps(value))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise _bad(place, f"it cannot be written as JSON: {error}") from error
     if size > MAX_SPECIFICATION_BYTES:
         raise InvalidRequest(f"'{place}' has {size} characters; the limit is {MAX_SPECIFICATION_BYTES}.", param=place)
     if outputs.kind in ("json", "json_object"):
         return _json_grammar({"type": "object"} if outputs.kind == "json_object" else value, outputs, tokens, place)
     grammar = _MAKERS[outputs.kind](value, place)
-    _check_compiles(grammar, tokens, place)
+    try:
+        if outputs.kind in ("regex", "grammar"):
+            check_repeats(value)
+        follow(compile_grammar(tokens, grammar))
+    except InvalidRequest as error:
+        raise _bad(place, _why(error)) from error
     return grammar
 
 
@@ -68,10 +77,14 @@ def _json_grammar(schema: Any, outputs: StructuredOutputsParams, tokens: LLToken
         raise _bad(".".join((place, *endless)), "nothing satisfies it: it contains itself without end")
     grammar = json_text(read, outputs)
     try:
-        _check_compiles(grammar, tokens, place)
+        matcher = compile_grammar(tokens, grammar)
     except InvalidRequest as error:
         path, why = _locate(read, read, outputs, tokens, _why(error))
         raise _bad(".".join((place, *path)), why) from error
+    try:
+        follow(matcher)
+    except InvalidRequest as error:
+        raise _bad(place, _why(error)) from error
     return grammar
 
 
@@ -85,7 +98,7 @@ def _locate(
             continue
         alone = {**definitions, **child}
         try:
-            _check_compiles(json_text(alone, outputs), tokens, "")
+            compile_grammar(tokens, json_text(alone, outputs))
         except InvalidRequest as error:
             if _why(error) == why:
                 deeper, found = _locate(child, root, outputs, tokens, why)
@@ -123,18 +136,6 @@ _MAKERS: dict[str, Callable[[Any, str], str]] = {
     "choice": _choice_grammar,
     "grammar": _free_grammar,
 }
-
-
-def _check_compiles(grammar: str, tokens: LLTokenizer, place: str) -> None:
-    """Raise InvalidRequest where it does not, or where nothing can be written."""
-    try:
-        matcher = compile_grammar(tokens, grammar)
-    except InvalidRequest as error:
-        raise _bad(place, _why(error)) from error
-    if not any(matcher.compute_bitmask()) or matcher.is_error():
-        raise _bad(place, "nothing satisfies it")
-    if matcher.is_stopped():
-        raise _bad(place, "nothing but an empty answer satisfies it")
 
 
 def _why(error: InvalidRequest) -> str:

@@ -78,7 +78,7 @@ class ChatTemplate:
         cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: WorkerLimits | None = None
     ) -> ChatTemplate | None:
         """The template in `file`, else the checkpoint's own. None when it has none."""
-        sources = {"default": _read(Path(file))} if file else _checkpoint_templates(tokenizer)
+        sources = {"default": _read(Path(file), allows_pipes=True)} if file else _checkpoint_templates(tokenizer)
         return cls(sources, tokenizer.special_tokens, limits) if sources else None
 
     def render(
@@ -156,7 +156,7 @@ class ChatTemplate:
 def _checkpoint_templates(tokenizer: Tokenizer) -> dict[str, str]:
     """chat_template.jinja and additional_chat_templates/, else "chat_template" of tokenizer_config.json."""
     main = tokenizer.folder / "chat_template.jinja"
-    if main.is_file():
+    if main.exists():
         others = sorted(filter(Path.is_file, (tokenizer.folder / "additional_chat_templates").glob("*.jinja")))
         return {"default": _read(main)} | {file.stem: _read(file) for file in others}
     found = tokenizer.config.get("chat_template")
@@ -189,9 +189,9 @@ def _invalid(problem: str) -> EnvironmentFault:
     return EnvironmentFault(problem, hint="Give another with --chat-template FILE.", code="chat_template_invalid")
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, *, allows_pipes: bool = False) -> str:
     try:
-        content = read_bytes(file, "chat template", max_bytes=_MAX_TEMPLATE_BYTES).decode()
+        content = read_bytes(file, "chat template", max_bytes=_MAX_TEMPLATE_BYTES, allows_pipes=allows_pipes).decode()
     except (EnvironmentFault, UsageError, UnicodeDecodeError) as error:
         reason = error.message if isinstance(error, PowerbandError) else f"{error}."
         raise EnvironmentFault(

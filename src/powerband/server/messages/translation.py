@@ -17,25 +17,30 @@ from powerband.server.messages.requests import (
     InputBlock,
     MessagesRequest,
     NoneChoice,
+    OutputConfig,
     TextInput,
     ThinkingConfig,
     ThinkingInput,
     ToolResultInput,
     ToolUseInput,
 )
-from powerband.server.protocol import ChatRequest, ContentPart, Message, SamplingFields
+from powerband.server.protocol import ChatRequest, ContentPart, JsonSchema, JsonSchemaFormat, Message, SamplingFields
 from powerband.server.replica import Model
 
 _NAMES = {
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config.format",
-    "json_schema": "schema",
+    "response_format.json_schema": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
     "stop": "stop_sequences",
+}
+_INNER = {
     "parameters": "input_schema",
     "tool_call_id": "tool_use_id",
     "arguments": "input",
+}
+_PHRASES = {
     "the assistant's message with their 'tool_calls'": "the message with their tool_use blocks",
     ", or send truncate_prompt_tokens": "",
 }
@@ -43,14 +48,8 @@ _NAMES = {
 
 def to_chat(body: CountTokensRequest, model: Model) -> tuple[ChatRequest, FieldPlaces]:
     """The request as a chat, and where its fields came from. Raises InvalidRequest."""
-    places = FieldPlaces(_NAMES)
-    if body.output_config is not None and body.output_config.format is not None:
-        raise InvalidRequest(
-            "'output_config.format' is not supported. Structured output is not available on this server.",
-            hint="Leave it out.",
-            param="output_config.format",
-            code="unsupported_parameter",
-        )
+    places = FieldPlaces(_NAMES, _INNER, _PHRASES)
+    config = body.output_config or OutputConfig()
     conversation = _Conversation(body, places)
     chat = ChatRequest(
         **{name: getattr(body, name) for name in SamplingFields.__struct_fields__},
@@ -59,7 +58,8 @@ def to_chat(body: CountTokensRequest, model: Model) -> tuple[ChatRequest, FieldP
         tools=_tools(body, places),
         tool_choice=_choice(body, places),
         parallel_tool_calls=_allows_parallel_calls(body),
-        reasoning_effort=body.output_config.effort if body.output_config else None,
+        reasoning_effort=config.effort,
+        response_format=_response_format(config),
     )
     if conversation.messages[-1].role == "assistant":  # the beginning of the answer
         chat.continue_final_message, chat.add_generation_prompt = True, False
@@ -67,6 +67,11 @@ def to_chat(body: CountTokensRequest, model: Model) -> tuple[ChatRequest, FieldP
     if isinstance(body, MessagesRequest):
         chat.max_tokens, chat.stop = body.max_tokens, body.stop_sequences
     return chat, places
+
+
+def _response_format(config: OutputConfig) -> JsonSchemaFormat | None:
+    asked = config.format
+    return None if asked is None else JsonSchemaFormat(JsonSchema(name="output", schema=asked.schema))
 
 
 def _set_thinking(chat: ChatRequest, config: ThinkingConfig, model: Model) -> None:
