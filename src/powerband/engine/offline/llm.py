@@ -28,8 +28,8 @@ from powerband.output_parsers.formats import OutputFormat
 from powerband.output_parsers.tool_use import ToolUse, tool_use
 from powerband.spec.settings import EngineSettings
 from powerband.text.chat_template import ChatTemplate
-from powerband.text.conversation import check_tool_messages
 from powerband.text.tokenizer import Tokenizer
+from powerband.text.tool_messages import check_tool_messages
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ class LLM:
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     template_kwargs=chat_template_kwargs,
+                    tools_in_text=format.writes_tools_in_text,
                 )
             prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
             readers.append(OutputReader(format, text, use if format.tools else None))
