@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from powerband.core.params import SamplingParams
+    from powerband.engine.offline.adapters import LoRARequest
     from powerband.engine.offline.llm import LLM
 
     __version__: str
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "LoRARequest", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from powerband.engine.offline.llm import LLM
 
         return LLM
+    if name == "LoRARequest":
+        from powerband.engine.offline.adapters import LoRARequest
+
+        return LoRARequest
     if name == "SamplingParams":
         from powerband.core.params import SamplingParams
 

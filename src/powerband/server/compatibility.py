@@ -187,7 +187,7 @@ def _names(kind: Any) -> frozenset[str]:
 
 @cache
 def _not_supported_by(kind: Any) -> Mapping[str, Missing]:
-    own = {"echo"} & _names(kind)
+    own = {"echo", "lora_path"} & _names(kind)
     return {name: missing for name, missing in NOT_SUPPORTED.items() if name not in own}
 
 

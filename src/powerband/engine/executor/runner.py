@@ -12,6 +12,7 @@ from powerband.core.loop import error_info
 from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.executor.batch import InputBuffers, Inputs, RequestState, Row
+from powerband.engine.linear.adapters import AdapterRows, AdapterWeights
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.sampling.logits import to_device
 from powerband.engine.sampling.logprobs import prompt_logprobs
@@ -67,6 +68,7 @@ class ModelRunner:
         self.forward: Callable[[Inputs], torch.Tensor] = self._forward  # CUDA graphs take its place
         self._inputs = InputBuffers(block_size, device, by_length=model.spec.length_rope is not None)
         self._states: dict[str, RequestState] = {}
+        self.adapters: dict[str, AdapterWeights] = {}  # by digest
 
     @torch.inference_mode()
     def launch(self, step: Step) -> PendingStep:
@@ -80,7 +82,7 @@ class ModelRunner:
             except PowerbandError as error:
                 self._states.pop(work.id, None)
                 pending.failed[work.id] = error_info(error)
-        rows.sort(key=lambda row: row.work.num_tokens != 1)  # decodes first
+        rows.sort(key=lambda row: row.order)
         if rows:
             self._run_isolated(rows, pending)
         return pending
@@ -97,13 +99,25 @@ class ModelRunner:
             tokens = list(new.token_ids)
             sampling = self.sampler.new_state(work.id, new.params, tokens, new.num_prompt_tokens)
             self._states[work.id] = RequestState(
-                work.id, new.params, tokens, new.num_prompt_tokens, sampling, new.rope_length
+                work.id,
+                new.params,
+                tokens,
+                new.num_prompt_tokens,
+                sampling,
+                new.rope_length,
+                self._adapter(new.adapter),
             )
         state = self._states.get(work.id)
         if state is None:  # it failed in the step before, whose result was not known when this one was made
             raise PowerbandError(f"Request {work.id} has failed before.")
         state.append_blocks(work.new_blocks)
         return state
+
+    def _adapter(self, digest: str) -> AdapterWeights | None:
+        """What a request computes with, and keeps alive. Raises InvalidRequest."""
+        if digest and digest not in self.adapters:
+            raise InvalidRequest("The request's adapter is not loaded.", code="adapter_not_found", param="model")
+        return self.adapters[digest] if digest else None
 
     def _run_isolated(self, rows: list[Row], pending: PendingStep) -> None:
         """Run all rows at once; if that fails, one by one, so that only the faulty ones fail."""
@@ -124,6 +138,7 @@ class ModelRunner:
         inputs = self._inputs.build(rows)
         starts = inputs.batch.query_starts_host
         self._fill_pending(rows, inputs.token_ids, starts)
+        self.model.adapters.groups = _adapter_rows(rows, starts)
         hidden = self.forward(inputs)
         for row, start, end in zip(rows, starts, starts[1:], strict=False):
             count = row.state.params.prompt_logprobs
@@ -174,3 +189,16 @@ class ModelRunner:
 
     def _indices(self, values: list[int]) -> torch.Tensor:
         return to_device(values, torch.int64, self.device)
+
+
+def _adapter_rows(rows: list[Row], starts: list[int]) -> list[AdapterRows]:
+    """The tokens of each adapter, of rows that lie together."""
+    groups: list[AdapterRows] = []
+    for row, start, end in zip(rows, starts, starts[1:], strict=False):
+        weights = row.state.adapter
+        if weights is None:
+            continue
+        if groups and groups[-1].weights is weights and groups[-1].end == start:
+            start = groups.pop().start
+        groups.append(AdapterRows(weights, start, end))
+    return groups

@@ -15,6 +15,7 @@ from powerband.core.loop import Abort, Add
 from powerband.core.params import SamplingParams
 from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.build import build_engine
+from powerband.engine.offline.adapters import AdapterChoice, OfflineAdapters
 from powerband.engine.offline.inbox import InterruptGuard, LocalInbox, RequestFeed
 from powerband.engine.offline.progress import ProgressBar
 from powerband.engine.offline.prompts import Prompt, PromptReader, as_list, errors_naming, one_per_prompt
@@ -51,6 +52,10 @@ class LLM:
         self.info = info.with_end(self._tokenizer.eos_token_id if self._tokenizer is not None else None)
         self._reader = PromptReader(self.info, self._tokenizer)
         self._template: ChatTemplate | None = None
+        registry = self._engine.adapters
+        self._adapters = OfflineAdapters(
+            info.adapters, registry.max_adapters, load=registry.load, unload=registry.remove
+        )
         self._ids = map(str, itertools.count())
         logger.info("%s", self.info.summary)
 
@@ -61,23 +66,28 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        lora_request: AdapterChoice = None,
     ) -> list[RequestOutput]:
         """Answer every prompt; results are in the order of the prompts.
 
         A prompt is text, a list of token ids, or vLLM's {"prompt": …} or {"prompt_token_ids": …}. `sampling_params` are
-        for all, or one per prompt; default: `get_default_sampling_params()`. `use_tqdm`: show progress on stderr. A
-        request that fails in the engine ends with finish_reason "error", alone. Raises InvalidRequest, naming the
-        prompt, before anything starts; EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted
-        and the engine is ready for more.
+        for all, or one per prompt; default: `get_default_sampling_params()`. `use_tqdm`: show progress on stderr.
+        `lora_request`: a LoRA adapter for all prompts, or one or None per prompt. A request that fails in the engine
+        ends with finish_reason "error", alone. Raises InvalidRequest, naming the prompt, before anything starts;
+        EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted and the engine is ready for more.
         """
         every_prompt = as_list(prompts)
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         every_params = one_per_prompt(params, len(every_prompt))
         every_priority = self._priorities(priority, len(every_prompt))
+        adapters = self._adapters.digests(lora_request, len(every_prompt))
         groups = []
         for index, (prompt, own) in enumerate(zip(every_prompt, every_params, strict=True)):
             with errors_naming(f"Prompt {index}"):
-                groups.append(self._reader.read(prompt, own, id=next(self._ids), priority=every_priority[index]))
+                group = self._reader.read(
+                    prompt, own, id=next(self._ids), priority=every_priority[index], adapter=adapters[index]
+                )
+                groups.append(group)
         self._run(groups, show_progress=use_tqdm)
         return [group.result(self._tokenizer) for group in groups]
 
@@ -87,6 +97,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: AdapterChoice = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -105,7 +116,7 @@ class LLM:
                     template_kwargs=chat_template_kwargs,
                 )
             prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What counts where no sampling_params are given: generation_config.json's, as `generation_config` has it."""
@@ -239,4 +250,6 @@ def _check_names(settings: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(known)}."
+            if name == "enable_lora":
+                hint = "Leave it out: max_loras is enough."
             raise UsageError(f"LLM has no setting '{name}'.", hint=hint, param=name)

@@ -26,7 +26,7 @@ class PromptReader:
         self._info = info
         self._tokenizer = tokenizer
 
-    def read(self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int) -> PromptGroup:
+    def read(self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int, adapter: str = "") -> PromptGroup:
         """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong."""
         text, ids = self._text_and_ids(prompt)
         self._check(ids)
@@ -41,6 +41,7 @@ class PromptReader:
                 params=own,
                 arrival_s=time.monotonic(),
                 priority=priority,
+                adapter=adapter,
             )
             answers.append(Answer(index, request, OutputProcessor(self._tokenizer, own, ids)))
         return PromptGroup(id, text, ids, params, answers)

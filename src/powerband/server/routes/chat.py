@@ -47,7 +47,7 @@ class ChatRoutes:
             prompt = await chat_prompt(replica, model, body)
             params = chat_params(body, model, len(prompt.token_ids))
             generation = Generation(replica, model, body, [prompt], params, arrival_s)
-            answer = _ChatResponse(generation, body, replica.name)
+            answer = _ChatResponse(generation, body, body.model or replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 
 
