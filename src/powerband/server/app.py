@@ -32,12 +32,15 @@ from powerband.server.replies import (
     UnloadedAdapter,
     Version,
 )
+from powerband.server.responses.objects import InputTokenCount, ResponseEvent, ResponseObject
+from powerband.server.responses.requests import ResponsesRequest
 from powerband.server.routes.adapters import AdapterRoutes
 from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
 from powerband.server.routes.health import HealthRoutes
 from powerband.server.routes.models import ModelRoutes
+from powerband.server.routes.responses import ResponsesRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
 from powerband.web.errors import json_response
@@ -45,12 +48,61 @@ from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
 from powerband.web.paths import KnownPathsMiddleware
 
+_TAKEN = (400, 404, 408, 413, 415, 503)
+
 
 def operations(replica: ServerState) -> list[Operation]:
-    chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
+    tokens = TokenRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
-    taken = (400, 404, 408, 413, 415, 503)
-    work = (*taken, 429)
+    return [
+        *_generating(replica),
+        Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, _TAKEN),
+        Operation(
+            "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, _TAKEN
+        ),
+        Operation("GET", "/v1/models", models.models, "The model and its adapters", ModelList, errors=(503,)),
+        Operation("GET", "/v1/models/{name:path}", models.model, "One of them", ModelCard, errors=(404, 503)),
+        *_administering_adapters(AdapterRoutes(replica)),
+        Operation("GET", "/version", models.version, "The server's version", Version),
+        Operation("GET", "/livez", health.live, "Is the process there?", Health),
+        Operation("GET", "/startupz", health.started, "Has the engine started?", Health, errors=(503,)),
+        Operation("GET", "/readyz", health.ready, "Do steps advance?", Health, errors=(503,)),
+        Operation("GET", "/health", health.ready, "The same as /readyz", Health, errors=(503,)),
+        Operation("GET", "/metrics", health.metrics, "Figures for Prometheus"),
+        Operation("GET", "/admin/config", admin.config, "Settings in effect", EffectiveConfig, errors=(503,)),
+        *(
+            Operation("POST", f"/admin/{name}", handler, summary, AdminState, errors=(503,))
+            for name, handler, summary in (
+                ("drain", admin.drain, "Take no new requests"),
+                ("pause", admin.pause, "Schedule nothing more"),
+                ("resume", admin.resume, "End pause and drain"),
+                ("reset_prefix_cache", admin.reset_prefix_cache, "Forget cached prefixes"),
+            )
+        ),
+    ]
+
+
+def _administering_adapters(adapters: AdapterRoutes) -> list[Operation]:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    return [
+        Operation("POST", load, adapters.load, "Load a LoRA adapter", ModelCard, LoadAdapterRequest, None, _TAKEN),
+        Operation(
+            "POST",
+            unload,
+            adapters.unload,
+            "Unload a LoRA adapter",
+            UnloadedAdapter,
+            UnloadAdapterRequest,
+            None,
+            _TAKEN,
+        ),
+    ]
+
+
+def _generating(replica: ServerState) -> list[Operation]:
+    """The operations of the APIs that generate."""
+    chat, completions, responses = ChatRoutes(replica), CompletionRoutes(replica), ResponsesRoutes(replica)
+    work = (*_TAKEN, 429)
     return [
         Operation(
             "POST",
@@ -72,47 +124,36 @@ def operations(replica: ServerState) -> list[Operation]:
             Completion,
             work,
         ),
-        Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, taken),
-        Operation(
-            "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, taken
-        ),
-        Operation("GET", "/v1/models", models.models, "The model and its adapters", ModelList, errors=(503,)),
-        Operation("GET", "/v1/models/{name:path}", models.model, "One of them", ModelCard, errors=(404, 503)),
-        *_adapter_operations(AdapterRoutes(replica), taken),
-        Operation("GET", "/version", models.version, "The server's version", Version),
-        Operation("GET", "/livez", health.live, "Is the process there?", Health),
-        Operation("GET", "/startupz", health.started, "Has the engine started?", Health, errors=(503,)),
-        Operation("GET", "/readyz", health.ready, "Do steps advance?", Health, errors=(503,)),
-        Operation("GET", "/health", health.ready, "The same as /readyz", Health, errors=(503,)),
-        Operation("GET", "/metrics", health.metrics, "Figures for Prometheus"),
-        Operation("GET", "/admin/config", admin.config, "Settings in effect", EffectiveConfig, errors=(503,)),
-        *(
-            Operation("POST", f"/admin/{name}", handler, summary, AdminState, errors=(503,))
-            for name, handler, summary in (
-                ("drain", admin.drain, "Take no new requests"),
-                ("pause", admin.pause, "Schedule nothing more"),
-                ("resume", admin.resume, "End pause and drain"),
-                ("reset_prefix_cache", admin.reset_prefix_cache, "Forget cached prefixes"),
-            )
-        ),
-    ]
-
-
-def _adapter_operations(adapters: AdapterRoutes, errors: tuple[int, ...]) -> list[Operation]:
-    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-    return [
-        Operation("POST", load, adapters.load, "Load a LoRA adapter", ModelCard, LoadAdapterRequest, None, errors),
         Operation(
             "POST",
-            unload,
-            adapters.unload,
-            "Unload a LoRA adapter",
-            UnloadedAdapter,
-            UnloadAdapterRequest,
+            "/v1/responses",
+            responses.create,
+            "Answer an input (OpenAI's Responses)",
+            ResponseObject,
+            ResponsesRequest,
+            ResponseEvent,
+            work,
+        ),
+        Operation(
+            "POST",
+            "/v1/responses/input_tokens",
+            responses.count,
+            "Count the tokens of an input",
+            InputTokenCount,
+            ResponsesRequest,
             None,
-            errors,
+            _TAKEN,
         ),
     ]
+
+
+_ELSEWHERE = dict.fromkeys(
+    (
+        *("/admin/keys", "/admin/usage", "/admin/audit", "/admin/routes", "/admin/records", "/admin/feedback"),
+        *("/admin/content", "/v1/feedback", "/metrics/targets", "/metrics/replicas"),
+    ),
+    "This is a replica. Keys, limits, usage and routes are managed at a gateway (powerband gateway).",
+)
 
 
 def make_app(replica: ServerState) -> ASGIApp:
@@ -130,4 +171,4 @@ def make_app(replica: ServerState) -> ASGIApp:
     settings = replica.settings
     origins = parse_origins(settings.allowed_origins)
     closed = BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure, origins=origins)
-    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json")), origins)
+    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json", _ELSEWHERE)), origins)

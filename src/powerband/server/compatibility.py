@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 from powerband.errors import InvalidRequest
+from powerband.openai.fields import PROMPT_PATHS
 from powerband.server.protocol import (
     ALWAYS_ASKS,
     IGNORED,
@@ -25,6 +26,7 @@ from powerband.server.protocol import (
     MESSAGE_IGNORED,
     MESSAGE_NOT_SUPPORTED,
     NOT_SUPPORTED,
+    OWN_FIELDS,
     PART_IGNORED,
     ContentPart,
     Message,
@@ -38,7 +40,7 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _REASONING_PARTS = ("thinking", "reasoning")
 _REASONING_NAMES = ("reasoning", "thinking")  # of a message; ours is reasoning_content
 _MAX_IGNORED = 64  # that are named: clients may send any number of unknown fields
-_Path = tuple[str | int, ...]
+Path = tuple[str | int, ...]
 _HINT = "The fields are listed in docs/api.md; a server with --unknown-fields ignore takes others, too."
 
 
@@ -61,7 +63,18 @@ class Amendment:
 
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body in our form, changed in place. Raises InvalidRequest for what is not supported, or unknown."""
-        self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED)
+        self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED - _names(self._kind))
+        self._amend_values(body)
+        if isinstance(options := body.get("stream_options"), dict):
+            self._check_fields(options, StreamOptions, ("stream_options",), "stream_options.")
+        if isinstance(messages := body.get("messages"), list):
+            for index, message in enumerate(messages):
+                if isinstance(message, dict):
+                    self._amend_message(message, ("messages", index))
+        return body
+
+    def _amend_values(self, body: dict[str, Any]) -> None:
+        """What requests of all APIs have."""
         for name in _whole_numbers(self._kind):
             value = body.get(name)
             if isinstance(value, float) and value.is_integer():  # in JSON, 3.0 is 3
@@ -71,15 +84,8 @@ class Amendment:
             del body["stop"]
         elif isinstance(stop, list) and all(isinstance(text, str) for text in stop):
             body["stop"] = [text for text in stop if text]
-        if isinstance(options := body.get("stream_options"), dict):
-            self._check_fields(options, StreamOptions, ("stream_options",), "stream_options.")
-        if isinstance(messages := body.get("messages"), list):
-            for index, message in enumerate(messages):
-                if isinstance(message, dict):
-                    self._amend_message(message, ("messages", index))
-        return body
 
-    def _amend_message(self, message: dict[str, Any], path: _Path) -> None:
+    def _amend_message(self, message: dict[str, Any], path: Path) -> None:
         if message.get("role") == "function":  # OpenAI's name before there were tools
             message["role"] = "tool"
         if message.get("role") == "assistant":
@@ -94,18 +100,11 @@ class Amendment:
                 if isinstance(part, dict):
                     content[index] = self._amended_part(message, part, (*path, "content", index))
 
-    def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: _Path) -> dict[str, Any]:
+    def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: Path) -> dict[str, Any]:
         kind = part.get("type")
         if not isinstance(kind, str):
             return part
-        if kind in MEDIA_PARTS:
-            raise InvalidRequest(
-                f"'{_joined(path)}' is of type {kind}. {MEDIA_PARTS[kind]} not supported: "
-                f"the model '{self._model}' takes text only.",
-                hint='Send parts like {"type": "text", "text": "…"}.',
-                param=_joined((*path, "type")),
-                code="unsupported_parameter",
-            )
+        self._refuse_media(kind, path)
         if kind in _REASONING_PARTS and message.get("role") == "assistant":
             _move_reasoning(message, part.get(kind, part.get("text")))
             return {"type": "text", "text": ""}
@@ -115,11 +114,22 @@ class Amendment:
             self._check_fields(part, ContentPart, path, "messages.content.", {}, PART_IGNORED)
         return part
 
+    def _refuse_media(self, kind: str, path: Path, example: str = "text") -> None:
+        """Raises InvalidRequest for a part that is no text. example: a type that is."""
+        if kind in MEDIA_PARTS:
+            raise InvalidRequest(
+                f"'{joined(path)}' is of type {kind}. {MEDIA_PARTS[kind]} not supported: "
+                f"the model '{self._model}' takes text only.",
+                hint=f'Send parts like {{"type": "{example}", "text": "…"}}.',
+                param=joined((*path, "type")),
+                code="unsupported_parameter",
+            )
+
     def _check_fields(
         self,
         fields: dict[str, Any],
         kind: Any,
-        path: _Path,
+        path: Path,
         place: str,
         not_supported: Mapping[str, Missing] | None = None,
         ignored: Collection[str] = (),
@@ -133,12 +143,14 @@ class Amendment:
             missing = (not_supported or {}).get(name)
             if missing is not None:
                 if asks(name, value, missing):
-                    raise _not_supported(_joined((*path, name)), missing)
+                    raise not_supported_error(joined((*path, name)), missing)
                 del fields[name]
             elif name in ignored or name not in known:
                 if value is not None:
                     if name not in ignored and not self._ignores_unknown:
-                        raise unknown_field(name, _joined(path), known, _HINT)
+                        if not path and name in PROMPT_PATHS:
+                            raise unknown_field(name, "", (), f"It is for {PROMPT_PATHS[name]}.")
+                        raise unknown_field(name, joined(path), known, _HINT)
                     if len(self._ignored) < _MAX_IGNORED:
                         self._ignored[place + name] = None
                 del fields[name]
@@ -158,7 +170,7 @@ def _is_nothing(value: Any) -> bool:
     return value is None or value is False or value in ("", "none", [])
 
 
-def _not_supported(param: str, missing: Missing) -> InvalidRequest:
+def not_supported_error(param: str, missing: Missing) -> InvalidRequest:
     return InvalidRequest(
         f"'{param}' is not supported. {missing.what} not available on this server.",
         hint=missing.instead or "Leave it out.",
@@ -167,7 +179,7 @@ def _not_supported(param: str, missing: Missing) -> InvalidRequest:
     )
 
 
-def _joined(path: _Path) -> str:
+def joined(path: Path) -> str:
     return ".".join(map(str, path))
 
 
@@ -182,12 +194,14 @@ def _move_reasoning(message: dict[str, Any], text: Any, name: str = "") -> None:
 
 @cache
 def _names(kind: Any) -> frozenset[str]:
-    return frozenset(field_names(kind))
+    """Also the name of the field that says which type of several it is."""
+    tag = kind.__struct_config__.tag_field
+    return frozenset([*field_names(kind), *([tag] if tag else [])])
 
 
 @cache
 def _not_supported_by(kind: Any) -> Mapping[str, Missing]:
-    own = {"echo", "lora_path"} & _names(kind)
+    own = OWN_FIELDS & _names(kind)
     return {name: missing for name, missing in NOT_SUPPORTED.items() if name not in own}
 
 

@@ -24,6 +24,7 @@ from powerband.core.params import (
     MAX_STOP_TOKEN_IDS,
     MIN_REPETITION_PENALTY,
 )
+from powerband.openai.tools import MAX_TOOL_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice
 from powerband.spec.settings import MAX_ADAPTER_NAME
 
 MAX_PROMPTS = 64
@@ -52,6 +53,7 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 TemplateScalar = bool | int | float | str | None
 TemplateValue = TemplateScalar | Annotated[list[TemplateScalar], Meta(max_length=MAX_TEMPLATE_LIST)]
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Nothing = Annotated[list[Any], Meta(max_length=0)]
 # A text, a list of token ids, or a list of either; msgspec can only say so loosely.
 Prompt = str | list[str | int | list[int]]
@@ -79,30 +81,20 @@ class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["text"]
 
 
-class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What chat and text completions have in common. null means the default, everywhere."""
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What requests that generate have in common in every API. null means the default, everywhere."""
 
     model: Annotated[str | None, Meta(description="Name of the served model, its default, or of an adapter")] = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
-    max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
     seed: Annotated[int, Meta(ge=-INT64 - 1, le=INT64)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     user: Annotated[Label, Meta(description="The tenant of fair-share scheduling and of the prefix cache")] | None = (
         None
     )
-    metadata: Annotated[dict[str, Label], Meta(max_length=16, description="No effect: nothing is stored")] | None = None
-    store: Annotated[bool, Meta(description="No effect: nothing is stored")] | None = None
-    service_tier: Annotated[Label, Meta(description="No effect: there is one tier")] | None = None
-    prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
-    prompt_cache_retention: Annotated[Label, Meta(description="No effect")] | None = None
-    safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
 
     top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
     min_p: Probability | None = None
@@ -114,14 +106,37 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     skip_special_tokens: bool | None = None
     allowed_token_ids: Annotated[list[Token], Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT32, description="Keep only the last tokens")] | None = None
-    add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1, description="Lower is served first")] | None = None
     cache_salt: Annotated[Label, Meta(description="Only prompts with the same salt share cached prefixes")] | None = (
         None
     )
+    deadline_s: (
+        Annotated[float, Meta(gt=0, le=86400, description="Seconds from now by which the first token is wanted")] | None
+    ) = None
+
+
+class OpenAIRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """What requests of OpenAI's APIs have in common, with fields that change nothing here."""
+
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    metadata: Annotated[dict[str, Label], Meta(max_length=16, description="No effect: nothing is stored")] | None = None
+    store: Annotated[bool, Meta(description="No effect: nothing is stored")] | None = None
+    service_tier: Annotated[Label, Meta(description="No effect: there is one tier")] | None = None
+    prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
+    prompt_cache_retention: Annotated[Label, Meta(description="No effect")] | None = None
+    safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
+
+
+class GenerationRequest(OpenAIRequest, forbid_unknown_fields=True, kw_only=True):
+    """What chat and text completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT32, description="Keep only the last tokens")] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
     resume_token_ids: (
         Annotated[
             list[Token],
@@ -132,9 +147,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
             ),
         ]
         | None
-    ) = None
-    deadline_s: (
-        Annotated[float, Meta(gt=0, le=86400, description="Seconds from now by which the first token is wanted")] | None
     ) = None
 
 
@@ -166,7 +178,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     tool_call_id: Label | None = None
     refusal: str | None = None
     annotations: Nothing | None = None
-    tool_calls: Nothing | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOL_CALLS)] | None = None
     audio: None = None
     function_call: None = None
 
@@ -183,9 +195,14 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
-    tools: Nothing | None = None
-    tool_choice: Annotated[Literal["none", "auto"], Meta(description="No effect without tools")] | None = None
-    parallel_tool_calls: Annotated[bool, Meta(description="No effect without tools")] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Annotated[bool, Meta(description="false: at most one call")] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    thinking_token_budget: (
+        Annotated[int, Meta(ge=-1, le=INT32, description="Maximum tokens of reasoning; -1: no limit")] | None
+    ) = None
+    include_reasoning: Annotated[bool, Meta(description="false: leave the reasoning out of the answer")] | None = None
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -233,15 +250,16 @@ class Missing:
 
 
 _TOOLS, _STRUCTURED = "Tool calls are", "Structured output is"
+_CHATS = "Send a conversation to /v1/chat/completions."
 _SAMPLER = "This way of sampling is"
 # Fields of OpenAI's API, vLLM, SGLang, llama.cpp and others that ask for something this server cannot do. They are
 # errors wherever they ask for it: the answer would be another than the one that was asked for.
 NOT_SUPPORTED: Mapping[str, Missing] = {
-    "tools": Missing(_TOOLS),
-    "tool_choice": Missing(_TOOLS, neutral=("auto",)),
-    "parallel_tool_calls": Missing(_TOOLS, neutral=(True,)),
-    "functions": Missing(_TOOLS),
-    "function_call": Missing(_TOOLS, neutral=("auto",)),
+    "tools": Missing(_TOOLS, instead=_CHATS),
+    "tool_choice": Missing(_TOOLS, neutral=("auto",), instead=_CHATS),
+    "parallel_tool_calls": Missing(_TOOLS, neutral=(True,), instead=_CHATS),
+    "functions": Missing("This name is", instead="Use 'tools'."),
+    "function_call": Missing("This name is", neutral=("auto",), instead="Use 'tool_choice'."),
     "response_format": Missing(_STRUCTURED, neutral=({"type": "text"},)),
     **dict.fromkeys(
         (
@@ -258,10 +276,8 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
     "suffix": Missing("Text after the gap (suffix) is", instead="Write the model's own fill-in tokens into 'prompt'."),
     "echo": Missing("Repeating the last message is"),  # of chats; text completions have it
     "prediction": Missing("Predicted output is"),
-    "reasoning_effort": Missing(
-        "An effort of reasoning is", instead="Send chat_template_kwargs, where the model's template reads them."
-    ),
-    "thinking_token_budget": Missing("A budget of reasoning tokens is", neutral=(-1,)),
+    "reasoning_effort": Missing("An effort of reasoning is", instead=_CHATS),
+    "thinking_token_budget": Missing("A budget of reasoning tokens is", neutral=(-1,), instead=_CHATS),
     "verbosity": Missing("Verbosity is"),
     "web_search_options": Missing("Web search is"),
     "moderation": Missing("Moderation is"),
@@ -290,6 +306,10 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
         Missing(_SAMPLER, neutral=(0,)),
     ),
 }
+# Of these, requests of the kinds that have such a field may ask for it.
+OWN_FIELDS = frozenset(
+    ("echo", "lora_path", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "thinking_token_budget")
+)
 ALWAYS_ASKS = frozenset(("web_search_options",))  # {} asks for a search as it is done by default
 # Fields that clients of other servers send and that change nothing here: they are ignored, and the response says so.
 IGNORED = frozenset(
@@ -310,8 +330,7 @@ IGNORED = frozenset(
     )
 )
 MESSAGE_NOT_SUPPORTED: Mapping[str, Missing] = {
-    "tool_calls": Missing(_TOOLS),
-    "function_call": Missing(_TOOLS),
+    "function_call": Missing("This name is", instead="Use 'tool_calls'."),
     "audio": Missing("Audio is"),
     "images": Missing("Images are"),
     "prefix": Missing("This name is", instead="Use 'continue_final_message'."),

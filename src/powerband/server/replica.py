@@ -152,12 +152,13 @@ class ServerState:
             raise HttpError(503, "starting", f"The engine is starting ({self.phase}).", hint="Wait for /readyz.")
         return self._model
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
+    async def read(self, request: Request, kind: type[Body], amends: type[Amendment] = Amendment) -> Body:
         """The body of a request as `kind`. Raises InvalidRequest naming the field, and HttpError.
 
-        Fields that are ignored are named in the response, and in the log once each.
+        amends: what becomes of fields that other servers have. Fields that are ignored are named in the response, and
+        in the log once each.
         """
-        amendment = Amendment(kind, self.name, ignores_unknown=self.settings.unknown_fields == "ignore")
+        amendment = amends(kind, self.name, ignores_unknown=self.settings.unknown_fields == "ignore")
         body = await read_json(request, kind, self.settings.max_body_bytes, amendment)
         if amendment.ignored:
             note_ignored_fields(request.scope, amendment.ignored)

@@ -6,7 +6,8 @@ Asked for a key, the user of a wrong base URL would look for the fault in the ke
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,10 +17,10 @@ from powerband.web.errors import HttpError
 _SHOWN_CHARS = 100
 _PREFIXES = ("/v1", "/v1/v1", "/api/v1", "/openai/v1", "/openai", "/api")
 _BASE_URL = "The base URL for OpenAI's clients ends with /v1, such as http://localhost:8000/v1."
+_NOT_STORED = "Responses are not stored: send the whole conversation to /v1/responses."
 _CHAT = "Use /v1/chat/completions."
 # The beginning of a path → the API that it belongs to.
 _OTHER_APIS = {
-    "/v1/responses": "OpenAI's Responses API",
     "/v1/embeddings": "Embeddings",
     "/v1/images": "Images",
     "/v1/audio": "Audio",
@@ -29,7 +30,6 @@ _OTHER_APIS = {
     "/v1/assistants": "OpenAI's Assistants API",
     "/v1/threads": "OpenAI's Assistants API",
     "/v1/realtime": "OpenAI's Realtime API",
-    "/v1/messages": "Anthropic's API",
     "/v1/rerank": "Reranking",
     "/v2/rerank": "Reranking",
     "/rerank": "Reranking",
@@ -47,9 +47,16 @@ _OTHER_APIS = {
 class KnownPathsMiddleware:
     """Raises HttpError 404 for a path that no route has. The router decides about all others."""
 
-    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute], listed_in: str) -> None:
-        """listed_in: the page that lists the paths."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Iterable[BaseRoute],
+        listed_in: str,
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """listed_in: the page that lists the paths. elsewhere: paths of the other kind of server, each with a hint."""
         self._app = app
+        self._elsewhere = elsewhere
         self._listed_in = listed_in
         paths = [route.path for route in routes if isinstance(route, Route)]
         self._paths = frozenset(path for path in paths if "{" not in path)
@@ -75,11 +82,16 @@ class KnownPathsMiddleware:
             return f"Did you mean '{plain}'?"
         if self._knows(f"/v1{plain}"):
             return f"Did you mean '/v1{plain}'? {_BASE_URL}"
+        for path, hint in self._elsewhere.items():
+            if plain == path or plain.startswith(f"{path}/"):
+                return hint
         for prefix in _PREFIXES:
             bare = plain.removeprefix(prefix)
             for meant in (f"/v1{bare}", bare):
                 if bare != plain and self._knows(meant):
                     return f"Did you mean '{meant}'?"
+        if plain.startswith("/v1/responses/") and self._knows("/v1/responses"):
+            return _NOT_STORED
         for beginning, name in _OTHER_APIS.items():
             if plain.startswith(beginning):
                 return f"{name} cannot be used here. {_CHAT}"
