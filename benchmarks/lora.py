@@ -141,6 +141,7 @@ def main() -> int:
             max_num_seqs=args.batch,
             max_num_batched_tokens=2048,
             enable_prefix_caching=False,
+            kv_cache_memory="512MiB",
             weight_cache="off",
             lora=tuple(named),
             max_lora_rank=args.rank,

@@ -149,7 +149,12 @@ def _adapters(
     """The settings' adapters, loaded. Raises as `AdapterRegistry.load`."""
     held, device = executor.runner.adapters, executor.config.device
     registry = AdapterRegistry(
-        spec, settings, held, device, in_use=lambda: {r.adapter for r in scheduler.requests.values()}
+        spec,
+        settings,
+        held,
+        device,
+        kernels=executor.config.kernels,
+        in_use=lambda: {r.adapter for r in scheduler.requests.values()},
     )
     for name, source in settings.adapters().items():
         on_progress("adapters", len(registry.infos()) / len(settings.lora))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from powerband.engine.linear.adapters import AdapterDelta, AdapterWeights, Piece
+from powerband.engine.linear.adapters import AdapterDelta, AdapterWeights, KernelDelta, Piece
 from powerband.engine.lora.config import CODE, AdapterConfig, layer_of, read_adapter_config
 from powerband.engine.lora.targets import AdapterTarget
 from powerband.engine.model_loader.safetensors_file import SafetensorsFile
@@ -38,12 +38,20 @@ class AdapterReader:
     """Reads adapters for one model. Safe to use in a thread beside the engine's loop."""
 
     def __init__(
-        self, targets: Mapping[str, AdapterTarget], *, max_rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        targets: Mapping[str, AdapterTarget],
+        *,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: bool = False,
     ) -> None:
+        """kernels: the C++ kernels may be used."""
         self._targets = targets
         self._max_rank = max_rank
         self._dtype = dtype
         self._device = device
+        self._kernels = kernels
 
     def read(self, folder: Path) -> AdapterWeights:
         """Raises EnvironmentFault for files that are missing or damaged, and UsageError that names the tensor at fault:
@@ -148,12 +156,13 @@ class AdapterReader:
             raise _wrong(f"{name} in {file.path} holds values that are not finite", "The file is damaged.")
         return tensor
 
-    def _delta(self, pieces: list[tuple[_Pair, torch.Tensor, torch.Tensor]]) -> AdapterDelta:
+    def _delta(self, pieces: list[tuple[_Pair, torch.Tensor, torch.Tensor]]) -> AdapterDelta | KernelDelta:
         placed, first_rank = [], 0
         for pair, a, b in pieces:
             placed.append(Piece(b.to(self._device), pair.target.start, first_rank))
             first_rank += a.shape[0]
-        return AdapterDelta(torch.cat([a for _, a, _ in pieces]).to(self._device), tuple(placed))
+        delta = AdapterDelta(torch.cat([a for _, a, _ in pieces]).to(self._device), tuple(placed))
+        return KernelDelta(delta) if self._kernels and KernelDelta.takes(delta) else delta
 
 
 # Parts of names that belong to something else than LoRA of projections.

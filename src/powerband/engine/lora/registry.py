@@ -31,6 +31,7 @@ class AdapterRegistry:
         held: dict[str, AdapterWeights],
         device: torch.device,
         *,
+        kernels: bool,
         in_use: Callable[[], Collection[str]],
     ) -> None:
         """settings: with dtype filled in. in_use: returns the digests that live requests have."""
@@ -39,6 +40,7 @@ class AdapterRegistry:
         self._spec = spec
         self._dtype = getattr(torch, settings.dtype)
         self._device = device
+        self._kernels = kernels
         self._held = held
         self._in_use = in_use
         self._names: dict[str, AdapterInfo] = {}
@@ -108,4 +110,6 @@ class AdapterRegistry:
     @functools.cached_property
     def _reader(self) -> AdapterReader:
         targets = adapter_targets(self._spec)
-        return AdapterReader(targets, max_rank=self._max_rank, dtype=self._dtype, device=self._device)
+        return AdapterReader(
+            targets, max_rank=self._max_rank, dtype=self._dtype, device=self._device, kernels=self._kernels
+        )

@@ -73,7 +73,7 @@ class Decoder(nn.Module):
             rope: table.at(positions, rope_lengths) for rope, table in self.rotary.items()
         }
         hidden: torch.Tensor = self.embedding(token_ids)
-        if self.run_layers is not None and not self.adapters.groups:
+        if self.run_layers is not None and not self.adapters.need_projections:
             self.run_layers(hidden, rotations, batch, attention)
             return hidden
         for layer in self.layers:
