@@ -37,7 +37,8 @@ def logprobs(engine: TestEngine, adapters: Sequence[str | None] = (None,) * len(
     """Of every token of every prompt and of what follows, the requests running side by side in chunks."""
     params = {"max_tokens": 4, "prompt_logprobs": 0, "logprobs": 0, "ignore_eos": True}
     ids = [engine.add(prompt, adapter=name, **params) for prompt, name in zip(PROMPTS, adapters, strict=True)]
-    outputs = [output for each in engine.run().values() for output in each]
+    found = engine.run()
+    outputs = [output for id in ids for output in found[id]]
     assert len(ids) == len(PROMPTS)
     entries = [entry for output in outputs for entry in (*(output.prompt_logprobs or ()), *(output.logprobs or ()))]
     return torch.tensor([entry.logprobs[0] for entry in entries if entry])
