@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pydantic
@@ -12,9 +13,15 @@ _KNOWN_EXTRAS = {"Response": {"store"}}
 
 def validated(kind: Any, value: Any) -> Any:
     """`value` as an object of a client's type. Raises AssertionError for a field that the type does not have."""
-    found = pydantic.TypeAdapter(kind).validate_python(value, strict=False)
+    found = _adapter(kind).validate_python(value)
     _check_extras(found, type(found).__name__)
     return found
+
+
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    """Made once for each type: for all events of a stream, that takes a second."""
+    return pydantic.TypeAdapter(kind)
 
 
 def _check_extras(value: Any, place: str) -> None:

@@ -148,7 +148,7 @@ def test_instructions_come_before_the_input_as_the_system(server: RunningServer)
         ("max_tokens", 3, "max_output_tokens"),
         ("response_format", {"type": "json_object"}, "text.format"),
         ("reasoning_effort", "low", "reasoning.effort"),
-        ("guided_json", {"type": "object"}, "Structured output"),
+        ("guided_json", {"type": "object"}, "structured_outputs"),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(server: RunningServer, field: str, value: Any, words: str) -> None:
@@ -217,6 +217,18 @@ def test_errors_name_the_field_as_it_was_written(
     assert error["param"] == param
     assert words in error["message"]
     assert not any(name in error["message"] for name in ("messages", "max_tokens", "max_completion_tokens"))
+
+
+def test_a_form_of_the_answer_is_part_of_text(server: RunningServer) -> None:
+    form = {"type": "json_schema", "name": "city", "schema": {"type": "object"}, "strict": True, "description": None}
+    answer = server.post(PATH, input=HI, text={"format": form}, max_output_tokens=3).json()
+    assert validated(Response, answer).text.format.name == "city"
+    assert answer["text"]["format"] == form
+    remote = {"type": "object", "properties": {"a": {"$ref": "http://example.com/schema"}}}
+    error = refusal(server, text={"format": {**form, "schema": remote}})
+    assert error["param"].startswith("text.format.schema.properties.a")
+    assert error["param"] in error["message"]
+    assert "response_format" not in error["message"]
 
 
 def test_settings_that_ask_for_nothing_are_taken(server: RunningServer) -> None:

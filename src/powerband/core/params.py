@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.errors import InvalidRequest
 
 MAX_N = 128  # OpenAI's
@@ -56,6 +57,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None  # alternatives per output token; the sampled one always comes with them
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    grammar: str | None = None  # structured_outputs as llguidance takes them, filled in before the engine
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -76,6 +79,10 @@ class SamplingParams:
         _strings("stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_BYTES)
         _strings("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_BYTES)
         self._check_token_ids()
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise _wrong("structured_outputs", self.structured_outputs, "StructuredOutputsParams(…)")
+        if self.grammar is not None and (not isinstance(self.grammar, str) or not self.grammar):
+            raise _wrong("grammar", self.grammar, "a string that is not empty")
 
     @property
     def is_greedy(self) -> bool:
@@ -102,6 +109,10 @@ class SamplingParams:
         object.__setattr__(own, "n", 1)
         object.__setattr__(own, "seed", seed)
         return own
+
+    def with_grammar(self, grammar: str) -> SamplingParams:
+        """The same, with `structured_outputs` in the form that the engine takes."""
+        return replace(self, structured_outputs=None, grammar=grammar)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidRequest when a token id lies outside [0, vocab_size)."""

@@ -58,6 +58,7 @@ class Request:
     epoch: int  # unique among all requests of a scheduler; renewed by preemption
     order: tuple[Any, ...] = ()  # the policy's key, as of the last sorting
     running: bool = False
+    waits_for_token: bool = False  # what may come next depends on the last token, which must be known first
     rope_length: int = 0  # its keys are rotated by at least this length (spec.rope.rope_length)
     max_rotated: int = sys.maxsize  # tokens that keys rotated so are right for; with more, all are computed again
     num_computed: int = 0  # positions whose KV exists once every submitted step has run
@@ -108,6 +109,7 @@ def new_request(source: EngineRequest, *, max_length: int, epoch: int) -> Reques
         max_length=min(len(source.token_ids) + asked, max_length),
         stop_ids=frozenset(eos) | frozenset(params.stop_token_ids or ()),
         epoch=epoch,
+        waits_for_token=params.grammar is not None,
     )
 
 

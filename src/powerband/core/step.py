@@ -99,6 +99,7 @@ class StepResult:
     # Rows of positions start+1 .. start+num_tokens that lie in the prompt (position 0 has none).
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[str, ErrorInfo] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)  # their grammars allow nothing after what `tokens` has
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from powerband.server.auth import BearerTokenMiddleware, server_key
+from powerband.server.messages.objects import InputTokens, MessageEvent, MessageObject
+from powerband.server.messages.requests import CountTokensRequest, MessagesRequest
 from powerband.server.openapi import Operation, describe
 from powerband.server.protocol import (
     ChatRequest,
@@ -39,23 +41,27 @@ from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
 from powerband.server.routes.health import HealthRoutes
+from powerband.server.routes.messages import MessagesRoutes
 from powerband.server.routes.models import ModelRoutes
 from powerband.server.routes.responses import ResponsesRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
+from powerband.web.anthropic import AnthropicErrorsMiddleware
 from powerband.web.errors import json_response
 from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
 from powerband.web.paths import KnownPathsMiddleware
 
 _TAKEN = (400, 404, 408, 413, 415, 503)
+_WORK = (*_TAKEN, 429)
 
 
 def operations(replica: ServerState) -> list[Operation]:
     tokens = TokenRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
     return [
-        *_generating(replica),
+        *_openai(replica),
+        *_anthropic(replica),
         Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, _TAKEN),
         Operation(
             "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, _TAKEN
@@ -99,10 +105,9 @@ def _administering_adapters(adapters: AdapterRoutes) -> list[Operation]:
     ]
 
 
-def _generating(replica: ServerState) -> list[Operation]:
-    """The operations of the APIs that generate."""
+def _openai(replica: ServerState) -> list[Operation]:
+    """The APIs of OpenAI that generate."""
     chat, completions, responses = ChatRoutes(replica), CompletionRoutes(replica), ResponsesRoutes(replica)
-    work = (*_TAKEN, 429)
     return [
         Operation(
             "POST",
@@ -112,7 +117,7 @@ def _generating(replica: ServerState) -> list[Operation]:
             ChatCompletion,
             ChatRequest,
             ChatChunk,
-            work,
+            _WORK,
         ),
         Operation(
             "POST",
@@ -122,7 +127,7 @@ def _generating(replica: ServerState) -> list[Operation]:
             Completion,
             CompletionRequest,
             Completion,
-            work,
+            _WORK,
         ),
         Operation(
             "POST",
@@ -132,7 +137,7 @@ def _generating(replica: ServerState) -> list[Operation]:
             ResponseObject,
             ResponsesRequest,
             ResponseEvent,
-            work,
+            _WORK,
         ),
         Operation(
             "POST",
@@ -141,6 +146,33 @@ def _generating(replica: ServerState) -> list[Operation]:
             "Count the tokens of an input",
             InputTokenCount,
             ResponsesRequest,
+            None,
+            _TAKEN,
+        ),
+    ]
+
+
+def _anthropic(replica: ServerState) -> list[Operation]:
+    """Anthropic's API."""
+    messages = MessagesRoutes(replica)
+    return [
+        Operation(
+            "POST",
+            "/v1/messages",
+            messages.create,
+            "Answer a conversation (Anthropic's Messages)",
+            MessageObject,
+            MessagesRequest,
+            MessageEvent,
+            _WORK,
+        ),
+        Operation(
+            "POST",
+            "/v1/messages/count_tokens",
+            messages.count,
+            "Count the tokens of a conversation",
+            InputTokens,
+            CountTokensRequest,
             None,
             _TAKEN,
         ),
@@ -171,4 +203,5 @@ def make_app(replica: ServerState) -> ASGIApp:
     settings = replica.settings
     origins = parse_origins(settings.allowed_origins)
     closed = BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure, origins=origins)
-    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json", _ELSEWHERE)), origins)
+    known = KnownPathsMiddleware(closed, routes, "/openapi.json", _ELSEWHERE)
+    return allow_pages(AnthropicErrorsMiddleware(RequestIdMiddleware(known)), origins)

@@ -156,6 +156,26 @@ class Amendment:
                 del fields[name]
 
 
+def check_type(
+    fields: dict[str, Any], path: Path, known: Mapping[str, Any] | tuple[str, ...], missing: Mapping[str, Missing]
+) -> str:
+    """The type. Raises InvalidRequest naming it if it is not a known one; missing: what other types are."""
+    kind = fields.get("type")
+    if isinstance(kind, str) and kind in known:
+        return kind
+    place = joined(path)
+    if isinstance(kind, str) and kind in missing:
+        raise InvalidRequest(
+            f"'{place}' is of type {kind}. {missing[kind].what} not available on this server.",
+            hint=missing[kind].instead or "Leave it out.",
+            param=f"{place}.type",
+            code="unsupported_parameter",
+        )
+    shown = "missing" if kind is None else f'"{str(kind)[:60]}"'
+    named = ", ".join(f'"{one}"' for one in known)
+    raise InvalidRequest(f"'{place}.type' is {shown}: it must be one of {named}.", param=f"{place}.type")
+
+
 def asks(name: str, value: Any, missing: Missing) -> bool:
     """Whether a field of a feature that is not supported asks for it."""
     if name in ALWAYS_ASKS:

@@ -8,15 +8,23 @@ from collections.abc import Iterator, Mapping
 
 from powerband.errors import PowerbandError
 
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PATH = re.compile(r"'([a-z_]+\.[^'\s]+)'")  # as errors quote it
 
 
 class FieldPlaces:
     """Where the fields of a chat request came from: 'messages.3' → 'input.5', 'max_tokens' → 'max_output_tokens'."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        """names: of single fields."""
-        self._names = dict(names)
+    def __init__(self, names: Mapping[str, str], inner: Mapping[str, str], phrases: Mapping[str, str]) -> None:
+        """names: of the request's own fields, also where a text mentions them. inner: of fields of objects in it.
+        phrases: of messages and hints.
+        """
+        self._inner = dict(inner)
+        # A name that is also a word is one only in quotes.
+        plain = {name: own for name, own in names.items() if "_" in name and "." not in name}
+        quoted = {f"'{name}'": f"'{own}'" for name, own in names.items() if "_" not in name}
+        self._words = {**plain, **quoted, **phrases}
+        words = "|".join(rf"(?<![\w.]){re.escape(name)}(?!\w)" for name in plain)
+        self._mentions = re.compile("|".join((words, *map(re.escape, (*quoted, *phrases)))))
         self._places = dict(names)
 
     def add(self, chat: str, own: str) -> None:
@@ -29,7 +37,9 @@ class FieldPlaces:
         for count in range(len(parts), 0, -1):
             own = self._places.get(".".join(parts[:count]))
             if own is not None:
-                return ".".join((own, *(self._names.get(part, part) for part in parts[count:])))
+                if count == len(parts):
+                    return own
+                return ".".join((own, self._inner.get(parts[count], parts[count]), *parts[count + 1 :]))
         return param
 
     @contextlib.contextmanager
@@ -39,11 +49,10 @@ class FieldPlaces:
             yield
         except PowerbandError as error:
             if error.param is not None:
-                own = self.of(error.param)
-                error.message = error.message.replace(f"'{error.param}'", f"'{own}'")
-                error.param = own
+                error.param = self.of(error.param)
+            error.message = _PATH.sub(lambda match: f"'{self.of(match[1])}'", error.message)
             error.message, error.hint = self._renamed(error.message), self._renamed(error.hint)
             raise
 
     def _renamed(self, text: str) -> str:
-        return _WORD.sub(lambda match: self._names.get(match[0], match[0]), text)
+        return self._mentions.sub(lambda match: self._words[match[0]], text)

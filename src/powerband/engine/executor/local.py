@@ -31,6 +31,7 @@ from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import PLAIN, WeightPrecisions
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.model.model_spec import ModelSpec
+from powerband.structured.compiled import Grammars
 
 Progress = Callable[[str, float], None]
 
@@ -64,8 +65,12 @@ class TorchExecutor:
     schedules and updates meanwhile.
     """
 
-    def __init__(self, config: ExecutorConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: ExecutorConfig, progress: Progress | None = None, grammars: Grammars | None = None
+    ) -> None:
+        """grammars: of structured output; None where the model has no tokenizer."""
         self.config = config
+        self._grammars = grammars
         self.depth = 2 if config.overlap else 1
         self.relay = 1 if config.overlap else 0
         self.providers: dict[str, int] = {}  # projections by who computes them
@@ -105,7 +110,14 @@ class TorchExecutor:
         if config.adapters:
             for name, part in adaptable_parts(model).items():
                 part.use_adapters(model.adapters, name)
-        self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)
+        self._runner = ModelRunner(
+            model,
+            self.attention,
+            sampler,
+            block_size=config.block_size,
+            device=config.device,
+            grammars=self._grammars,
+        )
         prepared_s = time.perf_counter()
         return DeviceReport(
             device=str(config.device),
@@ -178,6 +190,8 @@ class TorchExecutor:
             self._weight_cache.close()
         if self._worker is not None:
             self._worker.shutdown(wait=True)
+        if self._runner is not None:
+            self._runner.close()
 
     def _run(self, step: Step) -> StepResult:
         return self.runner.launch(step).result()

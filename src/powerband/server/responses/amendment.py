@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from powerband.errors import InvalidRequest
-from powerband.server.compatibility import Amendment, Path, joined, not_supported_error
-from powerband.server.protocol import NOT_SUPPORTED, PART_IGNORED, Missing
+from powerband.server.compatibility import Amendment, Path, check_type, not_supported_error
+from powerband.server.protocol import NOT_SUPPORTED, PART_IGNORED
 from powerband.server.responses.requests import (
     FIELDS_IGNORED,
     FIELDS_NOT_SUPPORTED,
@@ -69,13 +68,13 @@ class ResponsesAmendment(Amendment):
                     self._amend_tool(tool, ("tools", index))
         choice = body.get("tool_choice")
         if isinstance(choice, dict):
-            _check_type(choice, ("tool_choice",), ("function", "allowed_tools"), HOSTED)
+            check_type(choice, ("tool_choice",), ("function", "allowed_tools"), HOSTED)
         return body
 
     def _amend_item(self, item: dict[str, Any], path: Path) -> None:
         if item.get("type") is None and "role" in item:
             item["type"] = "message"
-        kind = _check_type(item, path, _ITEMS, {**STORED, **HOSTED})
+        kind = check_type(item, path, _ITEMS, {**STORED, **HOSTED})
         self._check_fields(item, _ITEMS[kind], path, "input.", {}, ITEM_IGNORED - {*_ITEMS[kind].__struct_fields__})
         for name in ("content", "output"):
             parts = item.get(name)
@@ -87,31 +86,11 @@ class ResponsesAmendment(Amendment):
     def _amend_part(self, part: dict[str, Any], path: Path) -> None:
         if isinstance(kind := part.get("type"), str):
             self._refuse_media(kind, path, "input_text")
-        kind = _check_type(part, path, _PARTS, {})
+        kind = check_type(part, path, _PARTS, {})
         self._check_fields(part, _PARTS[kind], path, "input.content.", {}, PART_IGNORED)
 
     def _amend_tool(self, tool: dict[str, Any], path: Path) -> None:
-        _check_type(tool, path, ("function",), HOSTED)
+        check_type(tool, path, ("function",), HOSTED)
         if isinstance(tool.get("function"), dict) and "name" not in tool:  # as in Chat Completions
             tool |= tool.pop("function")
         self._check_fields(tool, FunctionTool, path, "tools.", {}, TOOL_IGNORED)
-
-
-def _check_type(
-    fields: dict[str, Any], path: Path, known: Mapping[str, Any] | tuple[str, ...], missing: Mapping[str, Missing]
-) -> str:
-    """The type. Raises InvalidRequest naming it if it is not a known one; missing: what other types are."""
-    kind = fields.get("type")
-    if isinstance(kind, str) and kind in known:
-        return kind
-    place = joined(path)
-    if isinstance(kind, str) and kind in missing:
-        raise InvalidRequest(
-            f"'{place}' is of type {kind}. {missing[kind].what} not available on this server.",
-            hint=missing[kind].instead or "Leave it out.",
-            param=f"{place}.type",
-            code="unsupported_parameter",
-        )
-    shown = "missing" if kind is None else f'"{str(kind)[:60]}"'
-    named = ", ".join(f'"{one}"' for one in known)
-    raise InvalidRequest(f"'{place}.type' is {shown}: it must be one of {named}.", param=f"{place}.type")

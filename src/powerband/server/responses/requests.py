@@ -19,11 +19,13 @@ from powerband.server.protocol import (
     MAX_MESSAGES,
     MAX_PARTS,
     NOT_SUPPORTED,
+    JsonObjectFormat,
     Label,
     Missing,
     OpenAIRequest,
     ReasoningEffort,
     TemplateValue,
+    TextFormat,
 )
 
 MAX_ITEMS = MAX_MESSAGES - 1  # `instructions` become a message, too
@@ -116,23 +118,17 @@ class AllowedFunctions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True,
     tools: Annotated[list[NamedFunction], Meta(min_length=1, max_length=MAX_TOOLS)]
 
 
-class PlainFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
-    """Any text."""
+class JsonSchemaText(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"):
+    """JSON of a schema. It is enforced whether `strict` or not."""
 
-
-class JsonObjectFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
-    """Any JSON object."""
-
-
-class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"):
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+    name: Label
     schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = None
 
 
 class TextConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    format: PlainFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    format: TextFormat | JsonObjectFormat | JsonSchemaText | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -190,6 +186,9 @@ class ResponsesRequest(OpenAIRequest, forbid_unknown_fields=True, kw_only=True):
         | None
     ) = None
     stream_options: ResponseStreamOptions | None = None
+    thinking_token_budget: (
+        Annotated[int, Meta(ge=-1, le=INT32, description="Maximum tokens of reasoning; -1: no limit")] | None
+    ) = None
     chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
 
 

@@ -18,13 +18,21 @@ from powerband.openai.tools import (
     ToolChoice,
 )
 from powerband.server.field_places import FieldPlaces
-from powerband.server.protocol import ChatRequest, ContentPart, Message, OpenAIRequest
+from powerband.server.protocol import (
+    ChatRequest,
+    ContentPart,
+    JsonSchema,
+    JsonSchemaFormat,
+    Message,
+    OpenAIRequest,
+    ResponseFormat,
+)
 from powerband.server.responses.requests import (
     FunctionCallItem,
     FunctionResultItem,
+    JsonSchemaText,
     MessageItem,
     NamedFunction,
-    PlainFormat,
     ReasoningItem,
     RefusalInput,
     ResponsesRequest,
@@ -36,20 +44,23 @@ _NAMES = {
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
-    "json_schema": "schema",
+    "response_format.json_schema": "text.format",
     "reasoning_effort": "reasoning.effort",
-    "tool_call_id": "call_id",
+}
+_INNER = {"tool_call_id": "call_id"}
+_PHRASES = {
+    "the assistant's message with their 'tool_calls'": "their function_call items",
+    "truncate_prompt_tokens": 'truncation "auto"',
 }
 _SAME_NAME = OpenAIRequest.__struct_fields__
 
 
 def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
     """The request as a chat, and where its fields came from. Raises InvalidRequest."""
-    places = FieldPlaces(_NAMES)
+    places = FieldPlaces(_NAMES, _INNER, _PHRASES)
     logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs and not logprobs:
         raise InvalidRequest(f"top_logprobs needs '{LOGPROBS}' in 'include'.", param="top_logprobs")
-    _refuse_structure(body)
     chat = ChatRequest(
         **{name: getattr(body, name) for name in _SAME_NAME},
         messages=_Conversation(body, places).messages,
@@ -60,20 +71,20 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatRequest, FieldPlaces]:
         tools=_tools(body, places),
         tool_choice=_choice(body, places),
         parallel_tool_calls=body.parallel_tool_calls,
+        thinking_token_budget=body.thinking_token_budget,
+        response_format=_response_format(body),
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
     return chat, places
 
 
-def _refuse_structure(body: ResponsesRequest) -> None:
-    wanted = body.text.format if body.text else None
-    if wanted is not None and not isinstance(wanted, PlainFormat):
-        raise InvalidRequest(
-            "'text.format' is not supported. Structured output is not available on this server.",
-            hint="Leave it out.",
-            param="text.format",
-            code="unsupported_parameter",
+def _response_format(body: ResponsesRequest) -> ResponseFormat | None:
+    asked = body.text.format if body.text else None
+    if isinstance(asked, JsonSchemaText):
+        return JsonSchemaFormat(
+            JsonSchema(name=asked.name, schema=asked.schema, strict=asked.strict, description=asked.description)
         )
+    return asked
 
 
 class _Conversation:

@@ -48,6 +48,11 @@ class ResponseWriter:
         self._delta_logprobs: list[DeltaLogprob] = []
         self._open: OutputItem | None = None
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether a message is open."""
+        return isinstance(self._open, OutputMessage)
+
     def take(self) -> bytes:
         data = b"".join(self._events)
         self._events.clear()

@@ -11,13 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.core.step import ErrorInfo
-from powerband.server.generation.engine_requests import Generation
+from powerband.output_parsers.events import CallArguments, CallStart, Content, Reasoning
+from powerband.server.generation.chats import chat_generation, count_tokens
+from powerband.server.generation.engine_requests import Generation, OutputPiece
 from powerband.server.generation.logprobs import LogprobWriter
-from powerband.server.generation.prompts import chat_prompt
 from powerband.server.generation.respond import respond
-from powerband.server.generation.sampling import chat_params
 from powerband.server.protocol import ChatRequest
 from powerband.server.replica import ServerState
+from powerband.server.replies import TokenLogprob
 from powerband.server.responses.amendment import ResponsesAmendment
 from powerband.server.responses.objects import (
     InputTokenCount,
@@ -48,9 +49,7 @@ class ResponsesRoutes:
             model = replica.accept()
             chat, places = to_chat(body)
             with places.translating():
-                prompt = await chat_prompt(replica, model, chat)
-                params = chat_params(chat, model, len(prompt.token_ids))
-                generation = Generation(replica, model, chat, [prompt], params, arrival_s)
+                generation = await chat_generation(replica, model, chat, arrival_s)
                 answer = _ResponseBuilder(generation, body, chat, body.model or replica.name)
                 stream = bool(body.stream)
                 return await respond(request, generation, answer, stream=stream, last_event=answer.failed)
@@ -62,8 +61,8 @@ class ResponsesRoutes:
         replica.check_name(body.model)
         chat, places = to_chat(body)
         with places.translating():
-            prompt = await chat_prompt(replica, replica.model, chat)
-        return json_response(InputTokenCount(len(prompt.token_ids)))
+            count = await count_tokens(replica, replica.model, chat)
+        return json_response(InputTokenCount(count))
 
 
 class _ResponseBuilder:
@@ -73,6 +72,7 @@ class _ResponseBuilder:
         self._generation = generation
         self._gives_logprobs = bool(chat.logprobs)
         self._logprobs = LogprobWriter(generation.tokenizer)
+        self._pending: list[TokenLogprob] = []  # of tokens whose text is to come
         response = _response(body, generation, model_name)
         self._writer = ResponseWriter(response, writes_events=bool(body.stream))
 
@@ -100,13 +100,30 @@ class _ResponseBuilder:
         """Write the next pieces. False: that was the end."""
         pieces = await self._generation.pieces()
         for piece in pieces:
-            if piece.text or (piece.token_ids and self._gives_logprobs):
-                logprobs = self._logprobs.chat(piece.logprobs).content if self._gives_logprobs else []
-                self._writer.add_text(piece.text, logprobs)
+            self._write(piece)
         if not pieces:
+            if self._pending and self._writer.writes_text:
+                self._writer.add_text("", self._pending)
             [choice] = self._generation.choices
             self._writer.end(self._usage(), is_complete=choice.reason != "length")
         return bool(pieces)
+
+    def _write(self, piece: OutputPiece) -> None:
+        if self._gives_logprobs:
+            self._pending += self._logprobs.chat(piece.logprobs).content
+        for event in piece.events:
+            match event:
+                case Content(text):
+                    self._writer.add_text(text, self._pending)
+                    self._pending = []
+                case Reasoning(text):
+                    self._writer.add_reasoning(text)
+                    self._pending = []
+                case CallStart():
+                    self._writer.begin_call(event.id, event.name)
+                    self._pending = []
+                case CallArguments():
+                    self._writer.add_arguments(event.text)
 
     def _usage(self) -> ResponseUsage:
         usage = self._generation.usage()
