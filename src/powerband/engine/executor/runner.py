@@ -14,6 +14,7 @@ from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.executor.batch import InputBuffers, Inputs, RequestState, Row
 from powerband.engine.executor.grammar_masks import GrammarMasks, PendingMasks, consume
+from powerband.engine.linear.adapters import AdapterRows, AdapterWeights
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.sampling.logits import to_device
 from powerband.engine.sampling.logprobs import prompt_logprobs
@@ -77,6 +78,7 @@ class ModelRunner:
         self.forward: Callable[[Inputs], torch.Tensor] = self._forward  # CUDA graphs take its place
         self._inputs = InputBuffers(block_size, device, by_length=model.spec.length_rope is not None)
         self._states: dict[str, RequestState] = {}
+        self.adapters: dict[str, AdapterWeights] = {}  # by digest
         self._grammars = grammars
         self._masks = GrammarMasks(grammars, device) if grammars is not None else None
 
@@ -92,7 +94,7 @@ class ModelRunner:
             except PowerbandError as error:
                 self._states.pop(work.id, None)
                 pending.failed[work.id] = error_info(error)
-        rows.sort(key=lambda row: row.work.num_tokens != 1)  # decodes first
+        rows.sort(key=lambda row: row.order)
         if rows:
             self._run_isolated(rows, pending)
         return pending
@@ -109,7 +111,13 @@ class ModelRunner:
             tokens = list(new.token_ids)
             sampling = self.sampler.new_state(work.id, new.params, tokens, new.num_prompt_tokens)
             self._states[work.id] = RequestState(
-                work.id, new.params, tokens, new.num_prompt_tokens, sampling, new.rope_length
+                work.id,
+                new.params,
+                tokens,
+                new.num_prompt_tokens,
+                sampling,
+                new.rope_length,
+                self._adapter(new.adapter),
             )
             if new.params.grammar is not None:
                 self._states[work.id].matcher = self._matcher(new.params.grammar, tokens[new.num_prompt_tokens :])
@@ -118,6 +126,12 @@ class ModelRunner:
             raise PowerbandError(f"Request {work.id} has failed before.")
         state.append_blocks(work.new_blocks)
         return state
+
+    def _adapter(self, digest: str) -> AdapterWeights | None:
+        """What a request computes with, and keeps alive. Raises InvalidRequest."""
+        if digest and digest not in self.adapters:
+            raise InvalidRequest("The request's adapter is not loaded.", code="adapter_not_found", param="model")
+        return self.adapters[digest] if digest else None
 
     def _matcher(self, grammar: str, output: list[int]) -> LLMatcher:
         if self._grammars is None:
@@ -148,6 +162,7 @@ class ModelRunner:
         inputs = self._inputs.build(rows)
         starts = inputs.batch.query_starts_host
         self._fill_pending(rows, inputs.token_ids, starts)
+        self.model.adapters.groups = _adapter_rows(rows, starts)
         sampling = [index for index, row in enumerate(rows) if row.work.samples]
         masks = self._masks.start([rows[index] for index in sampling]) if self._masks is not None else None
         hidden = self.forward(inputs)
@@ -201,3 +216,16 @@ class ModelRunner:
 
     def _indices(self, values: list[int]) -> torch.Tensor:
         return to_device(values, torch.int64, self.device)
+
+
+def _adapter_rows(rows: list[Row], starts: list[int]) -> list[AdapterRows]:
+    """The tokens of each adapter, of rows that lie together."""
+    groups: list[AdapterRows] = []
+    for row, start, end in zip(rows, starts, starts[1:], strict=False):
+        weights = row.state.adapter
+        if weights is None:
+            continue
+        if groups and groups[-1].weights is weights and groups[-1].end == start:
+            start = groups.pop().start
+        groups.append(AdapterRows(weights, start, end))
+    return groups
