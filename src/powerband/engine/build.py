@@ -269,7 +269,15 @@ def _scheduler(
     )
     estimate_s = estimates.first_token(settings.max_num_batched_tokens) if estimates is not None else None
     policy = make_policy(settings.scheduling_policy, kv)
-    return Scheduler(kv, limits, policy=policy, relay=executor.relay, estimate_s=estimate_s, rope=spec.length_rope)
+    return Scheduler(
+        kv,
+        limits,
+        policy=policy,
+        relay=executor.relay,
+        estimate_s=estimate_s,
+        rope=spec.length_rope,
+        pools_every_position=spec.pooling is not None and spec.pooling.needs_every_position,
+    )
 
 
 def _info(
@@ -313,6 +321,8 @@ def _info(
         dtype=settings.dtype,
         summary=summary,
         config=asdict(settings),
+        generates=spec.generates,
+        pooling=spec.pooling,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from powerband.core.params import SamplingParams
 from powerband.core.step import Work
 from powerband.engine.attention.base import AttentionBatch
+from powerband.engine.pooling.pooler import PoolingState
 from powerband.engine.sampling.logits import SamplingState
 
 Int32s = npt.NDArray[np.int32]
@@ -28,6 +29,7 @@ class RequestState:
     num_prompt_tokens: int
     sampling: SamplingState
     rope_length: int = 0
+    pooling: PoolingState | None = None  # its prompt is pooled, and nothing sampled
     blocks: Int32s = field(default_factory=lambda: np.zeros(8, np.int32))  # grows by doubling
     num_blocks: int = 0
     # The token after `tokens`, sampled by a step in flight: (its sampled ids on the device, row).

@@ -24,6 +24,8 @@ from powerband.engine.model_loader.weight_cache import WeightCache
 from powerband.engine.model_loader.weights import fill_random, load_weights
 from powerband.engine.models.cpu import use_cpu_blocks
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.pooling.loader import load_pooler, random_pooler
+from powerband.engine.pooling.pooler import Pooler
 from powerband.engine.sampling.cpu import use_cpu_sampling
 from powerband.engine.sampling.sampler import Sampler
 from powerband.errors import UsageError
@@ -100,7 +102,9 @@ class TorchExecutor:
             from powerband.engine.layers.triton import use_fused_layers  # Triton is not everywhere
 
             use_fused_layers(model)
-        self._runner = ModelRunner(model, self.attention, sampler, block_size=config.block_size, device=config.device)
+        self._runner = ModelRunner(
+            model, self.attention, sampler, self._pooler(), block_size=config.block_size, device=config.device
+        )
         prepared_s = time.perf_counter()
         return DeviceReport(
             device=str(config.device),
@@ -122,6 +126,14 @@ class TorchExecutor:
         cache.write(selector)
         self._weight_cache = cache
         return weights_bytes
+
+    def _pooler(self) -> Pooler | None:
+        config, pooling = self.config, self.config.spec.pooling
+        if pooling is None:
+            return None
+        if config.load_format == "dummy":
+            return random_pooler(pooling, config.seed, config.device)
+        return load_pooler(pooling, config.folder, config.device)
 
     @torch.inference_mode()
     def init_kv_cache(self, num_blocks: int) -> None:

@@ -13,6 +13,7 @@ from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.executor.batch import InputBuffers, Inputs, RequestState, Row
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.pooling.pooler import Chunk, Pooler, PoolingState
 from powerband.engine.sampling.logits import to_device
 from powerband.engine.sampling.logprobs import prompt_logprobs
 from powerband.engine.sampling.sampler import Sampled, Sampler
@@ -28,10 +29,11 @@ class PendingStep:
     sampled: list[tuple[list[Row], Sampled]] = field(default_factory=list)  # one entry per forward pass
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[str, ErrorInfo] = field(default_factory=dict)
+    vectors: list[tuple[list[str], list[torch.Tensor]]] = field(default_factory=list)  # of pooled prompts, by id
 
     def result(self) -> StepResult:
         """Called once, in the order of the steps: the requests' states learn their new tokens here."""
-        outcome = StepResult({}, {}, self.prompt_logprobs, self.failed)
+        outcome = StepResult({}, {}, self.prompt_logprobs, self.failed, self._pooled())
         for rows, sampled in self.sampled:
             values = sampled.values()
             for index, row in enumerate(rows):
@@ -47,6 +49,14 @@ class PendingStep:
                     state.pending = None
         return outcome
 
+    def _pooled(self) -> dict[str, bytes]:
+        """The vectors of each forward pass, copied from the device at once."""
+        found: dict[str, bytes] = {}
+        for ids, vectors in self.vectors:
+            parts = torch.cat(vectors).cpu().split([len(vector) for vector in vectors])
+            found |= {id: part.numpy().tobytes() for id, part in zip(ids, parts, strict=True)}
+        return found
+
 
 class ModelRunner:
     """Runs steps in the order they come. `launch` returns before a GPU has finished; on a CPU it computes at once."""
@@ -56,6 +66,7 @@ class ModelRunner:
         model: Decoder,
         attention: AttentionBackend,
         sampler: Sampler,
+        pooler: Pooler | None = None,
         *,
         block_size: int,
         device: torch.device,
@@ -63,6 +74,7 @@ class ModelRunner:
         self.model = model
         self.attention = attention
         self.sampler = sampler
+        self.pooler = pooler
         self.device = device
         self.forward: Callable[[Inputs], torch.Tensor] = self._forward  # CUDA graphs take its place
         self._inputs = InputBuffers(block_size, device, by_length=model.spec.length_rope is not None)
@@ -94,10 +106,14 @@ class ModelRunner:
                 raise InvalidRequest(
                     f"The prompt has a token id outside the vocabulary (0 to {vocab_size - 1}).", param="prompt"
                 )
+            if new.pooling is None and not self.model.spec.generates:
+                raise InvalidRequest("This model does not generate.", code="model_does_not_generate")
+            if new.pooling is not None and self.pooler is None:
+                raise InvalidRequest("This model gives no embeddings.", code="model_does_not_embed")
             tokens = list(new.token_ids)
             sampling = self.sampler.new_state(work.id, new.params, tokens, new.num_prompt_tokens)
             self._states[work.id] = RequestState(
-                work.id, new.params, tokens, new.num_prompt_tokens, sampling, new.rope_length
+                work.id, new.params, tokens, new.num_prompt_tokens, sampling, new.rope_length, new.pooling and PoolingState(new.pooling)
             )
         state = self._states.get(work.id)
         if state is None:  # it failed in the step before, whose result was not known when this one was made
@@ -129,7 +145,8 @@ class ModelRunner:
             count = row.state.params.prompt_logprobs
             if count is not None and row.work.start < row.state.num_prompt_tokens - 1:
                 pending.prompt_logprobs[row.state.id] = self._prompt_logprobs(row, hidden[start:end], count)
-        sampling = [index for index, row in enumerate(rows) if row.work.samples]
+        self._pool(rows, hidden, starts, pending)
+        sampling = [index for index, row in enumerate(rows) if row.work.samples and row.state.pooling is None]
         if sampling:
             last = [starts[index + 1] - 1 for index in sampling]
             chosen = hidden if len(last) == len(hidden) else hidden[self._indices(last)]
@@ -171,6 +188,21 @@ class ModelRunner:
         pending.sampled.append((rows, sampled))
         for index, row in enumerate(rows):
             row.state.pending = (sampled.token_ids, index)
+
+    def _pool(self, rows: list[Row], hidden: torch.Tensor, starts: list[int], pending: PendingStep) -> None:
+        chunks = []
+        ids = []
+        for row, start, end in zip(rows, starts, starts[1:], strict=False):
+            if row.state.pooling is not None:
+                work = row.work
+                position = work.start + work.num_tokens
+                chunks.append(Chunk(row.state.pooling, start, end, position, work.start == 0, work.samples))
+                if work.samples:
+                    ids.append(work.id)
+        if chunks and self.pooler is not None:
+            vectors = self.pooler.pool(hidden, self.model.norm, chunks)
+            if vectors:
+                pending.vectors.append((ids, vectors))
 
     def _indices(self, values: list[int]) -> torch.Tensor:
         return to_device(values, torch.int64, self.device)

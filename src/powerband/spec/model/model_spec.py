@@ -12,6 +12,7 @@ from typing import Literal
 
 from powerband.spec.checkpoint.quantization import WeightFormat
 from powerband.spec.checkpoint.quantized_modules import QuantizedModules
+from powerband.spec.model.pooling import PoolingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,9 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     quantization: str | None = None  # how the checkpoint's weights are stored, e.g. "mxfp4"; None: plain
     weight_format: WeightFormat | None = None  # the details, where the engine computes with the stored values
+    # What becomes of a prompt that is pooled; None: the model cannot. No part of shape_digest, as is the next.
+    pooling: PoolingSpec | None = field(default=None, repr=False)
+    generates: bool = field(default=True, repr=False)  # False: prompts are pooled and nothing else
     # What is quantized in a checkpoint that is planned as if it were stored in 16 bits. No part of shape_digest.
     quantized_modules: QuantizedModules | None = field(default=None, repr=False)
 

@@ -15,6 +15,7 @@ from powerband.spec.checkpoint.quantization import QUANTIZATION_FILES, QUANTIZAT
 from powerband.spec.config_reader import MAX_POSITIONS, ConfigReader, shown
 from powerband.spec.model.families import FAMILIES
 from powerband.spec.model.model_spec import ModelSpec
+from powerband.spec.model.pooling import read_pooling
 from powerband.spec.model.rope import scaled_context
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -35,7 +36,8 @@ def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
     if path.is_dir():
         config = path / _CONFIG
         values = read_model_config(config)
-        return _with_ends(with_stored_head(_read(values, str(config)), config), values, path)
+        spec = _with_pooling(_read(values, str(config)), values, path)
+        return _with_ends(with_stored_head(spec, config), values, path)
     return with_stored_head(_read(read_model_config(path), str(path)), path)
 
 
@@ -59,7 +61,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 def with_stored_head(spec: ModelSpec, config: Path) -> ModelSpec:
     """The model as the weights beside its config.json have it: a head of its own is not tied, whatever that says."""
-    is_own = spec.tie_embeddings and config.name == _CONFIG and has_own_head(config.parent)
+    is_own = spec.generates and spec.tie_embeddings and config.name == _CONFIG and has_own_head(config.parent)
     return replace(spec, tie_embeddings=False) if is_own else spec
 
 
@@ -71,6 +73,14 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
     if model_type not in FAMILIES:
         raise _unknown(fields, model_type)
     return _with_scaled_context(FAMILIES[model_type](fields), fields)
+
+
+def _with_pooling(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> ModelSpec:
+    """A checkpoint of sentence-transformers embeds and does not generate: its head, if it has one, is not needed."""
+    pooling = read_pooling(folder, spec.hidden_size, config)
+    if pooling is None:
+        return spec
+    return replace(spec, pooling=pooling, generates=False, tie_embeddings=True)
 
 
 def _with_scaled_context(spec: ModelSpec, fields: ConfigReader) -> ModelSpec:
