@@ -25,6 +25,7 @@ from powerband.server.protocol import (
     MESSAGE_IGNORED,
     MESSAGE_NOT_SUPPORTED,
     NOT_SUPPORTED,
+    OWN_FIELDS,
     PART_IGNORED,
     ContentPart,
     Message,
@@ -61,7 +62,7 @@ class Amendment:
 
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body in our form, changed in place. Raises InvalidRequest for what is not supported, or unknown."""
-        self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED)
+        self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED - _names(self._kind))
         for name in _whole_numbers(self._kind):
             value = body.get(name)
             if isinstance(value, float) and value.is_integer():  # in JSON, 3.0 is 3
@@ -187,7 +188,7 @@ def _names(kind: Any) -> frozenset[str]:
 
 @cache
 def _not_supported_by(kind: Any) -> Mapping[str, Missing]:
-    own = {"echo"} & _names(kind)
+    own = OWN_FIELDS & _names(kind)
     return {name: missing for name, missing in NOT_SUPPORTED.items() if name not in own}
 
 

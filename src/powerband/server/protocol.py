@@ -24,6 +24,7 @@ from powerband.core.params import (
     MAX_STOP_TOKEN_IDS,
     MIN_REPETITION_PENALTY,
 )
+from powerband.openai.tools import MAX_TOOL_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice
 
 MAX_PROMPTS = 64
 MAX_MESSAGES = 4096
@@ -51,6 +52,7 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 TemplateScalar = bool | int | float | str | None
 TemplateValue = TemplateScalar | Annotated[list[TemplateScalar], Meta(max_length=MAX_TEMPLATE_LIST)]
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Nothing = Annotated[list[Any], Meta(max_length=0)]
 # A text, a list of token ids, or a list of either; msgspec can only say so loosely.
 Prompt = str | list[str | int | list[int]]
@@ -165,7 +167,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_def
     tool_call_id: Label | None = None
     refusal: str | None = None
     annotations: Nothing | None = None
-    tool_calls: Nothing | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOL_CALLS)] | None = None
     audio: None = None
     function_call: None = None
 
@@ -182,9 +184,14 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
-    tools: Nothing | None = None
-    tool_choice: Annotated[Literal["none", "auto"], Meta(description="No effect without tools")] | None = None
-    parallel_tool_calls: Annotated[bool, Meta(description="No effect without tools")] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Annotated[bool, Meta(description="false: at most one call")] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    thinking_token_budget: (
+        Annotated[int, Meta(ge=-1, le=INT32, description="Maximum tokens of reasoning; -1: no limit")] | None
+    ) = None
+    include_reasoning: Annotated[bool, Meta(description="false: leave the reasoning out of the answer")] | None = None
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -221,15 +228,16 @@ class Missing:
 
 
 _TOOLS, _STRUCTURED = "Tool calls are", "Structured output is"
+_CHATS = "Send a conversation to /v1/chat/completions."
 _SAMPLER = "This way of sampling is"
 # Fields of OpenAI's API, vLLM, SGLang, llama.cpp and others that ask for something this server cannot do. They are
 # errors wherever they ask for it: the answer would be another than the one that was asked for.
 NOT_SUPPORTED: Mapping[str, Missing] = {
-    "tools": Missing(_TOOLS),
-    "tool_choice": Missing(_TOOLS, neutral=("auto",)),
-    "parallel_tool_calls": Missing(_TOOLS, neutral=(True,)),
-    "functions": Missing(_TOOLS),
-    "function_call": Missing(_TOOLS, neutral=("auto",)),
+    "tools": Missing(_TOOLS, instead=_CHATS),
+    "tool_choice": Missing(_TOOLS, neutral=("auto",), instead=_CHATS),
+    "parallel_tool_calls": Missing(_TOOLS, neutral=(True,), instead=_CHATS),
+    "functions": Missing("This name is", instead="Use 'tools'."),
+    "function_call": Missing("This name is", neutral=("auto",), instead="Use 'tool_choice'."),
     "response_format": Missing(_STRUCTURED, neutral=({"type": "text"},)),
     **dict.fromkeys(
         (
@@ -246,10 +254,8 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
     "suffix": Missing("Text after the gap (suffix) is", instead="Write the model's own fill-in tokens into 'prompt'."),
     "echo": Missing("Repeating the last message is"),  # of chats; text completions have it
     "prediction": Missing("Predicted output is"),
-    "reasoning_effort": Missing(
-        "An effort of reasoning is", instead="Send chat_template_kwargs, where the model's template reads them."
-    ),
-    "thinking_token_budget": Missing("A budget of reasoning tokens is", neutral=(-1,)),
+    "reasoning_effort": Missing("An effort of reasoning is", instead=_CHATS),
+    "thinking_token_budget": Missing("A budget of reasoning tokens is", neutral=(-1,), instead=_CHATS),
     "verbosity": Missing("Verbosity is"),
     "web_search_options": Missing("Web search is"),
     "moderation": Missing("Moderation is"),
@@ -276,6 +282,10 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
         Missing(_SAMPLER, neutral=(0,)),
     ),
 }
+# Of these, requests of the kinds that have such a field may ask for it.
+OWN_FIELDS = frozenset(
+    ("echo", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "thinking_token_budget")
+)
 ALWAYS_ASKS = frozenset(("web_search_options",))  # {} asks for a search as it is done by default
 # Fields that clients of other servers send and that change nothing here: they are ignored, and the response says so.
 IGNORED = frozenset(
@@ -296,8 +306,7 @@ IGNORED = frozenset(
     )
 )
 MESSAGE_NOT_SUPPORTED: Mapping[str, Missing] = {
-    "tool_calls": Missing(_TOOLS),
-    "function_call": Missing(_TOOLS),
+    "function_call": Missing("This name is", instead="Use 'tool_calls'."),
     "audio": Missing("Audio is"),
     "images": Missing("Images are"),
     "prefix": Missing("This name is", instead="Use 'continue_final_message'."),

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-Finish = Literal["stop", "length"]
+from powerband.openai.tools import ToolCall, ToolCallDelta
+
+Finish = Literal["stop", "length", "tool_calls"]
 StopReason = int | str | None  # as in vLLM: the stop token or string that ended a choice; null for other ends
 FINGERPRINT = f"powerband-{version('powerband')}"
 
@@ -17,11 +19,18 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
+    """completion_tokens_details: of models that reason."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -62,9 +71,18 @@ PromptLogprobs = list[dict[int, RankedToken] | None]
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
+    """content: null for calls without text.
+
+    The reasoning is given under both names that clients read: `reasoning_content` (DeepSeek, SGLang, llama.cpp) and
+    `reasoning` (vLLM, OpenRouter).
+    """
+
     role: Literal["assistant"] = "assistant"
     content: str | None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -89,8 +107,13 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class Delta(msgspec.Struct, kw_only=True):
+    """Names are those of ChatMessage."""
+
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

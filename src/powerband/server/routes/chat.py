@@ -10,6 +10,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from powerband.errors import InvalidRequest
 from powerband.openai.events import DONE, event
 from powerband.server.generation.engine_requests import ChoiceState, Generation, OutputPiece
 from powerband.server.generation.logprobs import LogprobWriter
@@ -41,6 +42,7 @@ class ChatRoutes:
         replica = self._replica
         with replica.counting_refusals():
             body = await replica.read(request, ChatRequest)
+            _refuse_unfinished(body)
             arrival_s = time.monotonic()
             replica.check_name(body.model)
             model = replica.accept()
@@ -49,6 +51,12 @@ class ChatRoutes:
             generation = Generation(replica, model, body, [prompt], params, arrival_s)
             answer = _ChatResponse(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
+
+
+def _refuse_unfinished(body: ChatRequest) -> None:
+    for name in ("tools", "reasoning_effort", "thinking_token_budget"):
+        if getattr(body, name) not in (None, [], -1):
+            raise InvalidRequest(f"'{name}' is not supported.", param=name, code="unsupported_parameter")
 
 
 class _ChatResponse:
