@@ -66,7 +66,9 @@ def new_prompt_rows(r: Request, w: Work, rows: list[TokenLogprobs] | None) -> li
 
 def no_vector() -> ErrorInfo:
     """The executor broke its contract, or pools nothing; only this request suffers."""
-    return ErrorInfo("internal_error", "The executor returned no vector for a prompt that is pooled.", "Please report this.")
+    return ErrorInfo(
+        "internal_error", "The executor returned no vector for a prompt that is pooled.", "Please report this."
+    )
 
 
 def wrong_count(w: Work, got: list[int] | None) -> ErrorInfo:

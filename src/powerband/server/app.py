@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from powerband.server.auth import BearerTokenMiddleware, server_key
 from powerband.server.openapi import Operation, describe
+from powerband.server.pooling.protocol import EmbeddingList, EmbeddingRequest
 from powerband.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from powerband.server.replica import ServerState
 from powerband.server.replies import (
@@ -27,6 +28,7 @@ from powerband.server.replies import (
 from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
+from powerband.server.routes.embeddings import EmbeddingRoutes
 from powerband.server.routes.health import HealthRoutes
 from powerband.server.routes.models import ModelRoutes
 from powerband.server.routes.tokens import TokenRoutes
@@ -39,6 +41,7 @@ from powerband.web.paths import KnownPathsMiddleware
 
 def operations(replica: ServerState) -> list[Operation]:
     chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
+    embeddings = EmbeddingRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
     taken = (400, 404, 408, 413, 415, 503)
     work = (*taken, 429)
@@ -62,6 +65,9 @@ def operations(replica: ServerState) -> list[Operation]:
             CompletionRequest,
             Completion,
             work,
+        ),
+        Operation(
+            "POST", "/v1/embeddings", embeddings.create, "Embed texts", EmbeddingList, EmbeddingRequest, None, work
         ),
         Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, taken),
         Operation(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
 
 from powerband.documents import LFS_HINT, is_lfs_pointer
@@ -105,9 +106,10 @@ class Tokenizer:
             ) from error
         return tokenizer
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
         """Token ids of `text`; with special tokens (usually BOS) as the post-processor of
-        tokenizer.json adds them; as in transformers, "add_bos_token" changes nothing beside that.
+        tokenizer.json adds them; as in transformers, "add_bos_token" changes nothing beside that. max_tokens: keep only
+        the first of the text's own, so that there are no more with the special ones.
 
         Takes up to 1 s per million characters, during which other threads run: bound the length before.
         Raises InvalidRequest.
@@ -115,6 +117,8 @@ class Tokenizer:
         try:
             # Unlike `encode`, it lets go of the interpreter's lock, and it does not note where tokens begin and end.
             [encoding] = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            if max_tokens is not None and len(encoding) > max_tokens:
+                encoding = self._cut(text, add_special_tokens, max_tokens)
             ids: list[int] = encoding.ids
         except (UnicodeEncodeError, TypeError) as error:  # the library says "must be str"
             raise InvalidRequest(
@@ -133,6 +137,13 @@ class Tokenizer:
             del encoding
             _return_freed_memory()
         return ids
+
+    def _cut(self, text: str, add_special_tokens: bool, max_tokens: int) -> Encoding:
+        """As transformers truncates: the text's last tokens go, the special ones stay."""
+        [encoding] = self._rust.encode_batch_fast([text], add_special_tokens=False)
+        num_special = self._rust.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+        encoding.truncate(max(max_tokens - num_special, 0))
+        return self._rust.post_process(encoding, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Ids outside the vocabulary stand for nothing. Raises InvalidRequest."""

@@ -13,7 +13,7 @@ from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.executor.batch import InputBuffers, Inputs, RequestState, Row
 from powerband.engine.models.decoder import Decoder
-from powerband.engine.pooling.pooler import Chunk, Pooler, PoolingState
+from powerband.engine.pooling.pooler import Pooler, PoolingState, PromptChunk
 from powerband.engine.sampling.logits import to_device
 from powerband.engine.sampling.logprobs import prompt_logprobs
 from powerband.engine.sampling.sampler import Sampled, Sampler
@@ -53,7 +53,7 @@ class PendingStep:
         """The vectors of each forward pass, copied from the device at once."""
         found: dict[str, bytes] = {}
         for ids, vectors in self.vectors:
-            parts = torch.cat(vectors).cpu().split([len(vector) for vector in vectors])
+            parts = torch.split(torch.cat(vectors).cpu(), [len(vector) for vector in vectors])
             found |= {id: part.numpy().tobytes() for id, part in zip(ids, parts, strict=True)}
         return found
 
@@ -110,10 +110,17 @@ class ModelRunner:
                 raise InvalidRequest("This model does not generate.", code="model_does_not_generate")
             if new.pooling is not None and self.pooler is None:
                 raise InvalidRequest("This model gives no embeddings.", code="model_does_not_embed")
+            pooling = None if new.pooling is None else PoolingState(new.pooling)
             tokens = list(new.token_ids)
             sampling = self.sampler.new_state(work.id, new.params, tokens, new.num_prompt_tokens)
             self._states[work.id] = RequestState(
-                work.id, new.params, tokens, new.num_prompt_tokens, sampling, new.rope_length, new.pooling and PoolingState(new.pooling)
+                work.id,
+                new.params,
+                tokens,
+                new.num_prompt_tokens,
+                sampling,
+                new.rope_length,
+                pooling,
             )
         state = self._states.get(work.id)
         if state is None:  # it failed in the step before, whose result was not known when this one was made
@@ -196,7 +203,7 @@ class ModelRunner:
             if row.state.pooling is not None:
                 work = row.work
                 position = work.start + work.num_tokens
-                chunks.append(Chunk(row.state.pooling, start, end, position, work.start == 0, work.samples))
+                chunks.append(PromptChunk(row.state.pooling, start, end, position, work.start == 0, work.samples))
                 if work.samples:
                     ids.append(work.id)
         if chunks and self.pooler is not None:

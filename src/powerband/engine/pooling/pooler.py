@@ -29,7 +29,7 @@ class PoolingState:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class PromptChunk:
     """The part of one prompt that a step has computed: rows [start, end) of the step's hidden states."""
 
     state: PoolingState
@@ -54,7 +54,7 @@ class Pooler:
         self.spec = spec
         self._layers = list(layers)
 
-    def pool(self, hidden: torch.Tensor, norm: Norm, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+    def pool(self, hidden: torch.Tensor, norm: Norm, chunks: Sequence[PromptChunk]) -> list[torch.Tensor]:
         """The vectors (float32) of the chunks that are the last of their prompts, in order.
 
         hidden: of all rows of the step [tokens, hidden], before the last norm. What is kept for the next step is stored
@@ -68,7 +68,7 @@ class Pooler:
             chunk.state.kept = None if chunk.is_last else pooled.get(index)
         return done
 
-    def _pooled(self, hidden: torch.Tensor, norm: Norm, chunks: Sequence[Chunk]) -> dict[int, torch.Tensor]:
+    def _pooled(self, hidden: torch.Tensor, norm: Norm, chunks: Sequence[PromptChunk]) -> dict[int, torch.Tensor]:
         """By index, the pooled vector of a prompt that is complete; of others, what is to be kept so far."""
         if self.spec.mode == "mean":
             normed = norm(hidden)
@@ -100,7 +100,7 @@ class Pooler:
         return F.normalize(vector, dim=-1) if (self.spec.normalize if wanted is None else wanted) else vector
 
 
-def _mean(normed: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+def _mean(normed: torch.Tensor, chunk: PromptChunk) -> torch.Tensor:
     """The mean of a prompt that is complete; of others the sum so far."""
     total = normed[chunk.start : chunk.end].sum(0, dtype=torch.float32)
     if not chunk.is_first and chunk.state.kept is not None:

@@ -80,7 +80,8 @@ def _with_pooling(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> M
     pooling = read_pooling(folder, spec.hidden_size, config)
     if pooling is None:
         return spec
-    return replace(spec, pooling=pooling, generates=False, tie_embeddings=True)
+    max_tokens = min(spec.max_position, pooling.max_tokens or spec.max_position)
+    return replace(spec, pooling=pooling, generates=False, tie_embeddings=True, max_position=max_tokens)
 
 
 def _with_scaled_context(spec: ModelSpec, fields: ConfigReader) -> ModelSpec:
