@@ -23,7 +23,10 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = SOURCE / "powerband"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOOR_1 = ("core", "cost", "dispatch", "engines", "text", "spec", "metrics", "openai", "web", "http_client")
+FLOOR_1 = (
+    *("core", "cost", "dispatch", "engines", "text", "spec", "metrics", "openai", "web", "http_client"),
+    "output_parsers",
+)
 # Room → rooms it may import, besides itself and powerband.errors.
 MAY_IMPORT = {
     "spec": (),
@@ -34,6 +37,7 @@ MAY_IMPORT = {
     "dispatch": (),
     "engines": ("spec", "cost", "metrics", "openai"),
     "openai": (),
+    "output_parsers": ("openai",),
     "web": ("core", "openai"),
     "http_client": ("web",),
     "engine": FLOOR_1,

@@ -17,6 +17,7 @@ import pytest
 from loads_for_tests import is_alive, load, schedule_of, worker_pids
 from powerband.bench import load as load_module
 from powerband.bench.client.messages import (
+    IN_FLIGHT,
     ChainMessage,
     FromWorker,
     RequestMessage,
@@ -27,8 +28,9 @@ from powerband.bench.client.messages import (
     WorkerJob,
     WorkerProgress,
 )
-from powerband.bench.load import COMMAND, Live, LoadOptions, run_load
+from powerband.bench.load import COMMAND, Live, LoadOptions, LoadResult, run_load
 from powerband.errors import EnvironmentFault
+from powerband.metrics.record import Outcome
 from powerband.mock_server.behavior import Behavior
 from powerband.mock_server.process import mock_server_process
 
@@ -160,3 +162,24 @@ def test_a_stop_ends_the_run_early() -> None:
     stopped, wall_s = asyncio.run(run())
     assert stopped
     assert wall_s < 30
+
+
+def test_requests_in_flight_at_a_stop_are_reported_with_what_had_arrived() -> None:
+    """50 at once, of which some answer at once and others never end: all of them count."""
+
+    async def run() -> LoadResult:
+        async with mock_server_process(Behavior(ttft_s=0.02, tpot_s=0.05)) as server:
+            options = LoadOptions(workers=2, metrics_url=None)
+            schedule = schedule_of(50, 60, output=10_000)
+            return await run_load(server.target, schedule, options, stop=lambda live: live.chunks_in_flight > 200)
+
+    result = asyncio.run(run())
+    aborted = [sample for sample in result.samples if sample.outcome is Outcome.ABORTED]
+    assert result.stopped
+    assert len(aborted) == len(result.samples) > 0
+    assert len(aborted) + result.unsent == result.schedule.num_requests
+    assert sum(sample.output_tokens for sample in aborted) >= 200
+    for sample in aborted:
+        assert sample.ended_s is not None
+        assert sample.error == IN_FLIGHT
+        assert all(time_s <= sample.ended_s for time_s in sample.chunk_times_s)

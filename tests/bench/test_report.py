@@ -7,6 +7,8 @@ import hashlib
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from samples_for_tests import load, point, report
+from samples_for_tests import load, played, point, report, workload
 
 from powerband.bench.report.html_report import report_html, write_report
 from powerband.bench.report.page_data import MAX_SCATTER_POINTS, page_data, thinned
@@ -22,9 +24,12 @@ from powerband.bench.report.results import RunReport
 from powerband.errors import EnvironmentFault
 from powerband.metrics.definitions import DEFINITIONS
 from powerband.metrics.record import Outcome
+from powerband.spec.workload.lengths import Fixed
+from powerband.spec.workload.workload import RequestMix
 
 PAGE = files("powerband.bench.report").joinpath("page")
 SHARED = files("powerband").joinpath("pages")
+NODE = shutil.which("node")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>[[data]]'\"&"
 OURS = [PAGE.joinpath(name) for name in ("report.html", "report.css", "charts.js", "report.js")]
 OURS += [SHARED.joinpath(name) for name in ("style.css", "drawing.js")]
@@ -63,7 +68,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def page() -> Page:
     result = load(requests=300, failures=0.05)
-    return Page(report_html(report(point(result)), [result.samples]))
+    return Page(report_html(report(point(result)), [result]))
 
 
 def data_of(page: Page) -> dict[str, Any]:
@@ -116,10 +121,10 @@ def test_hostile_text_stays_text(page: Page):
         workload={"name": HOSTILE},
         command=("bench", HOSTILE),
     )
-    attacked = Page(report_html(run, [result.samples]))
+    attacked = Page(report_html(run, [result]))
     assert [tag for tag, _ in attacked.elements] == [tag for tag, _ in page.elements]
     data = data_of(attacked)
-    assert data["points"][0]["errors"][0][3] == HOSTILE
+    assert data["points"][0]["failures"][0]["message"] == HOSTILE
     assert data["workload"]["name"] == HOSTILE
     assert attacked.texts("title")[0].startswith(HOSTILE)
 
@@ -142,6 +147,73 @@ def test_the_numbers_are_the_tables(page: Page):
     assert timeline["in_flight"][40] == sum(start <= moment < end for start, end in spans) > 0
 
 
+def test_failures_are_shown_by_kind_with_what_the_client_saw():
+    result = load(requests=300, failures=0.05)
+    one = point(result)
+    data = page_data(report(one), [result])["points"][0]
+    failed = [sample for sample in result.samples if sample.outcome is not Outcome.OK]
+    (name, count, note) = data["tiles"][-1]
+    assert (name, count) == ("Failed", str(len(failed)))
+    assert note.endswith("of 300 requests")
+    assert [(kind["count"], kind["status"], kind["message"]) for kind in data["failures"]] == [
+        (group.count, group.status, group.message) for group in one.errors
+    ]
+    assert sum(kind["count"] for kind in data["failures"]) == len(failed)
+    refused = next(kind for kind in data["failures"] if kind["status"] == 429)
+    arrivals = [sample.scheduled_s for sample in failed if sample.status == 429]
+    assert refused["scheduled_s"] == pytest.approx([min(arrivals), max(arrivals)], abs=1e-3)
+    assert refused["begun"] == 0
+
+
+def test_an_answer_that_broke_off_is_a_failure_whose_tokens_had_begun_to_come():
+    result = load(requests=60)
+    broken = msgspec.structs.replace(result.samples[7], outcome=Outcome.ERROR, error="the stream ended early")
+    result = replace(result, samples=(*result.samples[:7], broken, *result.samples[8:]))
+    (failure,) = page_data(report(point(result)), [result])["points"][0]["failures"]
+    assert (failure["message"], failure["begun"]) == ("the stream ended early", 1)
+
+
+def test_lengths_are_counted_as_asked_and_as_got():
+    result = load(requests=300, failures=0.05)
+    prompts, outputs = page_data(report(point(result)), [result])["points"][0]["lengths"]
+    answered = [sample for sample in result.samples if sample.outcome is Outcome.OK]
+    for found in (prompts, outputs):
+        assert (sum(found["asked"]), sum(found["got"])) == (300, len(answered))
+        assert len(found["edges"]) == len(found["asked"]) + 1 <= 31
+    assert outputs["rows"][0][-1] == f"{sum(sample.asked_tokens for sample in result.samples):,}"
+    assert outputs["rows"][1][-1] == f"{sum(sample.output_tokens for sample in answered):,}"
+    planned = [request for chain in result.schedule.chains for request in chain.requests]
+    assert prompts["rows"][0][-1] == f"{sum(request.new_tokens for request in planned):,}"
+
+
+def test_a_fixed_length_is_one_bin():
+    result = played(workload(mix=RequestMix(Fixed(100), Fixed(20))).draw(0, num_requests=50))
+    prompts, outputs = page_data(report(point(result)), [result])["points"][0]["lengths"]
+    assert (prompts["edges"], prompts["asked"], prompts["got"]) == ([100.0, 101.0], [50], [50])
+    assert (outputs["edges"], outputs["got"]) == ([20.0, 21.0], [50])
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.031, 0.9], [0.02, 0.05, 0.1, 0.2, 0.5, 1]),
+        ([0.1, 0.1], [0.1, 0.2]),
+        ([3.0, 4.0], [2, 5]),
+        ([0.0004, 20.0], [0.001, 0.01, 0.1, 1, 10]),
+    ],
+)
+def test_logarithmic_axes_have_round_ticks(values: list[float], ticks: list[float], tmp_path: Path):
+    script = tmp_path / "ticks.js"
+    script.write_text(
+        "const window = { addEventListener() {}, matchMedia: () => ({ addEventListener() {} }) };\n"
+        + SHARED.joinpath("drawing.js").read_text()
+        + f"console.log(JSON.stringify(Drawing.logAxis({{}}, {values}, String).axisLabel.customValues));"
+    )
+    made = subprocess.run([str(NODE), script], capture_output=True, text=True, check=True, timeout=30)
+    assert json.loads(made.stdout) == ticks
+
+
 def test_it_explains_itself(page: Page):
     assert [row[0] for row in data_of(page)["definitions"]["rows"]] == [one.name for one in DEFINITIONS]
 
@@ -155,7 +227,7 @@ def test_the_slowest_requests_are_there_chunk_by_chunk(page: Page):
 
 def test_a_run_of_which_nothing_was_answered_has_a_page():
     result = load(requests=30, failures=1.0)
-    (shown,) = data_of(Page(report_html(report(point(result)), [result.samples])))["points"]
+    (shown,) = data_of(Page(report_html(report(point(result)), [result])))["points"]
     assert (shown["quantiles"], shown["slowest"], len(shown["scatter"]["failed"])) == ({}, [], 30)
 
 
@@ -163,7 +235,7 @@ def test_several_loads_are_in_one_page():
     rates = (4.0, 8.0, 16.0)
     loads = [load(rate, 60) for rate in rates]
     run = report(*(point(one, rate) for one, rate in zip(loads, rates, strict=True)))
-    data = data_of(Page(report_html(run, [one.samples for one in loads])))
+    data = data_of(Page(report_html(run, loads)))
     assert [shown["offered"]["value"] for shown in data["points"]] == list(rates)
 
 
@@ -182,7 +254,7 @@ def test_a_page_stays_small():
 
     def size(result: Any) -> int:
         run: RunReport = report(point(result))
-        return len(msgspec.json.encode(page_data(run, [result.samples])))
+        return len(msgspec.json.encode(page_data(run, [result])))
 
     # What grows is dots, of which there are at most so many.
     assert size(many) - size(few) < 5_000 * 25
@@ -207,4 +279,4 @@ def test_the_page_is_part_of_the_package():
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path):
     result = load(requests=20)
     with pytest.raises(EnvironmentFault, match="Cannot write"):
-        write_report(report(point(result)), [result.samples], tmp_path)
+        write_report(report(point(result)), [result], tmp_path)

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replace_sample
 from rich.console import Console
 from samples_for_tests import LIMITS, load, point, report, workload
 
@@ -16,6 +17,7 @@ from powerband.bench.load import Live
 from powerband.bench.report.live import LiveView
 from powerband.bench.report.results import ErrorGroup, Point, RunReport
 from powerband.bench.report.table import run_table
+from powerband.metrics.record import Outcome
 from powerband.metrics.shown import digits, plain, share_text, time_interval_text, time_text
 
 
@@ -115,8 +117,31 @@ def test_without_a_terminal_a_line_is_told_every_five_seconds():
             view(live_of(elapsed_s=20))
     lines = file.getvalue().splitlines()
     assert len(lines) == 2
-    assert re.match(r"6/s · 20 s · 100 sent · 3 in flight · 87 ok · \d+ failed · [\d,]+ tokens/s · TTFT \d", lines[0])
+    assert re.match(
+        r"6/s · 20 s · 100 sent · 3 in flight · 87 ok · \d+ failed · [\d,]+ tokens \([\d.,]+/s\) · TTFT \d", lines[0]
+    )
     assert "\x1b" not in file.getvalue()
+
+
+def test_tokens_count_as_they_arrive_and_not_only_when_a_request_ends():
+    view, live = LiveView(None, console=Console(file=io.StringIO())), Live(workload().draw(0, num_requests=9))
+    for second, chunks in enumerate((0, 0, 150, 300, 450)):
+        live.start_at = time.monotonic() - second
+        live.workers[0] = WorkerProgress(sent=9, running=9, chunks=chunks, chunks_in_flight=chunks)
+        view(live)
+    assert "9 in flight · 0 ok · 0 failed · 450 tokens (112/s)" in view.line(live)
+
+
+def test_an_interrupted_load_says_how_many_requests_had_not_ended():
+    whole = load(requests=100)
+    cut = [replace_sample(s, outcome=Outcome.ABORTED, ended_s=20.0) if s.index >= 80 else s for s in whole.samples]
+    one = point(replace(whole, samples=tuple(cut), stopped=True, interrupted=True, wall_s=20.0))
+    text = shown(replace(report(one), interrupted=True), 200)
+    assert "20 requests had not ended" in text
+    assert "interrupted after 20 s with 20 of 100 requests in flight" in text
+    assert "Latencies are those of the requests that had ended: they favour short ones." in text
+    assert f"{one.summary.outcomes['aborted']} in flight when the load was stopped" in text
+    assert (one.in_flight, one.errors, one.verdict) == (20, (), "INVALID")
 
 
 def test_a_second_load_begins_anew():

@@ -246,3 +246,48 @@ def test_without_retry_after_a_rejection_lowers_the_limit_to_what_the_backend_ru
     assert isinstance(sent, InFlightRequest)
     pool.release(sent, "rejected", 20.0)
     assert backend.limit == 1, "that was long ago"
+
+
+def test_a_retry_after_a_crash_goes_to_a_backend_that_has_shown_life_since() -> None:
+    pool = dispatcher(BackendSpec(id="a"), BackendSpec(id="b"))
+    b = next(one for one in pool.backends if one.id == "b")
+    queued = pool.submit(request(num_crashes=1, crashed_s=1.0), 1.0, avoid=("a",))
+    assert isinstance(queued, QueuedRequest)
+    b.received(1.5)
+    pool.tick(1.5)
+    assert isinstance(queued.outcome, InFlightRequest)
+    assert queued.outcome.backend is b
+
+
+def test_requests_in_quarantine_start_one_after_another_while_others_run() -> None:
+    pool = dispatcher(BackendSpec(id="a"))
+    suspects = [pool.submit(request(num_crashes=2, stream=True), 1.0) for _ in range(3)]
+    first, second, third = suspects
+    assert isinstance(first, InFlightRequest)
+    assert isinstance(second, QueuedRequest)
+    pool.first_token(first, 2.0)
+    pool.tick(2.0)
+    assert isinstance(second.outcome, InFlightRequest)
+    assert isinstance(third, QueuedRequest)
+    assert third.outcome is None
+    pool.release(second.outcome, "failed", 3.0)
+    assert isinstance(third.outcome, InFlightRequest)
+
+
+def test_new_requests_do_not_wait_for_those_in_quarantine() -> None:
+    pool = dispatcher(BackendSpec(id="a"))
+    pool.submit(request(num_crashes=2), 1.0)
+    pool.submit(request(num_crashes=2), 1.0)
+    new = pool.submit(request(), 1.0)
+    assert isinstance(new, InFlightRequest) or isinstance(new.outcome, InFlightRequest)
+
+
+@pytest.mark.parametrize("num_beside", [0, 1])
+def test_a_request_that_fails_was_alone_unless_others_ran_or_failed_beside_it(num_beside: int) -> None:
+    pool = dispatcher(BackendSpec(id="a"))
+    sent = [
+        one for one in (pool.submit(request(), 1.0) for _ in range(1 + num_beside)) if isinstance(one, InFlightRequest)
+    ]
+    for one in sent:
+        pool.release(one, "failed", 2.0)
+    assert [one.was_alone for one in sent] == [not num_beside] * len(sent)

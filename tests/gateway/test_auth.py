@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
+from powerband.errors import InvalidRequest
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.auth import ApiKeyMiddleware, Auth
 from powerband.gateway.accounts.keys import KeyLimits
@@ -33,11 +34,13 @@ def app_of(accounts: Accounts, auth: Auth) -> RequestIdMiddleware:
     async def answer(request: Request) -> Response:
         key = request.state.key
         asked = GatewayRequest(id="r", endpoint="chat", model="demo", prompt_tokens=10)
+        if request.url.path == "/v1/invalid":
+            raise InvalidRequest("No.")
         if request.url.path == "/v1/completions":
             accounts.limits.reserve(key, asked).settle(10, 0, 0.0)
         return PlainTextResponse(key.name if key else "nobody")
 
-    paths = (*PATHS, "/v1/completions")
+    paths = (*PATHS, "/v1/completions", "/v1/invalid")
     return RequestIdMiddleware(
         ApiKeyMiddleware(Router([Route(path, answer) for path in paths]), accounts, auth, "127.0.0.1")
     )
@@ -109,6 +112,19 @@ def test_answers_carry_what_is_left_and_refusals_when_to_come_back(accounts: Acc
     assert third.json()["error"]["code"] == "requests_limit"
     assert third.json()["error"]["type"] == "rate_limit_error"
     assert 59 <= int(third.headers["retry-after"]) <= 61
+
+
+def test_errors_carry_what_is_left(accounts: Accounts) -> None:
+    app = app_of(accounts, "keys")
+    _, secret = accounts.keys.create(
+        "app", ("infer", "admin"), limits=KeyLimits(requests_per_min=2, tokens_per_min=1000)
+    )
+    invalid, missing = ask(app, "/v1/invalid", "/v1/there-is-none", secret=secret)
+    assert (invalid.status_code, missing.status_code) == (400, 404)
+    for answer in (invalid, missing):
+        assert answer.headers["x-ratelimit-limit-requests"] == "2"
+        assert answer.headers["x-ratelimit-remaining-tokens"] == "1000"
+        assert "x-request-id" in answer.headers
 
 
 def test_what_never_fits_again_has_no_time_to_come_back(accounts: Accounts) -> None:

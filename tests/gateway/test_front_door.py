@@ -61,6 +61,7 @@ def gateway(replica: ByteReplica, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
+        ("/admin/config", "This is a gateway. Send it to a replica"),
         (f"{CHAT}/", f"Did you mean '{CHAT}'?"),
         (f"{CHAT}/chat/completions", "The base URL for OpenAI's clients ends with /v1"),
         ("/chat/completions", f"Did you mean '{CHAT}'? The base URL for OpenAI's clients ends with /v1"),

@@ -37,8 +37,11 @@ FAILURE = {"error": {"message": "Not finite.", "type": "server_error", "param": 
 class Replica:
     """Fails with the prompt "poison", and with every request while it `is_broken`. `code`: what it then says.
 
-    A stream fails with an event. "crash" and "hang" do that to the replica; it is back `back_after_s` later.
+    A stream fails with an event. "crash", "hang" and "hang at once" do that to the replica; it is back `back_after_s`
+    later. "wait" is answered once the replica has crashed twice, and `num_bystanders` of these run at each crash.
     """
+
+    num_bystanders = 0
 
     def __init__(self, back_after_s: float = 0.3) -> None:
         self.num_poisoned = self.num_ends = 0
@@ -49,6 +52,8 @@ class Replica:
         self.probed = threading.Condition()
         self.awake = threading.Event()
         self.awake.set()
+        self.waiting = threading.Condition()
+        self.num_waiting = 0
         self.connections: set[socket.socket] = set()
         self.timers: list[threading.Timer] = []
         self.start()
@@ -73,9 +78,13 @@ class Replica:
                 replica.awake.wait()
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
-                if prompt in ("crash", "hang"):
+                if prompt in ("crash", "hang", "hang at once"):
                     self.close_connection = True
-                    replica.crash() if prompt == "crash" else replica.hang()
+                    replica.crash() if prompt == "crash" else replica.hang(at_once=prompt != "hang")
+                    return
+                if prompt == "wait" and replica.num_ends < 2:
+                    replica.wait()
+                    self.close_connection = True
                     return
                 fails = prompt == "poison" or replica.is_broken
                 replica.num_poisoned += fails
@@ -114,15 +123,29 @@ class Replica:
 
     def crash(self) -> None:
         """As when its process is killed: nothing listens, and its connections end."""
+        if self.num_ends < 2:
+            with self.waiting:
+                self.waiting.wait_for(lambda: self.num_waiting == self.num_bystanders)
         self.num_ends += 1
         self.stop()
+        with self.waiting:
+            self.num_waiting = 0
+            self.waiting.notify_all()
         self.back(self.start)
 
-    def hang(self) -> None:
-        """As when its process is stopped, some time after it got the request."""
+    def wait(self) -> None:
+        """Until the replica crashes."""
+        with self.waiting:
+            self.num_waiting += 1
+            self.waiting.notify_all()
+            self.waiting.wait_for(lambda: not self.num_waiting)
+
+    def hang(self, *, at_once: bool) -> None:
+        """As when its process is stopped as soon as it got the request, or some time after that."""
         self.num_ends += 1
         with self.probed:
-            self.probed.wait()
+            if not at_once:
+                self.probed.wait()
         self.awake.clear()
         self.back(self.awake.set, 6.0)
         self.awake.wait()
@@ -189,7 +212,7 @@ def test_poison_that_is_reported_within_a_stream_counts_against_no_replica(
     assert set(gateway.replica_states().values()) == {"ready"}
 
 
-@pytest.mark.parametrize("prompt", ["crash", "hang"])
+@pytest.mark.parametrize("prompt", ["crash", "hang", "hang at once"])
 def test_a_request_that_ends_replicas_ends_two_at_most(
     service: tuple[RunningGateway, list[Replica]], prompt: str
 ) -> None:
@@ -216,6 +239,24 @@ def test_a_request_that_crashes_the_only_replica_crashes_it_twice_at_most(tmp_pa
         assert gateway.post("/v1/completions", {**GOOD, "prompt": "crash"}).status_code == 400
         assert replica.num_ends == 2
         assert gateway.post("/v1/completions", GOOD).status_code == 200
+        replica.close()
+
+
+def test_requests_that_were_in_flight_at_the_crashes_of_another_are_answered(tmp_path: Path) -> None:
+    """Each of them starts alone after the second crash, so the third shows whose fault it was."""
+    with running_gateway(tmp_path) as gateway, ThreadPoolExecutor(4) as clients:
+        replica = Replica()
+        replica.num_bystanders = 3
+        addresses = [{"id": "r", "url": replica.url, "model": "m"}]
+        routes = {"revision": "1", "models": [{"name": "m", "replicas": addresses}]}
+        gateway.admin.put("/admin/routes", json=routes).raise_for_status()
+        until(lambda: gateway.post("/v1/completions", GOOD).status_code == 200)
+        waits = [clients.submit(gateway.post, "/v1/completions", {**GOOD, "prompt": "wait"}) for _ in range(3)]
+        crashes = gateway.post("/v1/completions", {**GOOD, "prompt": "crash"})
+        assert [wait.result().status_code for wait in waits] == [200] * 3
+        assert (crashes.status_code, crashes.json()["error"]["code"]) == (400, "request_fails")
+        assert "crashed or hung 3 times" in crashes.json()["error"]["message"]
+        assert replica.num_ends == 3
         replica.close()
 
 

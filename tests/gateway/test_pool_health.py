@@ -132,6 +132,32 @@ def test_a_stopped_replica_without_streams_is_left_within_three_seconds() -> Non
     on_site(test)
 
 
+@pytest.mark.parametrize(("stopped_s", "is_suspect"), [(0.0, True), (0.7, False)])
+def test_a_request_is_suspected_of_a_hang_unless_the_replica_hung_before(stopped_s: float, is_suspect: bool) -> None:
+    async def test(site: Site) -> None:
+        await asyncio.sleep(2.0)
+        site.machines["a"].state = "stopped"
+        await asyncio.sleep(stopped_s)
+        lease = await site.pool.lease(request(), avoid=("b",))
+        await site.until("a", "ejected", 3.0)
+        lease.close("failed")
+        assert (lease.is_lost, lease.may_have_hung_replica, lease.was_alone) == (True, is_suspect, True)
+
+    on_site(test)
+
+
+def test_after_a_crash_every_replica_is_probed_at_once() -> None:
+    async def test(site: Site) -> None:
+        await asyncio.sleep(2.0)
+        crashed_s = site.pool.record_crash()
+        lease = asyncio.create_task(site.pool.lease(request(num_crashes=1, crashed_s=crashed_s), avoid=("a",)))
+        await asyncio.sleep(0.15)
+        assert lease.done()
+        assert lease.result().replica.id == "b"
+
+    on_site(test)
+
+
 def test_a_dead_replica_is_left_within_a_second() -> None:
     async def test(site: Site) -> None:
         [lease] = await site.stream()

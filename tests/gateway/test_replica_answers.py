@@ -302,6 +302,81 @@ def test_a_key_that_a_replica_refuses_is_not_the_clients(gateway: RunningGateway
         assert sorted(gateway.replica_states().values()) == ["open", "ready"]
 
 
+FORBIDDEN = [
+    (403, {"error": {"code": 403, "message": "Your input was flagged", "metadata": {"reasons": ["violence"]}}}),
+    (403, {"error": {"code": "content_policy_violation", "message": "The prompt was rejected.", "type": "x"}}),
+    (403, {"error": {"code": "model_not_allowed", "message": "This project may not use inner.", "type": "x"}}),
+    (
+        402,
+        {"error": {"code": 402, "message": "You requested 40 tokens, but can only afford 7. Create a key with more."}},
+    ),
+    (403, {"detail": "flagged"}),
+    (403, {"error": "Forbidden"}),
+    (403, {}),
+]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("status", "body"), FORBIDDEN)
+def test_what_is_forbidden_to_one_request_is_said_to_its_client_and_counts_against_no_replica(
+    gateway: RunningGateway, status: int, body: dict[str, Any], streamed: bool
+) -> None:
+    async def play(writer: asyncio.StreamWriter, asked: dict[str, Any]) -> None:
+        is_flagged = "flagged" in str(asked["messages"])
+        writer.write(answer(json.dumps(body), status=status) if is_flagged else answer(whole()))
+
+    flagged = {**CHAT, "messages": [{"role": "user", "content": "flagged"}], "stream": streamed}
+    with serving(gateway, play, play, play, play) as replicas:
+        for _ in range(8):
+            assert gateway.post("/v1/chat/completions", CHAT).status_code == 200
+        num_before = sum(len(replica.posts) for replica in replicas)
+        for _ in range(8):
+            told = gateway.post("/v1/chat/completions", flagged)
+            assert told.status_code == status
+            assert "key (HTTP" not in told.text
+            assert "inner" not in told.text
+        assert sum(len(replica.posts) for replica in replicas) - num_before == 16, "two tries each"
+        assert set(gateway.replica_states().values()) == {"ready"}
+
+
+def test_what_one_provider_forbids_another_may_answer(gateway: RunningGateway) -> None:
+    forbids = says(answer(json.dumps({"error": {"code": 402, "message": "Insufficient balance"}}), status=402))
+    with serving(gateway, forbids, says(answer(whole()))):
+        assert [gateway.post("/v1/chat/completions", CHAT).status_code for _ in range(6)] == [200] * 6
+
+
+@pytest.mark.parametrize(("status", "expected"), [(403, (403, "invalid_request")), (429, (503, "replicas_busy"))])
+def test_an_error_in_a_stream_means_what_its_status_means(
+    gateway: RunningGateway, status: int, expected: tuple[int, str]
+) -> None:
+    """As hosted APIs report moderation and limits once they have sent the status 200."""
+    event = {"error": {"code": status, "message": "Your input was flagged, or there were too many"}}
+    play = final_events(stream([event]))
+    with serving(gateway, play, play):
+        found, error = error_of(gateway, streamed=True)
+        assert (found, error["code"]) == expected
+        assert set(gateway.replica_states().values()) == {"ready"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": "invalid_api_key", "message": "No."}},
+        {"error": {"type": "authentication_error", "message": "No."}},
+        {"detail": "Not authenticated"},
+        {"error": "Forbidden"},
+        {},
+    ],
+)
+def test_a_403_that_names_the_key_or_says_nothing_is_about_the_key(
+    gateway: RunningGateway, body: dict[str, Any]
+) -> None:
+    with serving(gateway, says(answer(json.dumps(body), status=403))):
+        found, error = error_of(gateway)
+        assert (found, error["code"]) == (502, "upstream_failed")
+        assert "rejects the gateway's key" in error["message"]
+
+
 @pytest.mark.parametrize("status", [404, 405, 501])
 def test_what_a_replica_lacks_is_asked_of_another_and_ejects_none(gateway: RunningGateway, status: int) -> None:
     lacks = says(answer("<html>none</html>", status=status, kind="text/html"))

@@ -88,10 +88,18 @@ def test_both_ends_of_the_window_belong_to_it():
     assert (summary.scheduled, summary.output_tokens_per_s) == (2, 2.0)
 
 
-@pytest.mark.parametrize("outcome", [o for o in Outcome if o is not Outcome.OK])
+@pytest.mark.parametrize("outcome", [Outcome.ERROR, Outcome.REFUSED, Outcome.TIMED_OUT])
 def test_whatever_failed_is_a_miss_however_fast_it_was(outcome):
     summary = summarize([record(), record(outcome=outcome)], EVERYTHING, SLO(ttft_s=9.0))
     assert (summary.good, summary.attainment, summary.misses) == (1, 0.5, {outcome.value: 1})
+
+
+def test_what_the_client_abandoned_counts_only_where_a_limit_had_passed():
+    waits = [record(chunks=(), outcome=Outcome.ABORTED, ended_s=waited_s) for waited_s in (0.5, 8.9, 9.1)]
+    summary = summarize([record(), *waits], EVERYTHING, SLO(ttft_s=9.0))
+    assert (summary.scheduled, summary.undecided, summary.judged) == (4, 2, 2)
+    assert (summary.good, summary.attainment, summary.misses) == (1, 0.5, {"ttft": 1})
+    assert summary.outcomes == {"ok": 1, "aborted": 3}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,12 @@ def test_whatever_failed_is_a_miss_however_fast_it_was(outcome):
         (record(0.0, ()), SLO(ttft_s=9.0, tpot_s=9.0, stall_s=9.0, e2e_s=9.0), ["ttft", "e2e"]),  # an empty answer
         (record(0.0, ()), SLO(tpot_s=9.0), []),
         (record(0.0, (), outcome=Outcome.TIMED_OUT), SLO(), ["timed_out"]),
+        (record(0.0, (), outcome=Outcome.ABORTED, ended_s=2.0), SLO(), None),
+        (record(0.0, (), outcome=Outcome.ABORTED, ended_s=2.0), SLO(ttft_s=2.0, stall_s=1.0, tpot_s=1.0), None),
+        (record(0.0, (), outcome=Outcome.ABORTED, ended_s=2.0), SLO(ttft_s=1.9, e2e_s=1.9), ["ttft", "e2e"]),
+        (record(0.0, ((1.0, 1),), outcome=Outcome.ABORTED, ended_s=4.0), SLO(ttft_s=1.0, stall_s=3.0), None),
+        (record(0.0, ((1.0, 1),), outcome=Outcome.ABORTED, ended_s=4.0), SLO(stall_s=2.9, e2e_s=3.9), ["stall", "e2e"]),
+        (record(0.0, ((1.0, 1), (2.0, 1)), outcome=Outcome.ABORTED, ended_s=2.0), SLO(tpot_s=0.9), ["tpot"]),
     ],
 )
 def test_why_a_request_missed(one, slo, reasons):
@@ -253,6 +267,15 @@ def some_records(seed, number):
     return made
 
 
+def _had_passed(r, slo):
+    """Abandoned at its last chunk, or when it was sent."""
+    times = r.chunk_times_s
+    if not times:
+        return max(r.sent_s - r.scheduled_s, 0) > slo.ttft_s
+    n = sum(r.chunk_tokens)
+    return times[0] - r.scheduled_s > slo.ttft_s or (n > 1 and (times[-1] - times[0]) / (n - 1) > slo.tpot_s)
+
+
 def by_numpy(records, window, slo):
     """The definitions of DESIGN.md once more, written without a look at how figures.py does it."""
     inside = [r for r in records if window.start_s <= r.scheduled_s <= window.end_s]
@@ -275,6 +298,7 @@ def by_numpy(records, window, slo):
         ),
         "send_lag": [r.sent_s - r.scheduled_s for r in inside if r.outcome != "aborted"],
     }
+    judged = [r for r in inside if r.outcome != "aborted" or _had_passed(r, slo)]
     good = [
         r
         for r in some
@@ -284,7 +308,7 @@ def by_numpy(records, window, slo):
     length_s = window.end_s - window.start_s
     return {
         "figures": figures,
-        "attainment": len(good) / len(inside),
+        "attainment": len(good) / len(judged),
         "goodput": len(good) / length_s,
         "request_rate": len(inside) / length_s,
         "output_tokens_per_s": sum(k for t, k in tokens if window.start_s <= t <= window.end_s) / length_s,

@@ -10,6 +10,7 @@ from powerband.spec.slo import SLO
 
 TTFT = SLO(ttft_s=0.5)
 E2E = SLO(ttft_s=0.5, e2e_s=5.0)
+STALL = SLO(ttft_s=0.5, stall_s=1.0)
 
 
 def record(first_s: float | None, outcome: Outcome = Outcome.OK) -> RequestRecord:
@@ -36,6 +37,11 @@ def test_a_streamed_answer_is_judged_alike_everywhere(first_s: float, misses: li
         (None, Outcome.ABORTED, TTFT, 499, 10, True, ["ttft"]),  # ... or because nothing came
         (0.4, Outcome.ABORTED, TTFT, 499, 1, True, None),  # ... or in the middle of a fast answer
         (0.6, Outcome.ABORTED, TTFT, 499, 1, True, ["ttft"]),
+        (0.4, Outcome.ABORTED, E2E, 499, 5.1, True, ["e2e"]),  # ... or because the rest took too long
+        (0.4, Outcome.ABORTED, STALL, 499, 1.9, True, None),
+        (0.4, Outcome.ABORTED, STALL, 499, 2.5, True, ["stall"]),  # ... or because nothing more came
+        (None, Outcome.ABORTED, E2E, 499, 4.9, False, None),  # not streamed: its first token may have been made
+        (None, Outcome.ABORTED, E2E, 499, 5.1, False, ["e2e"]),
         (0.4, Outcome.ABORTED, TTFT, 502, 1, True, ["aborted"]),  # the replica broke off
     ],
 )

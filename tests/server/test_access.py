@@ -180,6 +180,8 @@ UNKNOWN_PATHS = [
     ("/", "The base URL for OpenAI's clients ends with /v1, such as http://localhost:8000/v1."),
     ("/v1", "The base URL"),
     ("/v1/", "The base URL"),
+    ("/admin/keys", "This is a replica. Keys, limits, usage and routes are managed at a gateway"),
+    ("/admin/keys/key_1", "This is a replica."),
     ("/docs", "The paths are listed in /openapi.json."),
     ("/favicon.ico", "The paths are listed in /openapi.json."),
     ("/" + "a" * 5000, "The paths are listed in /openapi.json."),

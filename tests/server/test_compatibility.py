@@ -147,6 +147,15 @@ def test_an_unknown_field_is_an_error_unless_the_server_ignores_them() -> None:
     assert request == chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}])[0]
 
 
+def test_a_prompt_of_another_path_is_refused_with_that_path() -> None:
+    """As from a client whose URL has the other path."""
+    assert refusal(prompt="hi").hint == "It is for /v1/completions."
+    assert refusal(input="hi").hint == "It is for /v1/responses or /v1/embeddings."
+    with pytest.raises(InvalidRequest, match="Unknown field 'messages'") as caught:
+        text(messages=HI)
+    assert caught.value.hint == "It is for /v1/chat/completions."
+
+
 def test_any_number_of_unknown_fields_takes_time_in_proportion() -> None:
     def cpu_s(count: int) -> float:
         fields = {f"k{i}": 1 for i in range(count)}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from powerband.bench.client.messages import (
+    STOP,
     ChainMessage,
     FromWorker,
     RequestMessage,
@@ -38,6 +39,7 @@ from powerband.spec.workload.schedule import Schedule
 COMMAND = (sys.executable, "-m", "powerband.bench.client.worker")
 _START_S = 0.1  # from the word to go to the run's start, so that every worker has read it
 _NO_END_S = 1e9
+_STOP_S = 30.0  # for workers to report what is in flight when a load is stopped
 _SILENT_S = 60.0  # that a worker may be, until it counts as stopped
 _DECODER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
@@ -76,8 +78,9 @@ class Live:
         return sum(progress.running for progress in self.workers.values())
 
     @property
-    def chunks(self) -> int:
-        return sum(progress.chunks for progress in self.workers.values())
+    def chunks_in_flight(self) -> int:
+        """Received so far of the requests that have not ended: about a token each."""
+        return sum(progress.chunks_in_flight for progress in self.workers.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,8 @@ async def run_load(
         if options.metrics_url is not None:
             tasks.append(asyncio.create_task(scrape(target, live.start_at, live.server, options.metrics_url)))
         stopped = await _follow(gathering, live, watch, stop)
+        if stopped:
+            await _stop(processes, gathering)
     finally:
         for task in tasks:
             task.cancel()
@@ -272,6 +277,15 @@ async def _follow(
         if left and stop is not None and stop(live):
             return True
     return False
+
+
+async def _stop(processes: Sequence[asyncio.subprocess.Process], gathering: Sequence[asyncio.Task[None]]) -> None:
+    """End the load, and wait for the workers to report the requests in flight."""
+    for process in processes:
+        if process.stdin is not None:
+            with contextlib.suppress(ConnectionError):
+                process.stdin.write(STOP)
+    await asyncio.wait(gathering, timeout=_STOP_S)
 
 
 def _result(live: Live, stopped: bool) -> LoadResult:

@@ -48,7 +48,7 @@ def in_flight_trend(records: Sequence[RequestRecord], window: Window) -> Trend:
 
 
 def _end_s(record: RequestRecord) -> float:
-    if record.outcome is Outcome.TIMED_OUT:
+    if record.outcome in (Outcome.TIMED_OUT, Outcome.ABORTED):  # in flight to the end
         return math.inf
     return record.chunk_times_s[-1] if record.chunk_times_s else record.sent_s
 

@@ -150,7 +150,7 @@ class Searcher:
 
     def _counts(self, rate: float) -> tuple[int, int]:
         at_rate = [trial.summary for trial in self.trials if trial.rate == rate and trial.verdict != "invalid"]
-        return sum(summary.good for summary in at_rate), sum(summary.scheduled for summary in at_rate)
+        return sum(summary.good for summary in at_rate), sum(summary.judged for summary in at_rate)
 
     def _found(self, rate: float) -> CapacityResult:
         surely_met, surely_missed = 0.0, math.inf
@@ -168,10 +168,11 @@ class Searcher:
 
 def missed_slo_time_s(samples: Sequence[Sample], slo: SLO) -> float:
     """The logarithm of the likelihood ratio: how much likelier the outcomes are if twice as many miss as may."""
-    total = len(samples)
+    verdicts = [verdict for s in samples if (verdict := slo_misses(s.record(), slo)) is not None]
+    total = len(verdicts)
     if total < _MIN_TO_GIVE_UP:
         return 0.0
-    bad = sum(bool(slo_misses(sample.record(), slo)) for sample in samples)
+    bad = sum(map(bool, verdicts))
     allowed = max(1 - slo.attainment, 1e-6)
     twice = min(2 * allowed, (1 + allowed) / 2)
     return bad * math.log(twice / allowed) + (total - bad) * math.log((1 - twice) / (1 - allowed))

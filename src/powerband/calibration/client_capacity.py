@@ -27,7 +27,7 @@ from powerband.bench.load import Live, LoadOptions, run_load
 from powerband.errors import EnvironmentFault
 from powerband.files import write_atomically
 from powerband.folders import cache_directory
-from powerband.metrics.record import percentile
+from powerband.metrics.record import Outcome, percentile
 from powerband.mock_server.behavior import Behavior, ServerRecord
 from powerband.mock_server.process import mock_server_process
 from powerband.mock_server.server import body_digest
@@ -151,7 +151,8 @@ async def measure_rate_steps(climb: RateRamp) -> list[RateStep]:
         records = await server.records()
     known = {record.digest: record for record in records}
     digests = request_digests(server.target, result.schedule)
-    pairs = [(s, known[digests[s.index]]) for s in result.samples if digests[s.index] in known]
+    ended = [sample for sample in result.samples if sample.outcome is not Outcome.ABORTED]
+    pairs = [(s, known[digests[s.index]]) for s in ended if digests[s.index] in known]
     ended_s = max((sample.sent_s for sample, _ in pairs), default=0.0) if result.stopped else math.inf
     windows = [((n + 0.5) * climb.level_s, (n + 1) * climb.level_s) for n in range(climb.levels)]
     return [_rate_step(pairs, window, script, started_at, spent) for window in windows if window[1] <= ended_s]

@@ -25,6 +25,7 @@ BACKEND_STATES: tuple[BackendState, ...] = get_args(BackendState)
 _GAP_WEIGHT = 0.02  # of the newest gap in the moving mean
 _PROVEN_S = 10.0
 _FULL = 0.95  # fraction of the KV cache
+_TOGETHER_S = 1.0  # requests that fail within this time of each other were in flight at the same crash
 _LOG_INTERVAL_S = 60.0
 
 
@@ -72,6 +73,7 @@ class InFlightRequest:
         "sent_s",
         "settle",
         "tokens",
+        "was_alone",
     )
     # fmt: on
 
@@ -97,6 +99,7 @@ class InFlightRequest:
         self.is_released = False
         self.is_unconfirmed = False  # released as "unconfirmed": the request itself may be at fault
         self.is_lost = False  # the backend is dead or hung: no more data will come
+        self.was_alone = False  # it failed, and no other request was in flight at its backend
         self.on_lost: Callable[[], None] | None = None
 
     @property
@@ -138,6 +141,7 @@ class Backend:
         self.ejections = 0  # by failed probes
         self.ejected_until_s = 0.0
         self._restarted_s = -math.inf
+        self._failed_s = -math.inf  # when a request last failed
         self._num_bad, self._num_good = 0, 0  # consecutive failed and successful probes
         self._num_accepted = 0  # the most requests in flight when it accepted one …
         self._accepted_s = -math.inf  # … which counts for `_PROVEN_S`
@@ -272,6 +276,17 @@ class Backend:
             proven = self._num_accepted if now_s - self._accepted_s < _PROVEN_S else 0
             self.limit = min(self.limit, max(len(self.in_flight), proven, 1))
         self.backoff.rejected(in_flight, now_s, retry_after_s)
+
+    def request_failed(self, in_flight: InFlightRequest, now_s: float) -> None:
+        self.errors.append("failed")
+        failed_beside = in_flight.sent_s <= self._failed_s and now_s - self._failed_s <= _TOGETHER_S
+        in_flight.was_alone = not (self.in_flight or failed_beside)
+        self._failed_s = now_s
+
+    @property
+    def has_quarantined(self) -> bool:
+        """Whether a request in quarantine runs, and has not shown yet that it gets as far as its next token."""
+        return any(one.request.is_quarantined and not one.has_first_token for one in self.in_flight)
 
     def request_completed(self, in_flight: InFlightRequest, now_s: float) -> None:
         """A request has ended. If the backend does not report its queue length, each one raises `limit` by one."""

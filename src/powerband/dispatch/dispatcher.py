@@ -76,7 +76,8 @@ class Dispatcher:
         """
         pool = pool_for(request, self._pools)
         # A retry goes ahead of new requests.
-        level = pool.queue.level_for(request.tenant, (0 if avoid else 1, request.priority))
+        rank = -1 if request.is_quarantined else 0 if avoid else 1
+        level = pool.queue.level_for(request.tenant, (rank, request.priority))
         sent = None if pool.queue.requests else self._send_at_once(request, avoid, pool, level, now_s)
         return sent or self._enqueue(request, pool, level, frozenset(avoid), now_s)
 
@@ -140,7 +141,7 @@ class Dispatcher:
             if backend.mark_unavailable(now_s, "absent"):
                 self.changed(backend, now_s)
         elif outcome == "failed":
-            backend.errors.append("failed")
+            backend.request_failed(in_flight, now_s)
         # Failed requests are not charged to the tenant's fair share.
         paid = in_flight.prompt_tokens + output_tokens if is_done else 0
         in_flight.settle(paid)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ANONYMOUS = "anonymous"
 
-# Lower is served first: 0 for a retry or 1 for a new request, then its priority.
+# From so many crashes on, a request runs in quarantine: no other one that is in quarantine starts beside it.
+CRASHES_TO_QUARANTINE = 2
+
+# Lower is served first: -1 for a retry in quarantine, 0 for another retry, 1 for a new request; then its priority.
 PriorityLevel = tuple[int, int]
 
 
@@ -23,3 +27,9 @@ class DispatchRequest:
     deadline_s: float | None = None  # by which the first token is wanted
     session: str = ""  # requests of one session share a growing prompt prefix
     prefix_keys: tuple[bytes, ...] = ()  # chained keys of the prompt's blocks, see `prefix`
+    num_crashes: int = 0  # of replicas that crashed or hung while they ran it, and for which it may be the cause
+    crashed_s: float = -math.inf  # the last crash; the next replica must have shown life since then
+
+    @property
+    def is_quarantined(self) -> bool:
+        return self.num_crashes >= CRASHES_TO_QUARANTINE

@@ -188,7 +188,14 @@ def without(avoid: Collection[str], free: list[Backend], serving: list[Backend])
 def open_to(
     request: DispatchRequest, avoid: Collection[str], free: list[Backend], serving: list[Backend], now_s: float
 ) -> list[Backend]:
-    """The free backends, without those to avoid and those that pause the request's tenant."""
-    return [
+    """The free backends, without those to avoid and those that pause the request's tenant.
+
+    After a crash, only those that have shown life since: if several crash for a common reason, such as a power cut, a
+    retry at another one that is dead would look as if the request had crashed that one, too.
+    """
+    among = [
         backend for backend in without(avoid, free, serving) if backend.backoff.allows_tenant(request.tenant, now_s)
     ]
+    if request.num_crashes:
+        among = [backend for backend in among if backend.alive_s > request.crashed_s]
+    return [backend for backend in among if not backend.has_quarantined] if request.is_quarantined else among

@@ -77,7 +77,7 @@ def verify(
     session = BenchSession(experiment, command=("powerband", "deploy"), watch=on_progress)
     found = asyncio.run(_run(session))
     if report is not None:
-        write_report(found, [load.samples for load in session.loads], report)
+        write_report(found, session.loads, report)
     return check_report(plan, found, session.loads[0], str(report or ""))
 
 

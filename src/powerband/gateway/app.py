@@ -24,6 +24,11 @@ from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
 from powerband.web.paths import KnownPathsMiddleware
 
+_ELSEWHERE = dict.fromkeys(
+    ("/admin/config", "/admin/pause", "/admin/resume", "/admin/reset_prefix_cache", "/startupz"),
+    "This is a gateway. Send it to a replica: GET /admin/routes lists their URLs.",
+)
+
 
 def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> ASGIApp:
     generation, admin = GenerationRoutes(gateway, accounts), GatewayAdminRoutes(gateway, accounts)
@@ -55,7 +60,7 @@ def make_app(gateway: Gateway, accounts: Accounts, metrics: GatewayMetrics) -> A
     settings = gateway.settings
     origins = parse_origins(settings.allowed_origins)
     closed = ApiKeyMiddleware(router, accounts, settings.auth, settings.host, origins=origins)
-    known = KnownPathsMiddleware(closed, routes, "docs/api.md")
+    known = KnownPathsMiddleware(closed, routes, "docs/api.md", _ELSEWHERE)
     counted = AnthropicErrorsMiddleware(RequestIdMiddleware(ErrorCounterMiddleware(known, metrics)))
     return allow_pages(counted, origins)
 

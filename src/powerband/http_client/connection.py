@@ -17,6 +17,7 @@ from typing import cast
 
 import httptools
 
+from powerband.http_client.problems import connection_problem
 from powerband.web.authority import split_authority
 
 MAX_HEAD_BYTES = 64 << 10  # of headers; also of trailers and chunk framing, beyond the size of the body
@@ -121,7 +122,12 @@ class HttpResponse:
         if problem is None and self.status and self._ends_with_connection:
             self._complete()
         else:
-            self.fail("reset", f"the connection broke: {problem}" if problem else "the server closed the connection")
+            why = (
+                f"the connection broke: {connection_problem(problem)}"
+                if problem
+                else "the server closed the connection"
+            )
+            self.fail("reset", why)
 
     # Called by the parser.
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import msgspec
 
 from powerband.http_client.connection import CollectedResponse, OutboundConnection, request_head
+from powerband.http_client.problems import connection_problem
 
 MAX_RESPONSE_BYTES = 64 << 20
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")  # in a request line
@@ -63,8 +64,8 @@ async def request(
 ) -> Response:
     """Send one request. json: the body, encoded here; None: no body. tls: for https; None: certificates are verified.
 
-    Raises OSError if there is no valid response, including TimeoutError after `timeout_s` in all, and ValueError for an
-    invalid URL or header.
+    Raises OSError if there is no valid response, with the reason in words, including TimeoutError after `timeout_s` in
+    all, and ValueError for an invalid URL or header.
     """
     parts = split_url(url)
     data = b"" if json is None else msgspec.json.encode(json)
@@ -77,8 +78,8 @@ async def request(
                 parts.port or _PORTS[parts.scheme],
                 ssl=(tls or True) if parts.scheme == "https" else None,
             )
-        except ssl.SSLCertVerificationError as error:  # is a ValueError, too, which callers take for an invalid URL
-            raise ConnectionError(f"its certificate is not trusted: {error.verify_message}") from None
+        except OSError as error:  # of a certificate, it is a ValueError, too, which callers take for an invalid URL
+            raise ConnectionError(connection_problem(error)) from None
         response = CollectedResponse(max_bytes)
         await connection.exchange((head, data), response)
     if response.code:

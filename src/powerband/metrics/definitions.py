@@ -55,7 +55,8 @@ DEFINITIONS = (
     Definition(
         "SLO attainment",
         "requests that succeeded and met every SLO / requests scheduled",
-        "Errors, refusals and time-outs count as misses; 95 % interval by Wilson.",
+        "Errors, refusals and time-outs count as misses. A request that the client abandoned (it left, or the load was "
+        "interrupted) counts only if a limit had passed by then: as a miss. 95 % interval by Wilson.",
         "inference-perf divides by successes only",
     ),
     Definition("goodput", "requests that succeeded and met every SLO / second", ""),

@@ -128,8 +128,14 @@ class Summary:
     goodput: float | None  # requests
     misses: dict[str, int]
     figures: dict[str, Distribution]  # ttft, service_ttft, tpot, itl, stall, e2e, send_lag
-    late: int  # requests that were sent later than most_lag_s
+    late: int  # requests that were sent later than max_lag_s
     max_lag_s: float
+    undecided: int = 0  # aborted by the client before any limit had passed: neither kept nor missed the SLO
+
+    @property
+    def judged(self) -> int:
+        """Requests that attainment is a share of."""
+        return self.scheduled - self.undecided
 
     @property
     def client_fault(self) -> str:
@@ -153,7 +159,8 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
     """Figures of the requests scheduled in `window`. Every scheduled request needs a record, whatever became of it."""
     counted = [record for record in records if record.scheduled_s in window]
     answered = [record for record in counted if record.outcome is Outcome.OK]
-    verdicts = [slo_misses(record, slo) for record in counted] if slo is not None else []
+    all_verdicts = [slo_misses(record, slo) for record in counted] if slo is not None else []
+    verdicts = [verdict for verdict in all_verdicts if verdict is not None]
     good = sum(not verdict for verdict in verdicts)
     seconds = window.seconds if window.seconds > 0 else math.inf
     prompt_tokens = sum(record.prompt_tokens for record in answered)
@@ -172,13 +179,14 @@ def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None 
         cached_share=cached / prompt_tokens if prompt_tokens else 0.0,
         slo=slo,
         good=good,
-        attainment=good / len(counted) if slo is not None and counted else None,
-        attainment_interval=wilson(good, len(counted)) if slo is not None else None,
+        attainment=good / len(verdicts) if verdicts else None,
+        attainment_interval=wilson(good, len(verdicts)) if slo is not None else None,
         goodput=good / seconds if slo is not None else None,
         misses=dict(Counter(reason for verdict in verdicts for reason in verdict)),
         figures=figures,
         late=sum(record.send_lag_s > max_lag_s for record in _sent(counted)),
         max_lag_s=max_lag_s,
+        undecided=len(all_verdicts) - len(verdicts),
     )
 
 

@@ -40,6 +40,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    ended_s: float | None = None  # when an aborted request was abandoned; None: at its last chunk
 
     @property
     def send_lag_s(self) -> float:

@@ -23,7 +23,7 @@ OUTCOMES = {
     Outcome.ERROR.value: "failed",
     Outcome.REFUSED.value: "refused",
     Outcome.TIMED_OUT.value: "timed out",
-    Outcome.ABORTED.value: "aborted",
+    Outcome.ABORTED.value: "in flight when the load was stopped",
 }
 
 

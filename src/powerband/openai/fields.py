@@ -9,6 +9,13 @@ from msgspec import Raw
 
 from powerband.openai.chunks import INVALID_JSON
 
+# Fields that hold the prompt, and the paths that take them.
+PROMPT_PATHS = {
+    "messages": "/v1/chat/completions",
+    "prompt": "/v1/completions",
+    "input": "/v1/responses or /v1/embeddings",
+}
+
 
 class StreamOptionFields(msgspec.Struct):
     include_usage: bool | None = None

@@ -83,6 +83,30 @@ const Drawing = (() => {
     return axis(c, { type: isLog ? "log" : "value", axisLabel: { color: c.muted, fontSize: 11, hideOverlap: true, formatter: tick }, ...more });
   }
 
+  // Of a logarithmic axis: 1, 2, 5, 10 …; of a long one, powers of ten.
+  function ticksBetween(from, to) {
+    const found = [];
+    const steps = to / from > 3000 ? [1] : [1, 2, 5];
+    for (let power = Math.floor(Math.log10(from)); power <= Math.ceil(Math.log10(to)); power++) {
+      found.push(...steps.map((step) => Number(`${step}e${power}`)).filter((value) => value >= from * 0.999999 && value <= to * 1.000001));
+    }
+    return found;
+  }
+
+  // A logarithmic axis of what these values span, from a round number to a round number; more: as of `axis`.
+  function logAxis(c, values, shown, more = {}) {
+    const positive = values.filter((value) => value > 0);
+    const least = positive.length ? Math.min(...positive) : 1, most = positive.length ? Math.max(...positive) : 10;
+    const round = [1, 2, 5].flatMap((step) => [Math.floor(Math.log10(least)), Math.ceil(Math.log10(least)), Math.floor(Math.log10(most)), Math.ceil(Math.log10(most))].map((power) => Number(`${step}e${power}`))).sort((a, b) => a - b);
+    const min = round.filter((value) => value <= least * 1.000001).pop() ?? least;
+    const max = round.find((value) => value >= most && value > min) ?? most;
+    const ticks = ticksBetween(min, max);
+    return axis(c, {
+      type: "log", min, max, axisTick: { show: false, customValues: ticks }, minorTick: { show: false },
+      axisLabel: { color: c.muted, fontSize: 11, hideOverlap: true, formatter: shown, customValues: ticks }, ...more,
+    });
+  }
+
   // Text from anywhere becomes text, never markup.
   function node(tag, children = [], className = "") {
     const made = document.createElement(tag);
@@ -112,5 +136,5 @@ const Drawing = (() => {
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   window.matchMedia("print").addEventListener("change", redraw);
 
-  return { draw, redraw, forget, base, axis, timeAxis, limitLine, time, digits, tick, node, row, fillFacts };
+  return { draw, redraw, forget, base, axis, timeAxis, ticksBetween, logAxis, limitLine, time, digits, tick, node, row, fillFacts };
 })();

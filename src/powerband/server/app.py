@@ -94,6 +94,15 @@ def operations(replica: ServerState) -> list[Operation]:
     ]
 
 
+_ELSEWHERE = dict.fromkeys(
+    (
+        *("/admin/keys", "/admin/usage", "/admin/audit", "/admin/routes", "/admin/records", "/admin/feedback"),
+        *("/admin/content", "/v1/feedback", "/metrics/targets", "/metrics/replicas"),
+    ),
+    "This is a replica. Keys, limits, usage and routes are managed at a gateway (powerband gateway).",
+)
+
+
 def make_app(replica: ServerState) -> ASGIApp:
     """The whole application. Raises UsageError when it would be open to the network unasked."""
     key = server_key(replica.settings)
@@ -109,4 +118,4 @@ def make_app(replica: ServerState) -> ASGIApp:
     settings = replica.settings
     origins = parse_origins(settings.allowed_origins)
     closed = BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure, origins=origins)
-    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json")), origins)
+    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json", _ELSEWHERE)), origins)

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 from powerband.errors import InvalidRequest
+from powerband.openai.fields import PROMPT_PATHS
 from powerband.server.protocol import (
     ALWAYS_ASKS,
     IGNORED,
@@ -139,6 +140,8 @@ class Amendment:
             elif name in ignored or name not in known:
                 if value is not None:
                     if name not in ignored and not self._ignores_unknown:
+                        if not path and name in PROMPT_PATHS:
+                            raise unknown_field(name, "", (), f"It is for {PROMPT_PATHS[name]}.")
                         raise unknown_field(name, _joined(path), known, _HINT)
                     if len(self._ignored) < _MAX_IGNORED:
                         self._ignored[place + name] = None

@@ -16,9 +16,15 @@ from powerband.web.errors import HttpError, error_response
 
 logger = logging.getLogger(__name__)
 _LABEL_CHARS = 128
+_MORE_HEADERS = "more_headers"
 _IGNORED_STATE = "ignored_fields"
 _IGNORED_HEADER = b"x-ignored-fields"
 _MAX_IGNORED_CHARS = 1000  # of the header
+
+
+def add_headers(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Send these headers with the response, whichever it will be."""
+    scope["state"].setdefault(_MORE_HEADERS, []).extend(headers)
 
 
 def note_ignored_fields(scope: Scope, names: Iterable[str]) -> None:
@@ -59,7 +65,8 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                more = scope["state"].get(_MORE_HEADERS, ())
+                headers = [*message.get("headers", ()), *more, (b"x-request-id", request_id.encode())]
                 if ignored := scope["state"].get(_IGNORED_STATE):
                     headers.append((_IGNORED_HEADER, ignored))
                 message["headers"] = headers

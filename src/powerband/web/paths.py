@@ -6,7 +6,8 @@ Asked for a key, the user of a wrong base URL would look for the fault in the ke
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -47,9 +48,16 @@ _OTHER_APIS = {
 class KnownPathsMiddleware:
     """Raises HttpError 404 for a path that no route has. The router decides about all others."""
 
-    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute], listed_in: str) -> None:
-        """listed_in: the page that lists the paths."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Iterable[BaseRoute],
+        listed_in: str,
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """listed_in: the page that lists the paths. elsewhere: paths of the other kind of server, each with a hint."""
         self._app = app
+        self._elsewhere = elsewhere
         self._listed_in = listed_in
         paths = [route.path for route in routes if isinstance(route, Route)]
         self._paths = frozenset(path for path in paths if "{" not in path)
@@ -75,6 +83,9 @@ class KnownPathsMiddleware:
             return f"Did you mean '{plain}'?"
         if self._knows(f"/v1{plain}"):
             return f"Did you mean '/v1{plain}'? {_BASE_URL}"
+        for path, hint in self._elsewhere.items():
+            if plain == path or plain.startswith(f"{path}/"):
+                return hint
         for prefix in _PREFIXES:
             bare = plain.removeprefix(prefix)
             for meant in (f"/v1{bare}", bare):

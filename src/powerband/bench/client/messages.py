@@ -71,6 +71,10 @@ class StartSignal(msgspec.Struct, frozen=True):
     start_at: float
 
 
+IN_FLIGHT = "in flight when the load was stopped"  # the error of an aborted request
+STOP = b"s"  # after the StartSignal: end the load now; requests in flight are reported as aborted
+
+
 # Errors that are this client's own limits, not the server's failures: they make a load INVALID.
 FILE_LIMIT = "the client may open no more files: raise 'ulimit -n', or load with fewer connections or more --workers"
 PORT_LIMIT = "the client has no local port left: load with fewer connections, or widen net.ipv4.ip_local_port_range"
@@ -96,6 +100,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_tokens: int = 0
     cached_tokens: int = 0
     counted_by: Literal["usage", "chunks"] = "usage"  # who said how many output tokens there were
+    ended_s: float | None = None  # when an aborted request was abandoned
 
     def record(self) -> RequestRecord:
         return RequestRecord(
@@ -107,6 +112,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             cached_tokens=self.cached_tokens,
+            ended_s=self.ended_s,
         )
 
 
@@ -121,11 +127,12 @@ class WorkerProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     running: int
     samples: tuple[Sample, ...] = ()
     chunks: int = 0  # received so far, with or without tokens
+    chunks_in_flight: int = 0  # of these, of requests that have not ended
     cpu_s: float = 0.0  # this process has used
 
 
 class WorkerDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The last message. unsent: requests of its share that were not due before the end."""
+    """The last message. unsent: requests of its share that were not due before the end, or before the stop."""
 
     progress: WorkerProgress
     unsent: int

@@ -60,9 +60,12 @@ async def find_server(target: ServerAddress, wait_s: float = 0.0) -> tuple[Serve
                 break
         except (OSError, TimeoutError) as problem:
             if time.monotonic() >= deadline_s:
+                hint = "Start one ('powerband serve demo'), or give the address of one that runs."
+                if "certificate" in str(problem):
+                    hint = "Name its CA's certificate in SSL_CERT_FILE, or skip the check with --insecure."
                 raise EnvironmentFault(
                     f"No server answers at {target.base}: {problem or 'it is silent'}.",
-                    hint="Start one ('powerband serve demo'), or give the address of one that runs.",
+                    hint=hint,
                     code="no_server",
                 ) from None
         await asyncio.sleep(0.5)

@@ -18,12 +18,15 @@ import os
 import resource
 import sys
 import time
+from dataclasses import dataclass
 
 import msgspec
 
 from powerband.bench.client.messages import (
     FILE_LIMIT,
+    IN_FLIGHT,
     PORT_LIMIT,
+    STOP,
     ChainMessage,
     FromWorker,
     RequestMessage,
@@ -39,6 +42,7 @@ from powerband.bench.client.precise_timer import PreciseTimer
 from powerband.bench.client.prompts import ConversationPrompts, PromptMaker, request_bytes
 from powerband.bench.client.responses import MAX_RESPONSE_BYTES, ParsedResponse, parse_response
 from powerband.http_client.connection import CollectedResponse, ConnectionPool
+from powerband.http_client.problems import connection_problem
 from powerband.metrics.record import Outcome
 
 _MAX_SAMPLES = 500  # in one message
@@ -46,8 +50,19 @@ REFUSED = (429, 503)
 _CLIENT_LIMITS = {errno.EMFILE: FILE_LIMIT, errno.ENFILE: FILE_LIMIT, errno.EADDRNOTAVAIL: PORT_LIMIT}
 
 
+@dataclass(slots=True)
+class _OpenRequest:
+    """A request that was sent and has not ended."""
+
+    planned: RequestMessage
+    chain: int
+    due_s: float
+    sent_s: float
+    response: CollectedResponse | None = None
+
+
 class LoadWorker:
-    """Runs one Job. Call `run` once."""
+    """Runs one Job. Call `run` once; `stop` ends it early."""
 
     def __init__(self, job: WorkerJob, start_at: float) -> None:
         self._job, self._start_at = job, start_at
@@ -56,29 +71,20 @@ class LoadWorker:
         self._connections = ConnectionPool(job.target.base, insecure=job.target.insecure)
         self._maker = PromptMaker(job.target.words_per_token, job.target.salt)
         self._samples: list[Sample] = []
-        self._open: dict[int, tuple[RequestMessage, int, float, float]] = {}  # by index: as sent, for what never ends
+        self._open: dict[int, _OpenRequest] = {}  # by index
+        self._tasks: set[asyncio.Task[None]] = set()
         self._defect: BaseException | None = None
-        self._sent = self._running = self._chunks = self._unsent = 0
+        self._sent = self._running = self._chunks = self._unsent = self._ended = 0
+        self._stopped_s: float | None = None
 
     async def run(self, send: MessageWriter) -> None:
         """Until every request is answered, has failed, or is given up on."""
-        job = self._job
         reporting = asyncio.create_task(self._report(send))
-        tasks: set[asyncio.Task[None]] = set()
-        # Started one after the other as they are due, so that the loop is not full of sleepers.
-        for position, chain in enumerate(job.chains):
-            talk = ConversationPrompts(job.target, self._maker)
-            ready = request_bytes(job.target, talk.body(chain.requests[0]))
-            if chain.start_s > job.end_s:
-                self._unsent += sum(len(late.requests) for late in job.chains[position:])
-                break
-            await self._until(chain.start_s)
-            task = asyncio.create_task(self._run_chain(chain, talk, ready))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            task.add_done_callback(self._record_defect)
-            await asyncio.sleep(0)  # it is sent before the next is made ready
-        await self._drain(tasks)
+        self._sending = asyncio.create_task(self._send_chains())
+        await asyncio.wait({self._sending})
+        if not self._sending.cancelled():
+            self._sending.result()
+        await self._drain()
         reporting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await reporting
@@ -88,17 +94,48 @@ class LoadWorker:
             await send(self._progress())
         await send(WorkerDone(progress=self._progress(), unsent=self._unsent))
 
-    async def _drain(self, tasks: set[asyncio.Task[None]]) -> None:
+    def stop(self) -> None:
+        """Send nothing more, and report what is in flight as aborted."""
+        self._stopped_s = self._now_s()
+        self._sending.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    async def _send_chains(self) -> None:
+        """Start them one after the other as they are due, so that the loop is not full of sleepers."""
+        job = self._job
+        for position, chain in enumerate(job.chains):
+            talk = ConversationPrompts(job.target, self._maker)
+            ready = request_bytes(job.target, talk.body(chain.requests[0]))
+            if chain.start_s > job.end_s:
+                self._unsent += sum(len(late.requests) for late in job.chains[position:])
+                break
+            await self._until(chain.start_s)
+            task = asyncio.create_task(self._run_chain(chain, talk, ready))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._record_defect)
+            await asyncio.sleep(0)  # it is sent before the next is made ready
+
+    async def _drain(self) -> None:
         left_s = self._job.end_s + self._job.drain_s - self._now_s()
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=max(left_s, 0.0))
+        if self._tasks:
+            _, late = await asyncio.wait(set(self._tasks), timeout=max(left_s, 0.0))
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         if self._defect is not None:
             raise self._defect
-        for planned, chain, due_s, sent_s in list(self._open.values()):
-            self._keep(planned, chain, due_s, sent_s, None, Outcome.TIMED_OUT, "not answered when the run ended")
+        for unended in list(self._open.values()):
+            if self._stopped_s is None:
+                self._keep(unended, None, Outcome.TIMED_OUT, "not answered when the run ended")
+            else:
+                answer = unended.response
+                reading = parse_response(answer) if answer is not None and answer.status == 200 else None
+                self._keep(unended, reading, Outcome.ABORTED, IN_FLIGHT)
+                await asyncio.sleep(0)  # there may be thousands: progress is reported meanwhile
+        if self._stopped_s is not None:
+            self._unsent = sum(len(chain.requests) for chain in self._job.chains) - self._ended
 
     def _record_defect(self, task: asyncio.Task[None]) -> None:
         """What no request can cause is an error in here, and ends the run: without its chain the figures would lie."""
@@ -130,60 +167,52 @@ class LoadWorker:
         self, planned: RequestMessage, chain: int, due_s: float, ready: bytes
     ) -> ParsedResponse | None:
         """Send it and wait for the answer. None: there was none."""
-        sent_s = self._now_s()
-        self._open[planned.index] = planned, chain, due_s, sent_s
+        self._open[planned.index] = request = _OpenRequest(planned, chain, due_s, self._now_s())
         self._sent += 1
         self._running += 1
         try:
             async with asyncio.timeout_at(self._start_at + due_s + self._job.timeout_s):
-                answer = await self._exchange(ready)
+                answer = await self._exchange(ready, request)
             reading = parse_response(answer)
             self._chunks += len(answer.pieces)
             outcome = Outcome.OK
             if reading.problem:
                 outcome = Outcome.REFUSED if answer.status in REFUSED else Outcome.ERROR
-            self._keep(planned, chain, due_s, sent_s, reading, outcome, reading.problem, answer.status)
+            self._keep(request, reading, outcome, reading.problem, answer.status)
             return reading
         except TimeoutError:
-            problem = f"not answered within {self._job.timeout_s:g} s"
-            self._keep(planned, chain, due_s, sent_s, None, Outcome.TIMED_OUT, problem)
+            self._keep(request, None, Outcome.TIMED_OUT, f"not answered within {self._job.timeout_s:g} s")
         except OSError as problem:
-            error = _CLIENT_LIMITS.get(problem.errno or 0, f"no connection: {problem}")
-            self._keep(planned, chain, due_s, sent_s, None, Outcome.ERROR, error)
+            error = _CLIENT_LIMITS.get(problem.errno or 0, f"no connection: {connection_problem(problem)}")
+            self._keep(request, None, Outcome.ERROR, error)
         finally:
             self._running -= 1
         return None
 
-    async def _exchange(self, ready: bytes) -> CollectedResponse:
+    async def _exchange(self, ready: bytes, request: _OpenRequest) -> CollectedResponse:
         """A kept connection may be closed just then: what got no answer at all is sent once more on a new one."""
         while True:
             connection, was_used = await self._connections.take()
-            response = CollectedResponse(MAX_RESPONSE_BYTES)
+            request.response = response = CollectedResponse(MAX_RESPONSE_BYTES)
             await connection.exchange((ready,), response)
             if response.code and was_used and not response.received_s:
                 continue
             return response
 
     def _keep(
-        self,
-        planned: RequestMessage,
-        chain: int,
-        due_s: float,
-        sent_s: float,
-        reading: ParsedResponse | None,
-        outcome: Outcome,
-        error: str,
-        status: int = 0,
+        self, request: _OpenRequest, reading: ParsedResponse | None, outcome: Outcome, error: str, status: int = 0
     ) -> None:
+        planned = request.planned
         self._open.pop(planned.index, None)
+        self._ended += 1
         reading = reading or ParsedResponse()
         self._samples.append(
             Sample(
                 index=planned.index,
-                chain=chain,
+                chain=request.chain,
                 turn=planned.turn,
-                scheduled_s=due_s,
-                sent_s=sent_s,
+                scheduled_s=request.due_s,
+                sent_s=request.sent_s,
                 chunk_times_s=tuple(time_s - self._start_at for time_s in reading.times_s),
                 chunk_tokens=tuple(reading.tokens),
                 outcome=outcome,
@@ -195,6 +224,7 @@ class LoadWorker:
                 output_tokens=reading.output_tokens,
                 cached_tokens=reading.cached_tokens,
                 counted_by="usage" if reading.counted_by_usage else "chunks",
+                ended_s=self._stopped_s if outcome is Outcome.ABORTED else None,
             )
         )
 
@@ -205,11 +235,13 @@ class LoadWorker:
 
     def _progress(self) -> WorkerProgress:
         samples, self._samples = self._samples[:_MAX_SAMPLES], self._samples[_MAX_SAMPLES:]
+        in_flight = sum(len(one.response.pieces) for one in self._open.values() if one.response is not None)
         return WorkerProgress(
             sent=self._sent,
             running=self._running,
             samples=tuple(samples),
-            chunks=self._chunks,
+            chunks=self._chunks + in_flight,
+            chunks_in_flight=in_flight,
             cpu_s=_cpu_s() - self._idle_cpu_s,
         )
 
@@ -261,9 +293,13 @@ async def _main() -> None:
     await send(WorkerReady())
     go = msgspec.msgpack.decode(await read_message(reader), type=StartSignal)
     try:
-        work = asyncio.create_task(LoadWorker(job, go.start_at).run(send))
-        gone = asyncio.create_task(reader.read(1))  # the coordinator never says more: this is its end
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        worker = LoadWorker(job, go.start_at)
+        work = asyncio.create_task(worker.run(send))
+        last = asyncio.create_task(reader.read(1))  # STOP, or nothing: the coordinator is gone
+        await asyncio.wait({work, last}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done() and last.result() == STOP:
+            worker.stop()
+            await work
         if work.done():
             work.result()
     except Exception as problem:

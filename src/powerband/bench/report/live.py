@@ -1,6 +1,7 @@
 """How a load is going, on stderr: in a terminal a few lines that renew themselves, elsewhere a plain line now and then.
 
-A request is known when it ends: figures of the last seconds are of the requests that ended in them.
+Latencies are known when a request ends: those of the last seconds are of the requests that ended in them. Tokens count
+as they arrive: the chunks of requests in flight as one token each, until their usage is known.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ PLAIN_EVERY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RecentLoad:
-    """Of the requests that ended in the last RECENT_S; None: there were none."""
+    """Latencies of the requests that ended in the last RECENT_S; None: there were none."""
 
-    output_tokens_per_s: float
+    output_tokens_per_s: float  # that arrived in the last RECENT_S
     ttft_p50_s: float | None
     ttft_p99_s: float | None
     tpot_p50_s: float | None
@@ -44,7 +45,6 @@ class _CompletedRequest:
     """What is kept of a request for RECENT_S."""
 
     seen_s: float
-    output_tokens: int
     ttft_s: float | None
     tpot_s: float | None
     send_lag_s: float
@@ -101,7 +101,7 @@ class LiveView:
 
     def line(self, live: Live) -> str:
         """All of it in one line."""
-        recent = self._recent(live)
+        recent = self._recent()
         parts = [
             *([plain(self.label)] if self.label else []),
             _time_text(live),
@@ -109,7 +109,7 @@ class LiveView:
             f"{live.running:,} in flight",
             f"{self._ok:,} ok",
             f"{self._failed:,} failed",
-            f"{digits(recent.output_tokens_per_s)} tokens/s",
+            f"{self._token_counts[-1][1]:,} tokens ({digits(recent.output_tokens_per_s)}/s)",
             f"TTFT {time_text(recent.ttft_p50_s)} (p99 {time_text(recent.ttft_p99_s)})",
             f"TPOT {time_text(recent.tpot_p50_s)}",
             *([f"SLO kept {share_text(self._attainment())}"] if self._slo is not None else []),
@@ -118,29 +118,37 @@ class LiveView:
         return " · ".join(parts)
 
     def _begin(self) -> None:
-        self._taken = self._ok = self._failed = self._good = 0
+        self._taken = self._ok = self._failed = self._good = self._tokens = 0
         self._recently: deque[_CompletedRequest] = deque()
+        self._token_counts: deque[tuple[float, int]] = deque([(0.0, 0)])  # (time, tokens so far)
 
     def _take(self, live: Live) -> None:
         """The samples that are new."""
         now_s = live.elapsed_s
         for sample in live.samples[self._taken :]:
+            self._tokens += sample.output_tokens
+            if sample.outcome is Outcome.ABORTED:
+                continue
             record, is_ok = sample.record(), sample.outcome is Outcome.OK
             self._ok += is_ok
             self._failed += not is_ok
             self._good += self._slo is not None and not slo_misses(record, self._slo)
             times = (record.ttft_s, record.tpot_s) if is_ok else (None, None)
-            self._recently.append(_CompletedRequest(now_s, record.output_tokens, *times, record.send_lag_s))
+            self._recently.append(_CompletedRequest(now_s, *times, record.send_lag_s))
         self._taken = len(live.samples)
         while self._recently and self._recently[0].seen_s < now_s - RECENT_S:
             self._recently.popleft()
+        self._token_counts.append((now_s, self._tokens + live.chunks_in_flight))
+        while len(self._token_counts) > 2 and self._token_counts[1][0] <= now_s - RECENT_S:
+            self._token_counts.popleft()
 
-    def _recent(self, live: Live) -> RecentLoad:
+    def _recent(self) -> RecentLoad:
         ended = self._recently
+        (then_s, then_tokens), (now_s, now_tokens) = self._token_counts[0], self._token_counts[-1]
         first_tokens = [one.ttft_s for one in ended if one.ttft_s is not None]
         per_token = [one.tpot_s for one in ended if one.tpot_s is not None]
         return RecentLoad(
-            sum(one.output_tokens for one in ended) / min(max(live.elapsed_s, 1.0), RECENT_S),
+            max(now_tokens - then_tokens, 0) / max(now_s - then_s, 1.0),
             percentile(first_tokens, 50) if first_tokens else None,
             percentile(first_tokens, 99) if first_tokens else None,
             percentile(per_token, 50) if per_token else None,
@@ -152,7 +160,7 @@ class LiveView:
         return self._good / ended if ended else None
 
     def _drawn(self, live: Live) -> Group:
-        recent = self._recent(live)
+        recent = self._recent()
         total, done = _progress(live, self._taken)
         head = Table.grid(padding=(0, 2))
         label = [Text(plain(self.label), style="bold", no_wrap=True, overflow="ellipsis")] if self.label else []

@@ -1,7 +1,8 @@
 """What report.html shows, as plain values: texts as the table has them, and curves thinned until a page can hold them.
 
     page_data ─► {subject, headline, facts, slo, grid, definitions, points: [
-                   {label, offered, verdict, sentence, tiles, rows, facts, errors, misses: texts and numbers
+                   {label, offered, verdict, sentence, tiles, rows, facts, failures, misses: texts and numbers
+                    lengths: of prompts and outputs, see `length_distributions`
                     quantiles: figure → values at `grid`      timeline: bins      scatter: first tokens over time
                     server: its own series                    slowest: requests, chunk by chunk}]}
 
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
 from powerband.bench.client.messages import Sample
-from powerband.bench.report.results import Point, RunReport
+from powerband.bench.load import LoadResult
+from powerband.bench.report.lengths import length_distributions
+from powerband.bench.report.results import Point, RunReport, failure_kind
 from powerband.bench.report.table import (
     client_text,
     latency_rows,
@@ -30,7 +34,16 @@ from powerband.bench.report.table import (
 )
 from powerband.metrics.definitions import DEFINITIONS, PERCENTILES, PREAMBLE
 from powerband.metrics.record import Outcome, percentile
-from powerband.metrics.shown import FIGURES, OUTCOMES, digits, plain, share_interval_text, share_text, time_text
+from powerband.metrics.shown import (
+    FIGURES,
+    OUTCOMES,
+    count_text,
+    digits,
+    plain,
+    share_interval_text,
+    share_text,
+    time_text,
+)
 from powerband.metrics.slo import slo_misses
 from powerband.spec.slo import SLO
 
@@ -45,8 +58,8 @@ GRID = (*(q / 2 for q in range(198)), *(99 + q / 20 for q in range(20)), 100.0)
 _BIN_WIDTHS_S = [base * 10.0**power for power in range(-1, 6) for base in (1, 2, 5)]
 
 
-def page_data(report: RunReport, samples_by_point: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """samples_by_point: of the report's points, in their order."""
+def page_data(report: RunReport, loads: Sequence[LoadResult]) -> dict[str, Any]:
+    """loads: of the report's points, in their order."""
     share = MAX_SCATTER_POINTS // max(len(report.points), 1)
     slo = report.slo
     return {
@@ -57,7 +70,7 @@ def page_data(report: RunReport, samples_by_point: Sequence[Sequence[Sample]]) -
         "slo": {"limits": slo.limits, "attainment": slo.attainment} if slo is not None else None,
         "grid": GRID,
         "names": FIGURES,
-        "points": [_point(*point, share) for point in zip(report.points, samples_by_point, strict=True)],
+        "points": [_point(*point, share) for point in zip(report.points, loads, strict=True)],
         "definitions": {
             "before": PREAMBLE,
             "after": PERCENTILES,
@@ -97,8 +110,8 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
     ]
 
 
-def _point(point: Point, samples: Sequence[Sample], max_scatter: int) -> dict[str, Any]:
-    summary = point.summary
+def _point(point: Point, load: LoadResult, max_scatter: int) -> dict[str, Any]:
+    summary, samples = point.summary, load.samples
     answered = [sample for sample in samples if sample.outcome is Outcome.OK and sample.scheduled_s in summary.window]
     names = FIGURES | OUTCOMES
     return {
@@ -106,7 +119,7 @@ def _point(point: Point, samples: Sequence[Sample], max_scatter: int) -> dict[st
         "offered": {"kind": point.offered.kind, "value": point.offered.value, "text": str(point.offered)},
         "verdict": point.verdict,
         "sentence": verdict_text(point),
-        "tiles": _tiles(point),
+        "tiles": _tiles(point, samples),
         "load_row": load_row(point),
         "rows": latency_rows(point),
         "facts": [
@@ -116,7 +129,8 @@ def _point(point: Point, samples: Sequence[Sample], max_scatter: int) -> dict[st
             ("Server's own view", server_text(point) or "not reported"),
         ],
         "misses": [(names[name], count) for name, count in sorted(summary.misses.items(), key=lambda item: -item[1])],
-        "errors": [(one.count, OUTCOMES[one.outcome], one.status, plain(one.message)) for one in point.errors],
+        "failures": _failures(point, samples),
+        "lengths": length_distributions(load),
         "attainment": summary.attainment,
         "attainment_interval": summary.attainment_interval,
         "goodput": summary.goodput,
@@ -131,7 +145,7 @@ def _point(point: Point, samples: Sequence[Sample], max_scatter: int) -> dict[st
     }
 
 
-def _tiles(point: Point) -> list[tuple[str, str, str]]:
+def _tiles(point: Point, samples: Sequence[Sample]) -> list[tuple[str, str, str]]:
     """(what, how much, a note) for the top of the page."""
     summary = point.summary
     tiles = []
@@ -147,8 +161,43 @@ def _tiles(point: Point) -> list[tuple[str, str, str]]:
             p99 = figure.percentiles[99.0]
             note = f"p99 {time_text(p99)}" if p99 is not None else f"{time_text(figure.maximum)} at most"
             tiles.append((f"{FIGURES[name]}, median", time_text(figure.percentiles[50.0]), note))
+    of_all = f"of {count_text(summary.scheduled, 'request')}"
+    in_flight = summary.outcomes.get(Outcome.ABORTED.value, 0)
+    failed = summary.scheduled - in_flight - summary.outcomes.get(Outcome.OK.value, 0)
+    tiles += [("Failed", f"{failed:,}", of_all)] if failed else []
+    tiles += [("In flight when stopped", f"{in_flight:,}", of_all)] if in_flight else []
     prompts = f"{digits(summary.prompt_tokens_per_s)} of prompts"
-    return [*tiles, ("Output tokens/s", digits(summary.output_tokens_per_s), prompts)]
+    return [*tiles, ("Output tokens/s", digits(summary.output_tokens_per_s), prompts), _failed_tile(samples)]
+
+
+def _failed_tile(samples: Sequence[Sample]) -> tuple[str, str, str]:
+    """Of the whole run, by kind."""
+    kinds = Counter(sample.outcome.value for sample in samples if sample.outcome is not Outcome.OK)
+    by_kind = ", ".join(f"{count:,} {OUTCOMES[kind]}" for kind, count in kinds.most_common())
+    return "Failed", f"{kinds.total():,}", f"{by_kind or 'none'}, of {len(samples):,} requests"
+
+
+def _failures(point: Point, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Of the whole run, by kind: what the client saw of it, how many had begun to be answered, and when it happened."""
+    members: dict[object, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.outcome is not Outcome.OK:
+            members[failure_kind(sample.outcome.value, sample.status, sample.error)].append(sample)
+    found = []
+    for group in point.errors:
+        alike = members[failure_kind(group.outcome, group.status, group.message)]
+        arrivals_s = [sample.scheduled_s for sample in alike]
+        found.append(
+            {
+                "kind": OUTCOMES[group.outcome],
+                "count": group.count,
+                "status": group.status,
+                "message": plain(group.message),
+                "begun": sum(bool(sample.chunk_times_s) for sample in alike),
+                "scheduled_s": [round(min(arrivals_s), 3), round(max(arrivals_s), 3)],
+            }
+        )
+    return found
 
 
 def _quantiles(point: Point, answered: Sequence[Sample]) -> dict[str, list[float | None]]:
@@ -209,6 +258,8 @@ def _scatter(samples: Sequence[Sample], slo: SLO | None, max_points: int) -> dic
     failed: list[float] = []
     for sample in samples:
         record = sample.record()
+        if sample.outcome is Outcome.ABORTED:
+            continue
         if sample.outcome is not Outcome.OK or record.ttft_s is None:
             failed.append(round(sample.scheduled_s, 3))
             continue
@@ -245,7 +296,7 @@ def _slowest(answered: Sequence[Sample], slo: SLO | None) -> list[dict[str, Any]
             "prompt_tokens": sample.prompt_tokens,
             "cached_tokens": sample.cached_tokens,
             "output_tokens": sample.output_tokens,
-            "missed": [FIGURES[name] for name in slo_misses(sample.record(), slo)] if slo is not None else [],
+            "missed": [FIGURES[name] for name in slo_misses(sample.record(), slo) or ()] if slo is not None else [],
         }
         for sample in done[:SLOWEST]
     ]

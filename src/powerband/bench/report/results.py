@@ -22,6 +22,7 @@ from powerband.bench.load import LoadResult, steady_window
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.metrics.figures import Summary, summarize
 from powerband.metrics.record import Outcome
+from powerband.metrics.shown import count_text
 from powerband.metrics.statistics import Interval
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.slo import SLO
@@ -116,7 +117,8 @@ class Point:
     saturated: bool  # the queue grew until the end
     stopped: bool  # early, by decision
     cut: LengthCut | None = None  # requests that were cut to fit the context; None: none
-    interrupted: bool = False  # by the user: requests that were running then are left out
+    interrupted: bool = False  # by the user
+    in_flight: int = 0  # when the load was stopped early: these requests have no final latencies
 
     @property
     def verdict(self) -> Verdict:
@@ -193,7 +195,9 @@ class RunReport:
     def headline(self) -> str:
         """What a search found, or that the run is not complete; '' for other runs."""
         if self.interrupted:
-            return "Interrupted: this is what was measured until then."
+            in_flight = sum(point.in_flight for point in self.points)
+            left = f" {count_text(in_flight, 'request')} had not ended." if in_flight else ""
+            return f"Interrupted: this is what was measured until then.{left}"
         if self.found is None:
             return ""
         if not self.found.requests_per_s:
@@ -239,6 +243,7 @@ def build_point(
         stopped=result.stopped,
         cut=result.schedule.cut,
         interrupted=result.interrupted,
+        in_flight=sum(sample.outcome is Outcome.ABORTED for sample in result.samples),
     )
 
 
@@ -247,12 +252,17 @@ def error_groups(samples: Sequence[Sample]) -> tuple[ErrorGroup, ...]:
     counts: Counter[tuple[str, int, str]] = Counter()
     examples: dict[tuple[str, int, str], str] = {}
     for sample in samples:
-        if sample.outcome is not Outcome.OK:
-            key = sample.outcome.value, sample.status, re.sub(r"\d+", "#", sample.error)
+        if sample.outcome not in (Outcome.OK, Outcome.ABORTED):
+            key = failure_kind(sample.outcome.value, sample.status, sample.error)
             counts[key] += 1
             examples.setdefault(key, sample.error)
     common = counts.most_common(MAX_ERROR_GROUPS)
     return tuple(ErrorGroup(key[0], key[1], examples[key], count) for key, count in common)
+
+
+def failure_kind(outcome: str, status: int, message: str) -> tuple[str, int, str]:
+    """What failures that are alike have in common: the message without its numbers."""
+    return outcome, status, re.sub(r"\d+", "#", message)
 
 
 def without_secrets(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -295,7 +305,11 @@ def _client(result: LoadResult, summary: Summary, ceiling_chunks_per_s: float | 
     for limit, count in limited.most_common(1):
         fault = f"{count} of {len(result.samples)} requests were not sent: {limit}"
     if result.interrupted:
-        fault = f"the load was interrupted after {result.wall_s:.0f} s; requests that were running then are left out"
+        in_flight = sum(sample.outcome is Outcome.ABORTED for sample in result.samples)
+        fault = (
+            f"the load was interrupted after {result.wall_s:.0f} s with {in_flight:,} of "
+            f"{count_text(len(result.samples), 'request')} in flight"
+        )
     if not fault and not summary.scheduled:
         fault = "no request was scheduled in the part that counts"
     if not fault and ceiling_chunks_per_s and result.chunks_per_s > MAX_CAPACITY_RATIO * ceiling_chunks_per_s:

@@ -55,8 +55,10 @@ def verdict_text(point: Point) -> str:
     """The reason beside the verdict's word, in a sentence."""
     summary = point.summary
     if point.client.fault:
-        of = "are those of the requests that had ended" if point.interrupted else "are not about the server"
-        return f"{point.client.fault[0].upper()}{point.client.fault[1:]}. The figures {of}."
+        of = "The figures are not about the server."
+        if point.interrupted:
+            of = "Latencies are those of the requests that had ended: they favour short ones."
+        return f"{point.client.fault[0].upper()}{point.client.fault[1:]}. {of}"
     if summary.slo is None:
         return "No SLO was given (--slo ttft=500ms,tpot=50ms)."
     within = share_interval_text(summary.attainment_interval)
@@ -65,7 +67,7 @@ def verdict_text(point: Point) -> str:
     if point.saturated:
         text += " The queue grew to the end: the server is saturated."
     if point.stopped:
-        text += " Stopped early, because it was decided."
+        text += " Stopped early: the SLO was certainly missed."
     return text
 
 
@@ -170,7 +172,7 @@ def outcomes_text(point: Point) -> str:
     parts = [f"{counts[name]:,} {shown}" for name, shown in OUTCOMES.items() if name in counts]
     text = f"{count_text(point.summary.scheduled, 'request')} that count: {', '.join(parts) or 'none'}"
     if point.unsent:
-        text += f"; {point.unsent:,} planned were not due before the end"
+        text += f"; {point.unsent:,} more were planned and not due before the end"
     if point.cut is not None:
         context = f"the context of {point.cut.max_model_len:,} tokens"
         text += f"; {point.cut.requests:,} of the whole run were cut to fit {context}"

@@ -170,7 +170,7 @@ def _run(
         raise KeyboardInterrupt
     write_run(report, session.loads, folder)
     page = folder / "report.html"
-    write_report(report, [load.samples for load in session.loads], page)
+    write_report(report, session.loads, page)
     if output.json:
         print(json_format.dumps(run_as_dict(report), indent=1))
     else:

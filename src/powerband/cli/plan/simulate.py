@@ -147,7 +147,7 @@ def _report(report: RunReport, result: LoadResult, out: Path | None, *, as_json:
     folder = out or Path("bench-runs", datetime.now().strftime("%Y%m%d-%H%M%S-simulated"))
     write_run(report, [result], folder)
     page = folder / "report.html"
-    write_report(report, [result.samples], page)
+    write_report(report, [result], page)
     if as_json:
         print(json_format.dumps(run_as_dict(report), indent=1))
     else:

@@ -19,10 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import PREFIX, SCOPES, Key
 from powerband.gateway.accounts.keys import Scope as KeyScope
-from powerband.gateway.accounts.limits import LimitReached
 from powerband.gateway.anthropic_errors import is_anthropic
 from powerband.web.access import check_host, check_page
-from powerband.web.errors import HttpError, error_response
+from powerband.web.errors import HttpError
+from powerband.web.middleware import add_headers
 
 Auth = Literal["open", "keys"]
 
@@ -89,16 +89,17 @@ class ApiKeyMiddleware:
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
-                limit_headers = [
-                    (name.encode(), value.encode()) for name, value in self._accounts.limits.headers(known).items()
-                ]
-                message["headers"] = [*message.get("headers", ()), *limit_headers]
+                message["headers"] = [*message.get("headers", ()), *self._limit_headers(known)]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_limits)
-        except LimitReached as error:
-            await error_response(error, scope)(scope, receive, send_with_limits)
+        except Exception:  # whichever it is, its response has them, too
+            add_headers(scope, self._limit_headers(known))
+            raise
+
+    def _limit_headers(self, key: Key) -> list[tuple[bytes, bytes]]:
+        return [(name.encode(), value.encode()) for name, value in self._accounts.limits.headers(key).items()]
 
     def _admit(self, scope: Scope) -> Key | None:
         path = scope["path"]

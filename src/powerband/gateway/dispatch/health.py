@@ -79,7 +79,10 @@ class Prober:
             for gone in due_s.keys() - backends.keys():
                 del due_s[gone]
         for backend in backends.values():
-            if now_s >= self._due_s.get(backend.id, 0.0) and self._begin("probe", backend, self._probe):
+            probe_due_s = self._due_s.get(backend.id, 0.0)
+            # After a crash, retries wait for replicas to show life.
+            is_awaited = probe_due_s - options.probe_interval_s <= pool.crashed_s
+            if (is_awaited or now_s >= probe_due_s) and self._begin("probe", backend, self._probe):
                 self._due_s[backend.id] = now_s + options.probe_interval_s
             is_due = backend.is_ready and now_s >= self._load_due_s.get(backend.id, 0.0)
             if is_due and self._begin("load", backend, self._read_load):

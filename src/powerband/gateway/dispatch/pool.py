@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
 
@@ -34,6 +35,7 @@ class Pool:
         self._futures: dict[QueuedRequest, asyncio.Future[InFlightRequest]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due_s = 0.0
+        self.crashed_s = -math.inf  # when a replica last crashed or hung with a request
 
     # For the gateway.
 
@@ -89,6 +91,11 @@ class Pool:
     def serves_longer(self, max_prompt_tokens: int) -> bool:
         """Whether a replica that accepts prompts longer than this is serving."""
         return self.dispatcher.serves_longer(max_prompt_tokens)
+
+    def record_crash(self) -> float:
+        """A replica crashed or hung with a request: all are probed at once. Returns the time."""
+        self.crashed_s = self.clock()
+        return self.crashed_s
 
     def may_log(self, id: str) -> bool:
         """Whether another log line about this replica's responses is due."""
@@ -218,9 +225,21 @@ class Lease:
         return self.in_flight.is_lost
 
     @property
-    def has_shown_life(self) -> bool:
-        """Whether the replica sent bytes of any response, or passed a probe, after it got the request."""
-        return self.in_flight.backend.alive_s > self.in_flight.sent_s
+    def may_have_hung_replica(self) -> bool:
+        """Whether the request was sent before the replica's last sign of life, or before the probe that was due after
+        it. Sent later, it got to a replica that hung already.
+        """
+        return self.in_flight.sent_s <= self.in_flight.backend.alive_s + self._pool.options.probe_interval_s
+
+    @property
+    def was_alone(self) -> bool:
+        """Whether no other request was in flight at the replica when this one failed."""
+        return self.in_flight.was_alone
+
+    @property
+    def was_quarantined(self) -> bool:
+        """Whether no other request in quarantine was in flight when this one failed."""
+        return self.in_flight.request.is_quarantined and not self.in_flight.has_first_token
 
     def when_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback` once when the lease is lost; at once if it already is. Only one callback is kept."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -18,19 +19,19 @@ from powerband.errors import PowerbandError
 from powerband.gateway.dispatch.pool import Lease, Pool
 from powerband.gateway.options import Timeouts
 from powerband.gateway.proxy.client_request import PATHS
-from powerband.gateway.proxy.poison import PoisonDetector
+from powerband.gateway.proxy.poison import MAX_CRASHES, PoisonDetector
 from powerband.gateway.proxy.request_fields import UnsuitableReplica
 from powerband.gateway.request import GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.client import UpstreamClient
 from powerband.gateway.upstream.errors import (
     InvalidUpstreamRequest,
-    phrase,
     retry_after_s,
     with_served_name,
 )
 from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
+from powerband.gateway.upstream.reported import response_failure
 from powerband.openai.errors import MAX_ERROR_BYTES, read_error
 from powerband.web.errors import HttpError
 
@@ -43,13 +44,8 @@ _CRASH_PAUSE_S = 0.1  # before a retry after a crash: others that crash for the 
 _LISTENING_S = 0.5  # a server that accepts no connection within this time has crashed
 _POLL_S = 0.02
 _DEAD_REPLICA_DETECTION_S = 2.0  # within which probes detect a dead replica
-# Error codes of a Powerband replica that accepts no requests now: the request has not reached an engine.
-_UNAVAILABLE_CODES = ("starting", "not_ready", "draining", "engine_unavailable")
 _MAX_RETRY_DELAY_S = 2.0  # a replica with a Retry-After up to this is tried once more
 _MIN_TOKENS_OF_SUCCESS = 32  # an attempt that sent at least so many tokens resets the count of failures
-# Statuses about the gateway's key for the replica, and about endpoints or models that the server lacks.
-_KEY_STATUSES = (401, 402, 403, 407)
-_MISSING_STATUSES = (404, 405, 410, 501)
 # Returns the path and body to send to a replica.
 BuildRequest = Callable[[ReplicaAddress], Awaitable[tuple[str, bytes]]]
 
@@ -84,6 +80,7 @@ class UpstreamAttempts:
         self._poison_detector = PoisonDetector()
         self._avoid: list[str] = []
         self._num_failures = 0
+        self._num_failures_of_kind: Counter[FailureKind] = Counter()
         self._num_rejections: dict[str, int] = {}  # by replica
         self._retry_after_s = 0.0
         self._unavailable_since_s: float | None = None
@@ -157,25 +154,20 @@ class UpstreamAttempts:
             async with asyncio.timeout(_ERROR_BODY_S):
                 body = await exchange.read_all(MAX_ERROR_BYTES)
         complaint = with_served_name(read_error(body), replica.model, self.request.model)
-        shown = f"HTTP {phrase(status)}" + (f": {complaint.message}" if complaint.message else ".")
-        code = complaint.code or f"http_{status}"
-        if status == 503 and code in _UNAVAILABLE_CODES:
-            raise UpstreamFailure(code, shown, FailureKind.UNAVAILABLE)
-        if status in (429, 503) and code != "engine_dead":
-            delay_s = retry_after_s(exchange.headers)
-            raise UpstreamFailure(code, shown, FailureKind.REJECTED, retry_after_s=delay_s)
-        if status in _KEY_STATUSES:  # the replica's message is not shown, because it may quote the key
-            problem = f"The replica rejects the gateway's key (HTTP {phrase(status)})."
+        problem = response_failure(
+            status,
+            complaint,
+            retry_after_s=retry_after_s(exchange.headers),
+            api_key=replica.api_key or "",
+            serves_others=self._pool.are_healthy([replica.id]),
+        )
+        kind = problem.kind if isinstance(problem, UpstreamFailure) else None
+        if kind is FailureKind.UNAUTHORIZED:
             self._log(replica, f"{problem} Is its api_key in the routes right?")
-            raise UpstreamFailure(f"http_{status}", problem, FailureKind.UNAUTHORIZED)
-        if status in _MISSING_STATUSES:
-            if self.request.endpoint in PATHS:  # which every engine has
-                path = PATHS[self.request.endpoint]
-                self._log(replica, f"It has no {path} for model {replica.model!r} (HTTP {status}).")
-            raise UpstreamFailure(code, f"The replica does not offer this: {shown}", FailureKind.UNSUPPORTED)
-        if 400 <= status < 500 and status not in (408, 421, 425):
-            raise InvalidUpstreamRequest(complaint, status)
-        raise UpstreamFailure(code, shown)
+        if kind is FailureKind.UNSUPPORTED and self.request.endpoint in PATHS:  # which every engine has
+            path = PATHS[self.request.endpoint]
+            self._log(replica, f"It has no {path} for model {replica.model!r} (HTTP {status}).")
+        raise problem
 
     def _log(self, replica: ReplicaAddress, what: str) -> None:
         if self._pool.may_log(replica.id):
@@ -208,10 +200,11 @@ class UpstreamAttempts:
         if problem.kind is FailureKind.ERROR_RESPONSE and self._poison_detector.record_failure(lease, problem.code):
             shown = f"{problem} Two replicas failed with this request in the same way ({problem.code})."
             raise self._poison(shown, hint="They answer others; another try would fail, too: change the request.")
-        if await self._has_crashed(lease, problem) and self._poison_detector.record_crash():
-            shown = f"{problem} Replicas crashed or hung twice while they ran this request."
-            raise self._poison(shown, hint="They ran others well, so it is probably the cause: change the request.")
-        if problem.policy.is_permanent and not self._pool.has_others(self._avoid):
+        if await self._has_crashed(lease, problem):
+            self._record_crash(lease, problem)
+        self._num_failures_of_kind[problem.kind] += 1
+        is_last = self._num_failures_of_kind[problem.kind] >= problem.policy.max_failures
+        if is_last or (problem.policy.is_permanent and not self._pool.has_others(self._avoid)):
             raise self._error(problem)
         self._num_failures = 1 if num_tokens >= _MIN_TOKENS_OF_SUCCESS else self._num_failures + 1
         if self._num_failures >= self._max_attempts or len(self.failed_attempts) >= _MAX_FAILURES:
@@ -223,11 +216,23 @@ class UpstreamAttempts:
     async def _has_crashed(self, lease: Lease, problem: UpstreamFailure) -> bool:
         """Whether the replica's process or engine crashed or hung after it got the request, not before."""
         if problem.code == "lost":
-            return lease.has_shown_life
+            return lease.may_have_hung_replica
         if problem.code not in ("reset", "engine_dead"):
             return False
         await asyncio.sleep(_CRASH_PAUSE_S)
         return problem.code == "engine_dead" or not await self._upstream.is_listening(lease.replica, _LISTENING_S)
+
+    def _record_crash(self, lease: Lease, problem: UpstreamFailure) -> None:
+        """Raises if the request is at fault, or has been in too many crashes."""
+        detector = self._poison_detector
+        is_poison, number = detector.record_crash(lease), detector.num_crashes
+        if is_poison:
+            times = "twice" if number == 2 else f"{number} times"
+            shown = f"{problem} Replicas crashed or hung {times} while they ran this request."
+            raise self._poison(shown, hint="They ran others well, so it is probably the cause: change the request.")
+        if number >= MAX_CRASHES:
+            raise self._error(problem)
+        self.request = replace(self.request, num_crashes=number, crashed_s=self._pool.record_crash())
 
     def _check_unavailable(self, problem: UpstreamFailure) -> None:
         """The request reached no engine, so this is not counted as an attempt: it may wait in the pool for a replica.
@@ -258,6 +263,8 @@ class UpstreamAttempts:
             raise self._error(problem)
 
     def _error(self, problem: UpstreamFailure) -> PowerbandError:
+        if problem.client_error is not None:
+            return problem.client_error
         tries, replicas = len(self.replicas), len(set(self.replicas))
         where = f"{tries} {'try' if tries == 1 else 'tries'} at {replicas} replica{'s'[: replicas > 1]}"
         shown = f"{str(problem).removesuffix('.')} ({where})."

@@ -32,7 +32,7 @@ from powerband.gateway.request import ANONYMOUS, Endpoint, GatewayRequest
 from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.context_lengths import MAX_TOKENS
 from powerband.openai.chunks import INVALID_JSON
-from powerband.openai.fields import StreamOptionFields
+from powerband.openai.fields import PROMPT_PATHS, StreamOptionFields
 from powerband.web.body import decode
 from powerband.web.field_types import whole_number_fields
 
@@ -134,8 +134,8 @@ class ClientRequest:
         if (compact := without_padding(data)) is not data:
             data, self.fields = compact, decode(compact, RequestFields)
         self.fields.check(endpoint)
-        self.prompt = self._prompt()
         self._data = data
+        self.prompt = self._prompt()
         self._fields: dict[str, Raw] = _FIELDS.decode(data)
         check_case(self._fields, _NAMES)
         self.num_prompts, self.prompt_tokens, is_exact = _measure(self.prompt, endpoint)
@@ -164,7 +164,9 @@ class ClientRequest:
         name = "messages" if self.endpoint == "chat" else "prompt"
         value = getattr(self.fields, name)
         if value is UNSET:
-            raise InvalidRequest(f"'{name}' is missing.", param=name)
+            sent = _FIELDS.decode(self._data)
+            hints = [f"'{other}' is for {path}." for other, path in PROMPT_PATHS.items() if other in sent]
+            raise InvalidRequest(f"'{name}' is missing.", hint=hints[0] if hints else "", param=name)
         return bytes(value)
 
     def _fed_bytes(self) -> int:

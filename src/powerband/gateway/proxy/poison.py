@@ -7,16 +7,20 @@ One replica that fails may be broken. If two fail with the same request in the s
                                      ├── all attempts fail  all replicas are at fault, each in its own way
                                      └── no other attempt   nothing counts: the client left, or may not retry
 
-    A: crash ──► B: crash                                   the request is at fault: no more attempts
+A crash ends all requests in flight, and any of them may be the cause:
 
-A crash ends other requests, too. Those go on elsewhere; only one that was in flight at two crashes ends.
+    A: crash ──► B: crash, alone there                      the request is at fault: no more attempts
+    A: crash ──► B: crash, with others ──► quarantine ┬──── C: crash before the first token: the request is at fault
+                                                      └──── C: output: another one was
+
+In quarantine, a request starts at a replica where no other one in quarantine runs.
 """
 
 from __future__ import annotations
 
 from powerband.gateway.dispatch.pool import Lease
 
-MAX_CRASHES = 2  # of replicas with one request in flight
+MAX_CRASHES = 4  # of replicas with one request in flight, whatever was the cause
 
 
 class PoisonDetector:
@@ -24,7 +28,7 @@ class PoisonDetector:
 
     def __init__(self) -> None:
         self._unconfirmed: list[tuple[Lease, str]] = []
-        self._num_crashes = 0
+        self.num_crashes = 0
 
     def record_failure(self, lease: Lease, code: str) -> bool:
         """A replica reported an error, so its lease was closed as "unconfirmed". Returns whether the request is
@@ -36,12 +40,12 @@ class PoisonDetector:
             self._unconfirmed.clear()
         return is_poison
 
-    def record_crash(self) -> bool:
+    def record_crash(self, lease: Lease) -> bool:
         """A replica's process or engine crashed or hung while it ran the request. Returns whether the request is at
         fault.
         """
-        self._num_crashes += 1
-        return self._num_crashes >= MAX_CRASHES
+        self.num_crashes += 1
+        return self.num_crashes > 1 and (lease.was_alone or lease.was_quarantined)
 
     def confirm_failures(self) -> None:
         """Another replica succeeded, or all attempts have failed: every unconfirmed replica was at fault."""

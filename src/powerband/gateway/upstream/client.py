@@ -12,6 +12,7 @@ from powerband.gateway.routes import ReplicaAddress
 from powerband.gateway.upstream.exchange import UpstreamExchange
 from powerband.gateway.upstream.failure import FailureKind, UpstreamFailure
 from powerband.http_client.connection import ConnectionPool, OutboundConnection, request_head
+from powerband.http_client.problems import connection_problem
 
 MAX_PAGE_BYTES = 1 << 20  # of metrics, model lists and the like: engines' pages have about 100 kB
 MAX_IDLE = 128  # idle connections per replica
@@ -161,7 +162,7 @@ class UpstreamClient:
         except TimeoutError:
             raise UpstreamFailure("connect", f"No connection to {pool.authority} within {connect_s:g} s.") from None
         except OSError as problem:
-            message = f"No connection to {pool.authority}: {problem}."
+            message = f"No connection to {pool.authority}: {connection_problem(problem)}."
             if problem.errno in _OUT_OF_DESCRIPTORS:
                 raise UpstreamFailure(NO_DESCRIPTORS, message, FailureKind.GATEWAY_LIMIT) from None
             kind = FailureKind.UNAVAILABLE if isinstance(problem, ConnectionRefusedError) else FailureKind.CONNECTION

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from powerband.dispatch.dispatcher import Outcome
+from powerband.errors import PowerbandError
 
 
 class FailureKind(Enum):
@@ -16,6 +18,7 @@ class FailureKind(Enum):
     REJECTED = auto()  # healthy, but at capacity (429, 503)
     UNAVAILABLE = auto()  # no server listens there, or its engine is gone: the request has not reached an engine
     UNAUTHORIZED = auto()  # it rejects the gateway's API key
+    FORBIDDEN = auto()  # it serves others, but not this request: moderation, a model or an amount that is not allowed
     UNSUPPORTED = auto()  # it lacks the endpoint or the model
     GATEWAY_LIMIT = auto()  # the gateway has no file descriptor left
 
@@ -24,12 +27,14 @@ class FailureKind(Enum):
 class FailurePolicy:
     """outcome: of the slot at the replica. counts: against the replica's circuit breaker and the tenant's retry budget.
 
-    is_permanent: the replica would fail again, so only another one is tried.
+    is_permanent: the replica would fail again, so only another one is tried. max_failures: how many of this kind one
+    request may have.
     """
 
     outcome: Outcome
     counts: bool = True
     is_permanent: bool = False
+    max_failures: int = sys.maxsize
 
 
 # Failures that are not attempts have limits of their own: MAX_REJECTIONS, and `max_queue_wait_s` while unavailable.
@@ -41,6 +46,8 @@ POLICIES = {
     FailureKind.REJECTED: FailurePolicy("rejected", counts=False),
     FailureKind.UNAVAILABLE: FailurePolicy("unavailable", counts=False),
     FailureKind.UNAUTHORIZED: FailurePolicy("failed", is_permanent=True),
+    # Other replicas may belong to other providers, but one more is enough to tell.
+    FailureKind.FORBIDDEN: FailurePolicy("cancelled", counts=False, is_permanent=True, max_failures=2),
     FailureKind.UNSUPPORTED: FailurePolicy("cancelled", counts=False, is_permanent=True),
     FailureKind.GATEWAY_LIMIT: FailurePolicy("cancelled", counts=False, is_permanent=True),
 }
@@ -63,16 +70,24 @@ _KINDS = {
 class UpstreamFailure(ConnectionError):
     """A replica did not respond, or not completely. `code`: the error code in records and metrics.
 
-    kind: by default as its code says. retry_after_s: the replica's Retry-After.
+    kind: by default as its code says. retry_after_s: the replica's Retry-After. client_error: what the client gets if
+    no other replica takes the request; None: an error of the gateway.
     """
 
     def __init__(
-        self, code: str, message: str, kind: FailureKind | None = None, *, retry_after_s: float | None = None
+        self,
+        code: str,
+        message: str,
+        kind: FailureKind | None = None,
+        *,
+        retry_after_s: float | None = None,
+        client_error: PowerbandError | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.kind = kind or _KINDS.get(code, FailureKind.ERROR_RESPONSE)
         self.retry_after_s = retry_after_s
+        self.client_error = client_error
 
     @property
     def policy(self) -> FailurePolicy:

@@ -2,7 +2,7 @@
 "use strict";
 
 const Charts = (() => {
-  const { base, axis, timeAxis, limitLine, time, digits, tick } = Drawing;
+  const { base, axis, timeAxis, logAxis, limitLine, time, digits, tick } = Drawing;
 
   // Values spread over more than a factor of 30 are read better on a logarithmic axis (which begins at the first percent).
   function isWide(values) {
@@ -31,7 +31,7 @@ const Charts = (() => {
           ...base(c).tooltip, trigger: "axis", axisPointer: { type: "line", lineStyle: { color: c.grey } },
           formatter: (items) => `${digits(items[0].value[1])} % of ${unit}: at most ${time(items[0].value[0])}`,
         },
-        xAxis: timeAxis(c, isLog, { max: reach, scale: isLog, min: isLog ? data[2][0] : 0, minorTick: { show: false } }),
+        xAxis: isLog ? logAxis(c, [data[2][0], reach ?? data[data.length - 1][0]], tick) : timeAxis(c, false, { max: reach, min: 0 }),
         yAxis: axis(c, { type: "value", min: 0, max: 100, interval: 25, axisLabel: { color: c.muted, fontSize: 11, formatter: "{value} %" } }),
         series: [line],
       };
@@ -76,7 +76,8 @@ const Charts = (() => {
         axisLabel: { show: isLast, color: c.muted, fontSize: 11, formatter: "{value} s", hideOverlap: true, showMaxLabel: false },
       }));
       if (panel.isScatter) {
-        ys.push(timeAxis(c, true, { gridIndex: i, scale: true }));
+        const times = point.scatter.kept.concat(point.scatter.missed).map((pair) => pair[1]);
+        ys.push(logAxis(c, slo && slo.limits.ttft ? [...times, slo.limits.ttft] : times, tick, { gridIndex: i }));
         series.push(...scatterSeries(c, point, slo, i, shading));
       } else {
         ys.push(axis(c, { type: "value", gridIndex: i, min: 0, max: panel.most, splitNumber: 2 }));
@@ -162,6 +163,35 @@ const Charts = (() => {
     ].join("\n");
   }
 
+  // Requests by their length, asked for and got. found: see `length_distributions`.
+  function lengths(found) {
+    return (c) => {
+      const { edges } = found;
+      const first = edges[0], last = edges[edges.length - 1];
+      const isLog = last / first >= 8;
+      const steps = (counts) => [...counts.map((count, i) => [edges[i], count]), [last, counts[counts.length - 1]]];
+      const series = (name, counts, colour, more) => ({ type: "line", step: "end", name, data: steps(counts), showSymbol: false, itemStyle: { color: colour }, ...more });
+      const whole = (value) => Math.round(value).toLocaleString("en");
+      const at = (x) => Math.max(edges.findIndex((edge) => edge > x) - 1, 0);
+      const bin = (i) => (edges[i + 1] - edges[i] <= 1 ? whole(edges[i]) : `${whole(edges[i])} to ${whole(edges[i + 1] - 1)}`);
+      return {
+        ...base(c),
+        legend: { top: 0, right: 0, textStyle: { color: c.muted, fontSize: 11 }, itemWidth: 16, itemHeight: 8, selectedMode: false },
+        grid: { left: 44, right: 16, top: 26, bottom: 40 },
+        tooltip: {
+          ...base(c).tooltip, trigger: "axis", axisPointer: { type: "line", lineStyle: { color: c.grey } },
+          formatter: (items) => { const i = Math.min(at(items[0].value[0]), found.got.length - 1); return `${bin(i)} tokens\nasked: ${found.asked[i]} requests\ngot: ${found.got[i]}`; },
+        },
+        xAxis: isLog ? logAxis(c, [first, last], whole, { name: "tokens", nameLocation: "middle", nameGap: 24 }) : axis(c, { type: "value", min: first, max: last, minInterval: 1, splitLine: { show: false }, name: "tokens", nameLocation: "middle", nameGap: 24 }),
+        yAxis: axis(c, { type: "value", min: 0, minInterval: 1, splitNumber: 3 }),
+        series: [
+          series("got", found.got, c.blue, { lineStyle: { width: 0 }, areaStyle: { color: c.blue, opacity: 0.45 } }),
+          series("asked", found.asked, c.orange, { lineStyle: { color: c.orange, width: 1.8 } }),
+        ],
+      };
+    };
+  }
+
   // Several loads: lines of [load, value], a band of an interval, a limit.
   function overLoads(axisName, lines, more = {}) {
     return (c) => ({
@@ -173,7 +203,9 @@ const Charts = (() => {
         formatter: (items) => [`${digits(items[0].value[0])} ${axisName}`, ...items.filter((i) => i.seriesName[0] !== "\u0000").map((i) => `${i.seriesName}: ${more.shown(i.value[1])}`)].join("\n"),
       },
       xAxis: axis(c, { type: "value", name: axisName, nameLocation: "middle", nameGap: 24, min: 0, splitLine: { show: false } }),
-      yAxis: axis(c, { type: more.isLog ? "log" : "value", min: more.isLog ? undefined : 0, max: more.most, scale: more.isLog, axisLabel: { color: c.muted, fontSize: 11, formatter: more.tick } }),
+      yAxis: more.isLog
+        ? logAxis(c, [...lines.flatMap(([, , data]) => data.map(([, value]) => value)), ...(more.limit ? [more.limit] : [])], more.tick)
+        : axis(c, { type: "value", min: 0, max: more.most, axisLabel: { color: c.muted, fontSize: 11, formatter: more.tick } }),
       series: [...(more.band ? bandSeries(c, more.band) : []), ...lines.map((line, i) => lineSeries(c, line, i === 0 ? more : {}))],
     });
   }
@@ -194,5 +226,5 @@ const Charts = (() => {
     ];
   }
 
-  return { quantiles, timeline, slowest, overLoads };
+  return { quantiles, lengths, timeline, slowest, overLoads };
 })();

@@ -3,7 +3,7 @@
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { node, row, fillFacts } = Drawing;
+  const { node, row, fillFacts, digits } = Drawing;
   const place = (id) => document.getElementById(id);
   const HEADINGS = ["", "mean", "p50", "p90", "p95", "p99", "p99, 95 % interval"];
   const CURVES = ["ttft", "tpot", "itl", "stall", "e2e"];
@@ -29,6 +29,8 @@
     const options = Charts.timeline(point, data.slo);
     place("timeline").style.height = `${options.height}px`;
     shownCharts.push(Drawing.draw(place("timeline"), "Arrivals, requests in flight, output tokens and first tokens over time.", options));
+    showFailures(point);
+    showLengths(point);
     showSlowest(point);
     showMisses(point);
     fillFacts(place("basis"), point.facts);
@@ -60,9 +62,28 @@
     });
     const without = data.slo ? "Not one request that counts missed the SLO." : "There is no SLO to miss.";
     place("misses").replaceChildren(...(bars.length ? bars : [node("p", without, "note")]));
-    const errors = point.errors.map(([count, outcome, status, message]) =>
-      node("li", `${count.toLocaleString("en")} × ${outcome}: ${status ? `HTTP ${status}, ` : ""}${message}`));
-    place("errors").replaceChildren(errors.length ? node("ul", errors) : node("p", "None.", "note"));
+  }
+
+  function showFailures({ failures }) {
+    place("failures-card").hidden = !failures.length;
+    place("failures").replaceChildren(...failures.map((one) => {
+      const [first, last] = one.scheduled_s;
+      const when = first === last ? `arrival at ${digits(first)} s` : `arrivals from ${digits(first)} s to ${digits(last)} s`;
+      const begun = one.begun ? `; of ${one.begun.toLocaleString("en")} the first tokens had come` : "; no token had come";
+      return node("li", [
+        node("strong", `${one.count.toLocaleString("en")} × ${one.kind}${one.status ? `, HTTP ${one.status}` : ""}`),
+        node("p", one.message || "The server gave no message.", "seen"),
+        node("p", `${when}${begun}`, "note"),
+      ]);
+    }));
+  }
+
+  function showLengths({ lengths }) {
+    place("lengths-card").hidden = !lengths.length;
+    const charts = lengths.map((one) => [one.name, `${one.name}: requests by their length, asked for and got; the table below has the figures.`, Charts.lengths(one)]);
+    shownCharts.push(...drawAll(place("lengths"), charts));
+    const rows = lengths.flatMap((one) => one.rows.map(([side, ...cells]) => row([`${one.name}, ${side}`, ...cells])));
+    place("lengths-table").replaceChildren(node("thead", row(["", "requests", "mean", "p50", "p95", "maximum", "in all"], "th")), node("tbody", rows));
   }
 
   function showLoads() {

@@ -2,7 +2,7 @@
 "use strict";
 
 const Charts = (() => {
-  const { base, axis, time, digits, tick } = Drawing;
+  const { base, axis, ticksBetween, time, digits, tick } = Drawing;
   // By device: colour and shape, so that neither alone must tell them apart.
   const SHAPES = ["circle", "triangle", "rect", "diamond", "path://M0,10L5,0L10,10L5,7Z", "path://M3,0L7,0L7,3L10,3L10,7L7,7L7,10L3,10L3,7L0,7L0,3L3,3Z", "path://M0,0L10,0L5,10Z", "path://M2.5,0L7.5,0L10,5L7.5,10L2.5,10L0,5Z"];
   const OUTLINES = ["M5,0A5,5,0,1,1,4.99,0Z", "M5,0L10,10L0,10Z", "M0,0L10,0L10,10L0,10Z", "M5,0L10,5L5,10L0,5Z", ...SHAPES.slice(4).map((path) => path.slice(7))];
@@ -70,16 +70,6 @@ const Charts = (() => {
     }
     to = Math.max(to, limit ?? 0);
     return to / least > 8 ? { ticks: ticksBetween(least / 1.25, to * 1.25), min: least / 1.25, max: to * 1.25 } : { min: 0, max: to * 1.06 };
-  }
-
-  // Of a logarithmic axis: 1, 2, 5, 10 …; of a long one, powers of ten.
-  function ticksBetween(from, to) {
-    const found = [];
-    const steps = to / from > 3000 ? [1] : [1, 2, 5];
-    for (let power = Math.floor(Math.log10(from)); power <= Math.log10(to); power++) {
-      found.push(...steps.map((step) => Number(`${step}e${power}`)).filter((value) => value >= from && value <= to));
-    }
-    return found;
   }
 
   // view: {x, y, points: [{x, y, i, one}], kinds: name → number, selected, recommended, roles, hasBands, ranges, tip}

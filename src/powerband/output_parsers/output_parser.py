@@ -1,0 +1,97 @@
+"""The parser of one output: reasoning first, then text and tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from powerband.output_parsers.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
+from powerband.output_parsers.text_parser import TextParser, past_space
+
+
+class OutputParser:
+    """Feeds text through the parsers of a family and puts the result in order.
+
+    Blanks around calls and after the reasoning are not content. Of calls beyond `max_calls` nothing is given out.
+    keeps_reasoning: False leaves the reasoning out.
+    """
+
+    def __init__(
+        self,
+        reasoning: TextParser | None = None,
+        tools: TextParser | None = None,
+        *,
+        max_calls: int | None = None,
+        keeps_reasoning: bool = True,
+    ) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+        self._max_calls = max_calls
+        self._keeps_reasoning = keeps_reasoning
+        self._blanks = ""  # that may turn out to be content
+        self._drops_blanks = False
+        self._has_content = False
+        self.num_calls = 0
+        self.num_reasoning_tokens = 0
+
+    @property
+    def in_reasoning(self) -> bool:
+        return any(parser is not None and parser.in_reasoning for parser in (self._reasoning, self._tools))
+
+    def feed_token(self, text: str) -> list[Event]:
+        """The events that one token's text completes. Tokens inside the reasoning are counted, its tags are not."""
+        before = self.in_reasoning
+        events = self.feed(text)
+        self.num_reasoning_tokens += before and self.in_reasoning
+        return events
+
+    def feed(self, text: str) -> list[Event]:
+        if self._reasoning is None:
+            return list(self._in_order(self._tools.feed(text) if self._tools else [Content(text)]))
+        return list(self._in_order(self._through_tools(self._reasoning.feed(text))))
+
+    def finish(self, *, complete: bool) -> list[Event]:
+        """complete: the model ended here; otherwise the output was cut."""
+        events: list[Event] = []
+        if self._reasoning is not None:
+            events += self._through_tools(self._reasoning.finish(complete=complete))
+        if self._tools is not None:
+            events += self._tools.finish(complete=complete)
+        given = list(self._in_order(events))
+        if complete and self._blanks and not (self.num_calls or self._drops_blanks):
+            given.append(Content(self._blanks))
+        self._blanks = ""
+        return given
+
+    def _through_tools(self, events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            if isinstance(event, Content) and self._tools is not None:
+                yield from self._tools.feed(event.text)
+            else:
+                yield event
+
+    def _in_order(self, events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            match event:
+                case Content(text):
+                    yield from self._content(text)
+                case Reasoning():
+                    self._drops_blanks = True
+                    if self._keeps_reasoning:
+                        yield event
+                case CallStart() | CallArguments() | CallEnd():
+                    self._drops_blanks, self._has_content, self._blanks = True, False, ""
+                    if self._max_calls is None or event.index < self._max_calls:
+                        self.num_calls = max(self.num_calls, event.index + 1)
+                        yield event
+
+    def _content(self, text: str) -> Iterator[Content]:
+        if not self._has_content:
+            end = past_space(text, 0)
+            if not self._drops_blanks:
+                self._blanks += text[:end]
+            if end == len(text):
+                return
+            text, self._blanks = self._blanks + text[end:], ""
+            self._has_content = True
+        if text:
+            yield Content(text)
