@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from powerband.core.params import SamplingParams
+    from powerband.core.pooling import PoolingParams
     from powerband.engine.offline.llm import LLM
 
     __version__: str
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "PoolingParams", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from powerband.core.params import SamplingParams
 
         return SamplingParams
+    if name == "PoolingParams":
+        from powerband.core.pooling import PoolingParams
+
+        return PoolingParams
     if name == "__version__":
         from importlib.metadata import version
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,62 @@ def random_decoder(folder: Path, family: str = "qwen3", **changes: Any) -> Path:
     config = json.loads((DEMO / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 512}))
+    return folder
+
+
+_WORDS = ["the", "a", "to", "open", "file", "list", "is", "mutable", "tuple", "not", "hello", "world", "of", "tokens"]
+_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(33, 127))]
+WORD_PIECES = list(dict.fromkeys([*_PIECES, *(f"##{chr(c)}" for c in range(97, 123)), *_WORDS]))
+
+
+def random_encoder(folder: Path, family: str = "bert", *, head: str = "Model", **changes: Any) -> Path:
+    """A random BERT or RoBERTa, every parameter of which is random, with BERT's tokenizer."""
+    import transformers
+
+    name = {"bert": "Bert", "roberta": "Roberta"}[family]
+    tokenizer = transformers.BertTokenizer(vocab={word: id for id, word in enumerate(WORD_PIECES)})
+    tokenizer.model_max_length = 96
+    tokenizer.save_pretrained(folder)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=len(WORD_PIECES),
+        hidden_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        **{"pad_token_id": 0, **changes},
+    )
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{name}{head}")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_classifier(folder: Path) -> Path:
+    """A decoder that scores a pair of texts by its last token."""
+    import transformers
+
+    random_decoder(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=1, pad_token_id=0)
+    torch.manual_seed(4)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    return folder
+
+
+def rewritten(source: Path, folder: Path, rename: Callable[[str], str]) -> Path:
+    """A copy whose tensors have other names."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    tensors = {rename(name): tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

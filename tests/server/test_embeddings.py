@@ -151,3 +151,17 @@ def embedding(server: RunningServer, **body: Any) -> Any:
     reply = server.post("/v1/embeddings", **body)
     assert reply.status_code == 200, reply.text
     return reply.json()["data"][0]["embedding"]
+
+
+def test_documents_are_ranked_by_the_cosine_of_embeddings_with_the_prompts_of_a_search(
+    server: RunningServer, folder: Path
+) -> None:
+    query, documents = "how to open a file", ["a list", "open(path) opens a file", "nothing"]
+    [asked] = models.expected(folder, [PROMPTS["query"] + query])
+    found = models.expected(folder, [PROMPTS["document"] + text for text in documents]) @ asked
+    reply = server.post("/v1/rerank", query=query, documents=documents).json()
+    assert [item["index"] for item in reply["results"]] == list(np.argsort(-found))
+    assert [item["relevance_score"] for item in reply["results"]] == pytest.approx(sorted(found)[::-1], abs=2e-5)
+    plain = models.expected(folder, [query, *documents])
+    scores = server.post("/v1/score", text_1=query, text_2=documents).json()
+    assert [item["score"] for item in scores["data"]] == pytest.approx(list(plain[1:] @ plain[0]), abs=2e-5)

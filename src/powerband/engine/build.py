@@ -110,6 +110,8 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
         block_size=settings.block_size,
         head_dim=spec.head_dim,
     )
+    if spec.encoder is not None:
+        choice = BackendSelection("reference", "an encoder attends to whole texts, in plain torch")
     _check_kv_cache(settings, choice)
     memory = _plan(spec, replace(settings, attention_backend=choice.name), device, cpu, dtype)
     stopwatch.lap("plan")
@@ -258,7 +260,9 @@ def _scheduler(
     executor: TorchExecutor,
     estimates: DeviceEstimates | None,
 ) -> Scheduler:
-    kv = KVCacheManager(memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching)
+    kv = KVCacheManager(
+        memory.num_blocks, settings.block_size, prefix_caching=settings.enable_prefix_caching and spec.encoder is None
+    )
     limits = SchedulerLimits(
         max_model_len=memory.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -276,6 +280,7 @@ def _scheduler(
         relay=executor.relay,
         estimate_s=estimate_s,
         rope=spec.length_rope,
+        whole_prompts=spec.encoder is not None,
         pools_every_position=spec.pooling is not None and spec.pooling.needs_every_position,
     )
 

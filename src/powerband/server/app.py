@@ -9,7 +9,14 @@ from starlette.types import ASGIApp
 
 from powerband.server.auth import BearerTokenMiddleware, server_key
 from powerband.server.openapi import Operation, describe
-from powerband.server.pooling.protocol import EmbeddingList, EmbeddingRequest
+from powerband.server.pooling.protocol import (
+    EmbeddingList,
+    EmbeddingRequest,
+    Ranking,
+    RerankRequest,
+    ScoreList,
+    ScoreRequest,
+)
 from powerband.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from powerband.server.replica import ServerState
 from powerband.server.replies import (
@@ -31,6 +38,7 @@ from powerband.server.routes.completions import CompletionRoutes
 from powerband.server.routes.embeddings import EmbeddingRoutes
 from powerband.server.routes.health import HealthRoutes
 from powerband.server.routes.models import ModelRoutes
+from powerband.server.routes.scores import ScoreRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
 from powerband.web.errors import json_response
@@ -41,7 +49,6 @@ from powerband.web.paths import KnownPathsMiddleware
 
 def operations(replica: ServerState) -> list[Operation]:
     chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
-    embeddings = EmbeddingRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
     taken = (400, 404, 408, 413, 415, 503)
     work = (*taken, 429)
@@ -66,9 +73,7 @@ def operations(replica: ServerState) -> list[Operation]:
             Completion,
             work,
         ),
-        Operation(
-            "POST", "/v1/embeddings", embeddings.create, "Embed texts", EmbeddingList, EmbeddingRequest, None, work
-        ),
+        *_pooling_operations(replica, work),
         Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, taken),
         Operation(
             "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, taken
@@ -101,6 +106,23 @@ _ELSEWHERE = dict.fromkeys(
     ),
     "This is a replica. Keys, limits, usage and routes are managed at a gateway (powerband gateway).",
 )
+
+
+def _pooling_operations(replica: ServerState, work: tuple[int, ...]) -> list[Operation]:
+    embeddings, scores = EmbeddingRoutes(replica), ScoreRoutes(replica)
+    return [
+        Operation(
+            "POST", "/v1/embeddings", embeddings.create, "Embed texts", EmbeddingList, EmbeddingRequest, None, work
+        ),
+        *(
+            Operation("POST", path, scores.score, "Score pairs of texts", ScoreList, ScoreRequest, None, work)
+            for path in ("/v1/score", "/score")
+        ),
+        *(
+            Operation("POST", path, scores.rerank, "Rank documents by a query", Ranking, RerankRequest, None, work)
+            for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+        ),
+    ]
 
 
 def make_app(replica: ServerState) -> ASGIApp:

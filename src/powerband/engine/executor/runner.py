@@ -13,6 +13,8 @@ from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.executor.batch import InputBuffers, Inputs, RequestState, Row
 from powerband.engine.models.decoder import Decoder
+from powerband.engine.models.encoder import Encoder
+from powerband.engine.models.registry import Model
 from powerband.engine.pooling.pooler import Pooler, PoolingState, PromptChunk
 from powerband.engine.sampling.logits import to_device
 from powerband.engine.sampling.logprobs import prompt_logprobs
@@ -63,7 +65,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         attention: AttentionBackend,
         sampler: Sampler,
         pooler: Pooler | None = None,
@@ -77,8 +79,20 @@ class ModelRunner:
         self.pooler = pooler
         self.device = device
         self.forward: Callable[[Inputs], torch.Tensor] = self._forward  # CUDA graphs take its place
-        self._inputs = InputBuffers(block_size, device, by_length=model.spec.length_rope is not None)
+        self._inputs = InputBuffers(
+            block_size,
+            device,
+            by_length=model.spec.length_rope is not None,
+            with_types=isinstance(model, Encoder),
+        )
         self._states: dict[str, RequestState] = {}
+
+    @property
+    def _decoder(self) -> Decoder:
+        """For logits. Whatever asks for them without a decoder was refused before."""
+        if isinstance(self.model, Encoder):
+            raise PowerbandError("An encoder does not generate.")
+        return self.model
 
     @torch.inference_mode()
     def launch(self, step: Step) -> PendingStep:
@@ -160,6 +174,9 @@ class ModelRunner:
             self._sample([rows[index] for index in sampling], chosen, pending)
 
     def _forward(self, inputs: Inputs) -> torch.Tensor:
+        if isinstance(self.model, Encoder):
+            encoded: torch.Tensor = self.model(inputs.token_ids, inputs.positions, inputs.batch, inputs.types)
+            return encoded
         hidden: torch.Tensor = self.model(
             inputs.token_ids, inputs.positions, inputs.batch, self.attention, inputs.rope_lengths
         )
@@ -182,16 +199,16 @@ class ModelRunner:
         """Rows of the prompt's positions start + 1 and on; `hidden` are the states at start and on."""
         state, start = row.state, row.work.start
         wanted = state.tokens[start + 1 : min(start + row.work.num_tokens + 1, state.num_prompt_tokens)]
-        return prompt_logprobs(hidden, self.model.logits, wanted, count)
+        return prompt_logprobs(hidden, self._decoder.logits, wanted, count)
 
     def _sample(self, rows: list[Row], hidden: torch.Tensor, pending: PendingStep) -> None:
         states = [row.state.sampling for row in rows]
-        found = self.model.argmax(hidden) if self.sampler.wants_only_argmax(states) else None
+        found = self._decoder.argmax(hidden) if self.sampler.wants_only_argmax(states) else None
         if found is not None:
             sampled = self.sampler.accept(*found)
         else:
             positions = [row.work.start + row.work.num_tokens for row in rows]
-            sampled = self.sampler.sample(self.model.logits(hidden), states, positions)
+            sampled = self.sampler.sample(self._decoder.logits(hidden), states, positions)
         pending.sampled.append((rows, sampled))
         for index, row in enumerate(rows):
             row.state.pending = (sampled.token_ids, index)

@@ -38,8 +38,10 @@ def _load(layer: DenseSpec, folder: Path, device: torch.device) -> DenseLayer:
 
 
 def _read(tensors: StoredTensors, name: str, shape: list[int], where: Path) -> torch.Tensor:
-    if name not in tensors:
+    ends = [stored for stored in tensors.names() if stored == name or stored.endswith(f".{name}")]
+    if not ends:
         raise UsageError(f"{where} lacks {name}.", hint="The checkpoint is incomplete.", code="missing_weights")
+    name = min(ends, key=len)  # behind the family's prefix, or without it
     if tensors.shape(name) != shape:
         raise UsageError(
             f"{name} in {where} has shape {tensors.shape(name)}; its configuration asks for {shape}.",

@@ -70,3 +70,63 @@ class EmbeddingList(msgspec.Struct, kw_only=True):
     model: str
     data: list[EmbeddingObject]
     usage: PoolingUsage
+
+
+Texts = str | Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
+
+
+class ScoringRequest(PoolingRequest, forbid_unknown_fields=True, kw_only=True):
+    """What requests for scores have in common."""
+
+    use_activation: Annotated[bool, Meta(description="false: a cross-encoder's raw scores")] | None = None
+
+
+class ScoreRequest(ScoringRequest, forbid_unknown_fields=True, kw_only=True):
+    """Body of /v1/score: one text beside each of several, or as many on each side; data_1 and data_2 in newer vLLM."""
+
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    data_1: Texts | None = None
+    data_2: Texts | None = None
+
+
+class RerankDocument(msgspec.Struct, forbid_unknown_fields=True):
+    text: str
+
+
+class RerankRequest(ScoringRequest, forbid_unknown_fields=True, kw_only=True):
+    """Body of /v1/rerank: vLLM's, Jina's and Cohere's."""
+
+    query: str
+    documents: Annotated[list[str | RerankDocument], Meta(min_length=1, max_length=MAX_INPUTS)]
+    top_n: Annotated[int, Meta(ge=0, le=INT32, description="Give only the best ones; 0: all")] | None = None
+    return_documents: Annotated[bool, Meta(description="false: leave the texts out")] | None = None
+    max_tokens_per_doc: Annotated[int, Meta(ge=1, le=INT32, description="As truncate_prompt_tokens")] | None = None
+
+
+class Score(msgspec.Struct, kw_only=True):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreList(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Score]
+    usage: PoolingUsage
+
+
+class RankedDocument(msgspec.Struct, kw_only=True):
+    index: int
+    document: RerankDocument | msgspec.UnsetType = msgspec.UNSET
+    relevance_score: float
+
+
+class Ranking(msgspec.Struct, kw_only=True):
+    id: str
+    model: str
+    usage: PoolingUsage
+    results: list[RankedDocument]

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from powerband.errors import InvalidRequest, RequestTooLong
 from powerband.server.pooling.protocol import MAX_INPUTS, EmbeddingRequest
 from powerband.server.replica import Model, ServerState
-from powerband.spec.model.pooling import PoolingSpec
+from powerband.spec.model.pooling import SIDES, PoolingSpec
 from powerband.spec.settings import EngineSettings
-from powerband.text.tokenizer import Tokenizer
 
+Source = TypeVar("Source")
+Tokens = TypeVar("Tokens")
 _LONG_TEXT_CHARS = 4096  # more than these in all are encoded in a thread, so that others' tokens go on
-# What other APIs (Cohere, Voyage, NVIDIA) call the two sides of a search, and the prompts that sentence-transformers
-# looks for.
-_SIDES = {
-    "query": ("query",),
-    "search_query": ("query",),
-    "document": ("document", "passage", "corpus"),
-    "passage": ("document", "passage", "corpus"),
-    "search_document": ("document", "passage", "corpus"),
-}
 
 
 def prompt_text(pooling: PoolingSpec, body: EmbeddingRequest) -> str:
     """What goes before each text. Raises InvalidRequest for a prompt that the checkpoint lacks."""
-    prompts = dict(pooling.prompts)
-    if body.prompt_name is not None and body.input_type is not None:
+    if body.input_type is None:
+        return pooling.prompt(body.prompt_name)
+    if body.prompt_name is not None:
         raise InvalidRequest("'prompt_name' and 'input_type' both choose a prompt.", param="input_type")
-    name = body.prompt_name if body.input_type is None else body.input_type
-    if name is None:
-        return prompts[pooling.default_prompt] if pooling.default_prompt is not None else ""
-    if name in prompts:
-        return prompts[name]
-    if body.input_type in _SIDES:
-        return next((prompts[side] for side in _SIDES[body.input_type] if side in prompts), "")
-    field = "prompt_name" if body.input_type is None else "input_type"
-    known = ", ".join(sorted(prompts)) or "no prompts"
-    raise InvalidRequest(f"'{field}' is {name[:60]!r}; the checkpoint has {known}.", param=field)
+    if body.input_type in SIDES and body.input_type not in dict(pooling.prompts):
+        return pooling.side_prompt(body.input_type)
+    return pooling.prompt(body.input_type, "input_type")
 
 
 async def input_tokens(
@@ -48,8 +35,9 @@ async def input_tokens(
     cut = cut_at(model, body.truncate_prompt_tokens)
     prompt = prompt_text(pooling, body)
     if texts:
-        texts = [(prompt + text).lower() if pooling.lowercase else prompt + text for text in texts]
-        tokens = await _encode(replica, model, texts, body.add_special_tokens is not False, cut)
+        texts = [prompt + text for text in texts]
+        special = body.add_special_tokens is not False
+        tokens = await encode_texts(replica, model, pooling, texts, cut=cut, add_special_tokens=special)
     elif cut is not None:
         tokens = [ids[:cut] for ids in tokens]
     for index, ids in enumerate(tokens):
@@ -113,16 +101,36 @@ def _split(source: str | list[str | int | list[int]]) -> tuple[list[str], list[l
     return texts, [numbers] if numbers else lists
 
 
-async def _encode(
-    replica: ServerState, model: Model, texts: list[str], add_special_tokens: bool, cut: int | None
+async def encode_texts(
+    replica: ServerState,
+    model: Model,
+    pooling: PoolingSpec,
+    texts: list[str],
+    *,
+    cut: int | None,
+    add_special_tokens: bool = True,
 ) -> list[list[int]]:
-    tokenizer = model.need_tokenizer()
-    num_chars = sum(map(len, texts))
+    """The token ids of each text, at most `cut`."""
+    encode = model.need_tokenizer().encode
+    if pooling.lowercase:
+        texts = [text.lower() for text in texts]
+    return await _map(replica, lambda text: encode(text, add_special_tokens, max_tokens=cut), texts, len)
+
+
+async def encode_pairs(
+    replica: ServerState, model: Model, pairs: list[tuple[str, str]], cut: int | None
+) -> list[tuple[list[int], int | None]]:
+    """As Tokenizer.encode_pair, of each pair."""
+    encode = model.need_tokenizer().encode_pair
+    return await _map(replica, lambda pair: encode(*pair, max_tokens=cut), pairs, lambda pair: len(pair[0] + pair[1]))
+
+
+async def _map(
+    replica: ServerState, encode: Callable[[Source], Tokens], sources: list[Source], size: Callable[[Source], int]
+) -> list[Tokens]:
+    """Encode all: few characters at once, many in a thread."""
+    num_chars = sum(map(size, sources))
     if num_chars < _LONG_TEXT_CHARS:
-        return _encode_all(tokenizer, texts, add_special_tokens, cut)
+        return [encode(source) for source in sources]
     async with replica.room_for_text(num_chars):
-        return await replica.in_thread(_encode_all, tokenizer, texts, add_special_tokens, cut)
-
-
-def _encode_all(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool, cut: int | None) -> list[list[int]]:
-    return [tokenizer.encode(text, add_special_tokens, max_tokens=cut) for text in texts]
+        return await replica.in_thread(lambda: [encode(source) for source in sources])

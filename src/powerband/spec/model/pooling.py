@@ -39,6 +39,15 @@ _OLD_MODES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# What other APIs (Cohere, Voyage, NVIDIA) call the two sides of a search, and the prompts that sentence-transformers
+# looks for.
+SIDES = {
+    "query": ("query",),
+    "search_query": ("query",),
+    "document": ("document", "passage", "corpus"),
+    "passage": ("document", "passage", "corpus"),
+    "search_document": ("document", "passage", "corpus"),
+}
 _ACTIVATIONS: Mapping[str, Activation] = {
     "Identity": "identity",
     "Tanh": "tanh",
@@ -71,7 +80,6 @@ class PoolingSpec:
     dense: tuple[DenseSpec, ...] = ()
     normalize: bool = False
     activation: Activation = "identity"  # of a classifier's scores
-    max_tokens: int | None = None  # of a text, where this is less than the model's context
     lowercase: bool = False  # texts, before they are tokenized
     prompts: tuple[tuple[str, str], ...] = ()  # (name, text): goes before a text
     default_prompt: str | None = None  # name of the prompt for texts that come without one
@@ -86,6 +94,31 @@ class PoolingSpec:
     def num_parameters(self) -> int:
         """Of the projections, which are held in float32."""
         return sum(layer.out_features * (layer.in_features + layer.bias) for layer in self.dense)
+
+    def check_scores(self) -> None:
+        """Raise InvalidRequest for a classifier of several labels, which gives no single score."""
+        if self.task == "classify" and self.dimension != 1:
+            raise InvalidRequest(
+                f"The model is a classifier of {self.dimension} labels; a score needs one with a single label.",
+                param="model",
+                code="model_does_not_score",
+            )
+
+    def prompt(self, name: str | None, field: str = "prompt_name") -> str:
+        """The text of a prompt of the checkpoint; None: of its default, if it has one. Raises InvalidRequest."""
+        prompts = dict(self.prompts)
+        name = self.default_prompt if name is None else name
+        if name is None:
+            return ""
+        if name not in prompts:
+            known = ", ".join(sorted(prompts)) or "no prompts"
+            raise InvalidRequest(f"'{field}' is {shown(name)}; the checkpoint has {known}.", param=field)
+        return prompts[name]
+
+    def side_prompt(self, side: str) -> str:
+        """What sentence-transformers' encode_query and encode_document put before a text; "": nothing."""
+        prompts = dict(self.prompts)
+        return next((prompts[name] for name in SIDES[side] if name in prompts), "")
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise InvalidRequest unless vectors can be cut to so many dimensions."""
@@ -108,12 +141,53 @@ def embeds_last_token(hidden_size: int) -> PoolingSpec:
     return PoolingSpec(task="embed", mode="last", dimension=hidden_size, normalize=True)
 
 
+def pooling_of_config(config: ConfigReader, hidden_size: int, *, is_encoder: bool) -> PoolingSpec | None:
+    """What the architecture in config.json says; None where the model generates."""
+    architectures = config.texts("architectures") or [""]
+    if architectures[0].endswith("ForSequenceClassification"):
+        return _classifier(config, hidden_size, is_encoder=is_encoder)
+    if is_encoder:
+        return PoolingSpec(task="embed", mode="mean", dimension=hidden_size)
+    return None
+
+
+def _classifier(config: ConfigReader, hidden_size: int, *, is_encoder: bool) -> PoolingSpec:
+    labels = config.table("id2label")
+    num_labels = config.integer("num_labels", len(labels.values) if labels is not None else 2, high=1 << 16)
+    own = config.table("sentence_transformers") or ConfigReader({}, config.source)
+    path = own.text("activation_fn", config.text("sbert_ce_default_activation_function", ""))
+    default = "torch.nn.modules.activation.Sigmoid" if num_labels == 1 else "torch.nn.modules.linear.Identity"
+    known = ConfigReader({"activation_fn": path or default}, config.source)
+    size = hidden_size
+
+    def layer(name: str, out: int, *, bias: bool, activation: Activation = "identity") -> DenseSpec:
+        return DenseSpec("", name, size, out, bias, activation)
+
+    family = config.text("model_type", "")
+    if not is_encoder:
+        head: tuple[DenseSpec, ...] = (layer("score", num_labels, bias=False),)
+    elif family == "bert":
+        head = (layer("pooler.dense", size, bias=True, activation="tanh"), layer("classifier", num_labels, bias=True))
+    else:
+        inner = layer("classifier.dense", size, bias=True, activation="tanh")
+        head = (inner, layer("classifier.out_proj", num_labels, bias=True))
+    return PoolingSpec(
+        task="classify",
+        mode="cls" if is_encoder else "last",
+        dimension=num_labels,
+        dense=head,
+        activation=_activation(known, "activation_fn", default),
+    )
+
+
 def read_pooling(folder: Path, hidden_size: int, config: Mapping[str, Any]) -> PoolingSpec | None:
     """What a folder's modules.json says; None where there is none. Raises UsageError or EnvironmentFault."""
     modules = folder / MODULES
     if not modules.is_file():
         return None
     found = _modules(modules)
+    if [kind for kind, _ in found] == ["Transformer"]:  # a cross-encoder, whose head is in the model itself
+        return None
     if not found or found[0] != ("Transformer", ""):
         raise _unsupported(modules, "the first module must be a Transformer in the folder itself")
     kinds = [kind for kind, _ in found if kind != "Dropout"]
@@ -142,7 +216,6 @@ def read_pooling(folder: Path, hidden_size: int, config: Mapping[str, Any]) -> P
         dimension=size,
         dense=dense,
         normalize=normalize,
-        max_tokens=bert.optional_integer("max_seq_length", high=MAX_POSITIONS) or _tokenizer_limit(folder),
         lowercase=bert.boolean("do_lower_case", False),
         prompts=prompts,
         default_prompt=default,
@@ -217,8 +290,13 @@ def _prompts(fields: ConfigReader) -> tuple[tuple[str, str], ...]:
     return found
 
 
-def _tokenizer_limit(folder: Path) -> int | None:
-    """model_max_length of tokenizer_config.json, which says 1e30 where there is no limit."""
+def read_max_tokens(folder: Path) -> int | None:
+    """How long a text may be, where the folder says it: max_seq_length of sentence-transformers, or the tokenizer's
+    model_max_length, which is 1e30 where there is no limit.
+    """
+    own = _optional_table(folder / "sentence_bert_config.json").optional_integer("max_seq_length", high=MAX_POSITIONS)
+    if own is not None:
+        return own
     fields = _optional_table(folder / "tokenizer_config.json")
     limit = fields.values.get("model_max_length")
     return limit if type(limit) is int and 1 <= limit <= MAX_POSITIONS else None

@@ -15,7 +15,7 @@ from powerband.spec.checkpoint.quantization import QUANTIZATION_FILES, QUANTIZAT
 from powerband.spec.config_reader import MAX_POSITIONS, ConfigReader, shown
 from powerband.spec.model.families import FAMILIES
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.model.pooling import read_pooling
+from powerband.spec.model.pooling import pooling_of_config, read_max_tokens, read_pooling
 from powerband.spec.model.rope import scaled_context
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -36,7 +36,7 @@ def read_model_spec(source: Path | str | Mapping[str, Any]) -> ModelSpec:
     if path.is_dir():
         config = path / _CONFIG
         values = read_model_config(config)
-        spec = _with_pooling(_read(values, str(config)), values, path)
+        spec = _with_modules(_read(values, str(config)), values, path)
         return _with_ends(with_stored_head(spec, config), values, path)
     return with_stored_head(_read(read_model_config(path), str(path)), path)
 
@@ -72,15 +72,17 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
         raise fields.error("it has no 'model_type', so its architecture is unknown", "model_type")
     if model_type not in FAMILIES:
         raise _unknown(fields, model_type)
-    return _with_scaled_context(FAMILIES[model_type](fields), fields)
+    spec = _with_scaled_context(FAMILIES[model_type](fields), fields)
+    pooling = pooling_of_config(fields, spec.hidden_size, is_encoder=spec.encoder is not None)
+    return spec if pooling is None else replace(spec, pooling=pooling, generates=False, tie_embeddings=True)
 
 
-def _with_pooling(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> ModelSpec:
+def _with_modules(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> ModelSpec:
     """A checkpoint of sentence-transformers embeds and does not generate: its head, if it has one, is not needed."""
-    pooling = read_pooling(folder, spec.hidden_size, config)
+    pooling = read_pooling(folder, spec.hidden_size, config) or spec.pooling
     if pooling is None:
         return spec
-    max_tokens = min(spec.max_position, pooling.max_tokens or spec.max_position)
+    max_tokens = min(spec.max_position, read_max_tokens(folder) or spec.max_position)
     return replace(spec, pooling=pooling, generates=False, tie_embeddings=True, max_position=max_tokens)
 
 
