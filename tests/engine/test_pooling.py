@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,20 @@ import numpy as np
 import pytest
 import sentence_models as models
 from engines_for_tests import TestEngine
-from sentence_models import TEXTS, Floats, dense, normalize
+from sentence_models import HIDDEN, TEXTS, Floats, dense, normalize
 
 from powerband.core.loop import Add
 from powerband.core.params import SamplingParams
 from powerband.core.pooling import PoolingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import TokenOutput
+from powerband.engine.model_loader import checkpoint
 from powerband.errors import UsageError
+from powerband.spec.checkpoint.quantization import PLAIN
+from powerband.spec.model.checkpoint_precision import read_for_planning
+from powerband.spec.model.counts import parameter_bytes
 from powerband.spec.model.reader import read_model_spec
+from powerband.spec.settings import EngineSettings
 from powerband.text.tokenizer import Tokenizer
 
 CLOSE = 2e-5
@@ -172,14 +180,13 @@ def test_a_checkpoint_without_a_head_of_its_own_embeds(tmp_path: Path) -> None:
         ("2_Dense/config.json", {"activation_function": "my.Code"}, "activation 'my.Code' is not supported"),
         ("2_Dense/config.json", {"in_features": 3}, "takes 3 numbers and is given 64"),
         ("2_Dense/config.json", {"use_residual": True}, "residual is not supported"),
+        ("sentence_bert_config.json", {"modality_config": {"text": {}, "message": {}}}, "chat template"),
         ("config_sentence_transformers.json", {"default_prompt_name": "none"}, "default prompt 'none'"),
     ],
 )
 def test_what_a_checkpoint_asks_for_and_cannot_get_is_named(
     checkpoints: dict[str, Path], tmp_path: Path, file: str, change: dict[str, Any], said: str
 ) -> None:
-    import shutil
-
     folder = tmp_path / "changed"
     shutil.copytree(checkpoints["cls"], folder)
     path = folder / file
@@ -190,8 +197,6 @@ def test_what_a_checkpoint_asks_for_and_cannot_get_is_named(
 
 
 def test_older_configurations_of_pooling_are_read(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "old"
     shutil.copytree(checkpoints["mean"], folder)
     old = {"word_embedding_dimension": 64, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
@@ -200,3 +205,65 @@ def test_older_configurations_of_pooling_are_read(checkpoints: dict[str, Path], 
     spec = read_model_spec(folder)
     assert spec.pooling is not None
     assert (spec.pooling.mode, spec.max_position) == ("cls", 100)
+
+
+def test_a_language_model_embeds_beside_what_it_generates(tmp_path: Path) -> None:
+    folder = models.random_decoder(tmp_path / "base")
+    same = models.sentence_model(folder, tmp_path / "same", "lasttoken", normalize)
+    with TestEngine(folder) as engine:
+        alone = engine.generate([[5, 6, 7], [8] * 40])
+    with TestEngine(folder, convert="embed", max_num_batched_tokens=16, max_num_seqs=8) as engine:
+        ids = [engine.add(prompt) for prompt in ([5, 6, 7], [8] * 40)]
+        pooled = [add(engine, folder, text) for text in TEXTS]
+        outputs = engine.run()
+    assert [[token for output in outputs[id] for token in output.token_ids] for id in ids] == alone
+    found = vectors([outputs[id][-1] for id in pooled])
+    np.testing.assert_allclose(found, models.expected(same, TEXTS), atol=CLOSE)
+
+
+def test_a_model_that_was_saved_without_its_head_embeds_by_its_last_token(tmp_path: Path) -> None:
+    import transformers
+
+    folder = models.random_decoder(tmp_path / "base", "llama2", tie_word_embeddings=False)
+    same = models.sentence_model(folder, tmp_path / "same", "lasttoken", normalize)
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
+    with TestEngine(folder) as engine:
+        np.testing.assert_allclose(vectors(embed(engine, folder, TEXTS)), models.expected(same, TEXTS), atol=CLOSE)
+
+
+def test_plans_are_not_made_for_embedding_models(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="plans are made for models that generate"):
+        read_for_planning(checkpoints["mean"] / "config.json")
+
+
+def test_projections_count_in_the_memory_plan(checkpoints: dict[str, Path]) -> None:
+    spec = read_model_spec(checkpoints["cls"])
+    without = replace(spec, pooling=None)
+    counted = parameter_bytes(spec, "float32", PLAIN) - parameter_bytes(without, "float32", PLAIN)
+    assert counted == 4 * (HIDDEN * 24 + 24)
+
+
+def test_of_a_checkpoint_on_the_hub_its_modules_are_fetched(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    fetched = tmp_path / "fetched"
+
+    def download(
+        _name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
+    ) -> str:
+        for path in sorted(checkpoints["cls"].rglob("*")):
+            name = str(path.relative_to(checkpoints["cls"]))
+            is_ignored = any(fnmatch(name, pattern) for pattern in ignore_patterns or ())
+            if path.is_file() and not is_ignored and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, fetched / name)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "_weights", lambda _name, _revision: ["model.safetensors"])
+    folder = checkpoint.resolve_model(EngineSettings(model="owner/sentences"))
+    with TestEngine(folder) as engine:
+        expected = models.expected(checkpoints["cls"], TEXTS)
+        np.testing.assert_allclose(vectors(embed(engine, folder, TEXTS)), expected, atol=CLOSE)

@@ -39,7 +39,7 @@ from powerband.engine.step_log import StepLog
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.spec.hardware.device import Device, detect_cpu
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.model.reader import read_model_spec
+from powerband.spec.model.reader import converted, read_model_spec
 from powerband.spec.settings import EngineSettings
 
 # On a GPU, and where the settings say so, nothing of C++ is loaded.
@@ -83,7 +83,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     stopwatch = _Stopwatch()
     on_progress("resolve", 0.0)
     folder = resolve_model(settings)
-    spec = read_model_spec(folder)
+    spec = converted(read_model_spec(folder), settings.convert)
     defaults = sampling_defaults(settings, folder)
     _check_quantization(spec, folder)
     stopwatch.lap("resolve")

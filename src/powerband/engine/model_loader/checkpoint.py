@@ -8,6 +8,7 @@ from pathlib import Path
 from powerband.errors import EnvironmentFault
 from powerband.folders import expand_user
 from powerband.spec.checkpoint.files import INDEX, SET_ASIDE, choose, indexed_files, nothing_to_load
+from powerband.spec.model.pooling import module_folders
 from powerband.spec.settings import EngineSettings
 
 # What is fetched from the hub beside weights: never pickles, never code.
@@ -50,7 +51,14 @@ def _fetch(name: str, revision: str | None, *, weights: bool) -> Path:
 
     try:
         kinds = [*FETCHED, *(_weights(name, revision) if weights else ())]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=list(NOT_FETCHED)))
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=list(NOT_FETCHED))
+        )
+        if modules := module_folders(folder):  # of sentence-transformers: poolings and projections
+            endings = ("config.json", "model.safetensors") if weights else ("config.json",)
+            kinds = [f"{module}/{ending}" for module in modules for ending in endings]
+            return Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
+        return folder
     except GatedRepoError as problem:
         raise _not_available(
             name, "access to it must be granted first", "Ask for it on its page, then set HF_TOKEN."

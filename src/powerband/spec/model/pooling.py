@@ -136,7 +136,7 @@ class PoolingSpec:
         raise InvalidRequest(f"'dimensions' is {dimensions}, but {problem}.", param="dimensions")
 
 
-def embeds_last_token(hidden_size: int) -> PoolingSpec:
+def last_token(hidden_size: int) -> PoolingSpec:
     """The usual pooling of decoders: the last token's hidden state, normalised."""
     return PoolingSpec(task="embed", mode="last", dimension=hidden_size, normalize=True)
 
@@ -146,6 +146,8 @@ def pooling_of_config(config: ConfigReader, hidden_size: int, *, is_encoder: boo
     architectures = config.texts("architectures") or [""]
     if architectures[0].endswith("ForSequenceClassification"):
         return _classifier(config, hidden_size, is_encoder=is_encoder)
+    if architectures[0].endswith("Model") and not is_encoder:
+        return last_token(hidden_size)
     if is_encoder:
         return PoolingSpec(task="embed", mode="mean", dimension=hidden_size)
     return None
@@ -206,6 +208,12 @@ def read_pooling(folder: Path, hidden_size: int, config: Mapping[str, Any]) -> P
         size = layer.out_features
     texts = _optional_table(folder / "config_sentence_transformers.json")
     bert = _optional_table(folder / "sentence_bert_config.json")
+    if "message" in (bert.table("modality_config") or ConfigReader({}, "")):
+        raise bert.error(
+            "texts are put into the chat template before they are embedded, which is not supported",
+            "modality_config",
+            "Send what the template makes of a text, from a copy whose modality_config has only 'text'.",
+        )
     prompts = _prompts(texts)
     default = texts.text("default_prompt_name", "") or None
     if default is not None and default not in dict(prompts):
@@ -221,6 +229,12 @@ def read_pooling(folder: Path, hidden_size: int, config: Mapping[str, Any]) -> P
         default_prompt=default,
         matryoshka_dimensions=_matryoshka(ConfigReader(config, str(folder / "config.json")), size),
     )
+
+
+def module_folders(folder: Path) -> list[str]:
+    """The folders inside a checkpoint's that its modules.json names; empty where there is none. Raises UsageError."""
+    modules = folder / MODULES
+    return [path for _, path in _modules(modules) if path] if modules.is_file() else []
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:

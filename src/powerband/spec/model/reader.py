@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from powerband.documents import read_json_table
 from powerband.errors import UsageError
@@ -15,7 +15,7 @@ from powerband.spec.checkpoint.quantization import QUANTIZATION_FILES, QUANTIZAT
 from powerband.spec.config_reader import MAX_POSITIONS, ConfigReader, shown
 from powerband.spec.model.families import FAMILIES
 from powerband.spec.model.model_spec import ModelSpec
-from powerband.spec.model.pooling import pooling_of_config, read_max_tokens, read_pooling
+from powerband.spec.model.pooling import last_token, pooling_of_config, read_max_tokens, read_pooling
 from powerband.spec.model.rope import scaled_context
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -74,16 +74,36 @@ def _read(values: Mapping[str, Any], source: str) -> ModelSpec:
         raise _unknown(fields, model_type)
     spec = _with_scaled_context(FAMILIES[model_type](fields), fields)
     pooling = pooling_of_config(fields, spec.hidden_size, is_encoder=spec.encoder is not None)
-    return spec if pooling is None else replace(spec, pooling=pooling, generates=False, tie_embeddings=True)
+    if pooling is None:
+        return spec
+    if pooling == last_token(spec.hidden_size) and spec.tie_embeddings:  # the head is there, whatever it was saved as
+        return replace(spec, pooling=pooling)
+    return replace(spec, pooling=pooling, generates=False, tie_embeddings=True)
 
 
 def _with_modules(spec: ModelSpec, config: Mapping[str, Any], folder: Path) -> ModelSpec:
     """A checkpoint of sentence-transformers embeds and does not generate: its head, if it has one, is not needed."""
-    pooling = read_pooling(folder, spec.hidden_size, config) or spec.pooling
+    pooling = read_pooling(folder, spec.hidden_size, config)
     if pooling is None:
+        return spec if spec.generates else _with_max_tokens(spec, folder)
+    return _with_max_tokens(replace(spec, pooling=pooling, generates=False, tie_embeddings=True), folder)
+
+
+def _with_max_tokens(spec: ModelSpec, folder: Path) -> ModelSpec:
+    return replace(spec, max_position=min(spec.max_position, read_max_tokens(folder) or spec.max_position))
+
+
+def converted(spec: ModelSpec, convert: Literal["auto", "embed"]) -> ModelSpec:
+    """The model as the setting `convert` has it. Raises UsageError where prompts already become something else."""
+    if convert == "auto" or (spec.pooling is not None and spec.pooling.task == "embed"):
         return spec
-    max_tokens = min(spec.max_position, read_max_tokens(folder) or spec.max_position)
-    return replace(spec, pooling=pooling, generates=False, tie_embeddings=True, max_position=max_tokens)
+    if spec.pooling is not None:
+        raise UsageError(
+            "convert is 'embed', but the checkpoint is a classifier, which gives scores.",
+            hint="Leave it out, and use /v1/score or /v1/rerank.",
+            param="convert",
+        )
+    return replace(spec, pooling=last_token(spec.hidden_size))
 
 
 def _with_scaled_context(spec: ModelSpec, fields: ConfigReader) -> ModelSpec:
