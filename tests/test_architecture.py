@@ -24,7 +24,7 @@ PACKAGE = SOURCE / "powerband"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOOR_1 = (
-    *("core", "cost", "dispatch", "engines", "text", "spec", "metrics", "openai", "web", "http_client"),
+    *("core", "cost", "dispatch", "engines", "text", "structured", "spec", "metrics", "openai", "web", "http_client"),
     "output_parsers",
 )
 # Room → rooms it may import, besides itself and powerband.errors.
@@ -32,12 +32,13 @@ MAY_IMPORT = {
     "spec": (),
     "metrics": ("spec",),
     "text": ("spec",),
+    "structured": ("core", "text"),
     "cost": ("spec",),
     "core": ("spec", "metrics"),
     "dispatch": (),
     "engines": ("spec", "cost", "metrics", "openai"),
     "openai": (),
-    "output_parsers": ("openai",),
+    "output_parsers": ("core", "openai", "structured"),
     "web": ("core", "openai"),
     "http_client": ("web",),
     "engine": FLOOR_1,

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from powerband.core.params import SamplingParams
-    from powerband.core.pooling import PoolingParams
+    from powerband.core.params import PoolingParams, SamplingParams
+    from powerband.core.structured_outputs import StructuredOutputsParams
     from powerband.engine.offline.llm import LLM
 
     __version__: str
 
-__all__ = ["LLM", "PoolingParams", "SamplingParams", "__version__"]
+__all__ = ["LLM", "PoolingParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,9 +31,13 @@ def __getattr__(name: str) -> Any:
 
         return SamplingParams
     if name == "PoolingParams":
-        from powerband.core.pooling import PoolingParams
+        from powerband.core.params import PoolingParams
 
         return PoolingParams
+    if name == "StructuredOutputsParams":
+        from powerband.core.structured_outputs import StructuredOutputsParams
+
+        return StructuredOutputsParams
     if name == "__version__":
         from importlib.metadata import version
 

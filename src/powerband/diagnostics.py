@@ -17,6 +17,7 @@ from powerband.errors import PowerbandError
 from powerband.extras import WITHOUT_TORCH, is_installed, pip_command
 from powerband.spec.hardware.catalog import read_local_profile
 from powerband.spec.hardware.device import detect_cpu, has_gpu_nodes
+from powerband.spec.quantities import count_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +133,4 @@ def _weight_cache() -> str:
 
     files = weight_cache.kept_files()
     size = sum(path.stat().st_size for path in files)
-    return f"{weight_cache.folder()}: {len(files)} files, {readable(size)}"
+    return f"{weight_cache.folder()}: {count_text(len(files), 'file')}, {readable(size)}"

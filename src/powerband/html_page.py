@@ -4,7 +4,7 @@ All that a page needs is in it: style, scripts and data. Its content security po
 hashes and nothing else, so that no text from elsewhere can become a script, and nothing is ever fetched.
 
     pages/          what all pages share: style.css, drawing.js, and ECharts as others wrote it
-    PACKAGE/page/   a package's own: report.html with the places, report.css, charts.js, report.js
+    PACKAGE/page/   a package's own: report.html with the places, report.css, and the scripts that report.html names
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import msgspec
 
 from powerband.errors import EnvironmentFault
 
+_SHARED = {"echarts": "echarts.common.min.js", "drawing": "drawing.js"}
 # As escapes of JSON: within a script element a '<' could end it.
 _ESCAPES = {b"<": b"\\u003c", b">": b"\\u003e", b"&": b"\\u0026"}
 
@@ -33,12 +34,10 @@ def page_html(package: str, *, title: str, data: object) -> str:
         encoded = encoded.replace(char, escape)
     own = f"{package}/page"
     style = _part("pages", "style.css") + _part(own, "report.css")
-    # By the place in report.html, in the order in which they run.
+    page = _part(own, "report.html")
     scripts = {
-        "echarts": _part("pages", "echarts.common.min.js"),
-        "drawing": _part("pages", "drawing.js"),
-        "charts": _part(own, "charts.js"),
-        "report": _part(own, "report.js"),
+        name: _part("pages", _SHARED[name]) if name in _SHARED else _part(own, f"{name}.js")
+        for name in re.findall(r"<script>\[\[(\w+)\]\]</script>", page)
     }
     parts = {
         "policy": html.escape(_policy(style, list(scripts.values()))),
@@ -48,7 +47,7 @@ def page_html(package: str, *, title: str, data: object) -> str:
         **scripts,
     }
     # In one pass, so that nothing put in is looked at for places.
-    return re.sub(r"\[\[(\w+)\]\]", lambda found: parts[found[1]], _part(own, "report.html"))
+    return re.sub(r"\[\[(\w+)\]\]", lambda found: parts[found[1]], page)
 
 
 def write_page(page: str, path: Path) -> None:

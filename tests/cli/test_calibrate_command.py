@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from powerband.calibration import quality
 from powerband.calibration.curve_fit import FitErrors
 from powerband.calibration.measure import ModelFit, with_refinement
-from powerband.calibration.quality import better_of_two, check_fits
+from powerband.calibration.quality import better_of_two, busy_text, check_fits
 from powerband.calibration.session import Calibration
+from powerband.cli import progress
 from powerband.cli.main import main
 from powerband.cli.plan.inputs import measured_devices
 from powerband.cost.measured_steps import MeasuredStepTimes
@@ -139,6 +145,42 @@ def erratic(count: int) -> list[str]:
     """Two steps in three take twenty times as long, for no reason that a step's shape shows."""
     even, slow = steps(count), steps(count, scale=20.0)
     return [slow[i] if i % 3 else even[i] for i in range(len(even))]
+
+
+def test_a_busy_machine_is_named_with_its_processes_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quality, "_BUSY_PERCENT", 0.1)  # others use this machine, too
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    monkeypatch.setattr(psutil, "process_iter", lambda: [psutil.Process(pid) for pid in (spinning.pid, os.getpid())])
+    try:
+        wait_until_busy(spinning.pid)
+        text = busy_text(2.0)
+        assert f"(pid {spinning.pid})" in text
+        assert f"(pid {os.getpid()})" not in text
+    finally:
+        spinning.kill()
+        spinning.wait()
+    assert f"The load average is {2.0 * (os.cpu_count() or 1):.1f} on" in text
+    assert busy_text(0.1) == ""
+
+
+def wait_until_busy(pid: int) -> None:
+    process, deadline_s = psutil.Process(pid), time.monotonic() + 30
+    while sum(process.cpu_times()[:2]) < 0.2:
+        assert time.monotonic() < deadline_s
+
+
+def test_without_a_terminal_progress_is_a_line_for_each_phase(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_bar() as report:
+        for second in range(1, 9):
+            now[0] = float(second)
+            report("bf16: matrices" if second < 5 else "bf16: fit", second / 9)
+    assert capsys.readouterr().err == "· 2 s: bf16: matrices\n· 5 s: bf16: fit\n"
 
 
 def test_a_fit_that_is_far_off_is_refused_with_the_reason_unless_it_is_forced(

@@ -138,3 +138,34 @@ def test_reader_that_leaves_early_is_no_error() -> None:
 def test_version() -> None:
     shown = subprocess.run([sys.executable, "-m", "powerband", "--version"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"powerband \d+\.\d+\.\d+\n", shown.stdout)
+
+
+@pytest.mark.parametrize("command", ["status", "doctor", "devices", "keys list", "version", "bench --explain-metrics"])
+def test_an_unknown_variable_is_an_error_of_every_command(
+    command: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POWERBAND_PROT", "9000")
+    assert cli.main(command.split()) == 2
+    assert "The environment variable POWERBAND_PROT is not one that Powerband knows." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench --rate -1", "--rate is -1; it must be above 0"),
+        ("bench --rate 0", "--rate is 0; it must be above 0"),
+        ("bench --concurrency 0", "--concurrency is 0; it must be between 1 and"),
+        ("bench --requests -1", "--requests is -1; it must be 1 or more"),
+        ("bench --duration -3s", "--duration needs a value."),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_with_the_options_name(command: str, said: str, capsys: Output) -> None:
+    assert cli.main(command.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_plan_is_not_taken_for_a_model(capsys: Output, tmp_path: Path) -> None:
+    script = tmp_path / "script.sh"
+    script.write_text("#!/bin/sh\n")
+    assert cli.main(["deploy", str(script)]) == 2
+    assert "is a file, and no plan" in capsys.readouterr().err

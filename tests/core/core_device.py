@@ -15,6 +15,7 @@ from powerband.core.scheduler import Scheduler
 from powerband.core.simulation import SimExecutor
 from powerband.core.step import ErrorInfo, NewRequest, Step, StepResult, TokenLogprobs, Work
 
+LAST_OF_GRAMMAR = 7  # after this token a grammar allows nothing
 VOCABULARY = 50
 GARBAGE = -1  # digest of a slot that a failed step may or may not have written
 BAD_TOKEN = 10**6  # sampled from garbage: must never reach an output
@@ -40,6 +41,7 @@ class Config:
     burst: bool = False  # requests arrive in bursts, so that many share what is being computed
     interruptions: bool = False  # pause, resume, reset of the prefix cache
     max_num_queued_reqs: int = 1000
+    grammars: bool = False  # some requests have one
     moved: bool = False  # some requests come from another replica, with a part of their output
 
 
@@ -146,7 +148,8 @@ class CheckingExecutor(SimExecutor):
         if config.num_stages == 1:
             chosen = {w.id for w in step.works}
             for r in running:
-                stalled = r.id not in chosen and r.num_missing == 1 and r.inflight <= self.relay and not r.drafting
+                relay = 0 if r.params.grammar is not None else self.relay
+                stalled = r.id not in chosen and r.num_missing == 1 and r.inflight <= relay and not r.drafting
                 assert not stalled or len(r.tokens) + r.num_pending == r.max_length, "a decode had to wait"
 
     def run(self, step: Step) -> StepResult:
@@ -170,7 +173,8 @@ class CheckingExecutor(SimExecutor):
             assert self.epochs.get(w.id) == w.epoch, "the device does not know this request"
             self.requests[w.id].blocks += w.new_blocks
         r, end = self.requests[w.id], w.start + w.num_tokens
-        assert end - len(w.drafts) <= r.num_confirmed + self.relay, "an input token is not known yet"
+        relay = 0 if r.params.grammar is not None else self.relay
+        assert end - len(w.drafts) <= r.num_confirmed + relay, "an input token is not known yet"
         assert w.samples == (end - len(w.drafts) == len(r.digests)), "samples exactly when the last token is reached"
         assert end <= len(r.blocks) * size, "the block table is too short"
         longest = len(r.prompt) + (r.params.max_tokens or MAX_MODEL_LEN)
@@ -212,6 +216,8 @@ class CheckingExecutor(SimExecutor):
             tokens = self.sampled(r, w, poisoned)
             r.extend(tokens)
             result.tokens[w.id] = tokens
+            if r.params.grammar is not None and tokens[-1] == LAST_OF_GRAMMAR:
+                result.complete.add(w.id)
             result.logprobs[w.id] = [TokenLogprobs([token], [-1.0], 1) for token in tokens]
 
     def sampled(self, r: DeviceRequest, w: Work, poisoned: bool) -> list[int]:

@@ -7,7 +7,7 @@ import random
 from collections import defaultdict, deque
 from dataclasses import dataclass, replace
 
-from core_device import MAX_MODEL_LEN, VOCABULARY, CheckingExecutor, Config, follow, next_token
+from core_device import LAST_OF_GRAMMAR, MAX_MODEL_LEN, VOCABULARY, CheckingExecutor, Config, follow, next_token
 
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import VirtualClock
@@ -48,6 +48,8 @@ def reference(request: EngineRequest, longest: int) -> tuple[list[int], FinishRe
         output.append(token)
         digest = follow(digest, token)
         stops = (params.stop_token_ids or []) + ([] if params.ignore_eos else params.eos_token_ids or [])
+        if params.grammar is not None and token == LAST_OF_GRAMMAR:
+            return output, FinishReason.STOP
         if token in stops and len(output) >= params.min_tokens:
             return output, FinishReason.STOP
         if len(output) == params.max_tokens or len(request.token_ids) + len(output) >= longest:
@@ -61,6 +63,7 @@ def longest_of(config: Config) -> int:
 def trace(config: Config) -> tuple[list[EngineRequest], list[tuple[float, Command]]]:
     """Requests with shared prefixes, equal blocks behind different prefixes, tenants, ids used twice, aborts."""
     rng, moved = random.Random(f"trace {config.seed}"), random.Random(f"moved {config.seed}")
+    formed = random.Random(f"formed {config.seed}")
     pages = [[rng.randrange(VOCABULARY) for _ in range(config.block_size)] for _ in range(3)]
     prefixes = [[t for _ in range(15) for t in rng.choice(pages)][: rng.randrange(5, 60)] for _ in range(4)]
     requests: list[EngineRequest] = []
@@ -81,6 +84,7 @@ def trace(config: Config) -> tuple[list[EngineRequest], list[tuple[float, Comman
             ignore_eos=rng.random() < 0.5,
             prompt_logprobs=0 if rng.random() < 0.08 else None,
             logprobs=0,
+            grammar="start: /a/" if config.grammars and formed.random() < 0.5 else None,
         )
         request = EngineRequest(
             id=f"r{i:03d}",
@@ -238,7 +242,8 @@ class Story:
         self.finished[FinishReason(output.finish_reason)] += 1
         if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert (self.heard[output.id], output.finish_reason) == (tokens, reason)
-            assert output.stop_token_id == (tokens[-1] if reason is FinishReason.STOP else None)
+            is_stop_token = reason is FinishReason.STOP and tokens[-1] in (STOP_TOKEN, STOP_TOKEN + 1)
+            assert output.stop_token_id == (tokens[-1] if is_stop_token else None)
             if request.params.prompt_logprobs is not None:
                 assert len(self.rows[output.id]) == len(request.token_ids) - 1
         if output.finish_reason is FinishReason.ERROR:

@@ -30,7 +30,7 @@ def test_a_full_queue_refuses_but_free_seats_are_no_queue() -> None:
     s = scheduler(max_num_queued_reqs=2)
     for i in range(3):  # one can start at once, two wait
         s.add(ask(f"r{i}"), 0.0)
-    with pytest.raises(QueueFull, match="3 requests are waiting; the limit is 2") as refusal:
+    with pytest.raises(QueueFull, match="requests waiting: 3; the limit is 2") as refusal:
         s.add(ask("r3"), 0.0)
     assert refusal.value.retry_after_s == 1.0  # nothing has started yet, so nothing is known
     assert s.stats().num_refused == 1

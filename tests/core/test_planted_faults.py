@@ -37,6 +37,7 @@ def play_traces() -> None:
             )
         )
         play(Config(seed=seed, overlap=True, num_blocks=128, max_num_seqs=6))
+        play(Config(seed=seed, overlap=True, num_blocks=64, grammars=True))
         play(Config(seed=seed, overlap=True, num_blocks=40, chunk=8, policy="longest-prefix", burst=True))
         play(Config(seed=seed, num_blocks=28, drafts=True))
         play(Config(seed=seed, num_blocks=99, budget=16, policy="priority", burst=True))
@@ -251,6 +252,18 @@ def _(right: Any, scheduler: Any, works: Any) -> Any:
 def _(right: Any, scheduler: Any, *arguments: Any) -> None:
     with changed(scheduler, _chunk=UNLIMITED):
         right(scheduler, *arguments)
+
+
+@FAULTS.add("requests with a grammar do not wait for their last token", new_request)
+def _(right: Any, source: Any, **settings: Any) -> Any:
+    r = right(source, **settings)
+    r.waits_for_token = False
+    return r
+
+
+@FAULTS.add("the end of a grammar ends nothing", Scheduler.update)
+def _(right: Any, scheduler: Any, step: Any, result: Any, now: Any) -> Any:
+    return right(scheduler, step, replace(result, complete=set()), now)
 
 
 @FAULTS.add("any number of samples may be unconfirmed", Scheduler._continue_running)

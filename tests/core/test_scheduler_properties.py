@@ -45,6 +45,7 @@ def test_all_conditions(num_stages: int, policy: str) -> None:
             burst=seed % 2 == 0,
             interruptions=seed % 3 == 0,
             moved=seed % 5 == 0,
+            grammars=seed % 4 == 0,
         )
         report = play(config)
         preemptions += report.num_preemptions
@@ -62,6 +63,7 @@ def test_all_conditions(num_stages: int, policy: str) -> None:
         num_stages=st.sampled_from([1, 1, 2, 3, 4]),
         overlap=st.booleans(),
         moved=st.booleans(),
+        grammars=st.booleans(),
         num_blocks=st.integers(2, 120),
         block_size=st.sampled_from([1, 2, 4, 16]),
         budget=st.integers(8, 64),

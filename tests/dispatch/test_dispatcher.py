@@ -291,3 +291,70 @@ def test_a_request_that_fails_was_alone_unless_others_ran_or_failed_beside_it(nu
     for one in sent:
         pool.release(one, "failed", 2.0)
     assert [one.was_alone for one in sent] == [not num_beside] * len(sent)
+
+
+def refused_after(slow_s: float | None, *, declared_tokens: int = 1) -> int:
+    """How many of 200 requests of 1 s, 40 at once every 10 s, are refused at a backend that runs 8.
+
+    slow_s: what 40 requests of another tenant took before, the last of which ended 50 s earlier.
+    """
+    pool = dispatcher(BackendSpec(id="a", max_num_seqs=6))
+    events: list[tuple[float, int, object]] = []
+    order, refused = count(), 0
+    for i in range(40 if slow_s else 0):
+        heapq.heappush(
+            events,
+            ((slow_s or 0.0) * (i // 8), next(order), DispatchRequest(tenant="slow", output_tokens=declared_tokens)),
+        )
+    for i in range(200):
+        at_s = 5 * (slow_s or 0.0) + 50.0 + 10.0 * (i // 40)
+        heapq.heappush(events, (at_s, next(order), DispatchRequest(tenant="quick", output_tokens=2000)))
+
+    def start(sent: InFlightRequest, now_s: float) -> None:
+        pool.first_token(sent, now_s)
+        seconds = (slow_s or 0.0) if sent.tenant == "slow" else 1.0
+        heapq.heappush(events, (now_s + seconds, next(order), sent))
+
+    while events:
+        deadline_s = pool.next_deadline()
+        now_s = events[0][0] if deadline_s is None else min(events[0][0], deadline_s)
+        if now_s < events[0][0]:
+            pool.tick(now_s)
+        else:
+            event = heapq.heappop(events)[2]
+            if isinstance(event, InFlightRequest):
+                pool.release(event, "ok", now_s, output_tokens=1)
+            else:
+                assert isinstance(event, DispatchRequest)
+                try:
+                    placed = pool.submit(event, now_s)
+                except PoolError:
+                    refused += 1
+                else:
+                    if isinstance(placed, InFlightRequest):
+                        start(placed, now_s)
+        for queued in pool.take_decided():
+            if isinstance(queued.outcome, InFlightRequest):
+                start(queued.outcome, now_s)
+            else:
+                refused += 1
+    return refused
+
+
+@pytest.mark.parametrize("declared_tokens", [1, 2000])
+def test_what_one_tenants_slow_requests_took_refuses_no_other_tenants(declared_tokens: int) -> None:
+    assert refused_after(None) == 0
+    assert refused_after(50.0, declared_tokens=declared_tokens) == 0
+
+
+def test_a_slow_first_token_of_one_tenant_makes_no_others_deadline_infeasible() -> None:
+    pool = dispatcher(BackendSpec(id="a", max_num_seqs=1))
+    for _ in range(10):
+        slow = pool.submit(request(tenant="slow"), 1.0)
+        assert isinstance(slow, InFlightRequest)
+        pool.first_token(slow, 31.0)
+        pool.release(slow, "cancelled", 31.0)
+    for _ in range(3):
+        pool.submit(request(tenant="slow"), 31.0)
+    quick = pool.submit(request(tenant="quick", deadline_s=41.0), 31.0)
+    assert isinstance(quick, QueuedRequest)

@@ -51,6 +51,15 @@ def test_after_a_pause_one_trial_request_is_sent_until_it_is_accepted_or_a_secon
     assert backoff.allows(2.9, [trial])
 
 
+def test_a_trial_that_is_not_rejected_in_time_counts_for_its_own_tenant() -> None:
+    backoff, trial = RejectionBackoff(), Sent(1.0, "a")
+    backoff.rejected(Sent(0.0, "a"), 0.0, 1.0)
+    backoff.sent(trial, [])
+    backoff.sent(Sent(2.0, "b"), [trial])
+    assert backoff.allows(2.0, [trial, Sent(2.0, "b")]), "no more trials"
+    assert not backoff.ignores("a", 2.0), "no request of another tenant was accepted"
+
+
 def test_a_tenant_that_is_rejected_alone_is_ignored_for_a_minute() -> None:
     backoff = RejectionBackoff()
     backoff.rejected(Sent(0.0, "a"), 0.0, 1.0)

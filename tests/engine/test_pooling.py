@@ -17,8 +17,7 @@ from engines_for_tests import TestEngine
 from sentence_models import HIDDEN, TEXTS, Floats, dense, normalize
 
 from powerband.core.loop import Add
-from powerband.core.params import SamplingParams
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams, SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import TokenOutput
 from powerband.engine.model_loader import checkpoint

@@ -50,6 +50,7 @@ class Life:
     mute: bool = False  # it does not listen
     killed: bool = False
     inflight: int = 0
+    engine_restarts: int = 0
 
 
 @dataclass
@@ -137,7 +138,16 @@ class World:
             return ProbeResult(failures=9)
         if life.silent:
             return ProbeResult(ready_s=1.0 if life.ready else None, response_s=1.0, failures=9, timeouts=9)
-        return ProbeResult(ready_s=self.now_s if life.ready else None, response_s=self.now_s)
+        exit = (
+            ("The engine's process was killed by SIGKILL while serving.", 137) if life.engine_restarts else ("", None)
+        )
+        return ProbeResult(
+            ready_s=self.now_s if life.ready else None,
+            response_s=self.now_s,
+            engine_restarts=life.engine_restarts,
+            engine_exit=exit[0],
+            engine_exit_code=exit[1],
+        )
 
     # ---- what happens
 

@@ -64,6 +64,28 @@ def test_failing_starts_are_counted_and_crashes_of_ready_replicas_are_kept_apart
     assert [(one.subject, one.count) for one in events.all] == [("r3", 3), ("r4", 1), ("r5", 1)]
 
 
+def test_an_engine_that_its_replica_restarts_is_an_event_with_reason_and_exit_code(tmp_path: Path) -> None:
+    play = play_in(tmp_path / "demo")
+    play.desire(release(1))
+    play.settle()
+    (replica,) = play.world.replicas()
+    replica.engine_restarts = 1
+    play.settle()
+    found = [one for one in play.controller.events.all if one.reason == "EngineRestarted"]
+    assert [(one.type, one.subject, one.exit_code, one.count) for one in found] == [
+        ("Warning", replica.instance.id, 137, 1)
+    ]
+    assert found[0].message == "The engine's process was killed by SIGKILL while serving."
+
+
+def test_every_start_of_the_gateway_has_one_name() -> None:
+    events = Events()
+    for number in (1, 4):
+        events.record("Ready", f"gateway-{number}", "after 1.0 s")
+        events.record_exit(ExitedInstance(f"gateway-{number}", -9, ""), was_ready=True)
+    assert {event.subject for event in events.all} == {"gateway"}
+
+
 def test_events_survive_a_restart_of_the_controller_and_are_limited(tmp_path: Path) -> None:
     path = tmp_path / "events.json"
     Events(path).record("Ready", "r1", "after 1.0 s")
@@ -179,7 +201,7 @@ def test_command_prints_events_as_a_table_and_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
-    assert main(["events"]) == 2
+    assert main(["events"]) == 3
     assert "No service is deployed." in capsys.readouterr().err
     play = play_in(tmp_path / "demo")
     play.desire(release(1))

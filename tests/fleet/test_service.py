@@ -134,7 +134,7 @@ def test_deploys_verifies_survives_crashes_rolls_scales_and_removes(
     assert services() == []
     assert folder.database.exists(), "keys and usage are kept"
     assert session_leader_with(EnvironmentTag(INSTANCE_TAG, str(folder.path / "members" / f"{third.id}.json"))) is None
-    assert main(["remove"]) == 2
+    assert main(["remove"]) == 3
     assert "No service is deployed" in capsys.readouterr().err
 
 

@@ -73,7 +73,7 @@ def demo(state: Path) -> Play:
 def test_every_command_takes_the_service_as_its_first_argument_or_by_the_old_flag(
     command: list[str], old: str, demo: Play, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([old if word == "OLD" else word for word in command]) == 2
+    assert main([old if word == "OLD" else word for word in command]) == 3
     assert "There is no service 'nope'.\nhint:  Deployed: demo." in capsys.readouterr().err
 
 
@@ -107,14 +107,20 @@ def test_one_word_for_logs_is_a_service_or_a_process(demo: Play, capsys: pytest.
     assert "There is no log of 'r9'" in capsys.readouterr().err
 
 
-def test_status_without_a_service_is_an_answer_and_an_exit_code(
-    state: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["status", "events", "logs", "incidents", "usage", "remove", "keys list"])
+def test_without_a_service_every_command_says_so_alike(
+    command: str, state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in ([], ["demo"], ["--name", "demo"]):
-        assert main(["status", *arguments]) == 3
+    for words, problem in (([], "No service is deployed."), (["demo"], "There is no service 'demo'.")):
+        if command == "logs" and words:
+            continue  # one word for logs may be a process
+        assert main([*command.split(), *words]) == 3
         said = capsys.readouterr()
-        assert said.err == ""
-        assert said.out.startswith("No service is deployed." if not arguments else "There is no service 'demo'.")
+        assert (said.out, said.err.splitlines()[0]) == ("", f"error: {problem}")
+        assert "'powerband deploy PLAN' starts one." in said.err
+
+
+def test_status_without_a_service_is_null_for_programs(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json"]) == 3
     assert json.loads(capsys.readouterr().out) is None
 

@@ -77,7 +77,7 @@ class World:
     def __post_init__(self) -> None:
         options = PoolOptions(
             routing=self.routing,  # type: ignore[arg-type]  # one of its names
-            max_queued_requests=30,
+            max_queued_requests=20,
             max_queued_tokens=4000,
             max_queue_wait_s=LONGEST_WAIT_S,
         )
@@ -272,6 +272,7 @@ class World:
         shown, now_s = self.pool.snapshot(), self.loop.time()
         assert shown.queued == len(self.waiting), "requests are lost or made up"
         assert shown.queued_tokens == sum(a.request.prompt_tokens + a.request.output_tokens for a in self.waiting)
+        # Tenants that hold less than half of their share are admitted to a full queue: half as many again at most.
         assert shown.queued <= 30 + sum(bool(asked.avoid) for asked in self.waiting), "more waits than may"
         by_replica: dict[str, list[Asked]] = {}
         for lease, asked in self.live.items():

@@ -91,6 +91,14 @@ def test_mistakes_are_named(flags: list[str], capsys: pytest.CaptureFixture[str]
         (["keys", "create", "a", "--scopes", "root", *flags], 2, "'root'; known are infer, metrics, admin"),
         (["keys", "create", "a", "--expires", "soon", *flags], 2, "such as 90d"),
         (["keys", "limit", "a", *flags], 2, "No limit is given"),
+        (
+            ["keys", "create", "a", "--requests-per-min", "-3", *flags],
+            2,
+            "--requests-per-min is -3; it must be between 1",
+        ),
+        (["keys", "limit", "a", "--max-concurrency", "0", *flags], 2, "--max-concurrency is 0; it must be between 1"),
+        (["keys", "limit", "a", "--usd", "-1", *flags], 2, "--usd is -1.0; it must be between 0"),
+        (["keys", "limit", "a", "--priority", "5000", *flags], 2, "--priority is 5000; it must be between -1000 and"),
         (["keys", "limit", "a", "--lift", "rpm", *flags], 2, "known are requests_per_min"),
         (["usage", "--by", "secret", *flags], 2, "known are key, model, day"),
         (["usage", "--since", "yesterday", *flags], 2, "such as 24h"),
@@ -116,7 +124,24 @@ def test_without_a_deployed_service_the_commands_say_what_to_name(
 ) -> None:
     monkeypatch.setenv("POWERBAND_STATE", str(tmp_path))
     code, told = complaint(capsys, "usage")
-    assert (code, "No service is deployed" in told, "--url" in told) == (2, True, True)
+    assert (code, "No service is deployed" in told, "--url" in told) == (3, True, True)
+
+
+def test_a_second_key_of_a_name_is_only_created_when_it_is_meant(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "keys", "create", "app", *flags)
+    code, said = complaint(capsys, "keys", "create", "app", *flags)
+    assert (code, "There is a key called 'app' already" in said) == (2, True)
+    run(capsys, "keys", "create", "app", "--force", *flags)
+    code, said = complaint(capsys, "keys", "revoke", "app", *flags)
+    assert (code, "Several keys are called 'app'" in said, "by its id" in said) == (2, True, True)
+    for key in json.loads(run(capsys, "keys", "list", "--json", *flags)):
+        if key["name"] == "app":
+            run(capsys, "keys", "revoke", key["id"], *flags)
+    code, said = complaint(capsys, "keys", "revoke", "app", *flags)
+    assert (code, "The key 'app' was revoked already" in said) == (2, True)
+    run(capsys, "keys", "create", "app", *flags)  # the name is free again
 
 
 def test_books_that_nobody_can_administer_get_a_key_for_this_user(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_queue_is_bounded_in_requests_and_tokens() -> None:
         assert refusal.value.retry_after_s is not None
         tasks.append(asyncio.ensure_future(pool.lease(request(prompt_tokens=0))))
         await settle()
-        with pytest.raises(PoolFull, match="2 requests are waiting; the limit is 2"):
+        with pytest.raises(PoolFull, match="requests waiting: 2; the limit is 2"):
             await pool.lease(request(prompt_tokens=0, output_tokens=0))
         for task in tasks:
             task.cancel()

@@ -24,7 +24,9 @@ from powerband.metrics.logging import JsonFormatter
 from powerband.metrics.record import Outcome
 from powerband.mock_server.behavior import Behavior
 
-HAS_OTEL = importlib.util.find_spec("opentelemetry") is not None
+HAS_OTEL = (
+    importlib.util.find_spec("opentelemetry") is not None and importlib.util.find_spec("opentelemetry.sdk") is not None
+)
 needs_otel = pytest.mark.skipif(not HAS_OTEL, reason="powerband[otel] is not installed")
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SENT = {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "vendor=1"}

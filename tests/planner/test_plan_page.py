@@ -19,6 +19,7 @@ import pytest
 from results_for_tests import SLO_, evaluation, results
 
 from powerband.errors import EnvironmentFault
+from powerband.planner.picked import deployment_id
 from powerband.planner.report.html_report import report_html, write_report
 from powerband.planner.report.json_export import results_as_dict
 from powerband.planner.results import PlanResults, Pruned
@@ -200,6 +201,9 @@ def test_a_browser_shows_the_plan_and_what_the_address_selects(found: PlanResult
     assert "× 2.00" not in shown.texts
     assert "+100 %" in shown.texts, "what it costs more than the recommended one"
     assert shown.content("canvas"), "the chart"
+    picked = f"--pick {deployment_id(found.evaluations[number].deployment)} -o plan.yaml"
+    assert any(code.endswith(picked) for code in shown.content("code"))
+    assert any(text.startswith("version: 1\n") for text in shown.content("pre")), "its plan file"
     rows = [attributes for tag, attributes in shown.elements if tag == "tr" and "data-i" in attributes]
     assert len(rows) == sum(one.meets_slo for one in found.frontier) + 1
 

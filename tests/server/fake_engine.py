@@ -22,8 +22,9 @@ from powerband.errors import EnvironmentFault
 from powerband.spec.settings import EngineSettings
 
 STEP_S, LONG_STEP_S = 0.003, 0.1  # with the second one a stream lasts until it is cut
-CONTEXT = 512
+CONTEXT, ECHO_CONTEXT = 512, 2048
 VOCABULARY = 4096
+IM_START, IM_END, USER = 1, 2, [1883, 201]  # of the demo model's tokenizer: <|im_start|>, <|im_end|>, "user\n"
 DEMO = Path(powerband.__file__).parent / "demo"
 
 
@@ -34,6 +35,10 @@ class ParrotExecutor(SimExecutor):
         super().__init__(clock, lambda step: step_s)
         self.known: dict[str, NewRequest] = {}
 
+    def script(self, prompt: list[int]) -> list[int]:
+        """What it says, again and again."""
+        return prompt
+
     def run(self, step: Step) -> StepResult:
         for id in step.dropped:
             self.known.pop(id, None)
@@ -43,16 +48,28 @@ class ParrotExecutor(SimExecutor):
                 self.known[work.id] = work.new
             request = self.known[work.id]
             prompt = request.token_ids[: request.num_prompt_tokens]
+            script = self.script(prompt)
             end = work.start + work.num_tokens
             if request.params.prompt_logprobs is not None:
                 rows = prompt[work.start + 1 : end + 1]
                 result.prompt_logprobs[work.id] = [logprobs(id, request.params.prompt_logprobs) for id in rows]
             if work.samples:
-                token = prompt[(end - len(prompt)) % len(prompt)]
+                token = script[(end - len(prompt)) % len(script)]
                 result.tokens[work.id] = [token]
                 if request.params.logprobs is not None:
                     result.logprobs[work.id] = [logprobs(token, request.params.logprobs)]
         return result
+
+
+class EchoExecutor(ParrotExecutor):
+    """Samples the tokens of the last user message, from "<|im_start|>user\\n" to "<|im_end|>", and ends with that."""
+
+    def script(self, prompt: list[int]) -> list[int]:
+        start, head, end = 0, [IM_START, *USER], IM_END
+        for place in range(len(prompt)):
+            if prompt[place : place + len(head)] == head:
+                start = place + len(head)
+        return prompt[start : prompt.index(end, start) + 1]
 
 
 def logprobs(token: int, num_alternatives: int) -> TokenLogprobs:
@@ -79,15 +96,16 @@ def build(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progress: Cal
     if settings.model == "slow":
         time.sleep(60)
     kv = KVCacheManager(num_blocks=256, block_size=16)
+    context = ECHO_CONTEXT if settings.model == "echo" else CONTEXT
     limits = SchedulerLimits(
-        max_model_len=CONTEXT, max_num_seqs=settings.max_num_seqs, max_num_queued_reqs=settings.max_num_queued_reqs
+        max_model_len=context, max_num_seqs=settings.max_num_seqs, max_num_queued_reqs=settings.max_num_queued_reqs
     )
     step_s = {"hanging": 60.0, "long-steps": LONG_STEP_S}.get(settings.model, STEP_S)
-    executor = ParrotExecutor(clock, step_s)
+    executor = (EchoExecutor if settings.model == "echo" else ParrotExecutor)(clock, step_s)
     core = EngineCore(Scheduler(kv, limits), executor, clock, inbox)
     info = EngineInfo(
         model_folder=str(DEMO),
-        max_model_len=CONTEXT,
+        max_model_len=context,
         vocab_size=VOCABULARY,
         eos_token_ids=[2, 0],  # as the demo model has
         kv_capacity_tokens=256 * 16,

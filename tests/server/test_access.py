@@ -52,10 +52,14 @@ def test_every_route_but_the_probes_asks_for_the_key() -> None:
         {"Authorization": f"Bearer {KEY}x"},
         {"Authorization": f"Basic {KEY}"},
         {"Authorization": KEY},
+        {"X-Api-Key": KEY[:-1]},
         {"X-Api-Key": KEY},
     ]
     for headers in wrong_keys:
-        requests = [(method, path, headers) for method, path in table]
+        is_anthropics = headers == {"X-Api-Key": KEY}  # right for the paths of Anthropic's API, and wrong for others
+        requests = [
+            (method, path, headers) for method, path in table if not (is_anthropics and path.startswith("/v1/messages"))
+        ]
         for (_, path, _), response in zip(requests, ask(ServerSettings(api_key=KEY), *requests), strict=True):
             if path in PROBES:  # no engine has started here
                 assert response.status_code == (200 if path == "/livez" else 503), path
@@ -174,10 +178,9 @@ UNKNOWN_PATHS = [
     ("/v1/models/", "Did you mean '/v1/models'?"),
     ("/v1/chat/completion", "Did you mean '/v1/chat/completions'?"),
     ("/v1/embeddings", "Embeddings cannot be used here. Use /v1/chat/completions."),
-    ("/v1/responses", "OpenAI's Responses API cannot be used here."),
-    ("/v1/messages", "Anthropic's API cannot be used here."),
+    ("/v1/files", "Files cannot be used here."),
     ("/api/chat", "Ollama's API cannot be used here."),
-    ("/", "The base URL for OpenAI's clients ends with /v1, such as http://localhost:8000/v1."),
+    ("/", "The base URL for OpenAI's clients ends with /v1, such as http://"),
     ("/v1", "The base URL"),
     ("/v1/", "The base URL"),
     ("/admin/keys", "This is a replica. Keys, limits, usage and routes are managed at a gateway"),
@@ -197,6 +200,22 @@ def test_an_unknown_path_is_not_found_whatever_the_key_and_says_what_is_meant(pa
         assert error["message"].startswith(f"There is no path '{path[:20]}")
         assert hint in error["message"]
         assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("api.example.com", "http://api.example.com/v1."),
+        ("127.0.0.1:17200", "http://127.0.0.1:17200/v1."),
+        ('a b"<script>:80', "http://localhost"),
+        ("x" * 500, "http://localhost"),
+    ],
+)
+def test_the_base_url_that_is_named_is_the_one_that_was_asked(host: str, shown: str) -> None:
+    message = ask(ServerSettings(), ("GET", "/", {"Host": host}))[0].json()["error"]["message"]
+    assert f"such as {shown}" in message
+    assert ":8000" not in message
+    assert "script" not in message
 
 
 PAGE = "http://localhost:5173"

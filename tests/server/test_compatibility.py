@@ -45,16 +45,13 @@ def refusal(**fields: Any) -> InvalidRequest:
     return caught.value
 
 
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
 ASKED: list[tuple[str, Any, str]] = [
     ("functions", [{"name": "f"}], "Use 'tools'."),
     ("function_call", {"name": "f"}, "Use 'tool_choice'."),
-    ("response_format", {"type": "json_object"}, "Structured output"),
-    ("response_format", SCHEMA, "Structured output"),
-    ("structured_outputs", {"choice": ["a", "b"]}, "Structured output"),
-    ("guided_json", {"type": "object"}, "Structured output"),
-    ("guided_regex", "a+", "Structured output"),
+    ("guided_json", {"type": "object"}, "Send 'structured_outputs' with 'json'."),
+    ("guided_regex", "a+", "Send 'structured_outputs' with 'regex'."),
+    ("ebnf", 'root ::= "a"', "Send 'structured_outputs' with 'grammar'."),
     ("modalities", ["text", "audio"], "Output other than text"),
     ("audio", {"voice": "alloy", "format": "mp3"}, "Audio"),
     ("prediction", {"type": "content", "content": "x"}, "Predicted output"),

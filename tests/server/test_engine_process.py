@@ -21,7 +21,7 @@ from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.client import supervisor
 from powerband.engine.client.health import EngineState, HealthMonitor, StallLimits
-from powerband.engine.client.supervisor import EngineProcess
+from powerband.engine.client.supervisor import EngineExit, EngineProcess
 from powerband.errors import EngineDead, PowerbandError, UsageError
 from powerband.spec.settings import EngineSettings
 
@@ -228,6 +228,7 @@ def test_a_restart_that_does_not_end_is_tried_again(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(supervisor, "_MIN_RESTART_S", 60.0)
         await until(lambda: engine.health().ready)
         assert engine.num_restarts == 2
+        assert engine.last_exit == EngineExit("The engine's process was killed by SIGKILL while serving.", 137)
         await engine.stop()
 
     asyncio.run(scenario())

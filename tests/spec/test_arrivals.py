@@ -277,16 +277,16 @@ def test_what_is_no_process_is_a_usage_error(values):
     [
         (lambda: OpenLoop.at(0), "The rate is 0: nothing would arrive."),
         (lambda: OpenLoop(()), "The rate is 0: nothing would arrive."),
-        (lambda: OpenLoop.at(-1), "A phase from -1 to -1 requests a second in inf s."),
-        (lambda: OpenLoop.at(math.inf), "A phase from inf to inf requests a second in inf s."),
+        (lambda: OpenLoop.at(-1), "The load goes from -1 to -1 requests a second in inf s."),
+        (lambda: OpenLoop.at(math.inf), "The load goes from inf to inf requests a second in inf s."),
         (lambda: RatePhase(1, 2), "A ramp needs a duration in seconds."),
-        (lambda: RatePhase(1, 1, 0), "A phase from 1 to 1 requests a second in 0 s."),
+        (lambda: RatePhase(1, 1, 0), "The load goes from 1 to 1 requests a second in 0 s."),
         (lambda: OpenLoop((RatePhase(1, 1), RatePhase(2, 2))), "Only the last phase may have no end."),
         (lambda: OpenLoop.at(1, 0), "burstiness is 0."),
         (lambda: OpenLoop.at(1, math.nan), "burstiness is nan."),
         (lambda: OpenLoop.at(1, 1e300), "burstiness is 1e+300."),  # the gamma generator would never return
-        (lambda: ClosedLoop(0), "A closed loop of 0 users who think for 0.0 s."),
-        (lambda: ClosedLoop(MAX_CONCURRENCY + 1), "A closed loop of 100001 users who think for 0.0 s."),
+        (lambda: ClosedLoop(0), "The load has 0 users, who wait 0.0 s between requests."),
+        (lambda: ClosedLoop(MAX_CONCURRENCY + 1), "The load has 100001 users, who wait 0.0 s between requests."),
         (lambda: Replay(0), "speedup is 0."),
     ],
 )

@@ -13,8 +13,8 @@ from tokenizers_for_tests import byte_level, save
 from powerband.errors import EnvironmentFault, InvalidRequest
 from powerband.text import template_process
 from powerband.text.chat_template import ChatTemplate
-from powerband.text.template_process import TemplateLimits
 from powerband.text.tokenizer import Tokenizer
+from powerband.worker_process import WorkerLimits, WorkerProcess
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 USER = {"role": "user", "content": " What is 2+2? <b>&'日本' "}
@@ -24,7 +24,7 @@ TOOL = {
     "function": {"name": "add", "description": "Adds <two>", "parameters": {"type": "object", "properties": {"a": {}}}},
 }
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": "é"}}}]}
-QUICK = TemplateLimits(seconds=0.5)
+QUICK = WorkerLimits(seconds=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +151,10 @@ def test_a_bomb_ends_in_an_error_soon(name):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_is_killed_or_stopped_takes_no_request_with_it(number):
-    limits = TemplateLimits(seconds=0.3)
+    limits = WorkerLimits(seconds=0.3)
     workers = template_process.TemplateProcesses({"default": "{{ messages[0].content }}"}, {}, limits)
     try:
-        [worker] = workers._idle
+        [worker] = workers._pool._idle
         os.kill(worker._process.pid, number)
         context = {"messages": [{"role": "user", "content": "here"}]}
         assert workers.render("default", context, 100) == ("here", None)
@@ -164,7 +164,7 @@ def test_a_worker_that_is_killed_or_stopped_takes_no_request_with_it(number):
 
 def test_others_are_served_while_one_rendering_hangs():
     source = "{% if messages|length > 9 %}" + BOMBS["nested"] + "{% endif %}{{ messages[0].content|trim }}"
-    template = ChatTemplate({"default": source}, limits=TemplateLimits(seconds=2.0, max_workers=2))
+    template = ChatTemplate({"default": source}, limits=WorkerLimits(seconds=2.0, max_workers=2))
     with ThreadPoolExecutor(1) as threads:
         hanging = threads.submit(template.render, [USER] * 10)
         for _ in range(20):
@@ -295,10 +295,10 @@ def test_methods_filters_and_functions_work_as_elsewhere(made):
 
 
 def test_a_worker_sees_no_secrets(monkeypatch):
-    from powerband.text import template_process
-
     monkeypatch.setenv("POWERBAND_API_KEY", "secret")
-    worker = template_process._Worker({"default": "x"}, TemplateLimits())
+    worker = WorkerProcess(
+        "powerband.text.template_worker", {"sources": {"default": "x"}, "variables": {}}, WorkerLimits()
+    )
     environment = open(f"/proc/{worker._process.pid}/environ").read()  # noqa: SIM115
     worker.kill()
     assert "secret" not in environment

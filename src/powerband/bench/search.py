@@ -19,6 +19,7 @@ from powerband.errors import UsageError
 from powerband.metrics.figures import Summary, summarize
 from powerband.metrics.slo import slo_misses
 from powerband.metrics.statistics import wilson
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 RESOLUTION = 1.05  # the bracket's width at which the search ends
@@ -104,7 +105,7 @@ class Searcher:
             if self._is_too_short(trial.result, 1):
                 number = trial.result.schedule.num_requests
                 raise UsageError(
-                    f"At {rate:.3g} requests a second a load has {number} requests: too few to judge.",
+                    f"At {rate:.3g} requests a second a load has {count_text(number, 'request')}: too few to judge.",
                     hint=f"Make loads longer: --duration {math.ceil(MIN_REQUESTS / rate)}s.",
                     param="duration",
                 )

@@ -112,6 +112,11 @@ class BenchSession:
         target = msgspec.structs.replace(target, max_model_len=min(known, default=None))
         with contextlib.suppress(OSError, TimeoutError):  # a server that is not ready is the next probe's to report
             target = await find_accepted_fields(target)
+        if target.max_model_len is None:
+            self._on_note(
+                f"{target.base} does not list the context of {target.model} (max_model_len), so no request is cut to "
+                "fit it. --max-model-len names it."
+            )
         if target.rejected_fields:
             self._on_note(f"{rejected_text(target)}.")
         self._experiment = replace(

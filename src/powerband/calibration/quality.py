@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
+
+import psutil
 
 from powerband.calibration.curve_fit import FitErrors
 from powerband.errors import EnvironmentFault
@@ -14,6 +18,8 @@ from powerband.spec.hardware.profile import HostModel
 MAX_MEDIAN, MAX_P90 = 0.5, 1.0
 MAX_WAY_S = 0.5  # from a client to the engine, and back
 _MAX_LOAD = 0.25  # of other programs: of each core
+
+_SHOWN, _LOOK_S, _BUSY_PERCENT = 3, 0.5, 10.0  # of a core
 
 Fit = TypeVar("Fit")
 
@@ -33,6 +39,31 @@ def better_of_two(measure: Callable[[], Fit], errors: Callable[[Fit], FitErrors]
 def load_per_core() -> float:
     """Of the last minute, by all programs."""
     return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def busy_text(load: float) -> str:
+    """What to say before measuring a machine that other programs use; '' for an idle one. load: load_per_core()."""
+    if load <= _MAX_LOAD:
+        return ""
+    cores = os.cpu_count() or 1
+    text = f"The load average is {load * cores:.1f} on {cores} cores, so this machine will be measured as too slow."
+    users = _busiest_processes()
+    return f"{text} Busy: {', '.join(users)}." if users else text
+
+
+def _busiest_processes() -> list[str]:
+    """'python (pid 4711) 98 %' of a core, within a moment, without this process; at most _SHOWN of them."""
+    found = [one for one in psutil.process_iter() if one.pid != os.getpid()]
+    for one in found:
+        with contextlib.suppress(psutil.Error):
+            one.cpu_percent()
+    time.sleep(_LOOK_S)
+    shares: list[tuple[float, str]] = []
+    for one in found:
+        with contextlib.suppress(psutil.Error):
+            shares.append((one.cpu_percent(), f"{one.name()} (pid {one.pid})"))
+    busy = sorted((share, name) for share, name in shares if share >= _BUSY_PERCENT)
+    return [f"{name} {share:.0f} %" for share, name in reversed(busy[-_SHOWN:])]
 
 
 def check_fits(rows: Sequence[Mapping[str, Any]], host: HostModel | None, load_before: float) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
-from cyclopts import App, CycloptsError, Group, UnknownOptionError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from powerband.errors import PowerbandError
 
@@ -144,8 +144,18 @@ def _run(tokens: list[str]) -> int:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _complain(*_usage_message(error), USAGE)
+    _check_variables()
     result = command(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0
+
+
+def _check_variables() -> None:
+    """An unknown POWERBAND_ variable is an error of every command, so that a misspelled one does not go unnoticed."""
+    if any(name.startswith("POWERBAND_") for name in os.environ):
+        from powerband.cli.flags import KNOWN_SETTINGS
+        from powerband.cli.settings import check_variables
+
+        check_variables(os.environ, KNOWN_SETTINGS)
 
 
 def _usage_message(error: CycloptsError) -> tuple[str, str]:
@@ -154,6 +164,10 @@ def _usage_message(error: CycloptsError) -> tuple[str, str]:
     hint = f"'{command} --help' shows the options."
     if isinstance(error, UnusedCliTokensError):
         return f"Unexpected: {' '.join(error.unused_tokens or ())}.", hint
+    if isinstance(error, MissingArgumentError) and error.argument is not None and error.argument.parameter.name:
+        option = error.argument.name
+        if option.startswith("--"):
+            return f"{option} needs a value.", f"A value that begins with '-' is written {option}=VALUE. {hint}"
     if isinstance(error, UnknownOptionError):
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if option == "--model":

@@ -8,7 +8,7 @@ powerband serve demo --config powerband.yaml     file, with the line  max_num_se
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ PREFIX = "POWERBAND_"
 OTHER_VARIABLES = (
     *("POWERBAND_DEBUG", "POWERBAND_CACHE", "POWERBAND_KERNEL_TIER", "POWERBAND_KERNEL_SANITIZE"),
     *("POWERBAND_VLLM", "POWERBAND_SGLANG", "POWERBAND_TRTLLM"),
-    *("POWERBAND_STATE", "POWERBAND_MEMBER", "POWERBAND_DEVICE_PROFILE", "POWERBAND_HERE"),
+    *("POWERBAND_STATE", "POWERBAND_MEMBER", "POWERBAND_DEVICE_PROFILE", "POWERBAND_HERE", "POWERBAND_CONTROLLER"),
 )
 FROM_COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -109,18 +109,30 @@ def _from_command_line(given: Mapping[str, Any], renamed: Mapping[str, str]) -> 
     return {new_names[name]: (given[name], FROM_COMMAND_LINE) for name in new_names}
 
 
-def _from_environment(environment: Mapping[str, str], types: Mapping[str, Any], renamed: Mapping[str, str]) -> _Layer:
+def check_variables(environment: Mapping[str, str], known: Iterable[type]) -> None:
+    """Raises UsageError for a variable that looks like a setting and is none. known: as in `resolve`."""
+    names = [name for settings in known for name in (*value_types(settings), *new_names(settings))]
+    _variables(environment, names)
+
+
+def _variables(environment: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    """Setting → text. Raises UsageError for a variable that is no setting, with the nearest that is one."""
     given: dict[str, str] = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES or is_service_link(variable, text):
             continue
         name = variable.removeprefix(PREFIX).lower()
-        if variable != _variable(name) or (name not in types and name not in renamed):
+        if variable != _variable(name) or name not in names:
             raise UsageError(
                 f"The environment variable {variable} is not one that Powerband knows.",
-                hint=nearest(variable, [*map(_variable, types), *OTHER_VARIABLES]),
+                hint=nearest(variable, [*map(_variable, names), *OTHER_VARIABLES]),
             )
         given[name] = text
+    return given
+
+
+def _from_environment(environment: Mapping[str, str], types: Mapping[str, Any], renamed: Mapping[str, str]) -> _Layer:
+    given = _variables(environment, [*types, *renamed])
     new_names = _with_new_names(given, renamed, _variable)
     return {
         new: (_convert(given[name], types[new]), f"environment ({_variable(name)})") for name, new in new_names.items()

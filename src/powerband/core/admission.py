@@ -63,7 +63,7 @@ class Admission:
         """Raise QueueFull if the queue cannot take `num_tokens` more. `num_slots`: free seats among the running."""
         limits = self.limits
         if num_waiting >= limits.max_num_queued_reqs + num_slots:
-            what = f"{num_waiting} requests are waiting; the limit is {limits.max_num_queued_reqs}"
+            what = f"requests waiting: {num_waiting}; the limit is {limits.max_num_queued_reqs}"
         # An empty queue takes any prompt, or a long one could never come in.
         elif num_waiting and num_waiting_tokens + num_tokens > limits.max_num_queued_tokens:
             what = (

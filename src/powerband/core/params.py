@@ -1,4 +1,4 @@
-"""What a request asks of sampling. Names and meanings are vLLM's, so that scripts move over unchanged."""
+"""What a request asks of sampling, or of pooling. Names and meanings are vLLM's: scripts move over unchanged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.errors import InvalidRequest
 
 MAX_N = 128  # OpenAI's
@@ -56,6 +57,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None  # alternatives per output token; the sampled one always comes with them
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    grammar: str | None = None  # structured_outputs as llguidance takes them, filled in before the engine
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -76,6 +79,10 @@ class SamplingParams:
         _strings("stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_BYTES)
         _strings("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_BYTES)
         self._check_token_ids()
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise _wrong("structured_outputs", self.structured_outputs, "StructuredOutputsParams(…)")
+        if self.grammar is not None and (not isinstance(self.grammar, str) or not self.grammar):
+            raise _wrong("grammar", self.grammar, "a string that is not empty")
 
     @property
     def is_greedy(self) -> bool:
@@ -102,6 +109,10 @@ class SamplingParams:
         object.__setattr__(own, "n", 1)
         object.__setattr__(own, "seed", seed)
         return own
+
+    def with_grammar(self, grammar: str) -> SamplingParams:
+        """The same, with `structured_outputs` in the form that the engine takes."""
+        return replace(self, structured_outputs=None, grammar=grammar)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidRequest when a token id lies outside [0, vocab_size)."""
@@ -176,6 +187,28 @@ class SamplingParams:
             for id, bias in self.logit_bias.items():
                 _whole("logit_bias", id, 0, _MAX_INT32)
                 _real(f"logit_bias.{id}", bias, -100, 100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingParams:
+    """How one prompt becomes a vector. Names are vLLM's. Raises InvalidRequest naming the field.
+
+    What is pooled (last token, mean, …) is the checkpoint's own matter, see spec.model.pooling.
+    """
+
+    dimensions: int | None = None  # keep only the first ones; None: all
+    use_activation: bool | None = None  # normalise the embedding, or apply the scorer's activation; None: the model's
+    second_text_start: int | None = None  # of a pair: the first token of its second text, for models with token types
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None and (type(self.dimensions) is not int or self.dimensions < 1):
+            raise InvalidRequest(
+                f"dimensions is {self.dimensions!r}; it must be a whole number of at least 1.", param="dimensions"
+            )
+        if self.use_activation not in (None, True, False):
+            raise InvalidRequest(
+                f"use_activation is {self.use_activation!r}; it must be true or false.", param="use_activation"
+            )
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:

@@ -9,8 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-from powerband.core.params import SamplingParams
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams, SamplingParams
 from powerband.errors import InvalidRequest
 from powerband.spec.model.model_spec import RopeSpec
 from powerband.spec.model.rope import rope_length
@@ -60,6 +59,7 @@ class Request:
     order: tuple[Any, ...] = ()  # the policy's key, as of the last sorting
     running: bool = False
     uses_prefix_cache: bool = True  # False: every position of its prompt must be computed
+    waits_for_token: bool = False  # what may come next depends on the last token, which must be known first
     rope_length: int = 0  # its keys are rotated by at least this length (spec.rope.rope_length)
     max_rotated: int = sys.maxsize  # tokens that keys rotated so are right for; with more, all are computed again
     num_computed: int = 0  # positions whose KV exists once every submitted step has run
@@ -114,6 +114,7 @@ def new_request(source: EngineRequest, *, max_length: int, epoch: int, pools_eve
         stop_ids=frozenset(eos) | frozenset(params.stop_token_ids or ()),
         epoch=epoch,
         uses_prefix_cache=_uses_prefix_cache(source, pools_every_position),
+        waits_for_token=params.grammar is not None,
     )
 
 

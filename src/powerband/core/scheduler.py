@@ -138,7 +138,7 @@ class Scheduler:
     def _continue_running(self, works: list[Work]) -> tuple[int, bool]:
         """Fill `works` from the running requests, in order; return the budget left and whether any was preempted."""
         budget = self.limits.max_num_batched_tokens
-        relay, dynamic = self.relay, self.policy.dynamic
+        dynamic = self.policy.dynamic
         if self.rope is not None:
             self._rotate_again()
         decodes_left = self._count_decodes()  # each gets one token of the budget before anyone gets a second
@@ -146,7 +146,7 @@ class Scheduler:
         preempted = False
         for r in self.running:  # a preemption removes the last one
             known = len(r.tokens) + r.num_pending
-            if r.inflight > relay or r.drafting or known >= r.max_length or known > r.max_rotated:
+            if not self._can_run(r) or known >= r.max_length or known > r.max_rotated:
                 continue
             n = known - r.num_computed
             drafts: list[int] = []
@@ -197,17 +197,19 @@ class Scheduler:
 
     def _count_decodes(self) -> int:
         """Running requests that can be scheduled now and need exactly one token."""
-        relay = self.relay
         count = 0
         for r in self.running:
             known = len(r.tokens) + r.num_pending
-            is_ready = r.inflight <= relay and not r.drafting and known < r.max_length and known <= r.max_rotated
-            if is_ready and known - r.num_computed == 1:
+            if self._can_run(r) and known < r.max_length and known <= r.max_rotated and known - r.num_computed == 1:
                 count += 1
         return count
 
+    def _can_run(self, r: Request) -> bool:
+        """Whether the steps in flight leave a running request free to be scheduled."""
+        return r.inflight <= (0 if r.waits_for_token else self.relay) and not r.drafting
+
     def _drafts(self, r: Request, limit: int) -> list[int]:
-        if self.propose is None or r.num_pending or limit <= 0 or not r.num_output:
+        if self.propose is None or r.num_pending or limit <= 0 or not r.num_output or r.waits_for_token:
             return []
         return self.propose(r)[:limit]
 
@@ -312,6 +314,8 @@ class Scheduler:
                 outputs.append(self._fail(r, w.start, wrong_count(w, got), now))
                 continue
             got, finish, stop_token = take_tokens(r, w, got)
+            if w.id in result.complete:
+                finish = FinishReason.STOP
             counters.generation_tokens += len(got)
             outputs.append(token_output(r, got, now, finish, stop_token, logprobs_of.get(w.id), rows))
             if finish is not None:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from powerband.core.params import SamplingParams
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams, SamplingParams
 
 
 class FinishReason(str, Enum):
@@ -102,6 +101,7 @@ class StepResult:
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[str, ErrorInfo] = field(default_factory=dict)
     vectors: dict[str, bytes] = field(default_factory=dict)  # of pooled prompts: float32 in native byte order
+    complete: set[str] = field(default_factory=set)  # their grammars allow nothing after what `tokens` has
 
 
 @dataclass(slots=True)

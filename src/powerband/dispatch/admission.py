@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from powerband.dispatch.capacity import Capacity, ServiceTime
+from powerband.dispatch.capacity import Capacity, EstimatesByTenant, ServiceTime
 from powerband.dispatch.errors import DeadlineUnreachable, PoolFull, QueueTimeout
 from powerband.dispatch.options import DispatchOptions
 from powerband.dispatch.queue import FairQueue
@@ -24,12 +24,13 @@ class AdmissionControl:
     """Admission control of one length pool.
 
     slo_ttft_s: the SLO's TTFT in seconds; None: no SLO. is_overloaded: the overload has lasted long enough for the SLO
-    to count as a deadline.
+    to count as a deadline. capacity, service: of all requests; `of_tenant`: of each tenant's, by which it is admitted.
     """
 
     def __init__(self, options: DispatchOptions) -> None:
         self.capacity = Capacity()
         self.service = ServiceTime()
+        self.of_tenant = EstimatesByTenant()
         self.slo_ttft_s: float | None = None
         self.is_overloaded = False
         self._options = options
@@ -55,10 +56,20 @@ class AdmissionControl:
         grace_s = options.recovery_grace_s if is_recovering else options.overload_grace_s
         self.is_overloaded = self.is_overloaded or now_s - self._late_since_s >= grace_s
 
+    def record_service(self, tenant: str, seconds: float) -> None:
+        """A request got its first token so long after it was sent."""
+        self.service.observe(seconds)
+        self.of_tenant[tenant].service.observe(seconds)
+
+    def record_end(self, tenant: str, tokens: int, seconds: float) -> None:
+        """A request ended. tokens: its upper bound. seconds: since it was sent."""
+        self.capacity.ended(tokens, seconds)
+        self.of_tenant[tenant].capacity.ended(tokens, seconds)
+
     def is_late(self, request: DispatchRequest, now_s: float) -> bool:
         """Whether the first token would miss the deadline if the request were dispatched now."""
         deadline_s = self._deadline_s(request, now_s)
-        return deadline_s is not None and now_s + self.service.bound_s > deadline_s
+        return deadline_s is not None and now_s + self.of_tenant[request.tenant].service.bound_s > deadline_s
 
     @property
     def is_settled(self) -> bool:
@@ -87,7 +98,7 @@ class AdmissionControl:
         if deadline_s is None:
             return latest_s
         # A request that left the queue at its deadline would get its first token after the deadline.
-        latest_s = min(latest_s, deadline_s - self.service.bound_s)
+        latest_s = min(latest_s, deadline_s - self.of_tenant[request.tenant].service.bound_s)
         late_s = now_s + _SAFETY_FACTOR * (wait_s or 0.0) - latest_s
         if late_s > 0:
             raise self._infeasible(late_s)
@@ -101,10 +112,22 @@ class AdmissionControl:
         )
 
     def _predicted_wait_s(self, request: DispatchRequest, level: PriorityLevel, queue: FairQueue) -> float | None:
-        """Seconds until a new request would be dispatched, after all requests ahead of it; None: unknown."""
+        """Seconds until a new request would be dispatched, after all requests ahead of it; None: unknown.
+
+        The lower of two: by the rate of all requests, after those ahead of it; and by the rate of its tenant's
+        requests, after the tenant's own ones. Where the tenant has none yet, only the plan says anything.
+        """
         ahead = queue.tokens_ahead(level, request.tenant)
-        requests = queue.requests * ahead / queue.tokens if queue.tokens else 0.0
-        return self.capacity.wait_s(ahead + request.prompt_tokens + request.output_tokens, requests + 1)
+        requests_ahead = queue.requests * ahead / queue.tokens if queue.tokens else 0.0
+        own_requests, own_tokens, _ = queue.share_of(request.tenant)
+        own_ahead = min(ahead, own_tokens)
+        own_requests_ahead = own_requests * own_ahead / own_tokens if own_tokens else 0.0
+        needed = request.prompt_tokens + request.output_tokens
+        own_s = self.of_tenant[request.tenant].capacity.wait_s(own_ahead + needed, own_requests_ahead + 1)
+        if own_s is None:
+            return self.capacity.planned_wait_s(requests_ahead + 1)
+        wait_s = self.capacity.wait_s(ahead + needed, requests_ahead + 1)
+        return own_s if wait_s is None else min(own_s, wait_s)
 
     def _check_room(
         self, request: DispatchRequest, queue: FairQueue, wait_s: float | None, requests: int, tokens: int
@@ -116,7 +139,7 @@ class AdmissionControl:
         if (is_full or over > 0) and self._is_within_share(request, queue):
             return
         if is_full:
-            what = f"{requests} requests are waiting; the limit is {options.max_queued_requests}"
+            what = f"requests waiting: {requests}; the limit is {options.max_queued_requests}"
             until_room_s = capacity.wait_s(tokens / requests, 1)
         elif requests and over > 0:  # an empty queue takes any request
             what = f"{tokens} tokens are waiting and this takes up to {own}; the limit is {options.max_queued_tokens}"

@@ -102,7 +102,7 @@ class Dispatcher:
         in_flight.prompt_tokens = request.prompt_tokens if prompt_tokens is None else prompt_tokens
         in_flight.outstanding -= request.prompt_tokens
         in_flight.backend.outstanding -= request.prompt_tokens
-        pool_for(request, self._pools).admission.service.observe(now_s - in_flight.sent_s)
+        pool_for(request, self._pools).admission.record_service(request.tenant, now_s - in_flight.sent_s)
 
     def release(
         self,
@@ -130,8 +130,8 @@ class Dispatcher:
         backend.outstanding -= in_flight.outstanding
         is_done = outcome in ("ok", "cancelled")
         if is_done:
-            pool.observe(now_s)
-            pool.admission.capacity.ended(in_flight.tokens, now_s - in_flight.sent_s)
+            self._observe(pool, request.tenant, now_s)
+            pool.admission.record_end(request.tenant, in_flight.tokens, now_s - in_flight.sent_s)
             backend.request_completed(in_flight, now_s)
             if outcome == "ok":
                 backend.last_success_s = now_s
@@ -358,6 +358,7 @@ class Dispatcher:
                 backend = self._router.choose(queued.request, among, pool.serving)
                 sent = self._send(queued.request, backend, pool, queued.level, now_s)
                 sent.queue_s = now_s - queued.queued_s
+                self._observe(pool, queued.request.tenant, now_s)
                 self._decide(queued, sent)
                 free = [one for one in free if one.has_capacity(now_s)]
             pool.observe(now_s)
@@ -381,6 +382,11 @@ class Dispatcher:
         if best is not first:
             first.num_passed += 1
         return best
+
+    def _observe(self, pool: LengthPool, tenant: str, now_s: float) -> None:
+        """Update the capacity measurements after a tenant's queued or running requests have changed."""
+        pool.observe(now_s)
+        pool.observe_tenant(tenant, self._num_in_flight[tenant], now_s)
 
     def _send(
         self, request: DispatchRequest, backend: Backend, pool: LengthPool, level: PriorityLevel, now_s: float
@@ -441,6 +447,7 @@ class Dispatcher:
             expires_s = pool.admission.admit(request, level, pool.queue, now_s, waiting)
         queued = QueuedRequest(request, request.prompt_tokens + request.output_tokens, level, now_s, avoid)
         pool.queue.push(queued)
+        self._observe(pool, request.tenant, now_s)
         heapq.heappush(self._expiries, (expires_s, next(self._order), queued))
         if len(self._expiries) > 64 + 2 * self.queued:
             self._expiries = [entry for entry in self._expiries if entry[2].is_queued]
@@ -464,7 +471,7 @@ class Dispatcher:
     def _remove(self, queued: QueuedRequest, now_s: float) -> LengthPool:
         pool = pool_for(queued.request, self._pools)
         pool.queue.remove(queued)
-        pool.observe(now_s)
+        self._observe(pool, queued.request.tenant, now_s)
         return pool
 
     def _decide(self, queued: QueuedRequest, outcome: InFlightRequest | PoolError) -> None:

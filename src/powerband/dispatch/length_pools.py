@@ -30,6 +30,11 @@ class LengthPool:
         num_in_flight = sum(len(backend.in_flight) for backend in self.serving) if is_saturated else 0
         self.admission.capacity.observe(now_s, is_saturated, len(self.serving), num_in_flight)
 
+    def observe_tenant(self, tenant: str, num_in_flight: int, now_s: float) -> None:
+        """Update a tenant's capacity measurement after its queued or running requests have changed."""
+        is_waiting = self.queue.share_of(tenant)[0] > 0
+        self.admission.of_tenant[tenant].capacity.observe(now_s, is_waiting, len(self.serving), num_in_flight)
+
 
 def _max_prompt_tokens(backend: Backend) -> float:
     limit = backend.spec.max_prompt_tokens

@@ -55,8 +55,9 @@ class RejectionBackoff:
 
     def sent(self, request: SentRequest, in_flight: Iterable[SentRequest]) -> None:
         """A request is sent. in_flight: those sent before: a trial among them has not been rejected in time."""
-        if self._num_rejections and any(self._is_trial(one) for one in in_flight):
-            self._end(request.tenant, request.sent_s)
+        trial = next((one for one in in_flight if self._is_trial(one)), None) if self._num_rejections else None
+        if trial is not None:
+            self._end(trial.tenant, request.sent_s)
 
     def accepted(self, request: SentRequest, now_s: float) -> None:
         """The backend has begun to respond, or has completed the request."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from llguidance import LLTokenizer
 
 from powerband.core.admission import SchedulerLimits
 from powerband.core.clock import Clock
@@ -30,6 +31,7 @@ from powerband.engine.client.messages import EngineInfo
 from powerband.engine.device_estimates import DeviceEstimates, find_device_estimates
 from powerband.engine.executor.cuda_graphs import MAX_ROWS, can_capture
 from powerband.engine.executor.local import ExecutorConfig, Progress, TorchExecutor, device_name
+from powerband.engine.grammar_inbox import GrammarInbox
 from powerband.engine.kernels.cpu.library import FAST_TIERS, load_with_progress
 from powerband.engine.kernels.cpu.library import Status as KernelStatus
 from powerband.engine.model_loader.generation_config import end_token_ids, sampling_defaults
@@ -41,6 +43,9 @@ from powerband.spec.hardware.device import Device, detect_cpu
 from powerband.spec.model.model_spec import ModelSpec
 from powerband.spec.model.reader import converted, read_model_spec
 from powerband.spec.settings import EngineSettings
+from powerband.structured.compiled import Grammars
+from powerband.structured.tokens import grammar_tokens
+from powerband.text.tokenizer import Tokenizer
 
 # On a GPU, and where the settings say so, nothing of C++ is loaded.
 NO_KERNELS = KernelStatus(None, "not asked for")
@@ -66,8 +71,11 @@ class Engine:
     residuals: Residuals | None  # None: nothing is known of the device
     report: DeviceReport  # its seconds: every phase of the start
     step_log: StepLog | None
+    grammars: Grammars
+    inbox: GrammarInbox
 
     def close(self) -> None:
+        self.inbox.close()
         self.executor.close()
         if self.step_log is not None:
             self.step_log.close()
@@ -96,12 +104,7 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
             on_progress("kernels", 0.0)
             kernels = load_with_progress(partial(on_progress, "kernels"))
     stopwatch.lap("kernels")
-    kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
-    dtype: str = settings.dtype
-    if dtype == "auto":
-        dtype = auto_dtype(
-            spec, kind, cpu.features, kernels=kernels.tier in FAST_TIERS, quantization=settings.quantization
-        )
+    dtype = _dtype(settings, spec, device, cpu, kernels)
     choice = choose_backend(
         settings.attention_backend,
         device.type,
@@ -118,7 +121,9 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     settings = _resolved(settings, device, dtype, memory)
     form = _form(settings, spec, device, memory)
     step_log = StepLog(Path(settings.step_log), form) if settings.step_log else None
-    executor = TorchExecutor(_executor_config(settings, spec, folder, device, choice, memory, kernels), on_progress)
+    grammars = Grammars(partial(_grammar_tokens, settings, spec, folder))
+    config = _executor_config(settings, spec, folder, device, choice, memory, kernels)
+    executor = TorchExecutor(config, on_progress, grammars)
     with _memory_errors(memory):
         report = executor.start()
         stopwatch.take(report.seconds)
@@ -129,10 +134,24 @@ def build_engine(settings: EngineSettings, *, inbox: Inbox, clock: Clock, progre
     estimates = find_device_estimates(form, spec, memory)
     scheduler = _scheduler(settings, spec, memory, executor, estimates)
     residuals = Residuals(estimates.model) if estimates is not None else None
-    core = EngineCore(scheduler, executor, clock, inbox, _all_of(step_log, residuals))
+    gate = GrammarInbox(inbox, grammars)
+    core = EngineCore(scheduler, executor, clock, gate, _all_of(step_log, residuals))
     info = _info(settings, spec, folder, defaults, memory, report, choice, kernels, executor)
     info.refuses_late = estimates is not None
-    return Engine(core, info, spec, settings, executor, scheduler, memory, form, residuals, report, step_log)
+    return Engine(
+        core, info, spec, settings, executor, scheduler, memory, form, residuals, report, step_log, grammars, gate
+    )
+
+
+def _grammar_tokens(settings: EngineSettings, spec: ModelSpec, folder: Path) -> LLTokenizer:
+    """The tokenizer for grammars. Raises EnvironmentFault."""
+    tokenizer = Tokenizer.load(settings.tokenizer or folder, revision=None if settings.tokenizer else settings.revision)
+    if tokenizer is None:
+        raise EnvironmentFault("Structured output needs a tokenizer, and the model has none.", code="no_tokenizer")
+    ends = end_token_ids(settings, folder, spec.eos_token_ids, spec.vocab_size)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return grammar_tokens(tokenizer.to_json(), spec.vocab_size, ends)
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -146,6 +165,14 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
             param="device",
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype(settings: EngineSettings, spec: ModelSpec, device: torch.device, cpu: Device, kernels: KernelStatus) -> str:
+    if settings.dtype != "auto":
+        return settings.dtype
+    kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
+    has_kernels = kernels.tier in FAST_TIERS
+    return auto_dtype(spec, kind, cpu.features, kernels=has_kernels, quantization=settings.quantization)
 
 
 def _plan(spec: ModelSpec, settings: EngineSettings, device: torch.device, cpu: Device, dtype: str) -> MemoryPlan:

@@ -19,6 +19,7 @@ from powerband.spec.hardware.catalog import load_catalog, local_profile
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DeviceProfile
 from powerband.spec.plan import Plan, absolute_model
+from powerband.spec.quantities import count_text
 
 _PORT = "{port}"
 
@@ -141,9 +142,11 @@ def _threads(
     equal_part = max(cores // replicas, 1)
     threads = desired or (min(calibrated, equal_part) if calibrated else equal_part)
     each = f"each of {replicas} replicas" if replicas > 1 else "the replica"
-    notes = [f"{threads} of {cores} cores for {each}"]
+    notes = [f"{threads} of {count_text(cores, 'core')} for {each}"]
     if calibrated is not None and calibrated != threads:
-        notes.append(f"the plan was made for replicas with {calibrated} threads: latencies will differ from it")
+        notes.append(
+            f"the plan was made for replicas with {count_text(calibrated, 'thread')}: latencies will differ from it"
+        )
     if replicas * threads > cores:
         notes.append(f"more threads than cores: {replicas * threads} on {cores}")
     return threads, notes

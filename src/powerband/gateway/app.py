@@ -11,7 +11,6 @@ from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.auth import ApiKeyMiddleware
 from powerband.gateway.accounts.routes import make_routes
 from powerband.gateway.admin import GatewayAdminRoutes
-from powerband.gateway.anthropic_errors import AnthropicErrorsMiddleware
 from powerband.gateway.gateway import Gateway
 from powerband.gateway.info_routes import InfoRoutes
 from powerband.gateway.observability.metrics import GatewayMetrics
@@ -20,6 +19,7 @@ from powerband.gateway.proxy.pass_through.routes import make_routes as pass_thro
 from powerband.gateway.proxy.token_routes import TokenCountRoutes
 from powerband.gateway.replica_metrics_routes import make_routes as scraping_routes
 from powerband.web.access import allow_pages
+from powerband.web.anthropic import AnthropicErrorsMiddleware
 from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
 from powerband.web.paths import KnownPathsMiddleware

@@ -18,6 +18,7 @@ from powerband.metrics.statistics import (
     percentile_interval,
     wilson,
 )
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
@@ -150,9 +151,8 @@ class Summary:
         if not are_many and lag.mean <= self.max_lag_s:
             return ""
         limit, worst = self.max_lag_s * 1000, lag.maximum * 1000
-        return (
-            f"the client sent {self.late} of {lag.count} requests more than {limit:.1f} ms late, up to {worst:.1f} ms"
-        )
+        late = f"{self.late} of {count_text(lag.count, 'request')}"
+        return f"the client sent {late} more than {limit:.1f} ms late, up to {worst:.1f} ms"
 
 
 def summarize(records: Sequence[RequestRecord], window: Window, slo: SLO | None = None) -> Summary:

@@ -72,11 +72,6 @@ def time_interval_text(interval: Interval | None) -> str:
     return f"{digits(interval[0] * factor)}–{digits(interval[1] * factor)} {unit}"
 
 
-def count_text(count: int, noun: str) -> str:
-    """'1 request', '2,000 requests'."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells in left-aligned columns, as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

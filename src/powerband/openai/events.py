@@ -21,6 +21,11 @@ def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
+def named_event(type: str, data: bytes) -> bytes:
+    """One event of an API whose events have types, as OpenAI's Responses and Anthropic's Messages."""
+    return b"event: %b\ndata: %b\n\n" % (type.encode(), data)
+
+
 DONE = event(END)
 
 

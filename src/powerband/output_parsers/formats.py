@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ from powerband.output_parsers.families.mistral import TAG as TOOL_CALLS
 from powerband.output_parsers.families.pythonic import LLAMA_TAGS, PythonicParser, gemma_grammar, pythonic_grammar
 from powerband.output_parsers.families.qwen3_coder import Qwen3CoderParser, qwen3_coder_grammar
 from powerband.output_parsers.families.think import ThinkParser
-from powerband.output_parsers.grammar import CallRules, Grammar, ThinkTags
+from powerband.output_parsers.grammar import CallRules, Grammar, ThinkTags, form_of_answer
 from powerband.output_parsers.output_parser import OutputParser
 from powerband.output_parsers.text_parser import TextParser
 from powerband.output_parsers.tool_use import ToolUse
@@ -108,6 +109,14 @@ _REASONING_MARKS = (
 )
 
 
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _short_id() -> str:
+    return secrets.token_hex(5)[:9]
+
+
 def _recognized(source: str, marks: tuple[tuple[tuple[str, ...], str], ...]) -> str:
     return next((name for texts, name in marks if all(text in source for text in texts)), "")
 
@@ -140,10 +149,6 @@ class OutputFormat:
             tags |= set(REASONING_FORMATS[self.reasoning].tags)
         return tags
 
-    @property
-    def has_short_ids(self) -> bool:
-        return bool(self.tools) and TOOL_FORMATS[self.tools].short_ids
-
     def starts_in_reasoning(self, prompt: str) -> bool:
         """Whether the reasoning is open at the end of the prompt."""
         if not self.reasoning or self.reasoning == "openai_gptoss":
@@ -152,6 +157,13 @@ class OutputFormat:
         opening, closing = reasoning.tags
         return end.endswith(opening) or (reasoning.always and not end.endswith(closing))
 
+    def continued(self, message: str) -> str:
+        """What stands for the prompt where the output goes on with an assistant's message."""
+        if not self.reasoning or self.reasoning == "openai_gptoss":
+            return ""
+        opening, closing = REASONING_FORMATS[self.reasoning].tags
+        return opening if message.rfind(opening) > message.rfind(closing) else closing
+
     def parser(self, prompt: str, use: ToolUse | None, *, keeps_reasoning: bool = True) -> OutputParser | None:
         """For one output; None where all of it is text. prompt: its end, as text."""
         calls = use is not None and use.rules is not None and bool(self.tools)
@@ -159,7 +171,7 @@ class OutputFormat:
         if self.reasoning == "openai_gptoss" or (calls and self.tools == HARMONY):
             in_header = prompt.rstrip().endswith((f"{START}assistant", END))
             harmony = HarmonyParser(gives_calls=calls, starts_in_header=in_header)
-            return OutputParser(tools=harmony, max_calls=max_calls, keeps_reasoning=keeps_reasoning)
+            return self._output_parser(None, harmony, max_calls, keeps_reasoning)
         reasoning = None
         if self.reasoning:
             tags = REASONING_FORMATS[self.reasoning].tags
@@ -167,15 +179,31 @@ class OutputFormat:
         if reasoning is None and not calls:
             return None
         tools = TOOL_FORMATS[self.tools].parser(use) if use is not None and calls else None
-        return OutputParser(reasoning, tools, max_calls=max_calls, keeps_reasoning=keeps_reasoning)
+        return self._output_parser(reasoning, tools, max_calls, keeps_reasoning)
 
-    def grammar(self, prompt: str, rules: CallRules, token_id: Callable[[str], int | None]) -> str:
-        """What keeps calls in their form, as llguidance takes it."""
+    def _output_parser(
+        self, reasoning: TextParser | None, tools: TextParser | None, max_calls: int | None, keeps_reasoning: bool
+    ) -> OutputParser:
+        make_id = _short_id if self.tools and TOOL_FORMATS[self.tools].short_ids else _call_id
+        return OutputParser(reasoning, tools, max_calls=max_calls, keeps_reasoning=keeps_reasoning, make_id=make_id)
+
+    def grammar(
+        self, prompt: str, rules: CallRules | None, token_id: Callable[[str], int | None], answer: str = ""
+    ) -> str:
+        """What keeps calls in their form, and an answer that is no call in its own, as llguidance takes it.
+
+        answer: a grammar; "": any text. Raises ValueError for one that cannot be part of another.
+        """
         thinking = None
         if self.reasoning and self.reasoning != "openai_gptoss":
             tags = REASONING_FORMATS[self.reasoning].tags
             thinking = ThinkTags(*tags, starts_open=self.starts_in_reasoning(prompt))
-        return TOOL_FORMATS[self.tools].grammar(Grammar(token_id, thinking), rules)
+        grammar = Grammar(token_id, thinking, form_of_answer(answer) if answer else "")
+        if rules is not None:
+            return TOOL_FORMATS[self.tools].grammar(grammar, rules)
+        if self.reasoning == "openai_gptoss":
+            return harmony_grammar(grammar, CallRules(()))
+        return grammar.write(f"{grammar.reasoning} WS? {grammar.answer or 'TEXT'}")
 
     def reasoning_end(self) -> str:
         """The text that ends the reasoning, for a model that is to stop it."""

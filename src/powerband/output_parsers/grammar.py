@@ -13,17 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-# JSON as chat templates write it, and models that were trained with them.
-_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+# JSON as chat templates write it, and models that were trained with them. No \\u: with it, an object could name a
+# property twice, in two spellings.
+_STYLE = {
+    **{"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False},
+    **{"json_allowed_escapes": 'nrbtf\\"', "lenient": False, "coerce_one_of": False},
+}
 _HEAD = "%llguidance {}\n"
 
 
 @dataclass(frozen=True, slots=True)
 class CallableTool:
-    """A tool that may be called. schema: of its arguments, an object."""
+    """A tool that may be called. schema: of its arguments, an object. place: the schema's in the request."""
 
     name: str
     schema: dict[str, Any]
+    strict: bool = False
+    place: str = "tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +51,17 @@ class ThinkTags:
 
 
 class Grammar:
-    """Collects rules. `token_id` gives the id of a text that is one token of its own in the vocabulary."""
+    """Collects rules. `token_id` gives the id of a text that is one token of its own in the vocabulary.
 
-    def __init__(self, token_id: Callable[[str], int | None], thinking: ThinkTags | None = None) -> None:
+    answer: the form of an answer that is no call; "": any text.
+    """
+
+    def __init__(
+        self, token_id: Callable[[str], int | None], thinking: ThinkTags | None = None, answer: str = ""
+    ) -> None:
         self._token_id = token_id
-        self._rules: dict[str, str] = {"TEXT": r"/(?s:.*)/", "WS": r"/[ \n\r\t]+/"}
+        self.answer = answer
+        self._rules: dict[str, str] = {"TEXT": r"/(?s:.*)/", "WS": r"/[ \n]{1,4}/"}
         self.reasoning = self._reasoning(thinking) if thinking else ""
 
     def write(self, start: str) -> str:
@@ -68,16 +80,17 @@ class Grammar:
 
     def until(self, tag: str) -> str:
         """Any text, and then the tag."""
-        name = "until_" + "".join(char if char.isalnum() else f"_{ord(char):x}_" for char in tag)
+        name = "until_" + tag.encode().hex()
         spelled = self.add(name + "_spelled[lazy]", f"TEXT {quoted(tag)}").partition("[")[0]
         id = self._token_id(tag)
         return self.add(name, spelled if id is None else f"TEXT <[{id}]> | {spelled}")
 
     def tagged_calls(self, opening: str, call: str, rules: CallRules) -> str:
         """The grammar of a format in which a tag opens each call. call: what comes after it."""
-        if rules.required:
+        if rules.required or self.answer:
             one = f"WS? {self.tag(opening)} {call}"
-            return self.write(f"{self.reasoning} ({one})+" if rules.parallel else f"{self.reasoning} {one}")
+            calls = f"({one})+" if rules.parallel else one
+            return self.write(f"{self.reasoning} {calls if rules.required else f'({calls} | WS? {self.answer})'}")
         self.add("call", f"{self.until(opening)} {call}")
         return self.write(f"{self.reasoning} {'call*' if rules.parallel else 'call?'} TEXT")
 
@@ -108,6 +121,16 @@ def json_value(schema: dict[str, Any] | bool) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     return "%json " + json.dumps({"x-guidance": _STYLE, **schema})
+
+
+def form_of_answer(grammar: str) -> str:
+    """A grammar of structured output as a part of another one. Raises ValueError for one of several grammars."""
+    if not grammar.startswith("{"):
+        return f"%lark {{\n{grammar.removeprefix(_HEAD)}\n}}"
+    [only] = json.loads(grammar)["grammars"]
+    if "json_schema" in only:
+        return "%json " + json.dumps(only["json_schema"])
+    return f"%lark {{\n{only['lark_grammar'].removeprefix(_HEAD)}\n}}"
 
 
 def json_object_call(tool: CallableTool, key: str) -> str:

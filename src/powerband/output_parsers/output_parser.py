@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from powerband.output_parsers.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from powerband.output_parsers.text_parser import TextParser, past_space
@@ -12,7 +12,7 @@ class OutputParser:
     """Feeds text through the parsers of a family and puts the result in order.
 
     Blanks around calls and after the reasoning are not content. Of calls beyond `max_calls` nothing is given out.
-    keeps_reasoning: False leaves the reasoning out.
+    keeps_reasoning: False leaves the reasoning out. make_id: for calls without an id.
     """
 
     def __init__(
@@ -22,26 +22,35 @@ class OutputParser:
         *,
         max_calls: int | None = None,
         keeps_reasoning: bool = True,
+        make_id: Callable[[], str] = str,
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools
         self._max_calls = max_calls
         self._keeps_reasoning = keeps_reasoning
+        self._make_id = make_id
         self._blanks = ""  # that may turn out to be content
         self._drops_blanks = False
         self._has_content = False
         self.num_calls = 0
         self.num_reasoning_tokens = 0
+        self._num_doubtful = 0  # that may belong to the tag
 
     @property
     def in_reasoning(self) -> bool:
         return any(parser is not None and parser.in_reasoning for parser in (self._reasoning, self._tools))
 
     def feed_token(self, text: str) -> list[Event]:
-        """The events that one token's text completes. Tokens inside the reasoning are counted, its tags are not."""
+        """The events that one token's text completes. Tokens of the reasoning are counted, those of its tags not."""
         before = self.in_reasoning
         events = self.feed(text)
-        self.num_reasoning_tokens += before and self.in_reasoning
+        if not self.in_reasoning:
+            self._num_doubtful = 0
+        elif before:
+            self._num_doubtful += 1
+            if not any(parser is not None and parser.is_waiting for parser in (self._reasoning, self._tools)):
+                self.num_reasoning_tokens += self._num_doubtful
+                self._num_doubtful = 0
         return events
 
     def feed(self, text: str) -> list[Event]:
@@ -81,7 +90,9 @@ class OutputParser:
                 case CallStart() | CallArguments() | CallEnd():
                     self._drops_blanks, self._has_content, self._blanks = True, False, ""
                     if self._max_calls is None or event.index < self._max_calls:
-                        self.num_calls = max(self.num_calls, event.index + 1)
+                        if isinstance(event, CallStart):
+                            self.num_calls += 1
+                            event.id = event.id or self._make_id()
                         yield event
 
     def _content(self, text: str) -> Iterator[Content]:

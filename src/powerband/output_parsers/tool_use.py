@@ -15,11 +15,10 @@ from powerband.output_parsers.grammar import NO_PARAMETERS, CallableTool, CallRu
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """rules: None where the model may not call any. strict: a tool demands that its schema is kept to the letter."""
+    """rules: None where the model may not call any."""
 
     tools: Sequence[FunctionDefinition]
     rules: CallRules | None
-    strict: bool
 
     @property
     def for_template(self) -> list[dict[str, Any]]:
@@ -62,10 +61,15 @@ def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: 
     allowed, required = _chosen(functions, choice, places)
     rules = None
     if allowed:
-        callable_tools = [CallableTool(tool.name, _object_schema(tool)) for tool in allowed]
+        callable_tools = [
+            CallableTool(
+                tool.name, _object_schema(tool), tool.strict is True, f"tools.{places[tool.name]}.function.parameters"
+            )
+            for tool in allowed
+        ]
         several = parallel is not False and not isinstance(choice, NamedTool)
         rules = CallRules(callable_tools, required=required, parallel=several)
-    return ToolUse(functions, rules, strict=any(tool.strict for tool in allowed))
+    return ToolUse(functions, rules)
 
 
 def _chosen(

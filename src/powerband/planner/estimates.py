@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 from powerband.cost.engine_priors import ENGINE_PRIORS
 from powerband.cost.latency import LatencyModel
 from powerband.cost.replica_memory import plan_replica
 from powerband.planner.candidates import ReplicaOption
 from powerband.planner.closed_form import HELD_OUTPUT, ClosedForm, StepTimes
+from powerband.planner.picked import picked_count
 from powerband.planner.plan_request import PlanRequest, WorkloadStats, mean_tokens
+from powerband.planner.rate_curves import DeploymentPrice
 from powerband.planner.results import Bound, Evaluation, Prediction
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 from powerband.spec.hardware.catalog import usd_per_hour
+from powerband.spec.quantities import count_text
 
 # (max_num_seqs, max_num_batched_tokens): the default first.
 LIMITS = ((256, 2048), (64, 2048), (256, 512), (256, 8192))
@@ -86,6 +88,9 @@ def replica_counts(plan_request: PlanRequest, unit: SizedReplica) -> list[int]:
     max_count = max_replicas(plan_request, unit.replica)
     if max_count < 1:
         return []
+    picked = picked_count(plan_request.pick, unit.kind.engine, unit.replica)
+    if picked is not None and picked <= max_count:
+        return [picked]
     if plan_request.replicas is not None:
         return [plan_request.replicas] if plan_request.replicas <= max_count else []
     if unit.slo_rate <= 0:
@@ -112,8 +117,8 @@ def no_room_text(plan_request: PlanRequest, replica: Replica) -> str:
     room = max_replicas(plan_request, replica)
     if plan_request.profile(replica.device).kind == "cpu" and machine is not None:
         return (
-            f"{wanted} replicas have no room: this machine of {machine.cores} cores was measured with "
-            f"{machine.threads} threads each, so it holds {room}"
+            f"{count_text(wanted, 'replica')} have no room: this machine of {count_text(machine.cores, 'core')} was "
+            f"measured with {count_text(machine.threads, 'thread')} each, so it holds {room}"
         )
     return f"{wanted} of {replica.num_devices} devices have no room: at most {plan_request.max_devices} may be used"
 
@@ -158,11 +163,6 @@ def estimate_capacity(unit: SizedReplica, count: int) -> Prediction:
     return Prediction(
         unit.slo_rate * count, unit.guaranteed_rate * count, max(unit.slo_rate, min(best, unit.slo_rate * 1.5)) * count
     )
-
-
-class DeploymentPrice(TypedDict):
-    usd_per_hour: float | None
-    machines: Mapping[str, int]
 
 
 def deployment_price(plan_request: PlanRequest, deployment: Deployment) -> DeploymentPrice:

@@ -44,6 +44,7 @@ class PlanRequest:
     draft_acceptance: float = 0.0
     pinned: Mapping[str, Any] = field(default_factory=dict)  # fields that every Replica must have
     seed: int = 0
+    pick: str | None = None  # id of the only deployment to look at, or a role among all of them
 
     @property
     def space(self) -> SearchSpace:

@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from powerband.planner.rate_curves import RateCurve
 from powerband.spec.deployment import Deployment
 from powerband.spec.plan import Prediction as Prediction
 from powerband.spec.slo import SLO
 
 Bound = Literal["memory", "bandwidth", "compute", "link", "host", "queueing"]
 Objective = Literal["cost", "latency", "throughput"]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRate:
+    """A simulation at the band's slow edge. kept_limits: the least limits of (TTFT, TPOT) that enough of its requests
+    keep, which also keep the other limits of the SLO: where one is wider, the other may be narrower. Empty: none are.
+    """
+
+    rate: float
+    kept_limits: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +46,9 @@ class Evaluation:
     weights_bytes: int  # of one rank
     dominated: bool = False
     notes: tuple[str, ...] = ()
+    simulated: tuple[SimulatedRate, ...] = ()
+    curve: RateCurve | None = None  # at other rates and in other numbers; None: of several kinds of replicas
+    corrections: Mapping[str, float] = field(default_factory=dict)  # factors on the curve's figures, by name
 
     @property
     def usd_per_million_tokens(self) -> float | None:

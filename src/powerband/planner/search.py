@@ -21,14 +21,16 @@ from powerband.cost.latency import LatencyModel
 from powerband.errors import UsageError
 from powerband.planner.candidates import option_name, replica_options
 from powerband.planner.correction import corrected
+from powerband.planner.curve_sampling import with_curves
 from powerband.planner.estimates import LIMITS, estimate, no_room_text, replica_counts, sized_replicas
 from powerband.planner.mixed_pools import mixed_deployments
+from powerband.planner.picked import only_picked
 from powerband.planner.plan_request import PlanRequest, mean_turns, request_tokens
 from powerband.planner.remedies import meets_slo, remedies
 from powerband.planner.report.formatting import deployment_text
 from powerband.planner.report.reasons import reasons
 from powerband.planner.report.table import pruned_by_reason
-from powerband.planner.results import Bound, Evaluation, PlanResults, Prediction, Pruned
+from powerband.planner.results import Bound, Evaluation, PlanResults, Prediction, Pruned, SimulatedRate
 from powerband.planner.selection import alternatives, have_one_price, marked, order, price, recommended, within_budget
 from powerband.planner.simulation.task import MAX_REPLICAS, SimulationSummary, SimulationTask, run_simulation_task
 from powerband.spec.deployment import Deployment
@@ -43,6 +45,7 @@ _FRONTIER_SIMULATED = 6  # that are simulated besides, so that the frontier show
 _BATCH = 4
 _MAX_RECHECKS = 3  # times that others of the same price are looked at, when simulations have told how closed forms err
 _MAX_ALTERNATIVE_ROUNDS = 6  # times that alternatives are looked for anew, because simulated they are none
+_MAX_CAPACITY_ROUNDS = 2  # deployments whose highest rate is simulated
 _SECONDS, _ANSWERS = 60.0, 5.0  # a simulation lasts so long at least, and so many mean answers
 _MIN_REQUESTS, _MAX_REQUESTS = 150, 1200  # requests
 _MEMORY_BINDS = 0.2  # of the steps someone waits for blocks
@@ -70,6 +73,7 @@ def search(plan_request: PlanRequest, *, workers: int | None = None, progress: P
     evaluations += mixed_deployments(plan_request, sized, requests, turns)
     if not evaluations:
         raise _nothing_fits(plan_request, pruned)
+    evaluations = only_picked(plan_request.pick, evaluations)
     report(0, _MAX_SIMULATED, f"simulating, first estimate: {_best_text(plan_request, evaluations)}")
     before = {evaluation.deployment: evaluation for evaluation in evaluations}
     with _worker_pool(plan_request, workers) as simulate_all:
@@ -78,12 +82,12 @@ def search(plan_request: PlanRequest, *, workers: int | None = None, progress: P
         evaluations = simulated.frontier(marked(evaluations))
         evaluations = simulated.recheck(evaluations, before)
         evaluations = simulated.others(evaluations)
-        evaluations = simulated.capacity(evaluations, recommended(plan_request, evaluations))
-    evaluations = corrected(evaluations, before)
-    chosen = recommended(plan_request, evaluations)
-    evaluations = marked(evaluations, chosen)
+        evaluations, best = simulated.choice(evaluations)
+    evaluations = with_curves(plan_request, evaluations, sized)
+    evaluations = corrected(evaluations, before, plan_request.slo, plan_request.rate)
+    evaluations = marked(evaluations, _same(best, evaluations))
     evaluations = sorted(evaluations, key=lambda e: (not e.meets_slo, order(plan_request.objective, e)))
-    chosen = recommended(plan_request, evaluations)
+    chosen = _same(best, evaluations)
     others = alternatives(plan_request, chosen, evaluations)
     found_in_all = PlanResults(
         model=plan_request.model,
@@ -101,6 +105,10 @@ def search(plan_request: PlanRequest, *, workers: int | None = None, progress: P
         seconds=time.monotonic() - started_s,
     )
     return replace(found_in_all, reasons=tuple(_why(plan_request, found_in_all, report)))
+
+
+def _same(one: Evaluation | None, evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    return next((each for each in evaluations if one is not None and each.deployment == one.deployment), None)
 
 
 def _why(plan_request: PlanRequest, results: PlanResults, report: Progress) -> Iterator[str]:
@@ -201,7 +209,9 @@ class _SimulationRounds:
             limit = order(self.plan_request.objective, best)
             better = [
                 evaluation
-                for evaluation in corrected(list(by_deployment.values()), before)
+                for evaluation in corrected(
+                    list(by_deployment.values()), before, self.plan_request.slo, self.plan_request.rate
+                )
                 if evaluation.method != "simulation"
                 and evaluation.figures["capacity"].high >= self.plan_request.rate
                 and have_one_price(evaluation, best)
@@ -226,15 +236,25 @@ class _SimulationRounds:
             by_deployment |= {evaluation.deployment: evaluation for evaluation in self.simulate(pending)}
         return list(by_deployment.values())
 
+    def choice(self, evaluations: Sequence[Evaluation]) -> tuple[list[Evaluation], Evaluation | None]:
+        """The best one, by highest rates that are simulated: another that is alike may hold more."""
+        found = list(evaluations)
+        best = recommended(self.plan_request, found)
+        for _ in range(_MAX_CAPACITY_ROUNDS):
+            found = self.capacity(found, best)
+            again = recommended(self.plan_request, found)
+            if again is None or best is None or again.deployment == best.deployment:
+                return found, again
+            best = again
+        return found, recommended(self.plan_request, [one for one in found if len(one.simulated) > 1])
+
     def capacity(self, evaluations: Sequence[Evaluation], chosen: Evaluation | None) -> list[Evaluation]:
         """The choice's highest rate, as predicted and at both edges, by simulation."""
         # A simulation of many conversations ends long before as many go on at once as there will be: for them the
         # closed form's rate stands, which knows no beginning.
         if chosen is None or mean_turns(self.plan_request.schedule(self.plan_request.rate, _MIN_REQUESTS)) > 1:
             return list(evaluations)
-        edges = self._highest_rates(chosen)
-        figures = {**chosen.figures, "capacity": Prediction(*edges)}
-        found = replace(chosen, figures=figures)
+        found = self._with_highest_rates(chosen)
         return [found if evaluation.deployment == chosen.deployment else evaluation for evaluation in evaluations]
 
     def simulate(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -271,7 +291,7 @@ class _SimulationRounds:
                 break
         return chosen
 
-    def _highest_rates(self, chosen: Evaluation) -> list[float]:
+    def _with_highest_rates(self, chosen: Evaluation) -> Evaluation:
         """By bisection, for all three speeds at once: as predicted, and at the band's slow and fast edge."""
         band, asked, guess = (
             _band(self.plan_request, chosen.deployment),
@@ -281,6 +301,7 @@ class _SimulationRounds:
         speeds = (1.0, 1 + band, 1 / (1 + band))
         kept = [asked] * len(speeds)  # by the simulation of the choice
         missed = [math.inf] * len(speeds)
+        simulated = list(chosen.simulated)
         rates = [
             min(max(first, asked * 1.1), asked * _MAX_RATE_RATIO) for first in (guess.value, guess.low, guess.high)
         ]
@@ -294,10 +315,13 @@ class _SimulationRounds:
                     kept[i] = max(kept[i], rates[i])
                 else:
                     missed[i] = min(missed[i], rates[i])
+                if speeds[i] > 1:
+                    simulated.append(SimulatedRate(rates[i], one.kept_limits))
                 is_open = math.isinf(missed[i])
                 rates[i] = min(kept[i] * 1.5, asked * _MAX_RATE_RATIO) if is_open else math.sqrt(kept[i] * missed[i])
             self.report(done + 1, _BISECTIONS, f"highest rate of {deployment_text(chosen.deployment)}")
-        return kept
+        figures = {**chosen.figures, "capacity": Prediction(*kept)}
+        return replace(chosen, figures=figures, simulated=tuple(simulated))
 
 
 def _evaluate(
@@ -328,6 +352,7 @@ def _evaluate(
         meets_slo=meets_slo(plan_request, slow),
         binds=_bottleneck(before, nominal),
         operators=nominal.operators,
+        simulated=(SimulatedRate(plan_request.rate, slow.kept_limits),),
     )
 
 

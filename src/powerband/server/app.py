@@ -8,6 +8,8 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from powerband.server.auth import BearerTokenMiddleware, server_key
+from powerband.server.messages.objects import InputTokens, MessageEvent, MessageObject
+from powerband.server.messages.requests import CountTokensRequest, MessagesRequest
 from powerband.server.openapi import Operation, describe
 from powerband.server.pooling.protocol import (
     EmbeddingList,
@@ -32,51 +34,39 @@ from powerband.server.replies import (
     Tokenized,
     Version,
 )
+from powerband.server.responses.objects import InputTokenCount, ResponseEvent, ResponseObject
+from powerband.server.responses.requests import ResponsesRequest
 from powerband.server.routes.admin import AdminRoutes
 from powerband.server.routes.chat import ChatRoutes
 from powerband.server.routes.completions import CompletionRoutes
 from powerband.server.routes.embeddings import EmbeddingRoutes
 from powerband.server.routes.health import HealthRoutes
+from powerband.server.routes.messages import MessagesRoutes
 from powerband.server.routes.models import ModelRoutes
+from powerband.server.routes.responses import ResponsesRoutes
 from powerband.server.routes.scores import ScoreRoutes
 from powerband.server.routes.tokens import TokenRoutes
 from powerband.web.access import allow_pages
+from powerband.web.anthropic import AnthropicErrorsMiddleware
 from powerband.web.errors import json_response
 from powerband.web.middleware import RequestIdMiddleware
 from powerband.web.origins import parse_origins
 from powerband.web.paths import KnownPathsMiddleware
 
+_TAKEN = (400, 404, 408, 413, 415, 503)
+_WORK = (*_TAKEN, 429)
+
 
 def operations(replica: ServerState) -> list[Operation]:
-    chat, completions, tokens = ChatRoutes(replica), CompletionRoutes(replica), TokenRoutes(replica)
+    tokens = TokenRoutes(replica)
     health, models, admin = HealthRoutes(replica), ModelRoutes(replica), AdminRoutes(replica)
-    taken = (400, 404, 408, 413, 415, 503)
-    work = (*taken, 429)
     return [
+        *_openai(replica),
+        *_anthropic(replica),
+        *_pooling(replica),
+        Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, _TAKEN),
         Operation(
-            "POST",
-            "/v1/chat/completions",
-            chat.create,
-            "Answer a conversation",
-            ChatCompletion,
-            ChatRequest,
-            ChatChunk,
-            work,
-        ),
-        Operation(
-            "POST",
-            "/v1/completions",
-            completions.create,
-            "Continue texts",
-            Completion,
-            CompletionRequest,
-            Completion,
-            work,
-        ),
-        *_pooling_operations(replica, work),
-        Operation("POST", "/tokenize", tokens.tokenize, "Text to token ids", Tokenized, TokenizeRequest, None, taken),
-        Operation(
-            "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, taken
+            "POST", "/detokenize", tokens.detokenize, "Token ids to text", Detokenized, DetokenizeRequest, None, _TAKEN
         ),
         Operation("GET", "/v1/models", models.models, "The served model", ModelList, errors=(503,)),
         Operation("GET", "/v1/models/{name:path}", models.model, "One served model", ModelCard, errors=(404, 503)),
@@ -99,6 +89,80 @@ def operations(replica: ServerState) -> list[Operation]:
     ]
 
 
+def _openai(replica: ServerState) -> list[Operation]:
+    """The APIs of OpenAI that generate."""
+    chat, completions, responses = ChatRoutes(replica), CompletionRoutes(replica), ResponsesRoutes(replica)
+    return [
+        Operation(
+            "POST",
+            "/v1/chat/completions",
+            chat.create,
+            "Answer a conversation",
+            ChatCompletion,
+            ChatRequest,
+            ChatChunk,
+            _WORK,
+        ),
+        Operation(
+            "POST",
+            "/v1/completions",
+            completions.create,
+            "Continue texts",
+            Completion,
+            CompletionRequest,
+            Completion,
+            _WORK,
+        ),
+        Operation(
+            "POST",
+            "/v1/responses",
+            responses.create,
+            "Answer an input (OpenAI's Responses)",
+            ResponseObject,
+            ResponsesRequest,
+            ResponseEvent,
+            _WORK,
+        ),
+        Operation(
+            "POST",
+            "/v1/responses/input_tokens",
+            responses.count,
+            "Count the tokens of an input",
+            InputTokenCount,
+            ResponsesRequest,
+            None,
+            _TAKEN,
+        ),
+    ]
+
+
+def _anthropic(replica: ServerState) -> list[Operation]:
+    """Anthropic's API."""
+    messages = MessagesRoutes(replica)
+    return [
+        Operation(
+            "POST",
+            "/v1/messages",
+            messages.create,
+            "Answer a conversation (Anthropic's Messages)",
+            MessageObject,
+            MessagesRequest,
+            MessageEvent,
+            _WORK,
+        ),
+        Operation(
+            "POST",
+            "/v1/messages/count_tokens",
+            messages.count,
+            "Count the tokens of a conversation",
+            InputTokens,
+            CountTokensRequest,
+            None,
+            _TAKEN,
+        ),
+    ]
+
+
 _ELSEWHERE = dict.fromkeys(
     (
         *("/admin/keys", "/admin/usage", "/admin/audit", "/admin/routes", "/admin/records", "/admin/feedback"),
@@ -108,18 +172,18 @@ _ELSEWHERE = dict.fromkeys(
 )
 
 
-def _pooling_operations(replica: ServerState, work: tuple[int, ...]) -> list[Operation]:
+def _pooling(replica: ServerState) -> list[Operation]:
     embeddings, scores = EmbeddingRoutes(replica), ScoreRoutes(replica)
     return [
         Operation(
-            "POST", "/v1/embeddings", embeddings.create, "Embed texts", EmbeddingList, EmbeddingRequest, None, work
+            "POST", "/v1/embeddings", embeddings.create, "Embed texts", EmbeddingList, EmbeddingRequest, None, _WORK
         ),
         *(
-            Operation("POST", path, scores.score, "Score pairs of texts", ScoreList, ScoreRequest, None, work)
+            Operation("POST", path, scores.score, "Score pairs of texts", ScoreList, ScoreRequest, None, _WORK)
             for path in ("/v1/score", "/score")
         ),
         *(
-            Operation("POST", path, scores.rerank, "Rank documents by a query", Ranking, RerankRequest, None, work)
+            Operation("POST", path, scores.rerank, "Rank documents by a query", Ranking, RerankRequest, None, _WORK)
             for path in ("/v1/rerank", "/v2/rerank", "/rerank")
         ),
     ]
@@ -140,4 +204,5 @@ def make_app(replica: ServerState) -> ASGIApp:
     settings = replica.settings
     origins = parse_origins(settings.allowed_origins)
     closed = BearerTokenMiddleware(router, key, settings.host, any_host=settings.insecure, origins=origins)
-    return allow_pages(RequestIdMiddleware(KnownPathsMiddleware(closed, routes, "/openapi.json", _ELSEWHERE)), origins)
+    known = KnownPathsMiddleware(closed, routes, "/openapi.json", _ELSEWHERE)
+    return allow_pages(AnthropicErrorsMiddleware(RequestIdMiddleware(known)), origins)

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.server.settings import ServerSettings
 from powerband.web.access import check_host, check_page, is_loopback
+from powerband.web.anthropic import sent_keys
 from powerband.web.errors import HttpError
 
 # Probes: those of Kubernetes and of load balancers carry no key, and another Host than ours.
@@ -38,7 +39,7 @@ class BearerTokenMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in OPEN_PATHS:
             if self._digest is not None:
-                self._check_key([value for name, value in scope["headers"] if name == b"authorization"])
+                self._check_key(sent_keys(scope))
             elif not self._any_host:
                 check_host(scope, self._host)
                 check_page(scope, self._origins)

@@ -40,7 +40,7 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _REASONING_PARTS = ("thinking", "reasoning")
 _REASONING_NAMES = ("reasoning", "thinking")  # of a message; ours is reasoning_content
 _MAX_IGNORED = 64  # that are named: clients may send any number of unknown fields
-_Path = tuple[str | int, ...]
+Path = tuple[str | int, ...]
 _HINT = "The fields are listed in docs/api.md; a server with --unknown-fields ignore takes others, too."
 
 
@@ -64,6 +64,17 @@ class Amendment:
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body in our form, changed in place. Raises InvalidRequest for what is not supported, or unknown."""
         self._check_fields(body, self._kind, (), "", _not_supported_by(self._kind), IGNORED - _names(self._kind))
+        self._amend_values(body)
+        if isinstance(options := body.get("stream_options"), dict):
+            self._check_fields(options, StreamOptions, ("stream_options",), "stream_options.")
+        if isinstance(messages := body.get("messages"), list):
+            for index, message in enumerate(messages):
+                if isinstance(message, dict):
+                    self._amend_message(message, ("messages", index))
+        return body
+
+    def _amend_values(self, body: dict[str, Any]) -> None:
+        """What requests of all APIs have."""
         for name in _whole_numbers(self._kind):
             value = body.get(name)
             if isinstance(value, float) and value.is_integer():  # in JSON, 3.0 is 3
@@ -73,15 +84,8 @@ class Amendment:
             del body["stop"]
         elif isinstance(stop, list) and all(isinstance(text, str) for text in stop):
             body["stop"] = [text for text in stop if text]
-        if isinstance(options := body.get("stream_options"), dict):
-            self._check_fields(options, StreamOptions, ("stream_options",), "stream_options.")
-        if isinstance(messages := body.get("messages"), list):
-            for index, message in enumerate(messages):
-                if isinstance(message, dict):
-                    self._amend_message(message, ("messages", index))
-        return body
 
-    def _amend_message(self, message: dict[str, Any], path: _Path) -> None:
+    def _amend_message(self, message: dict[str, Any], path: Path) -> None:
         if message.get("role") == "function":  # OpenAI's name before there were tools
             message["role"] = "tool"
         if message.get("role") == "assistant":
@@ -96,18 +100,11 @@ class Amendment:
                 if isinstance(part, dict):
                     content[index] = self._amended_part(message, part, (*path, "content", index))
 
-    def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: _Path) -> dict[str, Any]:
+    def _amended_part(self, message: dict[str, Any], part: dict[str, Any], path: Path) -> dict[str, Any]:
         kind = part.get("type")
         if not isinstance(kind, str):
             return part
-        if kind in MEDIA_PARTS:
-            raise InvalidRequest(
-                f"'{_joined(path)}' is of type {kind}. {MEDIA_PARTS[kind]} not supported: "
-                f"the model '{self._model}' takes text only.",
-                hint='Send parts like {"type": "text", "text": "…"}.',
-                param=_joined((*path, "type")),
-                code="unsupported_parameter",
-            )
+        self._refuse_media(kind, path)
         if kind in _REASONING_PARTS and message.get("role") == "assistant":
             _move_reasoning(message, part.get(kind, part.get("text")))
             return {"type": "text", "text": ""}
@@ -117,11 +114,22 @@ class Amendment:
             self._check_fields(part, ContentPart, path, "messages.content.", {}, PART_IGNORED)
         return part
 
+    def _refuse_media(self, kind: str, path: Path, example: str = "text") -> None:
+        """Raises InvalidRequest for a part that is no text. example: a type that is."""
+        if kind in MEDIA_PARTS:
+            raise InvalidRequest(
+                f"'{joined(path)}' is of type {kind}. {MEDIA_PARTS[kind]} not supported: "
+                f"the model '{self._model}' takes text only.",
+                hint=f'Send parts like {{"type": "{example}", "text": "…"}}.',
+                param=joined((*path, "type")),
+                code="unsupported_parameter",
+            )
+
     def _check_fields(
         self,
         fields: dict[str, Any],
         kind: Any,
-        path: _Path,
+        path: Path,
         place: str,
         not_supported: Mapping[str, Missing] | None = None,
         ignored: Collection[str] = (),
@@ -135,17 +143,37 @@ class Amendment:
             missing = (not_supported or {}).get(name)
             if missing is not None:
                 if asks(name, value, missing):
-                    raise _not_supported(_joined((*path, name)), missing)
+                    raise not_supported_error(joined((*path, name)), missing)
                 del fields[name]
             elif name in ignored or name not in known:
                 if value is not None:
                     if name not in ignored and not self._ignores_unknown:
                         if not path and name in PROMPT_PATHS:
                             raise unknown_field(name, "", (), f"It is for {PROMPT_PATHS[name]}.")
-                        raise unknown_field(name, _joined(path), known, _HINT)
+                        raise unknown_field(name, joined(path), known, _HINT)
                     if len(self._ignored) < _MAX_IGNORED:
                         self._ignored[place + name] = None
                 del fields[name]
+
+
+def check_type(
+    fields: dict[str, Any], path: Path, known: Mapping[str, Any] | tuple[str, ...], missing: Mapping[str, Missing]
+) -> str:
+    """The type. Raises InvalidRequest naming it if it is not a known one; missing: what other types are."""
+    kind = fields.get("type")
+    if isinstance(kind, str) and kind in known:
+        return kind
+    place = joined(path)
+    if isinstance(kind, str) and kind in missing:
+        raise InvalidRequest(
+            f"'{place}' is of type {kind}. {missing[kind].what} not available on this server.",
+            hint=missing[kind].instead or "Leave it out.",
+            param=f"{place}.type",
+            code="unsupported_parameter",
+        )
+    shown = "missing" if kind is None else f'"{str(kind)[:60]}"'
+    named = ", ".join(f'"{one}"' for one in known)
+    raise InvalidRequest(f"'{place}.type' is {shown}: it must be one of {named}.", param=f"{place}.type")
 
 
 def asks(name: str, value: Any, missing: Missing) -> bool:
@@ -162,7 +190,7 @@ def _is_nothing(value: Any) -> bool:
     return value is None or value is False or value in ("", "none", [])
 
 
-def _not_supported(param: str, missing: Missing) -> InvalidRequest:
+def not_supported_error(param: str, missing: Missing) -> InvalidRequest:
     return InvalidRequest(
         f"'{param}' is not supported. {missing.what} not available on this server.",
         hint=missing.instead or "Leave it out.",
@@ -171,7 +199,7 @@ def _not_supported(param: str, missing: Missing) -> InvalidRequest:
     )
 
 
-def _joined(path: _Path) -> str:
+def joined(path: Path) -> str:
     return ".".join(map(str, path))
 
 
@@ -186,7 +214,9 @@ def _move_reasoning(message: dict[str, Any], text: Any, name: str = "") -> None:
 
 @cache
 def _names(kind: Any) -> frozenset[str]:
-    return frozenset(field_names(kind))
+    """Also the name of the field that says which type of several it is."""
+    tag = kind.__struct_config__.tag_field
+    return frozenset([*field_names(kind), *([tag] if tag else [])])
 
 
 @cache

@@ -24,6 +24,7 @@ from powerband.core.params import (
     MAX_STOP_TOKEN_IDS,
     MIN_REPETITION_PENALTY,
 )
+from powerband.core.structured_outputs import MAX_CHOICES
 from powerband.openai.tools import MAX_TOOL_CALLS, MAX_TOOLS, Tool, ToolCall, ToolChoice
 
 MAX_PROMPTS = 64
@@ -31,6 +32,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_LABEL_CHARS = 512
 MAX_TEMPLATE_LIST = 1024
+MAX_TAGS = 256
 MAX_RESUMED_TOKENS = 1 << 20
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -76,34 +78,71 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     include_obfuscation: Annotated[bool, Meta(description="No effect: there is no padding")] | None = None
 
 
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Any text: the default."""
 
 
-class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What chat and text completions have in common. null means the default, everywhere."""
+class JsonObjectFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A JSON Schema as OpenAI wraps it. It is enforced whether `strict` or not."""
+
+    name: Label
+    schema: dict[str, Any] | bool | None = None  # null: any JSON object
+    strict: bool | None = None
+    description: str | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON of a schema."""
+
+    json_schema: JsonSchema
+
+
+class StructuralTagFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="structural_tag"):
+    """Text with tags whose content has a form, as vLLM and xgrammar have it."""
+
+    format: dict[str, Any] | None = None
+    structures: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_TAGS)] | None = None
+    triggers: Annotated[list[str], Meta(min_length=1, max_length=MAX_TAGS)] | None = None
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """vLLM's way to ask for a form: exactly one of the first six."""
+
+    json: Annotated[dict[str, Any] | str | bool, Meta(description="A JSON Schema")] | None = None
+    regex: Annotated[str, Meta(min_length=1, description="Of the whole answer")] | None = None
+    choice: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=MAX_CHOICES)] | None = (
+        None
+    )
+    grammar: Annotated[str, Meta(min_length=1, description="In Lark's syntax, or GBNF")] | None = None
+    json_object: Annotated[bool, Meta(description="Any JSON object")] | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: Annotated[bool, Meta(description="JSON without spaces and line ends")] | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: Annotated[str, Meta(min_length=1)] | None = None
+    disable_fallback: Annotated[bool, Meta(description="No effect: there is one backend")] | None = None
+
+
+class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What requests that generate have in common in every API. null means the default, everywhere."""
 
     model: Annotated[str | None, Meta(description="Name of the served model; default: the only one there is")] = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
-    max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None
     seed: Annotated[int, Meta(ge=-INT64 - 1, le=INT64)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     user: Annotated[Label, Meta(description="The tenant of fair-share scheduling and of the prefix cache")] | None = (
         None
     )
-    metadata: Annotated[dict[str, Label], Meta(max_length=16, description="No effect: nothing is stored")] | None = None
-    store: Annotated[bool, Meta(description="No effect: nothing is stored")] | None = None
-    service_tier: Annotated[Label, Meta(description="No effect: there is one tier")] | None = None
-    prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
-    prompt_cache_retention: Annotated[Label, Meta(description="No effect")] | None = None
-    safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
 
     top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
     min_p: Probability | None = None
@@ -115,14 +154,39 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     skip_special_tokens: bool | None = None
     allowed_token_ids: Annotated[list[Token], Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT32, description="Keep only the last tokens")] | None = None
-    add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1, description="Lower is served first")] | None = None
     cache_salt: Annotated[Label, Meta(description="Only prompts with the same salt share cached prefixes")] | None = (
         None
     )
+    deadline_s: (
+        Annotated[float, Meta(gt=0, le=86400, description="Seconds from now by which the first token is wanted")] | None
+    ) = None
+
+
+class OpenAIRequest(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+    """What requests of OpenAI's APIs have in common, with fields that change nothing here."""
+
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    metadata: Annotated[dict[str, Label], Meta(max_length=16, description="No effect: nothing is stored")] | None = None
+    store: Annotated[bool, Meta(description="No effect: nothing is stored")] | None = None
+    service_tier: Annotated[Label, Meta(description="No effect: there is one tier")] | None = None
+    prompt_cache_key: Annotated[Label, Meta(description="No effect: every prefix is looked up")] | None = None
+    prompt_cache_retention: Annotated[Label, Meta(description="No effect")] | None = None
+    safety_identifier: Annotated[Label, Meta(description="No effect")] | None = None
+
+
+class GenerationRequest(OpenAIRequest, forbid_unknown_fields=True, kw_only=True):
+    """What chat and text completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=INT32, description="Keep only the last tokens")] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
     resume_token_ids: (
         Annotated[
             list[Token],
@@ -133,9 +197,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
             ),
         ]
         | None
-    ) = None
-    deadline_s: (
-        Annotated[float, Meta(gt=0, le=86400, description="Seconds from now by which the first token is wanted")] | None
     ) = None
 
 
@@ -179,7 +240,6 @@ class ChatRequest(GenerationRequest, forbid_unknown_fields=True, kw_only=True):
     max_completion_tokens: Annotated[int, Meta(ge=1, le=INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, TemplateValue], Meta(max_length=64)] | None = None
@@ -200,6 +260,7 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -227,7 +288,7 @@ class Missing:
     instead: str = ""
 
 
-_TOOLS, _STRUCTURED = "Tool calls are", "Structured output is"
+_TOOLS = "Tool calls are"
 _CHATS = "Send a conversation to /v1/chat/completions."
 _SAMPLER = "This way of sampling is"
 # Fields of OpenAI's API, vLLM, SGLang, llama.cpp and others that ask for something this server cannot do. They are
@@ -238,14 +299,14 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
     "parallel_tool_calls": Missing(_TOOLS, neutral=(True,), instead=_CHATS),
     "functions": Missing("This name is", instead="Use 'tools'."),
     "function_call": Missing("This name is", neutral=("auto",), instead="Use 'tool_choice'."),
-    "response_format": Missing(_STRUCTURED, neutral=({"type": "text"},)),
-    **dict.fromkeys(
-        (
-            *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-            *("json_schema", "grammar", "regex", "ebnf"),
-        ),
-        Missing(_STRUCTURED),
-    ),
+    **{
+        name: Missing("This name is", instead=f"Send 'structured_outputs' with '{new}'.")
+        for name, new in {
+            **{f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")},
+            **{"guided_whitespace_pattern": "whitespace_pattern", "structural_tag": "structural_tag"},
+            **{"json_schema": "json", "regex": "regex", "grammar": "grammar", "ebnf": "grammar"},
+        }.items()
+    },
     "modalities": Missing("Output other than text is", neutral=(["text"],)),
     "audio": Missing("Audio is"),
     "input_audio": Missing("Audio is"),
@@ -296,7 +357,7 @@ IGNORED = frozenset(
         *("include_reasoning", "request_id", "session_id", "mm_processor_kwargs", "media_io_kwargs"),
         *("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "length_penalty", "early_stopping"),
         *("spaces_between_special_tokens", "stream_interval", "return_token_offsets", "return_mm_kwargs"),
-        *("guided_decoding_backend", "guided_whitespace_pattern"),
+        "guided_decoding_backend",
         *("routed_experts_prompt_start", "separate_reasoning", "stream_reasoning", "rid", "no_stop_trim"),
         # OpenRouter, DeepSeek, Qwen and others that reason
         *("reasoning", "thinking", "enable_thinking", "think", "provider", "transforms", "route", "models", "usage"),

@@ -20,10 +20,12 @@ from powerband.engine.client.supervisor import EngineProcess
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.folders import expand_user
 from powerband.metrics.prometheus import EngineMetrics
+from powerband.output_parsers.formats import OutputFormat
 from powerband.server.compatibility import Amendment
 from powerband.server.settings import ServerSettings
 from powerband.spec.model.pooling import PoolingSpec
 from powerband.spec.settings import EngineSettings
+from powerband.structured.compiler import GrammarCompiler
 from powerband.text.chat_template import ChatTemplate
 from powerband.text.tokenizer import Tokenizer
 from powerband.web.body import read_json
@@ -48,6 +50,8 @@ class Model:
     info: EngineInfo
     tokenizer: Tokenizer | None  # None: the checkpoint has none, and only token ids are taken
     template: ChatTemplate | None
+    grammars: GrammarCompiler | None = None
+    format: OutputFormat = field(default_factory=OutputFormat)  # in which it calls tools and reasons
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def need_tokenizer(self) -> Tokenizer:
@@ -56,6 +60,13 @@ class Model:
                 "This model has no tokenizer.", hint="Send token ids to /v1/completions.", code="no_tokenizer"
             )
         return self.tokenizer
+
+    def need_grammars(self) -> GrammarCompiler:
+        if self.grammars is None:
+            raise InvalidRequest(
+                "This model has no tokenizer, which structured output needs.", hint="Ask without a form."
+            )
+        return self.grammars
 
     def need_template(self) -> ChatTemplate:
         if self.template is None:
@@ -131,7 +142,12 @@ class ServerState:
         if tokenizer is not None:
             template = await self.in_thread(ChatTemplate.load, tokenizer, self.engine_settings.chat_template)
         info = info.with_end(tokenizer.eos_token_id if tokenizer is not None else None)
-        self._model = Model(info, tokenizer, template)
+        settings, source = self.engine_settings, template.source if template is not None else ""
+        grammars = None
+        if tokenizer is not None:
+            grammars = GrammarCompiler(tokenizer, info.vocab_size, info.eos_token_ids)
+        format = OutputFormat.of(source, settings.tool_call_parser, settings.reasoning_parser)
+        self._model = Model(info, tokenizer, template, grammars, format)
         loading_s = self._loading_s or engine_s
         self.seconds = {
             "process and imports": loading_s - start_s,
@@ -148,6 +164,8 @@ class ServerState:
         await self.engine.stop()
         if self._model is not None and self._model.template is not None:
             self._model.template.close()
+        if self._model is not None and self._model.grammars is not None:
+            self._model.grammars.close()
         self._threads.shutdown(wait=False)
 
     @property
@@ -161,12 +179,13 @@ class ServerState:
             raise HttpError(503, "starting", f"The engine is starting ({self.phase}).", hint="Wait for /readyz.")
         return self._model
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
+    async def read(self, request: Request, kind: type[Body], amends: type[Amendment] = Amendment) -> Body:
         """The body of a request as `kind`. Raises InvalidRequest naming the field, and HttpError.
 
-        Fields that are ignored are named in the response, and in the log once each.
+        amends: what becomes of fields that other servers have. Fields that are ignored are named in the response, and
+        in the log once each.
         """
-        amendment = Amendment(kind, self.name, ignores_unknown=self.settings.unknown_fields == "ignore")
+        amendment = amends(kind, self.name, ignores_unknown=self.settings.unknown_fields == "ignore")
         body = await read_json(request, kind, self.settings.max_body_bytes, amendment)
         if amendment.ignored:
             note_ignored_fields(request.scope, amendment.ignored)

@@ -193,6 +193,10 @@ class Health(msgspec.Struct, kw_only=True):
     steps: int = 0
     heartbeat_age_s: float = 0.0
     engine_restarts: int = 0
+    engine_exit: Annotated[str, Meta(description="why the engine was last restarted; '': it was not")] = ""
+    engine_exit_code: Annotated[
+        int | None, Meta(description="of the engine's process then; 128 + the number of the signal that ended it")
+    ] = None
 
 
 class AdminState(msgspec.Struct, kw_only=True):

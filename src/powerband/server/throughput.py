@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from powerband.metrics.prometheus import EngineMetrics
+from powerband.spec.quantities import count_text
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ def throughput_line(before: Mapping[str, float], now: Mapping[str, float], secon
     parts = [
         f"Prompt throughput: {grown['prompt_tokens'] / seconds:.1f} tokens/s",
         f"generation throughput: {grown['generation_tokens'] / seconds:.1f} tokens/s",
-        f"running: {now['num_running']:.0f} requests",
-        f"waiting: {now['num_waiting']:.0f} requests",
+        f"running: {count_text(round(now['num_running']), 'request')}",
+        f"waiting: {count_text(round(now['num_waiting']), 'request')}",
         f"KV cache usage: {now['kv_usage']:.1%}",
     ]
     if grown["prefix_queries"]:

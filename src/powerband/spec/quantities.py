@@ -52,6 +52,11 @@ def shown_seconds(value: float) -> str:
     return digits.rstrip("0").rstrip(".") + unit
 
 
+def count_text(count: int, noun: str) -> str:
+    """'1 request', '2,000 requests'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 HOURS = {"h": 1.0, "hour": 1.0, "day": 24.0, "month": 730.0}
 
 

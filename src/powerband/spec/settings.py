@@ -43,6 +43,21 @@ class EngineSettings:
     chat_template: str | None = setting(
         None, "File with a Jinja chat template that replaces the model's", group="Model"
     )
+    tool_call_parser: Literal[
+        "auto",
+        "none",
+        "hermes",
+        "qwen3_coder",
+        "llama3_json",
+        "pythonic",
+        "mistral",
+        "mistral_v11",
+        "gemma3",
+        "openai",
+    ] = setting("auto", "Format in which the model calls tools; auto: by its chat template", group="Model")
+    reasoning_parser: Literal["auto", "none", "qwen3", "deepseek_r1", "mistral", "openai_gptoss"] = setting(
+        "auto", "Format of the model's reasoning; auto: by its chat template; none: it is text", group="Model"
+    )
     generation_config: str = setting(
         "auto",
         "Defaults of sampling parameters: auto: the model's generation_config.json; off: Powerband's own; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import msgspec
 
 from powerband.documents import read_bytes
 from powerband.errors import EnvironmentFault, InvalidRequest, PowerbandError, UsageError
-from powerband.text.template_process import TemplateLimits, TemplateProcesses
+from powerband.text.template_process import TemplateProcesses
 from powerband.text.tokenizer import Tokenizer
+from powerband.worker_process import WorkerLimits
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_TEXT_CHARS = 1 << 20  # beyond eight times the input
@@ -37,7 +39,7 @@ class ChatTemplate:
         self,
         templates: Mapping[str, str],
         variables: Mapping[str, str] | None = None,
-        limits: TemplateLimits | None = None,
+        limits: WorkerLimits | None = None,
     ) -> None:
         for name, source in templates.items():
             try:
@@ -48,11 +50,31 @@ class ChatTemplate:
                 raise _invalid(f"The chat template '{name}' is larger than {_MAX_TEMPLATE_BYTES} bytes.")
         self._sources = dict(templates)
         self._variables = dict(variables or {})
-        self._processes = TemplateProcesses(self._sources, self._variables, limits or TemplateLimits())
+        self._reads_reasoning, self._reads_thinking = map(self._has_field, ("reasoning", "thinking"))
+        self._processes = TemplateProcesses(self._sources, self._variables, limits or WorkerLimits())
+
+    @property
+    def source(self) -> str:
+        """Of the templates that are rendered, with and without tools."""
+        return "\n".join(self._sources[name] for name in ("default", "tool_use") if name in self._sources)
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the model gets to see the tools of a request."""
+        reads = self._processes.reads
+        return bool(reads["tool_use" if "tool_use" in self._sources else "default"]["tools"])
+
+    def has_variable(self, name: str) -> bool:
+        """Whether the template reads a variable, such as enable_thinking."""
+        return re.search(rf"(?<![\w.'\"]){re.escape(name)}(?![\w'\"])", self.source) is not None
+
+    def _has_field(self, name: str) -> bool:
+        """Whether the template reads a field of messages."""
+        return re.search(rf"[.'\"]{re.escape(name)}(?!\w)", self.source) is not None
 
     @classmethod
     def load(
-        cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: TemplateLimits | None = None
+        cls, tokenizer: Tokenizer, file: str | Path | None = None, limits: WorkerLimits | None = None
     ) -> ChatTemplate | None:
         """The template in `file`, else the checkpoint's own. None when it has none."""
         sources = {"default": _read(Path(file))} if file else _checkpoint_templates(tokenizer)
@@ -84,6 +106,8 @@ class ChatTemplate:
         name = "tool_use" if tools and "tool_use" in self._sources else "default"
         reads = self._processes.reads[name]
         chat = [_plain_message(message, index, reads) for index, message in enumerate(messages)]
+        for message in chat:
+            self._name_reasoning(message)
         if continue_final_message:
             _mark_end(chat)
         context = {
@@ -108,6 +132,15 @@ class ChatTemplate:
         if left_out is not None:
             raise _left_out(messages, *left_out)
         return _cut_at_mark(text) if continue_final_message else text
+
+    def _name_reasoning(self, message: dict[str, Any]) -> None:
+        """Give reasoning under the names that the template has for it. gpt-oss' takes it or content, not both."""
+        if (text := message.get("reasoning_content")) is None:
+            return
+        if self._reads_reasoning:
+            message["reasoning"] = text
+        if self._reads_thinking and not message["content"]:
+            message["thinking"] = text
 
     def close(self) -> None:
         """End the worker processes."""
@@ -181,7 +214,8 @@ def _plain_message(message: Mapping[str, Any], index: int, reads: Mapping[str, A
     elif isinstance(content, str) and content and forms and "text" not in forms:
         plain["content"] = _in_form([content], forms)
     if isinstance(plain.get("tool_calls"), list):
-        plain["tool_calls"] = [_with_parsed_arguments(call) for call in plain["tool_calls"]]
+        written = _with_text_arguments if reads["text_arguments"] else _with_parsed_arguments
+        plain["tool_calls"] = [written(call) for call in plain["tool_calls"]]
     return plain
 
 
@@ -235,6 +269,13 @@ def _with_parsed_arguments(call: Any) -> Any:
     if not isinstance(arguments, dict):
         return call
     return call | {"function": function | {"arguments": arguments}}
+
+
+def _with_text_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def _checked_kwargs(kwargs: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from powerband.text.tokenizer import Tokenizer
 
@@ -22,9 +22,16 @@ class IncrementalDetokenizer:
     held back, and invalid ones become U+FFFD at once. Other decoders are asked for the text of a short moving window.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        kept_ids: Collection[int] = (),
+    ) -> None:
+        """kept_ids: special tokens that are text all the same."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids.difference(kept_ids) if skip_special_tokens else frozenset()
         context = self._context(prompt_ids)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = not context

@@ -18,6 +18,7 @@ _MARK = re.compile(r"kq(\d+)qk")
 # Content in parts that was written as Python or JSON has it, and not as the text that it is.
 _AS_DATA = re.compile(r"""text\\*['"]\s*:\s*\\*['"]kq\d""")
 _NO_ROLE = "zqrole"
+_KEY = "zqkey"
 # How a message's content may be given: as text, as any number of parts, as a single part.
 FORMS = ("text", "parts", "part")
 # Per role, conversations that templates accept. "call": an assistant's message that calls a tool.
@@ -28,7 +29,7 @@ _CONVERSATIONS = {
     "tool": (("user", "call", "tool"), ("user", "call", "tool", "user")),
     "developer": (("developer", "user"), ("developer", "user", "assistant", "user")),
 }
-_TOOL = {
+_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
@@ -36,7 +37,8 @@ _CALL = {"id": "call00000", "type": "function", "function": {"name": "probe", "a
 
 
 def learn(render: Render) -> dict[str, Any]:
-    """{"forms": role → those of FORMS in which its content is read, "developer": whether that role is known}.
+    """{"forms": role → those of FORMS in which its content is read, "developer": whether that role is known, "tools":
+    whether tools are written, "text_arguments": whether the arguments of a call are read as text only}.
 
     A template that writes any role as it is called does not know "developer".
     """
@@ -45,7 +47,29 @@ def learn(render: Render) -> dict[str, Any]:
         forms[role] = [
             form for form in FORMS if any(_reads(render, role, form, roles, forms) for roles in conversations)
         ]
-    return {"forms": forms, "developer": _knows_developer(render, forms)}
+    return {
+        "forms": forms,
+        "developer": _knows_developer(render, forms),
+        "tools": _writes_tools(render, forms),
+        "text_arguments": not _writes_arguments(render, forms, {_KEY: ""})
+        and _writes_arguments(render, forms, f'{{"{_KEY}": ""}}'),
+    }
+
+
+def _writes_tools(render: Render, forms: Mapping[str, list[str]]) -> bool:
+    tool = {**_TOOL, "function": {**_TOOL["function"], "name": _KEY}}
+    for roles in (("user",), ("system", "user")):
+        messages = [_probe(role, _known_form(forms, role, "text")) for role in roles]
+        if _KEY in (render(_context(messages, [tool])) or ""):
+            return True
+    return False
+
+
+def _writes_arguments(render: Render, forms: Mapping[str, list[str]], arguments: Any) -> bool:
+    call = {**_CALL, "function": {"name": "probe", "arguments": arguments}}
+    messages = [_probe(role, _known_form(forms, role, "text")) for role in ("user", "call", "tool")]
+    messages[1]["tool_calls"] = [call]
+    return any(_KEY in (render(_context(messages, tools)) or "") for tools in ([_TOOL], None))
 
 
 def left_out(render: Render, context: dict[str, Any]) -> list[int] | None:

@@ -2,38 +2,21 @@
 
 A template comes with a checkpoint and is not trusted. Jinja's sandbox keeps it away from Python's internals, but bounds
 neither time nor memory, so it runs here: in a process that is limited by the kernel and can be killed.
-Messages on stdin and stdout are JSON behind a length of four bytes, big-endian.
 """
 
 from __future__ import annotations
 
-import json
-import resource
-import signal
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 from jinja2.exceptions import SecurityError
 
 from powerband.text.template_probes import learn, left_out
 from powerband.text.template_sandbox import make_environment
+from powerband.worker_loop import answer_requests, limit_this_process
 
 _MAX_PROBE_CHARS = 1 << 20
-
-
-def read_message(stream: BinaryIO) -> Any:
-    """The next message; EOFError when the other side is gone."""
-    head = stream.read(4)
-    if len(head) < 4:
-        raise EOFError
-    body = stream.read(int.from_bytes(head, "big"))
-    return json.loads(body)
-
-
-def to_message(value: Any) -> bytes:
-    body = json.dumps(value).encode()
-    return len(body).to_bytes(4, "big") + body
 
 
 def _render(template: jinja2.Template, context: dict[str, Any], max_chars: int) -> dict[str, Any]:
@@ -92,32 +75,12 @@ def _answer(templates: dict[str, jinja2.Template], request: dict[str, Any]) -> d
         return {"error": str(error) or type(error).__name__, "kind": "template"}
 
 
-def _limit_this_process(memory_bytes: int) -> None:
-    """From here on: bounded memory, no files written, no processes started. Kernels that lack a limit go without."""
-    for what, bound in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        try:
-            resource.setrlimit(what, (bound, bound))
-        except (ValueError, OSError):
-            continue
-
-
 def main() -> None:
-    """Answer requests until stdin closes. SIGALRM ends the process when one takes too long, parent or no parent."""
+    """Answer requests until stdin closes, within the bounds that the arguments give."""
     memory_bytes, limit_s = int(sys.argv[1]), float(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    _limit_this_process(memory_bytes)
+    limit_this_process(memory_bytes)
     templates: dict[str, jinja2.Template] = {}
-    while True:
-        try:
-            request = read_message(sys.stdin.buffer)
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        answer = to_message(_answer(templates, request))
-        sys.stdout.buffer.write(answer)
-        sys.stdout.buffer.flush()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    answer_requests(lambda request: _answer(templates, request), limit_s)
 
 
 if __name__ == "__main__":

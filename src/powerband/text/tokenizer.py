@@ -193,6 +193,11 @@ class Tokenizer:
         id: int | None = self._rust.token_to_id(piece)
         return id
 
+    def to_json(self) -> str:
+        """As a tokenizer.json, with everything that other files added."""
+        text: str = self._rust.to_str()
+        return text
+
     def _check(self) -> None:
         """Encode and decode samples and every token. Raises whatever the library panics with.
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from powerband.core.loop import error_info
+from powerband.core.step import ErrorInfo
 from powerband.errors import PowerbandError
 from powerband.openai.events import event
 from powerband.web.errors import error_body
@@ -43,13 +44,20 @@ class EventStream(Response):
             self._finish()
 
 
-async def with_errors(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same events; an error becomes the last event, in place of [DONE]."""
+def error_event(error: ErrorInfo) -> bytes:
+    """The last event of a stream that failed, in place of [DONE]."""
+    return event(msgspec.json.encode(error_body(error)))
+
+
+async def with_errors(
+    events: AsyncIterator[bytes], last: Callable[[ErrorInfo], bytes] = error_event
+) -> AsyncIterator[bytes]:
+    """The same events; an error becomes the last event, as `last` writes it."""
     try:
         async for data in events:
             yield data
     except PowerbandError as error:
-        yield event(msgspec.json.encode(error_body(error_info(error))))
+        yield last(error_info(error))
 
 
 class DisconnectWatcher:

@@ -196,9 +196,10 @@ def arguments(**changes: torch.Tensor) -> list[torch.Tensor]:
         "params": torch.ones(2, 3, dtype=torch.float64),
         "numbers": torch.zeros(2, 3, dtype=torch.int64),
         "penalties": torch.ones(2, 3),
-        "offsets": torch.tensor([[0, 1, 1, 2, 2, 2, 3], [0, 1, 3, 3, 3, 3, 3]]),
+        "offsets": torch.tensor([[0, 1, 1, 2, 2, 2, 3, 0], [0, 1, 3, 3, 3, 3, 3, -1]]),
         "tokens": torch.tensor([1, 2, 3]),
         "biases": torch.zeros(3),
+        "masks": torch.full((1, 1), -1, dtype=torch.int32),
     }
     return list((good | changes).values())
 
@@ -212,9 +213,11 @@ def arguments(**changes: torch.Tensor) -> list[torch.Tensor]:
         ({"numbers": torch.full((2, 3), -1)}, "top_k must not"),
         ({"numbers": torch.zeros(2, 2, dtype=torch.int64)}, "numbers must be"),
         ({"penalties": torch.ones(2, 2)}, "penalties must be"),
-        ({"offsets": torch.tensor([[0, 1, 1, 2, 2, 2, 3], [0, 1, 3, 3, 3, 3, 4]])}, "offsets must ascend"),
-        ({"offsets": torch.tensor([[0, 1, 1, 2, 1, 2, 3], [0, 1, 3, 3, 3, 3, 3]])}, "offsets must ascend"),
-        ({"offsets": torch.tensor([[0, 4, 1, 2, 2, 2, 3], [0, 1, 3, 3, 3, 3, 3]])}, "offsets must ascend"),
+        ({"offsets": torch.tensor([[0, 1, 1, 2, 2, 2, 3, -1], [0, 1, 3, 3, 3, 3, 4, -1]])}, "offsets must ascend"),
+        ({"offsets": torch.tensor([[0, 1, 1, 2, 1, 2, 3, -1], [0, 1, 3, 3, 3, 3, 3, -1]])}, "offsets must ascend"),
+        ({"offsets": torch.tensor([[0, 4, 1, 2, 2, 2, 3, -1], [0, 1, 3, 3, 3, 3, 3, -1]])}, "offsets must ascend"),
+        ({"offsets": torch.tensor([[0, 1, 1, 2, 2, 2, 3, 1], [0, 1, 3, 3, 3, 3, 3, -1]])}, "no such mask"),
+        ({"masks": torch.zeros(1, dtype=torch.int32)}, "masks must be"),
         ({"offsets": torch.zeros(2, 5, dtype=torch.int64)}, "offsets must be"),
         ({"tokens": torch.tensor([1, 10, 3])}, "no such token"),
         ({"tokens": torch.tensor([1, -1, 3])}, "no such token"),

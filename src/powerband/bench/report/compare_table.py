@@ -10,9 +10,10 @@ from rich.text import Text
 
 from powerband.bench.report.compare import Comparison, Difference, FigureComparison, PointComparison
 from powerband.metrics.shown import FIGURES, NONE, digits, plain, share_text, time_interval_text, time_text
+from powerband.spec.quantities import count_text
 
 STYLES = {"faster": "green", "slower": "red", "no difference shown": "dim", "too few requests": "dim"}
-_RATES = {
+RATES = {
     "goodput": "goodput (1/s)",
     "attainment": "SLO kept",
     "request_rate": "arrivals (1/s)",
@@ -38,7 +39,8 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 def _heading(point: PointComparison) -> str:
     counts = next(((figure.count_a, figure.count_b) for figure in point.figures.values()), (0, 0))
-    pairs, requests = f"{counts[0]:,} pairs of requests", f"{counts[0]:,} and {counts[1]:,} requests, not paired"
+    pairs = f"{count_text(counts[0], 'pair')} of requests"
+    requests = f"{counts[0]:,} and {count_text(counts[1], 'request')}, not paired"
     return f"{plain(point.label)}: {pairs if point.paired else requests}"
 
 
@@ -84,7 +86,7 @@ def _rates(point: PointComparison) -> Table:
     for name, (a, b) in point.rates.items():
         if a is not None or b is not None:
             text_of = share_text if name == "attainment" else digits
-            table.add_row(_RATES[name], text_of(a), text_of(b), _ratio(b / a if a and b is not None else None))
+            table.add_row(RATES[name], text_of(a), text_of(b), _ratio(b / a if a and b is not None else None))
     return table
 
 

@@ -37,7 +37,6 @@ from powerband.metrics.record import Outcome, percentile
 from powerband.metrics.shown import (
     FIGURES,
     OUTCOMES,
-    count_text,
     digits,
     plain,
     share_interval_text,
@@ -45,6 +44,7 @@ from powerband.metrics.shown import (
     time_text,
 )
 from powerband.metrics.slo import slo_misses
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 MAX_SCATTER_POINTS = 20_000  # points in the whole page

@@ -22,9 +22,9 @@ from powerband.bench.load import LoadResult, steady_window
 from powerband.bench.server_metrics import ServerMetrics
 from powerband.metrics.figures import Summary, summarize
 from powerband.metrics.record import Outcome
-from powerband.metrics.shown import count_text
 from powerband.metrics.statistics import Interval
 from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 from powerband.spec.workload.arrivals import Arrivals, ClosedLoop, OpenLoop
 from powerband.spec.workload.schedule import LengthCut, Schedule

@@ -15,7 +15,6 @@ from powerband.metrics.shown import (
     FIGURES,
     NONE,
     OUTCOMES,
-    count_text,
     digits,
     plain,
     share_interval_text,
@@ -23,6 +22,7 @@ from powerband.metrics.shown import (
     time_interval_text,
     time_text,
 )
+from powerband.spec.quantities import count_text
 
 STYLES = {"PASS": "bold green", "MISSED": "bold red", "INVALID": "bold yellow", "MEASURED": "bold"}
 _MAX_ERRORS = 5

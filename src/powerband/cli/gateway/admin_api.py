@@ -75,9 +75,9 @@ def find_gateway(flags: GatewayFlags | None, service: str | None = None) -> Admi
             raise UsageError("--admin-key-file needs --url.", param="admin_key_file")
         try:
             return AdminApi(*endpoint(service, flags.name))
-        except UsageError as error:
-            hint = f"{error.hint} --url names a gateway by its address."
-            raise UsageError(error.message, hint=hint, param="service") from None
+        except (UsageError, EnvironmentFault) as error:
+            hint = f"{error.hint} --url names a gateway by its address.".strip()
+            raise type(error)(error.message, hint=hint, param="service") from None
     if service is not None or flags.name is not None:
         raise UsageError("Both a service and --url are given.", hint="Give one.", param="url")
     file = admin_key_file or state_home() / "gateway" / "admin.key"

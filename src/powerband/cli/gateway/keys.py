@@ -39,6 +39,15 @@ class LimitFlags:
     models: Annotated[str | None, Parameter(help="Allowed models, separated by commas; default: all")] = None
 
     def given(self) -> dict[str, Any]:
+        """Raises UsageError, with the option's name, for a value out of bounds."""
+        from powerband.gateway.accounts.keys import MAX_LIMIT
+
+        bounds = dict.fromkeys(("requests_per_min", "tokens_per_min", "max_concurrency"), (1, MAX_LIMIT))
+        for name, (low, high) in {**bounds, "usd": (0, MAX_LIMIT), "priority": (-1000, 1000)}.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} is {value}; it must be between {low} and {high:g}.", param=name)
         limits = {**asdict(self), "models": None if self.models is None else _split_names(self.models)}
         return {name: value for name, value in limits.items() if value is not None}
 
@@ -57,16 +66,20 @@ def create(
     scopes: Annotated[str, Parameter(help="Scopes, separated by commas: infer, metrics, admin")] = "infer",
     expires: Annotated[str | None, Parameter(help="Time until it expires, such as 12h or 90d; default: never")] = None,
     limits: LimitFlags | None = None,
+    force: Annotated[bool, Parameter(help="Create it also if a valid key has this name", negative="")] = False,
     gateway: GatewayFlags | None = None,
     json: Json = False,
 ) -> int:
-    """Create a key called NAME and print it, this once: the gateway stores only its hash."""
-    api, name = _find(gateway, words)
+    """Create a key called NAME and print it, this once: the gateway stores only its hash.
+
+    Refused if a valid key has this name, unless --force is given.
+    """
     given = (limits or LimitFlags()).given()
-    body: dict[str, Any] = {"name": name, "scopes": _split_names(scopes), "limits": given}
+    body: dict[str, Any] = {"scopes": _split_names(scopes), "limits": given}
     if expires is not None:
         body["expires_in_s"] = _seconds(expires)
-    key = api.call("POST", "/admin/keys", body)
+    api, body["name"] = _find(gateway, words)
+    key = api.call("POST", "/admin/keys", body | {"unique_name": not force})
     if json:
         print(json_format.dumps(key, indent=2))
         return 0
@@ -139,11 +152,18 @@ def _find_key_id(api: AdminApi, text: str) -> str:
     keys = api.call("GET", "/admin/keys")["data"]
     if any(key["id"] == text for key in keys):
         return text
-    found = [key["id"] for key in keys if key["name"] == text and key["revoked_at"] is None]
+    same = [key for key in keys if key["name"] == text]
+    found = [str(key["id"]) for key in same if key["revoked_at"] is None]
     if len(found) == 1:
-        return str(found[0])
-    what = f"Several keys are called {text!r}: {', '.join(found)}." if found else f"There is no key {text!r}."
-    raise UsageError(what, hint="'powerband keys list' shows ids and names.", param="key")
+        return found[0]
+    hint = "'powerband keys list' shows ids and names."
+    if found:
+        what, hint = f"Several keys are called {text!r}: {', '.join(found)}.", f"Name one by its id. {hint}"
+    elif same:
+        what = f"The key {text!r} was revoked already ({', '.join(str(key['id']) for key in same)})."
+    else:
+        what = f"There is no key {text!r}."
+    raise UsageError(what, hint=hint, param="key")
 
 
 def _split_names(text: str) -> list[str]:

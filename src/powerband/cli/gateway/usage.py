@@ -16,6 +16,7 @@ from powerband.cli.service.names import Service
 from powerband.cli.tables import print_table
 from powerband.errors import EnvironmentFault, UsageError
 from powerband.metrics.logging import one_line
+from powerband.spec.quantities import count_text
 
 _PAGE = 1000
 _COLUMNS = ("requests", "errors", "refused", "prompt_tokens", "cached_tokens", "output_tokens", "cost_usd")
@@ -127,13 +128,13 @@ def _seconds(value: float | None) -> str:
 def _warn(accounts: dict[str, Any]) -> None:
     """What the figures do not include."""
     if accounts["failing_s"]:
-        waiting = f"{accounts['usage_waiting']:,} requests are waiting to be written"
+        waiting = f"{count_text(accounts['usage_waiting'], 'request')} not written yet"
         print(
             f"warning: the gateway could not write its database for {accounts['failing_s']:.0f} s; {waiting}.",
             file=sys.stderr,
         )
     if accounts["usage_dropped"]:
-        lost = f"the details of {accounts['usage_dropped']:,} requests since its start"
+        lost = f"the details of {count_text(accounts['usage_dropped'], 'request')} since its start"
         print(f"warning: the gateway lost {lost}: their sums are counted, their latencies are not.", file=sys.stderr)
 
 

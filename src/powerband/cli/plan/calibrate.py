@@ -63,6 +63,8 @@ def calibrate(
     path = out or local_profile_path(_threads(settings.engine, from_log))
     check_profile_can_be_written(path)
     load_before = load_per_core()
+    if from_log is None:
+        _announce(load_before)
     found = _calibrated(settings, from_log, seconds, path)
     if not force:
         check_fits(found.rows(), found.host, load_before)
@@ -81,11 +83,21 @@ def calibrate_machine_once(threads: int | None) -> None:
         local_profile_path(threads),
         load_per_core(),
     )
+    _announce(load_before)
     with progress_bar() as report:
         found = calibrate_machine(engine, compute_device(engine), DEFAULT_SECONDS, path, report, has_model=False)
     check_fits(found.rows(), found.host, load_before)
     write_profile(found.profile, path)
     print(f"· measured, and kept in {path}", file=sys.stderr)
+
+
+def _announce(load: float) -> None:
+    """What takes long, and what will spoil it. load: load_per_core()."""
+    from powerband.calibration.quality import busy_text
+
+    print("· measuring this machine", file=sys.stderr)
+    if busy := busy_text(load):
+        print(f"· {busy}", file=sys.stderr)
 
 
 def _threads(engine: EngineSettings, from_log: Path | None) -> int | None:

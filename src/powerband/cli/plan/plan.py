@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -83,7 +83,15 @@ class HardwareFlags:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class PlanOutputFlags:
-    out: Annotated[Path | None, _flag(_OUTPUT, "--out", "-o", help="Write the recommended plan, as YAML")] = None
+    out: Annotated[Path | None, _flag(_OUTPUT, "--out", "-o", help="Write the plan, as YAML")] = None
+    pick: Annotated[
+        str | None,
+        _flag(
+            _OUTPUT,
+            help="Whose plan: recommended (default), cheaper, faster, nearest; or an id from --html or --json: then "
+            "only this deployment is looked at",
+        ),
+    ] = None
     html: Annotated[Path | None, _flag(_OUTPUT, help="Write a report with the frontier: one file, offline")] = None
     json: Annotated[Json, Parameter(group=_OUTPUT)] = False
     workers: Annotated[int | None, _flag(_OUTPUT, help="Processes; default: all cores")] = None
@@ -117,6 +125,7 @@ def plan(
     need, offer, output = need or RequirementFlags(), offer or HardwareFlags(), output or PlanOutputFlags()
     _check_outputs(output)
     plan_request = plan_request_from(model, need, requests or MixOptions(), offer)
+    plan_request = replace(plan_request, pick=output.pick)
     results = search_with_progress(plan_request, output.workers, quiet=output.json)
     return _print_results(results, plan_request, output)
 
@@ -178,7 +187,7 @@ def _context(asked: int | None, known: int) -> int | None:
 
 
 def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quiet: bool) -> PlanResults:
-    """With its progress on stderr, where that is a terminal."""
+    """With its progress on stderr."""
     from powerband.planner.search import search
 
     with progress_bar(quiet=quiet) as report:
@@ -190,26 +199,31 @@ def search_with_progress(plan_request: PlanRequest, workers: int | None, *, quie
 def _print_results(results: PlanResults, plan_request: PlanRequest, output: PlanOutputFlags) -> int:
     from rich.console import Console
 
+    from powerband.planner.picked import picked
+    from powerband.planner.report.formatting import deployment_text
     from powerband.planner.report.html_report import write_report
     from powerband.planner.report.json_export import results_as_dict
     from powerband.planner.report.table import plan_table
     from powerband.planner.selection import plan_from
     from powerband.spec.plan import write_plan
 
+    chosen = results.recommended if output.pick is None else picked(output.pick, results)
     if output.html is not None:
-        write_report(results, output.html)
+        write_report(results, output.html, command=("powerband", *sys.argv[1:]))
     if output.json:
         print(json_format.dumps(results_as_dict(results), indent=1))
     else:
         Console().print(plan_table(results))
-    if results.recommended is None:
-        if output.out is not None:
-            print(f"Nothing was written to {output.out}: no deployment keeps the SLO.", file=sys.stderr)
-        return NO_PLAN
-    if output.out is not None:
-        write_plan(plan_from(plan_request, results.recommended), output.out)
-    if output.out is not None or output.html is not None:
+    if chosen is not None and output.out is not None:
+        write_plan(plan_from(plan_request, chosen), output.out)
+    elif output.out is not None:
+        print(f"Nothing was written to {output.out}: no deployment keeps the SLO.", file=sys.stderr)
+    if chosen is not None and (output.out is not None or output.html is not None):
         _print_paths(output)
+    if chosen is None or not chosen.meets_slo:
+        if chosen is not None:
+            print(f"{deployment_text(chosen.deployment)} misses the SLO.", file=sys.stderr)
+        return NO_PLAN
     return 0
 
 

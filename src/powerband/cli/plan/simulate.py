@@ -19,6 +19,7 @@ from powerband.cli.plan.inputs import read_model
 from powerband.errors import UsageError
 from powerband.spec.deployment import LOCAL
 from powerband.spec.hardware.what_if import chosen_devices
+from powerband.spec.quantities import count_text
 from powerband.spec.workload.fitting import refuse_cuts
 from powerband.spec.workload.options import RequestedLoad, has_requests, requested_load
 
@@ -71,7 +72,7 @@ def simulate(
         refuse_cuts(schedule.cut, schedule.num_requests)
     find = _profile_finder(deployment, devices, set or [])
     made = simulation_inputs(read_model(known.model)[0], deployment, find)
-    print(f"· simulating {schedule.num_requests} requests", file=sys.stderr)
+    print(f"· simulating {count_text(schedule.num_requests, 'request')}", file=sys.stderr)
     if schedule.cut_text:
         print(f"· {schedule.cut_text}", file=sys.stderr)
     simulated = made.simulate(schedule, planned_rate=known.promise.rate, slo_ttft_s=known.slo.ttft_s)

@@ -165,6 +165,12 @@ def _read_plan(
 
     path = Path(text)
     if path.suffix not in (".yaml", ".yml"):
+        if path.is_file() and path.suffix != ".json":
+            raise UsageError(
+                f"{text} is a file, and no plan: a plan ends with .yaml.",
+                hint="'powerband plan MODEL -o plan.yaml' writes one. A model is a folder, an id or 'demo'.",
+                param="plan",
+            )
         return None
     if any(flags is not None for flags in (need, requests, offer)):
         raise UsageError(

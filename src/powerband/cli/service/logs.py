@@ -83,6 +83,8 @@ def _read_new(path: Path, reached: dict[Path, int]) -> str:
 
 
 def _print(path: Path, text: str, *, labelled: bool) -> None:
+    from powerband.fleet.targets.base import shown_name
+
     for line in text.splitlines():
-        print(f"{path.stem:<12} {line}" if labelled else line)
+        print(f"{shown_name(path.stem):<12} {line}" if labelled else line)
     sys.stdout.flush()

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from powerband.cli.flags import Json
 from powerband.cli.service.names import SERVICE_HELP, OldName
 from powerband.cli.watching import Watch, show
+from powerband.errors import EnvironmentFault
 
 NOT_SERVING = 3
 
@@ -29,16 +30,15 @@ def status(
     """
     from powerband.fleet.control.controller_process import ensure_controller
     from powerband.fleet.report.status_table import is_serving, status_as_dict, status_lines
-    from powerband.fleet.service.store import NO_SERVICE_HINT, find_service, services
+    from powerband.fleet.service.store import find_service, services
 
-    asked = service if service is not None else name
     known = services()
-    if not known or asked not in (None, *(store.name for store in known)):
-        deployed = f"Deployed: {', '.join(store.name for store in known)}." if known else NO_SERVICE_HINT
-        missing = "No service is deployed." if asked is None else f"There is no service {asked!r}."
-        print("null" if json else f"{missing} {deployed}")
-        return NOT_SERVING
-    stores = known if asked is None else [find_service(service, name)]
+    try:
+        stores = known if known and service is None and name is None else [find_service(service, name)]
+    except EnvironmentFault:
+        if json:
+            print("null")
+        raise
 
     def text() -> str:
         if watch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -12,6 +12,8 @@ from powerband.core.params import SamplingParams
 from powerband.core.request import OUTPUT_COMPLETE
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.errors import InvalidRequest
+from powerband.output_parsers.events import Event
+from powerband.output_parsers.output_parser import OutputParser
 from powerband.text.detokenizer import IncrementalDetokenizer
 from powerband.text.tokenizer import Tokenizer
 
@@ -26,6 +28,7 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that ended it; None for EOS and other ends
     error: ErrorInfo | None = None
+    events: list[Event] = field(default_factory=list)  # what a parser found in the text
     must_abort: bool = False  # ended here by a stop string: the engine does not know and must be sent an abort
 
 
@@ -36,12 +39,24 @@ class OutputProcessor:
     vLLM's: the text of a stop token is left out and a stop string too (unless include_stop_str_in_output); neither ends
     an output of fewer than min_tokens; token ids are complete in any case. Without a tokenizer all text is "".
     Unlike in vLLM, a stop string with a special token in it is found where special tokens are skipped, too.
+
+    parser: reads the text, too, and finds reasoning and tool calls. tags: texts that it looks for; special tokens among
+    them are part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
-        self._detokenizer = (
-            None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
-        )
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        parser: OutputParser | None = None,
+        tags: Iterable[str] = (),
+    ) -> None:
+        self.parser = parser
+        self._detokenizer = None
+        if tokenizer is not None:
+            kept = {id for tag in tags if parser and (id := tokenizer.token_id(tag)) is not None}
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens, kept)
         stop = params.stop or []
         skips = params.skip_special_tokens and tokenizer is not None
         special = [text for text in stop if skips and tokenizer is not None and _names_special(tokenizer, text)]
@@ -57,7 +72,9 @@ class OutputProcessor:
         Raises InvalidRequest when a stop string ended it.
         """
         for id in token_ids:
-            self._text_of(id)
+            text = self._text_of(id)
+            if self.parser is not None:
+                self.parser.feed_token(text)
             self.num_tokens += 1
             if self._found:
                 raise InvalidRequest(
@@ -77,7 +94,10 @@ class OutputProcessor:
                 delta.logprobs.append(output.logprobs[i])
             ends_here = id == output.stop_token_id and i == len(output.token_ids) - 1
             if not (ends_here and not self._params.include_stop_str_in_output):
-                delta.text += self._text_of(id)
+                text = self._text_of(id)
+                delta.text += text
+                if self.parser is not None:
+                    delta.events += self.parser.feed_token(text)
             self.num_tokens += 1
             if self._found:
                 return self._end_with_string(delta, output)
@@ -101,9 +121,10 @@ class OutputProcessor:
         return (self._special_stop.found if self._special_stop else "") or self._stop.found
 
     def _end_with_string(self, delta: OutputDelta, output: TokenOutput) -> OutputDelta:
-        if self._params.include_stop_str_in_output:
-            delta.text += self._found
+        rest = self._found if self._params.include_stop_str_in_output else ""
+        delta.text += rest
         delta.finish_reason = self.finish_reason = FinishReason.STOP
+        self._finish_parser(delta, rest)
         delta.stop_reason = self._found
         delta.must_abort = output.finish_reason is None
         return delta
@@ -113,9 +134,17 @@ class OutputProcessor:
         delta.error = output.error
         if output.stop_token_id is not None and output.stop_token_id not in (self._params.eos_token_ids or ()):
             delta.stop_reason = output.stop_token_id
+        rest = ""
         if self._detokenizer is not None:
-            delta.text += self._special_stop.waiting if self._special_stop else ""
-            delta.text += self._stop.feed(self._detokenizer.flush(), may_end=False) + self._stop.held
+            rest += self._special_stop.waiting if self._special_stop else ""
+            rest += self._stop.feed(self._detokenizer.flush(), may_end=False) + self._stop.held
+        delta.text += rest
+        self._finish_parser(delta, rest)
+
+    def _finish_parser(self, delta: OutputDelta, rest: str) -> None:
+        if self.parser is not None:
+            delta.events += self.parser.feed(rest)
+            delta.events += self.parser.finish(complete=self.finish_reason is FinishReason.STOP)
 
 
 class StopStrings:

@@ -20,6 +20,10 @@ class TokenStream:
         self._outputs: list[TokenOutput] = []
         self._arrived = asyncio.Event()
 
+    def add(self, ids: Sequence[str]) -> None:
+        """Further requests whose outputs come here."""
+        self._open.update(ids)
+
     def put(self, output: TokenOutput) -> None:
         """Add an output; those of requests that the reader has closed are dropped."""
         if output.id in self._open:

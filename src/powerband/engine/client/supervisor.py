@@ -66,6 +66,19 @@ _MIN_RESTART_S = 60.0  # that a restart may take, or several times as long as th
 _RESTART_FACTOR = 5  # … which may have had the weights to download
 
 
+@dataclass(frozen=True, slots=True)
+class EngineExit:
+    """Why an engine's process ended."""
+
+    reason: str
+    code: int | None  # 128 + the number of the signal that ended it; None: not known
+
+    @classmethod
+    def of(cls, error: PowerbandError, exited: asyncio.Task[int]) -> EngineExit:
+        code = exited.result() if exited.done() else None
+        return cls(error.message, 128 - code if code is not None and code < 0 else code)
+
+
 @dataclass(slots=True)
 class _ProcessRun:
     """One run of the engine's process."""
@@ -113,6 +126,7 @@ class EngineProcess:
         self._current: _ProcessRun | None = None
         self._supervision: asyncio.Task[None] | None = None
         self.num_restarts = 0
+        self.last_exit: EngineExit | None = None  # before the last restart
         self._first_start_s = 0.0
 
     # ---- life
@@ -152,14 +166,16 @@ class EngineProcess:
 
     # ---- work
 
-    def submit(self, requests: Sequence[EngineRequest]) -> TokenStream:
-        """Hand over requests that one reader waits for; closing the stream aborts them.
+    def submit(self, requests: Sequence[EngineRequest], stream: TokenStream | None = None) -> TokenStream:
+        """Hand over requests that one reader waits for; closing the stream aborts them. stream: the reader's, if it has
+        one already.
 
         What the engine refuses (queue full, too long) arrives as a request's only output, with `error` set.
         Raises EngineDead when no engine can take them now.
         """
         channel = self._ready_channel()
-        stream = TokenStream([request.id for request in requests], self._abort)
+        stream = stream or TokenStream((), self._abort)
+        stream.add([request.id for request in requests])
         for request in requests:
             self._streams[request.id] = stream
         for message in Submit.of(requests):
@@ -262,6 +278,7 @@ class EngineProcess:
             if self._current is not None:
                 since_s = time.monotonic()
                 error = await self._watch(self._current)
+                self.last_exit = EngineExit.of(error, self._current.exited)
                 logger.error("%s It is started again.", error)
                 self._monitor.ended(EngineState.DEAD, str(error))
                 self._fail_everything(error)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from llguidance import LLMatcher
 
 from powerband.core.params import SamplingParams
 from powerband.core.step import Work
@@ -35,6 +36,7 @@ class RequestState:
     num_blocks: int = 0
     # The token after `tokens`, sampled by a step in flight: (its sampled ids on the device, row).
     pending: tuple[torch.Tensor, int] | None = None
+    matcher: LLMatcher | None = None  # of its grammar; it has consumed the output in `tokens`
 
     def append_blocks(self, new: list[int]) -> None:
         needed = self.num_blocks + len(new)

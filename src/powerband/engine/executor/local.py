@@ -34,6 +34,7 @@ from powerband.errors import UsageError
 from powerband.spec.checkpoint.quantization import PLAIN, WeightPrecisions
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.model.model_spec import ModelSpec
+from powerband.structured.compiled import Grammars
 
 Progress = Callable[[str, float], None]
 
@@ -66,8 +67,12 @@ class TorchExecutor:
     schedules and updates meanwhile.
     """
 
-    def __init__(self, config: ExecutorConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: ExecutorConfig, progress: Progress | None = None, grammars: Grammars | None = None
+    ) -> None:
+        """grammars: of structured output; None where the model has no tokenizer."""
         self.config = config
+        self._grammars = grammars
         self.depth = 2 if config.overlap else 1
         self.relay = 1 if config.overlap else 0
         self.providers: dict[str, int] = {}  # projections by who computes them
@@ -105,7 +110,13 @@ class TorchExecutor:
 
             use_fused_layers(model)
         self._runner = ModelRunner(
-            model, self.attention, sampler, self._pooler(), block_size=config.block_size, device=config.device
+            model,
+            self.attention,
+            sampler,
+            self._pooler(),
+            block_size=config.block_size,
+            device=config.device,
+            grammars=self._grammars,
         )
         prepared_s = time.perf_counter()
         return DeviceReport(
@@ -195,6 +206,8 @@ class TorchExecutor:
             self._weight_cache.close()
         if self._worker is not None:
             self._worker.shutdown(wait=True)
+        if self._runner is not None:
+            self._runner.close()
 
     def _run(self, step: Step) -> StepResult:
         return self.runner.launch(step).result()

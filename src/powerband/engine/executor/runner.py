@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from llguidance import LLMatcher
 
 from powerband.core.loop import error_info
 from powerband.core.step import ErrorInfo, Step, StepResult, TokenLogprobs, Work
 from powerband.engine.attention.base import AttentionBackend
 from powerband.engine.executor.batch import InputBuffers, Inputs, RequestState, Row
+from powerband.engine.executor.grammar_masks import GrammarMasks, PendingMasks, consume
 from powerband.engine.models.decoder import Decoder
 from powerband.engine.models.encoder import Encoder
 from powerband.engine.models.registry import Model
@@ -20,6 +22,7 @@ from powerband.engine.sampling.logits import to_device
 from powerband.engine.sampling.logprobs import prompt_logprobs
 from powerband.engine.sampling.sampler import Sampled, Sampler
 from powerband.errors import InvalidRequest, PowerbandError
+from powerband.structured.compiled import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,14 @@ class PendingStep:
             values = sampled.values()
             for index, row in enumerate(rows):
                 state, token = row.state, values.token_ids[index]
-                if index in values.failed:
-                    outcome.failed[state.id] = values.failed[index]
+                error, is_complete = values.failed.get(index), False
+                if error is None:
+                    error, is_complete = consume(state, token)
+                if error is not None:
+                    outcome.failed[state.id] = error
                     continue
+                if is_complete:
+                    outcome.complete.add(state.id)
                 outcome.tokens[state.id] = [token]
                 if (entry := values.logprobs[index]) is not None:
                     outcome.logprobs[state.id] = [entry]
@@ -72,7 +80,9 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
+        grammars: Grammars | None = None,
     ) -> None:
+        """grammars: None where requests with a grammar are refused."""
         self.model = model
         self.attention = attention
         self.sampler = sampler
@@ -86,6 +96,8 @@ class ModelRunner:
             with_types=isinstance(model, Encoder),
         )
         self._states: dict[str, RequestState] = {}
+        self._grammars = grammars
+        self._masks = GrammarMasks(grammars, device) if grammars is not None else None
 
     @property
     def _decoder(self) -> Decoder:
@@ -136,11 +148,23 @@ class ModelRunner:
                 new.rope_length,
                 pooling,
             )
+            if new.params.grammar is not None:
+                self._states[work.id].matcher = self._matcher(new.params.grammar, tokens[new.num_prompt_tokens :])
         state = self._states.get(work.id)
         if state is None:  # it failed in the step before, whose result was not known when this one was made
             raise PowerbandError(f"Request {work.id} has failed before.")
         state.append_blocks(work.new_blocks)
         return state
+
+    def _matcher(self, grammar: str, output: list[int]) -> LLMatcher:
+        if self._grammars is None:
+            raise InvalidRequest("Structured output needs a tokenizer, and the model has none.", param="grammar")
+        return self._grammars.matcher(grammar, output)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._masks is not None:
+            self._masks.close()
 
     def _run_isolated(self, rows: list[Row], pending: PendingStep) -> None:
         """Run all rows at once; if that fails, one by one, so that only the faulty ones fail."""
@@ -161,17 +185,18 @@ class ModelRunner:
         inputs = self._inputs.build(rows)
         starts = inputs.batch.query_starts_host
         self._fill_pending(rows, inputs.token_ids, starts)
+        sampling = [index for index, row in enumerate(rows) if row.work.samples and row.state.pooling is None]
+        masks = self._masks.start([rows[index] for index in sampling]) if self._masks is not None else None
         hidden = self.forward(inputs)
         for row, start, end in zip(rows, starts, starts[1:], strict=False):
             count = row.state.params.prompt_logprobs
             if count is not None and row.work.start < row.state.num_prompt_tokens - 1:
                 pending.prompt_logprobs[row.state.id] = self._prompt_logprobs(row, hidden[start:end], count)
         self._pool(rows, hidden, starts, pending)
-        sampling = [index for index, row in enumerate(rows) if row.work.samples and row.state.pooling is None]
         if sampling:
             last = [starts[index + 1] - 1 for index in sampling]
             chosen = hidden if len(last) == len(hidden) else hidden[self._indices(last)]
-            self._sample([rows[index] for index in sampling], chosen, pending)
+            self._sample([rows[index] for index in sampling], chosen, masks, pending)
 
     def _forward(self, inputs: Inputs) -> torch.Tensor:
         if isinstance(self.model, Encoder):
@@ -201,8 +226,10 @@ class ModelRunner:
         wanted = state.tokens[start + 1 : min(start + row.work.num_tokens + 1, state.num_prompt_tokens)]
         return prompt_logprobs(hidden, self._decoder.logits, wanted, count)
 
-    def _sample(self, rows: list[Row], hidden: torch.Tensor, pending: PendingStep) -> None:
+    def _sample(self, rows: list[Row], hidden: torch.Tensor, masks: PendingMasks | None, pending: PendingStep) -> None:
         states = [row.state.sampling for row in rows]
+        if masks is not None:
+            masks.put()
         found = self._decoder.argmax(hidden) if self.sampler.wants_only_argmax(states) else None
         if found is not None:
             sampled = self.sampler.accept(*found)

@@ -11,21 +11,27 @@ from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from powerband.core.clock import MonotonicClock
 from powerband.core.loop import Abort, Add
-from powerband.core.params import SamplingParams
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams, SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.build import build_engine
+from powerband.engine.client.output_reader import OutputReader
 from powerband.engine.offline.inbox import InterruptGuard, LocalInbox, RequestFeed
 from powerband.engine.offline.pooling import EmbeddingRequestOutput, OfflinePooling, ScoringRequestOutput
 from powerband.engine.offline.progress import ProgressBar
 from powerband.engine.offline.prompts import Prompt, PromptReader, as_list, errors_naming, one_per_prompt
 from powerband.engine.offline.results import PromptGroup, RequestOutput
 from powerband.errors import EngineDead, InvalidRequest, UsageError
+from powerband.openai.tools import Tool, ToolChoice
+from powerband.output_parsers.formats import OutputFormat
+from powerband.output_parsers.tool_use import ToolUse, tool_use
 from powerband.spec.settings import EngineSettings
 from powerband.text.chat_template import ChatTemplate
+from powerband.text.conversation import check_tool_messages
 from powerband.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,7 +59,7 @@ class LLM:
         info = self._engine.info
         self._tokenizer = Tokenizer.load(asked.tokenizer or info.model_folder, revision=revision)
         self.info = info.with_end(self._tokenizer.eos_token_id if self._tokenizer is not None else None)
-        self._reader = PromptReader(self.info, self._tokenizer)
+        self._reader = PromptReader(self.info, self._tokenizer, self._engine.grammars)
         self._template: ChatTemplate | None = None
         self._ids = map(str, itertools.count())
         self._pooling = OfflinePooling(self.info, self._tokenizer, lambda: next(self._ids), self._run_pooled)
@@ -75,15 +81,28 @@ class LLM:
         prompt, before anything starts; EngineDead; and KeyboardInterrupt on Ctrl-C, when everything has been aborted
         and the engine is ready for more.
         """
+        return self._generate(as_list(prompts), sampling_params, None, use_tqdm=use_tqdm, priority=priority)
+
+    def _generate(
+        self,
+        every_prompt: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        readers: Sequence[OutputReader] | None,
+        *,
+        use_tqdm: bool,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
         self._check_generates()
-        every_prompt = as_list(prompts)
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         every_params = one_per_prompt(params, len(every_prompt))
         every_priority = self._priorities(priority, len(every_prompt))
         groups = []
         for index, (prompt, own) in enumerate(zip(every_prompt, every_params, strict=True)):
-            with errors_naming(f"Prompt {index}"):
-                groups.append(self._reader.read(prompt, own, id=next(self._ids), priority=every_priority[index]))
+            with errors_naming(f"Prompt {index}" if readers is None else f"Conversation {index}"):
+                reader = None if readers is None else readers[index]
+                own_priority = every_priority[index]
+                group = self._reader.read(prompt, own, id=next(self._ids), priority=own_priority, reader=reader)
+                groups.append(group)
         self._run(groups, show_progress=use_tqdm)
         return [group.result(self._tokenizer) for group in groups]
 
@@ -96,22 +115,33 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several. Otherwise as `generate`."""
+        """Answer one conversation (a list of messages) or several. Otherwise as `generate`.
+
+        tools, tool_choice, parallel_tool_calls: as in OpenAI's API. Outputs have `content`, `reasoning_content` and
+        `tool_calls`, read in the model's format; where that is not known, calls stay text.
+        """
         template = self._need_template()
+        use = _tools(tools, tool_choice, parallel_tool_calls)
+        format = OutputFormat.of(template.source, self.settings.tool_call_parser, self.settings.reasoning_parser)
         prompts: list[Prompt] = []
+        readers: list[OutputReader] = []
         for index, conversation in enumerate(_conversations(messages)):
             with errors_naming(f"Conversation {index}"):
+                check_tool_messages(conversation)
                 text = template.render(
                     conversation,
-                    tools=tools,
+                    tools=use.for_template if use is not None else None,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     template_kwargs=chat_template_kwargs,
                 )
             prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+            readers.append(OutputReader(format, text, use if format.tools else None))
+        return self._generate(prompts, sampling_params, readers, use_tqdm=use_tqdm)
 
     def embed(
         self,
@@ -283,6 +313,18 @@ class LLM:
     def _encode_rendered(self, text: str) -> list[int]:
         """Templates write the special tokens themselves."""
         return [] if self._tokenizer is None else self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _tools(
+    tools: Sequence[Mapping[str, Any]] | None, choice: str | Mapping[str, Any] | None, parallel: bool | None
+) -> ToolUse | None:
+    """Raises InvalidRequest naming the place."""
+    try:
+        read = msgspec.convert(tools, list[Tool] | None)
+        chosen = msgspec.convert(choice, ToolChoice | None)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"tools or tool_choice are not as in OpenAI's API: {error}.", param="tools") from None
+    return tool_use(read, chosen, parallel)
 
 
 def _conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:

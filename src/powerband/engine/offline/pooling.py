@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from powerband.core.params import SamplingParams
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams, SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import TokenOutput
 from powerband.engine.client.messages import EngineInfo, RemoteError

@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from powerband.core.params import SamplingParams
 from powerband.core.request import EngineRequest
+from powerband.core.structured_outputs import StructuredOutputsParams
 from powerband.engine.client.messages import EngineInfo
-from powerband.engine.client.output import OutputProcessor
+from powerband.engine.client.output_reader import OutputReader
 from powerband.engine.offline.results import Answer, PromptGroup
 from powerband.errors import InvalidRequest, PowerbandError, RequestTooLong
+from powerband.output_parsers.answer_grammar import answer_grammar
+from powerband.structured.compiled import Grammars
+from powerband.structured.specification import grammar_of
 from powerband.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -22,15 +28,22 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 class PromptReader:
     """Knows one engine's vocabulary, context and tokenizer (None: prompts must be token ids)."""
 
-    def __init__(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, info: EngineInfo, tokenizer: Tokenizer | None, grammars: Grammars | None = None) -> None:
         self._info = info
+        self._grammars = grammars
         self._tokenizer = tokenizer
+        self._known: dict[bytes, str] = {}  # the last specification's grammar: prompts in a row mostly share it
 
-    def read(self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int) -> PromptGroup:
-        """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong."""
+    def read(
+        self, prompt: Prompt, params: SamplingParams, *, id: str, priority: int, reader: OutputReader | None = None
+    ) -> PromptGroup:
+        """The requests for one prompt: n of them. Raises InvalidRequest or RequestTooLong.
+
+        reader: of a chat's outputs.
+        """
         text, ids = self._text_and_ids(prompt)
         self._check(ids)
-        params = self._complete(params, len(ids))
+        params = self._complete(params, len(ids), reader or OutputReader())
         answers = []
         rest = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
         for index in range(params.n):
@@ -42,7 +55,8 @@ class PromptReader:
                 arrival_s=time.monotonic(),
                 priority=priority,
             )
-            answers.append(Answer(index, request, OutputProcessor(self._tokenizer, own, ids)))
+            processor = (reader or OutputReader()).processor(self._tokenizer, own, ids)
+            answers.append(Answer(index, request, processor, is_chat=reader is not None))
         return PromptGroup(id, text, ids, params, answers)
 
     def _text_and_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -75,7 +89,7 @@ class PromptReader:
                 param="prompts",
             )
 
-    def _complete(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+    def _complete(self, params: SamplingParams, num_prompt_tokens: int, reader: OutputReader) -> SamplingParams:
         """The parameters with all defaults filled in."""
         params.check_vocabulary(self._info.vocab_size)
         for name in ("stop", "bad_words"):
@@ -84,9 +98,27 @@ class PromptReader:
         if self._tokenizer is not None:
             encode = self._tokenizer.encode
             params = params.with_bad_word_ids(lambda word: encode(word, add_special_tokens=False))
+        outputs = params.structured_outputs
+        form = "" if outputs is None else self._grammar(outputs)
+        if self._tokenizer is not None and (form or reader.rules is not None):
+            token_id = self._tokenizer.token_id
+            made = answer_grammar(reader.format, reader.prompt, reader.rules, form, token_id, self._grammar)
+            params = params.with_grammar(made)
         room = max(self._info.max_model_len - num_prompt_tokens, params.min_tokens)
         eos = self._info.eos_token_ids if params.eos_token_ids is None else params.eos_token_ids
         return replace(params, max_tokens=params.max_tokens or room, eos_token_ids=eos)
+
+    def _grammar(self, outputs: StructuredOutputsParams, places: Mapping[str, str] | None = None) -> str:
+        if self._tokenizer is None or self._grammars is None:
+            raise InvalidRequest(
+                "structured_outputs need a tokenizer, and the model has none.", param="structured_outputs"
+            )
+        key = msgspec.json.encode(outputs)
+        if key not in self._known:
+            grammar = grammar_of(outputs, self._grammars.tokens, places)
+            self._grammars.prepare(grammar)
+            self._known = {key: grammar}
+        return self._known[key]
 
 
 def text_or_tokens(prompt: Prompt) -> tuple[str | None, list[int] | None]:

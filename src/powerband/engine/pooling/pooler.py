@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams
 from powerband.spec.model.pooling import Activation, PoolingSpec
 
 Norm = Callable[[torch.Tensor], torch.Tensor]

@@ -32,7 +32,7 @@ class CpuSampling:
             p = state.params
             params.append((0.0 if p.is_greedy else p.temperature, p.top_p, p.min_p))
             numbers.append((state.seed - (state.seed >> 63 << 64), position, max(p.top_k, 0)))
-        edits = _edits(states, positions) if any(state.edits_logits for state in states) else (None,) * 4
+        edits = _edits(states, positions) if any(state.edits_logits for state in states) else (None,) * 5
         choices = torch.tensor(params, dtype=torch.float64), torch.tensor(numbers, dtype=torch.int64)
         out: tuple[Tensor, Tensor] = torch.ops.powerband.sample(
             _readable(logits), *(rows.view(-1, 3) for rows in choices), *edits
@@ -51,11 +51,12 @@ def _readable(logits: Tensor) -> Tensor:
     return (logits if logits.dtype in (torch.bfloat16, torch.float32) else logits.float()).contiguous()
 
 
-def _edits(states: Sequence[SamplingState], positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Penalties, offsets, tokens and biases of rows, as csrc/sampling_edits.h lays them out."""
+def _edits(states: Sequence[SamplingState], positions: Sequence[int]) -> tuple[Tensor, ...]:
+    """Penalties, offsets, tokens, biases and masks of rows, as csrc/sampling_edits.h lays them out."""
     tokens: list[Tensor] = []
     biases: list[Tensor] = []
     penalties, offsets, end = [], [], 0
+    masks: list[Tensor] = []
     places: dict[int, int] = {}  # where the allowed tokens of several rows begin, by their tensor
 
     def put(ids: Tensor, values: Tensor | None = None) -> int:
@@ -78,11 +79,15 @@ def _edits(states: Sequence[SamplingState], positions: Sequence[int]) -> tuple[T
             put(biased, values)
         ends[3] = end
         known = put(state.tokens(0, position)) if state.is_penalized else end
-        offsets.append((*ends, known, min(known + state.num_prompt_tokens, end), end))
+        if state.mask is not None:
+            masks.append(state.mask)
+        mask_row = len(masks) - 1 if state.mask is not None else -1
+        offsets.append((*ends, known, min(known + state.num_prompt_tokens, end), end, mask_row))
     nothing = torch.zeros(0, dtype=torch.int64)
     return (
         torch.tensor(penalties, dtype=torch.float32),
         torch.tensor(offsets, dtype=torch.int64),
         torch.cat([nothing, *tokens]),
         torch.cat([nothing.float(), *biases]),
+        torch.stack(masks) if masks else nothing.int().view(0, 0),
     )

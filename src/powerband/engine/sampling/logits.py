@@ -65,6 +65,8 @@ class FixedEdits:
         biases = list((params.logit_bias or {}).items())
         biases += [(word[0], -math.inf) for word in words if len(word) == 1]
         several = [word for word in words if len(word) > 1]
+        if params.grammar is not None and params.ignore_eos:  # the end of the grammar ends the answer
+            biases += [(id, -math.inf) for id in params.eos_token_ids or []]
         ends = params.end_token_ids if params.min_tokens else []
         self.bias = _biases(biases, device) if biases else None
         self.end_bias = _biases([(id, -math.inf) for id in ends], device) if ends else None
@@ -76,7 +78,7 @@ class FixedEdits:
     @staticmethod
     def key(params: SamplingParams) -> tuple[int, ...]:
         """Equal for parameters that share their lists, as long as one of them lives."""
-        return (*map(id, _lists_of(params)), int(params.min_tokens > 0))
+        return (*map(id, _lists_of(params)), int(params.min_tokens > 0), int(params.grammar is not None))
 
 
 def _lists_of(params: SamplingParams) -> tuple[object, ...]:
@@ -97,11 +99,12 @@ class SamplingState:
 
     __slots__ = (
         "_device",
+        "_edits",
         "_fixed",
         "_history",
-        "edits_logits",
         "is_penalized",
         "keeps_history",
+        "mask",
         "num_prompt_tokens",
         "params",
         "seed",
@@ -129,9 +132,15 @@ class SamplingState:
         self.keeps_history = self.is_penalized or fixed.bad_words is not None
         room = 256 if params.max_tokens is None else min(params.max_tokens, 4096)
         self._history = F.pad(self._ids(token_ids), (0, room)) if self.keeps_history else self._ids([])
-        self.edits_logits = self.keeps_history or any(
+        self._edits = self.keeps_history or any(
             part is not None for part in (fixed.bias, fixed.end_bias, fixed.allowed)
         )
+        # Of the token to be chosen next: int32 [words], bit i % 32 of word i // 32 says whether token i may be it.
+        self.mask: Tensor | None = None
+
+    @property
+    def edits_logits(self) -> bool:
+        return self._edits or self.mask is not None
 
     @property
     def allowed(self) -> Tensor | None:
@@ -191,6 +200,7 @@ class LogitsEditor:
         rows = [(row, *pair) for row, pair in enumerate(zip(states, positions, strict=True))]
         ids: list[Tensor] = []
         values: list[Tensor] = []
+        _keep_masked(logits, states)
         for row, state, position in rows:
             state.keep_allowed(logits[row])
             for bias_ids, bias_values in state.added_biases(position):
@@ -239,6 +249,19 @@ class LogitsEditor:
             flat[where] = flat[where] - frequency * self._counts[where] - presence
         finally:  # when memory runs out, the next step must still find zeros
             self._counts[where] = 0.0
+
+
+def _keep_masked(logits: Tensor, states: Sequence[SamplingState]) -> None:
+    """Set the logits [rows, width] of tokens that a row's mask leaves out to -inf."""
+    masked = [(row, state.mask) for row, state in enumerate(states) if state.mask is not None]
+    if not masked:
+        return
+    words = torch.stack([mask for _, mask in masked])
+    bits = (words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
+    allowed = F.pad(allowed, (0, logits.shape[1] - allowed.shape[1]))  # beyond the tokenizer's vocabulary: nothing
+    rows = to_device([row for row, _ in masked], torch.int64, logits.device)
+    logits[rows] = logits[rows].masked_fill_(~allowed, -math.inf)
 
 
 def uniform(seed: int, position: int, draw: int = 0) -> float:

@@ -43,7 +43,7 @@ from powerband.fleet.monitor.incidents import Incidents
 from powerband.fleet.service.spec import Release, ServiceSpec
 from powerband.fleet.service.status import FailedRollout, GatewayStatus, ServiceStatus
 from powerband.fleet.service.store import ServiceStore
-from powerband.fleet.targets.base import ExitedInstance, Instance, Role, Target
+from powerband.fleet.targets.base import ExitedInstance, Instance, Role, Target, shown_name
 
 logger = logging.getLogger(__name__)
 
@@ -179,8 +179,20 @@ class Controller:
             if state.observe(instance, self.prober.result(instance.id), spec.policy, now_s):
                 self._backoff.record_ready(instance.revision)
                 self.events.record("Ready", instance.id, f"after {now_s - state.first_seen_s:.1f} s")
+            self._record_engine_restarts(state)
             if was_healthy and not state.is_healthy and not instance.stopping:
                 self.events.record("Unhealthy", instance.id, state.probe.note or "no response to its probes")
+
+    def _record_engine_restarts(self, state: InstanceState) -> None:
+        """A replica starts its own engine again when that ends; the replica's process goes on."""
+        probe, known = state.probe, state.engine_restarts
+        if probe.ready_s is None:
+            return
+        state.engine_restarts = probe.engine_restarts
+        if known is not None and probe.engine_restarts > known:
+            reason = probe.engine_exit or "Its engine ended."
+            self.events.record("EngineRestarted", state.id, reason, exit_code=probe.engine_exit_code)
+            self._crashes.append(f"the engine of {state.id} was restarted: {reason}")
 
     def _record_exit(self, exited: ExitedInstance, now_s: float) -> None:
         state = self._instances.pop(exited.id, None)
@@ -201,7 +213,7 @@ class Controller:
 
     def _record_crash(self, exited: ExitedInstance, *, was_ready: bool) -> None:
         event = self.events.record_exit(exited, was_ready=was_ready)
-        self._crashes.append(f"{exited.id} crashed: {event.message}")
+        self._crashes.append(f"{event.subject} crashed: {event.message}")
 
     def _open_place(self, state: InstanceState) -> None:
         """Let the next replica that starts count as its replacement."""
@@ -266,7 +278,7 @@ class Controller:
                 code = "" if exited.exit_code is None else f" (exit code {exited.exit_code})"
                 self._failed = FailedRollout(
                     generation=spec.generation,
-                    reason=f"{exited.id} exited before it was ready{code}",
+                    reason=f"{shown_name(exited.id)} exited before it was ready{code}",
                     replica=exited.id,
                     log=exited.log,
                     exit_code=exited.exit_code,

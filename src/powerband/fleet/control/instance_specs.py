@@ -19,6 +19,7 @@ from powerband.gateway.routes import ModelRoute, ReplicaAddress
 from powerband.gateway.settings import GatewaySettings
 from powerband.renamed import new_names, rename_options
 from powerband.spec.hardware.device import detect_cpu
+from powerband.spec.quantities import count_text
 from powerband.spec.yaml_codec import as_record
 
 POWERBAND = (sys.executable, "-m", "powerband")
@@ -58,7 +59,7 @@ def free_devices(
 def excess_threads(release: Release) -> str:
     """'8 threads on 4 cores' if the replicas on this CPU compute with more threads than it has cores; else ''."""
     threads, cores = sum(pool.count * (pool.threads or 0) for pool in release.pools), detect_cpu().cores
-    return f"{threads} threads on {cores} cores" if threads > cores else ""
+    return f"{count_text(threads, 'thread')} on {count_text(cores, 'core')}" if threads > cores else ""
 
 
 def replica_spec(release: Release, pool: int, id: str, devices: tuple[int, ...]) -> InstanceSpec:

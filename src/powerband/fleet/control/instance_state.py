@@ -33,6 +33,7 @@ class InstanceState:
     hang_reason: str = ""  # why it must be killed; '': it need not
     is_cordoned: bool = False  # a user drained it
     is_idle: bool = False  # it has no requests left
+    engine_restarts: int | None = None  # of the engine within it; None: it has not been ready for this controller
 
     # decided
     draining_s: float | None = None  # when its drain began

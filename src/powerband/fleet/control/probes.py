@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+import msgspec
+
 from powerband.fleet.targets.base import Instance
 from powerband.http_client.request import Response, bearer, request
 
@@ -28,6 +30,17 @@ class ProbeResult:
     timeouts: int = 0  # how many of the latest failures were timeouts: it may accept connections, but hang
     note: str = ""  # why it is not ready
     metrics: str = ""  # its latest /metrics page
+    engine_restarts: int = 0  # how often it has started its own engine again
+    engine_exit: str = ""  # why, the last time
+    engine_exit_code: int | None = None  # then; 128 + the signal's number when a signal ended it
+
+
+class _Ready(msgspec.Struct):
+    """What a replica of ours answers when it is ready."""
+
+    engine_restarts: int = 0
+    engine_exit: str = ""
+    engine_exit_code: int | None = None
 
 
 class HealthProber:
@@ -75,6 +88,8 @@ class HealthProber:
         result.response_s = time.monotonic()
         if response.status == 200:
             result.ready_s = result.response_s
+            if instance.role == "replica":
+                _read_engine(response.body, result)
         result.note = "" if response.status == 200 else _error_message(response)
 
     async def _read_metrics(self, result: ProbeResult, instance: Instance) -> None:
@@ -86,6 +101,15 @@ class HealthProber:
     async def _get(self, instance: Instance, path: str) -> Response:
         headers = bearer(self.api_key) if instance.role == "replica" else {}
         return await request("GET", f"{instance.url}{path}", headers=headers, timeout_s=_TIMEOUT_S)
+
+
+def _read_engine(body: bytes, result: ProbeResult) -> None:
+    """Other engines answer otherwise, or nothing."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        found = msgspec.json.decode(body, type=_Ready)
+        result.engine_restarts = found.engine_restarts
+        result.engine_exit = found.engine_exit[:_MAX_NOTE_CHARACTERS]
+        result.engine_exit_code = found.engine_exit_code
 
 
 def _error_message(response: Response) -> str:

@@ -11,6 +11,7 @@ from powerband.fleet.monitor.state import RECENT_S, MonitorState
 from powerband.gateway.snapshot import ReplicaSnapshot
 from powerband.metrics.record import Outcome
 from powerband.metrics.statistics import wilson
+from powerband.spec.quantities import count_text
 
 Evidence = dict[str, float | str]
 
@@ -88,7 +89,7 @@ def _check_hang(state: MonitorState) -> Iterator[Finding]:
                 subject=replica.id,
                 cause="hang",
                 what=f"Replica {replica.id} has sent nothing for {replica.silent_s:.0f} s"
-                f" with {_num_requests(replica.inflight)} in flight.",
+                f" with {count_text(replica.inflight, 'request')} in flight.",
                 evidence={
                     "silent_s": replica.silent_s,
                     "limit_s": limit_s,
@@ -112,7 +113,7 @@ def _check_failures(state: MonitorState) -> Iterator[Finding]:
                 kind="replica",
                 subject=replica,
                 cause="errors",
-                what=f"Replica {replica} failed {count} of {_num_requests(sent[replica])} in {RECENT_S:.0f} s.",
+                what=f"Replica {replica} failed {count} of {count_text(sent[replica], 'request')} in {RECENT_S:.0f} s.",
                 evidence={"failed": count, "requests": sent[replica], "errors": ", ".join(codes)},
                 action="restart_replica",
                 advice="Look at its log; restart it.",
@@ -188,10 +189,6 @@ def _max_silence_s(state: MonitorState) -> float:
     )
 
 
-def _num_requests(count: int) -> str:
-    return "1 request" if count == 1 else f"{count} requests"
-
-
 # ---- checks of the service: the SLO
 
 
@@ -217,8 +214,8 @@ def _check_slo(state: MonitorState, of_replicas: Sequence[Finding]) -> Finding |
     if alert is not None:
         counts = state.burn.window(state.clock_s, alert.long_s)
         attained = counts.attainment or 0.0
-        what = f"{attained:.1%} of {counts.total} requests met the SLO in {alert.long_s} s; the plan guarantees "
-        what += f"{guaranteed:.1%}."
+        what = f"{attained:.1%} of {count_text(counts.total, 'request')} met the SLO in {alert.long_s} s; "
+        what += f"the plan guarantees {guaranteed:.1%}."
         misses = state.burn.misses(state.clock_s, alert.long_s)
         evidence |= {
             "attainment": attained,

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import msgspec
 
 from powerband.files import write_atomically
-from powerband.fleet.targets.base import ExitedInstance
+from powerband.fleet.targets.base import ExitedInstance, shown_name
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,15 @@ NormalReason = Literal[
     "Deployed", "Scaled", "Cordoned", "Uncordoned", "Ready", "Stopped", "Removed", "ControllerStarted"
 ]
 WarningReason = Literal[
-    "Error", "OOMKilled", "Rebooted", "Killing", "Unhealthy", "BackOff", "FailedStart", "FailedRollout"
+    "Error",
+    "OOMKilled",
+    "Rebooted",
+    "EngineRestarted",
+    "Killing",
+    "Unhealthy",
+    "BackOff",
+    "FailedStart",
+    "FailedRollout",
 ]
 Reason = NormalReason | WarningReason
 
@@ -68,7 +76,7 @@ class Events:
         same_for: str = "",
     ) -> Event:
         """same_for: a prefix of subjects whose events with this reason and message are one event, the last's."""
-        now_s = time.time()
+        now_s, subject = time.time(), shown_name(subject)
         event = Event(
             reason=reason,
             subject=subject,
@@ -108,7 +116,7 @@ class Events:
             message,
             exit_code=128 - code if code is not None and code < 0 else code,
             signal=signal_name,
-            same_for="" if was_ready or was_asked else exited.id.rstrip("0123456789"),
+            same_for="" if was_ready or was_asked else shown_name(exited.id).rstrip("0123456789"),
         )
 
     def _write(self) -> None:

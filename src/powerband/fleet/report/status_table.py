@@ -14,6 +14,7 @@ from powerband.fleet.service.status import ReplicaStatus, ServiceStatus
 from powerband.fleet.service.store import ServiceStore
 from powerband.fleet.targets.local import running_instances
 from powerband.metrics.shown import duration_text, share_text, table_lines
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 LAST_EVENTS = 5
@@ -142,5 +143,5 @@ def _attainment_text(desired: ServiceSpec, status: ServiceStatus) -> str:
         return "no requests yet"
     asked = desired.release.plan["slo"].get("attainment", 0.95)
     since = duration_text(time.time() - load.since)
-    kept = f"{share_text(load.attainment)} of {load.scheduled:,} requests"
+    kept = f"{share_text(load.attainment)} of {count_text(load.scheduled, 'request')}"
     return f"{kept} since {since} ago, {asked * 100:g} % are promised"

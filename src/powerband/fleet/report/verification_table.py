@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from powerband.fleet.verify import Verification
 from powerband.metrics.shown import table_lines
+from powerband.spec.quantities import count_text
 
 _VERDICTS = {
     "kept": "The promise is kept",
@@ -23,7 +24,8 @@ def verification_lines(verified: Verification) -> list[str]:
     ]
     lines = table_lines([["", "promised", "predicted", "measured", ""], *rows])
     errors = f", {verified.errors} failed" if verified.errors else ""
-    lines += ["", f"{_VERDICTS[verified.verdict]}: {verified.requests} requests in {verified.seconds:.0f} s{errors}."]
+    sent = f"{count_text(verified.requests, 'request')} in {verified.seconds:.0f} s{errors}"
+    lines += ["", f"{_VERDICTS[verified.verdict]}: {sent}."]
     if verified.fault:
         lines.append(f"Why: {verified.fault}.")
     missed = [f"{line.name} {line.outside}" for line in verified.lines if line.outside]

@@ -208,7 +208,8 @@ def services() -> list[ServiceStore]:
 
 
 def find_service(name: str | None, old_flag: str | None = None) -> ServiceStore:
-    """The service with this name; without a name, the only one. Raises UsageError that lists the services.
+    """The service with this name; without a name, the only one. Raises EnvironmentFault if there is none, with the
+    names of the others, and UsageError if there are several.
 
     old_flag: the name from --name or --service, which commands had before they took it as an argument.
     """
@@ -221,7 +222,7 @@ def find_service(name: str | None, old_flag: str | None = None) -> ServiceStore:
         if len(known) == 1:
             return known[0]
         if not known:
-            raise UsageError("No service is deployed.", hint=NO_SERVICE_HINT, param="name")
+            raise EnvironmentFault("No service is deployed.", hint=NO_SERVICE_HINT, param="name")
         raise UsageError(
             f"There are several services: {names}.",
             hint=f"Name one right after the command, as in 'powerband status {known[0].name}'.",
@@ -229,15 +230,15 @@ def find_service(name: str | None, old_flag: str | None = None) -> ServiceStore:
         )
     folder = ServiceStore.named(name)
     if not folder.exists():
-        hint = f"Deployed: {names}." if names else "No service is deployed."
-        raise UsageError(f"There is no service {name!r}.", hint=hint, param="name")
+        hint = f"Deployed: {names}." if names else f"No service is deployed. {NO_SERVICE_HINT}"
+        raise EnvironmentFault(f"There is no service {name!r}.", hint=hint, param="name")
     return folder
 
 
 def split_operands(words: Sequence[str], old_flag: str | None, operands: int) -> tuple[ServiceStore, Sequence[str]]:
     """'[SERVICE] OPERAND…' of a command line: the service, and the other words.
 
-    operands: how many words follow the service's name. Raises UsageError as find_service, and for more words.
+    operands: how many words follow the service's name. Raises as find_service, and UsageError for more words.
     """
     name, rest = (words[0], words[1:]) if len(words) > operands else (None, words)
     if len(rest) > operands:

@@ -13,6 +13,11 @@ from typing import Literal, Protocol
 Role = Literal["replica", "gateway"]
 
 
+def shown_name(id: str) -> str:
+    """What people read: every start of the gateway has an id and a log of its own, such as gateway-3."""
+    return "gateway" if id.startswith("gateway-") else id
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSpec:
     """An instance to start."""

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from powerband.gateway.accounts.accounts import Accounts
 from powerband.gateway.accounts.keys import PREFIX, SCOPES, Key
 from powerband.gateway.accounts.keys import Scope as KeyScope
-from powerband.gateway.anthropic_errors import is_anthropic
 from powerband.web.access import check_host, check_page
+from powerband.web.anthropic import sent_keys
 from powerband.web.errors import HttpError
 from powerband.web.middleware import add_headers
 
@@ -106,7 +106,7 @@ class ApiKeyMiddleware:
         needed = needed_scope(path)
         if needed is None:
             return None
-        sent = _keys(scope)
+        sent = sent_keys(scope)
         if self._auth == "open" and needed != "admin" and not any(_is_gateway_key(value) for value in sent):
             if not self._any_host:
                 check_host(scope, self._host)
@@ -121,15 +121,6 @@ class ApiKeyMiddleware:
                 hint=f"The scopes are {', '.join(SCOPES)}.",
             )
         return key
-
-
-def _keys(scope: Scope) -> list[bytes]:
-    """The request's Authorization headers. Anthropic's clients send `x-api-key` instead."""
-    headers = scope["headers"]
-    sent = [value for name, value in headers if name == b"authorization"]
-    if not sent and is_anthropic(scope["path"]):
-        sent = [b"Bearer " + value for name, value in headers if name == b"x-api-key"]
-    return sent
 
 
 def needed_scope(path: str) -> KeyScope | None:

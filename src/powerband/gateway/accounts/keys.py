@@ -118,6 +118,18 @@ class Keys:
     def is_valid(self, key: Key) -> bool:
         return key.revoked_at is None and (key.expires_at is None or key.expires_at > self._wall())
 
+    def check_name_is_free(self, name: str) -> None:
+        """Raises HttpError 409 if a valid key has the name."""
+        same = [key.id for key in self._keys.values() if key.name == name and self.is_valid(key)]
+        if same:
+            raise HttpError(
+                409,
+                "key_exists",
+                f"There is a key called {name!r} already: {', '.join(same)}.",
+                hint="Choose another name, revoke that key, or create it with 'force'.",
+                param="name",
+            )
+
     def create(
         self,
         name: str,

@@ -59,6 +59,7 @@ class KeyBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     scopes: list[str] = msgspec.field(default_factory=lambda: ["infer"])
     limits: LimitsBody = msgspec.field(default_factory=LimitsBody)
     expires_in_s: Annotated[float, msgspec.Meta(gt=0, le=100 * 366 * 86400)] | None = None
+    unique_name: bool = False  # refuse the name of a valid key
 
 
 class KeyPatch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -109,6 +110,8 @@ class KeyRoutes:
         """The only response that contains the key itself, as 'secret'."""
         body = await read_json(request, KeyBody, MAX_BODY_BYTES)
         limits = body.limits.applied_to(KeyLimits())
+        if body.unique_name:
+            self._accounts.keys.check_name_is_free(body.name)
         expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
         key, secret = self._accounts.keys.create(body.name, body.scopes, limits=limits, expires_at=expires_at)
         self._note(request, "keys.create", key, {"scopes": key.scopes, "limits": asdict(limits)})

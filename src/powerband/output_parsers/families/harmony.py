@@ -124,5 +124,5 @@ def harmony_grammar(grammar: Grammar, rules: CallRules) -> str:
         form = f'(" "? {grammar.tag(CONSTRAIN)} "json" | " json")?'
         last.append(f"({head} | {other}) {form} {message} {json_value(tool.schema)}")
     if not rules.required:
-        last += [f'{channel} "final" {message} TEXT', "lead"]
+        last += [f'{channel} "final" {message} {grammar.answer or "TEXT"}', "lead"]
     return grammar.write(f'(lead {grammar.tag(END)} {grammar.tag(START)} "assistant")* {any_of(last)}')

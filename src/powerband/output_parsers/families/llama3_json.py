@@ -92,14 +92,20 @@ class Llama3JsonParser(TextParser):
 
 def llama3_json_grammar(grammar: Grammar, rules: CallRules) -> str:
     """A text may not begin as a call does, but for calls."""
+    blank = r"[ \n]{0,2}"  # bounded: a model that has lost its way writes blanks until it is cut off
     name = r'\s*\{\s*("type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*'
     for index, tool in enumerate(rules.tools):
-        grammar.add(f"OPEN_{index}", regex(name, f'"{escaped(tool.name)}"', r'\s*,\s*"parameters"\s*:\s*'))
+        grammar.add(
+            f"OPEN_{index}",
+            regex(f'{name}"{escaped(tool.name)}"', r'\s*,\s*"parameters"\s*:\s*').replace(r"\s*", blank),
+        )
         grammar.add(f"call_{index}", f'OPEN_{index} {json_value(tool.schema)} "}}"')
     call = any_of([f"call_{index}" for index in range(len(rules.tools))])
     calls = f"{grammar.tag(TAG)}? {call}" + (f' ("; " {call})*' if rules.parallel else "")
     if rules.required:
         return grammar.write(f"{grammar.reasoning} WS? {calls}")
+    if grammar.answer:
+        return grammar.write(f"{grammar.reasoning} WS? ({calls} | {grammar.answer})")
     names = "|".join(f'"{escaped(tool.name)}"' for tool in rules.tools)
     grammar.add("PLAIN", "TEXT & ~" + regex(name, f"({names})", "(?s:.*)"))
     return grammar.write(f"{grammar.reasoning} (WS? {calls} | PLAIN)")

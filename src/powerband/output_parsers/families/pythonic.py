@@ -190,8 +190,9 @@ def gemma_grammar(grammar: Grammar, rules: CallRules) -> str:
 
 
 def _pythonic_grammar(grammar: Grammar, rules: CallRules, before: str) -> str:
+    grammar.add("STRING", r"""/'([^'\\\x00-\x1f]|\\[nrtbf\\'"])*'/""")
     for index, tool in enumerate(rules.tools):
-        grammar.add(f"OPEN_{index}", regex(r"\s*\[", escaped(tool.name), r"\("))
+        grammar.add(f"OPEN_{index}", regex(r"[ \n]{0,2}\[", escaped(tool.name), r"\("))
         if is_list_of_properties(tool.schema):
             arguments = in_order(grammar, f"argument_{index}", tool.schema, _keyword_argument, ", ")
         else:
@@ -205,6 +206,8 @@ def _pythonic_grammar(grammar: Grammar, rules: CallRules, before: str) -> str:
     calls = f'{first} (", " {more})* "]"' if rules.parallel else f'{first} "]"'
     if rules.required:
         return grammar.write(f"{grammar.reasoning} {calls}")
+    if grammar.answer:
+        return grammar.write(f"{grammar.reasoning} ({calls} | WS? {grammar.answer})")
     names = "|".join(escaped(tool.name) for tool in rules.tools)
     grammar.add("PLAIN", "TEXT & ~" + regex(before, f"({names})", r"\((?s:.*)"))
     return grammar.write(f"{grammar.reasoning} ({calls} | PLAIN)")
@@ -213,4 +216,6 @@ def _pythonic_grammar(grammar: Grammar, rules: CallRules, before: str) -> str:
 def _keyword_argument(name: str, schema: dict[str, Any]) -> str:
     is_truth = schema.get("type") == "boolean" and not {"enum", "const"} & schema.keys()
     value = '("True" | "False")' if is_truth else json_value(schema)
+    if schema == {"type": "string"}:
+        value = f"({value} | STRING)"
     return f"{quoted(name + '=')} {value}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from powerband.engines.registry import ADAPTERS
-from powerband.metrics.shown import time_interval_text, time_text
+from powerband.metrics.shown import plain, time_interval_text, time_text
 from powerband.planner.results import Prediction
 from powerband.spec.deployment import Deployment, Replica, ReplicaPool
 
@@ -78,6 +80,14 @@ def dollars(value: float | None) -> str:
     if value is None:
         return "-"
     return f"${value:,.2f}" if value >= 0.095 else f"${value:.3g}"
+
+
+def price_lines(machines: Mapping[str, int], origins: Mapping[str, str]) -> list[str]:
+    """Of each kind of machine: how many of it, and where its price comes from."""
+    return [
+        f"{count} × {plain(name)}" + (f": {plain(origin)}" if (origin := origins.get(name)) else "")
+        for name, count in machines.items()
+    ]
 
 
 def _pool_text(pool: ReplicaPool) -> str:

@@ -2,7 +2,7 @@
 
     {schema, model, objective, rate_requests_per_s, slo, budget_usd_per_hour, workload, seconds, reasons,
      recommended, alternatives: indices into evaluations (null: none),
-     evaluations: [{name, engine, pools, method, figures: {name: {value, low, high}}, …}], the best first
+     evaluations: [{id, name, engine, pools, method, figures: {name: {value, low, high}}, …}], the best first
      pruned: [{what, reason, count}]}
 
 What never ends is null.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from powerband.planner.picked import deployment_id
 from powerband.planner.report.formatting import NEVER_S, deployment_text
 from powerband.planner.results import Evaluation, PlanResults, Prediction
 from powerband.spec.deployment import ReplicaPool
@@ -53,6 +54,7 @@ def results_as_dict(results: PlanResults) -> dict[str, Any]:
 
 def evaluation_as_dict(evaluation: Evaluation) -> dict[str, Any]:
     return {
+        "id": deployment_id(evaluation.deployment),
         "name": deployment_text(evaluation.deployment),
         "engine": evaluation.deployment.engine,
         "devices": evaluation.deployment.num_devices,

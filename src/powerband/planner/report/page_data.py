@@ -3,7 +3,8 @@
     page_data ─► {headline, question, tiles, reasons, slo, rate, budget, percentile, recommended, roles, facts,
                   workload, axes: how the chart begins
                   texts: what many deployments share is said once and meant by its number
-                  evaluations: [{name, group, engine, devices, layout, precision, usd_per_hour, …, figures}], best first
+                  curves, prices, plan: see `what_if_data`
+                  evaluations: [{id, name, group, engine, devices, layout, precision, usd_per_hour, …}], best first
                   pruned: [reason, count, [what, detail, count]]}
 
 Times in seconds, what never ends is null.
@@ -11,11 +12,11 @@ Times in seconds, what never ends is null.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from powerband.metrics.definitions import DEFINITIONS
-from powerband.metrics.shown import count_text, digits, plain, share_text
+from powerband.metrics.shown import digits, plain, share_text
 from powerband.planner.report.formatting import (
     BOUND_WORDS,
     banded_seconds,
@@ -23,6 +24,7 @@ from powerband.planner.report.formatting import (
     deployment_text,
     dollars,
     engine_text,
+    price_lines,
 )
 from powerband.planner.report.json_export import finite
 from powerband.planner.report.table import (
@@ -36,20 +38,23 @@ from powerband.planner.report.table import (
     percentile_text,
     plan_request,
     precisions_text,
-    price_lines,
     pruned_by_reason,
     share_band_text,
 )
+from powerband.planner.report.what_if_data import WhatIfData, plan_data
 from powerband.planner.results import Evaluation, PlanResults, Prediction
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 MAX_PRUNED = 200  # of one reason, that are named
 _DEFINED = ("TTFT", "TPOT", "E2E", "SLO attainment")
 
 
-def page_data(results: PlanResults) -> dict[str, Any]:
+def page_data(results: PlanResults, command: Sequence[str] = ()) -> dict[str, Any]:
+    """command: that made the plan."""
     texts: dict[str, int] = {}
-    evaluations = [_evaluation(one, texts, results.price_origins) for one in results.evaluations]
+    what_if = WhatIfData(lambda text: texts.setdefault(text, len(texts)), results.price_origins)
+    evaluations = [_evaluation(one, texts) | what_if.of(one) for one in results.evaluations]
     numbers = {id(one): number for number, one in enumerate(results.evaluations)}
     roles = {name: numbers[id(one)] for name, one in results.alternatives.items() if id(one) in numbers}
     chosen = results.recommended
@@ -68,6 +73,9 @@ def page_data(results: PlanResults) -> dict[str, Any]:
         "facts": _facts(results),
         "workload": results.workload,
         "evaluations": evaluations,
+        "curves": what_if.curves,
+        "prices": what_if.prices,
+        "plan": plan_data(results, command),
         "texts": list(texts),
         "pruned": [
             (
@@ -81,7 +89,7 @@ def page_data(results: PlanResults) -> dict[str, Any]:
     }
 
 
-def _evaluation(one: Evaluation, texts: dict[str, int], origins: Mapping[str, str]) -> dict[str, Any]:
+def _evaluation(one: Evaluation, texts: dict[str, int]) -> dict[str, Any]:
     def number(text: str) -> int:
         return texts.setdefault(text, len(texts))
 
@@ -96,8 +104,7 @@ def _evaluation(one: Evaluation, texts: dict[str, int], origins: Mapping[str, st
         "devices_text": plain(devices_text(one.deployment)),
         "layout": layout_code(one.deployment),
         "limits": limits_code(one.deployment),
-        "setting": [number(plain(line)) for text in layout_lines(one.deployment) for line in text.split("\n")]
-        + [number(line) for line in price_lines(one, origins)],
+        "setting": [number(plain(line)) for text in layout_lines(one.deployment) for line in text.split("\n")],
         "usd_per_hour": one.usd_per_hour,
         "usd_per_million_tokens": one.usd_per_million_tokens,
         "figures": {name: _banded(figure) for name, figure in one.figures.items()},
@@ -123,7 +130,7 @@ def _tiles(one: Evaluation | None, results: PlanResults) -> list[tuple[str, str,
     if one is None:
         return []
     slo, p = results.slo, percentile_text(results.slo)
-    tiles = [("Cost an hour", dollars(one.usd_per_hour), _budget(results))]
+    tiles = [("Cost an hour", dollars(one.usd_per_hour), _price_note(one, results))]
     tiles.append(("Per million tokens", dollars(one.usd_per_million_tokens), f"of output, at {results.rate:.3g}/s"))
     for name, shown in LATENCIES.items():
         figure = one.figures.get(name)
@@ -146,9 +153,11 @@ def _latency_note(figure: Prediction, name: str, slo: SLO) -> str:
     return f"{band}; limit {brief_seconds(limit)}" if limit is not None else band
 
 
-def _budget(results: PlanResults) -> str:
+def _price_note(one: Evaluation, results: PlanResults) -> str:
+    """Where the price comes from, and the budget."""
     budget = results.budget_usd_per_hour
-    return f"budget {dollars(budget)}" if budget is not None else "no budget was set"
+    limit = f"budget {dollars(budget)}" if budget is not None else "no budget was set"
+    return "; ".join([*price_lines(one.machines, results.price_origins), limit])
 
 
 def _axes(results: PlanResults) -> tuple[str, str]:

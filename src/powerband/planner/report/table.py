@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from powerband.metrics.shown import NONE, count_text, digits, plain, share_text, time_interval_text
+from powerband.metrics.shown import NONE, digits, plain, share_text, time_interval_text
 from powerband.planner.report.formatting import (
     NEVER_S,
     banded_seconds,
@@ -25,9 +25,11 @@ from powerband.planner.report.formatting import (
     dollars,
     engine_text,
     precision_text,
+    price_lines,
 )
 from powerband.planner.results import Evaluation, PlanResults, Prediction, Pruned
 from powerband.spec.deployment import Deployment, Replica
+from powerband.spec.quantities import count_text
 from powerband.spec.slo import SLO
 
 MAX_ROWS = 24  # of the frontier
@@ -91,7 +93,7 @@ def facts(one: Evaluation, origins: Mapping[str, str]) -> list[tuple[str, str]]:
     """What a deployment costs and how it is set up. origins: of prices, see PlanResults."""
     return [
         ("Cost", cost_text(one)),
-        *(("Prices", line) for line in price_lines(one, origins)),
+        *(("Prices", line) for line in price_lines(one.machines, origins)),
         *(("Replicas", text) for text in layout_lines(one.deployment)),
         (
             "Memory",
@@ -111,14 +113,6 @@ def cost_text(one: Evaluation) -> str:
     return f"{dollars(one.usd_per_hour)} an hour, {dollars(one.usd_per_million_tokens)} per million output tokens"
 
 
-def price_lines(one: Evaluation, origins: Mapping[str, str]) -> list[str]:
-    """Of each kind of machine: how many of it, and where its price comes from."""
-    return [
-        f"{count} × {plain(name)}" + (f": {plain(origin)}" if (origin := origins.get(name)) else "")
-        for name, count in one.machines.items()
-    ]
-
-
 def layout_lines(deployment: Deployment) -> list[str]:
     """Of each pool: how many replicas of what, and the limits of their schedulers."""
     return [
@@ -132,7 +126,7 @@ def layout_lines(deployment: Deployment) -> list[str]:
 
 def limits_text(replica: Replica) -> str:
     parts = [
-        f"up to {replica.max_num_seqs} requests and {replica.max_num_batched_tokens:,} tokens a step",
+        f"up to {count_text(replica.max_num_seqs, 'request')} and {replica.max_num_batched_tokens:,} tokens a step",
         f"context {replica.max_model_len:,}",
         f"{replica.gpu_memory_utilization:.0%} of memory",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,10 +13,12 @@ from powerband.planner.plan_request import PlanRequest
 from powerband.planner.simulation.inputs import simulation_inputs
 from powerband.planner.simulation.simulator import Simulation
 from powerband.spec.deployment import Deployment
+from powerband.spec.slo import SLO
 
 MAX_REPLICAS = 4  # that are simulated; more equal ones behave like these
 _WARM_UP = 0.15  # of the time in which requests arrive
 _HOPELESS, _MIN_HOPELESS = 0.25, 100  # of the requests that wait for a first token: it is not played to its end
+_MAX_KEPT_LIMITS = 64  # pairs of limits
 _MAX_UNSERVED = 0.1  # of the requests: refused, or without a first token when the last one arrives
 
 
@@ -38,6 +42,7 @@ class SimulationSummary:
     bounds: Mapping[str, float]  # fractions of a replica's busy time by bottleneck
     keeps_up: bool  # the queue does not grow, and the gateway rejects few requests
     short_of_memory: float  # fraction of steps in which a request waited for blocks
+    kept_limits: tuple[tuple[float, float], ...] = ()  # see planner.results.SimulatedRate
 
 
 def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> SimulationSummary:
@@ -59,15 +64,18 @@ def run_simulation_task(plan_request: PlanRequest, task: SimulationTask) -> Simu
     figures = _latencies(counted, plan_request.slo.attainment * 100)
     figures["attainment"] = sum(_meets_slo(record, plan_request) for record in counted) / len(counted)
     figures["output_tokens_per_s"] = tokens / max(last_s * (1 - _WARM_UP), 1e-9) / share
+    kept_limits = _kept_limits(counted, plan_request.slo)
     unserved = simulation.num_refused + _backlog(simulation.records, last_s)
     steps = simulation.total("num_steps")
+    keeps_up = not simulation.gave_up and unserved <= max(_MAX_UNSERVED * len(simulation.records), 2.0)
     return SimulationSummary(
         task=task,
         figures=figures,
         operators=_time_shares(simulation, "operators"),
         bounds=_time_shares(simulation, "bounds"),
-        keeps_up=not simulation.gave_up and unserved <= max(_MAX_UNSERVED * len(simulation.records), 2.0),
+        keeps_up=keeps_up,
         short_of_memory=simulation.total("short_of_memory") / steps if steps else 0.0,
+        kept_limits=kept_limits if keeps_up else (),
     )
 
 
@@ -81,6 +89,22 @@ def _scaled(deployment: Deployment) -> tuple[Deployment, float]:
 
 def _meets_slo(record: RequestRecord, plan_request: PlanRequest) -> bool:
     return record.outcome is Outcome.OK and not slo_misses(record, plan_request.slo)
+
+
+def _kept_limits(records: Sequence[RequestRecord], slo: SLO) -> tuple[tuple[float, float], ...]:
+    """Limits of (TTFT, TPOT): each limit of TTFT at which a narrower one of TPOT is kept by enough of the requests."""
+    others = replace(slo, ttft_s=None, tpot_s=None)
+    kept = [record for record in records if record.outcome is Outcome.OK and not slo_misses(record, others)]
+    needed = next(count for count in range(len(records) + 1) if count >= slo.attainment * len(records) - 1e-9)
+    by_ttft = sorted((record.ttft_s, record.tpot_s or 0.0) for record in kept if record.ttft_s is not None)
+    found: list[tuple[float, float]] = []
+    tpots: list[float] = []
+    for ttft_s, tpot_s in by_ttft:
+        insort(tpots, tpot_s)
+        least = tpots[max(needed, 1) - 1] if len(tpots) >= needed else math.inf
+        if math.isfinite(least) and (not found or least < found[-1][1]):
+            found.append((ttft_s, least))
+    return tuple(found[:: math.ceil(len(found) / _MAX_KEPT_LIMITS) or 1])
 
 
 def _latencies(records: Sequence[RequestRecord], at: float) -> dict[str, float]:

@@ -6,10 +6,11 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import ParamSpec, TypeVar
 
+from msgspec import UNSET
 from starlette.types import Receive
 
 from powerband.core.params import SamplingParams
@@ -17,13 +18,15 @@ from powerband.core.request import OUTPUT_COMPLETE, EngineRequest
 from powerband.core.step import ErrorInfo, FinishReason, TokenLogprobs, TokenOutput
 from powerband.engine.client.messages import RemoteError
 from powerband.engine.client.output import OutputProcessor
+from powerband.engine.client.output_reader import OutputReader, certain, token_by_token
 from powerband.engine.client.stream import TokenStream
 from powerband.errors import InvalidRequest, PowerbandError
 from powerband.metrics.record import Outcome, RequestRecord
+from powerband.output_parsers.events import Content, Event
 from powerband.server.generation.prompts import Prompt
 from powerband.server.protocol import GenerationRequest
 from powerband.server.replica import Model, ServerState
-from powerband.server.replies import Finish, PromptTokensDetails, Usage
+from powerband.server.replies import CompletionTokensDetails, Finish, PromptTokensDetails, Usage
 from powerband.spec.settings import EngineSettings
 from powerband.web.middleware import ClientDisconnected
 from powerband.web.streaming import DisconnectWatcher
@@ -52,16 +55,24 @@ class ChoiceState:
     scheduled_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)  # all of it, while its reasoning has a budget
+    was_continued: bool = False  # by a request that found most of it computed
 
     @property
     def reason(self) -> Finish:
         """OpenAI's finish_reason. All other ends raise an error instead."""
-        return "length" if self.finish_reason is FinishReason.LENGTH else "stop"
+        if self.finish_reason is FinishReason.LENGTH:
+            return "length"
+        parser = self.processor.parser
+        return "tool_calls" if parser is not None and parser.num_calls else "stop"
 
 
 @dataclass(slots=True)
 class OutputPiece:
-    """What one choice gained. The last piece of a choice has a finish reason. Rows of its prompt come first."""
+    """What one choice gained. The last piece of a choice has a finish reason. Rows of its prompt come first.
+
+    events: what the text means; without a parser all of it is content.
+    """
 
     choice: ChoiceState
     text: str = ""
@@ -69,6 +80,7 @@ class OutputPiece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 def check_scheduling(
@@ -139,6 +151,7 @@ class Generation:
         prompts: list[Prompt],
         params: SamplingParams,
         arrival_s: float,
+        reader: OutputReader | None = None,
     ) -> None:
         check_scheduling(body, prompts, replica.engine_settings, refuses_late=model.info.refuses_late)
         check_logprobs(params, prompts)
@@ -148,6 +161,8 @@ class Generation:
         self.params = params
         self.tokenizer = model.tokenizer
         self._replica = replica
+        self._reader = reader or OutputReader()
+        self._reasons = bool(self._reader.format.reasoning)
         self.resumed = resumed = _resumed(body, prompts, params, model)
         deadline_s = None if body.deadline_s is None else arrival_s + body.deadline_s
         each = [params.for_choice(copy) for copy in range(params.n)]
@@ -166,8 +181,10 @@ class Generation:
                     cache_salt=body.cache_salt or "",
                     resumed_ids=resumed,
                 )
-                processor = OutputProcessor(model.tokenizer, own, prompt.token_ids)
-                self.choices.append(ChoiceState(index, prompt, request, processor, num_tokens=len(resumed)))
+                processor = self._reader.processor(model.tokenizer, own, prompt.token_ids)
+                choice = ChoiceState(index, prompt, request, processor, num_tokens=len(resumed))
+                choice.output_ids += resumed
+                self.choices.append(choice)
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._num_tokens = len(resumed)  # of all choices
         self._gives_output = body.max_tokens != 0
@@ -189,7 +206,9 @@ class Generation:
         try:
             if self.resumed:  # may be as long as the context: not in the event loop
                 await self.in_thread(self.choices[0].processor.resume, self.resumed)
-            self._stream = self._replica.engine.submit([choice.request for choice in self.choices])
+            self._coming = iter([piece for choice in self.choices for piece in self._end_reasoning(choice)])
+            unfinished = [choice.request for choice in self.choices if choice.finish_reason is None]
+            self._stream = self._replica.engine.submit(unfinished)
             self._departure.then(self._stream.close)
             self._ahead = await self._take()
             for output in self._ahead:
@@ -224,11 +243,14 @@ class Generation:
     def usage(self) -> Usage:
         """The tokens that the client gets: none of the output with max_tokens 0, for which one is computed."""
         num_tokens = self._num_tokens if self._gives_output else 0
+        parsers = [choice.processor.parser for choice in self.choices]
+        num_reasoning = sum(parser.num_reasoning_tokens for parser in parsers if parser is not None)
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=num_tokens,
             total_tokens=self._num_prompt_tokens + num_tokens,
             prompt_tokens_details=PromptTokensDetails(self._num_cached),
+            completion_tokens_details=CompletionTokensDetails(num_reasoning) if self._reasons else UNSET,
         )
 
     def close(self) -> None:
@@ -253,8 +275,8 @@ class Generation:
             raise ClientDisconnected
 
     def _pieces(self, output: TokenOutput) -> Iterator[OutputPiece]:
-        choice = self._by_id[output.id]
-        if choice.finish_reason is not None:  # it met a stop string, and this is what was under way
+        choice = self._by_id.get(output.id)
+        if choice is None or choice.finish_reason is not None:  # it met a stop string, and this is what was under way
             return
         self._record(choice, output)
         if output.error is not None:
@@ -263,9 +285,20 @@ class Generation:
         rows = output.prompt_logprobs or []
         for start in range(0, len(rows), _ROWS_OF_PIECE):
             yield OutputPiece(choice, prompt_logprobs=rows[start : start + _ROWS_OF_PIECE])
+        for part in [output] if self._reader.budget is None else token_by_token(output):
+            yield from self._piece(choice, part)
+            if choice.finish_reason is None and (forced := list(self._end_reasoning(choice))):
+                yield from forced
+                if choice.finish_reason is None:
+                    self._continue(choice, output.id)
+                return
+
+    def _piece(self, choice: ChoiceState, output: TokenOutput) -> Iterator[OutputPiece]:
         result = choice.processor.process(output)
         choice.num_tokens += len(result.token_ids)
         self._num_tokens += len(result.token_ids)
+        if self._reader.budget is not None:
+            choice.output_ids += result.token_ids
         if result.finish_reason is not None:
             if result.must_abort and self._stream is not None:
                 self._stream.close([output.id])
@@ -273,12 +306,42 @@ class Generation:
             self._finish(choice, result.finish_reason)
         elif not result.text and not result.token_ids:
             return
-        yield OutputPiece(choice, result.text, result.token_ids, result.logprobs, result.finish_reason)
+        events = result.events
+        if choice.processor.parser is None and result.text:
+            events = [Content(result.text)]
+        yield OutputPiece(choice, result.text, result.token_ids, result.logprobs, result.finish_reason, events=events)
+
+    # ---- the budget of reasoning tokens
+
+    def _end_reasoning(self, choice: ChoiceState) -> Iterator[OutputPiece]:
+        """Add the text that ends the reasoning, where its budget is spent, unless the answer has no room for it."""
+        ids = self._reader.end_of_reasoning(choice.processor, self.tokenizer)
+        if not ids or choice.num_tokens + len(ids) >= (choice.request.params.max_tokens or 0):
+            return
+        rows = certain(ids) if self.params.logprobs is not None else None
+        parser = choice.processor.parser
+        num_reasoning = 0 if parser is None else parser.num_reasoning_tokens
+        yield from self._piece(choice, TokenOutput(choice.request.id, ids, time.monotonic(), logprobs=rows))
+        if parser is not None:  # the text that ends the reasoning is none
+            parser.num_reasoning_tokens = num_reasoning
+        choice.request = replace(choice.request, resumed_ids=choice.output_ids)
+
+    def _continue(self, choice: ChoiceState, id: str) -> None:
+        """Let the engine go on from what the choice has now, in place of the request that was under way."""
+        if self._stream is None:
+            return
+        self._stream.close([id])
+        del self._by_id[id]
+        params = replace(choice.request.params, prompt_logprobs=None)  # the client has them
+        choice.request = replace(choice.request, id=f"{id}-continued", params=params)
+        choice.was_continued = True
+        self._by_id[choice.request.id] = choice
+        self._replica.engine.submit([choice.request], self._stream)
 
     # ---- metrics
 
     def _record(self, choice: ChoiceState, output: TokenOutput) -> None:
-        if output.num_cached_tokens > choice.num_cached:
+        if output.num_cached_tokens > choice.num_cached and not choice.was_continued:
             if choice.index % self.params.n == 0:
                 self._num_cached += output.num_cached_tokens - choice.num_cached
             choice.num_cached = output.num_cached_tokens

@@ -9,8 +9,11 @@ from typing import Any, cast
 import msgspec
 
 from powerband.errors import InvalidRequest, RequestTooLong
+from powerband.server.generation.reasoning import template_kwargs
 from powerband.server.protocol import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, TokenizeRequest
 from powerband.server.replica import Model, ServerState
+from powerband.text.chat_template import ChatTemplate
+from powerband.text.conversation import check_tool_messages
 from powerband.text.tokenizer import Tokenizer
 
 _LONG_TEXT_CHARS = 4096  # longer texts are encoded in a thread, so that others' tokens go on
@@ -48,9 +51,11 @@ async def completion_prompts(replica: ServerState, model: Model, body: Completio
     return prompts
 
 
-async def chat_prompt(replica: ServerState, model: Model, body: ChatRequest) -> Prompt:
-    """The conversation in the model's chat template. Raises InvalidRequest."""
-    text = await render(replica, model, body, body.messages)
+async def chat_prompt(
+    replica: ServerState, model: Model, body: ChatRequest, tools: list[dict[str, Any]] | None = None
+) -> Prompt:
+    """The conversation in the model's chat template. tools: in the form for templates. Raises InvalidRequest."""
+    text = await render(replica, model, body, body.messages, tools, template_kwargs(body, model))
     # Templates write special tokens themselves.
     ids = await encode(replica, model, text, body.add_special_tokens is True, body.truncate_prompt_tokens)
     check_prompt(ids, model, "messages")
@@ -58,18 +63,38 @@ async def chat_prompt(replica: ServerState, model: Model, body: ChatRequest) -> 
 
 
 async def render(
-    replica: ServerState, model: Model, body: ChatRequest | TokenizeRequest, messages: list[Message]
+    replica: ServerState,
+    model: Model,
+    body: ChatRequest | TokenizeRequest,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    kwargs: dict[str, Any] | None,
 ) -> str:
     continues = body.continue_final_message is True
-    num_bytes = len(msgspec.json.encode((messages, body.chat_template_kwargs)))
+    num_bytes = len(msgspec.json.encode((messages, kwargs, tools)))
+    template = model.need_template()
+    if tools and not template.writes_tools:
+        raise InvalidRequest(
+            "This model's chat template does not write tools, so the model would not see them.",
+            hint="Leave 'tools' out, or start the server with a template that has them (--chat-template FILE).",
+            code="tools_not_supported",
+            param="tools",
+        )
     async with replica.room_for_text(num_bytes):
         return await replica.in_thread(
-            model.need_template().render,
+            _rendered,
+            template,
             [_plain(message, index) for index, message in enumerate(messages)],
+            tools=tools,
             add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continues,
-            template_kwargs=body.chat_template_kwargs,
+            template_kwargs=kwargs,
         )
+
+
+def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], **options: Any) -> str:
+    check_tool_messages(messages)
+    return template.render(messages, **options)
 
 
 async def encode(
@@ -126,7 +151,10 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         raise InvalidRequest(f"'{param}' is missing.", param=param)
     plain: dict[str, Any] = msgspec.to_builtins(message)
     refusal = plain.pop("refusal", None)
-    plain["content"] = plain.get("content") or refusal or ""  # a model's refusal is its answer
+    if not (content := plain.get("content") or refusal) and plain.get("tool_calls"):
+        plain.pop("content", None)
+    else:
+        plain["content"] = content or ""  # a model's refusal is its answer
     return plain
 
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from starlette.types import Receive
 
-from powerband.core.params import SamplingParams
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams, SamplingParams
 from powerband.core.request import EngineRequest
 from powerband.core.step import FinishReason, TokenOutput
 from powerband.engine.client.messages import RemoteError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.types import Receive
 
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams
 from powerband.engine.client.vectors import as_rows, cosine
 from powerband.errors import InvalidRequest
 from powerband.server.pooling.protocol import PoolingUsage, ScoringRequest

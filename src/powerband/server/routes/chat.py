@@ -10,13 +10,13 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.errors import InvalidRequest
 from powerband.openai.events import DONE, event
+from powerband.output_parsers.message import Message
+from powerband.server.generation.chat_messages import delta_of, reply_of
+from powerband.server.generation.chats import chat_generation
 from powerband.server.generation.engine_requests import ChoiceState, Generation, OutputPiece
 from powerband.server.generation.logprobs import LogprobWriter
-from powerband.server.generation.prompts import chat_prompt
 from powerband.server.generation.respond import respond
-from powerband.server.generation.sampling import chat_params
 from powerband.server.protocol import ChatRequest
 from powerband.server.replica import ServerState
 from powerband.server.replies import (
@@ -26,7 +26,6 @@ from powerband.server.replies import (
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     Delta,
     PromptLogprobs,
     Usage,
@@ -42,21 +41,12 @@ class ChatRoutes:
         replica = self._replica
         with replica.counting_refusals():
             body = await replica.read(request, ChatRequest)
-            _refuse_unfinished(body)
             arrival_s = time.monotonic()
             replica.check_name(body.model)
             model = replica.accept()
-            prompt = await chat_prompt(replica, model, body)
-            params = chat_params(body, model, len(prompt.token_ids))
-            generation = Generation(replica, model, body, [prompt], params, arrival_s)
+            generation = await chat_generation(replica, model, body, arrival_s)
             answer = _ChatResponse(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
-
-
-def _refuse_unfinished(body: ChatRequest) -> None:
-    for name in ("tools", "reasoning_effort", "thinking_token_budget"):
-        if getattr(body, name) not in (None, [], -1):
-            raise InvalidRequest(f"'{name}' is not supported.", param=name, code="unsupported_parameter")
 
 
 class _ChatResponse:
@@ -71,14 +61,14 @@ class _ChatResponse:
 
     async def whole(self) -> ChatCompletion:
         generation = self._generation
-        texts: list[list[str]] = [[] for _ in generation.choices]
+        messages = [Message() for _ in generation.choices]
         token_ids: list[list[int]] = [[] for _ in generation.choices]
         logprobs = [ChatLogprobs([]) for _ in generation.choices]
         prompt_logprobs: PromptLogprobs = [None]
         while pieces := await generation.pieces():
             for piece in pieces:
                 index = piece.choice.index
-                texts[index].append(piece.text)
+                messages[index].add(piece.events)
                 token_ids[index] += piece.token_ids
                 logprobs[index].content += self._writer.chat(piece.logprobs).content
                 if index == 0:
@@ -92,7 +82,7 @@ class _ChatResponse:
             choices=[
                 ChatChoice(
                     index=choice.index,
-                    message=ChatMessage(content="".join(texts[choice.index])),
+                    message=reply_of(messages[choice.index]),
                     logprobs=logprobs[choice.index] if self._body.logprobs else None,
                     finish_reason=choice.reason,
                     stop_reason=choice.stop_reason,
@@ -123,10 +113,11 @@ class _ChatResponse:
 
     def _gain(self, piece: OutputPiece) -> bytes:
         data = b""
-        if piece.text or (piece.token_ids and (self._body.logprobs or self._body.return_token_ids)):
+        delta = delta_of(piece.events)
+        if delta != Delta() or (piece.token_ids and (self._body.logprobs or self._body.return_token_ids)):
             gain = ChatChunkChoice(
                 index=piece.choice.index,
-                delta=Delta(content=piece.text),
+                delta=Delta(content="") if delta == Delta() else delta,
                 logprobs=self._writer.chat(piece.logprobs) if self._body.logprobs else None,
                 token_ids=piece.token_ids if self._body.return_token_ids else UNSET,
             )

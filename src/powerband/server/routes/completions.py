@@ -17,6 +17,7 @@ from powerband.server.generation.logprobs import LogprobWriter
 from powerband.server.generation.prompts import completion_prompts
 from powerband.server.generation.respond import respond
 from powerband.server.generation.sampling import completion_params
+from powerband.server.generation.structured import with_grammar
 from powerband.server.protocol import CompletionRequest
 from powerband.server.replica import ServerState
 from powerband.server.replies import (
@@ -45,6 +46,7 @@ class CompletionRoutes:
             model = replica.accept()
             prompts = await completion_prompts(replica, model, body)
             params = completion_params(body, model, max(len(prompt.token_ids) for prompt in prompts))
+            params = await with_grammar(replica, model, body, params)
             generation = Generation(replica, model, body, prompts, params, arrival_s)
             answer = _CompletionResponse(generation, body, replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))

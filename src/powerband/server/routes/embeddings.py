@@ -13,7 +13,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from powerband.core.pooling import PoolingParams
+from powerband.core.params import PoolingParams
 from powerband.server.pooling.protocol import EmbeddingRequest
 from powerband.server.pooling.run import PoolingRun
 from powerband.server.pooling.texts import input_tokens

@@ -34,10 +34,12 @@ class HealthRoutes:
         return Response(self._replica.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _health(self) -> Health:
-        engine = self._replica.engine.health()
+        engine, last_exit = self._replica.engine.health(), self._replica.engine.last_exit
         return Health(
             status="ok",
             steps=engine.steps,
             heartbeat_age_s=engine.heartbeat_age_s,
             engine_restarts=self._replica.engine.num_restarts,
+            engine_exit=last_exit.reason if last_exit is not None else "",
+            engine_exit_code=last_exit.code if last_exit is not None else None,
         )

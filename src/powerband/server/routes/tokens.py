@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from powerband.errors import InvalidRequest
+from powerband.output_parsers.tool_use import tool_use
 from powerband.server.generation.prompts import encode, render
 from powerband.server.protocol import DetokenizeRequest, TokenizeRequest
 from powerband.server.replica import ServerState
@@ -26,7 +27,9 @@ class TokenRoutes:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("Exactly one of 'prompt' and 'messages' is needed.", param="prompt")
         if body.messages is not None:
-            text = await render(replica, model, body, body.messages)
+            use = tool_use(body.tools, None, None)
+            tools = None if use is None else use.for_template
+            text = await render(replica, model, body, body.messages, tools, body.chat_template_kwargs)
             ids = await encode(replica, model, text, body.add_special_tokens is True)
         else:
             _refuse_chat_fields(body)
@@ -59,6 +62,6 @@ class TokenRoutes:
 
 
 def _refuse_chat_fields(body: TokenizeRequest) -> None:
-    for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+    for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
         if getattr(body, name) is not None:
             raise InvalidRequest(f"'{name}' has no effect without 'messages'.", param=name)

@@ -26,6 +26,7 @@ from powerband.spec.config_reader import shown
 from powerband.spec.deployment import LOCAL, OLD_LOCAL, local_name
 from powerband.spec.hardware.device import detect_cpu
 from powerband.spec.hardware.profile import DevicePrice, DeviceProfile
+from powerband.spec.quantities import count_text
 from powerband.spec.yaml_codec import read_record
 
 NOT_MEASURED = "not_measured"  # code of an error
@@ -138,11 +139,15 @@ def read_local_profile(replicas: int | None = None) -> DeviceProfile:
         if profile.threads <= room:
             return profile
     if not room:
-        raise UsageError(f"{replicas} replicas on {cores} cores.", hint="At most one a core.", param="replicas")
+        raise UsageError(
+            f"{count_text(replicas, 'replica')} on {count_text(cores, 'core')}.",
+            hint="At most one a core.",
+            param="replicas",
+        )
     measured = " and ".join(str(profile.threads) for profile in found)
     raise _not_measured(
-        f"This machine was measured with {measured} threads; {replicas} replicas on its {cores} cores have "
-        f"{room} each.",
+        f"This machine was measured with {measured} threads; {count_text(replicas, 'replica')} on its "
+        f"{count_text(cores, 'core')} have {room} each.",
         replicas,
     )
 

@@ -139,7 +139,8 @@ def _unknown(fields: ConfigReader, model_type: str) -> UsageError:
         why = "; it brings Python code of its own (auto_map), which Powerband never runs"
     return UsageError(
         f"{fields.source}: model_type {shown(model_type)} is not supported{why}.",
-        hint=f"{near}Supported: {', '.join(FAMILIES)}.",
+        hint=f"{near}Supported: {', '.join(FAMILIES)}. Where another engine runs the model, a plan that is written by "
+        "hand deploys it (docs/plan-file.md; device: cpu, or a GPU of 'powerband devices').",
         code="unsupported_model",
         param="model_type",
     )

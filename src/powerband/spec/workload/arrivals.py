@@ -39,7 +39,7 @@ class RatePhase:
     def __post_init__(self) -> None:
         if not (0 <= self.start <= MAX_RATE and 0 <= self.end <= MAX_RATE and self.seconds > 0):
             raise UsageError(
-                f"A phase from {self.start:g} to {self.end:g} requests a second in {self.seconds:g} s.",
+                f"The load goes from {self.start:g} to {self.end:g} requests a second in {self.seconds:g} s.",
                 hint=f"Rates lie between 0 and {MAX_RATE:g}, the time above 0.",
             )
         if self.start != self.end and math.isinf(self.seconds):
@@ -73,7 +73,7 @@ class OpenLoop:
 
     def __post_init__(self) -> None:
         if not self.phases or all(phase.arrivals == 0 for phase in self.phases):
-            raise UsageError("The rate is 0: nothing would arrive.", param="rate")
+            raise UsageError("The rate is 0: nothing would arrive.", hint="It must be above 0, like 8.", param="rate")
         if any(math.isinf(phase.seconds) for phase in self.phases[:-1]):
             raise UsageError("Only the last phase may have no end.", param="steps")
         if not (0.01 <= self.burstiness <= MAX_BURSTINESS or self.burstiness == math.inf):
@@ -130,7 +130,7 @@ class ClosedLoop:
         is_whole = isinstance(self.concurrency, int) and not isinstance(self.concurrency, bool)
         if not is_whole or not 1 <= self.concurrency <= MAX_CONCURRENCY or not 0 <= self.think_s < math.inf:
             raise UsageError(
-                f"A closed loop of {shown(self.concurrency)} users who think for {shown(self.think_s)} s.",
+                f"The load has {shown(self.concurrency)} users, who wait {shown(self.think_s)} s between requests.",
                 hint=f"Concurrency is a whole number between 1 and {MAX_CONCURRENCY}; the time is 0 or more.",
                 param="concurrency",
             )

@@ -13,7 +13,15 @@ from typing import Any, Literal
 from powerband.errors import UsageError
 from powerband.spec.config_reader import shown
 from powerband.spec.quantities import number, seconds
-from powerband.spec.workload.arrivals import MAX_RATE, Arrivals, ClosedLoop, OpenLoop, RatePhase, Replay
+from powerband.spec.workload.arrivals import (
+    MAX_CONCURRENCY,
+    MAX_RATE,
+    Arrivals,
+    ClosedLoop,
+    OpenLoop,
+    RatePhase,
+    Replay,
+)
 from powerband.spec.workload.lengths import parse_lengths
 from powerband.spec.workload.presets import PRESETS, preset
 from powerband.spec.workload.traces import FORMATS, read_trace
@@ -89,7 +97,7 @@ def requested_load(load: ArrivalOptions, requests: MixOptions) -> RequestedLoad:
     """Raises UsageError for options that contradict each other or have no effect together."""
     duration_s = seconds(load.duration, param="duration") if load.duration is not None else math.inf
     if load.requests is not None and load.requests < 1:
-        raise UsageError(f"requests is {load.requests}.", hint="It must be 1 or more.", param="requests")
+        raise UsageError(f"--requests is {load.requests}; it must be 1 or more.", param="requests")
     trace = read_trace(load.trace, format=load.trace_format) if load.trace is not None else None
     if trace is None and load.duration is None and load.requests is None:
         duration_s = DEFAULT_DURATION_S
@@ -169,6 +177,11 @@ def _arrivals(load: ArrivalOptions, trace: RequestTrace | None, burstiness: floa
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]} contradict each other.", param=given[1])
+    if load.rate != math.inf:  # vLLM's way to say: as fast as possible
+        check_rate(load.rate)
+    if load.concurrency is not None and not 1 <= load.concurrency <= MAX_CONCURRENCY:
+        limit = f"it must be between 1 and {MAX_CONCURRENCY}"
+        raise UsageError(f"--concurrency is {load.concurrency}; {limit}.", param="concurrency")
     if load.speedup is not None and (trace is None or given):
         raise UsageError("--speedup is for a trace at its own times.", param="speedup")
     burstiness = load.burstiness if load.burstiness is not None else burstiness
@@ -195,6 +208,13 @@ def _arrivals(load: ArrivalOptions, trace: RequestTrace | None, burstiness: floa
     return OpenLoop.at(MAX_RATE if math.isinf(rate) else rate, burstiness)
 
 
+def check_rate(rate: float | None) -> None:
+    """Raises UsageError unless it is None or a number of requests a second that can be sent."""
+    if rate is not None and not 0 < rate <= MAX_RATE:
+        limit = f"it must be above 0 and at most {MAX_RATE:g}"
+        raise UsageError(f"--rate is {rate:g}; {limit}.", hint="Requests a second, like 8.", param="rate")
+
+
 def _pair(text: str, sign: str, param: str, example: str) -> tuple[str, str]:
     first, found, second = text.partition(sign)
     if not found:
@@ -207,8 +227,7 @@ def chosen_workload(requests: MixOptions, *, rate: float | None) -> tuple[Worklo
 
     Raises UsageError or EnvironmentFault.
     """
-    if rate is not None and not 0 < rate < math.inf:
-        raise UsageError(f"rate is {rate:g}; it must be above 0.", hint="Requests a second, like 8.", param="rate")
+    check_rate(rate)
     text = requests.workload or "chat"
     path = Path(text)
     if text in PRESETS:

@@ -6,8 +6,8 @@ import msgspec
 
 from powerband.core.loop import error_info
 from powerband.errors import PowerbandError
-from powerband.gateway.anthropic_errors import anthropic_error
 from powerband.gateway.request import Endpoint
+from powerband.web.anthropic import anthropic_error
 from powerband.web.errors import error_body
 
 

@@ -22,9 +22,10 @@ const Charts = (() => {
     return `$${Number(value.toPrecision(3)).toLocaleString("en")}`;
   }
 
-  // What can be laid along an axis. better: -1 where less is better. limit: [value, text].
-  function axesOf(data) {
-    const { limits, attainment } = data.slo;
+  // What can be laid along an axis. better: -1 where less is better. limit: [value, text]. question: see Estimates.
+  function axesOf(data, evaluations, question) {
+    const { attainment } = data.slo;
+    const limits = { ...data.slo.limits, ttft: question.ttft, tpot: question.tpot };
     const p = data.percentile;
     const figure = (name) => (one) => (one.figures[name] ? one.figures[name][0] : null);
     const latency = (key, name, label) => ({
@@ -37,11 +38,11 @@ const Charts = (() => {
       latency("ttft_s", "TTFT", "time to first token"),
       latency("tpot_s", "TPOT", "time per output token"),
       latency("e2e_s", "E2E", "whole answer"),
-      { key: "attainment", short: "keep the SLO", name: "requests that keep the SLO", better: 1, isShare: true, shown: share, tick: (value) => `${Number((value * 100).toPrecision(3))} %`, value: figure("attainment"), band: (one) => one.figures.attainment, limit: Object.keys(limits).length ? [attainment, `${+(attainment * 100).toFixed(2)} % must`] : null },
-      { key: "capacity", short: "holds up to", name: "holds up to, arrivals/s", better: 1, shown: (value) => `${digits(value)}/s`, tick: (value) => `${Number(value.toPrecision(3))}`, value: figure("capacity"), band: (one) => one.figures.capacity, limit: [data.rate, `${Number(data.rate.toPrecision(3))}/s asked`] },
+      { key: "attainment", short: "keep the SLO", name: "requests that keep the SLO", better: 1, isShare: true, shown: share, tick: (value) => `${Number((value * 100).toPrecision(3))} %`, value: figure("attainment"), band: (one) => one.figures.attainment, limit: Object.values(limits).some(Boolean) ? [attainment, `${+(attainment * 100).toFixed(2)} % must`] : null },
+      { key: "capacity", short: "holds up to", name: "holds up to, arrivals/s", better: 1, shown: (value) => `${digits(value)}/s`, tick: (value) => `${Number(value.toPrecision(3))}`, value: figure("capacity"), band: (one) => one.figures.capacity, limit: [question.rate, `${Number(question.rate.toPrecision(3))}/s asked`] },
       { key: "output_tokens_per_s", short: "output tokens/s", name: "output tokens/s at the asked rate", better: 1, shown: digits, tick: (value) => value.toLocaleString("en"), value: figure("output_tokens_per_s"), band: (one) => one.figures.output_tokens_per_s },
       { key: "devices", short: "devices", name: "devices", better: -1, shown: (value) => String(value), tick: (value) => String(value), value: (one) => one.devices },
-    ].filter((one) => data.evaluations.some((evaluation) => typeof one.value(evaluation) === "number"));
+    ].filter((one) => evaluations.some((evaluation) => typeof one.value(evaluation) === "number"));
   }
 
   // The best by both axes: no other of these is better by one and as good by the other. Sorted along x.

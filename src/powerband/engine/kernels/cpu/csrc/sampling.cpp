@@ -279,7 +279,7 @@ void sample_rows(const Tensor& logits, const double* params, const int64_t* numb
 
 std::tuple<Tensor, Tensor> sample(Tensor logits, Tensor params, Tensor numbers, std::optional<Tensor> penalties,
                                   std::optional<Tensor> offsets, std::optional<Tensor> tokens,
-                                  std::optional<Tensor> biases) {
+                                  std::optional<Tensor> biases, std::optional<Tensor> masks) {
     check(logits.dim() == 2 && logits.size(1) > 0, "sample: logits must be [rows, vocab]");
     const int64_t rows = logits.size(0);
     check(params.dim() == 2 && params.size(0) == rows && params.size(1) == 3, "sample: params must be [rows, 3]");
@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor> sample(Tensor logits, Tensor params, Tensor numbers, 
         check(std::isfinite(p[row * 3]) && p[row * 3] >= 0, "sample: a temperature must be finite and not negative");
         check(n[row * 3 + 2] >= 0, "sample: top_k must not be negative");
     }
-    const Edits edits(rows, logits.size(1), penalties, offsets, tokens, biases);
+    const Edits edits(rows, logits.size(1), penalties, offsets, tokens, biases, masks);
     Tensor ids = torch::stable::new_empty(numbers, {rows});
     Tensor peaks = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
     int64_t* chosen = mutable_pointer<int64_t>(ids, "token_ids");
@@ -370,7 +370,7 @@ std::tuple<Tensor, Tensor, Tensor> logprobs(Tensor logits, Tensor token_ids, int
 
 STABLE_TORCH_LIBRARY_FRAGMENT(powerband, m) {
     m.def("sample(Tensor logits, Tensor params, Tensor numbers, Tensor? penalties, Tensor? offsets, Tensor? tokens, "
-          "Tensor? biases) -> (Tensor, Tensor)");
+          "Tensor? biases, Tensor? masks) -> (Tensor, Tensor)");
     m.def("logprobs(Tensor logits, Tensor token_ids, int k) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(powerband, CPU, m) {

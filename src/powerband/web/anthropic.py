@@ -1,4 +1,4 @@
-"""Errors in the format of Anthropic's API, for the paths below /v1/messages.
+"""What a server of Anthropic's API has of its own, at the paths below /v1/messages: where keys are, and errors' format.
 
 {"type": "error", "error": {"type": "not_found_error", "message": "…"}}    https://docs.anthropic.com/en/api/errors
 """
@@ -27,6 +27,15 @@ _PATH = "/v1/messages"
 def is_anthropic(path: str) -> bool:
     """Whether a path belongs to Anthropic's API."""
     return path == _PATH or path.startswith(f"{_PATH}/")
+
+
+def sent_keys(scope: Scope) -> list[bytes]:
+    """The values of the request's Authorization headers. Anthropic's clients send `x-api-key` instead."""
+    headers = scope["headers"]
+    sent = [value for name, value in headers if name == b"authorization"]
+    if not sent and is_anthropic(scope["path"]):
+        sent = [b"Bearer " + value for name, value in headers if name == b"x-api-key"]
+    return sent
 
 
 def anthropic_error(error: ErrorInfo) -> bytes:
