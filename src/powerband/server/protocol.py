@@ -359,7 +359,10 @@ NOT_SUPPORTED: Mapping[str, Missing] = {
 }
 # Of these, requests of the kinds that have such a field may ask for it.
 OWN_FIELDS = frozenset(
-    ("echo", "lora_path", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "thinking_token_budget")
+    (
+        *("echo", "documents", "lora_path", "tools", "tool_choice", "parallel_tool_calls"),
+        *("reasoning_effort", "thinking_token_budget"),
+    )
 )
 ALWAYS_ASKS = frozenset(("web_search_options",))  # {} asks for a search as it is done by default
 # Fields that clients of other servers send and that change nothing here: they are ignored, and the response says so.
