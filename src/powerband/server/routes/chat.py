@@ -45,7 +45,7 @@ class ChatRoutes:
             replica.check_name(body.model)
             model = replica.accept()
             generation = await chat_generation(replica, model, body, arrival_s)
-            answer = _ChatResponse(generation, body, replica.name)
+            answer = _ChatResponse(generation, body, body.model or replica.name)
             return await respond(request, generation, answer, stream=bool(body.stream))
 
 
