@@ -398,6 +398,10 @@ MESSAGE_IGNORED = frozenset(
     )
 )
 PART_IGNORED = frozenset(("id", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint", "citations"))
+# Of tools and calls; `index` is what clients have that add deltas up.
+TOOL_IGNORED = frozenset(
+    ("index", "cache_control", "defer_loading", "allowed_callers", "extra_content", "thought_signature")
+)
 # Parts of a message that are no text, and what they are.
 MEDIA_PARTS = {
     **dict.fromkeys(("image_url", "input_image", "image", "image_pil", "image_embeds"), "Images are"),
